@@ -1,0 +1,219 @@
+"""The slot pool: a fixed number of bytes on the device that holds the hot experts.
+
+Owns the banks (device arrays), which expert is in which slot, and every
+host-to-device copy of an expert. Called by the engine (`engine.py`), once per
+layer and round. One bank per expert signature, sized exactly, so that a low-bit
+expert takes only its own bytes; each bank has its own SLRU policy. Raw GGUF
+blocks go up in one contiguous copy per matrix and are split into planes on the
+device, inside the program that writes the slot.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hobbit_jax.cache.policy import SLRU
+from hobbit_jax.store import ExpertKey, HostExperts
+from pallas_kernels.formats import get_format
+from pallas_kernels.reference import Bank, Planes, Signature
+
+
+@dataclass(frozen=True)
+class BankDemand:
+    """What one bank is asked to hold, in experts and in share of use."""
+
+    signature: Signature
+    expert_bytes: int
+    n_experts: int  # distinct experts that may ask for a slot
+    min_slots: int  # experts that one token's step may need at once
+    weight: float = 1.0  # expected uses per expert, relative to the other banks
+
+
+def divide_budget(demands: Sequence[BankDemand], budget_bytes: int) -> list[int]:
+    """Slots per bank within `budget_bytes`: the minima first, then the bank least filled.
+
+    Raises:
+        ValueError: the minima alone do not fit; says how many bytes are needed.
+    """
+    slots = [demand.min_slots for demand in demands]
+    needed = sum(d.expert_bytes * s for d, s in zip(demands, slots, strict=True))
+    if needed > budget_bytes:
+        raise ValueError(
+            f"the expert pool's budget of {budget_bytes} bytes cannot hold one step's experts; "
+            f"it needs at least {needed} bytes (--budget_mib={needed / 2**20:.3f})"
+        )
+    left = budget_bytes - needed
+
+    def fill(i: int) -> float:
+        return slots[i] / (demands[i].n_experts * max(demands[i].weight, 1e-9))
+
+    queue = [(fill(i), i) for i in range(len(demands))]
+    heapq.heapify(queue)
+    while queue:
+        _, i = heapq.heappop(queue)
+        if slots[i] < demands[i].n_experts and demands[i].expert_bytes <= left:
+            slots[i] += 1
+            left -= demands[i].expert_bytes
+            heapq.heappush(queue, (fill(i), i))
+    return slots
+
+
+@partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _write_slot(
+    bank: Bank, slot: jax.Array, raw: tuple[jax.Array, ...], signature: Signature
+) -> Bank:
+    written = []
+    for planes, blocks, name in zip(bank, raw, signature, strict=True):
+        new = get_format(name).split(blocks)
+        written.append(
+            {
+                plane: jax.lax.dynamic_update_index_in_dim(planes[plane], new[plane], slot, 0)
+                for plane in planes
+            }
+        )
+    return Bank(*written)
+
+
+@dataclass
+class PoolStats:
+    """Counts since the last `reset`; arrays are [tiers, L, E]."""
+
+    hits: np.ndarray
+    misses: np.ndarray
+    bytes_moved: int = 0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits over accesses (0-1); None before the first access."""
+        total = int(self.hits.sum() + self.misses.sum())
+        return int(self.hits.sum()) / total if total else None
+
+
+class SlotPool:
+    """Banks, slots and policies under one byte budget."""
+
+    def __init__(
+        self,
+        store: HostExperts,
+        demands: Sequence[BankDemand],
+        budget_bytes: int,
+        protected_fraction: float,
+    ):
+        self.store = store
+        self.budget_bytes = budget_bytes
+        slots = divide_budget(demands, budget_bytes)
+        self.slots: dict[Signature, int] = {
+            demand.signature: n for demand, n in zip(demands, slots, strict=True)
+        }
+        self.banks: dict[Signature, Bank] = {}
+        self.policies: dict[Signature, SLRU[ExpertKey]] = {}
+        self._free: dict[Signature, list[int]] = {}
+        self._slot_of: dict[ExpertKey, int] = {}
+        for demand in demands:
+            signature, n_slots = demand.signature, self.slots[demand.signature]
+            self.banks[signature] = self._empty_bank(signature, n_slots)
+            self.policies[signature] = SLRU(n_slots, protected_fraction)
+            self._free[signature] = list(range(n_slots))[::-1]
+        self.stats = self._zero_stats()
+        if self.device_bytes > budget_bytes:
+            raise RuntimeError(f"banks take {self.device_bytes} of {budget_bytes} bytes")
+
+    def _empty_bank(self, signature: Signature, n_slots: int) -> Bank:
+        config = self.store.config
+        sizes = [(config.d_expert, config.d_model)] * 2 + [(config.d_model, config.d_expert)]
+        banks: list[Planes] = []
+        for name, (rows, columns) in zip(signature, sizes, strict=True):
+            shapes = get_format(name).plane_shapes(rows, columns)
+            banks.append({p: jnp.zeros((n_slots, *s.shape), s.dtype) for p, s in shapes.items()})
+        return Bank(*banks)
+
+    def _zero_stats(self) -> PoolStats:
+        shape = (len(self.store.tiers), self.store.config.n_layers, self.store.config.n_experts)
+        return PoolStats(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of all banks, as the device counts them."""
+        return sum(array.nbytes for array in jax.tree.leaves(self.banks))
+
+    def resident(self) -> frozenset[ExpertKey]:
+        """Every expert that holds a slot."""
+        return frozenset(self._slot_of)
+
+    def slot(self, key: ExpertKey) -> int:
+        """The slot of a resident expert, in the bank of its signature. KeyError if absent."""
+        return self._slot_of[key]
+
+    def rounds(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
+        """Splits one step's experts of one bank into rounds that fit its slots together.
+
+        Resident experts come first, so that a round that must evict does not
+        evict what the step still needs.
+        """
+        ordered = sorted(keys, key=lambda key: (key not in self._slot_of, key))
+        if not ordered:
+            return []
+        signature = self.store.signature(ordered[0])
+        size = self.slots[signature] - len(self.policies[signature].pinned - set(ordered))
+        if size < 1:
+            raise RuntimeError(f"every slot of bank {signature} is pinned")
+        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+    def ensure(self, keys: Sequence[ExpertKey]) -> None:
+        """Makes all of `keys` (one round) resident, counting one access each."""
+        keep = frozenset(keys)
+        for key in keys:
+            hit = self.policies[self.store.signature(key)].access(key)
+            (self.stats.hits if hit else self.stats.misses)[key] += 1
+        for key in keys:
+            if key not in self._slot_of:
+                self._fetch(key, keep)
+
+    def _fetch(self, key: ExpertKey, keep: frozenset[ExpertKey]) -> None:
+        signature = self.store.signature(key)
+        victim = self.policies[signature].admit(key, keep)
+        slot = self._free[signature].pop() if victim is None else self._slot_of.pop(victim)
+        raw = jax.device_put(self.store.raw(key))
+        self.banks[signature] = _write_slot(
+            self.banks[signature], jnp.int32(slot), raw, signature
+        )
+        self._slot_of[key] = slot
+        self.stats.bytes_moved += self.store.expert_bytes(key)
+
+    def pin(self, keys: Iterable[ExpertKey]) -> None:
+        """Loads `keys` and keeps them resident until `unpin`; not counted as accesses.
+
+        Raises:
+            ValueError: a bank would keep no slot to stream the rest through.
+        """
+        wanted = list(keys)
+        for signature, policy in self.policies.items():
+            of_bank = {key for key in wanted if self.store.signature(key) == signature}
+            total = len(policy.pinned | of_bank)
+            least = min(self.slots[signature], self.store.config.experts_per_token)
+            if of_bank and total > self.slots[signature] - least:
+                raise ValueError(
+                    f"pinning {total} experts leaves bank {signature} fewer than {least} of its "
+                    f"{self.slots[signature]} slots to stream through"
+                )
+        for key in wanted:
+            if key not in self._slot_of:
+                self._fetch(key, frozenset(wanted))
+            self.policies[self.store.signature(key)].pin(key)
+
+    def unpin(self, keys: Iterable[ExpertKey]) -> None:
+        """Gives pinned experts back to the policy."""
+        for key in keys:
+            self.policies[self.store.signature(key)].unpin(key)
+
+    def reset_stats(self) -> PoolStats:
+        """Returns the counts so far and starts again from zero."""
+        stats, self.stats = self.stats, self._zero_stats()
+        return stats

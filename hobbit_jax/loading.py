@@ -1,0 +1,89 @@
+"""From GGUF tensors to the Flax modules: everything of the model except its experts.
+
+Owns the match of tensor names to modules and the one upload of the dense part
+(attention, router, embedding, norms, head), which stays in its GGUF formats on
+the device. Called by the engine's users (`scripts/`, `sweep.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hobbit_jax.architecture import ModelConfig, global_tensors, layer_tensors, read_config
+from hobbit_jax.gguf_file import GGUFFile, TensorInfo, check_finite_scales, open_gguf
+from hobbit_jax.model import Attention, Block, Ends, Linear, RMSNorm
+from hobbit_jax.tokenizer import Tokenizer
+from pallas_kernels.formats import get_format
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """An opened model: its file, its shape, and its dense part on the device."""
+
+    file: GGUFFile
+    config: ModelConfig
+    blocks: tuple[Block, ...]
+    ends: Ends
+
+    @property
+    def dense_device_bytes(self) -> int:
+        """Device bytes of everything but the experts, counted once when tied."""
+        arrays = jax.tree.leaves([nnx.state(b) for b in self.blocks] + [nnx.state(self.ends)])
+        return sum(array.nbytes for array in arrays)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the file itself describes."""
+        return Tokenizer.from_gguf(self.file)
+
+
+def _linear(tensor: TensorInfo) -> Linear:
+    check_finite_scales(tensor)
+    return Linear(tensor.format, jax.jit(get_format(tensor.format).split)(tensor.raw))
+
+
+def _norm(tensor: TensorInfo, config: ModelConfig) -> RMSNorm:
+    check_finite_scales(tensor)
+    format = get_format(tensor.format)
+    scale = format.unpack(format.split(tensor.raw))
+    return RMSNorm(jnp.asarray(scale, jnp.float32), config.rms_eps)
+
+
+def load_model(path: str | Path) -> LoadedModel:
+    """Opens a GGUF file (or the first of a split) and uploads its dense part.
+
+    Expert tensors are not read here; the store checks each expert's scales when it
+    is first fetched.
+
+    Raises:
+        FileNotFoundError, ValueError, NotImplementedError: from `open_gguf`,
+            `read_config` and `check_finite_scales`, each naming what is wrong.
+    """
+    file = open_gguf(path)
+    config = read_config(file)
+    blocks = []
+    for layer in range(config.n_layers):
+        tensors = {role: file.tensors[n] for role, n in layer_tensors(config, layer).items()}
+        norms = {r: _norm(t, config) for r, t in tensors.items() if r.endswith("norm")}
+        attention = Attention(
+            config,
+            q=_linear(tensors["attn_q"]),
+            k=_linear(tensors["attn_k"]),
+            v=_linear(tensors["attn_v"]),
+            output=_linear(tensors["attn_output"]),
+            q_norm=norms.get("attn_q_norm"),
+            k_norm=norms.get("attn_k_norm"),
+        )
+        router = _linear(tensors["router"])
+        blocks.append(Block(config, norms["attn_norm"], attention, norms["ffn_norm"], router))
+    outer = {role: file.tensors[n] for role, n in global_tensors(config).items()}
+    ends = Ends(
+        embedding=_linear(outer["token_embedding"]),
+        final_norm=_norm(outer["output_norm"], config),
+        head=_linear(outer["output"]) if "output" in outer else None,
+    )
+    return LoadedModel(file, config, tuple(blocks), ends)

@@ -1,0 +1,343 @@
+"""Choose the scales and quants of a K-quant block: the part of encoding that decides the error.
+
+Owns the numbers of each K-quant and the search. Called by `hobbit_jax.quantize`, which knows the
+byte layout. It stands in for `make_qkx2_quants` and `make_qx_quants` of ggml-quants.c:
+
+1. Each sub-block is fitted by least squares from several guesses, as in ggml; but for the plain
+   squared error (or importance · squared error), where ggml without an importance matrix weighs
+   errors by |w| or w², which costs it 11 % at Q2_K on N(0,1).
+2. Each sub-block tries the integers next to its fitted (scale, offset) under the *stored* float16
+   super-scales, by error. ggml rounds the two apart from each other, and never measures.
+3. The super-scales are fitted again to those integers by least squares, rounded, and step 2
+   repeated (error −0.2 %; Q3_K −0.03 %).
+
+Tried on N(0,1) at Q2_K and left out: a third round (error −0.1 %, time +20 %), all 256 pairs of
+(scale, offset) in step 2 (−0.1 %, 20 times slower), moves by up to 2 (nothing), a first d below the
+largest step over 15 (+0.1 to +2 %; as 9 starts, of which the best is kept, −0.1 % at 4 times the
+time), 36 guesses (−0.1 %). At Q3_K, all 64 scales in step 2 (−0.02 %, 10 times slower). Keeping a
+block's first result where step 3 makes it worse changed no figure.
+
+Letters: G super-blocks, W weights of a super-block, J sub-blocks of a super-block, I weights of a
+sub-block, C candidates. Arrays lie by lane, [I, J, G], and sums over a sub-block are unrolled: a
+pass over all candidates is one element-wise kernel that vectorises over G. (As a reduction over
+I, XLA's CPU backend takes 50 times as long.)
+"""
+
+# Fields are arrays, and array names end in their shape letters.
+# ruff: noqa: N815
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+BLOCK_LEN = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class KQuant:
+    """The numbers of one K-quant; ŵ = d·scale·q, minus dmin·offset if it has offsets."""
+
+    has_offsets: bool
+    sub_len: int
+    q_range: tuple[int, int]
+    scale_range: tuple[int, int]
+    # First guesses for a sub-block's real-valued scale. With offsets, (a, b): the lowest level lies
+    # at a·min(w, 0), the highest at b·max(w). Without, (a,): the weight of largest magnitude lies
+    # at q = a. Guesses that clip the extreme weights are the better ones at 2 and 3 bits.
+    guesses: tuple[tuple[float, ...], ...]
+
+
+K_QUANTS = {
+    "Q2_K": KQuant(
+        has_offsets=True,
+        sub_len=16,
+        q_range=(0, 3),
+        scale_range=(0, 15),
+        guesses=tuple(itertools.product((1.0, 0.8, 0.6), repeat=2)),
+    ),
+    "Q3_K": KQuant(
+        has_offsets=False,
+        sub_len=16,
+        q_range=(-4, 3),
+        scale_range=(-32, 31),
+        guesses=tuple((q,) for q in (-5.2, -4.7, -4.3, -4.0, -3.6, 2.9, 3.2, 3.5, 3.8, 4.3)),
+    ),
+    "Q4_K": KQuant(
+        has_offsets=True,
+        sub_len=32,
+        q_range=(0, 15),
+        scale_range=(0, 63),
+        guesses=tuple(itertools.product((1.02, 0.97, 0.91), repeat=2)),
+    ),
+    "Q6_K": KQuant(
+        has_offsets=False,
+        sub_len=16,
+        q_range=(-32, 31),
+        scale_range=(-128, 127),
+        guesses=tuple((sign * halves / 2,) for halves in range(58, 66) for sign in (-1, 1)),
+    ),
+}
+
+
+class _Chunk(NamedTuple):
+    """Weights by lane, and their importance or None."""
+
+    x_IJG: Array
+    w_IJG: Array | None
+
+
+class Scales(NamedTuple):
+    """The fields of the blocks: float16 as stored, and integers held as float32."""
+
+    d_11G: Array
+    dmin_11G: Array
+    scale_1JG: Array
+    offset_1JG: Array
+
+
+class _Moments(NamedTuple):
+    """Sums of w, w·x, w·q, w·q² and w·x·q over each sub-block, [C, J, G]."""
+
+    w: Array
+    wx: Array
+    wq: Array
+    wqq: Array
+    wxq: Array
+
+
+# Each stage is a compiled call of its own. In one call XLA repeats the passes over the weights, and
+# the transpose, in every consumer: 4 times slower, and 27 seconds to compile Q4_K instead of 4.
+# (optimization_barrier between the stages did not help on a CPU.) And no compiler can then keep in
+# float32 what has to be rounded to float16.
+_stage = functools.partial(jax.jit, static_argnames="quant")
+
+
+def find_scales(
+    values_GW: np.ndarray, importance_GW: np.ndarray | None, quant: KQuant
+) -> tuple[Array, Scales]:
+    """Finds the fields of least squared error for a chunk of super-blocks.
+
+    Args:
+        values_GW: float32 [G, 256] within ±1e9, so that no sum of squares overflows.
+        importance_GW: float32 [G, 256], above 0, or None to weigh all errors alike.
+        quant: the numbers of the format.
+
+    Returns:
+        The quants counted from the lowest, uint8 [G, 256], and the scales. The quants are the
+        levels nearest to the weights under exactly these scales. A super-scale that overflows
+        float16 is infinite.
+    """
+    chunk = _by_lane(values_GW, importance_GW, quant)
+    steps = _fit_steps(chunk, _explained_CJG(chunk, quant), quant)
+    super_scales = _first_super_scales(*steps, quant)
+    start = _first_scales(*steps, *super_scales, quant)
+    once = _nearest_scales(_near_errors_CJG(chunk, start, quant), start, quant)
+    refit = _fit_super_scales(_chosen_moments(chunk, once, quant), once)
+    twice = _nearest_scales(_near_errors_CJG(chunk, refit, quant), refit, quant)
+    return _stored_q_GW(chunk, twice, quant), twice
+
+
+@_stage
+def _by_lane(values_GW: Array, importance_GW: Array | None, quant: KQuant) -> _Chunk:
+    def transpose(values_GW: Array) -> Array:
+        return values_GW.reshape(len(values_GW), -1, quant.sub_len).transpose(2, 1, 0)
+
+    return _Chunk(transpose(values_GW), None if importance_GW is None else transpose(importance_GW))
+
+
+def _inverse(step: Array) -> Array:
+    """1/step, but 0 for a step of 0: every weight then takes level 0."""
+    return jnp.where(step == 0, 0.0, 1 / jnp.where(step == 0, 1.0, step))
+
+
+def _affine(scales: Scales) -> tuple[Array, Array]:
+    """(step, low) of ŵ = step·q + low."""
+    d_11G, dmin_11G = (half_11G.astype(jnp.float32) for half_11G in scales[:2])
+    return d_11G * scales.scale_1JG, -dmin_11G * scales.offset_1JG
+
+
+def _q(x: Array, step: Array, low: Array, quant: KQuant) -> Array:
+    """The q nearest to each x under ŵ = step·q + low, as float32."""
+    inverse = _inverse(step)
+    q = jnp.round(x * inverse + -low * inverse)
+    # Selects, because XLA's minimum and maximum cost three instructions more to pass on a NaN.
+    q_min, q_max = (jnp.float32(q) for q in quant.q_range)
+    q = jnp.where(q > q_min, q, q_min)
+    return jnp.where(q < q_max, q, q_max)
+
+
+def _lanes(chunk: _Chunk) -> Iterator[tuple[Array, Array | float]]:
+    """Weight and importance of one lane after the other, [1, J, G]."""
+    for i in range(len(chunk.x_IJG)):
+        yield chunk.x_IJG[i : i + 1], 1.0 if chunk.w_IJG is None else chunk.w_IJG[i : i + 1]
+
+
+def _moments(chunk: _Chunk, step_CJG: Array, low_CJG: Array, quant: KQuant) -> _Moments:
+    """The moments under the nearest q of each (step, low)."""
+    sums = (jnp.float32(0.0),) * 5
+    for x, w in _lanes(chunk):
+        q = _q(x, step_CJG, low_CJG, quant)
+        terms = (w, w * x, w * q, w * (q * q), w * (x * q))
+        sums = tuple(total + term for total, term in zip(sums, terms, strict=True))
+    shape = sums[-1].shape
+    return _Moments(*(jnp.broadcast_to(total, shape) for total in sums))
+
+
+def _least_squares(sums: _Moments, quant: KQuant) -> tuple[Array, Array]:
+    """The real-valued (step, low) of least weighted error for given q; low is at most 0."""
+    plain_CJG = sums.wxq * _inverse(sums.wqq)
+    if not quant.has_offsets:
+        return plain_CJG, jnp.zeros_like(plain_CJG)
+    det_CJG = sums.w * sums.wqq - sums.wq * sums.wq
+    # If all q are equal, det is rounding noise, and only the mean can be fitted.
+    usable_CJG = det_CJG > 1e-6 * sums.w * sums.wqq
+    per_det_CJG = jnp.where(usable_CJG, _inverse(det_CJG), 0.0)
+    step_CJG = (sums.w * sums.wxq - sums.wx * sums.wq) * per_det_CJG
+    low_CJG = (sums.wqq * sums.wx - sums.wq * sums.wxq) * per_det_CJG
+    low_CJG = jnp.where(usable_CJG, low_CJG, sums.wx / sums.w)
+    step_CJG = jnp.where(low_CJG < 0, step_CJG, plain_CJG)
+    return jnp.maximum(step_CJG, 0.0), jnp.minimum(low_CJG, 0.0)
+
+
+def _guess(chunk: _Chunk, places: Array, quant: KQuant) -> tuple[Array, Array]:
+    """The (step, low) of guesses, `places` as in `KQuant.guesses`: [1 or 2, C or 1, 1 or J, …]."""
+    high_1JG = jnp.max(chunk.x_IJG, axis=0, keepdims=True)
+    low_1JG = jnp.min(chunk.x_IJG, axis=0, keepdims=True)
+    if quant.has_offsets:
+        bottom_CJG = places[0] * jnp.minimum(low_1JG, 0.0)
+        span_CJG = jnp.maximum(places[1] * high_1JG - bottom_CJG, 0.0)
+        return span_CJG / quant.q_range[1], bottom_CJG
+    extreme_1JG = jnp.where(high_1JG > -low_1JG, high_1JG, low_1JG)
+    return extreme_1JG / places[0], jnp.zeros_like(low_1JG)
+
+
+@_stage
+def _explained_CJG(chunk: _Chunk, quant: KQuant) -> Array:
+    """Σ w·x² less the error of the least-squares fit that starts from each guess."""
+    places = jnp.asarray(quant.guesses, jnp.float32).T[:, :, None, None]
+    sums = _moments(chunk, *_guess(chunk, places, quant), quant)
+    step_CJG, low_CJG = _least_squares(sums, quant)
+    return step_CJG * sums.wxq + low_CJG * sums.wx
+
+
+@_stage
+def _fit_steps(chunk: _Chunk, explained_CJG: Array, quant: KQuant) -> tuple[Array, Array]:
+    """The fitted (step, low) of the best guess, [1, J, G]; cheaper again than kept for all C."""
+    best_1JG = jnp.argmax(explained_CJG, axis=0, keepdims=True)
+    places = jnp.asarray(quant.guesses, jnp.float32).T[:, best_1JG]
+    return _least_squares(_moments(chunk, *_guess(chunk, places, quant), quant), quant)
+
+
+@_stage
+def _first_super_scales(step_1JG: Array, low_1JG: Array, quant: KQuant) -> tuple[Array, Array]:
+    """(d, dmin) under which the largest (step, low) takes the scale furthest from 0, float16.
+
+    A subnormal d is rounded up, and the integers make up for it. So blocks of weights down to 1e-7
+    stay nonzero; rounded to nearest, d would vanish below 1e-4 in Q6_K.
+    """
+    widest_11G = jnp.argmax(jnp.abs(step_1JG), axis=1, keepdims=True)
+    d_11G = jnp.take_along_axis(step_1JG, widest_11G, axis=1) / max(quant.scale_range, key=abs)
+    dmin_11G = jnp.max(-low_1JG, axis=1, keepdims=True) / quant.scale_range[1]
+
+    def rounded(d_11G: Array) -> Array:
+        size_11G = jnp.abs(d_11G)
+        up_11G = jnp.copysign(jnp.ceil(size_11G * 2.0**24) * 2.0**-24, d_11G)
+        return jnp.where(size_11G < 2.0**-14, up_11G, d_11G).astype(jnp.float16)
+
+    return rounded(d_11G), rounded(dmin_11G)
+
+
+@_stage
+def _first_scales(
+    step_1JG: Array, low_1JG: Array, d_11G: Array, dmin_11G: Array, quant: KQuant
+) -> Scales:
+    """The integers nearest to fitted steps."""
+    scale_1JG = jnp.round(step_1JG * _inverse(d_11G.astype(jnp.float32)))
+    offset_1JG = jnp.round(-low_1JG * _inverse(dmin_11G.astype(jnp.float32)))
+    return Scales(
+        d_11G,
+        dmin_11G,
+        jnp.clip(scale_1JG, *quant.scale_range),
+        jnp.clip(offset_1JG, 0, quant.scale_range[1]),
+    )
+
+
+def _neighbours(start: Scales, moves: Array, quant: KQuant) -> Scales:
+    return start._replace(
+        scale_1JG=jnp.clip(start.scale_1JG + moves[0], *quant.scale_range),
+        offset_1JG=jnp.clip(start.offset_1JG + moves[1], 0, quant.scale_range[1]),
+    )
+
+
+def _moves(quant: KQuant) -> Array:
+    """The C moves from a (scale, offset), float32 [2, C], staying first: it wins the ties."""
+    moves = itertools.product((0, 1, -1), (0, 1, -1) if quant.has_offsets else (0,))
+    return jnp.asarray(list(moves), jnp.float32).T
+
+
+@_stage
+def _near_errors_CJG(chunk: _Chunk, start: Scales, quant: KQuant) -> Array:
+    """The weighted squared error of each move from `start`, its d and dmin unchanged."""
+    near = _neighbours(start, _moves(quant)[:, :, None, None], quant)
+    step_CJG, low_CJG = _affine(near)
+    error_CJG = jnp.float32(0.0)
+    for x, w in _lanes(chunk):
+        miss_CJG = x - (step_CJG * _q(x, step_CJG, low_CJG, quant) + low_CJG)
+        error_CJG = error_CJG + w * (miss_CJG * miss_CJG)
+    return error_CJG
+
+
+@_stage
+def _nearest_scales(error_CJG: Array, start: Scales, quant: KQuant) -> Scales:
+    """`start` after the best moves."""
+    best_1JG = jnp.argmin(error_CJG, axis=0, keepdims=True)
+    return _neighbours(start, _moves(quant)[:, best_1JG], quant)
+
+
+@_stage
+def _chosen_moments(chunk: _Chunk, scales: Scales, quant: KQuant) -> _Moments:
+    return _moments(chunk, *_affine(scales), quant)
+
+
+@jax.jit
+def _fit_super_scales(sums: _Moments, scales: Scales) -> Scales:
+    """The d and dmin of least weighted error for given integers; unchanged where not determined."""
+
+    def total(terms_1JG: Array) -> Array:
+        return jnp.sum(terms_1JG, axis=1, keepdims=True)
+
+    # ŵ = d·a − dmin·b with a = scale·q and b = offset.
+    scale_1JG, offset_1JG = scales.scale_1JG, scales.offset_1JG
+    aa_11G = total(scale_1JG * scale_1JG * sums.wqq)
+    ax_11G = total(scale_1JG * sums.wxq)
+    ab_11G = total(scale_1JG * offset_1JG * sums.wq)
+    bb_11G = total(offset_1JG * offset_1JG * sums.w)
+    bx_11G = total(offset_1JG * sums.wx)
+    det_11G = aa_11G * bb_11G - ab_11G * ab_11G
+    both_11G = det_11G > 1e-6 * aa_11G * bb_11G
+    per_det_11G = _inverse(det_11G)
+    d_11G = jnp.where(
+        both_11G,
+        (ax_11G * bb_11G - bx_11G * ab_11G) * per_det_11G,
+        ax_11G * _inverse(aa_11G),
+    )
+    dmin_11G = (ax_11G * ab_11G - bx_11G * aa_11G) * per_det_11G
+    d_known_11G = both_11G | ((aa_11G > 0) & (bb_11G == 0))
+    return scales._replace(
+        d_11G=jnp.where(d_known_11G, d_11G.astype(jnp.float16), scales.d_11G),
+        dmin_11G=jnp.where(both_11G, dmin_11G.astype(jnp.float16), scales.dmin_11G),
+    )
+
+
+@_stage
+def _stored_q_GW(chunk: _Chunk, scales: Scales, quant: KQuant) -> Array:
+    """The quants as stored, from 0 up, uint8 [G, W]."""
+    q_IJG = _q(chunk.x_IJG, *_affine(scales), quant) - quant.q_range[0]
+    return q_IJG.astype(jnp.uint8).transpose(2, 1, 0).reshape(-1, BLOCK_LEN)

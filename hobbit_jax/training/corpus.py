@@ -1,0 +1,158 @@
+"""The reference model's text: Python's own standard library and our miniature tasks.
+
+Owns which text is trained on, which is held out, and the tokenizer made from
+the former. Called by `trainer.py` and `export.py`. The library's sources are
+on every machine that can run this project; a file is held out by a hash of its
+module path, so it is the same file under every Python version. Generated tasks
+are split by their own content (`hobbit_jax/minitasks`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from hobbit_jax.minitasks import arithmetic, functions
+
+END_OF_TEXT = "<|endoftext|>"
+HELD_OUT_ONE_IN = 20
+EXCLUDED_DIRECTORIES = frozenset({"site-packages", "test", "tests", "idlelib", "__pycache__"})
+# Qwen2's pre-tokeniser: digits stand alone, which lets a small model do arithmetic.
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One standard-library module: its path below the library root, and its text."""
+
+    name: str
+    text: str
+
+    @property
+    def held_out(self) -> bool:
+        digest = hashlib.blake2b(self.name.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") % HELD_OUT_ONE_IN == 0
+
+
+def standard_library() -> list[SourceFile]:
+    """Every module of the running interpreter's library, sorted by name, tests left out."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if EXCLUDED_DIRECTORIES.isdisjoint(relative.parts):
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            files.append(SourceFile(relative.as_posix(), text))
+    return [file for file in files if file.text.strip()]
+
+
+def task_documents(seed: int, count: int) -> list[str]:
+    """`count` training documents: worked problems, drills of plain facts, small functions."""
+    n_problems, n_drills = count * 2 // 5, count // 5
+    n_functions = count - n_problems - n_drills
+    problems = arithmetic.generate(seed, n_problems, "train")
+    problems += functions.generate(seed, n_functions, "train")
+    documents = [problem.prompt + problem.solution for problem in problems]
+    return documents + arithmetic.drills(seed, n_drills, "train")
+
+
+def train_tokenizer(files: list[SourceFile], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE over training files and a sample of tasks; `END_OF_TEXT` is id 0."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [file.text for file in files if not file.held_out]
+    tokenizer.train_from_iterator(texts + task_documents(0, 20_000), trainer)
+    return tokenizer
+
+
+def pack(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
+    """One uint16 stream: every document preceded by END_OF_TEXT."""
+    boundary = tokenizer.token_to_id(END_OF_TEXT)
+    stream: list[int] = []
+    for encoding in tokenizer.encode_batch(documents):
+        stream.append(boundary)
+        stream.extend(encoding.ids)
+    return np.asarray(stream, np.uint16)
+
+
+class Batches:
+    """Training batches as a pure function of the step, so that a resumed run sees the same data.
+
+    Sources are cut into windows at a fresh offset each epoch and shuffled;
+    tasks are generated anew for every block of `steps_per_task_block` steps.
+    """
+
+    steps_per_task_block = 64
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        files: list[SourceFile],
+        *,
+        batch: int,
+        context: int,
+        task_rows: int,
+        seed: int,
+    ):
+        self.tokenizer, self.batch, self.context = tokenizer, batch, context
+        self.task_rows, self.seed = task_rows, seed
+        self.source_stream = pack(tokenizer, [f.text for f in files if not f.held_out])
+        self._task_block: tuple[int, np.ndarray] = (-1, np.zeros((0, 0), np.uint16))
+
+    @property
+    def source_rows(self) -> int:
+        return self.batch - self.task_rows
+
+    def _source_windows(self, step: int) -> np.ndarray:
+        per_epoch = len(self.source_stream) // (self.context + 1) - 1
+        rows = []
+        for index in range(step * self.source_rows, (step + 1) * self.source_rows):
+            epoch, position = divmod(index, per_epoch)
+            rng = np.random.default_rng([self.seed, epoch])
+            offset = int(rng.integers(self.context + 1))
+            start = offset + int(rng.permutation(per_epoch)[position]) * (self.context + 1)
+            rows.append(self.source_stream[start : start + self.context + 1])
+        return np.stack(rows)
+
+    def _task_windows(self, step: int) -> np.ndarray:
+        block, position = divmod(step, self.steps_per_task_block)
+        if self._task_block[0] != block:
+            rows_needed = self.steps_per_task_block * self.task_rows
+            stream = np.zeros(0, np.uint16)
+            # A document is 30 to 90 tokens long; draw until the block is full.
+            part = 0
+            while len(stream) < rows_needed * (self.context + 1):
+                documents = task_documents((self.seed * 1_000_003 + block) * 64 + part + 1, 4000)
+                order = np.random.default_rng([self.seed, block, part]).permutation(len(documents))
+                packed = pack(self.tokenizer, [documents[i] for i in order])
+                stream = np.concatenate([stream, packed])
+                part += 1
+            used = stream[: rows_needed * (self.context + 1)]
+            self._task_block = (block, used.reshape(rows_needed, self.context + 1))
+        start = position * self.task_rows
+        return self._task_block[1][start : start + self.task_rows]
+
+    def __call__(self, step: int) -> np.ndarray:
+        """Token ids int32 [batch, context + 1] of this step."""
+        rows = np.concatenate([self._source_windows(step), self._task_windows(step)])
+        return rows.astype(np.int32)

@@ -1,0 +1,162 @@
+"""Which files we say we can run: the right numbers from the right keys, and every refusal."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hobbit_jax.architecture import global_tensors, layer_tensors, read_config
+from hobbit_jax.gguf_file import GGUFFile, TensorInfo
+
+D, F, E, HEADS, KV_HEADS, VOCAB, LAYERS = 16, 12, 4, 4, 2, 10, 2
+
+
+def model_file(arch="qwen3moe", head_dim=8, keys=(), drop=(), tensors=(), tied=False) -> GGUFFile:
+    """A file of one family with exactly the tensors that llama.cpp creates for it."""
+    width_key = "expert_feed_forward_length" if arch == "qwen3moe" else "feed_forward_length"
+    kv_heads = HEADS if arch == "olmoe" else KV_HEADS
+    metadata = {
+        "block_count": LAYERS,
+        "context_length": 64,
+        "embedding_length": D,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": kv_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "expert_count": E,
+        "expert_used_count": 2,
+        "rope.freq_base": 1e6,
+        width_key: F,
+    } | dict(keys)
+    metadata = {f"{arch}.{k}": v for k, v in metadata.items() if k not in drop}
+    metadata |= {"general.architecture": arch, "tokenizer.ggml.tokens": ["x"] * VOCAB}
+    q, kv = HEADS * head_dim, kv_heads * head_dim
+    shapes = {"token_embd.weight": (VOCAB, D), "output_norm.weight": (D,)}
+    if not tied:
+        shapes["output.weight"] = (VOCAB, D)
+    for layer in range(LAYERS):
+        block = {
+            "attn_norm": (D,),
+            "attn_q": (q, D),
+            "attn_k": (kv, D),
+            "attn_v": (kv, D),
+            "attn_output": (D, q),
+            "ffn_norm": (D,),
+            "ffn_gate_inp": (E, D),
+            "ffn_gate_exps": (E, F, D),
+            "ffn_up_exps": (E, F, D),
+            "ffn_down_exps": (E, D, F),
+        }
+        if arch == "qwen3moe":
+            block |= {"attn_q_norm": (head_dim,), "attn_k_norm": (head_dim,)}
+        if arch == "olmoe":
+            block |= {"attn_q_norm": (q,), "attn_k_norm": (kv,)}
+        shapes |= {f"blk.{layer}.{role}.weight": shape for role, shape in block.items()}
+    shapes |= dict(tensors)
+    infos = {
+        name: TensorInfo(name, "F32", shape, np.zeros(0, np.uint8))
+        for name, shape in shapes.items()
+        if name not in drop
+    }
+    return GGUFFile((Path("model.gguf"),), metadata, {}, infos)
+
+
+@pytest.mark.parametrize(
+    ("arch", "rope_style", "qk_norm", "renormalise"),
+    [
+        ("qwen3moe", "neox", "head", True),
+        ("llama", "norm", "none", True),
+        ("olmoe", "neox", "full", False),
+    ],
+)
+def test_families(arch, rope_style, qk_norm, renormalise):
+    file = model_file(arch)
+    config = read_config(file)
+    assert (config.rope_style, config.qk_norm) == (rope_style, qk_norm)
+    assert config.renormalise_topk is renormalise
+    assert (config.n_layers, config.d_model, config.d_expert, config.n_experts) == (LAYERS, D, F, E)
+    assert (config.n_heads, config.head_dim, config.rope_dim) == (HEADS, 8, 8)
+    assert (config.experts_per_token, config.vocab_size, config.context_length) == (2, VOCAB, 64)
+    assert (config.rope_base, config.rms_eps, config.tied_head) == (1e6, 1e-6, False)
+    named = {n for layer in range(LAYERS) for n in layer_tensors(config, layer).values()}
+    assert named | set(global_tensors(config).values()) == set(file.tensors)
+    assert layer_tensors(config, 1)["router"] == "blk.1.ffn_gate_inp.weight"
+
+
+def test_defaults_of_the_format():
+    """What llama.cpp assumes for absent keys; the head is tied when the file has no output."""
+    optional = ("rope.freq_base", "attention.key_length", "attention.value_length")
+    config = read_config(model_file("llama", head_dim=D // HEADS, drop=optional, tied=True))
+    assert (config.head_dim, config.rope_dim, config.rope_base) == (4, 4, 10000.0)
+    assert config.tied_head and "output" not in global_tensors(config)
+    with pytest.raises(ValueError, match=r"'output\.weight' is missing"):
+        read_config(model_file("olmoe", tied=True))
+
+
+REQUIRED = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+    "expert_count",
+    "expert_used_count",
+    "expert_feed_forward_length",
+)
+
+
+@pytest.mark.parametrize("key", REQUIRED)
+def test_missing_keys_are_named(key):
+    with pytest.raises(ValueError, match=rf"qwen3moe\.{key} is missing"):
+        read_config(model_file(drop=(key,)))
+
+
+def test_every_missing_or_misshapen_tensor_is_named():
+    for name, tensor in model_file().tensors.items():
+        if name != "output.weight":  # its absence means a tied head
+            with pytest.raises(ValueError, match=f"'{name}' is missing"):
+                read_config(model_file(drop=(name,)))
+        wrong = (*tensor.shape[:-1], tensor.shape[-1] + 1)
+        with pytest.raises(ValueError) as caught:
+            read_config(model_file(tensors={name: wrong}))
+        message = str(caught.value)
+        assert f"{name!r} has shape {wrong}, expected {tensor.shape}" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"arch": "gemma3"}, NotImplementedError, "'gemma3'.*qwen3moe, llama, olmoe"),
+        ({"arch": "llama", "drop": ("expert_count",)}, NotImplementedError, "dense llama"),
+        ({"keys": {"rope.scaling.type": "yarn"}}, NotImplementedError, "'yarn'"),
+        ({"keys": {"rope.scaling.factor": 4.0}}, NotImplementedError, r"4\.0"),
+        ({"keys": {"rope.dimension_count": 4}}, NotImplementedError, "4 of 8"),
+        ({"keys": {"attention.sliding_window": 32}}, NotImplementedError, "32 tokens.*64"),
+        ({"keys": {"attention.value_length": 4}}, NotImplementedError, "one width"),
+        ({"keys": {"expert_weights_scale": 2.5}}, NotImplementedError, "expert_weights_scale"),
+        ({"keys": {"expert_weights_norm": False}}, NotImplementedError, "expert_weights_norm"),
+        ({"keys": {"expert_gating_func": 2}}, NotImplementedError, "expert_gating_func"),
+        ({"keys": {"expert_shared_count": 1}}, NotImplementedError, "expert_shared_count"),
+        ({"keys": {"attention.clamp_kqv": 8.0}}, NotImplementedError, "clamp_kqv"),
+        ({"keys": {"attention.head_count_kv": [2, 4]}}, NotImplementedError, "per layer"),
+        ({"tensors": {"rope_freqs.weight": (4,)}}, NotImplementedError, "rotary frequencies"),
+        ({"tensors": {"blk.0.attn_q.bias": (32,)}}, NotImplementedError, "biases"),
+        ({"tensors": {"blk.0.ffn_up_shexp.weight": (F, D)}}, NotImplementedError, "shared"),
+        ({"tensors": {"blk.0.ffn_gate.0.weight": (F, D)}}, NotImplementedError, "April 2024"),
+        ({"tensors": {"blk.0.attn_qkv.weight": (64, D)}}, NotImplementedError, "fused q"),
+        ({"tensors": {"blk.2.attn_norm.weight": (D,)}}, NotImplementedError, "2 layers"),
+        ({"keys": {"expert_used_count": 5}}, ValueError, "5 experts per token"),
+        ({"keys": {"attention.head_count_kv": 3}}, ValueError, "multiple of the 3"),
+        ({"keys": {"block_count": 0}}, ValueError, "at least 1"),
+        ({"keys": {"block_count": "2"}}, ValueError, "expected a number"),
+    ],
+)
+def test_refusals(arguments, error, match):
+    with pytest.raises(error, match=match) as caught:
+        read_config(model_file(**arguments))
+    assert "\n" not in str(caught.value) and "model.gguf" in str(caught.value)
+
+
+def test_a_window_as_long_as_the_context_is_no_window():
+    assert read_config(model_file(keys={"attention.sliding_window": 64})).context_length == 64
