@@ -24,7 +24,6 @@ I, XLA's CPU backend takes 50 times as long.)
 """
 
 # Fields are arrays, and array names end in their shape letters.
-# ruff: noqa: N815
 
 import dataclasses
 import functools

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from hobbit_jax import quantize
+from hobbit_jax import quantize, scale_search
 from hobbit_jax.architecture import ModelConfig, layer_tensors
 from hobbit_jax.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
 from hobbit_jax.store import ROLES
-from pallas_kernels.formats import get_format
+from pallas_kernels.formats import Format, get_format
 
 SOURCE_KEY = "hobbit.tier.source_sha256"
 ENCODER_KEY = "hobbit.tier.encoder_sha256"
@@ -30,13 +31,18 @@ ENCODER_KEY = "hobbit.tier.encoder_sha256"
 
 def encoder_sha256() -> str:
     """Hash of the encoder's source, so that a better encoder never meets its old output."""
-    return hashlib.sha256(Path(quantize.__file__).read_bytes()).hexdigest()
+    sources = [Path(module.__file__).read_bytes() for module in (quantize, scale_search)]
+    return hashlib.sha256(b"".join(sources)).hexdigest()
+
+
+@partial(jax.jit, static_argnames="format")
+def _unpack(raw: jax.Array, format: Format) -> jax.Array:
+    return format.unpack(format.split(raw))
 
 
 def dequantize(tensor: TensorInfo, index: int | slice = slice(None)) -> np.ndarray:
     """float32 weights of `tensor.raw[index]`, decoded by the format's own unpack."""
-    format = get_format(tensor.format)
-    return np.asarray(jax.jit(lambda raw: format.unpack(format.split(raw)))(tensor.raw[index]))
+    return np.asarray(_unpack(tensor.raw[index], get_format(tensor.format)))
 
 
 def _encoded(tensor: TensorInfo, format: str, progress: tqdm) -> Callable[[], np.ndarray]:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as _LibraryTokenizer
 
@@ -153,6 +154,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of token ids, special and unused ones included."""
         return len(self._bytes)
+
+    def byte_lengths(self) -> np.ndarray:
+        """UTF-8 bytes that each id stands for in text, int64 [V]; 0 for control tokens."""
+        return np.asarray(
+            [0 if i in self._hidden_ids else len(piece) for i, (piece, _) in enumerate(self._bytes)]
+        )
 
     def encode(
         self, text: str, add_bos: bool | None = None, parse_special: bool = True

@@ -95,6 +95,16 @@ def pack(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
     return np.asarray(stream, np.uint16)
 
 
+def held_out_windows(
+    tokenizer: Tokenizer, files: list[SourceFile], context: int, count: int
+) -> np.ndarray:
+    """int32 [count, context + 1], spread evenly over the held-out sources."""
+    stream = pack(tokenizer, [file.text for file in files if file.held_out])
+    available = len(stream) // (context + 1)
+    windows = stream[: available * (context + 1)].reshape(available, context + 1)
+    return windows[:: max(1, available // count)][:count].astype(np.int32)
+
+
 class Batches:
     """Training batches as a pure function of the step, so that a resumed run sees the same data.
 

@@ -1,0 +1,126 @@
+"""Quality of a plan: likelihood of held-out text, and distance from the native model.
+
+Owns evaluation windows, the cached native logits, and the per-token figures:
+negative log-likelihood, KL(native || plan) and top-1 agreement. Called by
+`sweep.py`. Figures are per token; intervals are over windows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from hobbit_jax.engine import Engine
+from hobbit_jax.evals.statistics import Interval, bootstrap
+from hobbit_jax.tokenizer import Tokenizer
+
+WINDOWS_PER_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Evaluation text: token ids int32 [W, T + 1], and the UTF-8 bytes each target stands for."""
+
+    ids_WS: np.ndarray
+    target_bytes_WT: np.ndarray
+
+    @property
+    def targets(self) -> int:
+        """Number of predicted tokens."""
+        return self.target_bytes_WT.size
+
+
+def cut_windows(
+    tokenizer: Tokenizer, texts: Sequence[str], count: int, context: int, seed: int = 0
+) -> Windows:
+    """`count` windows of `context` + 1 tokens, spread over `texts`, none overlapping.
+
+    Raises:
+        ValueError: the texts are too short for that many windows.
+    """
+    stream = np.concatenate([np.asarray(tokenizer.encode(text), np.int32) for text in texts])
+    available = len(stream) // (context + 1)
+    if available < count:
+        raise ValueError(
+            f"the text has {len(stream)} tokens, enough for {available} windows of {context} + 1; "
+            f"{count} were asked for"
+        )
+    windows_WS = stream[: available * (context + 1)].reshape(available, context + 1)
+    chosen = np.sort(np.random.default_rng(seed).permutation(available)[:count])
+    ids_WS = windows_WS[chosen]
+    return Windows(ids_WS, tokenizer.byte_lengths()[ids_WS[:, 1:]])
+
+
+def native_logits(engine: Engine, windows: Windows, path: Path) -> np.ndarray:
+    """Native logits float32 [W, T, V], memory-mapped from `path`; computed once if absent.
+
+    A killed run leaves a temporary file behind, never a half-written result.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        count, width = windows.ids_WS.shape
+        shape = (count, width - 1, engine.config.vocab_size)
+        array_WTV = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+        for start in tqdm(range(0, count, WINDOWS_PER_BATCH), desc="native logits", leave=False):
+            batch = windows.ids_WS[start : start + WINDOWS_PER_BATCH, :-1]
+            array_WTV[start : start + len(batch)] = np.asarray(engine.score(batch))
+        array_WTV.flush()
+        del array_WTV
+        os.replace(partial, path)
+    return np.load(path, mmap_mode="r")
+
+
+@jax.jit
+def _compare(logits_BTV: jax.Array, native_BTV: jax.Array, targets_BT: jax.Array):
+    log_q_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+    log_p_BTV = jax.nn.log_softmax(native_BTV, axis=-1)
+    nll_BT = -jnp.take_along_axis(log_q_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    kl_BT = jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1)
+    agree_BT = jnp.argmax(logits_BTV, axis=-1) == jnp.argmax(native_BTV, axis=-1)
+    return nll_BT, kl_BT, agree_BT
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures of one plan on one set of windows; all with 95 % intervals over windows."""
+
+    tokens: int
+    bits_per_byte: Interval
+    perplexity: Interval
+    kl_mean: Interval
+    kl_p99: Interval
+    top1_agreement: Interval
+
+
+def evaluate(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Quality:
+    """Teacher-forced comparison with the native model's logits (nats; perplexity per token)."""
+    parts = []
+    for start in range(0, len(windows.ids_WS), WINDOWS_PER_BATCH):
+        ids_BS = windows.ids_WS[start : start + WINDOWS_PER_BATCH]
+        logits_BTV = engine.score(ids_BS[:, :-1])
+        native_BTV = np.asarray(native_WTV[start : start + len(ids_BS)])
+        parts.append(jax.device_get(_compare(logits_BTV, native_BTV, ids_BS[:, 1:])))
+    nll_WT, kl_WT, agree_WT = (np.concatenate(part) for part in zip(*parts, strict=True))
+    nll_W = nll_WT.sum(axis=1, dtype=np.float64)
+    bytes_W = windows.target_bytes_WT.sum(axis=1, dtype=np.float64)
+    count, width = nll_WT.shape
+
+    def interval(statistic) -> Interval:
+        return bootstrap(statistic, count)
+
+    return Quality(
+        tokens=nll_WT.size,
+        bits_per_byte=interval(lambda w: nll_W[w].sum() / np.log(2) / bytes_W[w].sum()),
+        perplexity=interval(lambda w: np.exp(nll_W[w].sum() / (width * len(w)))),
+        kl_mean=interval(lambda w: kl_WT[w].mean(dtype=np.float64)),
+        kl_p99=interval(lambda w: np.quantile(kl_WT[w], 0.99)),
+        top1_agreement=interval(lambda w: agree_WT[w].mean(dtype=np.float64)),
+    )

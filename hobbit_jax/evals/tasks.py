@@ -1,0 +1,58 @@
+"""The miniature tasks, scored: worked arithmetic by its answer, functions by running them.
+
+Owns prompts, stop rules and verdicts. Called by `sweep.py` and by the model
+card. Problems are held-out ones (`hobbit_jax/minitasks`), completions greedy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from hobbit_jax.engine import Engine
+from hobbit_jax.evals.statistics import share
+from hobbit_jax.minitasks import arithmetic, execution, functions
+from hobbit_jax.tokenizer import Tokenizer
+
+TaskName = Literal["arithmetic", "functions"]
+MAX_NEW_TOKENS = {"arithmetic": 64, "functions": 48}
+HELD_OUT_SEED = 2026
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Exact match (arithmetic) or pass@1 (functions), with Wilson's 95 % interval."""
+
+    problems: int
+    correct: int
+    value: float
+    low: float
+    high: float
+
+
+def complete(
+    engine: Engine, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int
+) -> list[str]:
+    """Greedy completions of all prompts as one batch, each ended by the model's own EOS."""
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    stop_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    steps = [ids_B for ids_B, _ in engine.generate(encoded, max_new_tokens, stop_ids=stop_ids)]
+    if not steps:
+        return [""] * len(prompts)
+    ids_BN = np.stack(steps, axis=1)
+    return [tokenizer.decode(row[row >= 0].tolist()) for row in ids_BN]
+
+
+def evaluate(engine: Engine, tokenizer: Tokenizer, task: TaskName, problems: int) -> TaskScore:
+    """Scores `problems` held-out problems of one task."""
+    module = arithmetic if task == "arithmetic" else functions
+    drawn = module.generate(HELD_OUT_SEED, problems, "heldout")
+    texts = complete(engine, tokenizer, [p.prompt for p in drawn], MAX_NEW_TOKENS[task])
+    if task == "arithmetic":
+        verdicts = [arithmetic.score(p, text) for p, text in zip(drawn, texts, strict=True)]
+    else:
+        verdicts = execution.run_candidates(drawn, texts)
+    interval = share(sum(verdicts), problems)
+    return TaskScore(problems, sum(verdicts), interval.value, interval.low, interval.high)

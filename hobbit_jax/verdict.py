@@ -1,0 +1,404 @@
+"""The rule that turns rows into an answer, and the comparisons that it rests on.
+
+Owns what "worth it", "below the control", "better than a uniform quant" and "equally fast"
+mean. Called by `report.py` and `figures.py`. The limits are the config's (`sweep.json`, written
+before any row); nothing here can move them. What was not measured makes a condition open,
+never true. Two intervals differ only where they do not touch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from hobbit_jax.evals.statistics import Interval
+from hobbit_jax.results import NATIVE, RANDOM, UNIFORM, Plan, Results, Row, Setting
+
+ZERO = Interval(0.0, 0.0, 0.0)
+_ROUNDING = 1e-9  # of a difference of two shares, so that a loss of exactly the limit passes
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The limits stated beforehand; units in the names, `kl_limit` in nats per token."""
+
+    kl_limit: float
+    speedup_needed: float
+    bytes_moved_ratio_needed: float
+    task_loss_limit: float
+    pcie_gb_s: float
+    device_gb_s: float
+    card: str
+
+    @classmethod
+    def of(cls, rule: Mapping[str, Any]) -> Rule:
+        """Reads the rule of a sweep.
+
+        Raises:
+            ValueError: a limit is absent or no number.
+        """
+        values = {}
+        for field in fields(cls):
+            value = rule.get(field.name)
+            wanted = str if field.name == "card" else int | float
+            if isinstance(value, bool) or not isinstance(value, wanted):
+                raise ValueError(f"the sweep's rule has {field.name} = {value!r}; want a value")
+            values[field.name] = value
+        return cls(**values)
+
+
+class Outcome(Enum):
+    """The answers, best first."""
+
+    WORTH_IT = "worth it"
+    SMALLER_EXPERTS = "the smaller experts pay, the signal does not"
+    NOT_NEEDED = "not needed at this budget"
+    OPEN = "open"
+    NO = "not worth it"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One clause of the rule. `holds` is None where the rows cannot say.
+
+    A skipped clause does not count: it says why in `text`.
+    """
+
+    name: str
+    holds: bool | None
+    text: str
+    skipped: bool = False
+
+    @property
+    def mark(self) -> str:
+        """For a table cell."""
+        if self.skipped:
+            return "skipped"
+        return {True: "holds", False: "fails", None: "open"}[self.holds]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The rule applied to one mixed plan at one budget."""
+
+    row: Row
+    outcome: Outcome
+    conditions: tuple[Condition, ...]
+
+    @property
+    def decisive(self) -> list[Condition]:
+        """The clauses that decided: all that failed, else all that are open, else all."""
+        counted = [c for c in self.conditions if not c.skipped]
+        for verdict in (False, None):
+            found = [c for c in counted if c.holds is verdict]
+            if found:
+                return found
+        return counted
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer for one budget and low format: its best candidate, and all of them."""
+
+    setting: Setting
+    low_format: str
+    best: Judgement
+    judgements: tuple[Judgement, ...]
+
+
+def verdicts(results: Results, rule: Rule) -> list[Verdict]:
+    """One verdict for each (budget, low format) that has a mixed plan."""
+    groups: dict[tuple[Setting, str], list[Judgement]] = {}
+    for row in results.rows:
+        if row.plan.is_mixed:
+            judgement = judge(row, results, rule)
+            groups.setdefault((row.setting, row.plan.low_format or ""), []).append(judgement)
+    return [
+        Verdict(setting, low_format, min(group, key=_preference), tuple(group))
+        for (setting, low_format), group in sorted(groups.items())
+    ]
+
+
+def judge(row: Row, results: Results, rule: Rule) -> Judgement:
+    """Applies `rule` to a mixed plan at its budget."""
+    native = results.native(row)
+    conditions = [
+        _quality(row, rule),
+        _tasks(row, native, rule),
+        _bytes_moved(row, native, rule),
+        _rivals(row, results),
+        _signal(row, results),
+        _speed(row, native, rule),
+    ]
+    counted = {c.name: c.holds for c in conditions if not c.skipped}
+    signal = counted.pop("signal")
+    if native is not None and native.bytes_moved == 0:
+        outcome = Outcome.NOT_NEEDED
+    elif False in counted.values():
+        outcome = Outcome.NO
+    elif None in counted.values():
+        outcome = Outcome.OPEN
+    else:
+        decided = {True: Outcome.WORTH_IT, False: Outcome.SMALLER_EXPERTS, None: Outcome.OPEN}
+        outcome = decided[signal]
+    return Judgement(row, outcome, tuple(conditions))
+
+
+def _preference(judgement: Judgement) -> tuple:
+    """Sort key: the outcome, few failed clauses, no control, few bytes moved, low KL."""
+    row, kl = judgement.row, judgement.row.kl_mean
+    return (
+        list(Outcome).index(judgement.outcome),
+        sum(c.holds is False for c in judgement.conditions if not c.skipped),
+        row.plan.signal == RANDOM,
+        float("inf") if row.bytes_moved is None else row.bytes_moved,
+        kl.value if kl else float("inf"),
+        row.plan.order,
+    )
+
+
+def _quality(row: Row, rule: Rule) -> Condition:
+    kl = row.kl_mean
+    if kl is None:
+        return Condition("KL", None, "KL was not measured")
+    holds = kl.high <= rule.kl_limit
+    relation = "within" if holds else "above"
+    text = f"KL {kl.value:.4f}, upper end {kl.high:.4f}, is {relation} the limit {rule.kl_limit:g}"
+    return Condition("KL", holds, text)
+
+
+def _tasks(row: Row, native: Row | None, rule: Rule) -> Condition:
+    rival = native.tasks if native else {}
+    falls = {
+        name: rival[name].score.value - task.score.value
+        for name, task in row.tasks.items()
+        if name in rival
+    }
+    if not falls:
+        return Condition("tasks", None, "task scores are absent: this clause was skipped", True)
+    worst = max(falls, key=lambda name: falls[name])
+    holds = falls[worst] <= rule.task_loss_limit + _ROUNDING
+    change = f"falls by {falls[worst]:.3f}" if falls[worst] > 0 else "does not fall"
+    text = f"{worst} {change} against native (limit {rule.task_loss_limit:g})"
+    return Condition("tasks", holds, text)
+
+
+def _bytes_moved(row: Row, native: Row | None, rule: Rule) -> Condition:
+    rival = native.bytes_moved if native else None
+    if row.bytes_moved is None or rival is None:
+        return Condition("bytes moved", None, "bytes moved are unknown for this plan or for native")
+    if rival == 0:
+        return Condition("bytes moved", False, "native experts move no bytes: all of them fit")
+    ratio = row.bytes_moved / rival
+    text = (
+        f"moves {row.bytes_moved / MIB:.3f} MiB a token, native {rival / MIB:.3f}: "
+        f"×{ratio:.2f}, needed ×{rule.bytes_moved_ratio_needed:g} or less"
+    )
+    return Condition("bytes moved", ratio <= rule.bytes_moved_ratio_needed, text)
+
+
+def _rivals(row: Row, results: Results) -> Condition:
+    """No plan of one precision is as small, as close to native and moves as little."""
+    absent = {cell.plan for cell in results.failed if cell.plan}
+    rivals = {plan for plan in (*results.plans, *absent) if not plan.is_mixed}
+    rivals = {plan for plan in rivals if plan.model == row.plan.model}
+    if not any(plan.signal == UNIFORM for plan in rivals):
+        return Condition("rivals", None, "no uniform rival was measured")
+    unsure = []
+    for plan in sorted(rivals, key=lambda plan: plan.order):
+        verdict, text = _dominates(plan, row, results)
+        if verdict:
+            return Condition("rivals", False, text)
+        if verdict is None:
+            unsure.append(results.label(plan))
+    if unsure:
+        return Condition("rivals", None, f"cannot be compared with {', '.join(unsure)}")
+    return Condition("rivals", True, "no plan of one precision is as good at as few bytes")
+
+
+def _dominates(plan: Plan, row: Row, results: Results) -> tuple[bool | None, str]:
+    """Whether `plan` is at least as good as `row` in host bytes, KL and bytes moved.
+
+    One measured disadvantage settles it; otherwise a missing figure leaves it open.
+    """
+    known = results.quality_row(plan)
+    there = results.at(plan, row.setting)
+    kl = ZERO if plan.signal == NATIVE else known.kl_mean if known else None
+    size = known.plan_bytes if known else None
+    moved = there.bytes_moved if there else None
+    checks = [
+        None if size is None or row.plan_bytes is None else size <= row.plan_bytes,
+        None if kl is None or row.kl_mean is None else not separate(row.kl_mean, kl),
+        None if moved is None or row.bytes_moved is None else moved <= row.bytes_moved,
+    ]
+    if False in checks:
+        return False, ""
+    if size is None or kl is None or moved is None or None in checks:
+        return None, ""
+    return True, (
+        f"{results.label(plan)} is as good or better: {size / MIB:.2f} MiB in all, "
+        f"KL {kl.value:.4f}, {moved / MIB:.3f} MiB moved a token"
+    )
+
+
+def _signal(row: Row, results: Results) -> Condition:
+    gap = control_gap(row.plan, results)
+    if row.plan.signal == RANDOM:
+        return Condition("signal", False, "this plan is the random control itself")
+    if gap is None:
+        return Condition("signal", None, "no random control at this share and format")
+    place = {
+        "below": "below the random control, intervals apart",
+        "above": "above the random control, intervals apart",
+        "not separate": "not separate from the random control",
+    }[gap.relation]
+    text = f"KL is {place} ({gap.difference:+.4f})"
+    return Condition("signal", gap.relation == "below", text)
+
+
+def _speed(row: Row, native: Row | None, rule: Rule) -> Condition:
+    if not row.on_gpu:
+        reason = "decode speed was not measured on a GPU: not part of the rule"
+        return Condition("speed", None, reason, True)
+    relation = compare_speed(row, native) if native else None
+    if relation is None or native is None:
+        return Condition("speed", None, "decode speed has no comparable native timing")
+    assert row.decode and row.decode.tokens_per_second  # compare_speed has seen both
+    assert native.decode and native.decode.tokens_per_second
+    ratio = row.decode.tokens_per_second.value / native.decode.tokens_per_second.value
+    holds = relation == "faster" and ratio >= rule.speedup_needed
+    text = f"decodes ×{ratio:.2f} as fast as native, needed ×{rule.speedup_needed:g}"
+    return Condition("speed", holds, text + (" (equal within the spread)" * (relation == "equal")))
+
+
+@dataclass(frozen=True)
+class ControlGap:
+    """A signal's KL against the random control at the same share and format.
+
+    With several seeds of the control, `control` has their mean and outermost ends.
+    """
+
+    control: Interval
+    difference: float
+    relation: str  # "below", "above" or "not separate"
+
+
+def control_gap(plan: Plan, results: Results) -> ControlGap | None:
+    """None where the plan or its control has no KL."""
+    own = results.quality_row(plan)
+    kls = []
+    for other in results.plans:
+        if other.signal == RANDOM and other.order[3:5] == plan.order[3:5]:
+            row = results.quality_row(other)
+            if other.model == plan.model and row and row.kl_mean:
+                kls.append(row.kl_mean)
+    if not kls or own is None or own.kl_mean is None:
+        return None
+    control = Interval(
+        float(np.mean([kl.value for kl in kls])),
+        min(kl.low for kl in kls),
+        max(kl.high for kl in kls),
+    )
+    relation = "not separate"
+    if separate(control, own.kl_mean):
+        relation = "below"
+    elif separate(own.kl_mean, control):
+        relation = "above"
+    return ControlGap(control, own.kl_mean.value - control.value, relation)
+
+
+@dataclass(frozen=True)
+class LineGap:
+    """A mixed plan's KL against the uniform quants' at its own bytes."""
+
+    line: Interval | None
+    relation: str  # "better", "worse", "equal within the intervals", or why there is no line
+
+
+def uniform_points(model: str, results: Results) -> list[tuple[str, float, Interval]]:
+    """(label, bytes, KL) of native and the uniform quants, by bytes; native's KL is 0."""
+    points: dict[str, tuple[str, float, Interval]] = {}
+    for row in results.rows:
+        if row.plan.model == model and row.store and row.store.native_bytes is not None:
+            points[NATIVE] = (NATIVE, row.store.native_bytes, ZERO)
+            break
+    for plan in results.plans:
+        row = results.quality_row(plan)
+        if plan.signal == UNIFORM and plan.model == model and row:
+            if row.kl_mean is not None and row.plan_bytes is not None:
+                points.setdefault(
+                    plan.low_format or "", (results.label(plan), row.plan_bytes, row.kl_mean)
+                )
+    return sorted(points.values(), key=lambda point: (point[1], point[0]))
+
+
+def line_gap(plan: Plan, results: Results) -> LineGap:
+    """Compares with the straight line between the two neighbouring uniform plans."""
+    own = results.quality_row(plan)
+    if own is None or own.kl_mean is None or own.plan_bytes is None:
+        return LineGap(None, "not measured")
+    points = uniform_points(plan.model, results)
+    if len(points) < 2:
+        return LineGap(None, "too few uniform plans")
+    if own.plan_bytes > points[-1][1]:
+        return LineGap(None, f"larger than {points[-1][0]}")
+    if own.plan_bytes < points[0][1]:
+        return LineGap(None, f"smaller than {points[0][0]}")
+    sizes = [size for _, size, _ in points]
+    ends = zip(*((kl.value, kl.low, kl.high) for _, _, kl in points), strict=True)
+    line = Interval(*(float(np.interp(own.plan_bytes, sizes, end)) for end in ends))
+    if separate(line, own.kl_mean):
+        return LineGap(line, "better")
+    if separate(own.kl_mean, line):
+        return LineGap(line, "worse")
+    return LineGap(line, "equal within the intervals")
+
+
+def separate(upper: Interval, lower: Interval) -> bool:
+    """Whether `upper` lies wholly above `lower`; intervals that touch are not separate."""
+    return lower.high < upper.low
+
+
+def compare_speed(row: Row, native: Row) -> str | None:
+    """ "faster", "slower" or "equal"; None where the timings cannot be compared.
+
+    Timings of different devices, and single repeats (no spread), cannot. Ranges that touch
+    are equal.
+    """
+    if row.decode is None or native.decode is None or row.device != native.device:
+        return None
+    own, rival = row.decode.tokens_per_second, native.decode.tokens_per_second
+    if own is None or rival is None or min(row.decode.repeats, native.decode.repeats) < 2:
+        return None
+    if separate(own, rival):
+        return "faster"
+    return "slower" if separate(rival, own) else "equal"
+
+
+def bound_tokens_per_second(row: Row, rule: Rule) -> float | None:
+    """Most tokens/s that the expert traffic allows on the rule's card, from its bandwidths.
+
+    1 / max(bytes used / device bandwidth, bytes moved / PCIe bandwidth). It knows no dense
+    layers, no latency and no compute, and assumes that copies overlap completely.
+    """
+    if row.decode is None:
+        return None
+    used, moved = row.decode.bytes_used_per_token, row.decode.bytes_moved_per_token
+    if used is None or moved is None:
+        return None
+    seconds = max(used / (rule.device_gb_s * 1e9), moved / (rule.pcie_gb_s * 1e9))
+    return 1 / seconds if seconds > 0 else None
+
+
+def use_shares(selections_LE: Sequence[Sequence[int]]) -> np.ndarray | None:
+    """Each expert's share (0-1) of its layer's selections, float64 [L, E], largest first."""
+    counts_LE = np.asarray(selections_LE, np.float64)
+    totals_L1 = counts_LE.sum(axis=1, keepdims=True)
+    if not np.all(totals_L1 > 0):
+        return None
+    return -np.sort(-counts_LE / totals_L1, axis=1)

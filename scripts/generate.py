@@ -1,0 +1,69 @@
+"""Continues a prompt, streaming the text, and reports what the expert pool did.
+
+    python scripts/generate.py --model M.gguf --prompt "def fib(n):" --max_new_tokens 64 \\
+        --budget_mib 4 [--temperature 0.8 --top_p 0.95 --seed 1]
+
+Text goes to stdout, the report to stderr. Without --budget_mib every expert is resident.
+"""
+
+import sys
+
+from absl import flags
+
+from hobbit_jax import cli
+from hobbit_jax.engine import Engine, StepStats
+from hobbit_jax.loading import load_model
+from hobbit_jax.sampling import Sampling
+from hobbit_jax.store import HostExperts
+
+_MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
+_PROMPT = flags.DEFINE_string("prompt", None, "text to continue", required=True)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "most tokens to generate", 1)
+_BUDGET_MIB = flags.DEFINE_float("budget_mib", None, "expert pool; all resident by default", 0.0)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "probability mass to sample from")
+_SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
+
+
+def report(engine: Engine, steps: list[StepStats]) -> str:
+    """One line per fact. The prefill and the first decode step compile; the rate of the rest
+    is the decode rate."""
+    rates = {"prefill (compiling)": steps[:1], "decode": steps[2:]}
+    lines = []
+    hit_rate, pool = engine.pool.stats.hit_rate, engine.pool
+    lines.append(f"hit rate: {hit_rate:.3f}" if hit_rate is not None else "hit rate: none")
+    lines.append(f"bytes moved: {pool.stats.bytes_moved}")
+    for name, part in rates.items():
+        seconds, tokens = sum(s.seconds for s in part), sum(s.tokens for s in part)
+        rate = f"{tokens / seconds:.1f}" if seconds else "too few tokens"
+        lines.append(f"{name} tokens/s: {rate}")
+    lines.append(f"pool bytes: {pool.device_bytes} of {pool.budget_bytes}")
+    lines.append(f"dense bytes: {engine.model.dense_device_bytes}")
+    return "\n".join(lines)
+
+
+def main(_):
+    sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
+    model = load_model(_MODEL.value or cli.default_model_path())
+    tokenizer = model.tokenizer()
+    prompt = tokenizer.encode(_PROMPT.value)
+    if not prompt:
+        raise ValueError("--prompt is empty; this model needs at least one token to continue")
+    budget_bytes = None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20)
+    engine = Engine(model, HostExperts(model.config, model.file), budget_bytes)
+    stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    steps: list[StepStats] = []
+
+    def new_ids():
+        for ids_B, stats in engine.generate([prompt], _MAX_NEW_TOKENS.value, sampling, stop_ids):
+            steps.append(stats)
+            yield int(ids_B[0])
+
+    for text in tokenizer.decode_stream(new_ids()):
+        print(text, end="", flush=True)
+    print(flush=True)
+    print(report(engine, steps), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,50 @@
+"""Runs every cell of a config and writes one row each; finished cells are skipped.
+
+python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep
+python scripts/sweep.py --config configs/reference.py:demo --config.cache.budget_mib=2 --workdir W
+"""
+
+import importlib.util
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from hobbit_jax import cli
+from hobbit_jax.sweep import run_sweep
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, F.py or F.py:arg.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where rows, tiers and caches are kept.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def _cells(config_file: str):
+    """The config module's own expansion of the config into cells."""
+    spec = importlib.util.spec_from_file_location("sweep_config", config_file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.sweep(_CONFIG.value)
+
+
+def main(_) -> int:
+    config = _CONFIG.value
+    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+    description = {
+        "title": config.title,
+        "question": config.question,
+        "command": shlex.join(["python", *sys.argv]),
+        "config": json.loads(config.to_json_best_effort()),
+        "rule": config.rule.to_dict(),
+    }
+    ran, skipped, failed = run_sweep(_cells(config_file), description, Path(_WORKDIR.value))
+    print(f"{ran - failed} cells done, {failed} failed, {skipped} were finished before")
+    print(f"next: python scripts/report.py --workdir {_WORKDIR.value}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,178 @@
+"""The slot pool: how a budget is divided, and what holds after any sequence of requests."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hobbit_jax.architecture import read_config
+from hobbit_jax.cache.policy import DEFAULT_PROTECTED_FRACTION
+from hobbit_jax.cache.pool import BankDemand, SlotPool, divide_budget
+from hobbit_jax.gguf_file import open_gguf
+from hobbit_jax.precision import demands, uniform_plan
+from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
+from pallas_kernels.formats import get_format
+from pallas_kernels.reference import Signature
+
+
+def demand(expert_bytes, n_experts, min_slots, weight):
+    signature = Signature("Q4_K", "Q4_K", "Q4_K")  # divide_budget does not look at it
+    return BankDemand(signature, expert_bytes, n_experts, min(min_slots, n_experts), weight)
+
+
+some_demands = st.lists(
+    st.builds(
+        demand,
+        st.integers(1, 1000),
+        st.integers(1, 40),
+        st.integers(0, 8),
+        st.sampled_from([0.0, 0.01, 1.0, 7.0]),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(some_demands, st.integers(0, 60_000))
+def test_divide_budget(banks, extra):
+    needed = sum(d.expert_bytes * d.min_slots for d in banks)
+    if needed:
+        with pytest.raises(ValueError, match=rf"needs at least {needed} bytes"):
+            divide_budget(banks, needed - 1)
+    slots = divide_budget(banks, needed + extra)
+    for d, n in zip(banks, slots, strict=True):
+        assert d.min_slots <= n <= d.n_experts
+    left = needed + extra - sum(d.expert_bytes * n for d, n in zip(banks, slots, strict=True))
+    unfilled = [d.expert_bytes for d, n in zip(banks, slots, strict=True) if n < d.n_experts]
+    assert 0 <= left < min(unfilled, default=np.inf)
+
+
+def test_divide_budget_goes_where_the_uses_are():
+    banks = [demand(10, 100, 2, 1.0), demand(10, 100, 2, 3.0)]
+    assert divide_budget(banks, 800) == [20, 60]
+
+
+@pytest.fixture(scope="module")
+def store(two_banks_path):
+    file = open_gguf(two_banks_path)
+    return HostExperts(read_config(file), file)
+
+
+def make_pool(store, slots, protected_fraction=DEFAULT_PROTECTED_FRACTION):
+    """A pool whose two banks get `slots`; the budget has a few bytes too many."""
+    wanted = demands(uniform_plan(store), store)
+    expert_bytes = [d.expert_bytes for d in wanted]
+    budget = sum(b * n for b, n in zip(expert_bytes, slots, strict=True)) + 100
+    pool = SlotPool(store, wanted, budget, protected_fraction)
+    assert tuple(pool.slots.values()) == slots
+    return pool
+
+
+_join = jax.jit(lambda planes, name: get_format(name).join(planes), static_argnames="name")
+
+
+def check_invariants(pool, store):
+    """Everything that must hold between two calls, whatever came before."""
+    keys_of = {signature: {} for signature in pool.banks}
+    for key in pool.resident():
+        assert 0 <= pool.slot(key) < pool.slots[store.signature(key)]
+        taken = keys_of[store.signature(key)].setdefault(pool.slot(key), key)
+        assert taken == key, f"slot {pool.slot(key)} is shared by {taken} and {key}"
+    assert pool.device_bytes <= pool.budget_bytes
+    on_device = [array.on_device_size_in_bytes() for array in jax.tree.leaves(pool.banks)]
+    assert pool.device_bytes == sum(on_device)
+    expert_bytes = {store.signature(key): store.expert_bytes(key) for key in all_keys(store)}
+    assert pool.device_bytes == sum(expert_bytes[s] * n for s, n in pool.slots.items())
+    for signature, bank in pool.banks.items():
+        policy, by_slot = pool.policies[signature], keys_of[signature]
+        assert len(policy) == len(by_slot) and all(key in policy for key in by_slot.values())
+        assert policy.pinned <= set(by_slot.values())
+        raws_S = [np.asarray(_join(p, n)) for p, n in zip(bank, signature, strict=True)]
+        for slot, key in by_slot.items():
+            for raw_S, wanted in zip(raws_S, store.raw(key), strict=True):
+                np.testing.assert_array_equal(raw_S[slot], wanted, strict=True)
+
+
+def all_keys(store):
+    shape = (store.config.n_layers, store.config.n_experts)
+    return [ExpertKey(NATIVE, layer, expert) for layer, expert in np.ndindex(shape)]
+
+
+experts = st.sets(st.integers(0, 7), min_size=1)
+operations = st.lists(
+    st.tuples(st.sampled_from(["use", "use", "use", "pin", "unpin"]), st.integers(0, 2), experts),
+    min_size=5,
+    max_size=20,
+)
+
+
+@pytest.mark.parametrize("slots", [(2, 2), (8, 4)])
+def test_invariants_after_any_requests(store, slots):
+    bank_slots = dict(zip(make_pool(store, slots).slots, slots, strict=True))
+
+    @settings(max_examples=25, deadline=None)
+    @given(operations, st.sampled_from([0.0, 0.5]))
+    def run(operations, protected_fraction):
+        pool = make_pool(store, slots, protected_fraction)
+        accesses = misses = moved = 0
+        pinned: set[ExpertKey] = set()
+        for operation, layer, numbers in operations:
+            keys = [ExpertKey(NATIVE, layer, n) for n in sorted(numbers, reverse=True)]
+            signature = store.signature(keys[0])
+            of_bank = {key for key in pinned if store.signature(key) == signature}
+            if operation == "use":
+                rounds = pool.rounds(keys)
+                assert sorted(key for part in rounds for key in part) == sorted(keys)
+                residency = [key in pool.resident() for part in rounds for key in part]
+                assert residency == sorted(residency, reverse=True)
+                for part in rounds:
+                    missing = set(part) - pool.resident()
+                    misses += len(missing)
+                    moved += sum(store.expert_bytes(key) for key in missing)
+                    pool.ensure(part)
+                    assert set(part) <= pool.resident()
+                accesses += len(keys)
+            elif operation == "pin" and len(of_bank | set(keys)) > bank_slots[signature] - 2:
+                before = pool.resident()
+                with pytest.raises(ValueError, match=r"fewer than 2 of its \d slots"):
+                    pool.pin(keys)
+                assert pool.resident() == before
+            elif operation == "pin":
+                moved += sum(store.expert_bytes(key) for key in set(keys) - pool.resident())
+                pool.pin(keys)
+                pinned |= set(keys)
+            else:
+                pool.unpin(keys)
+                pinned -= set(keys)
+            assert pinned <= pool.resident()
+            check_invariants(pool, store)
+        stats = pool.reset_stats()
+        assert stats.misses.sum() == misses and stats.bytes_moved == moved
+        assert stats.hits.sum() == accesses - misses
+        assert stats.hit_rate == ((accesses - misses) / accesses if accesses else None)
+        assert pool.stats.hit_rate is None and pool.stats.bytes_moved == 0
+
+    run()
+
+
+def test_stats_say_which_expert(store):
+    pool = make_pool(store, (2, 2))
+    pool.ensure([ExpertKey(0, 1, 3), ExpertKey(0, 1, 5)])
+    pool.ensure([ExpertKey(0, 1, 5)])
+    assert np.argwhere(pool.stats.misses).tolist() == [[0, 1, 3], [0, 1, 5]]
+    assert np.argwhere(pool.stats.hits).tolist() == [[0, 1, 5]]
+    assert pool.stats.hit_rate == pytest.approx(1 / 3)
+
+
+def test_store_hands_out_views_of_the_file(store):
+    """No expert is copied on the host, and nobody can write into the file."""
+    for key in all_keys(store):
+        layer = store.layer(NATIVE, key.layer)
+        for raw, tensor in zip(store.raw(key), (layer.gate, layer.up, layer.down), strict=True):
+            assert np.shares_memory(raw, tensor.raw) and not raw.flags.writeable
+            base = raw
+            while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+                base = base.base
+            assert isinstance(base, np.memmap)
