@@ -54,6 +54,9 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         rest = flags.FLAGS(list(argv))
     except flags.Error as error:
         _fail(error)
+    if flags.FLAGS["verbosity"].using_default_value:
+        # absl would take INFO, at which JAX reports each kind of device it did not find.
+        logging.set_verbosity(logging.WARNING)
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; every input has a flag (--help lists them)")
     return rest

@@ -43,9 +43,7 @@ class Linear(nnx.Module):
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """Rows `ids` [...] unpacked to float32 [..., K]; only those rows are read."""
-        return get_format(self.format_name).unpack(
-            {n: p[...][ids] for n, p in self.planes.items()}
-        )
+        return get_format(self.format_name).unpack({n: p[...][ids] for n, p in self.planes.items()})
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return jnp.einsum("...k,nk->...n", x, self.weights())
@@ -131,9 +129,7 @@ class Attention(nnx.Module):
         q_BTGgd = q_BTHd.reshape(batch, tokens, config.n_kv_heads, groups, config.head_dim)
         scores = jnp.einsum("btgmd,bcgd->bgmtc", q_BTGgd, k_BCGd) * config.head_dim**-0.5
         visible_BTC = key_positions_C[None, None, :] <= positions_BT[:, :, None]
-        scores = jnp.where(
-            visible_BTC[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min
-        )
+        scores = jnp.where(visible_BTC[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
         mixed = jnp.einsum("bgmtc,bcgd->btgmd", jax.nn.softmax(scores, axis=-1), v_BCGd)
         return self.output(mixed.reshape(batch, tokens, -1)), cache
 

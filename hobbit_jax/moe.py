@@ -22,8 +22,13 @@ import numpy as np
 from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.precision import SKIPPED
 from hobbit_jax.store import ExpertKey
-from pallas_kernels.reference import Signature, run_experts
+from pallas_kernels.reference import Signature, gather_slots, run_experts
 
+# Experts gathered from their slots at a time: what bounds the op's scratch beside the pool. The
+# expert program sees the gathered slots only, so it is compiled once for every pool size.
+MAX_GROUPS = 8
+
+_gather_slots = jax.jit(gather_slots)
 _run_experts = jax.jit(run_experts, static_argnames=("signature",), donate_argnums=1)
 
 
@@ -74,25 +79,25 @@ def apply_experts(
     for key in selections.assignments:
         by_bank[pool.store.signature(key)].append(key)
 
-    n_units = pool.store.config.n_experts * len(pool.store.tiers)
-    most_groups = min(n_assignments, n_units)
+    n_groups = min(n_assignments, pool.store.config.n_experts, MAX_GROUPS)
     y_AD = jnp.zeros((n_assignments, h_TD.shape[1]), jnp.float32)
     for signature, keys in by_bank.items():
         for part in pool.rounds(keys):
             pool.ensure(part)
-            slots_G = np.zeros(most_groups, np.int32)
-            assignments_GC = np.full((most_groups, selections.width), n_assignments, np.int32)
-            for group, key in enumerate(part):
-                rows = selections.assignments[key]
-                slots_G[group] = pool.slot(key)
-                assignments_GC[group, : len(rows)] = rows
-            y_AD = _run_experts(
-                h_TD,
-                y_AD,
-                pool.banks[signature],
-                signature=signature,
-                slots_G=slots_G,
-                assignments_GC=assignments_GC,
-                n_groups=np.int32(len(part)),
-            )
+            for start in range(0, len(part), n_groups):
+                group = part[start : start + n_groups]
+                slots_G = np.zeros(n_groups, np.int32)
+                slots_G[: len(group)] = [pool.slot(key) for key in group]
+                assignments_GC = np.full((n_groups, selections.width), n_assignments, np.int32)
+                for row, key in enumerate(group):
+                    assignments = selections.assignments[key]
+                    assignments_GC[row, : len(assignments)] = assignments
+                y_AD = _run_experts(
+                    h_TD,
+                    y_AD,
+                    _gather_slots(pool.banks[signature], slots_G),
+                    signature=signature,
+                    assignments_GC=assignments_GC,
+                    n_groups=np.int32(len(group)),
+                )
     return y_AD

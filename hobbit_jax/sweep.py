@@ -222,9 +222,7 @@ def run_cell(cell: Cell, bench: Workbench) -> dict[str, Any]:
     began = time.monotonic()
     store = bench.store(cell.low_format)
     plan = make_plan(cell, store, bench)
-    engine = Engine(
-        bench.model, store, int(cell.budget_mib * 2**20), plan, cell.protected_fraction
-    )
+    engine = Engine(bench.model, store, int(cell.budget_mib * 2**20), plan, cell.protected_fraction)
     native = bench.native_logits_WTV
     decode = cost.measure(engine, bench.decode_ids_RS, cell.sizes.decode_prompt_tokens)
     pool = _pool_figures(engine)

@@ -44,23 +44,27 @@ def expert_ffn(x_CD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: j
     return hidden_CF @ down_DF.T
 
 
+def gather_slots(bank: Bank, slots_G: jax.Array) -> Bank:
+    """Copies slots `slots_G` of a bank into a bank of G slots, in that order."""
+    return jax.tree.map(lambda plane: plane[slots_G], bank)
+
+
 def run_experts(
     x_TD: jax.Array,
     y_AD: jax.Array,
-    bank: Bank,
+    experts: Bank,
     signature: Signature,
-    slots_G: jax.Array,
     assignments_GC: jax.Array,
     n_groups: jax.Array,
 ) -> jax.Array:
-    """Runs the experts in `slots_G` on their tokens and writes the results into `y_AD`.
+    """Runs G gathered experts on their tokens and writes the results into `y_AD`.
 
     An assignment a = t * K + k is the k-th choice of token t. Row g of
-    `assignments_GC` lists those of the expert in slot `slots_G[g]`, padded with
-    A (= T * K), which is read as a zero row and written nowhere. Groups from
-    `n_groups` on (a traced int32) are not computed, so one compiled program
-    serves every number of groups, and a row's result depends neither on the
-    slot that holds its expert nor on the other groups.
+    `assignments_GC` lists those of expert g, padded with A (= T * K), which is
+    read as a zero row and written nowhere. Groups from `n_groups` on (a traced
+    int32) are not computed, so one compiled program serves every number of
+    groups, and a row's result depends neither on the slot that held its expert
+    nor on the other groups.
 
     Returns:
         y_AD, float32 [T * K, D], with the listed rows set (not yet weighted).
@@ -73,8 +77,8 @@ def run_experts(
         assignments_C = assignments_GC[group]
         x_CD = jnp.take(x_TD, assignments_C // k, axis=0, mode="fill", fill_value=0)
         gate_FD, up_FD, down_DF = (
-            format.unpack({name: plane[slots_G[group]] for name, plane in planes.items()})
-            for format, planes in zip(formats, bank, strict=True)
+            format.unpack({name: plane[group] for name, plane in planes.items()})
+            for format, planes in zip(formats, experts, strict=True)
         )
         y_CD = expert_ffn(x_CD, gate_FD, up_FD, down_DF)
         return y_AD.at[assignments_C].set(y_CD, mode="drop")

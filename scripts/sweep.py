@@ -32,7 +32,7 @@ def _cells(config_file: str):
 
 def main(_) -> int:
     config = _CONFIG.value
-    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+    config_file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)[0]
     description = {
         "title": config.title,
         "question": config.question,

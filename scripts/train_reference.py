@@ -14,13 +14,12 @@ from hobbit_jax import cli
 from hobbit_jax.training import recipe
 
 _WORKDIR = flags.DEFINE_string("workdir", "out/reference", "Checkpoints, losses and exports.")
-_STEPS = flags.DEFINE_integer("steps", 800, "Training steps; the schedule decays to the last.", 2)
 _INSTALL = flags.DEFINE_boolean("install", False, "Copy the results into the package.")
 
 
 def main(_) -> None:
     workdir = Path(_WORKDIR.value)
-    recipe.run(_STEPS.value, workdir)
+    recipe.run(workdir)
     print((workdir / "MODEL_CARD.md").read_text(encoding="utf-8"))
     if _INSTALL.value:
         print(f"installed into {recipe.install(workdir)}")

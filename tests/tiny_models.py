@@ -84,7 +84,9 @@ _SCALES: dict[str, tuple[int, float, tuple[int, float] | None]] = {
 }
 
 
-def _blocks(rng: np.random.Generator, format: str, shape: tuple[int, ...], std: float) -> np.ndarray:
+def _blocks(
+    rng: np.random.Generator, format: str, shape: tuple[int, ...], std: float
+) -> np.ndarray:
     """Raw uint8 [*shape[:-1], row_bytes] of weights with mean 0 and about the wanted spread."""
     if format in ("F32", "F16", "BF16"):
         values = rng.standard_normal(shape, np.float32) * np.float32(std)

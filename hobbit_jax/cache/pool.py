@@ -11,6 +11,7 @@ device, inside the program that writes the slot.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,9 +46,10 @@ def divide_budget(demands: Sequence[BankDemand], budget_bytes: int) -> list[int]
     slots = [demand.min_slots for demand in demands]
     needed = sum(d.expert_bytes * s for d, s in zip(demands, slots, strict=True))
     if needed > budget_bytes:
+        needed_mib = math.ceil(needed / 2**20 * 1000) / 1000  # rounded up: it must be enough
         raise ValueError(
             f"the expert pool's budget of {budget_bytes} bytes cannot hold one step's experts; "
-            f"it needs at least {needed} bytes (--budget_mib={needed / 2**20:.3f})"
+            f"it needs at least {needed} bytes (--budget_mib={needed_mib})"
         )
     left = budget_bytes - needed
 
@@ -161,10 +163,14 @@ class SlotPool:
         if not ordered:
             return []
         signature = self.store.signature(ordered[0])
-        size = self.slots[signature] - len(self.policies[signature].pinned - set(ordered))
-        if size < 1:
+        # Pinned experts of this step are all in the first round; in later ones they only take room.
+        pinned = self.policies[signature].pinned
+        first = self.slots[signature] - len(pinned - set(ordered))
+        size = self.slots[signature] - len(pinned)
+        if len(ordered) > first and size < 1:
             raise RuntimeError(f"every slot of bank {signature} is pinned")
-        return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+        starts = range(first, len(ordered), max(size, 1))
+        return [ordered[:first], *(ordered[i : i + size] for i in starts)]
 
     def ensure(self, keys: Sequence[ExpertKey]) -> None:
         """Makes all of `keys` (one round) resident, counting one access each."""
@@ -181,9 +187,7 @@ class SlotPool:
         victim = self.policies[signature].admit(key, keep)
         slot = self._free[signature].pop() if victim is None else self._slot_of.pop(victim)
         raw = jax.device_put(self.store.raw(key))
-        self.banks[signature] = _write_slot(
-            self.banks[signature], jnp.int32(slot), raw, signature
-        )
+        self.banks[signature] = _write_slot(self.banks[signature], jnp.int32(slot), raw, signature)
         self._slot_of[key] = slot
         self.stats.bytes_moved += self.store.expert_bytes(key)
 

@@ -79,9 +79,7 @@ def measure(engine: Engine, ids_RS: np.ndarray, prompt_tokens: int) -> DecodeCos
         degraded_fraction=1 - int(hits[NATIVE].sum() + misses[NATIVE].sum()) / uses,
         bytes_moved_per_token=moved_bytes / (tokens * repeats),
         bytes_used_per_token=used_bytes / (tokens * repeats),
-        tokens_per_second=Interval(
-            float(np.median(rates)), float(rates.min()), float(rates.max())
-        ),
+        tokens_per_second=Interval(float(np.median(rates)), float(rates.min()), float(rates.max())),
         repeat_seconds=[round(s, 6) for s in seconds],
         first_token_s=float(np.median(first_token_s)),
     )

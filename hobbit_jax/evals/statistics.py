@@ -34,9 +34,7 @@ def bootstrap(
         n_units: windows or problems.
     """
     rng = np.random.default_rng(seed)
-    draws = [
-        float(statistic(rng.integers(n_units, size=n_units))) for _ in range(RESAMPLES)
-    ]
+    draws = [float(statistic(rng.integers(n_units, size=n_units))) for _ in range(RESAMPLES)]
     low, high = np.quantile(draws, [0.025, 0.975])
     return Interval(float(statistic(np.arange(n_units))), float(low), float(high))
 

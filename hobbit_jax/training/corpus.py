@@ -54,14 +54,24 @@ def standard_library() -> list[SourceFile]:
     return [file for file in files if file.text.strip()]
 
 
-def task_documents(seed: int, count: int) -> list[str]:
-    """`count` training documents: worked problems, drills of plain facts, small functions."""
-    n_problems, n_drills = count * 2 // 5, count // 5
-    n_functions = count - n_problems - n_drills
-    problems = arithmetic.generate(seed, n_problems, "train")
-    problems += functions.generate(seed, n_functions, "train")
-    documents = [problem.prompt + problem.solution for problem in problems]
-    return documents + arithmetic.drills(seed, n_drills, "train")
+@dataclass(frozen=True)
+class TaskMix:
+    """Shares of worked problems, drills of plain facts and functions among task documents."""
+
+    problems: float
+    drills: float
+    functions: float
+
+
+EVEN_MIX = TaskMix(problems=0.4, drills=0.2, functions=0.4)
+
+
+def task_documents(seed: int, count: int, mix: TaskMix = EVEN_MIX) -> list[str]:
+    """About `count` training documents in the shares of `mix`."""
+    problems = arithmetic.generate(seed, round(count * mix.problems), "train")
+    programs = functions.generate(seed, round(count * mix.functions), "train")
+    drills = arithmetic.drills(seed, round(count * mix.drills), "train")
+    return [problem.prompt + problem.solution for problem in [*problems, *programs]] + drills
 
 
 def train_tokenizer(files: list[SourceFile], vocab_size: int) -> Tokenizer:
@@ -105,38 +115,57 @@ def held_out_windows(
     return windows[:: max(1, available // count)][:count].astype(np.int32)
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training: how long, how much of each batch is tasks, how fast it learns."""
+
+    steps: int
+    task_rows: int  # of the batch's rows; the others are sources
+    mix: TaskMix
+    learning_rate: float  # peak, as a factor of the optimiser's
+
+
 class Batches:
     """Training batches as a pure function of the step, so that a resumed run sees the same data.
 
     Sources are cut into windows at a fresh offset each epoch and shuffled;
-    tasks are generated anew for every block of `steps_per_task_block` steps.
+    tasks are generated anew for every block of STEPS_PER_BLOCK steps.
     """
 
-    steps_per_task_block = 64
+    STEPS_PER_BLOCK = 64
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         files: list[SourceFile],
+        phases: tuple[Phase, ...],
         *,
         batch: int,
         context: int,
-        task_rows: int,
         seed: int,
     ):
-        self.tokenizer, self.batch, self.context = tokenizer, batch, context
-        self.task_rows, self.seed = task_rows, seed
+        self.tokenizer, self.phases = tokenizer, phases
+        self.batch, self.context, self.seed = batch, context, seed
         self.source_stream = pack(tokenizer, [f.text for f in files if not f.held_out])
-        self._task_block: tuple[int, np.ndarray] = (-1, np.zeros((0, 0), np.uint16))
+        self._task_block: tuple[tuple[int, int], np.ndarray] | None = None
 
-    @property
-    def source_rows(self) -> int:
-        return self.batch - self.task_rows
+    def __call__(self, step: int) -> np.ndarray:
+        """Token ids int32 [batch, context + 1] of this step."""
+        first_row = 0
+        for index, phase in enumerate(self.phases):
+            source_rows = self.batch - phase.task_rows
+            if step < phase.steps:
+                sources = self._source_windows(first_row + step * source_rows, source_rows)
+                rows = np.concatenate([sources, self._task_windows(index, step)])
+                return rows.astype(np.int32)
+            step -= phase.steps
+            first_row += phase.steps * source_rows
+        raise ValueError(f"the phases end {step + 1} steps before this one")
 
-    def _source_windows(self, step: int) -> np.ndarray:
+    def _source_windows(self, first: int, count: int) -> np.ndarray:
         per_epoch = len(self.source_stream) // (self.context + 1) - 1
         rows = []
-        for index in range(step * self.source_rows, (step + 1) * self.source_rows):
+        for index in range(first, first + count):
             epoch, position = divmod(index, per_epoch)
             rng = np.random.default_rng([self.seed, epoch])
             offset = int(rng.integers(self.context + 1))
@@ -144,25 +173,20 @@ class Batches:
             rows.append(self.source_stream[start : start + self.context + 1])
         return np.stack(rows)
 
-    def _task_windows(self, step: int) -> np.ndarray:
-        block, position = divmod(step, self.steps_per_task_block)
-        if self._task_block[0] != block:
-            rows_needed = self.steps_per_task_block * self.task_rows
-            stream = np.zeros(0, np.uint16)
-            # A document is 30 to 90 tokens long; draw until the block is full.
-            part = 0
+    def _task_windows(self, phase_index: int, step: int) -> np.ndarray:
+        phase = self.phases[phase_index]
+        block, position = divmod(step, self.STEPS_PER_BLOCK)
+        if self._task_block is None or self._task_block[0] != (phase_index, block):
+            rows_needed = self.STEPS_PER_BLOCK * phase.task_rows
+            stream, part = np.zeros(0, np.uint16), 0
             while len(stream) < rows_needed * (self.context + 1):
-                documents = task_documents((self.seed * 1_000_003 + block) * 64 + part + 1, 4000)
-                order = np.random.default_rng([self.seed, block, part]).permutation(len(documents))
+                seed = ((self.seed * 64 + phase_index) * 1_000_003 + block) * 64 + part + 1
+                documents = task_documents(seed, 4000, phase.mix)
+                order = np.random.default_rng([seed, part]).permutation(len(documents))
                 packed = pack(self.tokenizer, [documents[i] for i in order])
-                stream = np.concatenate([stream, packed])
-                part += 1
+                stream, part = np.concatenate([stream, packed]), part + 1
             used = stream[: rows_needed * (self.context + 1)]
-            self._task_block = (block, used.reshape(rows_needed, self.context + 1))
-        start = position * self.task_rows
-        return self._task_block[1][start : start + self.task_rows]
-
-    def __call__(self, step: int) -> np.ndarray:
-        """Token ids int32 [batch, context + 1] of this step."""
-        rows = np.concatenate([self._source_windows(step), self._task_windows(step)])
-        return rows.astype(np.int32)
+            windows = used.reshape(rows_needed, self.context + 1)
+            self._task_block = ((phase_index, block), windows)
+        start = position * phase.task_rows
+        return self._task_block[1][start : start + phase.task_rows]

@@ -117,9 +117,7 @@ def q4_k_m_format(name: str, n_dims: int, n_layers: int) -> str:
         return "Q6_K"
     if "attn_v" in name or "ffn_down" in name:
         layer, eighth = int(name.split(".")[1]), n_layers // 8
-        more_bits = (
-            layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
-        )
+        more_bits = layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
         return "Q6_K" if more_bits else "Q4_K"
     return "Q4_K"
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from hobbit_jax.architecture import ModelConfig
 from hobbit_jax.model import Attention, Block, Ends, Linear, RMSNorm
+from hobbit_jax.training.corpus import Phase
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,9 @@ class TrainConfig:
     """Everything that decides a run; two runs with equal configs see the same data."""
 
     model: ModelConfig
-    steps: int
+    phases: tuple[Phase, ...]
     batch: int = 16
     context: int = 512
-    task_rows: int = 6
     muon_learning_rate: float = 0.02
     adam_learning_rate: float = 3e-3
     warmup_steps: int = 40
@@ -46,6 +46,11 @@ class TrainConfig:
     seed: int = 0
     checkpoint_every: int = 50
     evaluate_every: int = 100
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
 
 
 @jax.custom_vjp
@@ -162,16 +167,19 @@ class TrainableModel(nnx.Module):
 
 
 def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
-    """Muon for hidden matrices, Adam for embedding, router and norms; linear decay to zero."""
+    """Muon for hidden matrices, Adam for the rest; each phase warms up and decays to zero."""
 
     def schedule(peak: float):
-        return optax.schedules.join_schedules(
-            [
-                optax.schedules.linear_schedule(0.0, peak, train.warmup_steps),
-                optax.schedules.linear_schedule(peak, 0.0, train.steps - train.warmup_steps),
-            ],
-            [train.warmup_steps],
-        )
+        pieces, boundaries, end = [], [], 0
+        for phase in train.phases:
+            top, warmup = peak * phase.learning_rate, min(train.warmup_steps, phase.steps // 2)
+            pieces += [
+                optax.schedules.linear_schedule(0.0, top, warmup),
+                optax.schedules.linear_schedule(top, 0.0, phase.steps - warmup),
+            ]
+            boundaries += [end + warmup, end + phase.steps]
+            end += phase.steps
+        return optax.schedules.join_schedules(pieces, boundaries[:-1])
 
     def dimension_numbers(params):
         def of(path, leaf):

@@ -1,7 +1,7 @@
 """Reads `sweep.json` and `rows/*.json`, the files that a sweep leaves in its working folder.
 
 Owns what counts as a readable row (DESIGN.md, section 6: one JSON file per cell). Called by
-`report.py`. A row that cannot be read is kept by name and reason, never dropped and never
+`writer.py`. A row that cannot be read is kept by name and reason, never dropped and never
 repaired; a null stays None.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from absl import logging
 
 from hobbit_jax.evals.statistics import Interval
-from hobbit_jax.results import (
+from hobbit_jax.report.results import (
     NATIVE,
     Absent,
     Decode,
@@ -224,8 +224,11 @@ def _task(block: Mapping[str, Any], name: str) -> Task | None:
 def _store(block: Mapping[str, Any] | None) -> Store | None:
     if block is None:
         return None
-    names = ("native_bytes", "plan_bytes")
-    return Store(_whole(block, "experts"), *(_number(block, name) for name in names))
+    return Store(
+        experts=_whole(block, "experts"),
+        native_bytes=_number(block, "native_bytes"),
+        plan_bytes=_number(block, "plan_bytes"),
+    )
 
 
 def _pool(block: Mapping[str, Any] | None) -> Pool | None:
@@ -243,15 +246,17 @@ def _pool(block: Mapping[str, Any] | None) -> Pool | None:
 def _decode(block: Mapping[str, Any] | None) -> Decode | None:
     if block is None:
         return None
-    names = ("hit_rate", "degraded_fraction", "bytes_moved_per_token", "bytes_used_per_token")
     repeats = block.get("repeat_seconds") or []
     if not isinstance(repeats, list):
         raise ValueError(f"repeat_seconds is {repeats!r}; want a list")
     return Decode(
-        _whole(block, "tokens"),
-        *(_number(block, name) for name in names),
-        _interval(block, "tokens_per_second"),
-        len(repeats),
+        tokens=_whole(block, "tokens"),
+        hit_rate=_number(block, "hit_rate"),
+        degraded_fraction=_number(block, "degraded_fraction"),
+        bytes_moved_per_token=_number(block, "bytes_moved_per_token"),
+        bytes_used_per_token=_number(block, "bytes_used_per_token"),
+        tokens_per_second=_interval(block, "tokens_per_second"),
+        repeats=len(repeats),
     )
 
 

@@ -1,7 +1,7 @@
 """What a finished sweep found, as types: its rows, and the cells that are absent.
 
 Owns the seam between the row files (`read_results.py` reads them) and the document: `verdict.py`,
-`figures.py` and `report.py` see only these types. A value that was not measured is None.
+`figures.py` and `document.py` see only these types. A value that was not measured is None.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from hobbit_jax.evals.statistics import Interval
 
 NATIVE, UNIFORM, RANDOM = "native", "uniform", "random"
+MIB = 2**20
 # The order of every table and legend; a signal not named here comes before the control.
 _KNOWN = (NATIVE, UNIFORM, "router_weight", "frequency", "accumulated_weight")
 _GPU = re.compile(r"nvidia|cuda|gpu|rocm|radeon|geforce|rtx", re.IGNORECASE)

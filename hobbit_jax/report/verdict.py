@@ -1,26 +1,22 @@
-"""The rule that turns rows into an answer, and the comparisons that it rests on.
+"""The rule that turns rows into an answer.
 
-Owns what "worth it", "below the control", "better than a uniform quant" and "equally fast"
-mean. Called by `report.py` and `figures.py`. The limits are the config's (`sweep.json`, written
-before any row); nothing here can move them. What was not measured makes a condition open,
-never true. Two intervals differ only where they do not touch.
+Owns what "worth it" means. Called by `writer.py`. The limits are the config's (`sweep.json`,
+written before any row); nothing here can move them. What was not measured makes a clause
+open, never true.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
-import numpy as np
+from hobbit_jax.report.comparisons import ZERO, above, compare_speed, control_gap
+from hobbit_jax.report.results import MIB, NATIVE, RANDOM, UNIFORM, Plan, Results, Row, Setting
 
-from hobbit_jax.evals.statistics import Interval
-from hobbit_jax.results import NATIVE, RANDOM, UNIFORM, Plan, Results, Row, Setting
-
-ZERO = Interval(0.0, 0.0, 0.0)
 _ROUNDING = 1e-9  # of a difference of two shares, so that a loss of exactly the limit passes
-MIB = 2**20
+BYTES_MOVED = "bytes moved"
 
 
 @dataclass(frozen=True)
@@ -93,6 +89,8 @@ class Judgement:
     @property
     def decisive(self) -> list[Condition]:
         """The clauses that decided: all that failed, else all that are open, else all."""
+        if self.outcome is Outcome.NOT_NEEDED:
+            return [c for c in self.conditions if c.name == BYTES_MOVED]
         counted = [c for c in self.conditions if not c.skipped]
         for verdict in (False, None):
             found = [c for c in counted if c.holds is verdict]
@@ -103,12 +101,17 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer for one budget and low format: its best candidate, and all of them."""
+    """The answer for one budget and low format: its best candidate, and all of them.
+
+    `simpler` are the uniform plans that keep the same limits of KL, tasks and bytes moved at
+    this budget. The rule lets a mixed plan win beside them if it is nearer to native.
+    """
 
     setting: Setting
     low_format: str
     best: Judgement
     judgements: tuple[Judgement, ...]
+    simpler: tuple[Plan, ...]
 
 
 def verdicts(results: Results, rule: Rule) -> list[Verdict]:
@@ -118,10 +121,18 @@ def verdicts(results: Results, rule: Rule) -> list[Verdict]:
         if row.plan.is_mixed:
             judgement = judge(row, results, rule)
             groups.setdefault((row.setting, row.plan.low_format or ""), []).append(judgement)
-    return [
-        Verdict(setting, low_format, min(group, key=_preference), tuple(group))
-        for (setting, low_format), group in sorted(groups.items())
-    ]
+    found = []
+    for (setting, low_format), group in sorted(groups.items()):
+        simpler = tuple(
+            row.plan
+            for row in results.rows
+            if row.setting == setting
+            and row.plan.signal == UNIFORM
+            and _keeps_limits(row, results.native(row), rule)
+        )
+        best = min(group, key=_preference)
+        found.append(Verdict(setting, low_format, best, tuple(group), simpler))
+    return found
 
 
 def judge(row: Row, results: Results, rule: Rule) -> Judgement:
@@ -147,6 +158,11 @@ def judge(row: Row, results: Results, rule: Rule) -> Judgement:
         decided = {True: Outcome.WORTH_IT, False: Outcome.SMALLER_EXPERTS, None: Outcome.OPEN}
         outcome = decided[signal]
     return Judgement(row, outcome, tuple(conditions))
+
+
+def _keeps_limits(row: Row, native: Row | None, rule: Rule) -> bool:
+    clauses = (_quality(row, rule), _tasks(row, native, rule), _bytes_moved(row, native, rule))
+    return all(clause.holds or clause.skipped for clause in clauses)
 
 
 def _preference(judgement: Judgement) -> tuple:
@@ -185,21 +201,24 @@ def _tasks(row: Row, native: Row | None, rule: Rule) -> Condition:
     holds = falls[worst] <= rule.task_loss_limit + _ROUNDING
     change = f"falls by {falls[worst]:.3f}" if falls[worst] > 0 else "does not fall"
     text = f"{worst} {change} against native (limit {rule.task_loss_limit:g})"
+    if falls[worst] > 0 and not above(rival[worst].score, row.tasks[worst].score):
+        problems = row.tasks[worst].problems
+        text += f", intervals overlap on {'unknown' if problems is None else problems} problems"
     return Condition("tasks", holds, text)
 
 
 def _bytes_moved(row: Row, native: Row | None, rule: Rule) -> Condition:
     rival = native.bytes_moved if native else None
     if row.bytes_moved is None or rival is None:
-        return Condition("bytes moved", None, "bytes moved are unknown for this plan or for native")
+        return Condition(BYTES_MOVED, None, "bytes moved are unknown for this plan or for native")
     if rival == 0:
-        return Condition("bytes moved", False, "native experts move no bytes: all of them fit")
+        return Condition(BYTES_MOVED, False, "native experts move no bytes: all of them fit")
     ratio = row.bytes_moved / rival
     text = (
         f"moves {row.bytes_moved / MIB:.3f} MiB a token, native {rival / MIB:.3f}: "
         f"×{ratio:.2f}, needed ×{rule.bytes_moved_ratio_needed:g} or less"
     )
-    return Condition("bytes moved", ratio <= rule.bytes_moved_ratio_needed, text)
+    return Condition(BYTES_MOVED, ratio <= rule.bytes_moved_ratio_needed, text)
 
 
 def _rivals(row: Row, results: Results) -> Condition:
@@ -233,7 +252,7 @@ def _dominates(plan: Plan, row: Row, results: Results) -> tuple[bool | None, str
     moved = there.bytes_moved if there else None
     checks = [
         None if size is None or row.plan_bytes is None else size <= row.plan_bytes,
-        None if kl is None or row.kl_mean is None else not separate(row.kl_mean, kl),
+        None if kl is None or row.kl_mean is None else not above(kl, row.kl_mean),
         None if moved is None or row.bytes_moved is None else moved <= row.bytes_moved,
     ]
     if False in checks:
@@ -274,131 +293,3 @@ def _speed(row: Row, native: Row | None, rule: Rule) -> Condition:
     holds = relation == "faster" and ratio >= rule.speedup_needed
     text = f"decodes ×{ratio:.2f} as fast as native, needed ×{rule.speedup_needed:g}"
     return Condition("speed", holds, text + (" (equal within the spread)" * (relation == "equal")))
-
-
-@dataclass(frozen=True)
-class ControlGap:
-    """A signal's KL against the random control at the same share and format.
-
-    With several seeds of the control, `control` has their mean and outermost ends.
-    """
-
-    control: Interval
-    difference: float
-    relation: str  # "below", "above" or "not separate"
-
-
-def control_gap(plan: Plan, results: Results) -> ControlGap | None:
-    """None where the plan or its control has no KL."""
-    own = results.quality_row(plan)
-    kls = []
-    for other in results.plans:
-        if other.signal == RANDOM and other.order[3:5] == plan.order[3:5]:
-            row = results.quality_row(other)
-            if other.model == plan.model and row and row.kl_mean:
-                kls.append(row.kl_mean)
-    if not kls or own is None or own.kl_mean is None:
-        return None
-    control = Interval(
-        float(np.mean([kl.value for kl in kls])),
-        min(kl.low for kl in kls),
-        max(kl.high for kl in kls),
-    )
-    relation = "not separate"
-    if separate(control, own.kl_mean):
-        relation = "below"
-    elif separate(own.kl_mean, control):
-        relation = "above"
-    return ControlGap(control, own.kl_mean.value - control.value, relation)
-
-
-@dataclass(frozen=True)
-class LineGap:
-    """A mixed plan's KL against the uniform quants' at its own bytes."""
-
-    line: Interval | None
-    relation: str  # "better", "worse", "equal within the intervals", or why there is no line
-
-
-def uniform_points(model: str, results: Results) -> list[tuple[str, float, Interval]]:
-    """(label, bytes, KL) of native and the uniform quants, by bytes; native's KL is 0."""
-    points: dict[str, tuple[str, float, Interval]] = {}
-    for row in results.rows:
-        if row.plan.model == model and row.store and row.store.native_bytes is not None:
-            points[NATIVE] = (NATIVE, row.store.native_bytes, ZERO)
-            break
-    for plan in results.plans:
-        row = results.quality_row(plan)
-        if plan.signal == UNIFORM and plan.model == model and row:
-            if row.kl_mean is not None and row.plan_bytes is not None:
-                points.setdefault(
-                    plan.low_format or "", (results.label(plan), row.plan_bytes, row.kl_mean)
-                )
-    return sorted(points.values(), key=lambda point: (point[1], point[0]))
-
-
-def line_gap(plan: Plan, results: Results) -> LineGap:
-    """Compares with the straight line between the two neighbouring uniform plans."""
-    own = results.quality_row(plan)
-    if own is None or own.kl_mean is None or own.plan_bytes is None:
-        return LineGap(None, "not measured")
-    points = uniform_points(plan.model, results)
-    if len(points) < 2:
-        return LineGap(None, "too few uniform plans")
-    if own.plan_bytes > points[-1][1]:
-        return LineGap(None, f"larger than {points[-1][0]}")
-    if own.plan_bytes < points[0][1]:
-        return LineGap(None, f"smaller than {points[0][0]}")
-    sizes = [size for _, size, _ in points]
-    ends = zip(*((kl.value, kl.low, kl.high) for _, _, kl in points), strict=True)
-    line = Interval(*(float(np.interp(own.plan_bytes, sizes, end)) for end in ends))
-    if separate(line, own.kl_mean):
-        return LineGap(line, "better")
-    if separate(own.kl_mean, line):
-        return LineGap(line, "worse")
-    return LineGap(line, "equal within the intervals")
-
-
-def separate(upper: Interval, lower: Interval) -> bool:
-    """Whether `upper` lies wholly above `lower`; intervals that touch are not separate."""
-    return lower.high < upper.low
-
-
-def compare_speed(row: Row, native: Row) -> str | None:
-    """ "faster", "slower" or "equal"; None where the timings cannot be compared.
-
-    Timings of different devices, and single repeats (no spread), cannot. Ranges that touch
-    are equal.
-    """
-    if row.decode is None or native.decode is None or row.device != native.device:
-        return None
-    own, rival = row.decode.tokens_per_second, native.decode.tokens_per_second
-    if own is None or rival is None or min(row.decode.repeats, native.decode.repeats) < 2:
-        return None
-    if separate(own, rival):
-        return "faster"
-    return "slower" if separate(rival, own) else "equal"
-
-
-def bound_tokens_per_second(row: Row, rule: Rule) -> float | None:
-    """Most tokens/s that the expert traffic allows on the rule's card, from its bandwidths.
-
-    1 / max(bytes used / device bandwidth, bytes moved / PCIe bandwidth). It knows no dense
-    layers, no latency and no compute, and assumes that copies overlap completely.
-    """
-    if row.decode is None:
-        return None
-    used, moved = row.decode.bytes_used_per_token, row.decode.bytes_moved_per_token
-    if used is None or moved is None:
-        return None
-    seconds = max(used / (rule.device_gb_s * 1e9), moved / (rule.pcie_gb_s * 1e9))
-    return 1 / seconds if seconds > 0 else None
-
-
-def use_shares(selections_LE: Sequence[Sequence[int]]) -> np.ndarray | None:
-    """Each expert's share (0-1) of its layer's selections, float64 [L, E], largest first."""
-    counts_LE = np.asarray(selections_LE, np.float64)
-    totals_L1 = counts_LE.sum(axis=1, keepdims=True)
-    if not np.all(totals_L1 > 0):
-        return None
-    return -np.sort(-counts_LE / totals_L1, axis=1)

@@ -1,0 +1,58 @@
+# Every target makes the environment in .venv when it is missing or stale.
+# PYTHON=python3.12 names the interpreter; PYTEST_ARGS="tests/test_formats.py -k Q4" limits tests.
+
+BIN := .venv/bin
+PYTEST_ARGS ?=
+export PYTHON
+# pyright comes from PyPI with its own node; it shall not ask the network for a newer self.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help environment demo test lint format oracles slow reference sweep clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 19
+
+environment:  ## .venv with exact versions (constraints.txt); a minute or two when it is stale
+	@sh scripts/make_environment.sh
+
+demo: environment  ## the question in small, on the shipped model: out/demo/decision.md
+	@echo "demo: 14 cells on the shipped model, about 3 minutes on 2 CPU cores"
+	@$(BIN)/python scripts/sweep.py --config configs/reference.py:demo --workdir out/demo
+	@$(BIN)/python scripts/report.py --workdir out/demo
+	@echo "demo: read out/demo/decision.md; its figures are in out/demo/figures, its rows in out/demo/rows"
+
+test: environment  ## ruff, then every test but the slow and the oracle ones
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet || { echo "error: unformatted files; run make format" >&2; exit 1; }
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: environment  ## ruff and pyright
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/pyright
+
+format: environment  ## ruff's fixes and formatting, in place
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+oracles: environment  ## tests against foreign code (ggml, PyTorch); says what to install
+	@echo "oracles: a test whose library is missing is skipped; to have them all:"
+	@echo "  PyTorch, transformers: $(BIN)/pip install -c constraints.txt -e '.[torch]'"
+	@echo "  ggml: $(BIN)/pip install llama-cpp-python (compiles for about 10 minutes on 2 cores),"
+	@echo "        or GGML_BASE_LIB=/path/to/libggml-base.so"
+	@$(BIN)/python -m pytest -q -m oracle $(PYTEST_ARGS)
+
+slow: environment  ## the tests that take minutes
+	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+reference: environment  ## train the reference model anew into out/reference (about an hour, resumable)
+	@$(BIN)/python scripts/train_reference.py --workdir out/reference
+
+sweep: environment  ## the full sweep on the shipped model (about 45 minutes, resumable)
+	@$(BIN)/python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep
+	@$(BIN)/python scripts/report.py --workdir out/reference_sweep
+
+clean:  ## remove .venv and caches; out/ stays
+	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

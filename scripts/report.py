@@ -1,0 +1,24 @@
+"""Writes the decision document of a sweep, from its rows.
+
+    python scripts/report.py --workdir out/reference_sweep
+
+Reads `sweep.json` and `rows/*.json` under the workdir, writes `decision.md` and `figures/`
+there. It can run while the sweep does: cells without a row are listed as missing.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from hobbit_jax import cli
+from hobbit_jax.report import write_report
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a sweep", required=True)
+
+
+def main(_):
+    print(write_report(Path(_WORKDIR.value)))
+
+
+if __name__ == "__main__":
+    cli.run(main)

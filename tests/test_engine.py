@@ -1,0 +1,236 @@
+"""The engine: the budget changes the cost and never a bit of the result; what a plan means."""
+
+import jax
+import numpy as np
+import pytest
+
+from hobbit_jax import tiers
+from hobbit_jax.engine import Engine
+from hobbit_jax.gguf_file import write_gguf
+from hobbit_jax.loading import load_model
+from hobbit_jax.precision import RouterWeightPlan, StaticPlan, demands, uniform_plan
+from hobbit_jax.sampling import Sampling, sample
+from hobbit_jax.store import HostExperts
+
+LOW = 1
+# Few shapes, since a program is compiled for each: chunks of 4 tokens at batch 3, of 12 at 1.
+CHUNK, CONTEXT, NEW_TOKENS = 12, 11, 4
+PROMPTS = [[5, 200, 17, 17, 99], [3], [101, 42, 7, 250, 11, 64, 8]]
+
+
+@pytest.fixture(scope="module")
+def model(two_banks_path):
+    return load_model(two_banks_path)
+
+
+@pytest.fixture(scope="module")
+def low_file(model, tmp_path_factory):
+    return tiers.open_tier(model.file, model.config, "Q2_K", tmp_path_factory.mktemp("tiers"))
+
+
+@pytest.fixture(scope="module")
+def store(model, low_file):
+    return HostExperts(model.config, model.file, [low_file])
+
+
+def mixed_plan(store):
+    low_LE = np.random.default_rng(0).random((store.config.n_layers, store.config.n_experts)) < 0.5
+    return StaticPlan(np.where(low_LE, LOW, 0))
+
+
+PLANS = {
+    "native": uniform_plan,
+    "mixed": mixed_plan,
+    "router weight": lambda store: RouterWeightPlan(0.4, LOW, low_share=0.3),
+}
+
+
+def score_ids(model, batch: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, model.config.vocab_size, (3, 8))[:batch]
+
+
+def run(engine: Engine) -> list[np.ndarray]:
+    """Logits and tokens at batch 1 and 3, the prompts of different lengths."""
+    results = [engine.score(score_ids(engine.model, batch)) for batch in (1, 3)]
+    sampling = Sampling(temperature=0.8, seed=3)
+    for prompts in (PROMPTS, PROMPTS[2:]):
+        engine.start(len(prompts), CONTEXT)
+        results.append(engine.prefill(prompts))
+        engine.pool.reset_stats()
+        steps = list(engine.generate(prompts, NEW_TOKENS, sampling))
+        results.append(np.stack([ids_B for ids_B, _ in steps]))
+        stats = engine.pool.stats
+        assert sum(cost.misses for _, cost in steps) == stats.misses.sum()
+        assert sum(cost.hits for _, cost in steps) == stats.hits.sum()
+        assert sum(cost.bytes_moved for _, cost in steps) == stats.bytes_moved
+        fed = sum(map(len, prompts)) + len(prompts) * (NEW_TOKENS - 1)
+        assert sum(cost.tokens for _, cost in steps) == fed
+    return [np.asarray(result) for result in results]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_budget_changes_no_bit(model, store, name):
+    plan = PLANS[name](store)
+    wanted = demands(plan, store)
+    least = sum(d.expert_bytes * d.min_slots for d in wanted)
+    everything = sum(d.expert_bytes * d.n_experts for d in wanted)
+    with pytest.raises(ValueError, match=f"needs at least {least} bytes"):
+        Engine(model, store, least - 1, plan)
+    roomy = Engine(model, store, None, plan, chunk_tokens=CHUNK)
+    results = run(roomy)
+    assert all(np.isfinite(result).all() for result in results)
+    assert roomy.pool.stats.misses.sum() == 0 and roomy.pool.device_bytes == everything
+    for budget in [least, (least + everything) // 2] if name == "native" else [least]:
+        tight = Engine(model, store, budget, plan, chunk_tokens=CHUNK)
+        for got, result in zip(run(tight), results, strict=True):
+            np.testing.assert_array_equal(got, result, strict=True)
+        assert tight.pool.stats.misses.sum() > 0 and tight.pool.device_bytes <= budget
+
+
+def score(model, store, plan=None, **options) -> np.ndarray:
+    engine = Engine(model, store, None, plan, chunk_tokens=CHUNK, **options)
+    return np.asarray(engine.score(score_ids(model, 3)))
+
+
+@pytest.mark.parametrize("low_layers", [(0, 1, 2), (1,)])
+def test_static_plan_is_the_file_that_holds_those_tensors(
+    model, store, low_file, tmp_path, low_layers
+):
+    """All low is the tier file itself; one low layer is a file with that layer's experts."""
+    plan = uniform_plan(store)
+    plan.tier_LE[list(low_layers)] = LOW
+    path = low_file.paths[0]
+    if low_layers != (0, 1, 2):
+        spliced = tuple(f"blk.{layer}." for layer in low_layers)
+        tensors = [
+            (low_file if name.startswith(spliced) else model.file).tensors[name]
+            for name in model.file.tensors
+        ]
+        path = tmp_path / "spliced.gguf"
+        entries = [(t.name, t.format, t.shape, t.raw) for t in tensors]
+        write_gguf(path, model.file.metadata, entries, model.file.field_types)
+    file_model = load_model(path)
+    file_store = HostExperts(file_model.config, file_model.file)
+    got = score(model, store, plan)
+    np.testing.assert_array_equal(got, score(file_model, file_store))
+    assert np.abs(got - score(model, store)).max() > 0.01  # the tier is not the native one
+
+
+def test_router_weight_plan_at_its_ends(model, store):
+    never, always = (RouterWeightPlan(t, LOW, low_share=s) for t, s in [(0.0, 0.0), (1.5, 1.0)])
+    np.testing.assert_array_equal(score(model, store, never), score(model, store))
+    np.testing.assert_array_equal(
+        score(model, store, always), score(model, store, uniform_plan(store, LOW))
+    )
+
+
+def test_router_weight_plan_asks_for_the_tier_of_each_weight(model, store):
+    """Counted from what the router said; padding asks for nothing."""
+    seen = []
+    plan = RouterWeightPlan(0.4, LOW, low_share=0.3)
+    engine = Engine(model, store, None, plan, chunk_tokens=CHUNK, watch=seen.append)
+    engine.start(len(PROMPTS), CONTEXT)
+    engine.prefill(PROMPTS)
+    uses = np.zeros_like(engine.pool.stats.hits)
+    for routed in seen:
+        rows = zip(routed.ids_TK[routed.valid_T], routed.weights_TK[routed.valid_T], strict=True)
+        choices = [choice for ids, weights in rows for choice in zip(ids, weights, strict=True)]
+        for tier, expert in {(int(weight < 0.4), expert) for expert, weight in choices}:
+            uses[tier, routed.layer, expert] += 1
+    chunks = -(-max(map(len, PROMPTS)) // (CHUNK // len(PROMPTS)))
+    assert len(seen) == chunks * model.config.n_layers
+    assert sum(int(routed.valid_T.sum()) for routed in seen if routed.layer == 0) == sum(
+        map(len, PROMPTS)
+    )
+    assert uses[0].any() and uses[LOW].any()
+    np.testing.assert_array_equal(engine.pool.stats.hits + engine.pool.stats.misses, uses)
+
+
+def greedy(engine, prompts, stop_ids=()) -> list[list[int]]:
+    steps = engine.generate(prompts, NEW_TOKENS, stop_ids=stop_ids)
+    return [ids_B.tolist() for ids_B, _ in steps]
+
+
+def test_sequences_do_not_meet_and_chunks_do_not_show(model, store):
+    """A row of a batch is the sequence alone; a prompt in chunks is the prompt at once."""
+    engine = Engine(model, store, chunk_tokens=CHUNK)
+    engine.start(3, CONTEXT)
+    prefilled = np.asarray(engine.prefill(PROMPTS))  # two chunks of 4
+    decoded = np.asarray(engine.decode(np.asarray([9, 8, 7])))
+    for row, (prompt, following) in enumerate(zip(PROMPTS, [9, 8, 7], strict=True)):
+        engine.start(1, CONTEXT)
+        alone = np.asarray(engine.prefill([prompt]))[0]  # one chunk
+        np.testing.assert_allclose(prefilled[row], alone, atol=2e-5)
+        scored = np.asarray(engine.score(np.asarray([[*prompt, following]])))[0]
+        np.testing.assert_allclose(prefilled[row], scored[-2], atol=2e-5)
+        np.testing.assert_allclose(decoded[row], scored[-1], atol=2e-5)
+
+
+def test_stop_tokens_end_their_own_sequence(model, store):
+    engine = Engine(model, store, chunk_tokens=CHUNK)
+    free = np.asarray(greedy(engine, PROMPTS))  # [step, sequence]
+    assert free.shape == (NEW_TOKENS, 3) and free.tolist() == greedy(engine, PROMPTS)
+    stop = free[1, 0]
+    ended = np.logical_or.accumulate(free == stop, axis=0)
+    assert ended.any() and not ended.all()
+    wanted = np.where(ended, -1, free)[~ended.all(axis=1)]
+    assert greedy(engine, PROMPTS, [stop]) == wanted.tolist()
+    assert greedy(engine, PROMPTS[:1], [stop]) == free[:1, :1].tolist()  # ends when all have
+    assert greedy(engine, PROMPTS, free[0].tolist()) == []
+
+
+def test_too_long_is_refused(model, store):
+    engine = Engine(model, store, chunk_tokens=CHUNK)
+    limit = model.config.context_length
+    with pytest.raises(ValueError, match=f"{limit + 1} tokens exceed the model's context"):
+        engine.start(1, limit + 1)
+    with pytest.raises(ValueError, match="exceed the model's context"):
+        next(engine.generate(PROMPTS, limit))
+    engine.start(1, CONTEXT)
+    for _ in range(CONTEXT):
+        engine.decode(np.asarray([7]))
+    with pytest.raises(ValueError, match=f"{CONTEXT + 1} tokens exceed the {CONTEXT} started with"):
+        engine.decode(np.asarray([7]))
+    with pytest.raises(ValueError, match=r"lengths \[0\]"):
+        engine.prefill([[]])
+    with pytest.raises(ValueError, match="want 1 prompts"):
+        engine.prefill(PROMPTS)
+
+
+def test_sampling_follows_the_distribution():
+    logits_V = np.log(np.asarray([0.05, 0.4, 0.1, 0.25, 0.2], np.float32))
+    draws = 20_000
+    logits_BV = np.broadcast_to(logits_V, (draws, 5))
+
+    def counts(sampling, seed=0):
+        ids_B = np.asarray(sample(logits_BV, jax.random.key(seed), sampling))
+        return np.bincount(ids_B, minlength=5)
+
+    cold_V = np.asarray([0.05, 0.4, 0.1, 0.25, 0.2]) ** 2  # temperature 0.5
+    for sampling, weights_V in [
+        (Sampling(temperature=1.0), np.exp(logits_V)),
+        (Sampling(temperature=0.5), cold_V),
+        # The smallest set with 0.6 of the mass: 0.4 and 0.25.
+        (Sampling(temperature=1.0, top_p=0.6), np.asarray([0, 0.4, 0, 0.25, 0])),
+    ]:
+        got_V, kept_V = counts(sampling), weights_V > 0
+        wanted_V = draws * weights_V / weights_V.sum()
+        assert not got_V[~kept_V].any()
+        chi_square = np.sum((got_V - wanted_V)[kept_V] ** 2 / wanted_V[kept_V])
+        assert chi_square < 18.5  # a thousandth of its distribution with 4 degrees of freedom
+        assert np.array_equal(got_V, counts(sampling))
+        assert not np.array_equal(got_V, counts(sampling, seed=1))
+    for sampling in (Sampling(), Sampling(temperature=2.0, top_p=1e-6)):
+        assert counts(sampling).tolist() == [0, draws, 0, 0, 0]
+
+
+def test_sampling_is_a_function_of_its_seed(model, store):
+    engine = Engine(model, store, chunk_tokens=CHUNK)
+
+    def tokens(**options):
+        steps = engine.generate(PROMPTS, NEW_TOKENS, Sampling(**options))
+        return [ids_B.tolist() for ids_B, _ in steps]
+
+    hot = tokens(temperature=5.0, seed=1)
+    assert hot == tokens(temperature=5.0, seed=1) != tokens(temperature=5.0, seed=2)
+    assert tokens(temperature=5.0, top_p=1e-6) == greedy(engine, PROMPTS)
