@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,8 @@ class Workbench:
         self.model: LoadedModel = load_model(inputs.model or reference.model_path())
         self.tokenizer = self.model.tokenizer()
         self._tiers: dict[str, GGUFFile] = {}
+        # Quality and task scores by plan; see `_quality_and_tasks`.
+        self.measured: dict[Cell, tuple[dict[str, Any], dict[str, Any] | None]] = {}
 
     def _texts(self, part) -> list[str]:
         path = getattr(self.inputs, f"{part}_text")
@@ -213,6 +215,29 @@ def _pool_figures(engine: Engine) -> dict[str, Any]:
     }
 
 
+def _quality_and_tasks(
+    cell: Cell, bench: Workbench, engine: Engine
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Quality and task scores of the cell's plan, measured once per plan in a process.
+
+    Logits are the same bits at every budget (tests/test_engine.py), so cells that
+    differ in the pool alone share them.
+    """
+    plan_only = replace(cell, budget_mib=0.0, protected_fraction=0.0)
+    if plan_only not in bench.measured:
+        measured = asdict(quality.evaluate(engine, bench.windows, bench.native_logits_WTV))
+        scores: dict[str, Any] | None = None
+        if cell.sizes.task_problems:
+            names: tuple[tasks.TaskName, ...] = ("arithmetic", "functions")
+            problems = cell.sizes.task_problems
+            scores = {
+                task: asdict(tasks.evaluate(engine, bench.tokenizer, task, problems))
+                for task in names
+            }
+        bench.measured[plan_only] = (measured, scores)
+    return bench.measured[plan_only]
+
+
 def run_cell(cell: Cell, bench: Workbench) -> dict[str, Any]:
     """Measures one cell and returns its row.
 
@@ -223,23 +248,15 @@ def run_cell(cell: Cell, bench: Workbench) -> dict[str, Any]:
     store = bench.store(cell.low_format)
     plan = make_plan(cell, store, bench)
     engine = Engine(bench.model, store, int(cell.budget_mib * 2**20), plan, cell.protected_fraction)
-    native = bench.native_logits_WTV
     decode = cost.measure(engine, bench.decode_ids_RS, cell.sizes.decode_prompt_tokens)
     pool = _pool_figures(engine)
-    measured = quality.evaluate(engine, bench.windows, native)
-    scores: dict[str, Any] | None = None
-    if cell.sizes.task_problems:
-        names: tuple[tasks.TaskName, ...] = ("arithmetic", "functions")
-        scores = {
-            task: asdict(tasks.evaluate(engine, bench.tokenizer, task, cell.sizes.task_problems))
-            for task in names
-        }
+    measured, scores = _quality_and_tasks(cell, bench, engine)
     return {
         "cell": cell.name,
         "status": "ok",
         "error": None,
         "config": asdict(cell),
-        "quality": asdict(measured),
+        "quality": measured,
         "tasks": scores,
         "store": _store_figures(store, plan),
         "pool": pool,

@@ -38,6 +38,7 @@ class SourceFile:
 
     @property
     def held_out(self) -> bool:
+        """Whether the file is kept from training, by a hash of its name."""
         digest = hashlib.blake2b(self.name.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") % HELD_OUT_ONE_IN == 0
 

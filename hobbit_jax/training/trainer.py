@@ -247,9 +247,9 @@ class Trainer:
 
         @partial(jax.jit, donate_argnums=(0, 1))
         def update(params, opt_state, ids_BS):
-            (_, (nll, shares)), grads = jax.value_and_grad(loss, has_aux=True)(params, ids_BS)
+            (_, (nll, _)), grads = jax.value_and_grad(loss, has_aux=True)(params, ids_BS)
             updates, opt_state = self.optimizer.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state, nll, shares
+            return optax.apply_updates(params, updates), opt_state, nll
 
         evaluate = jax.jit(lambda params, ids_BS: loss(params, ids_BS)[1])
         started_at = self.step
@@ -258,7 +258,7 @@ class Trainer:
         began = time.monotonic()
         while self.step < self.train.steps:
             ids_BS = self.batches(self.step)
-            self.params, self.opt_state, nll, shares = update(self.params, self.opt_state, ids_BS)
+            self.params, self.opt_state, nll = update(self.params, self.opt_state, ids_BS)
             self.step += 1
             row = {"step": self.step, "nats_per_token": round(float(nll), 4)}
             row["elapsed_s"] = round(time.monotonic() - began, 1)
