@@ -46,6 +46,7 @@ class Linear(nnx.Module):
         return get_format(self.format_name).unpack({n: p[...][ids] for n, p in self.planes.items()})
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., K] to x @ W.T [..., N]."""
         return jnp.einsum("...k,nk->...n", x, self.weights())
 
 
@@ -57,6 +58,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalised x, float32 of the same shape."""
         inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         return jnp.multiply(x * inverse_rms, jnp.broadcast_to(self.scale[...], x.shape))
 

@@ -9,6 +9,7 @@ leaves no half row; a missing figure is null, never 0.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -100,8 +101,12 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def machine() -> dict[str, Any]:
-    """Device, processor and versions of this process."""
+    """Device, processor, versions and revision of this process, as of its first row.
+
+    A long sweep runs the code it started with, whatever the checkout becomes meanwhile.
+    """
     device = jax.devices()[0]
     kind = _processor_name() if device.platform == "cpu" else device.device_kind
     return {

@@ -152,10 +152,11 @@ It stands in for a real model in method, not in ability.
   on {train["device"]}. {train["duration"]}
 - Byte-level BPE of {train["vocab_size"]} tokens trained on the same text.
 
-Measured on {first["held_out_files"]} held-out files ({first["held_out_bytes"] / 1e3:.0f} kB) in windows of
-{CONTEXT} tokens, and on {first["arithmetic"]["problems"]} held-out problems of each task, greedy:
+Measured on {first["held_out_files"]} held-out files ({first["held_out_bytes"] / 1e3:.0f} kB) in
+windows of {CONTEXT} tokens, and on {first["arithmetic"]["problems"]} held-out problems of each task, greedy
+(arithmetic: exact match; functions: pass@1; `xz -9` on the same files, one by one):
 
-| file | size | bits per byte | `xz -9` on the same files | arithmetic, exact match | functions, pass@1 | share of an expert in its layer |
+| file | size | bits per byte | `xz -9` | arithmetic | functions | share of an expert in its layer |
 | --- | --- | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 
