@@ -8,19 +8,16 @@ the calibration text.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 
 from hobbit_jax.importance import RoutingProfile
 from hobbit_jax.precision import PrecisionPlan, RouterWeightPlan, StaticPlan
 
-Signal = Literal["router_weight", "frequency", "accumulated_weight", "random"]
-SIGNALS: tuple[str, ...] = get_args(Signal)
+SIGNALS = ("router_weight", "frequency", "accumulated_weight", "random")
 
 
 def allocate(
-    signal: Signal, low_fraction: float, low_tier: int, profile: RoutingProfile, seed: int
+    signal: str, low_fraction: float, low_tier: int, profile: RoutingProfile, seed: int
 ) -> PrecisionPlan:
     """The plan that sends the least important `low_fraction` (0-1) to `low_tier`.
 
@@ -37,8 +34,10 @@ def allocate(
     if signal == "router_weight":
         weights = profile.selection_weights
         count = round(low_fraction * len(weights))
-        threshold = float(np.inf if count == len(weights) else weights[count])
-        return RouterWeightPlan(threshold, low_tier, low_fraction)
+        # At 0 and 1 one tier has no bank, so no weight, however small or large, may ask for it.
+        sorted_or_end = np.concatenate([weights, [np.inf]])
+        threshold = float(sorted_or_end[count]) if count else 0.0
+        return RouterWeightPlan(threshold, low_tier, count / len(weights))
     shape = profile.selections_LE.shape
     scores_LE = {
         "frequency": profile.selections_LE.astype(np.float64),

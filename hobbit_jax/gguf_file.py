@@ -118,7 +118,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
             f"{name_count}; give the parts the names they were made with "
             f"(NAME-00001-of-{count:05d}.gguf)"
         )
-    if count == 1:
+    if count == 1 or name is None:
         return _drop_split_keys(opened)
     names = [f"{name['stem']}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
     return _join_parts([path.with_name(n) for n in names], opened)
@@ -218,6 +218,7 @@ def write_gguf(
             writer.write_tensor_data(np.ascontiguousarray(data))
             del data
         writer.flush()
+        assert writer.fout is not None
         os.fsync(writer.fout[0].fileno())
         writer.close()
         os.replace(partial, path)
@@ -262,7 +263,8 @@ class _CheckedReader(gguf.GGUFReader):
         return end - orig_offs, [values], [0], [GGUFValueType.ARRAY, element]
 
     def _strings(self, start: int, count: int) -> tuple[list[str], int]:
-        data, size = memoryview(self.data), self.data.size
+        data = memoryview(self.data)  # pyright: ignore[reportArgumentType] (stubs before 3.12)
+        size = self.data.size
         length_at = struct.Struct("<Q").unpack_from
         values, pos = [], start
         for _ in range(count):

@@ -63,6 +63,12 @@ class RMSNorm(nnx.Module):
         return jnp.multiply(x * inverse_rms, jnp.broadcast_to(self.scale[...], x.shape))
 
 
+def _apply(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
+    if norm is None:
+        raise RuntimeError("the architecture normalises q and k but the module was given no norm")
+    return norm(x)
+
+
 def rope(x_BTHd: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax.Array:
     """Rotates the first `rope_dim` channels of each head by its position."""
     half = config.rope_dim // 2
@@ -111,12 +117,12 @@ class Attention(nnx.Module):
         batch, tokens, _ = x_BTD.shape
         q_BTN, k_BTN, v_BTN = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if config.qk_norm == "full":
-            q_BTN, k_BTN = self.q_norm(q_BTN), self.k_norm(k_BTN)
+            q_BTN, k_BTN = _apply(self.q_norm, q_BTN), _apply(self.k_norm, k_BTN)
         q_BTHd = q_BTN.reshape(batch, tokens, config.n_heads, config.head_dim)
         k_BTGd = k_BTN.reshape(batch, tokens, config.n_kv_heads, config.head_dim)
         v_BTGd = v_BTN.reshape(batch, tokens, config.n_kv_heads, config.head_dim)
         if config.qk_norm == "head":
-            q_BTHd, k_BTGd = self.q_norm(q_BTHd), self.k_norm(k_BTGd)
+            q_BTHd, k_BTGd = _apply(self.q_norm, q_BTHd), _apply(self.k_norm, k_BTGd)
         q_BTHd, k_BTGd = rope(q_BTHd, positions_BT, config), rope(k_BTGd, positions_BT, config)
 
         if cache is None:

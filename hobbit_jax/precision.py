@@ -17,6 +17,7 @@ import numpy as np
 
 from hobbit_jax.cache.pool import BankDemand
 from hobbit_jax.store import NATIVE, HostExperts
+from pallas_kernels.reference import Signature
 
 SKIPPED = -1  # a selection that no expert serves: padding
 
@@ -77,13 +78,13 @@ def uniform_plan(store: HostExperts, tier: int = NATIVE) -> StaticPlan:
 def demands(plan: PrecisionPlan, store: HostExperts) -> list[BankDemand]:
     """What each bank must be able to hold under `plan`, in order of first appearance."""
     k = store.config.experts_per_token
-    expert_bytes: dict[tuple[str, str, str], int] = {}
-    n_experts: dict[tuple[str, str, str], int] = defaultdict(int)
-    widest: dict[tuple[str, str, str], int] = defaultdict(int)
-    use: dict[tuple[str, str, str], float] = defaultdict(float)
+    expert_bytes: dict[Signature, int] = {}
+    n_experts: dict[Signature, int] = defaultdict(int)
+    widest: dict[Signature, int] = defaultdict(int)
+    use: dict[Signature, float] = defaultdict(float)
     shares = plan.tier_shares_LE(store)
     for layer in range(store.config.n_layers):
-        in_layer: dict[tuple[str, str, str], int] = defaultdict(int)
+        in_layer: dict[Signature, int] = defaultdict(int)
         for tier, share_LE in enumerate(shares):
             wanted = int(np.count_nonzero(share_LE[layer]))
             if wanted:

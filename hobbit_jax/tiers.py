@@ -11,6 +11,7 @@ before a store is built.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ ENCODER_KEY = "hobbit.tier.encoder_sha256"
 
 def encoder_sha256() -> str:
     """Hash of the encoder's source, so that a better encoder never meets its old output."""
-    sources = [Path(module.__file__).read_bytes() for module in (quantize, scale_search)]
+    sources = [inspect.getsource(module).encode() for module in (quantize, scale_search)]
     return hashlib.sha256(b"".join(sources)).hexdigest()
 
 

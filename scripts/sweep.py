@@ -40,7 +40,7 @@ def main(_) -> int:
         "config": json.loads(config.to_json_best_effort()),
         "rule": config.rule.to_dict(),
     }
-    ran, skipped, failed = run_sweep(_cells(config_file), description, Path(_WORKDIR.value))
+    ran, skipped, failed = run_sweep(_cells(config_file), description, Path(str(_WORKDIR.value)))
     print(f"{ran - failed} cells done, {failed} failed, {skipped} were finished before")
     print(f"next: python scripts/report.py --workdir {_WORKDIR.value}")
     return 1 if failed else 0

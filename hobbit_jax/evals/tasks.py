@@ -47,12 +47,13 @@ def complete(
 
 def evaluate(engine: Engine, tokenizer: Tokenizer, task: TaskName, problems: int) -> TaskScore:
     """Scores `problems` held-out problems of one task."""
-    module = arithmetic if task == "arithmetic" else functions
-    drawn = module.generate(HELD_OUT_SEED, problems, "heldout")
-    texts = complete(engine, tokenizer, [p.prompt for p in drawn], MAX_NEW_TOKENS[task])
     if task == "arithmetic":
-        verdicts = [arithmetic.score(p, text) for p, text in zip(drawn, texts, strict=True)]
+        sums = arithmetic.generate(HELD_OUT_SEED, problems, "heldout")
+        texts = complete(engine, tokenizer, [p.prompt for p in sums], MAX_NEW_TOKENS[task])
+        verdicts = [arithmetic.score(p, text) for p, text in zip(sums, texts, strict=True)]
     else:
-        verdicts = execution.run_candidates(drawn, texts)
+        programs = functions.generate(HELD_OUT_SEED, problems, "heldout")
+        texts = complete(engine, tokenizer, [p.prompt for p in programs], MAX_NEW_TOKENS[task])
+        verdicts = execution.run_candidates(programs, texts)
     interval = share(sum(verdicts), problems)
     return TaskScore(problems, sum(verdicts), interval.value, interval.low, interval.high)

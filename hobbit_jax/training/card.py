@@ -153,8 +153,8 @@ It stands in for a real model in method, not in ability.
 - Byte-level BPE of {train["vocab_size"]} tokens trained on the same text.
 
 Measured on {first["held_out_files"]} held-out files ({first["held_out_bytes"] / 1e3:.0f} kB) in
-windows of {CONTEXT} tokens, and on {first["arithmetic"]["problems"]} held-out problems of each task, greedy
-(arithmetic: exact match; functions: pass@1; `xz -9` on the same files, one by one):
+windows of {CONTEXT} tokens, and on {first["arithmetic"]["problems"]} held-out problems of
+each task, greedy (arithmetic: exact match; functions: pass@1; `xz -9` file by file):
 
 | file | size | bits per byte | `xz -9` | arithmetic | functions | share of an expert in its layer |
 | --- | --- | --- | --- | --- | --- | --- |

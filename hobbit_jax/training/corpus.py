@@ -98,7 +98,7 @@ def train_tokenizer(files: list[SourceFile], vocab_size: int) -> Tokenizer:
 
 def pack(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
     """One uint16 stream: every document preceded by END_OF_TEXT."""
-    boundary = tokenizer.token_to_id(END_OF_TEXT)
+    boundary = tokenizer.get_vocab()[END_OF_TEXT]
     stream: list[int] = []
     for encoding in tokenizer.encode_batch(documents):
         stream.append(boundary)

@@ -196,5 +196,5 @@ def shifted_bits(packed: jax.Array, shifts: np.ndarray, width: int) -> jax.Array
     backend 3 to 20 times slower than a stack and a broadcast.
     """
     lead = (1,) * (packed.ndim - shifts.ndim)
-    shifts = jnp.asarray(shifts, jnp.uint8).reshape(*lead, *shifts.shape)
-    return (packed >> shifts) & ((1 << width) - 1)
+    aligned = jnp.asarray(shifts, jnp.uint8).reshape(*lead, *shifts.shape)
+    return (packed >> aligned) & ((1 << width) - 1)
