@@ -52,7 +52,7 @@ def default_model_path() -> Path:
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
-    except flags.Error as error:
+    except (flags.Error, AttributeError) as error:  # the latter: an unknown --config.field
         _fail(error)
     if flags.FLAGS["verbosity"].using_default_value:
         # absl would take INFO, at which JAX reports each kind of device it did not find.

@@ -67,7 +67,7 @@ class RowStore:
 
     def finished(self, cell: str) -> bool:
         """Whether `cell` has an "ok" row; failed and unreadable ones are run again."""
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, AttributeError):
+        with contextlib.suppress(FileNotFoundError, ValueError, AttributeError):
             row = json.loads(self.path(cell).read_text(encoding="utf-8"))
             return row.get("status") == "ok"
         return False

@@ -46,4 +46,6 @@ def share(correct: int, total: int) -> Interval:
     p, z2 = correct / total, Z_95**2
     centre = (p + z2 / (2 * total)) / (1 + z2 / total)
     spread = Z_95 / (1 + z2 / total) * np.sqrt(p * (1 - p) / total + z2 / (4 * total**2))
-    return Interval(p, max(0.0, float(centre - spread)), min(1.0, float(centre + spread)))
+    # Rounding may push a bound past 0 or 1, where it is p itself.
+    low, high = max(0.0, float(centre - spread)), min(1.0, float(centre + spread))
+    return Interval(p, min(low, p), max(high, p))

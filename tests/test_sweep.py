@@ -1,0 +1,342 @@
+"""Sweeps: every cell gets one true row, whatever fails or is killed on the way."""
+
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hobbit_jax import reference
+from hobbit_jax.allocation import allocate
+from hobbit_jax.evals.quality import cut_windows
+from hobbit_jax.evals.statistics import bootstrap, share
+from hobbit_jax.importance import RoutingProfile
+from hobbit_jax.rows import write_json
+from hobbit_jax.sweep import Cell, EvalSizes, Inputs, run_sweep
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LOW = 1
+SIZES = EvalSizes(
+    windows=2,
+    context=64,
+    calibration_windows=2,
+    task_problems=2,
+    decode_prompt_tokens=4,
+    decode_tokens=4,
+    decode_repeats=1,
+)
+
+
+def cell(signal: str, fraction: float, low_format: str | None = "Q2_K") -> Cell:
+    return Cell(signal, fraction, low_format, 2.0, 0.1, 0, Inputs("", "", ""), SIZES)
+
+
+NATIVE, UNIFORM = cell("native", 0, None), cell("uniform", 1)
+FREQUENCY, ROUTER, RANDOM = (cell(s, 0.5) for s in ("frequency", "router_weight", "random"))
+CELLS = [NATIVE, UNIFORM, FREQUENCY, ROUTER, RANDOM]
+
+
+def refuse_constant(text: str):
+    raise AssertionError(f"{text} in a row")
+
+
+def read_rows(workdir: Path) -> dict[str, dict]:
+    """Rows by cell; NaN and infinity are not JSON and stand in none."""
+    rows = {}
+    for path in sorted((workdir / "rows").iterdir()):
+        row = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+        assert path.name == f"{row['cell']}.json"
+        rows[row["cell"]] = row
+    return rows
+
+
+def row_bytes(workdir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (workdir / "rows").iterdir()}
+
+
+def script(name: str, *args: str) -> list[str]:
+    return [sys.executable, str(REPOSITORY / "scripts" / name), *args]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> Path:
+    """The workdir of a finished sweep over `CELLS`."""
+    workdir = tmp_path_factory.mktemp("sweep")
+    assert run_sweep(CELLS, {"title": "t"}, workdir) == (5, 0, 0)
+    return workdir
+
+
+def test_rows(swept):
+    rows = read_rows(swept)
+    assert set(rows) == {c.name for c in CELLS}
+    assert json.loads((swept / "sweep.json").read_text())["cells"] == [c.name for c in CELLS]
+    for row in rows.values():
+        assert (row["status"], row["error"]) == ("ok", None)
+        pool, decode, quality = row["pool"], row["decode"], row["quality"]
+        assert pool["device_bytes"] <= pool["budget_bytes"] == 2 * 2**20
+        assert 0 < pool["resident_pairs"] <= pool["slots_total"] == sum(pool["slots"].values())
+        assert 0 < decode["bytes_moved_per_token"] < decode["bytes_used_per_token"]
+        assert 0 < decode["hit_rate"] < 1
+        assert decode["tokens"] == SIZES.decode_tokens * SIZES.decode_repeats
+        assert quality["tokens"] == SIZES.windows * SIZES.context
+        for figure in (*quality.values(), *row["tasks"].values()):
+            if isinstance(figure, dict):
+                assert figure["low"] <= figure["value"] <= figure["high"]
+
+    native, uniform, frequency, router, random = (rows[c.name] for c in CELLS)
+    assert native["quality"]["kl_mean"] == {"value": 0, "low": 0, "high": 0}
+    assert native["quality"]["top1_agreement"]["value"] == 1
+    # 4 layers of 2 experts per token, over the calibration windows.
+    assert np.sum(native["routing"]["selections_LE"]) == 2 * 64 * 4 * 2
+    for mix in (frequency, router, random):
+        assert 0 < mix["quality"]["kl_mean"]["value"] < uniform["quality"]["kl_mean"]["value"]
+        assert 0 < mix["decode"]["degraded_fraction"] < 1
+
+    assert native["decode"]["degraded_fraction"] == 0
+    assert uniform["decode"]["degraded_fraction"] == 1
+    # Uniform experts are all of one size, so that misses and bytes are the same count.
+    decode, expert_bytes = uniform["decode"], uniform["store"]["expert_bytes_mean"]
+    assert decode["bytes_used_per_token"] == 4 * 2 * expert_bytes
+    missed = decode["bytes_used_per_token"] * (1 - decode["hit_rate"])
+    assert decode["bytes_moved_per_token"] == pytest.approx(missed, rel=1e-12)
+
+    high, low = (row["store"]["plan_bytes"] for row in (native, uniform))
+    assert high == native["store"]["native_bytes"] > low
+    assert low < frequency["store"]["plan_bytes"] < high
+    assert router["store"]["plan_bytes"] == high + low  # either copy of any expert
+
+
+def test_nothing_runs_twice(swept):
+    before = row_bytes(swept)
+    assert run_sweep(CELLS, {"title": "again"}, swept) == (0, 5, 0)
+    assert row_bytes(swept) == before
+
+
+def test_only_what_is_missing_runs(swept):
+    """A cell that cannot run, a torn row and garbage; the finished rows stay as they are."""
+    before, kept = row_bytes(swept), read_rows(swept)
+    torn = [swept / "rows" / f"{c.name}.json" for c in (UNIFORM, FREQUENCY)]
+    torn[0].write_bytes(torn[0].read_bytes()[:-100])
+    torn[1].write_bytes(b"\xff\x00" * 50)
+    cramped = replace(NATIVE, budget_mib=0.1)
+    assert run_sweep([cramped, *CELLS], {}, swept) == (3, 3, 1)
+
+    after, rows = row_bytes(swept), read_rows(swept)
+    failed = rows.pop(cramped.name)
+    assert failed["status"] == "failed" and "quality" not in failed
+    assert failed["error"].startswith("ValueError: ") and "budget" in failed["error"]
+    assert "\n" not in failed["error"]
+    for c in (UNIFORM, FREQUENCY):
+        for part in ("config", "quality", "tasks", "store", "pool"):
+            assert rows[c.name][part] == kept[c.name][part]
+        assert rows[c.name]["decode"]["hit_rate"] == kept[c.name]["decode"]["hit_rate"]
+    for c in (NATIVE, ROUTER, RANDOM):
+        assert after[f"{c.name}.json"] == before[f"{c.name}.json"]
+    with pytest.raises(ValueError, match="two cells of the sweep are the same"):
+        run_sweep([NATIVE, NATIVE], {}, swept)
+
+
+def test_a_row_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "row.json"
+    write_json(path, {"kl": 1})
+    before = path.read_bytes()
+    with pytest.raises(ValueError):
+        write_json(path, {"padding": "x" * 100_000, "kl": math.nan})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_cells_have_names_of_their_own():
+    """Whatever changes a measurement changes the name, or a stale row would stand for it."""
+    changed = [
+        replace(FREQUENCY, seed=1),
+        replace(FREQUENCY, protected_fraction=0.5),
+        replace(FREQUENCY, sizes=replace(SIZES, context=65)),
+        replace(FREQUENCY, inputs=Inputs("M.gguf", "", "")),
+        replace(FREQUENCY, budget_mib=2.0000001),
+    ]
+    assert len({c.name for c in [*CELLS, *changed]}) == len(CELLS) + len(changed)
+
+
+SMALL = (
+    f"--config={REPOSITORY}/configs/reference.py:demo",
+    "--config.eval.windows=2",
+    "--config.eval.context=64",
+    "--config.eval.calibration_windows=2",
+    "--config.eval.task_problems=0",
+    "--config.eval.decode_prompt_tokens=4",
+    "--config.eval.decode_tokens=4",
+    "--config.eval.decode_repeats=1",
+    "--config.cache.budget_mib=2",
+    "--config.precision.signals=frequency",
+)
+
+
+def test_a_killed_sweep_goes_on(tmp_path):
+    command = script("sweep.py", *SMALL, f"--workdir={tmp_path}")
+    rows = tmp_path / "rows"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 240
+            while not list(rows.glob("*.json")):
+                assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+                assert time.monotonic() < deadline, "no row"
+                time.sleep(0.02)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    finished = {path: path.read_bytes() for path in rows.glob("*.json")}
+    assert all(json.loads(row)["decode"]["tokens"] == 4 for row in finished.values())
+    assert 1 <= len(finished) < 4
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"{4 - len(finished)} cells done, 0 failed, {len(finished)} were" in done.stdout
+    assert sorted(path.name.split("-")[0] for path in rows.glob("*.json")) == [
+        "frequency", "native", "uniform", "uniform",
+    ]  # fmt: skip
+    assert {path: path.read_bytes() for path in finished} == finished
+
+    done = subprocess.run(
+        script("report.py", f"--workdir={tmp_path}"), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    decision = (tmp_path / "decision.md").read_text(encoding="utf-8")
+    assert "frequency" in decision and "nan" not in decision.lower().split()
+
+
+@pytest.fixture
+def broken(tmp_path) -> Path:
+    """A folder with a cut and a foreign file for a model, and a plain file for a folder."""
+    whole = reference.model_path().read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "foreign.gguf").write_bytes(b"GGML" + whole[4:100_000])
+    (tmp_path / "file").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config.model={0}/none.gguf"], "none.gguf: no such file"),
+        (["--config.model={0}/cut.gguf"], "cut.gguf: "),
+        (["--config.model={0}/foreign.gguf"], "foreign.gguf: "),
+        (["--workdir={0}/file/w"], "file/w cannot be written"),
+        (["--config.cache.budgetmib=8"], "budgetmib"),
+        (["--config.precision.signals=loudest"], "signal is 'loudest'; want native, "),
+    ],
+)
+def test_bad_input_is_one_line(broken, args, message):
+    args = [f"--workdir={broken}/w", *(arg.format(broken) for arg in args)]
+    done = subprocess.run(
+        script("sweep.py", *SMALL, *args), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert done.stderr.endswith(f"{errors[0]}\n") and len(errors[0]) < 400
+    assert not list(broken.glob("w/rows/*"))
+
+
+def made_profile(selections_LE) -> RoutingProfile:
+    selections_LE = np.asarray(selections_LE)
+    weights = np.sort(np.random.default_rng(3).random(int(selections_LE.sum()), np.float32))
+    return RoutingProfile(selections_LE, -selections_LE.astype(np.float64), weights)
+
+
+@pytest.mark.parametrize("name", ["frequency", "accumulated_weight", "random"])
+def test_static_signals_count_pairs(name):
+    profile = made_profile(np.random.default_rng(0).permutation(48).reshape(3, 16))
+    scores_LE = {"frequency": profile.selections_LE, "accumulated_weight": profile.weight_LE}
+    below = np.zeros((3, 16), bool)
+    for fraction in (0, 0.25, 0.3, 0.5, 0.9, 1):
+        low = allocate(name, fraction, LOW, profile, 0).tier_LE == LOW
+        assert low.sum() == round(fraction * 48) and (low | ~below).all()  # nested
+        if name in scores_LE and low.any() and not low.all():
+            assert scores_LE[name][low].max() < scores_LE[name][~low].min()
+        below = low
+
+
+def test_allocation_at_its_edges():
+    profile = made_profile([[5, 5, 5, 5], [5, 5, 5, 5]])
+    tied = allocate("frequency", 0.625, LOW, profile, 0)
+    assert tied.tier_LE.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
+    assert np.array_equal(allocate("frequency", 0.625, LOW, profile, 9).tier_LE, tied.tier_LE)
+    drawn = [allocate("random", 0.5, LOW, profile, seed).tier_LE.tobytes() for seed in range(8)]
+    assert len(set(drawn)) > 4
+    assert drawn[3] == allocate("random", 0.5, LOW, profile, 3).tier_LE.tobytes()
+    for signal_name, fraction in (("loudest", 0.5), ("random", 1.5), ("router_weight", -0.1)):
+        with pytest.raises(ValueError, match=r"want (one of|0 to 1)"):
+            allocate(signal_name, fraction, LOW, profile, 0)
+
+
+def test_router_weight_counts_selections():
+    profile = made_profile([[25, 15], [30, 30]])
+    weights_TK = profile.selection_weights.reshape(50, 2)
+    ids_TK = np.zeros((50, 2), np.int32)
+    for fraction in (0, 0.25, 0.5, 0.99, 1):
+        tiers = allocate("router_weight", fraction, LOW, profile, 0).assign(0, ids_TK, weights_TK)
+        assert (tiers == LOW).sum() == round(fraction * 100)
+        assert (np.diff(tiers.reshape(-1)) <= 0).all()  # the lightest go low
+    # Heavier than any on the calibration text.
+    everything = allocate("router_weight", 1, LOW, profile, 0)
+    assert (everything.assign(0, ids_TK, weights_TK + 10) == LOW).all()
+
+
+def test_share():
+    """Wilson (1927) by its published worked values."""
+    for (correct, total), low, high in [
+        ((0, 10), 0.0, 0.277533),
+        ((10, 10), 0.722467, 1.0),
+        ((5, 10), 0.236593, 0.763407),
+        ((81, 263), 0.255289, 0.366205),  # Newcombe (1998), table I, method 3: .2553 to .3662
+        ((15, 148), 0.062387, 0.160526),  # .0624 to .1605
+    ]:
+        got = share(correct, total)
+        assert got.value == correct / total
+        assert (got.low, got.high) == pytest.approx((low, high), abs=5e-5)
+        assert 0 <= got.low <= got.value <= got.high <= 1
+    with pytest.raises(ValueError, match="at least one"):
+        share(0, 0)
+
+
+def test_bootstrap():
+    values = np.random.default_rng(1).standard_normal(1600)
+    widths = []
+    for n in (16, 100, 1600):
+        interval = bootstrap(lambda drawn, n=n: values[:n][drawn].mean(), n)
+        assert interval.value == values[:n].mean()
+        assert interval.low < interval.value < interval.high
+        widths.append(interval.high - interval.low)
+        # The normal interval of a mean, by the law it must approach.
+        assert widths[-1] == pytest.approx(3.92 * values[:n].std() / math.sqrt(n), rel=0.15)
+    assert all(wide > narrow for wide, narrow in itertools.pairwise(widths))
+
+
+class Bytes:
+    """A tokenizer of one token per byte; every token stands for two."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def byte_lengths(self) -> np.ndarray:
+        return np.full(256, 2)
+
+
+def test_cut_windows():
+    texts = [bytes(range(60)).decode(), bytes(range(60, 105)).decode()]
+    windows = cut_windows(Bytes(), texts, 5, 20)
+    assert windows.ids_WS.reshape(-1).tolist() == list(range(105))  # all of it, nothing twice
+    assert windows.target_bytes_WT.tolist() == [[2] * 20] * 5 and windows.targets == 100
+    few = [cut_windows(Bytes(), texts, 2, 20, seed).ids_WS for seed in (0, 0, 1, 2, 3)]
+    assert np.array_equal(few[0], few[1])
+    assert len({ids_WS.tobytes() for ids_WS in few}) > 1
+    with pytest.raises(ValueError, match=r"105 tokens, enough for 5 windows .* 6 were asked for"):
+        cut_windows(Bytes(), texts, 6, 20)
