@@ -1,20 +1,17 @@
 """What every script does at its edges: start absl, and turn a user's mistake into one line.
 
-Owns the exit status and the shape of error messages on the command line, and where the shipped
-model lies. Called by `scripts/` only; the library raises exceptions and never exits.
+Owns the exit status and the shape of error messages on the command line. Called by `scripts/`
+only; the library raises exceptions and never exits.
 """
 
 from __future__ import annotations
 
-import importlib.resources
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-REFERENCE_MODEL = "reference-q4_k_m.gguf"
 BAD_INPUT_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells count
 
@@ -32,21 +29,6 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     # app.run always ends in sys.exit, but does not say so.
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
     raise RuntimeError("absl's app.run returned")
-
-
-def default_model_path() -> Path:
-    """The reference model that the package ships.
-
-    Raises:
-        FileNotFoundError: this installation comes without it.
-    """
-    path = Path(str(importlib.resources.files("hobbit_jax"))) / "reference" / REFERENCE_MODEL
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: this installation comes without the reference model; name a GGUF file with "
-            "--model, or make the reference model with scripts/train_reference.py"
-        )
-    return path
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -70,11 +52,16 @@ def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
             raise
         _fail(error)
     except KeyboardInterrupt:
-        print("\nerror: interrupted", file=sys.stderr)
+        print("\nerror: interrupted; nothing finished is lost", file=sys.stderr)
         sys.exit(INTERRUPTED_STATUS)
 
 
 def _fail(error: Exception | str) -> NoReturn:
-    line = " ".join(str(error).split()) or type(error).__name__
+    text = str(error)
+    if isinstance(error, AttributeError):  # ml_collections quotes its own message
+        text = text.strip("'\"").replace("\\n", " ").replace("\\'", "'")
+    if "Traceback" in text:  # ml_collections folds a config file's own traceback into its message
+        text = text.strip().splitlines()[-1]
+    line = " ".join(text.split()) or type(error).__name__
     print(f"error: {line}", file=sys.stderr)
     sys.exit(BAD_INPUT_STATUS)

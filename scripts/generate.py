@@ -10,7 +10,7 @@ import sys
 
 from absl import flags
 
-from hobbit_jax import cli
+from hobbit_jax import cli, reference
 from hobbit_jax.engine import Engine, StepStats
 from hobbit_jax.loading import load_model
 from hobbit_jax.sampling import Sampling
@@ -44,7 +44,7 @@ def report(engine: Engine, steps: list[StepStats]) -> str:
 
 def main(_):
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
-    model = load_model(_MODEL.value or cli.default_model_path())
+    model = load_model(_MODEL.value or reference.model_path())
     tokenizer = model.tokenizer()
     prompt = tokenizer.encode(_PROMPT.value)
     if not prompt:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from hobbit_jax import cli
+from hobbit_jax import cli, reference
 from hobbit_jax.architecture import ModelConfig
 from hobbit_jax.engine import Engine
 from hobbit_jax.loading import load_model
@@ -54,7 +54,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def main(_):
-    model = load_model(_MODEL.value or cli.default_model_path())
+    model = load_model(_MODEL.value or reference.model_path())
     ids_T = read_tokens(Path(_TOKENS.value), model.config)
     budget_bytes = None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20)
     engine = Engine(model, HostExperts(model.config, model.file), budget_bytes)

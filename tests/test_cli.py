@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from hobbit_jax import cli
+from hobbit_jax import reference
 
 SCRIPT = """
 import logging
 from absl import flags
-from hobbit_jax import cli
+from hobbit_jax import reference
 
 _LIMIT = flags.DEFINE_integer("limit", 1, "at least 1", 1)
 _RAISE = flags.DEFINE_string("raises", None, "an exception, as Python writes it")
@@ -61,7 +61,11 @@ def test_bad_flags_are_one_line(arg, message):
 
 
 def test_interrupt():
-    assert run("--raises=KeyboardInterrupt()") == (130, "", "\nerror: interrupted\n")
+    assert run("--raises=KeyboardInterrupt()") == (
+        130,
+        "",
+        "\nerror: interrupted; nothing finished is lost\n",
+    )
 
 
 def test_bugs_keep_their_traceback():
@@ -72,6 +76,6 @@ def test_bugs_keep_their_traceback():
 
 
 def test_absent_reference_model(monkeypatch):
-    monkeypatch.setattr(cli, "REFERENCE_MODEL", "absent.gguf")
-    with pytest.raises(FileNotFoundError, match=r"absent\.gguf: .*--model"):
-        cli.default_model_path()
+    monkeypatch.setattr(reference, "MODEL_NAME", "absent.gguf")
+    with pytest.raises(FileNotFoundError, match=r"absent\.gguf is not .*--model"):
+        reference.model_path()
