@@ -10,7 +10,7 @@ from hobbit_jax import reference
 SCRIPT = """
 import logging
 from absl import flags
-from hobbit_jax import reference
+from hobbit_jax import cli
 
 _LIMIT = flags.DEFINE_integer("limit", 1, "at least 1", 1)
 _RAISE = flags.DEFINE_string("raises", None, "an exception, as Python writes it")
