@@ -27,6 +27,9 @@ def threats(results: Results, rule: Rule) -> list[str]:
         "Intervals resample the evaluation windows of one text. They do not cover another text, "
         "another model or another training run. They are compared unpaired, so a difference "
         "that is called equal may still be real.",
+        "Cells are timed one after the other, minutes apart. The range over a cell's repeats does "
+        "not cover what else the machine did meanwhile: unless it was quiet for the whole sweep, "
+        "do not rank plans by tokens/s.",
         "One rival is not in these rows: computing a missed expert on the CPU at full precision "
         "(llama.cpp --cpu-moe). On a desktop it may beat every plan here.",
     ]
