@@ -88,7 +88,12 @@ class HostExperts:
         tensors = (layer.gate, layer.up, layer.down)
         if key not in self._checked:
             for tensor in tensors:
-                one = replace(tensor, shape=tensor.shape[1:], raw=tensor.raw[key.expert])
+                one = replace(
+                    tensor,
+                    name=f"{tensor.name}[{key.expert}]",
+                    shape=tensor.shape[1:],
+                    raw=tensor.raw[key.expert],
+                )
                 check_finite_scales(one)
             self._checked.add(key)
         return tensors[0].raw[key.expert], tensors[1].raw[key.expert], tensors[2].raw[key.expert]
