@@ -2,8 +2,8 @@
 
 Run by hand, in an environment of its own, when `tests/tiny_models.py` changes:
 
-    python3 -m venv /tmp/torch && /tmp/torch/bin/pip install torch transformers gguf numpy
-    PYTHONPATH=. /tmp/torch/bin/python tests/goldens/make_goldens.py
+    python3 -m venv torch-env && torch-env/bin/pip install torch transformers gguf numpy
+    PYTHONPATH=. torch-env/bin/python tests/goldens/make_goldens.py
 
 Nothing of ours computes here: the files are read by `gguf.GGUFReader`, dequantised by
 `gguf.quants`, and run by the classes of transformers. Last made with torch 2.13.0 and
