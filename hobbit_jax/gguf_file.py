@@ -29,6 +29,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from hobbit_jax.atomic import replacing
+
 SUPPORTED_TYPES = (
     "F32",
     "F16",
@@ -184,48 +186,48 @@ def write_gguf(
     if not isinstance(arch, str) or not arch:
         raise ValueError(f"{path}: metadata has general.architecture={arch!r}, expected a name")
     entries = list(tensors)
-    # Same directory: a rename across file systems would not be atomic.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    writer = gguf.GGUFWriter(partial, arch)
-    try:
-        for key, value in metadata.items():
-            if key == "general.architecture":
-                continue  # the writer has put it first
-            if key == "general.alignment":
-                writer.add_custom_alignment(int(value))
-                continue
-            value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-            given = (field_types or {}).get(key)
-            kind, element = given if given is not None else _field_type(key, value)
-            if kind == GGUFValueType.ARRAY and len(value) == 0:
-                raise ValueError(f"metadata {key!r}: GGUF has no empty arrays; leave the key out")
-            writer.add_key_value(key, value, kind, element)
-        for name, format_name, shape, _ in entries:
-            raw_shape = _raw_shape(name, format_name, shape)
-            kind = GGMLQuantizationType[format_name]
-            writer.add_tensor_info(name, raw_shape, np.dtype(np.uint8), math.prod(raw_shape), kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name, format_name, shape, raw in entries:
-            data = raw() if callable(raw) else raw
-            wanted = _raw_shape(name, format_name, shape)
-            if data.dtype != np.uint8 or data.shape != wanted:
-                raise ValueError(
-                    f"tensor {name!r}: got {data.dtype} {data.shape}, but {format_name} of shape "
-                    f"{tuple(shape)} is uint8 {wanted}"
+    with replacing(path) as partial:
+        writer = gguf.GGUFWriter(partial, arch)
+        try:
+            for key, value in metadata.items():
+                if key == "general.architecture":
+                    continue  # the writer has put it first
+                if key == "general.alignment":
+                    writer.add_custom_alignment(int(value))
+                    continue
+                value = value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+                given = (field_types or {}).get(key)
+                kind, element = given if given is not None else _field_type(key, value)
+                if kind == GGUFValueType.ARRAY and len(value) == 0:
+                    raise ValueError(
+                        f"metadata {key!r}: GGUF has no empty arrays; leave the key out"
+                    )
+                writer.add_key_value(key, value, kind, element)
+            for name, format_name, shape, _ in entries:
+                raw_shape = _raw_shape(name, format_name, shape)
+                kind = GGMLQuantizationType[format_name]
+                writer.add_tensor_info(
+                    name, raw_shape, np.dtype(np.uint8), math.prod(raw_shape), kind
                 )
-            writer.write_tensor_data(np.ascontiguousarray(data))
-            del data
-        writer.flush()
-        assert writer.fout is not None
-        os.fsync(writer.fout[0].fileno())
-        writer.close()
-        os.replace(partial, path)
-        _sync_directory(path.parent)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name, format_name, shape, raw in entries:
+                data = raw() if callable(raw) else raw
+                wanted = _raw_shape(name, format_name, shape)
+                if data.dtype != np.uint8 or data.shape != wanted:
+                    raise ValueError(
+                        f"tensor {name!r}: got {data.dtype} {data.shape}, but {format_name} of shape "
+                        f"{tuple(shape)} is uint8 {wanted}"
+                    )
+                writer.write_tensor_data(np.ascontiguousarray(data))
+                del data
+            writer.flush()
+            assert writer.fout is not None
+            os.fsync(writer.fout[0].fileno())
+        finally:
+            writer.close()
+    _sync_directory(path.parent)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ the architecture does so).
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from hobbit_jax.atomic import replacing
 from hobbit_jax.engine import Engine, RoutedLayer
 from hobbit_jax.evals.quality import WINDOWS_PER_BATCH, Windows
 
@@ -35,10 +35,8 @@ class RoutingProfile:
     def save(self, path: Path) -> None:
         """Writes the profile atomically as .npz."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        with partial.open("wb") as file:
+        with replacing(path) as partial, partial.open("wb") as file:
             np.savez(file, **vars(self))
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: Path) -> RoutingProfile:

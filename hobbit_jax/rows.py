@@ -20,21 +20,18 @@ from typing import Any
 
 import jax
 
+from hobbit_jax.atomic import replacing
+
 REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "gguf", "tokenizers")
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` so that a reader sees all of it or nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class RowStore:

@@ -107,6 +107,7 @@ class Workbench:
             return reference.held_out_texts(part)
         return [Path(path).read_text(encoding="utf-8")]
 
+    @functools.cached_property
     def text_sha256(self) -> str:
         """Hash of calibration and evaluation text together."""
         texts = [*self._texts("calibration"), "\0", *self._texts("evaluation")]
@@ -159,8 +160,10 @@ class Workbench:
     def native_logits_WTV(self) -> np.ndarray:
         """Logits of the native model on the evaluation windows."""
         path = self.workdir / "cache" / f"native-logits-{self._key(self.windows)}.npy"
-        native = Engine(self.model, self.native_store)
-        return quality.native_logits(native, self.windows, path)
+        if not path.exists():
+            native = Engine(self.model, self.native_store)
+            quality.write_native_logits(native, self.windows, path)
+        return np.load(path, mmap_mode="r")
 
     def tier(self, format: str) -> GGUFFile:
         """The low tier at `format`."""
@@ -272,7 +275,7 @@ def run_cell(cell: Cell, bench: Workbench) -> dict[str, Any]:
             "tier_sha256": (
                 {cell.low_format: bench.tier(cell.low_format).sha256()} if cell.low_format else {}
             ),
-            "text_sha256": bench.text_sha256(),
+            "text_sha256": bench.text_sha256,
             "seconds": round(time.monotonic() - began, 2),
         },
     }

@@ -6,7 +6,6 @@
 --budget_mib every expert is resident; the result is the same under any budget.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from absl import flags
 
 from hobbit_jax import cli, reference
 from hobbit_jax.architecture import ModelConfig
+from hobbit_jax.atomic import replacing
 from hobbit_jax.engine import Engine
 from hobbit_jax.loading import load_model
 from hobbit_jax.store import HostExperts
@@ -44,13 +44,8 @@ def read_tokens(path: Path, config: ModelConfig) -> np.ndarray:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes a .npy file, or nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            np.save(file, array)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.save(file, array)
 
 
 def main(_):

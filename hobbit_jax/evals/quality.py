@@ -7,7 +7,6 @@ negative log-likelihood, KL(native || plan) and top-1 agreement. Called by
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from hobbit_jax.atomic import replacing
 from hobbit_jax.engine import Engine
 from hobbit_jax.evals.statistics import Interval, bootstrap
 from hobbit_jax.tokenizer import Tokenizer
@@ -58,24 +58,18 @@ def cut_windows(
     return Windows(ids_WS, tokenizer.byte_lengths()[ids_WS[:, 1:]])
 
 
-def native_logits(engine: Engine, windows: Windows, path: Path) -> np.ndarray:
-    """Native logits float32 [W, T, V], memory-mapped from `path`; computed once if absent.
-
-    A killed run leaves a temporary file behind, never a half-written result.
-    """
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        count, width = windows.ids_WS.shape
-        shape = (count, width - 1, engine.config.vocab_size)
+def write_native_logits(engine: Engine, windows: Windows, path: Path) -> None:
+    """Writes native logits, float32 [W, T, V], as a .npy file that can be memory-mapped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count, width = windows.ids_WS.shape
+    shape = (count, width - 1, engine.config.vocab_size)
+    with replacing(path) as partial:
         array_WTV = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
         for start in tqdm(range(0, count, WINDOWS_PER_BATCH), desc="native logits", leave=False):
             batch = windows.ids_WS[start : start + WINDOWS_PER_BATCH, :-1]
             array_WTV[start : start + len(batch)] = np.asarray(engine.score(batch))
         array_WTV.flush()
         del array_WTV
-        os.replace(partial, path)
-    return np.load(path, mmap_mode="r")
 
 
 @jax.jit

@@ -6,10 +6,10 @@ same bytes of every file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from hobbit_jax.atomic import replacing
 from hobbit_jax.report import figures
 from hobbit_jax.report.document import render
 from hobbit_jax.report.read_results import load_results
@@ -63,9 +63,5 @@ def _plans_to_show(results: Results, answers: Sequence[Verdict]) -> list[Plan]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
