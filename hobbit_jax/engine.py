@@ -154,8 +154,10 @@ class Engine:
                 self.watch(RoutedLayer(layer, ids_TK, weights_TK, valid_T))
             tier_TK = self.plan.assign(layer, ids_TK, weights_TK)
             tier_TK = np.where(valid_T[:, None], tier_TK, np.int8(SKIPPED))
-            y_AD = apply_experts(self.pool, layer, h_TD, ids_TK, tier_TK)
-            x_BTD = add_experts(x_BTD, y_AD, routing.weights)
+            y_AD = apply_experts(
+                self.pool, layer, h_TD, routing.weights, ids_TK, tier_TK, self.model.implementation
+            )
+            x_BTD = add_experts(x_BTD, y_AD)
         self._lengths_B = self._lengths_B + n_new_B.astype(np.int32)
         return x_BTD
 

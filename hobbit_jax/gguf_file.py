@@ -217,8 +217,8 @@ def write_gguf(
                 wanted = _raw_shape(name, format_name, shape)
                 if data.dtype != np.uint8 or data.shape != wanted:
                     raise ValueError(
-                        f"tensor {name!r}: got {data.dtype} {data.shape}, but {format_name} of shape "
-                        f"{tuple(shape)} is uint8 {wanted}"
+                        f"tensor {name!r}: got {data.dtype} {data.shape}, but {format_name} of "
+                        f"shape {tuple(shape)} is uint8 {wanted}"
                     )
                 writer.write_tensor_data(np.ascontiguousarray(data))
                 del data

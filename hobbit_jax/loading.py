@@ -18,6 +18,7 @@ from hobbit_jax.architecture import ModelConfig, global_tensors, layer_tensors, 
 from hobbit_jax.gguf_file import GGUFFile, TensorInfo, check_finite_scales, open_gguf
 from hobbit_jax.model import Attention, Block, Ends, Linear, RMSNorm
 from hobbit_jax.tokenizer import Tokenizer
+from pallas_kernels.backends import Implementation
 from pallas_kernels.formats import get_format
 
 
@@ -29,6 +30,7 @@ class LoadedModel:
     config: ModelConfig
     blocks: tuple[Block, ...]
     ends: Ends
+    implementation: Implementation  # of its matrix products, dense and expert alike
 
     @property
     def dense_device_bytes(self) -> int:
@@ -41,9 +43,10 @@ class LoadedModel:
         return Tokenizer.from_gguf(self.file)
 
 
-def _linear(tensor: TensorInfo) -> Linear:
+def _linear(tensor: TensorInfo, implementation: Implementation) -> Linear:
     check_finite_scales(tensor)
-    return Linear(tensor.format, jax.jit(get_format(tensor.format).split)(tensor.raw))
+    planes = jax.jit(get_format(tensor.format).split)(tensor.raw)
+    return Linear(tensor.format, planes, implementation)
 
 
 def _norm(tensor: TensorInfo, config: ModelConfig) -> RMSNorm:
@@ -53,11 +56,16 @@ def _norm(tensor: TensorInfo, config: ModelConfig) -> RMSNorm:
     return RMSNorm(jnp.asarray(scale, jnp.float32), config.rms_eps)
 
 
-def load_model(path: str | Path) -> LoadedModel:
+def load_model(path: str | Path, implementation: Implementation = None) -> LoadedModel:
     """Opens a GGUF file (or the first of a split) and uploads its dense part.
 
     Expert tensors are not read here; the store checks each expert's scales when it
     is first fetched.
+
+    Args:
+        path: of the file.
+        implementation: of the matrix products ("xla", "triton", "interpret"); None takes the
+            fastest that this device and each matrix allow. The router is always "xla".
 
     Raises:
         FileNotFoundError, ValueError, NotImplementedError: from `open_gguf`,
@@ -71,19 +79,19 @@ def load_model(path: str | Path) -> LoadedModel:
         norms = {r: _norm(t, config) for r, t in tensors.items() if r.endswith("norm")}
         attention = Attention(
             config,
-            q=_linear(tensors["attn_q"]),
-            k=_linear(tensors["attn_k"]),
-            v=_linear(tensors["attn_v"]),
-            output=_linear(tensors["attn_output"]),
+            q=_linear(tensors["attn_q"], implementation),
+            k=_linear(tensors["attn_k"], implementation),
+            v=_linear(tensors["attn_v"], implementation),
+            output=_linear(tensors["attn_output"], implementation),
             q_norm=norms.get("attn_q_norm"),
             k_norm=norms.get("attn_k_norm"),
         )
-        router = _linear(tensors["router"])
+        router = _linear(tensors["router"], "xla")
         blocks.append(Block(config, norms["attn_norm"], attention, norms["ffn_norm"], router))
     outer = {role: file.tensors[n] for role, n in global_tensors(config).items()}
     ends = Ends(
-        embedding=_linear(outer["token_embedding"]),
+        embedding=_linear(outer["token_embedding"], implementation),
         final_norm=_norm(outer["output_norm"], config),
-        head=_linear(outer["output"]) if "output" in outer else None,
+        head=_linear(outer["output"], implementation) if "output" in outer else None,
     )
-    return LoadedModel(file, config, tuple(blocks), ends)
+    return LoadedModel(file, config, tuple(blocks), ends, implementation)

@@ -20,7 +20,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hobbit_jax.architecture import ModelConfig
+from pallas_kernels.backends import Implementation
 from pallas_kernels.formats import get_format
+from pallas_kernels.linear import linear
 
 
 class KVCache(NamedTuple):
@@ -33,8 +35,13 @@ class KVCache(NamedTuple):
 class Linear(nnx.Module):
     """A matrix [N, K] held as the planes of its GGUF format; y = x @ W.T in float32."""
 
-    def __init__(self, format_name: str, planes: dict[str, jax.Array]):
-        self.format_name = format_name
+    def __init__(
+        self,
+        format_name: str,
+        planes: dict[str, jax.Array],
+        implementation: Implementation = None,
+    ):
+        self.format_name, self.implementation = format_name, implementation
         self.planes = nnx.Dict({name: nnx.Param(plane) for name, plane in planes.items()})
 
     def weights(self) -> jax.Array:
@@ -47,7 +54,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., K] to x @ W.T [..., N]."""
-        return jnp.einsum("...k,nk->...n", x, self.weights())
+        planes = {name: plane[...] for name, plane in self.planes.items()}
+        return linear(x, planes, self.format_name, self.implementation)
 
 
 class RMSNorm(nnx.Module):

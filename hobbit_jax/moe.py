@@ -2,9 +2,9 @@
 
 Owns the grouping of selections by expert and the walk over banks and rounds.
 Called by the engine between a layer's router and the next layer. What stands on
-the host here is bookkeeping only; the arithmetic is `pallas_kernels.reference`.
+the host here is bookkeeping only; the arithmetic is `pallas_kernels.expert_ffn`.
 
-A row's result does not depend on the pool's size: groups are padded to a width
+A row's result does not depend on the pool's size: items are padded to a width
 fixed by the routing alone, each expert is computed by itself, and the K results
 of a token are summed last, in the order of its selections.
 """
@@ -22,21 +22,26 @@ import numpy as np
 from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.precision import SKIPPED
 from hobbit_jax.store import ExpertKey
-from pallas_kernels.reference import Signature, gather_slots, run_experts
+from pallas_kernels.backends import Implementation
+from pallas_kernels.expert_ffn import expert_ffn, implementation_for
+from pallas_kernels.reference import Bank, Signature, Work, gather_slots
+from pallas_kernels.tiles import item_rows
 
-# Experts gathered from their slots at a time: what bounds the op's scratch beside the pool. The
-# expert program sees the gathered slots only, so it is compiled once for every pool size.
-MAX_GROUPS = 8
+# Experts that an XLA program gathers from their slots at a time: what bounds its scratch beside the
+# pool. The kernels read the slots themselves and take a whole round at once.
+MAX_GATHERED = 8
 
 _gather_slots = jax.jit(gather_slots)
-_run_experts = jax.jit(run_experts, static_argnames=("signature",), donate_argnums=1)
+_expert_ffn = jax.jit(
+    expert_ffn, static_argnames=("signature", "implementation"), donate_argnames="y_AD"
+)
 
 
 @partial(jax.jit, donate_argnums=0)
-def add_experts(x_BTD: jax.Array, y_AD: jax.Array, weights_TK: jax.Array) -> jax.Array:
-    """Residual stream plus the experts' weighted sum, in the order of the selections."""
-    y_TKD = y_AD.reshape(*weights_TK.shape, -1)
-    return x_BTD + jnp.einsum("tkd,tk->td", y_TKD, weights_TK).reshape(x_BTD.shape)
+def add_experts(x_BTD: jax.Array, y_AD: jax.Array) -> jax.Array:
+    """Residual stream plus the experts' weighted outputs, in the order of the selections."""
+    y_TKD = y_AD.reshape(x_BTD.size // x_BTD.shape[-1], -1, x_BTD.shape[-1])
+    return x_BTD + jnp.sum(y_TKD, axis=1).reshape(x_BTD.shape)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,6 @@ class Selections:
     """One layer's selections, grouped by the expert that serves them."""
 
     assignments: dict[ExpertKey, np.ndarray]  # t * K + k, ascending
-    width: int  # rows per expert after padding: a power of two
 
     @classmethod
     def group(cls, layer: int, ids_TK: np.ndarray, tier_TK: np.ndarray) -> Selections:
@@ -59,45 +63,95 @@ class Selections:
             for unit, part in zip(units, parts, strict=True)
             if unit >= 0
         }
-        most = max((len(part) for part in assignments.values()), default=1)
-        return cls(assignments, 1 << (most - 1).bit_length())
+        return cls(assignments)
+
+    def item_rows(self, signature: Signature, implementation: str) -> int:
+        """Rows of an item: what suits the kernel, or all of the busiest expert's in one."""
+        counts = [len(part) for part in self.assignments.values()]
+        if implementation == "xla":
+            return 1 << (max(counts, default=1) - 1).bit_length()
+        return item_rows(-(-sum(counts) // max(1, len(counts))), signature)
+
+
+def _items(
+    pool: SlotPool, keys: list[ExpertKey], selections: Selections, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slots [I] and assignments [I, width] of `keys`, short items padded with their first."""
+    slots, rows = [], []
+    for key in keys:
+        assignments = selections.assignments[key]
+        for start in range(0, len(assignments), width):
+            part = assignments[start : start + width]
+            rows.append(np.pad(part, (0, width - len(part)), constant_values=part[0]))
+            slots.append(pool.slot(key))
+    return np.asarray(slots, np.int32), np.stack(rows).astype(np.int32)
+
+
+def _run(
+    h_TD: jax.Array,
+    y_AD: jax.Array,
+    weight_A: jax.Array,
+    bank: Bank,
+    signature: Signature,
+    items: tuple[np.ndarray, np.ndarray],
+    implementation: str,
+    most_items: int,
+) -> jax.Array:
+    """Runs the items of one round, `most_items` to a call."""
+    for start in range(0, len(items[0]), most_items):
+        slot_I, assignment_IC = (part[start : start + most_items] for part in items)
+        padding = (0, most_items - len(slot_I))
+        work = Work(
+            jnp.asarray(np.pad(slot_I, padding)),
+            jnp.asarray(np.pad(assignment_IC, (padding, (0, 0)))),
+            jnp.asarray(len(slot_I), jnp.int32),
+        )
+        here = bank
+        if implementation == "xla":
+            here, work = _gather_slots(bank, work)
+        y_AD = _expert_ffn(
+            h_TD, y_AD, weight_A, here, signature=signature, work=work,
+            implementation=implementation,
+        )  # fmt: skip
+    return y_AD
 
 
 def apply_experts(
-    pool: SlotPool, layer: int, h_TD: jax.Array, ids_TK: np.ndarray, tier_TK: np.ndarray
+    pool: SlotPool,
+    layer: int,
+    h_TD: jax.Array,
+    weights_TK: jax.Array,
+    ids_TK: np.ndarray,
+    tier_TK: np.ndarray,
+    implementation: Implementation = None,
 ) -> jax.Array:
     """Runs every selected expert of `layer`, loading what is missing.
 
     Returns:
-        y_AD, float32 [T * K, D]: each selection's expert output, not yet weighted;
+        y_AD, float32 [T * K, D]: each selection's expert output times its routing weight;
         zero for skipped selections.
     """
-    tokens, k = ids_TK.shape
-    n_assignments = tokens * k
+    n_assignments, n_experts = ids_TK.size, pool.store.config.n_experts
     selections = Selections.group(layer, ids_TK, tier_TK)
     by_bank: dict[Signature, list[ExpertKey]] = defaultdict(list)
     for key in selections.assignments:
         by_bank[pool.store.signature(key)].append(key)
 
-    n_groups = min(n_assignments, pool.store.config.n_experts, MAX_GROUPS)
     y_AD = jnp.zeros((n_assignments, h_TD.shape[1]), jnp.float32)
     for signature, keys in by_bank.items():
+        chosen = implementation_for(
+            signature, pool.store.config.d_model, pool.store.config.d_expert, implementation
+        )
+        width = selections.item_rows(signature, chosen)
+        # Bounds that the shapes alone decide, so that few programs are compiled.
+        most_items = min(n_assignments, n_experts + n_assignments // width)
+        if chosen == "xla":
+            most_items = min(most_items, MAX_GATHERED)
         for part in pool.rounds(keys):
             pool.ensure(part)
-            for start in range(0, len(part), n_groups):
-                group = part[start : start + n_groups]
-                slots_G = np.zeros(n_groups, np.int32)
-                slots_G[: len(group)] = [pool.slot(key) for key in group]
-                assignments_GC = np.full((n_groups, selections.width), n_assignments, np.int32)
-                for row, key in enumerate(group):
-                    assignments = selections.assignments[key]
-                    assignments_GC[row, : len(assignments)] = assignments
-                y_AD = _run_experts(
-                    h_TD,
-                    y_AD,
-                    _gather_slots(pool.banks[signature], slots_G),
-                    signature=signature,
-                    assignments_GC=assignments_GC,
-                    n_groups=np.int32(len(group)),
-                )
+            items = _items(pool, part, selections, width)
+            bank = pool.banks[signature]
+            y_AD = _run(
+                h_TD, y_AD, weights_TK.reshape(-1), bank, signature, items, chosen, most_items
+            )
     return y_AD

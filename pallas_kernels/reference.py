@@ -1,7 +1,7 @@
 """The reference expert op in plain XLA: unpack an expert, then multiply.
 
-Owns the meaning of "run these experts on these tokens"; every kernel is tested
-against it. Called by `hobbit_jax/moe.py`. All arithmetic is float32.
+Owns the meaning of "run these experts on these tokens", and the types in which it is said; every
+kernel is tested against it. Called through `expert_ffn.py`. All arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -37,50 +37,67 @@ class Bank(NamedTuple):
     up: Planes
     down: Planes
 
+    @property
+    def gate_rows(self) -> int:
+        """F."""
+        return next(iter(self.gate.values())).shape[1]
 
-def expert_ffn(x_CD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array):
-    """SwiGLU of one expert, float32 [C, D]: down(silu(gate x) * up x)."""
+
+class Work(NamedTuple):
+    """Which slots run on which assignments.
+
+    An assignment a = t * K + k is the k-th choice of token t. An *item* is up to C
+    assignments of the expert in one slot; an expert of more has several items. A
+    short item is padded by repeating its first assignment, which is computed again
+    and written to the same place: nothing needs a mask.
+
+    Attributes:
+        slot_I: int32 [I].
+        assignment_IC: int32 [I, C].
+        count: int32 scalar; items from there on are not computed, so one compiled
+            program serves every number of them.
+    """
+
+    slot_I: jax.Array
+    assignment_IC: jax.Array
+    count: jax.Array
+
+
+def swiglu(x_CD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array):
+    """One expert, float32 [C, D]: down(silu(gate x) * up x)."""
     hidden_CF = jax.nn.silu(x_CD @ gate_FD.T) * (x_CD @ up_FD.T)
     return hidden_CF @ down_DF.T
 
 
-def gather_slots(bank: Bank, slots_G: jax.Array) -> Bank:
-    """Copies slots `slots_G` of a bank into a bank of G slots, in that order."""
-    return jax.tree.map(lambda plane: plane[slots_G], bank)
+def gather_slots(bank: Bank, work: Work) -> tuple[Bank, Work]:
+    """Copies the slots of `work` into a bank of their own, and says where they are now.
+
+    An XLA program over such a copy does not know how many slots the pool has, so that
+    it is compiled once for every budget.
+    """
+    gathered = jax.tree.map(lambda plane: plane[work.slot_I], bank)
+    return gathered, work._replace(slot_I=jnp.arange(len(work.slot_I), dtype=jnp.int32))
 
 
-def run_experts(
+def expert_ffn(
     x_TD: jax.Array,
     y_AD: jax.Array,
-    experts: Bank,
+    weight_A: jax.Array,
+    bank: Bank,
     signature: Signature,
-    assignments_GC: jax.Array,
-    n_groups: jax.Array,
+    work: Work,
 ) -> jax.Array:
-    """Runs G gathered experts on their tokens and writes the results into `y_AD`.
-
-    An assignment a = t * K + k is the k-th choice of token t. Row g of
-    `assignments_GC` lists those of expert g, padded with A (= T * K), which is
-    read as a zero row and written nowhere. Groups from `n_groups` on (a traced
-    int32) are not computed, so one compiled program serves every number of
-    groups, and a row's result depends neither on the slot that held its expert
-    nor on the other groups.
-
-    Returns:
-        y_AD, float32 [T * K, D], with the listed rows set (not yet weighted).
-    """
-    n_assignments, tokens = y_AD.shape[0], x_TD.shape[0]
-    k = n_assignments // tokens
+    """The op of `pallas_kernels.expert_ffn`, one item after another."""
+    k = y_AD.shape[0] // x_TD.shape[0]
     formats = [get_format(name) for name in signature]
 
-    def one_expert(group: jax.Array, y_AD: jax.Array) -> jax.Array:
-        assignments_C = assignments_GC[group]
-        x_CD = jnp.take(x_TD, assignments_C // k, axis=0, mode="fill", fill_value=0)
-        gate_FD, up_FD, down_DF = (
-            format.unpack({name: plane[group] for name, plane in planes.items()})
-            for format, planes in zip(formats, experts, strict=True)
+    def one_item(item: jax.Array, y_AD: jax.Array) -> jax.Array:
+        assignment_C, slot = work.assignment_IC[item], work.slot_I[item]
+        matrices = (
+            format.unpack({name: plane[slot] for name, plane in planes.items()})
+            for format, planes in zip(formats, bank, strict=True)
         )
-        y_CD = expert_ffn(x_CD, gate_FD, up_FD, down_DF)
-        return y_AD.at[assignments_C].set(y_CD, mode="drop")
+        y_CD = swiglu(x_TD[assignment_C // k], *matrices)
+        return y_AD.at[assignment_C].set(y_CD * weight_A[assignment_C][:, None])
 
-    return jax.lax.fori_loop(jnp.int32(0), n_groups, one_expert, y_AD)
+    return jax.lax.fori_loop(jnp.int32(0), work.count, one_item, y_AD)

@@ -33,7 +33,7 @@ class Plane:
 
     Attributes:
         name: the key of this plane in `Format.split`'s result.
-        dtype: its element type on the device.
+        dtype: the element type of its arithmetic.
         per_block: elements (not bytes) per block.
     """
 
@@ -45,6 +45,21 @@ class Plane:
     def block_bytes(self) -> int:
         """Bytes of this field in one block."""
         return self.per_block * self.dtype.itemsize
+
+    @property
+    def in_words(self) -> bool:
+        """Whether the device holds uint32 words of four elements each."""
+        return self.dtype.itemsize == 1 and self.per_block % 4 == 0
+
+    @property
+    def device_dtype(self) -> np.dtype:
+        """The element type of the array that holds this plane."""
+        return np.dtype(np.uint32) if self.in_words else self.dtype
+
+    @property
+    def device_per_block(self) -> int:
+        """Elements of that array per block."""
+        return self.block_bytes // self.device_dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,9 @@ class Format:
         """
         n_blocks = self._blocks(n_weights)
         return {
-            plane.name: jax.ShapeDtypeStruct((n_rows, n_blocks * plane.per_block), plane.dtype)
+            plane.name: jax.ShapeDtypeStruct(
+                (n_rows, n_blocks * plane.device_per_block), plane.device_dtype
+            )
             for plane in self.planes
         }
 
@@ -119,12 +136,12 @@ class Format:
         for plane in self.planes:
             field_RGb = raw_RGb[..., start : start + plane.block_bytes]
             start += plane.block_bytes
-            if plane.dtype.itemsize > 1:  # a widening bitcast consumes the last axis
+            if plane.device_dtype.itemsize > 1:  # a widening bitcast consumes the last axis
                 field_RGb = field_RGb.reshape(
-                    *lead, n_blocks, plane.per_block, plane.dtype.itemsize
+                    *lead, n_blocks, plane.device_per_block, plane.device_dtype.itemsize
                 )
-            field_RGP = lax.bitcast_convert_type(field_RGb, plane.dtype)
-            planes[plane.name] = field_RGP.reshape(*lead, n_blocks * plane.per_block)
+            field_RGP = lax.bitcast_convert_type(field_RGb, plane.device_dtype)
+            planes[plane.name] = field_RGP.reshape(*lead, n_blocks * plane.device_per_block)
         return planes
 
     def join(self, planes: Planes) -> jax.Array:
@@ -152,7 +169,13 @@ class Format:
         Raises:
             ValueError: a plane has another dtype than the format's, or no whole number of blocks.
         """
-        blocks = {plane.name: self._by_block(plane, planes[plane.name]) for plane in self.planes}
+        blocks = {}
+        for plane in self.planes:
+            field_RGP = self._by_block(plane, planes[plane.name])
+            if plane.in_words:  # a narrowing bitcast adds an axis
+                field_RGP = lax.bitcast_convert_type(field_RGP, plane.dtype)
+                field_RGP = field_RGP.reshape(*field_RGP.shape[:-2], plane.per_block)
+            blocks[plane.name] = field_RGP
         *lead, n_blocks, _ = blocks[self.planes[0].name].shape
         return self.unpack_blocks(blocks).reshape(*lead, n_blocks * self.block_weights)
 
@@ -168,13 +191,13 @@ class Format:
     def _by_block(self, plane: Plane, values: jax.Array | np.ndarray) -> jax.Array:
         """One plane [..., R, G*P] as [..., R, G, P], checked."""
         *lead, width = values.shape
-        n_blocks, rest = divmod(width, plane.per_block)
-        if rest or values.dtype != plane.dtype:
+        n_blocks, rest = divmod(width, plane.device_per_block)
+        if rest or values.dtype != plane.device_dtype:
             raise ValueError(
                 f"{self.name} plane {plane.name}: got {values.dtype} rows of {width}, "
-                f"want {plane.dtype} rows of a multiple of {plane.per_block}"
+                f"want {plane.device_dtype} rows of a multiple of {plane.device_per_block}"
             )
-        return jnp.asarray(values).reshape(*lead, n_blocks, plane.per_block)
+        return jnp.asarray(values).reshape(*lead, n_blocks, plane.device_per_block)
 
 
 def bit_fields(packed: jax.Array, width: int, run_axes: int = 1) -> jax.Array:

@@ -1,0 +1,120 @@
+"""The expert op: a layer's selected experts on their tokens, straight from the slots.
+
+Owns the choice of an implementation, and how the gated pair and the down matrix follow each other.
+Called by `hobbit_jax/moe.py`, once per bank.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import reference
+from pallas_kernels.backends import Implementation, choose
+from pallas_kernels.matmul_triton import Items, check_shape, grouped_matmul
+from pallas_kernels.reference import Bank, Signature, Work
+from pallas_kernels.tiles import choose_tile
+
+
+def check_supported(signature: Signature, d_model: int, d_expert: int) -> None:
+    """Refuses what the Triton kernels do not cover.
+
+    Raises:
+        NotImplementedError: names the format or size, and what is supported.
+    """
+    for name in (signature.gate, signature.up):
+        check_shape(name, d_expert, d_model)
+    check_shape(signature.down, d_model, d_expert)
+
+
+def implementation_for(
+    signature: Signature, d_model: int, d_expert: int, implementation: Implementation = None
+) -> str:
+    """What `implementation` comes to on this process's device; None takes the fastest that fits.
+
+    Raises:
+        NotImplementedError, ValueError: the one asked for cannot do this, and why.
+    """
+    return choose(implementation, lambda: check_supported(signature, d_model, d_expert))
+
+
+def expert_ffn(
+    x_TD: jax.Array,
+    y_AD: jax.Array,
+    weight_A: jax.Array,
+    bank: Bank,
+    signature: Signature,
+    work: Work,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """Runs experts on their tokens, each times its routing weight.
+
+    For every assignment a = t * K + k in `work`, with e the expert in its slot:
+    y[a] = weight[a] * down_e(silu(gate_e x[t]) * up_e x[t]).
+
+    A row's result depends neither on the slot that holds its expert nor on the other
+    items, so it is the same bits for every size of the pool.
+
+    Args:
+        x_TD: float32.
+        y_AD: float32, A = T * K; donate it. Rows that `work` does not list keep their values,
+            so that several banks can serve one layer in turn.
+        weight_A: float32.
+        bank: all slots of `signature`.
+        signature: formats of gate, up and down.
+        work: slots and assignments; data, not compiled in.
+        implementation: "xla" (float32 throughout), "triton" (NVIDIA GPUs; rounds as
+            `matmul_triton.py` says), "interpret" (the same kernels, anywhere, slowly), or None.
+
+    Returns:
+        y_AD.
+
+    Raises:
+        NotImplementedError: the implementation asked for does not cover this format or shape.
+        ValueError: there is no such implementation, or none on this device.
+    """
+    d_model, d_expert = x_TD.shape[1], bank.gate_rows
+    chosen = implementation_for(signature, d_model, d_expert, implementation)
+    if chosen == "xla":
+        return reference.expert_ffn(x_TD, y_AD, weight_A, bank, signature, work)
+    return triton_expert_ffn(
+        x_TD, y_AD, weight_A, bank, signature, work, interpret=chosen == "interpret"
+    )
+
+
+def triton_expert_ffn(
+    x_TD: jax.Array,
+    y_AD: jax.Array,
+    weight_A: jax.Array,
+    bank: Bank,
+    signature: Signature,
+    work: Work,
+    interpret: bool = False,
+) -> jax.Array:
+    """`expert_ffn` in two kernel launches; what lies between is a row of rounding in XLA."""
+    k = y_AD.shape[0] // x_TD.shape[0]
+    n_items, width = work.assignment_IC.shape
+    d_model, d_expert = x_TD.shape[1], bank.gate_rows
+    hidden_IC = jnp.arange(n_items * width, dtype=jnp.int32).reshape(n_items, width)
+    count_1 = work.count.reshape(1)
+    gated = (signature.gate, signature.up)
+    hidden = jax.ShapeDtypeStruct((n_items * width, d_expert), jnp.float32)
+    hidden_HF = grouped_matmul(
+        x_TD,
+        hidden,
+        (bank.gate, bank.up),
+        gated,
+        Items(work.slot_I, work.assignment_IC // k, hidden_IC, count_1),
+        choose_tile(gated, d_expert, d_model, width),
+        interpret=interpret,
+    )
+    return grouped_matmul(
+        hidden_HF,
+        y_AD,
+        (bank.down,),
+        (signature.down,),
+        Items(work.slot_I, hidden_IC, work.assignment_IC, count_1),
+        choose_tile((signature.down,), d_model, d_expert, width),
+        factor_Y=weight_A,
+        interpret=interpret,
+    )

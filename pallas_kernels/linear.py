@@ -1,0 +1,60 @@
+"""The dense case: one quantised matrix on all rows (attention projections, the head).
+
+Called by `hobbit_jax/model.py`. The kernel is the experts' own, over a bank of one slot.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.backends import Implementation, choose
+from pallas_kernels.formats import get_format
+from pallas_kernels.matmul_triton import Items, check_shape, grouped_matmul
+from pallas_kernels.reference import Planes
+from pallas_kernels.tiles import choose_tile, item_rows
+
+
+def linear(
+    x: jax.Array, planes: Planes, format_name: str, implementation: Implementation = None
+) -> jax.Array:
+    """x [..., K] times the transpose of a matrix [N, K]: float32 [..., N].
+
+    Args:
+        x: float32.
+        planes: of the matrix, without a slot axis.
+        format_name: its format.
+        implementation: as for `expert_ffn`.
+
+    Raises:
+        NotImplementedError, ValueError: as for `expert_ffn`.
+    """
+    format = get_format(format_name)
+    rows, columns = next(iter(planes.values())).shape[0], x.shape[-1]
+    chosen = choose(implementation, lambda: check_shape(format_name, rows, columns))
+    if chosen == "xla":
+        return jnp.einsum("...k,nk->...n", x, format.unpack(planes))
+    return triton_linear(x, planes, format_name, interpret=chosen == "interpret")
+
+
+def triton_linear(
+    x: jax.Array, planes: Planes, format_name: str, interpret: bool = False
+) -> jax.Array:
+    """`linear` in one kernel launch."""
+    x_TK = x.reshape(-1, x.shape[-1])
+    tokens, columns = x_TK.shape
+    rows = next(iter(planes.values())).shape[0]
+    width = item_rows(tokens, (format_name,))
+    row_IC = np.arange(-(-tokens // width) * width, dtype=np.int32).reshape(-1, width)
+    row_IC = jnp.asarray(np.where(row_IC < tokens, row_IC, row_IC[:, :1]))
+    y_TN = grouped_matmul(
+        x_TK,
+        jax.ShapeDtypeStruct((tokens, rows), jnp.float32),
+        ({name: plane[None] for name, plane in planes.items()},),
+        (format_name,),
+        Items(jnp.zeros(len(row_IC), jnp.int32), row_IC, row_IC, jnp.full(1, len(row_IC))),
+        choose_tile((format_name,), rows, columns, width),
+        interpret=interpret,
+    )
+    return y_TN.reshape(*x.shape[:-1], rows)

@@ -1,0 +1,71 @@
+"""How each kernel is cut on each device: a recorded table, and a rule where it has no row.
+
+Owns `tuning.json`, which `scripts/bench_kernels.py --tune` fills from measurements. Called by the
+ops while they are traced.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from pallas_kernels.matmul_triton import FEWEST_DOT_ROWS, Tile
+from pallas_kernels.packed import PACKINGS, Floats, Packing
+
+TUNING_PATH = Path(__file__).with_name("tuning.json")
+# Input rows of an item up to which products are taken in integers; from there on the tensor cores,
+# which compute 16 rows anyway, do less.
+DIGIT_ROWS = 4
+MOST_ITEM_ROWS = 64
+# What a program of four warps loads of its quants in a step: four 16-byte loads a thread in flight.
+_WORDS_OF_STEP = 2048
+_ROW_WORDS_OF_STEP = 64
+_DOT_GROUPS = 8  # two dots of 16 columns for every lane
+
+
+def item_rows(mean_rows: int, formats: Sequence[str]) -> int:
+    """Input rows of an item (a power of two) where an expert has `mean_rows` of them on average."""
+    rows = 1 << max(0, mean_rows - 1).bit_length()
+    if rows <= DIGIT_ROWS and not any(isinstance(PACKINGS[name], Floats) for name in formats):
+        return rows
+    return min(max(rows, FEWEST_DOT_ROWS), MOST_ITEM_ROWS)
+
+
+def table_key(formats: Sequence[str], rows: int, columns: int, item_rows: int) -> str:
+    """How a row of the table is called."""
+    return f"{'+'.join(formats)} {rows}x{columns} {item_rows}"
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, dict[str, int]]]:
+    return json.loads(TUNING_PATH.read_text())
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest power of two, `most` at most, that divides `number`."""
+    return min(most, number & -number)
+
+
+def default_tile(formats: Sequence[str], rows: int, columns: int, item_rows: int) -> Tile:
+    """The rule where nothing was measured."""
+    packings = [PACKINGS[name] for name in formats]
+    if item_rows >= FEWEST_DOT_ROWS:
+        widest = max(64, _DOT_GROUPS * min(packing.group_columns for packing in packings))
+        return Tile(_divisor(rows, 64), _divisor(columns, widest), item_rows)
+    fields = min(packing.fields for packing in packings if isinstance(packing, Packing))
+    tile_rows = _WORDS_OF_STEP // (_ROW_WORDS_OF_STEP * len(formats))
+    step_columns = _divisor(columns, 4 * fields * _ROW_WORDS_OF_STEP)
+    return Tile(_divisor(rows, tile_rows), step_columns, item_rows)
+
+
+def choose_tile(formats: Sequence[str], rows: int, columns: int, item_rows: int) -> Tile:
+    """The recorded tile of this process's device, or the rule's."""
+    device = jax.devices()[0].device_kind
+    recorded = _table().get(device, {}).get(table_key(formats, rows, columns, item_rows))
+    if recorded is None:
+        return default_tile(formats, rows, columns, item_rows)
+    return Tile(tokens=item_rows, **recorded)

@@ -1,0 +1,417 @@
+"""Pallas kernels: interpreted against the reference op, and lowered for CUDA without a GPU.
+
+On a machine with an NVIDIA GPU the same comparisons also run the compiled kernels (`make gpu`).
+The chain: gguf-py's values (test_formats) -> unpack -> reference op -> kernel.
+"""
+
+import zlib
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from pallas_kernels import matmul_triton
+from pallas_kernels.activations import DIGIT_BLOCK, LARGEST_INTEGER, digits
+from pallas_kernels.expert_ffn import expert_ffn, triton_expert_ffn
+from pallas_kernels.formats import FORMATS, get_format
+from pallas_kernels.linear import linear, triton_linear
+from pallas_kernels.matmul_triton import Items, Tile, grouped_matmul
+from pallas_kernels.packed import PACKINGS, Floats
+from pallas_kernels.reference import Bank, Signature, Work
+from pallas_kernels.tiles import item_rows
+
+ON_GPU = jax.devices()[0].platform == "gpu"
+IMPLEMENTATIONS = ["interpret", *(["triton"] if ON_GPU else [])]
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+every_format = pytest.mark.parametrize("name", PACKINGS)
+
+# Largest allowed ||kernel - reference|| / ||reference||, and why. The reference is float32.
+TOLERANCE = {
+    # Activations to 15 bits of a 256-block's largest: 2^-15 / sqrt(3) times max/rms of 3 to 4.
+    "digits": 2e-4,
+    # Weights and activations to bfloat16, 2^-9 / sqrt(3) each.
+    "bfloat16": 5e-3,
+    # TF32 on a GPU: 2^-11 / sqrt(3) each; plain float32 in the interpreter.
+    "float32": 1e-3 if ON_GPU else 1e-5,
+}
+
+N, K, SLOTS = 32, 512, 3
+
+
+def tolerance(name, width):
+    packing = PACKINGS[name]
+    if isinstance(packing, Floats):
+        return TOLERANCE["float32" if packing.operand_dtype == jnp.float32 else "bfloat16"]
+    return TOLERANCE["digits" if width <= matmul_triton.MOST_DIGIT_ROWS else "bfloat16"]
+
+
+def random_planes(name, rows, columns, lead=(SLOTS,), scale=0.02):
+    """Planes of random bits with scales drawn around `scale`."""
+    format, rng = get_format(name), np.random.default_rng(zlib.crc32(f"{name}{rows}".encode()))
+    raw = rng.integers(0, 256, (*lead, rows, format.row_bytes(columns)), dtype=np.uint8)
+    planes = dict(format.split(raw))
+    for key in ("d", "dmin", "m", "weights"):
+        if key in planes:
+            values = rng.normal(0, scale, planes[key].shape).astype(np.float32)
+            planes[key] = jnp.asarray(values).astype(planes[key].dtype)
+    if "exponents" in planes:
+        planes["exponents"] = jnp.asarray(rng.integers(117, 124, planes["exponents"].shape, "u1"))
+    return planes
+
+
+def x_of(rows, columns, seed=0):
+    return np.random.default_rng(seed).standard_normal((rows, columns), np.float32)
+
+
+def relative_error(got, wanted):
+    return np.linalg.norm(np.asarray(got) - wanted) / np.linalg.norm(wanted)
+
+
+def widths(name):
+    return [16] if isinstance(PACKINGS[name], Floats) else [1, 4, 16]
+
+
+def products(name, width, implementation, x, planes, columns=K, rows=N):
+    """Every input row times the matrix in slot 1, through items of `width`."""
+    row_IC = np.arange(-(-len(x) // width) * width).reshape(-1, width)
+    row_IC = np.where(row_IC < len(x), row_IC, row_IC[:, :1]).astype(np.int32)
+    items = Items(
+        jnp.full(len(row_IC), 1, jnp.int32),
+        jnp.asarray(row_IC),
+        jnp.asarray(row_IC),
+        jnp.full(1, len(row_IC), jnp.int32),
+    )
+    return _products(jnp.asarray(x), planes, items, name, rows, width, implementation)
+
+
+@partial(jax.jit, static_argnames=("name", "rows", "width", "implementation"))
+def _products(x, planes, items, name, rows, width, implementation):
+    y = jax.ShapeDtypeStruct((len(x), rows), jnp.float32)
+    tile, interpret = Tile(16, 256, width), implementation == "interpret"
+    return grouped_matmul(x, y, [planes], [name], items, tile, interpret=interpret)
+
+
+def test_every_format_has_a_kernel():
+    assert set(PACKINGS) == set(FORMATS)
+
+
+@every_implementation
+@pytest.mark.parametrize(("name", "width"), [(name, w) for name in PACKINGS for w in widths(name)])
+def test_product_equals_reference(name, width, implementation):
+    planes, x = random_planes(name, N, K), x_of(5, K)
+    wanted = x @ np.asarray(get_format(name).unpack(planes)[1]).T
+    got = products(name, width, implementation, x, planes)
+    assert relative_error(got, wanted) < tolerance(name, width)
+
+
+@every_implementation
+@every_format
+def test_each_weight_stands_where_it_should(name, implementation):
+    """One-hot inputs pick out single columns: a permuted pair of weights cannot hide in a sum."""
+    width = widths(name)[0]
+    planes = random_planes(name, 16, 256)
+    weights_NK = np.asarray(get_format(name).unpack(planes)[1])
+    got_KN = products(name, width, implementation, np.eye(256, dtype=np.float32), planes, 256, 16)
+    # A one-hot row is one digit exactly; bfloat16 rounds the weight.
+    error = np.abs(np.asarray(got_KN).T - weights_NK)
+    assert (error <= np.abs(weights_NK) * 2**-7 + 1e-6).all()
+
+
+@every_implementation
+@pytest.mark.parametrize("scale", [0.0, 6e-8, 3e4], ids=["zero", "subnormal", "largest"])
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "Q6_K", "Q8_0", "Q5_1"])
+def test_extreme_scales(name, scale, implementation):
+    """Every d (and dmin, m) the same float16: zero, its smallest, and nearly its largest."""
+    planes, x = random_planes(name, N, K), x_of(3, K)
+    for key in {"d", "dmin", "m"} & planes.keys():
+        planes[key] = jnp.full(planes[key].shape, scale, jnp.float16)
+    wanted = x @ np.asarray(get_format(name).unpack(planes)[1]).T
+    for width in widths(name):
+        got = np.asarray(products(name, width, implementation, x, planes))
+        assert np.isfinite(got).all()
+        limit = tolerance(name, width) * np.linalg.norm(wanted) if scale else 0.0
+        assert np.linalg.norm(got - wanted) <= limit
+
+
+@every_implementation
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e15], ids=["zero", "subnormal", "large"])
+def test_extreme_activations(size, implementation):
+    planes, x = random_planes("Q4_K", N, K), x_of(2, K) * np.float32(size)
+    wanted = x @ np.asarray(get_format("Q4_K").unpack(planes)[1]).T
+    for width in (1, 16):
+        got = np.asarray(products("Q4_K", width, implementation, x, planes))
+        # Below float32's normal numbers nothing is promised but a finite, small result.
+        slack = 1e-36 if size < 1e-30 else 0.0
+        assert np.linalg.norm(got - wanted) <= 5e-3 * np.linalg.norm(wanted) + slack
+
+
+@pytest.mark.parametrize("name", ["Q5_K", "Q6_K", "IQ4_XS", "Q4_K"])
+def test_integer_sums_do_not_overflow(name):
+    """The worst case: all quants and scales at their extremes, all activations equal."""
+    worst = 0.0
+    for byte in (0x00, 0x7F, 0x80, 0xFF):
+        format = get_format(name)
+        planes = dict(format.split(np.full((SLOTS, N, format.row_bytes(K)), byte, np.uint8)))
+        for key in {"d", "dmin"} & planes.keys():
+            planes[key] = jnp.full(planes[key].shape, 1.0, jnp.float16)
+        x = np.ones((1, K), np.float32)
+        wanted = x @ np.asarray(format.unpack(planes)[1]).T
+        worst = max(worst, float(np.abs(wanted).max()))
+        np.testing.assert_allclose(
+            products(name, 1, "interpret", x, planes), wanted, rtol=1e-5, atol=1e-2
+        )
+    assert worst > 1e5  # the extremes were really met
+
+
+def test_digits_round_to_fifteen_bits():
+    x = x_of(3, 1024) * np.float32([1e-3, 1.0, 1e4])[:, None]
+    d = digits(jnp.asarray(x), 16)
+    high, low = (np.asarray(plane).view(np.int8).astype(np.int32) for plane in d[:2])
+    integer = 256 * high + low
+    scale = np.repeat(np.asarray(d.scale_TB), DIGIT_BLOCK, axis=1)
+    assert np.abs(integer).max() == LARGEST_INTEGER
+    assert (np.abs(scale * integer - x) <= scale * 0.5001).all()
+    np.testing.assert_array_equal(np.asarray(d.sum_TP), integer.reshape(3, -1, 16).sum(-1))
+
+
+# --- the expert op ---------------------------------------------------------------------------
+
+D, F, TOKENS, CHOICES, EXPERTS = 256, 512, 6, 2, 4
+SIGNATURES = {
+    "q4_k_m": Signature("Q4_K", "Q4_K", "Q6_K"),
+    "low": Signature("Q2_K", "Q2_K", "Q2_K"),
+    "unequal": Signature("Q3_K", "Q8_0", "IQ4_NL"),
+    "float": Signature("BF16", "F16", "F16"),
+}
+
+
+def bank_of(signature, slots=EXPERTS):
+    sizes = ((F, D), (F, D), (D, F))
+    planes = (random_planes(n, *s, (slots,)) for n, s in zip(signature, sizes, strict=True))
+    return Bank(*planes)
+
+
+run_op = jax.jit(expert_ffn, static_argnames=("signature", "implementation"))
+
+
+def work_of(slot_A, width):
+    """Items over `slot_A` (-1: not ours), padded as the op wants; the last ones do not count."""
+    slots, rows = [], []
+    for slot in np.unique(slot_A[slot_A >= 0]):
+        mine = np.flatnonzero(slot_A == slot)
+        for start in range(0, len(mine), width):
+            part = mine[start : start + width]
+            rows.append(np.pad(part, (0, width - len(part)), constant_values=part[0]))
+            slots.append(slot)
+    count = len(slots)
+    extra = 14 - count  # one program for every routing
+    slots += [EXPERTS + 50] * extra  # out of range: must never be read
+    rows += [np.full(width, 10**6)] * extra
+    return Work(
+        jnp.asarray(np.array(slots, np.int32)),
+        jnp.asarray(np.array(rows, np.int32).reshape(len(slots), width)),
+        jnp.asarray(count, jnp.int32),
+    )
+
+
+def dense_answer(x_TD, weight_A, bank, signature, slot_A):
+    """NumPy, one assignment at a time."""
+    matrices = [
+        np.asarray(get_format(name).unpack(planes))
+        for name, planes in zip(signature, bank, strict=True)
+    ]
+    y_AD = np.full((len(slot_A), D), 7.0, np.float32)
+    for a, slot in enumerate(slot_A):
+        if slot >= 0:
+            x_D = x_TD[a // CHOICES]
+            gate_F, up_F = matrices[0][slot] @ x_D, matrices[1][slot] @ x_D
+            y_AD[a] = weight_A[a] * (matrices[2][slot] @ (gate_F / (1 + np.exp(-gate_F)) * up_F))
+    return y_AD
+
+
+ROUTINGS = {
+    "one token": np.array([2, 0]),
+    "ragged": np.array([0, 1, 0, 2, 0, 3, 0, 1, 0, 2, 1, 0]),
+    "all on one": np.array([3] * 12),
+    "some absent": np.array([0, -1, -1, 2, 0, -1, -1, -1, 2, 0, -1, 2]),
+    "none here": np.array([-1] * 12),
+}
+
+
+@pytest.mark.parametrize("implementation", ["xla", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("signature", SIGNATURES)
+def test_expert_ffn(signature, routing, implementation):
+    formats, slot_A = SIGNATURES[signature], ROUTINGS[routing]
+    rng = np.random.default_rng(1)
+    x_TD = x_of(len(slot_A) // CHOICES, D)
+    weight_A = rng.random(len(slot_A), np.float32)
+    bank = bank_of(formats)
+    wanted = dense_answer(x_TD, weight_A, bank, formats, slot_A)
+    width = item_rows(1 if routing == "one token" else 3, formats)
+    got = np.asarray(
+        run_op(
+            jnp.asarray(x_TD),
+            jnp.full((len(slot_A), D), 7.0),
+            jnp.asarray(weight_A),
+            bank,
+            formats,
+            work_of(slot_A, width),
+            implementation,
+        )
+    )
+    absent = slot_A < 0
+    np.testing.assert_array_equal(got[absent], 7.0)
+    if absent.all():
+        return
+    limit = 1e-5 if implementation == "xla" else 3 * max(tolerance(n, width) for n in formats)
+    assert relative_error(got[~absent], wanted[~absent]) < limit
+
+
+@every_implementation
+def test_slot_and_company_change_no_bit(implementation):
+    """The same expert in another slot, alone or among others: the same bits."""
+    signature = SIGNATURES["q4_k_m"]
+    bank = bank_of(signature)
+    moved = Bank(*({k: jnp.roll(p, 1, axis=0) for k, p in planes.items()} for planes in bank))
+    x_TD, y_AD = jnp.asarray(x_of(TOKENS, D)), jnp.zeros((TOKENS * CHOICES, D))
+    weight_A = jnp.ones(TOKENS * CHOICES)
+    slot_A = ROUTINGS["ragged"]
+
+    def run(bank, slot_A):
+        work = work_of(slot_A, 4)
+        return np.asarray(run_op(x_TD, y_AD, weight_A, bank, signature, work, implementation))
+
+    together = run(bank, slot_A)
+    np.testing.assert_array_equal(run(moved, (slot_A + 1) % EXPERTS), together)
+    alone = run(bank, np.where(slot_A == 2, 2, -1))
+    np.testing.assert_array_equal(alone[slot_A == 2], together[slot_A == 2])
+
+
+@every_implementation
+@pytest.mark.parametrize("tokens", [1, 3, 21])
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "F16"])
+def test_linear(name, tokens, implementation):
+    planes = random_planes(name, 48, K, lead=())
+    x = x_of(tokens, K)
+    got = linear(jnp.asarray(x).reshape(1, tokens, K), planes, name, implementation)
+    assert got.shape == (1, tokens, 48)
+    wanted = x @ np.asarray(get_format(name).unpack(planes)).T
+    assert relative_error(got[0], wanted) < tolerance(name, item_rows(tokens, (name,)))
+
+
+def test_other_slots_do_not_recompile():
+    signature = SIGNATURES["low"]
+    run = jax.jit(expert_ffn, static_argnames=("signature", "implementation"))
+    x_TD, weight_A = jnp.asarray(x_of(1, D)), jnp.ones(CHOICES)
+    for slots in ([0, 1], [3, 2]):
+        work = work_of(np.array(slots), 1)
+        run(
+            x_TD,
+            jnp.zeros((CHOICES, D)),
+            weight_A,
+            bank_of(signature),
+            signature,
+            work,
+            "interpret",
+        )
+    assert run._cache_size() == 1
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(ON_GPU, reason="there is a GPU here")
+def test_triton_without_a_gpu_is_refused_by_name():
+    planes = random_planes("Q4_K", 32, 256, lead=())
+    with pytest.raises(ValueError, match=r"'triton' needs an NVIDIA GPU.*cpu.*'xla'"):
+        linear(jnp.zeros((1, 256)), planes, "Q4_K", "triton")
+
+
+def test_unknown_implementation_lists_them():
+    planes = random_planes("Q4_K", 32, 256, lead=())
+    with pytest.raises(ValueError, match=r"'cuda'; want one of xla, triton, interpret"):
+        linear(jnp.zeros((1, 256)), planes, "Q4_K", "cuda")
+
+
+def test_uncovered_shape_says_got_and_supported():
+    planes = random_planes("Q8_0", 24, 288, lead=())
+    with pytest.raises(NotImplementedError, match=r"multiple of 16 rows and 256 columns.*24, 288"):
+        linear(jnp.zeros((1, 288)), planes, "Q8_0", "interpret")
+    assert linear(jnp.zeros((1, 288)), planes, "Q8_0").shape == (1, 24)  # None takes XLA
+
+
+def test_bank_beyond_the_address_range_is_refused():
+    """Shapes only: nothing of that size is allocated."""
+    format = get_format("MXFP4")
+    slots = 2**31 // (1024 * 128) + 1
+    planes = {
+        name: jax.ShapeDtypeStruct((slots, *shape.shape), shape.dtype)
+        for name, shape in format.plane_shapes(1024, 4096).items()
+    }
+    items = Items(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1,), (1, 1), (1, 1), (1,))))
+    y = jax.ShapeDtypeStruct((1, 1024), jnp.float32)
+    run = lambda x, planes, items: grouped_matmul(  # noqa: E731
+        x, y, [planes], ["MXFP4"], items, Tile(16, 256, 1)
+    )
+    with pytest.raises(NotImplementedError, match=r"plane exponents of MXFP4 has 2\d{9} elements"):
+        jax.eval_shape(run, jax.ShapeDtypeStruct((1, 4096), jnp.float32), planes, items)
+
+
+# --- lowering for CUDA, without a GPU ---------------------------------------------------------
+
+
+def lower_for_cuda(function, *args):
+    """MLIR with Triton kernels for an H200 that is not there; raises where Pallas cannot."""
+    from jax.sharding import AbstractDevice, use_abstract_mesh
+
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def abstract(tree):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 16, 32, 64])
+@every_format
+def test_every_kernel_lowers_for_cuda(name, width):
+    if width not in (16, 32, 64) and isinstance(PACKINGS[name], Floats):
+        pytest.skip("plain floats are multiplied on tensor cores, 16 rows at least")
+    signature = Signature(name, name, name)
+    args = (
+        jnp.zeros((TOKENS, D)), jnp.zeros((TOKENS * CHOICES, D)), jnp.zeros(TOKENS * CHOICES),
+        bank_of(signature), work_of(ROUTINGS["ragged"], width),
+    )  # fmt: skip
+    text = lower_for_cuda(
+        lambda x, y, w, bank, work: triton_expert_ffn(x, y, w, bank, signature, work),
+        *abstract(args),
+    )
+    assert text.count("matmul_" + name) >= 2
+
+
+def test_linear_lowers_for_cuda():
+    planes = random_planes("Q6_K", 64, 512, lead=())
+    text = lower_for_cuda(
+        lambda x, planes: triton_linear(x, planes, "Q6_K"),
+        *abstract((jnp.zeros((3, 512)), planes)),
+    )
+    assert "matmul_Q6_K" in text
+
+
+def test_lowering_rejects_what_triton_has_not():
+    """The check can fail: a slice of a loaded value is not in Pallas's Triton backend."""
+    from jax.experimental import pallas as pl
+
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...][:8]
+
+    def run(x):
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8,), jnp.float32))(x)
+
+    with pytest.raises(Exception, match="slice"):
+        lower_for_cuda(run, jax.ShapeDtypeStruct((16,), jnp.float32))
