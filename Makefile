@@ -3,12 +3,13 @@
 
 BIN := .venv/bin
 PYTEST_ARGS ?=
+KERNEL_ARGS ?=
 export PYTHON
 # pyright comes from PyPI with its own node; it shall not ask the network for a newer self.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test lint format oracles slow reference sweep clean
+.PHONY: help environment demo test lint format kernels oracles slow reference sweep clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 19
@@ -35,6 +36,12 @@ lint: environment  ## ruff and pyright
 format: environment  ## ruff's fixes and formatting, in place
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
+
+kernels: environment  ## compile every kernel for A100 and H200, without a GPU (about 5 minutes)
+	@sh scripts/make_cuda_compiler.sh
+	@PATH="$(CURDIR)/.venv/cuda/nvidia/cuda_nvcc/bin:$$PATH" PYTHONPATH=.venv/cuda \
+		TF_CPP_MIN_LOG_LEVEL=3 JAX_PLATFORMS=cpu \
+		$(BIN)/python scripts/compile_kernels.py --out out/kernels.json $(KERNEL_ARGS)
 
 oracles: environment  ## tests against foreign code (ggml, PyTorch); says what to install
 	@echo "oracles: a test whose library is missing is skipped; to have them all:"

@@ -24,7 +24,7 @@ MOST_ITEM_ROWS = 64
 # What a program of four warps loads of its quants in a step: four 16-byte loads a thread in flight.
 _WORDS_OF_STEP = 2048
 _ROW_WORDS_OF_STEP = 64
-_DOT_GROUPS = 8  # two dots of 16 columns for every lane
+_DOT_GROUPS = 4  # sixteen columns of every lane, the least that a tensor core takes
 
 
 def item_rows(mean_rows: int, formats: Sequence[str]) -> int:
@@ -54,8 +54,10 @@ def default_tile(formats: Sequence[str], rows: int, columns: int, item_rows: int
     """The rule where nothing was measured."""
     packings = [PACKINGS[name] for name in formats]
     if item_rows >= FEWEST_DOT_ROWS:
-        widest = max(64, _DOT_GROUPS * min(packing.group_columns for packing in packings))
-        return Tile(_divisor(rows, 64), _divisor(columns, widest), item_rows)
+        step_columns = max(64, _DOT_GROUPS * min(packing.group_columns for packing in packings))
+        # What fits the 99 KiB of shared memory of a desktop card, gated pair included.
+        tile_rows = 64 if item_rows <= FEWEST_DOT_ROWS else 32
+        return Tile(_divisor(rows, tile_rows), _divisor(columns, step_columns), item_rows)
     fields = min(packing.fields for packing in packings if isinstance(packing, Packing))
     tile_rows = _WORDS_OF_STEP // (_ROW_WORDS_OF_STEP * len(formats))
     step_columns = _divisor(columns, 4 * fields * _ROW_WORDS_OF_STEP)

