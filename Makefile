@@ -3,13 +3,16 @@
 
 BIN := .venv/bin
 PYTEST_ARGS ?=
-KERNEL_ARGS ?=
+# A GPU machine has its own JAX with CUDA; `make gpu` installs nothing.
+GPU_PYTHON ?= python3
+GPU_OUT ?= out/gpu.json
+GPU_ARGS ?=
 export PYTHON
 # pyright comes from PyPI with its own node; it shall not ask the network for a newer self.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test lint format kernels oracles slow reference sweep clean
+.PHONY: help environment demo test lint format kernels gpu oracles slow reference sweep clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 19
@@ -37,11 +40,19 @@ format: environment  ## ruff's fixes and formatting, in place
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-kernels: environment  ## compile every kernel for A100 and H200, without a GPU (about 5 minutes)
+kernels: environment  ## compile the kernels for six GPUs, none of them here (about 4 minutes)
 	@sh scripts/make_cuda_compiler.sh
+	@mkdir -p out
 	@PATH="$(CURDIR)/.venv/cuda/nvidia/cuda_nvcc/bin:$$PATH" PYTHONPATH=.venv/cuda \
 		TF_CPP_MIN_LOG_LEVEL=3 JAX_PLATFORMS=cpu \
-		$(BIN)/python scripts/compile_kernels.py --out out/kernels.json $(KERNEL_ARGS)
+		sh -c '$(BIN)/python scripts/compile_kernels.py --out out/kernels.json && \
+		$(BIN)/python scripts/compile_kernels.py --out out/kernels_more.json \
+		--targets sm_86,sm_89,sm_100,sm_120 --formats Q2_K,Q3_K,Q4_K,Q6_K --mean_rows 1,64'
+
+gpu:  ## on a machine with an NVIDIA GPU: kernel tests there, then the bench, out/gpu.json
+	@mkdir -p out
+	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -q --noconftest tests/test_kernels.py
+	@PYTHONPATH=. $(GPU_PYTHON) scripts/bench_kernels.py --out $(GPU_OUT) $(GPU_ARGS)
 
 oracles: environment  ## tests against foreign code (ggml, PyTorch); says what to install
 	@echo "oracles: a test whose library is missing is skipped; to have them all:"

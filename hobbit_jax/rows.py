@@ -98,6 +98,13 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _version(package: str) -> str | None:
+    """None where the package is missing, as it may be on a machine that only runs kernels."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None
+
+
 @functools.cache
 def machine() -> dict[str, Any]:
     """Device, processor, versions and revision of this process, as of its first row.
@@ -113,6 +120,6 @@ def machine() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in REPORTED_PACKAGES},
+            **{name: _version(name) for name in REPORTED_PACKAGES},
         },
     }

@@ -71,3 +71,8 @@ def choose_tile(formats: Sequence[str], rows: int, columns: int, item_rows: int)
     if recorded is None:
         return default_tile(formats, rows, columns, item_rows)
     return Tile(tokens=item_rows, **recorded)
+
+
+def forget() -> None:
+    """Reads the table anew at the next trace."""
+    _table.cache_clear()

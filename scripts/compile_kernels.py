@@ -9,6 +9,7 @@ more shared memory than there is *does* compile: a check that cannot fail checks
 """
 
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
 
@@ -19,9 +20,8 @@ from tqdm import tqdm
 
 from hobbit_jax import cli
 from hobbit_jax.rows import write_json
-from pallas_kernels import ahead_of_time
+from pallas_kernels import ahead_of_time, bench
 from pallas_kernels.expert_ffn import triton_expert_ffn
-from pallas_kernels.formats import get_format
 from pallas_kernels.matmul_triton import Items, Tile, grouped_matmul
 from pallas_kernels.packed import PACKINGS
 from pallas_kernels.reference import Bank, Signature, Work
@@ -32,34 +32,32 @@ _FORMATS = flags.DEFINE_list("formats", list(PACKINGS), "weight formats")
 _MEAN_ROWS = flags.DEFINE_list("mean_rows", ["1", "16"], "tokens an expert has on average")
 _OUT = flags.DEFINE_string("out", None, "JSON file of registers, spills and shared memory")
 
-D, F, SLOTS, TOKENS, K = 2048, 768, 128, 8, 8  # Qwen3-30B-A3B; a bank of one layer
+SHAPE, TOKENS = bench.SHAPES["qwen3-30b-a3b"], 8
 
 
 def _abstract(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _bank(signature: Signature) -> Bank:
-    def planes(name, rows, columns):
-        shapes = get_format(name).plane_shapes(rows, columns)
-        return {k: _abstract(SLOTS, *s.shape, dtype=s.dtype) for k, s in shapes.items()}
-
-    sizes = ((F, D), (F, D), (D, F))
-    return Bank(*(planes(name, *size) for name, size in zip(signature, sizes, strict=True)))
+def _bank(format_name: str) -> Bank:
+    return jax.eval_shape(lambda: bench.random_bank(SHAPE, format_name))
 
 
 def compile_experts(target: ahead_of_time.Target, name: str, mean_rows: int) -> str:
     """PTX of the expert op's two kernels."""
     signature, width = Signature(name, name, name), item_rows(mean_rows, (name,))
-    int32 = lambda *shape: _abstract(*shape, dtype=jnp.int32)  # noqa: E731
+    int32 = functools.partial(jnp.zeros, dtype=jnp.int32)
+    work = jax.eval_shape(
+        lambda: Work(int32(SHAPE.n_experts), int32((SHAPE.n_experts, width)), int32(()))
+    )
     return ahead_of_time.compile_for(
         target,
         lambda x, y, w, bank, work: triton_expert_ffn(x, y, w, bank, signature, work),
-        _abstract(TOKENS, D),
-        _abstract(TOKENS * K, D),
-        _abstract(TOKENS * K),
-        _bank(signature),
-        Work(int32(SLOTS), int32(SLOTS, width), int32()),
+        _abstract(TOKENS, SHAPE.d_model),
+        _abstract(TOKENS * SHAPE.experts_per_token, SHAPE.d_model),
+        _abstract(TOKENS * SHAPE.experts_per_token),
+        _bank(name),
+        work,
     )
 
 
@@ -70,15 +68,16 @@ def check_rejection(target: ahead_of_time.Target) -> str:
         RuntimeError: it was accepted.
     """
     tile = Tile(rows=256, columns=1024, tokens=256, warps=4, stages=4)
-    int32 = lambda *shape: _abstract(*shape, dtype=jnp.int32)  # noqa: E731
-    items = Items(int32(1), int32(1, tile.tokens), int32(1, tile.tokens), int32(1))
-    y = _abstract(256, F)
+    int32 = functools.partial(jnp.zeros, dtype=jnp.int32)
+    rows = (1, tile.tokens)
+    items = jax.eval_shape(lambda: Items(int32(1), int32(rows), int32(rows), int32(1)))
+    y = _abstract(256, SHAPE.d_expert)
     try:
         ahead_of_time.compile_for(
             target,
             lambda x, planes, items: grouped_matmul(x, y, [planes], ["Q8_0"], items, tile),
-            _abstract(256, D),
-            _bank(Signature("Q8_0", "Q8_0", "Q8_0")).gate,
+            _abstract(256, SHAPE.d_model),
+            _bank("Q8_0").gate,
             items,
         )
     except Exception as error:

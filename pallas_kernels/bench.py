@@ -1,0 +1,351 @@
+"""Times the expert op against its rivals, in one run, on weights that do not fit the cache.
+
+Owns the shapes, the routing, what is counted as moved, and the clock. Called by
+`scripts/bench_kernels.py`. An output is compared with the reference before anything is timed; a
+wrong one is recorded as such and has no time.
+
+What is timed is a loop on the device: one op after another, each on other slots (so that an op
+never finds its weights in the L2 cache) and each on the result of the one before (so that none is
+left out). Routing is drawn token by token from loads recorded on a real model
+(`bench_routing.json`), never split evenly. Compiling takes longer than timing, so `prepare` is
+apart from `measure` and may run in threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import bench_rivals, reference
+from pallas_kernels.expert_ffn import triton_expert_ffn
+from pallas_kernels.formats import get_format
+from pallas_kernels.packed import PACKINGS, Floats
+from pallas_kernels.reference import Bank, Signature, Work
+from pallas_kernels.tiles import DIGIT_ROWS, item_rows
+
+ROUTING_PATH = Path(__file__).with_name("bench_routing.json")
+# Relative error of y against the reference, per rounding: tests/test_kernels.py has the reasons;
+# three roundings (x, hidden, weights) in a row.
+STEPS = 32 if jax.default_backend() == "gpu" else 2  # of a loop, or of a PyTorch graph
+TOLERANCE = {"digits": 6e-4, "bfloat16": 1.5e-2, "float32": 3e-3}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model's expert layer."""
+
+    name: str
+    d_model: int
+    d_expert: int
+    n_experts: int
+    experts_per_token: int
+
+    def expert_bytes(self, format_name: str) -> int:
+        """Bytes of one expert, all three matrices in this format."""
+        format = get_format(format_name)
+        gate = self.d_expert * format.row_bytes(self.d_model)
+        return 2 * gate + self.d_model * format.row_bytes(self.d_expert)
+
+    def flops(self, tokens: int) -> int:
+        """Multiplications and additions of the experts' products."""
+        return 6 * self.d_model * self.d_expert * self.experts_per_token * tokens
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("qwen3-30b-a3b", 2048, 768, 128, 8),
+        Shape("mixtral-8x7b", 4096, 14336, 8, 2),
+        Shape("tiny", 256, 512, 8, 2),  # for machines without a GPU
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the bench."""
+
+    shape: str
+    format: str
+    tokens: int
+    implementation: str  # xla, triton, interpret, jax_bf16 or torch_bf16
+
+
+def draw_routing(shape: Shape, tokens: int, seed: int = 0) -> np.ndarray:
+    """Expert ids int32 [T, K], distinct within a token, by recorded loads.
+
+    The recorded loads are a quantile function: a model of any number of experts gets loads of the
+    same skew, in random order.
+    """
+    rng = np.random.default_rng(seed)
+    recorded = np.asarray(json.loads(ROUTING_PATH.read_text())["relative_load"])
+    quantiles = np.linspace(0, 1, shape.n_experts)
+    load_E = np.interp(quantiles, np.linspace(0, 1, recorded.shape[1]), recorded.mean(0))
+    rng.shuffle(load_E)
+    keys_TE = np.log(load_E) + rng.gumbel(size=(tokens, shape.n_experts))  # without replacement
+    return np.argsort(-keys_TE, axis=1)[:, : shape.experts_per_token].astype(np.int32)
+
+
+def make_work(ids_TK: np.ndarray, width: int) -> Work:
+    """Items of up to `width` assignments, in the order of their experts."""
+    flat_A = ids_TK.reshape(-1)
+    order_A = np.argsort(flat_A, kind="stable")
+    experts, starts = np.unique(flat_A[order_A], return_index=True)
+    slots, rows = [], []
+    for expert, mine in zip(experts, np.split(order_A, starts[1:]), strict=True):
+        for start in range(0, len(mine), width):
+            part = mine[start : start + width]
+            rows.append(np.pad(part, (0, width - len(part)), constant_values=part[0]))
+            slots.append(expert)
+    return Work(
+        jnp.asarray(np.array(slots, np.int32)),
+        jnp.asarray(np.stack(rows).astype(np.int32)),
+        jnp.asarray(len(slots), jnp.int32),
+    )
+
+
+def random_bank(shape: Shape, format_name: str, seed: int = 0) -> Bank:
+    """All experts in one format: random bits, scales of the size that real weights have."""
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def matrix(key, rows, columns):
+        planes = {}
+        for name, plane in get_format(format_name).plane_shapes(rows, columns).items():
+            key, here = jax.random.split(key)
+            size = (shape.n_experts, *plane.shape)
+            if jnp.issubdtype(plane.dtype, jnp.floating):
+                scale = 0.02 if name == "weights" else 2e-5
+                planes[name] = (scale * jax.random.normal(here, size)).astype(plane.dtype)
+            elif name == "exponents":
+                planes[name] = jax.random.randint(here, size, 112, 118).astype(plane.dtype)
+            else:
+                planes[name] = jax.random.bits(here, size, plane.dtype)
+        return planes
+
+    keys = jax.random.split(jax.random.key(seed), 3)
+    wide = (shape.d_expert, shape.d_model)
+    return Bank(matrix(keys[0], *wide), matrix(keys[1], *wide), matrix(keys[2], *wide[::-1]))
+
+
+class Program(NamedTuple):
+    """What is timed: `step(i, x, operands)` is like x; `operands()` makes its weights."""
+
+    step: Callable[[jax.Array, jax.Array, Any], jax.Array]
+    operands: Callable[[], Any]
+    # (x, operands) -> relative error against the reference, and the most it may be.
+    error: tuple[Callable[[jax.Array, Any], jax.Array], float] | None = None
+
+
+def loop_of(program: Program):
+    """A jitted (x, operands) -> x that takes `STEPS` steps, each on the result of the one before.
+
+    Their number is static: a GPU asks its host before every step of a loop of unknown length.
+    """
+
+    def loop(x, operands):
+        def body(i, x):
+            return x + 1e-30 * program.step(i, x, operands).astype(x.dtype)
+
+        return jax.lax.fori_loop(0, STEPS, body, x)
+
+    return jax.jit(loop)
+
+
+def run_loop(loop: Callable[[jax.Array, Any], jax.Array], x: jax.Array, operands: Any):
+    """A function of n that runs the loop n times and waits for the last."""
+
+    def run(n: int) -> None:
+        state = x
+        for _ in range(n):
+            state = loop(state, operands)
+        jax.block_until_ready(state)
+
+    return run
+
+
+def repeats(run: Callable[[int], None], budget_s: float) -> list[float]:
+    """Seconds per step of seven runs that share the budget, after a warm-up."""
+
+    def timed(n: int) -> float:
+        began = time.perf_counter()
+        run(n)
+        return (time.perf_counter() - began) / n
+
+    run(1)
+    n = max(1, min(1000, int(budget_s / 8 / max(timed(1), 1e-6))))
+    return [timed(n) / STEPS for _ in range(7)]
+
+
+def _time(program: Program, x: jax.Array, budget_s: float) -> list[float]:
+    return repeats(run_loop(loop_of(program), x, program.operands()), budget_s)
+
+
+def copy_gb_s() -> float:
+    """Measured device-to-device copy rate: bytes read plus bytes written."""
+    on_gpu = jax.devices()[0].platform == "gpu"
+    x = jnp.zeros((1 << 30 if on_gpu else 1 << 24) // 4, jnp.float32)
+    # The loop adds, and XLA fuses the addition: one pass that reads and writes x.
+    seconds = _time(Program(lambda i, x, _: x + i, lambda: ()), x, 1.0)
+    return 2 * x.nbytes / statistics.median(seconds) / 1e9
+
+
+def bf16_tflop_s() -> float:
+    """Measured rate of a large bfloat16 matrix product on random data."""
+    n = 8192 if jax.devices()[0].platform == "gpu" else 512
+    x, w = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
+    seconds = _time(Program(lambda i, x, w: x @ w, lambda: w), x, 1.0)
+    return 2 * n**3 / statistics.median(seconds) / 1e12
+
+
+def tolerance(format_name: str, width: int) -> float:
+    """The largest relative error of a format's kernels at this item width."""
+    packing = PACKINGS[format_name]
+    if isinstance(packing, Floats):
+        return TOLERANCE["float32" if packing.operand_dtype == jnp.float32 else "bfloat16"]
+    return TOLERANCE["digits" if width <= DIGIT_ROWS else "bfloat16"]
+
+
+def _token_sum(y_AD: jax.Array, tokens: int) -> jax.Array:
+    return y_AD.reshape(tokens, -1, y_AD.shape[-1]).sum(1)
+
+
+def _quantised(case: Case, shape: Shape, ids_TK: np.ndarray) -> Program:
+    """An implementation of the expert op over quantised slots."""
+    signature = Signature(case.format, case.format, case.format)
+    n_assignments = ids_TK.size
+    weight_A = jnp.full(n_assignments, 1 / shape.experts_per_token)
+    width = item_rows(-(-n_assignments // len(np.unique(ids_TK))), signature)
+    work = make_work(ids_TK, width)
+
+    def run(x_TD, work, bank, implementation):
+        y_AD = jnp.zeros((n_assignments, shape.d_model), jnp.float32)
+        if implementation == "xla":
+            return reference.expert_ffn(x_TD, y_AD, weight_A, bank, signature, work)
+        interpret = implementation == "interpret"
+        return triton_expert_ffn(x_TD, y_AD, weight_A, bank, signature, work, interpret)
+
+    def step(i, x_TD, bank):
+        # Other experts' weights each time, with the same loads.
+        slot_I = (work.slot_I + i * shape.experts_per_token) % shape.n_experts
+        y_AD = run(x_TD, work._replace(slot_I=slot_I), bank, case.implementation)
+        return _token_sum(y_AD, case.tokens)
+
+    def error(x_TD, bank):
+        with jax.default_matmul_precision("highest"):
+            wanted_AD = run(x_TD, work, bank, "xla")
+        got_AD = run(x_TD, work, bank, case.implementation)
+        return jnp.linalg.norm(got_AD - wanted_AD) / jnp.linalg.norm(wanted_AD)
+
+    exact = case.implementation == "xla"
+    limit = TOLERANCE["float32"] if exact else tolerance(case.format, width)
+    return Program(step, lambda: random_bank(shape, case.format), (error, limit))
+
+
+def _jax_bf16(case: Case, shape: Shape, ids_TK: np.ndarray) -> Program:
+    """Grouped products on resident bfloat16 experts."""
+    order_A, sizes_E = map(jnp.asarray, bench_rivals.sorted_assignments(ids_TK, shape.n_experts))
+    k = shape.experts_per_token
+
+    def step(i, x_TD, bank):
+        gate, up, down = (planes["weights"] for planes in bank)
+        sizes = jnp.roll(sizes_E, i * k)
+        y_AD = bench_rivals.jax_bf16(x_TD, gate, up, down, order_A, sizes, k)
+        return _token_sum(jnp.zeros_like(y_AD).at[order_A].set(y_AD), case.tokens) / k
+
+    return Program(step, lambda: random_bank(shape, "BF16"))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case with its programs compiled, ready to be timed."""
+
+    case: Case
+    program: Program | None  # None for PyTorch
+    loop: Any
+    error: Any
+
+
+def prepare(case: Case) -> Prepared:
+    """Traces and compiles; takes no memory on the device.
+
+    Raises:
+        Exception: the implementation does not run here.
+    """
+    if case.implementation == "torch_bf16":
+        return Prepared(case, None, None, None)
+    shape = SHAPES[case.shape]
+    build = _jax_bf16 if case.implementation == "jax_bf16" else _quantised
+    program = build(case, shape, draw_routing(shape, case.tokens))
+    x = jax.ShapeDtypeStruct((case.tokens, shape.d_model), jnp.float32)
+    operands = jax.eval_shape(program.operands)
+    error = jax.jit(program.error[0]).lower(x, operands).compile() if program.error else None
+    return Prepared(case, program, loop_of(program).lower(x, operands).compile(), error)
+
+
+def measure(prepared: Prepared, budget_s: float) -> dict[str, Any]:
+    """Verifies and times one case.
+
+    Returns:
+        The case, `status` ("ok" or "wrong"), raw `seconds`, distinct weight bytes of a step,
+        rates, the relative error and what it may be; times are absent from a wrong row.
+    """
+    case, program = prepared.case, prepared.program
+    shape = SHAPES[case.shape]
+    ids_TK = draw_routing(shape, case.tokens)
+    counts = np.unique(ids_TK, return_counts=True)[1]
+    stored = "BF16" if case.implementation.endswith("bf16") else case.format
+    row = {
+        **vars(case),
+        "active_experts": len(counts),
+        "busiest_expert_tokens": int(counts.max()),
+        "weight_bytes": len(counts) * shape.expert_bytes(stored),
+        "flops": shape.flops(case.tokens),
+    }
+    x_TD = jax.random.normal(jax.random.key(7), (case.tokens, shape.d_model), jnp.float32)
+    if program is None:
+        step = bench_rivals.torch_bf16(
+            np.asarray(x_TD), ids_TK, shape.d_expert, shape.n_experts, STEPS
+        )
+        seconds = repeats(step, budget_s)
+    else:
+        operands = program.operands()
+        if program.error is not None:
+            error, limit = float(prepared.error(x_TD, operands)), program.error[1]
+            row |= {"relative_error": error, "error_limit": limit}
+            if not error < limit:  # NaN is wrong too
+                return {**row, "status": "wrong"}
+        seconds = repeats(run_loop(prepared.loop, x_TD, operands), budget_s)
+    median = statistics.median(seconds)
+    return {
+        **row,
+        "status": "ok",
+        "seconds": seconds,
+        "median_s": median,
+        "gb_s": row["weight_bytes"] / median / 1e9,
+        "tflop_s": row["flops"] / median / 1e12,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text, times in microseconds."""
+    lines = [f"{'shape':14} {'format':7} {'tokens':>6} {'implementation':14} {'us':>10} "
+             f"{'GB/s':>7} {'copy':>5} {'bf16':>5}"]  # fmt: skip
+    for row in rows:
+        start = f"{row['shape']:14} {row['format']:7} {row['tokens']:6} {row['implementation']:14} "
+        if row["status"] == "ok":
+            start += f"{row['median_s'] * 1e6:10.1f} {row['gb_s']:7.1f} "
+            start += f"{row['fraction_of_copy']:5.2f} {row['fraction_of_bf16']:5.2f}"
+        else:
+            start += f"{row['status']}: {row.get('error', row.get('relative_error'))}"
+        lines.append(start)
+    return "\n".join(lines)
