@@ -43,7 +43,7 @@ format: environment  ## ruff's fixes and formatting, in place
 kernels: environment  ## compile the kernels for six GPUs, none of them here (about 4 minutes)
 	@sh scripts/make_cuda_compiler.sh
 	@mkdir -p out
-	@PATH="$(CURDIR)/.venv/cuda/nvidia/cuda_nvcc/bin:$$PATH" PYTHONPATH=.venv/cuda \
+	@PATH="$(CURDIR)/.venv/cuda/nvidia/cuda_nvcc/bin:$(CURDIR)/.venv/cuda/nvidia/cu13/bin:$$PATH" PYTHONPATH=.venv/cuda \
 		TF_CPP_MIN_LOG_LEVEL=3 JAX_PLATFORMS=cpu \
 		sh -c '$(BIN)/python scripts/compile_kernels.py --out out/kernels.json && \
 		$(BIN)/python scripts/compile_kernels.py --out out/kernels_more.json \

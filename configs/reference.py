@@ -35,6 +35,8 @@ def get_config(arg: str = "full") -> ConfigDict:
     config.model = ""
     config.calibration_text = ""
     config.evaluation_text = ""
+    # Of the matrix products: "xla", "triton", "interpret"; empty takes the device's fastest.
+    config.implementation = ""
 
     # The reference model's experts take 7.27 MiB natively.
     config.cache = ConfigDict({"budget_mib": (1.0, 2.0, 4.0), "protected_fraction": 0.1})
@@ -82,7 +84,9 @@ def get_config(arg: str = "full") -> ConfigDict:
 
 def sweep(config: ConfigDict) -> list[Cell]:
     """Native and uniform rivals at every budget, then every signal, share and format."""
-    inputs = Inputs(config.model, config.calibration_text, config.evaluation_text)
+    inputs = Inputs(
+        config.model, config.calibration_text, config.evaluation_text, config.implementation
+    )
     sizes = EvalSizes(**config.eval)
 
     def cell(signal: str, fraction: float, low_format: str | None, budget_mib: float) -> Cell:

@@ -18,7 +18,7 @@ from hobbit_jax.architecture import ModelConfig, global_tensors, layer_tensors, 
 from hobbit_jax.gguf_file import GGUFFile, TensorInfo, check_finite_scales, open_gguf
 from hobbit_jax.model import Attention, Block, Ends, Linear, RMSNorm
 from hobbit_jax.tokenizer import Tokenizer
-from pallas_kernels.backends import Implementation
+from pallas_kernels.backends import Implementation, choose
 from pallas_kernels.formats import get_format
 
 
@@ -71,6 +71,7 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
         FileNotFoundError, ValueError, NotImplementedError: from `open_gguf`,
             `read_config` and `check_finite_scales`, each naming what is wrong.
     """
+    choose(implementation, lambda: None)  # a name that cannot run here is refused at once
     file = open_gguf(path)
     config = read_config(file)
     blocks = []

@@ -50,11 +50,15 @@ class EvalSizes:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a sweep runs on. An empty `model` is the reference model, empty texts its held-out."""
+    """What a sweep runs on. An empty `model` is the reference model, empty texts its held-out.
+
+    An empty `implementation` takes the fastest matrix products that the device has.
+    """
 
     model: str
     calibration_text: str
     evaluation_text: str
+    implementation: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ class Workbench:
 
     def __init__(self, inputs: Inputs, sizes: EvalSizes, workdir: Path):
         self.inputs, self.sizes, self.workdir = inputs, sizes, workdir
-        self.model: LoadedModel = load_model(inputs.model or reference.model_path())
+        path = inputs.model or reference.model_path()
+        self.model: LoadedModel = load_model(path, inputs.implementation or None)
         self.tokenizer = self.model.tokenizer()
         self._tiers: dict[str, GGUFFile] = {}
         # Quality and task scores by plan; see `_quality_and_tasks`.
@@ -139,8 +144,9 @@ class Workbench:
         return windows.ids_WS
 
     def _key(self, windows: quality.Windows) -> str:
+        what = self.model.file.sha256() + self.inputs.implementation
         ids = np.ascontiguousarray(windows.ids_WS).tobytes()
-        return hashlib.sha256(self.model.file.sha256().encode() + ids).hexdigest()[:16]
+        return hashlib.sha256(what.encode() + ids).hexdigest()[:16]
 
     @functools.cached_property
     def native_store(self) -> HostExperts:

@@ -2,7 +2,7 @@
 
 Owns the descriptions of the GPUs that kernels are compiled for, and the reading of what ptxas says
 about them. Called by `scripts/compile_kernels.py` (`make kernels`). Needs JAX's CUDA plugin of the
-same version as jaxlib and a `ptxas` on PATH; `make kernels` installs both beside the environment.
+same version as jaxlib, and `ptxas` and `nvdisasm` on PATH; `make kernels` installs them.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class KernelResources:
     registers: int
     spill_bytes: int
     static_shared_bytes: int
+    loop_instructions: int | None  # of a thread in the main loop; None where there is no loop left
 
 
 def check_toolchain() -> str:
@@ -90,8 +91,9 @@ def check_toolchain() -> str:
         RuntimeError: ptxas or the plugin is missing; says what to run.
     """
     advice = "run `make kernels`, which installs what it needs"
-    if shutil.which("ptxas") is None:
-        raise RuntimeError(f"no ptxas on PATH; {advice}")
+    for tool in ("ptxas", "nvdisasm"):
+        if shutil.which(tool) is None:
+            raise RuntimeError(f"no {tool} on PATH; {advice}")
     try:
         _topology(TARGETS["sm_80"])
     except Exception as error:
@@ -130,8 +132,32 @@ def compile_for(target: Target, function: Callable[..., Any], *args: Any) -> str
         return "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
 
 
+def _loop_instructions(assembly: str) -> dict[str, int | None]:
+    """Instructions of each kernel's longest loop: from a backward branch to its target."""
+    counts: dict[str, int | None] = {}
+    for function in re.split(r"\n\s*\.section\s+\.text\.", assembly)[1:]:
+        name = function.split(",", 1)[0].strip()
+        waiting: list[str] = []
+        position: dict[str, int] = {}
+        number, longest = 0, None
+        for line in function.splitlines():
+            if label := re.match(r"(\.L_x_\d+):", line):
+                waiting.append(label.group(1))
+            if re.search(r"/\*[0-9a-f]{4,5}\*/", line):
+                position |= dict.fromkeys(waiting, number)
+                waiting.clear()
+                branch = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
+                if branch and branch.group(1) in position:
+                    length = number - position[branch.group(1)] + 1
+                    # A kernel ends in a branch to itself.
+                    longest = max(longest or 0, length) if length > 1 else longest
+                number += 1
+        counts[name] = longest
+    return counts
+
+
 def resources(target: Target, ptx: str) -> list[KernelResources]:
-    """Registers, spills and static shared memory of the kernels `matmul_*` in `ptx`.
+    """Registers, spills, shared memory and loop length of the kernels `matmul_*` in `ptx`.
 
     Raises:
         RuntimeError: ptxas rejects the code; with what it said.
@@ -141,13 +167,17 @@ def resources(target: Target, ptx: str) -> list[KernelResources]:
     for module in re.split(r"(?=^\.version)", ptx, flags=re.MULTILINE):
         if not re.search(r"\.entry matmul_", module):
             continue
-        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-            file.write(module)
-            file.flush()
-            command = ["ptxas", "-v", f"-arch={target.architecture}", file.name, "-o", "/dev/null"]
+        with tempfile.TemporaryDirectory() as folder:
+            source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+            source.write_text(module)
+            command = ["ptxas", "-v", f"-arch={target.architecture}", source, "-o", binary]
             result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(f"ptxas for {target.architecture}: {result.stderr[:400]}")
+            if result.returncode:
+                raise RuntimeError(f"ptxas for {target.architecture}: {result.stderr[:400]}")
+            listing = subprocess.run(
+                ["nvdisasm", "-c", binary], capture_output=True, text=True, check=True
+            )
+        loops = _loop_instructions(listing.stdout)
         for name, text in re.findall(
             r"entry function '(matmul_\w+)'(.*?Used .*?)\n", result.stderr, re.DOTALL
         ):
@@ -160,5 +190,6 @@ def resources(target: Target, ptx: str) -> list[KernelResources]:
                 int(registers.group(1)),
                 sum(map(int, spills)),
                 int(shared.group(1)) if shared else 0,
+                loops.get(name),
             )
     return list(kernels.values())

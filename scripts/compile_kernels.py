@@ -25,7 +25,7 @@ from pallas_kernels.expert_ffn import triton_expert_ffn
 from pallas_kernels.matmul_triton import Items, Tile, grouped_matmul
 from pallas_kernels.packed import PACKINGS
 from pallas_kernels.reference import Bank, Signature, Work
-from pallas_kernels.tiles import item_rows
+from pallas_kernels.tiles import choose_tile, item_rows
 
 _TARGETS = flags.DEFINE_list("targets", ["sm_80", "sm_90"], f"of {list(ahead_of_time.TARGETS)}")
 _FORMATS = flags.DEFINE_list("formats", list(PACKINGS), "weight formats")
@@ -59,6 +59,20 @@ def compile_experts(target: ahead_of_time.Target, name: str, mean_rows: int) -> 
         _bank(name),
         work,
     )
+
+
+def instructions_per_weight(
+    kernel: ahead_of_time.KernelResources, name: str, mean_rows: int
+) -> float | None:
+    """Issued per weight in the main loop: what bounds decode where memory does not."""
+    if kernel.loop_instructions is None:
+        return None
+    gated = kernel.name.count(name) == 2
+    size = (SHAPE.d_expert, SHAPE.d_model) if gated else (SHAPE.d_model, SHAPE.d_expert)
+    formats = (name, name) if gated else (name,)
+    tile = choose_tile(formats, *size, item_rows(mean_rows, (name,)))
+    weights = tile.rows * tile.columns * len(formats)
+    return round(kernel.loop_instructions * 32 * tile.warps / weights, 3)
 
 
 def check_rejection(target: ahead_of_time.Target) -> str:
@@ -104,7 +118,9 @@ def main(_) -> int:
         try:
             ptx = compile_experts(target, name, mean_rows)
             for kernel in ahead_of_time.resources(target, ptx):
-                rows.append({**case, **dataclasses.asdict(kernel)})
+                per_weight = instructions_per_weight(kernel, name, mean_rows)
+                row = {**case, **dataclasses.asdict(kernel), "instructions_per_weight": per_weight}
+                rows.append(row)
                 if kernel.spill_bytes:
                     failures.append(f"{target_name} {kernel.name}: spills {kernel.spill_bytes} B")
         except Exception as error:

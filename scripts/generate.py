@@ -15,8 +15,12 @@ from hobbit_jax.engine import Engine, StepStats
 from hobbit_jax.loading import load_model
 from hobbit_jax.sampling import Sampling
 from hobbit_jax.store import HostExperts
+from pallas_kernels.backends import IMPLEMENTATIONS
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
+_IMPLEMENTATION = flags.DEFINE_enum(
+    "implementation", None, IMPLEMENTATIONS, "matrix products; the device's fastest by default"
+)
 _PROMPT = flags.DEFINE_string("prompt", None, "text to continue", required=True)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "most tokens to generate", 1)
 _BUDGET_MIB = flags.DEFINE_float("budget_mib", None, "expert pool; all resident by default", 0.0)
@@ -44,7 +48,7 @@ def report(engine: Engine, steps: list[StepStats]) -> str:
 
 def main(_):
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
-    model = load_model(_MODEL.value or reference.model_path())
+    model = load_model(_MODEL.value or reference.model_path(), _IMPLEMENTATION.value)
     tokenizer = model.tokenizer()
     prompt = tokenizer.encode(_PROMPT.value)
     if not prompt:

@@ -17,8 +17,12 @@ from hobbit_jax.atomic import replacing
 from hobbit_jax.engine import Engine
 from hobbit_jax.loading import load_model
 from hobbit_jax.store import HostExperts
+from pallas_kernels.backends import IMPLEMENTATIONS
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
+_IMPLEMENTATION = flags.DEFINE_enum(
+    "implementation", None, IMPLEMENTATIONS, "matrix products; the device's fastest by default"
+)
 _TOKENS = flags.DEFINE_string("tokens", None, "token ids: .npy file, int32 [T]", required=True)
 _OUT = flags.DEFINE_string("out", None, "logits: .npy file, float32 [T, V]", required=True)
 _BUDGET_MIB = flags.DEFINE_float("budget_mib", None, "expert pool; all resident by default", 0.0)
@@ -49,7 +53,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def main(_):
-    model = load_model(_MODEL.value or reference.model_path())
+    model = load_model(_MODEL.value or reference.model_path(), _IMPLEMENTATION.value)
     ids_T = read_tokens(Path(_TOKENS.value), model.config)
     budget_bytes = None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20)
     engine = Engine(model, HostExperts(model.config, model.file), budget_bytes)

@@ -410,3 +410,31 @@ def test_lowering_rejects_what_triton_has_not():
 
     with pytest.raises(Exception, match="slice"):
         lower_for_cuda(run, jax.ShapeDtypeStruct((16,), jnp.float32))
+
+
+# --- a whole model ----------------------------------------------------------------------------
+
+
+@every_implementation
+def test_reference_model_through_the_kernels(implementation):
+    """Prefill and decode of the shipped model: attention, head and experts in the kernels."""
+    pytest.importorskip("gguf")  # a machine that only runs kernels has none
+    from hobbit_jax import reference
+    from hobbit_jax.engine import Engine
+    from hobbit_jax.loading import load_model
+    from hobbit_jax.store import HostExperts
+
+    def log_probabilities(implementation):
+        model = load_model(reference.model_path(), implementation)
+        prompt = model.tokenizer().encode("def add(a, b):\n    return a")
+        engine = Engine(model, HostExperts(model.config, model.file), budget_bytes=2 << 20)
+        engine.start(1, len(prompt) + 1)
+        prefill_V = engine.prefill([prompt])[0]
+        decode_V = engine.decode(np.array([int(jnp.argmax(prefill_V))]))[0]
+        return np.asarray(jax.nn.log_softmax(jnp.stack([prefill_V, decode_V])), np.float64)
+
+    wanted, got = log_probabilities("xla"), log_probabilities(implementation)
+    assert (wanted.argmax(-1) == got.argmax(-1)).all()
+    kl = (np.exp(wanted) * (wanted - got)).sum(-1)
+    # Rounding to bfloat16 in prefill; far below the .004 nats that Q4_K costs.
+    assert (kl < 4e-4).all(), kl
