@@ -178,6 +178,8 @@ def test_digits_round_to_fifteen_bits():
     assert np.abs(integer).max() == LARGEST_INTEGER
     assert (np.abs(scale * integer - x) <= scale * 0.502).all()
     np.testing.assert_array_equal(np.asarray(d.sum_TP), integer.reshape(3, -1, 16).sum(-1))
+    with jax.debug_nans(True), jax.debug_infs(True):  # no division by zero on the way
+        assert not any(np.any(plane) for plane in digits(jnp.zeros((1, 256)), 16))
 
 
 # --- the expert op ---------------------------------------------------------------------------
@@ -212,8 +214,8 @@ def work_of(slot_A, width):
             slots.append(slot)
     count = len(slots)
     extra = 14 - count  # one program for every routing
-    slots += [EXPERTS + 50] * extra  # out of range: must never be read
-    rows += [np.full(width, 10**6)] * extra
+    slots += [(slot_A[0] + 1) % EXPERTS] * extra  # would overwrite the first row, wrongly
+    rows += [np.zeros(width, np.int32)] * extra
     return Work(
         jnp.asarray(np.array(slots, np.int32)),
         jnp.asarray(np.array(rows, np.int32).reshape(len(slots), width)),
