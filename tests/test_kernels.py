@@ -28,6 +28,7 @@ from pallas_kernels.tiles import item_rows
 ON_GPU = jax.devices()[0].platform == "gpu"
 IMPLEMENTATIONS = ["interpret", *(["triton"] if ON_GPU else [])]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+FLOATS = [name for name, packing in PACKINGS.items() if isinstance(packing, Floats)]
 every_format = pytest.mark.parametrize("name", PACKINGS)
 
 # Largest allowed ||kernel - reference|| / ||reference||, and why. The reference is float32.
@@ -74,7 +75,7 @@ def relative_error(got, wanted):
 
 
 def widths(name):
-    return [16] if isinstance(PACKINGS[name], Floats) else [1, 16]
+    return [16] if name in FLOATS else [1, 16]
 
 
 def products(name, width, implementation, x, planes, columns=K, rows=N):
@@ -374,11 +375,11 @@ def abstract(tree):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
 
 
-@pytest.mark.parametrize("width", [1, 4, 16, 64])
-@every_format
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [(n, w) for n in PACKINGS for w in (1, 4, 16, 64) if w >= 16 or n not in FLOATS],
+)
 def test_every_kernel_lowers_for_cuda(name, width):
-    if width < 16 and isinstance(PACKINGS[name], Floats):
-        pytest.skip("plain floats are multiplied on tensor cores, 16 rows at least")
     signature = Signature(name, name, name)
     args = (
         jnp.zeros((TOKENS, D)), jnp.zeros((TOKENS * CHOICES, D)), jnp.zeros(TOKENS * CHOICES),
