@@ -18,7 +18,6 @@ Slot numbers, rows and the number of items are data; nothing recompiles when a c
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -358,15 +357,12 @@ def grouped_matmul(
         raise ValueError(f"{tile} does not divide a matrix [{n_rows}, {columns}] of {formats}")
     operands = (items, factor_Y, inputs, [dict(planes) for planes in matrices])
     n_leading = len(jax.tree.leaves(operands))
-    with warnings.catch_warnings():
-        # JAX 0.11 announces the end of its Triton backend; nothing else covers Ampere to Hopper.
-        warnings.filterwarnings("ignore", ".*[Tt]riton.*", DeprecationWarning)
-        return pl.pallas_call(
-            partial(_kernel, formats=tuple(formats), tile=tile, steps=steps, interpret=interpret),
-            out_shape=jax.ShapeDtypeStruct(y_YN.shape, y_YN.dtype),
-            grid=(n_rows // tile.rows, items.slot_I.shape[0]),
-            input_output_aliases={n_leading: 0} if isinstance(y_YN, jax.Array) else {},
-            compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-            interpret=interpret,
-            name=f"matmul_{'_'.join(formats)}_{tile.tokens}",
-        )(*operands, y_YN if isinstance(y_YN, jax.Array) else None)
+    return pl.pallas_call(
+        partial(_kernel, formats=tuple(formats), tile=tile, steps=steps, interpret=interpret),
+        out_shape=jax.ShapeDtypeStruct(y_YN.shape, y_YN.dtype),
+        grid=(n_rows // tile.rows, items.slot_I.shape[0]),
+        input_output_aliases={n_leading: 0} if isinstance(y_YN, jax.Array) else {},
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+        interpret=interpret,
+        name=f"matmul_{'_'.join(formats)}_{tile.tokens}",
+    )(*operands, y_YN if isinstance(y_YN, jax.Array) else None)
