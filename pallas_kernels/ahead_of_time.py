@@ -19,7 +19,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    use_abstract_mesh,
+)
 
 
 @dataclass(frozen=True)
@@ -123,12 +130,12 @@ def compile_for(target: Target, function: Callable[..., Any], *args: Any) -> str
     """
     mesh = Mesh(np.array(_topology(target).devices).reshape(1), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args
-    )
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_gpu_dump_llvmir": False}
-        jax.jit(function).lower(*abstract).compile(options)
+        device = AbstractDevice(f"NVIDIA {target.name}", num_cores=None, platform="gpu")
+        with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+            lowered = jax.jit(function, in_shardings=sharding).lower(*abstract)
+        lowered.compile({"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"})
         return "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
 
 
