@@ -40,7 +40,7 @@ format: environment  ## ruff's fixes and formatting, in place
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-kernels: environment  ## compile the kernels for six GPUs, none of them here (about 4 minutes)
+kernels: environment  ## compile the kernels for six GPUs, none of them here (3 to 4 minutes)
 	@sh scripts/make_cuda_compiler.sh
 	@mkdir -p out
 	@PATH="$(CURDIR)/.venv/cuda/nvidia/cuda_nvcc/bin:$(CURDIR)/.venv/cuda/nvidia/cu13/bin:$$PATH" PYTHONPATH=.venv/cuda \

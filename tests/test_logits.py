@@ -132,6 +132,12 @@ def run_script(name: str, *args: object) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.fixture(scope="module")
+def logits_script():
+    """The script's functions; run once, as absl refuses flags that are defined twice."""
+    return runpy.run_path(str(REPOSITORY / "scripts" / "logits.py"), run_name="logits")
+
+
 def test_logits_script(paths, tmp_path):
     name = "mixtral"
     ids_T, wanted_TV = golden(name)
@@ -162,12 +168,11 @@ def test_logits_script(paths, tmp_path):
         (None, "No data left"),
     ],
 )
-def test_refused_tokens(loaded, tmp_path, ids, message):
-    module = runpy.run_path(str(REPOSITORY / "scripts" / "logits.py"), run_name="logits")
+def test_refused_tokens(loaded, logits_script, tmp_path, ids, message):
     path = tmp_path / "ids.npy"
     path.write_bytes(b"") if ids is None else np.save(path, ids)
     with pytest.raises((ValueError, EOFError), match=message):
-        module["read_tokens"](path, loaded["mixtral"].config)
+        logits_script["read_tokens"](path, loaded["mixtral"].config)
 
 
 def test_generate_script(paths, loaded):
