@@ -46,7 +46,7 @@ class Linear(nnx.Module):
 
     def weights(self) -> jax.Array:
         """Unpacked float32 [N, K]."""
-        return get_format(self.format_name).unpack({n: p[...] for n, p in self.planes.items()})
+        return get_format(self.format_name).unpack(self._arrays())
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """Rows `ids` [...] unpacked to float32 [..., K]; only those rows are read."""
@@ -54,8 +54,10 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., K] to x @ W.T [..., N]."""
-        planes = {name: plane[...] for name, plane in self.planes.items()}
-        return linear(x, planes, self.format_name, self.implementation)
+        return linear(x, self._arrays(), self.format_name, self.implementation)
+
+    def _arrays(self) -> dict[str, jax.Array]:
+        return {name: plane[...] for name, plane in self.planes.items()}
 
 
 class RMSNorm(nnx.Module):

@@ -17,7 +17,6 @@ Slot numbers, rows and the number of items are data; nothing recompiles when a c
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -221,15 +220,19 @@ def _dot_step(matrix, packing: Packing | Floats, x_lanes, source_C, sum_RC, inte
         if dmin_RJ1 is not None and minimum_RJ1 is not None:
             offset_RJ1 = dmin_RJ1 * minimum_RJ1.astype(jnp.float32)
         place_J = packing.place(matrix.group_J, field)
-        for part, byte in itertools.product(range(packing.parts), range(4)):
-            weights_RJU = lane(packing.codes(matrix, field, part), byte, packing.signed)
-            if packing.zero:
-                weights_RJU -= float(packing.zero)
-            weights_RJU *= scale_RJ1
-            if offset_RJ1 is not None:
-                weights_RJU -= offset_RJ1
+        for part in range(packing.parts):
+            codes_RJU = packing.codes(matrix, field, part)
             column_JU = _neighbours((place_J * packing.parts + part) * WORDS)
-            sum_RC += _dot(weights_RJU, x_lanes, byte, source_C, column_JU, jnp.bfloat16, interpret)
+            for byte in range(4):
+                weights_RJU = lane(codes_RJU, byte, packing.signed)
+                if packing.zero:
+                    weights_RJU -= float(packing.zero)
+                weights_RJU *= scale_RJ1
+                if offset_RJ1 is not None:
+                    weights_RJU -= offset_RJ1
+                sum_RC += _dot(
+                    weights_RJU, x_lanes, byte, source_C, column_JU, jnp.bfloat16, interpret
+                )
     return sum_RC
 
 
