@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hobbit_jax import quantize, scale_search
+from hobbit_jax import quantize
 from hobbit_jax.architecture import ModelConfig, layer_tensors
 from hobbit_jax.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
 from hobbit_jax.store import ROLES
