@@ -36,6 +36,23 @@ class RoutedLayer:
     ids_TK: np.ndarray  # int32
     weights_TK: np.ndarray  # float32
     valid_T: np.ndarray  # bool; False is padding
+    h_TD: jax.Array | None = None  # the experts' input, float32; in prefill and scoring only
+
+    def by_expert(self) -> Iterator[tuple[int, jax.Array, jax.Array]]:
+        """Each chosen expert with the tokens that chose it, int32 [R], and its weights, [R].
+
+        Padded to a power of two with weights of 0, so that few programs are compiled.
+        """
+        valid_TK = np.broadcast_to(self.valid_T[:, None], self.ids_TK.shape)
+        for expert in np.unique(self.ids_TK[valid_TK]).tolist():
+            token_R, choice_R = np.nonzero((self.ids_TK == expert) & valid_TK)
+            weight_R = self.weights_TK[token_R, choice_R]
+            padding = (0, (1 << (len(token_R) - 1).bit_length()) - len(token_R))
+            yield (
+                expert,
+                jnp.asarray(np.pad(token_R, padding), jnp.int32),
+                jnp.asarray(np.pad(weight_R, padding)),
+            )
 
 
 @dataclass(frozen=True)
@@ -151,7 +168,7 @@ class Engine:
             )
             ids_TK, weights_TK = jax.device_get((routing.ids, routing.weights))
             if self.watch is not None:
-                self.watch(RoutedLayer(layer, ids_TK, weights_TK, valid_T))
+                self.watch(RoutedLayer(layer, ids_TK, weights_TK, valid_T, h_TD))
             tier_TK = self.plan.assign(layer, ids_TK, weights_TK)
             tier_TK = np.where(valid_T[:, None], tier_TK, np.int8(SKIPPED))
             y_AD = apply_experts(

@@ -19,7 +19,7 @@ from hobbit_jax.quantize import single_scale
 from hobbit_jax.quantize.block_layouts import pack
 from hobbit_jax.quantize.scale_search import BLOCK_LEN, K_QUANTS, find_scales
 
-_BLOCK_BYTES = {
+BLOCK_BYTES = {
     "Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210,
     "Q8_0": 34, "Q4_0": 18, "IQ4_NL": 18,
 }  # fmt: skip
@@ -66,21 +66,9 @@ def encode(
             negative, not finite or all zero; weights so large that a float16 field overflows.
         NotImplementedError: a format without an encoder.
     """
-    if format not in FORMATS:
-        raise NotImplementedError(
-            f"no encoder for {format!r}; the formats with one are {', '.join(FORMATS)}"
-        )
     weights_NK = np.asarray(weights_NK)
-    if weights_NK.ndim != 2:
-        raise ValueError(f"wanted weights of rank 2 [N, K], got shape {weights_NK.shape}")
-    if weights_NK.dtype != np.float32:
-        raise ValueError(f"wanted float32 weights, got {weights_NK.dtype}")
+    block_len = check_shape(weights_NK, format)
     n, k = weights_NK.shape
-    block_len = (
-        BLOCK_LEN if format in K_QUANTS else single_scale.BLOCK_LEN if format in _BLOCK_BYTES else 1
-    )
-    if k == 0 or k % block_len:
-        raise ValueError(f"{format}: wanted K a positive multiple of {block_len}, got K={k}")
     importance_K = None if importance_K is None else _checked_importance_K(importance_K, k)
 
     if format == "F32":
@@ -94,7 +82,31 @@ def encode(
         return half_NK.view(np.uint8)
     importance_GW = None if importance_K is None else block_importance_GW(importance_K, block_len)
     blocks_GP = _encode_chunks(weights_NK, format, block_len, importance_GW)
-    return blocks_GP.reshape(n, k // block_len * _BLOCK_BYTES[format])
+    return blocks_GP.reshape(n, k // block_len * BLOCK_BYTES[format])
+
+
+def check_shape(weights_NK: np.ndarray, format: str) -> int:
+    """Refuses what no encoder takes; returns the weights of a block.
+
+    Raises:
+        ValueError: wrong rank, dtype or K.
+        NotImplementedError: a format without an encoder.
+    """
+    if format not in FORMATS:
+        raise NotImplementedError(
+            f"no encoder for {format!r}; the formats with one are {', '.join(FORMATS)}"
+        )
+    if weights_NK.ndim != 2:
+        raise ValueError(f"wanted weights of rank 2 [N, K], got shape {weights_NK.shape}")
+    if weights_NK.dtype != np.float32:
+        raise ValueError(f"wanted float32 weights, got {weights_NK.dtype}")
+    block_len = 1
+    if format in BLOCK_BYTES:
+        block_len = BLOCK_LEN if format in K_QUANTS else single_scale.BLOCK_LEN
+    k = weights_NK.shape[1]
+    if k == 0 or k % block_len:
+        raise ValueError(f"{format}: wanted K a positive multiple of {block_len}, got K={k}")
+    return block_len
 
 
 def _checked_importance_K(importance_K: np.ndarray, k: int) -> np.ndarray:
@@ -140,6 +152,23 @@ def _check_no_overflow(fits_G: np.ndarray, format: str, first: int, row_len: int
         )
 
 
+def check_values(values_GW: np.ndarray, format: str, first: int, row_len: int) -> None:
+    """Refuses weights that are not finite or too large for any block, as `_check_finite` counts.
+
+    Before a search, because squares of larger weights could overflow float32.
+    """
+    _check_finite(values_GW, first, row_len)
+    fits_G = np.all(np.abs(values_GW) <= _LARGEST_WEIGHT, axis=1)
+    _check_no_overflow(fits_G, format, first, row_len)
+
+
+def check_blocks(blocks_GP: np.ndarray, format: str, first: int, row_len: int) -> None:
+    """Refuses blocks of which a float16 field has overflowed, as `_check_finite` counts."""
+    for at in _FLOAT16_AT[format]:
+        half_G1 = np.ascontiguousarray(blocks_GP[:, at : at + 2]).view(np.float16)
+        _check_no_overflow(np.isfinite(half_G1[:, 0]), format, first, row_len)
+
+
 def _encode_chunks(
     weights_NK: np.ndarray, format: str, block_len: int, importance_GW: np.ndarray | None
 ) -> np.ndarray:
@@ -147,15 +176,12 @@ def _encode_chunks(
     blocks_GW = np.ascontiguousarray(weights_NK).reshape(-1, block_len)
     row_blocks = weights_NK.shape[1] // block_len
     chunk_blocks = _CHUNK_BLOCKS * BLOCK_LEN // block_len
-    out_GP = np.empty((len(blocks_GW), _BLOCK_BYTES[format]), np.uint8)
+    out_GP = np.empty((len(blocks_GW), BLOCK_BYTES[format]), np.uint8)
 
     def encode_chunk(first: int) -> None:
         chunk_GW = blocks_GW[first : first + chunk_blocks]
         count = len(chunk_GW)
-        _check_finite(chunk_GW, first, row_blocks)
-        # Checked before the search, because squares of larger weights could overflow float32.
-        fits_G = np.all(np.abs(chunk_GW) <= _LARGEST_WEIGHT, axis=1)
-        _check_no_overflow(fits_G, format, first, row_blocks)
+        check_values(chunk_GW, format, first, row_blocks)
         if count < chunk_blocks:
             chunk_GW = np.pad(chunk_GW, ((0, chunk_blocks - count), (0, 0)))
         weight_GW = None
@@ -166,9 +192,7 @@ def _encode_chunks(
         else:
             chunk_GP = single_scale.encode_blocks(chunk_GW, weight_GW, format)
         chunk_GP = np.asarray(chunk_GP)[:count]
-        for at in _FLOAT16_AT[format]:
-            half_G1 = np.ascontiguousarray(chunk_GP[:, at : at + 2]).view(np.float16)
-            _check_no_overflow(np.isfinite(half_G1[:, 0]), format, first, row_blocks)
+        check_blocks(chunk_GP, format, first, row_blocks)
         out_GP[first : first + count] = chunk_GP
 
     # A chunk's programs run on the thread that calls them, so cores are used by several callers.
