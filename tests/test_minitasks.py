@@ -229,7 +229,7 @@ HOSTILE = {
     "forks": "    import os\n    os.fork()\n    return x * 2\n",
     "kills_parent": "    import os\n    os.kill(os.getppid(), 9)\n    return x * 2\n",
     "reads_stdin": "    return int(input()) + x * 2\n",
-    "opens": "    open('/dev/null').close()\n    return x * 2\n",
+    "opens": "    open('f', 'w').close()\n    return x * 2\n",
     "sleeps": "    import time\n    time.sleep(30)\n    return x * 2\n",
     "fills_disk": "    import os\n    fd = os.open('f', os.O_CREAT | os.O_WRONLY)\n"
     "    os.write(fd, b'x')\n    return x * 2\n",

@@ -11,7 +11,6 @@ names from `os`. Here the kernel refuses, and an audit hook refuses once more wh
 Python's own library; where the kernel cannot, the hook is what remains, and the line says so.
 """
 
-import contextlib
 import ctypes
 import os
 import resource
@@ -185,8 +184,11 @@ def main() -> None:
     def end(signal_number, _frame) -> None:
         nonlocal late
         late = late or signal_number == signal.SIGALRM
-        with contextlib.suppress(ProcessLookupError):
+        # contextlib's `suppress` would take a fifth of the child's start to import.
+        try:  # noqa: SIM105
             os.kill(candidate, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
     signal.signal(signal.SIGALRM, end)
     signal.signal(signal.SIGTERM, end)
