@@ -138,7 +138,7 @@ def _refuse(event: str, arguments: tuple) -> None:
 def _run(source: str, calls: list) -> str:
     """How the program ended, as the runner reads it."""
     try:
-        namespace = {"__name__": "candidate"}
+        namespace: dict = {"__name__": "candidate"}
         exec(source, namespace)
         # Each result is written down before the next call, which might change it.
         results = [repr(namespace[name](*arguments)) for name, arguments in calls]
