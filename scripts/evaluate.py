@@ -8,6 +8,7 @@ that was interrupted goes on from there. With --low_format every expert has that
 plans are cells of a sweep. Without --data_dir lm-eval downloads its data sets.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -15,14 +16,18 @@ from absl import flags
 from hobbit_jax import cli, reference
 from hobbit_jax.code_runner import PROTECTIONS
 from hobbit_jax.engine import Engine
-from hobbit_jax.evals.benchmarks import BenchmarkSettings, evaluate_engine, table
-from hobbit_jax.evals.lm_eval_tasks import TASKS
 from hobbit_jax.loading import load_model
 from hobbit_jax.precision import uniform_plan
 from hobbit_jax.rows import write_json
 from hobbit_jax.store import HostExperts
 from hobbit_jax.tiers import open_tier
 from pallas_kernels.backends import IMPLEMENTATIONS
+
+try:
+    from hobbit_jax.evals.benchmarks import BenchmarkSettings, evaluate_engine, table
+    from hobbit_jax.evals.lm_eval_tasks import TASKS
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error}; pip install -c constraints.txt -e '.[eval]'")
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _TASKS = flags.DEFINE_list("tasks", None, f"of {', '.join(TASKS)}", required=True)

@@ -22,7 +22,7 @@ from hobbit_jax.chat_template import ChatTemplate
 from hobbit_jax.code_runner import missing_protections
 from hobbit_jax.engine import Engine
 from hobbit_jax.evals.lm_eval_model import EngineLM
-from hobbit_jax.evals.lm_eval_tasks import load_tasks
+from hobbit_jax.evals.lm_eval_tasks import check_names, load_tasks
 from hobbit_jax.evals.responses import Responses
 from hobbit_jax.evals.statistics import Interval, bootstrap, share
 from hobbit_jax.gguf_file import GGUFFile
@@ -51,6 +51,7 @@ class BenchmarkSettings:
     chat_template: bool = False
 
     def __post_init__(self):
+        check_names(self.tasks)
         for name in ("limit", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -123,7 +124,7 @@ def evaluate(
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    results = evaluator.evaluate(
+    results: Any = evaluator.evaluate(
         lm,
         {"tasks": tasks},
         limit=settings.limit,
@@ -131,10 +132,9 @@ def evaluate(
         fewshot_as_multiturn=settings.chat_template,
         confirm_run_unsafe_code=True,  # it runs in `hobbit_jax.code_runner`
     )
-    assert results is not None
     runs_code = any(name in _RUNNING_CODE for name in settings.tasks)
     return {
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "tasks": list(settings.tasks)},
         "tasks": {name: _task_record(name, task, results) for name, task in tasks.items()},
         "requests": {**asdict(lm.counts), "reused": lm.reused},
         "missing_protections": list(missing_protections()) if runs_code else None,
@@ -144,13 +144,14 @@ def evaluate(
 def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of one task, its first one also at the top."""
     samples = results["samples"][name]
+    aggregations: Any = task.aggregation()
     metrics = []
     for key, value in results["results"][name].items():
         metric, _, filter_name = key.partition(",")
         if not filter_name or metric.endswith("_stderr"):
             continue
         values = [s[metric] for s in samples if s["filter"] == filter_name]
-        interval = _interval(task.aggregation()[metric], values)
+        interval = _interval(aggregations[metric], values)
         stderr = results["results"][name][f"{metric}_stderr,{filter_name}"]
         metrics.append(
             {

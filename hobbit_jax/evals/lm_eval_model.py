@@ -79,10 +79,10 @@ def _target_scores(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Ar
 
 
 def _rounded(tokens: int, most: int) -> int:
-    """Few lengths, since a program is compiled for each: powers of two, then multiples of 256."""
-    return min(
-        most, max(16, 1 << (tokens - 1).bit_length()) if tokens <= 256 else -(-tokens // 256) * 256
-    )
+    """Few lengths, since a program is compiled for each: 64, 128, 256 and multiples of 256."""
+    if tokens > 256:
+        return min(most, -(-tokens // 256) * 256)
+    return min(most, max(64, 1 << (tokens - 1).bit_length()))
 
 
 class _Continuation:
@@ -326,41 +326,43 @@ class EngineLM(TemplateLM):
         Raises:
             NotImplementedError: options of generation other than those listed.
         """
-        results: list[str | None] = [None] * len(requests)
+        asked: list[tuple[str, dict[str, Any]]] = [_asked(request) for request in requests]
+        texts: dict[int, str] = {}
         groups: dict[str, list[int]] = defaultdict(list)
-        for index, request in enumerate(requests):
-            context, options = request.args
+        for index, (context, options) in enumerate(asked):
+            known = None
             if not _is_sampled(options):
-                results[index] = self._responses.find("generate_until", context, options)
-            if results[index] is None:
+                known = self._responses.find("generate_until", context, options)
+            if known is None:
                 groups[repr(options)].append(index)
-        with self._bar(sum(map(len, groups.values())), "generate_until") as bar:
+            else:
+                texts[index] = known
+        with self._bar(len(requests) - len(texts), "generate_until") as bar:
             for group in groups.values():
-                options = requests[group[0]].args[1]
-                prompts = {index: self.tok_encode(requests[index].args[0]) for index in group}
+                prompts = {index: self.tok_encode(asked[index][0]) for index in group}
                 group.sort(key=lambda index: -len(prompts[index]))
                 for start in range(0, len(group), self._batch_size):
                     batch = group[start : start + self._batch_size]
-                    texts = self._generate_batch([prompts[i] for i in batch], options, batch[0])
-                    for index, text in zip(batch, texts, strict=True):
-                        results[index] = text
+                    options = asked[batch[0]][1]
+                    new = self._generate_batch([prompts[i] for i in batch], options, batch[0])
+                    for index, text in zip(batch, new, strict=True):
+                        texts[index] = text
                         if not _is_sampled(options):
-                            context = requests[index].args[0]
-                            self._responses.add(text, "generate_until", context, options)
+                            self._responses.add(text, "generate_until", *asked[index])
                     self._responses.flush()
                     bar.update(len(batch))
-        return [text for text in results if text is not None]
+        return [texts[index] for index in range(len(requests))]
 
     def _generate_batch(
         self, prompts: Sequence[list[int]], options: dict[str, Any], number: int
     ) -> list[str]:
-        unknown = {k for k, v in options.items() if v is not None} - _KNOWN_OPTIONS
+        wanted: dict[str, Any] = dict(normalize_gen_kwargs(options, _DEFAULT_NEW_TOKENS))
+        unknown = {name for name, value in wanted.items() if value is not None} - _KNOWN_OPTIONS
         if unknown:
             raise NotImplementedError(
                 f"generation with {', '.join(sorted(unknown))}; supported are "
                 f"{', '.join(sorted(_KNOWN_OPTIONS))}"
             )
-        wanted: dict[str, Any] = dict(normalize_gen_kwargs(options, _DEFAULT_NEW_TOKENS))
         limit = self._allowed_tokens(wanted["max_gen_toks"], len(prompts))
         kept = self.max_length - limit
         self.counts.truncated_contexts += sum(len(prompt) > kept for prompt in prompts)
@@ -399,5 +401,11 @@ class EngineLM(TemplateLM):
         return tqdm(total=total, desc=what, unit="request", disable=not self._progress or not total)
 
 
+def _asked(request: Instance) -> Any:
+    """Context and options; lm-eval's type says less."""
+    return request.args
+
+
 def _is_sampled(options: dict[str, Any]) -> bool:
-    return bool(options.get("do_sample")) or bool(options.get("temperature"))
+    asked = options.get("do_sample")
+    return bool(options.get("temperature") if asked is None else asked)

@@ -46,6 +46,12 @@ _PROGRAM_TIMEOUT_S = 3.0
 Splits = dict[str, datasets.Dataset]
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError unless `names` are some of TASKS, each once."""
+    if not names or not set(names) <= set(TASKS) or len(set(names)) < len(names):
+        raise ValueError(f"tasks are {', '.join(names) or 'none'}; want some of {', '.join(TASKS)}")
+
+
 def load_tasks(
     names: Sequence[str], data_dir: Path | None, limit: int | None = None, progress: bool = True
 ) -> dict[str, Task]:
@@ -62,9 +68,7 @@ def load_tasks(
         FileNotFoundError: a data file is missing; says which.
         NotImplementedError: an lm-eval whose definitions have moved.
     """
-    unknown = [name for name in names if name not in TASKS]
-    if unknown or not names or len(set(names)) < len(names):
-        raise ValueError(f"tasks are {', '.join(names) or 'none'}; want some of {', '.join(TASKS)}")
+    check_names(names)
     configs = []
     for name in names:
         if name in _MINIATURES:
