@@ -72,7 +72,7 @@ def main(_):
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {**record, "budget_bytes": engine.pool.budget_bytes})
     for name in record["missing_protections"] or ():
-        print(f"warning: generated code ran with less protection ({name}): {PROTECTIONS[name]}")
+        print(f"warning: generated code ran with {PROTECTIONS[name]} ({name})", file=sys.stderr)
     print(table(record))
     print(f"written: {out}")
 

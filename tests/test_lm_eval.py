@@ -29,7 +29,13 @@ from hobbit_jax import reference
 from hobbit_jax.chat_template import ChatTemplate
 from hobbit_jax.engine import Engine
 from hobbit_jax.evals import tasks as direct_tasks
-from hobbit_jax.evals.benchmarks import BenchmarkSettings, evaluate, evaluate_engine, table
+from hobbit_jax.evals.benchmarks import (
+    BenchmarkSettings,
+    end_ids,
+    evaluate,
+    evaluate_engine,
+    table,
+)
 from hobbit_jax.evals.lm_eval_model import EngineLM
 from hobbit_jax.evals.lm_eval_tasks import load_tasks, wikitext_pages
 from hobbit_jax.evals.responses import Responses
@@ -91,7 +97,7 @@ class Scripted:
         self.calls.append((prompts, max_new_tokens, sampling, stop_ids))
         assert max(map(len, prompts)) + max_new_tokens <= self.config.context_length
         texts = [self.answer(self.tokenizer.decode(prompt)) for prompt in prompts]
-        rows = [[*self.tokenizer.encode(text), *stop_ids[:1]] for text in texts]
+        rows = [[*self.tokenizer.encode(text, add_bos=False), *stop_ids[:1]] for text in texts]
         for step in range(max_new_tokens):
             ids = [row[step] if step < len(row) else stop_ids[0] for row in rows]
             ids_B = np.asarray([-1 if token in stop_ids else token for token in ids])
@@ -242,7 +248,9 @@ def test_stop_strings_limits_and_end_tokens(tokenizer):
         return text
 
     assert generate(until=[]) == written
+    before = lm.counts.new_tokens
     assert generate(until="\n\nQ:") == "He said"
+    assert lm.counts.new_tokens == before + len(tokenizer.encode("He said\n\nQ:"))
     assert generate(until=["question", "said\n"]) == "He "
     assert generate(until=["absent", ""]) == written
     cut = written[: len(tokenizer.decode(tokenizer.encode(written)[:5]))]
@@ -526,6 +534,7 @@ def test_the_files_template_wraps_the_prompts(model, tokenizer, tmp_path):
         "tokenizer.ggml.bos_token_id": EOS,
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.ggml.eot_token_id": 65,
+        "tokenizer.ggml.token_type": [1] * 256 + [3, 3],  # "he" is a control token here
     }
     path = tmp_path / "chat.gguf"
     tensors = [(t.name, t.format, t.shape, t.raw) for t in model.file.tensors.values()]
@@ -545,6 +554,13 @@ def test_the_files_template_wraps_the_prompts(model, tokenizer, tmp_path):
     assert (
         chatty.encode("[user]") == lm.tok_encode("[user]") == [EOS, *lm.tok_encode("[user]", False)]
     )
+    # A stop string that is a token ends a generation, as the file's own end tokens do.
+    assert end_ids(file) == (EOS, 65)
+    lm = scripted_lm(chatty, lambda _: "she said", end_ids=end_ids(file))
+    for stops, wanted, written in ([["he"], [65, 256, EOS], "s"], [["sa"], [65, EOS], "s "]):
+        asked = requests("generate_until", ("p", {"until": stops}))
+        assert lm.generate_until(asked) == [written]
+        assert lm._engine.calls[-1][3] == wanted
     with pytest.raises(ValueError, match="made without one"):
         scripted_lm(chatty, None).apply_chat_template([USER])
 

@@ -33,7 +33,7 @@ PROTECTIONS = {
     "the limit on processes",
     "files": "no read-only file system: Python's own writes are refused and no file can grow, but "
     "other code could delete what the program's user may delete",
-    "user": "runs as root, whom the limit on processes spares: Python's own fork is refused",
+    "user": "the rights of root, whom the limit on processes spares: Python's own fork is refused",
 }
 
 Status = Literal["finished", "raised", "timed out", "ended", "too long"]

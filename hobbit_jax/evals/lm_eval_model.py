@@ -377,7 +377,8 @@ class EngineLM(TemplateLM):
         longest = max(map(len, rows))
         # Room in round numbers, so that few programs are compiled; the loop ends at the limit.
         room = _rounded(longest + limit, self._engine.config.context_length) - longest
-        steps = self._engine.generate(rows, room, sampling, self._end_ids)
+        ends = {*self._end_ids, *(id for stop in wanted["until"] for id in self._special(stop))}
+        steps = self._engine.generate(rows, room, sampling, sorted(ends))
         for step, (ids_B, _) in enumerate(steps):
             for text, token in zip(texts, ids_B.tolist(), strict=True):
                 if token < 0:
@@ -389,6 +390,11 @@ class EngineLM(TemplateLM):
                 break
         self.counts.generated += len(rows)
         return [text.finish() for text in texts]
+
+    def _special(self, stop: str) -> list[int]:
+        """The token of a stop string that is one, such as `<|im_end|>`: it leaves no text."""
+        ids = self._text.encode(stop, add_bos=False)
+        return ids if len(ids) == 1 and not self._text.decode(ids, skip_special=True) else []
 
     def _allowed_tokens(self, asked: int, rows: int) -> int:
         """New tokens per row: as asked, but at most half of the context is for them."""
