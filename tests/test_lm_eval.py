@@ -326,13 +326,38 @@ def test_an_interrupted_run_goes_on(tokenizer, tmp_path):
     assert lm(model="a").generate_until(asked) == [p.upper() for p in prompts]
     assert left[0] == 0
 
-    scores = [("a", "b"), ("", "c")]
-    first, second = lm(model="a"), lm(model="a")
-    for kind, arguments in (("loglikelihood", scores), ("loglikelihood_rolling", [("abc",)])):
+
+def test_interrupted_scores_go_on(tokenizer, tmp_path):
+    """A text of many windows is remembered when all of them are scored, and not before."""
+    left = [0]
+
+    class Interrupted(Scripted):
+        def score(self, ids_BT):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return super().score(ids_BT)
+
+    def lm():
+        engine = Interrupted(tokenizer, None, 16)
+        remembered = Responses(tmp_path, {})
+        return EngineLM(engine, tokenizer, remembered, batch_size=1, progress=False)
+
+    one_token = -math.log(tokenizer.vocab_size)
+    rolling = [("x" * 40,), ("y" * 80,)]  # of 3 and 5 windows
+    for kind, arguments, tokens, first, second in (
+        ("loglikelihood_rolling", rolling, [40, 80], 5, 5),
+        ("loglikelihood", [("a", "bcd"), ("", "ef"), ("g", "h")], [3, 2, 1], 2, 1),
+    ):
         asked = requests(kind, *arguments)
-        once = getattr(first, kind)(asked)
-        assert once == getattr(lm(model="a"), kind)(asked)
-    assert second.reused == 0 and lm(model="a").loglikelihood(requests("loglikelihood", *scores))
+        left[0] = first
+        with pytest.raises(KeyboardInterrupt):
+            getattr(lm(), kind)(asked)
+        left[0] = second
+        got = getattr(lm(), kind)(asked)
+        totals = [answer[0] if isinstance(answer, tuple) else answer for answer in got]
+        np.testing.assert_allclose(totals, np.asarray(tokens) * one_token, rtol=1e-6)
+        assert left[0] == 0
 
 
 # Figures by hand, on the real data sets, through lm-eval's prompts and filters

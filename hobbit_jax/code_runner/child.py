@@ -51,13 +51,7 @@ def _enter_namespaces(libc) -> set[str]:
         # Without the right to do this, one may have it in a user namespace of one's own.
         user, group = os.geteuid(), os.getegid()
         if libc.unshare(_NEW_USER) == 0:
-            for name, text in (
-                ("setgroups", "deny"),
-                ("uid_map", f"{user} {user} 1"),
-                ("gid_map", f"{group} {group} 1"),
-            ):
-                with open(f"/proc/self/{name}", "w") as file:
-                    file.write(text)
+            _map_user(user, group)
         missing = {NETWORK} if libc.unshare(_NEW_NETWORK) else set()
     # Without an IPC namespace of its own, shared memory would outlive the candidate.
     if libc.unshare(_NEW_PROCESSES | _NEW_IPC):
@@ -65,6 +59,20 @@ def _enter_namespaces(libc) -> set[str]:
     if not _make_files_read_only(libc):
         missing.add(FILES)
     return missing
+
+
+def _map_user(user: int, group: int) -> None:
+    """Keeps the numbers of user and group in a new user namespace."""
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{user} {user} 1"),
+        ("gid_map", f"{group} {group} 1"),
+    ):
+        try:
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+        except OSError:  # a namespace without rights, as AppArmor gives; the rest will be missing
+            return
 
 
 def _make_files_read_only(libc) -> bool:
