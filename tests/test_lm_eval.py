@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -397,12 +398,11 @@ def test_gsm8k_by_hand(tokenizer, data_dir):
     expect(figures(task)["exact_match", "strict-match"], 5, 12)
     expect(figures(task)["exact_match", "flexible-extract"], 8, 12)
     assert (task["problems"], task["problems_in_all"], task["num_fewshot"]) == (12, 1319, 5)
-    train = {p["question"]: p["answer"] for p in lines(data_dir / "gsm8k" / "train.jsonl")}
-    for shots in seen:
-        assert len(shots) == 7  # nothing, five examples, the question
-        for shot in shots[1:6]:
-            question, given = shot.removesuffix("\n\n").split("\nAnswer: ")
-            assert train[question] == given
+    # The examples that `lm_eval --tasks gsm8k` draws, in the order of the problems.
+    train, draw = lines(data_dir / "gsm8k" / "train.jsonl"), random.Random(1234)
+    for problem in problems:
+        examples = [f"{p['question']}\nAnswer: {p['answer']}\n\n" for p in draw.sample(train, 5)]
+        assert ["", *examples, f"{problem['question']}\nAnswer:"] in seen
 
 
 def test_gsm8k_cot_by_hand(tokenizer, data_dir):
@@ -539,6 +539,8 @@ def test_chat_templates():
     strict = ChatTemplate(STRICT, "<s>", "</s>")
     assert strict.render([SYSTEM, USER]) == "<s>[user]Hi <b>[assistant]"
     assert strict.render([USER, REPLY], False) == "<s>[user]Hi <b>[assistant]So:"
+    indented = "{% if true %}\n  {% if true %}\nx\n  {% endif %}\n{% endif %}\n"
+    assert ChatTemplate(indented, "", "").render([USER]) == "x\n"
     assert ChatTemplate("{{ messages | tojson }}", "", "").render([USER]) == json.dumps([USER])
     with pytest.raises(ValueError, match="the file's chat template: no tools"):
         ChatTemplate("{{ raise_exception('no tools') }}", "", "").render([USER])

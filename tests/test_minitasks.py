@@ -202,11 +202,11 @@ def test_the_solution_of_another_problem_is_wrong():
     """The tests tell programs apart, even those of one signature and similar meaning."""
     by_prompt = {p.content: p for p in functions.generate(6, 1500, "train")}
     problems = [p for p in by_prompt.values() if p.prompt.startswith(("def f(xs)", "def f(x)"))]
-    pairs = [(p, q) for p in problems[:14] for q in problems[:14] if p.prompt[:7] == q.prompt[:7]]
+    pairs = [(p, q) for p in problems[:10] for q in problems[:10] if p.prompt[:7] == q.prompt[:7]]
     verdicts = execution.run_candidates([p for p, _ in pairs], [q.solution for _, q in pairs])
-    assert len(pairs) > 80
+    assert len(pairs) > 40
     assert [(p.solution, q.solution) for (p, q), v in zip(pairs, verdicts, strict=True) if v] == [
-        (p.solution, p.solution) for p in problems[:14]
+        (p.solution, p.solution) for p in problems[:10]
     ]
 
 
