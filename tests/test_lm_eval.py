@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,7 @@ from hobbit_jax.evals.benchmarks import (
     end_ids,
     evaluate,
     evaluate_engine,
+    shares,
     table,
 )
 from hobbit_jax.evals.lm_eval_model import EngineLM
@@ -496,7 +498,7 @@ def test_miniature_tasks_by_hand(tokenizer, monkeypatch):
         expect(figures(tasks[f"mini_{name}"])["exact_match", "none"], correct, 10)
         # The same as the score that a sweep measures without lm-eval.
         direct = direct_tasks.evaluate(Scripted(tokenizer, answer), tokenizer, name, 10)
-        assert (direct.correct, direct.low) == (correct, tasks[f"mini_{name}"]["low"])
+        assert shares({"tasks": tasks})[f"mini_{name}"] == asdict(direct)
 
 
 def test_unknown_tasks_and_absent_data(tmp_path):
@@ -621,6 +623,8 @@ def test_the_shipped_model_on_real_data(data_dir, tmp_path):
     assert again["tasks"] == record["tasks"]
     assert json.loads(json.dumps(record)) == record
     assert len(table(record).splitlines()) == 1 + 2 + 1 + 3
+    assert set(shares(record)) == {"gsm8k", "humaneval"}
+    assert {score["problems"] for score in shares(record).values()} == {1}
 
 
 def test_the_script(model, tmp_path):

@@ -165,8 +165,10 @@ def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str,
             }
         )
     counts = results["n-samples"][name]
+    first = [s[metrics[0]["metric"]] for s in samples if s["filter"] == metrics[0]["filter"]]
     record = {
         **metrics[0],
+        "correct": int(sum(first)) if _are_verdicts(first) else None,
         "problems": counts["effective"],
         "problems_in_all": counts["original"],
         "num_fewshot": results["n-shot"][name],
@@ -179,15 +181,29 @@ def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str,
     return record
 
 
+def _are_verdicts(values: list[Any]) -> bool:
+    return all(value in (0, 1) for value in values)
+
+
 def _interval(aggregate: Any, values: list[Any]) -> Interval:
     """Wilson's for a share, the bootstrap over documents for anything else."""
-    if all(value in (0, 1) for value in values):
+    if _are_verdicts(values):
         return share(int(sum(values)), len(values))
     return bootstrap(lambda drawn: aggregate([values[i] for i in np.asarray(drawn)]), len(values))
 
 
 def _versions() -> dict[str, Any]:
     return {**machine()["versions"], **{name: metadata.version(name) for name in _PACKAGES}}
+
+
+def shares(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tasks whose score is a share of problems, as a row of a sweep holds them."""
+    kept = ("problems", "correct", "value", "low", "high")
+    return {
+        name: {key: task[key] for key in kept}
+        for name, task in record["tasks"].items()
+        if task["correct"] is not None
+    }
 
 
 def table(record: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ what is too long is cut as in lm-eval's Hugging Face model, and counted.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from hobbit_jax.chat_template import ChatTemplate
 from hobbit_jax.engine import StepStats
+from hobbit_jax.evals.continuation import Continuation
 from hobbit_jax.evals.responses import Responses
 from hobbit_jax.sampling import Sampling
 from hobbit_jax.tokenizer import Tokenizer
@@ -83,32 +84,6 @@ def _rounded(tokens: int, most: int) -> int:
     if tokens > 256:
         return min(most, -(-tokens // 256) * 256)
     return min(most, max(64, 1 << (tokens - 1).bit_length()))
-
-
-class _Continuation:
-    """The text of one sequence as its tokens come, until one of `stops` occurs in it."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
-        self._pending: deque[int | None] = deque()
-        self._pieces = tokenizer.decode_stream(iter(self._pending.popleft, None))
-        self._stops = stops
-        self._reach = max(map(len, stops), default=0)
-        self.text = ""
-        self.ended = False
-
-    def add(self, token: int) -> None:
-        self._pending.append(token)
-        piece = next(self._pieces)
-        self.text += piece
-        # A stop string may have begun in earlier tokens.
-        tail = self.text[-(len(piece) + self._reach) :]
-        self.ended = any(stop in tail for stop in self._stops)
-
-    def finish(self) -> str:
-        """The text before the first stop string."""
-        self._pending.append(None)
-        self.text += "".join(self._pieces)
-        return postprocess_generated_text(self.text, list(self._stops), None)
 
 
 class EngineLM(TemplateLM):
@@ -373,7 +348,7 @@ class EngineLM(TemplateLM):
             # Another batch is other requests, or the same again where a task repeats them.
             seed=self._seed + number,
         )
-        texts = [_Continuation(self._text, [s for s in wanted["until"] if s]) for _ in rows]
+        texts = [Continuation(self._text, [s for s in wanted["until"] if s]) for _ in rows]
         longest = max(map(len, rows))
         # Room in round numbers, so that few programs are compiled; the loop ends at the limit.
         room = _rounded(longest + limit, self._engine.config.context_length) - longest
