@@ -3,9 +3,8 @@
     python scripts/evaluate.py --model M.gguf --tasks gsm8k,humaneval,wikitext --data_dir D \\
         --limit 100 --budget_mib 8000 [--low_format Q2_K]
 
-Writes one JSON (--out) and prints its table. Finished requests are kept in --workdir, and a run
-that was interrupted goes on from there. With --low_format every expert has that format; mixed
-plans are cells of a sweep. Without --data_dir lm-eval downloads its data sets.
+Writes one JSON and prints its table. Finished requests stay in --workdir, where an interrupted run
+goes on. --low_format is that of every expert; mixed plans are cells of a sweep.
 """
 
 import sys
@@ -59,15 +58,15 @@ def main(_):
     )
     workdir = Path(str(_WORKDIR.value))
     model = load_model(_MODEL.value or reference.model_path(), _IMPLEMENTATION.value)
-    low, plan = [], {"signal": "native"}
+    low, plan = [], {"signal": "native"}  # as a sweep's cells call them
     if _LOW_FORMAT.value:
         low = [open_tier(model.file, model.config, _LOW_FORMAT.value, workdir / "tiers")]
         plan = {"signal": "uniform", "low_format": _LOW_FORMAT.value, "sha256": low[0].sha256()}
     store = HostExperts(model.config, model.file, low)
     budget_bytes = None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20)
     engine = Engine(model, store, budget_bytes, uniform_plan(store, len(low)))
-    data_dir = Path(_DATA_DIR.value) if _DATA_DIR.value else None
-    record = evaluate_engine(engine, settings, plan, data_dir, workdir / "responses")
+    data = Path(_DATA_DIR.value) if _DATA_DIR.value else None
+    record = evaluate_engine(engine, settings, plan, data, workdir / "responses")
     out = Path(_OUT.value) if _OUT.value else workdir / "evaluation.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {**record, "budget_bytes": engine.pool.budget_bytes})
