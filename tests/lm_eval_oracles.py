@@ -55,8 +55,12 @@ class Scripted:
     def generate(self, prompts, max_new_tokens, sampling=None, stop_ids=()):
         self.calls.append((prompts, max_new_tokens, sampling, stop_ids))
         assert max(map(len, prompts)) + max_new_tokens <= self.config.context_length
-        texts = [self.answer(self.tokenizer.decode(prompt)) for prompt in prompts]
-        rows = [[*self.tokenizer.encode(text, add_bos=False), *stop_ids[:1]] for text in texts]
+        rows = []
+        for prompt in prompts:
+            # As a model would go on: a text of its own may begin with another space.
+            text = self.tokenizer.decode(prompt)
+            whole = self.tokenizer.encode(text + self.answer(text), add_bos=False)
+            rows.append([*whole[len(prompt) :], *stop_ids[:1]])
         for step in range(max_new_tokens):
             ids = [row[step] if step < len(row) else stop_ids[0] for row in rows]
             ids_B = np.asarray([-1 if token in stop_ids else token for token in ids])
