@@ -19,7 +19,7 @@ from hobbit_jax.loading import load_model
 from hobbit_jax.precision import uniform_plan
 from hobbit_jax.rows import write_json
 from hobbit_jax.store import HostExperts
-from hobbit_jax.tiers import open_tier
+from hobbit_jax.tiers import TierSpec, open_tier
 from pallas_kernels.backends import IMPLEMENTATIONS
 
 try:
@@ -60,7 +60,8 @@ def main(_):
     model = load_model(_MODEL.value or reference.model_path(), _IMPLEMENTATION.value)
     low, plan = [], {"signal": "native"}  # as a sweep's cells call them
     if _LOW_FORMAT.value:
-        low = [open_tier(model.file, model.config, _LOW_FORMAT.value, workdir / "tiers")]
+        spec = TierSpec(_LOW_FORMAT.value)
+        low = [open_tier(model.file, model.config, spec, workdir / "tiers")]
         plan = {"signal": "uniform", "low_format": _LOW_FORMAT.value, "sha256": low[0].sha256()}
     store = HostExperts(model.config, model.file, low)
     budget_bytes = None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20)
