@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from hobbit_jax import reference
 from hobbit_jax.allocation import SIGNALS, allocate
+from hobbit_jax.cache.policies import SLRU
 from hobbit_jax.engine import Engine
 from hobbit_jax.evals import cost, quality, tasks
 from hobbit_jax.gguf_file import GGUFFile
@@ -256,7 +257,8 @@ def run_cell(cell: Cell, bench: Workbench) -> dict[str, Any]:
     began = time.monotonic()
     store = bench.store(cell.low_format)
     plan = make_plan(cell, store, bench)
-    engine = Engine(bench.model, store, int(cell.budget_mib * 2**20), plan, cell.protected_fraction)
+    policy = functools.partial(SLRU, protected_fraction=cell.protected_fraction)
+    engine = Engine(bench.model, store, int(cell.budget_mib * 2**20), plan, policy)
     decode = cost.measure(engine, bench.decode_ids_RS, cell.sizes.decode_prompt_tokens)
     pool = _pool_figures(engine)
     measured, scores = _quality_and_tasks(cell, bench, engine)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hobbit_jax.cache.policy import DEFAULT_PROTECTED_FRACTION, SLRU
+from hobbit_jax.cache.policies.slru import DEFAULT_PROTECTED_FRACTION, SLRU
 
 # Hit rates of a cold start over the first 2,000 tokens of real DeepSeek-V2-Lite routing, 416 of
 # its 1,664 experts resident. Recorded from this code; a plain dictionary gives the two of LRU too.
