@@ -54,7 +54,7 @@ class Policy(ABC, Generic[Key]):
     @abstractmethod
     def __len__(self) -> int: ...
 
-    def begin_step(self, step: Step) -> None:  # noqa: B027 (most policies need no context)
+    def begin_step(self, step: Step) -> None:
         """Says where the accesses that follow take place; once per step, before them."""
 
     @abstractmethod
