@@ -10,13 +10,14 @@ from typing import Any
 
 from hobbit_jax.cache.policies.interface import Policy, Step
 from hobbit_jax.cache.policies.lru import LRU
+from hobbit_jax.cache.policies.recall import Recall
 from hobbit_jax.cache.policies.slru import SLRU
 
 __all__ = ["LRU", "POLICIES", "SLRU", "Policy", "PolicyFactory", "Step", "policy_factory"]
 
 PolicyFactory = Callable[[int], Policy[Any]]  # capacity in slots → a policy
 
-POLICIES: dict[str, PolicyFactory] = {"lru": LRU, "slru": SLRU}
+POLICIES: dict[str, PolicyFactory] = {"lru": LRU, "slru": SLRU, "recall": Recall}
 DEFAULT_POLICY = "slru"
 
 
