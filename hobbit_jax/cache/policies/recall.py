@@ -34,7 +34,7 @@ _RATE_OF = [
 ] + [0, 0]
 
 _LONGEST = 200  # tokens; a next use farther away is learned as this
-_WATCHED = 2  # keys watched from each step on
+_WATCHED = 1  # keys watched from each step on
 _PRIOR_COUNT, _MOST_COUNT = 8, 2000  # observations: what a first guess weighs, and the past at most
 _RECOLLECTIONS = 4
 

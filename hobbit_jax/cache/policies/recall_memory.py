@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-MEMORY = 8192  # tokens
+MEMORY = 4096  # tokens
 HORIZON = 16  # tokens after a remembered one within which uses are recorded; below 256
 LIKENESSES = 8  # levels of likeness; 0 stands for no recollection
 _CHAIN = 16  # past tokens compared with the present one
