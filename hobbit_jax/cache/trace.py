@@ -87,8 +87,9 @@ def read_trace(path: Path, n_experts: int | None = None) -> Trace:
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     wanted = ("expert_ids", "weights", "seq_lens")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if isinstance(file, np.ndarray):
                 raise ValueError(f"{path} holds one array; want an .npz of {', '.join(wanted)}")
             missing = [name for name in wanted if name not in file]
             if missing:

@@ -14,8 +14,9 @@ from collections.abc import Collection
 from hobbit_jax.cache.policies.interface import Key, Step, TablePolicy
 from hobbit_jax.cache.policies.priority import PriorityTable
 
-# Recency, frequency, high-precision use, layer distance. The paper leaves them to the machine.
-DEFAULT_WEIGHTS = (0.25, 0.25, 0.25, 0.25)
+# Recency, frequency, high-precision use, layer distance: the best of seven mixes on real routing
+# (the law trace, 416 slots: .504; a quarter each .473, recency alone .472).
+DEFAULT_WEIGHTS = (0.7, 0.1, 0.1, 0.1)
 
 
 class Hobbit(TablePolicy[Key]):

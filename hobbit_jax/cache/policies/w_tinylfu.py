@@ -14,7 +14,9 @@ from collections.abc import Collection, Iterable
 
 from hobbit_jax.cache.policies.interface import Key, Policy
 
-DEFAULT_WINDOW_FRACTION = 0.01
+# The paper's 1 % is for caches whose newcomers may be turned away. On real routing (the law trace,
+# 416 slots) 1, 10, 40, 60, 80 % hit .444, .422, .475, .482, .475.
+DEFAULT_WINDOW_FRACTION = 0.6
 PROTECTED_FRACTION = 0.8  # of the main cache
 SAMPLE_PER_SLOT = 10  # accesses per slot after which every count is halved
 
@@ -69,7 +71,9 @@ class WTinyLFU(Policy[Key]):
         leaver = self._oldest(self._window, keep) if window_is_full else None
         if len(self) >= self.capacity:
             victim = self._oldest((*self._probation, *self._protected), keep)
-            if victim is None or (leaver is not None and self._asked(leaver) < self._asked(victim)):
+            if victim is None or (
+                leaver is not None and self._asked(leaver) <= self._asked(victim)
+            ):
                 victim = self._oldest(self._window, keep) if leaver is None else leaver
             if victim is None:
                 raise self._all_in_use()
