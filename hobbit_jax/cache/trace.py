@@ -35,6 +35,18 @@ class Trace:
         shape = (self.ids_TLK.shape[1], self.n_experts)
         return np.bincount(self.keys_TLK.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
 
+    def share_of_favourites(self, fraction: float) -> float:
+        """Share of selections that the most used `fraction` of a layer's experts have, mean."""
+        ordered_LE = np.sort(self.uses_LE, axis=1)[:, ::-1]
+        count = round(fraction * self.n_experts)
+        return float((ordered_LE[:, :count].sum(axis=1) / ordered_LE.sum(axis=1)).mean())
+
+    def overlap(self, lag: int) -> float:
+        """Share of a token's experts that the token `lag` before it, in its sequence, chose too."""
+        now, before = self.ids_TLK[lag:], self.ids_TLK[:-lag]
+        same_T = (now[..., :, None] == before[..., None, :]).any(axis=-1).mean(axis=(1, 2))
+        return float(same_T[self.position_T[lag:] >= lag].mean())
+
 
 def read_trace(path: Path, n_experts: int | None = None) -> Trace:
     """Reads and checks a trace file.
