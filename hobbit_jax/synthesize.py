@@ -129,7 +129,7 @@ class _Weights:
 
     def __init__(self, config: ModelConfig, seed: int):
         self.config, self.seed = config, seed
-        self.common_D = self._rng("common").choice(np.float32([-1, 1]), config.d_model)
+        self.common_D = self._rng("common").choice(np.array([-1, 1], np.float32), config.d_model)
         self._pools: dict[tuple[str, float], np.ndarray] = {}
 
     def _rng(self, name: str) -> np.random.Generator:

@@ -5,7 +5,7 @@ remembers. Called through `interface.Policy`. Our own. As Belady's algorithm doe
 whose next use is farthest, with an estimate in place of the future. Routing repeats itself far
 more than recency and frequency can tell: the same token in the same phrase chooses nearly the same
 experts, and so do the tokens after it. The logarithm of the tokens until the next use is taken as
-the mean over up to four recollections, two of this layer and one each of the two layers before it.
+the mean over four recollections, two of this layer and one each of the two layers before it.
 Each is looked up in a table by how alike the remembered state was, how soon the key was used after
 it, and how often the key is used at all. The tables are learned while running: a few keys are
 watched from each step on, and what they turn out to do is averaged in.
@@ -37,6 +37,7 @@ _LONGEST = 200  # tokens; a next use farther away is learned as this
 _WATCHED = 1  # keys watched from each step on
 _PRIOR_COUNT, _MOST_COUNT = 8, 2000  # observations: what a first guess weighs, and the past at most
 _RECOLLECTIONS = 4
+_NOTHING = (-1, 0)  # no past token, no likeness
 
 
 class _Table:
@@ -111,14 +112,14 @@ class Recall(TablePolicy[Key]):
         self._step = Step(0, 0, 0)
         self._used: list[tuple[float, Key]] = []  # accessed since the last estimate
         self._coming: dict[Key, float] = {}  # estimates of those that are about to be admitted
-        self._before: list[tuple[int, int]] = []  # recollections of this token's layers before
+        self._before = [_NOTHING, _NOTHING]  # the best of each layer before, in this token
 
     def begin_step(self, step: Step) -> None:
         """See `Policy.begin_step`."""
         if self._used:
             self._take_in()
         if step.token != self._step.token:
-            self._before = []
+            self._before = [_NOTHING, _NOTHING]
         self._step = step
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
@@ -165,9 +166,10 @@ class Recall(TablePolicy[Key]):
 
     def _count_use(self, layer: _Layer[Key], number: int) -> None:
         """Frequencies of a key used now, and the outcome if it was watched."""
-        token = self._step.token
-        age = min(token - layer.last_token[number], _OLDEST)
-        f0, f1, f2 = layer.frequencies[number]
+        token, (f0, f1, f2) = self._step.token, layer.frequencies[number]
+        age = token - layer.last_token[number]
+        if age > _OLDEST:
+            age = _OLDEST
         layer.frequencies[number] = (
             f0 * _DECAYS[0][age] + _GAINS[0],
             f1 * _DECAYS[1][age] + _GAINS[1],
@@ -180,18 +182,18 @@ class Recall(TablePolicy[Key]):
             layer.watched[number] = None
 
     def _votes(self, layer: _Layer[Key], ranked: list[int]) -> list[_Vote]:
-        """Recollections of this layer, and those of the layers before it in this token."""
+        """Recollections: two of this layer, then those of the two layers before it."""
         recalled = layer.memory.remember(self._step.token, ranked)
-        recalled += [(-1, 0)] * (2 - len(recalled))
+        recalled += [_NOTHING] * (2 - len(recalled))
+        before = self._before
+        places = (*recalled, before[-1], before[-2])
+        before.append(recalled[0])
         votes = []
-        for (place, likeness), table in zip(
-            recalled + self._before[:-3:-1], self._tables, strict=False
-        ):
+        for (place, likeness), table in zip(places, self._tables, strict=True):
             distances = layer.memory.distances(place)
             if distances is None:
                 distances, likeness = layer.memory.nothing(), 0
             votes.append((distances, likeness * (HORIZON + 1) * _RATES, table))
-        self._before.append(recalled[0])
         return votes
 
     def _estimate(self, layer: _Layer[Key], keys: list[Key], votes: list[_Vote]) -> list[float]:
@@ -200,7 +202,7 @@ class Recall(TablePolicy[Key]):
         last_token, frequencies = layer.last_token, layer.frequencies
         decay0, decay1, decay2 = _DECAYS
         looks = [(distances, first, table.log_tokens) for distances, first, table in votes]
-        share, estimates = 1 / len(votes), []
+        estimates = []
         for key in keys:
             number = numbers[key]
             age = token - last_token[number]
@@ -211,7 +213,7 @@ class Recall(TablePolicy[Key]):
             total = 0.0
             for distances, first, log_tokens in looks:
                 total += log_tokens[first + distances[number] * _RATES + rate]
-            estimates.append(token + exp(total * share))
+            estimates.append(token + exp(total / _RECOLLECTIONS))
         return estimates
 
     def _watch(self, layer: _Layer[Key], number: int, votes: list[_Vote]) -> None:

@@ -94,9 +94,11 @@ class LayerMemory:
 
     def _record_uses(self, token: int, numbers: Sequence[int]) -> None:
         """Notes at the tokens before how far away this use was, back to the last use."""
-        last_use, recent = self._last_use, self._recent
+        last_use, recent, horizon = self._last_use, self._recent, token - HORIZON
         for number in numbers:
-            oldest = max(last_use[number], token - HORIZON)
+            oldest = last_use[number]
+            if oldest < horizon:
+                oldest = horizon
             for past, distances in recent:
                 if past < oldest:
                     break
