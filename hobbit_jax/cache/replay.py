@@ -53,7 +53,7 @@ class Layout:
 
     plan: str
     banks: list[Bank]
-    residents: int  # experts that the device can hold, each counted once per tier it is held at
+    low_experts: int  # held at the low tier for good, outside the banks
     degraded_share: float | None  # of selections run below native; None if the replay decides
     threshold: float | None = None  # router weight below which a selection runs low
 
@@ -89,7 +89,7 @@ def lay_out(
         raise ValueError(f"expert_bytes is {expert_bytes}; want at least 1")
     if plan == "native":
         bank = Bank("native", capacity, expert_bytes, everyone)
-        return Layout(plan, [bank], min(capacity, n_layers * trace.n_experts), 0.0)
+        return Layout(plan, [bank], 0, 0.0)
     if low_bytes is None or not 0 < low_bytes < expert_bytes:
         raise ValueError(f"low_bytes is {low_bytes}; want 1 to {expert_bytes - 1}")
     if not 0.0 <= low_share <= 1.0:
@@ -105,7 +105,7 @@ def lay_out(
             )
         slots = min(slots, n_pairs)
         native = Bank("native", slots, expert_bytes, everyone, waits=False)
-        return Layout(plan, [native], n_pairs + slots, None)
+        return Layout(plan, [native], n_pairs, None)
     threshold = None
     if plan == "router_weight":
         threshold = float(np.quantile(trace.weights_TLK, low_share))
@@ -139,7 +139,7 @@ def lay_out(
         Bank(tier, slots, size, served_TLK)
         for (tier, served_TLK, _, size, _), slots in zip(tiers, slots_per_bank, strict=True)
     ]
-    return Layout(plan, banks, sum(slots_per_bank), degraded, threshold)
+    return Layout(plan, banks, 0, degraded, threshold)
 
 
 def _steps(trace: Trace, served_TLK: np.ndarray) -> Iterator[tuple[list, list, list]]:
@@ -234,15 +234,19 @@ def replay(
     """Replays a trace through one policy per bank; the figures, ready for JSON.
 
     `hit_rate` is of all selections, at the tier that the plan asked for; `wait_rate` is the share
-    of selections for which a token would have waited. Speeds leave out reading the file; that per
+    of selections for which a token would have waited; `residents` are the experts that the device
+    holds at the end, at either tier or both. Speeds leave out reading the file; that per
     second of CPU time does not depend on what else the machine does.
     """
     accesses_L = np.zeros(trace.ids_TLK.shape[1], np.int64)
     misses_L, waits, moved, tiers = np.zeros_like(accesses_L), 0, 0, []
     seconds = cpu_seconds = 0.0
+    resident_P = np.full(trace.uses_LE.size, layout.low_experts > 0)
     for bank in layout.banks:
         label = name if len(layout.banks) == 1 else f"{name}, {bank.tier}"
-        walked = walk(trace, make_policy(name, trace, bank, profile), bank, label)
+        policy = make_policy(name, trace, bank, profile)
+        walked = walk(trace, policy, bank, label)
+        resident_P |= [key in policy for key in range(len(resident_P))]
         misses, accesses = int(walked.misses_L.sum()), int(bank.served_TLK.sum())
         tiers.append(
             {
@@ -273,7 +277,8 @@ def replay(
         "bytes_moved": moved,
         "bytes_moved_per_token": moved / len(trace.ids_TLK),
         "plan": layout.plan,
-        "residents": layout.residents,
+        "slots": sum(bank.slots for bank in layout.banks) + layout.low_experts,
+        "residents": int(resident_P.sum()),
         "degraded_share": degraded,
         "threshold": layout.threshold,
         "tiers": tiers,
