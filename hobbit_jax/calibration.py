@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,7 @@ from hobbit_jax.importance import RoutingProfile
 from hobbit_jax.store import NATIVE, HostExperts
 from hobbit_jax.tiers import dequantize
 
-Statistics = Literal["routing", "second_moment", "hessian"]
-STATISTICS: tuple[Statistics, ...] = ("routing", "second_moment", "hessian")
+STATISTICS = ("routing", "second_moment", "hessian")
 DEFAULT_LIMIT_BYTES = 8 * 2**30
 
 
@@ -57,7 +56,7 @@ class Calibration:
     hidden_moments: np.ndarray | None = None
 
     @property
-    def statistics(self) -> Statistics:
+    def statistics(self) -> str:
         """What was gathered."""
         if self.input_moments is None:
             return "routing"
@@ -127,7 +126,7 @@ class Calibration:
         return loaded
 
 
-def moment_bytes(config: ModelConfig, statistics: Statistics) -> int:
+def moment_bytes(config: ModelConfig, statistics: str) -> int:
     """Bytes of all moments, on the device while they are gathered and in the file."""
     if statistics == "routing":
         return 0
@@ -182,7 +181,7 @@ class RoutingCounts:
 class _Collector:
     """Watches an engine's layers and sums."""
 
-    def __init__(self, store: HostExperts, statistics: Statistics):
+    def __init__(self, store: HostExperts, statistics: str):
         config = store.config
         self.store, self.statistics = store, statistics
         self.counts = RoutingCounts(config)
@@ -219,7 +218,7 @@ class _Collector:
 def calibrate(
     engine: Engine,
     windows: Windows,
-    statistics: Statistics,
+    statistics: str,
     limit_bytes: int = DEFAULT_LIMIT_BYTES,
 ) -> Calibration:
     """Runs `windows` through a native engine and gathers `statistics`.

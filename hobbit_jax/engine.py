@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hobbit_jax.cache.policy import DEFAULT_PROTECTED_FRACTION
+from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, Step, policy_factory
 from hobbit_jax.cache.pool import PoolStats, SlotPool
 from hobbit_jax.loading import LoadedModel
 from hobbit_jax.model import KVCache, Routing
@@ -96,7 +96,7 @@ class Engine:
         store: experts at every tier that `plan` uses.
         budget_bytes: bytes of the expert pool alone; None holds every expert of the plan.
         plan: who gets which tier; None is native throughout.
-        protected_fraction: SLRU's protected share of each bank.
+        policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
         chunk_tokens: tokens of one prefill step, over all sequences.
         watch: called with every layer's routing, on the host.
 
@@ -110,7 +110,7 @@ class Engine:
         store: HostExperts,
         budget_bytes: int | None = None,
         plan: PrecisionPlan | None = None,
-        protected_fraction: float = DEFAULT_PROTECTED_FRACTION,
+        policy: str | PolicyFactory = DEFAULT_POLICY,
         chunk_tokens: int = 2048,
         watch: Callable[[RoutedLayer], None] | None = None,
     ):
@@ -120,11 +120,12 @@ class Engine:
         wanted = demands(self.plan, store)
         if budget_bytes is None:
             budget_bytes = sum(d.expert_bytes * d.n_experts for d in wanted)
-        self.pool = SlotPool(store, wanted, budget_bytes, protected_fraction)
+        self.pool = SlotPool(store, wanted, budget_bytes, policy_factory(policy))
         self._blocks = [nnx.split(block) for block in model.blocks]
         self._ends = nnx.split(model.ends)
         self._caches: list[KVCache] = []
         self._lengths_B = np.zeros(0, np.int32)
+        self._steps = 0
 
     def start(self, batch: int, context: int) -> None:
         """Forgets all sequences and makes room for `batch` new ones of up to `context` tokens.
@@ -169,6 +170,7 @@ class Engine:
             ids_TK, weights_TK = jax.device_get((routing.ids, routing.weights))
             if self.watch is not None:
                 self.watch(RoutedLayer(layer, ids_TK, weights_TK, valid_T, h_TD))
+            self.pool.begin_step(Step(self._steps, layer, int(self._lengths_B.max())))
             tier_TK = self.plan.assign(layer, ids_TK, weights_TK)
             tier_TK = np.where(valid_T[:, None], tier_TK, np.int8(SKIPPED))
             y_AD = apply_experts(
@@ -176,6 +178,7 @@ class Engine:
             )
             x_BTD = add_experts(x_BTD, y_AD)
         self._lengths_B = self._lengths_B + n_new_B.astype(np.int32)
+        self._steps += 1
         return x_BTD
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> jax.Array:

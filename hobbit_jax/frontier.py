@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from hobbit_jax.allocation import fit_in_bytes, selection_plan
-from hobbit_jax.calibration import Statistics
 from hobbit_jax.engine import Engine, RoutedLayer
 from hobbit_jax.evals import quality, tasks
 from hobbit_jax.importance import STATIC_SIGNALS, static_scores_LE
 from hobbit_jax.precision import SELECTION_SCORES, SKIPPED, PrecisionPlan, uniform_plan
-from hobbit_jax.quantize.methods import METHODS, NEEDED_STATISTICS, Method
+from hobbit_jax.quantize.methods import METHODS, NEEDED_STATISTICS
 from hobbit_jax.store import NATIVE, HostExperts
 from hobbit_jax.sweep import cell_digest, store_figures
 from hobbit_jax.tiers import TierSpec, dequantize
@@ -45,7 +44,7 @@ class FrontierCell:
 
     signal: str
     formats: tuple[str, ...]
-    method: Method
+    method: str
     bytes_fraction: float | None
     shares: tuple[float, ...] | None
     through: tuple[str, ...]
@@ -83,7 +82,7 @@ class FrontierCell:
 
     def specs(self, bench: Workbench) -> list[TierSpec]:
         """The low tiers."""
-        needed: Statistics | None = NEEDED_STATISTICS[self.method]
+        needed = NEEDED_STATISTICS[self.method]
         calibration = bench.calibration(needed, self.seed) if needed else None
         return [TierSpec(name, self.method, calibration, self.through) for name in self.formats]
 

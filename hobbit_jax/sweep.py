@@ -7,6 +7,7 @@ turns a config file into cells. What cells of a model share is `workbench.py`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
@@ -19,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax.allocation import SIGNALS, allocate
+from hobbit_jax.cache.policies import SLRU
 from hobbit_jax.engine import Engine
 from hobbit_jax.evals import cost, quality, tasks
 from hobbit_jax.precision import PrecisionPlan, uniform_plan
@@ -103,9 +105,8 @@ class Cell:
         """
         store = bench.store(self.specs)
         plan = make_plan(self, store, bench)
-        engine = Engine(
-            bench.model, store, int(self.budget_mib * 2**20), plan, self.protected_fraction
-        )
+        policy = functools.partial(SLRU, protected_fraction=self.protected_fraction)
+        engine = Engine(bench.model, store, int(self.budget_mib * 2**20), plan, policy)
         decode = cost.measure(engine, bench.decode_ids_RS, self.sizes.decode_prompt_tokens)
         pool = _pool_figures(engine)
         measured, scores = _quality_and_tasks(self, bench, engine)

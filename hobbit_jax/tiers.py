@@ -25,7 +25,7 @@ from hobbit_jax import quantize
 from hobbit_jax.architecture import ModelConfig, layer_tensors
 from hobbit_jax.atomic import replacing
 from hobbit_jax.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
-from hobbit_jax.quantize.methods import CalibratedMoments, Method, encode_matrix
+from hobbit_jax.quantize.methods import CalibratedMoments, encode_matrix
 from hobbit_jax.store import ROLES
 from pallas_kernels.formats import Format, get_format
 
@@ -65,7 +65,7 @@ class TierSpec:
     """
 
     format: str
-    method: Method = "rtn"
+    method: str = "rtn"
     calibration: CalibratedMoments | None = None
     through: tuple[str, ...] = ()
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from hobbit_jax import reference
 from hobbit_jax.atomic import replacing
-from hobbit_jax.calibration import STATISTICS, Calibration, Statistics, calibrate
+from hobbit_jax.calibration import STATISTICS, Calibration, calibrate
 from hobbit_jax.engine import Engine
 from hobbit_jax.evals import quality
 from hobbit_jax.gguf_file import GGUFFile
@@ -132,7 +132,7 @@ class Workbench:
         return HostExperts(self.model.config, self.model.file)
 
     def calibration(
-        self, statistics: Statistics = "routing", seed: int = 0, text: str = ""
+        self, statistics: str = "routing", seed: int = 0, text: str = ""
     ) -> Calibration:
         """A calibration that has at least `statistics`."""
         windows = self.calibration_windows(seed, text)

@@ -1,5 +1,7 @@
 """The slot pool: how a budget is divided, and what holds after any sequence of requests."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hobbit_jax.architecture import read_config
-from hobbit_jax.cache.policy import DEFAULT_PROTECTED_FRACTION
+from hobbit_jax.cache.policies.slru import DEFAULT_PROTECTED_FRACTION, SLRU
 from hobbit_jax.cache.pool import BankDemand, SlotPool, divide_budget
 from hobbit_jax.gguf_file import open_gguf
 from hobbit_jax.precision import demands, uniform_plan
@@ -67,7 +69,7 @@ def make_pool(store, slots, protected_fraction=DEFAULT_PROTECTED_FRACTION):
     wanted = demands(uniform_plan(store), store)
     expert_bytes = [d.expert_bytes for d in wanted]
     budget = sum(b * n for b, n in zip(expert_bytes, slots, strict=True)) + 100
-    pool = SlotPool(store, wanted, budget, protected_fraction)
+    pool = SlotPool(store, wanted, budget, partial(SLRU, protected_fraction=protected_fraction))
     assert tuple(pool.slots.values()) == slots
     return pool
 

@@ -3,7 +3,7 @@
 Owns the banks (device arrays), which expert is in which slot, and every
 host-to-device copy of an expert. Called by the engine (`engine.py`), once per
 layer and round. One bank per expert signature, sized exactly, so that a low-bit
-expert takes only its own bytes; each bank has its own SLRU policy. Raw GGUF
+expert takes only its own bytes; each bank has its own policy. Raw GGUF
 blocks go up in one contiguous copy per matrix and are split into planes on the
 device, inside the program that writes the slot.
 """
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hobbit_jax.cache.policy import SLRU
+from hobbit_jax.cache.policies import Policy, PolicyFactory, Step
 from hobbit_jax.store import ExpertKey, HostExperts
 from pallas_kernels.formats import get_format
 from pallas_kernels.reference import Bank, Planes, Signature
@@ -106,7 +106,7 @@ class SlotPool:
         store: HostExperts,
         demands: Sequence[BankDemand],
         budget_bytes: int,
-        protected_fraction: float,
+        policy: PolicyFactory,
     ):
         self.store = store
         self.budget_bytes = budget_bytes
@@ -115,13 +115,13 @@ class SlotPool:
             demand.signature: n for demand, n in zip(demands, slots, strict=True)
         }
         self.banks: dict[Signature, Bank] = {}
-        self.policies: dict[Signature, SLRU[ExpertKey]] = {}
+        self.policies: dict[Signature, Policy[ExpertKey]] = {}
         self._free: dict[Signature, list[int]] = {}
         self._slot_of: dict[ExpertKey, int] = {}
         for demand in demands:
             signature, n_slots = demand.signature, self.slots[demand.signature]
             self.banks[signature] = self._empty_bank(signature, n_slots)
-            self.policies[signature] = SLRU(n_slots, protected_fraction)
+            self.policies[signature] = policy(n_slots)
             self._free[signature] = list(range(n_slots))[::-1]
         self.stats = self._zero_stats()
         if self.device_bytes > budget_bytes:
@@ -171,6 +171,11 @@ class SlotPool:
             raise RuntimeError(f"every slot of bank {signature} is pinned")
         starts = range(first, len(ordered), max(size, 1))
         return [ordered[:first], *(ordered[i : i + size] for i in starts)]
+
+    def begin_step(self, step: Step) -> None:
+        """Says which token and layer the calls of `ensure` that follow belong to."""
+        for policy in self.policies.values():
+            policy.begin_step(step)
 
     def ensure(self, keys: Sequence[ExpertKey]) -> None:
         """Makes all of `keys` (one round) resident, counting one access each."""

@@ -6,14 +6,13 @@ Called by `tiers.py`. All methods write the same standard blocks.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from hobbit_jax.quantize import encoder, ggml, hessian
 
-Method = Literal["rtn", "importance", "gptq", "ggml"]
-METHODS: tuple[Method, ...] = ("rtn", "importance", "gptq", "ggml")
+METHODS = ("rtn", "importance", "gptq", "ggml")
 NEEDED_STATISTICS = {
     "rtn": None,
     "importance": "second_moment",
@@ -89,7 +88,7 @@ def moment(
 def encode_matrix(
     weights_NK: np.ndarray,
     format: str,
-    method: Method,
+    method: str,
     calibration: CalibratedMoments | None,
     role: str,
     layer: int,
@@ -102,9 +101,11 @@ def encode_matrix(
     K-quants. ggml: llama.cpp's encoder under the same importance, as a rival (`ggml`).
 
     Raises:
-        ValueError: no calibration, or one without the statistics that `method` needs.
+        ValueError: an unknown method; no calibration, or one without the statistics that it needs.
         NotImplementedError: `method` has no encoder for `format`.
     """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; want one of {', '.join(METHODS)}")
     if method == "rtn":
         return encoder.encode(weights_NK, format)
     if calibration is None:

@@ -226,10 +226,10 @@ def tier_overlap(left: Measured, right: Measured) -> tuple[float, float] | None:
     if tiers[0].size == 0 or tiers[0].shape != tiers[1].shape:
         return None
     same = float((tiers[0] == tiers[1]).mean())
-    ranks = [_average_ranks(values) for values in tiers]
-    if any(rank.std() == 0 for rank in ranks):
-        return same, float("nan")
-    return same, float(np.corrcoef(*ranks)[0, 1])
+    first, second = (_average_ranks(values) for values in tiers)
+    if first.std() == 0 or second.std() == 0:
+        return None
+    return same, float(np.corrcoef(first, second)[0, 1])
 
 
 def _average_ranks(values: np.ndarray) -> np.ndarray:

@@ -1,0 +1,157 @@
+"""What every eviction policy is: the order in which resident experts give up their slots.
+
+Owns the interface and the rules that hold for all of them. A policy is pure Python: no storage, no
+copies, no JAX, so that the live pool (`cache/pool.py`) and a trace replay (`cache/replay.py`) run
+the same classes. Callers walk a model like this, for every token (or prefill chunk) and layer:
+
+    policy.begin_step(Step(token, layer, position))
+    missing = [key for key in keys if not policy.access(key, weight, native)]
+    for key in missing:
+        victim = policy.admit(key, keep=keys)  # the slot is the victim's, or a free one if None
+
+All of one step's keys are accessed before the first is admitted, and all are resident after it.
+
+Bypassing does not exist: the engine must run the expert, so `admit` always makes its key resident.
+A policy with doubts about a newcomer expresses them by making it the next victim instead.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Hashable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Step(NamedTuple):
+    """Where in the model, and in the text, the next accesses take place."""
+
+    token: int  # tokens (or prefill chunks) before this one, over all sequences; never decreases
+    layer: int
+    position: int  # of the token in its sequence; 0 begins a new one
+
+
+class Policy(ABC, Generic[Key]):
+    """Which keys are resident, and who goes next.
+
+    Args:
+        capacity: slots.
+
+    Raises:
+        ValueError: no slot, or another argument out of its range.
+    """
+
+    def __init__(self, capacity: int):
+        if capacity < 1:
+            raise ValueError(f"capacity is {capacity}; a policy needs at least one slot")
+        self.capacity = capacity
+        self._pinned: set[Key] = set()
+
+    @abstractmethod
+    def __contains__(self, key: Key) -> bool: ...
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    def begin_step(self, step: Step) -> None:
+        """Says where the accesses that follow take place; once per step, before them."""
+
+    @abstractmethod
+    def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
+        """Records one use of `key`; True if it was resident.
+
+        Args:
+            key: the expert.
+            weight: its router weight in this selection, 0-1.
+            native: whether the selection asked for native precision.
+        """
+
+    @abstractmethod
+    def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
+        """Makes a missing `key` resident; returns the key evicted for it, if any.
+
+        Neither pinned keys nor those in `keep` (in use by the current step) are
+        evicted. Not a use: a key loaded ahead of its use is admitted without an access.
+
+        Raises:
+            RuntimeError: `key` is resident already, or nothing may be evicted; the
+                policy is as before.
+        """
+
+    @abstractmethod
+    def _delete(self, key: Key) -> None:
+        """Makes a resident key absent."""
+
+    def remove(self, key: Key) -> None:
+        """Gives up a resident, unpinned key outside the order: its upload failed, say.
+
+        Raises:
+            KeyError: `key` is not resident.
+            RuntimeError: `key` is pinned.
+        """
+        if key not in self:
+            raise KeyError(key)
+        if key in self._pinned:
+            raise RuntimeError(f"{key} is pinned")
+        self._delete(key)
+
+    def pin(self, key: Key) -> None:
+        """Protects a resident key from eviction until `unpin`. KeyError if it is absent."""
+        if key not in self:
+            raise KeyError(key)
+        self._pinned.add(key)
+
+    def unpin(self, key: Key) -> None:
+        """Undoes `pin`; a key that is not pinned stays as it is."""
+        self._pinned.discard(key)
+
+    @property
+    def pinned(self) -> frozenset[Key]:
+        """The keys that `pin` protects."""
+        return frozenset(self._pinned)
+
+    def _resident_already(self, key: Key) -> RuntimeError:
+        return RuntimeError(f"{key} is resident already")
+
+    def _all_in_use(self) -> RuntimeError:
+        return RuntimeError(
+            f"all {self.capacity} slots are pinned or in use ({len(self._pinned)} pinned)"
+        )
+
+
+class TablePolicy(Policy[Key]):
+    """A policy with one table of resident keys; says only whom to evict."""
+
+    def __init__(self, capacity: int):
+        super().__init__(capacity)
+        self._resident: dict[Key, Any] = {}  # what is kept of a key is the policy's own
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._resident
+
+    def __len__(self) -> int:
+        return len(self._resident)
+
+    def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
+        """See `Policy.admit`."""
+        resident = self._resident
+        if key in resident:
+            raise self._resident_already(key)
+        victim = None
+        if len(resident) >= self.capacity:
+            victim = self._victim(keep)
+            self._delete(victim)
+        self._insert(key)
+        return victim
+
+    @abstractmethod
+    def _victim(self, keep: Collection[Key]) -> Key:
+        """The resident key to evict, neither pinned nor in `keep`; or raises `_all_in_use`."""
+
+    def _insert(self, key: Key) -> None:
+        """Makes an absent key resident."""
+        self._resident[key] = None
+
+    def _delete(self, key: Key) -> None:
+        del self._resident[key]

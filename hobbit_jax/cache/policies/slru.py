@@ -1,0 +1,80 @@
+"""Segmented LRU: one use is not enough to be kept for long.
+
+Owns two orders of use. Called through `interface.Policy`; the engine's default. Source: Karedla,
+Love & Wherry, "Caching strategies to improve disk system performance", 1994. SharpInference uses
+it with a 75 % protected segment.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection
+
+from hobbit_jax.cache.policies.interface import Key, Policy
+
+# On real DeepSeek-V2-Lite traces a large protected segment loses to plain LRU on small
+# caches (75 %: -22 points); a tenth stays within 0.3 points of LRU or better everywhere.
+DEFAULT_PROTECTED_FRACTION = 0.1
+
+
+class SLRU(Policy[Key]):
+    """A probationary and a protected LRU segment; a second use protects.
+
+    A newcomer enters probation. A hit moves its key to the protected segment,
+    whose oldest key falls back to probation when the segment is full. Victims
+    come from probation first. `protected_fraction=0` is plain LRU.
+
+    Every decoded expert passes here, so the methods are written out: one call fewer is a tenth of
+    the time.
+    """
+
+    def __init__(self, capacity: int, protected_fraction: float = DEFAULT_PROTECTED_FRACTION):
+        super().__init__(capacity)
+        if not 0.0 <= protected_fraction < 1.0:
+            raise ValueError(f"protected_fraction is {protected_fraction}; want 0 <= f < 1")
+        self.protected_capacity = int(capacity * protected_fraction)
+        self._probation: OrderedDict[Key, None] = OrderedDict()
+        self._protected: OrderedDict[Key, None] = OrderedDict()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._probation or key in self._protected
+
+    def __len__(self) -> int:
+        return len(self._probation) + len(self._protected)
+
+    def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
+        """See `Policy.access`."""
+        probation, protected = self._probation, self._protected
+        if key in protected:
+            protected.move_to_end(key)
+            return True
+        if key not in probation:
+            return False
+        if not self.protected_capacity:
+            probation.move_to_end(key)
+            return True
+        del probation[key]
+        protected[key] = None
+        if len(protected) > self.protected_capacity:
+            demoted, _ = protected.popitem(last=False)
+            probation[demoted] = None
+        return True
+
+    def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
+        """See `Policy.admit`."""
+        probation, protected = self._probation, self._protected
+        if key in probation or key in protected:
+            raise self._resident_already(key)
+        if len(probation) + len(protected) < self.capacity:
+            probation[key] = None
+            return None
+        for segment in (probation, protected):
+            for victim in segment:
+                if victim not in keep and victim not in self._pinned:
+                    del segment[victim]
+                    probation[key] = None
+                    return victim
+        raise self._all_in_use()
+
+    def _delete(self, key: Key) -> None:
+        del (self._probation if key in self._probation else self._protected)[key]
