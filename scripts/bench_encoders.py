@@ -102,7 +102,7 @@ def table(rows: list[dict]) -> str:
             "# Encoders beside ggml's",
             "",
             "Root-mean-square error, weighted where there is an importance, and MB of float32 per "
-            f"second with {os.cpu_count()} threads on {machine()['device']}, one after the other in "
+            f"second with {os.cpu_count()} threads on {machine()['device']}, in turn in "
             "one run (`scripts/bench_encoders.py`). Ratios are ours over ggml's: an error below 1 "
             "and a speed above 1 are better. The range is that of the pairs.",
             "",
