@@ -112,7 +112,8 @@ class Recall(TablePolicy[Key]):
         self._step = Step(0, 0, 0)
         self._used: list[tuple[float, Key]] = []  # accessed since the last estimate
         self._coming: dict[Key, float] = {}  # estimates of those that are about to be admitted
-        self._before = [_NOTHING, _NOTHING]  # the best of each layer before, in this token
+        # The best recollection of each layer before, in this token.
+        self._before: list[tuple[int, int]] = [_NOTHING, _NOTHING]
 
     def begin_step(self, step: Step) -> None:
         """See `Policy.begin_step`."""
