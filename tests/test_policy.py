@@ -319,6 +319,23 @@ def test_recall_remembers_phrases():
     assert others - misses["recall"] > 0.5 * (others - bound)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_recall_evicts_whom_it_expects_last(seed):
+    policy, evictions = Recall(9), 0
+    for step, uses in random_walk(np.random.default_rng(seed), 100):
+        policy.begin_step(step)
+        keys = [key for key, _, _ in uses]
+        missing = [key for key, weight, _ in uses if not policy.access(key, weight)]
+        policy.begin_step(step)  # the uses are taken in; what it expects is up to date
+        for key in missing:
+            next_use = {k: token for k, token in policy._resident.items() if k not in keys}
+            victim = policy.admit(key, keys)
+            if victim is not None:
+                evictions += 1
+                assert next_use[victim] == max(next_use.values())
+    assert evictions > 100
+
+
 def test_recall_learns_from_steps_of_any_shape():
     """Steps without order: tokens that skip layers, unions of many keys, repeated rounds."""
     rng = np.random.default_rng(1)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hobbit_jax.cache.replay import REPLAY_POLICIES, lay_out, replay
+from hobbit_jax.cache.policies import LRU, Step
+from hobbit_jax.cache.replay import REPLAY_POLICIES, lay_out, replay, walk
 from hobbit_jax.cache.trace import read_trace
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "replay.py"
@@ -58,6 +59,42 @@ def test_figures_are_a_plain_count(trace):
         row["wait_rate"] == pytest.approx(1 - row["hit_rate"])
         and row["residents"] == row["slots"] == 20
     )
+
+
+def test_a_policy_is_called_as_the_engine_calls_it(trace):
+    calls = []
+
+    class Recorder(LRU):
+        def begin_step(self, step):
+            calls.append(step)
+
+        def access(self, key, weight=1.0, native=True):
+            calls.append(("access", key, round(weight, 6), native))
+            return super().access(key)
+
+        def admit(self, key, keep=()):
+            calls.append(("admit", key, sorted(keep)))
+            return super().admit(key, keep)
+
+    layout = lay_out(trace, 24, 900, "router_weight", low_bytes=300, low_share=0.4)
+    for bank in layout.banks:
+        calls.clear()
+        walk(trace, Recorder(bank.slots), bank)
+        wanted, resident = [], LRU(bank.slots)
+        for token, layer in np.ndindex(TOKENS, LAYERS):
+            served_K = bank.served_TLK[token, layer]
+            keys = trace.keys_TLK[token, layer][served_K].tolist()
+            if not keys:
+                continue
+            began = max(start for start in (0, 150, 200) if start <= token)
+            wanted.append(Step(token, layer, token - began))
+            weights = trace.weights_TLK[token, layer][served_K].tolist()
+            for key, weight in zip(keys, weights, strict=True):
+                wanted.append(("access", key, round(weight, 6), bank.tier == "native"))
+            for key in [key for key in keys if not resident.access(key)]:
+                wanted.append(("admit", key, sorted(keys)))
+                resident.admit(key, keys)
+        assert calls == wanted
 
 
 def test_selections_by_router_weight_have_two_banks(trace):

@@ -57,6 +57,8 @@ class _Table:
 
 # How soon each key was used after a remembered token; the first cell for its likeness; the table.
 _Vote = tuple[bytearray, int, _Table]
+# Since which token, and in which cells its outcome belongs.
+_Watched = tuple[int, list[tuple[_Table, int]]]
 
 
 class _Layer(Generic[Key]):
@@ -70,9 +72,7 @@ class _Layer(Generic[Key]):
         # By number:
         self.last_token: list[int] = []
         self.frequencies: list[tuple[float, float, float]] = []
-        self.watched: list[
-            tuple[int, list[tuple[_Table, int]]] | None
-        ] = []  # since, in which cells
+        self.watched: list[_Watched | None] = []
 
     def number(self, key: Key, token: int) -> int:
         """The key's number, a new one if need be."""
@@ -112,7 +112,8 @@ class Recall(TablePolicy[Key]):
         self._step = Step(0, 0, 0)
         self._used: list[tuple[float, Key]] = []  # accessed since the last estimate
         self._coming: dict[Key, float] = {}  # estimates of those that are about to be admitted
-        self._before = [_NOTHING, _NOTHING]  # the best of each layer before, in this token
+        # The best recollection of each layer before, in this token.
+        self._before: list[tuple[int, int]] = [_NOTHING, _NOTHING]
 
     def begin_step(self, step: Step) -> None:
         """See `Policy.begin_step`."""
@@ -227,7 +228,7 @@ class Recall(TablePolicy[Key]):
         cells = [(t, first + distances[number] * _RATES + rate) for distances, first, t in votes]
         layer.watched[number] = (token, cells)
 
-    def _conclude(self, watched: tuple[int, list[tuple[_Table, int]]]) -> None:
+    def _conclude(self, watched: _Watched) -> None:
         """Averages an outcome into the cells from which it was to be told."""
         outcome = log(min(self._step.token - watched[0], _LONGEST))
         for table, cell in watched[1]:

@@ -2,7 +2,7 @@
 
 Owns the ring of past tokens, the search for states like the present one, and the record of how soon
 every expert was used after a remembered token. Experts are numbers here, from 0, as the layer
-first saw them. Memory is bounded: about 100 bytes plus one per expert for each of the last `MEMORY`
+first saw them. Memory is bounded: about 200 bytes plus one per expert for each of the last `MEMORY`
 tokens.
 """
 
@@ -53,7 +53,7 @@ class LayerMemory:
         """Takes in a choice; returns up to two past tokens like it, the most alike first.
 
         Args:
-            token: its number; a repeated one adds to the choice and recalls nothing.
+            token: its number; of a repeated one the uses are noted, and nothing is recalled.
             ranked: the experts, by descending router weight.
 
         Returns:
@@ -111,5 +111,6 @@ class LayerMemory:
             self._last_use.append(_ABSENT)
         while number >= self._width:
             for row in self._distances:
-                row.extend(bytes(self._width))
+                if row:  # those never written get their width when they are
+                    row.extend(bytes(self._width))
             self._width *= 2
