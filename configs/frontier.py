@@ -18,10 +18,12 @@ to win; measured sensitivity chooses best; frequency comes close. Open: whether 
 the random control by more than its interval where most experts are low.
 """
 
+from dataclasses import replace
+
 from ml_collections import ConfigDict
 
 from hobbit_jax.frontier import FrontierCell
-from hobbit_jax.workbench import TASKS_TEXT, EvalSizes, Inputs
+from hobbit_jax.workbench import MIXED_TEXT, TASKS_TEXT, EvalSizes, Inputs
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -103,4 +105,13 @@ def sweep(config: ConfigDict) -> list[FrontierCell]:
             for fraction in config.bytes_fractions[1:2]
             for signal in ("sensitivity", "frequency")
         ]
-    return cells
+    # Encoders and signals that have seen the tasks as well as the text.
+    mixed = replace(inputs, calibration_text=MIXED_TEXT)
+    seed = config.seeds[0]
+    seen = [cell("uniform", [low], "gptq", seed, problems=1) for low in config.formats]
+    seen += [
+        cell(signal, config.formats, "gptq", seed, fraction, problems=1)
+        for fraction in config.bytes_fractions
+        for signal in ("sensitivity", "frequency", "random")
+    ]
+    return cells + [replace(made, inputs=mixed) for made in seen]

@@ -28,7 +28,9 @@ from hobbit_jax.store import HostExperts
 from hobbit_jax.tiers import TierSpec, open_tier
 from hobbit_jax.training.corpus import task_documents
 
-TASKS_TEXT = "tasks"  # as a calibration text: generated problems, none of them held out
+# Calibration texts by name: generated problems, none of them held out; and the reference model's
+# own calibration text with as many characters of those.
+TASKS_TEXT, MIXED_TEXT = "tasks", "mixed"
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,19 @@ class Workbench:
         self.measured: dict[Any, tuple[dict[str, Any], dict[str, Any] | None]] = {}
 
     def calibration_texts(self, text: str) -> list[str]:
-        """Documents of a calibration text: a file, TASKS_TEXT, or "" for the sweep's own."""
+        """Documents of a calibration text: a file, a named one, or "" for the sweep's own."""
         text = text or self.inputs.calibration_text
         if not text:
             return reference.held_out_texts("calibration")
         if text == TASKS_TEXT:
             return task_documents(seed=0, count=4000)
+        if text == MIXED_TEXT:
+            sources = reference.held_out_texts("calibration")
+            problems = task_documents(seed=0, count=4000)
+            order = np.random.default_rng(0).permutation(len(problems))
+            ends = np.cumsum([len(problems[index]) for index in order])
+            kept = order[ends <= sum(map(len, sources))]
+            return [*sources, *(problems[index] for index in kept)]
         return [Path(text).read_text(encoding="utf-8")]
 
     @functools.cached_property

@@ -24,6 +24,7 @@ def frontier_figure(frontier: FrontierResults) -> bytes | None:
         and m.plan.method == "gptq"
         and len(m.plan.formats) > 1
         and not m.plan.calibration_text
+        and not m.plan.encoder_text
     ]
     if not mixed:
         return None

@@ -25,7 +25,11 @@ STUDY_KEYS = ("method", "formats", "through")  # of a row's config: what only th
 
 @dataclass(frozen=True)
 class FrontierPlan:
-    """A plan but for its seed."""
+    """A plan but for its seed.
+
+    `calibration_text` is what its signal was measured on where that is not `encoder_text`, which
+    its tiers were encoded by; both are empty for the sweep's own.
+    """
 
     signal: str
     formats: tuple[str, ...]
@@ -34,6 +38,7 @@ class FrontierPlan:
     shares: tuple[float, ...] | None
     through: tuple[str, ...]
     calibration_text: str
+    encoder_text: str
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,8 @@ class FrontierResults:
         points = [(1.0, np.zeros_like(measured.kl_SW))]
         for other in self.measured:
             plan = other.plan
-            if plan.signal == UNIFORM and plan.method == method and not plan.through:
+            same = (plan.method, plan.encoder_text) == (method, measured.plan.encoder_text)
+            if plan.signal == UNIFORM and same and not plan.through:
                 pair = _paired(other, measured)
                 if pair is None:
                     return None
@@ -191,6 +197,7 @@ def load_frontier(workdir: Path) -> FrontierResults:
                 None if config["shares"] is None else tuple(config["shares"]),
                 tuple(config["through"]),
                 config["calibration_text"],
+                config["inputs"]["calibration_text"],
             )
             by_plan.setdefault(plan, {})[config["seed"]] = row
             len(row["quality"]["kl_by_window"])

@@ -8,6 +8,7 @@ such rows, by `writer.py`. The comparisons are `frontier_results.py`.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import PurePath
 
 from hobbit_jax.evals.statistics import Interval
@@ -35,6 +36,7 @@ def _mixed(frontier: FrontierResults) -> list[Measured]:
         if m.plan.bytes_fraction is not None
         and (m.plan.formats, m.plan.method) == (every, BEST_METHOD)
         and not m.plan.calibration_text
+        and not m.plan.encoder_text
     ]
     return sorted(found, key=lambda m: (m.plan.bytes_fraction or 0, _rank(m.plan.signal)))
 
@@ -89,6 +91,7 @@ def render_signals(frontier: FrontierResults, drawn: set[str]) -> list[str]:
         ("What the encoder and the middle tier are worth", _ablation(frontier)),
         ("A tier for each selection", _selections(frontier)),
         ("Does a signal transfer?", _transfer(frontier)),
+        ("What to calibrate on", _encoder_texts(frontier)),
         ("How alike the signals are", _overlaps(frontier)),
     ):
         if part:
@@ -102,7 +105,7 @@ def _summary(frontier: FrontierResults) -> list[str]:
     uniform = {
         (m.plan.method, m.plan.formats[0]): m
         for m in frontier.measured
-        if m.plan.signal == UNIFORM and not m.plan.through
+        if m.plan.signal == UNIFORM and not m.plan.through and not m.plan.encoder_text
     }
     for low in dict.fromkeys(low for _, low in uniform):
         best, ggml = uniform.get((BEST_METHOD, low)), uniform.get(("ggml", low))
@@ -141,7 +144,9 @@ def _summary(frontier: FrontierResults) -> list[str]:
 def _encoders(frontier: FrontierResults) -> list[str]:
     order = ("rtn", "importance", "ggml", BEST_METHOD)
     uniform = [
-        m for m in frontier.measured if m.plan.signal in (NATIVE, UNIFORM) and not m.plan.through
+        m
+        for m in frontier.measured
+        if m.plan.signal in (NATIVE, UNIFORM) and not m.plan.through and not m.plan.encoder_text
     ]
     uniform.sort(key=lambda m: (-m.bytes_of_native, m.plan.formats, order.index(m.plan.method)))
     rows = []
@@ -234,7 +239,8 @@ def _ablation(frontier: FrontierResults) -> list[str]:
     rows = []
     for m in frontier.measured:
         plan = m.plan
-        if plan.bytes_fraction is None or plan.calibration_text or m in main:
+        other_text = plan.calibration_text or plan.encoder_text
+        if plan.bytes_fraction is None or other_text or m in main:
             continue
         twin = next(
             (
@@ -354,6 +360,47 @@ def _transfer(frontier: FrontierResults) -> list[str]:
     return [
         "The signal is measured on another text; experts are encoded by the sweep's own text, and "
         "quality is on the sweep's own evaluation text, which the other text does not resemble.",
+        "",
+        *markdown.table(head, rows),
+    ]
+
+
+def _encoder_texts(frontier: FrontierResults) -> list[str]:
+    """Plans whose tiers and signal come from another text, beside their twins."""
+    rows = []
+    for m in frontier.measured:
+        if not m.plan.encoder_text:
+            continue
+        wanted = replace(m.plan, encoder_text="")
+        own = next((other for other in frontier.measured if other.plan == wanted), None)
+        difference = frontier.difference(m, own) if own else None
+        limit = m.plan.bytes_fraction
+        what = m.plan.signal if limit else f"{UNIFORM} {m.plan.formats[0]}"
+        rows.append(
+            (
+                f"×{m.bytes_of_native:.2f}",
+                what,
+                _text_name(m.plan.encoder_text),
+                markdown.interval(own and own.kl, _KL),
+                markdown.interval(m.kl, _KL),
+                markdown.interval(difference, _DIFFERENCE),
+                *(
+                    markdown.interval(plan.task(task) if plan else None)
+                    for task in ("arithmetic", "functions")
+                    for plan in (own, m)
+                ),
+            )
+        )
+    if not rows:
+        return []
+    head = (
+        "bytes", "plan", "text", "KL, own text", "KL, this text", "difference",
+        "arithmetic, own", "arithmetic, this", "functions, own", "functions, this",
+    )  # fmt: skip
+    return [
+        "Tiers encoded, and signals measured, on the sweep's own text and on another one: "
+        "*mixed* is half source code, half problems of the tasks' training split. KL is on source "
+        "code; the tasks show what it does not see.",
         "",
         *markdown.table(head, rows),
     ]
