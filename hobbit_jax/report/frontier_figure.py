@@ -45,7 +45,7 @@ def frontier_figure(frontier: FrontierResults) -> bytes | None:
             )
             _marks(axes, [(x, kl) for x, kl in points], "*", _METHOD_COLOURS[name], 11)
         for index, signal in enumerate(signals):
-            shift = 0.006 * (index - (len(signals) - 1) / 2)
+            shift = 0.003 * (index - (len(signals) - 1) / 2)
             points = [(m.bytes_of_native + shift, m.kl) for m in mixed if m.plan.signal == signal]
             _marks(axes, points, "x" if signal == RANDOM else "o", colour(signal), 6)
         axes.set_xlabel("bytes of all experts over native's (signals set apart sideways)")
