@@ -1,11 +1,11 @@
 """The slot pool: a fixed number of bytes on the device that holds the hot experts.
 
-Owns the banks (device arrays), which expert is in which slot, and every
-host-to-device copy of an expert. Called by the engine (`engine.py`), once per
-layer and round. One bank per expert signature, sized exactly, so that a low-bit
-expert takes only its own bytes; each bank has its own policy. Raw GGUF
-blocks go up in one contiguous copy per matrix and are split into planes on the
-device, inside the program that writes the slot.
+Owns the banks (device arrays), the table that says which expert is in which slot, on the device
+and in the host's copy, and every host-to-device copy of an expert. Called by the engine and by
+`moe.py`. One bank per expert signature, sized exactly, so that a low-bit expert takes only its
+own bytes; each bank has its own policy. Raw GGUF blocks go up in one contiguous copy per matrix
+and are split into planes on the device, inside the one program that writes the slot and its line
+of the table: the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from hobbit_jax.cache.policies import Policy, PolicyFactory, Step
 from hobbit_jax.store import ExpertKey, HostExperts
 from pallas_kernels.formats import get_format
 from pallas_kernels.reference import Bank, Planes, Signature
+
+ABSENT = -1  # in the slot table: no slot
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,15 @@ def divide_budget(demands: Sequence[BankDemand], budget_bytes: int) -> list[int]
     return slots
 
 
-@partial(jax.jit, donate_argnums=0, static_argnums=3)
+@partial(jax.jit, donate_argnums=(0, 1), static_argnums=4)
 def _write_slot(
-    bank: Bank, slot: jax.Array, raw: tuple[jax.Array, ...], signature: Signature
-) -> Bank:
+    bank: Bank,
+    table_UE: jax.Array,
+    raw: tuple[jax.Array, ...],
+    change: np.ndarray,  # int32: slot; row and column of the newcomer, then of the victim
+    signature: Signature,
+) -> tuple[Bank, jax.Array]:
+    slot = change[0]
     written = []
     for planes, blocks, name in zip(bank, raw, signature, strict=True):
         new = get_format(name).split(blocks)
@@ -80,7 +88,9 @@ def _write_slot(
                 for plane in planes
             }
         )
-    return Bank(*written)
+    # Without a victim its row is past the table's end, and the write is dropped.
+    table_UE = table_UE.at[change[3], change[4]].set(ABSENT, mode="drop")
+    return Bank(*written), table_UE.at[change[1], change[2]].set(slot)
 
 
 @dataclass
@@ -98,8 +108,20 @@ class PoolStats:
         return int(self.hits.sum()) / total if total else None
 
 
+class Use(NamedTuple):
+    """One expert's use in one step of one layer, for the policies."""
+
+    key: ExpertKey
+    weight: float = 1.0  # its largest router weight among the step's tokens
+    native: bool = True  # whether native precision was asked for
+
+
 class SlotPool:
-    """Banks, slots and policies under one byte budget."""
+    """Banks, slot table and policies under one byte budget.
+
+    `banks` and `table_UE` are for compiled programs to read: row `tier * L + layer` of the table
+    holds, for each expert, its slot in the bank of its signature, or `ABSENT`.
+    """
 
     def __init__(
         self,
@@ -123,6 +145,8 @@ class SlotPool:
             self.banks[signature] = self._empty_bank(signature, n_slots)
             self.policies[signature] = policy(n_slots)
             self._free[signature] = list(range(n_slots))[::-1]
+        shape = (len(store.tiers) * store.config.n_layers, store.config.n_experts)
+        self.table_UE = jnp.full(shape, ABSENT, jnp.int32)
         self.stats = self._zero_stats()
         if self.device_bytes > budget_bytes:
             raise RuntimeError(f"banks take {self.device_bytes} of {budget_bytes} bytes")
@@ -149,9 +173,20 @@ class SlotPool:
         """Every expert that holds a slot."""
         return frozenset(self._slot_of)
 
+    def __contains__(self, key: ExpertKey) -> bool:
+        return key in self._slot_of
+
     def slot(self, key: ExpertKey) -> int:
         """The slot of a resident expert, in the bank of its signature. KeyError if absent."""
         return self._slot_of[key]
+
+    def access(self, step: Step, uses: Sequence[Use]) -> None:
+        """Counts one use of each expert in a step of a layer, before anything is loaded for it."""
+        for policy in self.policies.values():
+            policy.begin_step(step)
+        for key, weight, native in uses:
+            hit = self.policies[self.store.signature(key)].access(key, weight, native)
+            (self.stats.hits if hit else self.stats.misses)[key] += 1
 
     def rounds(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
         """Splits one step's experts of one bank into rounds that fit its slots together.
@@ -172,29 +207,36 @@ class SlotPool:
         starts = range(first, len(ordered), max(size, 1))
         return [ordered[:first], *(ordered[i : i + size] for i in starts)]
 
-    def begin_step(self, step: Step) -> None:
-        """Says which token and layer the calls of `ensure` that follow belong to."""
-        for policy in self.policies.values():
-            policy.begin_step(step)
+    def load(self, keys: Sequence[ExpertKey]) -> None:
+        """Makes all of `keys` (one round) resident; none of them is evicted for another.
 
-    def ensure(self, keys: Sequence[ExpertKey]) -> None:
-        """Makes all of `keys` (one round) resident, counting one access each."""
+        Raises:
+            ValueError: an expert's scales are damaged, or its file changed; see `HostExperts.raw`.
+            RuntimeError: more experts than slots that are not pinned.
+        """
         keep = frozenset(keys)
-        for key in keys:
-            hit = self.policies[self.store.signature(key)].access(key)
-            (self.stats.hits if hit else self.stats.misses)[key] += 1
         for key in keys:
             if key not in self._slot_of:
                 self._fetch(key, keep)
 
     def _fetch(self, key: ExpertKey, keep: frozenset[ExpertKey]) -> None:
         signature = self.store.signature(key)
+        # What can fail comes first; from `admit` on, banks, tables and policy change together.
+        raw = jax.device_put(self.store.raw(key))
         victim = self.policies[signature].admit(key, keep)
         slot = self._free[signature].pop() if victim is None else self._slot_of.pop(victim)
-        raw = jax.device_put(self.store.raw(key))
-        self.banks[signature] = _write_slot(self.banks[signature], jnp.int32(slot), raw, signature)
+        change = np.asarray([slot, *self._cell(key), *self._cell(victim)], np.int32)
+        self.banks[signature], self.table_UE = _write_slot(
+            self.banks[signature], self.table_UE, raw, change, signature
+        )
         self._slot_of[key] = slot
         self.stats.bytes_moved += self.store.expert_bytes(key)
+
+    def _cell(self, key: ExpertKey | None) -> tuple[int, int]:
+        """Row and column of an expert's line in the table; outside of it for None."""
+        if key is None:
+            return self.table_UE.shape
+        return key.tier * self.store.config.n_layers + key.layer, key.expert
 
     def pin(self, keys: Iterable[ExpertKey]) -> None:
         """Loads `keys` and keeps them resident until `unpin`; not counted as accesses.
