@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from hobbit_jax.importance import RoutingProfile
-from hobbit_jax.precision import PrecisionPlan, RouterWeightPlan, StaticPlan
+from hobbit_jax.precision import PrecisionPlan, SelectionPlan, StaticPlan
+from hobbit_jax.store import NATIVE
 
 SIGNALS = ("router_weight", "frequency", "accumulated_weight", "random")
 
@@ -37,7 +38,8 @@ def allocate(
         # At 0 and 1 one tier has no bank, so no weight, however small or large, may ask for it.
         sorted_or_end = np.concatenate([weights, [np.inf]])
         threshold = float(sorted_or_end[count]) if count else 0.0
-        return RouterWeightPlan(threshold, low_tier, count / len(weights))
+        share = count / len(weights)
+        return SelectionPlan("router_weight", (-threshold,), (NATIVE, low_tier), (1 - share, share))
     shape = profile.selections_LE.shape
     scores_LE = {
         "frequency": profile.selections_LE.astype(np.float64),

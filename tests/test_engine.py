@@ -8,7 +8,7 @@ from hobbit_jax import tiers
 from hobbit_jax.engine import Engine
 from hobbit_jax.gguf_file import write_gguf
 from hobbit_jax.loading import load_model
-from hobbit_jax.precision import RouterWeightPlan, StaticPlan, demands, uniform_plan
+from hobbit_jax.precision import SelectionPlan, StaticPlan, demands, uniform_plan
 from hobbit_jax.sampling import Sampling, sample
 from hobbit_jax.store import HostExperts
 
@@ -16,6 +16,11 @@ LOW = 1
 # Few shapes, since a program is compiled for each: chunks of 4 tokens at batch 3, of 12 at 1.
 CHUNK, CONTEXT, NEW_TOKENS = 12, 11, 4
 PROMPTS = [[5, 200, 17, 17, 99], [3], [101, 42, 7, 250, 11, 64, 8]]
+
+
+def router_weight_plan(threshold: float, low_share: float) -> SelectionPlan:
+    shares = (1 - low_share, low_share)
+    return SelectionPlan("router_weight", (-threshold,), (0, LOW), shares)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,7 @@ def mixed_plan(store):
 PLANS = {
     "native": uniform_plan,
     "mixed": mixed_plan,
-    "router weight": lambda store: RouterWeightPlan(0.4, LOW, low_share=0.3),
+    "router weight": lambda store: router_weight_plan(0.4, 0.3),
 }
 
 
@@ -117,7 +122,7 @@ def test_static_plan_is_the_file_that_holds_those_tensors(
 
 
 def test_router_weight_plan_at_its_ends(model, store):
-    never, always = (RouterWeightPlan(t, LOW, low_share=s) for t, s in [(0.0, 0.0), (1.5, 1.0)])
+    never, always = (router_weight_plan(t, s) for t, s in [(0.0, 0.0), (1.5, 1.0)])
     np.testing.assert_array_equal(score(model, store, never), score(model, store))
     np.testing.assert_array_equal(
         score(model, store, always), score(model, store, uniform_plan(store, LOW))
@@ -127,7 +132,7 @@ def test_router_weight_plan_at_its_ends(model, store):
 def test_router_weight_plan_asks_for_the_tier_of_each_weight(model, store):
     """Counted from what the router said; padding asks for nothing."""
     seen = []
-    plan = RouterWeightPlan(0.4, LOW, low_share=0.3)
+    plan = router_weight_plan(0.4, 0.3)
     engine = Engine(model, store, None, plan, chunk_tokens=CHUNK, watch=seen.append)
     engine.start(len(PROMPTS), CONTEXT)
     engine.prefill(PROMPTS)
