@@ -197,9 +197,7 @@ class Block(nnx.Module):
         """Queries, keys and values of the normalised stream; see `Attention.project`."""
         return self.attention.project(self.attention_norm(x_BTD), positions_BT)
 
-    def add_attention(
-        self, x_BTD: jax.Array, mixed_BTN: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def add_attention(self, x_BTD: jax.Array, mixed_BTN: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The residual stream after attention, and its normalised copy for the experts."""
         x_BTD = x_BTD + self.attention.output(mixed_BTN)
         return x_BTD, self.ffn_norm(x_BTD)

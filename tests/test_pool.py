@@ -125,7 +125,7 @@ def test_invariants_after_any_requests(store, slots, seed):
                 missing = set(part) - pool.resident()
                 misses += len(missing)
                 moved += sum(store.expert_bytes(key) for key in missing)
-                pool.ensure(part)
+                pool.XX(part)
                 assert set(part) <= pool.resident()
             accesses += len(keys)
         elif operation == "pin" and len(of_bank | set(keys)) > pool.slots[signature] - 2:
@@ -151,8 +151,8 @@ def test_invariants_after_any_requests(store, slots, seed):
 
 def test_stats_say_which_expert(store):
     pool = make_pool(store, (2, 2))
-    pool.ensure([ExpertKey(0, 1, 3), ExpertKey(0, 1, 5)])
-    pool.ensure([ExpertKey(0, 1, 5)])
+    pool.XX([ExpertKey(0, 1, 3), ExpertKey(0, 1, 5)])
+    pool.XX([ExpertKey(0, 1, 5)])
     assert np.argwhere(pool.stats.misses).tolist() == [[0, 1, 3], [0, 1, 5]]
     assert np.argwhere(pool.stats.hits).tolist() == [[0, 1, 5]]
     assert pool.stats.hit_rate == pytest.approx(1 / 3)

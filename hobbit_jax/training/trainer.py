@@ -26,7 +26,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
 from hobbit_jax.architecture import ModelConfig
-from hobbit_jax.model import Attention, Block, Ends, Linear, RMSNorm
+from hobbit_jax.model import Attention, Block, Ends, Linear, RMSNorm, attend
 from hobbit_jax.training.corpus import Phase
 
 
