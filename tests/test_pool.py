@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hobbit_jax.architecture import read_config
+from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.policies.slru import DEFAULT_PROTECTED_FRACTION, SLRU
-from hobbit_jax.cache.pool import BankDemand, SlotPool, divide_budget
+from hobbit_jax.cache.pool import ABSENT, BankDemand, SlotPool, Use, divide_budget
 from hobbit_jax.gguf_file import open_gguf
 from hobbit_jax.precision import demands, uniform_plan
 from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
@@ -89,6 +90,11 @@ def check_invariants(pool, store):
     assert pool.device_bytes == sum(on_device)
     expert_bytes = {store.signature(key): store.expert_bytes(key) for key in all_keys(store)}
     assert pool.device_bytes == sum(expert_bytes[s] * n for s, n in pool.slots.items())
+    table_tLE = np.full((len(store.tiers), store.config.n_layers, store.config.n_experts), ABSENT)
+    for key in pool.resident():
+        table_tLE[key] = pool.slot(key)
+    on_device_UE = np.asarray(pool.table_UE)
+    np.testing.assert_array_equal(on_device_UE, table_tLE.reshape(on_device_UE.shape))
     for signature, bank in pool.banks.items():
         policy, by_slot = pool.policies[signature], keys_of[signature]
         assert len(policy) == len(by_slot) and all(key in policy for key in by_slot.values())
@@ -118,14 +124,15 @@ def test_invariants_after_any_requests(store, slots, seed):
         of_bank = {key for key in pinned if store.signature(key) == signature}
         if operation == "use":
             rounds = pool.rounds(keys)
+            pool.access(Step(0, int(layer), 0), [Use(key) for key in keys])
             assert sorted(key for part in rounds for key in part) == sorted(keys)
             residency = [key in pool.resident() for part in rounds for key in part]
             assert residency == sorted(residency, reverse=True)
+            misses += residency.count(False)
             for part in rounds:
                 missing = set(part) - pool.resident()
-                misses += len(missing)
                 moved += sum(store.expert_bytes(key) for key in missing)
-                pool.XX(part)
+                pool.load(part)
                 assert set(part) <= pool.resident()
             accesses += len(keys)
         elif operation == "pin" and len(of_bank | set(keys)) > pool.slots[signature] - 2:
@@ -151,8 +158,10 @@ def test_invariants_after_any_requests(store, slots, seed):
 
 def test_stats_say_which_expert(store):
     pool = make_pool(store, (2, 2))
-    pool.XX([ExpertKey(0, 1, 3), ExpertKey(0, 1, 5)])
-    pool.XX([ExpertKey(0, 1, 5)])
+    first, second = ExpertKey(0, 1, 3), ExpertKey(0, 1, 5)
+    pool.access(Step(0, 1, 0), [Use(first), Use(second)])
+    pool.load([first, second])
+    pool.access(Step(1, 1, 1), [Use(second)])
     assert np.argwhere(pool.stats.misses).tolist() == [[0, 1, 3], [0, 1, 5]]
     assert np.argwhere(pool.stats.hits).tolist() == [[0, 1, 5]]
     assert pool.stats.hit_rate == pytest.approx(1 / 3)
