@@ -27,7 +27,7 @@ from hobbit_jax.architecture import ModelConfig
 from hobbit_jax.layers import LayerKinds, States
 from hobbit_jax.miss_modes import MissMode
 from hobbit_jax.model import Ends, KVCache, attend
-from hobbit_jax.precision import SKIPPED, PrecisionPlan
+from hobbit_jax.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.sampling import Sampling, sample
 from hobbit_jax.selection import Selections, rows_of_layer, select
 from pallas_kernels.expert_ffn import expert_ffn
@@ -83,14 +83,14 @@ class Carry(NamedTuple):
 class Inputs(NamedTuple):
     """What the host says at an entry, all small NumPy arrays."""
 
-    fresh: np.ndarray  # bool: begins with `ids_B`, instead of going on where the last entry left
-    ids_B: np.ndarray  # int32
-    active_B: np.ndarray  # bool: sequences that get a token
-    lengths_B: np.ndarray  # int32: tokens of each so far
-    count: np.ndarray  # int32, `most_tokens` at most
-    drawn: np.ndarray  # int32: tokens drawn before, which seed the next draw with `key`
-    key: jax.Array
-    stop_ids: np.ndarray  # int32
+    fresh: Array  # bool: begins with `ids_B`, instead of going on where the last entry left
+    ids_B: Array  # int32
+    active_B: Array  # bool: sequences that get a token
+    lengths_B: Array  # int32: tokens of each so far
+    count: Array  # int32, `most_tokens` at most
+    drawn: Array  # int32: tokens drawn before, which seed the next draw with `key`
+    key: Array
+    stop_ids: Array  # int32
 
 
 class _Loop(NamedTuple):

@@ -8,7 +8,7 @@ and enters again. Called by `evals/`, `sweep.py` and `scripts/`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -19,6 +19,7 @@ from flax import nnx
 
 from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, Step, policy_factory
 from hobbit_jax.cache.pool import SlotPool, Use
+from hobbit_jax.cache.promotion import Promoter, PromotionRule
 from hobbit_jax.decode_loop import (
     Carry,
     ExpertKinds,
@@ -30,8 +31,9 @@ from hobbit_jax.decode_loop import (
     empty_carry,
 )
 from hobbit_jax.loading import LoadedModel
-from hobbit_jax.miss_modes import WAIT, MissMode
-from hobbit_jax.precision import SKIPPED, PrecisionPlan, demands, uniform_plan
+from hobbit_jax.miss_modes import LOW, MissMode, miss_mode
+from hobbit_jax.pool_sizing import DEFAULT_LOW_SHARE, pool_slots
+from hobbit_jax.precision import SKIPPED, PrecisionPlan, uniform_plan
 from hobbit_jax.prefill import Prefill, RoutedLayer, logits
 from hobbit_jax.sampling import Sampling, sample
 from hobbit_jax.selection import Selections
@@ -70,11 +72,6 @@ class StepStats:
         return cls(0.0, 0, 0, 0, 0, 0)
 
 
-def _to_host(array: jax.Array) -> np.ndarray:
-    """The one transfer from the device in an entry of the decode program."""
-    return np.asarray(array)
-
-
 def _expert_kinds(model: LoadedModel, store: HostExperts, pool: SlotPool) -> ExpertKinds:
     """Layers grouped by where the pool keeps their experts."""
     config = store.config
@@ -99,7 +96,10 @@ class Engine:
         budget_bytes: bytes of the expert pool alone; None holds every expert of the plan.
         plan: who gets which tier; None is native throughout.
         policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
-        mode: what serves a selection whose copy is missing.
+        mode: what serves a selection whose copy is missing, by name (`miss_modes.py`) or as a
+            setting; "off" leaves the plan and every low tier aside.
+        low_share: share of the budget (0-1) for low copies, where the mode keeps some.
+        promotion: how eagerly a mode that promotes does so.
         chunk_tokens: tokens of one prefill step, over all sequences.
         watch: called with every layer's routing, on the host.
 
@@ -114,24 +114,29 @@ class Engine:
         budget_bytes: int | None = None,
         plan: PrecisionPlan | None = None,
         policy: str | PolicyFactory = DEFAULT_POLICY,
-        mode: MissMode = WAIT,
+        mode: str | MissMode = "wait",
+        low_share: float = DEFAULT_LOW_SHARE,
+        promotion: PromotionRule = PromotionRule(),  # noqa: B008 (frozen)
         chunk_tokens: int = 2048,
         watch: Callable[[RoutedLayer], None] | None = None,
     ):
         self.model, self.config, self.store = model, model.config, store
-        self.plan = uniform_plan(store) if plan is None else plan
-        self.mode, self.chunk_tokens, self.watch = mode, chunk_tokens, watch
-        wanted = demands(self.plan, store)
-        if budget_bytes is None:
-            budget_bytes = sum(d.expert_bytes * d.n_experts for d in wanted)
-        self.pool = SlotPool(store, wanted, budget_bytes, policy_factory(policy))
+        self.plan = uniform_plan(store) if plan is None or mode == "off" else plan
+        self.mode = miss_mode(mode)
+        self.chunk_tokens, self.watch = chunk_tokens, watch
+        slots, total_bytes = pool_slots(self.plan, self.mode, store, budget_bytes, low_share)
+        self.pool = SlotPool(store, slots, budget_bytes or total_bytes, policy_factory(policy))
+        if self.mode.low_banks == "all":
+            self.pool.load_all(LOW)
+        self._promoter = Promoter(promotion) if self.mode.promotes else None
+        self._ahead: list[ExpertKey] = []  # to be staged while the next entry runs
         self.stats = EngineStats()
         ends_graph, ends_state = nnx.split(model.ends)
         device_plan = jax.device_put(self.plan)
         self._weights = Weights(model.layers.states, ends_state, device_plan)
         self._ends_graph = ends_graph
         self._experts = _expert_kinds(model, store, self.pool)
-        self._prefill = Prefill(model, self.pool, device_plan, mode)
+        self._prefill = Prefill(model, self.pool, device_plan, self.mode)
         self._carry: Carry | None = None
         self._key = jax.random.key(0)
         self._lengths_B = np.zeros(0, np.int32)
@@ -182,7 +187,11 @@ class Engine:
         self._check_room(n_new_B)
 
         def watch(routed: RoutedLayer, selections: Selections) -> None:
-            self._count(np.asarray(selections.asked_TK), np.asarray(selections.served_TK))
+            asked_TK, served_TK = selections.asked_TK, selections.served_TK
+            self._count(asked_TK, served_TK)
+            lowered_TK = (asked_TK == NATIVE) & (served_TK == LOW)
+            experts = np.unique(routed.ids_TK[lowered_TK]).tolist()
+            self._note_lowered(ExpertKey(NATIVE, routed.layer, expert) for expert in experts)
             if self.watch is not None:
                 self.watch(routed)
 
@@ -281,7 +290,11 @@ class Engine:
                 self._carry, packed, logits_BV = program(
                     self._weights, self.pool.banks, self.pool.table_UE, self._started(), inputs
                 )
-                report = Report.unpack(_to_host(packed), most_tokens, len(ids_B), k)
+                for key in self._ahead:
+                    self.pool.stage(key)
+                self._ahead.clear()
+                # The one transfer from the device in an entry.
+                report = Report.unpack(np.asarray(packed), most_tokens, len(ids_B), k)
                 rounds = self._account(report) or rounds
                 for ids_B in report.tokens_NB:
                     rows.append(ids_B)
@@ -293,13 +306,27 @@ class Engine:
                 self.stats.exits += 1
                 if not rounds:
                     raise RuntimeError(f"layer {report.layer} waits for experts that are resident")
-                self.pool.load(rounds.pop(0))
+                self._load(rounds.pop(0))
                 fresh = False
         except BaseException:
             # The token is half done; what the pool holds is whole.
             self._carry = None
             raise
+        if self._promoter is not None:
+            self._ahead += self._promoter.pick(len(rows), self.pool.__contains__)
+        self.pool.commit()
         return _Decoded(np.stack(rows), logits_BV)
+
+    def _load(self, keys: list[ExpertKey]) -> None:
+        """Loads what a layer waits for; an expert that waits again and again earns a low copy."""
+        if self.mode.leaves_low and self._promoter is not None:
+            fetched = (key for key in keys if key.tier == NATIVE and key not in self.pool)
+            self._promoter.note(key._replace(tier=LOW) for key in fetched)
+        self.pool.load(keys)
+
+    def _note_lowered(self, keys: Iterable[ExpertKey]) -> None:
+        if self._promoter is not None:
+            self._promoter.note(keys)
 
     def _account(self, report: Report) -> list[list[ExpertKey]]:
         """Tells watchers and policies what an entry used; rounds to load for the last layer."""
@@ -320,6 +347,7 @@ class Engine:
                     RoutedLayer(int(layer), ids_A.reshape(shape), weights_A.reshape(shape), valid_T)
                 )
             uses: dict[ExpertKey, Use] = {}
+            wished: dict[ExpertKey, Use] = {}
             for tier, expert, weight, asked in zip(
                 served_A.tolist(), ids_A.tolist(), weights_A.tolist(), asked_A.tolist(), strict=True
             ):
@@ -328,10 +356,14 @@ class Engine:
                 key = ExpertKey(tier, int(layer), expert)
                 before = uses.get(key, Use(key, 0.0, False))
                 uses[key] = Use(key, max(weight, before.weight), before.native or asked == NATIVE)
+                if tier > asked:
+                    wish = key._replace(tier=asked)
+                    wished[wish] = Use(wish, uses[key].weight)
             if report.blocked and entry == len(walked) - 1:
                 rounds = self._rounds(list(uses))
             step = Step(self._tokens + int(token), int(layer), longest + int(token))
-            self.pool.access(step, list(uses.values()))
+            self.pool.access(step, list(uses.values()), list(wished.values()))
+            self._note_lowered(wished)
         self._tokens += report.steps
         return rounds
 

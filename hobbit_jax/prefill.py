@@ -23,7 +23,7 @@ from hobbit_jax.loading import LoadedModel
 from hobbit_jax.miss_modes import MissMode
 from hobbit_jax.model import KVCache, attend
 from hobbit_jax.moe import add_experts, apply_experts
-from hobbit_jax.precision import PrecisionPlan
+from hobbit_jax.precision import Array, PrecisionPlan
 from hobbit_jax.selection import Selections, rows_of_layer, select
 
 
@@ -48,12 +48,12 @@ def _attend_and_route(
     kind: int,
     mode: MissMode,
     states: States,
-    index: np.ndarray,
-    layer: np.ndarray,
+    index: Array,
+    layer: Array,
     plan: PrecisionPlan,
     table_UE: jax.Array,
     x_BTD: jax.Array,
-    positions_BT: np.ndarray,
+    positions_BT: Array,
     caches: KVCache,
 ) -> tuple[jax.Array, jax.Array, KVCache, Selections]:
     block, context = kinds.block(states, kind, index), caches.k_LBCGd.shape[2]

@@ -15,16 +15,16 @@ import jax.numpy as jnp
 
 from hobbit_jax.miss_modes import MissMode
 from hobbit_jax.model import Routing
-from hobbit_jax.precision import SKIPPED, PrecisionPlan
+from hobbit_jax.precision import SKIPPED, Array, PrecisionPlan
 
 
 class Selections(NamedTuple):
     """What T tokens want of one layer, [T, K] each, heaviest first."""
 
-    ids_TK: jax.Array  # int32
-    weights_TK: jax.Array  # float32
-    asked_TK: jax.Array  # int32: the plan's tier, `SKIPPED` for padding
-    served_TK: jax.Array  # int32: the tier that serves it, resident or to be fetched
+    ids_TK: Array  # int32
+    weights_TK: Array  # float32
+    asked_TK: Array  # int32: the plan's tier, `SKIPPED` for padding
+    served_TK: Array  # int32: the tier that serves it, resident or to be fetched
 
 
 def rows_of_layer(table_UE: jax.Array, layer: jax.Array, n_layers: int) -> jax.Array:

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hobbit_jax.architecture import read_config
+from hobbit_jax.cache.budget import BankDemand, divide_budget
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.policies.slru import DEFAULT_PROTECTED_FRACTION, SLRU
-from hobbit_jax.cache.pool import ABSENT, BankDemand, SlotPool, Use, divide_budget
+from hobbit_jax.cache.pool import ABSENT, SlotPool, Use
 from hobbit_jax.gguf_file import open_gguf
 from hobbit_jax.precision import demands, uniform_plan
 from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
@@ -70,7 +71,9 @@ def make_pool(store, slots, protected_fraction=DEFAULT_PROTECTED_FRACTION):
     wanted = demands(uniform_plan(store), store)
     expert_bytes = [d.expert_bytes for d in wanted]
     budget = sum(b * n for b, n in zip(expert_bytes, slots, strict=True)) + 100
-    pool = SlotPool(store, wanted, budget, partial(SLRU, protected_fraction=protected_fraction))
+    signatures = [d.signature for d in wanted]
+    banks = dict(zip(signatures, divide_budget(wanted, budget), strict=True))
+    pool = SlotPool(store, banks, budget, partial(SLRU, protected_fraction=protected_fraction))
     assert tuple(pool.slots.values()) == slots
     return pool
 

@@ -10,9 +10,7 @@ of the table: the two cannot disagree.
 
 from __future__ import annotations
 
-import heapq
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -27,47 +25,6 @@ from pallas_kernels.formats import get_format
 from pallas_kernels.reference import Bank, Planes, Signature
 
 ABSENT = -1  # in the slot table: no slot
-
-
-@dataclass(frozen=True)
-class BankDemand:
-    """What one bank is asked to hold, in experts and in share of use."""
-
-    signature: Signature
-    expert_bytes: int
-    n_experts: int  # distinct experts that may ask for a slot
-    min_slots: int  # experts that one token's step may need at once
-    weight: float = 1.0  # expected uses per expert, relative to the other banks
-
-
-def divide_budget(demands: Sequence[BankDemand], budget_bytes: int) -> list[int]:
-    """Slots per bank within `budget_bytes`: the minima first, then the bank least filled.
-
-    Raises:
-        ValueError: the minima alone do not fit; says how many bytes are needed.
-    """
-    slots = [demand.min_slots for demand in demands]
-    needed = sum(d.expert_bytes * s for d, s in zip(demands, slots, strict=True))
-    if needed > budget_bytes:
-        needed_mib = math.ceil(needed / 2**20 * 1000) / 1000  # rounded up: it must be enough
-        raise ValueError(
-            f"the expert pool's budget of {budget_bytes} bytes cannot hold one step's experts; "
-            f"it needs at least {needed} bytes (--budget_mib={needed_mib})"
-        )
-    left = budget_bytes - needed
-
-    def fill(i: int) -> float:
-        return slots[i] / (demands[i].n_experts * max(demands[i].weight, 1e-9))
-
-    queue = [(fill(i), i) for i in range(len(demands))]
-    heapq.heapify(queue)
-    while queue:
-        _, i = heapq.heappop(queue)
-        if slots[i] < demands[i].n_experts and demands[i].expert_bytes <= left:
-            slots[i] += 1
-            left -= demands[i].expert_bytes
-            heapq.heappush(queue, (fill(i), i))
-    return slots
 
 
 @partial(jax.jit, donate_argnums=(0, 1), static_argnums=4)
@@ -117,7 +74,7 @@ class Use(NamedTuple):
 
 
 class SlotPool:
-    """Banks, slot table and policies under one byte budget.
+    """Banks, slot table and policies under one byte budget (`cache/budget.py` divides it).
 
     `banks` and `table_UE` are for compiled programs to read: row `tier * L + layer` of the table
     holds, for each expert, its slot in the bank of its signature, or `ABSENT`.
@@ -126,22 +83,19 @@ class SlotPool:
     def __init__(
         self,
         store: HostExperts,
-        demands: Sequence[BankDemand],
+        slots: Mapping[Signature, int],
         budget_bytes: int,
         policy: PolicyFactory,
     ):
         self.store = store
         self.budget_bytes = budget_bytes
-        slots = divide_budget(demands, budget_bytes)
-        self.slots: dict[Signature, int] = {
-            demand.signature: n for demand, n in zip(demands, slots, strict=True)
-        }
+        self.slots = dict(slots)
         self.banks: dict[Signature, Bank] = {}
         self.policies: dict[Signature, Policy[ExpertKey]] = {}
         self._free: dict[Signature, list[int]] = {}
         self._slot_of: dict[ExpertKey, int] = {}
-        for demand in demands:
-            signature, n_slots = demand.signature, self.slots[demand.signature]
+        self._staged: dict[ExpertKey, tuple[jax.Array, ...]] = {}
+        for signature, n_slots in slots.items():
             self.banks[signature] = self._empty_bank(signature, n_slots)
             self.policies[signature] = policy(n_slots)
             self._free[signature] = list(range(n_slots))[::-1]
@@ -180,13 +134,20 @@ class SlotPool:
         """The slot of a resident expert, in the bank of its signature. KeyError if absent."""
         return self._slot_of[key]
 
-    def access(self, step: Step, uses: Sequence[Use]) -> None:
-        """Counts one use of each expert in a step of a layer, before anything is loaded for it."""
+    def access(self, step: Step, uses: Sequence[Use], wished: Sequence[Use] = ()) -> None:
+        """Records one use of each expert in a step of a layer, before anything is loaded for it.
+
+        `wished` copies were asked for and another tier served: the policies hear of them, the
+        counts do not.
+        """
         for policy in self.policies.values():
             policy.begin_step(step)
         for key, weight, native in uses:
             hit = self.policies[self.store.signature(key)].access(key, weight, native)
             (self.stats.hits if hit else self.stats.misses)[key] += 1
+        for key, weight, native in wished:
+            if (policy := self.policies.get(self.store.signature(key))) is not None:
+                policy.access(key, weight, native)
 
     def rounds(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
         """Splits one step's experts of one bank into rounds that fit its slots together.
@@ -219,10 +180,41 @@ class SlotPool:
             if key not in self._slot_of:
                 self._fetch(key, keep)
 
+    def load_all(self, tier: int) -> None:
+        """Makes every expert of a tier resident, in a pool that has room for all of them."""
+        config = self.store.config
+        for layer in range(config.n_layers):
+            self.load([ExpertKey(tier, layer, expert) for expert in range(config.n_experts)])
+
+    def stage(self, key: ExpertKey) -> None:
+        """Starts the upload of an expert that nobody waits for; `commit` gives it a slot.
+
+        Programs that run meanwhile do not see it. Nothing happens if it is resident or staged, or
+        has no bank.
+        """
+        if (
+            key in self._slot_of
+            or key in self._staged
+            or self.store.signature(key) not in self.banks
+        ):
+            return
+        self._staged[key] = self._upload(key)
+
+    def commit(self) -> None:
+        """Gives every staged expert a slot, between two entries of a program."""
+        for key in list(self._staged):
+            policy = self.policies[self.store.signature(key)]
+            if len(policy.pinned) < policy.capacity and key not in self._slot_of:
+                self._fetch(key, frozenset())
+            self._staged.pop(key, None)
+
+    def _upload(self, key: ExpertKey) -> tuple[jax.Array, ...]:
+        return jax.device_put(self.store.raw(key))
+
     def _fetch(self, key: ExpertKey, keep: frozenset[ExpertKey]) -> None:
         signature = self.store.signature(key)
-        # What can fail comes first; from `admit` on, banks, tables and policy change together.
-        raw = jax.device_put(self.store.raw(key))
+        # What can fail comes first; from `admit` on, banks, table and policy change together.
+        raw = self._staged.pop(key, None) or self._upload(key)
         victim = self.policies[signature].admit(key, keep)
         slot = self._free[signature].pop() if victim is None else self._slot_of.pop(victim)
         change = np.asarray([slot, *self._cell(key), *self._cell(victim)], np.int32)
@@ -235,7 +227,8 @@ class SlotPool:
     def _cell(self, key: ExpertKey | None) -> tuple[int, int]:
         """Row and column of an expert's line in the table; outside of it for None."""
         if key is None:
-            return self.table_UE.shape
+            rows, columns = self.table_UE.shape
+            return rows, columns
         return key.tier * self.store.config.n_layers + key.layer, key.expert
 
     def pin(self, keys: Iterable[ExpertKey]) -> None:
