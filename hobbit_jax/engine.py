@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import jax
@@ -274,7 +274,7 @@ class Engine:
         self._check_room(active_B * count)
         spec = LoopSpec(
             self.config, self.model.layers.kinds, self._ends_graph, self._experts, self.mode,
-            sampling, most_tokens,
+            replace(sampling, seed=0), most_tokens,  # the seed is data: `key`
         )  # fmt: skip
         program, k = decode_program(spec), self.config.experts_per_token
         stops = np.asarray(stop_ids, np.int32)
