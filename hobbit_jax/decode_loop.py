@@ -161,32 +161,52 @@ def item_width(batch: int, k: int, n_experts: int) -> int:
 
 
 def group(
-    expert_A: jax.Array, slot_A: jax.Array, wanted_A: jax.Array, n_experts: int, width: int
-) -> Work:
-    """Items of up to `width` wanted assignments of one expert each, in order of the experts.
+    expert_A: jax.Array,
+    tier_A: jax.Array,
+    slot_A: jax.Array,
+    wanted_A: jax.Array,
+    n_experts: int,
+    n_tiers: int,
+    width: int,
+) -> list[Work]:
+    """Per tier, items of up to `width` wanted assignments of one expert each.
 
-    `Selections` of the host (`moe.py`) do the same for prefill. Which rows an expert's items have
-    depends on its own assignments alone.
+    The host does the same for prefill (`moe.Grouped`). Which rows an expert's items have depends on
+    its own assignments alone.
     """
     n_assignments = len(expert_A)
-    if width == 1:
-        order_A = jnp.argsort(~wanted_A, stable=True).astype(jnp.int32)
-        return Work(slot_A[order_A], order_A[:, None], jnp.sum(wanted_A, dtype=jnp.int32))
-    n_items = min(n_assignments, n_experts + n_assignments // width)
-    is_of_AE = wanted_A[:, None] & (expert_A[:, None] == jnp.arange(n_experts)[None, :])
-    rank_A = jnp.sum(jnp.where(is_of_AE, jnp.cumsum(is_of_AE, axis=0) - 1, 0), axis=1)
-    items_E = -(-jnp.sum(is_of_AE, axis=0) // width)
-    first_E = jnp.cumsum(items_E) - items_E
-    item_A = jnp.where(wanted_A, first_E[expert_A] + rank_A // width, n_items)
     assignment_A = jnp.arange(n_assignments, dtype=jnp.int32)
-    column_A = rank_A % width
-    # A short item repeats its first assignment, so every column starts as that one.
-    first_I = jnp.zeros(n_items, jnp.int32)
-    first_I = first_I.at[jnp.where(column_A == 0, item_A, n_items)].set(assignment_A, mode="drop")
-    assignment_IC = jnp.broadcast_to(first_I[:, None], (n_items, width))
-    assignment_IC = assignment_IC.at[item_A, column_A].set(assignment_A, mode="drop")
-    slot_I = jnp.zeros(n_items, jnp.int32).at[item_A].set(slot_A, mode="drop")
-    return Work(slot_I, assignment_IC, jnp.sum(items_E, dtype=jnp.int32))
+    if width == 1:
+        order_A = jnp.argsort(jnp.where(wanted_A, tier_A, n_tiers), stable=True).astype(jnp.int32)
+        slot_I, assignment_IC = slot_A[order_A], order_A[:, None]
+        is_of_At = wanted_A[:, None] & (tier_A[:, None] == jnp.arange(n_tiers)[None, :])
+        items_t = jnp.sum(is_of_At, axis=0, dtype=jnp.int32)
+    else:
+        units, unit_A = n_tiers * n_experts, jnp.maximum(tier_A, 0) * n_experts + expert_A
+        n_items = min(n_assignments, units + n_assignments // width)
+        is_of_AU = wanted_A[:, None] & (unit_A[:, None] == jnp.arange(units)[None, :])
+        rank_A = jnp.sum(jnp.where(is_of_AU, jnp.cumsum(is_of_AU, axis=0) - 1, 0), axis=1)
+        items_U = -(-jnp.sum(is_of_AU, axis=0, dtype=jnp.int32) // width)
+        first_U = jnp.cumsum(items_U) - items_U
+        item_A = jnp.where(wanted_A, first_U[unit_A] + rank_A // width, n_items)
+        column_A = rank_A % width
+        # A short item repeats its first assignment, so every column starts as that one.
+        first_A = jnp.where(column_A == 0, item_A, n_items)
+        first_I = jnp.zeros(n_items, jnp.int32).at[first_A].set(assignment_A, mode="drop")
+        assignment_IC = jnp.broadcast_to(first_I[:, None], (n_items, width))
+        assignment_IC = assignment_IC.at[item_A, column_A].set(assignment_A, mode="drop")
+        slot_I = jnp.zeros(n_items, jnp.int32).at[item_A].set(slot_A, mode="drop")
+        items_t = jnp.sum(items_U.reshape(n_tiers, n_experts), axis=1)
+    work, start = [], jnp.int32(0)
+    for tier in range(n_tiers):
+        # The items of a tier are neighbours; the kernels begin with the first.
+        rolled_I, rolled_IC = (
+            (array if tier == 0 else jnp.roll(array, -start, axis=0))
+            for array in (slot_I, assignment_IC)
+        )
+        work.append(Work(rolled_I, rolled_IC, items_t[tier]))
+        start = start + items_t[tier]
+    return work
 
 
 def _attend(spec: LoopSpec, weights: Weights, table_UE: jax.Array, loop: _Loop) -> _Loop:
@@ -239,31 +259,22 @@ def _run_experts(
     table_tE = rows_of_layer(table_UE, carry.layer, config.n_layers)
     slot_A = table_tE[jnp.maximum(served_A, 0), ids_A]
     ready_A = (slot_A >= 0) & ~carry.done_A
-    width = item_width(batch, k, config.n_experts)
+    n_tiers, width = len(experts.signatures[0]), item_width(batch, k, config.n_experts)
+    work_t = group(ids_A, served_A, slot_A, ready_A, config.n_experts, n_tiers, width)
 
     def branch(signatures: tuple[Signature | None, ...]) -> Callable[[jax.Array], jax.Array]:
         def run(y_AD: jax.Array) -> jax.Array:
-            for signature in dict.fromkeys(s for s in signatures if s is not None):
-                in_bank_t = jnp.asarray([s == signature for s in signatures])
-                wanted_A = ready_A & in_bank_t[jnp.maximum(served_A, 0)]
-                y_AD = expert_ffn(
-                    carry.h_BD,
-                    y_AD,
-                    carry.selections.weights_TK.reshape(-1),
-                    banks[signature],
-                    signature,
-                    # Two tiers of one bank are two experts.
-                    group(ids_A, slot_A, wanted_A, config.n_experts, width)
-                    if signatures.count(signature) == 1
-                    else group(
-                        served_A * config.n_experts + ids_A,
-                        slot_A,
-                        wanted_A,
-                        len(signatures) * config.n_experts,
-                        width,
-                    ),
-                    dict(experts.implementations)[signature],
-                )
+            for signature, work in zip(signatures, work_t, strict=True):
+                if signature is not None:
+                    y_AD = expert_ffn(
+                        carry.h_BD,
+                        y_AD,
+                        carry.selections.weights_TK.reshape(-1),
+                        banks[signature],
+                        signature,
+                        work,
+                        dict(experts.implementations)[signature],
+                    )
             return y_AD
 
         return run

@@ -75,9 +75,14 @@ class StepStats:
 def _expert_kinds(model: LoadedModel, store: HostExperts, pool: SlotPool) -> ExpertKinds:
     """Layers grouped by where the pool keeps their experts."""
     config = store.config
+    used = [
+        tier
+        for tier, layers in enumerate(store.tiers)
+        if any(e.signature in pool.banks for e in layers)
+    ]
     by_layer = []
     for layer in range(config.n_layers):
-        signatures = (store.layer(tier, layer).signature for tier in range(len(store.tiers)))
+        signatures = (store.layer(tier, layer).signature for tier in range(max(used) + 1))
         by_layer.append(tuple(s if s in pool.banks else None for s in signatures))
     kinds = tuple(dict.fromkeys(by_layer))
     implementations = tuple(
