@@ -19,7 +19,7 @@ from flax import nnx
 
 from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, Step, policy_factory
 from hobbit_jax.cache.pool import SlotPool, Use
-from hobbit_jax.cache.promotion import Promoter, PromotionRule
+from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, Promoter, PromotionRule
 from hobbit_jax.decode_loop import (
     Carry,
     ExpertKinds,
@@ -121,7 +121,7 @@ class Engine:
         policy: str | PolicyFactory = DEFAULT_POLICY,
         mode: str | MissMode = "wait",
         low_share: float = DEFAULT_LOW_SHARE,
-        promotion: PromotionRule = PromotionRule(),  # noqa: B008 (frozen)
+        promotion: PromotionRule = DEFAULT_PROMOTION,
         chunk_tokens: int = 2048,
         watch: Callable[[RoutedLayer], None] | None = None,
     ):

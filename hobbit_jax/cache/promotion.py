@@ -33,6 +33,9 @@ class PromotionRule:
             raise ValueError(f"{self}; want after_uses > 0, per_token >= 0, halving_tokens >= 1")
 
 
+DEFAULT_PROMOTION = PromotionRule()
+
+
 class Promoter(Generic[Key]):
     """Counts degraded uses and picks who is promoted."""
 
