@@ -162,7 +162,9 @@ class Engine:
 
     def _started(self) -> Carry:
         if self._carry is None:
-            raise RuntimeError("no sequences: call start first")
+            raise RuntimeError(
+                "no sequences, or a step of theirs failed half-way: call start first"
+            )
         return self._carry
 
     @property
@@ -200,7 +202,8 @@ class Engine:
             if self.watch is not None:
                 self.watch(routed)
 
-        carry = self._started()
+        # Until all layers are done there is no sequence to go on with.
+        carry, self._carry = self._started(), None
         x_BTD, caches = self._prefill.append(
             carry.caches, ids_BT, self._lengths_B, n_new_B, self._tokens, watch
         )

@@ -2,21 +2,20 @@
 
 from functools import partial
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pool_invariants import all_keys, check_invariants
 
 from hobbit_jax.architecture import read_config
 from hobbit_jax.cache.budget import BankDemand, divide_budget
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.policies.slru import DEFAULT_PROTECTED_FRACTION, SLRU
-from hobbit_jax.cache.pool import ABSENT, SlotPool, Use
+from hobbit_jax.cache.pool import SlotPool, Use
 from hobbit_jax.gguf_file import open_gguf
 from hobbit_jax.precision import demands, uniform_plan
 from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
-from pallas_kernels.formats import get_format
 from pallas_kernels.reference import Signature
 
 
@@ -78,41 +77,6 @@ def make_pool(store, slots, protected_fraction=DEFAULT_PROTECTED_FRACTION):
     return pool
 
 
-_join = jax.jit(lambda planes, name: get_format(name).join(planes), static_argnames="name")
-
-
-def check_invariants(pool, store):
-    """Everything that must hold between two calls, whatever came before."""
-    keys_of = {signature: {} for signature in pool.banks}
-    for key in pool.resident():
-        assert 0 <= pool.slot(key) < pool.slots[store.signature(key)]
-        taken = keys_of[store.signature(key)].setdefault(pool.slot(key), key)
-        assert taken == key, f"slot {pool.slot(key)} is shared by {taken} and {key}"
-    assert pool.device_bytes <= pool.budget_bytes
-    on_device = [array.on_device_size_in_bytes() for array in jax.tree.leaves(pool.banks)]
-    assert pool.device_bytes == sum(on_device)
-    expert_bytes = {store.signature(key): store.expert_bytes(key) for key in all_keys(store)}
-    assert pool.device_bytes == sum(expert_bytes[s] * n for s, n in pool.slots.items())
-    table_tLE = np.full((len(store.tiers), store.config.n_layers, store.config.n_experts), ABSENT)
-    for key in pool.resident():
-        table_tLE[key] = pool.slot(key)
-    on_device_UE = np.asarray(pool.table_UE)
-    np.testing.assert_array_equal(on_device_UE, table_tLE.reshape(on_device_UE.shape))
-    for signature, bank in pool.banks.items():
-        policy, by_slot = pool.policies[signature], keys_of[signature]
-        assert len(policy) == len(by_slot) and all(key in policy for key in by_slot.values())
-        assert policy.pinned <= set(by_slot.values())
-        raws_S = [np.asarray(_join(p, n)) for p, n in zip(bank, signature, strict=True)]
-        for slot, key in by_slot.items():
-            for raw_S, wanted in zip(raws_S, store.raw(key), strict=True):
-                np.testing.assert_array_equal(raw_S[slot], wanted, strict=True)
-
-
-def all_keys(store):
-    shape = (store.config.n_layers, store.config.n_experts)
-    return [ExpertKey(NATIVE, layer, expert) for layer, expert in np.ndindex(shape)]
-
-
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("slots", [(2, 2), (8, 4)])
 def test_invariants_after_any_requests(store, slots, seed):
@@ -120,7 +84,8 @@ def test_invariants_after_any_requests(store, slots, seed):
     pool = make_pool(store, slots, protected_fraction=0.5 if seed % 2 else 0.0)
     accesses = misses = moved = 0
     pinned: set[ExpertKey] = set()
-    for operation in rng.choice(["use", "pin", "unpin"], 40, p=[0.6, 0.2, 0.2]):
+    operations = ["use", "pin", "unpin", "stage", "commit"]
+    for operation in rng.choice(operations, 50, p=[0.4, 0.15, 0.15, 0.2, 0.1]):
         layer, count = rng.integers(3), rng.integers(1, 4 if operation == "pin" else 9)
         keys = [ExpertKey(NATIVE, int(layer), int(n)) for n in rng.permutation(8)[:count]]
         signature = store.signature(keys[0])
@@ -138,6 +103,20 @@ def test_invariants_after_any_requests(store, slots, seed):
                 pool.load(part)
                 assert set(part) <= pool.resident()
             accesses += len(keys)
+        elif operation == "stage":
+            before = pool.resident()
+            for key in keys:
+                pool.stage(key)
+            assert pool.resident() == before  # nothing shows before `commit`
+        elif operation == "commit":
+            before, bytes_before = pool.resident(), pool.stats.bytes_moved
+            pool.commit()
+            arrived = sum(store.expert_bytes(key) for key in pool.resident() - before)
+            moved += pool.stats.bytes_moved - bytes_before
+            assert pool.stats.bytes_moved - bytes_before >= arrived
+            after = pool.resident()
+            pool.commit()
+            assert pool.resident() == after and pool.stats.bytes_moved == moved
         elif operation == "pin" and len(of_bank | set(keys)) > pool.slots[signature] - 2:
             before = pool.resident()
             with pytest.raises(ValueError, match=r"fewer than 2 of its \d slots"):
@@ -172,7 +151,7 @@ def test_stats_say_which_expert(store):
 
 def test_store_hands_out_views_of_the_file(store):
     """No expert is copied on the host, and nobody can write into the file."""
-    for key in all_keys(store):
+    for key in all_keys(store, NATIVE):
         layer = store.layer(NATIVE, key.layer)
         for raw, tensor in zip(store.raw(key), (layer.gate, layer.up, layer.down), strict=True):
             assert np.shares_memory(raw, tensor.raw) and not raw.flags.writeable

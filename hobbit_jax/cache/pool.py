@@ -172,8 +172,10 @@ class SlotPool:
         """Makes all of `keys` (one round) resident; none of them is evicted for another.
 
         Raises:
-            ValueError: an expert's scales are damaged, or its file changed; see `HostExperts.raw`.
-            RuntimeError: more experts than slots that are not pinned.
+            ValueError: an expert's scales are damaged.
+            OSError: its file is gone or changed.
+            RuntimeError: more experts than slots that are not pinned, or an upload failed. The
+                pool is whole after each of these, though an expert or a bank's may be missing.
         """
         keep = frozenset(keys)
         for key in keys:
@@ -209,20 +211,57 @@ class SlotPool:
             self._staged.pop(key, None)
 
     def _upload(self, key: ExpertKey) -> tuple[jax.Array, ...]:
-        return jax.device_put(self.store.raw(key))
+        raw = self.store.raw(key)
+        try:
+            return jax.device_put(raw)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the upload of expert {key.expert} of layer {key.layer}, tier {key.tier}, failed: "
+                f"{error}"
+            ) from error
 
     def _fetch(self, key: ExpertKey, keep: frozenset[ExpertKey]) -> None:
         signature = self.store.signature(key)
-        # What can fail comes first; from `admit` on, banks, table and policy change together.
         raw = self._staged.pop(key, None) or self._upload(key)
-        victim = self.policies[signature].admit(key, keep)
-        slot = self._free[signature].pop() if victim is None else self._slot_of.pop(victim)
-        change = np.asarray([slot, *self._cell(key), *self._cell(victim)], np.int32)
-        self.banks[signature], self.table_UE = _write_slot(
-            self.banks[signature], self.table_UE, raw, change, signature
-        )
-        self._slot_of[key] = slot
+        # On a CPU an upload is the map itself, read only when the slot is written.
+        self.store.check_unchanged(key.tier)
+        policy, free = self.policies[signature], self._free[signature]
+        victim = policy.admit(key, keep)
+        try:
+            slot = free[-1] if victim is None else self._slot_of[victim]
+            change = np.asarray([slot, *self._cell(key), *self._cell(victim)], np.int32)
+            self.banks[signature], self.table_UE = _write_slot(
+                self.banks[signature], self.table_UE, raw, change, signature
+            )
+            if victim is None:
+                free.pop()
+            else:
+                del self._slot_of[victim]
+            self._slot_of[key] = slot
+        except BaseException:
+            # Failed or interrupted half-way: which of banks, table and policy changed is unknown.
+            self._empty(signature)
+            raise
         self.stats.bytes_moved += self.store.expert_bytes(key)
+
+    def _empty(self, signature: Signature) -> None:
+        """Makes a bank's experts absent, so that banks, table and policy agree for certain."""
+        policy, n_slots = self.policies[signature], self.slots[signature]
+        for layer, tier in np.ndindex(self.store.config.n_layers, len(self.store.tiers)):
+            for expert in range(self.store.config.n_experts):
+                key = ExpertKey(tier, layer, expert)
+                if self.store.signature(key) == signature:
+                    self._slot_of.pop(key, None)
+                    if key in policy:
+                        policy.unpin(key)
+                        policy.remove(key)
+        self._free[signature] = list(range(n_slots))[::-1]
+        if any(plane.is_deleted() for plane in jax.tree.leaves(self.banks[signature])):
+            self.banks[signature] = self._empty_bank(signature, n_slots)
+        table_UE = np.full(self.table_UE.shape, ABSENT, np.int32)
+        for key, slot in self._slot_of.items():
+            table_UE[self._cell(key)] = slot
+        self.table_UE = jnp.asarray(table_UE)
 
     def _cell(self, key: ExpertKey | None) -> tuple[int, int]:
         """Row and column of an expert's line in the table; outside of it for None."""

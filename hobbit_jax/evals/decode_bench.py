@@ -48,6 +48,7 @@ class Measured:
 
     tokens: int = 0
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)  # of the whole process
     hits: int = 0
     uses: int = 0
     bytes_moved: int = 0
@@ -64,6 +65,7 @@ class Measured:
         """As figures per token; fractions are 0-1, `speedup` is over `native`, turn by turn."""
         rates = self.tokens / len(self.seconds) / np.asarray(self.seconds)
         speedups = np.asarray(native.seconds) / np.asarray(self.seconds)
+        cpu_ms = np.asarray(self.cpu_seconds) * 1e3 * len(self.seconds) / self.tokens
         return {
             "resident_experts": self.residents,
             "resident_ratio": self.residents / native.residents,
@@ -77,6 +79,8 @@ class Measured:
             "top1_agreement": self.agree / self.tokens,
             "tokens_per_second": _spread(rates),
             "speedup": _spread(speedups),
+            "cpu_ms_per_token": _spread(cpu_ms),
+            "cpu_speedup": _spread(np.asarray(native.cpu_seconds) / np.asarray(self.cpu_seconds)),
         }
 
 
@@ -92,17 +96,22 @@ def _compare(logits_V: jax.Array, native_V: jax.Array) -> tuple[jax.Array, jax.A
     return kl, jnp.argmax(logits_V) == jnp.argmax(native_V)
 
 
-def _turn(engine: Engine, ids_S: np.ndarray, prompt_tokens: int) -> tuple[float, list[jax.Array]]:
-    """Seconds to decode a row after its prompt, and the logits of each token."""
+def _turn(
+    engine: Engine, ids_S: np.ndarray, prompt_tokens: int
+) -> tuple[float, float, list[jax.Array]]:
+    """Seconds and processor seconds to decode a row after its prompt; each token's logits.
+
+    On a CPU that others use too, processor time is the steadier of the two.
+    """
     engine.start(1, len(ids_S))
     engine.prefill([ids_S[:prompt_tokens].tolist()])
     engine.pool.reset_stats()
     engine.reset_stats()
-    began, logits = time.perf_counter(), []
+    began, cpu_began, logits = time.perf_counter(), time.process_time(), []
     for token in ids_S[prompt_tokens:]:
         logits.append(engine.decode(np.asarray([token])))
     jax.block_until_ready(logits[-1])
-    return time.perf_counter() - began, logits
+    return time.perf_counter() - began, time.process_time() - cpu_began, logits
 
 
 def compare(
@@ -128,14 +137,15 @@ def compare(
     ]  # fmt: skip
     results = [Measured() for _ in settings]
     for row, ids_S in enumerate(ids_RS):
-        _, native_logits = _turn(native, ids_S, prompt_tokens)
+        *_, native_logits = _turn(native, ids_S, prompt_tokens)
         for engine, result in zip(engines, results, strict=True):
-            seconds, logits = _turn(engine, ids_S, prompt_tokens)
+            seconds, cpu_seconds, logits = _turn(engine, ids_S, prompt_tokens)
             progress()
             if row == 0:
                 continue
             pool, stats = engine.pool, engine.stats
             result.seconds.append(seconds)
+            result.cpu_seconds.append(cpu_seconds)
             result.tokens += len(logits)
             result.hits += int(pool.stats.hits.sum())
             result.uses += int(pool.stats.hits.sum() + pool.stats.misses.sum())
