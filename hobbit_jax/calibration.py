@@ -24,9 +24,10 @@ import orbax.checkpoint as ocp
 from tqdm import tqdm
 
 from hobbit_jax.architecture import ModelConfig
-from hobbit_jax.engine import Engine, RoutedLayer
+from hobbit_jax.engine import Engine
 from hobbit_jax.evals.quality import Windows, batches
 from hobbit_jax.importance import RoutingProfile
+from hobbit_jax.prefill import RoutedLayer
 from hobbit_jax.store import NATIVE, HostExperts
 from hobbit_jax.tiers import dequantize
 

@@ -1,17 +1,16 @@
 """The engine: tokens in, logits or text out, with experts streamed through the slot pool.
 
-Owns the walk over layers, the KV cache, chunked prefill, decode, and the one
-place inside a token where host and device meet: after each layer's router the
-expert ids come to the host, which loads what is missing. Called by `evals/`,
-`sweep.py` and `scripts/`.
+Owns the sequences (KV cache, lengths), chunked prefill, and decode: it enters the decode program
+(`decode_loop.py`), reads its one report, tells the policies what was used, loads what is missing
+and enters again. Called by `evals/`, `sweep.py` and `scripts/`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import jax
 import jax.numpy as jnp
@@ -19,40 +18,41 @@ import numpy as np
 from flax import nnx
 
 from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, Step, policy_factory
-from hobbit_jax.cache.pool import PoolStats, SlotPool
+from hobbit_jax.cache.pool import SlotPool, Use
+from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, Promoter, PromotionRule
+from hobbit_jax.decode_loop import (
+    Carry,
+    ExpertKinds,
+    Inputs,
+    LoopSpec,
+    Report,
+    Weights,
+    decode_program,
+    empty_carry,
+)
 from hobbit_jax.loading import LoadedModel
-from hobbit_jax.model import KVCache, Routing
-from hobbit_jax.moe import add_experts, apply_experts
-from hobbit_jax.precision import SKIPPED, PrecisionPlan, demands, uniform_plan
+from hobbit_jax.miss_modes import LOW, MissMode, miss_mode
+from hobbit_jax.pool_sizing import DEFAULT_LOW_SHARE, pool_slots
+from hobbit_jax.precision import SKIPPED, PrecisionPlan, uniform_plan
+from hobbit_jax.prefill import Prefill, RoutedLayer, logits
 from hobbit_jax.sampling import Sampling, sample
-from hobbit_jax.store import HostExperts
+from hobbit_jax.selection import Selections
+from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
+from pallas_kernels.expert_ffn import implementation_for
+from pallas_kernels.reference import Signature
+
+GREEDY = Sampling()
 
 
-@dataclass(frozen=True)
-class RoutedLayer:
-    """What one layer's router chose in one step, for those who watch (importance, traces)."""
+@dataclass
+class EngineStats:
+    """Counts since the last `reset_stats`; selections are those of real tokens, not padding."""
 
-    layer: int
-    ids_TK: np.ndarray  # int32
-    weights_TK: np.ndarray  # float32
-    valid_T: np.ndarray  # bool; False is padding
-    h_TD: jax.Array | None = None  # the experts' input, float32; in prefill and scoring only
-
-    def by_expert(self) -> Iterator[tuple[int, jax.Array, jax.Array]]:
-        """Each chosen expert with the tokens that chose it, int32 [R], and its weights, [R].
-
-        Padded to a power of two with weights of 0, so that few programs are compiled.
-        """
-        valid_TK = np.broadcast_to(self.valid_T[:, None], self.ids_TK.shape)
-        for expert in np.unique(self.ids_TK[valid_TK]).tolist():
-            token_R, choice_R = np.nonzero((self.ids_TK == expert) & valid_TK)
-            weight_R = self.weights_TK[token_R, choice_R]
-            padding = (0, (1 << (len(token_R) - 1).bit_length()) - len(token_R))
-            yield (
-                expert,
-                jnp.asarray(np.pad(token_R, padding), jnp.int32),
-                jnp.asarray(np.pad(weight_R, padding)),
-            )
+    decoded_tokens: int = 0
+    exits: int = 0  # times that decode left the device because an expert was missing
+    selections: int = 0
+    degraded: int = 0  # served below the tier that the plan asked for
+    skipped: int = 0  # asked for and not served at all
 
 
 @dataclass(frozen=True)
@@ -64,28 +64,32 @@ class StepStats:
     hits: int
     misses: int
     bytes_moved: int
+    exits: int
+
+    @classmethod
+    def nothing(cls) -> StepStats:
+        """Of a token whose cost stands at another."""
+        return cls(0.0, 0, 0, 0, 0, 0)
 
 
-@partial(jax.jit, static_argnames="graph")
-def _embed(graph, state, ids_BT: jax.Array) -> jax.Array:
-    return nnx.merge(graph, state).embed(ids_BT)
-
-
-@partial(jax.jit, static_argnames="graph", donate_argnames=("x_BTD", "cache"))
-def _attend_and_route(
-    graph, state, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache
-) -> tuple[jax.Array, jax.Array, KVCache, Routing]:
-    block = nnx.merge(graph, state)
-    x_BTD, h_BTD, cache = block.attend(x_BTD, positions_BT, cache)
-    h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
-    return x_BTD, h_TD, cache, block.route(h_TD)
-
-
-@partial(jax.jit, static_argnames="graph")
-def _logits(graph, state, x_BTD: jax.Array, last_B: jax.Array | None) -> jax.Array:
-    if last_B is not None:
-        x_BTD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
-    return nnx.merge(graph, state).logits(x_BTD)
+def _expert_kinds(model: LoadedModel, store: HostExperts, pool: SlotPool) -> ExpertKinds:
+    """Layers grouped by where the pool keeps their experts."""
+    config = store.config
+    used = [
+        tier
+        for tier, layers in enumerate(store.tiers)
+        if any(e.signature in pool.banks for e in layers)
+    ]
+    by_layer = []
+    for layer in range(config.n_layers):
+        signatures = (store.layer(tier, layer).signature for tier in range(max(used) + 1))
+        by_layer.append(tuple(s if s in pool.banks else None for s in signatures))
+    kinds = tuple(dict.fromkeys(by_layer))
+    implementations = tuple(
+        (s, implementation_for(s, config.d_model, config.d_expert, model.implementation))
+        for s in pool.banks
+    )
+    return ExpertKinds(kinds, tuple(kinds.index(kind) for kind in by_layer), implementations)
 
 
 class Engine:
@@ -97,6 +101,10 @@ class Engine:
         budget_bytes: bytes of the expert pool alone; None holds every expert of the plan.
         plan: who gets which tier; None is native throughout.
         policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
+        mode: what serves a selection whose copy is missing, by name (`miss_modes.py`) or as a
+            setting; "off" leaves the plan and every low tier aside.
+        low_share: share of the budget (0-1) for low copies, where the mode keeps some.
+        promotion: how eagerly a mode that promotes does so.
         chunk_tokens: tokens of one prefill step, over all sequences.
         watch: called with every layer's routing, on the host.
 
@@ -111,21 +119,33 @@ class Engine:
         budget_bytes: int | None = None,
         plan: PrecisionPlan | None = None,
         policy: str | PolicyFactory = DEFAULT_POLICY,
+        mode: str | MissMode = "wait",
+        low_share: float = DEFAULT_LOW_SHARE,
+        promotion: PromotionRule = DEFAULT_PROMOTION,
         chunk_tokens: int = 2048,
         watch: Callable[[RoutedLayer], None] | None = None,
     ):
         self.model, self.config, self.store = model, model.config, store
-        self.plan = uniform_plan(store) if plan is None else plan
+        self.plan = uniform_plan(store) if plan is None or mode == "off" else plan
+        self.mode = miss_mode(mode)
         self.chunk_tokens, self.watch = chunk_tokens, watch
-        wanted = demands(self.plan, store)
-        if budget_bytes is None:
-            budget_bytes = sum(d.expert_bytes * d.n_experts for d in wanted)
-        self.pool = SlotPool(store, wanted, budget_bytes, policy_factory(policy))
-        self._blocks = [nnx.split(block) for block in model.blocks]
-        self._ends = nnx.split(model.ends)
-        self._caches: list[KVCache] = []
+        slots, total_bytes = pool_slots(self.plan, self.mode, store, budget_bytes, low_share)
+        self.pool = SlotPool(store, slots, budget_bytes or total_bytes, policy_factory(policy))
+        if self.mode.low_banks == "all":
+            self.pool.load_all(LOW)
+        self._promoter = Promoter(promotion) if self.mode.promotes else None
+        self._ahead: list[ExpertKey] = []  # to be staged while the next entry runs
+        self.stats = EngineStats()
+        ends_graph, ends_state = nnx.split(model.ends)
+        device_plan = jax.device_put(self.plan)
+        self._weights = Weights(model.layers.states, ends_state, device_plan)
+        self._ends_graph = ends_graph
+        self._experts = _expert_kinds(model, store, self.pool)
+        self._prefill = Prefill(model, self.pool, device_plan, self.mode)
+        self._carry: Carry | None = None
+        self._key = jax.random.key(0)
         self._lengths_B = np.zeros(0, np.int32)
-        self._steps = 0
+        self._tokens = 0  # decoded tokens and prefill chunks so far, for the policies
 
     def start(self, batch: int, context: int) -> None:
         """Forgets all sequences and makes room for `batch` new ones of up to `context` tokens.
@@ -137,49 +157,63 @@ class Engine:
             raise ValueError(
                 f"{context} tokens exceed the model's context of {self.config.context_length}"
             )
-        shape = (batch, context, self.config.n_kv_heads, self.config.head_dim)
-        self._caches = [
-            KVCache(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(self.config.n_layers)
-        ]
+        self._carry = empty_carry(self.config, batch, context)
         self._lengths_B = np.zeros(batch, np.int32)
+
+    def _started(self) -> Carry:
+        if self._carry is None:
+            raise RuntimeError(
+                "no sequences, or a step of theirs failed half-way: call start first"
+            )
+        return self._carry
 
     @property
     def kv_cache_bytes(self) -> int:
         """Device bytes of the current sequences' keys and values."""
-        return sum(array.nbytes for array in jax.tree.leaves(self._caches))
+        return 0 if self._carry is None else sum(a.nbytes for a in self._carry.caches)
 
-    def _step(self, ids_BT: np.ndarray, n_new_B: np.ndarray) -> jax.Array:
+    def reset_stats(self) -> EngineStats:
+        """Returns the counts so far and starts again from zero."""
+        stats, self.stats = self.stats, EngineStats()
+        return stats
+
+    def _count(self, asked_TK: np.ndarray, served_TK: np.ndarray) -> None:
+        asked = asked_TK != SKIPPED
+        self.stats.selections += int(asked.sum())
+        self.stats.degraded += int((asked & (served_TK > asked_TK)).sum())
+        self.stats.skipped += int((asked & (served_TK == SKIPPED)).sum())
+
+    def _check_room(self, n_new_B: np.ndarray) -> None:
+        context = self._started().caches.k_LBCGd.shape[2]
+        longest = int((self._lengths_B + n_new_B).max(initial=0))
+        if longest > context:
+            raise ValueError(f"{longest} tokens exceed the {context} started with")
+
+    def _append(self, ids_BT: np.ndarray, n_new_B: np.ndarray) -> jax.Array:
         """Appends the first `n_new_B` tokens of each row; residual stream [B, T, D]."""
-        batch, tokens = ids_BT.shape
-        context = self._caches[0].k_BCGd.shape[1]
-        if (self._lengths_B + n_new_B).max(initial=0) > context:
-            raise ValueError(
-                f"{int((self._lengths_B + n_new_B).max())} tokens exceed the {context} started with"
-            )
-        offsets_BT = np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens))
-        valid_BT = offsets_BT < n_new_B[:, None]
-        # Padding stands at position C, which the KV cache drops.
-        positions_BT = np.where(valid_BT, self._lengths_B[:, None] + offsets_BT, context)
-        valid_T = valid_BT.reshape(-1)
+        self._check_room(n_new_B)
 
-        x_BTD = _embed(*self._ends, np.asarray(ids_BT, np.int32))
-        for layer, (graph, state) in enumerate(self._blocks):
-            x_BTD, h_TD, self._caches[layer], routing = _attend_and_route(
-                graph, state, x_BTD, positions_BT.astype(np.int32), self._caches[layer]
-            )
-            ids_TK, weights_TK = jax.device_get((routing.ids, routing.weights))
+        def watch(routed: RoutedLayer, selections: Selections) -> None:
+            asked_TK, served_TK = selections.asked_TK, selections.served_TK
+            self._count(asked_TK, served_TK)
+            lowered_TK = (asked_TK == NATIVE) & (served_TK == LOW)
+            experts = np.unique(routed.ids_TK[lowered_TK]).tolist()
+            self._note_lowered(ExpertKey(NATIVE, routed.layer, expert) for expert in experts)
             if self.watch is not None:
-                self.watch(RoutedLayer(layer, ids_TK, weights_TK, valid_T, h_TD))
-            self.pool.begin_step(Step(self._steps, layer, int(self._lengths_B.max())))
-            tier_TK = self.plan.assign(layer, ids_TK, weights_TK)
-            tier_TK = np.where(valid_T[:, None], tier_TK, np.int8(SKIPPED))
-            y_AD = apply_experts(
-                self.pool, layer, h_TD, routing.weights, ids_TK, tier_TK, self.model.implementation
-            )
-            x_BTD = add_experts(x_BTD, y_AD)
+                self.watch(routed)
+
+        # Until all layers are done there is no sequence to go on with.
+        carry, self._carry = self._started(), None
+        x_BTD, caches = self._prefill.append(
+            carry.caches, ids_BT, self._lengths_B, n_new_B, self._tokens, watch
+        )
+        self._carry = carry._replace(caches=caches)
         self._lengths_B = self._lengths_B + n_new_B.astype(np.int32)
-        self._steps += 1
+        self._tokens += 1
         return x_BTD
+
+    def _logits(self, x_BTD: jax.Array, last_B: np.ndarray | None) -> jax.Array:
+        return logits(self._ends_graph, self._weights.ends, x_BTD, last_B)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> jax.Array:
         """Appends one prompt per sequence, in chunks; float32 logits [B, V] of each last token."""
@@ -198,18 +232,12 @@ class Engine:
         for start in range(0, longest, chunk):
             part_BT = _pad_tokens(ids_BT[:, start : start + chunk], chunk)
             n_new_B = np.clip(lengths_B - start, 0, chunk).astype(np.int32)
-            x_BTD = self._step(part_BT, n_new_B)
-            new_BV = _logits(*self._ends, x_BTD, np.maximum(n_new_B - 1, 0))
+            x_BTD = self._append(part_BT, n_new_B)
+            new_BV = self._logits(x_BTD, np.maximum(n_new_B - 1, 0))
             ended_B = (n_new_B > 0)[:, None]
             logits_BV = new_BV if logits_BV is None else jnp.where(ended_B, new_BV, logits_BV)
         assert logits_BV is not None
         return logits_BV
-
-    def decode(self, ids_B: np.ndarray, active_B: np.ndarray | None = None) -> jax.Array:
-        """Appends one token to each active sequence; float32 logits [B, V]."""
-        n_new_B = np.ones(len(ids_B), np.int32) if active_B is None else active_B.astype(np.int32)
-        x_BTD = self._step(np.asarray(ids_B, np.int32)[:, None], n_new_B)
-        return _logits(*self._ends, x_BTD, np.zeros(len(ids_B), np.int32))
 
     def score(self, ids_BT: np.ndarray) -> jax.Array:
         """Teacher-forced float32 logits [B, T, V] of fresh sequences, all of length T."""
@@ -220,43 +248,205 @@ class Engine:
         for start in range(0, tokens, chunk):
             part_BT = ids_BT[:, start : start + chunk]
             n_new_B = np.full(batch, part_BT.shape[1], np.int32)
-            x_BTD = self._step(_pad_tokens(part_BT, chunk), n_new_B)
-            parts.append(_logits(*self._ends, x_BTD, None)[:, : part_BT.shape[1]])
+            x_BTD = self._append(_pad_tokens(part_BT, chunk), n_new_B)
+            parts.append(self._logits(x_BTD, None)[:, : part_BT.shape[1]])
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+    def decode(self, ids_B: np.ndarray, active_B: np.ndarray | None = None) -> jax.Array:
+        """Appends one token to each active sequence; float32 logits [B, V]."""
+        if active_B is None:
+            active_B = np.ones(len(ids_B), bool)
+        return self._decode(np.asarray(ids_B, np.int32), active_B, 1, 1).logits_BV
+
+    def _decode(
+        self,
+        ids_B: np.ndarray,
+        active_B: np.ndarray,
+        count: int,
+        most_tokens: int,
+        sampling: Sampling = GREEDY,
+        drawn: int = 0,
+        stop_ids: Sequence[int] = (),
+    ) -> _Decoded:
+        """Appends `ids_B` and then the tokens drawn, `count` in all or until no sequence is left.
+
+        Args:
+            ids_B: int32.
+            active_B: sequences that get tokens.
+            count: `most_tokens` at most.
+            most_tokens: what the program is compiled for.
+            sampling: how the next tokens are drawn.
+            drawn: tokens drawn before, which seed the draws.
+            stop_ids: a sequence that draws one of them has ended.
+        """
+        self._check_room(active_B * count)
+        spec = LoopSpec(
+            self.config, self.model.layers.kinds, self._ends_graph, self._experts, self.mode,
+            replace(sampling, seed=0), most_tokens,  # the seed is data: `key`
+        )  # fmt: skip
+        program, k = decode_program(spec), self.config.experts_per_token
+        stops = np.asarray(stop_ids, np.int32)
+        rows: list[np.ndarray] = []
+        rounds: list[list[ExpertKey]] = []
+        logits_BV, active_B, fresh = None, active_B.copy(), True
+        try:
+            while True:
+                inputs = Inputs(
+                    np.bool_(fresh), ids_B, active_B, self._lengths_B,
+                    np.int32(count - len(rows)), np.int32(drawn + len(rows)), self._key, stops,
+                )  # fmt: skip
+                self._carry, packed, logits_BV = program(
+                    self._weights, self.pool.banks, self.pool.table_UE, self._started(), inputs
+                )
+                for key in self._ahead:
+                    self.pool.stage(key)
+                self._ahead.clear()
+                # The one transfer from the device in an entry.
+                report = Report.unpack(np.asarray(packed), most_tokens, len(ids_B), k)
+                rounds = self._account(report) or rounds
+                for ids_B in report.tokens_NB:
+                    rows.append(ids_B)
+                    self._lengths_B = self._lengths_B + active_B
+                    self.stats.decoded_tokens += int(active_B.sum())
+                    active_B = active_B & ~np.isin(ids_B, stops)
+                if not report.blocked:
+                    break
+                self.stats.exits += 1
+                if not rounds:
+                    raise RuntimeError(f"layer {report.layer} waits for experts that are resident")
+                self._load(rounds.pop(0))
+                fresh = False
+        except BaseException:
+            # The token is half done; what the pool holds is whole.
+            self._carry = None
+            raise
+        if self._promoter is not None:
+            self._ahead += self._promoter.pick(len(rows), self.pool.__contains__)
+        self.pool.commit()
+        return _Decoded(np.stack(rows), logits_BV)
+
+    def _load(self, keys: list[ExpertKey]) -> None:
+        """Loads what a layer waits for; an expert that waits again and again earns a low copy."""
+        if self.mode.leaves_low and self._promoter is not None:
+            fetched = (key for key in keys if key.tier == NATIVE and key not in self.pool)
+            self._promoter.note(key._replace(tier=LOW) for key in fetched)
+        self.pool.load(keys)
+
+    def _note_lowered(self, keys: Iterable[ExpertKey]) -> None:
+        if self._promoter is not None:
+            self._promoter.note(keys)
+
+    def _account(self, report: Report) -> list[list[ExpertKey]]:
+        """Tells watchers and policies what an entry used; rounds to load for the last layer."""
+        n_layers = self.config.n_layers
+        # Layers are walked in order, up to the one where the program stands.
+        end = report.steps * n_layers + report.layer + report.blocked
+        walked = np.arange(end - len(report.ids_IA), end)
+        self._count(report.asked_IA, report.served_IA)
+        longest = int(self._lengths_B.max())
+        rounds: list[list[ExpertKey]] = []
+        for entry, (token, layer) in enumerate(zip(*np.divmod(walked, n_layers), strict=True)):
+            ids_A, asked_A = report.ids_IA[entry], report.asked_IA[entry]
+            weights_A, served_A = report.weights_IA[entry], report.served_IA[entry]
+            if self.watch is not None:
+                shape = (-1, self.config.experts_per_token)
+                valid_T = (asked_A.reshape(shape) != SKIPPED).any(axis=1)
+                self.watch(
+                    RoutedLayer(int(layer), ids_A.reshape(shape), weights_A.reshape(shape), valid_T)
+                )
+            uses: dict[ExpertKey, Use] = {}
+            wished: dict[ExpertKey, Use] = {}
+            for tier, expert, weight, asked in zip(
+                served_A.tolist(), ids_A.tolist(), weights_A.tolist(), asked_A.tolist(), strict=True
+            ):
+                if tier == SKIPPED:
+                    continue
+                key = ExpertKey(tier, int(layer), expert)
+                before = uses.get(key, Use(key, 0.0, False))
+                uses[key] = Use(key, max(weight, before.weight), before.native or asked == NATIVE)
+                if tier > asked:
+                    wish = key._replace(tier=asked)
+                    wished[wish] = Use(wish, uses[key].weight)
+            if report.blocked and entry == len(walked) - 1:
+                rounds = self._rounds(list(uses))
+            step = Step(self._tokens + int(token), int(layer), longest + int(token))
+            self.pool.access(step, list(uses.values()), list(wished.values()))
+            self._note_lowered(wished)
+        self._tokens += report.steps
+        return rounds
+
+    def _rounds(self, keys: list[ExpertKey]) -> list[list[ExpertKey]]:
+        """What to load, entry by entry: each bank's next round at a time."""
+        by_bank: dict[Signature, list[ExpertKey]] = {}
+        for key in keys:
+            by_bank.setdefault(self.store.signature(key), []).append(key)
+        per_bank = [self.pool.rounds(of_bank) for of_bank in by_bank.values()]
+        return [[key for part in parts for key in part or ()] for parts in zip_longest(*per_bank)]
 
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        sampling: Sampling = GREEDY,
         stop_ids: Sequence[int] = (),
+        tokens_per_call: int = 1,
     ) -> Iterator[tuple[np.ndarray, StepStats]]:
         """Yields int32 [B] per step, -1 for sequences that have ended, until all have.
 
-        A stop token ends its sequence and is not yielded. The first step's cost
-        is the prefill's.
+        A stop token ends its sequence and is not yielded. The first step's cost is the prefill's.
+        With several `tokens_per_call`, the device decodes so many between two looks of the host;
+        the tokens are the same, they arrive together, and the first carries the cost of all.
         """
         self.start(len(prompts), max(map(len, prompts), default=0) + max_new_tokens)
-        key = jax.random.key(sampling.seed)
+        self._key = jax.random.key(sampling.seed)
         active_B = np.ones(len(prompts), bool)
-        before, began = _counts(self.pool.stats), time.perf_counter()
-        logits_BV, tokens = self.prefill(prompts), sum(map(len, prompts))
-        for step in range(max_new_tokens):
-            ids_B = np.asarray(sample(logits_BV, jax.random.fold_in(key, step), sampling))
-            active_B &= ~np.isin(ids_B, list(stop_ids))
-            after, now = _counts(self.pool.stats), time.perf_counter()
-            hits, misses, moved = (b - a for a, b in zip(before, after, strict=True))
-            if not active_B.any():
+        meter = _Meter(self)
+        logits_BV, fed = self.prefill(prompts), sum(map(len, prompts))
+        ids_B = np.asarray(sample(logits_BV, jax.random.fold_in(self._key, 0), sampling))
+        rows_NB, drawn = ids_B[None], 1
+        while True:
+            cost = meter.lap(fed)
+            for ids_B in rows_NB:
+                active_B = active_B & ~np.isin(ids_B, list(stop_ids))
+                if not active_B.any():
+                    return
+                yield np.where(active_B, ids_B, -1), cost
+                cost = StepStats.nothing()
+            if drawn == max_new_tokens:
                 return
-            yield np.where(active_B, ids_B, -1), StepStats(now - began, tokens, hits, misses, moved)
-            if step + 1 < max_new_tokens:
-                before, began, tokens = _counts(self.pool.stats), time.perf_counter(), 0
-                tokens = int(active_B.sum())
-                logits_BV = self.decode(ids_B, active_B)
+            meter = _Meter(self)
+            count = min(tokens_per_call, max_new_tokens - drawn)
+            before = self.stats.decoded_tokens
+            rows_NB = self._decode(
+                ids_B, active_B, count, tokens_per_call, sampling, drawn, stop_ids
+            ).ids_NB
+            drawn, fed = drawn + len(rows_NB), self.stats.decoded_tokens - before
 
 
-def _counts(stats: PoolStats) -> tuple[int, int, int]:
-    return int(stats.hits.sum()), int(stats.misses.sum()), stats.bytes_moved
+@dataclass(frozen=True)
+class _Decoded:
+    ids_NB: np.ndarray  # drawn
+    logits_BV: jax.Array  # of the last token
+
+
+class _Meter:
+    """What the engine did since the meter was made."""
+
+    def __init__(self, engine: Engine):
+        self._engine, self._before, self._began = engine, self._counts(engine), time.perf_counter()
+
+    @staticmethod
+    def _counts(engine: Engine) -> tuple[int, int, int, int]:
+        stats = engine.pool.stats
+        counts = int(stats.hits.sum()), int(stats.misses.sum()), stats.bytes_moved
+        return *counts, engine.stats.exits
+
+    def lap(self, tokens: int) -> StepStats:
+        """The cost of `tokens` that were fed."""
+        seconds, after = time.perf_counter() - self._began, self._counts(self._engine)
+        return StepStats(
+            seconds, tokens, *(b - a for a, b in zip(self._before, after, strict=True))
+        )
 
 
 def _pad_tokens(ids_BT: np.ndarray, chunk: int) -> np.ndarray:

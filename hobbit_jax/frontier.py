@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from hobbit_jax.allocation import fit_in_bytes, selection_plan
-from hobbit_jax.engine import Engine, RoutedLayer
+from hobbit_jax.engine import Engine
 from hobbit_jax.evals import quality, tasks
 from hobbit_jax.importance import STATIC_SIGNALS, static_scores_LE
 from hobbit_jax.precision import SELECTION_SCORES, SKIPPED, PrecisionPlan, uniform_plan
+from hobbit_jax.prefill import RoutedLayer
 from hobbit_jax.quantize.methods import METHODS, NEEDED_STATISTICS
 from hobbit_jax.store import NATIVE, HostExperts
 from hobbit_jax.sweep import cell_digest, store_figures

@@ -73,14 +73,58 @@ class TensorInfo:
         return self.raw.nbytes
 
 
+@dataclass(frozen=True)
+class FileStamp:
+    """What tells that a file on disk is still the one that was mapped."""
+
+    path: Path
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileStamp:
+        """The file as it is now. FileNotFoundError if there is none."""
+        stat = path.stat()
+        return cls(path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+    def check(self) -> None:
+        """Refuses a file that is gone or another than it was.
+
+        Reading a map past the end of a file that was cut short kills the process (SIGBUS), so
+        whoever reads late asks first.
+
+        Raises:
+            OSError: what became of the file.
+        """
+        try:
+            now = self.of(self.path)
+        except OSError as error:
+            raise OSError(
+                f"{self.path}: disappeared while it was in use ({error.strerror}); put it back and "
+                "start again"
+            ) from error
+        if now != self:
+            raise OSError(
+                f"{self.path}: changed while it was in use (it had {self.size} bytes, now "
+                f"{now.size}); start again with a file that nobody writes to"
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class GGUFFile:
     """An opened, checked file; the parts of a split file appear as one."""
 
-    paths: tuple[Path, ...]  # in the order of the parts
+    stamps: tuple[FileStamp, ...]  # in the order of the parts
     metadata: dict[str, Any]  # Python scalars, strings and lists
     field_types: dict[str, FieldType]  # the GGUF type of each metadata key
     tensors: dict[str, TensorInfo]  # in file order
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Of all parts, in order."""
+        return tuple(stamp.path for stamp in self.stamps)
 
     @property
     def file_bytes(self) -> int:
@@ -92,8 +136,7 @@ class GGUFFile:
 
         Reads the whole file once per process; a file that changed (size or time) is read again.
         """
-        stats = [path.stat() for path in self.paths]
-        return _sha256(self.paths, tuple((s.st_size, s.st_mtime_ns) for s in stats))
+        return _sha256(tuple(FileStamp.of(path) for path in self.paths))
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
@@ -366,6 +409,7 @@ def _check_prologue(path: Path) -> None:
 
 
 def _read_part(path: Path) -> GGUFFile:
+    stamp = FileStamp.of(path)
     _check_prologue(path)
     try:
         reader = _CheckedReader(path)
@@ -397,7 +441,7 @@ def _read_part(path: Path) -> GGUFFile:
         # The base-class view: slicing an np.memmap costs several times a plain array's slice.
         raw = tensor.data.view(np.ndarray).reshape(-1).view(np.uint8).reshape(raw_shape)
         tensors[tensor.name] = TensorInfo(tensor.name, tensor.tensor_type.name, shape, raw)
-    return GGUFFile((path,), metadata, types, tensors)
+    return GGUFFile((stamp,), metadata, types, tensors)
 
 
 def _join_parts(paths: list[Path], opened: GGUFFile) -> GGUFFile:
@@ -433,7 +477,12 @@ def _join_parts(paths: list[Path], opened: GGUFFile) -> GGUFFile:
         )
     first = parts[0]
     return _drop_split_keys(
-        GGUFFile(tuple(paths), first.metadata, first.field_types, tensors),
+        GGUFFile(
+            tuple(stamp for part in parts for stamp in part.stamps),
+            first.metadata,
+            first.field_types,
+            tensors,
+        ),
     )
 
 
@@ -441,15 +490,14 @@ def _drop_split_keys(file: GGUFFile) -> GGUFFile:
     """The joined file is no part of anything, and must stay openable when it is written again."""
     metadata = {k: v for k, v in file.metadata.items() if k not in _SPLIT_KEYS}
     types = {k: v for k, v in file.field_types.items() if k not in _SPLIT_KEYS}
-    return GGUFFile(file.paths, metadata, types, file.tensors)
+    return GGUFFile(file.stamps, metadata, types, file.tensors)
 
 
 @functools.lru_cache(maxsize=64)
-def _sha256(paths: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> str:
-    del stamps  # part of the cache key only
+def _sha256(stamps: tuple[FileStamp, ...]) -> str:
     digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
+    for stamp in stamps:
+        with stamp.path.open("rb") as file:
             while chunk := file.read(4 << 20):
                 digest.update(chunk)
     return digest.hexdigest()

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from hobbit_jax.engine import Engine, RoutedLayer
+from hobbit_jax.engine import Engine
 from hobbit_jax.evals.quality import Windows, batches
+from hobbit_jax.prefill import RoutedLayer
 from hobbit_jax.store import HostExperts
 from hobbit_jax.tiers import dequantize
 from pallas_kernels.reference import swiglu

@@ -16,6 +16,7 @@ from flax import nnx
 
 from hobbit_jax.architecture import ModelConfig, global_tensors, layer_tensors, read_config
 from hobbit_jax.gguf_file import GGUFFile, TensorInfo, check_finite_scales, open_gguf
+from hobbit_jax.layers import LayerStack
 from hobbit_jax.model import Attention, Block, Ends, Linear, RMSNorm
 from hobbit_jax.tokenizer import Tokenizer
 from pallas_kernels.backends import Implementation, choose
@@ -28,14 +29,14 @@ class LoadedModel:
 
     file: GGUFFile
     config: ModelConfig
-    blocks: tuple[Block, ...]
+    layers: LayerStack
     ends: Ends
     implementation: Implementation  # of its matrix products, dense and expert alike
 
     @property
     def dense_device_bytes(self) -> int:
         """Device bytes of everything but the experts, counted once when tied."""
-        arrays = jax.tree.leaves([nnx.state(b) for b in self.blocks] + [nnx.state(self.ends)])
+        arrays = jax.tree.leaves([self.layers.states, nnx.state(self.ends)])
         return sum(array.nbytes for array in arrays)
 
     def tokenizer(self) -> Tokenizer:
@@ -95,4 +96,4 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
         final_norm=_norm(outer["output_norm"], config),
         head=_linear(outer["output"], implementation) if "output" in outer else None,
     )
-    return LoadedModel(file, config, tuple(blocks), ends, implementation)
+    return LoadedModel(file, config, LayerStack.of(blocks), ends, implementation)

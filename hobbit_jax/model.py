@@ -1,7 +1,7 @@
 """The Flax model: embedding, attention, router and head, with weights in GGUF formats.
 
 Owns the arithmetic of a mixture-of-experts decoder outside its experts. The
-engine drives it layer by layer with a KV cache (`engine.py`); the trainer
+engine drives it layer by layer with a KV cache (`layers.py`); the trainer
 drives the very same modules with F32 weights and no cache
 (`training/trainer.py`). What happens between a block's `route` and the next
 block, the experts, is `moe.py` and the slot pool.
@@ -26,10 +26,23 @@ from pallas_kernels.linear import linear
 
 
 class KVCache(NamedTuple):
-    """One layer's keys and values, float32 [B, C, G, d] with G key/value heads."""
+    """Keys and values of all layers, float32 [L, B, C, G, d] with G key/value heads.
 
-    k_BCGd: jax.Array
-    v_BCGd: jax.Array
+    One array for all layers, so that a loop over layers can write into it in place.
+    """
+
+    k_LBCGd: jax.Array
+    v_LBCGd: jax.Array
+
+    def append(
+        self, layer: jax.Array, positions_BT: jax.Array, k_BTGd: jax.Array, v_BTGd: jax.Array
+    ) -> KVCache:
+        """Writes each token's key and value at its position; a position of C or more, nowhere."""
+        at = (layer, jnp.arange(len(positions_BT))[:, None], positions_BT)
+        return KVCache(
+            self.k_LBCGd.at[at].set(k_BTGd, mode="drop"),
+            self.v_LBCGd.at[at].set(v_BTGd, mode="drop"),
+        )
 
 
 class Linear(nnx.Module):
@@ -98,8 +111,28 @@ def rope(x_BTHd: jax.Array, positions_BT: jax.Array, config: ModelConfig) -> jax
     return jnp.concatenate([rotated, passed], axis=-1)
 
 
+def attend(
+    q_BTHd: jax.Array, k_BCGd: jax.Array, v_BCGd: jax.Array, positions_BT: jax.Array
+) -> jax.Array:
+    """Grouped-query attention of each token to the keys up to its own position, [B, T, H * d].
+
+    Key c stands at position c.
+    """
+    batch, tokens, n_heads, head_dim = q_BTHd.shape
+    length, n_kv_heads = k_BCGd.shape[1:3]
+    q_BTGgd = q_BTHd.reshape(batch, tokens, n_kv_heads, n_heads // n_kv_heads, head_dim)
+    scores = jnp.einsum("btgmd,bcgd->bgmtc", q_BTGgd, k_BCGd) * head_dim**-0.5
+    visible_BTC = jnp.arange(length)[None, None, :] <= positions_BT[:, :, None]
+    scores = jnp.where(visible_BTC[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
+    mixed = jnp.einsum("bgmtc,bcgd->btgmd", jax.nn.softmax(scores, axis=-1), v_BCGd)
+    return mixed.reshape(batch, tokens, n_heads * head_dim)
+
+
 class Attention(nnx.Module):
-    """Grouped-query causal attention with the architecture's q/k normalisation."""
+    """The matrices of attention, with the architecture's q/k normalisation and rotation.
+
+    Between `project` and `output` stands `attend`, which holds no weights.
+    """
 
     def __init__(
         self,
@@ -115,14 +148,10 @@ class Attention(nnx.Module):
         self.q, self.k, self.v, self.output = q, k, v, output
         self.q_norm, self.k_norm = q_norm, k_norm
 
-    def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Attends each token to every earlier position of its own sequence.
-
-        A token whose position is C or more (padding) is written nowhere. With
-        no cache (training), keys are the given tokens themselves.
-        """
+    def project(
+        self, x_BTD: jax.Array, positions_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries [B, T, H, d], rotated keys and values [B, T, G, d]."""
         config = self.config
         batch, tokens, _ = x_BTD.shape
         q_BTN, k_BTN, v_BTN = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
@@ -133,23 +162,7 @@ class Attention(nnx.Module):
         v_BTGd = v_BTN.reshape(batch, tokens, config.n_kv_heads, config.head_dim)
         if config.qk_norm == "head":
             q_BTHd, k_BTGd = _apply(self.q_norm, q_BTHd), _apply(self.k_norm, k_BTGd)
-        q_BTHd, k_BTGd = rope(q_BTHd, positions_BT, config), rope(k_BTGd, positions_BT, config)
-
-        if cache is None:
-            k_BCGd, v_BCGd, key_positions_C = k_BTGd, v_BTGd, jnp.arange(tokens)
-        else:
-            rows_B1 = jnp.arange(batch)[:, None]
-            k_BCGd = cache.k_BCGd.at[rows_B1, positions_BT].set(k_BTGd, mode="drop")
-            v_BCGd = cache.v_BCGd.at[rows_B1, positions_BT].set(v_BTGd, mode="drop")
-            cache, key_positions_C = KVCache(k_BCGd, v_BCGd), jnp.arange(k_BCGd.shape[1])
-
-        groups = config.n_heads // config.n_kv_heads
-        q_BTGgd = q_BTHd.reshape(batch, tokens, config.n_kv_heads, groups, config.head_dim)
-        scores = jnp.einsum("btgmd,bcgd->bgmtc", q_BTGgd, k_BCGd) * config.head_dim**-0.5
-        visible_BTC = key_positions_C[None, None, :] <= positions_BT[:, :, None]
-        scores = jnp.where(visible_BTC[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-        mixed = jnp.einsum("bgmtc,bcgd->btgmd", jax.nn.softmax(scores, axis=-1), v_BCGd)
-        return self.output(mixed.reshape(batch, tokens, -1)), cache
+        return rope(q_BTHd, positions_BT, config), rope(k_BTGd, positions_BT, config), v_BTGd
 
 
 class Routing(NamedTuple):
@@ -178,14 +191,16 @@ class Block(nnx.Module):
         self.attention_norm, self.attention = attention_norm, attention
         self.ffn_norm, self.router = ffn_norm, router
 
-    def attend(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None
-    ) -> tuple[jax.Array, jax.Array, KVCache | None]:
-        """Returns the residual stream after attention, its normalised copy for the experts,
-        and the updated cache."""
-        mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, cache)
-        x_BTD = x_BTD + mixed_BTD
-        return x_BTD, self.ffn_norm(x_BTD), cache
+    def project(
+        self, x_BTD: jax.Array, positions_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of the normalised stream; see `Attention.project`."""
+        return self.attention.project(self.attention_norm(x_BTD), positions_BT)
+
+    def add_attention(self, x_BTD: jax.Array, mixed_BTN: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The residual stream after attention, and its normalised copy for the experts."""
+        x_BTD = x_BTD + self.attention.output(mixed_BTN)
+        return x_BTD, self.ffn_norm(x_BTD)
 
     def router_probabilities(self, h: jax.Array) -> jax.Array:
         """Softmax over all experts, float32 [..., E]."""

@@ -1,7 +1,7 @@
-"""One layer's experts, from routing to their weighted sum.
+"""One layer's experts on many tokens, from routing to their weighted sum.
 
 Owns the grouping of selections by expert and the walk over banks and rounds.
-Called by the engine between a layer's router and the next layer. What stands on
+Called by `prefill.py` between a layer's router and the next layer. What stands on
 the host here is bookkeeping only; the arithmetic is `pallas_kernels.expert_ffn`.
 
 A row's result does not depend on the pool's size: items are padded to a width
@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hobbit_jax.cache.pool import SlotPool
+from hobbit_jax.cache.policies import Step
+from hobbit_jax.cache.pool import SlotPool, Use
 from hobbit_jax.precision import SKIPPED
-from hobbit_jax.store import ExpertKey
+from hobbit_jax.selection import Selections
+from hobbit_jax.store import NATIVE, ExpertKey
 from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn, implementation_for
 from pallas_kernels.reference import Bank, Signature, Work, gather_slots
@@ -45,13 +47,13 @@ def add_experts(x_BTD: jax.Array, y_AD: jax.Array) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class Selections:
+class Grouped:
     """One layer's selections, grouped by the expert that serves them."""
 
     assignments: dict[ExpertKey, np.ndarray]  # t * K + k, ascending
 
     @classmethod
-    def group(cls, layer: int, ids_TK: np.ndarray, tier_TK: np.ndarray) -> Selections:
+    def of(cls, layer: int, ids_TK: np.ndarray, tier_TK: np.ndarray) -> Grouped:
         """Groups by (tier, expert); selections at tier `SKIPPED` belong to nobody."""
         stride = int(ids_TK.max(initial=0)) + 1
         unit_A = np.where(tier_TK == SKIPPED, -1, tier_TK * stride + ids_TK).reshape(-1)
@@ -65,6 +67,14 @@ class Selections:
         }
         return cls(assignments)
 
+    def uses(self, selections: Selections) -> list[Use]:
+        """What the policies learn of each expert."""
+        weights_A, asked_A = selections.weights_TK.reshape(-1), selections.asked_TK.reshape(-1)
+        return [
+            Use(key, float(weights_A[part].max()), bool((asked_A[part] == NATIVE).any()))
+            for key, part in self.assignments.items()
+        ]
+
     def item_rows(self, signature: Signature, implementation: str) -> int:
         """Rows of an item: what suits the kernel, or all of the busiest expert's in one."""
         counts = [len(part) for part in self.assignments.values()]
@@ -74,12 +84,12 @@ class Selections:
 
 
 def _items(
-    pool: SlotPool, keys: list[ExpertKey], selections: Selections, width: int
+    pool: SlotPool, keys: list[ExpertKey], grouped: Grouped, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Slots [I] and assignments [I, width] of `keys`, short items padded with their first."""
     slots, rows = [], []
     for key in keys:
-        assignments = selections.assignments[key]
+        assignments = grouped.assignments[key]
         for start in range(0, len(assignments), width):
             part = assignments[start : start + width]
             rows.append(np.pad(part, (0, width - len(part)), constant_values=part[0]))
@@ -118,38 +128,48 @@ def _run(
 
 def apply_experts(
     pool: SlotPool,
-    layer: int,
+    step: Step,
     h_TD: jax.Array,
     weights_TK: jax.Array,
-    ids_TK: np.ndarray,
-    tier_TK: np.ndarray,
+    selections: Selections,
     implementation: Implementation = None,
 ) -> jax.Array:
-    """Runs every selected expert of `layer`, loading what is missing.
+    """Runs every selected expert of a layer, loading what is missing.
+
+    Args:
+        pool: where the experts are.
+        step: of the policies; says which layer.
+        h_TD: what the experts read.
+        weights_TK: the router's weights, on the device.
+        selections: NumPy arrays.
+        implementation: of the products.
 
     Returns:
         y_AD, float32 [T * K, D]: each selection's expert output times its routing weight;
         zero for skipped selections.
     """
+    ids_TK = selections.ids_TK
     n_assignments, n_experts = ids_TK.size, pool.store.config.n_experts
-    selections = Selections.group(layer, ids_TK, tier_TK)
+    grouped = Grouped.of(step.layer, ids_TK, selections.served_TK)
     by_bank: dict[Signature, list[ExpertKey]] = defaultdict(list)
-    for key in selections.assignments:
+    for key in grouped.assignments:
         by_bank[pool.store.signature(key)].append(key)
+    rounds = {signature: pool.rounds(keys) for signature, keys in by_bank.items()}
+    pool.access(step, grouped.uses(selections))
 
     y_AD = jnp.zeros((n_assignments, h_TD.shape[1]), jnp.float32)
-    for signature, keys in by_bank.items():
+    for signature in by_bank:
         chosen = implementation_for(
             signature, pool.store.config.d_model, pool.store.config.d_expert, implementation
         )
-        width = selections.item_rows(signature, chosen)
+        width = grouped.item_rows(signature, chosen)
         # Bounds that the shapes alone decide, so that few programs are compiled.
         most_items = min(n_assignments, n_experts + n_assignments // width)
         if chosen == "xla":
             most_items = min(most_items, MAX_GATHERED)
-        for part in pool.rounds(keys):
-            pool.ensure(part)
-            items = _items(pool, part, selections, width)
+        for part in rounds[signature]:
+            pool.load(part)
+            items = _items(pool, part, grouped, width)
             bank = pool.banks[signature]
             y_AD = _run(
                 h_TD, y_AD, weights_TK.reshape(-1), bank, signature, items, chosen, most_items

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from hobbit_jax.cache.pool import BankDemand
+from hobbit_jax.cache.budget import BankDemand
 from hobbit_jax.store import NATIVE, HostExperts
 from pallas_kernels.reference import Signature
 

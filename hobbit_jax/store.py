@@ -57,6 +57,7 @@ class HostExperts:
     def __init__(self, config: ModelConfig, native: GGUFFile, low: Sequence[GGUFFile] = ()):
         self.config = config
         self.tiers: list[list[LayerExperts]] = []
+        self._stamps = [file.stamps for file in (native, *low)]
         for file in (native, *low):
             layers = []
             for layer in range(config.n_layers):
@@ -83,7 +84,9 @@ class HostExperts:
         Raises:
             ValueError: a scale is NaN or infinite; checked when an expert is first asked
                 for, so that opening a file of many gigabytes does not read it.
+            OSError: the file is gone, or another than the one that was opened.
         """
+        self.check_unchanged(key.tier)
         layer = self.tiers[key.tier][key.layer]
         tensors = (layer.gate, layer.up, layer.down)
         if key not in self._checked:
@@ -97,6 +100,15 @@ class HostExperts:
                 check_finite_scales(one)
             self._checked.add(key)
         return tensors[0].raw[key.expert], tensors[1].raw[key.expert], tensors[2].raw[key.expert]
+
+    def check_unchanged(self, tier: int) -> None:
+        """Refuses a tier whose file is gone or changed; see `FileStamp.check`. Some microseconds.
+
+        Raises:
+            OSError: what became of the file.
+        """
+        for stamp in self._stamps[tier]:
+            stamp.check()
 
     def tier_bytes(self, tier: int) -> int:
         """Bytes of all experts at one tier."""

@@ -65,7 +65,9 @@ def off_grid_weights(
         return weights
 
     none = np.zeros((0, 0))
-    places = {name: (role, none, none) for role, name in global_tensors(config).items()}
+    places: dict[str, tuple[str, np.ndarray, np.ndarray]] = {
+        name: (role, none, none) for role, name in global_tensors(config).items()
+    }
     for layer in range(config.n_layers):
         neurons_EF = np.argsort(rng.random(shape), axis=1)
         factor_EF = (2.0 ** rng.uniform(-1, 1, shape)).astype(np.float32)

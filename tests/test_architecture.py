@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hobbit_jax.architecture import global_tensors, layer_tensors, read_config
-from hobbit_jax.gguf_file import GGUFFile, TensorInfo
+from hobbit_jax.gguf_file import FileStamp, GGUFFile, TensorInfo
 
 D, F, E, HEADS, KV_HEADS, VOCAB, LAYERS = 16, 12, 4, 4, 2, 10, 2
 
@@ -59,7 +59,7 @@ def model_file(arch="qwen3moe", head_dim=8, keys=(), drop=(), tensors=(), tied=F
         for name, shape in shapes.items()
         if name not in drop
     }
-    return GGUFFile((Path("model.gguf"),), metadata, {}, infos)
+    return GGUFFile((FileStamp(Path("model.gguf"), 0, 0, 0, 0),), metadata, {}, infos)
 
 
 @pytest.mark.parametrize(

@@ -56,22 +56,32 @@ def score_ids(model, batch: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, model.config.vocab_size, (3, 8))[:batch]
 
 
-def run(engine: Engine) -> list[np.ndarray]:
-    """Logits and tokens at batch 1 and 3, the prompts of different lengths."""
-    results = [engine.score(score_ids(engine.model, batch)) for batch in (1, 3)]
-    sampling = Sampling(temperature=0.8, seed=3)
-    for prompts in (PROMPTS, PROMPTS[2:]):
+def run(engine: Engine, batches=(3,)) -> list[np.ndarray]:
+    """Logits of score, prefill and decode, and tokens; the prompts of different lengths."""
+    results = [engine.score(score_ids(engine.model, batch)) for batch in batches]
+    for prompts in [PROMPTS[-batch:] for batch in batches]:
         engine.start(len(prompts), CONTEXT)
         results.append(engine.prefill(prompts))
+        for step in range(NEW_TOKENS):
+            ids_B = np.asarray([9, 8, 7]) + step
+            active_B = np.asarray([True, step != 1, True])  # one sequence pauses
+            logits_BV = engine.decode(ids_B[-len(prompts) :], active_B[-len(prompts) :])
+            results.append(np.asarray(logits_BV)[active_B[-len(prompts) :]])
         engine.pool.reset_stats()
-        steps = list(engine.generate(prompts, NEW_TOKENS, sampling))
+        engine.reset_stats()
+        steps = list(engine.generate(prompts, NEW_TOKENS))
         results.append(np.stack([ids_B for ids_B, _ in steps]))
         stats = engine.pool.stats
         assert sum(cost.misses for _, cost in steps) == stats.misses.sum()
         assert sum(cost.hits for _, cost in steps) == stats.hits.sum()
         assert sum(cost.bytes_moved for _, cost in steps) == stats.bytes_moved
-        fed = sum(map(len, prompts)) + len(prompts) * (NEW_TOKENS - 1)
-        assert sum(cost.tokens for _, cost in steps) == fed
+        assert sum(cost.exits for _, cost in steps) == engine.stats.exits
+        decoded = len(prompts) * (NEW_TOKENS - 1)
+        assert engine.stats.decoded_tokens == decoded
+        assert sum(cost.tokens for _, cost in steps) == sum(map(len, prompts)) + decoded
+        uses = (sum(map(len, prompts)) + decoded) * engine.config.n_layers
+        assert engine.stats.selections == uses * engine.config.experts_per_token
+        assert engine.stats.degraded == engine.stats.skipped == 0
     return [np.asarray(result) for result in results]
 
 
@@ -83,15 +93,60 @@ def test_the_budget_changes_no_bit(model, store, name):
     everything = sum(d.expert_bytes * d.n_experts for d in wanted)
     with pytest.raises(ValueError, match=f"needs at least {least} bytes"):
         Engine(model, store, least - 1, plan)
+    batches = (1, 3) if name == "native" else (3,)
     roomy = Engine(model, store, None, plan, chunk_tokens=CHUNK)
-    results = run(roomy)
+    results = run(roomy, batches)
     assert all(np.isfinite(result).all() for result in results)
     assert roomy.pool.stats.misses.sum() == 0 and roomy.pool.device_bytes == everything
+    assert roomy.stats.exits == 0
     for budget in [least, (least + everything) // 2] if name == "native" else [least]:
         tight = Engine(model, store, budget, plan, chunk_tokens=CHUNK)
-        for got, result in zip(run(tight), results, strict=True):
+        for got, result in zip(run(tight, batches), results, strict=True):
             np.testing.assert_array_equal(got, result, strict=True)
         assert tight.pool.stats.misses.sum() > 0 and tight.pool.device_bytes <= budget
+        assert tight.stats.exits > 0
+
+
+@pytest.fixture
+def transfers(monkeypatch):
+    """Counts every way in which an array of the device becomes the host's."""
+    count = [0]
+
+    def counting(function):
+        def wrapper(array, *args, **kwargs):
+            count[0] += isinstance(array, jax.Array)
+            return function(array, *args, **kwargs)
+
+        return wrapper
+
+    for name in ("asarray", "array"):
+        monkeypatch.setattr(np, name, counting(getattr(np, name)))
+    # Behind device_get, int, bool, float, tolist and item.
+    value = type(jax.numpy.zeros(1))._value
+    monkeypatch.setattr(type(jax.numpy.zeros(1)), "_value", property(counting(value.fget)))
+    return count
+
+
+@pytest.mark.parametrize("tokens_per_call", [1, 4])
+def test_the_host_is_asked_once_a_call(model, store, transfers, tokens_per_call):
+    """And once more for every exit; several tokens a call are the same tokens."""
+    results, new_tokens = [], 1 + 2 * 4
+    for budget in (None, store.tier_bytes(0) // 2):
+        engine = Engine(model, store, budget, chunk_tokens=CHUNK)
+        list(engine.generate(PROMPTS, new_tokens, tokens_per_call=tokens_per_call))  # fills
+        engine.reset_stats()
+        steps = engine.generate(PROMPTS, new_tokens, tokens_per_call=tokens_per_call)
+        rows = [next(steps)[0]]  # the prefill, which does ask
+        transfers[0] = 0
+        rows += [ids_B for ids_B, _ in steps]
+        calls = (new_tokens - 1) // tokens_per_call
+        assert transfers[0] == calls + engine.stats.exits
+        assert (engine.stats.exits > 0) == (budget is not None)
+        results.append(np.stack(rows).tolist())
+        if tokens_per_call > 1:
+            one_by_one = engine.generate(PROMPTS, new_tokens)
+            results.append([ids_B.tolist() for ids_B, _ in one_by_one])
+    assert all(result == results[0] for result in results)
 
 
 def score(model, store, plan=None, **options) -> np.ndarray:
@@ -153,8 +208,8 @@ def test_router_weight_plan_asks_for_the_tier_of_each_weight(model, store):
     np.testing.assert_array_equal(engine.pool.stats.hits + engine.pool.stats.misses, uses)
 
 
-def greedy(engine, prompts, stop_ids=()) -> list[list[int]]:
-    steps = engine.generate(prompts, NEW_TOKENS, stop_ids=stop_ids)
+def greedy(engine, prompts, stop_ids=(), **options) -> list[list[int]]:
+    steps = engine.generate(prompts, NEW_TOKENS, stop_ids=stop_ids, **options)
     return [ids_B.tolist() for ids_B, _ in steps]
 
 
@@ -182,6 +237,7 @@ def test_stop_tokens_end_their_own_sequence(model, store):
     assert ended.any() and not ended.all()
     wanted = np.where(ended, -1, free)[~ended.all(axis=1)]
     assert greedy(engine, PROMPTS, [stop]) == wanted.tolist()
+    assert greedy(engine, PROMPTS, [stop], tokens_per_call=4) == wanted.tolist()
     assert greedy(engine, PROMPTS[:1], [stop]) == free[:1, :1].tolist()  # ends when all have
     assert greedy(engine, PROMPTS, free[0].tolist()) == []
 

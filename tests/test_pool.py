@@ -2,19 +2,20 @@
 
 from functools import partial
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pool_invariants import all_keys, check_invariants
 
 from hobbit_jax.architecture import read_config
+from hobbit_jax.cache.budget import BankDemand, divide_budget
+from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.policies.slru import DEFAULT_PROTECTED_FRACTION, SLRU
-from hobbit_jax.cache.pool import BankDemand, SlotPool, divide_budget
+from hobbit_jax.cache.pool import SlotPool, Use
 from hobbit_jax.gguf_file import open_gguf
 from hobbit_jax.precision import demands, uniform_plan
 from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
-from pallas_kernels.formats import get_format
 from pallas_kernels.reference import Signature
 
 
@@ -69,39 +70,11 @@ def make_pool(store, slots, protected_fraction=DEFAULT_PROTECTED_FRACTION):
     wanted = demands(uniform_plan(store), store)
     expert_bytes = [d.expert_bytes for d in wanted]
     budget = sum(b * n for b, n in zip(expert_bytes, slots, strict=True)) + 100
-    pool = SlotPool(store, wanted, budget, partial(SLRU, protected_fraction=protected_fraction))
+    signatures = [d.signature for d in wanted]
+    banks = dict(zip(signatures, divide_budget(wanted, budget), strict=True))
+    pool = SlotPool(store, banks, budget, partial(SLRU, protected_fraction=protected_fraction))
     assert tuple(pool.slots.values()) == slots
     return pool
-
-
-_join = jax.jit(lambda planes, name: get_format(name).join(planes), static_argnames="name")
-
-
-def check_invariants(pool, store):
-    """Everything that must hold between two calls, whatever came before."""
-    keys_of = {signature: {} for signature in pool.banks}
-    for key in pool.resident():
-        assert 0 <= pool.slot(key) < pool.slots[store.signature(key)]
-        taken = keys_of[store.signature(key)].setdefault(pool.slot(key), key)
-        assert taken == key, f"slot {pool.slot(key)} is shared by {taken} and {key}"
-    assert pool.device_bytes <= pool.budget_bytes
-    on_device = [array.on_device_size_in_bytes() for array in jax.tree.leaves(pool.banks)]
-    assert pool.device_bytes == sum(on_device)
-    expert_bytes = {store.signature(key): store.expert_bytes(key) for key in all_keys(store)}
-    assert pool.device_bytes == sum(expert_bytes[s] * n for s, n in pool.slots.items())
-    for signature, bank in pool.banks.items():
-        policy, by_slot = pool.policies[signature], keys_of[signature]
-        assert len(policy) == len(by_slot) and all(key in policy for key in by_slot.values())
-        assert policy.pinned <= set(by_slot.values())
-        raws_S = [np.asarray(_join(p, n)) for p, n in zip(bank, signature, strict=True)]
-        for slot, key in by_slot.items():
-            for raw_S, wanted in zip(raws_S, store.raw(key), strict=True):
-                np.testing.assert_array_equal(raw_S[slot], wanted, strict=True)
-
-
-def all_keys(store):
-    shape = (store.config.n_layers, store.config.n_experts)
-    return [ExpertKey(NATIVE, layer, expert) for layer, expert in np.ndindex(shape)]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -111,23 +84,39 @@ def test_invariants_after_any_requests(store, slots, seed):
     pool = make_pool(store, slots, protected_fraction=0.5 if seed % 2 else 0.0)
     accesses = misses = moved = 0
     pinned: set[ExpertKey] = set()
-    for operation in rng.choice(["use", "pin", "unpin"], 40, p=[0.6, 0.2, 0.2]):
+    operations = ["use", "pin", "unpin", "stage", "commit"]
+    for operation in rng.choice(operations, 50, p=[0.4, 0.15, 0.15, 0.2, 0.1]):
         layer, count = rng.integers(3), rng.integers(1, 4 if operation == "pin" else 9)
         keys = [ExpertKey(NATIVE, int(layer), int(n)) for n in rng.permutation(8)[:count]]
         signature = store.signature(keys[0])
         of_bank = {key for key in pinned if store.signature(key) == signature}
         if operation == "use":
             rounds = pool.rounds(keys)
+            pool.access(Step(0, int(layer), 0), [Use(key) for key in keys])
             assert sorted(key for part in rounds for key in part) == sorted(keys)
             residency = [key in pool.resident() for part in rounds for key in part]
             assert residency == sorted(residency, reverse=True)
+            misses += residency.count(False)
             for part in rounds:
                 missing = set(part) - pool.resident()
-                misses += len(missing)
                 moved += sum(store.expert_bytes(key) for key in missing)
-                pool.ensure(part)
+                pool.load(part)
                 assert set(part) <= pool.resident()
             accesses += len(keys)
+        elif operation == "stage":
+            before = pool.resident()
+            for key in keys:
+                pool.stage(key)
+            assert pool.resident() == before  # nothing shows before `commit`
+        elif operation == "commit":
+            before, bytes_before = pool.resident(), pool.stats.bytes_moved
+            pool.commit()
+            arrived = sum(store.expert_bytes(key) for key in pool.resident() - before)
+            moved += pool.stats.bytes_moved - bytes_before
+            assert pool.stats.bytes_moved - bytes_before >= arrived
+            after = pool.resident()
+            pool.commit()
+            assert pool.resident() == after and pool.stats.bytes_moved == moved
         elif operation == "pin" and len(of_bank | set(keys)) > pool.slots[signature] - 2:
             before = pool.resident()
             with pytest.raises(ValueError, match=r"fewer than 2 of its \d slots"):
@@ -151,8 +140,10 @@ def test_invariants_after_any_requests(store, slots, seed):
 
 def test_stats_say_which_expert(store):
     pool = make_pool(store, (2, 2))
-    pool.ensure([ExpertKey(0, 1, 3), ExpertKey(0, 1, 5)])
-    pool.ensure([ExpertKey(0, 1, 5)])
+    first, second = ExpertKey(0, 1, 3), ExpertKey(0, 1, 5)
+    pool.access(Step(0, 1, 0), [Use(first), Use(second)])
+    pool.load([first, second])
+    pool.access(Step(1, 1, 1), [Use(second)])
     assert np.argwhere(pool.stats.misses).tolist() == [[0, 1, 3], [0, 1, 5]]
     assert np.argwhere(pool.stats.hits).tolist() == [[0, 1, 5]]
     assert pool.stats.hit_rate == pytest.approx(1 / 3)
@@ -160,7 +151,7 @@ def test_stats_say_which_expert(store):
 
 def test_store_hands_out_views_of_the_file(store):
     """No expert is copied on the host, and nobody can write into the file."""
-    for key in all_keys(store):
+    for key in all_keys(store, NATIVE):
         layer = store.layer(NATIVE, key.layer)
         for raw, tensor in zip(store.raw(key), (layer.gate, layer.up, layer.down), strict=True):
             assert np.shares_memory(raw, tensor.raw) and not raw.flags.writeable

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hobbit_jax.gguf_file import GGUFFile, open_gguf
+from hobbit_jax.gguf_file import FileStamp, GGUFFile, open_gguf
 from hobbit_jax.tokenizer import Tokenizer
 
 VOCABULARIES = ("gpt-2", "llama-spm", "qwen2")
@@ -33,7 +33,7 @@ def byte_level_file(**changes) -> GGUFFile:
         "tokenizer.ggml.eos_token_id": len(tokens) - 3,
     }
     kept = {k: v for k, v in (metadata | changes).items() if v is not None}
-    return GGUFFile((Path("tiny.gguf"),), kept, {}, {})
+    return GGUFFile((FileStamp(Path("tiny.gguf"), 0, 0, 0, 0),), kept, {}, {})
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)

@@ -1,20 +1,19 @@
 """The slot pool: a fixed number of bytes on the device that holds the hot experts.
 
-Owns the banks (device arrays), which expert is in which slot, and every
-host-to-device copy of an expert. Called by the engine (`engine.py`), once per
-layer and round. One bank per expert signature, sized exactly, so that a low-bit
-expert takes only its own bytes; each bank has its own policy. Raw GGUF
-blocks go up in one contiguous copy per matrix and are split into planes on the
-device, inside the program that writes the slot.
+Owns the banks (device arrays), the table that says which expert is in which slot, on the device
+and in the host's copy, and every host-to-device copy of an expert. Called by the engine and by
+`moe.py`. One bank per expert signature, sized exactly, so that a low-bit expert takes only its
+own bytes; each bank has its own policy. Raw GGUF blocks go up in one contiguous copy per matrix
+and are split into planes on the device, inside the one program that writes the slot and its line
+of the table: the two cannot disagree.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,52 +24,18 @@ from hobbit_jax.store import ExpertKey, HostExperts
 from pallas_kernels.formats import get_format
 from pallas_kernels.reference import Bank, Planes, Signature
 
-
-@dataclass(frozen=True)
-class BankDemand:
-    """What one bank is asked to hold, in experts and in share of use."""
-
-    signature: Signature
-    expert_bytes: int
-    n_experts: int  # distinct experts that may ask for a slot
-    min_slots: int  # experts that one token's step may need at once
-    weight: float = 1.0  # expected uses per expert, relative to the other banks
+ABSENT = -1  # in the slot table: no slot
 
 
-def divide_budget(demands: Sequence[BankDemand], budget_bytes: int) -> list[int]:
-    """Slots per bank within `budget_bytes`: the minima first, then the bank least filled.
-
-    Raises:
-        ValueError: the minima alone do not fit; says how many bytes are needed.
-    """
-    slots = [demand.min_slots for demand in demands]
-    needed = sum(d.expert_bytes * s for d, s in zip(demands, slots, strict=True))
-    if needed > budget_bytes:
-        needed_mib = math.ceil(needed / 2**20 * 1000) / 1000  # rounded up: it must be enough
-        raise ValueError(
-            f"the expert pool's budget of {budget_bytes} bytes cannot hold one step's experts; "
-            f"it needs at least {needed} bytes (--budget_mib={needed_mib})"
-        )
-    left = budget_bytes - needed
-
-    def fill(i: int) -> float:
-        return slots[i] / (demands[i].n_experts * max(demands[i].weight, 1e-9))
-
-    queue = [(fill(i), i) for i in range(len(demands))]
-    heapq.heapify(queue)
-    while queue:
-        _, i = heapq.heappop(queue)
-        if slots[i] < demands[i].n_experts and demands[i].expert_bytes <= left:
-            slots[i] += 1
-            left -= demands[i].expert_bytes
-            heapq.heappush(queue, (fill(i), i))
-    return slots
-
-
-@partial(jax.jit, donate_argnums=0, static_argnums=3)
+@partial(jax.jit, donate_argnums=(0, 1), static_argnums=4)
 def _write_slot(
-    bank: Bank, slot: jax.Array, raw: tuple[jax.Array, ...], signature: Signature
-) -> Bank:
+    bank: Bank,
+    table_UE: jax.Array,
+    raw: tuple[jax.Array, ...],
+    change: np.ndarray,  # int32: slot; row and column of the newcomer, then of the victim
+    signature: Signature,
+) -> tuple[Bank, jax.Array]:
+    slot = change[0]
     written = []
     for planes, blocks, name in zip(bank, raw, signature, strict=True):
         new = get_format(name).split(blocks)
@@ -80,7 +45,9 @@ def _write_slot(
                 for plane in planes
             }
         )
-    return Bank(*written)
+    # Without a victim its row is past the table's end, and the write is dropped.
+    table_UE = table_UE.at[change[3], change[4]].set(ABSENT, mode="drop")
+    return Bank(*written), table_UE.at[change[1], change[2]].set(slot)
 
 
 @dataclass
@@ -98,31 +65,42 @@ class PoolStats:
         return int(self.hits.sum()) / total if total else None
 
 
+class Use(NamedTuple):
+    """One expert's use in one step of one layer, for the policies."""
+
+    key: ExpertKey
+    weight: float = 1.0  # its largest router weight among the step's tokens
+    native: bool = True  # whether native precision was asked for
+
+
 class SlotPool:
-    """Banks, slots and policies under one byte budget."""
+    """Banks, slot table and policies under one byte budget (`cache/budget.py` divides it).
+
+    `banks` and `table_UE` are for compiled programs to read: row `tier * L + layer` of the table
+    holds, for each expert, its slot in the bank of its signature, or `ABSENT`.
+    """
 
     def __init__(
         self,
         store: HostExperts,
-        demands: Sequence[BankDemand],
+        slots: Mapping[Signature, int],
         budget_bytes: int,
         policy: PolicyFactory,
     ):
         self.store = store
         self.budget_bytes = budget_bytes
-        slots = divide_budget(demands, budget_bytes)
-        self.slots: dict[Signature, int] = {
-            demand.signature: n for demand, n in zip(demands, slots, strict=True)
-        }
+        self.slots = dict(slots)
         self.banks: dict[Signature, Bank] = {}
         self.policies: dict[Signature, Policy[ExpertKey]] = {}
         self._free: dict[Signature, list[int]] = {}
         self._slot_of: dict[ExpertKey, int] = {}
-        for demand in demands:
-            signature, n_slots = demand.signature, self.slots[demand.signature]
+        self._staged: dict[ExpertKey, tuple[jax.Array, ...]] = {}
+        for signature, n_slots in slots.items():
             self.banks[signature] = self._empty_bank(signature, n_slots)
             self.policies[signature] = policy(n_slots)
             self._free[signature] = list(range(n_slots))[::-1]
+        shape = (len(store.tiers) * store.config.n_layers, store.config.n_experts)
+        self.table_UE = jnp.full(shape, ABSENT, jnp.int32)
         self.stats = self._zero_stats()
         if self.device_bytes > budget_bytes:
             raise RuntimeError(f"banks take {self.device_bytes} of {budget_bytes} bytes")
@@ -149,9 +127,27 @@ class SlotPool:
         """Every expert that holds a slot."""
         return frozenset(self._slot_of)
 
+    def __contains__(self, key: ExpertKey) -> bool:
+        return key in self._slot_of
+
     def slot(self, key: ExpertKey) -> int:
         """The slot of a resident expert, in the bank of its signature. KeyError if absent."""
         return self._slot_of[key]
+
+    def access(self, step: Step, uses: Sequence[Use], wished: Sequence[Use] = ()) -> None:
+        """Records one use of each expert in a step of a layer, before anything is loaded for it.
+
+        `wished` copies were asked for and another tier served: the policies hear of them, the
+        counts do not.
+        """
+        for policy in self.policies.values():
+            policy.begin_step(step)
+        for key, weight, native in uses:
+            hit = self.policies[self.store.signature(key)].access(key, weight, native)
+            (self.stats.hits if hit else self.stats.misses)[key] += 1
+        for key, weight, native in wished:
+            if (policy := self.policies.get(self.store.signature(key))) is not None:
+                policy.access(key, weight, native)
 
     def rounds(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
         """Splits one step's experts of one bank into rounds that fit its slots together.
@@ -172,29 +168,107 @@ class SlotPool:
         starts = range(first, len(ordered), max(size, 1))
         return [ordered[:first], *(ordered[i : i + size] for i in starts)]
 
-    def begin_step(self, step: Step) -> None:
-        """Says which token and layer the calls of `ensure` that follow belong to."""
-        for policy in self.policies.values():
-            policy.begin_step(step)
+    def load(self, keys: Sequence[ExpertKey]) -> None:
+        """Makes all of `keys` (one round) resident; none of them is evicted for another.
 
-    def ensure(self, keys: Sequence[ExpertKey]) -> None:
-        """Makes all of `keys` (one round) resident, counting one access each."""
+        Raises:
+            ValueError: an expert's scales are damaged.
+            OSError: its file is gone or changed.
+            RuntimeError: more experts than slots that are not pinned, or an upload failed. The
+                pool is whole after each of these, though an expert or a bank's may be missing.
+        """
         keep = frozenset(keys)
-        for key in keys:
-            hit = self.policies[self.store.signature(key)].access(key)
-            (self.stats.hits if hit else self.stats.misses)[key] += 1
         for key in keys:
             if key not in self._slot_of:
                 self._fetch(key, keep)
 
+    def load_all(self, tier: int) -> None:
+        """Makes every expert of a tier resident, in a pool that has room for all of them."""
+        config = self.store.config
+        for layer in range(config.n_layers):
+            self.load([ExpertKey(tier, layer, expert) for expert in range(config.n_experts)])
+
+    def stage(self, key: ExpertKey) -> None:
+        """Starts the upload of an expert that nobody waits for; `commit` gives it a slot.
+
+        Programs that run meanwhile do not see it. Nothing happens if it is resident or staged, or
+        has no bank.
+        """
+        if (
+            key in self._slot_of
+            or key in self._staged
+            or self.store.signature(key) not in self.banks
+        ):
+            return
+        self._staged[key] = self._upload(key)
+
+    def commit(self) -> None:
+        """Gives every staged expert a slot, between two entries of a program."""
+        for key in list(self._staged):
+            policy = self.policies[self.store.signature(key)]
+            if len(policy.pinned) < policy.capacity and key not in self._slot_of:
+                self._fetch(key, frozenset())
+            self._staged.pop(key, None)
+
+    def _upload(self, key: ExpertKey) -> tuple[jax.Array, ...]:
+        raw = self.store.raw(key)
+        try:
+            return jax.device_put(raw)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the upload of expert {key.expert} of layer {key.layer}, tier {key.tier}, failed: "
+                f"{error}"
+            ) from error
+
     def _fetch(self, key: ExpertKey, keep: frozenset[ExpertKey]) -> None:
         signature = self.store.signature(key)
-        victim = self.policies[signature].admit(key, keep)
-        slot = self._free[signature].pop() if victim is None else self._slot_of.pop(victim)
-        raw = jax.device_put(self.store.raw(key))
-        self.banks[signature] = _write_slot(self.banks[signature], jnp.int32(slot), raw, signature)
-        self._slot_of[key] = slot
+        raw = self._staged.pop(key, None) or self._upload(key)
+        # On a CPU an upload is the map itself, read only when the slot is written.
+        self.store.check_unchanged(key.tier)
+        policy, free = self.policies[signature], self._free[signature]
+        victim = policy.admit(key, keep)
+        try:
+            slot = free[-1] if victim is None else self._slot_of[victim]
+            change = np.asarray([slot, *self._cell(key), *self._cell(victim)], np.int32)
+            self.banks[signature], self.table_UE = _write_slot(
+                self.banks[signature], self.table_UE, raw, change, signature
+            )
+            if victim is None:
+                free.pop()
+            else:
+                del self._slot_of[victim]
+            self._slot_of[key] = slot
+        except BaseException:
+            # Failed or interrupted half-way: which of banks, table and policy changed is unknown.
+            self._empty(signature)
+            raise
         self.stats.bytes_moved += self.store.expert_bytes(key)
+
+    def _empty(self, signature: Signature) -> None:
+        """Makes a bank's experts absent, so that banks, table and policy agree for certain."""
+        policy, n_slots = self.policies[signature], self.slots[signature]
+        for layer, tier in np.ndindex(self.store.config.n_layers, len(self.store.tiers)):
+            for expert in range(self.store.config.n_experts):
+                key = ExpertKey(tier, layer, expert)
+                if self.store.signature(key) == signature:
+                    self._slot_of.pop(key, None)
+                    if key in policy:
+                        policy.unpin(key)
+                        policy.remove(key)
+        self._free[signature] = list(range(n_slots))[::-1]
+        if any(plane.is_deleted() for plane in jax.tree.leaves(self.banks[signature])):
+            self.banks[signature] = self._empty_bank(signature, n_slots)
+        table_UE = np.full(self.table_UE.shape, ABSENT, np.int32)
+        for key, slot in self._slot_of.items():
+            table_UE[self._cell(key)] = slot
+        self.table_UE = jnp.asarray(table_UE)
+
+    def _cell(self, key: ExpertKey | None) -> tuple[int, int]:
+        """Row and column of an expert's line in the table; outside of it for None."""
+        if key is None:
+            rows, columns = self.table_UE.shape
+            return rows, columns
+        return key.tier * self.store.config.n_layers + key.layer, key.expert
 
     def pin(self, keys: Iterable[ExpertKey]) -> None:
         """Loads `keys` and keeps them resident until `unpin`; not counted as accesses.

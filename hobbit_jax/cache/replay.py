@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from hobbit_jax.cache.budget import BankDemand, divide_budget
 from hobbit_jax.cache.policies import POLICIES, Belady, PinnedStatic, Policy, Step
-from hobbit_jax.cache.pool import BankDemand, divide_budget
 from hobbit_jax.cache.trace import Trace
 from pallas_kernels.reference import Signature
 

@@ -26,7 +26,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
 from hobbit_jax.architecture import ModelConfig
-from hobbit_jax.model import Attention, Block, Ends, Linear, RMSNorm
+from hobbit_jax.model import Attention, Block, Ends, Linear, RMSNorm, attend
 from hobbit_jax.training.corpus import Phase
 
 
@@ -153,7 +153,9 @@ class TrainableModel(nnx.Module):
         capacity = math.ceil(mean_load * capacity_factor / 8) * 8
         x_BTD, balance, shares = self.ends.embed(ids_BT), 0.0, []
         for block, experts in zip(self.blocks, self.experts, strict=True):
-            x_BTD, h_BTD, _ = block.attend(x_BTD, positions_BT, None)
+            q_BTHd, k_BTGd, v_BTGd = block.project(x_BTD, positions_BT)
+            mixed_BTN = attend(q_BTHd, k_BTGd, v_BTGd, positions_BT)
+            x_BTD, h_BTD = block.add_attention(x_BTD, mixed_BTN)
             h_TD = h_BTD.reshape(batch * tokens, -1)
             routing = block.route(h_TD)
             chosen_E = jnp.sum(jax.nn.one_hot(routing.ids, config.n_experts), axis=(0, 1))

@@ -1,0 +1,72 @@
+"""How many slots each bank gets under a plan, a miss mode and a budget.
+
+Owns the step from who may ask for which copy (`precision.py`, `miss_modes.py`) to slots per bank;
+the division itself is `cache/budget.py`'s. Called by the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hobbit_jax.cache.budget import BankDemand, divide_budget, divide_tiers
+from hobbit_jax.miss_modes import LOW, MissMode
+from hobbit_jax.precision import PrecisionPlan, demands, uniform_plan
+from hobbit_jax.store import NATIVE, HostExperts
+from pallas_kernels.reference import Signature
+
+DEFAULT_LOW_SHARE = 0.5
+
+
+def _total_bytes(wanted: Sequence[BankDemand]) -> int:
+    return sum(demand.expert_bytes * demand.n_experts for demand in wanted)
+
+
+def _signatures(store: HostExperts, tier: int) -> set[Signature]:
+    return {layer.signature for layer in store.tiers[tier]}
+
+
+def pool_slots(
+    plan: PrecisionPlan,
+    mode: MissMode,
+    store: HostExperts,
+    budget_bytes: int | None,
+    low_share: float,
+) -> tuple[dict[Signature, int], int]:
+    """Slots per bank, and the bytes that would hold everything anyone may ask for.
+
+    Args:
+        plan: who asks for which tier.
+        mode: whether low copies serve misses.
+        store: experts at every tier.
+        budget_bytes: of the pool; None holds everything.
+        low_share: of the budget for low copies (0-1), where the mode keeps some; a mode that keeps
+            all of them takes what they need.
+
+    Raises:
+        ValueError: the budget is too small (says what it needs), or the mode needs a low tier
+            that the store does not have.
+        NotImplementedError: native and low experts of the same formats, which would share a bank.
+    """
+    wanted = demands(plan, store)
+    if mode.low_banks == "none":
+        total = _total_bytes(wanted)
+        slots = divide_budget(wanted, total if budget_bytes is None else budget_bytes)
+        return dict(zip((d.signature for d in wanted), slots, strict=True)), total
+    if len(store.tiers) <= LOW:
+        raise ValueError(f"miss mode {type(mode).__name__} needs a store with a low tier")
+    shared = _signatures(store, NATIVE) & _signatures(store, LOW)
+    if shared:
+        raise NotImplementedError(
+            f"native and low experts both have formats {', '.join(map(str, shared))}; miss mode "
+            f"{type(mode).__name__} needs a low tier of other formats"
+        )
+    native = [d for d in wanted if d.signature in _signatures(store, NATIVE)]
+    if not mode.native_waits:
+        native = [replace(demand, min_slots=0) for demand in native]
+    low = demands(uniform_plan(store, LOW), store)
+    if mode.low_banks == "all":
+        low = [replace(demand, min_slots=demand.n_experts) for demand in low]
+    total = _total_bytes([*native, *low])
+    slots = divide_tiers(native, low, total if budget_bytes is None else budget_bytes, low_share)
+    return slots, total

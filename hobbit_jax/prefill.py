@@ -1,0 +1,151 @@
+"""Many tokens at once: prompts and scored text, layer by layer under the host's eye.
+
+Owns the walk over layers for a chunk of tokens. A chunk may choose more experts of a layer than
+the pool has slots, so each layer's choice comes to the host, which groups it by expert and runs it
+in rounds (`moe.py`). Called by `engine.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hobbit_jax.cache.policies import Step
+from hobbit_jax.cache.pool import SlotPool
+from hobbit_jax.layers import LayerKinds, States
+from hobbit_jax.loading import LoadedModel
+from hobbit_jax.miss_modes import MissMode
+from hobbit_jax.model import KVCache, attend
+from hobbit_jax.moe import add_experts, apply_experts
+from hobbit_jax.precision import Array, PrecisionPlan
+from hobbit_jax.selection import Selections, rows_of_layer, select
+
+
+@dataclass(frozen=True)
+class RoutedLayer:
+    """What one layer's router chose in one step, for those who watch (importance, traces)."""
+
+    layer: int
+    ids_TK: np.ndarray  # int32
+    weights_TK: np.ndarray  # float32
+    valid_T: np.ndarray  # bool; False is padding
+    h_TD: jax.Array | None = None  # the experts' input, float32; absent in decode
+
+    def by_expert(self) -> Iterator[tuple[int, jax.Array, jax.Array]]:
+        """Each chosen expert with the tokens that chose it, int32 [R], and its weights, [R].
+
+        Padded to a power of two with weights of 0, so that few programs are compiled.
+        """
+        valid_TK = np.broadcast_to(self.valid_T[:, None], self.ids_TK.shape)
+        for expert in np.unique(self.ids_TK[valid_TK]).tolist():
+            token_R, choice_R = np.nonzero((self.ids_TK == expert) & valid_TK)
+            weight_R = self.weights_TK[token_R, choice_R]
+            padding = (0, (1 << (len(token_R) - 1).bit_length()) - len(token_R))
+            yield (
+                expert,
+                jnp.asarray(np.pad(token_R, padding), jnp.int32),
+                jnp.asarray(np.pad(weight_R, padding)),
+            )
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(graph, state, ids_BT: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state).embed(ids_BT)
+
+
+@partial(jax.jit, static_argnames=("kinds", "kind", "mode"), donate_argnames=("x_BTD", "caches"))
+def _attend_and_route(
+    kinds: LayerKinds,
+    kind: int,
+    mode: MissMode,
+    states: States,
+    index: Array,
+    layer: Array,
+    plan: PrecisionPlan,
+    table_UE: jax.Array,
+    x_BTD: jax.Array,
+    positions_BT: Array,
+    caches: KVCache,
+) -> tuple[jax.Array, jax.Array, KVCache, Selections]:
+    block, context = kinds.block(states, kind, index), caches.k_LBCGd.shape[2]
+    q_BTHd, k_BTGd, v_BTGd = block.project(x_BTD, positions_BT)
+    caches = caches.append(layer, positions_BT, k_BTGd, v_BTGd)
+    mixed_BTN = attend(q_BTHd, caches.k_LBCGd[layer], caches.v_LBCGd[layer], positions_BT)
+    x_BTD, h_BTD = block.add_attention(x_BTD, mixed_BTN)
+    h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
+    table_tE = rows_of_layer(table_UE, layer, len(kinds.kind_L))
+    valid_T = (positions_BT < context).reshape(-1)
+    selections = select(plan, mode, table_tE, layer, block.route(h_TD), valid_T)
+    return x_BTD, h_TD, caches, selections
+
+
+@partial(jax.jit, static_argnums=0)
+def logits(graph, state, x_BTD: jax.Array, last_B: np.ndarray | None) -> jax.Array:
+    """Logits of every token, or of token `last_B` of each sequence."""
+    if last_B is not None:
+        x_BTD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
+    return nnx.merge(graph, state).logits(x_BTD)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Appends chunks of tokens to sequences. `watch` sees each layer's routing, on the host."""
+
+    model: LoadedModel
+    pool: SlotPool
+    plan: PrecisionPlan
+    mode: MissMode
+
+    def append(
+        self,
+        caches: KVCache,
+        ids_BT: np.ndarray,
+        lengths_B: np.ndarray,
+        n_new_B: np.ndarray,
+        token: int,
+        watch: Callable[[RoutedLayer, Selections], None],
+    ) -> tuple[jax.Array, KVCache]:
+        """Appends the first `n_new_B` tokens of each row to sequences of `lengths_B`.
+
+        Args:
+            caches: donated.
+            ids_BT: int32.
+            lengths_B: tokens of each sequence so far.
+            n_new_B: the others are padding.
+            token: of the policies' `Step`.
+            watch: called with each layer's routing and with its selections as NumPy arrays.
+
+        Returns:
+            Residual stream [B, T, D] after the last layer, and the caches.
+        """
+        model, (batch, tokens) = self.model, ids_BT.shape
+        context = caches.k_LBCGd.shape[2]
+        offsets_BT = np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens))
+        valid_BT = offsets_BT < n_new_B[:, None]
+        # Padding stands at position C, which the KV cache drops.
+        positions_BT = np.where(valid_BT, lengths_B[:, None] + offsets_BT, context)
+        positions_BT = positions_BT.astype(np.int32)
+        x_BTD = _embed(*nnx.split(model.ends), np.asarray(ids_BT, np.int32))
+        kinds = model.layers.kinds
+        for layer, (kind, index) in enumerate(zip(kinds.kind_L, kinds.index_L, strict=True)):
+            x_BTD, h_TD, caches, selections = _attend_and_route(
+                kinds, kind, self.mode, model.layers.states, np.int32(index), np.int32(layer),
+                self.plan, self.pool.table_UE, x_BTD, positions_BT, caches,
+            )  # fmt: skip
+            on_host = Selections(*jax.device_get(selections))
+            routed = RoutedLayer(
+                layer, on_host.ids_TK, on_host.weights_TK, valid_BT.reshape(-1), h_TD
+            )
+            watch(routed, on_host)
+            step = Step(token, layer, int(lengths_B.max()))
+            y_AD = apply_experts(
+                self.pool, step, h_TD, selections.weights_TK, on_host, model.implementation
+            )
+            x_BTD = add_experts(x_BTD, y_AD)
+        return x_BTD, caches

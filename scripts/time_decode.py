@@ -1,0 +1,39 @@
+"""Decodes one window for every line on stdin and prints its seconds per token.
+
+    yes | head -5 | python scripts/time_decode.py --model M.gguf --tokens 64
+
+Called by `bench_decode.py`, also with PYTHONPATH set to another checkout of this repository: it
+uses only what the engine has always had, so that two revisions can be timed in turns.
+"""
+
+import sys
+import time
+
+import numpy as np
+from absl import app, flags
+
+from hobbit_jax.engine import Engine
+from hobbit_jax.loading import load_model
+from hobbit_jax.store import HostExperts
+
+_MODEL = flags.DEFINE_string("model", None, "GGUF file", required=True)
+_TOKENS = flags.DEFINE_integer("tokens", 64, "decoded in a window", 1)
+_BUDGET_MIB = flags.DEFINE_float("budget_mib", None, "expert pool; all resident by default")
+
+
+def main(_):
+    model = load_model(_MODEL.value)
+    budget_bytes = None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20)
+    engine = Engine(model, HostExperts(model.config, model.file), budget_bytes)
+    ids_S = np.random.default_rng(0).integers(0, model.config.vocab_size, _TOKENS.value + 8)
+    for _ in sys.stdin:
+        engine.start(1, len(ids_S))
+        engine.prefill([ids_S[:8].tolist()])
+        began = time.perf_counter()
+        for token in ids_S[8:]:
+            np.asarray(engine.decode(np.asarray([token])))
+        print((time.perf_counter() - began) / _TOKENS.value, flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)

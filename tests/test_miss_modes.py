@@ -1,0 +1,188 @@
+"""Miss modes: what serves a missing expert, and that each is a function of its inputs."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pool_invariants import check_invariants
+
+from hobbit_jax import tiers
+from hobbit_jax.cache.budget import BankDemand, divide_tiers
+from hobbit_jax.cache.promotion import Promoter, PromotionRule
+from hobbit_jax.engine import Engine
+from hobbit_jax.loading import load_model
+from hobbit_jax.miss_modes import LOW, MISS_MODES, miss_mode
+from hobbit_jax.precision import SKIPPED, uniform_plan
+from hobbit_jax.store import NATIVE, HostExperts
+from pallas_kernels.reference import Signature
+
+PROMPTS, CONTEXT, CHUNK = [[5, 200, 17, 17, 99], [3], [101, 42, 7, 250, 11]], 24, 15
+STEPS = 12
+
+
+def test_what_serves_a_selection():
+    """Every mode's rule, written out: residency (native, low) against weights .5 .4 .08 .02."""
+    weights_TK = jnp.asarray([[0.5, 0.4, 0.08, 0.02]])  # heavier ones sum to 0 .5 .9 .98
+    absent = {
+        "off": [NATIVE] * 4,
+        "wait": [NATIVE] * 4,
+        "use_low_if_resident": [NATIVE] * 4,
+        "fetch_low": [LOW] * 4,
+        "hobbit": [NATIVE, NATIVE, LOW, SKIPPED],
+        "floor": [LOW] * 4,
+    }
+    low_only = {**absent, "use_low_if_resident": [LOW] * 4}
+    assert absent.keys() == MISS_MODES.keys()
+    native_TK = jnp.full((1, 4), NATIVE, jnp.int32)
+    for name, mode in MISS_MODES.items():
+        for wanted, native, low in [
+            (absent[name], False, False),
+            (low_only[name], False, True),
+            ([NATIVE] * 4, True, False),
+            ([NATIVE] * 4, True, True),
+        ]:
+            resident_tTK = jnp.stack([jnp.full((1, 4), native), jnp.full((1, 4), low)])
+            served_TK = mode.serve(native_TK, weights_TK, resident_tTK)
+            assert served_TK.tolist() == [wanted], (name, native, low)
+            # What the plan itself sends low, or nowhere, is no miss of native.
+            for asked in (LOW, SKIPPED):
+                asked_TK = jnp.full((1, 4), asked, jnp.int32)
+                served_TK = mode.serve(asked_TK, weights_TK, resident_tTK)
+                assert served_TK.tolist() == [[asked] * 4], (name, asked)
+    with pytest.raises(ValueError, match="want one of off, wait"):
+        miss_mode("fast")
+
+
+@pytest.fixture(scope="module")
+def model(two_banks_path):
+    return load_model(two_banks_path)
+
+
+@pytest.fixture(scope="module")
+def store(model, tmp_path_factory):
+    low = tiers.open_tier(
+        model.file, model.config, tiers.TierSpec("Q2_K"), tmp_path_factory.mktemp("tiers")
+    )
+    return HostExperts(model.config, model.file, [low])
+
+
+def decode(engine) -> np.ndarray:
+    """Logits [steps, B, V] of forced tokens after prompts of different lengths."""
+    engine.start(len(PROMPTS), CONTEXT)
+    parts = [np.asarray(engine.prefill(PROMPTS))]
+    forced_SB = np.random.default_rng(2).integers(0, engine.config.vocab_size, (STEPS, 3))
+    for ids_B in forced_SB:
+        parts.append(np.asarray(engine.decode(ids_B)))
+        check_invariants(engine.pool, engine.store)
+    return np.stack(parts)
+
+
+@pytest.fixture(scope="module")
+def native(model, store):
+    return decode(Engine(model, store, chunk_tokens=CHUNK))
+
+
+def engine_of(model, store, mode: str, share: float, **options) -> Engine:
+    """A budget of `share` of the native experts beyond the low tier, if that is all resident."""
+    budget = int(share * store.tier_bytes(NATIVE))
+    if MISS_MODES[mode].low_banks == "all":
+        budget += store.tier_bytes(LOW)
+    options = {"promotion": PromotionRule(after_uses=2, per_token=2), **options}
+    return Engine(model, store, budget, mode=mode, chunk_tokens=CHUNK, **options)
+
+
+@pytest.mark.parametrize("mode", ["use_low_if_resident", "fetch_low", "hobbit", "floor"])
+def test_a_mode_is_deterministic_and_counted(model, store, native, mode):
+    """Twice the same bits and the same counts; the pool is whole after every token."""
+    runs = []
+    for _ in range(2):
+        engine = engine_of(model, store, mode, 0.5)
+        logits = decode(engine)
+        runs.append((logits, engine.stats, engine.pool.resident(), engine.pool.stats.bytes_moved))
+    assert np.array_equal(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:]
+    stats, resident = runs[0][1], runs[0][2]
+    assert 0 < stats.degraded < stats.selections
+    assert (stats.skipped > 0) == (mode == "hobbit")
+    difference = np.abs(runs[0][0] - native).max(axis=(1, 2))
+    assert difference.max() > 0.01  # degraded it is
+    if mode == "floor":
+        assert stats.exits == 0 and engine.pool.stats.misses.sum() == 0
+        assert all(key._replace(tier=LOW) in resident for key in resident)
+        assert any(key.tier == NATIVE for key in resident)  # promoted
+    else:
+        assert stats.exits > 0
+
+
+def test_off_is_the_native_cache(model, store, native):
+    """Whatever the plan says: its bits, its residents and its bytes."""
+    plain = Engine(model, HostExperts(model.config, model.file), store.tier_bytes(0) // 2)
+    plain.chunk_tokens = CHUNK
+    off = engine_of(model, store, "off", 0.5, plan=uniform_plan(store, LOW))
+    np.testing.assert_array_equal(decode(plain), native)
+    np.testing.assert_array_equal(decode(off), native)
+    assert off.pool.resident() == plain.pool.resident() and off.pool.slots == plain.pool.slots
+    assert off.pool.stats.bytes_moved == plain.pool.stats.bytes_moved
+    assert off.stats == plain.stats and off.stats.degraded == 0
+
+
+def test_a_mode_under_an_unlimited_budget_degrades_only_until_it_has_promoted(model, store, native):
+    """With room for everything, use_low_if_resident never serves low: native came first."""
+    engine = Engine(model, store, mode="use_low_if_resident", chunk_tokens=CHUNK)
+    np.testing.assert_array_equal(decode(engine), native)
+    assert engine.stats.degraded == 0
+
+
+def test_a_mode_says_what_it_needs(model, store):
+    with pytest.raises(ValueError, match="needs at least"):
+        Engine(model, store, store.tier_bytes(LOW) - 1, mode="floor")
+    with pytest.raises(ValueError, match="low tier"):
+        Engine(model, HostExperts(model.config, model.file), mode="floor")
+    with pytest.raises(NotImplementedError, match="other formats"):
+        Engine(model, HostExperts(model.config, model.file, [model.file]), mode="floor")
+
+
+def test_divide_tiers_keeps_the_budget_and_the_share():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        demands = [
+            BankDemand(
+                Signature(str(bank), "", ""),
+                int(rng.integers(1, 1000)),
+                n := int(rng.integers(1, 40)),
+                min(n, int(rng.integers(0, 8))),
+                float(rng.choice([0.1, 1.0, 7.0])),
+            )
+            for bank in range(rng.integers(2, 5))
+        ]
+        cut = int(rng.integers(1, len(demands)))
+        native, low = demands[:cut], demands[cut:]
+        needed = sum(d.expert_bytes * d.min_slots for d in demands)
+        share, budget = float(rng.random()), needed + int(rng.integers(0, 40_000))
+        slots = divide_tiers(native, low, budget, share)
+        taken = {d.signature: slots.get(d.signature, 0) for d in demands}
+        assert sum(d.expert_bytes * taken[d.signature] for d in demands) <= budget
+        assert all(d.min_slots <= taken[d.signature] <= d.n_experts for d in demands)
+        low_bytes = sum(d.expert_bytes * taken[d.signature] for d in low)
+        low_least = sum(d.expert_bytes * d.min_slots for d in low)
+        assert low_bytes <= max(low_least, share * budget)
+        unfilled = [d.expert_bytes for d in low if taken[d.signature] < d.n_experts]
+        native_least = sum(d.expert_bytes * d.min_slots for d in native)
+        room = min(share * budget, budget - native_least) - low_bytes
+        assert not unfilled or room < min(unfilled)
+        if needed:
+            with pytest.raises(ValueError, match=f"needs at least {needed} bytes"):
+                divide_tiers(native, low, needed - 1, share)
+
+
+def test_promotion_takes_the_most_used_and_forgets():
+    promoter = Promoter(PromotionRule(after_uses=2, per_token=1, halving_tokens=4))
+    promoter.note(["a", "b", "b", "c", "c", "c"])
+    assert promoter.pick(1, {"c"}.__contains__) == ["b"]  # c is resident, a was used once
+    assert promoter.pick(1, set().__contains__) == ["c"]
+    promoter.note(["a"])
+    assert promoter.pick(1, set().__contains__) == ["a"]
+    promoter.note(["d", "d", "e"])
+    assert promoter.pick(1, set().__contains__) == []  # halved before it was looked at
+    promoter.note(["d"])
+    assert promoter.pick(1, set().__contains__) == ["d"]
+    promoter.note(["e", "f", "f", "e"])
+    assert promoter.pick(2, set().__contains__) == ["e", "f"]  # as many as tokens allow
