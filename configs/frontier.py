@@ -72,6 +72,7 @@ def sweep(config: ConfigDict) -> list[FrontierCell]:
             EvalSizes(**sizes),
         )  # fmt: skip
 
+    mixed = replace(inputs, calibration_text=MIXED_TEXT)
     cells = [cell("native", (), "rtn", 0, problems=1)]
     texts = [text for text in (TASKS_TEXT, config.prose_text) if text]
     for seed in config.seeds:
@@ -105,13 +106,13 @@ def sweep(config: ConfigDict) -> list[FrontierCell]:
             for fraction in config.bytes_fractions[1:2]
             for signal in ("sensitivity", "frequency")
         ]
-    # Encoders and signals that have seen the tasks as well as the text.
-    mixed = replace(inputs, calibration_text=MIXED_TEXT)
-    seed = config.seeds[0]
-    seen = [cell("uniform", [low], "gptq", seed, problems=1) for low in config.formats]
-    seen += [
-        cell(signal, config.formats, "gptq", seed, fraction, problems=1)
-        for fraction in config.bytes_fractions
-        for signal in ("sensitivity", "frequency", "random")
-    ]
-    return cells + [replace(made, inputs=mixed) for made in seen]
+        if first:
+            # Encoders and signals that have seen the tasks as well as the text.
+            seen = [cell("uniform", [low], "gptq", seed, problems=1) for low in config.formats]
+            seen += [
+                cell(signal, config.formats, "gptq", seed, fraction, problems=1)
+                for signal in ("sensitivity", "frequency", "random")
+                for fraction in config.bytes_fractions[:2]
+            ]
+            cells += [replace(made, inputs=mixed) for made in seen]
+    return cells
