@@ -60,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def sweep(config: ConfigDict) -> list[FrontierCell]:
-    """Rivals, then mixes by every signal, then the transfer check; seed by seed."""
+    """Rivals and mixes by every signal, seed by seed; then the transfer check."""
     inputs = Inputs(
         config.model, config.calibration_text, config.evaluation_text, config.implementation
     )
@@ -72,9 +72,30 @@ def sweep(config: ConfigDict) -> list[FrontierCell]:
             EvalSizes(**sizes),
         )  # fmt: skip
 
-    mixed = replace(inputs, calibration_text=MIXED_TEXT)
+    def first_seed_only(seed):
+        # Without calibrated encoding, and without the middle tier: what each of them is worth.
+        cells = [
+            cell(signal, formats, method, seed, fraction)
+            for fraction in config.bytes_fractions
+            for formats, method in ((config.formats, "rtn"), (config.formats[-1:], "gptq"))
+            for signal in ("sensitivity", "random")
+        ]
+        cells += [
+            cell(signal, config.formats[-1:], "gptq", seed, shares=tuple(shares))
+            for shares in config.shares
+            for signal in ("router_weight", "cumulative_weight")
+        ]
+        # Encoders and signals that have seen the tasks as well as the text.
+        seen = [cell("uniform", [low], "gptq", seed, problems=1) for low in config.formats]
+        seen += [
+            cell(signal, config.formats, "gptq", seed, fraction, problems=1)
+            for signal in ("sensitivity", "frequency", "random")
+            for fraction in config.bytes_fractions[:2]
+        ]
+        mixed = replace(inputs, calibration_text=MIXED_TEXT)
+        return cells + [replace(made, inputs=mixed) for made in seen]
+
     cells = [cell("native", (), "rtn", 0, problems=1)]
-    texts = [text for text in (TASKS_TEXT, config.prose_text) if text]
     for seed in config.seeds:
         first = seed == config.seeds[0]
         for method in config.methods:
@@ -88,31 +109,13 @@ def sweep(config: ConfigDict) -> list[FrontierCell]:
                 for signal in config.signals
             ]
         if first:
-            # Without calibrated encoding, and without the middle tier: what each of them is worth.
-            cells += [
-                cell(signal, formats, method, seed, fraction)
-                for fraction in config.bytes_fractions
-                for formats, method in ((config.formats, "rtn"), (config.formats[-1:], "gptq"))
-                for signal in ("sensitivity", "random")
-            ]
-        cells += [
-            cell(signal, config.formats[-1:], "gptq", seed, shares=tuple(shares))
-            for shares in config.shares
-            for signal in ("router_weight", "cumulative_weight")
-        ]
-        cells += [
-            cell(signal, config.formats, "gptq", seed, fraction, text=text)
-            for text in texts
-            for fraction in config.bytes_fractions[1:2]
-            for signal in ("sensitivity", "frequency")
-        ]
-        if first:
-            # Encoders and signals that have seen the tasks as well as the text.
-            seen = [cell("uniform", [low], "gptq", seed, problems=1) for low in config.formats]
-            seen += [
-                cell(signal, config.formats, "gptq", seed, fraction, problems=1)
-                for signal in ("sensitivity", "frequency", "random")
-                for fraction in config.bytes_fractions[:2]
-            ]
-            cells += [replace(made, inputs=mixed) for made in seen]
-    return cells
+            cells += first_seed_only(seed)
+    # Last, since one text may not be at hand.
+    return cells + [
+        cell(signal, config.formats, "gptq", seed, fraction, text=text)
+        for seed in config.seeds
+        for text in (TASKS_TEXT, config.prose_text)
+        for fraction in config.bytes_fractions[1:2]
+        for signal in ("sensitivity", "frequency")
+        if text
+    ]
