@@ -160,7 +160,7 @@ def config_metadata(config: ModelConfig) -> dict[str, Any]:
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Row-major shapes of all tensors by name, in the order in which files have them."""
-    shapes = {TOKEN_EMBEDDING: (config.vocab_size, config.d_model)}
+    shapes: dict[str, tuple[int, ...]] = {TOKEN_EMBEDDING: (config.vocab_size, config.d_model)}
     for layer in range(config.n_layers):
         names = layer_tensors(config, layer)
         shapes |= {names[role]: shape for role, shape in _layer_shapes(config).items()}
