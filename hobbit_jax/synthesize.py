@@ -22,6 +22,7 @@ chose too. "Chance" is the overlap of two random choices.
                                         quarter  overlap 1     2     5    20   chance
     DeepSeek-V2-Lite, intent               .530       .262  .196  .179  .150     .094
     DeepSeek-V2-Lite, law                  .447       .290  .216  .184  .153     .094
+    the tiny preset, 1,000 tokens          .487       .310  .211  .191  .179     .125
 """
 
 from __future__ import annotations
