@@ -103,7 +103,8 @@ def sweep(config: ConfigDict) -> list[FrontierCell]:
                 cells += [
                     cell("uniform", [low], method, seed, problems=first) for low in config.formats
                 ]
-        for fraction in config.bytes_fractions:
+        # The larger limits, where plans hardly differ, for the first draw of calibration alone.
+        for fraction in config.bytes_fractions[: None if first else 2]:
             cells += [
                 cell(signal, config.formats, "gptq", seed, fraction, problems=first)
                 for signal in config.signals
@@ -113,7 +114,7 @@ def sweep(config: ConfigDict) -> list[FrontierCell]:
     # Last, since one text may not be at hand.
     return cells + [
         cell(signal, config.formats, "gptq", seed, fraction, text=text)
-        for seed in config.seeds
+        for seed in config.seeds[:1]
         for text in (TASKS_TEXT, config.prose_text)
         for fraction in config.bytes_fractions[1:2]
         for signal in ("sensitivity", "frequency")
