@@ -43,6 +43,14 @@ def wanted(engine):
     return tokens(engine)
 
 
+@pytest.fixture(scope="module")
+def uploads(engine, wanted):
+    """Of a run with a warm pool."""
+    engine.pool.reset_stats()
+    assert tokens(engine) == wanted
+    return int(engine.pool.stats.misses.sum())
+
+
 def _failing(function, after: int, error: BaseException, also_runs: bool):
     calls = [0]
 
@@ -57,7 +65,7 @@ def _failing(function, after: int, error: BaseException, also_runs: bool):
     return wrapper
 
 
-@pytest.mark.parametrize("after", [1, 6, 25])
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
 @pytest.mark.parametrize(
     ("what", "error", "also_runs"),
     [
@@ -67,9 +75,9 @@ def _failing(function, after: int, error: BaseException, also_runs: bool):
         ("_write_slot", KeyboardInterrupt(), True),  # banks donated, their successors lost
     ],
 )
-def test_a_failing_upload(engine, wanted, monkeypatch, what, error, also_runs, after):
+def test_a_failing_upload(engine, wanted, uploads, monkeypatch, what, error, also_runs, share):
     """In prefill or decode, before or after the device took it: an error and a whole pool."""
-    module = jax if what == "device_put" else pool_module
+    module, after = jax if what == "device_put" else pool_module, 1 + int(share * uploads)
     with monkeypatch.context() as patch:
         patch.setattr(module, what, _failing(getattr(module, what), after, error, also_runs))
         with pytest.raises(type(error)) as raised:
