@@ -1,7 +1,7 @@
 """Continues a prompt, streaming the text, and reports what the expert pool did.
 
     python scripts/generate.py --model M.gguf --prompt "def fib(n):" --max_new_tokens 64 \\
-        --budget_mib 4 [--miss_mode floor --low_format Q2_K] [--temperature 0.8 --top_p 0.95 --seed 1]
+        --budget_mib 4 [--miss_mode floor --low_format Q2_K] [--temperature 0.8 --seed 1]
 
 Text goes to stdout, the report to stderr. Without --budget_mib every expert is resident. A
 --miss_mode that uses low copies makes them first, once, in out/tiers.
