@@ -12,7 +12,7 @@ export PYTHON
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test lint format kernels gpu oracles slow reference sweep clean
+.PHONY: help environment demo test lint format kernels gpu oracles slow reference sweep frontier clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 19
@@ -70,6 +70,10 @@ reference: environment  ## train the reference model anew into out/reference (ab
 sweep: environment  ## the full sweep on the shipped model (about 45 minutes, resumable)
 	@$(BIN)/python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep
 	@$(BIN)/python scripts/report.py --workdir out/reference_sweep
+
+frontier: environment  ## quality against bytes, by encoder and signal (about an hour, resumable)
+	@$(BIN)/python scripts/sweep.py --config configs/frontier.py --workdir out/frontier
+	@$(BIN)/python scripts/report.py --workdir out/frontier
 
 clean:  ## remove .venv and caches; out/ stays
 	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -19,7 +19,8 @@ whether any signal beats the random control.
 
 from ml_collections import ConfigDict
 
-from hobbit_jax.sweep import Cell, EvalSizes, Inputs
+from hobbit_jax.sweep import Cell
+from hobbit_jax.workbench import EvalSizes, Inputs
 
 
 def get_config(arg: str = "full") -> ConfigDict:

@@ -133,6 +133,43 @@ def read_config(file: GGUFFile) -> ModelConfig:
     return config
 
 
+def config_metadata(config: ModelConfig) -> dict[str, Any]:
+    """What `read_config` reads: the metadata of a file of this model, without a tokenizer."""
+    family = _FAMILIES[config.arch]
+    keys: dict[str, Any] = {
+        "block_count": config.n_layers,
+        "context_length": config.context_length,
+        "embedding_length": config.d_model,
+        # Of a dense layer, which no model here has; llama.cpp wants the key all the same.
+        "feed_forward_length": config.d_expert * config.experts_per_token,
+        family.expert_width_key: config.d_expert,
+        "attention.head_count": config.n_heads,
+        "attention.head_count_kv": config.n_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_eps,
+        "rope.freq_base": config.rope_base,
+        "rope.dimension_count": config.rope_dim,
+        "expert_count": config.n_experts,
+        "expert_used_count": config.experts_per_token,
+        "vocab_size": config.vocab_size,
+    }
+    of_arch = {f"{config.arch}.{key}": value for key, value in keys.items()}
+    return {"general.architecture": config.arch, **of_arch}
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Row-major shapes of all tensors by name, in the order in which files have them."""
+    shapes = {TOKEN_EMBEDDING: (config.vocab_size, config.d_model)}
+    for layer in range(config.n_layers):
+        names = layer_tensors(config, layer)
+        shapes |= {names[role]: shape for role, shape in _layer_shapes(config).items()}
+    shapes[OUTPUT_NORM] = (config.d_model,)
+    if not config.tied_head:
+        shapes[OUTPUT] = (config.vocab_size, config.d_model)
+    return shapes
+
+
 # Role → name in the file, where they differ.
 _STORED_AS = {"router": "ffn_gate_inp"}
 
@@ -289,17 +326,7 @@ _REFUSED_TENSORS = (
 
 
 def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
-    wanted = {
-        TOKEN_EMBEDDING: (config.vocab_size, config.d_model),
-        OUTPUT_NORM: (config.d_model,),
-    }
-    if not config.tied_head:
-        wanted[OUTPUT] = (config.vocab_size, config.d_model)
-    shapes = _layer_shapes(config)
-    for layer in range(config.n_layers):
-        names = layer_tensors(config, layer)
-        wanted |= {names[role]: shape for role, shape in shapes.items()}
-
+    wanted = tensor_shapes(config)
     path = file.paths[0]
     for name in file.tensors.keys() - wanted.keys():
         for pattern, what in _REFUSED_TENSORS:
@@ -310,7 +337,7 @@ def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     if foreign:
         raise NotImplementedError(
             f"{path}: tensor {foreign[0]!r} is no part of {config.arch} with {config.n_layers} "
-            f"layers as we compute it; supported roles are {', '.join(shapes)}"
+            f"layers as we compute it; supported roles are {', '.join(_layer_shapes(config))}"
         )
     for name, shape in wanted.items():
         if name not in file.tensors:

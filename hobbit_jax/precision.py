@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from pallas_kernels.reference import Signature
 
 SKIPPED = -1  # a selection that no expert serves: padding, or skipped by the plan
 
-SelectionScore = Literal["router_weight", "cumulative_weight"]
+SELECTION_SCORES = ("router_weight", "cumulative_weight")
 # A NumPy or a JAX array: the caller's choice decides where `assign` computes.
 Array = Any
 
@@ -57,12 +57,17 @@ class StaticPlan:
         return [(self.tier_LE == tier).astype(np.float64) for tier in range(len(store.tiers))]
 
 
-def importance_score(score: SelectionScore, weights_TK: Array) -> Array:
+def importance_score(score: str, weights_TK: Array) -> Array:
     """How unimportant each selection is, float [T, K]; larger goes lower.
 
     "router_weight": minus the weight. "cumulative_weight": HOBBIT's, the sum of the weights
     of the token's heavier selections, as a share (0-1) of all K; 0 for the heaviest.
+
+    Raises:
+        ValueError: an unknown score.
     """
+    if score not in SELECTION_SCORES:
+        raise ValueError(f"score is {score!r}; want one of {', '.join(SELECTION_SCORES)}")
     if score == "router_weight":
         return -weights_TK
     xp = weights_TK.__array_namespace__()
@@ -83,13 +88,13 @@ class SelectionPlan:
     (NATIVE, low, SKIPPED).
 
     Attributes:
-        score: see `importance_score`.
+        score: one of SELECTION_SCORES, see `importance_score`.
         thresholds: ascending; a score above the first n of them and no more runs at `tiers[n]`.
         tiers: one more than thresholds; `SKIPPED` leaves the selection out, its weight unused.
         shares: of the calibration text's selections, by entry of `tiers` (0-1).
     """
 
-    score: SelectionScore
+    score: str
     thresholds: tuple[float, ...]
     tiers: tuple[int, ...]
     shares: tuple[float, ...]

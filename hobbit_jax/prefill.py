@@ -7,7 +7,7 @@ in rounds (`moe.py`). Called by `engine.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,6 +35,23 @@ class RoutedLayer:
     ids_TK: np.ndarray  # int32
     weights_TK: np.ndarray  # float32
     valid_T: np.ndarray  # bool; False is padding
+    h_TD: jax.Array | None = None  # the experts' input, float32; in prefill and scoring only
+
+    def by_expert(self) -> Iterator[tuple[int, jax.Array, jax.Array]]:
+        """Each chosen expert with the tokens that chose it, int32 [R], and its weights, [R].
+
+        Padded to a power of two with weights of 0, so that few programs are compiled.
+        """
+        valid_TK = np.broadcast_to(self.valid_T[:, None], self.ids_TK.shape)
+        for expert in np.unique(self.ids_TK[valid_TK]).tolist():
+            token_R, choice_R = np.nonzero((self.ids_TK == expert) & valid_TK)
+            weight_R = self.weights_TK[token_R, choice_R]
+            padding = (0, (1 << (len(token_R) - 1).bit_length()) - len(token_R))
+            yield (
+                expert,
+                jnp.asarray(np.pad(token_R, padding), jnp.int32),
+                jnp.asarray(np.pad(weight_R, padding)),
+            )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -122,8 +139,8 @@ class Prefill:
                 self.plan, self.pool.table_UE, x_BTD, positions_BT, caches,
             )  # fmt: skip
             on_host = Selections(*jax.device_get(selections))
-            routed = RoutedLayer(layer, on_host.ids_TK, on_host.weights_TK, valid_BT.reshape(-1))
-            watch(routed, on_host)
+            valid_T = valid_BT.reshape(-1)
+            watch(RoutedLayer(layer, on_host.ids_TK, on_host.weights_TK, valid_T, h_TD), on_host)
             step = Step(token, layer, int(lengths_B.max()))
             y_AD = apply_experts(
                 self.pool, step, h_TD, selections.weights_TK, on_host, model.implementation

@@ -1,18 +1,19 @@
 """Low-precision copies of a model's experts, written once as GGUF files.
 
 Owns where a low tier lives, when it is stale, and how it is made: each expert
-is decoded from its native blocks and encoded again (`quantize.py`), the rest of
+is decoded from its native blocks and encoded again (`quantize/methods.py`), the rest of
 the model is copied, so the file is a complete uniformly quantised model that
-llama.cpp opens as well. It is keyed by the source's hash and by the encoder's
-own source text, and reopened by memory map. Called by `sweep.py` and the scripts
+llama.cpp opens as well. It is keyed by the source's hash, by the encoders' own source text and by
+the calibration, and reopened by memory map. Called by the sweeps and `scripts/quantize.py`
 before a store is built.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,20 +21,24 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hobbit_jax import quantize, scale_search
+from hobbit_jax import quantize
 from hobbit_jax.architecture import ModelConfig, layer_tensors
+from hobbit_jax.atomic import replacing
 from hobbit_jax.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
+from hobbit_jax.quantize.methods import CalibratedMoments, encode_matrix
 from hobbit_jax.store import ROLES
 from pallas_kernels.formats import Format, get_format
 
 SOURCE_KEY = "hobbit.tier.source_sha256"
 ENCODER_KEY = "hobbit.tier.encoder_sha256"
+METHOD_KEY = "hobbit.tier.method"
+CALIBRATION_KEY = "hobbit.tier.calibration_sha256"
 
 
 def encoder_sha256() -> str:
     """Hash of the encoder's source, so that a better encoder never meets its old output."""
-    sources = [inspect.getsource(module).encode() for module in (quantize, scale_search)]
-    return hashlib.sha256(b"".join(sources)).hexdigest()
+    sources = sorted(Path(quantize.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 @partial(jax.jit, static_argnames="format")
@@ -41,61 +46,114 @@ def _unpack(raw: jax.Array, format: Format) -> jax.Array:
     return format.unpack(format.split(raw))
 
 
+def decode(blocks: np.ndarray, format: str) -> np.ndarray:
+    """float32 weights of raw blocks, by the format's own unpack."""
+    return np.asarray(_unpack(blocks, get_format(format)))
+
+
 def dequantize(tensor: TensorInfo, index: int | slice = slice(None)) -> np.ndarray:
-    """float32 weights of `tensor.raw[index]`, decoded by the format's own unpack."""
-    return np.asarray(_unpack(tensor.raw[index], get_format(tensor.format)))
+    """float32 weights of `tensor.raw[index]`."""
+    return decode(tensor.raw[index], tensor.format)
 
 
-def _encoded(tensor: TensorInfo, format: str, progress: tqdm) -> Callable[[], np.ndarray]:
-    def encode() -> np.ndarray:
-        experts = []
-        for expert in range(tensor.shape[0]):
-            experts.append(quantize.encode(dequantize(tensor, expert), format))
-            progress.update()
-        return np.stack(experts)
+@dataclass(frozen=True)
+class TierSpec:
+    """How a low tier is made.
 
-    return encode
+    `through` are formats that the weights pass through first, each encoded plainly: what a
+    quantised file would have done to them.
+    """
+
+    format: str
+    method: str = "rtn"
+    calibration: CalibratedMoments | None = None
+    through: tuple[str, ...] = ()
+
+    def key(self, source: GGUFFile) -> str:
+        """Identity of the tier's bytes: of the source, of the encoders, of the calibration."""
+        calibrated = f"-{self.calibration.sha256[:8]}" if self.calibration else ""
+        formats = "-".join([*self.through, self.format])
+        return f"{source.sha256()[:16]}-{encoder_sha256()[:8]}-{formats}-{self.method}{calibrated}"
 
 
-def write_tier(source: GGUFFile, config: ModelConfig, format: str, path: Path) -> None:
-    """Writes `source` with every expert re-encoded to `format`; atomic, one tensor at a time.
+def write_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, path: Path) -> None:
+    """Writes `source` with every expert encoded anew; atomic, and resumable by tensor.
+
+    Finished tensors wait in a folder beside `path` and are taken from there when the same tier is
+    asked for again after an interruption; it is removed in the end. Memory: one tensor's blocks
+    and one expert's float32 weights.
 
     Raises:
-        ValueError: a weight is NaN or infinite, or a width is no multiple of the block.
-        NotImplementedError: no encoder for `format`.
+        ValueError: a weight is NaN or infinite, a width is no multiple of the block, or the
+            calibration is missing, lacks what the method needs, or is of another model.
+        NotImplementedError: no encoder for this format and method.
     """
-    expert_names = {
-        layer_tensors(config, layer)[role] for layer in range(config.n_layers) for role in ROLES
+    calibration = spec.calibration
+    if calibration is not None and calibration.model_sha256 != source.sha256():
+        raise ValueError(
+            f"the calibration was made for another model (sha256 {calibration.model_sha256[:16]}…, "
+            f"this one is {source.sha256()[:16]}…)"
+        )
+    places = {
+        layer_tensors(config, layer)[role]: (role, layer)
+        for layer in range(config.n_layers)
+        for role in ROLES
     }
-    total = len(expert_names) * config.n_experts
     metadata = {
         **source.metadata,
         SOURCE_KEY: source.sha256(),
         ENCODER_KEY: encoder_sha256(),
-        "general.name": f"{source.metadata.get('general.name', config.arch)} experts {format}",
+        METHOD_KEY: spec.method,
+        "general.name": f"{source.metadata.get('general.name', config.arch)} experts {spec.format}",
     }
-    with tqdm(total=total, unit="matrix", desc=f"encoding {format}") as progress:
+    if calibration is not None:
+        metadata[CALIBRATION_KEY] = calibration.sha256
+    parts = path.with_name(f".{path.name}.{spec.key(source)}.parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    total = len(places) * config.n_experts
+    with tqdm(total=total, unit="matrix", desc=f"encoding {spec.format}") as progress:
+
+        def encoded(tensor: TensorInfo) -> np.ndarray:
+            part = parts / f"{tensor.name}.npy"
+            if part.exists():
+                progress.update(config.n_experts)
+                return np.load(part, mmap_mode="r")
+            role, layer = places[tensor.name]
+            experts = []
+            for expert in range(config.n_experts):
+                weights_NK = dequantize(tensor, expert)
+                for name in spec.through:
+                    weights_NK = decode(quantize.encode(weights_NK, name), name)
+                experts.append(
+                    encode_matrix(
+                        weights_NK, spec.format, spec.method, calibration, role, layer, expert
+                    )
+                )
+                progress.update()
+            blocks = np.stack(experts)
+            with replacing(part) as unfinished, unfinished.open("wb") as file:
+                np.save(file, blocks)
+            return blocks
 
         def tensors() -> Iterable:
             for name, tensor in source.tensors.items():
-                if name in expert_names:
-                    yield name, format, tensor.shape, _encoded(tensor, format, progress)
+                if name in places:
+                    yield name, spec.format, tensor.shape, partial(encoded, tensor)
                 else:
                     yield name, tensor.format, tensor.shape, tensor.raw
 
         write_gguf(path, metadata, tensors(), source.field_types)
+    shutil.rmtree(parts)
 
 
-def open_tier(source: GGUFFile, config: ModelConfig, format: str, directory: Path) -> GGUFFile:
-    """The low tier of `source` at `format`, made if it is not in `directory` yet.
+def open_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, directory: Path) -> GGUFFile:
+    """The low tier of `source` by `spec`, made if it is not in `directory` yet.
 
     Raises:
         OSError: `directory` cannot be written.
         ValueError, NotImplementedError: see `write_tier`.
     """
-    name = f"{source.sha256()[:16]}-{encoder_sha256()[:8]}-{format}.gguf"
-    path = directory / name
+    path = directory / f"{spec.key(source)}.gguf"
     if not path.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        write_tier(source, config, format, path)
+        write_tier(source, config, spec, path)
     return open_gguf(path)

@@ -20,7 +20,7 @@ from hobbit_jax.miss_modes import MISS_MODES
 from hobbit_jax.precision import uniform_plan
 from hobbit_jax.rows import machine, write_json
 from hobbit_jax.store import HostExperts
-from hobbit_jax.tiers import open_tier
+from hobbit_jax.tiers import TierSpec, open_tier
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _LOW_FORMAT = flags.DEFINE_string("low_format", "Q2_K", "of the low tier")
@@ -52,7 +52,7 @@ def settings(store: HostExperts, budget_mib: float) -> list[decode_bench.Setting
 
 def main(_):
     model = load_model(_MODEL.value or reference.model_path())
-    low = open_tier(model.file, model.config, _LOW_FORMAT.value, Path("out/tiers"))
+    low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), Path("out/tiers"))
     store = HostExperts(model.config, model.file, [low])
     texts = reference.held_out_texts("evaluation")
     windows = quality.cut_windows(

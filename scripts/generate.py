@@ -18,7 +18,7 @@ from hobbit_jax.loading import load_model
 from hobbit_jax.miss_modes import MISS_MODES
 from hobbit_jax.sampling import Sampling
 from hobbit_jax.store import HostExperts
-from hobbit_jax.tiers import open_tier
+from hobbit_jax.tiers import TierSpec, open_tier
 from pallas_kernels.backends import IMPLEMENTATIONS
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
@@ -68,7 +68,9 @@ def main(_):
     budget_bytes = None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20)
     low = []
     if MISS_MODES[_MISS_MODE.value].low_banks != "none":
-        low.append(open_tier(model.file, model.config, _LOW_FORMAT.value, Path("out/tiers")))
+        low.append(
+            open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), Path("out/tiers"))
+        )
     store = HostExperts(model.config, model.file, low)
     engine = Engine(model, store, budget_bytes, mode=_MISS_MODE.value)
     stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)

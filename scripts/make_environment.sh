@@ -47,7 +47,7 @@ else
         python=$(sh scripts/find_python.sh)
         wanted=$(key "$python")
     fi
-    echo "environment: making .venv with $("$python" -V) (a minute or two, 1.3 GB)"
+    echo "environment: making .venv with $("$python" -V) (a few minutes, 1.7 GB)"
     rm -rf .venv
     mkdir .venv
     touch .venv/unfinished

@@ -30,7 +30,9 @@ def model(two_banks_path):
 
 @pytest.fixture(scope="module")
 def low_file(model, tmp_path_factory):
-    return tiers.open_tier(model.file, model.config, "Q2_K", tmp_path_factory.mktemp("tiers"))
+    return tiers.open_tier(
+        model.file, model.config, tiers.TierSpec("Q2_K"), tmp_path_factory.mktemp("tiers")
+    )
 
 
 @pytest.fixture(scope="module")

@@ -142,8 +142,8 @@ def test_text_is_the_same_everywhere(family, digest):
 
 @SPLITS
 def test_reference_solutions_score(split):
-    problems = functions.generate(2, 200, split)
-    assert execution.run_candidates(problems, [p.solution for p in problems]) == [True] * 200
+    problems = functions.generate(2, 80, split)
+    assert execution.run_candidates(problems, [p.solution for p in problems]) == [True] * 80
 
 
 def test_functions_are_short_and_tested_well():
@@ -202,11 +202,11 @@ def test_the_solution_of_another_problem_is_wrong():
     """The tests tell programs apart, even those of one signature and similar meaning."""
     by_prompt = {p.content: p for p in functions.generate(6, 1500, "train")}
     problems = [p for p in by_prompt.values() if p.prompt.startswith(("def f(xs)", "def f(x)"))]
-    pairs = [(p, q) for p in problems[:14] for q in problems[:14] if p.prompt[:7] == q.prompt[:7]]
+    pairs = [(p, q) for p in problems[:10] for q in problems[:10] if p.prompt[:7] == q.prompt[:7]]
     verdicts = execution.run_candidates([p for p, _ in pairs], [q.solution for _, q in pairs])
-    assert len(pairs) > 80
+    assert len(pairs) > 40
     assert [(p.solution, q.solution) for (p, q), v in zip(pairs, verdicts, strict=True) if v] == [
-        (p.solution, p.solution) for p in problems[:14]
+        (p.solution, p.solution) for p in problems[:10]
     ]
 
 
@@ -229,7 +229,7 @@ HOSTILE = {
     "forks": "    import os\n    os.fork()\n    return x * 2\n",
     "kills_parent": "    import os\n    os.kill(os.getppid(), 9)\n    return x * 2\n",
     "reads_stdin": "    return int(input()) + x * 2\n",
-    "opens": "    open('/dev/null').close()\n    return x * 2\n",
+    "opens": "    open('f', 'w').close()\n    return x * 2\n",
     "sleeps": "    import time\n    time.sleep(30)\n    return x * 2\n",
     "fills_disk": "    import os\n    fd = os.open('f', os.O_CREAT | os.O_WRONLY)\n"
     "    os.write(fd, b'x')\n    return x * 2\n",

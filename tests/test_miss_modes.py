@@ -59,7 +59,9 @@ def model(two_banks_path):
 
 @pytest.fixture(scope="module")
 def store(model, tmp_path_factory):
-    low = tiers.open_tier(model.file, model.config, "Q2_K", tmp_path_factory.mktemp("tiers"))
+    low = tiers.open_tier(
+        model.file, model.config, tiers.TierSpec("Q2_K"), tmp_path_factory.mktemp("tiers")
+    )
     return HostExperts(model.config, model.file, [low])
 
 

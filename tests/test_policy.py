@@ -1,19 +1,132 @@
-"""SLRU against a table of ages that is obviously right, and on real routing traces."""
+"""Eviction policies: what holds for all of them, and each against a slow model of its own rule."""
+
+from collections import defaultdict
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 
-from hobbit_jax.cache.policies.slru import DEFAULT_PROTECTED_FRACTION, SLRU
+from hobbit_jax.cache.policies import POLICIES, Belady, PinnedStatic, Step, policy_factory
+from hobbit_jax.cache.policies.hobbit import Hobbit
+from hobbit_jax.cache.policies.lru import LRU
+from hobbit_jax.cache.policies.recall import Recall
+from hobbit_jax.cache.policies.recall_memory import HORIZON, LayerMemory
+from hobbit_jax.cache.policies.slru import SLRU
+from hobbit_jax.cache.policies.w_tinylfu import WTinyLFU
 
-# Hit rates of a cold start over the first 2,000 tokens of real DeepSeek-V2-Lite routing, 416 of
-# its 1,664 experts resident. Recorded from this code; a plain dictionary gives the two of LRU too.
-TRACE_CAPACITY, TRACE_TOKENS = 416, 2000
-TRACE_HIT_RATES = {
-    ("intent", "lru"): 0.483038,
-    ("intent", "slru"): 0.480471,
-    ("law", "lru"): 0.474487,
-    ("law", "slru"): 0.478006,
-}
+N_LAYERS, N_EXPERTS, K = 3, 6, 2
+KEYS = [(layer, expert) for layer in range(N_LAYERS) for expert in range(N_EXPERTS)]
+
+
+def random_walk(rng: np.random.Generator, n_tokens: int):
+    """Steps of a small model with changing favourites, each with its (key, weight, native)."""
+    position = 0
+    for token in range(n_tokens):
+        if token % 40 == 0:
+            popularity_LE = rng.dirichlet(np.full(N_EXPERTS, 0.6), N_LAYERS) + 0.01
+            popularity_LE /= popularity_LE.sum(axis=1, keepdims=True)
+        position = 0 if rng.random() < 0.05 else position + 1
+        for layer in range(N_LAYERS):
+            experts = rng.choice(N_EXPERTS, K, replace=False, p=popularity_LE[layer])
+            weights = rng.dirichlet(np.ones(K))
+            uses = [
+                ((layer, int(expert)), float(weight), bool(rng.random() < 0.7))
+                for expert, weight in zip(experts, weights, strict=True)
+            ]
+            yield Step(token, layer, position), uses
+
+
+def make(name: str, capacity: int, walk: list):
+    if name == "belady":
+        return Belady(capacity, [key for _, uses in walk for key, _, _ in uses])
+    if name == "pinned_static":
+        return PinnedStatic(capacity, {key: hash(key) % 7 for key in KEYS})
+    return POLICIES[name](capacity)
+
+
+EVERY_POLICY = [*POLICIES, "pinned_static", "belady"]
+
+
+def play(name: str, capacity: int, seed: int) -> list:
+    """Steps with loads ahead, pins and removals between them; checks what must hold throughout."""
+    rng = np.random.default_rng(seed)
+    walk = list(random_walk(rng, 60))
+    policy, resident, pinned, log = make(name, capacity, walk), set(), set(), []
+
+    def admit(key, keep):
+        if len(resident) == capacity and resident <= pinned | set(keep):
+            with pytest.raises(RuntimeError, match=f"all {capacity} slots"):
+                policy.admit(key, keep)
+            return
+        victim = policy.admit(key, keep)
+        log.append((key, victim))
+        assert (victim is not None) == (len(resident) == capacity)
+        if victim is not None:
+            assert victim in resident and victim not in pinned and victim not in keep
+            resident.remove(victim)
+        resident.add(key)
+
+    for step, uses in walk:
+        policy.begin_step(step)
+        keys = [key for key, _, _ in uses]
+        hits = [policy.access(key, weight, native) for key, weight, native in uses]
+        assert hits == [key in resident for key in keys]
+        for key, hit in zip(keys, hits, strict=True):
+            if not hit:
+                admit(key, keys)
+        other = KEYS[rng.integers(len(KEYS))]
+        action = rng.choice(["none", "ahead", "pin", "unpin", "remove"])
+        if action == "ahead" and other not in resident:
+            admit(other, ())
+        elif action == "pin" and other in resident and len(pinned) < capacity - K:
+            policy.pin(other)
+            pinned.add(other)
+        elif action == "unpin":
+            policy.unpin(other)
+            pinned.discard(other)
+        elif action == "remove" and other in resident - pinned:
+            policy.remove(other)
+            resident.remove(other)
+        elif action in ("pin", "remove") and other not in resident:
+            with pytest.raises(KeyError):
+                getattr(policy, str(action))(other)
+        elif action == "remove":
+            with pytest.raises(RuntimeError, match="is pinned"):
+                policy.remove(other)
+        assert len(policy) == len(resident) <= capacity
+        assert {key for key in KEYS if key in policy} == resident
+        assert policy.pinned == pinned
+        if resident:
+            with pytest.raises(RuntimeError, match="resident already"):
+                policy.admit(next(iter(resident)))
+    return log
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("capacity", [2, 3, 7, 18])
+@pytest.mark.parametrize("name", EVERY_POLICY)
+def test_any_sequence_of_operations(name, capacity, seed):
+    assert play(name, capacity, seed) == play(name, capacity, seed)
+
+
+@pytest.mark.parametrize("name", EVERY_POLICY)
+def test_refusals(name):
+    with pytest.raises(ValueError, match="capacity is 0"):
+        make(name, 0, [])
+
+
+def test_refusals_of_names_and_settings():
+    with pytest.raises(ValueError, match="policy is 'belady'; want one of lru, slru"):
+        policy_factory("belady")
+    for fraction in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f"protected_fraction is {fraction}"):
+            SLRU(2, fraction)
+    with pytest.raises(ValueError, match="half_life is 0"):
+        policy_factory("decayed_lfu")(2).__class__(2, 0)
+    with pytest.raises(RuntimeError, match="access 1 to b was not foretold"):
+        policy = Belady(2, ["a", "a"])
+        policy.access("a")
+        policy.access("b")
 
 
 class TableOfAges:
@@ -21,15 +134,14 @@ class TableOfAges:
 
     def __init__(self, capacity: int, protected: int):
         self.capacity, self.protected = capacity, protected
-        self.entries: dict[int, tuple[bool, int]] = {}  # key → (is protected, last moved)
-        self.pinned: set[int] = set()
+        self.entries: dict = {}  # key → (is protected, last moved)
         self.now = 0
 
-    def move(self, key: int, protect: bool):
+    def move(self, key, protect: bool):
         self.now += 1
         self.entries[key] = (protect, self.now)
 
-    def access(self, key: int) -> bool:
+    def access(self, key) -> bool:
         if key not in self.entries:
             return False
         self.move(key, protect=self.protected > 0)
@@ -38,96 +150,231 @@ class TableOfAges:
             self.move(min(protected, key=self.entries.__getitem__), protect=False)
         return True
 
-    def admit(self, key: int, keep: set[int]) -> int | None:
+    def admit(self, key, keep):
         victim = None
         if len(self.entries) == self.capacity:
-            victim = min(self.entries.keys() - self.pinned - keep, key=self.entries.__getitem__)
+            victim = min(self.entries.keys() - set(keep), key=self.entries.__getitem__)
             del self.entries[victim]
         self.move(key, protect=False)
         return victim
 
 
-def operations(rng: np.random.Generator, count: int):
-    """Uses, pins and unpins of 12 keys, some more popular; `keep` is what a step needs besides."""
-    popularity = rng.dirichlet(np.full(12, 0.7))
-    for operation in rng.choice(["use", "pin", "unpin"], count, p=[0.9, 0.05, 0.05]):
-        keep = set(rng.integers(0, 12, rng.integers(0, 4)).tolist())
-        yield str(operation), int(rng.choice(12, p=popularity)), keep
-
-
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.34, 0.75, 0.99])
-@pytest.mark.parametrize("capacity", [1, 3, 5, 10])
-def test_slru_is_a_table_of_ages(capacity, fraction, seed):
-    policy = SLRU(capacity, fraction)
-    model = TableOfAges(capacity, protected=int(capacity * fraction))
-    rng = np.random.default_rng(seed)
-    for operation, key, keep in operations(rng, 300):
-        before = set(model.entries)
-        if operation == "use":
-            hit = policy.access(key)
-            assert hit == model.access(key)
-            if not hit and len(before) == capacity and before <= model.pinned | keep:
-                with pytest.raises(RuntimeError, match=f"all {capacity} slots"):
-                    policy.admit(key, keep)
-            elif not hit:
-                victim = policy.admit(key, keep)
-                assert victim == model.admit(key, keep)
-                assert victim is None or victim not in model.pinned | keep
-        elif operation == "pin" and key in before:
-            policy.pin(key)
-            model.pinned.add(key)
-        elif operation == "pin":
-            with pytest.raises(KeyError):
-                policy.pin(key)
-        else:
-            policy.unpin(key)
-            model.pinned.discard(key)
-        assert {k for k in range(12) if k in policy} == model.entries.keys()
-        assert len(policy) == len(model.entries) <= capacity
-        assert policy.pinned == model.pinned <= model.entries.keys()
+@pytest.mark.parametrize("capacity", [2, 5, 10])
+def test_slru_and_lru_are_tables_of_ages(capacity, fraction, seed):
+    policies = [SLRU(capacity, fraction)] + ([LRU(capacity)] if fraction == 0 else [])
+    for policy in policies:
+        model = TableOfAges(capacity, int(capacity * fraction))
+        for _, uses in random_walk(np.random.default_rng(seed), 150):
+            keys = [key for key, _, _ in uses]
+            missing = [key for key in keys if not policy.access(key)]
+            assert missing == [key for key in keys if not model.access(key)]
+            for key in missing:
+                assert policy.admit(key, keys) == model.admit(key, keys)
 
 
-@pytest.mark.parametrize("capacity", [1, 4, 9])
-def test_without_protection_it_is_lru(capacity):
-    policy, oldest_first = SLRU(capacity, protected_fraction=0), []
-    uses = [key for _, key, _ in operations(np.random.default_rng(capacity), 1000)]
-    for key in uses:
-        assert policy.access(key) == (key in oldest_first)
-        if key in oldest_first:
-            oldest_first.remove(key)
-        else:
-            full = len(oldest_first) == capacity
-            assert policy.admit(key) == (oldest_first.pop(0) if full else None)
-        oldest_first.append(key)
+# What each policy says of a key, from the list of all uses so far. The lowest must go.
+def decayed_lfu(uses, key, now, half_life=64.0):
+    return sum(0.5 ** ((now.token - s.token) / half_life) for s, k, _, _ in uses if k == key)
 
 
-def test_refusals():
-    policy = SLRU(2)
-    policy.admit("a")
-    with pytest.raises(RuntimeError, match="a is resident already"):
-        policy.admit("a")
-    with pytest.raises(ValueError, match="capacity is 0"):
-        SLRU(0)
-    for fraction in (-0.1, 1.0):
-        with pytest.raises(ValueError, match=f"protected_fraction is {fraction}"):
-            SLRU(2, fraction)
+def apex(uses, key, now, half_life=64.0):
+    of_key = [(s, weight) for s, k, weight, _ in uses if k == key]
+    return sum(weight * 0.5 ** ((now.token - s.token) / half_life) for s, weight in of_key)
 
 
-@pytest.mark.parametrize("trace", ["intent", "law"])
-@pytest.mark.parametrize("kind", ["lru", "slru"])
-def test_hit_rate_on_real_routing(data_dir, trace, kind):
-    path = data_dir / "traces" / f"deepseek_v2_lite_{trace}.npz"
-    if not path.is_file():
-        pytest.skip(f"no trace at {path}")
-    with np.load(path) as arrays:
-        ids_TLK = arrays["expert_ids"][:TRACE_TOKENS].astype(int)
-    keys_TLK = ids_TLK + 64 * np.arange(ids_TLK.shape[1])[:, None]
-    policy = SLRU(TRACE_CAPACITY, 0.0 if kind == "lru" else DEFAULT_PROTECTED_FRACTION)
-    hits = 0
-    for keys_K in keys_TLK.reshape(-1, ids_TLK.shape[2]).tolist():
-        missing = [key for key in keys_K if not policy.access(key)]
-        hits += len(keys_K) - len(missing)
+def lfru(uses, key, now):
+    of_key = [s.token for s, k, _, _ in uses if k == key]
+    return len(of_key) / (1 + now.token - of_key[-1])
+
+
+def hobbit(uses, key, now):
+    starts = [s.token for s, _, _, _ in uses if s.position == 0 and s.token <= now.token]
+    began = max(starts, default=0)
+    of_key = [(s, native) for s, k, _, native in uses if k == key and s.token >= began]
+    tokens = now.token - began + 1
+    recency = max((s.token - began + 1 for s, _ in of_key), default=0) / tokens
+    high = sum(native for _, native in of_key) / tokens
+    near = 1 - ((key[0] - now.layer) % N_LAYERS) / N_LAYERS
+    return 0.7 * recency + 0.1 * (len(of_key) / tokens + high + near)
+
+
+def pinned_static(uses, key, now):
+    return hash(key) % 7
+
+
+@pytest.mark.parametrize("capacity", [4, 9])
+@pytest.mark.parametrize("rule", [decayed_lfu, apex, lfru, hobbit, pinned_static])
+def test_the_victim_is_the_lowest_by_the_rule(rule, capacity):
+    walk = list(random_walk(np.random.default_rng(capacity), 120))
+    policy, uses_so_far, resident, evictions = make(rule.__name__, capacity, walk), [], set(), 0
+    for step, uses in walk:
+        policy.begin_step(step)
+        keys = [key for key, _, _ in uses]
+        missing = [key for key, weight, native in uses if not policy.access(key, weight, native)]
+        uses_so_far += [(step, *use) for use in uses]
         for key in missing:
-            policy.admit(key, keep=keys_K)
-    assert hits / keys_TLK.size == pytest.approx(TRACE_HIT_RATES[trace, kind], abs=1e-6)
+            scores = {k: rule(uses_so_far, k, step) for k in resident if k not in keys}
+            victim = policy.admit(key, keys)
+            if victim is not None:
+                evictions += 1
+                assert scores[victim] == pytest.approx(min(scores.values()), rel=1e-6)
+                resident.remove(victim)
+            resident.add(key)
+    assert evictions > 50
+
+
+def test_a_use_at_high_precision_counts_for_hobbit():
+    policy = Hobbit(2)
+    policy.begin_step(Step(0, 0, 0))
+    for key, native in (("low", False), ("high", True)):
+        policy.access(key, 1.0, native)
+        policy.admit(key)
+    assert policy.admit("new") == "low"
+
+
+def fewest_misses(steps: list[set], capacity: int) -> int:
+    """Tries every choice of victims."""
+    states = {frozenset(): 0}
+    for needed in steps:
+        after: dict = defaultdict(lambda: 10**9)
+        for resident, misses in states.items():
+            total = misses + len(needed - resident)
+            spare = resident - needed
+            room = min(len(spare), capacity - len(needed))
+            for kept in combinations(sorted(spare), room):
+                state = frozenset(kept) | needed
+                after[state] = min(after[state], total)
+        states = after
+    return min(states.values())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_belady_is_the_best_there_is(seed):
+    rng = np.random.default_rng(seed)
+    k, capacity = int(rng.integers(1, 4)), int(rng.integers(3, 6))
+    steps = [rng.permutation(7)[:k].tolist() for _ in range(14)]
+    policy, misses = Belady(capacity, [key for step in steps for key in step]), 0
+    for keys in steps:
+        missing = [key for key in keys if not policy.access(key)]
+        misses += len(missing)
+        for key in missing:
+            policy.admit(key, keys)
+    assert misses == fewest_misses([set(step) for step in steps], capacity)
+
+
+def misses_of(policy, walk) -> int:
+    misses = 0
+    for step, keys in walk:
+        policy.begin_step(step)
+        missing = [key for key in keys if not policy.access(key)]
+        misses += len(missing)
+        for key in missing:
+            policy.admit(key, keys)
+    return misses
+
+
+def test_w_tinylfu_keeps_what_is_asked_for_through_a_scan():
+    """A stream of keys used once does not push out the few that come back."""
+    walk = [(Step(t, 0, t), [t % 6 if t % 2 else 1000 + t]) for t in range(2000)]  # 1, 3, 5
+    assert misses_of(LRU(5), walk) == 2000
+    assert misses_of(WTinyLFU(5, window_fraction=0.01), walk) <= 1000 + 10
+    # The window's share is what newcomers have: with all of it, the policy is LRU.
+    assert misses_of(WTinyLFU(5, window_fraction=1.0), walk) == 2000
+
+
+def test_random_gives_everyone_the_same_chance():
+    policy = POLICIES["random"](10)
+    for key in range(10):
+        policy.admit(key)
+    counts = defaultdict(int)
+    for _ in range(8000):
+        victim = policy.admit(99, keep=(3,))
+        counts[victim] += 1
+        policy.remove(99)
+        policy.admit(victim)
+    assert counts.keys() == set(range(10)) - {3}
+    spread = np.sqrt(8000 * (1 / 9) * (8 / 9))
+    assert all(abs(count - 8000 / 9) < 5 * spread for count in counts.values())
+
+
+def phrases(rng: np.random.Generator, n_phrases: int):
+    """Twelve-token phrases in random order, with half of the experts' choices their own."""
+    table = rng.permuted(np.tile(np.arange(32), (20, 12, 4, 1)), axis=-1)[..., :4]
+    token = 0
+    for phrase in rng.integers(0, 20, n_phrases):
+        for place in range(12):
+            for layer in range(4):
+                keys = [(layer, int(e)) for e in table[phrase, place, layer]]
+                yield Step(token, layer, place), keys
+            token += 1
+
+
+def test_recall_remembers_phrases():
+    walk = list(phrases(np.random.default_rng(0), 150))
+    misses = {name: misses_of(POLICIES[name](48), walk) for name in ("lru", "lfru", "recall")}
+    bound = misses_of(Belady(48, [key for _, keys in walk for key in keys]), walk)
+    others = min(misses["lru"], misses["lfru"])
+    assert others - misses["recall"] > 0.5 * (others - bound)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_recall_evicts_whom_it_expects_last(seed):
+    policy, evictions = Recall(9), 0
+    for step, uses in random_walk(np.random.default_rng(seed), 100):
+        policy.begin_step(step)
+        keys = [key for key, _, _ in uses]
+        missing = [key for key, weight, _ in uses if not policy.access(key, weight)]
+        policy.begin_step(step)  # the uses are taken in; what it expects is up to date
+        for key in missing:
+            next_use = {k: token for k, token in policy._resident.items() if k not in keys}
+            victim = policy.admit(key, keys)
+            if victim is not None:
+                evictions += 1
+                assert next_use[victim] == max(next_use.values())
+    assert evictions > 100
+
+
+def test_recall_learns_from_steps_of_any_shape():
+    """Steps without order: tokens that skip layers, unions of many keys, repeated rounds."""
+    rng = np.random.default_rng(1)
+    policy, token = Recall(80), 0
+    for _ in range(400):
+        token += int(rng.integers(0, 3)) * int(rng.choice([1, 1, 1, 50, 5000]))
+        keys = [(int(rng.integers(3)), int(e)) for e in rng.permutation(150)[: rng.integers(1, 60)]]
+        policy.begin_step(Step(token, int(rng.integers(3)), 0))
+        for key in [key for key in keys if not policy.access(key, float(rng.random()))]:
+            policy.admit(key, keys)
+    assert len(policy) == 80
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_layer_memory_knows_what_came_after(seed):
+    rng = np.random.default_rng(seed)
+    memory, chosen_at, token = LayerMemory(), {}, 0
+    for _ in range(300):
+        token += int(rng.choice([1, 1, 1, 2, 9, 40]))
+        ranked = rng.permutation(100)[:4].tolist()
+        for place, likeness in memory.remember(token, ranked):
+            assert place in chosen_at and place < token and likeness >= 1
+            assert set(chosen_at[place][:2]) == set(ranked[:2])
+        chosen_at[token] = ranked
+    for place in chosen_at:
+        distances = memory.distances(place)
+        for number in range(100):
+            after = [t - place for t, chosen in chosen_at.items() if t > place and number in chosen]
+            soonest = min(after, default=0)
+            assert distances[number] == (soonest if soonest <= HORIZON else 0)
+    assert memory.distances(token + 1) is None
+
+
+def test_layer_memory_prefers_the_more_alike():
+    memory = LayerMemory()
+    histories = [([7, 8, 9], [0, 1, 2]), ([4, 5, 6], [0, 1, 3]), ([7, 8, 9], [1, 0, 2])]
+    for i, pair in enumerate(histories):
+        for j, ranked in enumerate(pair):
+            found = memory.remember(10 * i + j, ranked)
+    assert [place for place, _ in found] == [1, 11]
+    likenesses = [likeness for _, likeness in found]
+    assert all(a > b for a, b in pairwise(likenesses))

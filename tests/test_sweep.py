@@ -20,7 +20,8 @@ from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.evals.statistics import bootstrap, share
 from hobbit_jax.importance import RoutingProfile
 from hobbit_jax.rows import write_json
-from hobbit_jax.sweep import Cell, EvalSizes, Inputs, run_sweep
+from hobbit_jax.sweep import Cell, run_sweep
+from hobbit_jax.workbench import EvalSizes, Inputs
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOW = 1
@@ -254,8 +255,9 @@ def test_bad_input_is_one_line(broken, args, message):
 
 def made_profile(selections_LE) -> RoutingProfile:
     selections_LE = np.asarray(selections_LE)
-    weights = np.sort(np.random.default_rng(3).random(int(selections_LE.sum()), np.float32))
-    return RoutingProfile(selections_LE, -selections_LE.astype(np.float64), weights)
+    weights_TK = np.random.default_rng(3).random((int(selections_LE.sum()) // 2, 2), np.float32)
+    weights_TK = -np.sort(-weights_TK)
+    return RoutingProfile(selections_LE, -selections_LE.astype(np.float64), weights_TK)
 
 
 @pytest.mark.parametrize("name", ["frequency", "accumulated_weight", "random"])
@@ -286,12 +288,13 @@ def test_allocation_at_its_edges():
 
 def test_router_weight_counts_selections():
     profile = made_profile([[25, 15], [30, 30]])
-    weights_TK = profile.selection_weights.reshape(50, 2)
+    weights_TK = profile.weights_TK
     ids_TK = np.zeros((50, 2), np.int32)
     for fraction in (0, 0.25, 0.5, 0.99, 1):
         tiers = allocate("router_weight", fraction, LOW, profile, 0).assign(0, ids_TK, weights_TK)
         assert (tiers == LOW).sum() == round(fraction * 100)
-        assert (np.diff(tiers.reshape(-1)) <= 0).all()  # the lightest go low
+        by_weight = tiers.reshape(-1)[np.argsort(weights_TK, axis=None)]
+        assert (np.diff(by_weight) <= 0).all()  # the lightest go low
     # Lighter and heavier than any on the calibration text.
     nothing = allocate("router_weight", 0, LOW, profile, 0)
     assert not nothing.assign(0, ids_TK, weights_TK * 0).any()

@@ -1,5 +1,6 @@
 """Low tiers on disk: what is in the file, when it is made again, and that it is whole or absent."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import pytest
 from conftest import TWO_BANKS
 from tiny_models import write_model
 
-from hobbit_jax import quantize, scale_search, tiers
+from hobbit_jax import quantize, tiers
 from hobbit_jax.architecture import layer_tensors, read_config
 from hobbit_jax.gguf_file import open_gguf
 from hobbit_jax.quantize import encode
+from hobbit_jax.quantize.methods import encode_matrix
 from hobbit_jax.store import ROLES
+from hobbit_jax.tiers import TierSpec
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,7 @@ def source(two_banks_path):
 
 def test_contents(source, tmp_path):
     config = read_config(source)
-    low = tiers.open_tier(source, config, "Q2_K", tmp_path)
+    low = tiers.open_tier(source, config, TierSpec("Q2_K"), tmp_path)
     assert read_config(low) == config
     assert low.metadata[tiers.SOURCE_KEY] == source.sha256()
     assert source.metadata.items() <= low.metadata.items()
@@ -45,35 +48,59 @@ def test_contents(source, tmp_path):
 
 def test_reused_until_the_source_or_an_encoder_changes(source, tmp_path, monkeypatch):
     config = read_config(source)
-    made = tiers.open_tier(source, config, "Q8_0", tmp_path).paths[0]
+    made = tiers.open_tier(source, config, TierSpec("Q8_0"), tmp_path).paths[0]
     stamp = made.stat().st_mtime_ns, made.stat().st_ino
-    again = tiers.open_tier(source, config, "Q8_0", tmp_path).paths[0]
+    again = tiers.open_tier(source, config, TierSpec("Q8_0"), tmp_path).paths[0]
     assert again == made and (again.stat().st_mtime_ns, again.stat().st_ino) == stamp
 
     write_model(replace(TWO_BANKS, seed=6), tmp_path / "other.gguf")
-    other = tiers.open_tier(open_gguf(tmp_path / "other.gguf"), config, "Q8_0", tmp_path).paths[0]
+    other = tiers.open_tier(
+        open_gguf(tmp_path / "other.gguf"), config, TierSpec("Q8_0"), tmp_path
+    ).paths[0]
     assert other != made and made.exists()
-    for module in (quantize, scale_search):
-        text = Path(module.__file__).read_bytes()
+    for name in ("encoder.py", "scale_search.py", "hessian.py"):
+        room = tmp_path / f"better_{name}"
+        shutil.copytree(Path(quantize.__file__).parent, room)
+        with (room / name).open("a") as module:
+            module.write("# better\n")
         with monkeypatch.context() as patch:
-            patch.setattr(module, "__file__", str(tmp_path / "better.py"))
-            (tmp_path / "better.py").write_bytes(text + b"# better")
-            better = tiers.open_tier(source, config, "Q8_0", tmp_path).paths[0]
+            patch.setattr(quantize, "__file__", str(room / "__init__.py"))
+            better = tiers.open_tier(source, config, TierSpec("Q8_0"), tmp_path).paths[0]
             assert better not in (made, other)
 
 
-def test_interrupted_writing_leaves_no_tier(source, tmp_path, monkeypatch):
+def test_interrupted_writing_goes_on(source, tmp_path, monkeypatch):
+    """No tier is seen before it is whole, and finished tensors are not encoded again."""
     config, calls = read_config(source), []
 
-    def failing(weights, format):
-        calls.append(format)
-        if len(calls) > 2 * TWO_BANKS.n_experts:
+    def encoding(*arguments):
+        if len(calls) == 2 * TWO_BANKS.n_experts + 1:
             raise KeyboardInterrupt
-        return encode(weights, format)
+        calls.append(arguments[4:])
+        return encode_matrix(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiers.quantize, "encode", failing)
+        patch.setattr(tiers, "encode_matrix", encoding)
         with pytest.raises(KeyboardInterrupt):
-            tiers.open_tier(source, config, "Q8_0", tmp_path)
-    assert len(calls) == 2 * TWO_BANKS.n_experts + 1 and not any(tmp_path.iterdir())
-    assert tiers.open_tier(source, config, "Q8_0", tmp_path).tensors.keys() == source.tensors.keys()
+            tiers.open_tier(source, config, TierSpec("Q8_0"), tmp_path)
+        assert not list(tmp_path.glob("*.gguf"))
+        done = set(calls[: 2 * TWO_BANKS.n_experts])
+        calls[:] = []
+        patch.setattr(tiers, "encode_matrix", lambda *a: calls.append(a[4:]) or encode_matrix(*a))
+        low = tiers.open_tier(source, config, TierSpec("Q8_0"), tmp_path)
+    assert len(calls) == (3 * config.n_layers - 2) * config.n_experts
+    assert done.isdisjoint(calls)
+    straight = tiers.open_tier(source, config, TierSpec("Q8_0"), tmp_path / "straight")
+    assert low.paths[0].read_bytes() == straight.paths[0].read_bytes()
+    assert [path.suffix for path in tmp_path.iterdir() if path.is_file()] == [".gguf"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_through_another_format(source, tmp_path):
+    """What passes through Q4_K first is what Q4_K's own decoding encodes to."""
+    config = read_config(source)
+    low = tiers.open_tier(source, config, TierSpec("Q2_K", through=("Q4_0",)), tmp_path)
+    name = layer_tensors(config, 1)["ffn_down_exps"]
+    weights = tiers.dequantize(source.tensors[name], 3)
+    middle = gguf.quants.dequantize(encode(weights, "Q4_0"), gguf.GGMLQuantizationType.Q4_0)
+    assert low.tensors[name].raw[3].tobytes() == encode(middle, "Q2_K").tobytes()

@@ -21,7 +21,8 @@ from hobbit_jax.engine import Engine
 from hobbit_jax.evals.statistics import Interval, bootstrap
 from hobbit_jax.tokenizer import Tokenizer
 
-WINDOWS_PER_BATCH = 4
+# Logits of a batch of windows; beside them the comparison needs a few times as much.
+_LOGIT_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ def cut_windows(
     return Windows(ids_WS, tokenizer.byte_lengths()[ids_WS[:, 1:]])
 
 
+def batches(windows: Windows, vocab_size: int) -> list[slice]:
+    """Windows to score at a time, as many as fit the memory for logits; at least one."""
+    count, width = windows.ids_WS.shape
+    size = max(1, _LOGIT_BYTES // (4 * vocab_size * max(1, width - 1)))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 def write_native_logits(engine: Engine, windows: Windows, path: Path) -> None:
     """Writes native logits, float32 [W, T, V], as a .npy file that can be memory-mapped."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,9 +73,9 @@ def write_native_logits(engine: Engine, windows: Windows, path: Path) -> None:
     shape = (count, width - 1, engine.config.vocab_size)
     with replacing(path) as partial:
         array_WTV = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-        for start in tqdm(range(0, count, WINDOWS_PER_BATCH), desc="native logits", leave=False):
-            batch = windows.ids_WS[start : start + WINDOWS_PER_BATCH, :-1]
-            array_WTV[start : start + len(batch)] = np.asarray(engine.score(batch))
+        parts = batches(windows, engine.config.vocab_size)
+        for part in tqdm(parts, desc="native logits", leave=False):
+            array_WTV[part] = np.asarray(engine.score(windows.ids_WS[part, :-1]))
         array_WTV.flush()
         del array_WTV
 
@@ -84,7 +92,10 @@ def _compare(logits_BTV: jax.Array, native_BTV: jax.Array, targets_BT: jax.Array
 
 @dataclass(frozen=True)
 class Quality:
-    """Figures of one plan on one set of windows; all with 95 % intervals over windows."""
+    """Figures of one plan on one set of windows; all with 95 % intervals over windows.
+
+    `kl_by_window` has each window's mean, so that two plans can be compared in pairs.
+    """
 
     tokens: int
     bits_per_byte: Interval
@@ -92,15 +103,16 @@ class Quality:
     kl_mean: Interval
     kl_p99: Interval
     top1_agreement: Interval
+    kl_by_window: list[float]
 
 
 def evaluate(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Quality:
     """Teacher-forced comparison with the native model's logits (nats; perplexity per token)."""
     parts = []
-    for start in range(0, len(windows.ids_WS), WINDOWS_PER_BATCH):
-        ids_BS = windows.ids_WS[start : start + WINDOWS_PER_BATCH]
+    for part in batches(windows, engine.config.vocab_size):
+        ids_BS = windows.ids_WS[part]
         logits_BTV = engine.score(ids_BS[:, :-1])
-        native_BTV = np.asarray(native_WTV[start : start + len(ids_BS)])
+        native_BTV = np.asarray(native_WTV[part])
         parts.append(jax.device_get(_compare(logits_BTV, native_BTV, ids_BS[:, 1:])))
     nll_WT, kl_WT, agree_WT = (np.concatenate(part) for part in zip(*parts, strict=True))
     nll_W = nll_WT.sum(axis=1, dtype=np.float64)
@@ -117,4 +129,5 @@ def evaluate(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Qualit
         kl_mean=interval(lambda w: kl_WT[w].mean(dtype=np.float64)),
         kl_p99=interval(lambda w: np.quantile(kl_WT[w], 0.99)),
         top1_agreement=interval(lambda w: agree_WT[w].mean(dtype=np.float64)),
+        kl_by_window=[float(f"{kl:.5g}") for kl in kl_WT.mean(axis=1, dtype=np.float64)],
     )

@@ -17,22 +17,32 @@ from hobbit_jax.report.comparisons import (
     control_gap,
     line_gap,
 )
+from hobbit_jax.report.frontier_results import FrontierResults
 from hobbit_jax.report.results import NATIVE, RANDOM, Results, Row, Setting
+from hobbit_jax.report.signals import render_compounding, render_signals
 from hobbit_jax.report.threats import threats
 from hobbit_jax.report.verdict import Outcome, Rule, Verdict
 
 
 def render(
-    results: Results, rule: Rule, answers: Sequence[Verdict], drawn: Iterable[str] = figures.NAMES
+    results: Results,
+    rule: Rule,
+    answers: Sequence[Verdict],
+    drawn: Iterable[str] = figures.NAMES,
+    frontier: FrontierResults | None = None,
+    compounding: FrontierResults | None = None,
 ) -> str:
-    """The document as Markdown; `drawn` names the figures that exist."""
+    """The document as Markdown; `drawn` names the figures that exist.
+
+    `frontier` and `compounding` are studies of quality alone that stand beside the sweep.
+    """
     drawn = set(drawn)
     sections = [
         [f"# {markdown.one_line(results.title)}"],
         _answer(results, answers),
         _rule(results, rule, answers),
         _quality(results, drawn),
-        _signals(results),
+        _signals(results, frontier, compounding, drawn),
         _cost(results, rule, drawn),
         _gaps(results),
         ["## 7. Threats to validity", "", *(f"- {text}" for text in threats(results, rule))],
@@ -193,7 +203,29 @@ def _quality(results: Results, drawn: set[str]) -> list[str]:
     )
 
 
-def _signals(results: Results) -> list[str]:
+def _signals(
+    results: Results,
+    frontier: FrontierResults | None,
+    compounding: FrontierResults | None,
+    drawn: set[str],
+) -> list[str]:
+    lines = ["## 4. Which signal", ""]
+    if frontier:
+        lines += [*render_signals(frontier, drawn), "", "### In the sweep of the cache", ""]
+    lines += _signals_of_sweep(results)
+    if compounding:
+        lines += ["", "### Compounding error", "", *render_compounding(compounding)]
+    return lines
+
+
+def render_studies(title: str, question: str, command: str, sections: Sequence[Sequence[str]]):
+    """A document of studies of quality alone."""
+    head = [f"# {markdown.one_line(title)}", "", f"> {markdown.one_line(question)}"]
+    end = ["## Reproduce", "", "```sh", markdown.one_line(command), "```"]
+    return "\n\n".join("\n".join(section) for section in (head, *sections, end)) + "\n"
+
+
+def _signals_of_sweep(results: Results) -> list[str]:
     mixed = [plan for plan in results.plans if plan.is_mixed]
     gaps = [(plan, control_gap(plan, results)) for plan in mixed if plan.signal != RANDOM]
     gaps.sort(key=lambda pair: (pair[0].model, pair[0].low_format or "", pair[0].low_fraction))
@@ -220,8 +252,6 @@ def _signals(results: Results) -> list[str]:
             )
         )
     lines = [
-        "## 4. Which signal",
-        "",
         f"{below} of {len(known)} comparisons put a signal's KL below the random control's with "
         f"the intervals apart, {above} above, {len(known) - below - above} cannot be told apart.",
         "",

@@ -27,11 +27,13 @@ _COLOURS = {
     "router_weight": "#D55E00",
     "frequency": "#0072B2",
     "accumulated_weight": "#009E73",
+    "sensitivity": "#D55E00",
+    "hybrid": "#CC79A7",
     NATIVE: "#555555",
     UNIFORM: "#E69F00",
     RANDOM: "#000000",
 }
-_SPARE = ("#CC79A7", "#56B4E9", "#8C564B", "#7F3C8D")
+_SPARE = ("#F0E442", "#56B4E9", "#8C564B", "#7F3C8D")
 _MARKERS = ("o", "s", "D", "^", "v")
 _CONTROL_MARKERS = ("x", "+", "1", "2", "3")
 
@@ -62,7 +64,7 @@ def quality_vs_bytes(results: Results, kl_limit: float) -> bytes | None:
                 kl.value,
                 yerr=[[max(0.0, kl.value - kl.low)], [max(0.0, kl.high - kl.value)]],
                 fmt=markers[formats.index(plan.low_format or "") % 5],
-                color=_colour(plan.signal),
+                color=colour(plan.signal),
                 markersize=3 + 3 * is_control + 4 * plan.low_fraction,
                 elinewidth=1,
                 capsize=2,
@@ -74,18 +76,18 @@ def quality_vs_bytes(results: Results, kl_limit: float) -> bytes | None:
         axes.set_xlabel("bytes of all experts on the host, MiB (signals set apart sideways)")
         axes.set_ylabel("mean KL to native, nats per token")
         axes.grid(alpha=0.25)
-        handles = [_handle(_colour(s), "o", s) for s in signals if s != RANDOM]
+        handles = [handle(colour(s), "o", s) for s in signals if s != RANDOM]
         for index, low in enumerate(formats):
-            handles.append(_handle("#999999", _MARKERS[index % 5], f"low format {low}"))
+            handles.append(handle("#999999", _MARKERS[index % 5], f"low format {low}"))
             if RANDOM in signals:
                 mark = _CONTROL_MARKERS[index % 5]
-                handles.append(_handle(_COLOURS[RANDOM], mark, f"random control, {low}"))
-        handles.append(_handle(_COLOURS[UNIFORM], "*", "uniform"))
-        handles.append(_handle(_COLOURS[NATIVE], "P", "native, KL 0"))
+                handles.append(handle(_COLOURS[RANDOM], mark, f"random control, {low}"))
+        handles.append(handle(_COLOURS[UNIFORM], "*", "uniform"))
+        handles.append(handle(_COLOURS[NATIVE], "P", "native, KL 0"))
         handles.append(Line2D([], [], color="#AA0000", linestyle=":", label="the rule's limit"))
         figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
 
-    return _png(draw, (8.6, 4.8))
+    return png(draw, (8.6, 4.8))
 
 
 def speed_vs_budget(results: Results, shown: Sequence[Plan]) -> bytes | None:
@@ -112,7 +114,7 @@ def speed_vs_budget(results: Results, shown: Sequence[Plan]) -> bytes | None:
                     plan.signal
                 ) or _MARKERS[fractions.index(plan.low_fraction) % 5]
                 look = {
-                    "color": _colour(plan.signal),
+                    "color": colour(plan.signal),
                     "marker": marker,
                     "linestyle": ("-", "--", "-.", ":")[nth % 4],
                     "fillstyle": ("full", "none", "left", "right")[nth % 4],
@@ -133,7 +135,7 @@ def speed_vs_budget(results: Results, shown: Sequence[Plan]) -> bytes | None:
         speed_axes.set_title("measured on " + ", ".join(devices), fontsize=8)
         figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
-    return _png(draw, (9.6, 4.8))
+    return png(draw, (9.6, 4.8))
 
 
 def expert_use(row: Row | None) -> bytes | None:
@@ -166,10 +168,11 @@ def expert_use(row: Row | None) -> bytes | None:
         right.grid(alpha=0.25)
         right.legend(fontsize=8, frameon=False)
 
-    return _png(draw, (9.6, 3.8))
+    return png(draw, (9.6, 3.8))
 
 
-def _png(draw, size_inches: tuple[float, float]) -> bytes:
+def png(draw, size_inches: tuple[float, float]) -> bytes:
+    """The picture that `draw(figure)` makes, without anything of today or of this machine."""
     with mpl.rc_context():
         mpl.rcdefaults()
         figure = Figure(figsize=size_inches, dpi=DPI, layout="constrained")
@@ -187,11 +190,13 @@ def _point(results: Results, plan: Plan) -> tuple[float, Interval] | None:
     return row.plan_bytes / MIB, row.kl_mean
 
 
-def _colour(signal: str) -> str:
+def colour(signal: str) -> str:
+    """The colour of a signal in every figure."""
     return _COLOURS.get(signal) or _SPARE[sum(signal.encode()) % len(_SPARE)]
 
 
-def _handle(colour: str, marker: str, label: str) -> Line2D:
+def handle(colour: str, marker: str, label: str) -> Line2D:
+    """An entry of a legend."""
     return Line2D([], [], color=colour, marker=marker, linestyle="none", label=label)
 
 

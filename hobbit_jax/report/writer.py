@@ -11,16 +11,21 @@ from pathlib import Path
 
 from hobbit_jax.atomic import replacing
 from hobbit_jax.report import figures
-from hobbit_jax.report.document import render
+from hobbit_jax.report.document import render, render_studies
+from hobbit_jax.report.frontier_figure import frontier_figure
+from hobbit_jax.report.frontier_results import is_frontier, load_frontier
 from hobbit_jax.report.read_results import load_results
 from hobbit_jax.report.results import NATIVE, RANDOM, Plan, Results
+from hobbit_jax.report.signals import FIGURE, render_compounding, render_signals
 from hobbit_jax.report.verdict import Outcome, Rule, Verdict, verdicts
 
 
 def write_report(workdir: Path) -> Path:
     """Writes `decision.md` and `figures/*.png` into `workdir`, each whole or not at all.
 
-    A figure of an earlier run that these rows do not give is removed.
+    Studies of quality alone in `workdir`/frontier and `workdir`/compounding become part of it;
+    where `workdir` itself is such a study, the document is about nothing else. A figure of an
+    earlier run that these rows do not give is removed.
 
     Returns:
         The path of the document.
@@ -28,6 +33,12 @@ def write_report(workdir: Path) -> Path:
     Raises:
         ValueError: `workdir` holds no sweep, a rule without a limit, or no row.
     """
+    if is_frontier(workdir):
+        return _write_study(workdir)
+    frontier, compounding = (
+        load_frontier(workdir / name) if is_frontier(workdir / name) else None
+        for name in ("frontier", "compounding")
+    )
     results = load_results(workdir)
     rule = Rule.of(results.rule)
     answers = verdicts(results, rule)
@@ -36,7 +47,33 @@ def write_report(workdir: Path) -> Path:
         figures.NAMES[0]: figures.quality_vs_bytes(results, rule.kl_limit),
         figures.NAMES[1]: figures.speed_vs_budget(results, _plans_to_show(results, answers)),
         figures.NAMES[2]: figures.expert_use(routing),
+        FIGURE: frontier_figure(frontier) if frontier else None,
     }
+    drawn = _write_figures(workdir, images)
+    document = workdir / "decision.md"
+    text = render(results, rule, answers, drawn, frontier, compounding)
+    _write(document, text.encode())
+    return document
+
+
+def _write_study(workdir: Path) -> Path:
+    study = load_frontier(workdir)
+    drawn = _write_figures(workdir, {FIGURE: frontier_figure(study)})
+    through = any(m.plan.through for m in study.measured)
+    section = (
+        ["## Compounding error", "", *render_compounding(study)]
+        if through
+        else ["## Which signal", "", *render_signals(study, drawn)]
+    )
+    sweep = study.sweep
+    text = render_studies(sweep["title"], sweep["question"], sweep["command"], [section])
+    document = workdir / "decision.md"
+    _write(document, text.encode())
+    return document
+
+
+def _write_figures(workdir: Path, images: dict[str, bytes | None]) -> set[str]:
+    """Writes the figures that there are, removes the others; the names of the former."""
     (workdir / "figures").mkdir(exist_ok=True)
     for name, image in images.items():
         path = workdir / "figures" / name
@@ -44,10 +81,7 @@ def write_report(workdir: Path) -> Path:
             path.unlink(missing_ok=True)
         else:
             _write(path, image)
-    drawn = {name for name, image in images.items() if image is not None}
-    document = workdir / "decision.md"
-    _write(document, render(results, rule, answers, drawn).encode())
-    return document
+    return {name for name, image in images.items() if image is not None}
 
 
 def _plans_to_show(results: Results, answers: Sequence[Verdict]) -> list[Plan]:

@@ -20,14 +20,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from hobbit_jax.calibration import calibrate
 from hobbit_jax.engine import Engine
 from hobbit_jax.evals import quality, tasks
-from hobbit_jax.importance import profile
 from hobbit_jax.loading import LoadedModel
 from hobbit_jax.store import HostExperts
 from hobbit_jax.training.corpus import SourceFile
 
 CONTEXT = 512
+ROWS_PER_BATCH = 4
 
 
 def write_held_out(files: list[SourceFile], path: Path) -> None:
@@ -58,8 +59,8 @@ def bits_per_byte(engine: Engine, model: LoadedModel, texts: list[str]) -> float
         for start in range(0, len(ids) - 1, CONTEXT):
             rows.append(ids[start : start + CONTEXT + 1])
     rows.sort(key=len)
-    for start in range(0, len(rows), quality.WINDOWS_PER_BATCH):
-        batch = rows[start : start + quality.WINDOWS_PER_BATCH]
+    for start in range(0, len(rows), ROWS_PER_BATCH):
+        batch = rows[start : start + ROWS_PER_BATCH]
         ids_BS = np.zeros((len(batch), CONTEXT + 1), np.int32)
         for row, ids in enumerate(batch):
             ids_BS[row, : len(ids)] = ids
@@ -82,8 +83,8 @@ def measure(model: LoadedModel, texts: list[str], problems: int) -> dict[str, An
     """The card's figures for one model file on held-out `texts` and tasks."""
     engine = Engine(model, HostExperts(model.config, model.file))
     windows = quality.cut_windows(model.tokenizer(), texts, 64, CONTEXT)
-    routing = profile(engine, windows)
-    shares_LE = routing.selections_LE / routing.selections_LE.sum(axis=1, keepdims=True)
+    selections_LE = calibrate(engine, windows, "routing").selections_LE
+    shares_LE = selections_LE / selections_LE.sum(axis=1, keepdims=True)
     scores = {
         task: tasks.evaluate(engine, model.tokenizer(), task, problems)
         for task in ("arithmetic", "functions")

@@ -1,8 +1,7 @@
 """From a trained checkpoint to GGUF: float32 for reference, Q4_K_M-style for use.
 
-Owns the mapping of trained parameters to llama.cpp's tensor names, the
-tokenizer's metadata, and the mix of types of Q4_K_M. Called by
-`scripts/train_reference.py`.
+Owns the mapping of trained parameters to llama.cpp's tensor names, and the
+tokenizer's metadata. Called by `scripts/train_reference.py`.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hobbit_jax import quantize
-from hobbit_jax.architecture import ModelConfig
+from hobbit_jax.architecture import ModelConfig, config_metadata
 from hobbit_jax.gguf_file import GGUFFile, write_gguf
 from hobbit_jax.tiers import dequantize
 from hobbit_jax.training.corpus import END_OF_TEXT
 from hobbit_jax.training.trainer import TrainableModel
+from hobbit_jax.type_mix import FILE_TYPE_F32, FILE_TYPE_Q4_K_M, q4_k_m_format
 
 NORMAL_TOKEN, CONTROL_TOKEN = 1, 3  # gguf.TokenType
-FILE_TYPE_F32, FILE_TYPE_Q4_K_M = 0, 15  # llama.cpp's llama_ftype
 
 
 def metadata(config: ModelConfig, tokenizer: Tokenizer, name: str) -> dict:
@@ -30,29 +29,14 @@ def metadata(config: ModelConfig, tokenizer: Tokenizer, name: str) -> dict:
 
     Every text begins with END_OF_TEXT, as documents did in training, so it is BOS as well.
     """
-    arch = config.arch
     ids = tokenizer.get_vocab()
     tokens = sorted(ids, key=ids.__getitem__)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     boundary = ids[END_OF_TEXT]
     return {
-        "general.architecture": arch,
+        **config_metadata(config),
         "general.name": name,
         "general.license": "apache-2.0",
-        f"{arch}.block_count": config.n_layers,
-        f"{arch}.context_length": config.context_length,
-        f"{arch}.embedding_length": config.d_model,
-        f"{arch}.feed_forward_length": config.d_expert * config.experts_per_token,
-        f"{arch}.attention.head_count": config.n_heads,
-        f"{arch}.attention.head_count_kv": config.n_kv_heads,
-        f"{arch}.attention.key_length": config.head_dim,
-        f"{arch}.attention.value_length": config.head_dim,
-        f"{arch}.attention.layer_norm_rms_epsilon": config.rms_eps,
-        f"{arch}.rope.freq_base": config.rope_base,
-        f"{arch}.expert_count": config.n_experts,
-        f"{arch}.expert_used_count": config.experts_per_token,
-        f"{arch}.expert_feed_forward_length": config.d_expert,
-        f"{arch}.vocab_size": config.vocab_size,
         "general.file_type": FILE_TYPE_F32,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
@@ -104,24 +88,6 @@ def export_float32(model: TrainableModel, tokenizer: Tokenizer, name: str, path:
     write_gguf(path, metadata(config, tokenizer, name), tensors)
 
 
-def q4_k_m_format(name: str, n_dims: int, n_layers: int) -> str:
-    """The type llama.cpp's Q4_K_M gives a tensor (`llama_tensor_get_type`, tied head).
-
-    Router and norms stay float32; embedding (it is the head too) Q6_K; `attn_v`
-    and `ffn_down` Q6_K in the first and last eighth of the layers and in every
-    third one between.
-    """
-    if n_dims == 1 or "ffn_gate_inp" in name:
-        return "F32"
-    if name.startswith("token_embd"):
-        return "Q6_K"
-    if "attn_v" in name or "ffn_down" in name:
-        layer, eighth = int(name.split(".")[1]), n_layers // 8
-        more_bits = layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
-        return "Q6_K" if more_bits else "Q4_K"
-    return "Q4_K"
-
-
 def export_q4_k_m(source: GGUFFile, config: ModelConfig, path: Path) -> None:
     """Quantises a float32 export as llama.cpp's Q4_K_M would, with our encoders."""
 
@@ -137,7 +103,7 @@ def export_q4_k_m(source: GGUFFile, config: ModelConfig, path: Path) -> None:
 
     tensors = []
     for name, tensor in source.tensors.items():
-        format = q4_k_m_format(name, len(tensor.shape), config.n_layers)
+        format = q4_k_m_format(name, tensor.shape, config)
         tensors.append((name, format, tensor.shape, encoded(tensor, format)))
     write_gguf(
         path,

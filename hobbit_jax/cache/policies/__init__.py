@@ -8,15 +8,46 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from hobbit_jax.cache.policies.apex import Apex
+from hobbit_jax.cache.policies.belady import Belady
+from hobbit_jax.cache.policies.decayed_lfu import DecayedLFU
+from hobbit_jax.cache.policies.hobbit import Hobbit
 from hobbit_jax.cache.policies.interface import Policy, Step
+from hobbit_jax.cache.policies.lfru import LFRU
 from hobbit_jax.cache.policies.lru import LRU
+from hobbit_jax.cache.policies.pinned_static import PinnedStatic
+from hobbit_jax.cache.policies.random_choice import RandomChoice
+from hobbit_jax.cache.policies.recall import Recall
 from hobbit_jax.cache.policies.slru import SLRU
+from hobbit_jax.cache.policies.w_tinylfu import WTinyLFU
 
-__all__ = ["LRU", "POLICIES", "SLRU", "Policy", "PolicyFactory", "Step", "policy_factory"]
+__all__ = [
+    "DEFAULT_POLICY",
+    "LRU",
+    "POLICIES",
+    "SLRU",
+    "Belady",
+    "PinnedStatic",
+    "Policy",
+    "PolicyFactory",
+    "Step",
+    "policy_factory",
+]
 
 PolicyFactory = Callable[[int], Policy[Any]]  # capacity in slots → a policy
 
-POLICIES: dict[str, PolicyFactory] = {"lru": LRU, "slru": SLRU}
+# Those that need nothing but a capacity. `PinnedStatic` wants a profile, `Belady` the future.
+POLICIES: dict[str, PolicyFactory] = {
+    "lru": LRU,
+    "slru": SLRU,
+    "decayed_lfu": DecayedLFU,
+    "lfru": LFRU,
+    "hobbit": Hobbit,
+    "apex": Apex,
+    "w_tinylfu": WTinyLFU,
+    "random": RandomChoice,
+    "recall": Recall,
+}
 DEFAULT_POLICY = "slru"
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -67,6 +67,7 @@ class Policy(ABC, Generic[Key]):
             native: whether the selection asked for native precision.
         """
 
+    @abstractmethod
     def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
         """Makes a missing `key` resident; returns the key evicted for it, if any.
 
@@ -77,14 +78,10 @@ class Policy(ABC, Generic[Key]):
             RuntimeError: `key` is resident already, or nothing may be evicted; the
                 policy is as before.
         """
-        if key in self:
-            raise RuntimeError(f"{key} is resident already")
-        victim = None
-        if len(self) >= self.capacity:
-            victim = self._victim(keep)
-            self._delete(victim)
-        self._insert(key)
-        return victim
+
+    @abstractmethod
+    def _delete(self, key: Key) -> None:
+        """Makes a resident key absent."""
 
     def remove(self, key: Key) -> None:
         """Gives up a resident, unpinned key outside the order: its upload failed, say.
@@ -98,24 +95,6 @@ class Policy(ABC, Generic[Key]):
         if key in self._pinned:
             raise RuntimeError(f"{key} is pinned")
         self._delete(key)
-
-    @abstractmethod
-    def _victim(self, keep: Collection[Key]) -> Key:
-        """The resident key to evict, neither pinned nor in `keep`; see `_all_in_use`."""
-
-    @abstractmethod
-    def _insert(self, key: Key) -> None:
-        """Makes an absent key resident."""
-
-    @abstractmethod
-    def _delete(self, key: Key) -> None:
-        """Makes a resident key absent."""
-
-    def _all_in_use(self) -> RuntimeError:
-        """The error when there is no victim."""
-        return RuntimeError(
-            f"all {self.capacity} slots are pinned or in use ({len(self._pinned)} pinned)"
-        )
 
     def pin(self, key: Key) -> None:
         """Protects a resident key from eviction until `unpin`. KeyError if it is absent."""
@@ -131,3 +110,48 @@ class Policy(ABC, Generic[Key]):
     def pinned(self) -> frozenset[Key]:
         """The keys that `pin` protects."""
         return frozenset(self._pinned)
+
+    def _resident_already(self, key: Key) -> RuntimeError:
+        return RuntimeError(f"{key} is resident already")
+
+    def _all_in_use(self) -> RuntimeError:
+        return RuntimeError(
+            f"all {self.capacity} slots are pinned or in use ({len(self._pinned)} pinned)"
+        )
+
+
+class TablePolicy(Policy[Key]):
+    """A policy with one table of resident keys; says only whom to evict."""
+
+    def __init__(self, capacity: int):
+        super().__init__(capacity)
+        self._resident: dict[Key, Any] = {}  # what is kept of a key is the policy's own
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._resident
+
+    def __len__(self) -> int:
+        return len(self._resident)
+
+    def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
+        """See `Policy.admit`."""
+        resident = self._resident
+        if key in resident:
+            raise self._resident_already(key)
+        victim = None
+        if len(resident) >= self.capacity:
+            victim = self._victim(keep)
+            self._delete(victim)
+        self._insert(key)
+        return victim
+
+    @abstractmethod
+    def _victim(self, keep: Collection[Key]) -> Key:
+        """The resident key to evict, neither pinned nor in `keep`; or raises `_all_in_use`."""
+
+    def _insert(self, key: Key) -> None:
+        """Makes an absent key resident."""
+        self._resident[key] = None
+
+    def _delete(self, key: Key) -> None:
+        del self._resident[key]

@@ -8,37 +8,25 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection
 
-from hobbit_jax.cache.policies.interface import Key, Policy
+from hobbit_jax.cache.policies.interface import Key, TablePolicy
 
 
-class LRU(Policy[Key]):
+class LRU(TablePolicy[Key]):
     """Evicts what was used, or admitted, longest ago."""
 
     def __init__(self, capacity: int):
         super().__init__(capacity)
-        self._resident: OrderedDict[Key, None] = OrderedDict()
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._resident
-
-    def __len__(self) -> int:
-        return len(self._resident)
+        self._resident: OrderedDict[Key, None] = OrderedDict()  # the oldest first
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
         """See `Policy.access`."""
-        if key not in self._resident:
-            return False
-        self._resident.move_to_end(key)
-        return True
+        if key in self._resident:
+            self._resident.move_to_end(key)
+            return True
+        return False
 
     def _victim(self, keep: Collection[Key]) -> Key:
         for key in self._resident:
-            if key not in self._pinned and key not in keep:
+            if key not in keep and key not in self._pinned:
                 return key
         raise self._all_in_use()
-
-    def _insert(self, key: Key) -> None:
-        self._resident[key] = None
-
-    def _delete(self, key: Key) -> None:
-        del self._resident[key]

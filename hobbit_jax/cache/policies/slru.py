@@ -23,6 +23,9 @@ class SLRU(Policy[Key]):
     A newcomer enters probation. A hit moves its key to the protected segment,
     whose oldest key falls back to probation when the segment is full. Victims
     come from probation first. `protected_fraction=0` is plain LRU.
+
+    Every decoded expert passes here, so the methods are written out: one call fewer is a tenth of
+    the time.
     """
 
     def __init__(self, capacity: int, protected_fraction: float = DEFAULT_PROTECTED_FRACTION):
@@ -41,30 +44,37 @@ class SLRU(Policy[Key]):
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
         """See `Policy.access`."""
-        if key in self._protected:
-            self._protected.move_to_end(key)
+        probation, protected = self._probation, self._protected
+        if key in protected:
+            protected.move_to_end(key)
             return True
-        if key not in self._probation:
+        if key not in probation:
             return False
-        if self.protected_capacity == 0:
-            self._probation.move_to_end(key)
+        if not self.protected_capacity:
+            probation.move_to_end(key)
             return True
-        del self._probation[key]
-        self._protected[key] = None
-        if len(self._protected) > self.protected_capacity:
-            demoted, _ = self._protected.popitem(last=False)
-            self._probation[demoted] = None
+        del probation[key]
+        protected[key] = None
+        if len(protected) > self.protected_capacity:
+            demoted, _ = protected.popitem(last=False)
+            probation[demoted] = None
         return True
 
-    def _victim(self, keep: Collection[Key]) -> Key:
-        for segment in (self._probation, self._protected):
-            for key in segment:
-                if key not in self._pinned and key not in keep:
-                    return key
+    def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
+        """See `Policy.admit`."""
+        probation, protected = self._probation, self._protected
+        if key in probation or key in protected:
+            raise self._resident_already(key)
+        if len(probation) + len(protected) < self.capacity:
+            probation[key] = None
+            return None
+        for segment in (probation, protected):
+            for victim in segment:
+                if victim not in keep and victim not in self._pinned:
+                    del segment[victim]
+                    probation[key] = None
+                    return victim
         raise self._all_in_use()
-
-    def _insert(self, key: Key) -> None:
-        self._probation[key] = None
 
     def _delete(self, key: Key) -> None:
         del (self._probation if key in self._probation else self._protected)[key]

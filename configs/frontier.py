@@ -1,0 +1,117 @@
+"""Which signal should choose who goes low, and does a mix beat a uniformly smaller quant?
+
+Question: at equal bytes of all experts, what do plans lose whose experts are encoded at 2 and 3
+bits with calibration, by which signal, and how much of that is the signal and how much the mere
+mixing, which a random choice has too?
+
+    python scripts/sweep.py --config configs/frontier.py --workdir out/frontier
+    python scripts/report.py --workdir out/frontier
+
+Cells of the first calibration seed come first, so the document can be read before all have run.
+`configs/frontier.py:ggml` adds llama.cpp's own encoder under its importance matrix as a rival; that
+needs GGML_BASE_LIB or llama-cpp-python. `--config.prose_text=F.txt` adds prose to the transfer
+check.
+
+Cost on 2 CPU cores: about an hour.
+Expected: calibrated 2-bit experts lose half of what plain ones lose, so that a mix has less left
+to win; measured sensitivity chooses best; frequency comes close. Open: whether any signal beats
+the random control by more than its interval where most experts are low.
+"""
+
+from dataclasses import replace
+
+from ml_collections import ConfigDict
+
+from hobbit_jax.frontier import FrontierCell
+from hobbit_jax.workbench import MIXED_TEXT, TASKS_TEXT, EvalSizes, Inputs
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    if arg not in ("", "ggml", "smoke"):
+        raise ValueError(f"configs/frontier.py:{arg}: want nothing, :ggml or :smoke")
+    config = ConfigDict()
+    config.title = "Reference model, quality frontier"
+    config.question = (
+        "At equal bytes, which signal should decide who is stored below native precision, and "
+        "does such a mix beat a uniformly smaller quant?"
+    )
+    config.model = ""
+    config.calibration_text = ""
+    config.evaluation_text = ""
+    config.implementation = ""
+    config.methods = ("rtn", "importance", "gptq", *(("ggml",) if arg == "ggml" else ()))
+    config.formats = ("Q3_K", "Q2_K")
+    config.signals = ("sensitivity", "frequency", "accumulated_weight", "hybrid", "random")
+    # Of native's bytes. Uniform Q2_K has 0.54 of them and Q3_K 0.71.
+    config.bytes_fractions = (0.6, 0.7, 0.85)
+    # HOBBIT's own mix, the third entry of which is skipped, and one with more low selections.
+    config.shares = ((0.67, 0.30, 0.03), (0.4, 0.6))
+    config.seeds = (0, 1, 2)
+    config.prose_text = ""
+    config.eval = ConfigDict(
+        {"windows": 200, "context": 512, "calibration_windows": 48, "task_problems": 96}
+    )
+    config.rule = ConfigDict({})
+    if arg == "smoke":
+        config.signals, config.bytes_fractions = ("sensitivity", "random"), (0.6, 0.7)
+        config.seeds, config.shares = (0,), ((0.67, 0.30, 0.03),)
+        config.eval.update(windows=4, calibration_windows=4, task_problems=0)
+    return config
+
+
+def sweep(config: ConfigDict) -> list[FrontierCell]:
+    """Rivals, then mixes by every signal, then the transfer check; seed by seed."""
+    inputs = Inputs(
+        config.model, config.calibration_text, config.evaluation_text, config.implementation
+    )
+
+    def cell(signal, formats, method, seed, fraction=None, shares=None, text="", problems=0):
+        sizes = {**config.eval, "task_problems": config.eval.task_problems if problems else 0}
+        return FrontierCell(
+            signal, tuple(formats), method, fraction, shares, (), seed, text, inputs,
+            EvalSizes(**sizes),
+        )  # fmt: skip
+
+    cells = [cell("native", (), "rtn", 0, problems=1)]
+    texts = [text for text in (TASKS_TEXT, config.prose_text) if text]
+    for seed in config.seeds:
+        first = seed == config.seeds[0]
+        for method in config.methods:
+            if method != "rtn" or first:  # which sees no calibration
+                cells += [
+                    cell("uniform", [low], method, seed, problems=first) for low in config.formats
+                ]
+        for fraction in config.bytes_fractions:
+            cells += [
+                cell(signal, config.formats, "gptq", seed, fraction, problems=first)
+                for signal in config.signals
+            ]
+        if first:
+            # Without calibrated encoding, and without the middle tier: what each of them is worth.
+            cells += [
+                cell(signal, formats, method, seed, fraction)
+                for fraction in config.bytes_fractions
+                for formats, method in ((config.formats, "rtn"), (config.formats[-1:], "gptq"))
+                for signal in ("sensitivity", "random")
+            ]
+        cells += [
+            cell(signal, config.formats[-1:], "gptq", seed, shares=tuple(shares))
+            for shares in config.shares
+            for signal in ("router_weight", "cumulative_weight")
+        ]
+        cells += [
+            cell(signal, config.formats, "gptq", seed, fraction, text=text)
+            for text in texts
+            for fraction in config.bytes_fractions[1:2]
+            for signal in ("sensitivity", "frequency")
+        ]
+    # Encoders and signals that have seen the tasks as well as the text.
+    mixed = replace(inputs, calibration_text=MIXED_TEXT)
+    seed = config.seeds[0]
+    seen = [cell("uniform", [low], "gptq", seed, problems=1) for low in config.formats]
+    seen += [
+        cell(signal, config.formats, "gptq", seed, fraction, problems=1)
+        for fraction in config.bytes_fractions
+        for signal in ("sensitivity", "frequency", "random")
+    ]
+    return cells + [replace(made, inputs=mixed) for made in seen]

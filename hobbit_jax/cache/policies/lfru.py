@@ -1,0 +1,50 @@
+"""Least frequently and recently used: a count of uses, divided by age.
+
+Owns a count and a time per key, kept for absent keys too. Called through `interface.Policy`.
+Source: the LFRU expert cache proposed for vLLM (pull request 37190): uses / (1 + age).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from hobbit_jax.cache.policies.interface import Key, Step, TablePolicy
+
+
+class LFRU(TablePolicy[Key]):
+    """Evicts the key with the lowest uses / (1 + tokens since the last).
+
+    The order of two keys changes as time passes, so every eviction looks at every resident.
+    """
+
+    def __init__(self, capacity: int):
+        super().__init__(capacity)
+        self._uses: dict[Key, int] = {}
+        self._resident: dict[Key, int] = {}  # the token of the last use, or of the admission
+        self._token = 0
+
+    def begin_step(self, step: Step) -> None:
+        """See `Policy.begin_step`."""
+        self._token = step.token
+
+    def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
+        """See `Policy.access`."""
+        self._uses[key] = self._uses.get(key, 0) + 1
+        if key not in self._resident:
+            return False
+        self._resident[key] = self._token
+        return True
+
+    def _victim(self, keep: Collection[Key]) -> Key:
+        now, uses, pinned = self._token + 1, self._uses, self._pinned
+        victim, lowest = None, 0.0
+        for key, last in self._resident.items():
+            score = uses.get(key, 1) / (now - last)
+            if (victim is None or score < lowest) and key not in keep and key not in pinned:
+                victim, lowest = key, score
+        if victim is None:
+            raise self._all_in_use()
+        return victim
+
+    def _insert(self, key: Key) -> None:
+        self._resident[key] = self._token

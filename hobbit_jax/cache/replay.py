@@ -1,0 +1,290 @@
+"""Replays recorded routing through a policy: what the cache would have done, without a model.
+
+Owns the walk over a trace, the two-tier plans at equal bytes, and the figures. Called by
+`scripts/replay.py`. The policies are the live engine's own classes, called as the engine calls
+them: a cold start, demand misses only, one token's experts of a layer resident at once.
+
+Low-precision plans share the bytes of `capacity` native slots between a native bank and a low one:
+
+- `native`: one bank.
+- `router_weight`: the `low_share` of selections with the least router weight run low (HOBBIT).
+- `frequency`: the `low_share` of (layer, expert) pairs least used in the profile run low.
+- `floor`: every expert is resident at the low tier, the rest of the bytes hold hot experts
+  natively; nobody waits, a native miss runs low while its promotion is under way.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from hobbit_jax.cache.budget import BankDemand, divide_budget
+from hobbit_jax.cache.policies import POLICIES, Belady, PinnedStatic, Policy, Step
+from hobbit_jax.cache.trace import Trace
+from pallas_kernels.reference import Signature
+
+PLANS = ("native", "router_weight", "frequency", "floor")
+# Besides the live engine's: one needs a profile, the other the future.
+REPLAY_POLICIES = (*POLICIES, "pinned_static", "belady")
+_CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Slots of one tier, and the selections that it serves."""
+
+    tier: str
+    slots: int
+    expert_bytes: int
+    served_TLK: np.ndarray  # bool
+    waits: bool = True  # False: a miss runs on another copy meanwhile
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A plan made concrete for one trace and budget."""
+
+    plan: str
+    banks: list[Bank]
+    low_experts: int  # held at the low tier for good, outside the banks
+    degraded_share: float | None  # of selections run below native; None if the replay decides
+    threshold: float | None = None  # router weight below which a selection runs low
+
+
+def lay_out(
+    trace: Trace,
+    capacity: int,
+    expert_bytes: int,
+    plan: str = "native",
+    low_bytes: int | None = None,
+    low_share: float = 0.5,
+    profile: Trace | None = None,
+) -> Layout:
+    """Banks for `capacity` native slots' worth of bytes.
+
+    Args:
+        trace: what will be replayed.
+        capacity: native slots that the budget would hold.
+        expert_bytes: of a native expert.
+        plan: see the module.
+        low_bytes: of a low expert; for every plan but `native`.
+        low_share: of the selections, or of the pairs, that run low, 0-1.
+        profile: says which pairs are seldom used; the trace itself if None.
+
+    Raises:
+        ValueError: the bytes cannot hold what one step needs at once, or a bad argument.
+    """
+    n_tokens, n_layers, k = trace.ids_TLK.shape
+    everyone = np.ones(trace.ids_TLK.shape, bool)
+    if capacity < k:
+        raise ValueError(f"capacity is {capacity}; one step needs {k} experts at once")
+    if expert_bytes < 1:
+        raise ValueError(f"expert_bytes is {expert_bytes}; want at least 1")
+    if plan == "native":
+        bank = Bank("native", capacity, expert_bytes, everyone)
+        return Layout(plan, [bank], 0, 0.0)
+    if low_bytes is None or not 0 < low_bytes < expert_bytes:
+        raise ValueError(f"low_bytes is {low_bytes}; want 1 to {expert_bytes - 1}")
+    if not 0.0 <= low_share <= 1.0:
+        raise ValueError(f"low_share is {low_share}; want 0 to 1")
+    n_pairs, budget = n_layers * trace.n_experts, capacity * expert_bytes
+    if plan == "floor":
+        slots = (budget - n_pairs * low_bytes) // expert_bytes
+        if slots < k:
+            needed = -(-(n_pairs * low_bytes + k * expert_bytes) // expert_bytes)
+            raise ValueError(
+                f"capacity is {capacity}; the floor of {n_pairs} low experts and one native step "
+                f"need {needed}"
+            )
+        slots = min(slots, n_pairs)
+        native = Bank("native", slots, expert_bytes, everyone, waits=False)
+        return Layout(plan, [native], n_pairs, None)
+    threshold = None
+    if plan == "router_weight":
+        threshold = float(np.quantile(trace.weights_TLK, low_share))
+        low_TLK = trace.weights_TLK < threshold if low_share < 1.0 else everyone
+        n_native = n_low = n_pairs
+    elif plan == "frequency":
+        uses_P = (profile or trace).uses_LE.ravel()
+        low_P = np.zeros(n_pairs, bool)
+        low_P[np.argsort(uses_P, kind="stable")[: round(low_share * n_pairs)]] = True
+        low_TLK = low_P[trace.keys_TLK]
+        n_low = int(low_P.sum())
+        n_native = n_pairs - n_low
+    else:
+        raise ValueError(f"plan is {plan!r}; want one of {', '.join(PLANS)}")
+    degraded = float(low_TLK.mean())
+    tiers = [
+        ("native", ~low_TLK, n_native, expert_bytes, 1 - degraded),
+        ("low", low_TLK, n_low, low_bytes, degraded),
+    ]
+    tiers = [tier for tier in tiers if tier[1].any()]
+    # The live pool's own rule, from what the plan expects of each bank.
+    demands = [
+        BankDemand(Signature(tier, tier, tier), size, n, min(k, n), share * n_tokens / n)
+        for tier, _, n, size, share in tiers
+    ]
+    if sum(d.expert_bytes * d.min_slots for d in demands) > budget:
+        needed = -(-sum(d.expert_bytes * d.min_slots for d in demands) // expert_bytes)
+        raise ValueError(f"capacity is {capacity}; one step at both tiers needs {needed}")
+    slots_per_bank = divide_budget(demands, budget)
+    banks = [
+        Bank(tier, slots, size, served_TLK)
+        for (tier, served_TLK, _, size, _), slots in zip(tiers, slots_per_bank, strict=True)
+    ]
+    return Layout(plan, banks, 0, degraded, threshold)
+
+
+def _steps(trace: Trace, served_TLK: np.ndarray) -> Iterator[tuple[list, list, list]]:
+    """Chunks of tokens: keys [tokens][layers][selections], their weights, and positions."""
+    keys_TLK, everyone = trace.keys_TLK, bool(served_TLK.all())
+    for start in range(0, len(keys_TLK), _CHUNK_TOKENS):
+        part = slice(start, start + _CHUNK_TOKENS)
+        keys, weights = keys_TLK[part].tolist(), trace.weights_TLK[part].tolist()
+        if not everyone:
+            served = served_TLK[part].tolist()
+            keys, weights = (
+                [
+                    [
+                        [one for one, is_served in zip(*step, strict=True) if is_served]
+                        for step in zip(token, served_LK, strict=True)
+                    ]
+                    for token, served_LK in zip(values, served, strict=True)
+                ]
+                for values in (keys, weights)
+            )
+        yield keys, weights, trace.position_T[part].tolist()
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without Python's cycle collector: a replay makes no cycles, and it would cost a third."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What one bank's replay came to; the times are those of the policy, without reading."""
+
+    misses_L: np.ndarray
+    seconds: float
+    cpu_seconds: float
+
+
+def walk(trace: Trace, policy: Policy[int], bank: Bank, label: str = "") -> Walk:
+    """Plays a bank's selections through its policy, as the engine would."""
+    misses_L = [0] * trace.ids_TLK.shape[1]
+    begin_step, access, admit = policy.begin_step, policy.access, policy.admit
+    native, token, seconds, cpu_seconds = bank.tier == "native", 0, 0.0, 0.0
+    bar = tqdm(total=len(trace.ids_TLK), desc=label, unit="token", disable=None)
+    with bar, _no_collector():
+        for keys_TLK, weights_TLK, position_T in _steps(trace, bank.served_TLK):
+            began, cpu_began = time.perf_counter(), time.thread_time()
+            tokens = zip(keys_TLK, weights_TLK, position_T, strict=True)
+            for keys_LK, weights_LK, position in tokens:
+                for layer, keys in enumerate(keys_LK):
+                    if not keys:
+                        continue
+                    begin_step(Step(token, layer, position))
+                    uses = zip(keys, weights_LK[layer], strict=True)
+                    missing = [key for key, weight in uses if not access(key, weight, native)]
+                    if missing:
+                        misses_L[layer] += len(missing)
+                        for key in missing:
+                            admit(key, keys)
+                token += 1
+            seconds += time.perf_counter() - began
+            cpu_seconds += time.thread_time() - cpu_began
+            bar.update(len(position_T))
+    return Walk(np.asarray(misses_L), seconds, cpu_seconds)
+
+
+def make_policy(name: str, trace: Trace, bank: Bank, profile: Trace | None) -> Policy[int]:
+    """A policy by its name, with the future or the profile where it needs one.
+
+    Raises:
+        ValueError: no policy of that name; lists those there are.
+    """
+    if name == "belady":
+        return Belady(bank.slots, trace.keys_TLK[bank.served_TLK].tolist())
+    if name == "pinned_static":
+        uses = (profile or trace).uses_LE.ravel().tolist()
+        return PinnedStatic(bank.slots, dict(enumerate(uses)))
+    if name not in POLICIES:
+        raise ValueError(f"policy is {name!r}; want all, or of {', '.join(REPLAY_POLICIES)}")
+    return POLICIES[name](bank.slots)
+
+
+def replay(
+    trace: Trace, name: str, layout: Layout, capacity: int, profile: Trace | None = None
+) -> dict[str, Any]:
+    """Replays a trace through one policy per bank; the figures, ready for JSON.
+
+    `hit_rate` is of all selections, at the tier that the plan asked for; `wait_rate` is the share
+    of selections for which a token would have waited; `residents` are the experts that the device
+    holds at the end, at either tier or both. Speeds leave out reading the file; that per
+    second of CPU time does not depend on what else the machine does.
+    """
+    accesses_L = np.zeros(trace.ids_TLK.shape[1], np.int64)
+    misses_L, waits, moved, tiers = np.zeros_like(accesses_L), 0, 0, []
+    seconds = cpu_seconds = 0.0
+    resident_P = np.full(trace.uses_LE.size, layout.low_experts > 0)
+    for bank in layout.banks:
+        label = name if len(layout.banks) == 1 else f"{name}, {bank.tier}"
+        policy = make_policy(name, trace, bank, profile)
+        walked = walk(trace, policy, bank, label)
+        resident_P |= [key in policy for key in range(len(resident_P))]
+        misses, accesses = int(walked.misses_L.sum()), int(bank.served_TLK.sum())
+        tiers.append(
+            {
+                "tier": bank.tier,
+                "slots": bank.slots,
+                "expert_bytes": bank.expert_bytes,
+                "hits": accesses - misses,
+                "misses": misses,
+                "bytes_moved": misses * bank.expert_bytes,
+            }
+        )
+        accesses_L += bank.served_TLK.sum(axis=(0, 2))
+        misses_L += walked.misses_L
+        waits += misses if bank.waits else 0
+        seconds += walked.seconds
+        cpu_seconds += walked.cpu_seconds
+        moved += misses * bank.expert_bytes
+    accesses, misses = int(accesses_L.sum()), int(misses_L.sum())
+    degraded = misses / accesses if layout.degraded_share is None else layout.degraded_share
+    return {
+        "policy": name,
+        "capacity": capacity,
+        "hit_rate": 1 - misses / accesses,
+        "hits": accesses - misses,
+        "misses": misses,
+        "accesses": accesses,
+        "wait_rate": waits / accesses,
+        "bytes_moved": moved,
+        "bytes_moved_per_token": moved / len(trace.ids_TLK),
+        "plan": layout.plan,
+        "slots": sum(bank.slots for bank in layout.banks) + layout.low_experts,
+        "residents": int(resident_P.sum()),
+        "degraded_share": degraded,
+        "threshold": layout.threshold,
+        "tiers": tiers,
+        "hit_rate_L": (1 - misses_L / np.maximum(accesses_L, 1)).tolist(),
+        "accesses_per_s": accesses / max(seconds, 1e-9),
+        "accesses_per_cpu_s": accesses / max(cpu_seconds, 1e-9),
+        "trace": trace.name,
+        "profile": None if profile is None else profile.name,
+    }

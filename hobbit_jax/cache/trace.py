@@ -1,0 +1,113 @@
+"""Recorded routing: which experts a model chose, token by token and layer by layer.
+
+Owns reading and checking of trace files. Called by `replay.py` and `hobbit_jax/synthesize.py`. A
+trace is an .npz of `expert_ids` [T, L, K] (integers), `weights` [T, L, K] (router weights, in the
+order of the ids) and `seq_lens` [sequences] (tokens of each, in order).
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One recorded run."""
+
+    name: str
+    ids_TLK: np.ndarray  # int64
+    weights_TLK: np.ndarray  # float32, each step's add up to 1
+    position_T: np.ndarray  # int64; of a token in its sequence
+    n_experts: int  # of a layer
+
+    @property
+    def keys_TLK(self) -> np.ndarray:
+        """One number per (layer, expert): layer * n_experts + expert."""
+        return self.ids_TLK + self.n_experts * np.arange(self.ids_TLK.shape[1])[:, None]
+
+    @property
+    def uses_LE(self) -> np.ndarray:
+        """Selections of every expert."""
+        shape = (self.ids_TLK.shape[1], self.n_experts)
+        return np.bincount(self.keys_TLK.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
+
+    def share_of_favourites(self, fraction: float) -> float:
+        """Share of selections that the most used `fraction` of a layer's experts have, mean."""
+        ordered_LE = np.sort(self.uses_LE, axis=1)[:, ::-1]
+        count = round(fraction * self.n_experts)
+        return float((ordered_LE[:, :count].sum(axis=1) / ordered_LE.sum(axis=1)).mean())
+
+    def overlap(self, lag: int) -> float:
+        """Share of a token's experts that the token `lag` before it, in its sequence, chose too."""
+        now, before = self.ids_TLK[lag:], self.ids_TLK[:-lag]
+        same_T = (now[..., :, None] == before[..., None, :]).any(axis=-1).mean(axis=(1, 2))
+        return float(same_T[self.position_T[lag:] >= lag].mean())
+
+
+def read_trace(path: Path, n_experts: int | None = None) -> Trace:
+    """Reads and checks a trace file.
+
+    Args:
+        path: the .npz file.
+        n_experts: of a layer; the highest id says it if None.
+
+    Raises:
+        ValueError: not such a file; says which array is wrong, what it is and what is wanted.
+    """
+    arrays = _arrays(path)
+    ids_TLK, weights_TLK, lengths = (arrays[n] for n in ("expert_ids", "weights", "seq_lens"))
+    if ids_TLK.ndim != 3 or ids_TLK.size == 0 or ids_TLK.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path}: expert_ids is {ids_TLK.dtype} {list(ids_TLK.shape)}; want integers "
+            "[tokens, layers, experts of a token], none of them 0"
+        )
+    if weights_TLK.shape != ids_TLK.shape or weights_TLK.dtype.kind != "f":
+        raise ValueError(
+            f"{path}: weights is {weights_TLK.dtype} {list(weights_TLK.shape)}; want floats of "
+            f"expert_ids' shape, {list(ids_TLK.shape)}"
+        )
+    if not (np.isfinite(weights_TLK).all() and (weights_TLK >= 0).all()):
+        raise ValueError(f"{path}: weights holds negative, infinite or NaN numbers")
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or lengths.min(initial=1) < 1:
+        raise ValueError(
+            f"{path}: seq_lens is {lengths.dtype} {list(lengths.shape)}; want positive integers "
+            "[sequences]"
+        )
+    if lengths.sum() != len(ids_TLK):
+        raise ValueError(
+            f"{path}: seq_lens adds up to {lengths.sum()} tokens; expert_ids has {len(ids_TLK)}"
+        )
+    ids_TLK = ids_TLK.astype(np.int64)
+    most = int(ids_TLK.max()) + 1 if n_experts is None else n_experts
+    if ids_TLK.min() < 0 or ids_TLK.max() >= most:
+        raise ValueError(
+            f"{path}: expert_ids go from {ids_TLK.min()} to {ids_TLK.max()}; want 0 to {most - 1}"
+        )
+    ordered_TLK = np.sort(ids_TLK, axis=-1)
+    if (ordered_TLK[..., 1:] == ordered_TLK[..., :-1]).any():
+        raise ValueError(f"{path}: expert_ids name an expert twice in one step")
+    total_TL1 = np.maximum(weights_TLK.sum(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+    weights_TLK = (weights_TLK / total_TL1).astype(np.float32)
+    position_T = np.concatenate([np.arange(length) for length in lengths])
+    return Trace(path.name, ids_TLK, weights_TLK, position_T, most)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    wanted = ("expert_ids", "weights", "seq_lens")
+    try:
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise ValueError(f"{path} holds one array; want an .npz of {', '.join(wanted)}")
+            missing = [name for name in wanted if name not in file]
+            if missing:
+                raise ValueError(
+                    f"{path} has no {', '.join(missing)}; it has {', '.join(file) or 'nothing'}"
+                )
+            return {name: file[name] for name in wanted}
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is no .npz file: {error}") from error

@@ -1,0 +1,224 @@
+"""lm-eval's benchmarks on an engine: one call, one JSON-able record with intervals.
+
+Owns what is asked of lm-eval and what is kept of its answer. Called by `scripts/evaluate.py` and
+by cells of a sweep. Scores and standard errors are lm-eval's own; intervals are this room's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval import evaluator
+from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+from hobbit_jax.chat_template import ChatTemplate
+from hobbit_jax.code_runner import missing_protections
+from hobbit_jax.engine import Engine
+from hobbit_jax.evals.lm_eval_model import EngineLM
+from hobbit_jax.evals.lm_eval_tasks import check_names, load_tasks
+from hobbit_jax.evals.responses import Responses
+from hobbit_jax.evals.statistics import Interval, bootstrap, share
+from hobbit_jax.gguf_file import GGUFFile
+from hobbit_jax.rows import machine
+
+_RUNNING_CODE = ("humaneval", "mini_functions")
+_PACKAGES = ("lm_eval", "datasets", "jinja2")
+# Tokens that llama.cpp ends a generation at, besides the end of text.
+_END_KEYS = ("eos", "eot", "eom")
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What is measured, and how much of it.
+
+    `limit`, `max_length` and `max_new_tokens` are without bound when None (see `EngineLM`);
+    `num_fewshot` is the task's own when None; `chat_template` wraps prompts in the file's.
+    """
+
+    tasks: tuple[str, ...]
+    limit: int | None = None
+    num_fewshot: int | None = None
+    batch_size: int = 8
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    chat_template: bool = False
+
+    def __post_init__(self):
+        check_names(self.tasks)
+        for name in ("limit", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; want 1 or more")
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise ValueError(f"num_fewshot is {self.num_fewshot}; want 0 or more")
+
+
+def end_ids(file: GGUFFile) -> tuple[int, ...]:
+    """Ids that end a generation: end of text, of turn and of message, where the file has them."""
+    found = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _END_KEYS)
+    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+
+
+def evaluate_engine(
+    engine: Engine,
+    settings: BenchmarkSettings,
+    plan: Mapping[str, Any],
+    data_dir: Path | None,
+    responses_dir: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Runs the tasks of `settings` on `engine`, going on from what `responses_dir` holds.
+
+    Args:
+        engine: ready to run; its budget changes no score.
+        plan: names the engine's precision plan and tiers, as JSON: two engines on one file whose
+            answers may differ must differ here.
+        data_dir: see `lm_eval_tasks.load_tasks`.
+        responses_dir: where finished requests are kept; None keeps none.
+
+    Raises:
+        ValueError, FileNotFoundError, NotImplementedError: from the tasks and the model.
+    """
+    file, tokenizer = engine.model.file, engine.model.tokenizer()
+    answers_depend_on = {
+        "model_sha256": file.sha256(),
+        "plan": dict(plan),
+        "implementation": engine.model.implementation,
+        "max_length": settings.max_length,
+        "max_new_tokens": settings.max_new_tokens,
+    }
+    lm = EngineLM(
+        engine,
+        tokenizer,
+        Responses(responses_dir, answers_depend_on),
+        chat=ChatTemplate.from_gguf(file, tokenizer) if settings.chat_template else None,
+        end_ids=end_ids(file),
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        max_new_tokens=settings.max_new_tokens,
+        progress=progress,
+    )
+    return {
+        "model": {"name": file.paths[0].name, **answers_depend_on},
+        **evaluate(lm, settings, data_dir, progress),
+        "provenance": {**machine(), "versions": _versions()},
+    }
+
+
+def evaluate(
+    lm: EngineLM, settings: BenchmarkSettings, data_dir: Path | None, progress: bool = True
+) -> dict[str, Any]:
+    """Scores, counts and protections of `settings.tasks` on a language model of lm-eval's kind."""
+    tasks = load_tasks(settings.tasks, data_dir, settings.limit, progress)
+    for task in tasks.values():
+        # As `lm_eval.simple_evaluate` does, without its global seeds: the same few-shot examples.
+        if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    results: Any = evaluator.evaluate(
+        lm,
+        {"tasks": tasks},
+        limit=settings.limit,
+        apply_chat_template=settings.chat_template,
+        fewshot_as_multiturn=settings.chat_template,
+        confirm_run_unsafe_code=True,  # it runs in `hobbit_jax.code_runner`
+    )
+    runs_code = any(name in _RUNNING_CODE for name in settings.tasks)
+    return {
+        "settings": {**asdict(settings), "tasks": list(settings.tasks)},
+        "tasks": {name: _task_record(name, task, results) for name, task in tasks.items()},
+        "requests": {**asdict(lm.counts), "reused": lm.reused},
+        "missing_protections": list(missing_protections()) if runs_code else None,
+    }
+
+
+def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of one task, its first one also at the top."""
+    samples = results["samples"][name]
+    aggregations: Any = task.aggregation()
+    metrics = []
+    for key, value in results["results"][name].items():
+        metric, _, filter_name = key.partition(",")
+        if not filter_name or metric.endswith("_stderr"):
+            continue
+        values = [s[metric] for s in samples if s["filter"] == filter_name]
+        interval = _interval(aggregations[metric], values)
+        stderr = results["results"][name][f"{metric}_stderr,{filter_name}"]
+        metrics.append(
+            {
+                "metric": metric,
+                "filter": filter_name,
+                "value": float(value),
+                "low": interval.low,
+                "high": interval.high,
+                "stderr": None if stderr == "N/A" else float(stderr),
+                "higher_is_better": bool(results["higher_is_better"][name][metric]),
+            }
+        )
+    counts = results["n-samples"][name]
+    first = [s[metrics[0]["metric"]] for s in samples if s["filter"] == metrics[0]["filter"]]
+    record = {
+        **metrics[0],
+        "correct": int(sum(first)) if _are_verdicts(first) else None,
+        "problems": counts["effective"],
+        "problems_in_all": counts["original"],
+        "num_fewshot": results["n-shot"][name],
+        "task_version": results["versions"][name],
+        "metrics": metrics,
+    }
+    if name == "humaneval":
+        attempts = [attempt for s in samples for attempt in s["filtered_resps"][0]]
+        record["verdicts"] = dict(Counter(attempt["verdict"] for attempt in attempts))
+    return record
+
+
+def _are_verdicts(values: list[Any]) -> bool:
+    return all(value in (0, 1) for value in values)
+
+
+def _interval(aggregate: Any, values: list[Any]) -> Interval:
+    """Wilson's for a share, the bootstrap over documents for anything else."""
+    if _are_verdicts(values):
+        return share(int(sum(values)), len(values))
+    return bootstrap(lambda drawn: aggregate([values[i] for i in np.asarray(drawn)]), len(values))
+
+
+def _versions() -> dict[str, Any]:
+    return {**machine()["versions"], **{name: metadata.version(name) for name in _PACKAGES}}
+
+
+def shares(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tasks whose score is a share of problems, as a row of a sweep holds them."""
+    kept = ("problems", "correct", "value", "low", "high")
+    return {
+        name: {key: task[key] for key in kept}
+        for name, task in record["tasks"].items()
+        if task["correct"] is not None
+    }
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The scores of a record as lines of text, one metric each."""
+    rows = [("task", "metric", "filter", "problems", "value", "95 % interval", "stderr")]
+    for name, task in record["tasks"].items():
+        for m in task["metrics"]:
+            interval = f"{m['low']:.4f} to {m['high']:.4f}"
+            stderr = "" if m["stderr"] is None else f"{m['stderr']:.4f}"
+            score = f"{m['value']:.4f}"
+            rows.append(
+                (name, m["metric"], m["filter"], str(task["problems"]), score, interval, stderr)
+            )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

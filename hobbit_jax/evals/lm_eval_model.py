@@ -1,0 +1,392 @@
+"""An engine as lm-eval's language model: likelihoods, rolling likelihoods, generation.
+
+Owns the batching of requests, the limits of the context, stop strings, and the memory of
+finished requests. Called by `benchmarks.py`, and usable wherever lm-eval takes an `LM`. Requests
+become tokens by lm-eval's own rules (`TemplateLM._encode_pair`, `get_rolling_token_windows`);
+what is too long is cut as in lm-eval's Hugging Face model, and counted.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from hobbit_jax.chat_template import ChatTemplate
+from hobbit_jax.engine import StepStats
+from hobbit_jax.evals.continuation import Continuation
+from hobbit_jax.evals.responses import Responses
+from hobbit_jax.sampling import Sampling
+from hobbit_jax.tokenizer import Tokenizer
+
+# Bytes of float32 logits that one call of `Engine.score` may hold; more than one row only below.
+_LOGIT_BYTES = 1 << 30
+_DEFAULT_NEW_TOKENS = 256  # lm-eval's, for tasks that say nothing
+_KNOWN_OPTIONS = {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}
+
+Pair = tuple[list[int], list[int]]  # context and continuation
+
+
+class TextEngine(Protocol):
+    """What this module needs of an `Engine`."""
+
+    @property
+    def config(self) -> Any:
+        """`context_length` and `vocab_size`."""
+        ...
+
+    def score(self, ids_BT: np.ndarray) -> jax.Array:
+        """Logits [B, T, V] of fresh sequences."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_ids: Sequence[int],
+    ) -> Iterator[tuple[np.ndarray, StepStats]]:
+        """Ids [B] per step, -1 for sequences that have ended."""
+        ...
+
+
+@dataclass
+class Counts:
+    """What happened to requests, summed over a model's life."""
+
+    scored: int = 0
+    generated: int = 0
+    new_tokens: int = 0
+    truncated_contexts: int = 0  # cut from the left to fit the model's context
+    shortened_generations: int = 0  # allowed fewer new tokens than the task asked for
+
+
+@jax.jit
+def _target_scores(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log probability of each target in nats, and whether it is the most probable token."""
+    chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    log_p_BT = chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+    return log_p_BT, jnp.argmax(logits_BTV, axis=-1) == targets_BT
+
+
+def _rounded(tokens: int, most: int) -> int:
+    """Few lengths, since a program is compiled for each: 64, 128, 256 and multiples of 256."""
+    if tokens > 256:
+        return min(most, -(-tokens // 256) * 256)
+    return min(most, max(64, 1 << (tokens - 1).bit_length()))
+
+
+class EngineLM(TemplateLM):
+    """`TemplateLM` over an engine and its tokenizer.
+
+    Args:
+        engine: scores and generates; its budget changes no answer.
+        tokenizer: of the same file.
+        responses: finished requests, and where new ones are remembered; sampled ones never are.
+        chat: the file's template, for `apply_chat_template`.
+        end_ids: tokens that end a generation; None is the tokenizer's end of text.
+        batch_size: sequences at once. Answers differ between batch sizes by rounding only.
+        max_length: tokens of context in use; None is all that the model has.
+        max_new_tokens: overrides what tasks ask for; None does not.
+        seed: of sampled generations.
+        progress: whether to show progress bars.
+
+    Raises:
+        ValueError: a `max_length` beyond the model's context, or a file without any token that a
+            text could begin with.
+    """
+
+    def __init__(
+        self,
+        engine: TextEngine,
+        tokenizer: Tokenizer,
+        responses: Responses | None = None,
+        *,
+        chat: ChatTemplate | None = None,
+        end_ids: Sequence[int] | None = None,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+    ):
+        super().__init__()
+        context = engine.config.context_length
+        self.max_length = context if max_length is None else max_length
+        if not 2 <= self.max_length <= context:
+            raise ValueError(f"max_length is {max_length}; want 2 to the context of {context}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; want 1 or more")
+        prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        if prefix is None:
+            raise ValueError("the file names neither a BOS nor an EOS token to begin a text with")
+        self._prefix_id: int = prefix
+        self._engine, self._text = engine, tokenizer
+        self._responses = Responses(None, {}) if responses is None else responses
+        self._chat, self._seed, self._progress = chat, seed, progress
+        eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self._end_ids = tuple(eos if end_ids is None else end_ids)
+        self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
+        self.counts = Counts()
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of text, or what stands in for it."""
+        return self._end_ids[0] if self._end_ids else self._prefix_id
+
+    @property
+    def reused(self) -> int:
+        """Requests that were answered from memory."""
+        return self._responses.reused
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without context is conditioned on: BOS, or EOS where there is none."""
+        return self._prefix_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Told apart by prompts, which `Responses` sees whole."""
+        return "gguf"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The source of the template in use."""
+        return self._chat.source if chat_template and self._chat is not None else None
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Renders a conversation with the file's template.
+
+        Raises:
+            ValueError: the model was made without one.
+        """
+        if self._chat is None:
+            raise ValueError("a chat template is asked for, but the model was made without one")
+        return self._chat.render(chat_history, add_generation_prompt)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Ids of `string`; BOS in front where the file wants it and the text has none yet."""
+        if add_special_tokens is None and self._text.bos_id is not None:
+            bos_text = self._text.decode([self._text.bos_id])
+            if bos_text and string.startswith(bos_text):  # a rendered chat template
+                add_special_tokens = False
+        return self._text.encode(string, add_bos=add_special_tokens)
+
+    # Likelihoods
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Log probability (nats) of each continuation, and whether greedy decoding writes it."""
+        distinct = {request.args: request for request in requests}
+        answers = {args: self._responses.find("loglikelihood", *args) for args in distinct}
+        missing = [request for args, request in distinct.items() if answers[args] is None]
+        fresh = super().loglikelihood(missing, disable_tqdm=True)
+        answers |= {request.args: answer for request, answer in zip(missing, fresh, strict=True)}
+        ordered: list[Any] = [answers[request.args] for request in requests]
+        return [(float(log_p), bool(greedy)) for log_p, greedy in ordered]
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
+        answers: dict[int, tuple[float, bool]] = {}
+        pairs = [(requests[i][1], requests[i][2]) for i in order]
+        for batch in self._score(pairs, "loglikelihood"):
+            for position, answer in batch:
+                answers[order[position]] = answer
+                self._responses.add(answer, "loglikelihood", *requests[order[position]][0])
+            self._responses.flush()
+        return [answers[i] for i in range(len(requests))]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log probability (nats) of each whole text, conditioned on the prefix token.
+
+        The text itself gets no BOS: it is the prefix, and no token that the model has to guess.
+        """
+        totals: dict[str, float] = {}
+        pairs: list[Pair] = []
+        owners: list[str] = []
+        for (text,) in dict.fromkeys(request.args for request in requests):
+            known = self._responses.find("loglikelihood_rolling", text)
+            totals[text] = 0.0 if known is None else known
+            if known is not None:
+                continue
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self._prefix_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            new = [make_disjoint_window(window) for window in windows]
+            pairs += new
+            owners += [text] * len(new)
+        left = defaultdict(int)
+        for text in owners:
+            left[text] += 1
+        for batch in self._score(pairs, "rolling windows"):
+            for position, (log_p, _) in batch:
+                text = owners[position]
+                totals[text] += log_p
+                left[text] -= 1
+                if not left[text]:
+                    self._responses.add(totals[text], "loglikelihood_rolling", text)
+            self._responses.flush()
+        return [totals[request.args[0]] for request in requests]
+
+    def _score(
+        self, pairs: Sequence[Pair], what: str
+    ) -> Iterator[list[tuple[int, tuple[float, bool]]]]:
+        """Yields, batch by batch, (position, (log probability, greedy)) of the pairs in order."""
+        with self._bar(len(pairs), what) as bar:
+            start = 0
+            while start < len(pairs):
+                end = start + self._rows_at_once(pairs[start : start + self._batch_size])
+                answers = self._score_batch(pairs[start:end])
+                yield list(zip(range(start, end), answers, strict=True))
+                self.counts.scored += end - start
+                bar.update(end - start)
+                start = end
+
+    def _rows_at_once(self, pairs: Sequence[Pair]) -> int:
+        longest = min(self.max_length, max(len(c) + len(t) - 1 for c, t in pairs))
+        row_bytes = 4 * self._engine.config.vocab_size * _rounded(longest, self.max_length)
+        return max(1, min(len(pairs), _LOGIT_BYTES // row_bytes))
+
+    def _score_batch(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+        rows = []
+        for context, continuation in pairs:
+            if not 0 < len(continuation) <= self.max_length:
+                raise ValueError(
+                    f"a continuation of {len(continuation)} tokens; want 1 to the context in use, "
+                    f"{self.max_length}"
+                )
+            row = context + continuation
+            self.counts.truncated_contexts += len(row) > self.max_length + 1
+            rows.append(row[-(self.max_length + 1) :])
+        width = _rounded(max(map(len, rows)) - 1, self.max_length)
+        # Padding stands to the right, where no earlier token sees it.
+        ids_BS = np.full((len(rows), width + 1), self._prefix_id, np.int32)
+        for index, row in enumerate(rows):
+            ids_BS[index, : len(row)] = row
+        logits_BTV = self._engine.score(ids_BS[:, :-1])
+        log_p_BT, greedy_BT = jax.device_get(_target_scores(logits_BTV, ids_BS[:, 1:]))
+        answers = []
+        for index, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
+            scored = slice(len(row) - 1 - len(continuation), len(row) - 1)
+            log_p = float(log_p_BT[index, scored].sum(dtype=np.float64))
+            answers.append((log_p, bool(greedy_BT[index, scored].all())))
+        return answers
+
+    # Generation
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The text after each context, up to a stop string, an end token or the task's limit.
+
+        Raises:
+            NotImplementedError: options of generation other than those listed.
+        """
+        asked: list[tuple[str, dict[str, Any]]] = [_asked(request) for request in requests]
+        texts: dict[int, str] = {}
+        groups: dict[str, list[int]] = defaultdict(list)
+        for index, (context, options) in enumerate(asked):
+            known = None
+            if not _is_sampled(options):
+                known = self._responses.find("generate_until", context, options)
+            if known is None:
+                groups[repr(options)].append(index)
+            else:
+                texts[index] = known
+        with self._bar(len(requests) - len(texts), "generate_until") as bar:
+            for group in groups.values():
+                prompts = {index: self.tok_encode(asked[index][0]) for index in group}
+                group.sort(key=lambda index: -len(prompts[index]))
+                for start in range(0, len(group), self._batch_size):
+                    batch = group[start : start + self._batch_size]
+                    options = asked[batch[0]][1]
+                    new = self._generate_batch([prompts[i] for i in batch], options, batch[0])
+                    for index, text in zip(batch, new, strict=True):
+                        texts[index] = text
+                        if not _is_sampled(options):
+                            self._responses.add(text, "generate_until", *asked[index])
+                    self._responses.flush()
+                    bar.update(len(batch))
+        return [texts[index] for index in range(len(requests))]
+
+    def _generate_batch(
+        self, prompts: Sequence[list[int]], options: dict[str, Any], number: int
+    ) -> list[str]:
+        wanted: dict[str, Any] = dict(normalize_gen_kwargs(options, _DEFAULT_NEW_TOKENS))
+        unknown = {name for name, value in wanted.items() if value is not None} - _KNOWN_OPTIONS
+        if unknown:
+            raise NotImplementedError(
+                f"generation with {', '.join(sorted(unknown))}; supported are "
+                f"{', '.join(sorted(_KNOWN_OPTIONS))}"
+            )
+        limit = self._allowed_tokens(wanted["max_gen_toks"], len(prompts))
+        kept = self.max_length - limit
+        self.counts.truncated_contexts += sum(len(prompt) > kept for prompt in prompts)
+        rows = [prompt[-kept:] or [self._prefix_id] for prompt in prompts]
+        sampling = Sampling(
+            temperature=wanted["temperature"] if wanted["do_sample"] else 0.0,
+            top_p=wanted.get("top_p") or 1.0,
+            # Another batch is other requests, or the same again where a task repeats them.
+            seed=self._seed + number,
+        )
+        texts = [Continuation(self._text, [s for s in wanted["until"] if s]) for _ in rows]
+        longest = max(map(len, rows))
+        # Room in round numbers, so that few programs are compiled; the loop ends at the limit.
+        room = _rounded(longest + limit, self._engine.config.context_length) - longest
+        ends = {*self._end_ids, *(id for stop in wanted["until"] for id in self._special(stop))}
+        steps = self._engine.generate(rows, room, sampling, sorted(ends))
+        for step, (ids_B, _) in enumerate(steps):
+            for text, token in zip(texts, ids_B.tolist(), strict=True):
+                if token < 0:
+                    text.ended = True
+                elif not text.ended:
+                    text.add(token)
+                    self.counts.new_tokens += 1
+            if step + 1 == limit or all(text.ended for text in texts):
+                break
+        self.counts.generated += len(rows)
+        return [text.finish() for text in texts]
+
+    def _special(self, stop: str) -> list[int]:
+        """The token of a stop string that is one, such as `<|im_end|>`: it leaves no text."""
+        ids = self._text.encode(stop, add_bos=False)
+        return ids if len(ids) == 1 and not self._text.decode(ids, skip_special=True) else []
+
+    def _allowed_tokens(self, asked: int, rows: int) -> int:
+        """New tokens per row: as asked, but at most half of the context is for them."""
+        asked = asked if self._max_new_tokens is None else self._max_new_tokens
+        allowed = min(asked, self.max_length // 2) if asked >= self.max_length else asked
+        self.counts.shortened_generations += rows * (allowed < asked)
+        return allowed
+
+    def _bar(self, total: int, what: str) -> tqdm:
+        return tqdm(total=total, desc=what, unit="request", disable=not self._progress or not total)
+
+
+def _asked(request: Instance) -> Any:
+    """Context and options; lm-eval's type says less."""
+    return request.args
+
+
+def _is_sampled(options: dict[str, Any]) -> bool:
+    asked = options.get("do_sample")
+    return bool(options.get("temperature") if asked is None else asked)

@@ -1,0 +1,277 @@
+"""Task definitions for lm-eval: its own ones on local files, and the miniature tasks.
+
+Owns which tasks there are and where their documents come from. Called by `benchmarks.py`.
+Prompts, filters and metrics are read from the installed lm-eval when a task is loaded; only what
+needs a network is replaced: the documents (when there is a data folder), and HumanEval's metric,
+which lm-eval fetches from a hub and which runs here in `hobbit_jax.code_runner`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import importlib.util
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.tasks
+import yaml
+from lm_eval.api.task import Task
+from lm_eval.utils import apply_template
+from tqdm import tqdm
+
+from hobbit_jax.code_runner import run_code
+from hobbit_jax.evals.tasks import HELD_OUT_SEED, MAX_NEW_TOKENS
+from hobbit_jax.minitasks import arithmetic, execution, functions
+
+# Where each of lm-eval's own tasks is defined, below its `tasks` folder.
+_DEFINITIONS = {
+    "gsm8k": "gsm8k/gsm8k.yaml",
+    "gsm8k_cot": "gsm8k/gsm8k-cot.yaml",
+    "humaneval": "humaneval/humaneval.yaml",
+    "wikitext": "wikitext/wikitext.yaml",
+}
+_MINIATURES = ("mini_arithmetic", "mini_functions")
+TASKS = (*_DEFINITIONS, *_MINIATURES)
+
+MINIATURE_PROBLEMS = 200  # unless a limit asks for another number
+# As in the metric that lm-eval fetches (`code_eval`).
+_PROGRAM_TIMEOUT_S = 3.0
+
+Splits = dict[str, datasets.Dataset]
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError unless `names` are some of TASKS, each once."""
+    if not names or not set(names) <= set(TASKS) or len(set(names)) < len(names):
+        raise ValueError(f"tasks are {', '.join(names) or 'none'}; want some of {', '.join(TASKS)}")
+
+
+def load_tasks(
+    names: Sequence[str], data_dir: Path | None, limit: int | None = None, progress: bool = True
+) -> dict[str, Task]:
+    """The named tasks, ready for `lm_eval.evaluator.evaluate`.
+
+    Args:
+        names: of TASKS.
+        data_dir: holds `gsm8k/{train,test}.jsonl`, `humaneval/HumanEval.jsonl.gz` and
+            `wikitext2/{valid,test}.txt`; None lets lm-eval download its own.
+        limit: problems per task; only the miniature tasks, which are generated, look at it here.
+
+    Raises:
+        ValueError: an unknown or repeated name, or a damaged file.
+        FileNotFoundError: a data file is missing; says which.
+        NotImplementedError: an lm-eval whose definitions have moved.
+    """
+    check_names(names)
+    configs = []
+    for name in names:
+        if name in _MINIATURES:
+            count = MINIATURE_PROBLEMS if limit is None else limit
+            configs.append(_mini_arithmetic(count) if "arith" in name else _mini_functions(count))
+            continue
+        config = _definition(_DEFINITIONS[name])
+        if data_dir is not None:
+            config["custom_dataset"] = _documents(name, data_dir)
+            if name == "wikitext":  # it names a training split, and never uses it
+                config["training_split"] = None
+        if name == "humaneval":
+            config |= _humaneval_scoring(config["doc_to_target"], progress)
+        configs.append(config)
+    manager = lm_eval.tasks.TaskManager(include_defaults=False)
+    with _silenced("lm_eval.api.task"):  # it remarks on documents and metrics of its own tasks
+        return {config["task"]: manager.load(config)["tasks"][config["task"]] for config in configs}
+
+
+@contextlib.contextmanager
+def _silenced(logger_name: str) -> Iterator[None]:
+    logger = logging.getLogger(logger_name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+# Definitions
+
+
+def _definition(file_name: str) -> dict[str, Any]:
+    """One of lm-eval's YAML files; its functions are imported when they are first called.
+
+    HumanEval's module fetches a metric as soon as it is imported, so it never must be.
+    """
+    path = Path(lm_eval.tasks.__file__).parent / file_name
+    if not path.is_file():
+        raise NotImplementedError(f"this version of lm-eval has no tasks/{file_name}")
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!function", lambda _, node: _imported_late(path.parent, node.value))
+    with path.open(encoding="utf-8") as file:
+        config = yaml.load(file, Loader)
+    if "include" in config:
+        raise NotImplementedError(f"this version of lm-eval builds tasks/{file_name} from others")
+    return config
+
+
+def _imported_late(folder: Path, reference: str) -> Callable[..., Any]:
+    module_name, _, name = reference.rpartition(".")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        path = folder / f"{module_name}.py"
+        spec = importlib.util.spec_from_file_location(f"{folder.name}_{module_name}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, name)(*args, **kwargs)
+
+    return call
+
+
+# Documents
+
+
+def _documents(name: str, data_dir: Path) -> Callable[..., Splits]:
+    """What lm-eval calls for a task's documents, with metadata that does not matter here."""
+    read = {"gsm8k": _gsm8k, "gsm8k_cot": _gsm8k, "humaneval": _humaneval, "wikitext": _wikitext}
+    return lambda **_: read[name](data_dir)
+
+
+def _gsm8k(data_dir: Path) -> Splits:
+    return {
+        split: _dataset(_json_lines(data_dir / "gsm8k" / f"{split}.jsonl"))
+        for split in ("train", "test")
+    }
+
+
+def _humaneval(data_dir: Path) -> Splits:
+    return {"test": _dataset(_json_lines(data_dir / "humaneval" / "HumanEval.jsonl.gz"))}
+
+
+def _wikitext(data_dir: Path) -> Splits:
+    files = {"validation": "valid.txt", "test": "test.txt"}
+    return {
+        split: _dataset(
+            {"page": page} for page in wikitext_pages(_text(data_dir, "wikitext2", file))
+        )
+        for split, file in files.items()
+    }
+
+
+def wikitext_pages(text: str) -> list[str]:
+    """WikiText's articles, cut where lm-eval's data set is: before each title of first rank."""
+    pages, lines = [], []
+    for line in text.split("\n"):
+        title = line.replace("= = =", "===").replace("= =", "==").strip()
+        if title.startswith("= ") and title.endswith(" ="):
+            pages.append("\n".join(lines))
+            lines = []
+        lines.append(line)
+    pages.append("\n".join(lines))
+    return [page for page in pages if page.strip()]
+
+
+def _text(*parts: str | Path) -> str:
+    return Path(*parts).read_text(encoding="utf-8")
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines if line.strip()]
+    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not the JSON lines it should be: {error}") from error
+
+
+def _dataset(documents: Iterable[dict[str, Any]]) -> datasets.Dataset:
+    return datasets.Dataset.from_list(list(documents))
+
+
+# HumanEval's verdicts
+
+
+def _humaneval_scoring(target_template: str, progress: bool) -> dict[str, Any]:
+    """Filter and metric that run a problem's tests on prompt and completion.
+
+    The program is the one that lm-eval's metric runs: candidate, newline, tests.
+    """
+
+    def run_all(responses: list[list[str]], docs: list[dict]) -> list[list[dict[str, str]]]:
+        pairs = tqdm(
+            zip(responses, docs, strict=True),
+            total=len(docs),
+            desc="running programs",
+            unit="problem",
+            disable=not progress,
+        )
+        return [[run_one(completion, doc) for completion in attempts] for attempts, doc in pairs]
+
+    def run_one(completion: str, doc: dict) -> dict[str, str]:
+        program = f"{doc['prompt']}{completion}\n{apply_template(target_template, doc)}"
+        outcome = run_code(program, timeout_s=_PROGRAM_TIMEOUT_S)
+        verdict = "passed" if outcome.status == "finished" else outcome.detail or outcome.status
+        return {"program": program, "verdict": verdict}
+
+    def pass_at_1(doc: dict, results: list[list[dict[str, str]]]) -> dict[str, float]:
+        verdicts = Counter(attempt["verdict"] for attempt in results[0])
+        return {"pass@1": verdicts["passed"] / verdicts.total()}
+
+    return {
+        "filter_list": [
+            {"name": "create_test", "filter": [{"function": "custom", "filter_fn": run_all}]}
+        ],
+        "metric_list": [{"metric": "pass@1", "aggregation": "mean", "higher_is_better": True}],
+        "process_results": pass_at_1,
+    }
+
+
+# The miniature tasks
+
+
+def _miniature(name: str, problems: list[Any], verdict: Callable[..., bool], until: list[str]):
+    """A task of generated problems; each document knows its problem by number."""
+    documents = [
+        {"number": number, "prompt": problem.prompt, "solution": problem.solution}
+        for number, problem in enumerate(problems)
+    ]
+
+    def process_results(doc: dict, results: list[str]) -> dict[str, float]:
+        return {"exact_match": float(verdict(problems[doc["number"]], results[0]))}
+
+    return {
+        "task": f"mini_{name}",
+        "custom_dataset": lambda **_: {"test": _dataset(documents)},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{solution}}",
+        "generation_kwargs": {
+            "until": until,
+            "max_gen_toks": MAX_NEW_TOKENS[name],
+            "do_sample": False,
+        },
+        "num_fewshot": 0,
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "process_results": process_results,
+        "metadata": {"version": 1.0},
+    }
+
+
+def _mini_arithmetic(count: int) -> dict[str, Any]:
+    problems = arithmetic.generate(HELD_OUT_SEED, count, "heldout")
+    return _miniature("arithmetic", problems, arithmetic.score, ["Q:"])
+
+
+def _mini_functions(count: int) -> dict[str, Any]:
+    # A completion ends where its body does, which `execution` knows better than a stop string.
+    problems = functions.generate(HELD_OUT_SEED, count, "heldout")
+    return _miniature("functions", problems, execution.score, [])

@@ -1,0 +1,191 @@
+"""What the cells of one model share, made when first asked for.
+
+Owns the loaded model, texts and windows, calibrations, tiers, measured errors and native logits,
+and where in the working directory they are kept. Called by the cells of `sweep.py` and
+`frontier.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hobbit_jax import reference
+from hobbit_jax.atomic import replacing
+from hobbit_jax.calibration import STATISTICS, Calibration, calibrate
+from hobbit_jax.engine import Engine
+from hobbit_jax.evals import quality
+from hobbit_jax.gguf_file import GGUFFile
+from hobbit_jax.importance import MeasuredErrors, measure_errors
+from hobbit_jax.loading import LoadedModel, load_model
+from hobbit_jax.store import HostExperts
+from hobbit_jax.tiers import TierSpec, open_tier
+from hobbit_jax.training.corpus import task_documents
+
+# Calibration texts by name: generated problems, none of them held out; and the reference model's
+# own calibration text with as many characters of those.
+TASKS_TEXT, MIXED_TEXT = "tasks", "mixed"
+
+
+@dataclass(frozen=True)
+class EvalSizes:
+    """How much every cell measures; 0 leaves tasks or decode out."""
+
+    windows: int
+    context: int
+    calibration_windows: int
+    task_problems: int = 0  # per task
+    decode_prompt_tokens: int = 0
+    decode_tokens: int = 0
+    decode_repeats: int = 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a sweep runs on. An empty `model` is the reference model, empty texts its held-out.
+
+    An empty `implementation` takes the fastest matrix products that the device has.
+    """
+
+    model: str
+    calibration_text: str
+    evaluation_text: str
+    implementation: str = ""
+
+
+class Workbench:
+    """One model and one set of sizes, with a working directory."""
+
+    def __init__(self, inputs: Inputs, sizes: EvalSizes, workdir: Path):
+        self.inputs, self.sizes, self.workdir = inputs, sizes, workdir
+        path = inputs.model or reference.model_path()
+        self.model: LoadedModel = load_model(path, inputs.implementation or None)
+        self.tokenizer = self.model.tokenizer()
+        self._calibrations: dict[tuple[str, int], Calibration] = {}
+        self._tiers: dict[str, GGUFFile] = {}
+        # Quality and task scores by plan; see `sweep.py`.
+        self.measured: dict[Any, tuple[dict[str, Any], dict[str, Any] | None]] = {}
+
+    def calibration_texts(self, text: str) -> list[str]:
+        """Documents of a calibration text: a file, a named one, or "" for the sweep's own."""
+        text = text or self.inputs.calibration_text
+        if not text:
+            return reference.held_out_texts("calibration")
+        if text == TASKS_TEXT:
+            return task_documents(seed=0, count=4000)
+        if text == MIXED_TEXT:
+            sources = reference.held_out_texts("calibration")
+            problems = task_documents(seed=0, count=4000)
+            order = np.random.default_rng(0).permutation(len(problems))
+            ends = np.cumsum([len(problems[index]) for index in order])
+            kept = order[ends <= sum(map(len, sources))]
+            return [*sources, *(problems[index] for index in kept)]
+        return [Path(text).read_text(encoding="utf-8")]
+
+    @functools.cached_property
+    def evaluation_texts(self) -> list[str]:
+        """Documents of the evaluation text."""
+        if not self.inputs.evaluation_text:
+            return reference.held_out_texts("evaluation")
+        return [Path(self.inputs.evaluation_text).read_text(encoding="utf-8")]
+
+    @functools.cached_property
+    def text_sha256(self) -> str:
+        """Hash of the sweep's own calibration and evaluation texts together."""
+        texts = [*self.calibration_texts(""), "\0", *self.evaluation_texts]
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+    @functools.cached_property
+    def windows(self) -> quality.Windows:
+        """Evaluation windows."""
+        sizes = self.sizes
+        return quality.cut_windows(
+            self.tokenizer, self.evaluation_texts, sizes.windows, sizes.context
+        )
+
+    def calibration_windows(self, seed: int = 0, text: str = "") -> quality.Windows:
+        """Calibration windows, drawn by `seed`; from other files than the evaluation's."""
+        sizes = self.sizes
+        texts = self.calibration_texts(text)
+        return quality.cut_windows(
+            self.tokenizer, texts, sizes.calibration_windows, sizes.context, seed
+        )
+
+    @functools.cached_property
+    def decode_ids_RS(self) -> np.ndarray:
+        """Token rows for the decode measurement, the first a warm-up."""
+        sizes = self.sizes
+        length = sizes.decode_prompt_tokens + sizes.decode_tokens
+        windows = quality.cut_windows(
+            self.tokenizer, self.evaluation_texts, sizes.decode_repeats + 1, length - 1, seed=1
+        )
+        return windows.ids_WS
+
+    def _key(self, windows: quality.Windows) -> str:
+        what = self.model.file.sha256() + self.inputs.implementation
+        ids = np.ascontiguousarray(windows.ids_WS).tobytes()
+        return hashlib.sha256(what.encode() + ids).hexdigest()[:16]
+
+    def _native_engine(self) -> Engine:
+        return Engine(self.model, self.native_store)
+
+    @functools.cached_property
+    def native_store(self) -> HostExperts:
+        """The native experts alone."""
+        return HostExperts(self.model.config, self.model.file)
+
+    def calibration(
+        self, statistics: str = "routing", seed: int = 0, text: str = ""
+    ) -> Calibration:
+        """A calibration that has at least `statistics`."""
+        windows = self.calibration_windows(seed, text)
+        key = (self._key(windows), STATISTICS.index(statistics))
+        if key not in self._calibrations:
+            path = self.workdir / "cache" / f"calibration-{key[0]}-{statistics}"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                calibrate(self._native_engine(), windows, statistics).save(path)
+            self._calibrations[key] = Calibration.load(path, self.model.file.sha256())
+        return self._calibrations[key]
+
+    @functools.cached_property
+    def native_logits_WTV(self) -> np.ndarray:
+        """Logits of the native model on the evaluation windows."""
+        path = self.workdir / "cache" / f"native-logits-{self._key(self.windows)}.npy"
+        if not path.exists():
+            quality.write_native_logits(self._native_engine(), self.windows, path)
+        return np.load(path, mmap_mode="r")
+
+    def tier(self, spec: TierSpec) -> GGUFFile:
+        """The low tier by `spec`."""
+        key = spec.key(self.model.file)
+        if key not in self._tiers:
+            directory = self.workdir / "tiers"
+            self._tiers[key] = open_tier(self.model.file, self.model.config, spec, directory)
+        return self._tiers[key]
+
+    def store(self, specs: Sequence[TierSpec]) -> HostExperts:
+        """Native experts, and the low tiers in the order of `specs`."""
+        if not specs:
+            return self.native_store
+        return HostExperts(self.model.config, self.model.file, [self.tier(spec) for spec in specs])
+
+    def errors(self, specs: Sequence[TierSpec], seed: int = 0, text: str = "") -> MeasuredErrors:
+        """`measure_errors` of these tiers on calibration windows."""
+        windows = self.calibration_windows(seed, text)
+        names = " ".join(spec.key(self.model.file) for spec in specs)
+        digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+        path = self.workdir / "cache" / f"errors-{self._key(windows)}-{digest}.npz"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found = measure_errors(self._native_engine(), self.store(specs), windows)
+            with replacing(path) as partial, partial.open("wb") as file:
+                np.savez(file, **vars(found))
+        with np.load(path) as arrays:
+            return MeasuredErrors(**{name: arrays[name] for name in arrays.files})

@@ -1,0 +1,34 @@
+"""Writes a model file of true shape and size with made-up weights, for measuring scale.
+
+    python scripts/synthesize.py --preset qwen3-30b-a3b --out F.gguf [--vocab V.gguf]
+
+Shapes, types (llama.cpp's Q4_K_M mix) and metadata are the real model's, and routing has favourites
+and repeats itself from token to token as real routing does. The text such a model writes means
+nothing. 18.6 GB for qwen3-30b-a3b, 28.4 GB for mixtral-8x7b, 4.2 GB for olmoe-1b-7b.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from hobbit_jax import cli
+from hobbit_jax.gguf_file import open_gguf
+from hobbit_jax.presets import PRESETS
+from hobbit_jax.synthesize import synthesize
+
+_PRESET = flags.DEFINE_enum("preset", None, list(PRESETS), "whose shapes", required=True)
+_OUT = flags.DEFINE_string("out", None, "the GGUF file to write", required=True)
+_VOCAB = flags.DEFINE_string("vocab", None, "GGUF file to take the tokenizer from; made up if none")
+_SEED = flags.DEFINE_integer("seed", 0, "of the weights")
+
+
+def main(_):
+    vocabulary = None if _VOCAB.value is None else open_gguf(_VOCAB.value)
+    preset = str(_PRESET.value)
+    path = Path(str(_OUT.value))
+    synthesize(PRESETS[preset], preset, path, vocabulary, _SEED.value)
+    print(f"{path}: {path.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    cli.run(main)
