@@ -13,10 +13,11 @@ from pathlib import Path
 from absl import flags
 
 from hobbit_jax import cli, reference
-from hobbit_jax.engine import Engine, StepStats
+from hobbit_jax.engine import Engine
 from hobbit_jax.loading import load_model
 from hobbit_jax.miss_modes import MISS_MODES
 from hobbit_jax.sampling import Sampling
+from hobbit_jax.step_stats import StepStats
 from hobbit_jax.store import HostExperts
 from hobbit_jax.tiers import TierSpec, open_tier
 from pallas_kernels.backends import IMPLEMENTATIONS
