@@ -7,7 +7,6 @@ and enters again. Called by `evals/`, `sweep.py` and `scripts/`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -37,39 +36,12 @@ from hobbit_jax.precision import SKIPPED, PrecisionPlan, uniform_plan
 from hobbit_jax.prefill import Prefill, RoutedLayer, logits
 from hobbit_jax.sampling import Sampling, sample
 from hobbit_jax.selection import Selections
+from hobbit_jax.step_stats import EngineStats, Meter, StepStats
 from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
 from pallas_kernels.expert_ffn import implementation_for
 from pallas_kernels.reference import Signature
 
 GREEDY = Sampling()
-
-
-@dataclass
-class EngineStats:
-    """Counts since the last `reset_stats`; selections are those of real tokens, not padding."""
-
-    decoded_tokens: int = 0
-    exits: int = 0  # times that decode left the device because an expert was missing
-    selections: int = 0
-    degraded: int = 0  # served below the tier that the plan asked for
-    skipped: int = 0  # asked for and not served at all
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """Cost of one decode or prefill step."""
-
-    seconds: float
-    tokens: int
-    hits: int
-    misses: int
-    bytes_moved: int
-    exits: int
-
-    @classmethod
-    def nothing(cls) -> StepStats:
-        """Of a token whose cost stands at another."""
-        return cls(0.0, 0, 0, 0, 0, 0)
 
 
 def _expert_kinds(model: LoadedModel, store: HostExperts, pool: SlotPool) -> ExpertKinds:
@@ -400,7 +372,7 @@ class Engine:
         self.start(len(prompts), max(map(len, prompts), default=0) + max_new_tokens)
         self._key = jax.random.key(sampling.seed)
         active_B = np.ones(len(prompts), bool)
-        meter = _Meter(self)
+        meter = Meter(self)
         logits_BV, fed = self.prefill(prompts), sum(map(len, prompts))
         ids_B = np.asarray(sample(logits_BV, jax.random.fold_in(self._key, 0), sampling))
         rows_NB, drawn = ids_B[None], 1
@@ -414,7 +386,7 @@ class Engine:
                 cost = StepStats.nothing()
             if drawn == max_new_tokens:
                 return
-            meter = _Meter(self)
+            meter = Meter(self)
             count = min(tokens_per_call, max_new_tokens - drawn)
             before = self.stats.decoded_tokens
             rows_NB = self._decode(
@@ -427,26 +399,6 @@ class Engine:
 class _Decoded:
     ids_NB: np.ndarray  # drawn
     logits_BV: jax.Array  # of the last token
-
-
-class _Meter:
-    """What the engine did since the meter was made."""
-
-    def __init__(self, engine: Engine):
-        self._engine, self._before, self._began = engine, self._counts(engine), time.perf_counter()
-
-    @staticmethod
-    def _counts(engine: Engine) -> tuple[int, int, int, int]:
-        stats = engine.pool.stats
-        counts = int(stats.hits.sum()), int(stats.misses.sum()), stats.bytes_moved
-        return *counts, engine.stats.exits
-
-    def lap(self, tokens: int) -> StepStats:
-        """The cost of `tokens` that were fed."""
-        seconds, after = time.perf_counter() - self._began, self._counts(self._engine)
-        return StepStats(
-            seconds, tokens, *(b - a for a, b in zip(self._before, after, strict=True))
-        )
 
 
 def _pad_tokens(ids_BT: np.ndarray, chunk: int) -> np.ndarray:

@@ -35,7 +35,7 @@ class RoutedLayer:
     ids_TK: np.ndarray  # int32
     weights_TK: np.ndarray  # float32
     valid_T: np.ndarray  # bool; False is padding
-    h_TD: jax.Array | None = None  # the experts' input, float32; absent in decode
+    h_TD: jax.Array | None = None  # the experts' input, float32; in prefill and scoring only
 
     def by_expert(self) -> Iterator[tuple[int, jax.Array, jax.Array]]:
         """Each chosen expert with the tokens that chose it, int32 [R], and its weights, [R].
@@ -139,10 +139,8 @@ class Prefill:
                 self.plan, self.pool.table_UE, x_BTD, positions_BT, caches,
             )  # fmt: skip
             on_host = Selections(*jax.device_get(selections))
-            routed = RoutedLayer(
-                layer, on_host.ids_TK, on_host.weights_TK, valid_BT.reshape(-1), h_TD
-            )
-            watch(routed, on_host)
+            valid_T = valid_BT.reshape(-1)
+            watch(RoutedLayer(layer, on_host.ids_TK, on_host.weights_TK, valid_T, h_TD), on_host)
             step = Step(token, layer, int(lengths_B.max()))
             y_AD = apply_experts(
                 self.pool, step, h_TD, selections.weights_TK, on_host, model.implementation

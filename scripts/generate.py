@@ -1,20 +1,25 @@
 """Continues a prompt, streaming the text, and reports what the expert pool did.
 
     python scripts/generate.py --model M.gguf --prompt "def fib(n):" --max_new_tokens 64 \\
-        --budget_mib 4 [--temperature 0.8 --top_p 0.95 --seed 1]
+        --budget_mib 4 [--miss_mode floor --low_format Q2_K] [--temperature 0.8 --seed 1]
 
-Text goes to stdout, the report to stderr. Without --budget_mib every expert is resident.
+Text goes to stdout, the report to stderr. Without --budget_mib every expert is resident. A
+--miss_mode that uses low copies makes them first, once, in out/tiers.
 """
 
 import sys
+from pathlib import Path
 
 from absl import flags
 
 from hobbit_jax import cli, reference
-from hobbit_jax.engine import Engine, StepStats
+from hobbit_jax.engine import Engine
 from hobbit_jax.loading import load_model
+from hobbit_jax.miss_modes import MISS_MODES
 from hobbit_jax.sampling import Sampling
+from hobbit_jax.step_stats import StepStats
 from hobbit_jax.store import HostExperts
+from hobbit_jax.tiers import TierSpec, open_tier
 from pallas_kernels.backends import IMPLEMENTATIONS
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
@@ -24,6 +29,11 @@ _IMPLEMENTATION = flags.DEFINE_enum(
 _PROMPT = flags.DEFINE_string("prompt", None, "text to continue", required=True)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "most tokens to generate", 1)
 _BUDGET_MIB = flags.DEFINE_float("budget_mib", None, "expert pool; all resident by default", 0.0)
+_MISS_MODE = flags.DEFINE_enum(
+    "miss_mode", "off", MISS_MODES, "what serves an expert that is not resident (miss_modes.py)"
+)
+_LOW_FORMAT = flags.DEFINE_string("low_format", "Q2_K", "of the low copies, where a mode has some")
+_TOKENS_PER_CALL = flags.DEFINE_integer("tokens_per_call", 1, "decoded between two prints", 1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "probability mass to sample from")
 _SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
@@ -37,6 +47,9 @@ def report(engine: Engine, steps: list[StepStats]) -> str:
     hit_rate, pool = engine.pool.stats.hit_rate, engine.pool
     lines.append(f"hit rate: {hit_rate:.3f}" if hit_rate is not None else "hit rate: none")
     lines.append(f"bytes moved: {pool.stats.bytes_moved}")
+    tokens, selections = max(engine.stats.decoded_tokens, 1), max(engine.stats.selections, 1)
+    lines.append(f"exits per token: {engine.stats.exits / tokens:.3f}")
+    lines.append(f"degraded selections: {engine.stats.degraded / selections:.3f}")
     for name, part in rates.items():
         seconds, tokens = sum(s.seconds for s in part), sum(s.tokens for s in part)
         rate = f"{tokens / seconds:.1f}" if seconds else "too few tokens"
@@ -54,12 +67,21 @@ def main(_):
     if not prompt:
         raise ValueError("--prompt is empty; this model needs at least one token to continue")
     budget_bytes = None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20)
-    engine = Engine(model, HostExperts(model.config, model.file), budget_bytes)
+    low = []
+    if MISS_MODES[_MISS_MODE.value].low_banks != "none":
+        low.append(
+            open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), Path("out/tiers"))
+        )
+    store = HostExperts(model.config, model.file, low)
+    engine = Engine(model, store, budget_bytes, mode=_MISS_MODE.value)
     stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     steps: list[StepStats] = []
 
     def new_ids():
-        for ids_B, stats in engine.generate([prompt], _MAX_NEW_TOKENS.value, sampling, stop_ids):
+        steps_of = engine.generate(
+            [prompt], _MAX_NEW_TOKENS.value, sampling, stop_ids, _TOKENS_PER_CALL.value
+        )
+        for ids_B, stats in steps_of:
             steps.append(stats)
             yield int(ids_B[0])
 

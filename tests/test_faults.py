@@ -11,17 +11,17 @@ from pool_invariants import check_invariants
 
 import hobbit_jax.cache.pool as pool_module
 from hobbit_jax.engine import Engine
+from hobbit_jax.gguf_file import open_gguf
 from hobbit_jax.loading import load_model
 from hobbit_jax.store import HostExperts
 
 PROMPT, NEW_TOKENS, CHUNK = [5, 200, 17, 17, 99, 3, 250, 11], 6, 8
 
 
-def engine_of(path, **options) -> Engine:
+def engine_of(model, experts) -> Engine:
     """Slots for half of each layer's experts, so that every token misses."""
-    model = load_model(path)
-    store = HostExperts(model.config, model.file)
-    return Engine(model, store, store.tier_bytes(0) // 2, chunk_tokens=CHUNK, **options)
+    store = HostExperts(model.config, experts)
+    return Engine(model, store, store.tier_bytes(0) // 2, chunk_tokens=CHUNK)
 
 
 def tokens(engine) -> list[int]:
@@ -34,13 +34,26 @@ def check_refuses_to_go_on(engine) -> None:
 
 
 @pytest.fixture(scope="module")
-def engine(two_banks_path):
-    return engine_of(two_banks_path)
+def model(two_banks_path):
+    return load_model(two_banks_path)
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    return engine_of(model, model.file)
 
 
 @pytest.fixture(scope="module")
 def wanted(engine):
     return tokens(engine)
+
+
+@pytest.fixture(scope="module")
+def uploads(engine, wanted):
+    """Of a run with a warm pool."""
+    engine.pool.reset_stats()
+    assert tokens(engine) == wanted
+    return int(engine.pool.stats.misses.sum())
 
 
 def _failing(function, after: int, error: BaseException, also_runs: bool):
@@ -57,7 +70,7 @@ def _failing(function, after: int, error: BaseException, also_runs: bool):
     return wrapper
 
 
-@pytest.mark.parametrize("after", [1, 6, 25])
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
 @pytest.mark.parametrize(
     ("what", "error", "also_runs"),
     [
@@ -67,9 +80,9 @@ def _failing(function, after: int, error: BaseException, also_runs: bool):
         ("_write_slot", KeyboardInterrupt(), True),  # banks donated, their successors lost
     ],
 )
-def test_a_failing_upload(engine, wanted, monkeypatch, what, error, also_runs, after):
+def test_a_failing_upload(engine, wanted, uploads, monkeypatch, what, error, also_runs, share):
     """In prefill or decode, before or after the device took it: an error and a whole pool."""
-    module = jax if what == "device_put" else pool_module
+    module, after = jax if what == "device_put" else pool_module, 1 + int(share * uploads)
     with monkeypatch.context() as patch:
         patch.setattr(module, what, _failing(getattr(module, what), after, error, also_runs))
         with pytest.raises(type(error)) as raised:
@@ -126,11 +139,13 @@ def _replace(path):
         (_replace, "changed while it was in use"),
     ],
 )
-def test_a_file_that_changes_under_the_map(two_banks_path, tmp_path, wanted, damage, message):
+def test_a_file_that_changes_under_the_map(
+    model, two_banks_path, tmp_path, wanted, damage, message
+):
     """Refused before a byte of it is read: a read past a file's new end would kill the process."""
     path = tmp_path / "model.gguf"
     shutil.copy2(two_banks_path, path)
-    engine = engine_of(path)
+    engine = engine_of(model, open_gguf(path))
     steps = engine.generate([PROMPT], NEW_TOKENS)
     seen = [int(next(steps)[0][0])]
     damage(path)
@@ -140,5 +155,4 @@ def test_a_file_that_changes_under_the_map(two_banks_path, tmp_path, wanted, dam
     assert seen == wanted[: len(seen)]
     check_refuses_to_go_on(engine)
     shutil.copy2(two_banks_path, path)
-    engine.store = engine.pool.store = HostExperts(load_model(path).config, load_model(path).file)
-    check_invariants(engine.pool, engine.store)
+    check_invariants(engine.pool, HostExperts(model.config, open_gguf(path)))

@@ -20,8 +20,8 @@ STEPS = 12
 
 
 def test_what_serves_a_selection():
-    """Every mode's rule, written out: residency (native, low) against weights .5 .4 .08 .02."""
-    weights_TK = jnp.asarray([[0.5, 0.4, 0.08, 0.02]])  # heavier ones sum to 0 .5 .9 .98
+    """Every mode's rule, written out: residency (native, low) against weights .5 .3 .15 .05."""
+    weights_TK = jnp.asarray([[0.5, 0.3, 0.15, 0.05]])  # heavier ones sum to 0 .5 .8 .95
     absent = {
         "off": [NATIVE] * 4,
         "wait": [NATIVE] * 4,

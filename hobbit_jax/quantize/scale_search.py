@@ -51,7 +51,7 @@ class KQuant:
     # at a·min(w, 0), the highest at b·max(w). Without, (a,): the weight of largest magnitude lies
     # at q = a. Guesses that clip the extreme weights are the better ones at 2 and 3 bits.
     guesses: tuple[tuple[float, ...], ...]
-    # One entry a pass: whether it tries the integers nearby (step 2) before it fits the super-scales
+    # One entry a pass: whether it tries integers nearby (step 2) before it fits the super-scales
     # (step 3). At Q3_K step 2 costs a tenth of the time for 0.03 % of the error.
     passes: tuple[bool, ...] = (True, True)
 

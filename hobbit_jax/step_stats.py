@@ -1,0 +1,67 @@
+"""What the engine counts: per run, and per step of a generation.
+
+Called by `engine.py`; read by scripts and evaluations.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from hobbit_jax.cache.pool import SlotPool
+
+
+@dataclass
+class EngineStats:
+    """Counts since the last `reset_stats`; selections are those of real tokens, not padding."""
+
+    decoded_tokens: int = 0
+    exits: int = 0  # times that decode left the device because an expert was missing
+    selections: int = 0
+    degraded: int = 0  # served below the tier that the plan asked for
+    skipped: int = 0  # asked for and not served at all
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Cost of one decode or prefill step."""
+
+    seconds: float
+    tokens: int
+    hits: int
+    misses: int
+    bytes_moved: int
+    exits: int
+
+    @classmethod
+    def nothing(cls) -> StepStats:
+        """Of a token whose cost stands at another."""
+        return cls(0.0, 0, 0, 0, 0, 0)
+
+
+class Counted(Protocol):
+    """What a meter reads: an engine."""
+
+    pool: SlotPool
+    stats: EngineStats
+
+
+class Meter:
+    """What the engine did since the meter was made."""
+
+    def __init__(self, engine: Counted):
+        self._engine, self._before, self._began = engine, self._counts(engine), time.perf_counter()
+
+    @staticmethod
+    def _counts(engine: Counted) -> tuple[int, int, int, int]:
+        stats = engine.pool.stats
+        counts = int(stats.hits.sum()), int(stats.misses.sum()), stats.bytes_moved
+        return *counts, engine.stats.exits
+
+    def lap(self, tokens: int) -> StepStats:
+        """The cost of `tokens` that were fed."""
+        seconds, after = time.perf_counter() - self._began, self._counts(self._engine)
+        return StepStats(
+            seconds, tokens, *(b - a for a, b in zip(self._before, after, strict=True))
+        )
