@@ -57,7 +57,7 @@ gpu:  ## on a machine with an NVIDIA GPU: kernel tests there, then the bench, ou
 oracles: environment  ## tests against foreign code (ggml, PyTorch); says what to install
 	@echo "oracles: a test whose library is missing is skipped; to have them all:"
 	@echo "  PyTorch, transformers: $(BIN)/pip install -c constraints.txt -e '.[torch]'"
-	@echo "  ggml: $(BIN)/pip install llama-cpp-python (compiles for about 10 minutes on 2 cores),"
+	@echo "  ggml: $(BIN)/pip install -e '.[llama_cpp]' (compiles for about 10 minutes on 2 cores),"
 	@echo "        or GGML_BASE_LIB=/path/to/libggml-base.so"
 	@$(BIN)/python -m pytest -q -m oracle $(PYTEST_ARGS)
 
