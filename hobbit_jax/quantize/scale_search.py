@@ -69,7 +69,7 @@ K_QUANTS = {
         sub_len=16,
         q_range=(-4, 3),
         scale_range=(-32, 31),
-        guesses=tuple((q,) for q in (-5.2, -4.7, -4.3, -4.0, -3.6, 2.9, 3.2, 3.5, 3.8, 4.3)),
+        guesses=tuple((q,) for q in (-4.8, -4.3, -3.8, 3.0, 3.3, 3.7, 4.2)),
         passes=(False,),
     ),
     "Q4_K": KQuant(
