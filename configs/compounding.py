@@ -57,8 +57,8 @@ def sweep(config: ConfigDict) -> list[FrontierCell]:
         cell("uniform", (low,), method, through)
         for low in config.formats
         for method in config.methods
-        # A calibrated encoder is dear, so it takes the usual way only.
+        # A calibrated encoder is dear: the lowest format by the usual way only.
         for through in ((), *((name,) for name in config.through))
-        if method == "rtn" or through in ((), config.through[:1])
+        if method == "rtn" or (low == config.formats[-1] and through in ((), config.through[:1]))
     ]
     return cells

@@ -147,7 +147,7 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"\[256, 256\], got \(255, 255\)"):
         hessian.encode(weights_NK, "Q2_K", np.eye(255))
     for bad in (np.zeros((256, 256)), -np.eye(256), np.full((256, 256), np.nan)):
-        with pytest.raises(ValueError, match="wanted a finite Hessian"):
+        with pytest.raises(ValueError, match="wanted a Hessian that is finite"):
             hessian.encode(weights_NK, "Q2_K", bad)
     with pytest.raises(ValueError, match="multiple of 256, got K=128"):
         hessian.encode(weights_NK[:, :128].copy(), "Q2_K", np.eye(128))

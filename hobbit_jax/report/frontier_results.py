@@ -8,6 +8,7 @@ first, so it can be told from 0 where the two intervals overlap.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -163,10 +164,12 @@ def _paired(left: Measured, right: Measured) -> tuple[np.ndarray, np.ndarray] | 
 
 
 def is_frontier(workdir: Path) -> bool:
-    """Whether `workdir` holds rows of this study."""
+    """Whether `workdir` holds rows of this study: the first row with a config decides."""
     for path in sorted((workdir / "rows").glob("*.json")):
-        config = json.loads(path.read_text(encoding="utf-8")).get("config", {})
-        return all(key in config for key in STUDY_KEYS)
+        with contextlib.suppress(ValueError, AttributeError):
+            config = json.loads(path.read_text(encoding="utf-8")).get("config")
+            if isinstance(config, dict):
+                return all(key in config for key in STUDY_KEYS)
     return False
 
 
