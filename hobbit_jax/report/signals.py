@@ -67,7 +67,8 @@ def render_signals(frontier: FrontierResults, drawn: set[str]) -> list[str]:
         f"{frontier.windows} windows; seeds of the calibration windows: "
         f"{', '.join(map(str, seeds))}. Brackets are 95 % intervals over windows and seeds. "
         "Differences are taken within each window and seed, so they can be told from 0 where the "
-        "intervals of the two plans overlap. KL is in nats a token, to the native model.",
+        "intervals of the two plans overlap. KL is in nats a token, to the native model. Where a "
+        "table gives no range over seeds, the plan was run with the first alone.",
         "",
         *_summary(frontier),
     ]
@@ -138,7 +139,24 @@ def _summary(frontier: FrontierResults) -> list[str]:
                 f"{_verdict(mixing)} than that line ({markdown.interval(mixing, _DIFFERENCE)})"
             )
         lines.append(text + ".")
+    for m in frontier.measured:
+        own = _twin(frontier, m) if m.plan.encoder_text and m.plan.signal == UNIFORM else None
+        scores = [plan.task("arithmetic") for plan in (own, m) if plan]
+        if own and all(scores):
+            lines.append(
+                f"- **The text decides too.** Calibrated on {_text_name(m.plan.encoder_text)} "
+                f"instead of its own text, uniform {m.plan.formats[0]} solves "
+                f"{markdown.interval(scores[1])} of the arithmetic instead of "
+                f"{markdown.interval(scores[0])}, at a KL of {markdown.interval(m.kl, _KL)} "
+                f"instead of {markdown.interval(own.kl, _KL)}. KL on one text does not see that."
+            )
     return lines
+
+
+def _twin(frontier: FrontierResults, m: Measured) -> Measured | None:
+    """The same plan with tiers encoded by the sweep's own text."""
+    wanted = replace(m.plan, encoder_text="")
+    return next((other for other in frontier.measured if other.plan == wanted), None)
 
 
 def _encoders(frontier: FrontierResults) -> list[str]:
@@ -371,8 +389,7 @@ def _encoder_texts(frontier: FrontierResults) -> list[str]:
     for m in frontier.measured:
         if not m.plan.encoder_text:
             continue
-        wanted = replace(m.plan, encoder_text="")
-        own = next((other for other in frontier.measured if other.plan == wanted), None)
+        own = _twin(frontier, m)
         difference = frontier.difference(m, own) if own else None
         limit = m.plan.bytes_fraction
         what = m.plan.signal if limit else f"{UNIFORM} {m.plan.formats[0]}"
