@@ -160,7 +160,7 @@ def check_values(values_GW: np.ndarray, format: str, first: int, row_len: int) -
     fits_GW = np.abs(values_GW) <= _LARGEST_WEIGHT  # nor is a NaN
     if not fits_GW.all():
         _check_finite(values_GW, first, row_len)
-        _check_no_overflow(fits_GW.all(axis=1), format, first, row_len)
+        _check_no_overflow(np.all(fits_GW, axis=1), format, first, row_len)
 
 
 def check_blocks(blocks_GP: np.ndarray, format: str, first: int, row_len: int) -> None:
