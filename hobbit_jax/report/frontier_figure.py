@@ -16,7 +16,11 @@ _METHOD_COLOURS = {"rtn": "#999999", "importance": "#56B4E9", "ggml": "#8C564B",
 
 def frontier_figure(frontier: FrontierResults) -> bytes | None:
     """Uniform quants by encoder, and mixed plans of calibrated tiers by signal."""
-    uniform = [m for m in frontier.measured if m.plan.signal == UNIFORM and not m.plan.through]
+    uniform = [
+        m
+        for m in frontier.measured
+        if m.plan.signal == UNIFORM and not m.plan.through and not m.plan.encoder_text
+    ]
     mixed = [
         m
         for m in frontier.measured
