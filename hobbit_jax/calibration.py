@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from tqdm import tqdm
 
 from hobbit_jax.architecture import ModelConfig
 from hobbit_jax.engine import Engine
-from hobbit_jax.evals.quality import Windows, batches
+from hobbit_jax.evals.quality import Windows, watch_windows
 from hobbit_jax.importance import RoutingProfile
 from hobbit_jax.prefill import RoutedLayer
 from hobbit_jax.store import NATIVE, HostExperts
@@ -239,13 +238,7 @@ def calibrate(
             f"({moment_bytes(engine.config, 'second_moment') / 2**30:.2f} GiB) or raise --limit_gib"
         )
     collector = _Collector(engine.store, statistics)
-    watched, engine.watch = engine.watch, collector
-    try:
-        parts = batches(windows, engine.config.vocab_size)
-        for part in tqdm(parts, desc="calibrating", leave=False):
-            engine.score(windows.ids_WS[part, :-1])
-    finally:
-        engine.watch = watched
+    watch_windows(engine, windows, collector, "calibrating")
     ids = np.ascontiguousarray(windows.ids_WS, np.int32)
     found = Calibration(
         model_sha256=engine.model.file.sha256(),

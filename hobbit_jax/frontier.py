@@ -122,17 +122,9 @@ class FrontierCell:
         engine = Engine(bench.model, store, plan=plan, chunk_tokens=chunk_tokens, watch=uses)
         measured = quality.evaluate(engine, bench.windows, bench.native_logits_WTV)
         engine.watch = None
-        scores = None
-        if self.sizes.task_problems:
-            names: tuple[tasks.TaskName, ...] = ("arithmetic", "functions")
-            problems = self.sizes.task_problems
-            scores = {
-                task: asdict(tasks.evaluate(engine, bench.tokenizer, task, problems))
-                for task in names
-            }
         return {
             "quality": asdict(measured),
-            "tasks": scores,
+            "tasks": tasks.evaluate_all(engine, bench.tokenizer, self.sizes.task_problems),
             "store": store_figures(store, plan),
             "uses": uses.figures(),
             "tiers": [

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from hobbit_jax.engine import Engine
-from hobbit_jax.evals.quality import Windows, batches
+from hobbit_jax.evals.quality import Windows, watch_windows
 from hobbit_jax.prefill import RoutedLayer
 from hobbit_jax.store import HostExperts
 from hobbit_jax.tiers import dequantize
@@ -125,11 +124,5 @@ def measure_errors(engine: Engine, store: HostExperts, windows: Windows) -> Meas
             energy_LE[layer, expert] += float(energy)
             error_NLE[1:, layer, expert] += [float(error) for error in errors]
 
-    watched, engine.watch = engine.watch, measure
-    try:
-        parts = batches(windows, engine.config.vocab_size)
-        for part in tqdm(parts, desc="measuring errors", leave=False):
-            engine.score(windows.ids_WS[part, :-1])
-    finally:
-        engine.watch = watched
+    watch_windows(engine, windows, measure, "measuring errors")
     return MeasuredErrors(error_NLE, energy_LE)

@@ -179,14 +179,7 @@ def _quality_and_tasks(
     plan_only = replace(cell, budget_mib=0.0, protected_fraction=0.0)
     if plan_only not in bench.measured:
         measured = asdict(quality.evaluate(engine, bench.windows, bench.native_logits_WTV))
-        scores: dict[str, Any] | None = None
-        if cell.sizes.task_problems:
-            names: tuple[tasks.TaskName, ...] = ("arithmetic", "functions")
-            problems = cell.sizes.task_problems
-            scores = {
-                task: asdict(tasks.evaluate(engine, bench.tokenizer, task, problems))
-                for task in names
-            }
+        scores = tasks.evaluate_all(engine, bench.tokenizer, cell.sizes.task_problems)
         bench.measured[plan_only] = (measured, scores)
     return bench.measured[plan_only]
 

@@ -7,7 +7,7 @@ negative log-likelihood, KL(native || plan) and top-1 agreement. Called by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,16 @@ def batches(windows: Windows, vocab_size: int) -> list[slice]:
     count, width = windows.ids_WS.shape
     size = max(1, _LOGIT_BYTES // (4 * vocab_size * max(1, width - 1)))
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def watch_windows(engine: Engine, windows: Windows, watch: Callable, description: str) -> None:
+    """Scores `windows` for what `watch` sees of every layer's routing; the logits are dropped."""
+    watched, engine.watch = engine.watch, watch
+    try:
+        for part in tqdm(batches(windows, engine.config.vocab_size), desc=description, leave=False):
+            engine.score(windows.ids_WS[part, :-1])
+    finally:
+        engine.watch = watched
 
 
 def write_native_logits(engine: Engine, windows: Windows, path: Path) -> None:

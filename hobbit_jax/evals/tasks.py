@@ -6,8 +6,8 @@ card. Problems are held-out ones (`hobbit_jax/minitasks`), completions greedy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 
@@ -43,6 +43,16 @@ def complete(
         return [""] * len(prompts)
     ids_BN = np.stack(steps, axis=1)
     return [tokenizer.decode(row[row >= 0].tolist()) for row in ids_BN]
+
+
+def evaluate_all(
+    engine: Engine, tokenizer: Tokenizer, problems: int
+) -> dict[str, dict[str, Any]] | None:
+    """Scores of both tasks as a row holds them; None where `problems` is 0."""
+    names: tuple[TaskName, ...] = ("arithmetic", "functions")
+    if not problems:
+        return None
+    return {task: asdict(evaluate(engine, tokenizer, task, problems)) for task in names}
 
 
 def evaluate(engine: Engine, tokenizer: Tokenizer, task: TaskName, problems: int) -> TaskScore:
