@@ -2,16 +2,21 @@
 
 Question: at equal bytes of expert cache, does a mix of native (Q4_K_M) and
 2- or 3-bit experts beat the native SLRU cache, and does it beat a uniformly
-smaller quant? Which signal should choose who goes low?
+smaller quant? Which signal should choose who goes low: one measured beforehand, the router's
+weight at the moment, or residency, that is, who happens not to be in the cache when wanted?
 
     python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep
     python scripts/report.py --workdir out/reference_sweep
 
 `configs/reference.py:demo` is the same question in 14 small cells. Any field can
 be pinned, and an axis becomes that one value: `--config.cache.budget_mib=2`,
-`--config.precision.signals=frequency`, `--config.model=M.gguf`.
+`--config.precision.signals=frequency`, `--config.model=M.gguf`. The same for a model of full size:
+`configs/full_size.py`.
 
-Cost on 2 CPU cores: about 3 minutes (demo), about half an hour (full).
+Low tiers are encoded against the second moments of a text of which half is source code and half
+generated problems: docs/decision.md, "Which signal", says why.
+
+Cost on 2 CPU cores: about 3 minutes (demo), about an hour and a half (full).
 Expected: KL to native grows with the share of low experts and is far larger at
 2 bit than at 3 bit; bytes moved per token fall with the experts' size. Open:
 whether any signal beats the random control.
@@ -20,7 +25,7 @@ whether any signal beats the random control.
 from ml_collections import ConfigDict
 
 from hobbit_jax.sweep import Cell
-from hobbit_jax.workbench import EvalSizes, Inputs
+from hobbit_jax.workbench import MIXED_TEXT, EvalSizes, Inputs
 
 
 def get_config(arg: str = "full") -> ConfigDict:
@@ -34,19 +39,37 @@ def get_config(arg: str = "full") -> ConfigDict:
     )
     # Empty: the model and the held-out text that ship with the package.
     config.model = ""
-    config.calibration_text = ""
+    config.calibration_text = MIXED_TEXT
     config.evaluation_text = ""
     # Of the matrix products: "xla", "triton", "interpret"; empty takes the device's fastest.
     config.implementation = ""
+    # Where lm-eval's tasks find their data; empty lets it download them.
+    config.data_dir = ""
 
-    # The reference model's experts take 7.27 MiB natively.
-    config.cache = ConfigDict({"budget_mib": (1.0, 2.0, 4.0), "protected_fraction": 0.1})
+    # The reference model's experts take 7.27 MiB natively, 3.94 at Q2_K.
+    config.cache = ConfigDict({"budget_mib": (1.0, 2.0, 5.0), "protected_fraction": 0.1})
     config.precision = ConfigDict(
         {
-            "signals": ("router_weight", "frequency", "accumulated_weight", "random"),
+            "signals": (
+                "router_weight",
+                "frequency",
+                "accumulated_weight",
+                "sensitivity",
+                "random",
+            ),
             # 0 is the native rival and 1 the uniform one; both always run.
-            "low_fraction": (0.25, 0.5, 0.75, 0.9),
+            "low_fraction": (0.5, 0.75, 0.9),
             "low_format": ("Q2_K", "Q3_K"),
+            "method": "gptq",
+            "random_seeds": (0, 1, 2),
+        }
+    )
+    # Miss modes with the share of the pool for low copies; floor only where it fits: its format
+    # and the smallest budget.
+    config.residency = ConfigDict(
+        {
+            "modes": (("use_low_if_resident", 0.8), ("fetch_low", 0.8), ("hobbit", 0.5)),
+            "floor": (("Q2_K", 4.0),),
         }
     )
     config.seed = 0
@@ -59,6 +82,10 @@ def get_config(arg: str = "full") -> ConfigDict:
             "decode_prompt_tokens": 32,
             "decode_tokens": 96,
             "decode_repeats": 3,
+            "decoded_windows": 4,
+            # lm-eval's tasks, such as ("gsm8k", "humaneval"), and problems of each; 0 for all.
+            "benchmarks": (),
+            "benchmark_problems": 0,
         }
     )
     # Stated before any result: a mix is worth it if all of this holds at equal pool bytes.
@@ -75,9 +102,12 @@ def get_config(arg: str = "full") -> ConfigDict:
         }
     )
     if arg == "demo":
+        config.calibration_text = ""
         config.cache.budget_mib = (1.5, 3.0)
-        config.precision.low_fraction = (0.5,)
-        config.precision.low_format = ("Q2_K",)
+        config.precision.signals = ("router_weight", "frequency", "accumulated_weight", "random")
+        config.precision.update(low_fraction=(0.5,), low_format=("Q2_K",), method="rtn")
+        config.precision.random_seeds = (0,)
+        config.residency.update(modes=(), floor=())
         config.eval.update(windows=16, calibration_windows=16, task_problems=32)
         config.eval.update(decode_tokens=48, decode_repeats=2)
     return config
@@ -86,32 +116,51 @@ def get_config(arg: str = "full") -> ConfigDict:
 def sweep(config: ConfigDict) -> list[Cell]:
     """Native and uniform rivals at every budget, then every signal, share and format."""
     inputs = Inputs(
-        config.model, config.calibration_text, config.evaluation_text, config.implementation
+        config.model,
+        config.calibration_text,
+        config.evaluation_text,
+        config.implementation,
+        config.data_dir,
     )
-    sizes = EvalSizes(**config.eval)
+    sizes = EvalSizes(**{**config.eval, "benchmarks": tuple(config.eval.benchmarks)})
+    budgets, precision = config.cache.budget_mib, config.precision
 
-    def cell(signal: str, fraction: float, low_format: str | None, budget_mib: float) -> Cell:
+    def cell(signal, fraction, low_format, budget_mib, seed=config.seed, mode="wait", share=0.0):
         return Cell(
             signal=signal,
             low_fraction=float(fraction),
             low_format=low_format,
             budget_mib=float(budget_mib),
             protected_fraction=config.cache.protected_fraction,
-            seed=config.seed,
+            seed=seed,
             inputs=inputs,
             sizes=sizes,
+            method=precision.method if low_format else "rtn",
+            mode=mode,
+            low_share=float(share),
         )
 
-    budgets = config.cache.budget_mib
     cells = [cell("native", 0, None, budget) for budget in budgets]
     # Both uniform models are rivals, also when only one format is mixed in.
-    rivals = sorted({"Q2_K", "Q3_K", *config.precision.low_format})
+    rivals = sorted({"Q2_K", "Q3_K", *precision.low_format})
     cells += [cell("uniform", 1, low, budget) for low in rivals for budget in budgets]
     cells += [
-        cell(signal, fraction, low, budget)
-        for low in config.precision.low_format
-        for fraction in config.precision.low_fraction
-        for signal in config.precision.signals
+        cell(signal, fraction, low, budget, seed)
+        for low in precision.low_format
+        for fraction in precision.low_fraction
+        for signal in precision.signals
+        for seed in (precision.random_seeds if signal == "random" else (config.seed,))
         for budget in budgets
     ]
-    return cells
+    cells += [
+        cell("residency", 0, low, budget, mode=mode, share=share)
+        for low in precision.low_format
+        for mode, share in config.residency.modes
+        for budget in budgets
+    ]
+    return cells + [
+        cell("residency", 0, low, budget, mode="floor")
+        for low, least_mib in config.residency.floor
+        for budget in budgets
+        if low in precision.low_format and budget >= least_mib
+    ]

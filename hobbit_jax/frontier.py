@@ -7,7 +7,7 @@ signal shares them out under a limit of bytes. Called through `sweep.py` with th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from hobbit_jax.evals import quality, tasks
 from hobbit_jax.importance import STATIC_SIGNALS, static_scores_LE
 from hobbit_jax.precision import SELECTION_SCORES, SKIPPED, PrecisionPlan, uniform_plan
 from hobbit_jax.prefill import RoutedLayer
-from hobbit_jax.quantize.methods import METHODS, NEEDED_STATISTICS
+from hobbit_jax.quantize.methods import METHODS
 from hobbit_jax.store import NATIVE, HostExperts
 from hobbit_jax.sweep import cell_digest, store_figures
 from hobbit_jax.tiers import TierSpec, dequantize
@@ -83,9 +83,8 @@ class FrontierCell:
 
     def specs(self, bench: Workbench) -> list[TierSpec]:
         """The low tiers."""
-        needed = NEEDED_STATISTICS[self.method]
-        calibration = bench.calibration(needed, self.seed) if needed else None
-        return [TierSpec(name, self.method, calibration, self.through) for name in self.formats]
+        specs = bench.specs(self.formats, self.method, self.seed)
+        return [replace(spec, through=self.through) for spec in specs]
 
     def plan(self, store: HostExperts, specs: list[TierSpec], bench: Workbench) -> PrecisionPlan:
         """Who gets which tier."""

@@ -23,13 +23,17 @@ from hobbit_jax.allocation import SIGNALS, allocate
 from hobbit_jax.cache.policies import SLRU
 from hobbit_jax.engine import Engine
 from hobbit_jax.evals import cost, quality, tasks
+from hobbit_jax.miss_modes import MISS_MODES
 from hobbit_jax.precision import PrecisionPlan, uniform_plan
+from hobbit_jax.quantize.methods import METHODS
 from hobbit_jax.rows import RowStore, machine, write_json
 from hobbit_jax.store import NATIVE, HostExperts
 from hobbit_jax.tiers import TierSpec
 from hobbit_jax.workbench import EvalSizes, Inputs, Workbench
 
 LOW_TIER = 1
+# Not a plan but a moment: an expert goes low when it is wanted and its native copy is not there.
+RESIDENCY = "residency"
 
 
 class SweepCell(Protocol):
@@ -63,7 +67,21 @@ def cell_digest(cell: Any) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """One point: a plan under a budget. `signal` is "native", "uniform" or one of SIGNALS."""
+    """One point: who goes low, under a budget.
+
+    Attributes:
+        signal: "native", "uniform", "residency", or one of `SIGNALS`.
+        low_fraction: of pairs or selections, for `SIGNALS`.
+        low_format: of the low tier; None natively.
+        budget_mib: device bytes of the expert pool.
+        protected_fraction: of the SLRU policy.
+        seed: of the random control.
+        inputs: model and texts.
+        sizes: how much is measured.
+        method: how the low tier is encoded (`quantize/methods.py`).
+        mode: for residency, the miss mode that decides; the others wait.
+        low_share: for residency, of the pool (0-1) for low copies.
+    """
 
     signal: str
     low_fraction: float
@@ -73,29 +91,42 @@ class Cell:
     seed: int
     inputs: Inputs
     sizes: EvalSizes
+    method: str = "rtn"
+    mode: str = "wait"
+    low_share: float = 0.0
 
     def __post_init__(self):
-        if self.signal not in ("native", "uniform", *SIGNALS):
-            raise ValueError(
-                f"signal is {self.signal!r}; want native, uniform, {', '.join(SIGNALS)}"
-            )
+        known = ("native", "uniform", RESIDENCY, *SIGNALS)
+        if self.signal not in known:
+            raise ValueError(f"signal is {self.signal!r}; want {', '.join(known)}")
         if (self.signal == "native") != (self.low_format is None):
             raise ValueError(f"signal {self.signal} with low_format {self.low_format}")
         if not 0 <= self.low_fraction <= 1:
             raise ValueError(f"low_fraction is {self.low_fraction}; want 0 to 1")
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; want one of {', '.join(METHODS)}")
+        serving = [name for name, mode in MISS_MODES.items() if mode.low_banks != "none"]
+        if (self.signal == RESIDENCY) != (self.mode in serving):
+            raise ValueError(
+                f"signal {self.signal} with mode {self.mode!r}; residency wants one of "
+                f"{', '.join(serving)}, and the others wait"
+            )
 
     @property
     def name(self) -> str:
         """Readable, and unique by a hash of the whole cell."""
-        what = "native" if self.signal == "native" else f"{self.signal}-{self.low_format}"
+        parts = [self.signal]
+        if self.signal == RESIDENCY:
+            parts = [self.mode, f"{self.low_share * 100:g}"]
+        if self.low_format is not None:
+            parts += [self.low_format, self.method]
         if self.signal in SIGNALS:
-            what += f"-{self.low_fraction * 100:g}"
-        return f"{what}-{self.budget_mib:g}mib-s{self.seed}-{cell_digest(self)}"
+            parts.append(f"{self.low_fraction * 100:g}")
+        return "-".join([*parts, f"{self.budget_mib:g}mib", f"s{self.seed}", cell_digest(self)])
 
-    @property
-    def specs(self) -> list[TierSpec]:
+    def specs(self, bench: Workbench) -> list[TierSpec]:
         """The low tier, if there is one."""
-        return [TierSpec(self.low_format)] if self.low_format else []
+        return bench.specs([self.low_format], self.method) if self.low_format else []
 
     def run(self, bench: Workbench) -> dict[str, Any]:
         """Measures cost at the budget, and quality and tasks once per plan.
@@ -103,10 +134,14 @@ class Cell:
         Raises:
             ValueError: the budget cannot hold one step's experts, or too little text.
         """
-        store = bench.store(self.specs)
-        plan = make_plan(self, store, bench)
+        specs = self.specs(bench)
+        store = bench.store(specs)
+        plan = make_plan(self, store, specs, bench)
         policy = functools.partial(SLRU, protected_fraction=self.protected_fraction)
-        engine = Engine(bench.model, store, int(self.budget_mib * 2**20), plan, policy)
+        engine = Engine(
+            bench.model, store, int(self.budget_mib * 2**20), plan, policy, self.mode,
+            self.low_share,
+        )  # fmt: skip
         decode = cost.measure(engine, bench.decode_ids_RS, self.sizes.decode_prompt_tokens)
         pool = _pool_figures(engine)
         measured, scores = _quality_and_tasks(self, bench, engine)
@@ -114,38 +149,46 @@ class Cell:
         return {
             "quality": measured,
             "tasks": scores,
-            "store": store_figures(store, plan),
+            "store": store_figures(store, plan, engine.mode.low_banks != "none"),
             "pool": pool,
             "decode": asdict(decode),
             "routing": (
                 {"selections_LE": selections_LE.tolist()} if self.signal == "native" else None
             ),
             "provenance": {
-                "tier_sha256": {spec.format: bench.tier(spec).sha256() for spec in self.specs}
+                "tier_sha256": {spec.format: bench.tier(spec).sha256() for spec in specs},
+                "calibration_sha256": bench.calibration().sha256,
             },
         }
 
 
-def make_plan(cell: Cell, store: HostExperts, bench: Workbench) -> PrecisionPlan:
-    """The precision plan that `cell` describes."""
-    if cell.signal == "native":
+def make_plan(
+    cell: Cell, store: HostExperts, specs: Sequence[TierSpec], bench: Workbench
+) -> PrecisionPlan:
+    """The precision plan that `cell` describes; `specs` are the store's low tiers."""
+    if cell.signal in ("native", RESIDENCY):
         return uniform_plan(store, NATIVE)
     if cell.signal == "uniform":
         return uniform_plan(store, LOW_TIER)
     error_LE = None
     if cell.signal == "sensitivity":
-        error_LE = bench.errors(cell.specs).error_NLE[LOW_TIER]
+        error_LE = bench.errors(specs).error_NLE[LOW_TIER]
     profile = bench.calibration().routing
     return allocate(cell.signal, cell.low_fraction, LOW_TIER, profile, cell.seed, error_LE)
 
 
-def store_figures(store: HostExperts, plan: PrecisionPlan) -> dict[str, Any]:
-    """Bytes of all experts, natively and under the plan; a pair that needs two copies has both."""
+def store_figures(
+    store: HostExperts, plan: PrecisionPlan, all_tiers: bool = False
+) -> dict[str, Any]:
+    """Bytes of all experts, natively and under the plan; a pair that needs two copies has both.
+
+    `all_tiers`: any expert may be wanted at any tier, whatever the plan says.
+    """
     pairs = store.config.n_layers * store.config.n_experts
     plan_bytes = sum(
-        layer.expert_bytes * int(np.count_nonzero(share_LE[index]))
+        layer.expert_bytes * (share_LE.shape[1] if all_tiers else int(np.count_nonzero(share_E)))
         for tier, share_LE in zip(store.tiers, plan.tier_shares_LE(store), strict=True)
-        for index, layer in enumerate(tier)
+        for layer, share_E in zip(tier, share_LE, strict=True)
     )
     return {
         "experts": pairs,
@@ -171,17 +214,35 @@ def _pool_figures(engine: Engine) -> dict[str, Any]:
 def _quality_and_tasks(
     cell: Cell, bench: Workbench, engine: Engine
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Quality and task scores of the cell's plan, measured once per plan in a process.
+    """Quality and task scores, measured once per plan in a process.
 
-    Logits are the same bits at every budget (tests/test_engine.py), so cells that
-    differ in the pool alone share them.
+    A plan's logits are the same bits at every budget (tests/test_engine.py), so cells that differ
+    in the pool alone share them. What serves misses depends on the pool and on what was decoded
+    before: there quality is of decoding, one sequence at a time, at the cell's own budget.
     """
+    sizes = cell.sizes
+    if cell.signal == RESIDENCY:
+        windows = bench.windows.first(sizes.decoded_windows)
+        measured = quality.evaluate_decoding(engine, windows, bench.native_logits_WTV)
+        return asdict(measured), _task_scores(cell, bench, engine, batch=1)
     plan_only = replace(cell, budget_mib=0.0, protected_fraction=0.0)
     if plan_only not in bench.measured:
         measured = asdict(quality.evaluate(engine, bench.windows, bench.native_logits_WTV))
-        scores = tasks.evaluate_all(engine, bench.tokenizer, cell.sizes.task_problems)
-        bench.measured[plan_only] = (measured, scores)
+        bench.measured[plan_only] = (measured, _task_scores(plan_only, bench, engine))
     return bench.measured[plan_only]
+
+
+def _task_scores(
+    cell: Cell, bench: Workbench, engine: Engine, batch: int | None = None
+) -> dict[str, Any] | None:
+    """The miniature tasks' and lm-eval's scores; None where the sizes ask for none."""
+    sizes = cell.sizes
+    scores = tasks.evaluate_all(engine, bench.tokenizer, sizes.task_problems, batch) or {}
+    if sizes.benchmarks:
+        tiers = [bench.tier(spec).sha256() for spec in cell.specs(bench)]
+        asked = {**asdict(cell), "tier_sha256": tiers}
+        scores |= bench.benchmark_scores(engine, asked, batch)
+    return scores or None
 
 
 def _run(cell: SweepCell, bench: Workbench) -> dict[str, Any]:

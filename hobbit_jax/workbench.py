@@ -24,6 +24,7 @@ from hobbit_jax.evals import quality
 from hobbit_jax.gguf_file import GGUFFile
 from hobbit_jax.importance import MeasuredErrors, measure_errors
 from hobbit_jax.loading import LoadedModel, load_model
+from hobbit_jax.quantize.methods import NEEDED_STATISTICS
 from hobbit_jax.store import HostExperts
 from hobbit_jax.tiers import TierSpec, open_tier
 from hobbit_jax.training.corpus import task_documents
@@ -44,19 +45,24 @@ class EvalSizes:
     decode_prompt_tokens: int = 0
     decode_tokens: int = 0
     decode_repeats: int = 0
+    decoded_windows: int = 0  # of the windows, for quality that depends on the pool
+    benchmarks: tuple[str, ...] = ()  # lm-eval's
+    benchmark_problems: int = 0  # of each; 0 for all
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What a sweep runs on. An empty `model` is the reference model, empty texts its held-out.
 
-    An empty `implementation` takes the fastest matrix products that the device has.
+    An empty `implementation` takes the fastest matrix products that the device has; an empty
+    `data_dir` leaves the data of benchmarks to lm-eval.
     """
 
     model: str
     calibration_text: str
     evaluation_text: str
     implementation: str = ""
+    data_dir: str = ""
 
 
 class Workbench:
@@ -161,6 +167,32 @@ class Workbench:
         if not path.exists():
             quality.write_native_logits(self._native_engine(), self.windows, path)
         return np.load(path, mmap_mode="r")
+
+    def specs(self, formats: Sequence[str], method: str, seed: int = 0) -> list[TierSpec]:
+        """Low tiers of these formats, encoded by `method` from the calibration text."""
+        needed = NEEDED_STATISTICS[method]
+        calibration = self.calibration(needed, seed) if needed else None
+        return [TierSpec(name, method, calibration) for name in formats]
+
+    def benchmark_scores(
+        self, engine: Engine, answers_depend_on: dict[str, Any], batch: int | None
+    ) -> dict[str, dict[str, Any]]:
+        """lm-eval's shares of problems solved, as a row holds them; finished requests are kept.
+
+        Raises:
+            ModuleNotFoundError: lm-eval is not installed.
+        """
+        from hobbit_jax.evals import benchmarks
+
+        sizes = self.sizes
+        settings = benchmarks.BenchmarkSettings(
+            sizes.benchmarks, sizes.benchmark_problems or None, batch_size=batch or 8
+        )
+        data_dir = Path(self.inputs.data_dir) if self.inputs.data_dir else None
+        record = benchmarks.evaluate_engine(
+            engine, settings, answers_depend_on, data_dir, self.workdir / "responses", False
+        )
+        return benchmarks.shares(record)
 
     def tier(self, spec: TierSpec) -> GGUFFile:
         """The low tier by `spec`."""

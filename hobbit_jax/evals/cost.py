@@ -23,13 +23,15 @@ from hobbit_jax.store import NATIVE
 class DecodeCost:
     """Counts over all repeats; tokens per second as the median repeat with its range.
 
-    `hit_rate`, `degraded_fraction` are 0-1 over expert uses; bytes are per decoded
-    token. `first_token_s` is the median time of a warm prefill.
+    `hit_rate`, `degraded_fraction` are 0-1 over expert uses, `skipped_fraction` over selections;
+    bytes and exits are per decoded token. `first_token_s` is the median time of a warm prefill.
     """
 
     tokens: int
     hit_rate: float
     degraded_fraction: float
+    skipped_fraction: float
+    exits_per_token: float
     bytes_moved_per_token: float
     bytes_used_per_token: float
     tokens_per_second: Interval
@@ -46,6 +48,7 @@ def measure(engine: Engine, ids_RS: np.ndarray, prompt_tokens: int) -> DecodeCos
             "longer than the prompt"
         )
     seconds, first_token_s, used_bytes, moved_bytes = [], [], 0, 0
+    exits = skipped = selections = 0
     hits = np.zeros_like(engine.pool.stats.hits)
     misses = np.zeros_like(hits)
     expert_bytes_TL = np.array(
@@ -57,6 +60,7 @@ def measure(engine: Engine, ids_RS: np.ndarray, prompt_tokens: int) -> DecodeCos
         jax.block_until_ready(engine.prefill([ids_S[:prompt_tokens].tolist()]))
         prefilled = time.perf_counter()
         engine.pool.reset_stats()
+        engine.reset_stats()
         logits_BV = None
         for token in ids_S[prompt_tokens:]:
             logits_BV = engine.decode(np.asarray([token]))
@@ -68,6 +72,9 @@ def measure(engine: Engine, ids_RS: np.ndarray, prompt_tokens: int) -> DecodeCos
         first_token_s.append(prefilled - began)
         seconds.append(ended - prefilled)
         hits, misses = hits + stats.hits, misses + stats.misses
+        exits += engine.stats.exits
+        skipped += engine.stats.skipped
+        selections += engine.stats.selections
         moved_bytes += stats.bytes_moved
         used_bytes += int(((stats.hits + stats.misses).sum(axis=2) * expert_bytes_TL).sum())
     tokens = ids_RS.shape[1] - prompt_tokens
@@ -77,6 +84,8 @@ def measure(engine: Engine, ids_RS: np.ndarray, prompt_tokens: int) -> DecodeCos
         tokens=tokens * repeats,
         hit_rate=int(hits.sum()) / uses,
         degraded_fraction=1 - int(hits[NATIVE].sum() + misses[NATIVE].sum()) / uses,
+        skipped_fraction=skipped / selections,
+        exits_per_token=exits / (tokens * repeats),
         bytes_moved_per_token=moved_bytes / (tokens * repeats),
         bytes_used_per_token=used_bytes / (tokens * repeats),
         tokens_per_second=Interval(float(np.median(rates)), float(rates.min()), float(rates.max())),

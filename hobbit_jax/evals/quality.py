@@ -37,6 +37,10 @@ class Windows:
         """Number of predicted tokens."""
         return self.target_bytes_WT.size
 
+    def first(self, count: int) -> Windows:
+        """The first `count` of them."""
+        return Windows(self.ids_WS[:count], self.target_bytes_WT[:count])
+
 
 def cut_windows(
     tokenizer: Tokenizer, texts: Sequence[str], count: int, context: int, seed: int = 0
@@ -124,6 +128,26 @@ def evaluate(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Qualit
         logits_BTV = engine.score(ids_BS[:, :-1])
         native_BTV = np.asarray(native_WTV[part])
         parts.append(jax.device_get(_compare(logits_BTV, native_BTV, ids_BS[:, 1:])))
+    return _figures(parts, windows)
+
+
+def evaluate_decoding(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Quality:
+    """`evaluate` with every token decoded after the one before, a window at a time.
+
+    For engines whose answers depend on what is resident: this is what a user's reader gets.
+    """
+    parts = []
+    for row, ids_S in enumerate(tqdm(windows.ids_WS, desc="decoded windows", leave=False)):
+        engine.start(1, len(ids_S) - 1)
+        logits_TV = [engine.decode(np.asarray([token]))[0] for token in ids_S[:-1]]
+        native_BTV = np.asarray(native_WTV[row : row + 1])
+        compared = _compare(jnp.stack(logits_TV)[None], native_BTV, ids_S[None, 1:])
+        parts.append(jax.device_get(compared))
+    return _figures(parts, windows)
+
+
+def _figures(parts: Sequence[tuple], windows: Windows) -> Quality:
+    """Figures of the compared batches of `windows`, in their order."""
     nll_WT, kl_WT, agree_WT = (np.concatenate(part) for part in zip(*parts, strict=True))
     nll_W = nll_WT.sum(axis=1, dtype=np.float64)
     bytes_W = windows.target_bytes_WT.sum(axis=1, dtype=np.float64)

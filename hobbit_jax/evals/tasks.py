@@ -46,24 +46,40 @@ def complete(
 
 
 def evaluate_all(
-    engine: Engine, tokenizer: Tokenizer, problems: int
+    engine: Engine, tokenizer: Tokenizer, problems: int, batch: int | None = None
 ) -> dict[str, dict[str, Any]] | None:
     """Scores of both tasks as a row holds them; None where `problems` is 0."""
     names: tuple[TaskName, ...] = ("arithmetic", "functions")
     if not problems:
         return None
-    return {task: asdict(evaluate(engine, tokenizer, task, problems)) for task in names}
+    return {task: asdict(evaluate(engine, tokenizer, task, problems, batch)) for task in names}
 
 
-def evaluate(engine: Engine, tokenizer: Tokenizer, task: TaskName, problems: int) -> TaskScore:
-    """Scores `problems` held-out problems of one task."""
+def evaluate(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    task: TaskName,
+    problems: int,
+    batch: int | None = None,
+) -> TaskScore:
+    """Scores `problems` held-out problems of one task, `batch` at a time or all together."""
+
+    def answers(prompts: list[str]) -> list[str]:
+        size = batch or len(prompts)
+        parts = (prompts[start : start + size] for start in range(0, len(prompts), size))
+        return [
+            text
+            for part in parts
+            for text in complete(engine, tokenizer, part, MAX_NEW_TOKENS[task])
+        ]
+
     if task == "arithmetic":
         sums = arithmetic.generate(HELD_OUT_SEED, problems, "heldout")
-        texts = complete(engine, tokenizer, [p.prompt for p in sums], MAX_NEW_TOKENS[task])
+        texts = answers([p.prompt for p in sums])
         verdicts = [arithmetic.score(p, text) for p, text in zip(sums, texts, strict=True)]
     else:
         programs = functions.generate(HELD_OUT_SEED, problems, "heldout")
-        texts = complete(engine, tokenizer, [p.prompt for p in programs], MAX_NEW_TOKENS[task])
+        texts = answers([p.prompt for p in programs])
         verdicts = execution.run_candidates(programs, texts)
     interval = share(sum(verdicts), problems)
     return TaskScore(problems, sum(verdicts), interval.value, interval.low, interval.high)

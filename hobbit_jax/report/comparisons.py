@@ -23,7 +23,9 @@ ZERO = Interval(0.0, 0.0, 0.0)
 class ControlGap:
     """A signal's KL against the random control at the same share and format.
 
-    With several seeds of the control, `control` has their mean and outermost ends.
+    For residency the share is what was degraded: between the random plans, native and the uniform
+    quant at the same budget a straight line. With several seeds of the control, `control` has their
+    mean and outermost ends.
     """
 
     control: Interval
@@ -34,13 +36,10 @@ class ControlGap:
 def control_gap(plan: Plan, results: Results) -> ControlGap | None:
     """None where the plan or its control has no KL."""
     own = results.quality_row(plan)
-    kls = []
-    for other in results.plans:
-        if other.signal == RANDOM and other.order[3:5] == plan.order[3:5]:
-            row = results.quality_row(other)
-            if other.model == plan.model and row and row.kl_mean:
-                kls.append(row.kl_mean)
-    if not kls or own is None or own.kl_mean is None:
+    if own is None or own.kl_mean is None:
+        return None
+    kls = _controls_by_degraded(own, results) if plan.residency else _controls(plan, results)
+    if not kls:
         return None
     control = Interval(
         float(np.mean([kl.value for kl in kls])),
@@ -53,6 +52,48 @@ def control_gap(plan: Plan, results: Results) -> ControlGap | None:
     elif above(own.kl_mean, control):
         relation = "above"
     return ControlGap(control, own.kl_mean.value - control.value, relation)
+
+
+def _controls(plan: Plan, results: Results) -> list[Interval]:
+    kls = []
+    for other in results.plans:
+        if other.signal == RANDOM and other.order[3:5] == plan.order[3:5]:
+            row = results.quality_row(other)
+            if other.model == plan.model and row and row.kl_mean:
+                kls.append(row.kl_mean)
+    return kls
+
+
+def _controls_by_degraded(own: Row, results: Results) -> list[Interval]:
+    """One control a seed: what a random choice of as many uses loses."""
+    wanted = own.decode and own.decode.degraded_fraction
+    if wanted is None:
+        return []
+    by_seed: dict[int, list[tuple[float, Interval]]] = {}
+    ends = [(0.0, ZERO)]
+    for row in results.rows:
+        plan, degraded = row.plan, row.decode and row.decode.degraded_fraction
+        if row.setting != own.setting or plan.low_format != own.plan.low_format:
+            continue
+        if degraded is None or row.kl_mean is None:
+            continue
+        if plan.signal == RANDOM:
+            by_seed.setdefault(plan.seed, []).append((degraded, row.kl_mean))
+        elif plan.signal == UNIFORM:
+            ends.append((degraded, row.kl_mean))
+    controls = []
+    for points in by_seed.values():
+        known = sorted([*points, *ends], key=lambda point: point[0])
+        if wanted <= known[-1][0]:
+            controls.append(_interpolate(wanted, known))
+    return controls
+
+
+def _interpolate(at: float, points: Sequence[tuple[float, Interval]]) -> Interval:
+    """The straight line through `points`, (place, interval) in ascending order of place."""
+    places = [place for place, _ in points]
+    ends = zip(*((kl.value, kl.low, kl.high) for _, kl in points), strict=True)
+    return Interval(*(float(np.interp(at, places, end)) for end in ends))
 
 
 @dataclass(frozen=True)
@@ -92,9 +133,7 @@ def line_gap(plan: Plan, results: Results) -> LineGap:
         return LineGap(None, f"larger than {points[-1][0]}")
     if own.plan_bytes < points[0][1]:
         return LineGap(None, f"smaller than {points[0][0]}")
-    sizes = [size for _, size, _ in points]
-    ends = zip(*((kl.value, kl.low, kl.high) for _, _, kl in points), strict=True)
-    line = Interval(*(float(np.interp(own.plan_bytes, sizes, end)) for end in ends))
+    line = _interpolate(own.plan_bytes, [(size, kl) for _, size, kl in points])
     if above(line, own.kl_mean):
         return LineGap(line, "better")
     if above(own.kl_mean, line):

@@ -18,7 +18,7 @@ from hobbit_jax.report.comparisons import (
     line_gap,
 )
 from hobbit_jax.report.frontier_results import FrontierResults
-from hobbit_jax.report.results import NATIVE, RANDOM, Results, Row, Setting
+from hobbit_jax.report.results import NATIVE, RANDOM, Plan, Results, Row, Setting
 from hobbit_jax.report.signals import render_compounding, render_signals
 from hobbit_jax.report.threats import threats
 from hobbit_jax.report.verdict import Outcome, Rule, Verdict
@@ -173,6 +173,12 @@ def _quality(results: Results, drawn: set[str]) -> list[str]:
         "plan has one line. Brackets are 95 % intervals. KL is in nats a token.",
         "",
     ]
+    if any(plan.residency for plan in results.plans):
+        lines += [
+            "A miss mode degrades what is missing when it is wanted, so its quality depends on "
+            "the budget: it is measured on decoding one sequence at a time, on fewer tokens.",
+            "",
+        ]
     rows = []
     for plan in results.plans:
         row = results.quality_row(plan)
@@ -243,7 +249,7 @@ def _signals_of_sweep(results: Results) -> list[str]:
         rows.append(
             (
                 plan.low_format,
-                f"{100 * plan.low_fraction:g} %",
+                _share(plan, row),
                 results.label(plan),
                 markdown.interval(row and row.kl_mean, "{:.4f}"),
                 markdown.interval(gap and gap.control, "{:.4f}"),
@@ -261,7 +267,9 @@ def _signals_of_sweep(results: Results) -> list[str]:
         ),
         "",
         "A share of selections (router_weight) and a share of layer-expert pairs (the others) "
-        "are different amounts of degraded work: compare the degraded fraction in section 5.",
+        "are different amounts of degraded work: compare the degraded fraction in section 5. The "
+        "share of a miss mode is that fraction, and its control a random choice of as many uses, "
+        "on the straight line between the random plans, native and the uniform quant.",
         "",
         "Against the uniform quants at the same host bytes: the straight line between the two "
         "neighbouring plans of one precision.",
@@ -281,6 +289,13 @@ def _signals_of_sweep(results: Results) -> list[str]:
         )
     head = ("plan", "MiB", "KL", "uniform line at these bytes", "mixed is")
     return lines + markdown.table(head, rows)
+
+
+def _share(plan: Plan, row: Row | None) -> str:
+    if not plan.residency:
+        return f"{100 * plan.low_fraction:g} %"
+    degraded = row.decode.degraded_fraction if row and row.decode else None
+    return markdown.number(degraded and 100 * degraded, "{:.0f} %")
 
 
 def _cost(results: Results, rule: Rule, drawn: set[str]) -> list[str]:
@@ -330,6 +345,8 @@ def _cost_table(results: Results, rule: Rule, setting: Setting) -> list[str]:
                 markdown.ABSENT if resident is None or pairs is None else f"{resident}/{pairs}",
                 markdown.number(decode and decode.hit_rate, "{:.3f}"),
                 markdown.number(decode and decode.degraded_fraction, "{:.3f}"),
+                markdown.number(decode and decode.skipped_fraction, "{:.3f}"),
+                markdown.number(decode and decode.exits_per_token, "{:.2f}"),
                 markdown.mib(moved, 3),
                 markdown.number(
                     moved / native_moved if moved is not None and native_moved else None, "×{:.2f}"
@@ -348,6 +365,8 @@ def _cost_table(results: Results, rule: Rule, setting: Setting) -> list[str]:
         "resident pairs",
         "hit rate",
         "degraded fraction",
+        "skipped fraction",
+        "exits a token",
         "MiB moved a token",
         "of native",
         "tokens/s measured",

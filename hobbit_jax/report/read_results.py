@@ -17,11 +17,13 @@ from absl import logging
 from hobbit_jax.evals.statistics import Interval
 from hobbit_jax.report.results import (
     NATIVE,
+    RESIDENCY,
     Absent,
     Decode,
     Plan,
     Pool,
     Quality,
+    Residency,
     Results,
     Row,
     Setting,
@@ -160,7 +162,13 @@ def _plan(config: Mapping[str, Any]) -> Plan:
         raise ValueError(f"signal {config['signal']!r} has no low_format")
     seed = int(_number(config, "seed") or 0)
     low_format = None if config["signal"] == NATIVE else low_format
-    return Plan(model, config["signal"], low_format, fraction, seed)
+    residency = None
+    if config["signal"] == RESIDENCY:
+        if not isinstance(config.get("mode"), str):
+            raise ValueError(f"config.mode is {config.get('mode')!r}; want a string")
+        share, budget_mib = _required(config, "low_share"), _required(config, "budget_mib")
+        residency = Residency(config["mode"], share, budget_mib)
+    return Plan(model, config["signal"], low_format, fraction, seed, residency)
 
 
 def _mapping(value: Any, name: str) -> Mapping[str, Any]:
@@ -253,6 +261,8 @@ def _decode(block: Mapping[str, Any] | None) -> Decode | None:
         tokens=_whole(block, "tokens"),
         hit_rate=_number(block, "hit_rate"),
         degraded_fraction=_number(block, "degraded_fraction"),
+        skipped_fraction=_number(block, "skipped_fraction"),
+        exits_per_token=_number(block, "exits_per_token"),
         bytes_moved_per_token=_number(block, "bytes_moved_per_token"),
         bytes_used_per_token=_number(block, "bytes_used_per_token"),
         tokens_per_second=_interval(block, "tokens_per_second"),

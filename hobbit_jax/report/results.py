@@ -14,23 +14,36 @@ from typing import Any
 
 from hobbit_jax.evals.statistics import Interval
 
-NATIVE, UNIFORM, RANDOM = "native", "uniform", "random"
+NATIVE, UNIFORM, RANDOM, RESIDENCY = "native", "uniform", "random", "residency"
 MIB = 2**20
 # The order of every table and legend; a signal not named here comes before the control.
-_KNOWN = (NATIVE, UNIFORM, "router_weight", "frequency", "accumulated_weight")
+_KNOWN = (NATIVE, UNIFORM, RESIDENCY, "router_weight", "frequency", "accumulated_weight")
 _GPU = re.compile(r"nvidia|cuda|gpu|rocm|radeon|geforce|rtx", re.IGNORECASE)
 _NO_GPU = re.compile(r"^\W*cpu|\b(no|without)( a| any)? gpu", re.IGNORECASE)
 
 
+@dataclass(frozen=True, order=True)
+class Residency:
+    """Who goes low when missing: a miss mode, its share of the pool, and the pool."""
+
+    mode: str
+    low_share: float
+    budget_mib: float
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Which experts are stored how: everything that quality depends on."""
+    """Who goes low: everything that quality depends on.
+
+    `low_fraction` is of pairs or selections; `residency` is None unless that is the signal.
+    """
 
     model: str
     signal: str
     low_format: str | None
     low_fraction: float
     seed: int
+    residency: Residency | None = None
 
     @property
     def is_mixed(self) -> bool:
@@ -43,7 +56,8 @@ class Plan:
         rank = _KNOWN.index(self.signal) if self.signal in _KNOWN else len(_KNOWN)
         rank += self.signal == RANDOM
         low = self.low_format or ""
-        return (self.model, rank, self.signal, low, self.low_fraction, self.seed)
+        residency = self.residency or Residency("", 0.0, 0.0)
+        return (self.model, rank, self.signal, low, self.low_fraction, residency, self.seed)
 
 
 @dataclass(frozen=True, order=True)
@@ -102,6 +116,8 @@ class Decode:
     tokens: int | None
     hit_rate: float | None
     degraded_fraction: float | None
+    skipped_fraction: float | None
+    exits_per_token: float | None
     bytes_moved_per_token: float | None
     bytes_used_per_token: float | None
     tokens_per_second: Interval | None
@@ -205,17 +221,30 @@ class Results:
 
     def label(self, plan: Plan) -> str:
         """A short name; model and seed are said only where the sweep has several."""
-        parts = [plan.signal]
-        if plan.is_mixed:
+        parts = [plan.residency.mode if plan.residency else plan.signal]
+        if plan.is_mixed and not plan.residency:
             parts.append(f"{100 * plan.low_fraction:g} %")
         if plan.low_format:
             parts.append(plan.low_format)
+        if plan.residency:
+            parts += self._residency_parts(plan.residency)
         siblings = [p for p in self.plans if p.order[:-1] == plan.order[:-1]]
         if len(siblings) > 1:
             parts.append(f"(seed {plan.seed})")
         if len({p.model for p in self.plans}) > 1:
             parts.append(f"[{plan.model}]")
         return " ".join(parts)
+
+    def _residency_parts(self, residency: Residency) -> list[str]:
+        """What tells it apart from others of its mode."""
+        of_mode = {p.residency for p in self.plans if p.residency}
+        of_mode = {r for r in of_mode if r.mode == residency.mode}
+        parts = []
+        if len({r.low_share for r in of_mode}) > 1:
+            parts.append(f"{100 * residency.low_share:g} %")
+        if len({r.budget_mib for r in of_mode}) > 1:
+            parts.append(f"at {residency.budget_mib:g} MiB")
+        return parts
 
     def setting_label(self, setting: Setting) -> str:
         """The budget in words; model and policy are said only where the sweep has several."""

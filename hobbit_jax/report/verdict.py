@@ -271,10 +271,13 @@ def _signal(row: Row, results: Results) -> Condition:
         return Condition("signal", False, "this plan is the random control itself")
     if gap is None:
         return Condition("signal", None, "no random control at this share and format")
+    what = "the random control"
+    if row.plan.residency:
+        what = "a random choice of as many uses"
     place = {
-        "below": "below the random control, intervals apart",
-        "above": "above the random control, intervals apart",
-        "not separate": "not separate from the random control",
+        "below": f"below {what}, intervals apart",
+        "above": f"above {what}, intervals apart",
+        "not separate": f"not separate from {what}",
     }[gap.relation]
     text = f"KL is {place} ({gap.difference:+.4f})"
     return Condition("signal", gap.relation == "below", text)
