@@ -50,6 +50,8 @@ def make_row(
     speed_spread=1.0,
     device="cpu: Some Processor",
     seed=0,
+    degraded=None,
+    mode=None,
 ):
     fraction = {"native": 0.0, "uniform": 1.0}.get(signal, fraction)
     native = SIZES["native"]
@@ -58,7 +60,7 @@ def make_row(
         size = native + fraction * (low - native)
         if signal == "router_weight":
             size = native + low
-    cell = f"{signal}-{low_format}-{100 * fraction:g}-{budget:g}mib-s{seed}"
+    cell = f"{mode or signal}-{low_format}-{100 * fraction:g}-{budget:g}mib-s{seed}"
     score = None if tasks is None else {"problems": 100, "correct": 60, **about(tasks, 0.09)}
     return {
         "cell": cell,
@@ -72,6 +74,7 @@ def make_row(
             "seed": seed,
             "protected_fraction": 0.1,
             "inputs": {"model": ""},
+            **({"mode": mode, "low_share": 0.8} if mode else {}),
         },
         "quality": {
             "tokens": 32768,
@@ -100,7 +103,7 @@ def make_row(
         "decode": {
             "tokens": 288,
             "hit_rate": 0.5,
-            "degraded_fraction": fraction,
+            "degraded_fraction": fraction if degraded is None else degraded,
             "bytes_moved_per_token": moved * MIB,
             "bytes_used_per_token": 2.0 * MIB,
             "tokens_per_second": about(speed, speed_spread),
@@ -376,6 +379,35 @@ def test_a_signal_must_be_apart_from_every_seed_of_the_control(workdir):
     labels = [results.label(p) for p in results.plans]
     assert "random 50 % Q2_K (seed 1)" in labels
     assert "frequency 50 % Q2_K" in labels
+
+
+@pytest.mark.parametrize(
+    ("kl", "degraded", "control", "relation"),
+    [
+        (0.002, 0.25, 0.015, "below"),  # halfway between native and the random half
+        (0.0145, 0.25, 0.015, "not separate"),
+        (0.05, 0.75, 0.04, "above"),  # halfway between the random half and uniform
+    ],
+)
+def test_residency_is_held_against_a_random_choice_of_as_many_uses(
+    workdir, kl, degraded, control, relation
+):
+    rows = [
+        make_row("native"),
+        make_row("uniform", "Q2_K", kl=0.05),
+        make_row("random", "Q2_K", 0.6, kl=0.03, degraded=0.5),
+        make_row("residency", "Q2_K", kl=kl, degraded=degraded, mode="fetch_low", moved=0.5),
+        # Of another format and of another budget: no control of this one.
+        make_row("random", "Q3_K", 0.6, kl=0.001, degraded=degraded),
+        make_row("random", "Q2_K", 0.6, 4.0, kl=0.03, degraded=degraded),
+    ]
+    results = load_results(workdir(rows))
+    (plan,) = (plan for plan in results.plans if plan.residency)
+    gap = control_gap(plan, results)
+    assert gap and gap.control.value == pytest.approx(control) and gap.relation == relation
+    assert results.label(plan) == "fetch_low Q2_K"
+    text = render(results, Rule.of(RULE), verdicts(results, Rule.of(RULE)))
+    assert f"| Q2_K | {100 * degraded:.0f} % | fetch_low Q2_K |" in text
 
 
 @pytest.mark.parametrize(

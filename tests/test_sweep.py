@@ -33,6 +33,7 @@ SIZES = EvalSizes(
     decode_prompt_tokens=4,
     decode_tokens=4,
     decode_repeats=1,
+    decoded_windows=1,
 )
 
 
@@ -42,7 +43,9 @@ def cell(signal: str, fraction: float, low_format: str | None = "Q2_K") -> Cell:
 
 NATIVE, UNIFORM = cell("native", 0, None), cell("uniform", 1)
 FREQUENCY, ROUTER, RANDOM = (cell(s, 0.5) for s in ("frequency", "router_weight", "random"))
-CELLS = [NATIVE, UNIFORM, FREQUENCY, ROUTER, RANDOM]
+# All experts at Q2_K take 3.94 MiB, so that none of them has a native slot.
+FLOOR = Cell("residency", 0, "Q2_K", 3.95, 0.1, 0, Inputs("", "", ""), SIZES, mode="floor")
+CELLS = [NATIVE, UNIFORM, FREQUENCY, ROUTER, RANDOM, FLOOR]
 
 
 def refuse_constant(text: str):
@@ -71,7 +74,7 @@ def script(name: str, *args: str) -> list[str]:
 def swept(tmp_path_factory) -> Path:
     """The workdir of a finished sweep over `CELLS`."""
     workdir = tmp_path_factory.mktemp("sweep")
-    assert run_sweep(CELLS, {"title": "t"}, workdir) == (5, 0, 0)
+    assert run_sweep(CELLS, {"title": "t"}, workdir) == (6, 0, 0)
     return workdir
 
 
@@ -82,17 +85,19 @@ def test_rows(swept):
     for row in rows.values():
         assert (row["status"], row["error"]) == ("ok", None)
         pool, decode, quality = row["pool"], row["decode"], row["quality"]
-        assert pool["device_bytes"] <= pool["budget_bytes"] == 2 * 2**20
+        assert pool["device_bytes"] <= pool["budget_bytes"]
         assert 0 < pool["resident_pairs"] <= pool["slots_total"] == sum(pool["slots"].values())
-        assert 0 < decode["bytes_moved_per_token"] < decode["bytes_used_per_token"]
-        assert 0 < decode["hit_rate"] < 1
         assert decode["tokens"] == SIZES.decode_tokens * SIZES.decode_repeats
-        assert quality["tokens"] == SIZES.windows * SIZES.context
+        if row["config"]["signal"] != "residency":
+            assert pool["budget_bytes"] == 2 * 2**20
+            assert 0 < decode["bytes_moved_per_token"] < decode["bytes_used_per_token"]
+            assert 0 < decode["hit_rate"] < 1
+            assert quality["tokens"] == SIZES.windows * SIZES.context
         for figure in (*quality.values(), *row["tasks"].values()):
             if isinstance(figure, dict):
                 assert figure["low"] <= figure["value"] <= figure["high"]
 
-    native, uniform, frequency, router, random = (rows[c.name] for c in CELLS)
+    native, uniform, frequency, router, random, floor = (rows[c.name] for c in CELLS)
     assert native["quality"]["kl_mean"] == {"value": 0, "low": 0, "high": 0}
     assert native["quality"]["top1_agreement"]["value"] == 1
     # 4 layers of 2 experts per token, over the calibration windows.
@@ -113,11 +118,36 @@ def test_rows(swept):
     assert high == native["store"]["native_bytes"] > low
     assert low < frequency["store"]["plan_bytes"] < high
     assert router["store"]["plan_bytes"] == high + low  # either copy of any expert
+    assert floor["store"]["plan_bytes"] == high + low
+
+    # Without a native slot floor is the uniform quant: decoded token by token, it loses as much.
+    assert (floor["decode"]["exits_per_token"], floor["decode"]["bytes_moved_per_token"]) == (0, 0)
+    assert floor["decode"]["degraded_fraction"] == 1
+    assert floor["quality"]["tokens"] == SIZES.context
+    decoded, scored = (row["quality"]["kl_by_window"][0] for row in (floor, uniform))
+    assert decoded == pytest.approx(scored, rel=1e-3)
+    assert [floor["tasks"][t]["correct"] for t in ("arithmetic", "functions")] == [
+        uniform["tasks"][t]["correct"] for t in ("arithmetic", "functions")
+    ]
+
+
+def test_benchmarks_are_scores_of_a_cell(tmp_path):
+    """lm-eval's miniature arithmetic has the problems of our own, so it solves as many."""
+    sizes = replace(
+        SIZES, windows=1, task_problems=5, benchmarks=("mini_arithmetic",), benchmark_problems=5
+    )
+    cell = replace(UNIFORM, sizes=sizes)
+    assert run_sweep([cell], {}, tmp_path) == (1, 0, 0)
+    scores = read_rows(tmp_path)[cell.name]["tasks"]
+    assert set(scores) == {"arithmetic", "functions", "mini_arithmetic"}
+    ours, theirs = scores["arithmetic"], scores["mini_arithmetic"]
+    assert {k: theirs[k] for k in ours} == ours
+    assert list((tmp_path / "responses").iterdir())
 
 
 def test_nothing_runs_twice(swept):
     before = row_bytes(swept)
-    assert run_sweep(CELLS, {"title": "again"}, swept) == (0, 5, 0)
+    assert run_sweep(CELLS, {"title": "again"}, swept) == (0, 6, 0)
     assert row_bytes(swept) == before
 
 
@@ -128,7 +158,7 @@ def test_only_what_is_missing_runs(swept):
     torn[0].write_bytes(torn[0].read_bytes()[:-100])
     torn[1].write_bytes(b"\xff\x00" * 50)
     cramped = replace(NATIVE, budget_mib=0.1)
-    assert run_sweep([cramped, *CELLS], {}, swept) == (3, 3, 1)
+    assert run_sweep([cramped, *CELLS], {}, swept) == (3, 4, 1)
 
     after, rows = row_bytes(swept), read_rows(swept)
     failed = rows.pop(cramped.name)
@@ -159,6 +189,9 @@ def test_cells_have_names_of_their_own():
     changed = [
         replace(FREQUENCY, seed=1),
         replace(FREQUENCY, protected_fraction=0.5),
+        replace(FREQUENCY, method="gptq"),
+        replace(FLOOR, mode="fetch_low"),
+        replace(FLOOR, low_share=0.5),
         replace(FREQUENCY, sizes=replace(SIZES, context=65)),
         replace(FREQUENCY, inputs=Inputs("M.gguf", "", "")),
         replace(FREQUENCY, budget_mib=2.0000001),
@@ -239,6 +272,7 @@ def broken(tmp_path) -> Path:
         (["--workdir={0}/file/w"], "file/w cannot be written"),
         (["--config.cache.budgetmib=8"], "budgetmib"),
         (["--config.precision.signals=loudest"], "signal is 'loudest'; want native, "),
+        (["--config.precision.method=awq"], "method is 'awq'; want one of rtn, importance"),
     ],
 )
 def test_bad_input_is_one_line(broken, args, message):
