@@ -1,6 +1,12 @@
-"""Strictness for every test: no silent dtype or rank promotion anywhere in our arithmetic."""
+"""Strictness for every test: no silent dtype or rank promotion anywhere in our arithmetic.
+
+And one cache of compiled programs for a whole run: its workers and the scripts that tests start
+need many of the same.
+"""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -9,6 +15,24 @@ from tiny_models import TinyModel, write_model
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_COMPILED = "JAX_COMPILATION_CACHE_DIR"
+_COMPILED_LEAST_S = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput") and _COMPILED not in os.environ:
+        config.compiled = os.environ[_COMPILED] = tempfile.mkdtemp(prefix="hobbit_jax_compiled_")
+        os.environ[_COMPILED_LEAST_S] = "0.3"
+        # This process imported JAX before; workers and scripts read the environment.
+        jax.config.update("jax_compilation_cache_dir", os.environ[_COMPILED])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "compiled"):
+        shutil.rmtree(config.compiled, ignore_errors=True)
+
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
