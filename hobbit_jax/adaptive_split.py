@@ -21,7 +21,7 @@ from hobbit_jax.cache.tiered_replay import BankName, BankShapes, RoutedStep, Tal
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.miss_modes import MissMode
 from hobbit_jax.pool_sizing import CANDIDATE_SHARES, pool_slots
-from hobbit_jax.precision import SKIPPED, PrecisionPlan
+from hobbit_jax.precision import PrecisionPlan
 from hobbit_jax.prefill import RoutedLayer
 
 Divisions = Mapping[float, Mapping[BankName, int]]  # slots per bank by share of the low copies
@@ -43,6 +43,9 @@ class SplitRule:
     window_tokens: int = 256
     first_tokens: int = 64
     most_tokens: int = 1024
+
+
+DEFAULT_SPLIT = SplitRule()
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ class AdaptiveSplit:
         policy: PolicyFactory,
         promotion: PromotionRule,
         warm: WarmStart | None = None,
-        rule: SplitRule = SplitRule(),
+        rule: SplitRule = DEFAULT_SPLIT,
     ):
         store = pool.store
         self.pool, self.plan, self.mode, self.warm = pool, plan, mode, warm

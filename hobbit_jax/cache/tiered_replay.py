@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -116,6 +116,17 @@ class TieredReplay:
                     self._resident_tLE[victim] = False
                 self.tally.bytes_moved += len(policy) * self.shapes.expert_bytes[bank]
 
+    def warm_up(self, ranked: Mapping[BankName, Sequence[ExpertKey]], pin_share: float) -> None:
+        """Loads each bank's first keys and pins `pin_share` of its slots, as a warm start does."""
+        for bank, keys in ranked.items():
+            policy = self.policies[bank]
+            absent = [key for key in keys if not self._resident_tLE[key]]
+            for key in absent[: policy.capacity - len(policy)][::-1]:
+                self._load(key, ())
+            if policy.capacity < len(keys):
+                for key in keys[: int(pin_share * policy.capacity)]:
+                    policy.pin(key)
+
     def token(self, number: int, steps: Sequence[RoutedStep]) -> None:
         """Replays one token, its layers in order; `number` never decreases."""
         self._staged = [
@@ -197,15 +208,3 @@ class TieredReplay:
                     self._promoter.note(lows)
                 for key in fetched:
                     self._load(key, part)
-
-
-def describe(tally: Tally) -> dict[str, Any]:
-    """A tally as rates, ready for JSON."""
-    return {
-        "hit_rate": tally.hits / max(1, tally.hits + tally.misses),
-        "degraded_share": tally.degraded / max(1, tally.selections),
-        "skipped_share": tally.skipped / max(1, tally.selections),
-        "misses_per_token": tally.misses / max(1, tally.tokens),
-        "promotions_per_token": tally.promotions / max(1, tally.tokens),
-        "bytes_moved_per_token": tally.bytes_moved / max(1, tally.tokens),
-    }

@@ -7,15 +7,16 @@ again when it has divided the pool anew. A profile is `calibration.py`'s (made b
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from hobbit_jax.cache.pool import SlotPool
+from hobbit_jax.cache.tiered_replay import BankName
 from hobbit_jax.miss_modes import LOW, MissMode
 from hobbit_jax.precision import PrecisionPlan
 from hobbit_jax.store import NATIVE, ExpertKey
-from pallas_kernels.reference import Signature
 
 
 @dataclass(frozen=True)
@@ -59,40 +60,56 @@ class WarmStart:
 
     def _ranked(
         self, pool: SlotPool, plan: PrecisionPlan, mode: MissMode
-    ) -> dict[Signature, list[ExpertKey]]:
-        """Who may ask for a slot of each bank, the most used first.
-
-        The tiers are the plan's. Low copies that only serve misses are wanted of experts that are
-        not among the most used of their native bank.
-        """
+    ) -> dict[BankName, list[ExpertKey]]:
         shares_tLE = np.stack(plan.tier_shares_LE(pool.store))
-        if self.uses_LE.shape != shares_tLE.shape[1:]:
-            raise ValueError(
-                f"the profile has layers and experts {list(self.uses_LE.shape)}; the model has "
-                f"{list(shares_tLE.shape[1:])}"
-            )
-        heat_tLE = self.uses_LE * shares_tLE
-        wanted = np.argwhere(shares_tLE > 0)
-        ranked = self._by_bank(pool, heat_tLE, wanted)
-        if mode.low_banks == "none":
-            return ranked
-        heat_tLE[LOW] += heat_tLE[NATIVE]
-        for signature, keys in ranked.items():
-            for key in keys[: pool.slots[signature]]:
-                if key.tier == NATIVE:
-                    heat_tLE[LOW, key.layer, key.expert] -= heat_tLE[key]
-        everyone = np.argwhere(np.ones(self.uses_LE.shape, bool))
-        lows = np.insert(everyone, 0, LOW, axis=1)
-        return {**ranked, **self._by_bank(pool, heat_tLE, lows)}
+        bank_tL = [[layer.signature for layer in tier] for tier in pool.store.tiers]
+        return rank(self.uses_LE, shares_tLE, bank_tL, pool.slots, mode)
 
-    def _by_bank(
-        self, pool: SlotPool, heat_tLE: np.ndarray, wanted: np.ndarray
-    ) -> dict[Signature, list[ExpertKey]]:
-        """Keys of `wanted` [n, 3] by bank, in order of heat; equals in order of the model."""
+
+def rank(
+    uses_LE: np.ndarray,
+    shares_tLE: np.ndarray,
+    bank_tL: Sequence[Sequence[BankName]],
+    slots: Mapping[BankName, int],
+    mode: MissMode,
+) -> dict[BankName, list[ExpertKey]]:
+    """Who may ask for a slot of each bank, the most used first.
+
+    Low copies that only serve misses are wanted of experts that are not among the most used of
+    their native bank.
+
+    Args:
+        uses_LE: by a profile.
+        shares_tLE: of each pair's selections, by tier: the plan's.
+        bank_tL: which bank holds a tier's copies of a layer.
+        slots: of each bank.
+        mode: whether low copies serve misses.
+
+    Raises:
+        ValueError: a profile of another shape.
+    """
+    if uses_LE.shape != shares_tLE.shape[1:]:
+        raise ValueError(
+            f"the profile has layers and experts {list(uses_LE.shape)}; the model has "
+            f"{list(shares_tLE.shape[1:])}"
+        )
+
+    def by_bank(heat_tLE: np.ndarray, wanted: np.ndarray) -> dict[BankName, list[ExpertKey]]:
         order = np.argsort(-heat_tLE[tuple(wanted.T)], kind="stable")
-        ranked: dict[Signature, list[ExpertKey]] = {}
+        ranked: dict[BankName, list[ExpertKey]] = {}
         for tier, layer, expert in wanted[order].tolist():
-            key = ExpertKey(tier, layer, expert)
-            if (signature := pool.store.signature(key)) in pool.slots:
-                ranked.setdefault(signature, []).append(key)
+            if (bank := bank_tL[tier][layer]) in slots:
+                ranked.setdefault(bank, []).append(ExpertKey(tier, layer, expert))
         return ranked
+
+    heat_tLE = uses_LE * shares_tLE
+    ranked = by_bank(heat_tLE, np.argwhere(shares_tLE > 0))
+    if mode.low_banks == "none":
+        return ranked
+    heat_tLE[LOW] += heat_tLE[NATIVE]
+    for bank, keys in ranked.items():
+        for key in keys[: slots[bank]]:
+            if key.tier == NATIVE:
+                heat_tLE[LOW, key.layer, key.expert] -= heat_tLE[key]
+    everyone = np.argwhere(np.ones(uses_LE.shape, bool))
+    return {**ranked, **by_bank(heat_tLE, np.insert(everyone, 0, LOW, axis=1))}
