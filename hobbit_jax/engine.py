@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hobbit_jax.adaptive_split import AdaptiveSplit
 from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, Step, policy_factory
 from hobbit_jax.cache.pool import SlotPool, Use
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, Promoter, PromotionRule
+from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.decode_loop import (
     Carry,
     ExpertKinds,
@@ -31,7 +33,7 @@ from hobbit_jax.decode_loop import (
 )
 from hobbit_jax.loading import LoadedModel
 from hobbit_jax.miss_modes import LOW, MissMode, miss_mode
-from hobbit_jax.pool_sizing import DEFAULT_LOW_SHARE, pool_slots
+from hobbit_jax.pool_sizing import ADAPTIVE, DEFAULT_LOW_SHARE, LowShare, pool_slots
 from hobbit_jax.precision import SKIPPED, PrecisionPlan, uniform_plan
 from hobbit_jax.prefill import Prefill, RoutedLayer, logits
 from hobbit_jax.sampling import Sampling, sample
@@ -75,8 +77,10 @@ class Engine:
         policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
         mode: what serves a selection whose copy is missing, by name (`miss_modes.py`) or as a
             setting; "off" leaves the plan and every low tier aside.
-        low_share: share of the budget (0-1) for low copies, where the mode keeps some.
+        low_share: share of the budget (0-1) for low copies, where the mode keeps some; "adaptive"
+            follows what is used, between sequences.
         promotion: how eagerly a mode that promotes does so.
+        warm: which experts are resident before the first token, and which for good.
         chunk_tokens: tokens of one prefill step, over all sequences.
         watch: called with every layer's routing, on the host.
 
@@ -92,8 +96,9 @@ class Engine:
         plan: PrecisionPlan | None = None,
         policy: str | PolicyFactory = DEFAULT_POLICY,
         mode: str | MissMode = "wait",
-        low_share: float = DEFAULT_LOW_SHARE,
+        low_share: LowShare = DEFAULT_LOW_SHARE,
         promotion: PromotionRule = DEFAULT_PROMOTION,
+        warm: WarmStart | None = None,
         chunk_tokens: int = 2048,
         watch: Callable[[RoutedLayer], None] | None = None,
     ):
@@ -105,7 +110,17 @@ class Engine:
         self.pool = SlotPool(store, slots, budget_bytes or total_bytes, policy_factory(policy))
         if self.mode.low_banks == "all":
             self.pool.load_all(LOW)
-        self._promoter = Promoter(promotion) if self.mode.promotes else None
+        if warm is not None:
+            warm.fill(self.pool, self.plan, self.mode)
+        self._promoter = None
+        if self.mode.promotes:
+            self._promoter = Promoter(promotion, self.pool.evicted_for)
+            self.pool.on_use = self._promoter.note_served
+        self.split = None
+        if low_share == ADAPTIVE and self.mode.low_banks == "cache":
+            factory = policy_factory(policy)
+            self.split = AdaptiveSplit(self.pool, self.plan, self.mode, factory, promotion, warm)
+            self.watch = self.split.watching(watch)
         self._ahead: list[ExpertKey] = []  # to be staged while the next entry runs
         self.stats = EngineStats()
         ends_graph, ends_state = nnx.split(model.ends)
@@ -129,6 +144,8 @@ class Engine:
             raise ValueError(
                 f"{context} tokens exceed the model's context of {self.config.context_length}"
             )
+        if self.split is not None:
+            self.split.begin_sequences()
         self._carry = empty_carry(self.config, batch, context)
         self._lengths_B = np.zeros(batch, np.int32)
 

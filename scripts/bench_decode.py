@@ -17,6 +17,7 @@ from hobbit_jax import cli, reference
 from hobbit_jax.evals import decode_bench, host_overhead, quality
 from hobbit_jax.loading import load_model
 from hobbit_jax.miss_modes import MISS_MODES
+from hobbit_jax.pool_sizing import low_share
 from hobbit_jax.precision import uniform_plan
 from hobbit_jax.rows import machine, write_json
 from hobbit_jax.store import HostExperts
@@ -25,7 +26,9 @@ from hobbit_jax.tiers import TierSpec, open_tier
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _LOW_FORMAT = flags.DEFINE_string("low_format", "Q2_K", "of the low tier")
 _BUDGETS_MIB = flags.DEFINE_list("budgets_mib", ["1", "2", "4", "5"], "expert pools")
-_LOW_SHARES = flags.DEFINE_list("low_shares", ["0.5", "0.8"], "of the pool for low copies")
+_LOW_SHARES = flags.DEFINE_list(
+    "low_shares", ["0.5", "0.8"], "of the pool for low copies; 0 to 1, or adaptive"
+)
 _TURNS = flags.DEFINE_integer("turns", 6, "rows decoded under each setting, after a warm-up", 2)
 _PROMPT, _TOKENS = 32, 64
 _BEFORE = flags.DEFINE_string("before", None, "checkout of another revision to time in turns")
@@ -42,7 +45,7 @@ def settings(store: HostExperts, budget_mib: float) -> list[decode_bench.Setting
     for name, mode in MISS_MODES.items():
         if mode.low_banks == "cache":
             listed += [
-                decode_bench.Setting(f"{name} {share}", name, budget, low_share=float(share))
+                decode_bench.Setting(f"{name} {share}", name, budget, low_share=low_share(share))
                 for share in _LOW_SHARES.value
             ]
     if store.tier_bytes(1) <= budget:

@@ -23,6 +23,7 @@ from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, PromotionRule
 from hobbit_jax.engine import Engine
 from hobbit_jax.loading import LoadedModel
 from hobbit_jax.model import KVCache, attend
+from hobbit_jax.pool_sizing import DEFAULT_LOW_SHARE, LowShare
 from hobbit_jax.precision import PrecisionPlan
 from hobbit_jax.store import HostExperts
 from pallas_kernels.expert_ffn import expert_ffn
@@ -36,7 +37,7 @@ class Setting:
     name: str
     mode: str
     budget_bytes: int | None
-    low_share: float = 0.5
+    low_share: LowShare = DEFAULT_LOW_SHARE
     promotion: PromotionRule = DEFAULT_PROMOTION
     plan: PrecisionPlan | None = None
     options: dict[str, Any] = field(default_factory=dict)  # further ones of `Engine`
