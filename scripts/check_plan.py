@@ -49,8 +49,8 @@ def main(_):
     for row in record["rows"]:
         role = "fitted" if row["calibrates"] else "predicted"
         print(
-            f"{row['setting']:<34} {role:<9} {row['measured_ms']['median']:7.2f} ms; predicted over "
-            f"measured {row['ratio_counted']['median']:.2f} by counts, "
+            f"{row['setting']:<34} {role:<9} {row['measured_ms']['median']:7.2f} ms; predicted "
+            f"over measured {row['ratio_counted']['median']:.2f} by counts, "
             f"{row['ratio_replayed']['median']:.2f} by replay"
         )
     for row in public:

@@ -2,11 +2,11 @@
 
 Owns the list and the rule of choice. Called by `plan.py`.
 
-The rule: begin with native experts, go through the settings by expected loss, and take the next one
-where it is at least `speedup_needed` times as fast as what is held. A setting that degrades more has
-to earn it. The loss is a stand-in, since no plan has the model's weights: the share of selections
-that run low, times what the whole low tier cost the reference model. Degrading the lightest
-selections (hobbit) costs less than that; see WORKSPACE.md.
+The rule: begin with native experts, go through the settings by expected loss, and take the next
+one where it is at least `SPEEDUP_NEEDED` times as fast as what is held. A setting that degrades
+more has to earn it. The loss is a stand-in, since no plan has the model's weights: the share of
+selections that run low, times what the whole low tier cost the reference model. Degrading the
+lightest selections (hobbit) costs less than that; see WORKSPACE.md.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from hobbit_jax.planner.traffic import Setting
 
 LOW_FORMATS = ("Q3_K", "Q2_K")
 # KL to native, nats a token, of all experts in the format on the reference model, encoded against
-# second moments of both texts' kinds (docs/frontier, uniform gptq). Of another model only the order
-# may be expected.
+# their inputs' second moments (docs/frontier, uniform, gptq). Of another model only the order may be
+# expected.
 REFERENCE_KL = {"Q3_K": 0.0088, "Q2_K": 0.0308}
 # By the rule of the decision document.
 SPEEDUP_NEEDED = 1.2

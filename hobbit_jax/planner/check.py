@@ -1,9 +1,9 @@
 """How wrong the cost model and the replays are, on the machine at hand.
 
 Owns the measurement and its record. Called by `scripts/check_plan.py`. In every turn all settings
-decode the same tokens (`evals/decode_bench.py`). The machine's constants are fitted to some of them,
-turn by turn, so that a load that comes and goes is in the constants and not in the error; the other
-settings are predicted with those constants, and never looked at while fitting. Two errors:
+decode the same tokens (`evals/decode_bench.py`). The machine's constants are fitted to some of
+them, turn by turn, so that a load that comes and goes is in the constants and not in the error; the
+other settings are predicted with those constants, and never looked at while fitting. Two errors:
 
 - of the cost model alone: from the counts (exits, bytes) that the engine itself reports;
 - of the whole planner: from the counts that a replay of the recorded routing predicts.
@@ -89,12 +89,12 @@ def record_routing(
     return Trace("recorded", ids_TLK, weights_TLK, np.asarray(positions), model.config.n_experts)
 
 
-def counted_traffic(
-    case: Case, found: Measured, model: PlannedModel, context: int
-) -> Traffic:
-    """What the engine counted, as the cost model wants it; an expert's bytes are its tier's mean."""
+def counted_traffic(case: Case, found: Measured, model: PlannedModel, context: int) -> Traffic:
+    """What the engine counted, for the cost model; an expert's bytes are its tier's mean."""
     config, store = model.config, model.store(case.setting.low_format)
-    sizes = [store.tier_bytes(t) / config.n_layers / config.n_experts for t in range(len(store.tiers))]
+    sizes = [
+        store.tier_bytes(t) / config.n_layers / config.n_experts for t in range(len(store.tiers))
+    ]
     low = 1.0 if case.setting.asked == "low" else found.degraded / found.selections
     served = found.selections / found.tokens * (1 - found.skipped / found.selections)
     return Traffic(
@@ -114,8 +114,7 @@ def fit(traffics: Sequence[Traffic], seconds: Sequence[float]) -> Machine:
     """
     layers = traffics[0].layers
     rows = [
-        [1.0, t.dense_bytes + t.kv_bytes + t.expert_bytes, t.exits, t.moved_bytes]
-        for t in traffics
+        [1.0, t.dense_bytes + t.kv_bytes + t.expert_bytes, t.exits, t.moved_bytes] for t in traffics
     ]
     unit = np.array([1e-3, 1e-9, 1e-3, 1e-9])  # so that the solver sees numbers of one size
     relative = np.asarray(rows) * unit / np.asarray(seconds)[:, None]
@@ -173,7 +172,11 @@ def check(
     for i, case in enumerate(listed):
         budget = None if case.budget_mib is None else int(case.budget_mib * MIB)
         replayed = replay_setting(
-            case.setting, planned, trace, _everything(planned) if budget is None else budget, context
+            case.setting,
+            planned,
+            trace,
+            _everything(planned) if budget is None else budget,
+            context,
         )
         rows.append(
             {
@@ -222,7 +225,7 @@ def _spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
 
 
 def summarise(record: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
-    """What a plan prints of a record: where it was measured, and the errors over its predictions."""
+    """What a plan prints of a record: where it was measured, and the errors of predictions."""
     predicted = [row for row in record["rows"] if not row["calibrates"]]
 
     def over_settings(name: str) -> dict[str, float]:

@@ -45,7 +45,7 @@ class Machine:
     pcie_gb_s: float
     host_gb_s: float = 89.6
     device_efficiency: float = 0.75
-    pcie_efficiency: float = 0.8
+    pcie_efficiency: float = 0.4
     host_efficiency: float = 0.7
     launches_per_layer: float = 30.0
     launch_us: float = 3.0
@@ -69,12 +69,16 @@ class Machine:
 CONSTANTS: dict[str, Constant] = {
     "device_gb_s": Constant("GB/s", "vendor", "hardware.py"),
     "pcie_gb_s": Constant("GB/s", "vendor", "hardware.py"),
-    "host_gb_s": Constant("GB/s", "specification", "two channels of DDR5-5600 (JEDEC): 2 · 8 · 5.6"),
+    "host_gb_s": Constant(
+        "GB/s", "specification", "two channels of DDR5-5600 (JEDEC): 2 · 8 · 5.6"
+    ),
     "device_efficiency": Constant(
         "share", "assumed", "the target of the decode kernels (docs/kernels.md)"
     ),
     "pcie_efficiency": Constant(
-        "share", "assumed", "25 GB/s of PCIe 4.0 x16 for large pinned copies, by common report"
+        "share",
+        "assumed",
+        "about half of what pinned copies reach: ours start in a memory map, which is not pinned",
     ),
     "host_efficiency": Constant("share", "assumed", "of the DIMMs' figure, for streaming reads"),
     "launches_per_layer": Constant(
@@ -83,7 +87,9 @@ CONSTANTS: dict[str, Constant] = {
     "launch_us": Constant("us", "assumed", "of one small kernel within a program"),
     "token_us": Constant("us", "assumed", "entering the program and reading its report"),
     "selection_us": Constant("us", "assumed", "telling a policy of one use, in Python"),
-    "exit_us": Constant("us", "measured on a CPU", "scripts/check_plan.py, docs/planner/check.json"),
+    "exit_us": Constant(
+        "us", "measured on a CPU", "scripts/check_plan.py, docs/planner/check.json"
+    ),
     "copies_per_expert": Constant("copies", "specification", "gate, up and down (cache/pool.py)"),
     "copy_latency_us": Constant("us", "assumed", "of one copy, beside its bytes"),
     "overlap_share": Constant("share", "assumed", "nothing, until a share is measured"),
@@ -143,7 +149,8 @@ def token_time(traffic: Traffic, machine: Machine) -> TokenTime:
         host=(machine.token_us + traffic.selections * machine.selection_us) * 1e-3,
         exits=traffic.exits * machine.exit_us * 1e-3,
         link=(bytes_ms + copies * machine.copy_latency_us * 1e-3) * (1 - machine.overlap_share),
-        cpu=traffic.host_bytes / (host_gb_s * 1e6) + traffic.host_layers * machine.handover_us * 1e-3,
+        cpu=traffic.host_bytes / (host_gb_s * 1e6)
+        + traffic.host_layers * machine.handover_us * 1e-3,
     )
 
 
@@ -156,6 +163,12 @@ def describe(machine: Machine, given: dict[str, float]) -> list[dict[str, Any]]:
         if name in given:
             origin, source = "given", "the command line"
         described.append(
-            {"name": name, "value": value, "unit": constant.unit, "origin": origin, "source": source}
+            {
+                "name": name,
+                "value": value,
+                "unit": constant.unit,
+                "origin": origin,
+                "source": source,
+            }
         )
     return described

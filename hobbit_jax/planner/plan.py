@@ -7,8 +7,8 @@ Owns the order of the questions and the record that answers them (JSON). Called 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,7 @@ def make_plan(
             for name, share, traffic in rivals
         ],
         "choice": chosen,
+        "sensitivity": _sensitivity(outcomes, losses, machine, constants),
         "speedup_needed": candidates.SPEEDUP_NEEDED,
         "check": recorded_check(),
     }
@@ -186,6 +187,35 @@ def _rivals(
         (f"{N_CPU_MOE} {n_layers - fit}", fit / n_layers, all_on_cpu(model, context, fit)),
         (HOT_ON_DEVICE, hot, traffic),
     ]
+
+
+def _sensitivity(
+    outcomes: Sequence[Outcome],
+    losses: Sequence[float],
+    machine: Machine,
+    constants: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """What the rule would choose with each assumed constant halved and doubled (a share: to 1)."""
+    found = []
+    for constant in constants:
+        name, value = constant["name"], constant["value"]
+        if constant["origin"] != "assumed" or not value:
+            continue
+        for factor in (0.5, 2.0):
+            most = 1.0 if constant["unit"] == "share" else factor * value
+            other = replace(machine, **{name: min(factor * value, most)})
+            speeds = [token_time(o.traffic, other).tokens_per_second for o in outcomes]
+            at = candidates.choose(speeds, losses)
+            found.append(
+                {
+                    "name": name,
+                    "value": min(factor * value, most),
+                    "choice": outcomes[at].setting.name,
+                    "tokens_per_second": speeds[at],
+                    "speedup": speeds[at] / speeds[0],
+                }
+            )
+    return found
 
 
 def _predicted(traffic: Traffic, machine: Machine) -> dict[str, Any]:

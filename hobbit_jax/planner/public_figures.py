@@ -1,8 +1,9 @@
 """Decode speeds that others report, and what the cost model says of them, untuned.
 
 Owns the list. Called by `scripts/check_plan.py`. The constants are the defaults of `cost_model.py`
-with the bandwidths of the reported machine; they were set before these figures were looked at, and
-a miss stays a miss. All use llama.cpp or a fork, whose launches and hand-overs are not ours.
+with the bandwidths of the reported machine. They were written down with these figures known and not
+changed after the first comparison, so a miss stays a miss. All are of llama.cpp or a fork, whose
+launches and hand-overs are not ours.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class Report:
     traffic: Traffic
 
 
-# Qwen3.5-35B-A3B: 40 layers, hidden 2048, 256 experts of width 512, top-8, a shared expert; 20.49 GiB
-# in Q4_K_M of 34.66B weights. Its layers are hybrids that we do not run; only sizes count here.
+# Qwen3.5-35B-A3B: 40 layers, hidden 2048, 256 experts of width 512, top-8, a shared expert; 34.66B
+# weights are 20.49 GiB in Q4_K_M. Its layers are hybrids that we do not run; only sizes count here.
 _FILE_BYTES = 20.49 * GIB
 _EMBEDDING_BYTES = 248320 * 2048 * 4.5 / 8
 _CONTEXT = 4096
@@ -87,7 +88,7 @@ def reports() -> list[Report]:
         ),
         Report(
             "Qwen3-30B-A3B Q4_K_M, --n-cpu-moe 36, RTX 2080",
-            "AlexsJones/llmfit pull request 755 (DDR4, four channels, about 102 GB/s): 36.7 tokens/s",
+            "AlexsJones/llmfit pull request 755 (four channels of DDR4, 102 GB/s): 36.7 tokens/s",
             36.7, "RTX 2080", 102.0, all_on_cpu(qwen3, _CONTEXT, qwen3.config.n_layers - 36),
         ),
         Report(

@@ -91,7 +91,7 @@ class PlannedModel:
         return HostExperts(self.config, self.native, [low])
 
     def kv_cache_bytes(self, context: int) -> int:
-        """Device bytes of one sequence's keys and values, float32 as `decode_loop.py` keeps them."""
+        """Device bytes of one sequence's keys and values, float32 as in `decode_loop.py`."""
         config = self.config
         per_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * _FLOAT_BYTES
         return per_token * context

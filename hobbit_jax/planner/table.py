@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from hobbit_jax.miss_modes import MISS_MODES
 from hobbit_jax.planner.plan import GIB
 
 
 def render(plan: dict[str, Any]) -> str:
     """The answer, most important first."""
-    return "\n".join(
-        [*_facts(plan), "", *_settings(plan), "", *_choice(plan), "", *_caveats(plan)]
-    )
+    return "\n".join([*_facts(plan), "", *_settings(plan), "", *_choice(plan), "", *_caveats(plan)])
 
 
 def _facts(plan: dict[str, Any]) -> list[str]:
@@ -42,7 +41,9 @@ def _facts(plan: dict[str, Any]) -> list[str]:
 
 def _settings(plan: dict[str, Any]) -> list[str]:
     widest = max(len(s["name"]) for s in [*plan["settings"], *plan["rivals"]])
-    head = f"{'setting':<{widest}}  residents    hit  exits  moved MB  low uses  tokens/s  of native"
+    head = (
+        f"{'setting':<{widest}}  residents    hit  exits  moved MB  low uses  tokens/s  of native"
+    )
     lines = [head + "  (all predicted)", "-" * len(head)]
     for s in plan["settings"]:
         traffic = s["traffic"]
@@ -54,8 +55,8 @@ def _settings(plan: dict[str, Any]) -> list[str]:
     native = plan["settings"][0]["tokens_per_second"]
     for s in plan["rivals"]:
         lines.append(
-            f"{s['name']:<{widest}}  {s['on_card']:>8.0%} on the card, the rest computed on the CPU "
-            f"{s['tokens_per_second']:>9.1f}  {s['tokens_per_second'] / native:>8.2f}x"
+            f"{s['name']:<{widest}}  {s['on_card']:>8.0%} on the card, the rest computed by the CPU"
+            f"{s['tokens_per_second']:>11.1f}  {s['tokens_per_second'] / native:>8.2f}x"
         )
     lines += [f"{name}: left out, {reason}" for name, reason in plan["left_out"].items()]
     return lines
@@ -63,19 +64,14 @@ def _settings(plan: dict[str, Any]) -> list[str]:
 
 def _choice(plan: dict[str, Any]) -> list[str]:
     chosen = next(s for s in plan["settings"] if s["name"] == plan["choice"])
-    flags = f"--budget_mib {int(plan['memory']['pool'] / 2**20)}"
-    if chosen["low_format"] is not None:
-        flags += f" --low_format {chosen['low_format']}"
-    if chosen["mode"] != "off":
-        flags += f" --miss_mode {chosen['mode']}"
     lines = [
-        f"Choice: {chosen['name']}, {chosen['tokens_per_second']:.1f} tokens/s predicted "
-        f"({flags}; split {chosen['low_share']:g} where the mode has one)."
+        f"Choice: {chosen['name']}, {chosen['tokens_per_second']:.1f} tokens/s predicted.",
+        f"Run it: {how_to_run(chosen, plan['memory']['pool'])}.",
     ]
     lines.append(
-        f"Rule: least expected loss first, the next where it is {plan['speedup_needed']:g} times as "
-        "fast. The loss is the share of low uses times what the format cost the reference model; "
-        "measure it on yours (scripts/sweep.py)."
+        "Rule: least expected loss first, the next where it is "
+        f"{plan['speedup_needed']:g} times as fast. The loss is the share of low "
+        "uses times what the format cost the reference model; measure it on yours (sweep.py)."
     )
     speed = chosen["tokens_per_second"]
     rivals = [plan["settings"][0], *_uniform(plan), *plan["rivals"]]
@@ -89,6 +85,27 @@ def _choice(plan: dict[str, Any]) -> list[str]:
     return lines
 
 
+def how_to_run(setting: dict[str, Any], pool_bytes: int) -> str:
+    """The command, or what there is instead of one."""
+    run = f"generate.py --budget_mib {pool_bytes // 2**20}"
+    if setting["asked"] == "low":
+        return (
+            f"quantize.py --format {setting['low_format']} --out low.gguf, {run} --model low.gguf"
+        )
+    if setting["asked"] == "frequency":
+        return (
+            "a static plan (sweep.py with signal frequency, low_fraction "
+            f"{setting['low_pairs']:g}, low_format {setting['low_format']}); generate.py has no "
+            "flag for one"
+        )
+    run += f" --miss_mode {setting['mode']}"
+    if setting["low_format"] is None:
+        return run
+    run += f" --low_format {setting['low_format']}"
+    cached = MISS_MODES[setting["mode"]].low_banks == "cache"
+    return f"{run} --low_share {setting['low_share']:g}" if cached else run
+
+
 def _uniform(plan: dict[str, Any]) -> list[dict[str, Any]]:
     return [s for s in plan["settings"] if s["asked"] == "low"]
 
@@ -98,9 +115,20 @@ def _caveats(plan: dict[str, Any]) -> list[str]:
     lines += [f"EXTRAPOLATES: {reason}." for reason in plan["routing"]["extrapolates"]]
     lines.append(
         "Assumed and never measured on a GPU: "
-        + ", ".join(f"{c['name']} {c['value']:g}" for c in plan["constants"] if c["name"] in plan["assumed"])
+        + ", ".join(
+            f"{c['name']} {c['value']:g}" for c in plan["constants"] if c["name"] in plan["assumed"]
+        )
         + "."
     )
+    moved = [s for s in plan["sensitivity"] if s["choice"] != plan["choice"]]
+    if moved:
+        lines.append(
+            "The choice hangs on them: "
+            + "; ".join(f"{s['choice']} with {s['name']} {s['value']:g}" for s in moved)
+            + "."
+        )
+    elif plan["sensitivity"]:
+        lines.append("Halving or doubling any one of them leaves the choice as it is.")
     check = plan["check"]
     if check is None:
         lines.append("No recorded check of the cost model is at hand (docs/planner/check.json).")
@@ -112,7 +140,7 @@ def _caveats(plan: dict[str, Any]) -> list[str]:
             f"{check['settings']} settings that its constants were not measured on."
         )
     lines.append(
-        "JAX takes 75 % of a card unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; prefill and "
-        "the start are not predicted."
+        "JAX takes 75 % of a card unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; prefill "
+        "and the start are not predicted."
     )
     return lines

@@ -18,6 +18,7 @@ from hobbit_jax.report.comparisons import (
     line_gap,
 )
 from hobbit_jax.report.frontier_results import FrontierResults
+from hobbit_jax.report.plans import Plans, render_plans
 from hobbit_jax.report.results import NATIVE, RANDOM, Plan, Results, Row, Setting
 from hobbit_jax.report.signals import render_compounding, render_signals
 from hobbit_jax.report.threats import threats
@@ -31,10 +32,12 @@ def render(
     drawn: Iterable[str] = figures.NAMES,
     frontier: FrontierResults | None = None,
     compounding: FrontierResults | None = None,
+    plans: Plans | None = None,
 ) -> str:
     """The document as Markdown; `drawn` names the figures that exist.
 
-    `frontier` and `compounding` are studies of quality alone that stand beside the sweep.
+    `frontier` and `compounding` are studies of quality alone that stand beside the sweep, `plans`
+    predictions for cards.
     """
     drawn = set(drawn)
     sections = [
@@ -46,6 +49,7 @@ def render(
         _cost(results, rule, drawn),
         _gaps(results),
         ["## 7. Threats to validity", "", *(f"- {text}" for text in threats(results, rule))],
+        *([render_plans(plans)] if plans else []),
         _reproduce(results),
     ]
     return "\n\n".join("\n".join(section) for section in sections) + "\n"

@@ -14,6 +14,7 @@ from hobbit_jax.report import figures
 from hobbit_jax.report.document import render, render_studies
 from hobbit_jax.report.frontier_figure import frontier_figure
 from hobbit_jax.report.frontier_results import is_frontier, load_frontier
+from hobbit_jax.report.plans import load_plans
 from hobbit_jax.report.read_results import load_results
 from hobbit_jax.report.results import NATIVE, RANDOM, Plan, Results
 from hobbit_jax.report.signals import FIGURE, render_compounding, render_signals
@@ -23,7 +24,8 @@ from hobbit_jax.report.verdict import Outcome, Rule, Verdict, verdicts
 def write_report(workdir: Path) -> Path:
     """Writes `decision.md` and `figures/*.png` into `workdir`, each whole or not at all.
 
-    Studies of quality alone in `workdir`/frontier and `workdir`/compounding become part of it;
+    Studies of quality alone in `workdir`/frontier and `workdir`/compounding become part of it, and
+    so do records of the planner in `workdir`/planner;
     where `workdir` itself is such a study, the document is about nothing else. A figure of an
     earlier run that these rows do not give is removed.
 
@@ -51,7 +53,8 @@ def write_report(workdir: Path) -> Path:
     }
     drawn = _write_figures(workdir, images)
     document = workdir / "decision.md"
-    text = render(results, rule, answers, drawn, frontier, compounding)
+    plans = load_plans(workdir / "planner")
+    text = render(results, rule, answers, drawn, frontier, compounding, plans)
     _write(document, text.encode())
     return document
 
