@@ -17,8 +17,8 @@ from hobbit_jax.planner.traffic import Setting
 
 LOW_FORMATS = ("Q3_K", "Q2_K")
 # KL to native, nats a token, of all experts in the format on the reference model, encoded against
-# their inputs' second moments (docs/frontier, uniform, gptq). Of another model only the order may be
-# expected.
+# their inputs' second moments (docs/frontier, uniform, gptq). Of another model only the order can
+# be expected.
 REFERENCE_KL = {"Q3_K": 0.0088, "Q2_K": 0.0308}
 # By the rule of the decision document.
 SPEEDUP_NEEDED = 1.2

@@ -127,9 +127,9 @@ def _reading(plan: dict[str, Any]) -> list[str]:
         f"{plan['context']} tokens of context, prefill by {plan['chunk_tokens']}, "
         f"{plan['memory']['reserve'] / _GIB:g} GiB kept for the driver. *CPU rivals* compute on "
         "the CPU, natively, every expert (llama.cpp's --cpu-moe) / those of the layers that do not "
-        "fit (--n-cpu-moe) / those that a profile finds least used; ours fetches them instead. *Low "
-        "uses* is the share of selections that ran below native. The choice begins at native and "
-        "takes what is expected to lose more only where it is "
+        "fit (--n-cpu-moe) / those that a profile finds least used; ours fetches them instead. "
+        "*Low uses* is the share of selections that ran below native. The choice begins at "
+        "native and takes what is expected to lose more only where it is "
         f"{plan['speedup_needed']:g} times as fast; the loss is that share times what the format "
         "cost the reference model, which is no measurement of this model.",
         "",
