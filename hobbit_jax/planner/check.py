@@ -165,7 +165,7 @@ def check(
     seconds_CR = np.array([found.seconds for found in measured]) / per_turn
     fitted = [i for i, case in enumerate(listed) if case.calibrates]
     machines = [
-        fit([counted[i] for i in fitted], seconds_CR[fitted, turn])
+        fit([counted[i] for i in fitted], seconds_CR[fitted, turn].tolist())
         for turn in range(seconds_CR.shape[1])
     ]
     rows = []
