@@ -337,7 +337,7 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
     names = [s["name"] for s in plan["settings"]]
     assert names[0] == "native SLRU" and plan["choice"] in names and len(plan["rivals"]) == 3
     assert f"Choice: {plan['choice']}, " in text
-    assert "exit_us" not in plan["assumed"] and "launch_us" in plan["assumed"]
+    assert "device_gb_s" not in plan["assumed"] and "launch_us" in plan["assumed"]
     assert {s["name"] for s in plan["sensitivity"]} <= set(plan["assumed"])
 
     fits = tiny_plan(1.0)
