@@ -69,9 +69,7 @@ class Machine:
 CONSTANTS: dict[str, Constant] = {
     "device_gb_s": Constant("GB/s", "vendor", "hardware.py"),
     "pcie_gb_s": Constant("GB/s", "vendor", "hardware.py"),
-    "host_gb_s": Constant(
-        "GB/s", "specification", "two channels of DDR5-5600 (JEDEC): 2 · 8 · 5.6"
-    ),
+    "host_gb_s": Constant("GB/s", "assumed", "two channels of DDR5-5600: 2 · 8 bytes · 5.6e9/s"),
     "device_efficiency": Constant(
         "share", "assumed", "the target of the decode kernels (docs/kernels.md)"
     ),
@@ -89,8 +87,8 @@ CONSTANTS: dict[str, Constant] = {
     "selection_us": Constant(
         "us",
         "assumed",
-        "telling a policy of one use, in Python: the 35 us that a layer of the hollow model took in "
-        "all (WORKSPACE.md), shared by 8",
+        "telling a policy of one use, in Python: the 35 us that a layer of the hollow model took "
+        "in all (WORKSPACE.md), shared by 8",
     ),
     "exit_us": Constant(
         "us",
