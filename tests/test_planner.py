@@ -36,7 +36,7 @@ from hobbit_jax.planner.traffic import (
 from hobbit_jax.pool_sizing import pool_slots
 from hobbit_jax.precision import uniform_plan
 from hobbit_jax.presets import PRESETS
-from hobbit_jax.report.plans import load_plans, render_plans
+from hobbit_jax.report.plans import Plans, load_plans, render_plans
 from hobbit_jax.store import HostExperts
 from hobbit_jax.synthesize import synthesize
 
@@ -340,6 +340,15 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "device_gb_s" not in plan["assumed"] and "launch_us" in plan["assumed"]
     assert {s["name"] for s in plan["sensitivity"]} <= set(plan["assumed"])
 
+    chosen = next(s for s in plan["settings"] if s["name"] == plan["choice"])
+    for factor in (0.5, 2):
+        speed = factor * chosen["tokens_per_second"]
+        for rival in plan["rivals"]:
+            rival["tokens_per_second"] = speed
+        assert ("BETTER ELSEWHERE" in table.render(plan)) == (factor > 1)
+        told = "\n".join(render_plans(Plans([plan])))
+        assert ("degrades nothing" in told) == ("a CPU rival" in told) == (factor > 1)
+
     fits = tiny_plan(1.0)
     assert [s["name"] for s in fits["settings"]] == ["native SLRU"] and not fits["rivals"]
     assert fits["settings"][0]["traffic"]["moved_bytes"] == 0
@@ -348,7 +357,6 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_plans(tmp_path / "absent") is None
     (folder / "tiny-12.json").write_text(json.dumps(plan))
     lines = "\n".join(render_plans(load_plans(folder)))
-    chosen = next(s for s in plan["settings"] if s["name"] == plan["choice"])
     assert f"{chosen['tokens_per_second']:.0f} (×{chosen['speedup']:.2f})" in lines
     assert "median of 1.07 (from 0.81 to 1.39; median error 12 %)" in lines
     assert "It extrapolates: no routing of this model" in lines

@@ -227,6 +227,15 @@ def _predicted(traffic: Traffic, machine: Machine) -> dict[str, Any]:
     }
 
 
+def faster_rival(plan: dict[str, Any]) -> dict[str, Any] | None:
+    """The fastest rival of a record, which degrades nothing, where it beats the choice; or None."""
+    chosen = next(s for s in plan["settings"] if s["name"] == plan["choice"])
+    best = max(plan["rivals"], key=lambda rival: rival["tokens_per_second"], default=None)
+    if best is None or best["tokens_per_second"] <= chosen["tokens_per_second"]:
+        return None
+    return best
+
+
 def recorded_check() -> dict[str, Any] | None:
     """The model's error as last measured: where, on how many settings, and how large."""
     if not CHECK.is_file():

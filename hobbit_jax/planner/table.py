@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from hobbit_jax.miss_modes import MISS_MODES
-from hobbit_jax.planner.plan import GIB
+from hobbit_jax.planner.plan import GIB, faster_rival
 
 
 def render(plan: dict[str, Any]) -> str:
@@ -82,6 +82,13 @@ def _choice(plan: dict[str, Any]) -> list[str]:
     ]
     if compared:
         lines.append("Against: " + ", ".join(compared) + ".")
+    rival = faster_rival(plan)
+    if rival is not None:
+        lines.append(
+            f"BETTER ELSEWHERE: {rival['name']} is predicted to be faster "
+            f"({rival['tokens_per_second']:.1f} tokens/s) and degrades nothing. hobbit_jax does "
+            "not compute on the CPU; llama.cpp does."
+        )
     return lines
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hobbit_jax.planner.plan import faster_rival
 from hobbit_jax.report import markdown
 
 _GIB = 2**30
@@ -63,6 +64,7 @@ def render_plans(plans: Plans) -> list[str]:
         lines += ["", f"### {markdown.one_line(model)}", "", *_sizes(of_model[0]), ""]
         lines += _table(of_model)
         reasons = dict.fromkeys(r for p in of_model for r in p["routing"]["extrapolates"])
+        lines += ["", *_verdict(of_model)]
         lines += ["", *(f"It extrapolates: {markdown.one_line(reason)}." for reason in reasons)]
     if plans.plans:
         lines += ["", *_reading(plans.plans[0])]
@@ -100,14 +102,41 @@ def _table(plans: list[dict[str, Any]]) -> list[str]:
                 f"{chosen['traffic']['exits']:.1f}",
                 f"{chosen['low_uses']:.2f}",
                 f"{chosen['tokens_per_second']:.0f} (×{chosen['speedup']:.2f})",
+                "a CPU rival" if faster_rival(plan) else "the choice",
             )
         )
     head = (
         "card", "pool GB", "native: residents, hit rate", "native tokens/s",
         "uniform Q3_K / Q2_K", "floor", "CPU rivals", "choice", "residents, hit rate",
-        "exits a token", "low uses", "tokens/s, of native",
+        "exits a token", "low uses", "tokens/s, of native", "fastest",
     )  # fmt: skip
     return markdown.table(head, rows)
+
+
+def _verdict(plans: list[dict[str, Any]]) -> list[str]:
+    """In words, card by card."""
+    lines = []
+    for plan in plans:
+        card, native = plan["card"]["name"], plan["settings"][0]
+        if len(plan["settings"]) == 1:
+            lines.append(f"- {card}: all experts fit natively; there is nothing to choose.")
+            continue
+        chosen = next(s for s in plan["settings"] if s["name"] == plan["choice"])
+        text = (
+            f"- {card}: {chosen['name']}, ×{chosen['speedup']:.2f} of native's "
+            f"{native['tokens_per_second']:.1f} tokens/s"
+        )
+        if (rival := faster_rival(plan)) is not None:
+            text += (
+                f"; but {rival['name']} is predicted at {rival['tokens_per_second']:.1f} and "
+                "degrades nothing"
+            )
+        hangs = {s["choice"] for s in plan["sensitivity"]} - {plan["choice"]}
+        if hangs:
+            names = " or ".join(sorted(hangs))
+            text += f"; with one assumed constant halved or doubled also {names}"
+        lines.append(text + ".")
+    return lines
 
 
 def _fastest(plan: dict[str, Any], mode: str) -> str | None:
