@@ -20,7 +20,7 @@ from hobbit_jax.calibration import Calibration
 from hobbit_jax.planner import routing, table
 from hobbit_jax.planner.cost_model import Machine
 from hobbit_jax.planner.hardware import find_card
-from hobbit_jax.planner.plan import divide_memory, make_plan
+from hobbit_jax.planner.plan import divide_memory, make_plan, recorded_check
 from hobbit_jax.planner.shapes import open_model, preset_model
 from hobbit_jax.rows import write_json
 
@@ -73,7 +73,7 @@ def main(_):
             model, card, machine, memory, _CONTEXT.value, _CHUNK.value, _routing(model), given,
             progress,
         )  # fmt: skip
-    print(table.render(plan))
+    print(table.render(plan, recorded_check()))
     if _OUT.value:
         write_json(Path(_OUT.value), plan)
 

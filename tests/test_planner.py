@@ -24,7 +24,7 @@ from hobbit_jax.planner import candidates, routing, table
 from hobbit_jax.planner.check import fit
 from hobbit_jax.planner.cost_model import CONSTANTS, Machine, Traffic, token_time
 from hobbit_jax.planner.hardware import CARDS, find_card
-from hobbit_jax.planner.plan import divide_memory, make_plan
+from hobbit_jax.planner.plan import divide_memory, make_plan, recorded_check
 from hobbit_jax.planner.shapes import open_model, preset_model
 from hobbit_jax.planner.traffic import (
     Setting,
@@ -330,7 +330,7 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
     (folder / "check.json").write_text(json.dumps(check))
     monkeypatch.setattr("hobbit_jax.planner.plan.CHECK", folder / "check.json")
     plan = tiny_plan(0.45)
-    text = table.render(plan)
+    text = table.render(plan, recorded_check())
     assert "EXTRAPOLATES: no routing of this model" in text
     assert "never on a GPU: predicted over measured 1.07, from 0.81 to 1.39 over 13" in text
     assert "launches_per_layer 30" in text and "floor Q3_K: left out" in text
@@ -345,14 +345,14 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
         speed = factor * chosen["tokens_per_second"]
         for rival in plan["rivals"]:
             rival["tokens_per_second"] = speed
-        assert ("BETTER ELSEWHERE" in table.render(plan)) == (factor > 1)
+        assert ("BETTER ELSEWHERE" in table.render(plan, None)) == (factor > 1)
         told = "\n".join(render_plans(Plans([plan])))
         assert ("degrades nothing" in told) == ("a CPU rival" in told) == (factor > 1)
 
     fits = tiny_plan(1.0)
     assert [s["name"] for s in fits["settings"]] == ["native SLRU"] and not fits["rivals"]
     assert fits["settings"][0]["traffic"]["moved_bytes"] == 0
-    assert "natively" in table.render(fits) and "all fit" in table.render(fits)
+    assert "natively" in table.render(fits, None) and "all fit" in table.render(fits, None)
 
     assert load_plans(tmp_path / "absent") is None
     (folder / "tiny-12.json").write_text(json.dumps(plan))
