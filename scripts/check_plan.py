@@ -2,8 +2,8 @@
 
     python scripts/check_plan.py --out docs/planner/check.json [--turns 6]
 
-Decodes the reference model under 18 settings in turns, fits the cost model's constants to five of
-them and predicts the other thirteen (hobbit_jax/planner/check.py). plan.py prints the result that
+Decodes the reference model under 17 settings in turns, fits the cost model's constants to five of
+them and predicts the other twelve (hobbit_jax/planner/check.py). plan.py prints the result that
 stands in docs/planner/check.json. About five minutes on two quiet cores.
 """
 
@@ -46,12 +46,13 @@ def main(_):
         Path(str(_OUT.value)),
         {"kind": "check", "machine": machine(), "summary": summary, **record, "public": public},
     )
-    for row in record["rows"]:
+    times = record["times"][summary["clock"]]
+    for i, row in enumerate(record["rows"]):
         role = "fitted" if row["calibrates"] else "predicted"
         print(
-            f"{row['setting']:<34} {role:<9} {row['measured_ms']['median']:7.2f} ms; predicted "
-            f"over measured {row['ratio_counted']['median']:.2f} by counts, "
-            f"{row['ratio_replayed']['median']:.2f} by replay"
+            f"{row['setting']:<34} {role:<9} {times['measured_ms'][i]['median']:7.2f} ms; predicted"
+            f" over measured {times['ratio_counted'][i]['median']:.2f} by counts, "
+            f"{times['ratio_replayed'][i]['median']:.2f} by replay"
         )
     for row in public:
         print(

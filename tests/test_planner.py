@@ -319,11 +319,13 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
     summary = {
         "device": "cpu: a made one", "cpu_count": 2, "on_gpu": False, "settings": 13,
         "time_ratio": {"median": 1.07, "low": 0.81, "high": 1.39, "median_error": 0.12},
+        "clock": "cpu_seconds",
+        "wall_time_ratio": {"median": 0.7, "low": 0.6, "high": 3.5, "median_error": 0.4},
         "time_ratio_counted": {"median": 1.01, "low": 0.9, "high": 1.2, "median_error": 0.05},
     }  # fmt: skip
     check = {
         "kind": "check", "summary": summary, "turns": 6, "tokens_of_a_turn": 48, "rows": [],
-        "public": [],
+        "times": {"cpu_seconds": {}}, "public": [],
     }  # fmt: skip
     folder = tmp_path / "planner"
     folder.mkdir()
@@ -332,7 +334,12 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
     plan = tiny_plan(0.45)
     text = table.render(plan, recorded_check())
     assert "EXTRAPOLATES: no routing of this model" in text
-    assert "never on a GPU: predicted over measured 1.07, from 0.81 to 1.39 over 13" in text
+    assert (
+        "Checked on 2 CPU cores only, never on a GPU (cpu: a made one): median error 12 %" in text
+    )
+    assert (
+        "13 settings that no constant was fitted to (predicted over measured 0.81 to 1.39)" in text
+    )
     assert "launches_per_layer 30" in text and "floor Q3_K: left out" in text
     names = [s["name"] for s in plan["settings"]]
     assert names[0] == "native SLRU" and plan["choice"] in names and len(plan["rivals"]) == 3
@@ -358,7 +365,7 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
     (folder / "tiny-12.json").write_text(json.dumps(plan))
     lines = "\n".join(render_plans(load_plans(folder)))
     assert f"{chosen['tokens_per_second']:.0f} (×{chosen['speedup']:.2f})" in lines
-    assert "median of 1.07 (from 0.81 to 1.39; median error 12 %)" in lines
+    assert "processor time: a median of 1.07, from 0.81 to 1.39 (median error 12 %)" in lines
     assert "It extrapolates: no routing of this model" in lines
     (folder / "other.json").write_text('{"kind": "sweep"}')
     with pytest.raises(ValueError, match=r"other\.json is of kind 'sweep'"):

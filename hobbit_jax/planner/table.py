@@ -146,11 +146,16 @@ def _caveats(plan: dict[str, Any], check: dict[str, Any] | None) -> list[str]:
     if check is None:
         lines.append("No recorded check of the cost model is at hand (docs/planner/check.json).")
     else:
+        ratio = check["time_ratio"]
+        where = (
+            "a GPU" if check["on_gpu"] else f"{check['cpu_count']} CPU cores only, never on a GPU"
+        )
+        clock = "wall" if check["clock"] == "seconds" else "processor"
         lines.append(
-            f"The cost model was checked on {check['device']} only ({check['cpu_count']} cores), "
-            f"never on a GPU: predicted over measured {check['time_ratio']['median']:.2f}, from "
-            f"{check['time_ratio']['low']:.2f} to {check['time_ratio']['high']:.2f} over "
-            f"{check['settings']} settings that its constants were not measured on."
+            f"Checked on {where} ({check['device']}): median error "
+            f"{100 * ratio['median_error']:.0f} % of the {clock} time of {check['settings']} "
+            f"settings that no constant was fitted to (predicted over measured "
+            f"{ratio['low']:.2f} to {ratio['high']:.2f})."
         )
     lines.append(
         "JAX takes 75 % of a card unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; prefill "
