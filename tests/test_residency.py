@@ -105,6 +105,7 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
         check_invariants(pool, store)
         if mode == "floor":
             assert replay.tally.promotions > 0
+        if mode == "floor" or part == 1:
             break
         slots, _ = pool_slots(engine.plan, engine.mode, store, size, 0.2)
         assert slots != pool.slots
