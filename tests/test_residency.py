@@ -25,6 +25,7 @@ from hobbit_jax.miss_modes import LOW, MISS_MODES
 from hobbit_jax.pool_sizing import low_share, pool_slots
 from hobbit_jax.precision import uniform_plan
 from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
+from pallas_kernels.reference import Signature
 
 RULE = PromotionRule(after_uses=2, per_token=2)
 
@@ -243,7 +244,7 @@ def test_the_engine_divides_its_pool_anew_and_goes_on(model, store, uses_LE):
             model, store, budget(store, "use_low_if_resident", 0.7), mode="use_low_if_resident",
             low_share="adaptive", promotion=RULE, warm=WarmStart(uses_LE, 0.25),
         )  # fmt: skip
-        assert engine.split.low_share == 0.5
+        assert engine.split is not None and engine.split.low_share == 0.5
         logits = [decode(engine, 35, seed=0), decode(engine, 35, seed=1)]
         assert not engine.split.history  # it had 35 tokens to go by
         slots, before = dict(engine.pool.slots), engine.pool.resident()
@@ -269,11 +270,14 @@ def test_the_engine_divides_its_pool_anew_and_goes_on(model, store, uses_LE):
 
 
 LAYERS, EXPERTS = 2, 16
-SHAPES = BankShapes(EXPERTS, [["native"] * LAYERS, ["low"] * LAYERS], {"native": 30, "low": 10})
+HIGH_BANK, LOW_BANK = Signature("native", "", ""), Signature("low", "", "")
+SHAPES = BankShapes(
+    EXPERTS, [[HIGH_BANK] * LAYERS, [LOW_BANK] * LAYERS], {HIGH_BANK: 30, LOW_BANK: 10}
+)
 DIVISIONS = {
-    0.2: {"native": 12, "low": 9},
-    0.5: {"native": 7, "low": 24},
-    0.8: {"native": 3, "low": 36},
+    0.2: {HIGH_BANK: 12, LOW_BANK: 9},
+    0.5: {HIGH_BANK: 7, LOW_BANK: 24},
+    0.8: {HIGH_BANK: 3, LOW_BANK: 36},
 }
 
 
@@ -367,8 +371,9 @@ def test_two_experts_used_alike_do_not_take_turns():
     counts = {}
     for margin in (0.0, 1.5):
         rule = PromotionRule(2, 1, 32, margin)
-        shapes = BankShapes(2, [["native"], ["low"]], {"native": 3, "low": 2})
-        replay = TieredReplay(shapes, {"native": 1, "low": 2}, MISS_MODES["floor"], LRU, rule)
+        shapes = BankShapes(2, [[HIGH_BANK], [LOW_BANK]], {HIGH_BANK: 3, LOW_BANK: 2})
+        slots = {HIGH_BANK: 1, LOW_BANK: 2}
+        replay = TieredReplay(shapes, slots, MISS_MODES["floor"], LRU, rule)
         for at, ids_TK in enumerate(ids):
             replay.token(at, [RoutedStep(at, 0, ids_TK, weight_TK, asked_TK)])
         counts[margin] = replay.tally
