@@ -17,14 +17,15 @@ import numpy as np
 from hobbit_jax.cache.policies import PolicyFactory
 from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.promotion import PromotionRule
-from hobbit_jax.cache.tiered_replay import BankName, BankShapes, RoutedStep, Tally, TieredReplay
+from hobbit_jax.cache.tiered_replay import BankShapes, RoutedStep, Tally, TieredReplay
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.miss_modes import MissMode
 from hobbit_jax.pool_sizing import CANDIDATE_SHARES, pool_slots
 from hobbit_jax.precision import PrecisionPlan
 from hobbit_jax.prefill import RoutedLayer
+from pallas_kernels.reference import Signature
 
-Divisions = Mapping[float, Mapping[BankName, int]]  # slots per bank by share of the low copies
+Divisions = Mapping[float, Mapping[Signature, int]]  # slots per bank by share of the low copies
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class SplitChooser:
         self.share = min(good, key=lambda s: (tallies[s].degraded, tallies[s].bytes_moved))
         return self.share
 
-    def _replayed(self, slots: Mapping[BankName, int]) -> Tally:
+    def _replayed(self, slots: Mapping[Signature, int]) -> Tally:
         """What the second half of the window comes to, after the first."""
         replay = TieredReplay(self.shapes, slots, self.mode, self.policy, self.promotion)
         before = Tally()
@@ -144,7 +145,7 @@ class AdaptiveSplit:
         self._position = 0
         expert_bytes = {e.signature: e.expert_bytes for tier in store.tiers for e in tier}
         banks = [[e.signature for e in tier] for tier in store.tiers]
-        divisions: dict[float, Mapping[BankName, int]] = {}
+        divisions: dict[float, Mapping[Signature, int]] = {}
         for share in CANDIDATE_SHARES:
             slots = pool_slots(plan, mode, store, pool.budget_bytes, share)[0]
             same_banks = slots.keys() == pool.slots.keys()

@@ -61,5 +61,7 @@ if __name__ == "__main__":
 else:
     # For the other scripts this folder comes before the standard library, whose module of this
     # name is what cProfile, and so PyTorch, mean by `import profile`: become that one.
-    _standard = importlib.machinery.PathFinder.find_spec("profile", [sysconfig.get_path("stdlib")])
+    _finder = importlib.machinery.PathFinder
+    _standard = _finder.find_spec("profile", [sysconfig.get_path("stdlib")])
+    assert _standard is not None and _standard.loader is not None
     _standard.loader.exec_module(sys.modules[__name__])

@@ -8,7 +8,7 @@ the engine's own order, so that a replay of a run gives that run's counts (a tes
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,8 +19,7 @@ from hobbit_jax.cache.promotion import Promoter, PromotionRule
 from hobbit_jax.miss_modes import LOW, MissMode
 from hobbit_jax.precision import SKIPPED
 from hobbit_jax.store import NATIVE, ExpertKey
-
-BankName = Hashable
+from pallas_kernels.reference import Signature
 
 
 class RoutedStep(NamedTuple):
@@ -38,8 +37,8 @@ class BankShapes:
     """Which bank holds which copies, and what one of them weighs."""
 
     n_experts: int
-    bank_tL: Sequence[Sequence[BankName]]  # by tier and layer
-    expert_bytes: Mapping[BankName, int]
+    bank_tL: Sequence[Sequence[Signature]]  # by tier and layer
+    expert_bytes: Mapping[Signature, int]
 
 
 @dataclass
@@ -77,13 +76,13 @@ class TieredReplay:
     def __init__(
         self,
         shapes: BankShapes,
-        slots: Mapping[BankName, int],
+        slots: Mapping[Signature, int],
         mode: MissMode,
         policy: PolicyFactory,
         promotion: PromotionRule,
     ):
         self.shapes, self.mode = shapes, mode
-        self.policies: dict[BankName, Policy[ExpertKey]] = {b: policy(n) for b, n in slots.items()}
+        self.policies: dict[Signature, Policy[ExpertKey]] = {b: policy(n) for b, n in slots.items()}
         self.tally = Tally()
         self._promoter = Promoter(promotion, self._evicted_for) if mode.promotes else None
         self._ahead: list[ExpertKey] = []
@@ -94,7 +93,7 @@ class TieredReplay:
             for layer, expert in np.ndindex(n_layers, shapes.n_experts):
                 self._load(ExpertKey(LOW, layer, expert), ())
 
-    def _bank(self, key: ExpertKey) -> BankName:
+    def _bank(self, key: ExpertKey) -> Signature:
         return self.shapes.bank_tL[key.tier][key.layer]
 
     def _evicted_for(self, key: ExpertKey) -> ExpertKey | None:
@@ -109,7 +108,7 @@ class TieredReplay:
         self._resident_tLE[key] = True
         self.tally.bytes_moved += self.shapes.expert_bytes[bank]
 
-    def resize(self, slots: Mapping[BankName, int]) -> None:
+    def resize(self, slots: Mapping[Signature, int]) -> None:
         """Divides the slots of the same banks anew, as `SlotPool.resize` does."""
         self._staged = []
         for bank, policy in self.policies.items():
@@ -118,7 +117,7 @@ class TieredReplay:
                     self._resident_tLE[victim] = False
                 self.tally.bytes_moved += len(policy) * self.shapes.expert_bytes[bank]
 
-    def warm_up(self, ranked: Mapping[BankName, Sequence[ExpertKey]], pin_share: float) -> None:
+    def warm_up(self, ranked: Mapping[Signature, Sequence[ExpertKey]], pin_share: float) -> None:
         """Loads each bank's first keys and pins `pin_share` of its slots, as a warm start does."""
         for bank, keys in ranked.items():
             policy = self.policies[bank]
@@ -179,7 +178,7 @@ class TieredReplay:
         at = Step(number, layer, step.position)
         for policy in self.policies.values():
             policy.begin_step(at)
-        by_bank: dict[BankName, list[ExpertKey]] = {}
+        by_bank: dict[Signature, list[ExpertKey]] = {}
         missing: list[ExpertKey] = []
         for key, (weight, native) in uses.items():
             bank = self._bank(key)
@@ -199,7 +198,7 @@ class TieredReplay:
         if missing:
             self._fetch(by_bank)
 
-    def _fetch(self, by_bank: Mapping[BankName, list[ExpertKey]]) -> None:
+    def _fetch(self, by_bank: Mapping[Signature, list[ExpertKey]]) -> None:
         """Loads a step's experts, in as many rounds as a bank needs."""
         rounds = 0
         for bank, keys in by_bank.items():

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from hobbit_jax.cache.pool import SlotPool
-from hobbit_jax.cache.tiered_replay import BankName
 from hobbit_jax.miss_modes import LOW, MissMode
 from hobbit_jax.precision import PrecisionPlan
 from hobbit_jax.store import NATIVE, ExpertKey
+from pallas_kernels.reference import Signature
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class WarmStart:
 
     def _ranked(
         self, pool: SlotPool, plan: PrecisionPlan, mode: MissMode
-    ) -> dict[BankName, list[ExpertKey]]:
+    ) -> dict[Signature, list[ExpertKey]]:
         shares_tLE = np.stack(plan.tier_shares_LE(pool.store))
         bank_tL = [[layer.signature for layer in tier] for tier in pool.store.tiers]
         return rank(self.uses_LE, shares_tLE, bank_tL, pool.slots, mode)
@@ -69,10 +69,10 @@ class WarmStart:
 def rank(
     uses_LE: np.ndarray,
     shares_tLE: np.ndarray,
-    bank_tL: Sequence[Sequence[BankName]],
-    slots: Mapping[BankName, int],
+    bank_tL: Sequence[Sequence[Signature]],
+    slots: Mapping[Signature, int],
     mode: MissMode,
-) -> dict[BankName, list[ExpertKey]]:
+) -> dict[Signature, list[ExpertKey]]:
     """Who may ask for a slot of each bank, the most used first.
 
     Low copies that only serve misses are wanted of experts that are not among the most used of
@@ -94,9 +94,9 @@ def rank(
             f"{list(shares_tLE.shape[1:])}"
         )
 
-    def by_bank(heat_tLE: np.ndarray, wanted: np.ndarray) -> dict[BankName, list[ExpertKey]]:
+    def by_bank(heat_tLE: np.ndarray, wanted: np.ndarray) -> dict[Signature, list[ExpertKey]]:
         order = np.argsort(-heat_tLE[tuple(wanted.T)], kind="stable")
-        ranked: dict[BankName, list[ExpertKey]] = {}
+        ranked: dict[Signature, list[ExpertKey]] = {}
         for tier, layer, expert in wanted[order].tolist():
             if (bank := bank_tL[tier][layer]) in slots:
                 ranked.setdefault(bank, []).append(ExpertKey(tier, layer, expert))
