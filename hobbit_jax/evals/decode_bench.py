@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hobbit_jax.cache.link import Link, PacedLink
+from hobbit_jax.cache.prefetch import PrefetchRule
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, PromotionRule
 from hobbit_jax.engine import Engine
 from hobbit_jax.loading import LoadedModel
+from hobbit_jax.miss_modes import MISS_MODES
 from hobbit_jax.model import KVCache, attend
-from hobbit_jax.precision import PrecisionPlan
+from hobbit_jax.precision import PrecisionPlan, uniform_plan
 from hobbit_jax.store import HostExperts
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import Work
+
+# Of a 12 GB card: Qwen3-30B-A3B at Q4_K_M reads 1.06 GB of active experts a token, 42 ms over a
+# PCIe that carries 25 GB/s, beside some 5 ms of computation on an RTX 4070. Reckoned, not measured.
+CARD_COPY_TO_COMPUTE = 8.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,9 @@ class Measured:
     agree: int = 0
     residents: int = 0
     device_bytes: int = 0
+    ahead_bytes: int = 0
+    dropped_bytes: int = 0
+    wait_s: float = 0.0
 
     def row(self, native: Measured) -> dict[str, Any]:
         """As figures per token; fractions are 0-1, `speedup` is over `native`, turn by turn."""
@@ -77,6 +87,11 @@ class Measured:
             "skipped_fraction": self.skipped / self.selections,
             "kl_nats": self.kl_sum / self.tokens,
             "top1_agreement": self.agree / self.tokens,
+            "ahead_bytes_per_token": self.ahead_bytes / self.tokens,
+            "ahead_used_share": (
+                1 - self.dropped_bytes / self.ahead_bytes if self.ahead_bytes else None
+            ),
+            "link_wait_ms_per_token": self.wait_s * 1e3 / self.tokens,
             "tokens_per_second": _spread(rates),
             "speedup": _spread(speedups),
             "cpu_ms_per_token": _spread(cpu_ms),
@@ -86,7 +101,64 @@ class Measured:
 
 def _spread(values: np.ndarray) -> dict[str, float]:
     low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {"median": float(median), "quartile_low": float(low), "quartile_high": float(high)}
+    quartiles = {"quartile_low": float(low), "quartile_high": float(high)}
+    return {
+        "median": float(median),
+        **quartiles,
+        "min": float(min(values)),
+        "max": float(max(values)),
+    }
+
+
+def card_link_gb_s(store: HostExperts, resident_ms: float) -> float:
+    """A link that takes `CARD_COPY_TO_COMPUTE` times `resident_ms` for a token's active experts.
+
+    Args:
+        store: the model whose native experts are active.
+        resident_ms: of a token with every expert resident, on this machine.
+    """
+    per_layer = (layer.expert_bytes for layer in store.tiers[0])
+    active_bytes = store.config.experts_per_token * sum(per_layer)
+    return active_bytes / (CARD_COPY_TO_COMPUTE * resident_ms * 1e-3) / 1e9
+
+
+def mode_settings(
+    store: HostExperts, budget_bytes: int, low_shares: Iterable[float]
+) -> list[Setting]:
+    """Native first; then the uniform rival, and each mode at each split that differs."""
+    listed, shares = [Setting("native", "off", budget_bytes)], list(low_shares)
+    listed.append(Setting("uniform low", "wait", budget_bytes, plan=uniform_plan(store, 1)))
+    for name, mode in MISS_MODES.items():
+        if mode.low_banks == "cache":
+            listed += [
+                Setting(f"{name} {share:g}", name, budget_bytes, low_share=share)
+                for share in shares
+            ]
+    if store.tier_bytes(1) <= budget_bytes:
+        listed.append(Setting("floor", "floor", budget_bytes))
+    return listed
+
+
+def prefetch_settings(store: HostExperts, budget_bytes: int) -> list[Setting]:
+    """The native cache without prefetch, and with each predictor, at equal bytes.
+
+    What is staged is taken off the pool: one expert, or as many as a token has in a layer.
+    """
+    k, expert_bytes = store.config.experts_per_token, store.largest_expert_bytes
+    listed = [Setting("prefetch off", "off", budget_bytes, options={"staging_bytes": 0})]
+    tried = [
+        (PrefetchRule("layer_ahead", 1), 1),
+        (PrefetchRule("layer_ahead", 1), k),
+        (PrefetchRule("layer_ahead", 2), k),
+        (PrefetchRule("previous_token", 1), 1),
+        (PrefetchRule("random", 1), 1),
+    ]
+    for rule, n_staged in tried:
+        name = f"{rule.predictor}, distance {rule.distance}, {n_staged} staged"
+        staging_bytes = n_staged * expert_bytes
+        options = {"staging_bytes": staging_bytes, "prefetch": rule}
+        listed.append(Setting(name, "off", budget_bytes - staging_bytes, options=options))
+    return listed
 
 
 @jax.jit
@@ -120,26 +192,44 @@ def compare(
     settings: Sequence[Setting],
     ids_RS: np.ndarray,
     prompt_tokens: int,
+    link_gb_s: float | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> list[Measured]:
     """Decodes rows of `ids_RS` [repeats + 1, S] under every setting, row by row in turns.
 
     Quality is against all-resident native decode of the same tokens, so what a mode costs is
     measured where it acts: with the residents that decode itself left behind.
+
+    Args:
+        model, store: what decodes, and its experts.
+        settings: those to compare.
+        ids_RS: int32.
+        prompt_tokens: of each row; prefilled, and not timed.
+        link_gb_s: of an emulated link, each setting's own; None copies as fast as can be.
+        progress: called after each row of each setting.
+
+    Returns:
+        All-resident native decode first, then one of each setting.
     """
-    native = Engine(model, store)
-    engines = [
+
+    def link() -> Link | None:
+        return None if link_gb_s is None else PacedLink(link_gb_s)
+
+    engines = [Engine(model, store)]
+    engines[0].pool.load_all(0)
+    engines += [
         Engine(
             model, store, s.budget_bytes, s.plan, mode=s.mode, low_share=s.low_share,
-            promotion=s.promotion, **s.options,
+            promotion=s.promotion, link=link(), **s.options,
         )
         for s in settings
     ]  # fmt: skip
-    results = [Measured() for _ in settings]
+    results = [Measured() for _ in engines]
     for row, ids_S in enumerate(ids_RS):
-        *_, native_logits = _turn(native, ids_S, prompt_tokens)
+        native_logits: list[jax.Array] = []
         for engine, result in zip(engines, results, strict=True):
             seconds, cpu_seconds, logits = _turn(engine, ids_S, prompt_tokens)
+            native_logits = native_logits or logits
             progress()
             if row == 0:
                 continue
@@ -150,6 +240,9 @@ def compare(
             result.hits += int(pool.stats.hits.sum())
             result.uses += int(pool.stats.hits.sum() + pool.stats.misses.sum())
             result.bytes_moved += pool.stats.bytes_moved
+            result.ahead_bytes += pool.stats.ahead_bytes
+            result.dropped_bytes += pool.stats.dropped_bytes
+            result.wait_s += pool.stats.wait_s
             result.exits += stats.exits
             result.degraded += stats.degraded
             result.skipped += stats.skipped
