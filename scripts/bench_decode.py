@@ -62,6 +62,11 @@ def main(_):
     if _LINK_GB_S.value == "card":
         link_gb_s = decode_bench.card_link_gb_s(store, overhead["cached_ms"]["median"])
     link = (DirectLink() if link_gb_s is None else PacedLink(link_gb_s)).describe()
+    if link_gb_s is not None:
+        prompts_RS = windows("evaluation", _TURNS.value + 1, 511).ids_WS
+        for staged in (2, 8, 16):
+            row = prefill_bench.prefill_overlap(model, store, 2**22, prompts_RS, 1.0, staged)
+            record({"setting": "prefill overlap", **row})
     for budget_mib in map(float, _BUDGETS_MIB.value):
         budget = int(budget_mib * 2**20)
         groups = [decode_bench.mode_settings(store, budget, map(float, _LOW_SHARES.value))]
@@ -77,11 +82,6 @@ def main(_):
             for name, result in zip(names, measured, strict=True):
                 row = {"setting": name, "budget_mib": budget_mib, "link": link}
                 record({**row, **result.row(measured[1])})
-    if link_gb_s is not None:
-        prompts_RS = windows("evaluation", _TURNS.value + 1, 511).ids_WS
-        for staged in (2, 8, 16):
-            row = prefill_bench.prefill_overlap(model, store, 2**21, prompts_RS, 1.0, staged)
-            record({"setting": "prefill overlap", **row})
     if _BEFORE.value is not None:
         for row in host_overhead.compare_revisions(Path(_BEFORE.value), 4 * _TURNS.value):
             record({"setting": "host overhead", **row})

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from typing import NamedTuple
 
 import jax
@@ -66,7 +66,7 @@ class PoolStats:
     hits: np.ndarray
     misses: np.ndarray
     bytes_moved: int = 0  # sent to the device, also in vain
-    ahead_bytes: int = 0  # of them, sent before anybody waited for them
+    ahead_bytes: int = 0  # of them, sent before their layer's turn, or their round's
     dropped_bytes: int = 0  # of those, given up since the layer did not choose them
     wait_s: float = 0.0  # the host waited for uploads
 
@@ -245,7 +245,8 @@ class SlotPool:
         for index, key in enumerate(missing):
             # Those that are waited for stand before those that are not.
             upload = self._claim(key)
-            self.expect(chain(missing[index + 1 :], upcoming))
+            if self._begin(missing[index + 1 :]):
+                self.expect(upcoming)
             self._fetch(key, held, upload)
         self.expect(upcoming)
 
@@ -254,15 +255,20 @@ class SlotPool:
 
         Their slots come with `load`; `access` to their layer gives up those that it does not use.
         """
+        before = self.stats.bytes_moved
+        self._begin(keys)
+        self.stats.ahead_bytes += self.stats.bytes_moved - before
+
+    def _begin(self, keys: Iterable[ExpertKey]) -> bool:
+        """Starts uploads as `expect` does; whether there was room for all of them."""
         for key in keys:
             known = key in self._slot_of or key in self._staged or key in self._expected
             if known or self.store.signature(key) not in self.banks:
                 continue
-            n_bytes = self.store.expert_bytes(key)
-            if self.expected_bytes + n_bytes > self.staging_bytes:
-                return
+            if self.expected_bytes + self.store.expert_bytes(key) > self.staging_bytes:
+                return False
             self._expected[key] = self._send(key)
-            self.stats.ahead_bytes += n_bytes
+        return True
 
     def drop_expected(self, keys: Iterable[ExpertKey] | None = None) -> None:
         """Gives up uploads that were expected to be used; all of them for None."""
