@@ -130,14 +130,14 @@ def _run(
 def _pieces(pool: SlotPool, part: list[ExpertKey]) -> list[list[ExpertKey]]:
     """Splits a round of one bank so that each piece can run while the next one is on its way.
 
-    First what is resident, then as many experts at a time as can be staged. Without staging the
-    round stays whole.
+    First what is resident, then as many experts at a time as fill half of what can be staged: the
+    other half is for those behind them. Without staging the round stays whole.
     """
     if not pool.staging_bytes:
         return [part]
     resident = [key for key in part if key in pool]
     missing = [key for key in part if key not in pool]
-    size = max(1, pool.staging_bytes // pool.store.expert_bytes(part[0]))
+    size = max(1, pool.staging_bytes // (2 * pool.store.expert_bytes(part[0])))
     pieces = [resident, *(missing[i : i + size] for i in range(0, len(missing), size))]
     return [piece for piece in pieces if piece]
 

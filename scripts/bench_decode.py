@@ -4,8 +4,9 @@
         [--before CHECKOUT]
 
 Prints one JSON line per setting and writes all of them to --out. On a CPU a copy costs next to
-nothing; --link_gb_s emulates a slower link, and every row says so. With --before, a checkout of
-another revision, its host overhead per layer is timed in turns with this one's.
+nothing; --link_gb_s emulates a slower link, and every row says so: decode is then timed by the
+processor's time and the waits for the link, so that other load does not show. With --before, a
+checkout of another revision, its host overhead per layer is timed in turns with this one's.
 """
 
 import json
@@ -60,13 +61,10 @@ def main(_):
     record({"setting": "prediction accuracy", **accuracy})
     link_gb_s = None if _LINK_GB_S.value in (None, "card") else float(_LINK_GB_S.value)
     if _LINK_GB_S.value == "card":
-        link_gb_s = decode_bench.card_link_gb_s(store, overhead["cached_ms"]["median"])
+        derived = decode_bench.card_link(model, store, ids_RS, _PROMPT)
+        record({"setting": "link", **derived})
+        link_gb_s = derived["gb_s"]
     link = (DirectLink() if link_gb_s is None else PacedLink(link_gb_s)).describe()
-    if link_gb_s is not None:
-        prompts_RS = windows("evaluation", _TURNS.value + 1, 511).ids_WS
-        for staged in (2, 8, 16):
-            row = prefill_bench.prefill_overlap(model, store, 2**22, prompts_RS, 1.0, staged)
-            record({"setting": "prefill overlap", **row})
     for budget_mib in map(float, _BUDGETS_MIB.value):
         budget = int(budget_mib * 2**20)
         groups = [decode_bench.mode_settings(store, budget, map(float, _LOW_SHARES.value))]
@@ -82,6 +80,11 @@ def main(_):
             for name, result in zip(names, measured, strict=True):
                 row = {"setting": name, "budget_mib": budget_mib, "link": link}
                 record({**row, **result.row(measured[1])})
+    if link_gb_s is not None:
+        prompts_RS = windows("evaluation", _TURNS.value + 1, 511).ids_WS
+        for staged in (2, 8, 16):
+            row = prefill_bench.prefill_overlap(model, store, 2**22, prompts_RS, 1.0, staged)
+            record({"setting": "prefill overlap", **row})
     if _BEFORE.value is not None:
         for row in host_overhead.compare_revisions(Path(_BEFORE.value), 4 * _TURNS.value):
             record({"setting": "host overhead", **row})

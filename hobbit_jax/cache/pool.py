@@ -14,7 +14,6 @@ not before. So what is resident, and every result, is the same with them and wit
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,7 +67,7 @@ class PoolStats:
     bytes_moved: int = 0  # sent to the device, also in vain
     ahead_bytes: int = 0  # of them, sent before their layer's turn, or their round's
     dropped_bytes: int = 0  # of those, given up since the layer did not choose them
-    wait_s: float = 0.0  # the host waited for uploads
+    wait_s: float = 0.0  # the host waited for uploads, by the link's clock
 
     @property
     def hit_rate(self) -> float | None:
@@ -312,10 +311,10 @@ class SlotPool:
 
     def _fetch(self, key: ExpertKey, keep: frozenset[ExpertKey], upload: Upload) -> None:
         signature = self.store.signature(key)
-        began_s = time.perf_counter()
+        began_s = self.link.clock()
         with _named(key):
             raw = upload.wait()
-        self.stats.wait_s += time.perf_counter() - began_s
+        self.stats.wait_s += self.link.clock() - began_s
         # On a CPU an upload is the map itself, read only when the slot is written.
         self.store.check_unchanged(key.tier)
         policy, free = self.policies[signature], self._free[signature]

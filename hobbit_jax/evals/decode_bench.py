@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hobbit_jax.cache.link import Link, PacedLink
+from hobbit_jax.cache.link import PacedLink, ProcessorTime
 from hobbit_jax.cache.prefetch import PrefetchRule
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, PromotionRule
 from hobbit_jax.engine import Engine
@@ -110,16 +110,31 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def card_link_gb_s(store: HostExperts, resident_ms: float) -> float:
-    """A link that takes `CARD_COPY_TO_COMPUTE` times `resident_ms` for a token's active experts.
+def active_bytes(store: HostExperts) -> int:
+    """Bytes of the native experts that one token uses."""
+    return store.config.experts_per_token * sum(layer.expert_bytes for layer in store.tiers[0])
+
+
+def card_link(
+    model: LoadedModel, store: HostExperts, ids_RS: np.ndarray, prompt_tokens: int
+) -> dict[str, float]:
+    """A link that takes `CARD_COPY_TO_COMPUTE` times a token's computation for its experts.
 
     Args:
-        store: the model whose native experts are active.
-        resident_ms: of a token with every expert resident, on this machine.
+        model, store: the model, and its native experts.
+        ids_RS: rows to decode with every expert resident, in processor time; the first warms up.
+        prompt_tokens: of each row; prefilled, and not timed.
+
+    Returns:
+        `gb_s`, and what it is derived from: `resident_ms` of a token, `active_bytes`.
     """
-    per_layer = (layer.expert_bytes for layer in store.tiers[0])
-    active_bytes = store.config.experts_per_token * sum(per_layer)
-    return active_bytes / (CARD_COPY_TO_COMPUTE * resident_ms * 1e-3) / 1e9
+    engine = Engine(model, store)
+    engine.pool.load_all(0)
+    turns = [_turn(engine, ids_S, prompt_tokens, ProcessorTime()) for ids_S in ids_RS]
+    decoded = ids_RS.shape[1] - prompt_tokens
+    resident_ms = float(np.median([seconds for seconds, *_ in turns[1:]])) * 1e3 / decoded
+    gb_s = active_bytes(store) / (CARD_COPY_TO_COMPUTE * resident_ms * 1e-3) / 1e9
+    return {"gb_s": gb_s, "resident_ms": resident_ms, "active_bytes": active_bytes(store)}
 
 
 def mode_settings(
@@ -169,9 +184,9 @@ def _compare(logits_V: jax.Array, native_V: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def _turn(
-    engine: Engine, ids_S: np.ndarray, prompt_tokens: int
+    engine: Engine, ids_S: np.ndarray, prompt_tokens: int, clock: Callable[[], float]
 ) -> tuple[float, float, list[jax.Array]]:
-    """Seconds and processor seconds to decode a row after its prompt; each token's logits.
+    """Seconds by `clock`, and of the processor, to decode a row after its prompt; its logits.
 
     On a CPU that others use too, processor time is the steadier of the two.
     """
@@ -179,11 +194,11 @@ def _turn(
     engine.prefill([ids_S[:prompt_tokens].tolist()])
     engine.pool.reset_stats()
     engine.reset_stats()
-    began, cpu_began, logits = time.perf_counter(), time.process_time(), []
+    began, cpu_began, logits = clock(), time.process_time(), []
     for token in ids_S[prompt_tokens:]:
         logits.append(engine.decode(np.asarray([token])))
     jax.block_until_ready(logits[-1])
-    return time.perf_counter() - began, time.process_time() - cpu_began, logits
+    return clock() - began, time.process_time() - cpu_began, logits
 
 
 def compare(
@@ -205,22 +220,22 @@ def compare(
         settings: those to compare.
         ids_RS: int32.
         prompt_tokens: of each row; prefilled, and not timed.
-        link_gb_s: of an emulated link, each setting's own; None copies as fast as can be.
+        link_gb_s: of an emulated link, each setting's own, on which waits and processor time are
+            counted; None copies as fast as can be and times by the wall clock.
         progress: called after each row of each setting.
 
     Returns:
         All-resident native decode first, then one of each setting.
     """
-
-    def link() -> Link | None:
-        return None if link_gb_s is None else PacedLink(link_gb_s)
-
+    counted = ProcessorTime()
+    clock = time.perf_counter if link_gb_s is None else counted
     engines = [Engine(model, store)]
     engines[0].pool.load_all(0)
     engines += [
         Engine(
             model, store, s.budget_bytes, s.plan, mode=s.mode, low_share=s.low_share,
-            promotion=s.promotion, link=link(), **s.options,
+            promotion=s.promotion, **s.options,
+            link=PacedLink(link_gb_s, clock=counted, sleep=counted.sleep) if link_gb_s else None,
         )
         for s in settings
     ]  # fmt: skip
@@ -228,7 +243,7 @@ def compare(
     for row, ids_S in enumerate(ids_RS):
         native_logits: list[jax.Array] = []
         for engine, result in zip(engines, results, strict=True):
-            seconds, cpu_seconds, logits = _turn(engine, ids_S, prompt_tokens)
+            seconds, cpu_seconds, logits = _turn(engine, ids_S, prompt_tokens, clock)
             native_logits = native_logits or logits
             progress()
             if row == 0:
