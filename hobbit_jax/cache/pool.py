@@ -65,7 +65,7 @@ class PoolStats:
     hits: np.ndarray
     misses: np.ndarray
     bytes_moved: int = 0  # sent to the device, also in vain
-    ahead_bytes: int = 0  # of them, sent before their layer's turn, or their round's
+    ahead_bytes: int = 0  # of them, sent beside what was waited for: guesses, later rounds
     dropped_bytes: int = 0  # of those, given up since the layer did not choose them
     wait_s: float = 0.0  # the host waited for uploads, by the link's clock
 

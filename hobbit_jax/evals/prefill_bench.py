@@ -43,7 +43,8 @@ def prefill_overlap(
     Returns:
         Medians over rows in milliseconds: `compute_ms` (a direct link, which on a CPU costs next to
         nothing), `copy_ms` (bytes moved over the link's bandwidth), `serial_ms` and
-        `overlapped_ms`, with all values; and of each row's own, with their quartiles,
+        `overlapped_ms`, with all values; `dropped_share` of the last row's bytes, uploaded in vain;
+        and of each row's own, with their quartiles,
         `hidden_share` (0-1 but for noise): the part of the shorter of copy and computation that
         overlap hid; and `speedup` over `serial_ms`.
     """
@@ -65,10 +66,11 @@ def prefill_overlap(
     values: dict[str, list[float]] = {name: [] for name in (*engines, "copy_ms")}
     for row, ids_S in enumerate(ids_RS):
         spent_ms = {name: _prefill_ms(engine, ids_S) for name, engine in engines.items()}
-        moved_bytes = engines["overlapped_ms"].pool.stats.bytes_moved
-        spent_ms["copy_ms"] = moved_bytes / gb_s / 1e6
+        pool = engines["overlapped_ms"].pool
+        spent_ms["copy_ms"] = pool.stats.bytes_moved / gb_s / 1e6
         for name, value in spent_ms.items() if row else ():
             values[name].append(value)
+    pool = engines["overlapped_ms"].pool
     compute, serial, overlapped, copy = (np.asarray(of_name) for of_name in values.values())
     hidden = (copy + compute - overlapped) / np.minimum(copy, compute)
     return {
@@ -76,6 +78,7 @@ def prefill_overlap(
         "tokens": ids_RS.shape[1],
         "budget_bytes": budget_bytes,
         "staging_bytes": staging_bytes,
+        "dropped_share": pool.stats.dropped_bytes / pool.stats.bytes_moved,
         **{name: float(np.median(of_name)) for name, of_name in values.items()},
         "hidden_share": np.quantile(hidden, [0.25, 0.5, 0.75]).tolist(),
         "speedup": np.quantile(serial / overlapped, [0.25, 0.5, 0.75]).tolist(),
