@@ -150,6 +150,10 @@ class SlotPool:
         """Bytes of all banks, as the device counts them."""
         return sum(array.nbytes for array in jax.tree.leaves(self.banks))
 
+    def expected(self) -> frozenset[ExpertKey]:
+        """Every expert whose upload was begun ahead of its use."""
+        return frozenset(self._expected)
+
     @property
     def expected_bytes(self) -> int:
         """Bytes of the uploads ahead of their use, `staging_bytes` at most."""
@@ -224,7 +228,7 @@ class SlotPool:
         self,
         keys: Sequence[ExpertKey],
         keep: Iterable[ExpertKey] | None = None,
-        upcoming: Sequence[ExpertKey] = (),
+        upcoming: Iterable[ExpertKey] = (),
     ) -> None:
         """Makes all of `keys` (one round, or a piece of it) resident.
 
@@ -241,6 +245,7 @@ class SlotPool:
         """
         held = frozenset(keys if keep is None else keep)
         missing = [key for key in keys if key not in self._slot_of]
+        upcoming = [key for key in upcoming if key not in missing]
         for index, key in enumerate(missing):
             # Those that are waited for stand before those that are not.
             upload = self._claim(key)
