@@ -1,11 +1,10 @@
 """Experts streamed to the device by PyTorch: what the cache is measured against on a GPU.
 
-Owns an LRU of device slots over experts in pinned host memory, and the layer that runs from it.
-Called by `pytorch.py`. The idea is that of mixtral-offloading (Eliseev and Mazur, arXiv
-2312.17238): every expert in page-locked memory, the most recently used on the device, a miss copied
-while the experts at hand compute. Their guesses by the next layer's router are left out: nothing is
-fetched ahead here either. One LRU serves all layers, of as many slots as our pool; the order is
-`cache.policies.LRU`, the same class that our replays run.
+Owns the copies from pinned host memory, and the layer that runs from the slots. Called by
+`pytorch.py`. The idea is that of mixtral-offloading (Eliseev and Mazur, arXiv 2312.17238): every
+expert in page-locked memory, the most recently used on the device, a miss copied while those at
+hand compute. Their guesses by the next layer's router are left out: nothing is fetched ahead. One
+LRU serves all layers (`lru_slots.py`), of as many slots as our pool; theirs had one per layer.
 
 Runs on a CPU too, for tests: there a copy is a copy, and there are no streams.
 """
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 
 from hobbit_jax.architecture import ModelConfig
-from hobbit_jax.cache.policies import LRU
 from hobbit_jax.peers.hugging_face import (
     dense_weights,
     empty_model,
@@ -26,12 +24,11 @@ from hobbit_jax.peers.hugging_face import (
     fill,
     finish,
 )
-
-ExpertKey = tuple[int, int]  # layer, expert
+from hobbit_jax.peers.lru_slots import ExpertKey, LRUSlots
 
 
 class ExpertSlots:
-    """Device slots for the experts of all layers, least recently used out first.
+    """Device slots for the experts of all layers.
 
     Args:
         host: gate_up [E, 2F, D] and down [E, D, F] of each layer, in host memory.
@@ -43,59 +40,41 @@ class ExpertSlots:
     """
 
     def __init__(self, host: list[tuple[torch.Tensor, torch.Tensor]], slots: int, device: str):
-        self.host, self.lru, self.device = host, LRU[ExpertKey](slots), torch.device(device)
+        self.order = LRUSlots(slots)
+        self._host = host
         gate_up_EXD, down_EDF = host[0]
         self._gate_up_SXD = gate_up_EXD.new_empty((slots, *gate_up_EXD.shape[1:]), device=device)
         self._down_SDF = down_EDF.new_empty((slots, *down_EDF.shape[1:]), device=device)
-        self._slot_of: dict[ExpertKey, int] = {}
-        self._copies = torch.cuda.Stream() if self.device.type == "cuda" else None
-        self._arrived: dict[ExpertKey, torch.cuda.Event] = {}
-        self.hits = self.misses = 0
+        self._copies = torch.cuda.Stream() if device == "cuda" else None
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one expert."""
         return self._gate_up_SXD[0].nbytes + self._down_SDF[0].nbytes
 
-    def use(self, keys: list[ExpertKey]) -> Iterator[tuple[ExpertKey, torch.Tensor, torch.Tensor]]:
-        """Each of one layer's experts with its weights on the device, those at hand first.
+    def use(self, keys: list[ExpertKey]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Each of one layer's experts by number, gate_up [2F, D] and down [D, F] on the device.
 
-        A yielded expert's weights are valid until the next one is asked for. More experts than
-        slots come in rounds.
+        Those at hand come first. Weights are valid until the next expert is asked for.
         """
-        present = {key: self.lru.access(key) for key in keys}
-        self.hits += sum(present.values())
-        self.misses += len(keys) - sum(present.values())
-        ordered = sorted(keys, key=lambda key: not present[key])  # stable
-        for start in range(0, len(ordered), self.lru.capacity):
-            round_keys = ordered[start : start + self.lru.capacity]
-            missing = [key for key in round_keys if key not in self.lru]
-            if self._copies is not None and missing:
-                # What a victim's slot is still read by was queued before this.
+        for slots, fetched in self.order.use(keys):
+            if self._copies is not None and fetched:
+                # What still reads a victim's slot was queued before this.
                 self._copies.wait_stream(torch.cuda.current_stream())
-            for key in missing:
-                self._fetch(key, round_keys)
-            for key in round_keys:
-                arrived = self._arrived.pop(key, None)
-                if arrived is not None:
-                    torch.cuda.current_stream().wait_event(arrived)
-                slot = self._slot_of[key]
-                yield key, self._gate_up_SXD[slot], self._down_SDF[slot]
+            arrived = {key: self._copy(key, slots[key]) for key in fetched}
+            for key, slot in slots.items():
+                event = arrived.get(key)
+                if event is not None:
+                    torch.cuda.current_stream().wait_event(event)
+                yield key[1], self._gate_up_SXD[slot], self._down_SDF[slot]
 
-    def _fetch(self, key: ExpertKey, keep: list[ExpertKey]) -> None:
-        victim = self.lru.admit(key, keep)
-        slot = len(self._slot_of) if victim is None else self._slot_of.pop(victim)
-        self._slot_of[key] = slot
+    def _copy(self, key: ExpertKey, slot: int) -> torch.cuda.Event | None:
         layer, expert = key
-        gate_up_EXD, down_EDF = self.host[layer]
-        if self._copies is None:
-            self._gate_up_SXD[slot].copy_(gate_up_EXD[expert])
-            self._down_SDF[slot].copy_(down_EDF[expert])
-            return
-        with torch.cuda.stream(self._copies):
+        gate_up_EXD, down_EDF = self._host[layer]
+        with torch.cuda.stream(self._copies):  # does nothing for None
             self._gate_up_SXD[slot].copy_(gate_up_EXD[expert], non_blocking=True)
             self._down_SDF[slot].copy_(down_EDF[expert], non_blocking=True)
-            self._arrived[key] = self._copies.record_event()
+        return None if self._copies is None else self._copies.record_event()
 
 
 class OffloadedExperts(torch.nn.Module):
@@ -112,7 +91,7 @@ class OffloadedExperts(torch.nn.Module):
         chosen_TK = ids_TK.cpu()  # the host has to know, as in any offloading
         keys = [(self._layer, expert) for expert in dict.fromkeys(chosen_TK.flatten().tolist())]
         parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for (_, expert), gate_up_XD, down_DF in self._slots.use(keys):
+        for expert, gate_up_XD, down_DF in self._slots.use(keys):
             token_A, place_A = (i.to(x_TD.device) for i in torch.where(chosen_TK == expert))
             gate_AF, up_AF = torch.nn.functional.linear(x_TD[token_A], gate_up_XD).chunk(2, -1)
             y_AD = torch.nn.functional.linear(self._activation(gate_AF) * up_AF, down_DF)
@@ -149,4 +128,4 @@ def load_offloaded(
 def _host_tensor(array: np.ndarray, dtype: torch.dtype, device: str) -> torch.Tensor:
     """In page-locked memory where a GPU will read it."""
     weight = torch.empty(array.shape, dtype=dtype, pin_memory=device == "cuda")
-    return weight.copy_(torch.from_numpy(array))
+    return weight.copy_(torch.from_numpy(np.array(array)))  # a copy: F32 is a view of the file

@@ -85,7 +85,8 @@ class PyTorch:
         return chosen
 
     def _counts(self) -> tuple[int, int]:
-        return (self._slots.hits, self._slots.misses) if self._slots else (0, 0)
+        order = self._slots and self._slots.order
+        return (order.hits, order.misses) if order else (0, 0)
 
     @torch.inference_mode()
     def _append(self, ids_T: np.ndarray) -> int:
@@ -109,7 +110,7 @@ class PyTorch:
             "precision": "float32" if self._mode == "float32" else "bfloat16",
             "attention": self._model.config._attn_implementation,
             "experts": "offloaded" if slots else self._model.config._experts_implementation,
-            "slots": slots and slots.lru.capacity,
+            "slots": slots and slots.order.capacity,
             "slot_bytes": slots and slots.slot_bytes,
             "decode_hit_rate": self._decode_hits / uses if uses else None,
             "device_peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
