@@ -36,7 +36,7 @@ _CONTEXT = flags.DEFINE_integer("context", 256, "tokens of a window", 1)
 _TURNS = flags.DEFINE_integer("turns", 10, "timed rows of each program, after a warm-up", 1)
 _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 128, "prefilled in a turn", 1)
 _DECODE_TOKENS = flags.DEFINE_integer("decode_tokens", 64, "decoded in a turn", 1)
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _THREADS = flags.DEFINE_integer("threads", _CORES, "processor cores of each program", 1)
 
 

@@ -227,7 +227,7 @@ def test_compare_with_llama_cpp(llama_cpp, float_path, text):
 
 def test_experts_of_the_first_layers_stay_on_the_cpu(llama_cpp, float_path, capfd):
     """The binding has no structure for the override: llama.cpp must see ours, and obey."""
-    from hobbit_jax.peers.llama_cpp import LlamaCpp, layers_on_cpu
+    from hobbit_jax.peers.llama import LlamaCpp, layers_on_cpu
 
     file = open_gguf(float_path)
     config = read_config(file)

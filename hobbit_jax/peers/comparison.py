@@ -35,7 +35,7 @@ OURS = "hobbit_jax.peers.ours:Ours"
 # Peer → its side, the packages it imports, and the extra that installs them.
 PEERS = {
     "torch": ("hobbit_jax.peers.pytorch:PyTorch", ("torch", "transformers")),
-    "llama_cpp": ("hobbit_jax.peers.llama_cpp:LlamaCpp", ("llama_cpp",)),
+    "llama_cpp": ("hobbit_jax.peers.llama:LlamaCpp", ("llama_cpp",)),
 }
 
 

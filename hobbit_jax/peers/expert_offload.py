@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 
 from hobbit_jax.architecture import ModelConfig
 from hobbit_jax.peers.hugging_face import (
+    HuggingFaceModel,
     dense_weights,
     empty_model,
     expert_weights,
@@ -74,7 +75,11 @@ class ExpertSlots:
         with torch.cuda.stream(self._copies):  # does nothing for None
             self._gate_up_SXD[slot].copy_(gate_up_EXD[expert], non_blocking=True)
             self._down_SDF[slot].copy_(down_EDF[expert], non_blocking=True)
-        return None if self._copies is None else self._copies.record_event()
+        if self._copies is None:
+            return None
+        arrived = torch.cuda.Event()
+        arrived.record(self._copies)
+        return arrived
 
 
 class OffloadedExperts(torch.nn.Module):
@@ -110,7 +115,7 @@ def load_offloaded(
     slots: int,
     dtype: torch.dtype,
     device: str,
-) -> tuple[torch.nn.Module, ExpertSlots]:
+) -> tuple[HuggingFaceModel, ExpertSlots]:
     """As `hugging_face.load`, with the experts in host memory and `slots` of them on `device`."""
     model = empty_model(config)
     host = []

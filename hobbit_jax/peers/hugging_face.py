@@ -12,10 +12,11 @@ it has no expert width for Qwen3 and loads a Mixtral file as a dense model witho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 
 from hobbit_jax.architecture import (
     OUTPUT,
@@ -24,6 +25,9 @@ from hobbit_jax.architecture import (
     ModelConfig,
     layer_tensors,
 )
+
+# A torch.nn.Module of transformers; PyTorch types each of its attributes as a tensor.
+HuggingFaceModel = Any
 
 # Our role → theirs within a layer; experts are apart.
 _LAYER_NAMES = {
@@ -47,7 +51,7 @@ def interleaved_to_halves(weights_NK: np.ndarray, n_heads: int) -> np.ndarray:
 
 def empty_model(
     config: ModelConfig, attention: str = "sdpa", experts: str | None = None
-) -> torch.nn.Module:
+) -> HuggingFaceModel:
     """The module without weights (on PyTorch's meta device), in float32.
 
     Args:
@@ -70,31 +74,32 @@ def empty_model(
         "experts_implementation": experts,
         "pad_token_id": None,
     }
+    library: Any = transformers  # its classes take what their types do not say
     if config.arch == "qwen3moe":
-        made = transformers.Qwen3MoeConfig(
+        made = library.Qwen3MoeConfig(
             **shared,
             head_dim=config.head_dim,
             num_experts=config.n_experts,
             moe_intermediate_size=config.d_expert,
             norm_topk_prob=config.renormalise_topk,
         )
-        kind = transformers.Qwen3MoeForCausalLM
+        kind = library.Qwen3MoeForCausalLM
     elif config.arch == "llama":
-        made = transformers.MixtralConfig(
+        made = library.MixtralConfig(
             **shared,
             head_dim=config.head_dim,
             num_local_experts=config.n_experts,
             intermediate_size=config.d_expert,
         )
-        kind = transformers.MixtralForCausalLM
+        kind = library.MixtralForCausalLM
     elif config.arch == "olmoe":
-        made = transformers.OlmoeConfig(
+        made = library.OlmoeConfig(
             **shared,
             num_experts=config.n_experts,
             intermediate_size=config.d_expert,
             norm_topk_prob=config.renormalise_topk,
         )
-        kind = transformers.OlmoeForCausalLM
+        kind = library.OlmoeForCausalLM
     else:
         raise NotImplementedError(f"architecture {config.arch!r} has no Hugging Face module here")
     with torch.device("meta"):
@@ -142,7 +147,7 @@ def expert_weights(
 
 
 def fill(
-    model: torch.nn.Module,
+    model: HuggingFaceModel,
     named: Iterable[tuple[str, np.ndarray]],
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -162,7 +167,7 @@ def fill(
         setattr(model.get_submodule(owner), last, torch.nn.Parameter(weight, requires_grad=False))
 
 
-def finish(model: torch.nn.Module, device: str = "cpu") -> torch.nn.Module:
+def finish(model: HuggingFaceModel, device: str = "cpu") -> HuggingFaceModel:
     """Ties the head where it is tied, and checks that every place was filled.
 
     Raises:
@@ -183,7 +188,7 @@ def load(
     device: str = "cpu",
     attention: str = "sdpa",
     experts: str | None = None,
-) -> torch.nn.Module:
+) -> HuggingFaceModel:
     """The whole model on `device`; arguments as of `empty_model` and `dense_weights`."""
     model = empty_model(config, attention, experts)
     fill(model, dense_weights(config, tensor), dtype, device)

@@ -15,8 +15,8 @@ from typing import Any
 
 import gguf
 import numpy as np
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 
 from hobbit_jax.architecture import read_config
 from hobbit_jax.gguf_file import GGUFFile, open_gguf
