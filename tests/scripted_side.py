@@ -48,3 +48,30 @@ class Scripted:
             "threads": len(os.sched_getaffinity(0)),
             "policy": os.environ["OMP_WAIT_POLICY"],
         }
+
+
+class Uniform:
+    """What `compare_model` makes as PyTorch: every token of V = 258 as probable as every other."""
+
+    def __init__(self, threads, model, context, mode, slots):
+        self.told = {"model": model, "context": context, "mode": mode, "slots": slots}
+
+    def score(self, ids_T):
+        return np.zeros((len(ids_T), 258), np.float32)
+
+    def prefill(self, ids_T):
+        return 0
+
+    def decode(self, token):
+        return 0
+
+    def facts(self):
+        return {
+            "program": "uniform",
+            "versions": {},
+            "precision": "none",
+            "slot_bytes": 1,
+            "threads": 1,
+            "device_peak_bytes": None,
+            **self.told,
+        }

@@ -207,6 +207,28 @@ def test_rows_longer_than_the_context(monkeypatch, two_banks_path):
         compare_model(request)
 
 
+def test_our_side(monkeypatch, tmp_path, two_banks_path):
+    """The engine in its child, under a budget, beside a peer that knows nothing."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setitem(PEERS, "torch", ("scripted_side:Uniform", ()))
+    text = tmp_path / "letters.txt"
+    text.write_text("the quick brown fox " * 20)
+    budget_bytes = 2**20
+    row = compare_model(
+        Request(two_banks_path, "torch", text, budget_bytes, None, "float32", 2, 20, 2, 12, 4, 1)
+    )
+    assert row["agreement"]["perplexity_peer"]["value"] == pytest.approx(258, rel=1e-6)
+    assert row["agreement"]["logit_std"] == 0 < row["agreement"]["logit_rms_difference"]
+    ours, peer = row["ours"], row["peer"]
+    assert (peer["context"], peer["mode"], peer["slots"]) == (20, "float32", ours["slots"])
+    assert 0 < ours["pool_bytes"] <= ours["budget_bytes"] == budget_bytes
+    assert 0 < ours["decode_hit_rate"] < 1 and ours["threads"] == 1
+    assert (row["model"]["name"], row["text"]["name"]) == ("tiny.gguf", "letters.txt")
+    del row["peer"]["model"]  # the peer's own doing
+    assert str(tmp_path) not in json.dumps(row)
+    assert any("| uniform float32 |" in line for line in render_peers([PeerRow(row)]))
+
+
 def random_trace(rng, n_tokens=200, n_layers=3, n_experts=8, k=2):
     ids_TLK = np.argsort(rng.random((n_tokens, n_layers, n_experts)) ** 3)[..., :k]
     weights_TLK = np.full(ids_TLK.shape, 1 / k, np.float32)

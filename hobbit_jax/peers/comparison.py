@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -163,6 +164,7 @@ def compare(
         ValueError, NotImplementedError, OSError, RuntimeError: what either program raised, after
             its name; both have ended then.
     """
+    load_before = os.getloadavg()[0]
     with Child(ours, "ours") as own:
         loaded_own = own.loaded()
         with Child(peer(own.facts()), "peer") as other:
@@ -175,7 +177,9 @@ def compare(
     for name, start, fact, peak in zip(("ours", "peer"), loaded, facts, peaks, strict=True):
         memory = {"before_model": start["before_model"], "peak": _as_dict(peak)}
         sides[name] = {**fact, "load_s": start["load_s"], "memory": memory}
-    return {**sides, "agreement": agreement, "speed": speed}
+    # Of the machine, over a minute: 1 is what a comparison makes itself on one core.
+    load = {"before": load_before, "after": os.getloadavg()[0]}
+    return {**sides, "agreement": agreement, "speed": speed, "load_average": load}
 
 
 def _as_dict(resident: ResidentBytes | None) -> dict[str, int] | None:

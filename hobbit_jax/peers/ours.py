@@ -9,7 +9,6 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hobbit_jax.engine import Engine
@@ -46,13 +45,13 @@ class Ours:
         """See `Side.prefill`."""
         self._count_decode()
         self._engine.start(1, self._context)
-        token = int(jnp.argmax(self._engine.prefill([ids_T.tolist()])[0]))
+        token = int(np.asarray(self._engine.prefill([ids_T.tolist()])).argmax())
         self._engine.pool.reset_stats()
         return token
 
     def decode(self, token: int) -> int:
         """See `Side.decode`."""
-        return int(jnp.argmax(self._engine.decode(np.asarray([token]))[0]))
+        return int(np.asarray(self._engine.decode(np.asarray([token]))).argmax())
 
     def _count_decode(self) -> None:
         stats = self._engine.pool.reset_stats()

@@ -25,7 +25,8 @@ _ABOUT_SPEED = (
     "Both are loaded at once, bound to the same cores, and take turns; a step ends when the host "
     "knows the next token. Medians of the turns with minimum and maximum; a ratio is ours over the "
     "peer's within a turn, above 1 where we are faster. The time to the first token is that of a "
-    "warm program."
+    "warm program. A load average above the cores used means that others ran beside: read the "
+    "ranges."
 )
 _ABOUT_MEMORY = (
     "Peak of a whole run in MiB, each program in a process of its own: what is in no file (heap, "
@@ -130,12 +131,13 @@ def _speed(peers: Sequence[PeerRow]) -> list[str]:
                 _range(prefill["ratio"], "×{:.2f}"),
                 " / ".join(f"{first[side]['median']:.3f}" for side in ("ours", "peer")),
                 f"{found['turns']} × ({found['prompt_tokens']} + {found['decode_tokens']})",
+                " / ".join(f"{peer.row['load_average'][when]:.1f}" for when in ("before", "after")),
             )
         )
     head = (
         *("model", "peer", "threads, ours/peer", "decode tokens/s, ours", "the peer's", "ratio"),
         *("prefill tokens/s, ours", "the peer's", "ratio", "first token s, ours / peer"),
-        "turns × (prompt + decoded)",
+        *("turns × (prompt + decoded)", "load average before / after"),
     )
     return markdown.table(head, rows)
 
