@@ -6,7 +6,6 @@ the user's says otherwise. Called by `comparison.py`.
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import json
 import os
@@ -30,6 +29,11 @@ _DEFAULTS = {
 }
 _ROOT = Path(__file__).resolve().parents[2]
 _LOG_LINES = 5
+# What a user can do something about keeps its kind; anything else says what the log ends with.
+_KEPT_ERRORS = {
+    kind.__name__: kind
+    for kind in (ValueError, NotImplementedError, FileNotFoundError, PermissionError, OSError)
+}
 
 
 def environment() -> dict[str, str]:
@@ -60,7 +64,8 @@ class Child:
         """Waits for the model: seconds of loading, and the process's memory before it.
 
         Raises:
-            ValueError, NotImplementedError, OSError, RuntimeError: as the program raised it.
+            ValueError, NotImplementedError, OSError: as the program raised it.
+            ChildProcessError: it raised something else, or ended.
         """
         if self._loaded is None:
             self._loaded = self._receive()
@@ -99,12 +104,15 @@ class Child:
         if not line:
             status = self._process.wait()
             how = f"by signal {-status}" if status < 0 else f"with status {status}"
-            raise RuntimeError(f"{self.name} ended {how}: {self._log_tail()}")
+            raise ChildProcessError(f"{self.name} ended {how}: {self._log_tail()}")
         reply = json.loads(line)
-        if "error" in reply:
-            kind = getattr(builtins, reply["error"], RuntimeError)
-            raise kind(f"{self.name}: {reply['text']}")
-        return reply
+        if "error" not in reply:
+            return reply
+        kind, text = _KEPT_ERRORS.get(reply["error"]), f"{self.name}: {reply['text']}"
+        if kind is None:
+            self._process.wait()
+            raise ChildProcessError(f"{text} ({reply['error']}; {self._log_tail()})")
+        raise kind(text)
 
     def _log_tail(self) -> str:
         self._log.seek(0)

@@ -92,7 +92,7 @@ def compare_model(request: Request) -> dict[str, Any]:
     Raises:
         NotImplementedError: the peer's library is not installed, or what it cannot do.
         ValueError: sizes that the model or the text do not allow, or another bad input.
-        RuntimeError: a program failed; says how.
+        OSError: a file, or a program that failed; says how.
     """
     factory = peer_factory(request.peer)
     file = open_gguf(request.model)
@@ -161,8 +161,8 @@ def compare(
         prompt_tokens: of a row, prefilled.
 
     Raises:
-        ValueError, NotImplementedError, OSError, RuntimeError: what either program raised, after
-            its name; both have ended then.
+        ValueError, NotImplementedError, OSError: what either program raised, after its name;
+            both have ended then.
     """
     load_before = os.getloadavg()[0]
     with Child(ours, "ours") as own:

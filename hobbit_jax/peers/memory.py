@@ -13,7 +13,7 @@ from pathlib import Path
 
 PERIOD_S = 0.02
 
-_PARTS = {"VmRSS": "total", "RssAnon": "anonymous", "RssFile": "file"}
+_PARTS = ("VmRSS", "RssAnon", "RssFile")  # in the order of `ResidentBytes`
 _HIGHEST_TOTAL = "VmHWM"
 
 
