@@ -15,12 +15,14 @@ import numpy as np
 class Scripted:
     """Logits [W, T, V] from a file; a sequence is the window that its first token names."""
 
-    def __init__(self, threads, logits, hold_bytes=0, mapped=None, step_s=0.0, fails=None):
+    def __init__(
+        self, threads, logits, hold_bytes=0, mapped=None, step_s=0.0, warm_up_s=0.0, fails=None
+    ):
         if fails == "load":
             raise ValueError("no such model")
         print("a library that talks on stdout", flush=True)
         self.logits_WTV = np.load(logits)
-        self.threads, self.step_s, self.fails = threads, step_s, fails
+        self.warm_up_s, self.step_s, self.fails = warm_up_s, step_s, fails
         self.held = np.ones(hold_bytes, np.uint8)
         self.file = None
         if mapped is not None:
@@ -35,8 +37,10 @@ class Scripted:
         return self.logits_WTV[ids_T[0], : len(ids_T)]
 
     def prefill(self, ids_T):
-        time.sleep(2 * self.step_s)
-        return int(ids_T[-1])
+        time.sleep(2 * self.step_s + self.warm_up_s)
+        token = int(ids_T[-1]) - (self.warm_up_s > 0)
+        self.warm_up_s = 0.0
+        return token
 
     def decode(self, token):
         if self.fails == "decode":

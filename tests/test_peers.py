@@ -126,7 +126,7 @@ def test_both_in_turns(scripted, tmp_path):
     """Everything that a row says of two programs whose logits, times and memory are known."""
     mapped = tmp_path / "weights"
     mapped.write_bytes(bytes(64 * MIB))
-    ours = scripted("ours", noise=0.1, step_s=0.04, mapped=str(mapped))
+    ours = scripted("ours", noise=0.1, step_s=0.04, mapped=str(mapped), warm_up_s=1.5)
     peer = scripted("peer", step_s=0.002, hold_bytes=96 * MIB)
     told = []
     row = run(ours, peer, told)
@@ -145,7 +145,9 @@ def test_both_in_turns(scripted, tmp_path):
     assert (speed["turns"], speed["prompt_tokens"], speed["decode_tokens"]) == (3, 2, 10)
     # 40 against 2 ms a step. On a busy machine a sleep is late, never early.
     assert speed["decode_tokens_per_second"]["ours"]["high"] <= 25
-    assert speed["first_token_s"]["ours"]["low"] >= 0.08
+    # The first turn is slow, says another token, and does not count.
+    assert 0.08 <= speed["first_token_s"]["ours"]["low"]
+    assert speed["first_token_s"]["ours"]["high"] < 1.5
     assert 0.04 < speed["decode_tokens_per_second"]["ratio"]["median"] < 0.8
     assert speed["prefill_tokens_per_second"]["peer"]["high"] <= 500
     assert speed["same_greedy_token"] == 1.0
