@@ -146,7 +146,7 @@ def test_both_in_turns(scripted, tmp_path):
     # 40 against 2 ms a step. On a busy machine a sleep is late, never early.
     assert speed["decode_tokens_per_second"]["ours"]["high"] <= 25
     # The first turn is slow, says another token, and does not count.
-    assert 0.08 <= speed["first_token_s"]["ours"]["low"]
+    assert speed["first_token_s"]["ours"]["low"] >= 0.08
     assert speed["first_token_s"]["ours"]["high"] < 1.5
     assert 0.04 < speed["decode_tokens_per_second"]["ratio"]["median"] < 0.8
     assert speed["prefill_tokens_per_second"]["peer"]["high"] <= 500
