@@ -18,6 +18,7 @@ from hobbit_jax.report.comparisons import (
     line_gap,
 )
 from hobbit_jax.report.frontier_results import FrontierResults
+from hobbit_jax.report.peers import PeerRow, render_peers
 from hobbit_jax.report.results import NATIVE, RANDOM, Plan, Results, Row, Setting
 from hobbit_jax.report.signals import render_compounding, render_signals
 from hobbit_jax.report.threats import threats
@@ -31,10 +32,12 @@ def render(
     drawn: Iterable[str] = figures.NAMES,
     frontier: FrontierResults | None = None,
     compounding: FrontierResults | None = None,
+    peers: Sequence[PeerRow] = (),
 ) -> str:
     """The document as Markdown; `drawn` names the figures that exist.
 
-    `frontier` and `compounding` are studies of quality alone that stand beside the sweep.
+    `frontier` and `compounding` are studies of quality alone that stand beside the sweep, `peers`
+    comparisons with other programs.
     """
     drawn = set(drawn)
     sections = [
@@ -43,7 +46,7 @@ def render(
         _rule(results, rule, answers),
         _quality(results, drawn),
         _signals(results, frontier, compounding, drawn),
-        _cost(results, rule, drawn),
+        [*_cost(results, rule, drawn), *_peers(peers)],
         _gaps(results),
         ["## 7. Threats to validity", "", *(f"- {text}" for text in threats(results, rule))],
         _reproduce(results),
@@ -325,6 +328,11 @@ def _cost(results: Results, rule: Rule, drawn: set[str]) -> list[str]:
         "How unequally experts are used (native routing). The nearer to the dotted line, the "
         "less a cache of hot experts can gain.",
     )
+
+
+def _peers(peers: Sequence[PeerRow]) -> list[str]:
+    lines = render_peers(peers)
+    return ["", "### Peers", "", *lines] if lines else []
 
 
 def _cost_table(results: Results, rule: Rule, setting: Setting) -> list[str]:

@@ -14,6 +14,7 @@ from hobbit_jax.report import figures
 from hobbit_jax.report.document import render, render_studies
 from hobbit_jax.report.frontier_figure import frontier_figure
 from hobbit_jax.report.frontier_results import is_frontier, load_frontier
+from hobbit_jax.report.peers import FOLDER, load_peers
 from hobbit_jax.report.read_results import load_results
 from hobbit_jax.report.results import NATIVE, RANDOM, Plan, Results
 from hobbit_jax.report.signals import FIGURE, render_compounding, render_signals
@@ -24,8 +25,9 @@ def write_report(workdir: Path) -> Path:
     """Writes `decision.md` and `figures/*.png` into `workdir`, each whole or not at all.
 
     Studies of quality alone in `workdir`/frontier and `workdir`/compounding become part of it;
-    where `workdir` itself is such a study, the document is about nothing else. A figure of an
-    earlier run that these rows do not give is removed.
+    where `workdir` itself is such a study, the document is about nothing else. Rows of
+    comparisons with other programs are read from `workdir`/peers. A figure of an earlier run that
+    these rows do not give is removed.
 
     Returns:
         The path of the document.
@@ -51,7 +53,8 @@ def write_report(workdir: Path) -> Path:
     }
     drawn = _write_figures(workdir, images)
     document = workdir / "decision.md"
-    text = render(results, rule, answers, drawn, frontier, compounding)
+    peers = load_peers(workdir / FOLDER)
+    text = render(results, rule, answers, drawn, frontier, compounding, peers)
     _write(document, text.encode())
     return document
 
