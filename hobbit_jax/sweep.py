@@ -1,8 +1,8 @@
-"""A sweep: cells in, one row each out, resumable at any point.
+"""Cells of a sweep: one row each.
 
-Owns the running of cells of any kind, and the kind that asks what a plan costs under a pool
-budget; `frontier.py` has the one that asks what it loses. Called by `scripts/sweep.py`, which
-turns a config file into cells. What cells of a model share is `workbench.py`.
+Owns how a cell of any kind becomes its row, and the kind that asks what a plan costs under a pool
+budget; `frontier.py` has the one that asks what it loses. Called by the workers of `launch/`;
+configs make the cells. What cells of a model share is `workbench.py`.
 """
 
 from __future__ import annotations
@@ -11,29 +11,35 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+import traceback
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from hobbit_jax.allocation import SIGNALS, allocate
 from hobbit_jax.cache.policies import SLRU
 from hobbit_jax.engine import Engine
 from hobbit_jax.evals import cost, quality, tasks
 from hobbit_jax.precision import PrecisionPlan, uniform_plan
-from hobbit_jax.rows import RowStore, machine, write_json
+from hobbit_jax.rows import machine
 from hobbit_jax.store import NATIVE, HostExperts
 from hobbit_jax.tiers import TierSpec
 from hobbit_jax.workbench import EvalSizes, Inputs, Workbench
 
 LOW_TIER = 1
+Row = dict[str, Any]
+
+# Of a cell that cannot be measured; another exception is a bug, and shows its traceback.
+_EXPECTED = (ValueError, NotImplementedError, RuntimeError, MemoryError, OSError)
 
 
 class SweepCell(Protocol):
-    """What `run_sweep` wants of a cell; a frozen dataclass."""
+    """What a sweep wants of a cell; a frozen dataclass that can be pickled.
+
+    One that runs as several processes (hosts) together has an integer `processes`; they have a
+    `jax.distributed` among them, `run` is called in each, and the first one's row is kept.
+    """
 
     @property
     def inputs(self) -> Inputs:
@@ -51,8 +57,17 @@ class SweepCell(Protocol):
         ...
 
     def run(self, bench: Workbench) -> dict[str, Any]:
-        """Measures, and returns everything of the row that is the cell's own."""
+        """Measures, and returns everything of the row that is the cell's own.
+
+        Long steps go through `bench.part`: a worker may be killed or preempted at any time, and
+        the next one takes finished parts from there.
+        """
         ...
+
+
+def processes(cell: SweepCell) -> int:
+    """How many processes run `cell` together."""
+    return getattr(cell, "processes", 1)
 
 
 def cell_digest(cell: Any) -> str:
@@ -107,16 +122,27 @@ class Cell:
         plan = make_plan(self, store, bench)
         policy = functools.partial(SLRU, protected_fraction=self.protected_fraction)
         engine = Engine(bench.model, store, int(self.budget_mib * 2**20), plan, policy)
-        decode = cost.measure(engine, bench.decode_ids_RS, self.sizes.decode_prompt_tokens)
-        pool = _pool_figures(engine)
-        measured, scores = _quality_and_tasks(self, bench, engine)
+
+        def decode() -> dict[str, Any]:
+            measured = cost.measure(engine, bench.decode_ids_RS, self.sizes.decode_prompt_tokens)
+            return {"decode": asdict(measured), "pool": _pool_figures(engine)}
+
+        def quality_of_plan() -> dict[str, Any]:
+            return asdict(quality.evaluate(engine, bench.windows, bench.native_logits_WTV))
+
+        def scores_of_plan() -> dict[str, Any] | None:
+            return tasks.evaluate_all(engine, bench.tokenizer, self.sizes.task_problems)
+
+        # Logits are the same bits at every budget (tests/test_engine.py), so cells that differ in
+        # the pool alone share quality and scores.
+        plan_digest = cell_digest(replace(self, budget_mib=0.0, protected_fraction=0.0))
+        measured = bench.part(f"decode-{self.name}", decode)
         selections_LE = bench.calibration().selections_LE
         return {
-            "quality": measured,
-            "tasks": scores,
+            "quality": bench.part(f"quality-{plan_digest}", quality_of_plan),
+            "tasks": bench.part(f"tasks-{plan_digest}", scores_of_plan),
             "store": store_figures(store, plan),
-            "pool": pool,
-            "decode": asdict(decode),
+            **measured,
             "routing": (
                 {"selections_LE": selections_LE.tolist()} if self.signal == "native" else None
             ),
@@ -168,26 +194,15 @@ def _pool_figures(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _quality_and_tasks(
-    cell: Cell, bench: Workbench, engine: Engine
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Quality and task scores of the cell's plan, measured once per plan in a process.
-
-    Logits are the same bits at every budget (tests/test_engine.py), so cells that
-    differ in the pool alone share them.
-    """
-    plan_only = replace(cell, budget_mib=0.0, protected_fraction=0.0)
-    if plan_only not in bench.measured:
-        measured = asdict(quality.evaluate(engine, bench.windows, bench.native_logits_WTV))
-        scores = tasks.evaluate_all(engine, bench.tokenizer, cell.sizes.task_problems)
-        bench.measured[plan_only] = (measured, scores)
-    return bench.measured[plan_only]
-
-
-def _run(cell: SweepCell, bench: Workbench) -> dict[str, Any]:
-    """One finished row."""
+def run_cell(cell: SweepCell, bench: Workbench) -> Row:
+    """The whole row of a cell; one that cannot be measured has a row too, with the reason."""
     began = time.monotonic()
-    found = cell.run(bench)
+    try:
+        found = cell.run(bench)
+    except Exception as error:
+        if not isinstance(error, _EXPECTED):
+            traceback.print_exc()
+        return failed_row(cell, f"{type(error).__name__}: {error}")
     provenance = {
         **machine(),
         "model_sha256": bench.model.file.sha256(),
@@ -205,51 +220,12 @@ def _run(cell: SweepCell, bench: Workbench) -> dict[str, Any]:
     }
 
 
-def run_sweep(
-    cells: Sequence[SweepCell], description: dict[str, Any], workdir: Path
-) -> tuple[int, int, int]:
-    """Runs every cell that has no finished row; a failing cell is recorded and the rest go on.
-
-    Args:
-        cells: in the order in which they run.
-        description: title, question, command, config and rule, kept as `sweep.json` for the
-            report.
-
-    Returns:
-        How many cells ran, were skipped as finished, and failed.
-
-    Raises:
-        ValueError, NotImplementedError, OSError: the model or the workdir cannot be used at all.
-    """
-    rows = RowStore(workdir)
-    rows.create()
-    names = [cell.name for cell in cells]
-    if len(set(names)) != len(names):
-        raise ValueError("two cells of the sweep are the same; check its axes for repetitions")
-    write_json(workdir / "sweep.json", {**description, "cells": names})
-    pending = [cell for cell in cells if not rows.finished(cell.name)]
-    failed = 0
-    benches: dict[tuple[Inputs, EvalSizes], Workbench] = {}
-    with tqdm(total=len(cells), initial=len(cells) - len(pending), unit="cell") as progress:
-        for cell in pending:
-            progress.set_description(cell.name.rsplit("-", 1)[0])
-            shared = (cell.inputs, cell.sizes)
-            if shared not in benches:
-                # Outside the cell's try: a model that does not open fails the sweep, not a cell.
-                benches[shared] = Workbench(*shared, workdir)
-            try:
-                row = _run(cell, benches[shared])
-            except (ValueError, NotImplementedError, RuntimeError, MemoryError) as error:
-                failed += 1
-                message = f"{type(error).__name__}: {error}"
-                progress.write(f"failed: {cell.name}: {message}")
-                row = {
-                    "cell": cell.name,
-                    "status": "failed",
-                    "error": message,
-                    "config": asdict(cell),  # pyright: ignore[reportArgumentType]
-                    "provenance": machine(),
-                }
-            rows.write(row)
-            progress.update()
-    return len(pending), len(cells) - len(pending), failed
+def failed_row(cell: SweepCell, error: str) -> Row:
+    """The row of a cell that failed for `error`."""
+    return {
+        "cell": cell.name,
+        "status": "failed",
+        "error": error,
+        "config": asdict(cell),  # pyright: ignore[reportArgumentType]
+        "provenance": machine(),
+    }
