@@ -7,7 +7,6 @@ python scripts/sweep.py --config C --workdir W --launcher=slurm --workers=8 \
 python scripts/sweep.py --config C --workdir W --launcher=ray --workers=8 --resources=CPU=4,GPU=1
 """
 
-import functools
 import importlib.util
 import json
 import shlex

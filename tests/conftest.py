@@ -37,3 +37,11 @@ def two_banks_path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("two_banks") / "tiny.gguf"
     write_model(TWO_BANKS, path)
     return path
+
+
+@pytest.fixture
+def workdir(tmp_path, two_banks_path) -> Path:
+    """For the launchers: a working directory to be made, beside their cells' inputs."""
+    (tmp_path / "tiny.gguf").symlink_to(two_banks_path)
+    (tmp_path / "text.txt").write_text("a text of some words " * 50)
+    return tmp_path / "work"

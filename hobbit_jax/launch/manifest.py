@@ -89,7 +89,7 @@ def _end_path(workdir: Path, driver: str, worker: str) -> Path:
 def write_end(
     workdir: Path, driver: str, worker: str, error: Exception | None, mistake: bool
 ) -> None:
-    """Says that `worker` ended by itself, for `error` if there was one: a user's mistake or ours."""
+    """Says that `worker` ended by itself, and if for an error, whether it is a user's mistake."""
     said = {} if error is None else {"message": str(error), "mistake": mistake}
     write_json(_end_path(workdir, driver, worker), said)
 

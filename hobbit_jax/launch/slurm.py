@@ -37,9 +37,17 @@ except ModuleNotFoundError as error:
 # Minutes; submitit's own 5 would be short for a cell.
 _DEFAULTS = {"time": 240, "job_name": "hobbit_jax"}
 _UNLIMITED = 10**6  # time-outs; `leases.py` bounds those that bring nothing
-_ENDED = (
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT"
-).split()
+_ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+}
 
 
 def connect(resources: Mapping[str, Any]) -> tuple[LauncherFactory, int]:

@@ -22,7 +22,6 @@ from hobbit_jax.rows import RowStore
 from hobbit_jax.sweep import SweepCell, failed_row, processes, run_cell
 from hobbit_jax.workbench import EvalSizes, Inputs, Workbench
 
-
 # A user's, such as a model that does not open; any other exception here is a bug.
 _MISTAKES = (ValueError, NotImplementedError, OSError, EOFError)
 
