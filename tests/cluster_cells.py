@@ -99,7 +99,8 @@ def note(text: str) -> None:
 
 def notes(workdir: Path, kind: str) -> list[list[str]]:
     """Notes of one kind: process id, kind, and the rest."""
-    lines = (line.split() for line in workdir.with_suffix(".log").read_text().splitlines())
+    log = workdir.with_suffix(".log")
+    lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
     return [line for line in lines if line[1] == kind]
 
 

@@ -1,9 +1,11 @@
 """Strictness for every test: no silent dtype or rank promotion anywhere in our arithmetic."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import launch_harness
 import pytest
 from tiny_models import TinyModel, write_model
 
@@ -40,8 +42,9 @@ def two_banks_path(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def workdir(tmp_path, two_banks_path) -> Path:
+def workdir(tmp_path, two_banks_path) -> Iterator[Path]:
     """For the launchers: a working directory to be made, beside their cells' inputs."""
     (tmp_path / "tiny.gguf").symlink_to(two_banks_path)
     (tmp_path / "text.txt").write_text("a text of some words " * 50)
-    return tmp_path / "work"
+    yield tmp_path / "work"
+    launch_harness.end_drivers()

@@ -1,5 +1,6 @@
 """What the launchers' tests share: driver processes, a killer of workers, and what rows must be."""
 
+import contextlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from hobbit_jax.sweep import run_cell
 from hobbit_jax.workbench import Workbench
 
 TESTS = Path(__file__).resolve().parent
+_started: list[subprocess.Popen] = []
 
 
 def environment(workdir: Path, pause_s: float = 0) -> dict[str, str]:
@@ -42,24 +44,31 @@ def driver(
 ) -> subprocess.Popen:
     """A driver process; its output is in `<workdir>.out`, `more` goes into its environment."""
     with workdir.with_suffix(".out").open("a") as out:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [
                 sys.executable, str(TESTS / "cluster_cells.py"), launcher, str(workdir), str(cells),
                 str(workers), *options,
             ],
             stdout=out, stderr=subprocess.STDOUT, env={**environment(workdir, pause_s), **more},
         )  # fmt: skip
+    _started.append(process)
+    return process
+
+
+def end_drivers() -> None:
+    """Kills what a failed test has left."""
+    for process in _started:
+        process.kill()
+        process.wait()
+    _started.clear()
 
 
 def output(workdir: Path) -> str:
     return workdir.with_suffix(".out").read_text()
 
 
-def finish(process: subprocess.Popen, workdir: Path, timeout_s: float = 240) -> None:
-    try:
-        assert process.wait(timeout_s) == 0, output(workdir)[-3000:]
-    finally:
-        process.kill()
+def finish(process: subprocess.Popen, workdir: Path, timeout_s: float = 420) -> None:
+    assert process.wait(timeout_s) == 0, output(workdir)[-3000:]
 
 
 def worker_pids(mark: str, workdir: Path) -> list[int]:
@@ -75,7 +84,7 @@ def worker_pids(mark: str, workdir: Path) -> list[int]:
     return found
 
 
-def wait_for(condition, process: subprocess.Popen, workdir: Path, timeout_s: float = 180) -> None:
+def wait_for(condition, process: subprocess.Popen, workdir: Path, timeout_s: float = 420) -> None:
     """Waits while `process` lives; fails with its output."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -89,25 +98,30 @@ def rows_written(workdir: Path) -> int:
 
 
 class Killer(threading.Thread):
-    """Kills a random one of `find()` every `period_s` or so, until it is stopped."""
+    """Kills a random one of `find()` every `period_s` or so, until it is stopped.
 
-    def __init__(self, find, period_s: float):
+    Mostly one that has begun a cell, so that on a slow machine not all die before they have.
+    """
+
+    def __init__(self, find, workdir: Path, period_s: float):
         super().__init__(daemon=True)
-        self.find, self.period_s, self.killed, self.over = find, period_s, 0, threading.Event()
-        self.random = random.Random(0)
+        self.find, self.workdir, self.period_s = find, workdir, period_s
+        self.killed, self.over, self.random = 0, threading.Event(), random.Random(0)
         self.start()
 
     def run(self):
         while not self.over.wait(self.period_s * self.random.uniform(0.5, 1.5)):
             pids = self.find()
+            if self.random.random() < 0.75:
+                begun = {int(line[0]) for line in cluster_cells.notes(self.workdir, "run")}
+                pids = [pid for pid in pids if pid in begun]
             if pids:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(self.random.choice(pids), signal.SIGKILL)
                     self.killed += 1
-                except ProcessLookupError:
-                    pass
 
     def stop(self) -> int:
+        """How many it killed."""
         self.over.set()
         self.join()
         return self.killed

@@ -25,7 +25,7 @@ SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
 # Credentials of a few seconds: a requeued job waits for its old ones to expire.
-AuthInfo=socket={folder}/munge.socket,cred_expire=4
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 SlurmctldPort={ctld_port}
 SlurmdPort={slurmd_port}
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -113,13 +113,15 @@ class SlurmCluster:
         self._wait("slurmd", lambda: self.run("sinfo", "-h", "-o", "%T").stdout.startswith("idle"))
 
     def _daemon(self, program: str, *arguments: str) -> None:
-        log = (self.folder / f"{program}.out").open("w")
-        self.daemons.append(
-            subprocess.Popen(
-                [shutil.which(program, path=self.path), *arguments],
-                stdout=log, stderr=subprocess.STDOUT, env=self.environment(),
+        with (self.folder / f"{program}.out").open("w") as log:
+            self.daemons.append(
+                subprocess.Popen(
+                    [shutil.which(program, path=self.path), *arguments],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=self.environment(),
+                )
             )
-        )  # fmt: skip
 
     def environment(self) -> dict[str, str]:
         """What a process needs to find this cluster and no other."""

@@ -133,18 +133,17 @@ def test_resources_are_read():
 
 @pytest.mark.cluster
 def test_200_cells_whose_workers_are_killed(workdir, monkeypatch):
-    """Workers die every second or two; after a while the driver does too, and a second takes over
-    while a third works beside it."""
+    """One every few seconds; after a while the driver too, and then two go on together."""
     expected = serial_rows(workdir, 200, monkeypatch)
     first = driver("local", workdir, 200, 2, pause_s=0.1)
-    killer = Killer(lambda: worker_pids(LOCAL_WORKER, workdir), 2.0)
+    killer = Killer(lambda: worker_pids(LOCAL_WORKER, workdir), workdir, 3.0)
     wait_for(lambda: rows_written(workdir) >= 60, first, workdir)
     first.kill()
     first.wait()
     beside = [driver("local", workdir, 200, 1, pause_s=0.1) for _ in range(2)]
     for process in beside:
         finish(process, workdir)
-    assert killer.stop() >= 10
+    assert killer.stop() >= 8
     check_rows(workdir, expected)
 
 

@@ -84,7 +84,7 @@ def test_slurm_jobs_are_killed_requeued_and_cancelled(slurm, workdir, monkeypatc
         done[how] += slurm.run(*command, draw.choice(jobs)).returncode == 0
         return []
 
-    killer = Killer(harm, 2.5)
+    killer = Killer(harm, workdir, 2.5)
     try:
         wait_for(lambda: rows_written(workdir) >= 20, first, workdir)
         first.kill()  # its jobs go on without it
@@ -106,20 +106,15 @@ def test_slurm_preempts_and_a_cell_goes_on_inside(slurm, workdir, monkeypatch):
     process = slurm_driver(slurm, workdir, 1, 1, pause_s=4)
 
     def parts() -> Counter:
-        log = workdir.with_suffix(".log")
-        return (
-            Counter(line[3] for line in cluster_cells.notes(workdir, "part"))
-            if (log.exists())
-            else Counter()
-        )
+        return Counter(line[3] for line in cluster_cells.notes(workdir, "part"))
 
     wait_for(lambda: parts()["1"] == 1, process, workdir)
     made = slurm.run("sbatch", "-p", "high", "-n4", "--output=/dev/null", "--wrap=sleep 3")
     assert made.returncode == 0, made.stderr
     finish(process, workdir)
-    assert parts() == {"0": 1, "1": 2, "2": 1}
-    log = next((workdir.parent).glob("work.out")).read_text()
-    assert "cells: 1 0 0" in log
+    # The part under way was lost, or, in the moments that Slurm grants, the one after it.
+    assert parts()["0"] == 1 and sum(parts().values()) == 4, parts()
+    assert "cells: 1 0 0" in output(workdir)
     check_rows(workdir, expected)
 
 
@@ -151,7 +146,7 @@ def test_ray_workers_are_killed(ray_installed, workdir, monkeypatch):
     """So is the driver, with all of its Ray; a second goes on. A worker loads its model once."""
     expected = serial_rows(workdir, 60, monkeypatch)
     first = driver("ray", workdir, 60, 2, *RAY_OPTIONS, pause_s=0.15, more=NO_NEWS)
-    killer = Killer(lambda: worker_pids(RAY_WORKER, workdir), 2.5)
+    killer = Killer(lambda: worker_pids(RAY_WORKER, workdir), workdir, 2.5)
     try:
         wait_for(lambda: rows_written(workdir) >= 20, first, workdir)
         first.kill()

@@ -26,6 +26,8 @@ from hobbit_jax.sweep import SweepCell, processes
 # In a row, without anything stored in between. More than a crash needs to be believed, since a
 # worker that was killed from outside looks the same.
 MAX_DEATHS = 10
+# In a row, before they took a cell: whatever is wrong is not the cells.
+_MAX_FRUITLESS = 20
 
 
 class Launcher(Protocol):
@@ -158,7 +160,7 @@ class _Run:
             if said is None:
                 died_at_work = self.leases.bury(name, reason, counts=True)
                 self.fruitless = 0 if died_at_work else self.fruitless + 1
-                if self.fruitless >= MAX_DEATHS:
+                if self.fruitless >= _MAX_FRUITLESS:
                     raise RuntimeError(
                         f"{self.fruitless} workers in a row ended before they took a cell; "
                         f"last: {reason}"
