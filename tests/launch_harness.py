@@ -11,16 +11,26 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 import cluster_cells
 
 from hobbit_jax import atomic
+from hobbit_jax.launch.driver import drive
+from hobbit_jax.launch.on_local import LocalLauncher
 from hobbit_jax.leases import Leases
 from hobbit_jax.sweep import run_cell
 from hobbit_jax.workbench import Workbench
 
 TESTS = Path(__file__).resolve().parent
 _started: list[subprocess.Popen] = []
+
+
+def run_sweep(cells, description, workdir: Path) -> tuple[int, int, int]:
+    """`drive` with one local worker, which is as strict about dtypes as conftest makes tests."""
+    strict = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
+    with mock.patch.dict(os.environ, strict):
+        return drive(cells, description, workdir, LocalLauncher, 1)
 
 
 def environment(workdir: Path, pause_s: float = 0) -> dict[str, str]:

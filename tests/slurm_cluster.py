@@ -150,11 +150,14 @@ class SlurmCluster:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Cancels what runs and ends the daemons."""
-        if (self.folder / "slurmctld.pid").exists():
-            for user in ("--signal=KILL", "--full"):
-                self.run("scancel", user, "-u", getpass.getuser())
-            self.run("scancel", "-u", getpass.getuser())
+        """Cancels what runs, which would outlive its daemon, and ends the daemons."""
+        if all(daemon.poll() is None for daemon in self.daemons):
+            user = ("-u", getpass.getuser())
+            self.run("scancel", "--full", "--signal=KILL", *user)
+            self.run("scancel", *user)
+            deadline = time.monotonic() + 20
+            while self.run("squeue", "-h", *user).stdout and time.monotonic() < deadline:
+                time.sleep(0.2)
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in reversed(self.daemons):

@@ -26,7 +26,7 @@ from launch_harness import (
 
 from hobbit_jax import atomic
 from hobbit_jax.launch import connect, parse_resources
-from hobbit_jax.launch.local import visible_gpus
+from hobbit_jax.launch.on_local import visible_gpus
 from hobbit_jax.leases import Leases
 from hobbit_jax.rows import RowStore
 

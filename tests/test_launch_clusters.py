@@ -66,8 +66,8 @@ def slurm_driver(slurm, workdir, cells, workers, *options, pause_s=0.0):
 
 def test_slurm_jobs_are_killed_requeued_and_cancelled(slurm, workdir, monkeypatch):
     """So is the driver; then one under Slurm and a local one finish the rest together."""
-    expected = serial_rows(workdir, 60, monkeypatch)
-    first = slurm_driver(slurm, workdir, 60, 3, pause_s=0.15)
+    expected = serial_rows(workdir, 24, monkeypatch)
+    first = slurm_driver(slurm, workdir, 24, 3, pause_s=0.15)
     draw, done = random.Random(0), Counter()
 
     def harm() -> list[int]:
@@ -86,16 +86,16 @@ def test_slurm_jobs_are_killed_requeued_and_cancelled(slurm, workdir, monkeypatc
 
     killer = Killer(harm, workdir, 2.5)
     try:
-        wait_for(lambda: rows_written(workdir) >= 20, first, workdir)
+        wait_for(lambda: rows_written(workdir) >= 8, first, workdir)
         first.kill()  # its jobs go on without it
         first.wait()
-        second = slurm_driver(slurm, workdir, 60, 2, pause_s=0.15)
-        beside = driver("local", workdir, 60, 1, pause_s=0.15)
+        second = slurm_driver(slurm, workdir, 24, 2, pause_s=0.15)
+        beside = driver("local", workdir, 24, 1, pause_s=0.15)
         finish(second, workdir)
         finish(beside, workdir)
     finally:
         done["kill"] = killer.stop()
-    assert sum(done.values()) >= 5, done
+    assert sum(done.values()) >= 4, done
     slurm.run("scancel", *slurm.jobs("all"))
     check_rows(workdir, expected)
 
@@ -144,21 +144,21 @@ def test_slurm_cell_of_two_processes(slurm, workdir):
 
 def test_ray_workers_are_killed(ray_installed, workdir, monkeypatch):
     """So is the driver, with all of its Ray; a second goes on. A worker loads its model once."""
-    expected = serial_rows(workdir, 60, monkeypatch)
-    first = driver("ray", workdir, 60, 2, *RAY_OPTIONS, pause_s=0.15, more=NO_NEWS)
+    expected = serial_rows(workdir, 24, monkeypatch)
+    first = driver("ray", workdir, 24, 2, *RAY_OPTIONS, pause_s=0.15, more=NO_NEWS)
     killer = Killer(lambda: worker_pids(RAY_WORKER, workdir), workdir, 2.5)
     try:
-        wait_for(lambda: rows_written(workdir) >= 20, first, workdir)
+        wait_for(lambda: rows_written(workdir) >= 8, first, workdir)
         first.kill()
         first.wait()
-        finish(driver("ray", workdir, 60, 2, *RAY_OPTIONS, pause_s=0.15, more=NO_NEWS), workdir)
+        finish(driver("ray", workdir, 24, 2, *RAY_OPTIONS, pause_s=0.15, more=NO_NEWS), workdir)
     finally:
         killed = killer.stop()
-    assert killed >= 3
+    assert killed >= 2
     check_rows(workdir, expected)
     runs = cluster_cells.notes(workdir, "run")
     assert len({(pid, bench) for pid, _, _, bench in runs}) == len({pid for pid, *_ in runs})
-    assert len({pid for pid, *_ in runs}) < 30
+    assert len({pid for pid, *_ in runs}) < len(runs)
 
 
 SMOKE = (

@@ -1,11 +1,11 @@
 """Running a sweep's cells in worker processes: on this machine, under Slurm, or under Ray.
 
-A launcher (`local.py`, `slurm.py`, `ray.py`) starts workers and says which have ended; that is all
-it does. A worker (`worker.py`) takes cells from the working directory until there are none. The
-driver (`driver.py`) starts workers while cells are left. What makes this right stands in the
-working directory and not in the scheduler: rows that appear whole and once (`rows.py`), leases
-(`leases.py`), and parts of cells (`workbench.py`). So any number of drivers and launchers may
-share a working directory, and any process of them may be killed at any time.
+A launcher (`on_local.py`, `on_slurm.py`, `on_ray.py`) starts workers and says which have ended, and
+that is all it does. A worker (`worker.py`) takes cells from the working directory until there are
+none. The driver (`driver.py`) starts workers while cells are left. What makes this right stands in
+the working directory and not in the scheduler: rows that appear whole and once (`rows.py`), leases
+(`leases.py`), and parts of cells (`workbench.py`). So any number of drivers and launchers may share
+a working directory, and any process of them may be killed at any time.
 
     workdir/rows/CELL.json      finished
     workdir/leases/             who is at which cell; empty when nothing runs
@@ -36,7 +36,7 @@ def connect(launcher: str, resources: Sequence[str]) -> tuple[LauncherFactory, i
     Raises:
         ValueError: it is not installed, finds no cluster, or knows no such resource.
     """
-    module = importlib.import_module(f"hobbit_jax.launch.{launcher}")
+    module = importlib.import_module(f"hobbit_jax.launch.on_{launcher}")
     return module.connect(parse_resources(resources))
 
 

@@ -31,7 +31,7 @@ _MAX_FRUITLESS = 20
 
 
 class Launcher(Protocol):
-    """Starts workers (`worker.py`) and says which have ended; see `local.py`."""
+    """Starts workers (`worker.py`) and says which have ended; see `on_local.py`."""
 
     poll_s: float  # between two looks
 

@@ -104,7 +104,7 @@ class Worker:
         return self._benches[key]
 
 
-def _broadcast(value: np.ndarray) -> np.ndarray:
+def _broadcast(value: np.int32) -> np.ndarray:
     from jax.experimental import multihost_utils  # starts a backend when imported
 
     return multihost_utils.broadcast_one_to_all(value)

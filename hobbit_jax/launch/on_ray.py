@@ -20,6 +20,7 @@ from hobbit_jax.launch.worker import Worker
 
 try:
     import ray  # pyright: ignore[reportMissingImports]
+    from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
     raise ValueError(
         "--launcher=ray wants Ray: pip install -c constraints.txt -e '.[ray]'"
@@ -97,7 +98,7 @@ class RayLauncher:
             try:
                 ray.get(task)
                 reason = "its Ray task returned"
-            except ray.exceptions.RayError as error:
+            except RayError as error:
                 said = next(iter(str(error).splitlines()), "")
                 reason = f"Ray says {type(error).__name__}: {said}"
             ended.append((name, reason))
