@@ -97,7 +97,10 @@ class Leases:
                 file.write(".")
 
     def finish(self, lease: Lease) -> None:
-        """Drops a lease whose thing is made, with the generations before it."""
+        """Drops a lease whose thing is there, with the generations before it.
+
+        A claim may still succeed afterwards: whoever has claimed looks for the thing first.
+        """
         self._held = [held for held in self._held if held != lease]
         for generation in range(lease.generation + 1):
             path = self._path(lease.name, generation)

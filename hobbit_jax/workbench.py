@@ -92,8 +92,10 @@ class Workbench:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     make()
                     self._leases.advance()
-            finally:
-                self._leases.finish(lease)
+            except BaseException:
+                self._leases.end(lease)
+                raise
+            self._leases.finish(lease)
         return path
 
     def part(self, name: str, measure: Callable[[], Any]) -> Any:

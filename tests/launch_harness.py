@@ -110,7 +110,8 @@ def rows_written(workdir: Path) -> int:
 class Killer(threading.Thread):
     """Kills a random one of `find()` every `period_s` or so, until it is stopped.
 
-    Mostly one that has begun a cell, so that on a slow machine not all die before they have.
+    But not before two rows were written since the last time, or on a slow machine all workers
+    would die before they have begun.
     """
 
     def __init__(self, find, workdir: Path, period_s: float):
@@ -120,11 +121,11 @@ class Killer(threading.Thread):
         self.start()
 
     def run(self):
+        rows = 0
         while not self.over.wait(self.period_s * self.random.uniform(0.5, 1.5)):
-            pids = self.find()
-            if self.random.random() < 0.75:
-                begun = {int(line[0]) for line in cluster_cells.notes(self.workdir, "run")}
-                pids = [pid for pid in pids if pid in begun]
+            if rows_written(self.workdir) < rows + 2:
+                continue
+            rows, pids = rows_written(self.workdir), self.find()
             if pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.random.choice(pids), signal.SIGKILL)

@@ -33,33 +33,35 @@ from hobbit_jax.rows import RowStore
 LOCAL_WORKER = "hobbit_jax.launch.worker"
 
 
-def test_one_claim_of_many_succeeds(tmp_path):
-    """Eight threads as eight owners claim, and end, the same names over and over."""
-    holders, clashes, taken = {}, [], []
+def test_each_thing_is_made_once_by_many(tmp_path):
+    """Eight owners at sixty things; half of the tries are given up and taken over by others."""
+    names = [f"{n // 10}.{n % 10}" for n in range(60)]
+    made, at_work, clashes = [], [], []
 
-    def claim(owner: str):
+    def work(owner: str):
         leases, draw = Leases(tmp_path, owner), random.Random(owner)
-        for _ in range(60):
-            lease = leases.claim([draw.choice("abc")])
+        while len(made) < len(names):
+            lease = leases.claim(draw.sample(names, 8))
             if lease is None:
                 continue
-            if holders.setdefault(lease.name, owner) != owner:
-                clashes.append(lease)
-            taken.append(lease)
-            time.sleep(0.001)
-            del holders[lease.name]
-            if draw.random() < 0.5:
-                leases.end(lease)
-            else:
-                leases.finish(lease)
+            if lease.name not in made:
+                clashes.extend(name for name in at_work if name == lease.name)
+                at_work.append(lease.name)
+                time.sleep(0.001)
+                at_work.remove(lease.name)
+                if draw.random() < 0.5:
+                    leases.end(lease)
+                    continue
+                made.append(lease.name)
+            leases.finish(lease)
         leases.close()
 
-    threads = [threading.Thread(target=claim, args=(str(n),)) for n in range(8)]
+    threads = [threading.Thread(target=work, args=(str(n),)) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not clashes and len(taken) > 50
+    assert sorted(made) == sorted(names) and not clashes
 
 
 def test_a_lease_lives_while_its_owner_does(tmp_path):
