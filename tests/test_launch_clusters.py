@@ -126,7 +126,7 @@ def test_slurm_time_runs_out_and_a_cell_goes_on_inside(slurm, workdir, monkeypat
     runs = len(cluster_cells.notes(workdir, "run"))
     parts = Counter(line[3] for line in cluster_cells.notes(workdir, "part"))
     # Each time-out costs the part that was under way, and no other.
-    assert 2 <= runs <= 5 and sum(parts.values()) == 3 + runs - 1, (runs, parts)
+    assert runs >= 2 and sum(parts.values()) == 3 + runs - 1, (runs, parts)
     check_rows(workdir, expected)
 
 
