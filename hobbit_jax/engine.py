@@ -15,17 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hobbit_jax.adaptive_split import AdaptiveSplit
 from hobbit_jax.cache.link import Link
 from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, Step, policy_factory
 from hobbit_jax.cache.pool import SlotPool, Use
 from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, Promoter, PromotionRule
+from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.decode_loop import Carry, Inputs, LoopSpec, Weights, decode_program, empty_carry
 from hobbit_jax.decode_report import Report
 from hobbit_jax.expert_kinds import ExpertKinds
 from hobbit_jax.loading import LoadedModel
 from hobbit_jax.miss_modes import LOW, MissMode, miss_mode
-from hobbit_jax.pool_sizing import DEFAULT_LOW_SHARE, pool_slots
+from hobbit_jax.pool_sizing import ADAPTIVE, DEFAULT_LOW_SHARE, LowShare, pool_slots
 from hobbit_jax.precision import SKIPPED, PrecisionPlan, uniform_plan
 from hobbit_jax.prefill import Prefill, RoutedLayer, logits, pad_tokens
 from hobbit_jax.sampling import Sampling, sample
@@ -47,8 +49,10 @@ class Engine:
         policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
         mode: what serves a selection whose copy is missing, by name (`miss_modes.py`) or as a
             setting; "off" leaves the plan and every low tier aside.
-        low_share: share of the budget (0-1) for low copies, where the mode keeps some.
+        low_share: share of the budget (0-1) for low copies, where the mode keeps some; "adaptive"
+            follows what is used, between sequences.
         promotion: how eagerly a mode that promotes does so.
+        warm: which experts are resident before the first token, and which for good.
         chunk_tokens: tokens of one prefill step, over all sequences.
         link: the way to the device; None is JAX's own copy.
         staging_bytes: device bytes beside the pool for uploads ahead of their use; None is as much
@@ -68,8 +72,9 @@ class Engine:
         plan: PrecisionPlan | None = None,
         policy: str | PolicyFactory = DEFAULT_POLICY,
         mode: str | MissMode = "wait",
-        low_share: float = DEFAULT_LOW_SHARE,
+        low_share: LowShare = DEFAULT_LOW_SHARE,
         promotion: PromotionRule = DEFAULT_PROMOTION,
+        warm: WarmStart | None = None,
         chunk_tokens: int = 2048,
         link: Link | None = None,
         staging_bytes: int | None = None,
@@ -88,7 +93,17 @@ class Engine:
         )
         if self.mode.low_banks == "all":
             self.pool.load_all(LOW)
-        self._promoter = Promoter(promotion) if self.mode.promotes else None
+        if warm is not None:
+            warm.fill(self.pool, self.plan, self.mode)
+        self._promoter = None
+        if self.mode.promotes:
+            self._promoter = Promoter(promotion, self.pool.evicted_for)
+            self.pool.on_use = self._promoter.note_served
+        self.split = None
+        if low_share == ADAPTIVE and self.mode.low_banks == "cache":
+            factory = policy_factory(policy)
+            self.split = AdaptiveSplit(self.pool, self.plan, self.mode, factory, promotion, warm)
+            self.watch = self.split.watching(watch)
         n_layers, n_experts = self.config.n_layers, self.config.n_experts
         self._prefetcher = Prefetcher(prefetch, n_layers, n_experts) if prefetch else None
         self._look_ahead = prefetch.distance if prefetch and prefetch.asks_routers else 0
@@ -116,6 +131,8 @@ class Engine:
                 f"{context} tokens exceed the model's context of {self.config.context_length}"
             )
         self.pool.drop_expected()
+        if self.split is not None:
+            self.split.begin_sequences()
         self._carry = empty_carry(self.config, batch, context)
         self._lengths_B = np.zeros(batch, np.int32)
 

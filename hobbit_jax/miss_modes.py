@@ -13,10 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
-
-from hobbit_jax.precision import SKIPPED, importance_score
+from hobbit_jax.precision import SKIPPED, Array, importance_score
 from hobbit_jax.store import NATIVE
 
 # The one low tier that misses may be served from.
@@ -42,10 +39,10 @@ class MissMode:
     promotes: bool = False
     leaves_low: bool = False
 
-    def serve(
-        self, asked_TK: jax.Array, weights_TK: jax.Array, resident_tTK: jax.Array
-    ) -> jax.Array:
+    def serve(self, asked_TK: Array, weights_TK: Array, resident_tTK: Array) -> Array:
         """The tier that serves each selection, int32 [T, K]; `SKIPPED` for none.
+
+        Runs on JAX arrays in compiled programs, and on NumPy's where routing is replayed.
 
         Args:
             asked_TK: int32, the plan's tiers.
@@ -55,11 +52,13 @@ class MissMode:
         if self.low_banks == "none":
             return asked_TK
         missed_TK = (asked_TK == NATIVE) & ~resident_tTK[NATIVE]
-        return jnp.where(missed_TK, self._instead(weights_TK, resident_tTK), asked_TK)
+        xp = asked_TK.__array_namespace__()
+        return xp.where(missed_TK, self._instead(weights_TK, resident_tTK), asked_TK)
 
-    def _instead(self, weights_TK: jax.Array, resident_tTK: jax.Array) -> jax.Array:
+    def _instead(self, weights_TK: Array, resident_tTK: Array) -> Array:
         """The tier that serves a selection whose native copy is missing."""
-        return jnp.full(weights_TK.shape, LOW, jnp.int32)
+        xp = weights_TK.__array_namespace__()
+        return xp.full(weights_TK.shape, LOW, dtype=xp.int32)
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,9 @@ class UseLowIfResident(MissMode):
     promotes: bool = True
     leaves_low: bool = True
 
-    def _instead(self, weights_TK: jax.Array, resident_tTK: jax.Array) -> jax.Array:
-        return jnp.where(resident_tTK[LOW], LOW, NATIVE)
+    def _instead(self, weights_TK: Array, resident_tTK: Array) -> Array:
+        xp = weights_TK.__array_namespace__()
+        return xp.where(resident_tTK[LOW], xp.int32(LOW), xp.int32(NATIVE))
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,11 @@ class Hobbit(MissMode):
     high: float = 0.6
     skip: float = 0.9
 
-    def _instead(self, weights_TK: jax.Array, resident_tTK: jax.Array) -> jax.Array:
+    def _instead(self, weights_TK: Array, resident_tTK: Array) -> Array:
         score_TK = importance_score("cumulative_weight", weights_TK)
-        low_TK = jnp.where(score_TK > self.skip, SKIPPED, LOW)
-        return jnp.where(score_TK > self.high, low_TK, NATIVE)
+        xp = weights_TK.__array_namespace__()
+        low_TK = xp.where(score_TK > self.skip, xp.int32(SKIPPED), xp.int32(LOW))
+        return xp.where(score_TK > self.high, low_TK, xp.int32(NATIVE))
 
 
 WAIT = MissMode()

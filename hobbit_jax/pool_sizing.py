@@ -6,8 +6,10 @@ the division itself is `cache/budget.py`'s. Called by the engine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from hobbit_jax.cache.budget import BankDemand, divide_budget, divide_tiers
 from hobbit_jax.miss_modes import LOW, MissMode
@@ -16,6 +18,28 @@ from hobbit_jax.store import NATIVE, HostExperts
 from pallas_kernels.reference import Signature
 
 DEFAULT_LOW_SHARE = 0.5
+# `low_share` may be this: it begins at the default and follows what is used (adaptive_split.py).
+ADAPTIVE = "adaptive"
+CANDIDATE_SHARES = (0.1, 0.2, 0.35, DEFAULT_LOW_SHARE, 0.65, 0.8, 0.9)
+
+LowShare = float | Literal["adaptive"]
+
+
+def low_share(text: str) -> LowShare:
+    """A share as scripts and configs give it: "adaptive", or a number from 0 to 1.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    if text == ADAPTIVE:
+        return ADAPTIVE
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise ValueError(f"low_share is {text!r}; want {ADAPTIVE} or 0 to 1")
+    return share
 
 
 def _total_bytes(wanted: Sequence[BankDemand]) -> int:
@@ -31,7 +55,7 @@ def pool_slots(
     mode: MissMode,
     store: HostExperts,
     budget_bytes: int | None,
-    low_share: float,
+    low_share: LowShare,
 ) -> tuple[dict[Signature, int], int]:
     """Slots per bank, and the bytes that would hold everything anyone may ask for.
 
@@ -41,7 +65,7 @@ def pool_slots(
         store: experts at every tier.
         budget_bytes: of the pool; None holds everything.
         low_share: of the budget for low copies (0-1), where the mode keeps some; a mode that keeps
-            all of them takes what they need.
+            all of them takes what they need. "adaptive" begins at the default.
 
     Raises:
         ValueError: the budget is too small (says what it needs), or the mode needs a low tier
@@ -68,5 +92,6 @@ def pool_slots(
     if mode.low_banks == "all":
         low = [replace(demand, min_slots=demand.n_experts) for demand in low]
     total = _total_bytes([*native, *low])
-    slots = divide_tiers(native, low, total if budget_bytes is None else budget_bytes, low_share)
+    share = DEFAULT_LOW_SHARE if low_share == ADAPTIVE else low_share
+    slots = divide_tiers(native, low, total if budget_bytes is None else budget_bytes, share)
     return slots, total

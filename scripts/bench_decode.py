@@ -21,6 +21,7 @@ from hobbit_jax.engine import Engine
 from hobbit_jax.evals import decode_bench, host_overhead, prefill_bench, quality
 from hobbit_jax.evals.prediction import prediction_accuracy
 from hobbit_jax.loading import load_model
+from hobbit_jax.pool_sizing import low_share
 from hobbit_jax.rows import machine, write_json
 from hobbit_jax.store import HostExperts
 from hobbit_jax.tiers import TierSpec, open_tier
@@ -28,7 +29,9 @@ from hobbit_jax.tiers import TierSpec, open_tier
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _LOW_FORMAT = flags.DEFINE_string("low_format", "Q2_K", "of the low tier")
 _BUDGETS_MIB = flags.DEFINE_list("budgets_mib", ["1", "2", "4", "5"], "expert pools")
-_LOW_SHARES = flags.DEFINE_list("low_shares", ["0.5", "0.8"], "of the pool for low copies")
+_LOW_SHARES = flags.DEFINE_list(
+    "low_shares", ["0.5", "0.8"], "of the pool for low copies; 0 to 1, or adaptive"
+)
 _TURNS = flags.DEFINE_integer("turns", 6, "rows decoded under each setting, after a warm-up", 2)
 _LINK_GB_S = flags.DEFINE_string(
     "link_gb_s", None, "bandwidth of an emulated link, or card: copies as dear as on a 12 GB card"
@@ -67,7 +70,7 @@ def main(_):
     link = (DirectLink() if link_gb_s is None else PacedLink(link_gb_s)).describe()
     for budget_mib in map(float, _BUDGETS_MIB.value):
         budget = int(budget_mib * 2**20)
-        groups = [decode_bench.mode_settings(store, budget, map(float, _LOW_SHARES.value))]
+        groups = [decode_bench.mode_settings(store, budget, map(low_share, _LOW_SHARES.value))]
         if link_gb_s is not None:
             groups.append(decode_bench.prefetch_settings(store, budget))
         for listed in groups:

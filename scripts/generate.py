@@ -1,10 +1,11 @@
 """Continues a prompt, streaming the text, and reports what the expert pool did.
 
     python scripts/generate.py --model M.gguf --prompt "def fib(n):" --max_new_tokens 64 \\
-        --budget_mib 4 [--miss_mode floor --low_format Q2_K] [--temperature 0.8 --seed 1]
+        --budget_mib 4 [--miss_mode floor --low_format Q2_K] [--profile P] [--temperature 0.8]
 
 Text goes to stdout, the report to stderr. Without --budget_mib every expert is resident. A
---miss_mode that uses low copies makes them first, once, in out/tiers.
+--miss_mode that uses low copies makes them first, once, in out/tiers. A --profile is what
+scripts/profile.py writes: its most used experts are loaded before the first token.
 """
 
 import sys
@@ -13,9 +14,13 @@ from pathlib import Path
 from absl import flags
 
 from hobbit_jax import cli, reference
+from hobbit_jax.cache.warm_start import WarmStart
+from hobbit_jax.calibration import Calibration
 from hobbit_jax.engine import Engine
+from hobbit_jax.gguf_file import GGUFFile
 from hobbit_jax.loading import load_model
 from hobbit_jax.miss_modes import MISS_MODES
+from hobbit_jax.pool_sizing import DEFAULT_LOW_SHARE, low_share
 from hobbit_jax.sampling import Sampling
 from hobbit_jax.step_stats import StepStats
 from hobbit_jax.store import HostExperts
@@ -33,6 +38,11 @@ _MISS_MODE = flags.DEFINE_enum(
     "miss_mode", "off", MISS_MODES, "what serves an expert that is not resident (miss_modes.py)"
 )
 _LOW_FORMAT = flags.DEFINE_string("low_format", "Q2_K", "of the low copies, where a mode has some")
+_LOW_SHARE = flags.DEFINE_string(
+    "low_share", str(DEFAULT_LOW_SHARE), "of the pool for low copies, 0 to 1, or adaptive"
+)
+_PROFILE = flags.DEFINE_string("profile", None, "of this model, for a warm start")
+_PIN_SHARE = flags.DEFINE_float("pin_share", 0.0, "of each bank, by --profile, never evicted", 0.0)
 _TOKENS_PER_CALL = flags.DEFINE_integer("tokens_per_call", 1, "decoded between two prints", 1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "probability mass to sample from")
@@ -59,6 +69,16 @@ def report(engine: Engine, steps: list[StepStats]) -> str:
     return "\n".join(lines)
 
 
+def warm_start(file: GGUFFile) -> WarmStart | None:
+    """What --profile asks for."""
+    if _PROFILE.value is None:
+        if _PIN_SHARE.value:
+            raise ValueError("--pin_share needs a --profile, which says whom to pin")
+        return None
+    profile = Calibration.load(Path(_PROFILE.value), file.sha256())
+    return WarmStart(profile.selections_LE, _PIN_SHARE.value)
+
+
 def main(_):
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
     model = load_model(_MODEL.value or reference.model_path(), _IMPLEMENTATION.value)
@@ -73,7 +93,10 @@ def main(_):
             open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), Path("out/tiers"))
         )
     store = HostExperts(model.config, model.file, low)
-    engine = Engine(model, store, budget_bytes, mode=_MISS_MODE.value)
+    engine = Engine(
+        model, store, budget_bytes, mode=_MISS_MODE.value,
+        low_share=low_share(_LOW_SHARE.value), warm=warm_start(model.file),
+    )  # fmt: skip
     stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     steps: list[StepStats] = []
 

@@ -3,10 +3,13 @@
     python scripts/replay.py --trace T.npz --capacity 416 --policy lru,slru,recall
     python scripts/replay.py --trace T.npz --capacity 416 --policy slru --plan frequency \\
         --low_share 0.9
+    python scripts/replay.py --trace T.npz --capacity 416 --policy slru --miss_mode fetch_low \\
+        --low_share adaptive [--profile P.npz --pin_share 0.25]
 
 A trace is an .npz of expert_ids [tokens, layers, K], weights (the same shape) and seq_lens. A cold
 start; demand misses only. --policy all runs every policy, Belady's bound included. --capacity is in
-native slots; the plans other than native get the same bytes (`hobbit_jax/cache/replay.py`).
+native slots; the plans other than native get the same bytes (`hobbit_jax/cache/replay.py`). With a
+--miss_mode, --profile warms the cache up (`hobbit_jax/mode_replay.py`); off is the native cache.
 """
 
 import json
@@ -17,6 +20,9 @@ from absl import flags
 from hobbit_jax import cli
 from hobbit_jax.cache.replay import PLANS, REPLAY_POLICIES, lay_out, replay
 from hobbit_jax.cache.trace import read_trace
+from hobbit_jax.miss_modes import MISS_MODES
+from hobbit_jax.mode_replay import ModeSetting, replay_mode
+from hobbit_jax.pool_sizing import ADAPTIVE, low_share
 
 # Defaults are an expert of DeepSeek-V2-Lite, three matrices of 2048 x 1408, at 4.5 and 2.625 bits.
 _WEIGHTS = 3 * 2048 * 1408
@@ -27,12 +33,19 @@ _POLICY = flags.DEFINE_list(
     "policy", None, f"all, or of {', '.join(REPLAY_POLICIES)}", required=True
 )
 _PLAN = flags.DEFINE_enum("plan", "native", PLANS, "which selections run at low precision")
-_LOW_SHARE = flags.DEFINE_float("low_share", 0.5, "of selections or pairs that run low")
+_LOW_SHARE = flags.DEFINE_string(
+    "low_share", "0.5", "of selections or pairs that run low; of the bytes, in a miss mode"
+)
+_MISS_MODE = flags.DEFINE_enum("miss_mode", None, MISS_MODES, "instead of a plan (miss_modes.py)")
+_PIN_SHARE = flags.DEFINE_float("pin_share", 0.0, "of each bank, by --profile, never evicted", 0.0)
 _EXPERT_BYTES = flags.DEFINE_integer("expert_bytes", _WEIGHTS * 9 // 16, "of a native expert")
 _LOW_BYTES = flags.DEFINE_integer("low_bytes", _WEIGHTS * 21 // 64, "of a low expert")
 _N_EXPERTS = flags.DEFINE_integer("n_experts", None, "of a layer; by the highest id by default")
 _PROFILE = flags.DEFINE_string(
-    "profile", None, "trace that pinned_static and --plan frequency learn from; --trace by default"
+    "profile",
+    None,
+    "trace to learn from: pinned_static and --plan frequency (--trace by default), "
+    "and the warm start of a miss mode (cold by default)",
 )
 
 
@@ -51,10 +64,19 @@ def main(_):
                 f"{trace.name} has {list(trace.uses_LE.shape)}"
             )
     capacity = int(_CAPACITY.value or 0)
-    layout = lay_out(
-        trace, capacity, _EXPERT_BYTES.value, _PLAN.value, _LOW_BYTES.value, _LOW_SHARE.value,
-        profile,
-    )  # fmt: skip
+    expert_bytes, low_bytes = _EXPERT_BYTES.value, _LOW_BYTES.value
+    share = low_share(_LOW_SHARE.value)
+    if _MISS_MODE.value is not None:
+        for name in names:
+            setting = ModeSetting(
+                _MISS_MODE.value, name, capacity, expert_bytes, low_bytes, share, _PIN_SHARE.value
+            )
+            uses_LE = None if profile is None else profile.uses_LE
+            print(json.dumps(replay_mode(trace, setting, uses_LE)), flush=True)
+        return
+    if share == ADAPTIVE or _PIN_SHARE.value:
+        raise ValueError("an adaptive low_share and a pin_share need a --miss_mode")
+    layout = lay_out(trace, capacity, expert_bytes, _PLAN.value, low_bytes, share, profile)
     for name in names:
         print(json.dumps(replay(trace, name, layout, capacity, profile)), flush=True)
 

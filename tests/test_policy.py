@@ -75,7 +75,7 @@ def play(name: str, capacity: int, seed: int) -> list:
             if not hit:
                 admit(key, keys)
         other = KEYS[rng.integers(len(KEYS))]
-        action = rng.choice(["none", "ahead", "pin", "unpin", "remove"])
+        action = rng.choice(["none", "ahead", "pin", "unpin", "remove", "resize"])
         if action == "ahead" and other not in resident:
             admit(other, ())
         elif action == "pin" and other in resident and len(pinned) < capacity - K:
@@ -87,6 +87,16 @@ def play(name: str, capacity: int, seed: int) -> list:
         elif action == "remove" and other in resident - pinned:
             policy.remove(other)
             resident.remove(other)
+        elif action == "resize":
+            least = max(1, len(pinned))
+            with pytest.raises(ValueError, match=f"want at least {least}"):
+                policy.resize(least - 1)
+            capacity = int(rng.integers(least, len(KEYS) + 1))
+            evicted = policy.resize(capacity)
+            assert policy.capacity == capacity and set(evicted) <= resident - pinned
+            assert len(evicted) == max(0, len(resident) - capacity)
+            resident -= set(evicted)
+            log.append(evicted)
         elif action in ("pin", "remove") and other not in resident:
             with pytest.raises(KeyError):
                 getattr(policy, str(action))(other)

@@ -15,7 +15,7 @@ not before. So what is resident, and every result, is the same with them and wit
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +56,12 @@ def _write_slot(
     # Without a victim its row is past the table's end, and the write is dropped.
     table_UE = table_UE.at[change[3], change[4]].set(ABSENT, mode="drop")
     return Bank(*written), table_UE.at[change[1], change[2]].set(slot)
+
+
+def _delete(bank: Bank) -> None:
+    """Gives a bank's device memory back at once."""
+    for plane in jax.tree.leaves(bank):
+        plane.delete()
 
 
 @dataclass
@@ -122,6 +128,7 @@ class SlotPool:
         self._slot_of: dict[ExpertKey, int] = {}
         self._staged: dict[ExpertKey, Upload] = {}  # get a slot at `commit`
         self._expected: dict[ExpertKey, Upload] = {}  # get one when they are needed
+        self.on_use: Callable[[Iterable[ExpertKey]], object] | None = None  # hears of each step
         for signature, n_slots in slots.items():
             self.banks[signature] = self._empty_bank(signature, n_slots)
             self.policies[signature] = policy(n_slots)
@@ -193,6 +200,8 @@ class SlotPool:
         for key, weight, native in uses:
             hit = self.policies[self.store.signature(key)].access(key, weight, native)
             (self.stats.hits if hit else self.stats.misses)[key] += 1
+        if self.on_use is not None:
+            self.on_use(use.key for use in uses)
         for key, weight, native in wished:
             if (policy := self.policies.get(self.store.signature(key))) is not None:
                 policy.access(key, weight, native)
@@ -354,6 +363,10 @@ class SlotPool:
         self._free[signature] = list(range(n_slots))[::-1]
         if any(plane.is_deleted() for plane in jax.tree.leaves(self.banks[signature])):
             self.banks[signature] = self._empty_bank(signature, n_slots)
+        self._write_table()
+
+    def _write_table(self) -> None:
+        """Makes the device's table anew from the host's copy."""
         table_UE = np.full(self.table_UE.shape, ABSENT, np.int32)
         for key, slot in self._slot_of.items():
             table_UE[self._cell(key)] = slot
@@ -391,6 +404,76 @@ class SlotPool:
         """Gives pinned experts back to the policy."""
         for key in keys:
             self.policies[self.store.signature(key)].unpin(key)
+
+    def evicted_for(self, key: ExpertKey) -> ExpertKey | None:
+        """Whom the arrival of `key` would evict; None if a slot is free or it has no bank."""
+        signature = self.store.signature(key)
+        if signature not in self.banks or self._free[signature]:
+            return None
+        return self.policies[signature].victim()
+
+    def resize(self, slots: Mapping[Signature, int]) -> None:
+        """Divides the budget anew between the same banks; residents stay where there is room.
+
+        Only between two steps. Whom a bank loses is its policy's choice. The old arrays are given
+        up before the new ones are made, so that the budget is kept at every moment; the residents
+        of a bank that changes are uploaded again, which `bytes_moved` counts. Uploads that are
+        staged are forgotten.
+
+        Raises:
+            ValueError: other banks, more bytes than the budget, or fewer slots than are pinned;
+                the pool is as before.
+        """
+        self._check_division(slots)
+        changed = [s for s in self.slots if slots[s] != self.slots[s]]
+        self._staged.clear()
+        self.drop_expected()
+        try:
+            for signature in changed:
+                for victim in self.policies[signature].resize(slots[signature]):
+                    del self._slot_of[victim]
+                _delete(self.banks[signature])
+            for signature in changed:
+                self._refill(signature, slots[signature])
+        except BaseException:
+            # Banks, table and policies that do not fit together hold nothing.
+            for signature in changed:
+                _delete(self.banks[signature])
+                self.slots[signature] = slots[signature]
+                self._empty(signature)
+                self.policies[signature].resize(slots[signature])
+            raise
+        self._write_table()
+
+    def _check_division(self, slots: Mapping[Signature, int]) -> None:
+        if slots.keys() != self.slots.keys():
+            raise ValueError(f"got slots for banks {list(slots)}; want {list(self.slots)}")
+        expert_bytes = {e.signature: e.expert_bytes for tier in self.store.tiers for e in tier}
+        needed = sum(expert_bytes[signature] * n for signature, n in slots.items())
+        if needed > self.budget_bytes:
+            raise ValueError(f"slots take {needed} bytes; the budget is {self.budget_bytes}")
+        for signature, policy in self.policies.items():
+            least = max(1, len(policy.pinned))
+            if slots[signature] < least:
+                raise ValueError(
+                    f"{slots[signature]} slots for bank {signature}; want at least {least} "
+                    f"({len(policy.pinned)} experts are pinned)"
+                )
+
+    def _refill(self, signature: Signature, n_slots: int) -> None:
+        """Makes a bank of `n_slots` with the residents that its policy kept."""
+        residents = [key for key in self._slot_of if self.store.signature(key) == signature]
+        self.slots[signature] = n_slots
+        self.banks[signature] = self._empty_bank(signature, n_slots)
+        for slot, key in enumerate(residents):
+            change = np.asarray([slot, *self._cell(key), *self._cell(None)], np.int32)
+            with _named(key):
+                raw = self._send(key).wait()
+            self.banks[signature], self.table_UE = _write_slot(
+                self.banks[signature], self.table_UE, raw, change, signature
+            )
+            self._slot_of[key] = slot
+        self._free[signature] = list(range(len(residents), n_slots))[::-1]
 
     def reset_stats(self) -> PoolStats:
         """Returns the counts so far and starts again from zero."""

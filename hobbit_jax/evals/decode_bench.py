@@ -26,6 +26,7 @@ from hobbit_jax.engine import Engine
 from hobbit_jax.loading import LoadedModel
 from hobbit_jax.miss_modes import MISS_MODES
 from hobbit_jax.model import KVCache, attend
+from hobbit_jax.pool_sizing import DEFAULT_LOW_SHARE, LowShare
 from hobbit_jax.precision import PrecisionPlan, uniform_plan
 from hobbit_jax.store import HostExperts
 from pallas_kernels.expert_ffn import expert_ffn
@@ -43,7 +44,7 @@ class Setting:
     name: str
     mode: str
     budget_bytes: int | None
-    low_share: float = 0.5
+    low_share: LowShare = DEFAULT_LOW_SHARE
     promotion: PromotionRule = DEFAULT_PROMOTION
     plan: PrecisionPlan | None = None
     options: dict[str, Any] = field(default_factory=dict)  # further ones of `Engine`
@@ -138,7 +139,7 @@ def card_link(
 
 
 def mode_settings(
-    store: HostExperts, budget_bytes: int, low_shares: Iterable[float]
+    store: HostExperts, budget_bytes: int, low_shares: Iterable[LowShare]
 ) -> list[Setting]:
     """Native first; then the uniform rival, and each mode at each split that differs."""
     listed, shares = [Setting("native", "off", budget_bytes)], list(low_shares)
@@ -146,8 +147,7 @@ def mode_settings(
     for name, mode in MISS_MODES.items():
         if mode.low_banks == "cache":
             listed += [
-                Setting(f"{name} {share:g}", name, budget_bytes, low_share=share)
-                for share in shares
+                Setting(f"{name} {share}", name, budget_bytes, low_share=share) for share in shares
             ]
     if store.tier_bytes(1) <= budget_bytes:
         listed.append(Setting("floor", "floor", budget_bytes))

@@ -70,7 +70,8 @@ class Hobbit(TablePolicy[Key]):
         table = self._tables.setdefault(self._layer_of[key], PriorityTable())
         table.set(key, score)
 
-    def _victim(self, keep: Collection[Key]) -> Key:
+    def victim(self, keep: Collection[Key] = ()) -> Key:
+        """See `Policy.victim`."""
         tokens = self._step.token - self._began + 1
         n_layers = max(self._tables) + 1
         victim, least = None, float("inf")

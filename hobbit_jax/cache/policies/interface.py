@@ -80,8 +80,34 @@ class Policy(ABC, Generic[Key]):
         """
 
     @abstractmethod
+    def victim(self, keep: Collection[Key] = ()) -> Key:
+        """The resident that `admit` would evict now if no slot were free.
+
+        Raises:
+            RuntimeError: nothing may be evicted.
+        """
+
+    @abstractmethod
     def _delete(self, key: Key) -> None:
         """Makes a resident key absent."""
+
+    def resize(self, capacity: int) -> list[Key]:
+        """Changes the number of slots; returns whom it evicts, in the policy's own order.
+
+        What the policy has learned stays.
+
+        Raises:
+            ValueError: fewer slots than one, or than pinned keys; the policy is as before.
+        """
+        least = max(1, len(self._pinned))
+        if capacity < least:
+            raise ValueError(f"capacity is {capacity}; want at least {least}")
+        evicted = []
+        while len(self) > capacity:
+            evicted.append(self.victim())
+            self._delete(evicted[-1])
+        self.capacity = capacity
+        return evicted
 
     def remove(self, key: Key) -> None:
         """Gives up a resident, unpinned key outside the order: its upload failed, say.
@@ -140,14 +166,10 @@ class TablePolicy(Policy[Key]):
             raise self._resident_already(key)
         victim = None
         if len(resident) >= self.capacity:
-            victim = self._victim(keep)
+            victim = self.victim(keep)
             self._delete(victim)
         self._insert(key)
         return victim
-
-    @abstractmethod
-    def _victim(self, keep: Collection[Key]) -> Key:
-        """The resident key to evict, neither pinned nor in `keep`; or raises `_all_in_use`."""
 
     def _insert(self, key: Key) -> None:
         """Makes an absent key resident."""

@@ -35,7 +35,8 @@ class LFRU(TablePolicy[Key]):
         self._resident[key] = self._token
         return True
 
-    def _victim(self, keep: Collection[Key]) -> Key:
+    def victim(self, keep: Collection[Key] = ()) -> Key:
+        """See `Policy.victim`."""
         now, uses, pinned = self._token + 1, self._uses, self._pinned
         victim, lowest = None, 0.0
         for key, last in self._resident.items():

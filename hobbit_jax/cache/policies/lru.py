@@ -25,7 +25,8 @@ class LRU(TablePolicy[Key]):
             return True
         return False
 
-    def _victim(self, keep: Collection[Key]) -> Key:
+    def victim(self, keep: Collection[Key] = ()) -> Key:
+        """See `Policy.victim`."""
         for key in self._resident:
             if key not in keep and key not in self._pinned:
                 return key

@@ -71,7 +71,8 @@ class PriorityPolicy(TablePolicy[Key]):
     def _priority(self, key: Key) -> float:
         """The number of a key that was just used, or admitted."""
 
-    def _victim(self, keep: Collection[Key]) -> Key:
+    def victim(self, keep: Collection[Key] = ()) -> Key:
+        """See `Policy.victim`."""
         lowest = self._table.lowest(keep, self._pinned)
         if lowest is None:
             raise self._all_in_use()

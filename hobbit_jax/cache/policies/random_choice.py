@@ -24,7 +24,8 @@ class RandomChoice(TablePolicy[Key]):
         """See `Policy.access`."""
         return key in self._resident
 
-    def _victim(self, keep: Collection[Key]) -> Key:
+    def victim(self, keep: Collection[Key] = ()) -> Key:
+        """See `Policy.victim`."""
         # Most keys may go, so a few draws nearly always find one.
         for _ in range(8):
             key = self._random.choice(self._keys)

@@ -235,7 +235,10 @@ class Recall(TablePolicy[Key]):
             count = table.count[cell] = min(table.count[cell] + 1, _MOST_COUNT)
             table.log_tokens[cell] += (outcome - table.log_tokens[cell]) / count
 
-    def _victim(self, keep: Collection[Key]) -> Key:
+    def victim(self, keep: Collection[Key] = ()) -> Key:
+        """See `Policy.victim`."""
+        if self._used:
+            self._take_in()
         resident, pinned = self._resident, self._pinned
         farthest = max(self._farthest)
         order = self._layers[self._farthest.index(farthest)].order

@@ -32,6 +32,7 @@ class SLRU(Policy[Key]):
         super().__init__(capacity)
         if not 0.0 <= protected_fraction < 1.0:
             raise ValueError(f"protected_fraction is {protected_fraction}; want 0 <= f < 1")
+        self.protected_fraction = protected_fraction
         self.protected_capacity = int(capacity * protected_fraction)
         self._probation: OrderedDict[Key, None] = OrderedDict()
         self._protected: OrderedDict[Key, None] = OrderedDict()
@@ -68,13 +69,27 @@ class SLRU(Policy[Key]):
         if len(probation) + len(protected) < self.capacity:
             probation[key] = None
             return None
-        for segment in (probation, protected):
-            for victim in segment:
-                if victim not in keep and victim not in self._pinned:
-                    del segment[victim]
-                    probation[key] = None
-                    return victim
+        victim = self.victim(keep)
+        del (probation if victim in probation else protected)[victim]
+        probation[key] = None
+        return victim
+
+    def victim(self, keep: Collection[Key] = ()) -> Key:
+        """See `Policy.victim`."""
+        for segment in (self._probation, self._protected):
+            for key in segment:
+                if key not in keep and key not in self._pinned:
+                    return key
         raise self._all_in_use()
+
+    def resize(self, capacity: int) -> list[Key]:
+        """See `Policy.resize`."""
+        evicted = super().resize(capacity)
+        self.protected_capacity = int(capacity * self.protected_fraction)
+        while len(self._protected) > self.protected_capacity:
+            demoted, _ = self._protected.popitem(last=False)
+            self._probation[demoted] = None
+        return evicted
 
     def _delete(self, key: Key) -> None:
         del (self._probation if key in self._probation else self._protected)[key]

@@ -28,13 +28,17 @@ class WTinyLFU(Policy[Key]):
         super().__init__(capacity)
         if not 0.0 <= window_fraction <= 1.0:
             raise ValueError(f"window_fraction is {window_fraction}; want 0 to 1")
-        self.window_capacity = max(1, int(capacity * window_fraction))
-        self.protected_capacity = int((capacity - self.window_capacity) * PROTECTED_FRACTION)
+        self.window_fraction = window_fraction
+        self._divide(capacity)
         self._window: OrderedDict[Key, None] = OrderedDict()
         self._probation: OrderedDict[Key, None] = OrderedDict()
         self._protected: OrderedDict[Key, None] = OrderedDict()
         self._count: dict[Key, int] = {}
         self._sampled = 0
+
+    def _divide(self, capacity: int) -> None:
+        self.window_capacity = max(1, int(capacity * self.window_fraction))
+        self.protected_capacity = int((capacity - self.window_capacity) * PROTECTED_FRACTION)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._window or key in self._probation or key in self._protected
@@ -66,23 +70,43 @@ class WTinyLFU(Policy[Key]):
         """See `Policy.admit`."""
         if key in self:
             raise self._resident_already(key)
-        victim = None
-        window_is_full = len(self._window) >= self.window_capacity
-        leaver = self._oldest(self._window, keep) if window_is_full else None
+        leaver, victim = self._leaver(keep), None
         if len(self) >= self.capacity:
-            victim = self._oldest((*self._probation, *self._protected), keep)
-            if victim is None or (
-                leaver is not None and self._asked(leaver) <= self._asked(victim)
-            ):
-                victim = self._oldest(self._window, keep) if leaver is None else leaver
-            if victim is None:
-                raise self._all_in_use()
+            victim = self.victim(keep)
             self._delete(victim)
         if leaver is not None and leaver != victim:
             del self._window[leaver]
             self._probation[leaver] = None
         self._window[key] = None
         return victim
+
+    def _leaver(self, keep: Collection[Key]) -> Key | None:
+        """Who leaves the window when another enters it."""
+        window_is_full = len(self._window) >= self.window_capacity
+        return self._oldest(self._window, keep) if window_is_full else None
+
+    def victim(self, keep: Collection[Key] = ()) -> Key:
+        """See `Policy.victim`."""
+        leaver = self._leaver(keep)
+        victim = self._oldest((*self._probation, *self._protected), keep)
+        if victim is None or (leaver is not None and self._asked(leaver) <= self._asked(victim)):
+            victim = self._oldest(self._window, keep) if leaver is None else leaver
+        if victim is None:
+            raise self._all_in_use()
+        return victim
+
+    def resize(self, capacity: int) -> list[Key]:
+        """See `Policy.resize`."""
+        evicted = super().resize(capacity)
+        self._divide(capacity)
+        for full, room, below in (
+            (self._window, self.window_capacity, self._probation),
+            (self._protected, self.protected_capacity, self._probation),
+        ):
+            while len(full) > room:
+                key, _ = full.popitem(last=False)
+                below[key] = None
+        return evicted
 
     def _asked(self, key: Key) -> int:
         return self._count.get(key, 0)

@@ -1,0 +1,431 @@
+"""Who is resident: warm starts and pins, the adaptive split, promotion, and replays of them."""
+
+import subprocess
+import sys
+from collections import deque
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, TWO_BANKS
+from pool_invariants import check_invariants
+from tiny_models import write_model
+
+from hobbit_jax import tiers
+from hobbit_jax.adaptive_split import SplitChooser, SplitRule
+from hobbit_jax.cache.policies import LRU, policy_factory
+from hobbit_jax.cache.pool import SlotPool
+from hobbit_jax.cache.promotion import Promoter, PromotionRule
+from hobbit_jax.cache.tiered_replay import BankShapes, RoutedStep, Tally, TieredReplay
+from hobbit_jax.cache.warm_start import WarmStart
+from hobbit_jax.calibration import Calibration
+from hobbit_jax.engine import Engine
+from hobbit_jax.loading import load_model
+from hobbit_jax.miss_modes import LOW, MISS_MODES
+from hobbit_jax.pool_sizing import low_share, pool_slots
+from hobbit_jax.precision import uniform_plan
+from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
+from pallas_kernels.reference import Signature
+
+RULE = PromotionRule(after_uses=2, per_token=2)
+
+
+@pytest.fixture(scope="module")
+def model(two_banks_path):
+    return load_model(two_banks_path)
+
+
+@pytest.fixture(scope="module")
+def store(model, tmp_path_factory):
+    low = tiers.open_tier(
+        model.file, model.config, tiers.TierSpec("Q2_K"), tmp_path_factory.mktemp("tiers")
+    )
+    return HostExperts(model.config, model.file, [low])
+
+
+@pytest.fixture(scope="module")
+def uses_LE(store):
+    """Every count another, so that there is one order."""
+    shape = (store.config.n_layers, store.config.n_experts)
+    return 1 + np.random.default_rng(4).permutation(shape[0] * shape[1]).reshape(shape)
+
+
+def budget(store, mode: str, share: float) -> int:
+    floor = store.tier_bytes(LOW) if MISS_MODES[mode].low_banks == "all" else 0
+    return floor + int(share * store.tier_bytes(NATIVE))
+
+
+def decode(engine, tokens: int, seed: int = 0) -> np.ndarray:
+    """Logits of forced tokens from the first on, without a prompt."""
+    engine.start(1, tokens)
+    ids_S = np.random.default_rng(seed).integers(0, engine.config.vocab_size, tokens)
+    return np.stack([np.asarray(engine.decode(ids_S[[at]])) for at in range(tokens)])
+
+
+def shapes_of(store) -> BankShapes:
+    expert_bytes = {e.signature: e.expert_bytes for tier in store.tiers for e in tier}
+    banks = [[e.signature for e in tier] for tier in store.tiers]
+    return BankShapes(store.config.n_experts, banks, expert_bytes)
+
+
+@pytest.mark.parametrize("mode", ["use_low_if_resident", "fetch_low", "hobbit", "floor"])
+def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
+    """What was watched of a live engine, replayed: every count, and who is resident at the end.
+
+    Half-way the pool is divided anew, which both must survive alike.
+    """
+    seen: list[RoutedStep] = []
+
+    def watch(routed):
+        asked_TK = np.zeros(routed.ids_TK.shape, np.int32)
+        seen.append(
+            RoutedStep(len(seen) // 3, routed.layer, routed.ids_TK, routed.weights_TK, asked_TK)
+        )
+
+    size = budget(store, mode, 0.5)
+    engine = Engine(model, store, size, mode=mode, promotion=RULE, watch=watch)
+    replay = TieredReplay(
+        shapes_of(store), engine.pool.slots, MISS_MODES[mode], policy_factory("slru"), RULE
+    )
+    number = 0
+    for part in range(2):
+        decode(engine, 20, seed=part)
+        while seen[3 * number : 3 * number + 3]:
+            replay.token(number, seen[3 * number : 3 * number + 3])
+            number += 1
+        stats, pool = engine.stats, engine.pool
+        assert replay.tally.bytes_moved == pool.stats.bytes_moved
+        assert replay.tally.hits == pool.stats.hits.sum()
+        assert replay.tally.misses == pool.stats.misses.sum()
+        assert replay.tally.selections == stats.selections == (part + 1) * 20 * 3 * 2
+        assert replay.tally.degraded == stats.degraded > 0
+        assert replay.tally.skipped == stats.skipped
+        assert {k for policy in replay.policies.values() for k in resident(policy, store)} == (
+            pool.resident()
+        )
+        check_invariants(pool, store)
+        if mode == "floor":
+            assert replay.tally.promotions > 0
+        if mode == "floor" or part == 1:
+            break
+        slots, _ = pool_slots(engine.plan, engine.mode, store, size, 0.2)
+        assert slots != pool.slots
+        pool.resize(slots)
+        replay.resize(slots)
+        check_invariants(pool, store)
+
+
+def resident(policy, store) -> list[ExpertKey]:
+    shape = (len(store.tiers), store.config.n_layers, store.config.n_experts)
+    return [ExpertKey(*index) for index in np.ndindex(shape) if ExpertKey(*index) in policy]
+
+
+def test_a_pool_divided_anew_keeps_whom_it_can(store):
+    """After any divisions: within the budget, agreeing with the store, nobody lost for nothing."""
+    plan, mode, size = uniform_plan(store), MISS_MODES["fetch_low"], store.tier_bytes(NATIVE) // 2
+    divisions = [pool_slots(plan, mode, store, size, share)[0] for share in (0.2, 0.5, 0.8)]
+    pool = SlotPool(store, divisions[0], size, LRU)
+    rng = np.random.default_rng(0)
+    for round_ in range(9):
+        for _ in range(12):
+            tier, layer, expert = rng.integers((2, 3, 8)).tolist()
+            pool.load([ExpertKey(tier, layer, expert)])
+        slots = divisions[rng.integers(3)]
+        before, moved = pool.resident(), pool.stats.bytes_moved
+        same = {s for s in slots if slots[s] == pool.slots[s]}
+        pool.resize(slots)
+        check_invariants(pool, store)
+        assert pool.slots == slots and pool.resident() <= before
+        for signature, policy in pool.policies.items():
+            had = sum(store.signature(key) == signature for key in before)
+            assert len(policy) == min(had, slots[signature]), round_
+        uploaded = [key for key in pool.resident() if store.signature(key) not in same]
+        assert pool.stats.bytes_moved - moved == sum(map(store.expert_bytes, uploaded))
+    with pytest.raises(ValueError, match=f"the budget is {size}"):
+        pool.resize(dict.fromkeys(slots, 24))
+    with pytest.raises(ValueError, match="want at least"):
+        pool.resize(dict.fromkeys(slots, 0))
+    with pytest.raises(ValueError, match="want"):
+        pool.resize(dict(list(slots.items())[1:]))
+    check_invariants(pool, store)
+
+
+def test_an_upload_that_fails_while_the_pool_is_divided_leaves_it_whole(store, monkeypatch):
+    plan, mode, size = uniform_plan(store), MISS_MODES["fetch_low"], store.tier_bytes(NATIVE) // 2
+    first, second = (pool_slots(plan, mode, store, size, share)[0] for share in (0.2, 0.5))
+    pool = SlotPool(store, first, size, LRU)
+    keys = [
+        ExpertKey(tier, layer, expert) for tier in (0, 1) for layer in (0, 1) for expert in (2, 5)
+    ]
+    for key in keys:
+        pool.load([key])
+    uploads, upload = [], pool._upload
+
+    def failing(key):
+        uploads.append(key)
+        if len(uploads) == 3:
+            raise RuntimeError("the upload failed")
+        return upload(key)
+
+    monkeypatch.setattr(pool, "_upload", failing)
+    with pytest.raises(RuntimeError, match="the upload failed"):
+        pool.resize(second)
+    check_invariants(pool, store)
+    for key in keys:
+        pool.load([key])
+    assert pool.slots == second and set(keys) <= pool.resident()
+    check_invariants(pool, store)
+
+
+def hottest(store, uses_LE, tier: int, signature, leave_out=()) -> list[ExpertKey]:
+    """By hand: keys of a bank, the most used first."""
+    keys = [
+        ExpertKey(tier, layer, expert)
+        for layer, expert in np.ndindex(uses_LE.shape)
+        if store.layer(tier, layer).signature == signature
+        and ExpertKey(NATIVE, layer, expert) not in leave_out
+    ]
+    return sorted(keys, key=lambda key: -uses_LE[key.layer, key.expert])
+
+
+def test_a_warm_pool_holds_the_most_used(model, store, uses_LE):
+    engine = Engine(model, store, budget(store, "fetch_low", 0.5), mode="fetch_low",
+                    warm=WarmStart(uses_LE, 0.25))  # fmt: skip
+    pool, native = engine.pool, set()
+    for tier in (NATIVE, LOW):
+        for signature in {layer.signature for layer in store.tiers[tier]}:
+            n_slots = pool.slots[signature]
+            ranked = hottest(store, uses_LE, tier, signature, native if tier == LOW else ())
+            wanted = ranked[:n_slots]
+            assert {key for key in pool.resident() if store.signature(key) == signature} == set(
+                wanted
+            )
+            policy = pool.policies[signature]
+            assert policy.pinned == set(ranked[: int(0.25 * n_slots)])
+            assert policy.victim() == wanted[-1]  # the least used goes first
+        native |= {key for key in pool.resident() if key.tier == NATIVE}
+    check_invariants(pool, store)
+
+
+def test_off_gives_the_same_bits_whatever_the_profile(model, store, uses_LE):
+    size = store.tier_bytes(NATIVE) // 2
+    cold = Engine(model, store, size, mode="off")
+    logits = decode(cold, 12)
+    for warm in (WarmStart(uses_LE), WarmStart(uses_LE, 0.5), WarmStart(uses_LE.max() - uses_LE)):
+        engine = Engine(model, store, size, mode="off", warm=warm)
+        pinned = {key for policy in engine.pool.policies.values() for key in policy.pinned}
+        assert bool(pinned) == bool(warm.pin_share)
+        engine.pool.reset_stats()
+        np.testing.assert_array_equal(decode(engine, 12), logits)
+        assert pinned <= engine.pool.resident()
+        assert engine.stats.degraded == 0 and engine.pool.stats.misses.sum() > 0
+        check_invariants(engine.pool, store)
+
+
+def test_what_a_warm_start_refuses(model, store, uses_LE):
+    size = store.tier_bytes(NATIVE) // 2
+    with pytest.raises(ValueError, match=r"fewer than 2 of its \d+ slots to stream through"):
+        Engine(model, store, size, warm=WarmStart(uses_LE, 0.9))
+    with pytest.raises(ValueError, match="pin_share is 1; want 0 to below 1"):
+        WarmStart(uses_LE, 1)
+    with pytest.raises(ValueError, match=r"\[3, 7\]; the model has \[3, 8\]"):
+        Engine(model, store, size, warm=WarmStart(uses_LE[:, :7]))
+    # Where everything fits nothing needs a pin.
+    full = Engine(model, store, warm=WarmStart(uses_LE, 0.9))
+    assert not any(policy.pinned for policy in full.pool.policies.values())
+    assert len(full.pool.resident()) == uses_LE.size
+
+
+def test_the_engine_divides_its_pool_anew_and_goes_on(model, store, uses_LE):
+    """Uniform routing: more and smaller copies move fewer bytes. Twice the same bits and counts."""
+    runs = []
+    for _ in range(2):
+        engine = Engine(
+            model, store, budget(store, "use_low_if_resident", 0.7), mode="use_low_if_resident",
+            low_share="adaptive", promotion=RULE, warm=WarmStart(uses_LE, 0.25),
+        )  # fmt: skip
+        assert engine.split is not None and engine.split.low_share == 0.5
+        logits = [decode(engine, 35, seed=0), decode(engine, 35, seed=1)]
+        assert not engine.split.history  # it had 35 tokens to go by
+        slots, before = dict(engine.pool.slots), engine.pool.resident()
+        engine.start(1, 8)
+        (change,) = engine.split.history
+        assert change.tokens == 70 and change.low_share == engine.split.low_share > 0.5
+        assert change.bytes_moved > 0 and engine.pool.slots != slots
+        wanted, _ = pool_slots(
+            engine.plan, engine.mode, store, engine.pool.budget_bytes, change.low_share
+        )
+        assert engine.pool.slots == wanted
+        for signature, policy in engine.pool.policies.items():
+            assert len(policy.pinned) == int(0.25 * wanted[signature])
+            kept = sum(store.signature(key) == signature for key in before & engine.pool.resident())
+            assert kept >= min(wanted[signature], slots[signature]) - len(policy.pinned)
+        check_invariants(engine.pool, store)
+        logits.append(decode(engine, 35, seed=2))
+        check_invariants(engine.pool, store)
+        runs.append((np.concatenate(logits), engine.stats, engine.pool.resident()))
+    assert np.array_equal(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:]
+    fixed = Engine(model, store, mode="off", low_share="adaptive")
+    assert fixed.split is None
+
+
+LAYERS, EXPERTS = 2, 16
+HIGH_BANK, LOW_BANK = Signature("native", "", ""), Signature("low", "", "")
+SHAPES = BankShapes(
+    EXPERTS, [[HIGH_BANK] * LAYERS, [LOW_BANK] * LAYERS], {HIGH_BANK: 30, LOW_BANK: 10}
+)
+DIVISIONS = {
+    0.2: {HIGH_BANK: 12, LOW_BANK: 9},
+    0.5: {HIGH_BANK: 7, LOW_BANK: 24},
+    0.8: {HIGH_BANK: 3, LOW_BANK: 36},
+}
+
+
+def tokens(count: int, favourites: int, seed: int) -> list[list[RoutedStep]]:
+    """Two experts a layer; nine in ten selections among the favourites."""
+    rng, asked_TK = np.random.default_rng(seed), np.zeros((1, 2), np.int32)
+    popularity = np.full(EXPERTS, 0.1 / EXPERTS)
+    popularity[:favourites] += 0.9 / favourites
+    return [
+        [
+            RoutedStep(
+                at, layer, rng.choice(EXPERTS, (1, 2), False, popularity),
+                np.asarray([[0.7, 0.3]]), asked_TK,
+            )
+            for layer in range(LAYERS)
+        ]
+        for at in range(count)
+    ]  # fmt: skip
+
+
+def moved(division: dict, part: list, mode: str) -> Tally:
+    """Of the second half of `part`."""
+    replay = TieredReplay(SHAPES, division, MISS_MODES[mode], LRU, RULE)
+    tallies = []
+    for number, steps in enumerate(part):
+        tallies.append(replace(replay.tally))
+        replay.token(number, steps)
+    return replay.tally.since(tallies[len(part) // 2])
+
+
+@pytest.mark.parametrize("mode", ["use_low_if_resident", "hobbit"])
+@pytest.mark.parametrize("favourites", [4, 16])
+def test_a_split_is_chosen_by_what_was_seen(mode, favourites):
+    """Against every division replayed here; nothing before its time, nothing of the future."""
+    rule = SplitRule(margin=0.05, window_tokens=80, first_tokens=60, most_tokens=120)
+    chooser = SplitChooser(SHAPES, DIVISIONS, 0.5, MISS_MODES[mode], LRU, RULE, rule)
+    seen: deque = deque(maxlen=80)
+    asked_at, share = [], 0.5
+    for number, steps in enumerate(tokens(400, favourites, 1), 1):
+        for step in steps:
+            chooser.record(step)
+        seen.append(steps)
+        decided = number in (60, 180, 300)  # after 60 tokens, then 120 more at most
+        if not decided and number % 7:
+            continue
+        new = chooser.decide()
+        if not decided:
+            assert new is None
+            continue
+        asked_at.append(number)
+        found = {s: moved(division, list(seen), mode) for s, division in DIVISIONS.items()}
+        most = 1.05 * min(tally.bytes_moved for tally in found.values())
+        stays = found[share].bytes_moved <= most
+        good = [s for s in found if found[s].bytes_moved <= most]
+        wanted = None if stays else min(good, key=lambda s: found[s].degraded)
+        assert new == wanted, found
+        share = chooser.share
+        assert share == (new or share)
+    assert asked_at == [60, 180, 300]
+    fewest = min(DIVISIONS, key=lambda s: moved(DIVISIONS[s], list(seen), mode).bytes_moved)
+    assert found[share].bytes_moved <= 1.06 * found[fewest].bytes_moved
+
+
+def test_a_newcomer_must_be_used_more_than_whom_it_evicts():
+    resident, residents_uses = {"old"}, 4
+    for margin, wanted in ((0.0, True), (0.7, True), (1.5, False)):
+        promoter = Promoter(PromotionRule(2, 1, 100, margin), lambda key: "old")
+        promoter.note_served(["old"] * residents_uses)
+        promoter.note(["new"] * 3)
+        assert (promoter.pick(1, resident.__contains__) == ["new"]) == wanted
+    # It goes on counting, and what has been promoted defends itself with what it has earned.
+    promoter = Promoter(PromotionRule(2, 1, 100, 1.5), lambda key: "old")
+    promoter.note_served(["old"] * residents_uses)
+    promoter.note(["new"] * 7)
+    assert promoter.pick(1, resident.__contains__) == ["new"]
+    promoter = Promoter(promoter.rule, {"old": "new"}.get)
+    promoter.note(["new"] * 7)
+    assert promoter.pick(1, {"old"}.__contains__) == ["new"]  # into a free slot
+    promoter.note(["old"] * 10)
+    assert promoter.pick(1, {"new"}.__contains__) == []
+    promoter.note(["old"])
+    assert promoter.pick(1, {"new"}.__contains__) == ["old"]
+    with pytest.raises(ValueError, match="margin >= 0"):
+        PromotionRule(margin=-1)
+
+
+def test_two_experts_used_alike_do_not_take_turns():
+    """One native slot, two experts: without a margin each promotion undoes the other."""
+    ids = [np.asarray([[at % 2]]) for at in range(60)]
+    asked_TK, weight_TK = np.zeros((1, 1), np.int32), np.ones((1, 1))
+    counts = {}
+    for margin in (0.0, 1.5):
+        rule = PromotionRule(2, 1, 32, margin)
+        shapes = BankShapes(2, [[HIGH_BANK], [LOW_BANK]], {HIGH_BANK: 3, LOW_BANK: 2})
+        slots = {HIGH_BANK: 1, LOW_BANK: 2}
+        replay = TieredReplay(shapes, slots, MISS_MODES["floor"], LRU, rule)
+        for at, ids_TK in enumerate(ids):
+            replay.token(at, [RoutedStep(at, 0, ids_TK, weight_TK, asked_TK)])
+        counts[margin] = replay.tally
+    # Two at the start: the second was picked before the first had a slot.
+    assert counts[0.0].promotions > 10 and counts[1.5].promotions == 2
+
+
+def test_a_share_as_scripts_give_it():
+    assert low_share("adaptive") == "adaptive" and low_share("0.25") == 0.25
+    for text in ("half", "1.5", "nan"):
+        with pytest.raises(ValueError, match=f"low_share is '{text}'; want adaptive or 0 to 1"):
+            low_share(text)
+
+
+def run_script(name: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPOSITORY / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+
+
+def test_a_profile_is_written_read_and_refused(model, two_banks_path, tmp_path):
+    text, path = tmp_path / "text.txt", tmp_path / "profile"
+    text.write_text("the same words, over and over; " * 40, encoding="utf-8")
+    done = run_script(
+        "profile.py", "--model", two_banks_path, "--text", text, "--out", path,
+        "--windows", 4, "--context", 20, "--budget_mib", 1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    profile = Calibration.load(path, model.file.sha256())
+    assert profile.statistics == "routing" and profile.tokens == 80
+    assert (profile.selections_LE.sum(axis=1) == 80 * 2).all()
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 + 3 + 1 and lines[0].startswith("80 tokens; ")
+    for line, uses_E in zip(lines[2:5], profile.selections_LE, strict=True):
+        share_E = uses_E[uses_E > 0] / 160
+        _, entropy, quarter, hits = map(float, line.split())
+        assert entropy == pytest.approx(-(share_E * np.log2(share_E)).sum(), abs=0.006)
+        assert quarter == pytest.approx(np.sort(uses_E)[-2:].sum() / 160, abs=6e-4)
+        assert quarter <= hits <= 1
+    other = tmp_path / "other.gguf"
+    write_model(replace(TWO_BANKS, seed=6), other)
+    refused = run_script("generate.py", "--model", other, "--prompt", "he", "--profile", path)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "was made for another model" in refused.stderr
+    biggest = max((f for f in path.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    biggest.write_bytes(biggest.read_bytes()[: biggest.stat().st_size // 2])
+    with pytest.raises(ValueError, match="holds no calibration that can be read"):
+        Calibration.load(path, model.file.sha256())
+
+
+def test_profiling_still_means_the_standard_library():
+    """To a script, scripts/profile.py stands before the module that cProfile imports."""
+    code = "import sys; sys.path.insert(0, 'scripts'); import cProfile; cProfile.run('1 + 1')"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert done.returncode == 0 and "function calls" in done.stdout, done.stderr
