@@ -53,6 +53,8 @@ class Tally:
     misses: int = 0
     promotions: int = 0
     bytes_moved: int = 0
+    bytes_used: int = 0  # of the copies that served, as the device reads them
+    exits: int = 0  # of the decode program: entries after a token's first
 
     def since(self, before: Tally) -> Tally:
         """What was added to `before`."""
@@ -144,6 +146,10 @@ class TieredReplay:
                 self.tally.promotions += 1
         self.tally.tokens += 1
 
+    def resident_share(self) -> float:
+        """Share (0-1) of the (layer, expert) pairs that are there, at any tier."""
+        return float(self._resident_tLE.any(axis=0).mean())
+
     def _is_resident(self, key: ExpertKey) -> bool:
         return bool(self._resident_tLE[key])
 
@@ -184,6 +190,8 @@ class TieredReplay:
                 policy.access(key, weight, True)
         tally.hits += len(uses) - len(missing)
         tally.misses += len(missing)
+        sizes = self.shapes.expert_bytes
+        tally.bytes_used += sum(sizes[bank] * len(keys) for bank, keys in by_bank.items())
         if self._promoter is not None:
             self._promoter.note_served(uses)
             self._promoter.note(wished)
@@ -192,18 +200,22 @@ class TieredReplay:
 
     def _fetch(self, by_bank: Mapping[Signature, list[ExpertKey]]) -> None:
         """Loads a step's experts, in as many rounds as a bank needs."""
+        rounds = 0
         for bank, keys in by_bank.items():
             policy = self.policies[bank]
             keys = sorted(keys, key=lambda key: (not self._resident_tLE[key], key))
             first = policy.capacity - len(policy.pinned - set(keys))
             size = max(1, policy.capacity - len(policy.pinned))
-            for part in [
+            parts = [
                 keys[:first],
                 *(keys[i : i + size] for i in range(first, len(keys), size)),
-            ]:
+            ]
+            rounds = max(rounds, len(parts))
+            for part in parts:
                 fetched = [key for key in part if not self._resident_tLE[key]]
                 if self.mode.leaves_low and self._promoter is not None:
                     lows = (k._replace(tier=LOW) for k in fetched if k.tier == NATIVE)
                     self._promoter.note(lows)
                 for key in fetched:
                     self._load(key, part)
+        self.tally.exits += rounds

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from hobbit_jax.report import figures, markdown
 from hobbit_jax.report.comparisons import (
@@ -19,10 +20,28 @@ from hobbit_jax.report.comparisons import (
 )
 from hobbit_jax.report.frontier_results import FrontierResults
 from hobbit_jax.report.peers import PeerRow, render_peers
+from hobbit_jax.report.plans import Plans, render_plans
 from hobbit_jax.report.results import NATIVE, RANDOM, Plan, Results, Row, Setting
 from hobbit_jax.report.signals import render_compounding, render_signals
 from hobbit_jax.report.threats import threats
 from hobbit_jax.report.verdict import Outcome, Rule, Verdict
+
+
+@dataclass(frozen=True)
+class Studies:
+    """What stands beside the sweep.
+
+    Attributes:
+        frontier: quality against all bytes, by signal.
+        compounding: quality after an intermediate quant.
+        peers: comparisons with other programs.
+        plans: the planner's predictions for cards.
+    """
+
+    frontier: FrontierResults | None = None
+    compounding: FrontierResults | None = None
+    peers: Sequence[PeerRow] = ()
+    plans: Plans | None = None
 
 
 def render(
@@ -30,25 +49,20 @@ def render(
     rule: Rule,
     answers: Sequence[Verdict],
     drawn: Iterable[str] = figures.NAMES,
-    frontier: FrontierResults | None = None,
-    compounding: FrontierResults | None = None,
-    peers: Sequence[PeerRow] = (),
+    studies: Studies = Studies(),
 ) -> str:
-    """The document as Markdown; `drawn` names the figures that exist.
-
-    `frontier` and `compounding` are studies of quality alone that stand beside the sweep, `peers`
-    comparisons with other programs.
-    """
+    """The document as Markdown; `drawn` names the figures that exist."""
     drawn = set(drawn)
     sections = [
         [f"# {markdown.one_line(results.title)}"],
         _answer(results, answers),
         _rule(results, rule, answers),
         _quality(results, drawn),
-        _signals(results, frontier, compounding, drawn),
-        [*_cost(results, rule, drawn), *_peers(peers)],
+        _signals(results, studies, drawn),
+        [*_cost(results, rule, drawn), *_peers(studies.peers)],
         _gaps(results),
         ["## 7. Threats to validity", "", *(f"- {text}" for text in threats(results, rule))],
+        *([render_plans(studies.plans)] if studies.plans else []),
         _reproduce(results),
     ]
     return "\n\n".join("\n".join(section) for section in sections) + "\n"
@@ -212,18 +226,13 @@ def _quality(results: Results, drawn: set[str]) -> list[str]:
     )
 
 
-def _signals(
-    results: Results,
-    frontier: FrontierResults | None,
-    compounding: FrontierResults | None,
-    drawn: set[str],
-) -> list[str]:
+def _signals(results: Results, studies: Studies, drawn: set[str]) -> list[str]:
     lines = ["## 4. Which signal", ""]
-    if frontier:
-        lines += [*render_signals(frontier, drawn), "", "### In the sweep of the cache", ""]
+    if studies.frontier:
+        lines += [*render_signals(studies.frontier, drawn), "", "### In the sweep of the cache", ""]
     lines += _signals_of_sweep(results)
-    if compounding:
-        lines += ["", "### Compounding error", "", *render_compounding(compounding)]
+    if studies.compounding:
+        lines += ["", "### Compounding error", "", *render_compounding(studies.compounding)]
     return lines
 
 

@@ -1,0 +1,65 @@
+"""Which settings a plan compares, and which one it names.
+
+Owns the list and the rule of choice. Called by `plan.py`.
+
+The rule: begin with native experts, go through the settings by expected loss, and take the next
+one where it is at least `SPEEDUP_NEEDED` times as fast as what is held. A setting that degrades
+more has to earn it. The loss is a stand-in, since no plan has the model's weights: the share of
+selections that run low, times what the whole low tier cost the reference model. Degrading the
+lightest selections (hobbit) costs less than that; see WORKSPACE.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hobbit_jax.planner.traffic import Setting
+
+LOW_FORMATS = ("Q3_K", "Q2_K")
+# KL to native, nats a token, of all experts in the format on the reference model, encoded against
+# their inputs' second moments (docs/frontier, uniform, gptq). Of another model only the order can
+# be expected.
+REFERENCE_KL = {"Q3_K": 0.0088, "Q2_K": 0.0308}
+# By the rule of the decision document.
+SPEEDUP_NEEDED = 1.2
+
+NATIVE = Setting("native SLRU", "off")
+
+
+def settings() -> list[Setting]:
+    """Native first, then the uniform quants, the floors, and what keeps copies of both kinds."""
+    lowest = LOW_FORMATS[-1]
+    listed = [NATIVE]
+    listed += [Setting(f"uniform {f}", "wait", f, asked="low") for f in LOW_FORMATS]
+    listed += [Setting(f"floor {f}", "floor", f) for f in LOW_FORMATS]
+    listed += [
+        Setting(f"{mode} {lowest}, split {share:g}", mode, lowest, low_share=share)
+        for mode, shares in (
+            ("fetch_low", (0.5, 0.8)),
+            ("use_low_if_resident", (0.5, 0.8)),
+            ("hobbit", (0.5,)),
+        )
+        for share in shares
+    ]
+    listed += [
+        Setting(f"{100 * pairs:g} % of pairs {lowest}", "wait", lowest, "frequency", pairs)
+        for pairs in (0.5, 0.9)
+    ]
+    return listed
+
+
+def expected_loss(setting: Setting, low_uses: float, skipped: float) -> float:
+    """The stand-in for the loss, nats a token; a skipped selection counts as one in the lowest."""
+    if setting.low_format is None:
+        return 0.0
+    lowest = REFERENCE_KL[LOW_FORMATS[-1]]
+    return low_uses * REFERENCE_KL.get(setting.low_format, lowest) + skipped * lowest
+
+
+def choose(speeds: Sequence[float], losses: Sequence[float]) -> int:
+    """The setting that the rule takes; the first of `speeds` is native's."""
+    held = 0
+    for at in sorted(range(len(speeds)), key=lambda i: (losses[i], -speeds[i])):
+        if speeds[at] >= SPEEDUP_NEEDED * speeds[held]:
+            held = at
+    return held

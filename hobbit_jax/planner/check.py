@@ -1,0 +1,248 @@
+"""How wrong the cost model and the replays are, on the machine at hand.
+
+Owns the measurement and its record. Called by `scripts/check_plan.py`. In every turn all settings
+decode the same tokens (`evals/decode_bench.py`). The machine's constants are fitted to some of
+them, turn by turn, so that a load that comes and goes is in the constants and not in the error; the
+other settings are predicted with those constants, and never looked at while fitting. Two errors:
+
+- of the cost model alone: from the counts (exits, bytes) that the engine itself reports;
+- of the whole planner: from the counts that a replay of the recorded routing predicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from hobbit_jax.cache.trace import Trace
+from hobbit_jax.engine import Engine
+from hobbit_jax.evals.decode_bench import Measured, compare
+from hobbit_jax.evals.decode_bench import Setting as BenchSetting
+from hobbit_jax.loading import LoadedModel
+from hobbit_jax.planner.cost_model import Machine, Traffic, token_time
+from hobbit_jax.planner.shapes import PlannedModel
+from hobbit_jax.planner.traffic import Setting, replay_setting
+from hobbit_jax.precision import uniform_plan
+from hobbit_jax.prefill import RoutedLayer
+from hobbit_jax.store import HostExperts
+
+MIB = 2**20
+# So fast that it takes no time: a fitted cost of 0 has no bandwidth.
+_FREE_GB_S = 1e9
+
+
+@dataclass(frozen=True)
+class Case:
+    """A setting in a pool; `calibrates` says whether constants are fitted to it."""
+
+    setting: Setting
+    budget_mib: float | None  # None holds everything
+    calibrates: bool
+
+    @property
+    def name(self) -> str:
+        """Of its row."""
+        where = "all resident" if self.budget_mib is None else f"{self.budget_mib:g} MiB"
+        return f"{self.setting.name}, {where}"
+
+
+def cases(low_format: str) -> list[Case]:
+    """What is measured on the reference model: 7.3 MiB of experts natively, 3.9 in Q2_K."""
+    native = Setting("native", "off")
+    uniform = Setting(f"uniform {low_format}", "wait", low_format, "low")
+    fitted = [(native, None), (uniform, None), (native, 2), (native, 4), (uniform, 1)]
+    others = [(native, 1), (native, 3), (native, 5), (uniform, 2), (uniform, 3)]
+    for mode, share, budgets in (
+        ("floor", 0.5, (4, 5)),
+        ("fetch_low", 0.8, (1, 2, 4)),
+        ("use_low_if_resident", 0.8, (2,)),
+        ("hobbit", 0.5, (2,)),
+    ):
+        setting = Setting(f"{mode} {low_format}", mode, low_format, low_share=share)
+        others += [(setting, budget) for budget in budgets]
+    return [Case(s, b, True) for s, b in fitted] + [Case(s, b, False) for s, b in others]
+
+
+def record_routing(
+    model: LoadedModel, store: HostExperts, ids_RS: np.ndarray, prompt_tokens: int
+) -> Trace:
+    """The native routing of every token decoded after its prompt, row after row."""
+    seen: list[RoutedLayer] = []
+    engine = Engine(model, store, mode="off", watch=seen.append)
+    ids, weights, positions = [], [], []
+    for ids_S in ids_RS:
+        engine.start(1, len(ids_S))
+        engine.prefill([ids_S[:prompt_tokens].tolist()])
+        for position in range(prompt_tokens, len(ids_S)):
+            seen.clear()
+            engine.decode(ids_S[[position]])
+            ids.append([routed.ids_TK[0] for routed in seen])
+            weights.append([routed.weights_TK[0] for routed in seen])
+            positions.append(position - prompt_tokens)
+    ids_TLK = np.asarray(ids, np.int64)
+    weights_TLK = np.asarray(weights, np.float32)
+    weights_TLK = weights_TLK / weights_TLK.sum(axis=-1, keepdims=True)
+    return Trace("recorded", ids_TLK, weights_TLK, np.asarray(positions), model.config.n_experts)
+
+
+def counted_traffic(case: Case, found: Measured, model: PlannedModel, context: int) -> Traffic:
+    """What the engine counted, for the cost model; an expert's bytes are its tier's mean."""
+    config, store = model.config, model.store(case.setting.low_format)
+    sizes = [
+        store.tier_bytes(t) / config.n_layers / config.n_experts for t in range(len(store.tiers))
+    ]
+    low = 1.0 if case.setting.asked == "low" else found.degraded / found.selections
+    served = found.selections / found.tokens * (1 - found.skipped / found.selections)
+    return Traffic(
+        layers=config.n_layers,
+        dense_bytes=model.dense_read_bytes,
+        kv_bytes=model.kv_cache_bytes(context),
+        expert_bytes=served * ((1 - low) * sizes[0] + low * sizes[-1]),
+        exits=found.exits / found.tokens,
+        moved_bytes=found.bytes_moved / found.tokens,
+    )
+
+
+def fit(traffics: Sequence[Traffic], seconds: Sequence[float]) -> Machine:
+    """The constants, none below 0, that explain `seconds` a token with least relative error.
+
+    Fitted are a token's fixed time, seconds a byte read, an exit, and seconds a byte moved.
+    """
+    layers = traffics[0].layers
+    rows = [
+        [1.0, t.dense_bytes + t.kv_bytes + t.expert_bytes, t.exits, t.moved_bytes] for t in traffics
+    ]
+    unit = np.array([1e-3, 1e-9, 1e-3, 1e-9])  # so that the solver sees numbers of one size
+    relative = np.asarray(rows) * unit / np.asarray(seconds)[:, None]
+    fixed, per_read, per_exit, per_moved = nnls(relative, np.ones(len(rows)))[0]
+    return Machine(
+        device_gb_s=1 / max(per_read, 1 / _FREE_GB_S),
+        pcie_gb_s=1 / max(per_moved, 1 / _FREE_GB_S),
+        device_efficiency=1.0,
+        pcie_efficiency=1.0,
+        launches_per_layer=1.0,
+        launch_us=fixed * 1e3 / layers,
+        token_us=0.0,
+        selection_us=0.0,
+        exit_us=per_exit * 1e3,
+        copies_per_expert=0.0,
+    )
+
+
+def check(
+    model: LoadedModel,
+    planned: PlannedModel,
+    low_store: HostExperts,
+    low_format: str,
+    ids_RS: np.ndarray,
+    prompt_tokens: int,
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Measures every case in turns, fits, predicts; the record without the machine.
+
+    Args:
+        model: the loaded model.
+        planned: the same as the planner sees it.
+        low_store: its experts natively and at `low_format`.
+        low_format: of the low tier.
+        ids_RS: rows of tokens; the first warms up.
+        prompt_tokens: of each row.
+        progress: called after every setting of every turn.
+    """
+    listed, context = cases(low_format), ids_RS.shape[1]
+    settings = [_bench_setting(case, low_store) for case in listed]
+    measured = compare(model, low_store, settings, ids_RS, prompt_tokens, progress)
+    trace = record_routing(model, low_store, ids_RS, prompt_tokens)
+    counted = [
+        counted_traffic(case, found, planned, context)
+        for case, found in zip(listed, measured, strict=True)
+    ]
+    per_turn = measured[0].tokens / len(measured[0].seconds)
+    seconds_CR = np.array([found.seconds for found in measured]) / per_turn
+    fitted = [i for i, case in enumerate(listed) if case.calibrates]
+    machines = [
+        fit([counted[i] for i in fitted], seconds_CR[fitted, turn].tolist())
+        for turn in range(seconds_CR.shape[1])
+    ]
+    rows = []
+    for i, case in enumerate(listed):
+        budget = None if case.budget_mib is None else int(case.budget_mib * MIB)
+        replayed = replay_setting(
+            case.setting,
+            planned,
+            trace,
+            _everything(planned) if budget is None else budget,
+            context,
+        )
+        rows.append(
+            {
+                "setting": case.name,
+                "calibrates": case.calibrates,
+                "measured_ms": _spread(seconds_CR[i] * 1e3),
+                "ratio_counted": _spread(_ratios(counted[i], machines, seconds_CR[i])),
+                "ratio_replayed": _spread(_ratios(replayed.traffic, machines, seconds_CR[i])),
+                "hit_rate": measured[i].hits / measured[i].uses,
+                "hit_rate_replayed": replayed.hit_rate,
+                "exits": counted[i].exits,
+                "exits_replayed": replayed.traffic.exits,
+                "moved_bytes": counted[i].moved_bytes,
+                "moved_bytes_replayed": replayed.traffic.moved_bytes,
+            }
+        )
+    return {
+        "rows": rows,
+        "turns": seconds_CR.shape[1],
+        "tokens_of_a_turn": per_turn,
+        "constants": {
+            name: _spread([asdict(machine)[name] for machine in machines])
+            for name in ("launch_us", "device_gb_s", "exit_us", "pcie_gb_s")
+        },
+    }
+
+
+def _bench_setting(case: Case, store: HostExperts) -> BenchSetting:
+    budget = None if case.budget_mib is None else int(case.budget_mib * MIB)
+    plan = uniform_plan(store, 1) if case.setting.asked == "low" else None
+    return BenchSetting(case.name, case.setting.mode, budget, case.setting.low_share, plan=plan)
+
+
+def _everything(model: PlannedModel) -> int:
+    return model.native_bytes
+
+
+def _ratios(traffic: Traffic, machines: Sequence[Machine], seconds_R: np.ndarray) -> np.ndarray:
+    predicted_R = np.array([token_time(traffic, machine).total for machine in machines])
+    return predicted_R * 1e-3 / seconds_R
+
+
+def _spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    low, median, high = np.quantile(np.asarray(values), [0.25, 0.5, 0.75])
+    return {"median": float(median), "quartile_low": float(low), "quartile_high": float(high)}
+
+
+def summarise(record: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """What a plan prints of a record: where it was measured, and the errors of predictions."""
+    predicted = [row for row in record["rows"] if not row["calibrates"]]
+
+    def over_settings(name: str) -> dict[str, float]:
+        medians = np.array([row[name]["median"] for row in predicted])
+        return {
+            "median": float(np.median(medians)),
+            "low": float(medians.min()),
+            "high": float(medians.max()),
+            "median_error": float(np.median(np.abs(medians - 1))),
+        }
+
+    return {
+        "device": machine["device"],
+        "cpu_count": machine["cpu_count"],
+        "on_gpu": not machine["device"].startswith("cpu"),
+        "settings": len(predicted),
+        "time_ratio": over_settings("ratio_replayed"),
+        "time_ratio_counted": over_settings("ratio_counted"),
+        "exit_us": record["constants"]["exit_us"]["median"],
+    }

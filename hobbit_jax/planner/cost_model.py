@@ -1,0 +1,180 @@
+"""Seconds of one decoded token, from what it reads, moves and waits for.
+
+Owns the model and its constants, with the origin of each. Called by `plan.py`, by `check.py`, which
+measures the constants of a machine and the model's error there, and by `public_figures.py`.
+
+One sequence, one token at a time, nothing overlapped:
+
+    token = device + launches + host + exits + link + cpu
+    device   = (dense + KV cache + expert bytes read) / (device_gb_s · device_efficiency)
+    launches = layers · launches_per_layer · launch_us
+    host     = token_us + selections · selection_us
+    exits    = exits · exit_us
+    link     = ((moved bytes) / (pcie_gb_s · pcie_efficiency)
+                + moved experts · copies_per_expert · copy_latency_us) · (1 − overlap_share)
+    cpu      = host bytes / (host_gb_s · host_efficiency) + layers on the CPU · handover_us
+
+An exit is a token that leaves the decode program in a layer whose experts are not all resident
+(`decode_loop.py`). Moved bytes are those waited for and those of promotions. The last line is for
+rivals that compute experts where they lie, on the host. Compute is taken to be free: every product
+of a single token is bound by memory (docs/kernels.md counts the instructions).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+Origin = Literal["vendor", "specification", "assumed", "given"]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Where a constant's default comes from."""
+
+    unit: str
+    origin: Origin
+    source: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The constants of the model; `CONSTANTS` says what each is and where it comes from."""
+
+    device_gb_s: float
+    pcie_gb_s: float
+    host_gb_s: float = 89.6
+    device_efficiency: float = 0.75
+    pcie_efficiency: float = 0.4
+    host_efficiency: float = 0.7
+    launches_per_layer: float = 30.0
+    launch_us: float = 3.0
+    token_us: float = 150.0
+    selection_us: float = 4.0
+    exit_us: float = 400.0
+    copies_per_expert: float = 3.0
+    copy_latency_us: float = 10.0
+    overlap_share: float = 0.0
+    handover_us: float = 100.0
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith(("gb_s", "efficiency")) and not value > 0:
+                raise ValueError(f"{field.name} is {value}; want more than 0")
+            if value < 0 or (field.name.endswith(("efficiency", "share")) and value > 1):
+                raise ValueError(f"{field.name} is {value}; out of its range")
+
+
+CONSTANTS: dict[str, Constant] = {
+    "device_gb_s": Constant("GB/s", "vendor", "hardware.py"),
+    "pcie_gb_s": Constant("GB/s", "vendor", "hardware.py"),
+    "host_gb_s": Constant("GB/s", "assumed", "two channels of DDR5-5600: 2 · 8 bytes · 5.6e9/s"),
+    "device_efficiency": Constant(
+        "share", "assumed", "the target of the decode kernels (docs/kernels.md)"
+    ),
+    "pcie_efficiency": Constant(
+        "share",
+        "assumed",
+        "about half of what pinned copies reach: ours start in a memory map, which is not pinned",
+    ),
+    "host_efficiency": Constant("share", "assumed", "of the DIMMs' figure, for streaming reads"),
+    "launches_per_layer": Constant(
+        "kernels", "assumed", "counted in decode_loop.py's source, not in a compiled program"
+    ),
+    "launch_us": Constant("us", "assumed", "of one small kernel within a program"),
+    "token_us": Constant("us", "assumed", "entering the program and reading its report"),
+    "selection_us": Constant(
+        "us",
+        "assumed",
+        "telling a policy of one use, in Python: the 35 us that a layer of the hollow model took "
+        "in all (WORKSPACE.md), shared by 8",
+    ),
+    "exit_us": Constant(
+        "us",
+        "assumed",
+        "a third of what two loaded cores took on a hollow model: 1,183 us a layer with misses "
+        "against 35 without (WORKSPACE.md); a desktop's core is faster",
+    ),
+    "copies_per_expert": Constant("copies", "specification", "gate, up and down (cache/pool.py)"),
+    "copy_latency_us": Constant("us", "assumed", "of one copy, beside its bytes"),
+    "overlap_share": Constant("share", "assumed", "nothing, until a share is measured"),
+    "handover_us": Constant(
+        "us", "assumed", "activations to the CPU, its threads' start, and the result back, a layer"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one token of one sequence costs in bytes and events; all but layers are means."""
+
+    layers: int
+    dense_bytes: float
+    kv_bytes: float
+    expert_bytes: float  # read from the device
+    selections: float = 0.0  # of which the host hears
+    exits: float = 0.0
+    moved_experts: float = 0.0
+    moved_bytes: float = 0.0
+    host_bytes: float = 0.0  # of experts that the CPU computes
+    host_layers: float = 0.0  # in which it does
+
+
+@dataclass(frozen=True)
+class TokenTime:
+    """Milliseconds of one token, part by part."""
+
+    device: float
+    launches: float
+    host: float
+    exits: float
+    link: float
+    cpu: float
+
+    @property
+    def total(self) -> float:
+        """Of all parts, none beside another."""
+        return sum(asdict(self).values())
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one sequence."""
+        return 1e3 / self.total
+
+
+def token_time(traffic: Traffic, machine: Machine) -> TokenTime:
+    """Milliseconds of a token, as the module says."""
+    read = traffic.dense_bytes + traffic.kv_bytes + traffic.expert_bytes
+    bytes_ms = traffic.moved_bytes / (machine.pcie_gb_s * machine.pcie_efficiency * 1e6)
+    copies = traffic.moved_experts * machine.copies_per_expert
+    host_gb_s = machine.host_gb_s * machine.host_efficiency
+    return TokenTime(
+        device=read / (machine.device_gb_s * machine.device_efficiency * 1e6),
+        launches=traffic.layers * machine.launches_per_layer * machine.launch_us * 1e-3,
+        host=(machine.token_us + traffic.selections * machine.selection_us) * 1e-3,
+        exits=traffic.exits * machine.exit_us * 1e-3,
+        link=(bytes_ms + copies * machine.copy_latency_us * 1e-3) * (1 - machine.overlap_share),
+        cpu=traffic.host_bytes / (host_gb_s * 1e6)
+        + traffic.host_layers * machine.handover_us * 1e-3,
+    )
+
+
+def describe(machine: Machine, given: dict[str, float]) -> list[dict[str, Any]]:
+    """Every constant with its value, unit, origin and source; `given` came from the user."""
+    described = []
+    for name, value in asdict(replace(machine, **given)).items():
+        constant = CONSTANTS[name]
+        origin, source = constant.origin, constant.source
+        if name in given:
+            origin, source = "given", "the command line"
+        described.append(
+            {
+                "name": name,
+                "value": value,
+                "unit": constant.unit,
+                "origin": origin,
+                "source": source,
+            }
+        )
+    return described

@@ -1,0 +1,65 @@
+"""How far the planner's predictions are from decode on this machine, and from public figures.
+
+    python scripts/check_plan.py --out docs/planner/check.json [--turns 6]
+
+Decodes the reference model under 18 settings in turns, fits the cost model's constants to five of
+them and predicts the other thirteen (hobbit_jax/planner/check.py). plan.py prints the result that
+stands in docs/planner/check.json. About five minutes on two quiet cores.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from hobbit_jax import cli, reference
+from hobbit_jax.evals import quality
+from hobbit_jax.loading import load_model
+from hobbit_jax.planner.check import cases, check, summarise
+from hobbit_jax.planner.public_figures import compare_reports
+from hobbit_jax.planner.shapes import open_model
+from hobbit_jax.rows import machine, write_json
+from hobbit_jax.store import HostExperts
+from hobbit_jax.tiers import TierSpec, open_tier
+
+_TURNS = flags.DEFINE_integer("turns", 6, "rows decoded under each setting, after a warm-up", 2)
+_TOKENS = flags.DEFINE_integer("tokens", 48, "decoded of each row", 8)
+_OUT = flags.DEFINE_string("out", None, "JSON file", required=True)
+_LOW_FORMAT, _PROMPT = "Q2_K", 16
+
+
+def main(_):
+    path = reference.model_path()
+    model = load_model(path)
+    low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT), Path("out/tiers"))
+    store = HostExperts(model.config, model.file, [low])
+    texts = reference.held_out_texts("evaluation")
+    rows = _TURNS.value + 1
+    windows = quality.cut_windows(model.tokenizer(), texts, rows, _PROMPT + _TOKENS.value - 1, 1)
+    with tqdm(total=len(cases(_LOW_FORMAT)) * rows, disable=None) as bar:
+        record = check(
+            model, open_model(path), store, _LOW_FORMAT, windows.ids_WS, _PROMPT, bar.update
+        )
+    summary = summarise(record, machine())
+    public = compare_reports()
+    write_json(
+        Path(str(_OUT.value)),
+        {"kind": "check", "machine": machine(), "summary": summary, **record, "public": public},
+    )
+    for row in record["rows"]:
+        role = "fitted" if row["calibrates"] else "predicted"
+        print(
+            f"{row['setting']:<34} {role:<9} {row['measured_ms']['median']:7.2f} ms; predicted "
+            f"over measured {row['ratio_counted']['median']:.2f} by counts, "
+            f"{row['ratio_replayed']['median']:.2f} by replay"
+        )
+    for row in public:
+        print(
+            f"{row['what']}: {row['predicted']:.1f} tokens/s predicted, {row['reported']:.1f} "
+            f"reported (x{row['ratio']:.2f})"
+        )
+    print(summary)
+
+
+if __name__ == "__main__":
+    cli.run(main)

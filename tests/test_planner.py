@@ -1,0 +1,365 @@
+"""The planner: its arithmetic, its sizes against the engine's own, its replays against others.
+
+Oracles: sums done by hand, files that the real loader and store open, an LRU written here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import MODELS, write_model
+
+from hobbit_jax.cache.trace import Trace
+from hobbit_jax.decode_loop import empty_carry
+from hobbit_jax.gguf_file import open_gguf
+from hobbit_jax.loading import load_model
+from hobbit_jax.miss_modes import MISS_MODES
+from hobbit_jax.planner import candidates, routing, table
+from hobbit_jax.planner.check import fit
+from hobbit_jax.planner.cost_model import CONSTANTS, Machine, Traffic, token_time
+from hobbit_jax.planner.hardware import CARDS, find_card
+from hobbit_jax.planner.plan import divide_memory, make_plan
+from hobbit_jax.planner.shapes import open_model, preset_model
+from hobbit_jax.planner.traffic import (
+    Setting,
+    all_on_cpu,
+    hot_on_device,
+    layers_that_fit,
+    replay_setting,
+)
+from hobbit_jax.pool_sizing import pool_slots
+from hobbit_jax.precision import uniform_plan
+from hobbit_jax.presets import PRESETS
+from hobbit_jax.report.plans import Plans, load_plans, render_plans
+from hobbit_jax.store import HostExperts
+from hobbit_jax.synthesize import synthesize
+
+CONTEXT = 512
+TINY = preset_model("tiny")
+NATIVE, LOW = candidates.NATIVE, Setting("low", "wait", "Q2_K", "low")
+FLOOR = Setting("floor", "floor", "Q2_K")
+MODES = [s for s in candidates.settings() if s.low_format in (None, "Q2_K")]
+
+
+@pytest.fixture(scope="module")
+def made_up() -> Trace:
+    return routing.made_up(TINY.config).trace
+
+
+def shorter(trace: Trace, n_tokens: int) -> Trace:
+    return replace(
+        trace,
+        ids_TLK=trace.ids_TLK[:n_tokens],
+        weights_TLK=trace.weights_TLK[:n_tokens],
+        position_T=trace.position_T[:n_tokens],
+    )
+
+
+def test_a_token_by_hand():
+    """Each part has another time, so that no two can be mistaken for one another."""
+    machine = Machine(
+        device_gb_s=500, device_efficiency=0.5, pcie_gb_s=20, pcie_efficiency=0.5, host_gb_s=50,
+        host_efficiency=0.5, launches_per_layer=10, launch_us=4, token_us=100, selection_us=2,
+        exit_us=300, copies_per_expert=3, copy_latency_us=10, overlap_share=0.25, handover_us=50,
+    )  # fmt: skip
+    traffic = Traffic(
+        layers=40, dense_bytes=0.6e9, kv_bytes=0.1e9, expert_bytes=0.3e9, selections=320, exits=7,
+        moved_experts=20, moved_bytes=30e6, host_bytes=75e6, host_layers=6,
+    )  # fmt: skip
+    time = token_time(traffic, machine)
+    assert time.device == pytest.approx(4.0)  # 1 GB at 250 GB/s
+    assert time.launches == pytest.approx(1.6)  # 400 of 4 us
+    assert time.host == pytest.approx(0.74)  # 100 us and 320 of 2 us
+    assert time.exits == pytest.approx(2.1)
+    assert time.link == pytest.approx((3.0 + 0.6) * 0.75)  # 30 MB at 10 GB/s, 60 copies
+    assert time.cpu == pytest.approx(3.0 + 0.3)  # 75 MB at 25 GB/s, 6 hand-overs
+    assert time.total == pytest.approx(4.0 + 1.6 + 0.74 + 2.1 + 2.7 + 3.3)
+    assert time.tokens_per_second == pytest.approx(1e3 / 14.44)
+
+
+def test_every_constant_has_an_origin():
+    assert set(CONSTANTS) == set(vars(Machine(500, 20)))
+    for name in ("pcie_gb_s", "device_efficiency", "overlap_share"):
+        with pytest.raises(ValueError, match=name):
+            replace(Machine(500, 20), **{name: -1.0})
+
+
+def test_sizes_are_those_of_real_files(tmp_path: Path):
+    """Of the preset: a file synthesised with it. Of a file: what the loader puts on the device."""
+    synthesize(PRESETS["tiny"], "tiny", tmp_path / "tiny.gguf")
+    written = open_model(tmp_path / "tiny.gguf")
+    assert (written.dense_bytes, written.native_bytes) == (TINY.dense_bytes, TINY.native_bytes)
+    assert written.dense_read_bytes == TINY.dense_read_bytes < TINY.dense_bytes
+    tied = tmp_path / "tied.gguf"
+    write_model(MODELS["qwen3moe-tied"], tied)
+    for model in (written, open_model(tied)):
+        loaded = load_model(model.native.paths[0])
+        assert model.dense_bytes == loaded.dense_device_bytes
+        cache = empty_carry(model.config, 1, CONTEXT).caches
+        assert model.kv_cache_bytes(CONTEXT) == sum(a.nbytes for a in cache)
+    assert open_model(tied).dense_read_bytes == open_model(tied).dense_bytes
+
+
+def test_residents_are_the_engines_own(tmp_path: Path, made_up: Trace):
+    synthesize(PRESETS["tiny"], "tiny", tmp_path / "tiny.gguf")
+    file = open_gguf(tmp_path / "tiny.gguf")
+    store, trace = HostExperts(TINY.config, file), shorter(made_up, 40)
+    for share in (0.1, 0.33, 0.7, 1.0, 2.0):
+        pool = int(share * store.tier_bytes(0))
+        slots, _ = pool_slots(uniform_plan(store), MISS_MODES["off"], store, pool, 0.0)
+        outcome = replay_setting(NATIVE, TINY, trace, pool, CONTEXT)
+        assert outcome.residents == sum(slots.values())
+        assert sorted(outcome.slots.values()) == sorted(slots.values())
+
+
+@pytest.mark.parametrize("setting", MODES, ids=lambda s: s.name)
+def test_more_memory_is_never_fewer_residents(setting: Setting, made_up: Trace):
+    trace, found = shorter(made_up, 60), []
+    for share in (0.25, 0.4, 0.6, 0.8, 1.01, 2.0):
+        try:
+            pool = int(share * TINY.native_bytes)
+            found.append(replay_setting(setting, TINY, trace, pool, CONTEXT))
+        except ValueError:
+            assert not found or setting.mode != "off"
+    assert len(found) > 2
+    for less, more in pairwise(found):
+        # Of caches that hold two copies, what they hold in the end depends on the text a little.
+        slack = 0 if MISS_MODES[setting.mode].low_banks != "cache" else 13
+        assert less.residents <= more.residents + slack
+    assert found[-1].residents == TINY.config.n_layers * TINY.config.n_experts
+    last = found[-1].traffic
+    if setting.mode != "floor" and MISS_MODES[setting.mode].low_banks != "cache":
+        assert (last.exits, last.moved_bytes, last.moved_experts) == (0, 0, 0)
+    assert last.exits == 0 and found[-1].hit_rate == 1
+
+
+def test_a_faster_link_or_device_is_never_slower(made_up: Trace):
+    traffic = replay_setting(NATIVE, TINY, shorter(made_up, 60), TINY.native_bytes // 3, CONTEXT)
+    for name in ("pcie_gb_s", "device_gb_s", "pcie_efficiency", "device_efficiency"):
+        totals = [
+            token_time(traffic.traffic, replace(Machine(100, 5), **{name: value})).total
+            for value in (0.1, 0.2, 0.5, 1.0)
+        ]
+        assert totals == sorted(totals, reverse=True) and totals[0] > totals[-1]
+
+
+def test_a_replay_counts_as_a_plain_lru_does():
+    """Misses, exits and bytes of uniform experts, by an LRU of twenty lines with the same start."""
+    trace = shorter(routing.made_up(TINY.config, seed=3).trace, 70)
+    expert_bytes = TINY.store("Q2_K").layer(1, 0).expert_bytes
+    n_slots = 9  # too few for a protected segment, so SLRU is LRU
+    outcome = replay_setting(LOW, TINY, trace, n_slots * expert_bytes, CONTEXT)
+    assert outcome.slots == {"Q2_K": n_slots}
+
+    learned, warm = 30, 45  # of 70 tokens, as 300 and 450 of 700
+    keys_TLK = trace.keys_TLK.tolist()
+    uses = np.bincount(np.ravel(keys_TLK[:learned]), minlength=256)
+    hottest = np.argsort(-uses, kind="stable")[:n_slots]
+    cache = OrderedDict((int(key), None) for key in hottest[::-1])
+    misses = exits = 0
+    order_TLK = np.argsort(-trace.weights_TLK, axis=-1, kind="stable").tolist()
+    for token in range(learned, 70):
+        for keys, order in zip(keys_TLK[token], order_TLK[token], strict=True):
+            keys = [keys[i] for i in order]
+            for key in keys:
+                if key in cache:
+                    cache.move_to_end(key)
+            missing = sorted(key for key in keys if key not in cache)
+            for key in missing:
+                if len(cache) == n_slots:
+                    del cache[next(old for old in cache if old not in keys)]
+                cache[key] = None
+            if token >= warm:
+                misses, exits = misses + len(missing), exits + bool(missing)
+    counted = 70 - warm
+    assert outcome.traffic.moved_experts == pytest.approx(misses / counted)
+    assert outcome.traffic.moved_bytes == pytest.approx(misses * expert_bytes / counted)
+    assert outcome.traffic.exits == pytest.approx(exits / counted)
+    assert outcome.traffic.expert_bytes == pytest.approx(8 * 4 * expert_bytes)
+    assert outcome.hit_rate == pytest.approx(1 - misses / counted / 32)
+
+
+def test_a_floor_never_waits_and_reads_both_tiers(made_up: Trace):
+    low = TINY.store("Q2_K")
+    pool = low.tier_bytes(1) + TINY.native_bytes // 4
+    outcome = replay_setting(FLOOR, TINY, shorter(made_up, 120), pool, CONTEXT)
+    assert outcome.traffic.exits == 0 and outcome.hit_rate == 1
+    assert 0.1 < outcome.low_uses < 0.9
+    native = TINY.native_bytes / 256 * 32
+    expected = outcome.low_uses * low.tier_bytes(1) / 256 * 32 + (1 - outcome.low_uses) * native
+    assert outcome.traffic.expert_bytes == pytest.approx(expected, rel=0.03)
+
+
+def test_another_models_trace_is_scaled_and_named(made_up: Trace):
+    """Half the layers, half the choices: each selection and each byte read counts for more."""
+    half = replace(
+        made_up,
+        ids_TLK=made_up.ids_TLK[:, ::2, :2].copy(),
+        weights_TLK=made_up.weights_TLK[:, ::2, :2].copy(),
+    )
+    assert routing.recorded(made_up, TINY.config).extrapolates == ()
+    (reason,) = routing.recorded(half, TINY.config).extrapolates
+    assert "4 layers, 32 experts, top-2 instead of 8, 32, 4" in reason
+    size = TINY.store("Q2_K").layer(1, 0).expert_bytes
+    everything = replay_setting(LOW, TINY, shorter(half, 60), 256 * size, CONTEXT)
+    assert everything.residents == 256 and everything.traffic.moved_bytes == 0
+    assert everything.traffic.expert_bytes == pytest.approx(8 * 4 * size)
+    own = replay_setting(LOW, TINY, made_up, 128 * size, CONTEXT)
+    others = replay_setting(LOW, TINY, half, 128 * size, CONTEXT)
+    assert others.residents == own.residents == 128
+    assert others.hit_rate == pytest.approx(own.hit_rate, abs=0.1)
+    assert others.traffic.exits == pytest.approx(own.traffic.exits, rel=0.25)
+
+
+def test_made_up_routing_is_like_recorded_routing():
+    """By the figures that the module gives of DeepSeek-V2-Lite's texts."""
+    shape = replace(PRESETS["tiny"], n_layers=26, n_experts=64, experts_per_token=6)
+    trace = routing.made_up(shape).trace
+    assert trace.share_of_favourites(0.25) == pytest.approx(0.489, abs=0.03)
+    for lag, overlap in ((1, 0.276), (2, 0.206), (5, 0.182), (20, 0.152)):
+        assert trace.overlap(lag) == pytest.approx(overlap, abs=0.025)
+    np.testing.assert_array_equal(trace.ids_TLK, routing.made_up(shape).trace.ids_TLK)
+    assert (routing.made_up(shape, seed=1).trace.ids_TLK != trace.ids_TLK).any()
+
+
+def test_a_profiles_favourites_are_kept():
+    uses_LE = np.round(1000 * np.random.default_rng(0).dirichlet(np.ones(32), 8))
+    found = routing.profiled(uses_LE, TINY.config)
+    share_LE = uses_LE / uses_LE.sum(axis=1, keepdims=True)
+    made_LE = found.trace.uses_LE / found.trace.uses_LE.sum(axis=1, keepdims=True)
+    assert np.abs(made_LE - share_LE).max() < 0.05
+    assert np.corrcoef(made_LE.ravel(), share_LE.ravel())[0, 1] > 0.97
+    assert found.extrapolates
+    with pytest.raises(ValueError, match=r"\[8, 31\]"):
+        routing.profiled(uses_LE[:, :31], TINY.config)
+
+
+def test_rivals_on_the_cpu(made_up: Trace):
+    per_layer = [layer.expert_bytes for layer in TINY.store().tiers[0]]
+    everything = all_on_cpu(TINY, CONTEXT)
+    assert (everything.expert_bytes, everything.host_layers) == (0, 8)
+    assert everything.host_bytes == 4 * sum(per_layer)
+    three = sum(per_layer[-3:]) * 32
+    assert (layers_that_fit(TINY, three), layers_that_fit(TINY, three - 1)) == (3, 2)
+    some = all_on_cpu(TINY, CONTEXT, 3)
+    assert (some.expert_bytes, some.host_bytes) == (4 * sum(per_layer[-3:]), 4 * sum(per_layer[:5]))
+    hot, traffic = hot_on_device(TINY, made_up, TINY.native_bytes // 4, CONTEXT)
+    assert 0.35 < hot < 0.6  # of uses, by the most used quarter
+    assert traffic.expert_bytes + traffic.host_bytes == pytest.approx(4 * sum(per_layer))
+    assert 0 < traffic.host_layers < 8
+    assert hot_on_device(TINY, made_up, TINY.native_bytes, CONTEXT)[0] == 1
+
+
+def test_the_choice_has_to_earn_what_it_degrades():
+    choose = candidates.choose
+    assert choose([10, 11.9, 11], [0, 0.1, 0.2]) == 0
+    assert choose([10, 12, 14], [0, 0.1, 0.2]) == 1  # 14 is not 1.2 times 12
+    assert choose([10, 14.5, 12], [0, 0.2, 0.1]) == 1  # by loss: 12, then 14.5
+    assert candidates.expected_loss(LOW, 1.0, 0.0) > candidates.expected_loss(FLOOR, 0.5, 0.0) > 0
+    assert candidates.expected_loss(NATIVE, 0.0, 0.0) == 0
+
+
+def test_constants_are_recovered_from_times():
+    machine = Machine(
+        80, 4, device_efficiency=1, pcie_efficiency=1, launches_per_layer=1, launch_us=500,
+        token_us=0, selection_us=0, exit_us=900, copies_per_expert=0,
+    )  # fmt: skip
+    rng = np.random.default_rng(1)
+    traffics = [
+        Traffic(4, 3e6, 1e6, 1e6 * rng.uniform(1, 9), 8, rng.uniform(0, 4), 0, 1e6 * rng.uniform())
+        for _ in range(6)
+    ]
+    times = [token_time(t, machine).total * 1e-3 for t in traffics]
+    fitted = fit(traffics, times)
+    for name in ("launch_us", "exit_us", "device_gb_s", "pcie_gb_s"):
+        assert getattr(fitted, name) == pytest.approx(getattr(machine, name), rel=1e-4)
+    free = fit(traffics, [token_time(t, replace(machine, exit_us=0)).total for t in traffics])
+    assert free.exit_us == pytest.approx(0, abs=1e-3)
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match=r"RTX 9999.*RTX 4070"):
+        find_card("RTX 9999")
+    with pytest.raises(ValueError, match="positive"):
+        find_card("500,0")
+    assert find_card("rtx4070") is find_card("NVIDIA GeForce RTX 4070") is CARDS["RTX 4070"]
+    assert find_card("500, 25").device_gb_s == 500
+    big = preset_model("mixtral-8x7b")
+    with pytest.raises(ValueError, match=r"too small for mixtral-8x7b by \d+\.\d\d GiB: dense"):
+        divide_memory(big, 2, 4096, 256, 0.75)
+    with pytest.raises(ValueError, match="context is 5000; want 1 to 4096"):
+        divide_memory(TINY, 8, 5000, 256, 0)
+    with pytest.raises(ValueError, match="qwen3-30b-a3b"):
+        preset_model("qwen")
+    with pytest.raises(ValueError, match="30 or more"):
+        routing.recorded(shorter(routing.made_up(TINY.config).trace, 12), TINY.config)
+    memory = divide_memory(big, 24, 4096, 256, 0.75)
+    parts = memory.dense + memory.kv_cache + memory.scratch + memory.reserve
+    assert memory.pool == 24 * 2**30 - parts > 0
+
+
+def tiny_plan(pool_share: float) -> dict:
+    pool = int(pool_share * TINY.native_bytes)
+    memory = divide_memory(TINY, 1, CONTEXT, 256, 0)
+    memory = replace(memory, vram=memory.vram - memory.pool + pool)
+    made = routing.made_up(TINY.config)
+    made = replace(made, trace=shorter(made.trace, 100))
+    machine = Machine(500, 30)
+    return make_plan(TINY, CARDS["RTX 4070"], machine, memory, CONTEXT, 256, made, {})
+
+
+def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """From the record to the text on the screen and to the document's section."""
+    summary = {
+        "device": "cpu: a made one", "cpu_count": 2, "on_gpu": False, "settings": 13,
+        "time_ratio": {"median": 1.07, "low": 0.81, "high": 1.39, "median_error": 0.12},
+        "time_ratio_counted": {"median": 1.01, "low": 0.9, "high": 1.2, "median_error": 0.05},
+    }  # fmt: skip
+    check = {
+        "kind": "check", "summary": summary, "turns": 6, "tokens_of_a_turn": 48, "rows": [],
+        "public": [],
+    }  # fmt: skip
+    folder = tmp_path / "planner"
+    folder.mkdir()
+    (folder / "check.json").write_text(json.dumps(check))
+    monkeypatch.setattr("hobbit_jax.planner.plan.CHECK", folder / "check.json")
+    plan = tiny_plan(0.45)
+    text = table.render(plan)
+    assert "EXTRAPOLATES: no routing of this model" in text
+    assert "never on a GPU: predicted over measured 1.07, from 0.81 to 1.39 over 13" in text
+    assert "launches_per_layer 30" in text and "floor Q3_K: left out" in text
+    names = [s["name"] for s in plan["settings"]]
+    assert names[0] == "native SLRU" and plan["choice"] in names and len(plan["rivals"]) == 3
+    assert f"Choice: {plan['choice']}, " in text
+    assert "device_gb_s" not in plan["assumed"] and "launch_us" in plan["assumed"]
+    assert {s["name"] for s in plan["sensitivity"]} <= set(plan["assumed"])
+
+    chosen = next(s for s in plan["settings"] if s["name"] == plan["choice"])
+    for factor in (0.5, 2):
+        speed = factor * chosen["tokens_per_second"]
+        for rival in plan["rivals"]:
+            rival["tokens_per_second"] = speed
+        assert ("BETTER ELSEWHERE" in table.render(plan)) == (factor > 1)
+        told = "\n".join(render_plans(Plans([plan])))
+        assert ("degrades nothing" in told) == ("a CPU rival" in told) == (factor > 1)
+
+    fits = tiny_plan(1.0)
+    assert [s["name"] for s in fits["settings"]] == ["native SLRU"] and not fits["rivals"]
+    assert fits["settings"][0]["traffic"]["moved_bytes"] == 0
+    assert "natively" in table.render(fits) and "all fit" in table.render(fits)
+
+    assert load_plans(tmp_path / "absent") is None
+    (folder / "tiny-12.json").write_text(json.dumps(plan))
+    lines = "\n".join(render_plans(load_plans(folder)))
+    assert f"{chosen['tokens_per_second']:.0f} (×{chosen['speedup']:.2f})" in lines
+    assert "median of 1.07 (from 0.81 to 1.39; median error 12 %)" in lines
+    assert "It extrapolates: no routing of this model" in lines
+    (folder / "other.json").write_text('{"kind": "sweep"}')
+    with pytest.raises(ValueError, match=r"other\.json is of kind 'sweep'"):
+        load_plans(folder)
