@@ -18,7 +18,7 @@ import numpy as np
 
 from hobbit_jax.cache.policies import DEFAULT_POLICY, policy_factory
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION
-from hobbit_jax.cache.tiered_replay import BankName, BankShapes, RoutedStep, TieredReplay
+from hobbit_jax.cache.tiered_replay import BankShapes, RoutedStep, TieredReplay
 from hobbit_jax.cache.trace import Trace
 from hobbit_jax.cache.warm_start import rank
 from hobbit_jax.miss_modes import LOW, MISS_MODES
@@ -129,11 +129,11 @@ def _shrunk(
     store: HostExperts,
     bank_tL: list[list[Signature]],
     n_experts: int,
-) -> dict[BankName, int]:
+) -> dict[Signature, int]:
     """The slots of each bank for as large a fraction of the trace's experts."""
     ours = Counter(layer.signature for tier in store.tiers for layer in tier)
     theirs = Counter(signature for tier in bank_tL for signature in tier)
-    shrunk: dict[BankName, int] = {}
+    shrunk: dict[Signature, int] = {}
     for signature, n_slots in slots.items():
         if theirs[signature]:
             pairs = theirs[signature] * n_experts
@@ -157,7 +157,7 @@ def replay_setting(
     slots, _ = pool_slots(_plan(model, tier_lE), mode, store, pool_bytes, setting.low_share)
     layers = _model_layers(trace, model)
     bank_tL = [[store.layer(t, at).signature for at in layers] for t in range(len(store.tiers))]
-    expert_bytes: dict[BankName, int] = {
+    expert_bytes: dict[Signature, int] = {
         layer.signature: layer.expert_bytes for tier in store.tiers for layer in tier
     }
     shapes = BankShapes(trace.n_experts, bank_tL, expert_bytes)
