@@ -12,7 +12,7 @@ export PYTHON
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test lint format kernels gpu oracles slow reference sweep frontier clean
+.PHONY: help environment demo test lint format kernels gpu oracles slow clusters reference sweep frontier clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 19
@@ -63,6 +63,11 @@ oracles: environment  ## tests against foreign code (ggml, PyTorch); says what t
 
 slow: environment  ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+clusters: environment  ## sweeps on a real Slurm and Ray on this machine, killed at (4 minutes)
+	@echo "clusters: a test whose daemons or packages are missing is skipped and named; to have them all:"
+	@echo "  apt-get install slurm-wlm munge; $(BIN)/pip install -c constraints.txt -e '.[slurm,ray]'"
+	@$(BIN)/python -m pytest -q -n 2 -m cluster $(PYTEST_ARGS)
 
 reference: environment  ## train the reference model anew into out/reference (about an hour, resumable)
 	@$(BIN)/python scripts/train_reference.py --workdir out/reference

@@ -5,7 +5,7 @@ slots up on the device, runs the experts from the banks and samples. It ends aft
 or in the layer whose experts are not all resident; the ones that are have run by then. The host
 loads the others and enters again: the program runs them and goes on. So a layer may take any number
 of entries and never needs more slots at a time than one. Called by `engine.py`, which is the only
-one that reads `Report`.
+one that reads what it reports (`decode_report.py`).
 
 A selection's result depends neither on the entry in which it ran nor on what ran beside it, and the
 K results of a token are summed last, so the tokens are the same bits for every pool.
@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from hobbit_jax.architecture import ModelConfig
+from hobbit_jax.decode_report import LOG_FIELDS, log_entry, pack
+from hobbit_jax.expert_kinds import ExpertKinds
 from hobbit_jax.layers import LayerKinds, States
 from hobbit_jax.miss_modes import MissMode
 from hobbit_jax.model import Ends, KVCache, attend
@@ -32,18 +33,6 @@ from hobbit_jax.sampling import Sampling, sample
 from hobbit_jax.selection import Selections, rows_of_layer, select
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import Bank, Signature, Work
-
-# Of an entry of the log: expert, tier asked for, tier that serves it, bits of the router's weight.
-LOG_FIELDS = 4
-
-
-@dataclass(frozen=True)
-class ExpertKinds:
-    """Which bank each tier of each layer's experts lives in; None where a tier has no bank."""
-
-    signatures: tuple[tuple[Signature | None, ...], ...]  # by kind and tier
-    kind_L: tuple[int, ...]
-    implementations: tuple[tuple[Signature, str], ...]  # how each bank's experts are computed
 
 
 @dataclass(frozen=True)
@@ -57,6 +46,7 @@ class LoopSpec:
     mode: MissMode
     sampling: Sampling
     most_tokens: int  # of one call
+    look_ahead: int = 0  # layers whose routers are asked when the program leaves for an expert
 
 
 class Weights(NamedTuple):
@@ -103,37 +93,6 @@ class _Loop(NamedTuple):
     logits_BV: jax.Array
     logged: jax.Array  # int32: layers routed
     log_IAf: jax.Array
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the host learns from one entry, in one transfer of `report_size` integers."""
-
-    steps: int
-    layer: int
-    blocked: bool
-    tokens_NB: np.ndarray  # the first `steps` rows are drawn
-    ids_IA: np.ndarray  # of each routed layer, in turn
-    asked_IA: np.ndarray
-    served_IA: np.ndarray
-    weights_IA: np.ndarray
-
-    @classmethod
-    def unpack(cls, packed: np.ndarray, most_tokens: int, batch: int, k: int) -> Report:
-        """Reads what the program packed."""
-        steps, layer, blocked, logged = (int(number) for number in packed[:4])
-        end = 4 + most_tokens * batch
-        log_IAf = packed[end:].reshape(-1, batch * k, LOG_FIELDS)[:logged]
-        return cls(
-            steps=steps,
-            layer=layer,
-            blocked=bool(blocked),
-            tokens_NB=packed[4:end].reshape(most_tokens, batch)[:steps],
-            ids_IA=log_IAf[..., 0],
-            asked_IA=log_IAf[..., 1],
-            served_IA=log_IAf[..., 2],
-            weights_IA=np.ascontiguousarray(log_IAf[..., 3]).view(np.float32),
-        )
 
 
 def empty_carry(config: ModelConfig, batch: int, context: int) -> Carry:
@@ -228,13 +187,6 @@ def _attend(spec: LoopSpec, weights: Weights, table_UE: jax.Array, loop: _Loop) 
     x_BD, h_BD, routing = kinds.at(weights.layers, layer, add_and_route, x_B1D, mixed_B1N)
     table_tE = rows_of_layer(table_UE, layer, spec.config.n_layers)
     selections = select(weights.plan, spec.mode, table_tE, layer, routing, loop.active_B)
-    entry_fA = [
-        selections.ids_TK,
-        selections.asked_TK,
-        selections.served_TK,
-        jax.lax.bitcast_convert_type(selections.weights_TK, jnp.int32),
-    ]
-    entry_Af = jnp.stack([field.reshape(-1) for field in entry_fA], axis=-1)
     carry = carry._replace(
         caches=caches,
         routed=jnp.array(True),
@@ -245,7 +197,9 @@ def _attend(spec: LoopSpec, weights: Weights, table_UE: jax.Array, loop: _Loop) 
         y_AD=jnp.zeros_like(carry.y_AD),
     )
     return loop._replace(
-        carry=carry, logged=loop.logged + 1, log_IAf=loop.log_IAf.at[loop.logged].set(entry_Af)
+        carry=carry,
+        logged=loop.logged + 1,
+        log_IAf=loop.log_IAf.at[loop.logged].set(log_entry(selections)),
     )
 
 
@@ -292,6 +246,33 @@ def _run_experts(
         y_AD=y_AD,
     )
     return loop._replace(carry=carry, blocked=carry.routed)
+
+
+def _look_ahead(spec: LoopSpec, weights: Weights, table_UE: jax.Array, loop: _Loop) -> jax.Array:
+    """What later layers' routers choose of the stream where the program waits, int32 [P, 2, A].
+
+    Expert and tier of each selection; `SKIPPED` for layers past the last, and if nobody waits. The
+    stream has this layer's attention and not its experts.
+    """
+    n_layers, x_BD, here = spec.config.n_layers, loop.carry.x_BD, loop.carry.layer
+
+    def choose(distance: jax.Array) -> jax.Array:
+        layer = jnp.minimum(here + distance, n_layers - 1)
+        routing = spec.layers.at(weights.layers, layer, lambda block, x: block.route_ahead(x), x_BD)
+        table_tE = rows_of_layer(table_UE, layer, n_layers)
+        valid_B = loop.active_B & (here + distance < n_layers)
+        chosen = select(weights.plan, spec.mode, table_tE, layer, routing, valid_B)
+        return jnp.stack([chosen.ids_TK.reshape(-1), chosen.served_TK.reshape(-1)])
+
+    shape = (spec.look_ahead, 2, loop.carry.done_A.size)
+    if not spec.look_ahead:
+        return jnp.zeros(shape, jnp.int32)
+    distances_P = jnp.arange(1, 1 + spec.look_ahead, dtype=jnp.int32)
+    return jax.lax.cond(
+        loop.blocked,
+        lambda: jax.lax.map(choose, distances_P),
+        lambda: jnp.full(shape, SKIPPED, jnp.int32),
+    )
 
 
 def _end_token(spec: LoopSpec, weights: Weights, inputs: Inputs, loop: _Loop) -> _Loop:
@@ -378,10 +359,11 @@ def _decode(
     loop = jax.lax.while_loop(
         may_go_on, lambda loop: finish_layer(_attend(spec, weights, table_UE, loop)), loop
     )
-    head_4 = jnp.stack(
-        [loop.step, loop.carry.layer, loop.blocked.astype(jnp.int32), loop.logged]
-    ).astype(jnp.int32)
-    packed = jnp.concatenate([head_4, loop.tokens_NB.reshape(-1), loop.log_IAf.reshape(-1)])
+    ahead_P2A = _look_ahead(spec, weights, table_UE, loop)
+    packed = pack(
+        loop.step, loop.carry.layer, loop.blocked, loop.logged, loop.tokens_NB, ahead_P2A,
+        loop.log_IAf,
+    )  # fmt: skip
     return loop.carry, packed, loop.logits_BV
 
 

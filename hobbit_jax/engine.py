@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 
 import jax
 import jax.numpy as jnp
@@ -17,53 +16,26 @@ import numpy as np
 from flax import nnx
 
 from hobbit_jax.adaptive_split import AdaptiveSplit
+from hobbit_jax.cache.link import Link
 from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, Step, policy_factory
 from hobbit_jax.cache.pool import SlotPool, Use
+from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, Promoter, PromotionRule
 from hobbit_jax.cache.warm_start import WarmStart
-from hobbit_jax.decode_loop import (
-    Carry,
-    ExpertKinds,
-    Inputs,
-    LoopSpec,
-    Report,
-    Weights,
-    decode_program,
-    empty_carry,
-)
+from hobbit_jax.decode_loop import Carry, Inputs, LoopSpec, Weights, decode_program, empty_carry
+from hobbit_jax.decode_report import Report
+from hobbit_jax.expert_kinds import ExpertKinds
 from hobbit_jax.loading import LoadedModel
 from hobbit_jax.miss_modes import LOW, MissMode, miss_mode
 from hobbit_jax.pool_sizing import ADAPTIVE, DEFAULT_LOW_SHARE, LowShare, pool_slots
 from hobbit_jax.precision import SKIPPED, PrecisionPlan, uniform_plan
-from hobbit_jax.prefill import Prefill, RoutedLayer, logits
+from hobbit_jax.prefill import Prefill, RoutedLayer, logits, pad_tokens
 from hobbit_jax.sampling import Sampling, sample
 from hobbit_jax.selection import Selections
 from hobbit_jax.step_stats import EngineStats, Meter, StepStats
 from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
-from pallas_kernels.expert_ffn import implementation_for
-from pallas_kernels.reference import Signature
 
 GREEDY = Sampling()
-
-
-def _expert_kinds(model: LoadedModel, store: HostExperts, pool: SlotPool) -> ExpertKinds:
-    """Layers grouped by where the pool keeps their experts."""
-    config = store.config
-    used = [
-        tier
-        for tier, layers in enumerate(store.tiers)
-        if any(e.signature in pool.banks for e in layers)
-    ]
-    by_layer = []
-    for layer in range(config.n_layers):
-        signatures = (store.layer(tier, layer).signature for tier in range(max(used) + 1))
-        by_layer.append(tuple(s if s in pool.banks else None for s in signatures))
-    kinds = tuple(dict.fromkeys(by_layer))
-    implementations = tuple(
-        (s, implementation_for(s, config.d_model, config.d_expert, model.implementation))
-        for s in pool.banks
-    )
-    return ExpertKinds(kinds, tuple(kinds.index(kind) for kind in by_layer), implementations)
 
 
 class Engine:
@@ -82,6 +54,10 @@ class Engine:
         promotion: how eagerly a mode that promotes does so.
         warm: which experts are resident before the first token, and which for good.
         chunk_tokens: tokens of one prefill step, over all sequences.
+        link: the way to the device; None is JAX's own copy.
+        staging_bytes: device bytes beside the pool for uploads ahead of their use; None is as much
+            as one token's experts of a layer, 0 waits for each upload by itself.
+        prefetch: who guesses what later layers of a token need; None guesses nothing.
         watch: called with every layer's routing, on the host.
 
     Raises:
@@ -100,6 +76,9 @@ class Engine:
         promotion: PromotionRule = DEFAULT_PROMOTION,
         warm: WarmStart | None = None,
         chunk_tokens: int = 2048,
+        link: Link | None = None,
+        staging_bytes: int | None = None,
+        prefetch: PrefetchRule | None = None,
         watch: Callable[[RoutedLayer], None] | None = None,
     ):
         self.model, self.config, self.store = model, model.config, store
@@ -107,7 +86,11 @@ class Engine:
         self.mode = miss_mode(mode)
         self.chunk_tokens, self.watch = chunk_tokens, watch
         slots, total_bytes = pool_slots(self.plan, self.mode, store, budget_bytes, low_share)
-        self.pool = SlotPool(store, slots, budget_bytes or total_bytes, policy_factory(policy))
+        if staging_bytes is None:
+            staging_bytes = self.config.experts_per_token * store.largest_expert_bytes
+        self.pool = SlotPool(
+            store, slots, budget_bytes or total_bytes, policy_factory(policy), link, staging_bytes
+        )
         if self.mode.low_banks == "all":
             self.pool.load_all(LOW)
         if warm is not None:
@@ -121,13 +104,16 @@ class Engine:
             factory = policy_factory(policy)
             self.split = AdaptiveSplit(self.pool, self.plan, self.mode, factory, promotion, warm)
             self.watch = self.split.watching(watch)
+        n_layers, n_experts = self.config.n_layers, self.config.n_experts
+        self._prefetcher = Prefetcher(prefetch, n_layers, n_experts) if prefetch else None
+        self._look_ahead = prefetch.distance if prefetch and prefetch.asks_routers else 0
         self._ahead: list[ExpertKey] = []  # to be staged while the next entry runs
         self.stats = EngineStats()
         ends_graph, ends_state = nnx.split(model.ends)
         device_plan = jax.device_put(self.plan)
         self._weights = Weights(model.layers.states, ends_state, device_plan)
         self._ends_graph = ends_graph
-        self._experts = _expert_kinds(model, store, self.pool)
+        self._experts = ExpertKinds.of(self.pool, model.implementation)
         self._prefill = Prefill(model, self.pool, device_plan, self.mode)
         self._carry: Carry | None = None
         self._key = jax.random.key(0)
@@ -144,6 +130,7 @@ class Engine:
             raise ValueError(
                 f"{context} tokens exceed the model's context of {self.config.context_length}"
             )
+        self.pool.drop_expected()
         if self.split is not None:
             self.split.begin_sequences()
         self._carry = empty_carry(self.config, batch, context)
@@ -219,7 +206,7 @@ class Engine:
         chunk = max(1, self.chunk_tokens // len(prompts))
         logits_BV: jax.Array | None = None
         for start in range(0, longest, chunk):
-            part_BT = _pad_tokens(ids_BT[:, start : start + chunk], chunk)
+            part_BT = pad_tokens(ids_BT[:, start : start + chunk], chunk)
             n_new_B = np.clip(lengths_B - start, 0, chunk).astype(np.int32)
             x_BTD = self._append(part_BT, n_new_B)
             new_BV = self._logits(x_BTD, np.maximum(n_new_B - 1, 0))
@@ -237,7 +224,7 @@ class Engine:
         for start in range(0, tokens, chunk):
             part_BT = ids_BT[:, start : start + chunk]
             n_new_B = np.full(batch, part_BT.shape[1], np.int32)
-            x_BTD = self._append(_pad_tokens(part_BT, chunk), n_new_B)
+            x_BTD = self._append(pad_tokens(part_BT, chunk), n_new_B)
             parts.append(self._logits(x_BTD, None)[:, : part_BT.shape[1]])
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
@@ -271,7 +258,7 @@ class Engine:
         self._check_room(active_B * count)
         spec = LoopSpec(
             self.config, self.model.layers.kinds, self._ends_graph, self._experts, self.mode,
-            replace(sampling, seed=0), most_tokens,  # the seed is data: `key`
+            replace(sampling, seed=0), most_tokens, self._look_ahead,  # the seed is data: `key`
         )  # fmt: skip
         program, k = decode_program(spec), self.config.experts_per_token
         stops = np.asarray(stop_ids, np.int32)
@@ -290,8 +277,12 @@ class Engine:
                 for key in self._ahead:
                     self.pool.stage(key)
                 self._ahead.clear()
+                if fresh and self._prefetcher is not None:
+                    self.pool.expect(self._prefetcher.at_token())
                 # The one transfer from the device in an entry.
-                report = Report.unpack(np.asarray(packed), most_tokens, len(ids_B), k)
+                report = Report.unpack(
+                    np.asarray(packed), most_tokens, len(ids_B), k, self._look_ahead
+                )
                 rounds = self._account(report) or rounds
                 for ids_B in report.tokens_NB:
                     rows.append(ids_B)
@@ -303,7 +294,7 @@ class Engine:
                 self.stats.exits += 1
                 if not rounds:
                     raise RuntimeError(f"layer {report.layer} waits for experts that are resident")
-                self._load(rounds.pop(0))
+                self._load(rounds.pop(0), report)
                 fresh = False
         except BaseException:
             # The token is half done; what the pool holds is whole.
@@ -314,12 +305,16 @@ class Engine:
         self.pool.commit()
         return _Decoded(np.stack(rows), logits_BV)
 
-    def _load(self, keys: list[ExpertKey]) -> None:
+    def _load(self, keys: list[ExpertKey], report: Report) -> None:
         """Loads what a layer waits for; an expert that waits again and again earns a low copy."""
         if self.mode.leaves_low and self._promoter is not None:
             fetched = (key for key in keys if key.tier == NATIVE and key not in self.pool)
             self._promoter.note(key._replace(tier=LOW) for key in fetched)
-        self.pool.load(keys)
+        upcoming: list[ExpertKey] = []
+        if self._prefetcher is not None:
+            resident = self.pool.__contains__
+            upcoming = self._prefetcher.at_exit(report.layer, report.ahead(), resident)
+        self.pool.load(keys, upcoming=upcoming)
 
     def _note_lowered(self, keys: Iterable[ExpertKey]) -> None:
         if self._promoter is not None:
@@ -357,20 +352,14 @@ class Engine:
                     wish = key._replace(tier=asked)
                     wished[wish] = Use(wish, uses[key].weight)
             if report.blocked and entry == len(walked) - 1:
-                rounds = self._rounds(list(uses))
+                rounds = self.pool.entries(uses)
             step = Step(self._tokens + int(token), int(layer), longest + int(token))
             self.pool.access(step, list(uses.values()), list(wished.values()))
+            if self._prefetcher is not None:
+                self._prefetcher.note(int(layer), uses)
             self._note_lowered(wished)
         self._tokens += report.steps
         return rounds
-
-    def _rounds(self, keys: list[ExpertKey]) -> list[list[ExpertKey]]:
-        """What to load, entry by entry: each bank's next round at a time."""
-        by_bank: dict[Signature, list[ExpertKey]] = {}
-        for key in keys:
-            by_bank.setdefault(self.store.signature(key), []).append(key)
-        per_bank = [self.pool.rounds(of_bank) for of_bank in by_bank.values()]
-        return [[key for part in parts for key in part or ()] for parts in zip_longest(*per_bank)]
 
     def generate(
         self,
@@ -416,10 +405,3 @@ class Engine:
 class _Decoded:
     ids_NB: np.ndarray  # drawn
     logits_BV: jax.Array  # of the last token
-
-
-def _pad_tokens(ids_BT: np.ndarray, chunk: int) -> np.ndarray:
-    """Pads the token axis to a power of two up to `chunk`, so that few shapes are compiled."""
-    tokens = ids_BT.shape[1]
-    width = min(chunk, 1 << (tokens - 1).bit_length())
-    return np.pad(ids_BT, ((0, 0), (0, width - tokens)))

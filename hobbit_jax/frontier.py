@@ -116,19 +116,26 @@ class FrontierCell:
         specs = self.specs(bench)
         store = bench.store(specs)
         plan = self.plan(store, specs, bench)
-        uses = UseCounter(store, plan)
         chunk_tokens = self.sizes.windows * self.sizes.context
-        engine = Engine(bench.model, store, plan=plan, chunk_tokens=chunk_tokens, watch=uses)
-        measured = quality.evaluate(engine, bench.windows, bench.native_logits_WTV)
-        engine.watch = None
+        engine = Engine(bench.model, store, plan=plan, chunk_tokens=chunk_tokens)
+
+        def quality_and_uses() -> dict[str, Any]:
+            engine.watch = uses = UseCounter(store, plan)
+            measured = quality.evaluate(engine, bench.windows, bench.native_logits_WTV)
+            engine.watch = None
+            return {"quality": asdict(measured), "uses": uses.figures()}
+
+        def scores() -> dict[str, Any] | None:
+            return tasks.evaluate_all(engine, bench.tokenizer, self.sizes.task_problems)
+
+        def tiers() -> list[dict[str, Any]]:
+            return [tier_figures(bench, s, self.seed) for s in specs if self.signal == "uniform"]
+
         return {
-            "quality": asdict(measured),
-            "tasks": tasks.evaluate_all(engine, bench.tokenizer, self.sizes.task_problems),
+            **bench.part(f"quality-{self.name}", quality_and_uses),
+            "tasks": bench.part(f"tasks-{self.name}", scores),
             "store": store_figures(store, plan),
-            "uses": uses.figures(),
-            "tiers": [
-                tier_figures(bench, spec, self.seed) for spec in specs if self.signal == "uniform"
-            ],
+            "tiers": bench.part(f"tiers-{self.name}", tiers),
             "tier_LE": getattr(plan, "tier_LE", np.zeros(0, np.int8)).tolist(),
             "provenance": {
                 "tier_sha256": {spec.format: bench.tier(spec).sha256() for spec in specs},

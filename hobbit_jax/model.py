@@ -213,6 +213,10 @@ class Block(nnx.Module):
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return Routing(ids, weights)
 
+    def route_ahead(self, x: jax.Array) -> Routing:
+        """`route` of an earlier layer's stream x [..., D]: a guess at what this one will choose."""
+        return self.route(self.ffn_norm(x))
+
 
 class Ends(nnx.Module):
     """What stands before the first layer and after the last: embedding, final norm, head.

@@ -12,6 +12,7 @@ of a token are summed last, in the order of its selections.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -126,6 +127,21 @@ def _run(
     return y_AD
 
 
+def _pieces(pool: SlotPool, part: list[ExpertKey]) -> list[list[ExpertKey]]:
+    """Splits a round of one bank so that each piece can run while the next one is on its way.
+
+    First what is resident, then as many experts at a time as fill half of what can be staged: the
+    other half is for those behind them. Without staging the round stays whole.
+    """
+    if not pool.staging_bytes:
+        return [part]
+    resident = [key for key in part if key in pool]
+    missing = [key for key in part if key not in pool]
+    size = max(1, pool.staging_bytes // (2 * pool.store.expert_bytes(part[0])))
+    pieces = [resident, *(missing[i : i + size] for i in range(0, len(missing), size))]
+    return [piece for piece in pieces if piece]
+
+
 def apply_experts(
     pool: SlotPool,
     step: Step,
@@ -133,8 +149,11 @@ def apply_experts(
     weights_TK: jax.Array,
     selections: Selections,
     implementation: Implementation = None,
+    upcoming: Sequence[ExpertKey] = (),
 ) -> jax.Array:
     """Runs every selected expert of a layer, loading what is missing.
+
+    While some of them run, the next ones are on their way, and at the end those of `upcoming`.
 
     Args:
         pool: where the experts are.
@@ -143,6 +162,7 @@ def apply_experts(
         weights_TK: the router's weights, on the device.
         selections: NumPy arrays.
         implementation: of the products.
+        upcoming: what the next layer may need.
 
     Returns:
         y_AD, float32 [T * K, D]: each selection's expert output times its routing weight;
@@ -154,11 +174,18 @@ def apply_experts(
     by_bank: dict[Signature, list[ExpertKey]] = defaultdict(list)
     for key in grouped.assignments:
         by_bank[pool.store.signature(key)].append(key)
-    rounds = {signature: pool.rounds(keys) for signature, keys in by_bank.items()}
+    pieces = [
+        (signature, part, piece)
+        for signature, keys in by_bank.items()
+        for part in pool.rounds(keys)
+        for piece in _pieces(pool, part)
+    ]
     pool.access(step, grouped.uses(selections))
 
     y_AD = jnp.zeros((n_assignments, h_TD.shape[1]), jnp.float32)
-    for signature in by_bank:
+    for index, (signature, part, piece) in enumerate(pieces):
+        later = [key for *_, following in pieces[index + 1 :] for key in following]
+        pool.load(piece, keep=part, upcoming=[*later, *upcoming])
         chosen = implementation_for(
             signature, pool.store.config.d_model, pool.store.config.d_expert, implementation
         )
@@ -167,11 +194,6 @@ def apply_experts(
         most_items = min(n_assignments, n_experts + n_assignments // width)
         if chosen == "xla":
             most_items = min(most_items, MAX_GATHERED)
-        for part in rounds[signature]:
-            pool.load(part)
-            items = _items(pool, part, grouped, width)
-            bank = pool.banks[signature]
-            y_AD = _run(
-                h_TD, y_AD, weights_TK.reshape(-1), bank, signature, items, chosen, most_items
-            )
+        items, bank = _items(pool, piece, grouped, width), pool.banks[signature]
+        y_AD = _run(h_TD, y_AD, weights_TK.reshape(-1), bank, signature, items, chosen, most_items)
     return y_AD

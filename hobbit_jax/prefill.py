@@ -2,7 +2,8 @@
 
 Owns the walk over layers for a chunk of tokens. A chunk may choose more experts of a layer than
 the pool has slots, so each layer's choice comes to the host, which groups it by expert and runs it
-in rounds (`moe.py`). Called by `engine.py`.
+in rounds (`moe.py`). While they run, what the next layer's router makes of the stream as it is now
+goes up, so that copies and computation overlap across layers too. Called by `engine.py`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from hobbit_jax.loading import LoadedModel
 from hobbit_jax.miss_modes import MissMode
 from hobbit_jax.model import KVCache, attend
 from hobbit_jax.moe import add_experts, apply_experts
-from hobbit_jax.precision import Array, PrecisionPlan
+from hobbit_jax.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.selection import Selections, rows_of_layer, select
+from hobbit_jax.store import ExpertKey
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class RoutedLayer:
     ids_TK: np.ndarray  # int32
     weights_TK: np.ndarray  # float32
     valid_T: np.ndarray  # bool; False is padding
-    h_TD: jax.Array | None = None  # the experts' input, float32; in prefill and scoring only
+    # In prefill and scoring only, float32; the second during the call alone, for it is donated.
+    h_TD: jax.Array | None = None  # the experts' input
+    x_TD: jax.Array | None = None  # the stream that the router read, before its normalisation
 
     def by_expert(self) -> Iterator[tuple[int, jax.Array, jax.Array]]:
         """Each chosen expert with the tokens that chose it, int32 [R], and its weights, [R].
@@ -54,35 +58,56 @@ class RoutedLayer:
             )
 
 
+def pad_tokens(ids_BT: np.ndarray, chunk: int) -> np.ndarray:
+    """Pads the token axis to a power of two up to `chunk`, so that few shapes are compiled."""
+    tokens = ids_BT.shape[1]
+    width = min(chunk, 1 << (tokens - 1).bit_length())
+    return np.pad(ids_BT, ((0, 0), (0, width - tokens)))
+
+
 @partial(jax.jit, static_argnums=0)
 def _embed(graph, state, ids_BT: jax.Array) -> jax.Array:
     return nnx.merge(graph, state).embed(ids_BT)
 
 
-@partial(jax.jit, static_argnames=("kinds", "kind", "mode"), donate_argnames=("x_BTD", "caches"))
+@partial(
+    jax.jit,
+    static_argnames=("kinds", "kind", "next_kind", "mode"),
+    donate_argnames=("x_BTD", "caches"),
+)
 def _attend_and_route(
     kinds: LayerKinds,
     kind: int,
+    next_kind: int | None,
     mode: MissMode,
     states: States,
     index: Array,
+    next_index: Array,
     layer: Array,
     plan: PrecisionPlan,
     table_UE: jax.Array,
     x_BTD: jax.Array,
     positions_BT: Array,
     caches: KVCache,
-) -> tuple[jax.Array, jax.Array, KVCache, Selections]:
+) -> tuple[jax.Array, jax.Array, KVCache, Selections, jax.Array | None]:
     block, context = kinds.block(states, kind, index), caches.k_LBCGd.shape[2]
     q_BTHd, k_BTGd, v_BTGd = block.project(x_BTD, positions_BT)
     caches = caches.append(layer, positions_BT, k_BTGd, v_BTGd)
     mixed_BTN = attend(q_BTHd, caches.k_LBCGd[layer], caches.v_LBCGd[layer], positions_BT)
     x_BTD, h_BTD = block.add_attention(x_BTD, mixed_BTN)
     h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
-    table_tE = rows_of_layer(table_UE, layer, len(kinds.kind_L))
+    n_layers = len(kinds.kind_L)
+    table_tE = rows_of_layer(table_UE, layer, n_layers)
     valid_T = (positions_BT < context).reshape(-1)
     selections = select(plan, mode, table_tE, layer, block.route(h_TD), valid_T)
-    return x_BTD, h_TD, caches, selections
+    if next_kind is None:
+        return x_BTD, h_TD, caches, selections, None
+    x_TD, table_tE = x_BTD.reshape(h_TD.shape), rows_of_layer(table_UE, layer + 1, n_layers)
+    routing = kinds.block(states, next_kind, next_index).route_ahead(x_TD)
+    ahead = select(plan, mode, table_tE, layer + 1, routing, valid_T)
+    tier_TK = jnp.where(ahead.served_TK == SKIPPED, len(table_tE), ahead.served_TK)
+    chosen_tE = jnp.zeros(table_tE.shape, bool).at[tier_TK, ahead.ids_TK].set(True, mode="drop")
+    return x_BTD, h_TD, caches, selections, chosen_tE
 
 
 @partial(jax.jit, static_argnums=0)
@@ -133,17 +158,32 @@ class Prefill:
         positions_BT = positions_BT.astype(np.int32)
         x_BTD = _embed(*nnx.split(model.ends), np.asarray(ids_BT, np.int32))
         kinds = model.layers.kinds
-        for layer, (kind, index) in enumerate(zip(kinds.kind_L, kinds.index_L, strict=True)):
-            x_BTD, h_TD, caches, selections = _attend_and_route(
-                kinds, kind, self.mode, model.layers.states, np.int32(index), np.int32(layer),
-                self.plan, self.pool.table_UE, x_BTD, positions_BT, caches,
+        walk = list(zip(kinds.kind_L, kinds.index_L, strict=True))
+        looks_ahead = self.pool.staging_bytes > 0 and not self.pool.holds_all
+        for layer, (kind, index) in enumerate(walk):
+            last = layer == len(walk) - 1
+            next_kind, next_index = walk[layer + 1] if looks_ahead and not last else (None, 0)
+            x_BTD, h_TD, caches, selections, chosen_tE = _attend_and_route(
+                kinds, kind, next_kind, self.mode, model.layers.states, np.int32(index),
+                np.int32(next_index), np.int32(layer), self.plan, self.pool.table_UE, x_BTD,
+                positions_BT, caches,
             )  # fmt: skip
-            on_host = Selections(*jax.device_get(selections))
-            valid_T = valid_BT.reshape(-1)
-            watch(RoutedLayer(layer, on_host.ids_TK, on_host.weights_TK, valid_T, h_TD), on_host)
+            fields, chosen_tE = jax.device_get((selections, chosen_tE))
+            on_host, valid_T = Selections(*fields), valid_BT.reshape(-1)
+            watch(
+                RoutedLayer(
+                    layer, on_host.ids_TK, on_host.weights_TK, valid_T, h_TD,
+                    x_BTD.reshape(h_TD.shape),
+                ),
+                on_host,
+            )  # fmt: skip
+            # In the order in which the next layer will ask for them.
+            ahead = [] if chosen_tE is None else np.argwhere(chosen_tE).tolist()
+            upcoming = [ExpertKey(tier, layer + 1, expert) for tier, expert in ahead]
             step = Step(token, layer, int(lengths_B.max()))
             y_AD = apply_experts(
-                self.pool, step, h_TD, selections.weights_TK, on_host, model.implementation
-            )
+                self.pool, step, h_TD, selections.weights_TK, on_host, model.implementation,
+                upcoming,
+            )  # fmt: skip
             x_BTD = add_experts(x_BTD, y_AD)
         return x_BTD, caches

@@ -1,9 +1,9 @@
 """Rows: one JSON file per finished cell, and what is needed to trust it.
 
 Owns the files of a sweep's working directory, their atomic writing, and the
-provenance every row carries. Called by `sweep.py` (writes) and `report.py`
-(reads). A row is written to a temporary name and renamed, so a killed sweep
-leaves no half row; a missing figure is null, never 0.
+provenance every row carries. Called by `launch/` (writes) and `report/`
+(reads). A row appears whole and by one name, so a killed worker leaves no half
+row and two workers no two; a missing figure is null, never 0.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ from typing import Any
 
 import jax
 
-from hobbit_jax.atomic import replacing
+from hobbit_jax.atomic import place_first, replacing
 
 REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "gguf", "tokenizers")
 
 
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` so that a reader sees all of it or nothing."""
+    text = _json(value)
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
@@ -51,7 +55,7 @@ class RowStore:
             self.directory.mkdir(parents=True, exist_ok=True)
             probe = self.directory / f".{os.getpid()}.probe"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             raise PermissionError(
                 f"workdir {self.workdir} cannot be written ({error.strerror}); give another "
@@ -62,16 +66,28 @@ class RowStore:
         """Where the row of `cell` stands."""
         return self.directory / f"{cell}.json"
 
+    def names(self) -> set[str]:
+        """Cells that have a row of any kind."""
+        found = (name for name in os.listdir(self.directory) if not name.startswith("."))
+        return {name.removesuffix(".json") for name in found}
+
+    def read(self, cell: str) -> dict[str, Any] | None:
+        """The row of `cell`; None if there is none that can be read."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            row = json.loads(self.path(cell).read_text(encoding="utf-8"))
+            return row if isinstance(row, dict) else None
+        return None
+
     def finished(self, cell: str) -> bool:
         """Whether `cell` has an "ok" row; failed and unreadable ones are run again."""
-        with contextlib.suppress(FileNotFoundError, ValueError, AttributeError):
-            row = json.loads(self.path(cell).read_text(encoding="utf-8"))
-            return row.get("status") == "ok"
-        return False
+        row = self.read(cell)
+        return row is not None and row.get("status") == "ok"
 
     def write(self, row: dict[str, Any]) -> None:
-        """Writes one row under its cell's name."""
-        write_json(self.path(row["cell"]), row)
+        """Writes one row under its cell's name, unless the cell has been finished meanwhile."""
+        path = self.path(row["cell"])
+        if not place_first(path, _json(row)) and not self.finished(row["cell"]):
+            write_json(path, row)
 
 
 def git_revision() -> str | None:

@@ -110,6 +110,11 @@ class HostExperts:
         for stamp in self._stamps[tier]:
             stamp.check()
 
+    @property
+    def largest_expert_bytes(self) -> int:
+        """Bytes of the largest expert of any tier."""
+        return max(layer.expert_bytes for layers in self.tiers for layer in layers)
+
     def tier_bytes(self, tier: int) -> int:
         """Bytes of all experts at one tier."""
         return sum(layer.expert_bytes for layer in self.tiers[tier]) * self.config.n_experts

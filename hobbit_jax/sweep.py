@@ -1,8 +1,8 @@
-"""A sweep: cells in, one row each out, resumable at any point.
+"""Cells of a sweep: one row each.
 
-Owns the running of cells of any kind, and the kind that asks what a plan costs under a pool
-budget; `frontier.py` has the one that asks what it loses. Called by `scripts/sweep.py`, which
-turns a config file into cells. What cells of a model share is `workbench.py`.
+Owns how a cell of any kind becomes its row, and the kind that asks what a plan costs under a pool
+budget; `frontier.py` has the one that asks what it loses. Called by the workers of `launch/`;
+configs make the cells. What cells of a model share is `workbench.py`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import functools
 import hashlib
 import json
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from hobbit_jax.allocation import SIGNALS, allocate
 from hobbit_jax.cache.policies import SLRU
@@ -26,7 +25,7 @@ from hobbit_jax.evals import cost, quality, tasks
 from hobbit_jax.miss_modes import MISS_MODES
 from hobbit_jax.precision import PrecisionPlan, uniform_plan
 from hobbit_jax.quantize.methods import METHODS
-from hobbit_jax.rows import RowStore, machine, write_json
+from hobbit_jax.rows import machine
 from hobbit_jax.store import NATIVE, HostExperts
 from hobbit_jax.tiers import TierSpec
 from hobbit_jax.workbench import EvalSizes, Inputs, Workbench
@@ -34,10 +33,18 @@ from hobbit_jax.workbench import EvalSizes, Inputs, Workbench
 LOW_TIER = 1
 # Not a plan but a moment: an expert goes low when it is wanted and its native copy is not there.
 RESIDENCY = "residency"
+Row = dict[str, Any]
+
+# Of a cell that cannot be measured; another exception is a bug, and shows its traceback.
+_EXPECTED = (ValueError, NotImplementedError, RuntimeError, MemoryError, OSError)
 
 
 class SweepCell(Protocol):
-    """What `run_sweep` wants of a cell; a frozen dataclass."""
+    """What a sweep wants of a cell; a frozen dataclass that can be pickled.
+
+    One that runs as several processes (hosts) together has an integer `processes`; they have a
+    `jax.distributed` among them, `run` is called in each, and the first one's row is kept.
+    """
 
     @property
     def inputs(self) -> Inputs:
@@ -55,8 +62,17 @@ class SweepCell(Protocol):
         ...
 
     def run(self, bench: Workbench) -> dict[str, Any]:
-        """Measures, and returns everything of the row that is the cell's own."""
+        """Measures, and returns everything of the row that is the cell's own.
+
+        Long steps go through `bench.part`: a worker may be killed or preempted at any time, and
+        the next one takes finished parts from there.
+        """
         ...
+
+
+def processes(cell: SweepCell) -> int:
+    """How many processes run `cell` together."""
+    return getattr(cell, "processes", 1)
 
 
 def cell_digest(cell: Any) -> str:
@@ -142,16 +158,25 @@ class Cell:
             bench.model, store, int(self.budget_mib * 2**20), plan, policy, self.mode,
             self.low_share,
         )  # fmt: skip
-        decode = cost.measure(engine, bench.decode_ids_RS, self.sizes.decode_prompt_tokens)
-        pool = _pool_figures(engine)
-        measured, scores = _quality_and_tasks(self, bench, engine)
+
+        def decode() -> dict[str, Any]:
+            measured = cost.measure(engine, bench.decode_ids_RS, self.sizes.decode_prompt_tokens)
+            return {"decode": asdict(measured), "pool": _pool_figures(engine)}
+
+        # Logits of a plan are the same bits at every budget (tests/test_engine.py), so cells that
+        # differ in the pool alone share quality and scores. What serves misses depends on the pool
+        # and on what was decoded before.
+        asked = self
+        if self.signal != RESIDENCY:
+            asked = replace(self, budget_mib=0.0, protected_fraction=0.0)
+        digest = cell_digest(asked)
+        measured = bench.part(f"decode-{self.name}", decode)
         selections_LE = bench.calibration().selections_LE
         return {
-            "quality": measured,
-            "tasks": scores,
+            "quality": bench.part(f"quality-{digest}", lambda: self._quality(bench, engine)),
+            "tasks": bench.part(f"tasks-{digest}", lambda: asked._scores(bench, engine)),
             "store": store_figures(store, plan, engine.mode.low_banks != "none"),
-            "pool": pool,
-            "decode": asdict(decode),
+            **measured,
             "routing": (
                 {"selections_LE": selections_LE.tolist()} if self.signal == "native" else None
             ),
@@ -160,6 +185,24 @@ class Cell:
                 "calibration_sha256": bench.calibration().sha256,
             },
         }
+
+    def _quality(self, bench: Workbench, engine: Engine) -> dict[str, Any]:
+        """Of many tokens at once; under residency of decoding them, one sequence at a time."""
+        if self.signal != RESIDENCY:
+            return asdict(quality.evaluate(engine, bench.windows, bench.native_logits_WTV))
+        windows = bench.windows.first(self.sizes.decoded_windows)
+        return asdict(quality.evaluate_decoding(engine, windows, bench.native_logits_WTV))
+
+    def _scores(self, bench: Workbench, engine: Engine) -> dict[str, Any] | None:
+        """The miniature tasks' and lm-eval's; None where the sizes ask for none."""
+        batch = 1 if self.signal == RESIDENCY else None
+        problems = self.sizes.task_problems
+        scores = tasks.evaluate_all(engine, bench.tokenizer, problems, batch) or {}
+        if self.sizes.benchmarks:
+            tiers = [bench.tier(spec).sha256() for spec in self.specs(bench)]
+            asked = {**asdict(self), "tier_sha256": tiers}
+            scores |= bench.benchmark_scores(engine, asked, batch)
+        return scores or None
 
 
 def make_plan(
@@ -211,44 +254,15 @@ def _pool_figures(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _quality_and_tasks(
-    cell: Cell, bench: Workbench, engine: Engine
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Quality and task scores, measured once per plan in a process.
-
-    A plan's logits are the same bits at every budget (tests/test_engine.py), so cells that differ
-    in the pool alone share them. What serves misses depends on the pool and on what was decoded
-    before: there quality is of decoding, one sequence at a time, at the cell's own budget.
-    """
-    sizes = cell.sizes
-    if cell.signal == RESIDENCY:
-        windows = bench.windows.first(sizes.decoded_windows)
-        measured = quality.evaluate_decoding(engine, windows, bench.native_logits_WTV)
-        return asdict(measured), _task_scores(cell, bench, engine, batch=1)
-    plan_only = replace(cell, budget_mib=0.0, protected_fraction=0.0)
-    if plan_only not in bench.measured:
-        measured = asdict(quality.evaluate(engine, bench.windows, bench.native_logits_WTV))
-        bench.measured[plan_only] = (measured, _task_scores(plan_only, bench, engine))
-    return bench.measured[plan_only]
-
-
-def _task_scores(
-    cell: Cell, bench: Workbench, engine: Engine, batch: int | None = None
-) -> dict[str, Any] | None:
-    """The miniature tasks' and lm-eval's scores; None where the sizes ask for none."""
-    sizes = cell.sizes
-    scores = tasks.evaluate_all(engine, bench.tokenizer, sizes.task_problems, batch) or {}
-    if sizes.benchmarks:
-        tiers = [bench.tier(spec).sha256() for spec in cell.specs(bench)]
-        asked = {**asdict(cell), "tier_sha256": tiers}
-        scores |= bench.benchmark_scores(engine, asked, batch)
-    return scores or None
-
-
-def _run(cell: SweepCell, bench: Workbench) -> dict[str, Any]:
-    """One finished row."""
+def run_cell(cell: SweepCell, bench: Workbench) -> Row:
+    """The whole row of a cell; one that cannot be measured has a row too, with the reason."""
     began = time.monotonic()
-    found = cell.run(bench)
+    try:
+        found = cell.run(bench)
+    except Exception as error:
+        if not isinstance(error, _EXPECTED):
+            traceback.print_exc()
+        return failed_row(cell, f"{type(error).__name__}: {error}")
     provenance = {
         **machine(),
         "model_sha256": bench.model.file.sha256(),
@@ -266,51 +280,12 @@ def _run(cell: SweepCell, bench: Workbench) -> dict[str, Any]:
     }
 
 
-def run_sweep(
-    cells: Sequence[SweepCell], description: dict[str, Any], workdir: Path
-) -> tuple[int, int, int]:
-    """Runs every cell that has no finished row; a failing cell is recorded and the rest go on.
-
-    Args:
-        cells: in the order in which they run.
-        description: title, question, command, config and rule, kept as `sweep.json` for the
-            report.
-
-    Returns:
-        How many cells ran, were skipped as finished, and failed.
-
-    Raises:
-        ValueError, NotImplementedError, OSError: the model or the workdir cannot be used at all.
-    """
-    rows = RowStore(workdir)
-    rows.create()
-    names = [cell.name for cell in cells]
-    if len(set(names)) != len(names):
-        raise ValueError("two cells of the sweep are the same; check its axes for repetitions")
-    write_json(workdir / "sweep.json", {**description, "cells": names})
-    pending = [cell for cell in cells if not rows.finished(cell.name)]
-    failed = 0
-    benches: dict[tuple[Inputs, EvalSizes], Workbench] = {}
-    with tqdm(total=len(cells), initial=len(cells) - len(pending), unit="cell") as progress:
-        for cell in pending:
-            progress.set_description(cell.name.rsplit("-", 1)[0])
-            shared = (cell.inputs, cell.sizes)
-            if shared not in benches:
-                # Outside the cell's try: a model that does not open fails the sweep, not a cell.
-                benches[shared] = Workbench(*shared, workdir)
-            try:
-                row = _run(cell, benches[shared])
-            except (ValueError, NotImplementedError, RuntimeError, MemoryError) as error:
-                failed += 1
-                message = f"{type(error).__name__}: {error}"
-                progress.write(f"failed: {cell.name}: {message}")
-                row = {
-                    "cell": cell.name,
-                    "status": "failed",
-                    "error": message,
-                    "config": asdict(cell),  # pyright: ignore[reportArgumentType]
-                    "provenance": machine(),
-                }
-            rows.write(row)
-            progress.update()
-    return len(pending), len(cells) - len(pending), failed
+def failed_row(cell: SweepCell, error: str) -> Row:
+    """The row of a cell that failed for `error`."""
+    return {
+        "cell": cell.name,
+        "status": "failed",
+        "error": error,
+        "config": asdict(cell),  # pyright: ignore[reportArgumentType]
+        "provenance": machine(),
+    }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,12 +76,18 @@ class TierSpec:
         return f"{source.sha256()[:16]}-{encoder_sha256()[:8]}-{formats}-{self.method}{calibrated}"
 
 
-def write_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, path: Path) -> None:
+def write_tier(
+    source: GGUFFile,
+    config: ModelConfig,
+    spec: TierSpec,
+    path: Path,
+    stored: Callable[[], None] = lambda: None,
+) -> None:
     """Writes `source` with every expert encoded anew; atomic, and resumable by tensor.
 
     Finished tensors wait in a folder beside `path` and are taken from there when the same tier is
-    asked for again after an interruption; it is removed in the end. Memory: one tensor's blocks
-    and one expert's float32 weights.
+    asked for again after an interruption; it is removed in the end. `stored` is called after each.
+    Memory: one tensor's blocks and one expert's float32 weights.
 
     Raises:
         ValueError: a weight is NaN or infinite, a width is no multiple of the block, or the
@@ -133,6 +139,7 @@ def write_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, path: Path
             blocks = np.stack(experts)
             with replacing(part) as unfinished, unfinished.open("wb") as file:
                 np.save(file, blocks)
+            stored()
             return blocks
 
         def tensors() -> Iterable:
@@ -143,7 +150,13 @@ def write_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, path: Path
                     yield name, tensor.format, tensor.shape, tensor.raw
 
         write_gguf(path, metadata, tensors(), source.field_types)
-    shutil.rmtree(parts)
+    # If another process wrote the same tier after all, it was the same bytes.
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def tier_path(source: GGUFFile, spec: TierSpec, directory: Path) -> Path:
+    """Where in `directory` the low tier of `source` by `spec` stands."""
+    return directory / f"{spec.key(source)}.gguf"
 
 
 def open_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, directory: Path) -> GGUFFile:
@@ -153,7 +166,7 @@ def open_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, directory: 
         OSError: `directory` cannot be written.
         ValueError, NotImplementedError: see `write_tier`.
     """
-    path = directory / f"{spec.key(source)}.gguf"
+    path = tier_path(source, spec, directory)
     if not path.exists():
         write_tier(source, config, spec, path)
     return open_gguf(path)

@@ -1,19 +1,23 @@
 """What the cells of one model share, made when first asked for.
 
 Owns the loaded model, texts and windows, calibrations, tiers, measured errors and native logits,
-and where in the working directory they are kept. Called by the cells of `sweep.py` and
-`frontier.py`.
+and where in the working directory they are kept: what is made once for all cells (`cache/`,
+`tiers/`), and the finished parts of unfinished cells (`parts/`). Of all workers one makes a thing
+and the others wait for it. Called by the cells of `sweep.py` and `frontier.py`.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from hobbit_jax import reference
@@ -21,12 +25,14 @@ from hobbit_jax.atomic import replacing
 from hobbit_jax.calibration import STATISTICS, Calibration, calibrate
 from hobbit_jax.engine import Engine
 from hobbit_jax.evals import quality
-from hobbit_jax.gguf_file import GGUFFile
+from hobbit_jax.gguf_file import GGUFFile, open_gguf
 from hobbit_jax.importance import MeasuredErrors, measure_errors
+from hobbit_jax.leases import Leases
 from hobbit_jax.loading import LoadedModel, load_model
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS
+from hobbit_jax.rows import machine, write_json
 from hobbit_jax.store import HostExperts
-from hobbit_jax.tiers import TierSpec, open_tier
+from hobbit_jax.tiers import TierSpec, tier_path, write_tier
 from hobbit_jax.training.corpus import task_documents
 
 # Calibration texts by name: generated problems, none of them held out; and the reference model's
@@ -65,18 +71,52 @@ class Inputs:
     data_dir: str = ""
 
 
-class Workbench:
-    """One model and one set of sizes, with a working directory."""
+_WAIT_S = 0.5  # between looks for what another worker makes
 
-    def __init__(self, inputs: Inputs, sizes: EvalSizes, workdir: Path):
+
+class Workbench:
+    """One model and one set of sizes, with a working directory and one worker's leases there."""
+
+    def __init__(self, inputs: Inputs, sizes: EvalSizes, workdir: Path, leases: Leases):
         self.inputs, self.sizes, self.workdir = inputs, sizes, workdir
+        self._leases = leases
         path = inputs.model or reference.model_path()
         self.model: LoadedModel = load_model(path, inputs.implementation or None)
         self.tokenizer = self.model.tokenizer()
         self._calibrations: dict[tuple[str, int], Calibration] = {}
         self._tiers: dict[str, GGUFFile] = {}
-        # Quality and task scores by plan; see `sweep.py`.
-        self.measured: dict[Any, tuple[dict[str, Any], dict[str, Any] | None]] = {}
+
+    def _made(self, path: Path, make: Callable[[], object]) -> Path:
+        """`path`, which `make` makes if it is not there; one worker at a time, for all of them."""
+        while not path.exists():
+            lease = self._leases.claim([f"{path.parent.name}-{path.name}"])
+            if lease is None:
+                time.sleep(_WAIT_S)
+                continue
+            try:
+                if not path.exists():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    make()
+                    self._leases.advance()
+            except BaseException:
+                self._leases.end(lease)
+                raise
+            self._leases.finish(lease)
+        return path
+
+    def part(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What `measure` returns, as JSON; kept, so that a cell that is begun again goes on here.
+
+        `name` says all that it depends on but the model, the texts and the device, which are added.
+        A cell over several processes keeps nothing: they would have to agree on what is there.
+        """
+        if jax.process_count() > 1:
+            return json.loads(json.dumps(measure(), allow_nan=False))
+        here = f"{self._what} {self.text_sha256}"
+        digest = hashlib.sha256(here.encode()).hexdigest()[:8]
+        path = self.workdir / "parts" / f"{name}-{digest}.json"
+        self._made(path, lambda: write_json(path, measure()))
+        return json.loads(path.read_text(encoding="utf-8"))
 
     def calibration_texts(self, text: str) -> list[str]:
         """Documents of a calibration text: a file, a named one, or "" for the sweep's own."""
@@ -133,10 +173,14 @@ class Workbench:
         )
         return windows.ids_WS
 
+    @functools.cached_property
+    def _what(self) -> str:
+        """What is computed with what: results of two kinds of devices differ, if by roundings."""
+        return f"{self.model.file.sha256()} {self.inputs.implementation} {machine()['device']}"
+
     def _key(self, windows: quality.Windows) -> str:
-        what = self.model.file.sha256() + self.inputs.implementation
         ids = np.ascontiguousarray(windows.ids_WS).tobytes()
-        return hashlib.sha256(what.encode() + ids).hexdigest()[:16]
+        return hashlib.sha256(self._what.encode() + ids).hexdigest()[:16]
 
     def _native_engine(self) -> Engine:
         return Engine(self.model, self.native_store)
@@ -154,9 +198,9 @@ class Workbench:
         key = (self._key(windows), STATISTICS.index(statistics))
         if key not in self._calibrations:
             path = self.workdir / "cache" / f"calibration-{key[0]}-{statistics}"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                calibrate(self._native_engine(), windows, statistics).save(path)
+            self._made(
+                path, lambda: calibrate(self._native_engine(), windows, statistics).save(path)
+            )
             self._calibrations[key] = Calibration.load(path, self.model.file.sha256())
         return self._calibrations[key]
 
@@ -164,8 +208,9 @@ class Workbench:
     def native_logits_WTV(self) -> np.ndarray:
         """Logits of the native model on the evaluation windows."""
         path = self.workdir / "cache" / f"native-logits-{self._key(self.windows)}.npy"
-        if not path.exists():
-            quality.write_native_logits(self._native_engine(), self.windows, path)
+        self._made(
+            path, lambda: quality.write_native_logits(self._native_engine(), self.windows, path)
+        )
         return np.load(path, mmap_mode="r")
 
     def specs(self, formats: Sequence[str], method: str, seed: int = 0) -> list[TierSpec]:
@@ -198,8 +243,10 @@ class Workbench:
         """The low tier by `spec`."""
         key = spec.key(self.model.file)
         if key not in self._tiers:
-            directory = self.workdir / "tiers"
-            self._tiers[key] = open_tier(self.model.file, self.model.config, spec, directory)
+            file, config = self.model.file, self.model.config
+            path = tier_path(file, spec, self.workdir / "tiers")
+            self._made(path, lambda: write_tier(file, config, spec, path, self._leases.advance))
+            self._tiers[key] = open_gguf(path)
         return self._tiers[key]
 
     def store(self, specs: Sequence[TierSpec]) -> HostExperts:
@@ -214,10 +261,12 @@ class Workbench:
         names = " ".join(spec.key(self.model.file) for spec in specs)
         digest = hashlib.sha256(names.encode()).hexdigest()[:16]
         path = self.workdir / "cache" / f"errors-{self._key(windows)}-{digest}.npz"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+
+        def measure() -> None:
             found = measure_errors(self._native_engine(), self.store(specs), windows)
             with replacing(path) as partial, partial.open("wb") as file:
                 np.savez(file, **vars(found))
+
+        self._made(path, measure)
         with np.load(path) as arrays:
             return MeasuredErrors(**{name: arrays[name] for name in arrays.files})

@@ -2,6 +2,9 @@
 
 python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep
 python scripts/sweep.py --config configs/reference.py:demo --config.cache.budget_mib=2 --workdir W
+python scripts/sweep.py --config C --workdir W --launcher=slurm --workers=8 \
+    --resources=partition=gpu,gpus_per_node=1,time=240
+python scripts/sweep.py --config C --workdir W --launcher=ray --workers=8 --resources=CPU=4,GPU=1
 """
 
 import importlib.util
@@ -14,10 +17,22 @@ from absl import flags
 from ml_collections import config_flags
 
 from hobbit_jax import cli
-from hobbit_jax.sweep import run_sweep
+from hobbit_jax.launch import LAUNCHERS, connect
+from hobbit_jax.launch.driver import drive
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, F.py or F.py:arg.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where rows, tiers and caches are kept.")
+_LAUNCHER = flags.DEFINE_enum("launcher", "local", LAUNCHERS, "Where workers run.")
+_WORKERS = flags.DEFINE_integer(
+    "workers",
+    None,
+    "Workers at a time, each with the model loaded; by default one for each GPU here or in Ray's "
+    "cluster, one without. Several on one machine disturb each other's timings.",
+    1,
+)
+_RESOURCES = flags.DEFINE_list(
+    "resources", [], "Of one worker, NAME=VALUE: submitit's parameters of Slurm jobs, or Ray's."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -40,7 +55,10 @@ def main(_) -> int:
         "config": json.loads(config.to_json_best_effort()),
         "rule": config.rule.to_dict(),
     }
-    ran, skipped, failed = run_sweep(_cells(config_file), description, Path(str(_WORKDIR.value)))
+    launch, default_workers = connect(_LAUNCHER.value, _RESOURCES.value)
+    workers = _WORKERS.value or default_workers
+    workdir = Path(str(_WORKDIR.value))
+    ran, skipped, failed = drive(_cells(config_file), description, workdir, launch, workers)
     print(f"{ran - failed} cells done, {failed} failed, {skipped} were finished before")
     print(f"next: python scripts/report.py --workdir {_WORKDIR.value}")
     return 1 if failed else 0

@@ -7,9 +7,11 @@ need many of the same.
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import launch_harness
 import pytest
 from tiny_models import TinyModel, write_model
 
@@ -61,3 +63,12 @@ def two_banks_path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("two_banks") / "tiny.gguf"
     write_model(TWO_BANKS, path)
     return path
+
+
+@pytest.fixture
+def workdir(tmp_path, two_banks_path) -> Iterator[Path]:
+    """For the launchers: a working directory to be made, beside their cells' inputs."""
+    (tmp_path / "tiny.gguf").symlink_to(two_banks_path)
+    (tmp_path / "text.txt").write_text("a text of some words " * 50)
+    yield tmp_path / "work"
+    launch_harness.end_drivers()

@@ -1,11 +1,13 @@
 """The slot pool: how a budget is divided, and what holds after any sequence of requests."""
 
+from collections import Counter
 from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from links import Recorded
 from pool_invariants import all_keys, check_invariants
 
 from hobbit_jax.architecture import read_config
@@ -65,14 +67,15 @@ def store(two_banks_path):
     return HostExperts(read_config(file), file)
 
 
-def make_pool(store, slots, protected_fraction=DEFAULT_PROTECTED_FRACTION):
+def make_pool(store, slots, protected_fraction=DEFAULT_PROTECTED_FRACTION, link=None, staged=0):
     """A pool whose two banks get `slots`; the budget has a few bytes too many."""
     wanted = demands(uniform_plan(store), store)
     expert_bytes = [d.expert_bytes for d in wanted]
     budget = sum(b * n for b, n in zip(expert_bytes, slots, strict=True)) + 100
     signatures = [d.signature for d in wanted]
     banks = dict(zip(signatures, divide_budget(wanted, budget), strict=True))
-    pool = SlotPool(store, banks, budget, partial(SLRU, protected_fraction=protected_fraction))
+    policy = partial(SLRU, protected_fraction=protected_fraction)
+    pool = SlotPool(store, banks, budget, policy, link, staged * store.largest_expert_bytes)
     assert tuple(pool.slots.values()) == slots
     return pool
 
@@ -80,60 +83,84 @@ def make_pool(store, slots, protected_fraction=DEFAULT_PROTECTED_FRACTION):
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("slots", [(2, 2), (8, 4)])
 def test_invariants_after_any_requests(store, slots, seed):
+    """Of a pool that uploads ahead of use; and a twin that does not has the same residents."""
     rng = np.random.default_rng(seed)
-    pool = make_pool(store, slots, protected_fraction=0.5 if seed % 2 else 0.0)
-    accesses = misses = moved = 0
+    protected, link = 0.5 if seed % 2 else 0.0, Recorded(store)
+    pool = make_pool(store, slots, protected, link, staged=seed % 4)
+    twin = make_pool(store, slots, protected)
+    accesses = misses = dropped = 0
     pinned: set[ExpertKey] = set()
-    operations = ["use", "pin", "unpin", "stage", "commit"]
-    for operation in rng.choice(operations, 50, p=[0.4, 0.15, 0.15, 0.2, 0.1]):
+    operations = ["use", "pin", "unpin", "stage", "commit", "expect"]
+    for operation in rng.choice(operations, 50, p=[0.3, 0.15, 0.15, 0.15, 0.1, 0.15]):
         layer, count = rng.integers(3), rng.integers(1, 4 if operation == "pin" else 9)
         keys = [ExpertKey(NATIVE, int(layer), int(n)) for n in rng.permutation(8)[:count]]
         signature = store.signature(keys[0])
         of_bank = {key for key in pinned if store.signature(key) == signature}
+        sent, before = len(link.events), pool.resident()
         if operation == "use":
+            upcoming = [ExpertKey(NATIVE, *rng.integers((3, 8)).tolist()) for _ in range(4)]
+            uses, step = [Use(key) for key in keys], Step(0, int(layer), 0)
             rounds = pool.rounds(keys)
-            pool.access(Step(0, int(layer), 0), [Use(key) for key in keys])
+            assert rounds == twin.rounds(keys)
+            wrong = {key for key in pool.expected() if key.layer == layer and key not in keys}
+            still = pool.expected() - wrong
+            pool.access(step, uses)
+            twin.access(step, uses)
+            assert pool.expected() == still
+            dropped += sum(map(store.expert_bytes, wrong))
             assert sorted(key for part in rounds for key in part) == sorted(keys)
             residency = [key in pool.resident() for part in rounds for key in part]
             assert residency == sorted(residency, reverse=True)
             misses += residency.count(False)
             for part in rounds:
-                missing = set(part) - pool.resident()
-                moved += sum(store.expert_bytes(key) for key in missing)
-                pool.load(part)
+                twin.load(part)
+                for piece in (part[:1], part[1:]):  # of one round: nobody goes for another
+                    pool.load(piece, keep=part, upcoming=upcoming)
                 assert set(part) <= pool.resident()
             accesses += len(keys)
         elif operation == "stage":
-            before = pool.resident()
             for key in keys:
                 pool.stage(key)
+                twin.stage(key)
             assert pool.resident() == before  # nothing shows before `commit`
+        elif operation == "expect":
+            pool.expect(keys)
+            assert pool.resident() == before  # nor these before they are needed
         elif operation == "commit":
-            before, bytes_before = pool.resident(), pool.stats.bytes_moved
             pool.commit()
-            arrived = sum(store.expert_bytes(key) for key in pool.resident() - before)
-            moved += pool.stats.bytes_moved - bytes_before
-            assert pool.stats.bytes_moved - bytes_before >= arrived
+            twin.commit()
             after = pool.resident()
             pool.commit()
-            assert pool.resident() == after and pool.stats.bytes_moved == moved
+            assert pool.resident() == after
         elif operation == "pin" and len(of_bank | set(keys)) > pool.slots[signature] - 2:
-            before = pool.resident()
             with pytest.raises(ValueError, match=r"fewer than 2 of its \d slots"):
                 pool.pin(keys)
             assert pool.resident() == before
         elif operation == "pin":
-            moved += sum(store.expert_bytes(key) for key in set(keys) - pool.resident())
             pool.pin(keys)
+            twin.pin(keys)
             pinned |= set(keys)
         else:
             pool.unpin(keys)
+            twin.unpin(keys)
             pinned -= set(keys)
         assert pinned <= pool.resident()
+        assert pool.resident() == twin.resident()
+        assert all(pool.slot(key) == twin.slot(key) for key in pool.resident())
+
+        new = [ExpertKey(*expert) for what, expert in link.events[sent:] if what == "send"]
+        assert operation == "use" or not before & set(new)  # nothing that is there goes again
         check_invariants(pool, store)
+    dropped += pool.expected_bytes
+    pool.drop_expected()
     stats = pool.reset_stats()
-    assert stats.misses.sum() == misses and stats.bytes_moved == moved
-    assert stats.hits.sum() == accesses - misses
+    assert stats.misses.sum() == misses and stats.hits.sum() == accesses - misses
+    assert stats.bytes_moved == link.sent_bytes and stats.dropped_bytes == dropped
+    assert (stats.ahead_bytes > 0) == (pool.staging_bytes > 0)
+    # Each upload is waited for once, or given up, or was staged for a slot that it did not get.
+    waits = [expert for what, expert in link.events if what == "wait"]
+    sends = [expert for what, expert in link.events if what == "send"]
+    assert not Counter(waits) - Counter(sends)
     assert stats.hit_rate == ((accesses - misses) / accesses if accesses else None)
     assert pool.stats.hit_rate is None and pool.stats.bytes_moved == 0
 

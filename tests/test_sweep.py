@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launch_harness import run_sweep
 
 from hobbit_jax import reference
 from hobbit_jax.allocation import allocate
@@ -20,7 +21,7 @@ from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.evals.statistics import bootstrap, share
 from hobbit_jax.importance import RoutingProfile
 from hobbit_jax.rows import write_json
-from hobbit_jax.sweep import Cell, run_sweep
+from hobbit_jax.sweep import Cell
 from hobbit_jax.workbench import EvalSizes, Inputs
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -4,21 +4,29 @@ Owns the banks (device arrays), the table that says which expert is in which slo
 and in the host's copy, and every host-to-device copy of an expert. Called by the engine and by
 `moe.py`. One bank per expert signature, sized exactly, so that a low-bit expert takes only its
 own bytes; each bank has its own policy. Raw GGUF blocks go up in one contiguous copy per matrix
-and are split into planes on the device, inside the one program that writes the slot and its line
-of the table: the two cannot disagree.
+(`link.py`) and are split into planes on the device, inside the one program that writes the slot and
+its line of the table: the two cannot disagree.
+
+Uploads ahead of their use (of later rounds, of guesses) lie beside the banks in at most
+`staging_bytes`, besides the one expert that is waited for, and get a slot when they are needed and
+not before. So what is resident, and every result, is the same with them and without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hobbit_jax.cache.link import DirectLink, Link, Upload
 from hobbit_jax.cache.policies import Policy, PolicyFactory, Step
 from hobbit_jax.store import ExpertKey, HostExperts
 from pallas_kernels.formats import get_format
@@ -62,13 +70,28 @@ class PoolStats:
 
     hits: np.ndarray
     misses: np.ndarray
-    bytes_moved: int = 0
+    bytes_moved: int = 0  # sent to the device, also in vain
+    ahead_bytes: int = 0  # of them, sent beside what was waited for: guesses, later rounds
+    dropped_bytes: int = 0  # of those, given up since the layer did not choose them
+    wait_s: float = 0.0  # the host waited for uploads, by the link's clock
 
     @property
     def hit_rate(self) -> float | None:
         """Hits over accesses (0-1); None before the first access."""
         total = int(self.hits.sum() + self.misses.sum())
         return int(self.hits.sum()) / total if total else None
+
+
+@contextmanager
+def _named(key: ExpertKey) -> Iterator[None]:
+    """Says whose upload failed."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the upload of expert {key.expert} of layer {key.layer}, tier {key.tier}, failed: "
+            f"{error}"
+        ) from error
 
 
 class Use(NamedTuple):
@@ -92,15 +115,19 @@ class SlotPool:
         slots: Mapping[Signature, int],
         budget_bytes: int,
         policy: PolicyFactory,
+        link: Link | None = None,
+        staging_bytes: int = 0,
     ):
         self.store = store
-        self.budget_bytes = budget_bytes
+        self.budget_bytes, self.staging_bytes = budget_bytes, staging_bytes
+        self.link = DirectLink() if link is None else link
         self.slots = dict(slots)
         self.banks: dict[Signature, Bank] = {}
         self.policies: dict[Signature, Policy[ExpertKey]] = {}
         self._free: dict[Signature, list[int]] = {}
         self._slot_of: dict[ExpertKey, int] = {}
-        self._staged: dict[ExpertKey, tuple[jax.Array, ...]] = {}
+        self._staged: dict[ExpertKey, Upload] = {}  # get a slot at `commit`
+        self._expected: dict[ExpertKey, Upload] = {}  # get one when they are needed
         self.on_use: Callable[[Iterable[ExpertKey]], object] | None = None  # hears of each step
         for signature, n_slots in slots.items():
             self.banks[signature] = self._empty_bank(signature, n_slots)
@@ -130,6 +157,22 @@ class SlotPool:
         """Bytes of all banks, as the device counts them."""
         return sum(array.nbytes for array in jax.tree.leaves(self.banks))
 
+    def expected(self) -> frozenset[ExpertKey]:
+        """Every expert whose upload was begun ahead of its use."""
+        return frozenset(self._expected)
+
+    @property
+    def expected_bytes(self) -> int:
+        """Bytes of the uploads ahead of their use, `staging_bytes` at most."""
+        return sum(map(self.store.expert_bytes, self._expected))
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert of every bank can be resident at once."""
+        demanded = Counter(layer.signature for layers in self.store.tiers for layer in layers)
+        n_experts = self.store.config.n_experts
+        return all(n >= demanded[s] * n_experts for s, n in self.slots.items())
+
     def resident(self) -> frozenset[ExpertKey]:
         """Every expert that holds a slot."""
         return frozenset(self._slot_of)
@@ -145,8 +188,13 @@ class SlotPool:
         """Records one use of each expert in a step of a layer, before anything is loaded for it.
 
         `wished` copies were asked for and another tier served: the policies hear of them, the
-        counts do not.
+        counts do not. Uploads that were expected of this layer and are not used are given up.
         """
+        if self._expected:
+            used = {key for key, _, _ in uses}
+            self.drop_expected(
+                [key for key in self._expected if key.layer == step.layer and key not in used]
+            )
         for policy in self.policies.values():
             policy.begin_step(step)
         for key, weight, native in uses:
@@ -177,8 +225,26 @@ class SlotPool:
         starts = range(first, len(ordered), max(size, 1))
         return [ordered[:first], *(ordered[i : i + size] for i in starts)]
 
-    def load(self, keys: Sequence[ExpertKey]) -> None:
-        """Makes all of `keys` (one round) resident; none of them is evicted for another.
+    def entries(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
+        """Rounds of one step's experts of all banks: each bank's next round at a time."""
+        by_bank: dict[Signature, list[ExpertKey]] = {}
+        for key in keys:
+            by_bank.setdefault(self.store.signature(key), []).append(key)
+        per_bank = [self.rounds(of_bank) for of_bank in by_bank.values()]
+        return [[key for part in parts for key in part or ()] for parts in zip_longest(*per_bank)]
+
+    def load(
+        self,
+        keys: Sequence[ExpertKey],
+        keep: Iterable[ExpertKey] | None = None,
+        upcoming: Iterable[ExpertKey] = (),
+    ) -> None:
+        """Makes all of `keys` (one round, or a piece of it) resident.
+
+        Args:
+            keys: what is needed now.
+            keep: not evicted for one another, `keys` among them; None is `keys`.
+            upcoming: what is needed next, or may be; its upload goes on beside what runs then.
 
         Raises:
             ValueError: an expert's scales are damaged.
@@ -186,10 +252,42 @@ class SlotPool:
             RuntimeError: more experts than slots that are not pinned, or an upload failed. The
                 pool is whole after each of these, though an expert or a bank's may be missing.
         """
-        keep = frozenset(keys)
+        held = frozenset(keys if keep is None else keep)
+        missing = [key for key in keys if key not in self._slot_of]
+        upcoming = [key for key in upcoming if key not in missing]
+        for index, key in enumerate(missing):
+            # Those that are waited for stand before those that are not.
+            upload = self._claim(key)
+            if self._begin(missing[index + 1 :]):
+                self.expect(upcoming)
+            self._fetch(key, held, upload)
+        self.expect(upcoming)
+
+    def expect(self, keys: Iterable[ExpertKey]) -> None:
+        """Starts uploads ahead of use, in turn, until `staging_bytes` are taken.
+
+        Their slots come with `load`; `access` to their layer gives up those that it does not use.
+        """
+        before = self.stats.bytes_moved
+        self._begin(keys)
+        self.stats.ahead_bytes += self.stats.bytes_moved - before
+
+    def _begin(self, keys: Iterable[ExpertKey]) -> bool:
+        """Starts uploads as `expect` does; whether there was room for all of them."""
         for key in keys:
-            if key not in self._slot_of:
-                self._fetch(key, keep)
+            known = key in self._slot_of or key in self._staged or key in self._expected
+            if known or self.store.signature(key) not in self.banks:
+                continue
+            if self.expected_bytes + self.store.expert_bytes(key) > self.staging_bytes:
+                return False
+            self._expected[key] = self._send(key)
+        return True
+
+    def drop_expected(self, keys: Iterable[ExpertKey] | None = None) -> None:
+        """Gives up uploads that were expected to be used; all of them for None."""
+        for key in list(self._expected if keys is None else keys):
+            del self._expected[key]
+            self.stats.dropped_bytes += self.store.expert_bytes(key)
 
     def load_all(self, tier: int) -> None:
         """Makes every expert of a tier resident, in a pool that has room for all of them."""
@@ -203,35 +301,34 @@ class SlotPool:
         Programs that run meanwhile do not see it. Nothing happens if it is resident or staged, or
         has no bank.
         """
-        if (
-            key in self._slot_of
-            or key in self._staged
-            or self.store.signature(key) not in self.banks
-        ):
-            return
-        self._staged[key] = self._upload(key)
+        known = key in self._slot_of or key in self._staged
+        if not known and self.store.signature(key) in self.banks:
+            self._staged[key] = self._claim(key)
 
     def commit(self) -> None:
         """Gives every staged expert a slot, between two entries of a program."""
         for key in list(self._staged):
             policy = self.policies[self.store.signature(key)]
             if len(policy.pinned) < policy.capacity and key not in self._slot_of:
-                self._fetch(key, frozenset())
+                self._fetch(key, frozenset(), self._claim(key))
             self._staged.pop(key, None)
 
-    def _upload(self, key: ExpertKey) -> tuple[jax.Array, ...]:
-        raw = self.store.raw(key)
-        try:
-            return jax.device_put(raw)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"the upload of expert {key.expert} of layer {key.layer}, tier {key.tier}, failed: "
-                f"{error}"
-            ) from error
+    def _claim(self, key: ExpertKey) -> Upload:
+        """The upload of an expert that is to have a slot, if it was not begun before."""
+        return self._staged.pop(key, None) or self._expected.pop(key, None) or self._send(key)
 
-    def _fetch(self, key: ExpertKey, keep: frozenset[ExpertKey]) -> None:
+    def _send(self, key: ExpertKey) -> Upload:
+        with _named(key):
+            upload = self.link.send(self.store.raw(key))
+        self.stats.bytes_moved += self.store.expert_bytes(key)
+        return upload
+
+    def _fetch(self, key: ExpertKey, keep: frozenset[ExpertKey], upload: Upload) -> None:
         signature = self.store.signature(key)
-        raw = self._staged.pop(key, None) or self._upload(key)
+        began_s = self.link.clock()
+        with _named(key):
+            raw = upload.wait()
+        self.stats.wait_s += self.link.clock() - began_s
         # On a CPU an upload is the map itself, read only when the slot is written.
         self.store.check_unchanged(key.tier)
         policy, free = self.policies[signature], self._free[signature]
@@ -251,7 +348,6 @@ class SlotPool:
             # Failed or interrupted half-way: which of banks, table and policy changed is unknown.
             self._empty(signature)
             raise
-        self.stats.bytes_moved += self.store.expert_bytes(key)
 
     def _empty(self, signature: Signature) -> None:
         """Makes a bank's experts absent, so that banks, table and policy agree for certain."""
@@ -301,7 +397,7 @@ class SlotPool:
                 )
         for key in wanted:
             if key not in self._slot_of:
-                self._fetch(key, frozenset(wanted))
+                self._fetch(key, frozenset(wanted), self._claim(key))
             self.policies[self.store.signature(key)].pin(key)
 
     def unpin(self, keys: Iterable[ExpertKey]) -> None:
@@ -331,6 +427,7 @@ class SlotPool:
         self._check_division(slots)
         changed = [s for s in self.slots if slots[s] != self.slots[s]]
         self._staged.clear()
+        self.drop_expected()
         try:
             for signature in changed:
                 for victim in self.policies[signature].resize(slots[signature]):
@@ -370,11 +467,12 @@ class SlotPool:
         self.banks[signature] = self._empty_bank(signature, n_slots)
         for slot, key in enumerate(residents):
             change = np.asarray([slot, *self._cell(key), *self._cell(None)], np.int32)
+            with _named(key):
+                raw = self._send(key).wait()
             self.banks[signature], self.table_UE = _write_slot(
-                self.banks[signature], self.table_UE, self._upload(key), change, signature
+                self.banks[signature], self.table_UE, raw, change, signature
             )
             self._slot_of[key] = slot
-            self.stats.bytes_moved += self.store.expert_bytes(key)
         self._free[signature] = list(range(len(residents), n_slots))[::-1]
 
     def reset_stats(self) -> PoolStats:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hobbit_jax.cache.link import PacedLink, ProcessorTime
+from hobbit_jax.cache.prefetch import PrefetchRule
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, PromotionRule
 from hobbit_jax.engine import Engine
 from hobbit_jax.loading import LoadedModel
+from hobbit_jax.miss_modes import MISS_MODES
 from hobbit_jax.model import KVCache, attend
 from hobbit_jax.pool_sizing import DEFAULT_LOW_SHARE, LowShare
-from hobbit_jax.precision import PrecisionPlan
+from hobbit_jax.precision import PrecisionPlan, uniform_plan
 from hobbit_jax.store import HostExperts
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import Work
+
+# Of a 12 GB card: Qwen3-30B-A3B at Q4_K_M reads 1.06 GB of active experts a token, 42 ms over a
+# PCIe that carries 25 GB/s, beside some 5 ms of computation on an RTX 4070. Reckoned, not measured.
+CARD_COPY_TO_COMPUTE = 8.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,9 @@ class Measured:
     agree: int = 0
     residents: int = 0
     device_bytes: int = 0
+    ahead_bytes: int = 0
+    dropped_bytes: int = 0
+    wait_s: float = 0.0
 
     def row(self, native: Measured) -> dict[str, Any]:
         """As figures per token; fractions are 0-1, `speedup` is over `native`, turn by turn."""
@@ -78,6 +88,11 @@ class Measured:
             "skipped_fraction": self.skipped / self.selections,
             "kl_nats": self.kl_sum / self.tokens,
             "top1_agreement": self.agree / self.tokens,
+            "ahead_bytes_per_token": self.ahead_bytes / self.tokens,
+            "ahead_used_share": (
+                1 - self.dropped_bytes / self.ahead_bytes if self.ahead_bytes else None
+            ),
+            "link_wait_ms_per_token": self.wait_s * 1e3 / self.tokens,
             "tokens_per_second": _spread(rates),
             "speedup": _spread(speedups),
             "cpu_ms_per_token": _spread(cpu_ms),
@@ -87,7 +102,78 @@ class Measured:
 
 def _spread(values: np.ndarray) -> dict[str, float]:
     low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {"median": float(median), "quartile_low": float(low), "quartile_high": float(high)}
+    quartiles = {"quartile_low": float(low), "quartile_high": float(high)}
+    return {
+        "median": float(median),
+        **quartiles,
+        "min": float(min(values)),
+        "max": float(max(values)),
+    }
+
+
+def active_bytes(store: HostExperts) -> int:
+    """Bytes of the native experts that one token uses."""
+    return store.config.experts_per_token * sum(layer.expert_bytes for layer in store.tiers[0])
+
+
+def card_link(
+    model: LoadedModel, store: HostExperts, ids_RS: np.ndarray, prompt_tokens: int
+) -> dict[str, float]:
+    """A link that takes `CARD_COPY_TO_COMPUTE` times a token's computation for its experts.
+
+    Args:
+        model, store: the model, and its native experts.
+        ids_RS: rows to decode with every expert resident, in processor time; the first warms up.
+        prompt_tokens: of each row; prefilled, and not timed.
+
+    Returns:
+        `gb_s`, and what it is derived from: `resident_ms` of a token, `active_bytes`.
+    """
+    engine = Engine(model, store)
+    engine.pool.load_all(0)
+    turns = [_turn(engine, ids_S, prompt_tokens, ProcessorTime()) for ids_S in ids_RS]
+    decoded = ids_RS.shape[1] - prompt_tokens
+    resident_ms = float(np.median([seconds for seconds, *_ in turns[1:]])) * 1e3 / decoded
+    gb_s = active_bytes(store) / (CARD_COPY_TO_COMPUTE * resident_ms * 1e-3) / 1e9
+    return {"gb_s": gb_s, "resident_ms": resident_ms, "active_bytes": active_bytes(store)}
+
+
+def mode_settings(
+    store: HostExperts, budget_bytes: int, low_shares: Iterable[LowShare]
+) -> list[Setting]:
+    """Native first; then the uniform rival, and each mode at each split that differs."""
+    listed, shares = [Setting("native", "off", budget_bytes)], list(low_shares)
+    listed.append(Setting("uniform low", "wait", budget_bytes, plan=uniform_plan(store, 1)))
+    for name, mode in MISS_MODES.items():
+        if mode.low_banks == "cache":
+            listed += [
+                Setting(f"{name} {share}", name, budget_bytes, low_share=share) for share in shares
+            ]
+    if store.tier_bytes(1) <= budget_bytes:
+        listed.append(Setting("floor", "floor", budget_bytes))
+    return listed
+
+
+def prefetch_settings(store: HostExperts, budget_bytes: int) -> list[Setting]:
+    """The native cache without prefetch, and with each predictor, at equal bytes.
+
+    What is staged is taken off the pool: one expert, or as many as a token has in a layer.
+    """
+    k, expert_bytes = store.config.experts_per_token, store.largest_expert_bytes
+    listed = [Setting("prefetch off", "off", budget_bytes, options={"staging_bytes": 0})]
+    tried = [
+        (PrefetchRule("layer_ahead", 1), 1),
+        (PrefetchRule("layer_ahead", 1), k),
+        (PrefetchRule("layer_ahead", 2), k),
+        (PrefetchRule("previous_token", 1), 1),
+        (PrefetchRule("random", 1), 1),
+    ]
+    for rule, n_staged in tried:
+        name = f"{rule.predictor}, distance {rule.distance}, {n_staged} staged"
+        staging_bytes = n_staged * expert_bytes
+        options = {"staging_bytes": staging_bytes, "prefetch": rule}
+        listed.append(Setting(name, "off", budget_bytes - staging_bytes, options=options))
+    return listed
 
 
 @jax.jit
@@ -98,9 +184,9 @@ def _compare(logits_V: jax.Array, native_V: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def _turn(
-    engine: Engine, ids_S: np.ndarray, prompt_tokens: int
+    engine: Engine, ids_S: np.ndarray, prompt_tokens: int, clock: Callable[[], float]
 ) -> tuple[float, float, list[jax.Array]]:
-    """Seconds and processor seconds to decode a row after its prompt; each token's logits.
+    """Seconds by `clock`, and of the processor, to decode a row after its prompt; its logits.
 
     On a CPU that others use too, processor time is the steadier of the two.
     """
@@ -108,11 +194,11 @@ def _turn(
     engine.prefill([ids_S[:prompt_tokens].tolist()])
     engine.pool.reset_stats()
     engine.reset_stats()
-    began, cpu_began, logits = time.perf_counter(), time.process_time(), []
+    began, cpu_began, logits = clock(), time.process_time(), []
     for token in ids_S[prompt_tokens:]:
         logits.append(engine.decode(np.asarray([token])))
     jax.block_until_ready(logits[-1])
-    return time.perf_counter() - began, time.process_time() - cpu_began, logits
+    return clock() - began, time.process_time() - cpu_began, logits
 
 
 def compare(
@@ -121,26 +207,44 @@ def compare(
     settings: Sequence[Setting],
     ids_RS: np.ndarray,
     prompt_tokens: int,
+    link_gb_s: float | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> list[Measured]:
     """Decodes rows of `ids_RS` [repeats + 1, S] under every setting, row by row in turns.
 
     Quality is against all-resident native decode of the same tokens, so what a mode costs is
     measured where it acts: with the residents that decode itself left behind.
+
+    Args:
+        model, store: what decodes, and its experts.
+        settings: those to compare.
+        ids_RS: int32.
+        prompt_tokens: of each row; prefilled, and not timed.
+        link_gb_s: of an emulated link, each setting's own, on which waits and processor time are
+            counted; None copies as fast as can be and times by the wall clock.
+        progress: called after each row of each setting.
+
+    Returns:
+        All-resident native decode first, then one of each setting.
     """
-    native = Engine(model, store)
-    engines = [
+    counted = ProcessorTime()
+    clock = time.perf_counter if link_gb_s is None else counted
+    engines = [Engine(model, store)]
+    engines[0].pool.load_all(0)
+    engines += [
         Engine(
             model, store, s.budget_bytes, s.plan, mode=s.mode, low_share=s.low_share,
             promotion=s.promotion, **s.options,
+            link=PacedLink(link_gb_s, clock=counted, sleep=counted.sleep) if link_gb_s else None,
         )
         for s in settings
     ]  # fmt: skip
-    results = [Measured() for _ in settings]
+    results = [Measured() for _ in engines]
     for row, ids_S in enumerate(ids_RS):
-        *_, native_logits = _turn(native, ids_S, prompt_tokens)
+        native_logits: list[jax.Array] = []
         for engine, result in zip(engines, results, strict=True):
-            seconds, cpu_seconds, logits = _turn(engine, ids_S, prompt_tokens)
+            seconds, cpu_seconds, logits = _turn(engine, ids_S, prompt_tokens, clock)
+            native_logits = native_logits or logits
             progress()
             if row == 0:
                 continue
@@ -151,6 +255,9 @@ def compare(
             result.hits += int(pool.stats.hits.sum())
             result.uses += int(pool.stats.hits.sum() + pool.stats.misses.sum())
             result.bytes_moved += pool.stats.bytes_moved
+            result.ahead_bytes += pool.stats.ahead_bytes
+            result.dropped_bytes += pool.stats.dropped_bytes
+            result.wait_s += pool.stats.wait_s
             result.exits += stats.exits
             result.degraded += stats.degraded
             result.skipped += stats.skipped

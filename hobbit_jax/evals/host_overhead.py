@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from hobbit_jax.gguf_file import write_gguf
 
+HOLLOW_LAYERS = 24
 WIDTH = 32  # of everything: a layer is a few thousand multiplications
 VOCAB = 64
 
@@ -126,3 +128,12 @@ def compare_trees(
         "after_us_per_layer": per_layer_us(new_s),
         "ratio": float(np.median(old_s / new_s)),
     }
+
+
+def compare_revisions(before: Path, turns: int) -> Iterator[dict[str, Any]]:
+    """`compare_trees` on a hollow model, all resident and with a pool that misses."""
+    with tempfile.TemporaryDirectory() as directory:
+        hollow = Path(directory) / "hollow.gguf"
+        write_hollow_model(hollow, HOLLOW_LAYERS)
+        for pool_mib in (None, 0.75):
+            yield compare_trees(before, hollow, HOLLOW_LAYERS, turns, pool_mib)

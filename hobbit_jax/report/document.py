@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from hobbit_jax.report import figures, markdown
 from hobbit_jax.report.comparisons import (
@@ -18,6 +19,7 @@ from hobbit_jax.report.comparisons import (
     line_gap,
 )
 from hobbit_jax.report.frontier_results import FrontierResults
+from hobbit_jax.report.peers import PeerRow, render_peers
 from hobbit_jax.report.plans import Plans, render_plans
 from hobbit_jax.report.results import NATIVE, RANDOM, Plan, Results, Row, Setting
 from hobbit_jax.report.signals import render_compounding, render_signals
@@ -25,31 +27,42 @@ from hobbit_jax.report.threats import threats
 from hobbit_jax.report.verdict import Outcome, Rule, Verdict
 
 
+@dataclass(frozen=True)
+class Studies:
+    """What stands beside the sweep.
+
+    Attributes:
+        frontier: quality against all bytes, by signal.
+        compounding: quality after an intermediate quant.
+        peers: comparisons with other programs.
+        plans: the planner's predictions for cards.
+    """
+
+    frontier: FrontierResults | None = None
+    compounding: FrontierResults | None = None
+    peers: Sequence[PeerRow] = ()
+    plans: Plans | None = None
+
+
 def render(
     results: Results,
     rule: Rule,
     answers: Sequence[Verdict],
     drawn: Iterable[str] = figures.NAMES,
-    frontier: FrontierResults | None = None,
-    compounding: FrontierResults | None = None,
-    plans: Plans | None = None,
+    studies: Studies = Studies(),
 ) -> str:
-    """The document as Markdown; `drawn` names the figures that exist.
-
-    `frontier` and `compounding` are studies of quality alone that stand beside the sweep, `plans`
-    predictions for cards.
-    """
+    """The document as Markdown; `drawn` names the figures that exist."""
     drawn = set(drawn)
     sections = [
         [f"# {markdown.one_line(results.title)}"],
         _answer(results, answers),
         _rule(results, rule, answers),
         _quality(results, drawn),
-        _signals(results, frontier, compounding, drawn),
-        _cost(results, rule, drawn),
+        _signals(results, studies, drawn),
+        [*_cost(results, rule, drawn), *_peers(studies.peers)],
         _gaps(results),
         ["## 7. Threats to validity", "", *(f"- {text}" for text in threats(results, rule))],
-        *([render_plans(plans)] if plans else []),
+        *([render_plans(studies.plans)] if studies.plans else []),
         _reproduce(results),
     ]
     return "\n\n".join("\n".join(section) for section in sections) + "\n"
@@ -213,18 +226,13 @@ def _quality(results: Results, drawn: set[str]) -> list[str]:
     )
 
 
-def _signals(
-    results: Results,
-    frontier: FrontierResults | None,
-    compounding: FrontierResults | None,
-    drawn: set[str],
-) -> list[str]:
+def _signals(results: Results, studies: Studies, drawn: set[str]) -> list[str]:
     lines = ["## 4. Which signal", ""]
-    if frontier:
-        lines += [*render_signals(frontier, drawn), "", "### In the sweep of the cache", ""]
+    if studies.frontier:
+        lines += [*render_signals(studies.frontier, drawn), "", "### In the sweep of the cache", ""]
     lines += _signals_of_sweep(results)
-    if compounding:
-        lines += ["", "### Compounding error", "", *render_compounding(compounding)]
+    if studies.compounding:
+        lines += ["", "### Compounding error", "", *render_compounding(studies.compounding)]
     return lines
 
 
@@ -329,6 +337,11 @@ def _cost(results: Results, rule: Rule, drawn: set[str]) -> list[str]:
         "How unequally experts are used (native routing). The nearer to the dotted line, the "
         "less a cache of hot experts can gain.",
     )
+
+
+def _peers(peers: Sequence[PeerRow]) -> list[str]:
+    lines = render_peers(peers)
+    return ["", "### Peers", "", *lines] if lines else []
 
 
 def _cost_table(results: Results, rule: Rule, setting: Setting) -> list[str]:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from hobbit_jax.atomic import replacing
 from hobbit_jax.report import figures
-from hobbit_jax.report.document import render, render_studies
+from hobbit_jax.report.document import Studies, render, render_studies
 from hobbit_jax.report.frontier_figure import frontier_figure
 from hobbit_jax.report.frontier_results import is_frontier, load_frontier
+from hobbit_jax.report.peers import FOLDER, load_peers
 from hobbit_jax.report.plans import load_plans
 from hobbit_jax.report.read_results import load_results
 from hobbit_jax.report.results import NATIVE, RANDOM, Plan, Results
@@ -24,9 +25,9 @@ from hobbit_jax.report.verdict import Outcome, Rule, Verdict, verdicts
 def write_report(workdir: Path) -> Path:
     """Writes `decision.md` and `figures/*.png` into `workdir`, each whole or not at all.
 
-    Studies of quality alone in `workdir`/frontier and `workdir`/compounding become part of it, and
-    so do records of the planner in `workdir`/planner;
-    where `workdir` itself is such a study, the document is about nothing else. A figure of an
+    What stands beside the sweep is read from `workdir`/frontier and /compounding (studies of
+    quality alone), /peers (comparisons with other programs) and /planner (predictions); where
+    `workdir` itself is a study of quality, the document is about nothing else. A figure of an
     earlier run that these rows do not give is removed.
 
     Returns:
@@ -41,6 +42,8 @@ def write_report(workdir: Path) -> Path:
         load_frontier(workdir / name) if is_frontier(workdir / name) else None
         for name in ("frontier", "compounding")
     )
+    peers, plans = load_peers(workdir / FOLDER), load_plans(workdir / "planner")
+    studies = Studies(frontier, compounding, peers, plans)
     results = load_results(workdir)
     rule = Rule.of(results.rule)
     answers = verdicts(results, rule)
@@ -53,8 +56,7 @@ def write_report(workdir: Path) -> Path:
     }
     drawn = _write_figures(workdir, images)
     document = workdir / "decision.md"
-    plans = load_plans(workdir / "planner")
-    text = render(results, rule, answers, drawn, frontier, compounding, plans)
+    text = render(results, rule, answers, drawn, studies)
     _write(document, text.encode())
     return document
 

@@ -5,9 +5,12 @@ Run by hand, in an environment of its own, when `tests/tiny_models.py` changes:
     python3 -m venv torch-env && torch-env/bin/pip install torch transformers gguf numpy
     PYTHONPATH=. torch-env/bin/python tests/goldens/make_goldens.py
 
-Nothing of ours computes here: the files are read by `gguf.GGUFReader`, dequantised by
-`gguf.quants`, and run by the classes of transformers. Last made with torch 2.13.0 and
-transformers 5.23.0.
+Nothing of ours reads or computes here: the files are read by `gguf.GGUFReader`, dequantised by
+`gguf.quants`, and run by the classes of transformers. Which class and which place a tensor goes to
+is `hobbit_jax.peers.hugging_face`, as for every other comparison with PyTorch: a second copy of
+that mapping would prove nothing that the engine does not, which was written from llama.cpp's
+source and agrees with these goldens. The hyperparameters are read here, without `read_config`.
+Last made with torch 2.13.0 and transformers 5.23.0; 5.24.0 gives the same bits.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-import transformers
+
+from hobbit_jax.architecture import ModelConfig
+from hobbit_jax.peers.hugging_face import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -29,113 +34,47 @@ import tiny_models
 LEAST_ROUTER_MARGIN = 1e-3
 
 
-def interleaved_to_halves(weights_NK: np.ndarray, n_heads: int) -> np.ndarray:
-    """Undoes the permutation of q and k rows in llama.cpp's `LlamaModel.permute`."""
-    n, k = weights_NK.shape
-    return weights_NK.reshape(n_heads, n // n_heads // 2, 2, k).swapaxes(1, 2).reshape(n, k)
+def read_hyperparameters(reader: gguf.GGUFReader, has_head: bool) -> ModelConfig:
+    """What the mapping needs, straight from the file; what llama.cpp has in code, by hand."""
+    arch = reader.fields["general.architecture"].contents()
 
+    def number(key: str):
+        return reader.fields[f"{arch}.{key}"].contents()
 
-def hugging_face_model(arch: str, number, has_head: bool) -> torch.nn.Module:
-    """The empty model; `number(key)` is the file's metadata."""
-    shared = {
-        "vocab_size": number("vocab"),
-        "hidden_size": number("embedding_length"),
-        "num_hidden_layers": number("block_count"),
-        "num_attention_heads": number("attention.head_count"),
-        "num_key_value_heads": number("attention.head_count_kv"),
-        "max_position_embeddings": number("context_length"),
-        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": number("rope.freq_base")},
-        "num_experts_per_tok": number("expert_used_count"),
-        "tie_word_embeddings": not has_head,
-        "attn_implementation": "eager",
-        "pad_token_id": None,
-    }
-    head_dim, n_experts = number("attention.key_length"), number("expert_count")
-    if arch == "qwen3moe":
-        config = transformers.Qwen3MoeConfig(
-            **shared,
-            head_dim=head_dim,
-            num_experts=n_experts,
-            moe_intermediate_size=number("expert_feed_forward_length"),
-            norm_topk_prob=True,
-        )
-        return transformers.Qwen3MoeForCausalLM(config)
-    width = number("feed_forward_length")
-    if arch == "llama":
-        config = transformers.MixtralConfig(
-            **shared, head_dim=head_dim, num_local_experts=n_experts, intermediate_size=width
-        )
-        return transformers.MixtralForCausalLM(config)
-    config = transformers.OlmoeConfig(
-        **shared, num_experts=n_experts, intermediate_size=width, norm_topk_prob=False
+    width = "expert_feed_forward_length" if arch == "qwen3moe" else "feed_forward_length"
+    return ModelConfig(
+        arch=arch,
+        n_layers=number("block_count"),
+        d_model=number("embedding_length"),
+        n_heads=number("attention.head_count"),
+        n_kv_heads=number("attention.head_count_kv"),
+        head_dim=number("attention.key_length"),
+        n_experts=number("expert_count"),
+        experts_per_token=number("expert_used_count"),
+        d_expert=number(width),
+        vocab_size=len(reader.fields["tokenizer.ggml.tokens"].data),
+        context_length=number("context_length"),
+        rope_base=number("rope.freq_base"),
+        rope_dim=number("rope.dimension_count"),
+        rope_style="norm" if arch == "llama" else "neox",
+        rms_eps=number("attention.layer_norm_rms_epsilon"),
+        qk_norm={"qwen3moe": "head", "llama": "none", "olmoe": "full"}[arch],
+        renormalise_topk=arch != "olmoe",
+        tied_head=not has_head,
     )
-    return transformers.OlmoeForCausalLM(config)
-
-
-def hugging_face_weights(
-    arch: str, weights: dict[str, np.ndarray], n_layers: int, n_heads: int, n_kv_heads: int
-) -> dict[str, torch.Tensor]:
-    """The file's tensors under the names of transformers 5, gate and up of an expert fused."""
-    state = {
-        "model.embed_tokens.weight": weights["token_embd.weight"],
-        "model.norm.weight": weights["output_norm.weight"],
-        "lm_head.weight": weights.get("output.weight", weights["token_embd.weight"]),
-    }
-    plain = {
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "attn_q_norm": "self_attn.q_norm",
-        "attn_k_norm": "self_attn.k_norm",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate_inp": "mlp.gate",
-    }
-    for layer in range(n_layers):
-        block = {
-            name.split(".")[2]: array
-            for name, array in weights.items()
-            if name.startswith(f"blk.{layer}.")
-        }
-        if arch == "llama":
-            block["attn_q"] = interleaved_to_halves(block["attn_q"], n_heads)
-            block["attn_k"] = interleaved_to_halves(block["attn_k"], n_kv_heads)
-        to = f"model.layers.{layer}."
-        state |= {f"{to}{hf}.weight": block[ours] for ours, hf in plain.items() if ours in block}
-        gate_up = np.concatenate([block["ffn_gate_exps"], block["ffn_up_exps"]], axis=1)
-        state[f"{to}mlp.experts.gate_up_proj"] = gate_up
-        state[f"{to}mlp.experts.down_proj"] = block["ffn_down_exps"]
-    return {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
 
 
 @torch.no_grad()
 def golden_logits(path: Path, ids_T: np.ndarray) -> tuple[np.ndarray, float]:
     """float32 [T, V] of the model in `path`, and the least router margin met."""
     reader = gguf.GGUFReader(path)
-    arch = reader.fields["general.architecture"].contents()
     weights = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
-
-    def number(key: str):
-        if key == "vocab":
-            return len(weights["token_embd.weight"])
-        return reader.fields[f"{arch}.{key}"].contents()
-
-    model = hugging_face_model(arch, number, "output.weight" in weights).float().eval()
-    state = hugging_face_weights(
-        arch,
-        weights,
-        number("block_count"),
-        number("attention.head_count"),
-        number("attention.head_count_kv"),
-    )
-    model.load_state_dict(state, strict=True)
+    config = read_hyperparameters(reader, "output.weight" in weights)
+    model = load(config, weights.__getitem__, attention="eager")
     output = model(torch.from_numpy(ids_T[None].astype(np.int64)), output_router_logits=True)
-    margins, chosen = [], []
+    margins, chosen, k = [], [], config.experts_per_token
     for router_TE in output.router_logits:
         best_TE = router_TE.sort(descending=True).values
-        k = number("expert_used_count")
         margins.append(float((best_TE[:, k - 1] - best_TE[:, k]).min()))
         chosen.append(torch.bincount(router_TE.topk(k).indices.flatten()).tolist())
     print(f"  selections per expert: {chosen}")

@@ -1,0 +1,88 @@
+"""Which experts later layers will need, guessed while an earlier one waits.
+
+Owns the predictors; pure Python. What the routers of later layers say of the stream as it stands
+comes from the decode program (`decode_loop.py`), since only it has the stream. Called by the
+engine, which hands the guesses to the pool: it uploads them after what is needed for certain, and
+holds them beside the banks, so a guess never takes a slot and never changes a result.
+
+Sources: layer-ahead, Eliseev & Mazur (arXiv 2312.17238, section 3.2) and HOBBIT (arXiv 2411.01433,
+section 3.3), both of which apply the next gate to the current stream.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from hobbit_jax.store import ExpertKey
+
+PredictorName = Literal["layer_ahead", "previous_token", "random"]
+
+
+@dataclass(frozen=True)
+class PrefetchRule:
+    """Who guesses, and how far.
+
+    Attributes:
+        predictor: "layer_ahead" asks the routers of the layers to come; "previous_token" takes the
+            experts that those layers used for the token before; "random" is the control: as many
+            missing experts as layer_ahead would load, drawn from all that are missing.
+        distance: layers ahead of the one that waits.
+    """
+
+    predictor: PredictorName
+    distance: int = 1
+
+    def __post_init__(self):
+        if self.predictor not in get_args(PredictorName) or self.distance < 1:
+            raise ValueError(
+                f"{self}; want a predictor of {', '.join(get_args(PredictorName))} and a "
+                "distance of at least 1"
+            )
+
+    @property
+    def asks_routers(self) -> bool:
+        """Whether the decode program applies later layers' routers."""
+        return self.predictor != "previous_token"
+
+
+class Prefetcher:
+    """Guesses missing experts, the nearest layer's first."""
+
+    def __init__(self, rule: PrefetchRule, n_layers: int, n_experts: int, seed: int = 0):
+        self.rule = rule
+        self._n_experts, self._random = n_experts, random.Random(seed)
+        self._previous: list[list[ExpertKey]] = [[] for _ in range(n_layers)]
+
+    def note(self, layer: int, keys: Iterable[ExpertKey]) -> None:
+        """Records what a layer uses for the token at hand."""
+        self._previous[layer] = list(keys)
+
+    def at_token(self) -> list[ExpertKey]:
+        """Before a token: guesses for the first layers, of which no router knows anything yet."""
+        return [] if self.rule.asks_routers else self._before(range(self.rule.distance))
+
+    def at_exit(
+        self,
+        layer: int,
+        routed: Sequence[ExpertKey],
+        is_resident: Callable[[ExpertKey], bool],
+    ) -> list[ExpertKey]:
+        """Guesses while `layer` waits; `routed` is what later layers' routers choose of it now."""
+        if self.rule.predictor == "previous_token":
+            keys = self._before(range(layer + 1, layer + 1 + self.rule.distance))
+            return [key for key in keys if not is_resident(key)]
+        guesses = [key for key in routed if not is_resident(key)]
+        if self.rule.predictor == "layer_ahead":
+            return guesses
+        drawn: dict[ExpertKey, None] = {}
+        for key in guesses:
+            others = (key._replace(expert=expert) for expert in range(self._n_experts))
+            missing = [other for other in others if not is_resident(other) and other not in drawn]
+            drawn[self._random.choice(missing)] = None
+        return list(drawn)
+
+    def _before(self, layers: Iterable[int]) -> list[ExpertKey]:
+        return [key for n in layers if n < len(self._previous) for key in self._previous[n]]

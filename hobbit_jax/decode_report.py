@@ -1,0 +1,93 @@
+"""What the host learns from one entry into the decode program, in one transfer.
+
+Owns the layout: integers in one array, packed inside the program (`decode_loop.py`) and read by the
+engine: how far it came, the tokens drawn, what the routers of the layers to come would choose, and
+every routed layer's selections.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hobbit_jax.precision import SKIPPED
+from hobbit_jax.selection import Selections
+from hobbit_jax.store import ExpertKey
+
+# Of an entry of the log: expert, tier asked for, tier that serves it, bits of the router's weight.
+LOG_FIELDS = 4
+
+
+def log_entry(selections: Selections) -> jax.Array:
+    """One routed layer's line of the log, int32 [A, LOG_FIELDS]."""
+    fields = [
+        selections.ids_TK,
+        selections.asked_TK,
+        selections.served_TK,
+        jax.lax.bitcast_convert_type(selections.weights_TK, jnp.int32),
+    ]
+    return jnp.stack([field.reshape(-1) for field in fields], axis=-1)
+
+
+def pack(
+    steps: jax.Array,
+    layer: jax.Array,
+    blocked: jax.Array,
+    logged: jax.Array,
+    tokens_NB: jax.Array,
+    ahead_P2A: jax.Array,
+    log_IAf: jax.Array,
+) -> jax.Array:
+    """All of a report in one array, int32; see `Report`."""
+    head_4 = jnp.stack([steps, layer, blocked.astype(jnp.int32), logged]).astype(jnp.int32)
+    parts = [head_4, tokens_NB.reshape(-1), ahead_P2A.reshape(-1), log_IAf.reshape(-1)]
+    return jnp.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far an entry came and what it used; P is the number of layers looked ahead."""
+
+    steps: int
+    layer: int
+    blocked: bool
+    tokens_NB: np.ndarray  # the first `steps` rows are drawn
+    ahead_P2A: np.ndarray  # expert and tier that layer + 1, ... would choose of the stream as it is
+    ids_IA: np.ndarray  # of each routed layer, in turn
+    asked_IA: np.ndarray
+    served_IA: np.ndarray
+    weights_IA: np.ndarray
+
+    @classmethod
+    def unpack(
+        cls, packed: np.ndarray, most_tokens: int, batch: int, k: int, look_ahead: int
+    ) -> Report:
+        """Reads what the program packed."""
+        steps, layer, blocked, logged = (int(number) for number in packed[:4])
+        ends = np.cumsum([4, most_tokens * batch, look_ahead * 2 * batch * k])
+        tokens, ahead, log = np.split(packed, ends)[1:]
+        log_IAf = log.reshape(-1, batch * k, LOG_FIELDS)[:logged]
+        return cls(
+            steps=steps,
+            layer=layer,
+            blocked=bool(blocked),
+            tokens_NB=tokens.reshape(most_tokens, batch)[:steps],
+            ahead_P2A=ahead.reshape(look_ahead, 2, batch * k),
+            ids_IA=log_IAf[..., 0],
+            asked_IA=log_IAf[..., 1],
+            served_IA=log_IAf[..., 2],
+            weights_IA=np.ascontiguousarray(log_IAf[..., 3]).view(np.float32),
+        )
+
+    def ahead(self) -> list[ExpertKey]:
+        """The experts that the layers to come would choose, the nearest layer's first."""
+        keys = [
+            ExpertKey(tier, self.layer + 1 + distance, expert)
+            for distance, (ids_A, tier_A) in enumerate(self.ahead_P2A.tolist())
+            for expert, tier in zip(ids_A, tier_A, strict=True)
+            if tier != SKIPPED
+        ]
+        return list(dict.fromkeys(keys))

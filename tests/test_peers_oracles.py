@@ -1,0 +1,249 @@
+"""The real PyTorch and llama.cpp beside the engine, on tiny files of every architecture.
+
+The goldens of `test_logits.py` are Hugging Face's logits of the same files, read by gguf-py; here
+our reading feeds the same module. Planted: without the q/k permutation Mixtral's logits are off by
+more than 1, with gate and up exchanged all are.
+"""
+
+import json
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from conftest import REPOSITORY, TWO_BANKS
+
+from hobbit_jax.architecture import read_config
+from hobbit_jax.cache.policies import LRU
+from hobbit_jax.engine import Engine
+from hobbit_jax.gguf_file import open_gguf
+from hobbit_jax.loading import load_model
+from hobbit_jax.peers.comparison import Request, compare_model
+from hobbit_jax.report.peers import PeerRow, render_peers
+from hobbit_jax.store import HostExperts
+
+# The libraries warn of their own accord, at import and later.
+pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
+NAMES = tuple(tiny_models.MODELS)
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("peers")
+    for name, model in tiny_models.MODELS.items():
+        tiny_models.write_model(model, directory / f"{name}.gguf")
+    return {name: directory / f"{name}.gguf" for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def torch():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    return torch
+
+
+def side(torch, path, mode, slots=None):
+    from hobbit_jax.peers.pytorch import PyTorch
+
+    made = PyTorch(str(path), threads=1, context=64, mode=mode, slots=slots)
+    assert torch.get_num_threads() == 1
+    return made
+
+
+def golden(name):
+    with np.load(GOLDENS / f"{name}.npz") as file:
+        return file["tokens_T"], file["logits_TV"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_in_float32_is_the_golden(torch, paths, name):
+    ids_T, wanted_TV = golden(name)
+    peer = side(torch, paths[name], "float32")
+    np.testing.assert_allclose(peer.score(ids_T), wanted_TV, atol=2e-5, rtol=0)
+    # Prefill and decode go on with the cache: the same most probable tokens.
+    chosen = [peer.prefill(ids_T[:20])] + [peer.decode(int(token)) for token in ids_T[20:]]
+    assert chosen == wanted_TV[19:].argmax(axis=-1).tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_planted_errors_of_the_mapping_show(torch, paths, monkeypatch, name):
+    from hobbit_jax.peers import hugging_face
+
+    def difference():
+        ids_T, wanted_TV = golden(name)
+        got_TV = side(torch, paths[name], "float32").score(ids_T)
+        return np.abs(got_TV - wanted_TV).max()
+
+    if name == "mixtral":
+        monkeypatch.setattr(hugging_face, "interleaved_to_halves", lambda weights, heads: weights)
+        assert difference() > 1
+        monkeypatch.undo()
+    expert_weights = hugging_face.expert_weights
+
+    def exchanged(*arguments):
+        arrays = expert_weights(*arguments)
+        half = arrays["gate_up_proj"].shape[1] // 2
+        return {**arrays, "gate_up_proj": np.roll(arrays["gate_up_proj"], half, axis=1)}
+
+    monkeypatch.setattr(hugging_face, "expert_weights", exchanged)
+    assert difference() > 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("slots", [1, 3, 9, 100])
+def test_offloaded_experts_change_no_bit(torch, paths, name, slots):
+    """Against transformers' own loop over experts in bfloat16, prefilled and token by token; and
+    the misses are those of our policy on the same routing."""
+    from hobbit_jax.peers.expert_offload import load_offloaded
+    from hobbit_jax.peers.hugging_face import load
+    from hobbit_jax.peers.pytorch import dequantised
+
+    file = open_gguf(paths[name])
+    config = read_config(file)
+    plain = load(config, lambda t: dequantised(file, t), torch.bfloat16, experts="eager")
+    model, held = load_offloaded(
+        config, lambda t: dequantised(file, t), slots, torch.bfloat16, "cpu"
+    )
+    routed = []
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda _, arguments, number=number: routed.append((number, arguments[1].clone()))
+        )
+    ids_1T = torch.from_numpy(golden(name)[0][None].astype(np.int64))
+    with torch.inference_mode():
+        assert torch.equal(model(ids_1T).logits, plain(ids_1T).logits)
+        caches = [m(ids_1T[:, :16], use_cache=True).cache for m in (model, plain)]
+        before = held.order.hits, held.order.misses
+        resident = list(held.order._lru._resident)
+        routed.clear()
+        for t in range(16, ids_1T.shape[1]):
+            token = ids_1T[:, t : t + 1]
+            ours, theirs = (
+                m(token, cache=cache).logits
+                for m, cache in zip((model, plain), caches, strict=True)
+            )
+            assert torch.equal(ours, theirs)
+    policy = LRU(slots)
+    for key in resident:
+        policy.admit(key)
+    uses = misses = 0
+    for layer, ids_TK in routed:
+        keys = [(layer, expert) for expert in ids_TK[0].tolist()]
+        missing = [key for key in keys if not policy.access(key)]
+        uses, misses = uses + len(keys), misses + len(missing)
+        # What does not fit together comes in rounds, those at hand first.
+        ordered = sorted(keys, key=lambda key: key in missing)
+        for start in range(0, len(ordered), slots):
+            together = ordered[start : start + slots]
+            for key in together:
+                if key not in policy:
+                    policy.admit(key, together)
+    assert (held.order.hits - before[0], held.order.misses - before[1]) == (uses - misses, misses)
+    if slots == 100:
+        assert misses <= config.n_layers * config.n_experts
+
+
+def request(path, peer, **changed):
+    fixed = Request(path, peer, None, None, None, None, 3, 40, 2, 16, 8, 1)
+    return replace(fixed, **changed)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "letters.txt"
+    letters = np.random.default_rng(0).integers(0x61, 0x7B, 1000, np.uint8)
+    path.write_bytes(letters.tobytes())
+    return path
+
+
+def test_compare_with_torch(torch, paths, text, tmp_path, monkeypatch, capsys):
+    """The script end to end; then offloaded, where both sides have as many slots."""
+    out = tmp_path / "new" / "row.json"
+    arguments = (
+        f"--model={paths['mixtral']}", "--peer=torch", f"--text={text}", f"--out={out}",
+        "--threads=1", "--windows=3", "--context=40", "--turns=2", "--prompt_tokens=16",
+        "--decode_tokens=8",
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(REPOSITORY / "scripts" / "compare.py"), run_name="__main__")
+    assert not ended.value.code
+    assert "| mixtral.gguf | PyTorch float32 | 120 |" in capsys.readouterr().out
+    assert str(tmp_path) not in out.read_text()
+    row = json.loads(out.read_text())
+    agreement = row["agreement"]
+    assert agreement["logit_max_difference"] < 1e-4 < agreement["logit_std"]
+    assert agreement["kl_mean"]["value"] < 1e-9
+    assert agreement["top1_agreement"]["value"] == row["speed"]["same_greedy_token"] == 1.0
+    assert row["peer"]["precision"] == "float32"
+    assert row["ours"]["threads"] == row["peer"]["threads"] == 1
+    assert row["model"]["name"] == "mixtral.gguf" and row["text"]["name"] == "letters.txt"
+
+    offloaded = request(
+        paths["mixtral"], "torch", text=text, torch_mode="offload", budget_bytes=5 * 2**18
+    )
+    row = compare_model(offloaded)
+    assert row["ours"]["pool_bytes"] <= 5 * 2**18
+    assert row["peer"]["slots"] == row["ours"]["slots"] > 0
+    assert 0 < row["peer"]["decode_hit_rate"] < 1
+    # bfloat16 is not float32, and not far from it.
+    assert 1e-6 < row["agreement"]["kl_mean"]["value"] < 0.1
+    assert "experts streamed through" in "\n".join(render_peers([PeerRow(row)]))
+
+
+def test_offloading_wants_a_budget(torch, paths):
+    with pytest.raises(ValueError, match="under a budget only; give --budget_mib"):
+        side(torch, paths["mixtral"], "offload")
+
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    return pytest.importorskip("llama_cpp")
+
+
+@pytest.fixture(scope="module")
+def float_path(tmp_path_factory):
+    """Two layers without quantisation, so that llama.cpp's activations are not quantised either."""
+    model = replace(TWO_BANKS, experts=(("F32",) * 3,) * 2, dense=("F32",) * 7)
+    path = tmp_path_factory.mktemp("float") / "float.gguf"
+    tiny_models.write_model(model, path)
+    return path
+
+
+def test_compare_with_llama_cpp(llama_cpp, float_path, text):
+    row = compare_model(request(float_path, "llama_cpp", text=text))
+    # Its keys and values are in float16.
+    assert row["agreement"]["logit_max_difference"] < 0.05
+    assert row["agreement"]["kl_mean"]["value"] < 1e-4
+    assert row["agreement"]["top1_agreement"]["value"] > 0.98
+    assert row["speed"]["same_greedy_token"] > 0.9
+    assert row["ours"]["threads"] == row["peer"]["threads"] == 1
+    assert "llama.cpp" in "\n".join(render_peers([PeerRow(row)]))
+
+
+def test_experts_of_the_first_layers_stay_on_the_cpu(llama_cpp, float_path, capfd):
+    """The binding has no structure for the override: llama.cpp must see ours, and obey."""
+    from hobbit_jax.peers.llama import LlamaCpp, layers_on_cpu
+
+    file = open_gguf(float_path)
+    config = read_config(file)
+    layer_bytes = HostExperts(config, file).tier_bytes(0) // config.n_layers
+    cases = {0: 2, layer_bytes - 1: 2, layer_bytes: 1, 2 * layer_bytes - 1: 1, 2 * layer_bytes: 0}
+    assert {budget: layers_on_cpu(file, config, budget) for budget in cases} == cases
+
+    ids_T = np.arange(20, dtype=np.int32)
+    logits = {}
+    for cpu_layers in (0, 1):
+        capfd.readouterr()
+        peer = LlamaCpp(str(float_path), 1, 64, None, cpu_layers)
+        logits[cpu_layers] = peer.score(ids_T)
+        overridden = "tensor overrides to CPU are used" in capfd.readouterr().err
+        assert overridden == bool(cpu_layers)
+        assert peer.facts()["layers_with_experts_on_cpu"] == cpu_layers
+    np.testing.assert_array_equal(logits[0], logits[1])
+    wanted_TV = Engine(load_model(float_path), HostExperts(config, file)).score(ids_T[None])[0]
+    np.testing.assert_allclose(logits[0], np.asarray(wanted_TV), atol=0.05)
