@@ -293,6 +293,10 @@ def test_what_is_refused():
     big = preset_model("mixtral-8x7b")
     with pytest.raises(ValueError, match=r"too small for mixtral-8x7b by \d+\.\d\d GiB: dense"):
         divide_memory(big, 2, 4096, 256, 0.75)
+    parts = divide_memory(big, 24, 4096, 256, 0.75)
+    without_experts = (parts.vram - parts.pool) / 2**30
+    with pytest.raises(ValueError, match=r"by 0\.20 GiB"):  # a step takes 0.40 GiB
+        divide_memory(big, without_experts + 0.2, 4096, 256, 0.75)
     with pytest.raises(ValueError, match="context is 5000; want 1 to 4096"):
         divide_memory(TINY, 8, 5000, 256, 0)
     with pytest.raises(ValueError, match="qwen3-30b-a3b"):
@@ -320,12 +324,11 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
         "device": "cpu: a made one", "cpu_count": 2, "on_gpu": False, "settings": 13,
         "time_ratio": {"median": 1.07, "low": 0.81, "high": 1.39, "median_error": 0.12},
         "clock": "cpu_seconds",
-        "wall_time_ratio": {"median": 0.7, "low": 0.6, "high": 3.5, "median_error": 0.4},
         "time_ratio_counted": {"median": 1.01, "low": 0.9, "high": 1.2, "median_error": 0.05},
     }  # fmt: skip
     check = {
-        "kind": "check", "summary": summary, "turns": 6, "tokens_of_a_turn": 48, "rows": [],
-        "times": {"cpu_seconds": {}}, "public": [],
+        "kind": "check", "summary": summary, "turns": 6, "tokens_of_a_turn": 48, "link_gb_s": 0.1,
+        "rows": [], "times": {"cpu_seconds": {}}, "public": [],
     }  # fmt: skip
     folder = tmp_path / "planner"
     folder.mkdir()
@@ -365,7 +368,10 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
     (folder / "tiny-12.json").write_text(json.dumps(plan))
     lines = "\n".join(render_plans(load_plans(folder)))
     assert f"{chosen['tokens_per_second']:.0f} (×{chosen['speedup']:.2f})" in lines
-    assert "processor time: a median of 1.07, from 0.81 to 1.39 (median error 12 %)" in lines
+    assert (
+        "emulated link of 0.1 GB/s: a median of 1.07, from 0.81 to 1.39 (median error 12 %)"
+        in lines
+    )
     assert "It extrapolates: no routing of this model" in lines
     (folder / "other.json").write_text('{"kind": "sweep"}')
     with pytest.raises(ValueError, match=r"other\.json is of kind 'sweep'"):

@@ -150,10 +150,9 @@ def _caveats(plan: dict[str, Any], check: dict[str, Any] | None) -> list[str]:
         where = (
             "a GPU" if check["on_gpu"] else f"{check['cpu_count']} CPU cores only, never on a GPU"
         )
-        clock = "wall" if check["clock"] == "seconds" else "processor"
         lines.append(
             f"Checked on {where} ({check['device']}): median error "
-            f"{100 * ratio['median_error']:.0f} % of the {clock} time of {check['settings']} "
+            f"{100 * ratio['median_error']:.0f} % of the time of {check['settings']} "
             f"settings that no constant was fitted to (predicted over measured "
             f"{ratio['low']:.2f} to {ratio['high']:.2f})."
         )

@@ -170,22 +170,24 @@ def _reading(plan: dict[str, Any]) -> list[str]:
 def _check(check: dict[str, Any]) -> list[str]:
     summary = check["summary"]
     where = "a GPU" if summary["on_gpu"] else "no GPU"
-    clock = "wall time" if summary["clock"] == "seconds" else "processor time"
-    time, counted, wall = (
+    clock = "time"
+    if not summary["on_gpu"]:
+        clock = "processor time"
+        if check["link_gb_s"]:
+            clock += f" and waits for an emulated link of {check['link_gb_s']:g} GB/s"
+    time, counted = (
         f"a median of {s['median']:.2f}, from {s['low']:.2f} to {s['high']:.2f}"
-        for s in (
-            summary["time_ratio"], summary["time_ratio_counted"], summary["wall_time_ratio"],
-        )
-    )  # fmt: skip
+        for s in (summary["time_ratio"], summary["time_ratio_counted"])
+    )
     error = 100 * summary["time_ratio"]["median_error"]
     lines = [
         f"On {summary['device']} with {summary['cpu_count']} cores ({where}), the reference model "
         f"decoding in turns, {check['turns']} turns of {check['tokens_of_a_turn']:g} tokens. "
         "Constants were fitted to five settings in each turn; the other "
-        f"{summary['settings']} were predicted. Predicted over measured {clock}: {time} (median "
-        f"error {error:.0f} %) with replayed routing; {counted} with the counts that the engine "
-        f"reported. By the wall's time, while others used the machine: {wall}. It says that counts "
-        "and their costs add up as the model has it; it says nothing of a GPU's constants.",
+        f"{summary['settings']} were predicted. Predicted over measured, in {clock}: {time} "
+        f"(median error {error:.0f} %) with replayed routing; {counted} with the counts that the "
+        "engine reported. It says that counts and their costs add up as the model has it; it says "
+        "nothing of a GPU's constants.",
         "",
     ]
     times = check["times"][summary["clock"]]
