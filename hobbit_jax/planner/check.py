@@ -165,7 +165,10 @@ def check(
         counted_traffic(case, found, planned, context)
         for case, found in zip(listed, measured, strict=True)
     ]
-    replayed = [replay_setting(*_replay(case, planned), trace, context) for case in listed]
+    replayed = [
+        replay_setting(case.setting, planned, trace, _pool_bytes(case, planned), context)
+        for case in listed
+    ]
     return {
         "rows": [
             {
@@ -192,9 +195,8 @@ def check(
     }
 
 
-def _replay(case: Case, planned: PlannedModel) -> tuple[Setting, PlannedModel, int]:
-    pool = planned.native_bytes if case.budget_mib is None else int(case.budget_mib * MIB)
-    return case.setting, planned, pool
+def _pool_bytes(case: Case, planned: PlannedModel) -> int:
+    return planned.native_bytes if case.budget_mib is None else int(case.budget_mib * MIB)
 
 
 def _compare_times(
