@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from hobbit_jax.architecture import ModelConfig
 from hobbit_jax.layers import LayerKinds, States
@@ -30,6 +31,15 @@ from hobbit_jax.model import Ends, KVCache, attend
 from hobbit_jax.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.sampling import Sampling, sample
 from hobbit_jax.selection import Selections, rows_of_layer, select
+from hobbit_jax.sharding import (
+    DIVIDED,
+    REPLICATED,
+    divided,
+    held_anywhere,
+    on_each,
+    replicated,
+    sum_of_parts,
+)
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import Bank, Signature, Work
 
@@ -57,6 +67,7 @@ class LoopSpec:
     mode: MissMode
     sampling: Sampling
     most_tokens: int  # of one call
+    mesh: Mesh | None = None  # of several devices that divide the experts
 
 
 class Weights(NamedTuple):
@@ -77,7 +88,7 @@ class Carry(NamedTuple):
     h_BD: jax.Array
     selections: Selections
     done_A: jax.Array  # bool: selections of `layer` that have run, or that nobody serves
-    y_AD: jax.Array
+    y_AD: jax.Array  # of several devices, each one's part
 
 
 class Inputs(NamedTuple):
@@ -136,13 +147,13 @@ class Report:
         )
 
 
-def empty_carry(config: ModelConfig, batch: int, context: int) -> Carry:
+def empty_carry(config: ModelConfig, batch: int, context: int, mesh: Mesh | None = None) -> Carry:
     """No sequence has any token yet."""
     cache_shape = (config.n_layers, batch, context, config.n_kv_heads, config.head_dim)
     k, d = config.experts_per_token, config.d_model
     # Each its own buffer, for all of them are donated.
     integers = [jnp.full((batch, k), SKIPPED, jnp.int32) for _ in range(3)]
-    return Carry(
+    carry = Carry(
         caches=KVCache(jnp.zeros(cache_shape), jnp.zeros(cache_shape)),
         layer=jnp.int32(0),
         routed=jnp.array(False),
@@ -152,6 +163,10 @@ def empty_carry(config: ModelConfig, batch: int, context: int) -> Carry:
         done_A=jnp.ones(batch * k, bool),
         y_AD=jnp.zeros((batch * k, d)),
     )
+    if mesh is None:
+        return carry
+    y_AD = divided(jnp.zeros((mesh.size * batch * k, d)), mesh)
+    return replicated(carry, mesh)._replace(y_AD=y_AD)
 
 
 def item_width(batch: int, k: int, n_experts: int) -> int:
@@ -209,7 +224,7 @@ def group(
     return work
 
 
-def _attend(spec: LoopSpec, weights: Weights, table_UE: jax.Array, loop: _Loop) -> _Loop:
+def _attend(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -> _Loop:
     """Attention and routing of `layer`, and the tiers that serve its selections."""
     carry, kinds = loop.carry, spec.layers
     layer, context = carry.layer, carry.caches.k_LBCGd.shape[2]
@@ -226,7 +241,7 @@ def _attend(spec: LoopSpec, weights: Weights, table_UE: jax.Array, loop: _Loop) 
         return x_B1D[:, 0], h_B1D[:, 0], block.route(h_B1D[:, 0])
 
     x_BD, h_BD, routing = kinds.at(weights.layers, layer, add_and_route, x_B1D, mixed_B1N)
-    table_tE = rows_of_layer(table_UE, layer, spec.config.n_layers)
+    table_tE = rows_of_layer(held_UE, layer, spec.config.n_layers)
     selections = select(weights.plan, spec.mode, table_tE, layer, routing, loop.active_B)
     entry_fA = [
         selections.ids_TK,
@@ -250,17 +265,28 @@ def _attend(spec: LoopSpec, weights: Weights, table_UE: jax.Array, loop: _Loop) 
 
 
 def _run_experts(
-    spec: LoopSpec, banks: dict[Signature, Bank], table_UE: jax.Array, loop: _Loop
+    spec: LoopSpec,
+    banks: dict[Signature, Bank],
+    table_UE: jax.Array,
+    held_UE: jax.Array,
+    loop: _Loop,
 ) -> _Loop:
-    """Runs what is resident and due; ends the layer if that was all of it."""
+    """Runs what is resident and due; ends the layer if that was all of it.
+
+    Of several devices each runs what is in its own banks, by its own `table_UE`; `held_UE` says
+    what is in anyone's.
+    """
     carry, config, experts = loop.carry, spec.config, spec.experts
     batch, k = carry.selections.ids_TK.shape
     ids_A, served_A = (a.reshape(-1) for a in (carry.selections.ids_TK, carry.selections.served_TK))
-    table_tE = rows_of_layer(table_UE, carry.layer, config.n_layers)
-    slot_A = table_tE[jnp.maximum(served_A, 0), ids_A]
-    ready_A = (slot_A >= 0) & ~carry.done_A
+    slot_A, held_A = (
+        rows_of_layer(rows_UE, carry.layer, config.n_layers)[jnp.maximum(served_A, 0), ids_A]
+        for rows_UE in (table_UE, held_UE)
+    )
+    due_A = (slot_A >= 0) & ~carry.done_A  # here
+    ready_A = (held_A >= 0) & ~carry.done_A  # on some device
     n_tiers, width = len(experts.signatures[0]), item_width(batch, k, config.n_experts)
-    work_t = group(ids_A, served_A, slot_A, ready_A, config.n_experts, n_tiers, width)
+    work_t = group(ids_A, served_A, slot_A, due_A, config.n_experts, n_tiers, width)
 
     def branch(signatures: tuple[Signature | None, ...]) -> Callable[[jax.Array], jax.Array]:
         def run(y_AD: jax.Array) -> jax.Array:
@@ -283,7 +309,7 @@ def _run_experts(
     y_AD = jax.lax.switch(kind, [branch(s) for s in experts.signatures], carry.y_AD)
     done_A = carry.done_A | ready_A
     complete = carry.routed & jnp.all(done_A)
-    x_BD = carry.x_BD + jnp.sum(y_AD.reshape(batch, k, -1), axis=1)
+    x_BD = carry.x_BD + jnp.sum(sum_of_parts(y_AD, spec.mesh).reshape(batch, k, -1), axis=1)
     carry = carry._replace(
         layer=carry.layer + complete.astype(jnp.int32),
         routed=carry.routed & ~complete,
@@ -342,7 +368,7 @@ def _decode(
     carry: Carry,
     inputs: Inputs,
 ) -> tuple[Carry, jax.Array, jax.Array]:
-    config, fresh = spec.config, inputs.fresh
+    config, fresh, held_UE = spec.config, inputs.fresh, held_anywhere(table_UE, spec.mesh)
     batch = len(inputs.ids_B)
     x_BD = nnx.merge(spec.ends, weights.ends).embed(inputs.ids_B)
     carry = carry._replace(
@@ -366,7 +392,8 @@ def _decode(
     )
 
     def finish_layer(loop: _Loop) -> _Loop:
-        return _end_token(spec, weights, inputs, _run_experts(spec, banks, table_UE, loop))
+        loop = _run_experts(spec, banks, table_UE, held_UE, loop)
+        return _end_token(spec, weights, inputs, loop)
 
     def may_go_on(loop: _Loop) -> jax.Array:
         # A token that was begun is ended, also when no sequence is left.
@@ -376,7 +403,7 @@ def _decode(
     # First what the last entry left over; at a token's beginning that is nothing.
     loop = finish_layer(loop)
     loop = jax.lax.while_loop(
-        may_go_on, lambda loop: finish_layer(_attend(spec, weights, table_UE, loop)), loop
+        may_go_on, lambda loop: finish_layer(_attend(spec, weights, held_UE, loop)), loop
     )
     head_4 = jnp.stack(
         [loop.step, loop.carry.layer, loop.blocked.astype(jnp.int32), loop.logged]
@@ -391,4 +418,11 @@ def decode_program(spec: LoopSpec) -> Callable[..., tuple[Carry, jax.Array, jax.
 
     The carry is donated. `logits_BV` are those of the last token that ended in this entry.
     """
-    return jax.jit(functools.partial(_decode, spec), donate_argnums=3)
+    carry = Carry(*[REPLICATED] * len(Carry._fields))._replace(y_AD=DIVIDED)
+    program = on_each(
+        functools.partial(_decode, spec),
+        spec.mesh,
+        in_specs=(REPLICATED, DIVIDED, DIVIDED, carry, REPLICATED),
+        out_specs=(carry, REPLICATED, REPLICATED),
+    )
+    return jax.jit(program, donate_argnums=3)

@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 
 from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, Step, policy_factory
-from hobbit_jax.cache.pool import SlotPool, Use
+from hobbit_jax.cache.pool import Use
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, Promoter, PromotionRule
+from hobbit_jax.cache.sharded_pool import ExpertPool, make_pool
 from hobbit_jax.decode_loop import (
     Carry,
     ExpertKinds,
@@ -36,6 +37,7 @@ from hobbit_jax.precision import SKIPPED, PrecisionPlan, uniform_plan
 from hobbit_jax.prefill import Prefill, RoutedLayer, logits
 from hobbit_jax.sampling import Sampling, sample
 from hobbit_jax.selection import Selections
+from hobbit_jax.sharding import expert_mesh, owners_LE, replicated
 from hobbit_jax.step_stats import EngineStats, Meter, StepStats
 from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
 from pallas_kernels.expert_ffn import implementation_for
@@ -44,7 +46,7 @@ from pallas_kernels.reference import Signature
 GREEDY = Sampling()
 
 
-def _expert_kinds(model: LoadedModel, store: HostExperts, pool: SlotPool) -> ExpertKinds:
+def _expert_kinds(model: LoadedModel, store: HostExperts, pool: ExpertPool) -> ExpertKinds:
     """Layers grouped by where the pool keeps their experts."""
     config = store.config
     used = [
@@ -70,7 +72,8 @@ class Engine:
     Args:
         model: the loaded dense part and configuration.
         store: experts at every tier that `plan` uses.
-        budget_bytes: bytes of the expert pool alone; None holds every expert of the plan.
+        budget_bytes: bytes of the expert pool alone, on each device; None holds every expert of
+            the plan.
         plan: who gets which tier; None is native throughout.
         policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
         mode: what serves a selection whose copy is missing, by name (`miss_modes.py`) or as a
@@ -79,6 +82,7 @@ class Engine:
         promotion: how eagerly a mode that promotes does so.
         chunk_tokens: tokens of one prefill step, over all sequences.
         watch: called with every layer's routing, on the host.
+        devices: how many divide the experts among them; each holds all the rest.
 
     Raises:
         ValueError: the budget cannot hold one step's experts; says what it needs.
@@ -96,26 +100,29 @@ class Engine:
         promotion: PromotionRule = DEFAULT_PROMOTION,
         chunk_tokens: int = 2048,
         watch: Callable[[RoutedLayer], None] | None = None,
+        devices: int = 1,
     ):
-        self.model, self.config, self.store = model, model.config, store
+        self._mesh = mesh = expert_mesh(devices)
+        self.model, self.config, self.store = model.on(mesh), model.config, store
         self.plan = uniform_plan(store) if plan is None or mode == "off" else plan
         self.mode = miss_mode(mode)
         self.chunk_tokens, self.watch = chunk_tokens, watch
-        slots, total_bytes = pool_slots(self.plan, self.mode, store, budget_bytes, low_share)
-        self.pool = SlotPool(store, slots, budget_bytes or total_bytes, policy_factory(policy))
+        owner_LE = owners_LE(model.config.n_layers, model.config.n_experts, devices)
+        slots, total = pool_slots(self.plan, self.mode, store, budget_bytes, low_share, owner_LE)
+        self.pool = make_pool(store, slots, budget_bytes or total, policy_factory(policy), mesh)
         if self.mode.low_banks == "all":
             self.pool.load_all(LOW)
         self._promoter = Promoter(promotion) if self.mode.promotes else None
         self._ahead: list[ExpertKey] = []  # to be staged while the next entry runs
         self.stats = EngineStats()
-        ends_graph, ends_state = nnx.split(model.ends)
-        device_plan = jax.device_put(self.plan)
-        self._weights = Weights(model.layers.states, ends_state, device_plan)
+        ends_graph, ends_state = nnx.split(self.model.ends)
+        device_plan = replicated(jax.device_put(self.plan), mesh)
+        self._weights = Weights(self.model.layers.states, ends_state, device_plan)
         self._ends_graph = ends_graph
-        self._experts = _expert_kinds(model, store, self.pool)
-        self._prefill = Prefill(model, self.pool, device_plan, self.mode)
+        self._experts = _expert_kinds(self.model, store, self.pool)
+        self._prefill = Prefill(self.model, self.pool, device_plan, self.mode)
         self._carry: Carry | None = None
-        self._key = jax.random.key(0)
+        self._key = replicated(jax.random.key(0), mesh)
         self._lengths_B = np.zeros(0, np.int32)
         self._tokens = 0  # decoded tokens and prefill chunks so far, for the policies
 
@@ -129,7 +136,7 @@ class Engine:
             raise ValueError(
                 f"{context} tokens exceed the model's context of {self.config.context_length}"
             )
-        self._carry = empty_carry(self.config, batch, context)
+        self._carry = empty_carry(self.config, batch, context, self._mesh)
         self._lengths_B = np.zeros(batch, np.int32)
 
     def _started(self) -> Carry:
@@ -254,7 +261,7 @@ class Engine:
         self._check_room(active_B * count)
         spec = LoopSpec(
             self.config, self.model.layers.kinds, self._ends_graph, self._experts, self.mode,
-            replace(sampling, seed=0), most_tokens,  # the seed is data: `key`
+            replace(sampling, seed=0), most_tokens, self._mesh,  # the seed is data: `key`
         )  # fmt: skip
         program, k = decode_program(spec), self.config.experts_per_token
         stops = np.asarray(stop_ids, np.int32)
@@ -370,7 +377,7 @@ class Engine:
         the tokens are the same, they arrive together, and the first carries the cost of all.
         """
         self.start(len(prompts), max(map(len, prompts), default=0) + max_new_tokens)
-        self._key = jax.random.key(sampling.seed)
+        self._key = replicated(jax.random.key(sampling.seed), self._mesh)
         active_B = np.ones(len(prompts), bool)
         meter = Meter(self)
         logits_BV, fed = self.prefill(prompts), sum(map(len, prompts))

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from hobbit_jax.cache.policies import Step
-from hobbit_jax.cache.pool import SlotPool
+from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.layers import LayerKinds, States
 from hobbit_jax.loading import LoadedModel
 from hobbit_jax.miss_modes import MissMode
@@ -98,7 +98,7 @@ class Prefill:
     """Appends chunks of tokens to sequences. `watch` sees each layer's routing, on the host."""
 
     model: LoadedModel
-    pool: SlotPool
+    pool: ExpertPool
     plan: PrecisionPlan
     mode: MissMode
 
@@ -136,7 +136,7 @@ class Prefill:
         for layer, (kind, index) in enumerate(zip(kinds.kind_L, kinds.index_L, strict=True)):
             x_BTD, h_TD, caches, selections = _attend_and_route(
                 kinds, kind, self.mode, model.layers.states, np.int32(index), np.int32(layer),
-                self.plan, self.pool.table_UE, x_BTD, positions_BT, caches,
+                self.plan, self.pool.held_UE, x_BTD, positions_BT, caches,
             )  # fmt: skip
             on_host = Selections(*jax.device_get(selections))
             valid_T = valid_BT.reshape(-1)

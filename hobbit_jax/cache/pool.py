@@ -77,8 +77,11 @@ class SlotPool:
     """Banks, slot table and policies under one byte budget (`cache/budget.py` divides it).
 
     `banks` and `table_UE` are for compiled programs to read: row `tier * L + layer` of the table
-    holds, for each expert, its slot in the bank of its signature, or `ABSENT`.
+    holds, for each expert, its slot in the bank of its signature, or `ABSENT`. All of it is on
+    `device`, or on the process's first; several devices have a `ShardedPool` of such pools.
     """
+
+    mesh = None
 
     def __init__(
         self,
@@ -86,8 +89,9 @@ class SlotPool:
         slots: Mapping[Signature, int],
         budget_bytes: int,
         policy: PolicyFactory,
+        device: jax.Device | None = None,
     ):
-        self.store = store
+        self.store, self.device = store, device
         self.budget_bytes = budget_bytes
         self.slots = dict(slots)
         self.banks: dict[Signature, Bank] = {}
@@ -100,7 +104,7 @@ class SlotPool:
             self.policies[signature] = policy(n_slots)
             self._free[signature] = list(range(n_slots))[::-1]
         shape = (len(store.tiers) * store.config.n_layers, store.config.n_experts)
-        self.table_UE = jnp.full(shape, ABSENT, jnp.int32)
+        self.table_UE = jnp.full(shape, ABSENT, jnp.int32, device=device)
         self.stats = self._zero_stats()
         if self.device_bytes > budget_bytes:
             raise RuntimeError(f"banks take {self.device_bytes} of {budget_bytes} bytes")
@@ -111,7 +115,12 @@ class SlotPool:
         banks: list[Planes] = []
         for name, (rows, columns) in zip(signature, sizes, strict=True):
             shapes = get_format(name).plane_shapes(rows, columns)
-            banks.append({p: jnp.zeros((n_slots, *s.shape), s.dtype) for p, s in shapes.items()})
+            banks.append(
+                {
+                    p: jnp.zeros((n_slots, *s.shape), s.dtype, device=self.device)
+                    for p, s in shapes.items()
+                }
+            )
         return Bank(*banks)
 
     def _zero_stats(self) -> PoolStats:
@@ -122,6 +131,15 @@ class SlotPool:
     def device_bytes(self) -> int:
         """Bytes of all banks, as the device counts them."""
         return sum(array.nbytes for array in jax.tree.leaves(self.banks))
+
+    @property
+    def held_UE(self) -> jax.Array:
+        """A table whose signs say who is resident, for programs that do not read the banks."""
+        return self.table_UE
+
+    def by_device(self, keys: Sequence[ExpertKey]) -> list[Sequence[ExpertKey]]:
+        """`keys` by the device that holds them."""
+        return [keys]
 
     def resident(self) -> frozenset[ExpertKey]:
         """Every expert that holds a slot."""
@@ -213,11 +231,11 @@ class SlotPool:
     def _upload(self, key: ExpertKey) -> tuple[jax.Array, ...]:
         raw = self.store.raw(key)
         try:
-            return jax.device_put(raw)
+            return jax.device_put(raw, self.device)
         except RuntimeError as error:
             raise RuntimeError(
-                f"the upload of expert {key.expert} of layer {key.layer}, tier {key.tier}, failed: "
-                f"{error}"
+                f"the upload of expert {key.expert} of layer {key.layer}, tier {key.tier}, "
+                f"to {self.device or 'the device'} failed: {error}"
             ) from error
 
     def _fetch(self, key: ExpertKey, keep: frozenset[ExpertKey]) -> None:
@@ -261,7 +279,7 @@ class SlotPool:
         table_UE = np.full(self.table_UE.shape, ABSENT, np.int32)
         for key, slot in self._slot_of.items():
             table_UE[self._cell(key)] = slot
-        self.table_UE = jnp.asarray(table_UE)
+        self.table_UE = jnp.asarray(table_UE, device=self.device)
 
     def _cell(self, key: ExpertKey | None) -> tuple[int, int]:
         """Row and column of an expert's line in the table; outside of it for None."""
