@@ -34,10 +34,10 @@ from hobbit_jax.loading import LoadedModel
 from hobbit_jax.miss_modes import LOW, MissMode, miss_mode
 from hobbit_jax.pool_sizing import DEFAULT_LOW_SHARE, pool_slots
 from hobbit_jax.precision import SKIPPED, PrecisionPlan, uniform_plan
-from hobbit_jax.prefill import Prefill, RoutedLayer, logits
+from hobbit_jax.prefill import Prefill, RoutedLayer, logits, pad_tokens
 from hobbit_jax.sampling import Sampling, sample
 from hobbit_jax.selection import Selections
-from hobbit_jax.sharding import expert_mesh, owners_LE, replicated
+from hobbit_jax.sharding import expert_mesh, replicated
 from hobbit_jax.step_stats import EngineStats, Meter, StepStats
 from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
 from pallas_kernels.expert_ffn import implementation_for
@@ -72,8 +72,7 @@ class Engine:
     Args:
         model: the loaded dense part and configuration.
         store: experts at every tier that `plan` uses.
-        budget_bytes: bytes of the expert pool alone, on each device; None holds every expert of
-            the plan.
+        budget_bytes: bytes of each device's expert pool; None holds every expert of the plan.
         plan: who gets which tier; None is native throughout.
         policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
         mode: what serves a selection whose copy is missing, by name (`miss_modes.py`) or as a
@@ -107,8 +106,7 @@ class Engine:
         self.plan = uniform_plan(store) if plan is None or mode == "off" else plan
         self.mode = miss_mode(mode)
         self.chunk_tokens, self.watch = chunk_tokens, watch
-        owner_LE = owners_LE(model.config.n_layers, model.config.n_experts, devices)
-        slots, total = pool_slots(self.plan, self.mode, store, budget_bytes, low_share, owner_LE)
+        slots, total = pool_slots(self.plan, self.mode, store, budget_bytes, low_share, devices)
         self.pool = make_pool(store, slots, budget_bytes or total, policy_factory(policy), mesh)
         if self.mode.low_banks == "all":
             self.pool.load_all(LOW)
@@ -209,7 +207,7 @@ class Engine:
         chunk = max(1, self.chunk_tokens // len(prompts))
         logits_BV: jax.Array | None = None
         for start in range(0, longest, chunk):
-            part_BT = _pad_tokens(ids_BT[:, start : start + chunk], chunk)
+            part_BT = pad_tokens(ids_BT[:, start : start + chunk], chunk)
             n_new_B = np.clip(lengths_B - start, 0, chunk).astype(np.int32)
             x_BTD = self._append(part_BT, n_new_B)
             new_BV = self._logits(x_BTD, np.maximum(n_new_B - 1, 0))
@@ -227,7 +225,7 @@ class Engine:
         for start in range(0, tokens, chunk):
             part_BT = ids_BT[:, start : start + chunk]
             n_new_B = np.full(batch, part_BT.shape[1], np.int32)
-            x_BTD = self._append(_pad_tokens(part_BT, chunk), n_new_B)
+            x_BTD = self._append(pad_tokens(part_BT, chunk), n_new_B)
             parts.append(self._logits(x_BTD, None)[:, : part_BT.shape[1]])
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
@@ -406,10 +404,3 @@ class Engine:
 class _Decoded:
     ids_NB: np.ndarray  # drawn
     logits_BV: jax.Array  # of the last token
-
-
-def _pad_tokens(ids_BT: np.ndarray, chunk: int) -> np.ndarray:
-    """Pads the token axis to a power of two up to `chunk`, so that few shapes are compiled."""
-    tokens = ids_BT.shape[1]
-    width = min(chunk, 1 << (tokens - 1).bit_length())
-    return np.pad(ids_BT, ((0, 0), (0, width - tokens)))

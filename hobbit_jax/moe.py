@@ -43,9 +43,7 @@ def _gather_slots(bank: Bank, work: Work, mesh: Mesh | None) -> tuple[Bank, Work
     return on_each(gather_slots, mesh, DIVIDED, DIVIDED)(bank, work)
 
 
-@partial(
-    jax.jit, static_argnames=("signature", "implementation", "mesh"), donate_argnames="y_AD"
-)
+@partial(jax.jit, static_argnames=("signature", "implementation", "mesh"), donate_argnames="y_AD")
 def _expert_ffn(
     h_TD: jax.Array,
     y_AD: jax.Array,

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from hobbit_jax.cache.budget import BankDemand, divide_budget, divide_tiers
 from hobbit_jax.miss_modes import LOW, MissMode
 from hobbit_jax.precision import PrecisionPlan, demands, uniform_plan
+from hobbit_jax.sharding import owners_LE
 from hobbit_jax.store import NATIVE, HostExperts
 from pallas_kernels.reference import Signature
 
@@ -34,7 +33,7 @@ def pool_slots(
     store: HostExperts,
     budget_bytes: int | None,
     low_share: float,
-    owner_LE: np.ndarray | None = None,
+    n_devices: int = 1,
 ) -> tuple[dict[Signature, int], int]:
     """Slots per bank of each device, and its bytes that would hold all that anyone may ask for.
 
@@ -45,13 +44,14 @@ def pool_slots(
         budget_bytes: of each device's pool; None holds everything.
         low_share: of the budget for low copies (0-1), where the mode keeps some; a mode that keeps
             all of them takes what they need.
-        owner_LE: the device of each expert, where several divide them; `demands` says how.
+        n_devices: that divide the experts; their pools have equal slots (`precision.demands`).
 
     Raises:
         ValueError: the budget is too small (says what it needs), or the mode needs a low tier
             that the store does not have.
         NotImplementedError: native and low experts of the same formats, which would share a bank.
     """
+    owner_LE = owners_LE(store.config.n_layers, store.config.n_experts, n_devices)
     wanted = demands(plan, store, owner_LE)
     if mode.low_banks == "none":
         total = _total_bytes(wanted)

@@ -93,6 +93,13 @@ def logits(graph, state, x_BTD: jax.Array, last_B: np.ndarray | None) -> jax.Arr
     return nnx.merge(graph, state).logits(x_BTD)
 
 
+def pad_tokens(ids_BT: np.ndarray, chunk: int) -> np.ndarray:
+    """Pads the token axis to a power of two up to `chunk`, so that few shapes are compiled."""
+    tokens = ids_BT.shape[1]
+    width = min(chunk, 1 << (tokens - 1).bit_length())
+    return np.pad(ids_BT, ((0, 0), (0, width - tokens)))
+
+
 @dataclass(frozen=True)
 class Prefill:
     """Appends chunks of tokens to sequences. `watch` sees each layer's routing, on the host."""

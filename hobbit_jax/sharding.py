@@ -51,20 +51,18 @@ def expert_mesh(n_devices: int) -> Mesh | None:
     return Mesh(np.asarray(devices[:n_devices]), (AXIS,))
 
 
-def owner(layer: int, expert: int, n_devices: int) -> int:
+def owner(layer: Any, expert: Any, n_devices: int) -> Any:
     """The device of an expert, at every tier.
 
-    Shifted by one from layer to layer, so that also a number of experts that `n_devices` does not
-    divide comes out even over the layers: no device has more than one expert a layer above
-    another, nor above the mean over `n_devices` layers in a row.
+    In each layer no device has more than one expert above another, and as the rule moves on by one
+    from layer to layer, all have the same number over `n_devices` layers in a row.
     """
     return (layer + expert) % n_devices
 
 
 def owners_LE(n_layers: int, n_experts: int, n_devices: int) -> np.ndarray:
     """`owner` of every expert, int [L, E]."""
-    return np.fromfunction(lambda layer, expert: owner(layer, expert, n_devices),
-                           (n_layers, n_experts), dtype=int)  # fmt: skip
+    return np.asarray(owner(*np.indices((n_layers, n_experts)), n_devices))
 
 
 def replicated(tree: Tree, mesh: Mesh | None) -> Tree:
