@@ -2,8 +2,10 @@
 
     python scripts/generate.py --model M.gguf --prompt "def fib(n):" --max_new_tokens 64 \\
         --budget_mib 4 [--miss_mode floor --low_format Q2_K] [--temperature 0.8 --seed 1]
+        [--devices 2]
 
-Text goes to stdout, the report to stderr. Without --budget_mib every expert is resident. A
+Text goes to stdout, the report to stderr. Without --budget_mib every expert is resident. Several
+--devices divide the experts; each has a pool of --budget_mib and all the rest of the model. A
 --miss_mode that uses low copies makes them first, once, in out/tiers.
 """
 
@@ -28,7 +30,10 @@ _IMPLEMENTATION = flags.DEFINE_enum(
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "text to continue", required=True)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "most tokens to generate", 1)
-_BUDGET_MIB = flags.DEFINE_float("budget_mib", None, "expert pool; all resident by default", 0.0)
+_BUDGET_MIB = flags.DEFINE_float(
+    "budget_mib", None, "expert pool of a device; all resident by default", 0.0
+)
+_DEVICES = flags.DEFINE_integer("devices", 1, "that divide the experts among them", 1)
 _MISS_MODE = flags.DEFINE_enum(
     "miss_mode", "off", MISS_MODES, "what serves an expert that is not resident (miss_modes.py)"
 )
@@ -41,7 +46,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
 
 def report(engine: Engine, steps: list[StepStats]) -> str:
     """One line per fact. The prefill and the first decode step compile; the rate of the rest
-    is the decode rate."""
+    is the decode rate. Dense bytes are each device's."""
     rates = {"prefill (compiling)": steps[:1], "decode": steps[2:]}
     lines = []
     hit_rate, pool = engine.pool.stats.hit_rate, engine.pool
@@ -73,7 +78,7 @@ def main(_):
             open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), Path("out/tiers"))
         )
     store = HostExperts(model.config, model.file, low)
-    engine = Engine(model, store, budget_bytes, mode=_MISS_MODE.value)
+    engine = Engine(model, store, budget_bytes, mode=_MISS_MODE.value, devices=_DEVICES.value)
     stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     steps: list[StepStats] = []
 

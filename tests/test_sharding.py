@@ -41,7 +41,7 @@ ONE_BANK = TinyModel(
 )  # fmt: skip
 
 
-def opened(path, folder):
+def with_low(path, folder):
     model = load_model(path)
     low = tiers.open_tier(model.file, model.config, tiers.TierSpec("Q2_K"), folder)
     return model, HostExperts(model.config, model.file, [low])
@@ -51,17 +51,23 @@ def opened(path, folder):
 def one_bank(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_bank")
     write_model(ONE_BANK, folder / "tiny.gguf")
-    return opened(folder / "tiny.gguf", folder)
+    return with_low(folder / "tiny.gguf", folder)
 
 
 @pytest.fixture(scope="module")
-def two_banks(two_banks_path, tmp_path_factory):
-    return opened(two_banks_path, tmp_path_factory.mktemp("tiers"))
+def store(one_bank):
+    return one_bank[1]
 
 
 @pytest.fixture(scope="module")
-def store(two_banks):
-    return two_banks[1]
+def two_banks(two_banks_path):
+    model = load_model(two_banks_path)
+    return model, HostExperts(model.config, model.file)
+
+
+@pytest.fixture(scope="module")
+def two_banks_and_low(two_banks_path, tmp_path_factory):
+    return with_low(two_banks_path, tmp_path_factory.mktemp("tiers"))
 
 
 def engine_of(opened, budget=None, plan=None, batch=3, **options) -> Engine:
@@ -185,27 +191,23 @@ def test_two_devices_give_the_bits_of_one(two_banks, two, one_device):
     assert two.stats.exits > 0
 
 
-def test_three_devices_that_do_not_divide_the_experts(one_bank, one_device):
-    """With a plan that divides the low experts unevenly."""
-    store = one_bank[1]
-    plan = mixed_plan(store)
-    budget = least_budget(plan, store, 3) + store.expert_bytes(ExpertKey(NATIVE, 1, 0))
-    engine = engine_of(one_bank, budget, plan, 1, devices=3)
-    check_same_bits(engine, 3, one_device(one_bank, "mixed", 1), 1)
-    assert engine.stats.exits > 0
+def test_four_devices_with_some_slots_to_spare(two_banks, one_device):
+    budget = 3 * least_budget(uniform_plan(two_banks[1]), two_banks[1], 4) // 2
+    engine = engine_of(two_banks, budget, devices=4)
+    check_same_bits(engine, 4, one_device(two_banks, "native", 3), 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 3, 4])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", PLANS)
-def test_every_plan_at_every_budget(two_banks, one_device, name, batch, devices):
-    store = two_banks[1]
+def test_every_plan_at_every_budget(two_banks_and_low, one_device, name, batch, devices):
+    store = two_banks_and_low[1]
     plan = PLANS[name](store)
     least = least_budget(plan, store, devices)
     for budget in (least, 3 * least // 2, None):
-        engine = engine_of(two_banks, budget, plan, batch, devices=devices)
-        check_same_bits(engine, devices, one_device(two_banks, name, batch), batch)
+        engine = engine_of(two_banks_and_low, budget, plan, batch, devices=devices)
+        check_same_bits(engine, devices, one_device(two_banks_and_low, name, batch), batch)
 
 
 @jax.tree_util.register_dataclass
@@ -231,19 +233,17 @@ class Recorded:
         return [np.ones((store.config.n_layers, store.config.n_experts)) for _ in store.tiers]
 
 
-def record(engine: Engine, monkeypatch) -> Recorded:
-    """Runs nothing; the plan of what the engine does from now on, filled as it runs."""
+def record(engine: Engine, monkeypatch) -> dict:
+    """The tier that serves each (layer, expert, weight) of what the engine does from now on."""
     served_by, rows, k = [], {}, engine.config.experts_per_token
     count = engine._count
 
     def counting(asked, served):
-        # Prefill tells of a layer [T, K], decode of several [I, A].
-        rows_TK = [served] if served.shape[1] == k else [row.reshape(-1, k) for row in served]
-        served_by.extend(rows_TK)
+        served_by.extend(served.reshape(-1, k))  # of one layer [T, K] or several [I, A]
         count(asked, served)
 
     def watch(routed):
-        served_TK = served_by.pop(0)
+        served_TK = [served_by.pop(0) for _ in routed.ids_TK]
         for token in np.flatnonzero(routed.valid_T):
             for expert, weight, tier in zip(
                 routed.ids_TK[token], routed.weights_TK[token], served_TK[token], strict=True
@@ -256,25 +256,25 @@ def record(engine: Engine, monkeypatch) -> Recorded:
     return rows
 
 
-def recorded_plan(rows) -> Recorded:
+def recorded_plan(rows: dict) -> Recorded:
     layers, experts, weights = zip(*rows, strict=True)
     integers = (np.asarray(part, np.int32) for part in (layers, experts, list(rows.values())))
     layer_N, expert_N, tier_N = integers
     return Recorded(layer_N, expert_N, np.asarray(weights, np.float32), tier_N)
 
 
-def check_mode(opened, mode, devices, monkeypatch):
+def check_mode(opened, mode, devices, batch, plan, monkeypatch):
     """Served as it was, by one device that has all copies: the same bits. And twice the same."""
     store = opened[1]
-    budget = 2 * least_budget(uniform_plan(store), store, devices)
+    budget = 2 * least_budget(plan, store, devices)
     if MISS_MODES[mode].low_banks == "all":
         budget = store.tier_bytes(NATIVE) // (2 * devices) + store.tier_bytes(LOW)
     runs = []
     for _ in range(2):
         rule = PromotionRule(after_uses=2, per_token=2)
-        engine = engine_of(opened, budget, devices=devices, mode=mode, promotion=rule)
+        engine = engine_of(opened, budget, plan, batch, devices=devices, mode=mode, promotion=rule)
         rows = record(engine, monkeypatch)
-        results = prefill_and_decode(engine, 3)
+        results = prefill_and_decode(engine, batch)
         check_pools(engine, devices)
         moved = engine.pool.stats.bytes_moved
         runs.append((results, rows, engine.stats, engine.pool.resident(), moved))
@@ -282,20 +282,23 @@ def check_mode(opened, mode, devices, monkeypatch):
         np.testing.assert_array_equal(got, again, strict=True)
     assert runs[0][1:] == runs[1][1:]
     assert 0 < engine.stats.degraded < engine.stats.selections
-    oracle = engine_of(opened, None, recorded_plan(rows))
-    for got, result in zip(prefill_and_decode(oracle, 3), results, strict=True):
+    oracle = engine_of(opened, None, recorded_plan(rows), batch)
+    for got, result in zip(prefill_and_decode(oracle, batch), results, strict=True):
         np.testing.assert_array_equal(got, result, strict=True)
 
 
-def test_a_miss_mode_on_four_devices(one_bank, monkeypatch):
-    check_mode(one_bank, "use_low_if_resident", 4, monkeypatch)
+def test_a_miss_mode_and_a_plan_on_three_devices(one_bank, monkeypatch):
+    """Three do not divide eight experts, nor those of the plan."""
+    plan = mixed_plan(one_bank[1])
+    check_mode(one_bank, "use_low_if_resident", 3, 1, plan, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [2, 4])
 @pytest.mark.parametrize("mode", ["use_low_if_resident", "fetch_low", "hobbit", "floor"])
-def test_every_miss_mode(two_banks, mode, devices, monkeypatch):
-    check_mode(two_banks, mode, devices, monkeypatch)
+def test_every_miss_mode(two_banks_and_low, mode, devices, monkeypatch):
+    plan = uniform_plan(two_banks_and_low[1])
+    check_mode(two_banks_and_low, mode, devices, 3, plan, monkeypatch)
 
 
 def test_the_host_is_asked_once_a_call_and_nothing_is_compiled_again(two, transfers):
