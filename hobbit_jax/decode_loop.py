@@ -418,7 +418,8 @@ def decode_program(spec: LoopSpec) -> Callable[..., tuple[Carry, jax.Array, jax.
 
     The carry is donated. `logits_BV` are those of the last token that ended in this entry.
     """
-    carry = Carry(*[REPLICATED] * len(Carry._fields))._replace(y_AD=DIVIDED)
+    everywhere: Any = [REPLICATED] * len(Carry._fields)
+    carry = Carry(*everywhere)._replace(y_AD=DIVIDED)  # pyright: ignore[reportArgumentType]
     program = on_each(
         functools.partial(_decode, spec),
         spec.mesh,

@@ -130,17 +130,20 @@ def _calls(
 ) -> Iterator[Work]:
     """The items of one round, `most_items` to a call and device, padded to as many."""
     items = [_items(pool, share, grouped, width) for share in pool.by_device(keys)]
+    place = jnp.asarray if pool.mesh is None else partial(divided, mesh=pool.mesh)
     for start in range(0, max(len(slot_I) for slot_I, _ in items), most_items):
-        here = [[part[start : start + most_items] for part in parts] for parts in items]
-        counts = [len(slot_I) for slot_I, _ in here]
-        slot_I, assignment_IC = (
-            np.concatenate([np.pad(part, [(0, most_items - len(part)), *none]) for part in parts])
-            for parts, none in zip(zip(*here, strict=True), ([], [(0, 0)]), strict=True)
+        slots, assignments, counts = [], [], []
+        for parts in items:
+            slot_I, assignment_IC = (part[start : start + most_items] for part in parts)
+            padding = (0, most_items - len(slot_I))
+            slots.append(np.pad(slot_I, padding))
+            assignments.append(np.pad(assignment_IC, (padding, (0, 0))))
+            counts.append(len(slot_I))
+        yield Work(
+            place(np.concatenate(slots)),
+            place(np.concatenate(assignments)),
+            place(np.asarray(counts if pool.mesh else counts[0], np.int32)),
         )
-        if pool.mesh is None:
-            yield Work(jnp.asarray(slot_I), jnp.asarray(assignment_IC), jnp.int32(counts[0]))
-        else:
-            yield divided(Work(slot_I, assignment_IC, np.asarray(counts, np.int32)), pool.mesh)
 
 
 def apply_experts(

@@ -62,7 +62,8 @@ def owner(layer: Any, expert: Any, n_devices: int) -> Any:
 
 def owners_LE(n_layers: int, n_experts: int, n_devices: int) -> np.ndarray:
     """`owner` of every expert, int [L, E]."""
-    return np.asarray(owner(*np.indices((n_layers, n_experts)), n_devices))
+    layer_LE, expert_LE = np.indices((n_layers, n_experts))
+    return owner(layer_LE, expert_LE, n_devices)
 
 
 def replicated(tree: Tree, mesh: Mesh | None) -> Tree:
@@ -70,7 +71,7 @@ def replicated(tree: Tree, mesh: Mesh | None) -> Tree:
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, REPLICATED))
 
 
-def divided(tree: Tree, mesh: Mesh) -> Tree:
+def divided(tree: Any, mesh: Mesh) -> Any:
     """Arrays cut along their leading axis, a part to each device."""
     return jax.device_put(tree, NamedSharding(mesh, DIVIDED))
 

@@ -1,11 +1,15 @@
 """Experts divided over devices: the bits of one device, each pool whole and within its budget."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from pool_invariants import all_keys, check_invariants
 from tiny_models import TinyModel, write_model
@@ -266,7 +270,7 @@ def recorded_plan(rows: dict) -> Recorded:
 def check_mode(opened, mode, devices, batch, plan, monkeypatch):
     """Served as it was, by one device that has all copies: the same bits. And twice the same."""
     store = opened[1]
-    budget = 2 * least_budget(plan, store, devices)
+    budget = 5 * least_budget(mixed_plan(store), store, devices) // 4
     if MISS_MODES[mode].low_banks == "all":
         budget = store.tier_bytes(NATIVE) // (2 * devices) + store.tier_bytes(LOW)
     runs = []
@@ -290,7 +294,7 @@ def check_mode(opened, mode, devices, batch, plan, monkeypatch):
 def test_a_miss_mode_and_a_plan_on_three_devices(one_bank, monkeypatch):
     """Three do not divide eight experts, nor those of the plan."""
     plan = mixed_plan(one_bank[1])
-    check_mode(one_bank, "use_low_if_resident", 3, 1, plan, monkeypatch)
+    check_mode(one_bank, "fetch_low", 3, 1, plan, monkeypatch)
 
 
 @pytest.mark.slow
@@ -509,3 +513,27 @@ def test_devices_that_are_not_there(one_bank):
         engine_of(one_bank, devices=5)
     with pytest.raises(ValueError, match="devices is 0; want 1 or more"):
         engine_of(one_bank, devices=0)
+
+
+@pytest.mark.slow
+def test_the_script():
+    """Two devices write what one does; more than there are is one line."""
+
+    def run(*args):
+        command = [
+            sys.executable,
+            "scripts/generate.py",
+            "--prompt=def f(",
+            "--budget_mib=2",
+            *args,
+        ]
+        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+        return subprocess.run(
+            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True
+        )
+
+    one, two, three = (run(f"--devices={devices}") for devices in (1, 2, 3))
+    assert one.returncode == two.returncode == 0, two.stderr
+    assert one.stdout == two.stdout and one.stderr != two.stderr
+    assert three.returncode == 2 and three.stderr.count("\n") == 1
+    assert three.stderr.startswith("error: 3 devices were asked for and this process has 2")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ class SlotPool:
         slots: Mapping[Signature, int],
         budget_bytes: int,
         policy: PolicyFactory,
-        device: jax.Device | None = None,
+        device: Any = None,  # a jax.Device
     ):
         self.store, self.device = store, device
         self.budget_bytes = budget_bytes

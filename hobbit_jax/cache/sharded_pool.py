@@ -14,6 +14,7 @@ from itertools import zip_longest
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from hobbit_jax.cache.policies import PolicyFactory, Step
@@ -191,7 +192,7 @@ def make_pool(
 
 def _sum(parts: list[PoolStats]) -> PoolStats:
     return PoolStats(
-        sum(part.hits for part in parts),
-        sum(part.misses for part in parts),
+        np.sum([part.hits for part in parts], axis=0),
+        np.sum([part.misses for part in parts], axis=0),
         sum(part.bytes_moved for part in parts),
     )
