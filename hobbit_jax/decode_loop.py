@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from hobbit_jax import sharding
 from hobbit_jax.architecture import ModelConfig
 from hobbit_jax.layers import LayerKinds, States
 from hobbit_jax.miss_modes import MissMode
@@ -31,15 +32,6 @@ from hobbit_jax.model import Ends, KVCache, attend
 from hobbit_jax.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.sampling import Sampling, sample
 from hobbit_jax.selection import Selections, rows_of_layer, select
-from hobbit_jax.sharding import (
-    DIVIDED,
-    REPLICATED,
-    divided,
-    held_anywhere,
-    on_each,
-    replicated,
-    sum_of_parts,
-)
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import Bank, Signature, Work
 
@@ -165,8 +157,8 @@ def empty_carry(config: ModelConfig, batch: int, context: int, mesh: Mesh | None
     )
     if mesh is None:
         return carry
-    y_AD = divided(jnp.zeros((mesh.size * batch * k, d)), mesh)
-    return replicated(carry, mesh)._replace(y_AD=y_AD)
+    y_AD = sharding.divided(jnp.zeros((mesh.size * batch * k, d)), mesh)
+    return sharding.replicated(carry, mesh)._replace(y_AD=y_AD)
 
 
 def item_width(batch: int, k: int, n_experts: int) -> int:
@@ -309,7 +301,8 @@ def _run_experts(
     y_AD = jax.lax.switch(kind, [branch(s) for s in experts.signatures], carry.y_AD)
     done_A = carry.done_A | ready_A
     complete = carry.routed & jnp.all(done_A)
-    x_BD = carry.x_BD + jnp.sum(sum_of_parts(y_AD, spec.mesh).reshape(batch, k, -1), axis=1)
+    total_AD = sharding.sum_of_parts(y_AD, spec.mesh)
+    x_BD = carry.x_BD + jnp.sum(total_AD.reshape(batch, k, -1), axis=1)
     carry = carry._replace(
         layer=carry.layer + complete.astype(jnp.int32),
         routed=carry.routed & ~complete,
@@ -368,7 +361,7 @@ def _decode(
     carry: Carry,
     inputs: Inputs,
 ) -> tuple[Carry, jax.Array, jax.Array]:
-    config, fresh, held_UE = spec.config, inputs.fresh, held_anywhere(table_UE, spec.mesh)
+    config, fresh, held_UE = spec.config, inputs.fresh, sharding.held_anywhere(table_UE, spec.mesh)
     batch = len(inputs.ids_B)
     x_BD = nnx.merge(spec.ends, weights.ends).embed(inputs.ids_B)
     carry = carry._replace(
@@ -418,12 +411,9 @@ def decode_program(spec: LoopSpec) -> Callable[..., tuple[Carry, jax.Array, jax.
 
     The carry is donated. `logits_BV` are those of the last token that ended in this entry.
     """
-    everywhere: Any = [REPLICATED] * len(Carry._fields)
-    carry = Carry(*everywhere)._replace(y_AD=DIVIDED)  # pyright: ignore[reportArgumentType]
-    program = on_each(
-        functools.partial(_decode, spec),
-        spec.mesh,
-        in_specs=(REPLICATED, DIVIDED, DIVIDED, carry, REPLICATED),
-        out_specs=(carry, REPLICATED, REPLICATED),
-    )
+    whole, parts = sharding.REPLICATED, sharding.DIVIDED
+    everywhere: Any = [whole] * len(Carry._fields)
+    carry = Carry(*everywhere)._replace(y_AD=parts)  # pyright: ignore[reportArgumentType]
+    arguments, results = (whole, parts, parts, carry, whole), (carry, whole, whole)
+    program = sharding.on_each(functools.partial(_decode, spec), spec.mesh, arguments, results)
     return jax.jit(program, donate_argnums=3)
