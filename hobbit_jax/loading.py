@@ -7,17 +7,19 @@ the device. Called by the engine's users (`scripts/`, `sweep.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from hobbit_jax.architecture import ModelConfig, global_tensors, layer_tensors, read_config
 from hobbit_jax.gguf_file import GGUFFile, TensorInfo, check_finite_scales, open_gguf
 from hobbit_jax.layers import LayerStack
 from hobbit_jax.model import Attention, Block, Ends, Linear, RMSNorm
+from hobbit_jax.sharding import replicated
 from hobbit_jax.tokenizer import Tokenizer
 from pallas_kernels.backends import Implementation, choose
 from pallas_kernels.formats import get_format
@@ -38,6 +40,15 @@ class LoadedModel:
         """Device bytes of everything but the experts, counted once when tied."""
         arrays = jax.tree.leaves([self.layers.states, nnx.state(self.ends)])
         return sum(array.nbytes for array in arrays)
+
+    def on(self, mesh: Mesh | None) -> LoadedModel:
+        """The same model with its dense part on every device of `mesh`, a whole copy on each."""
+        if mesh is None:
+            return self
+        states = replicated(self.layers.states, mesh)
+        graph, ends_state = nnx.split(self.ends)
+        ends = nnx.merge(graph, replicated(ends_state, mesh))
+        return replace(self, layers=LayerStack(self.layers.kinds, states), ends=ends)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the file itself describes."""

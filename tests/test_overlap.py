@@ -52,13 +52,13 @@ def test_paced_link_takes_its_time():
     clock = Clock()
     link = PacedLink(gb_s=1e-3, latency_us=500.0, clock=clock, sleep=clock.sleep)  # 1 byte a us
     raw = tuple(np.zeros((1, n), np.uint8) for n in (100, 200, 1200))  # 1.5 ms and 0.5 of latency
-    first, second = link.send(raw), link.send(raw)
+    first, second = link.send(raw, None), link.send(raw, None)
     second.wait()
     assert clock() == pytest.approx(4e-3)
     first.wait()  # long there
     assert clock() == pytest.approx(4e-3)
     clock.now_s = 10.0
-    third = link.send(raw)  # the link was idle: from now on, not from 4 ms on
+    third = link.send(raw, None)  # the link was idle: from now on, not from 4 ms on
     clock.now_s += 0.5e-3  # computing
     np.testing.assert_array_equal(third.wait()[2], raw[2])
     assert clock() == pytest.approx(10.002)

@@ -155,7 +155,7 @@ def check(
     """
     listed, context = cases(low_format), ids_RS.shape[1]
     settings = [_bench_setting(case, low_store) for case in listed]
-    measured = compare(model, low_store, settings, ids_RS, prompt_tokens, progress)
+    measured = compare(model, low_store, settings, ids_RS, prompt_tokens, progress=progress)[1:]
     trace = record_routing(model, low_store, ids_RS, prompt_tokens)
     counted = [
         counted_traffic(case, found, planned, context)
