@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractMesh
 
+from pallas_kernels import linear as linear_module
 from pallas_kernels import matmul_triton
 from pallas_kernels.activations import DIGIT_BLOCK, LARGEST_INTEGER, digits
 from pallas_kernels.expert_ffn import expert_ffn, triton_expert_ffn
@@ -309,6 +310,17 @@ def test_linear(name, tokens, implementation):
     assert got.shape == (1, tokens, 48)
     wanted = x @ np.asarray(get_format(name).unpack(planes)).T
     assert relative_error(got[0], wanted) < tolerance(name, item_rows(tokens, (name,)))
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "F16"])
+def test_a_large_matrix_is_unpacked_in_parts(name, monkeypatch):
+    planes, x = random_planes(name, 48, K, lead=()), jnp.asarray(x_of(3, K))
+    whole = linear(x, planes, name, "xla")
+    for rows in (1, 7, 24, 47):
+        monkeypatch.setattr(linear_module, "MAX_UNPACKED", rows * K + 1)
+        assert relative_error(linear(x, planes, name, "xla"), whole) < TOLERANCE["float32"]
+        text = jax.jit(lambda x, planes: linear(x, planes, name, "xla")).lower(x, planes).as_text()
+        assert f"{rows}x{K}xf32" in text and f"48x{K}xf32" not in text
 
 
 def test_other_slots_do_not_recompile():

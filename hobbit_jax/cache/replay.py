@@ -144,10 +144,12 @@ def lay_out(
 
 def _steps(trace: Trace, served_TLK: np.ndarray) -> Iterator[tuple[list, list, list]]:
     """Chunks of tokens: keys [tokens][layers][selections], their weights, and positions."""
+    # One Python object per key, however often it is used: dictionaries compare those by identity.
+    key_P = np.arange(trace.uses_LE.size).astype(object)
     keys_TLK, everyone = trace.keys_TLK, bool(served_TLK.all())
     for start in range(0, len(keys_TLK), _CHUNK_TOKENS):
         part = slice(start, start + _CHUNK_TOKENS)
-        keys, weights = keys_TLK[part].tolist(), trace.weights_TLK[part].tolist()
+        keys, weights = key_P[keys_TLK[part]].tolist(), trace.weights_TLK[part].tolist()
         if not everyone:
             served = served_TLK[part].tolist()
             keys, weights = (
@@ -187,7 +189,7 @@ class Walk:
 def walk(trace: Trace, policy: Policy[int], bank: Bank, label: str = "") -> Walk:
     """Plays a bank's selections through its policy, as the engine would."""
     misses_L = [0] * trace.ids_TLK.shape[1]
-    begin_step, access, admit = policy.begin_step, policy.access, policy.admit
+    begin_step, access_all, admit = policy.begin_step, policy.access_all, policy.admit
     native, token, seconds, cpu_seconds = bank.tier == "native", 0, 0.0, 0.0
     bar = tqdm(total=len(trace.ids_TLK), desc=label, unit="token", disable=None)
     with bar, _no_collector():
@@ -199,8 +201,7 @@ def walk(trace: Trace, policy: Policy[int], bank: Bank, label: str = "") -> Walk
                     if not keys:
                         continue
                     begin_step(Step(token, layer, position))
-                    uses = zip(keys, weights_LK[layer], strict=True)
-                    missing = [key for key, weight in uses if not access(key, weight, native)]
+                    missing = access_all(keys, weights_LK[layer], native)
                     if missing:
                         misses_L[layer] += len(missing)
                         for key in missing:
