@@ -30,6 +30,7 @@ _PLAN = flags.DEFINE_enum("plan", "native", PLANS, "which selections run at low 
 _LOW_SHARE = flags.DEFINE_float("low_share", 0.5, "of selections or pairs that run low")
 _EXPERT_BYTES = flags.DEFINE_integer("expert_bytes", _WEIGHTS * 9 // 16, "of a native expert")
 _LOW_BYTES = flags.DEFINE_integer("low_bytes", _WEIGHTS * 21 // 64, "of a low expert")
+_SEED = flags.DEFINE_integer("seed", 0, "of --plan random")
 _N_EXPERTS = flags.DEFINE_integer("n_experts", None, "of a layer; by the highest id by default")
 _PROFILE = flags.DEFINE_string(
     "profile", None, "trace that pinned_static and --plan frequency learn from; --trace by default"
@@ -53,7 +54,7 @@ def main(_):
     capacity = int(_CAPACITY.value or 0)
     layout = lay_out(
         trace, capacity, _EXPERT_BYTES.value, _PLAN.value, _LOW_BYTES.value, _LOW_SHARE.value,
-        profile,
+        profile, _SEED.value,
     )  # fmt: skip
     for name in names:
         print(json.dumps(replay(trace, name, layout, capacity, profile)), flush=True)

@@ -8,7 +8,9 @@ Low-precision plans share the bytes of `capacity` native slots between a native 
 
 - `native`: one bank.
 - `router_weight`: the `low_share` of selections with the least router weight run low (HOBBIT).
-- `frequency`: the `low_share` of (layer, expert) pairs least used in the profile run low.
+- `frequency`: the `low_share` of (layer, expert) pairs least used in the profile run low; with a
+  share of 1 that is a uniformly smaller quant.
+- `random`: as many pairs, drawn by a seed: the control.
 - `floor`: every expert is resident at the low tier, the rest of the bytes hold hot experts
   natively; nobody waits, a native miss runs low while its promotion is under way.
 """
@@ -30,7 +32,7 @@ from hobbit_jax.cache.policies import POLICIES, Belady, PinnedStatic, Policy, St
 from hobbit_jax.cache.trace import Trace
 from pallas_kernels.reference import Signature
 
-PLANS = ("native", "router_weight", "frequency", "floor")
+PLANS = ("native", "router_weight", "frequency", "random", "floor")
 # Besides the live engine's: one needs a profile, the other the future.
 REPLAY_POLICIES = (*POLICIES, "pinned_static", "belady")
 _CHUNK_TOKENS = 256
@@ -66,6 +68,7 @@ def lay_out(
     low_bytes: int | None = None,
     low_share: float = 0.5,
     profile: Trace | None = None,
+    seed: int = 0,
 ) -> Layout:
     """Banks for `capacity` native slots' worth of bytes.
 
@@ -77,6 +80,7 @@ def lay_out(
         low_bytes: of a low expert; for every plan but `native`.
         low_share: of the selections, or of the pairs, that run low, 0-1.
         profile: says which pairs are seldom used; the trace itself if None.
+        seed: of the plan `random`.
 
     Raises:
         ValueError: the bytes cannot hold what one step needs at once, or a bad argument.
@@ -111,10 +115,11 @@ def lay_out(
         threshold = float(np.quantile(trace.weights_TLK, low_share))
         low_TLK = trace.weights_TLK < threshold if low_share < 1.0 else everyone
         n_native = n_low = n_pairs
-    elif plan == "frequency":
-        uses_P = (profile or trace).uses_LE.ravel()
-        low_P = np.zeros(n_pairs, bool)
-        low_P[np.argsort(uses_P, kind="stable")[: round(low_share * n_pairs)]] = True
+    elif plan in ("frequency", "random"):
+        low_P, order_P = np.zeros(n_pairs, bool), np.random.default_rng(seed).permutation(n_pairs)
+        if plan == "frequency":
+            order_P = np.argsort((profile or trace).uses_LE.ravel(), kind="stable")
+        low_P[order_P[: round(low_share * n_pairs)]] = True
         low_TLK = low_P[trace.keys_TLK]
         n_low = int(low_P.sum())
         n_native = n_pairs - n_low
