@@ -18,14 +18,21 @@ import jax.numpy as jnp
 Tree = TypeVar("Tree")
 
 
+# Smaller slices are left to XLA: a conditional takes longer to compile than they to unpack.
+_LEAST_BYTES = 1 << 18
+
+
 def apart(take: Callable[[jax.Array], Tree], index: jax.Array | int) -> Tree:
     """`take(index)`: the same arrays, on a CPU in buffers of their own. `index` is 0 or more."""
+    index = jnp.asarray(index)
+    shapes = jax.eval_shape(take, index)
+    if sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes)) < _LEAST_BYTES:
+        return take(index)
+
+    def never(index: jax.Array) -> Tree:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def on_cpu(index: jax.Array) -> Tree:
-        def never(index: jax.Array) -> Tree:
-            shapes = jax.eval_shape(take, index)
-            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
         return jax.lax.cond(index >= 0, take, never, index)
 
-    return jax.lax.platform_dependent(jnp.asarray(index), cpu=on_cpu, default=take)
+    return jax.lax.platform_dependent(index, cpu=on_cpu, default=take)

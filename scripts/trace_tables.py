@@ -3,15 +3,13 @@
     python scripts/trace_tables.py --traces A.npz,B.npz --out docs/traces.md
 
 Each trace is replayed with its own counts and with the other's. Rows go to OUT without its suffix,
-NAME.jsonl for a trace; a trace whose rows are all there is not replayed again. Ten minutes on two
-cores for traces of 8,000 tokens.
+NAME.jsonl for a trace; those that are there are not replayed again, so it can be interrupted. Some
+minutes of CPU time for traces of 8,000 tokens.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
 from hobbit_jax import cli
 from hobbit_jax.atomic import replacing
@@ -65,12 +63,7 @@ def main(_):
     )
     out.with_suffix("").mkdir(parents=True, exist_ok=True)
     for path, trace, other in zip(paths, traces, traces[::-1], strict=True):
-        if not rows_path[path].is_file():
-            with replacing(rows_path[path]) as partial, partial.open("w") as file:
-                for cell in tqdm(cells, desc=path.stem, disable=None):
-                    row = equal_bytes.run(cell, trace, other, _POLICY.value, *sizes)
-                    file.write(json.dumps(row) + "\n")
-        rows = [json.loads(line) for line in rows_path[path].read_text().splitlines()]
+        rows = equal_bytes.rows(rows_path[path], cells, trace, other, _POLICY.value, *sizes)
         text += "\n".join([f"## {path.stem}", "", *equal_bytes.table(rows), "", ""])
     with replacing(out) as partial:
         partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8")

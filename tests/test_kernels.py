@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh
 from pallas_kernels import linear as linear_module
 from pallas_kernels import matmul_triton
 from pallas_kernels.activations import DIGIT_BLOCK, LARGEST_INTEGER, digits
+from pallas_kernels.apart import apart
 from pallas_kernels.expert_ffn import expert_ffn, triton_expert_ffn
 from pallas_kernels.formats import FORMATS, get_format
 from pallas_kernels.linear import linear, triton_linear
@@ -454,3 +455,19 @@ def test_reference_model_through_the_kernels(implementation):
     kl = (np.exp(wanted) * (wanted - got)).sum(-1)
     # Rounding to bfloat16 in prefill; far below the .004 nats that Q4_K costs.
     assert (kl < 4e-4).all(), kl
+
+
+def test_a_slice_apart_is_the_slice_in_memory_of_its_own():
+    stack = {"a": jnp.arange(5 * 300 * 300, dtype=jnp.uint32).reshape(5, 300, 300)}
+    small = {"a": stack["a"][:, :2]}
+
+    def sums(stack, index):
+        return jax.tree.map(lambda a: a[:, ::-1] * 3, apart(lambda i: {"a": stack["a"][i]}, index))
+
+    for tree, conditionals in ((stack, True), (small, False)):
+        run = jax.jit(sums).lower(tree, jnp.int32(0)).compile()
+        for index in range(5):
+            wanted = np.asarray(tree["a"])[index][:, ::-1] * 3
+            np.testing.assert_array_equal(run(tree, jnp.int32(index))["a"], wanted)
+        if jax.default_backend() == "cpu":
+            assert (" conditional(" in run.as_text()) == conditionals

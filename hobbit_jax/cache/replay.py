@@ -147,27 +147,30 @@ def lay_out(
     return Layout(plan, banks, 0, degraded, threshold)
 
 
-def _steps(trace: Trace, served_TLK: np.ndarray) -> Iterator[tuple[list, list, list]]:
-    """Chunks of tokens: keys [tokens][layers][selections], their weights, and positions."""
+_Steps = list[tuple[Step, list[int], list[float]]]  # with the keys used and their weights
+
+
+def _steps(trace: Trace, served_TLK: np.ndarray) -> Iterator[_Steps]:
+    """Chunks of tokens: the steps in which `served_TLK` has any selections, with those."""
     # One Python object per key, however often it is used: dictionaries compare those by identity.
     key_P = np.arange(trace.uses_LE.size).astype(object)
-    keys_TLK, everyone = trace.keys_TLK, bool(served_TLK.all())
-    for start in range(0, len(keys_TLK), _CHUNK_TOKENS):
+    keys_TLK, (n_tokens, n_layers, _) = trace.keys_TLK, trace.ids_TLK.shape
+    for start in range(0, n_tokens, _CHUNK_TOKENS):
         part = slice(start, start + _CHUNK_TOKENS)
-        keys, weights = key_P[keys_TLK[part]].tolist(), trace.weights_TLK[part].tolist()
-        if not everyone:
-            served = served_TLK[part].tolist()
-            keys, weights = (
-                [
-                    [
-                        [one for one, is_served in zip(*step, strict=True) if is_served]
-                        for step in zip(token, served_LK, strict=True)
-                    ]
-                    for token, served_LK in zip(values, served, strict=True)
-                ]
-                for values in (keys, weights)
-            )
-        yield keys, weights, trace.position_T[part].tolist()
+        served, positions = served_TLK[part], trace.position_T[part].tolist()
+        keys = key_P[keys_TLK[part][served]].tolist()
+        weights = trace.weights_TLK[part][served].tolist()
+        ends = np.cumsum(served.sum(axis=2)).tolist()
+        steps = (
+            Step(start + i, layer, position)
+            for i, position in enumerate(positions)
+            for layer in range(n_layers)
+        )
+        yield [
+            (step, keys[begin:end], weights[begin:end])
+            for step, begin, end in zip(steps, [0, *ends[:-1]], ends, strict=True)
+            if end > begin
+        ]
 
 
 @contextmanager
@@ -195,26 +198,20 @@ def walk(trace: Trace, policy: Policy[int], bank: Bank, label: str = "") -> Walk
     """Plays a bank's selections through its policy, as the engine would."""
     misses_L = [0] * trace.ids_TLK.shape[1]
     begin_step, access_all, admit = policy.begin_step, policy.access_all, policy.admit
-    native, token, seconds, cpu_seconds = bank.tier == "native", 0, 0.0, 0.0
-    bar = tqdm(total=len(trace.ids_TLK), desc=label, unit="token", disable=None)
-    with bar, _no_collector():
-        for keys_TLK, weights_TLK, position_T in _steps(trace, bank.served_TLK):
+    native, seconds, cpu_seconds = bank.tier == "native", 0.0, 0.0
+    chunks, n_chunks = _steps(trace, bank.served_TLK), -(-len(trace.ids_TLK) // _CHUNK_TOKENS)
+    with _no_collector():
+        for steps in tqdm(chunks, total=n_chunks, desc=label, unit="chunk", disable=None):
             began, cpu_began = time.perf_counter(), time.thread_time()
-            tokens = zip(keys_TLK, weights_TLK, position_T, strict=True)
-            for keys_LK, weights_LK, position in tokens:
-                for layer, keys in enumerate(keys_LK):
-                    if not keys:
-                        continue
-                    begin_step(Step(token, layer, position))
-                    missing = access_all(keys, weights_LK[layer], native)
-                    if missing:
-                        misses_L[layer] += len(missing)
-                        for key in missing:
-                            admit(key, keys)
-                token += 1
+            for step, keys, weights in steps:
+                begin_step(step)
+                missing = access_all(keys, weights, native)
+                if missing:
+                    misses_L[step.layer] += len(missing)
+                    for key in missing:
+                        admit(key, keys)
             seconds += time.perf_counter() - began
             cpu_seconds += time.thread_time() - cpu_began
-            bar.update(len(position_T))
     return Walk(np.asarray(misses_L), seconds, cpu_seconds)
 
 

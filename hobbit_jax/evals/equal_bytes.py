@@ -8,12 +8,16 @@ replayed text's own, which no user has and which bounds what a better profile co
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
+from hobbit_jax.atomic import replacing
 from hobbit_jax.cache.replay import lay_out, replay
 from hobbit_jax.cache.trace import Trace
 from hobbit_jax.report import markdown
@@ -78,6 +82,35 @@ def run(
         figures.pop("profile")
     # Speeds are another machine's next time; the rest is not.
     return {**row, **{k: v for k, v in figures.items() if "per_s" not in k and "cpu_s" not in k}}
+
+
+def rows(
+    path: Path,
+    listed: Sequence[Cell],
+    trace: Trace,
+    other: Trace,
+    policy: str,
+    expert_bytes: int,
+    low_bytes: int,
+) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file, one per cell; those that it lacks are replayed and written.
+
+    Raises:
+        ValueError: the file has rows of other cells.
+    """
+    done = []
+    if path.is_file():
+        done = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row, cell in zip(done, listed, strict=False):
+        wanted = {**vars(cell), "trace": trace.name, "policy": policy}
+        if any(row.get(key) != value for key, value in wanted.items()):
+            raise ValueError(f"{path} has rows of other settings; give another --out")
+    for cell in tqdm(listed[len(done) :], desc=path.stem, disable=None):
+        done.append(run(cell, trace, other, policy, expert_bytes, low_bytes))
+        with replacing(path) as partial:
+            lines = (json.dumps(row) + "\n" for row in done)
+            partial.write_text("".join(lines), encoding="utf-8")
+    return done
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
