@@ -90,9 +90,9 @@ class Watch:
             thread.join()
             jax.monitoring.unregister_event_duration_listener(self._on_event)
 
-    def _on_event(self, event: str, seconds: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILE_EVENT:
-            self._compiled += seconds
+            self._compiled += duration_secs
 
     def _sample(self) -> None:
         while not self._stop.wait(_SAMPLE_SECONDS):
