@@ -38,13 +38,14 @@ def main(_):
     run = full_scale.Run(
         model, int(_BUDGET_MIB.value * 2**20), _PROMPT_TOKENS.value, _TOKENS.value, _POLICY.value
     )
+    here = machine()  # now: the checkout may be another by the end
     with tqdm(desc="open", unit="step", disable=None) as bar:
 
         def progress(stage: str) -> None:
             bar.set_description(stage)
             bar.update()
 
-        record = {**full_scale.measure(run, progress), "machine": machine()}
+        record = {**full_scale.measure(run, progress), "machine": here}
     out = workdir / f"{model.stem}-{_BUDGET_MIB.value:g}MiB-{_POLICY.value}.json"
     write_json(out, record)
     keys = ("open_s", "load_s", "compile_s", "prefill_tokens_per_s", "decode", "own_memory")
