@@ -8,10 +8,12 @@ the device. Called by the engine's users (`scripts/`, `sweep.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -22,7 +24,7 @@ from hobbit_jax.model import Attention, Block, Ends, Linear, RMSNorm
 from hobbit_jax.sharding import replicated
 from hobbit_jax.tokenizer import Tokenizer
 from pallas_kernels.backends import Implementation, choose
-from pallas_kernels.formats import get_format
+from pallas_kernels.formats import Format, get_format
 
 
 @dataclass(frozen=True)
@@ -55,17 +57,25 @@ class LoadedModel:
         return Tokenizer.from_gguf(self.file)
 
 
+# One program per format and shape: a jit of `Format.split` itself would be a new one every time.
+@partial(jax.jit, static_argnums=0)
+def _split(format: Format, raw: np.ndarray) -> dict[str, jax.Array]:
+    return format.split(raw)
+
+
+@partial(jax.jit, static_argnums=0)
+def _float32(format: Format, raw: np.ndarray) -> jax.Array:
+    return jnp.asarray(format.unpack(format.split(raw)), jnp.float32)
+
+
 def _linear(tensor: TensorInfo, implementation: Implementation) -> Linear:
     check_finite_scales(tensor)
-    planes = jax.jit(get_format(tensor.format).split)(tensor.raw)
-    return Linear(tensor.format, planes, implementation)
+    return Linear(tensor.format, _split(get_format(tensor.format), tensor.raw), implementation)
 
 
 def _norm(tensor: TensorInfo, config: ModelConfig) -> RMSNorm:
     check_finite_scales(tensor)
-    format = get_format(tensor.format)
-    scale = format.unpack(format.split(tensor.raw))
-    return RMSNorm(jnp.asarray(scale, jnp.float32), config.rms_eps)
+    return RMSNorm(_float32(get_format(tensor.format), tensor.raw), config.rms_eps)
 
 
 def load_model(path: str | Path, implementation: Implementation = None) -> LoadedModel:

@@ -85,9 +85,9 @@ def test_guesses_and_links_change_no_bit(model, store, reference, predictor, dis
         engine = engine_of(model, store, link=link, prefetch=rule)
         sizes, send = [], link.send
 
-        def measured_send(raw, engine=engine, sizes=sizes, send=send):
+        def measured_send(raw, device, engine=engine, sizes=sizes, send=send):
             sizes.append(engine.pool.expected_bytes)
-            return send(raw)
+            return send(raw, device)
 
         link.send = measured_send
         got_tokens, got_BV = run(engine)

@@ -239,5 +239,7 @@ def make_pool(
 
 
 def _sum(parts: list[PoolStats]) -> PoolStats:
-    counts = {f.name: sum(getattr(part, f.name) for part in parts) for f in fields(PoolStats)}
+    counts: dict[str, Any] = {
+        field.name: sum(getattr(part, field.name) for part in parts) for field in fields(PoolStats)
+    }
     return PoolStats(**counts)
