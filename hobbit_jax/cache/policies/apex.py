@@ -85,7 +85,7 @@ class Apex(TablePolicy[Key]):
         self._tables[self._resident[key]].delete(key)
         self._enter(key)
 
-    def _victim(self, keep: Collection[Key]) -> Key:
+    def victim(self, keep: Collection[Key] = ()) -> Key:
         tokens = self._step.token - self._began + 1
         n_layers = max(layer for layer, _ in self._tables) + 1
         victim, least = None, float("inf")

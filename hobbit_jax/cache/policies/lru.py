@@ -43,7 +43,7 @@ class LRU(TablePolicy[Key]):
         if len(resident) < self.capacity:
             resident[key] = None
             return None
-        victim = self._victim(keep)
+        victim = self.victim(keep)
         del resident[victim]
         resident[key] = None
         return victim
