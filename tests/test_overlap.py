@@ -186,9 +186,10 @@ def virtual_prefill(model, store, monkeypatch, run_s: float, **options):
     link, clock = paced(store, 1e-3)
     busy_s, ran, device_get = [0.0], [0], jax.device_get
 
-    def run_items(*args, run_items=moe_module._run):
-        busy_s[0] = max(busy_s[0], clock()) + run_s * len(args[5][0])
-        ran[0] += len(args[5][0])
+    def run_items(*args, run_items=moe_module._expert_ffn):
+        items = int(args[4].count)
+        busy_s[0] = max(busy_s[0], clock()) + run_s * items
+        ran[0] += items
         link.events.append(("run", None))
         return run_items(*args)
 
@@ -199,7 +200,7 @@ def virtual_prefill(model, store, monkeypatch, run_s: float, **options):
 
     engine = engine_of(model, store, link=link, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(moe_module, "_run", run_items)
+        patch.setattr(moe_module, "_expert_ffn", run_items)
         patch.setattr(prefill_module.jax, "device_get", read)
         engine.start(1, len(PROMPT))
         logits_BV = np.asarray(engine.prefill([PROMPT]))

@@ -86,6 +86,7 @@ class Apex(TablePolicy[Key]):
         self._enter(key)
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
+        """See `Policy.victim`."""
         tokens = self._step.token - self._began + 1
         n_layers = max(layer for layer, _ in self._tables) + 1
         victim, least = None, float("inf")
