@@ -12,7 +12,7 @@ export PYTHON
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test lint format kernels gpu oracles slow clusters reference sweep frontier clean
+.PHONY: help environment demo test lint format kernels gpu oracles slow clusters reference sweep frontier scale clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 19
@@ -79,6 +79,9 @@ sweep: environment  ## the full sweep on the shipped model (about 45 minutes, re
 frontier: environment  ## quality against bytes, by encoder and signal (about an hour, resumable)
 	@$(BIN)/python scripts/sweep.py --config configs/frontier.py --workdir out/frontier
 	@$(BIN)/python scripts/report.py --workdir out/frontier
+
+scale: environment  ## a decode at Qwen3-30B-A3B's size under 4 GiB of experts (19 GB of disk, out/scale)
+	@$(BIN)/python scripts/scale.py --preset qwen3-30b-a3b --budget_mib 4096 --workdir out/scale
 
 clean:  ## remove .venv and caches; out/ stays
 	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

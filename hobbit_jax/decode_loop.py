@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
+from hobbit_jax import sharding
 from hobbit_jax.architecture import ModelConfig
 from hobbit_jax.decode_report import LOG_FIELDS, log_entry, pack
 from hobbit_jax.expert_kinds import ExpertKinds
@@ -47,6 +49,7 @@ class LoopSpec:
     sampling: Sampling
     most_tokens: int  # of one call
     look_ahead: int = 0  # layers whose routers are asked when the program leaves for an expert
+    mesh: Mesh | None = None  # of several devices that divide the experts
 
 
 class Weights(NamedTuple):
@@ -67,7 +70,7 @@ class Carry(NamedTuple):
     h_BD: jax.Array
     selections: Selections
     done_A: jax.Array  # bool: selections of `layer` that have run, or that nobody serves
-    y_AD: jax.Array
+    y_AD: jax.Array  # of several devices, each one's part
 
 
 class Inputs(NamedTuple):
@@ -95,13 +98,13 @@ class _Loop(NamedTuple):
     log_IAf: jax.Array
 
 
-def empty_carry(config: ModelConfig, batch: int, context: int) -> Carry:
+def empty_carry(config: ModelConfig, batch: int, context: int, mesh: Mesh | None = None) -> Carry:
     """No sequence has any token yet."""
     cache_shape = (config.n_layers, batch, context, config.n_kv_heads, config.head_dim)
     k, d = config.experts_per_token, config.d_model
     # Each its own buffer, for all of them are donated.
     integers = [jnp.full((batch, k), SKIPPED, jnp.int32) for _ in range(3)]
-    return Carry(
+    carry = Carry(
         caches=KVCache(jnp.zeros(cache_shape), jnp.zeros(cache_shape)),
         layer=jnp.int32(0),
         routed=jnp.array(False),
@@ -111,6 +114,10 @@ def empty_carry(config: ModelConfig, batch: int, context: int) -> Carry:
         done_A=jnp.ones(batch * k, bool),
         y_AD=jnp.zeros((batch * k, d)),
     )
+    if mesh is None:
+        return carry
+    y_AD = sharding.divided(jnp.zeros((mesh.size * batch * k, d)), mesh)
+    return sharding.replicated(carry, mesh)._replace(y_AD=y_AD)
 
 
 def item_width(batch: int, k: int, n_experts: int) -> int:
@@ -168,7 +175,7 @@ def group(
     return work
 
 
-def _attend(spec: LoopSpec, weights: Weights, table_UE: jax.Array, loop: _Loop) -> _Loop:
+def _attend(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -> _Loop:
     """Attention and routing of `layer`, and the tiers that serve its selections."""
     carry, kinds = loop.carry, spec.layers
     layer, context = carry.layer, carry.caches.k_LBCGd.shape[2]
@@ -185,7 +192,7 @@ def _attend(spec: LoopSpec, weights: Weights, table_UE: jax.Array, loop: _Loop) 
         return x_B1D[:, 0], h_B1D[:, 0], block.route(h_B1D[:, 0])
 
     x_BD, h_BD, routing = kinds.at(weights.layers, layer, add_and_route, x_B1D, mixed_B1N)
-    table_tE = rows_of_layer(table_UE, layer, spec.config.n_layers)
+    table_tE = rows_of_layer(held_UE, layer, spec.config.n_layers)
     selections = select(weights.plan, spec.mode, table_tE, layer, routing, loop.active_B)
     carry = carry._replace(
         caches=caches,
@@ -204,17 +211,28 @@ def _attend(spec: LoopSpec, weights: Weights, table_UE: jax.Array, loop: _Loop) 
 
 
 def _run_experts(
-    spec: LoopSpec, banks: dict[Signature, Bank], table_UE: jax.Array, loop: _Loop
+    spec: LoopSpec,
+    banks: dict[Signature, Bank],
+    table_UE: jax.Array,
+    held_UE: jax.Array,
+    loop: _Loop,
 ) -> _Loop:
-    """Runs what is resident and due; ends the layer if that was all of it."""
+    """Runs what is resident and due; ends the layer if that was all of it.
+
+    Of several devices each runs what is in its own banks, by its own `table_UE`; `held_UE` says
+    what is in anyone's.
+    """
     carry, config, experts = loop.carry, spec.config, spec.experts
     batch, k = carry.selections.ids_TK.shape
     ids_A, served_A = (a.reshape(-1) for a in (carry.selections.ids_TK, carry.selections.served_TK))
-    table_tE = rows_of_layer(table_UE, carry.layer, config.n_layers)
-    slot_A = table_tE[jnp.maximum(served_A, 0), ids_A]
-    ready_A = (slot_A >= 0) & ~carry.done_A
+    slot_A, held_A = (
+        rows_of_layer(rows_UE, carry.layer, config.n_layers)[jnp.maximum(served_A, 0), ids_A]
+        for rows_UE in (table_UE, held_UE)
+    )
+    due_A = (slot_A >= 0) & ~carry.done_A  # here
+    ready_A = (held_A >= 0) & ~carry.done_A  # on some device
     n_tiers, width = len(experts.signatures[0]), item_width(batch, k, config.n_experts)
-    work_t = group(ids_A, served_A, slot_A, ready_A, config.n_experts, n_tiers, width)
+    work_t = group(ids_A, served_A, slot_A, due_A, config.n_experts, n_tiers, width)
 
     def branch(signatures: tuple[Signature | None, ...]) -> Callable[[jax.Array], jax.Array]:
         def run(y_AD: jax.Array) -> jax.Array:
@@ -237,7 +255,8 @@ def _run_experts(
     y_AD = jax.lax.switch(kind, [branch(s) for s in experts.signatures], carry.y_AD)
     done_A = carry.done_A | ready_A
     complete = carry.routed & jnp.all(done_A)
-    x_BD = carry.x_BD + jnp.sum(y_AD.reshape(batch, k, -1), axis=1)
+    total_AD = sharding.sum_of_parts(y_AD, spec.mesh)
+    x_BD = carry.x_BD + jnp.sum(total_AD.reshape(batch, k, -1), axis=1)
     carry = carry._replace(
         layer=carry.layer + complete.astype(jnp.int32),
         routed=carry.routed & ~complete,
@@ -248,7 +267,7 @@ def _run_experts(
     return loop._replace(carry=carry, blocked=carry.routed)
 
 
-def _look_ahead(spec: LoopSpec, weights: Weights, table_UE: jax.Array, loop: _Loop) -> jax.Array:
+def _look_ahead(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -> jax.Array:
     """What later layers' routers choose of the stream where the program waits, int32 [P, 2, A].
 
     Expert and tier of each selection; `SKIPPED` for layers past the last, and if nobody waits. The
@@ -259,7 +278,7 @@ def _look_ahead(spec: LoopSpec, weights: Weights, table_UE: jax.Array, loop: _Lo
     def choose(distance: jax.Array) -> jax.Array:
         layer = jnp.minimum(here + distance, n_layers - 1)
         routing = spec.layers.at(weights.layers, layer, lambda block, x: block.route_ahead(x), x_BD)
-        table_tE = rows_of_layer(table_UE, layer, n_layers)
+        table_tE = rows_of_layer(held_UE, layer, n_layers)
         valid_B = loop.active_B & (here + distance < n_layers)
         chosen = select(weights.plan, spec.mode, table_tE, layer, routing, valid_B)
         return jnp.stack([chosen.ids_TK.reshape(-1), chosen.served_TK.reshape(-1)])
@@ -323,7 +342,7 @@ def _decode(
     carry: Carry,
     inputs: Inputs,
 ) -> tuple[Carry, jax.Array, jax.Array]:
-    config, fresh = spec.config, inputs.fresh
+    config, fresh, held_UE = spec.config, inputs.fresh, sharding.held_anywhere(table_UE, spec.mesh)
     batch = len(inputs.ids_B)
     x_BD = nnx.merge(spec.ends, weights.ends).embed(inputs.ids_B)
     carry = carry._replace(
@@ -347,7 +366,8 @@ def _decode(
     )
 
     def finish_layer(loop: _Loop) -> _Loop:
-        return _end_token(spec, weights, inputs, _run_experts(spec, banks, table_UE, loop))
+        loop = _run_experts(spec, banks, table_UE, held_UE, loop)
+        return _end_token(spec, weights, inputs, loop)
 
     def may_go_on(loop: _Loop) -> jax.Array:
         # A token that was begun is ended, also when no sequence is left.
@@ -357,9 +377,9 @@ def _decode(
     # First what the last entry left over; at a token's beginning that is nothing.
     loop = finish_layer(loop)
     loop = jax.lax.while_loop(
-        may_go_on, lambda loop: finish_layer(_attend(spec, weights, table_UE, loop)), loop
+        may_go_on, lambda loop: finish_layer(_attend(spec, weights, held_UE, loop)), loop
     )
-    ahead_P2A = _look_ahead(spec, weights, table_UE, loop)
+    ahead_P2A = _look_ahead(spec, weights, held_UE, loop)
     packed = pack(
         loop.step, loop.carry.layer, loop.blocked, loop.logged, loop.tokens_NB, ahead_P2A,
         loop.log_IAf,
@@ -373,4 +393,9 @@ def decode_program(spec: LoopSpec) -> Callable[..., tuple[Carry, jax.Array, jax.
 
     The carry is donated. `logits_BV` are those of the last token that ended in this entry.
     """
-    return jax.jit(functools.partial(_decode, spec), donate_argnums=3)
+    whole, parts = sharding.REPLICATED, sharding.DIVIDED
+    everywhere: Any = [whole] * len(Carry._fields)
+    carry = Carry(*everywhere)._replace(y_AD=parts)  # pyright: ignore[reportArgumentType]
+    arguments, results = (whole, parts, parts, carry, whole), (carry, whole, whole)
+    program = sharding.on_each(functools.partial(_decode, spec), spec.mesh, arguments, results)
+    return jax.jit(program, donate_argnums=3)

@@ -21,6 +21,7 @@ from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, Step, polic
 from hobbit_jax.cache.pool import SlotPool, Use
 from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, Promoter, PromotionRule
+from hobbit_jax.cache.sharded_pool import make_pool
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.decode_loop import Carry, Inputs, LoopSpec, Weights, decode_program, empty_carry
 from hobbit_jax.decode_report import Report
@@ -32,6 +33,7 @@ from hobbit_jax.precision import SKIPPED, PrecisionPlan, uniform_plan
 from hobbit_jax.prefill import Prefill, RoutedLayer, logits, pad_tokens
 from hobbit_jax.sampling import Sampling, sample
 from hobbit_jax.selection import Selections
+from hobbit_jax.sharding import expert_mesh, replicated
 from hobbit_jax.step_stats import EngineStats, Meter, StepStats
 from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
 
@@ -44,7 +46,7 @@ class Engine:
     Args:
         model: the loaded dense part and configuration.
         store: experts at every tier that `plan` uses.
-        budget_bytes: bytes of the expert pool alone; None holds every expert of the plan.
+        budget_bytes: bytes of each device's expert pool; None holds every expert of the plan.
         plan: who gets which tier; None is native throughout.
         policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
         mode: what serves a selection whose copy is missing, by name (`miss_modes.py`) or as a
@@ -59,6 +61,7 @@ class Engine:
             as one token's experts of a layer, 0 waits for each upload by itself.
         prefetch: who guesses what later layers of a token need; None guesses nothing.
         watch: called with every layer's routing, on the host.
+        devices: how many divide the experts among them; each holds all the rest.
 
     Raises:
         ValueError: the budget cannot hold one step's experts; says what it needs.
@@ -80,27 +83,36 @@ class Engine:
         staging_bytes: int | None = None,
         prefetch: PrefetchRule | None = None,
         watch: Callable[[RoutedLayer], None] | None = None,
+        devices: int = 1,
     ):
-        self.model, self.config, self.store = model, model.config, store
+        self._mesh = mesh = expert_mesh(devices)
+        if mesh is not None and (warm or low_share == ADAPTIVE):
+            raise NotImplementedError(
+                "several devices have no warm start and no adaptive low_share; use one device, or "
+                "neither of these"
+            )
+        self.model, self.config, self.store = model.on(mesh), model.config, store
         self.plan = uniform_plan(store) if plan is None or mode == "off" else plan
         self.mode = miss_mode(mode)
         self.chunk_tokens, self.watch = chunk_tokens, watch
-        slots, total_bytes = pool_slots(self.plan, self.mode, store, budget_bytes, low_share)
+        slots, total = pool_slots(self.plan, self.mode, store, budget_bytes, low_share, devices)
         if staging_bytes is None:
             staging_bytes = self.config.experts_per_token * store.largest_expert_bytes
-        self.pool = SlotPool(
-            store, slots, budget_bytes or total_bytes, policy_factory(policy), link, staging_bytes
+        self.pool = make_pool(
+            store, slots, budget_bytes or total, policy_factory(policy), link, staging_bytes, mesh
         )
         if self.mode.low_banks == "all":
             self.pool.load_all(LOW)
         if warm is not None:
+            assert isinstance(self.pool, SlotPool)
             warm.fill(self.pool, self.plan, self.mode)
         self._promoter = None
         if self.mode.promotes:
             self._promoter = Promoter(promotion, self.pool.evicted_for)
-            self.pool.on_use = self._promoter.note_served
+            self.pool.hear_uses(self._promoter.note_served)
         self.split = None
         if low_share == ADAPTIVE and self.mode.low_banks == "cache":
+            assert isinstance(self.pool, SlotPool)
             factory = policy_factory(policy)
             self.split = AdaptiveSplit(self.pool, self.plan, self.mode, factory, promotion, warm)
             self.watch = self.split.watching(watch)
@@ -109,14 +121,14 @@ class Engine:
         self._look_ahead = prefetch.distance if prefetch and prefetch.asks_routers else 0
         self._ahead: list[ExpertKey] = []  # to be staged while the next entry runs
         self.stats = EngineStats()
-        ends_graph, ends_state = nnx.split(model.ends)
-        device_plan = jax.device_put(self.plan)
-        self._weights = Weights(model.layers.states, ends_state, device_plan)
+        ends_graph, ends_state = nnx.split(self.model.ends)
+        device_plan = replicated(jax.device_put(self.plan), mesh)
+        self._weights = Weights(self.model.layers.states, ends_state, device_plan)
         self._ends_graph = ends_graph
         self._experts = ExpertKinds.of(self.pool, model.implementation)
-        self._prefill = Prefill(model, self.pool, device_plan, self.mode)
+        self._prefill = Prefill(self.model, self.pool, device_plan, self.mode)
         self._carry: Carry | None = None
-        self._key = jax.random.key(0)
+        self._key = replicated(jax.random.key(0), mesh)
         self._lengths_B = np.zeros(0, np.int32)
         self._tokens = 0  # decoded tokens and prefill chunks so far, for the policies
 
@@ -133,7 +145,7 @@ class Engine:
         self.pool.drop_expected()
         if self.split is not None:
             self.split.begin_sequences()
-        self._carry = empty_carry(self.config, batch, context)
+        self._carry = empty_carry(self.config, batch, context, self._mesh)
         self._lengths_B = np.zeros(batch, np.int32)
 
     def _started(self) -> Carry:
@@ -258,7 +270,8 @@ class Engine:
         self._check_room(active_B * count)
         spec = LoopSpec(
             self.config, self.model.layers.kinds, self._ends_graph, self._experts, self.mode,
-            replace(sampling, seed=0), most_tokens, self._look_ahead,  # the seed is data: `key`
+            # The seed is data: `key`.
+            replace(sampling, seed=0), most_tokens, self._look_ahead, self._mesh,
         )  # fmt: skip
         program, k = decode_program(spec), self.config.experts_per_token
         stops = np.asarray(stop_ids, np.int32)
@@ -376,7 +389,7 @@ class Engine:
         the tokens are the same, they arrive together, and the first carries the cost of all.
         """
         self.start(len(prompts), max(map(len, prompts), default=0) + max_new_tokens)
-        self._key = jax.random.key(sampling.seed)
+        self._key = replicated(jax.random.key(sampling.seed), self._mesh)
         active_B = np.ones(len(prompts), bool)
         meter = Meter(self)
         logits_BV, fed = self.prefill(prompts), sum(map(len, prompts))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hobbit_jax.cache.pool import SlotPool
+from hobbit_jax.cache.sharded_pool import ExpertPool
 from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import implementation_for
 from pallas_kernels.reference import Signature
@@ -23,7 +23,7 @@ class ExpertKinds:
     implementations: tuple[tuple[Signature, str], ...]  # how each bank's experts are computed
 
     @classmethod
-    def of(cls, pool: SlotPool, implementation: Implementation) -> ExpertKinds:
+    def of(cls, pool: ExpertPool, implementation: Implementation) -> ExpertKinds:
         """Of the banks that `pool` has, up to the highest tier that has one."""
         store, config = pool.store, pool.store.config
         used = [

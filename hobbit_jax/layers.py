@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hobbit_jax.model import Block
+from pallas_kernels.apart import apart
 
 Result = TypeVar("Result")
 States = tuple[Any, ...]  # per kind, the arrays of its blocks with a leading axis
@@ -33,7 +34,7 @@ class LayerKinds:
 
     def block(self, states: States, kind: int, index: int | jax.Array) -> Block:
         """The block at `index` of `kind`, which may be traced."""
-        state = jax.tree.map(lambda stacked: stacked[index], states[kind])
+        state = apart(lambda i: jax.tree.map(lambda stacked: stacked[i], states[kind]), index)
         return nnx.merge(self.graphs[kind], state)
 
     def at(

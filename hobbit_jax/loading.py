@@ -7,20 +7,24 @@ the device. Called by the engine's users (`scripts/`, `sweep.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from hobbit_jax.architecture import ModelConfig, global_tensors, layer_tensors, read_config
 from hobbit_jax.gguf_file import GGUFFile, TensorInfo, check_finite_scales, open_gguf
 from hobbit_jax.layers import LayerStack
 from hobbit_jax.model import Attention, Block, Ends, Linear, RMSNorm
+from hobbit_jax.sharding import replicated
 from hobbit_jax.tokenizer import Tokenizer
 from pallas_kernels.backends import Implementation, choose
-from pallas_kernels.formats import get_format
+from pallas_kernels.formats import Format, get_format
 
 
 @dataclass(frozen=True)
@@ -39,22 +43,39 @@ class LoadedModel:
         arrays = jax.tree.leaves([self.layers.states, nnx.state(self.ends)])
         return sum(array.nbytes for array in arrays)
 
+    def on(self, mesh: Mesh | None) -> LoadedModel:
+        """The same model with its dense part on every device of `mesh`, a whole copy on each."""
+        if mesh is None:
+            return self
+        states = replicated(self.layers.states, mesh)
+        graph, ends_state = nnx.split(self.ends)
+        ends = nnx.merge(graph, replicated(ends_state, mesh))
+        return replace(self, layers=LayerStack(self.layers.kinds, states), ends=ends)
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the file itself describes."""
         return Tokenizer.from_gguf(self.file)
 
 
+# One program per format and shape: a jit of `Format.split` itself would be a new one every time.
+@partial(jax.jit, static_argnums=0)
+def _split(format: Format, raw: np.ndarray) -> dict[str, jax.Array]:
+    return format.split(raw)
+
+
+@partial(jax.jit, static_argnums=0)
+def _float32(format: Format, raw: np.ndarray) -> jax.Array:
+    return jnp.asarray(format.unpack(format.split(raw)), jnp.float32)
+
+
 def _linear(tensor: TensorInfo, implementation: Implementation) -> Linear:
     check_finite_scales(tensor)
-    planes = jax.jit(get_format(tensor.format).split)(tensor.raw)
-    return Linear(tensor.format, planes, implementation)
+    return Linear(tensor.format, _split(get_format(tensor.format), tensor.raw), implementation)
 
 
 def _norm(tensor: TensorInfo, config: ModelConfig) -> RMSNorm:
     check_finite_scales(tensor)
-    format = get_format(tensor.format)
-    scale = format.unpack(format.split(tensor.raw))
-    return RMSNorm(jnp.asarray(scale, jnp.float32), config.rms_eps)
+    return RMSNorm(_float32(get_format(tensor.format), tensor.raw), config.rms_eps)
 
 
 def load_model(path: str | Path, implementation: Implementation = None) -> LoadedModel:

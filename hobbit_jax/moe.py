@@ -12,18 +12,21 @@ of a token are summed last, in the order of its selections.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from hobbit_jax.cache.policies import Step
-from hobbit_jax.cache.pool import SlotPool, Use
+from hobbit_jax.cache.pool import Use
+from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.precision import SKIPPED
 from hobbit_jax.selection import Selections
+from hobbit_jax.sharding import DIVIDED, REPLICATED, divided, on_each, sum_of_parts
 from hobbit_jax.store import NATIVE, ExpertKey
 from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn, implementation_for
@@ -34,10 +37,34 @@ from pallas_kernels.tiles import item_rows
 # pool. The kernels read the slots themselves and take a whole round at once.
 MAX_GATHERED = 8
 
-_gather_slots = jax.jit(gather_slots)
-_expert_ffn = jax.jit(
-    expert_ffn, static_argnames=("signature", "implementation"), donate_argnames="y_AD"
-)
+
+@partial(jax.jit, static_argnames="mesh")
+def _gather_slots(bank: Bank, work: Work, mesh: Mesh | None) -> tuple[Bank, Work]:
+    return on_each(gather_slots, mesh, DIVIDED, DIVIDED)(bank, work)
+
+
+@partial(jax.jit, static_argnames=("signature", "implementation", "mesh"), donate_argnames="y_AD")
+def _expert_ffn(
+    h_TD: jax.Array,
+    y_AD: jax.Array,
+    weight_A: jax.Array,
+    bank: Bank,
+    work: Work,
+    signature: Signature,
+    implementation: str,
+    mesh: Mesh | None,
+) -> jax.Array:
+    def run(h_TD, y_AD, weight_A, bank, work):
+        work = work._replace(count=work.count.reshape(()))
+        return expert_ffn(h_TD, y_AD, weight_A, bank, signature, work, implementation)
+
+    specs = (REPLICATED, DIVIDED, REPLICATED, DIVIDED, DIVIDED)
+    return on_each(run, mesh, specs, DIVIDED)(h_TD, y_AD, weight_A, bank, work)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _sum_of_parts(y_AD: jax.Array, mesh: Mesh) -> jax.Array:
+    return on_each(partial(sum_of_parts, mesh=mesh), mesh, DIVIDED, REPLICATED)(y_AD)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -85,7 +112,7 @@ class Grouped:
 
 
 def _items(
-    pool: SlotPool, keys: list[ExpertKey], grouped: Grouped, width: int
+    pool: ExpertPool, keys: Sequence[ExpertKey], grouped: Grouped, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Slots [I] and assignments [I, width] of `keys`, short items padded with their first."""
     slots, rows = [], []
@@ -95,39 +122,31 @@ def _items(
             part = assignments[start : start + width]
             rows.append(np.pad(part, (0, width - len(part)), constant_values=part[0]))
             slots.append(pool.slot(key))
-    return np.asarray(slots, np.int32), np.stack(rows).astype(np.int32)
+    return np.asarray(slots, np.int32), np.asarray(rows, np.int32).reshape(-1, width)
 
 
-def _run(
-    h_TD: jax.Array,
-    y_AD: jax.Array,
-    weight_A: jax.Array,
-    bank: Bank,
-    signature: Signature,
-    items: tuple[np.ndarray, np.ndarray],
-    implementation: str,
-    most_items: int,
-) -> jax.Array:
-    """Runs the items of one round, `most_items` to a call."""
-    for start in range(0, len(items[0]), most_items):
-        slot_I, assignment_IC = (part[start : start + most_items] for part in items)
-        padding = (0, most_items - len(slot_I))
-        work = Work(
-            jnp.asarray(np.pad(slot_I, padding)),
-            jnp.asarray(np.pad(assignment_IC, (padding, (0, 0)))),
-            jnp.asarray(len(slot_I), jnp.int32),
+def _calls(
+    pool: ExpertPool, keys: Sequence[ExpertKey], grouped: Grouped, width: int, most_items: int
+) -> Iterator[Work]:
+    """The items of one round, `most_items` to a call and device, padded to as many."""
+    items = [_items(pool, share, grouped, width) for share in pool.by_device(keys)]
+    place = jnp.asarray if pool.mesh is None else partial(divided, mesh=pool.mesh)
+    for start in range(0, max(len(slot_I) for slot_I, _ in items), most_items):
+        slots, assignments, counts = [], [], []
+        for parts in items:
+            slot_I, assignment_IC = (part[start : start + most_items] for part in parts)
+            padding = (0, most_items - len(slot_I))
+            slots.append(np.pad(slot_I, padding))
+            assignments.append(np.pad(assignment_IC, (padding, (0, 0))))
+            counts.append(len(slot_I))
+        yield Work(
+            place(np.concatenate(slots)),
+            place(np.concatenate(assignments)),
+            place(np.asarray(counts if pool.mesh else counts[0], np.int32)),
         )
-        here = bank
-        if implementation == "xla":
-            here, work = _gather_slots(bank, work)
-        y_AD = _expert_ffn(
-            h_TD, y_AD, weight_A, here, signature=signature, work=work,
-            implementation=implementation,
-        )  # fmt: skip
-    return y_AD
 
 
-def _pieces(pool: SlotPool, part: list[ExpertKey]) -> list[list[ExpertKey]]:
+def _pieces(pool: ExpertPool, part: list[ExpertKey]) -> list[list[ExpertKey]]:
     """Splits a round of one bank so that each piece can run while the next one is on its way.
 
     First what is resident, then as many experts at a time as fill half of what can be staged: the
@@ -143,7 +162,7 @@ def _pieces(pool: SlotPool, part: list[ExpertKey]) -> list[list[ExpertKey]]:
 
 
 def apply_experts(
-    pool: SlotPool,
+    pool: ExpertPool,
     step: Step,
     h_TD: jax.Array,
     weights_TK: jax.Array,
@@ -168,7 +187,7 @@ def apply_experts(
         y_AD, float32 [T * K, D]: each selection's expert output times its routing weight;
         zero for skipped selections.
     """
-    ids_TK = selections.ids_TK
+    ids_TK, mesh = selections.ids_TK, pool.mesh
     n_assignments, n_experts = ids_TK.size, pool.store.config.n_experts
     grouped = Grouped.of(step.layer, ids_TK, selections.served_TK)
     by_bank: dict[Signature, list[ExpertKey]] = defaultdict(list)
@@ -182,7 +201,8 @@ def apply_experts(
     ]
     pool.access(step, grouped.uses(selections))
 
-    y_AD = jnp.zeros((n_assignments, h_TD.shape[1]), jnp.float32)
+    n_parts, layout = (1, None) if mesh is None else (mesh.size, NamedSharding(mesh, DIVIDED))
+    y_AD = jnp.zeros((n_parts * n_assignments, h_TD.shape[1]), jnp.float32, device=layout)
     for index, (signature, part, piece) in enumerate(pieces):
         later = [key for *_, following in pieces[index + 1 :] for key in following]
         pool.load(piece, keep=part, upcoming=[*later, *upcoming])
@@ -194,6 +214,11 @@ def apply_experts(
         most_items = min(n_assignments, n_experts + n_assignments // width)
         if chosen == "xla":
             most_items = min(most_items, MAX_GATHERED)
-        items, bank = _items(pool, piece, grouped, width), pool.banks[signature]
-        y_AD = _run(h_TD, y_AD, weights_TK.reshape(-1), bank, signature, items, chosen, most_items)
-    return y_AD
+        for work in _calls(pool, piece, grouped, width, most_items):
+            bank = pool.banks[signature]
+            if chosen == "xla":
+                bank, work = _gather_slots(bank, work, mesh)
+            y_AD = _expert_ffn(
+                h_TD, y_AD, weights_TK.reshape(-1), bank, work, signature, chosen, mesh
+            )
+    return y_AD if mesh is None else _sum_of_parts(y_AD, mesh)

@@ -14,6 +14,7 @@ from typing import Literal
 from hobbit_jax.cache.budget import BankDemand, divide_budget, divide_tiers
 from hobbit_jax.miss_modes import LOW, MissMode
 from hobbit_jax.precision import PrecisionPlan, demands, uniform_plan
+from hobbit_jax.sharding import owners_LE
 from hobbit_jax.store import NATIVE, HostExperts
 from pallas_kernels.reference import Signature
 
@@ -56,23 +57,26 @@ def pool_slots(
     store: HostExperts,
     budget_bytes: int | None,
     low_share: LowShare,
+    n_devices: int = 1,
 ) -> tuple[dict[Signature, int], int]:
-    """Slots per bank, and the bytes that would hold everything anyone may ask for.
+    """Slots per bank of each device, and its bytes that would hold all that anyone may ask for.
 
     Args:
         plan: who asks for which tier.
         mode: whether low copies serve misses.
         store: experts at every tier.
-        budget_bytes: of the pool; None holds everything.
+        budget_bytes: of each device's pool; None holds everything.
         low_share: of the budget for low copies (0-1), where the mode keeps some; a mode that keeps
             all of them takes what they need. "adaptive" begins at the default.
+        n_devices: that divide the experts; their pools have equal slots (`precision.demands`).
 
     Raises:
         ValueError: the budget is too small (says what it needs), or the mode needs a low tier
             that the store does not have.
         NotImplementedError: native and low experts of the same formats, which would share a bank.
     """
-    wanted = demands(plan, store)
+    owner_LE = owners_LE(store.config.n_layers, store.config.n_experts, n_devices)
+    wanted = demands(plan, store, owner_LE)
     if mode.low_banks == "none":
         total = _total_bytes(wanted)
         slots = divide_budget(wanted, total if budget_bytes is None else budget_bytes)
@@ -88,7 +92,7 @@ def pool_slots(
     native = [d for d in wanted if d.signature in _signatures(store, NATIVE)]
     if not mode.native_waits:
         native = [replace(demand, min_slots=0) for demand in native]
-    low = demands(uniform_plan(store, LOW), store)
+    low = demands(uniform_plan(store, LOW), store, owner_LE)
     if mode.low_banks == "all":
         low = [replace(demand, min_slots=demand.n_experts) for demand in low]
     total = _total_bytes([*native, *low])

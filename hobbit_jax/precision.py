@@ -130,33 +130,44 @@ def uniform_plan(store: HostExperts, tier: int = NATIVE) -> StaticPlan:
     return StaticPlan(np.full((store.config.n_layers, store.config.n_experts), tier, np.int8))
 
 
-def demands(plan: PrecisionPlan, store: HostExperts) -> list[BankDemand]:
-    """What each bank must be able to hold under `plan`, in order of first appearance."""
-    k = store.config.experts_per_token
+def demands(
+    plan: PrecisionPlan, store: HostExperts, owner_LE: np.ndarray | None = None
+) -> list[BankDemand]:
+    """What each bank must be able to hold under `plan`, in order of first appearance.
+
+    Args:
+        plan: who asks for which tier.
+        store: experts at every tier.
+        owner_LE: the device of each expert, from 0. A bank's slots are the same on every device, so
+            its demand is that of the device which has most to hold. None is one device.
+    """
+    k, shape_LE = store.config.experts_per_token, (store.config.n_layers, store.config.n_experts)
+    owner_LE = np.zeros(shape_LE, int) if owner_LE is None else owner_LE
+    nobody_N = np.zeros(int(owner_LE.max()) + 1, int)
     expert_bytes: dict[Signature, int] = {}
-    n_experts: dict[Signature, int] = defaultdict(int)
+    n_experts_N: dict[Signature, np.ndarray] = defaultdict(nobody_N.copy)
     widest: dict[Signature, int] = defaultdict(int)
     use: dict[Signature, float] = defaultdict(float)
     shares = plan.tier_shares_LE(store)
     for layer in range(store.config.n_layers):
-        in_layer: dict[Signature, int] = defaultdict(int)
+        in_layer_N: dict[Signature, np.ndarray] = defaultdict(nobody_N.copy)
         for tier, share_LE in enumerate(shares):
-            wanted = int(np.count_nonzero(share_LE[layer]))
-            if wanted:
+            owners = owner_LE[layer][share_LE[layer] > 0]
+            if len(owners):
                 experts = store.layer(tier, layer)
                 expert_bytes[experts.signature] = experts.expert_bytes
-                in_layer[experts.signature] += wanted
+                in_layer_N[experts.signature] += np.bincount(owners, minlength=len(nobody_N))
                 use[experts.signature] += float(share_LE[layer].sum())
-        for signature, wanted in in_layer.items():
-            n_experts[signature] += wanted
-            widest[signature] = max(widest[signature], wanted)
+        for signature, wanted_N in in_layer_N.items():
+            n_experts_N[signature] += wanted_N
+            widest[signature] = max(widest[signature], int(wanted_N.max()))
     return [
         BankDemand(
             signature=signature,
             expert_bytes=expert_bytes[signature],
-            n_experts=n_experts[signature],
+            n_experts=int(n_experts_N[signature].max()),
             min_slots=min(k, widest[signature]),
-            weight=use[signature] / n_experts[signature],
+            weight=use[signature] / int(n_experts_N[signature].sum()),
         )
         for signature in expert_bytes
     ]

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from hobbit_jax.cache.policies import Step
-from hobbit_jax.cache.pool import SlotPool
+from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.layers import LayerKinds, States
 from hobbit_jax.loading import LoadedModel
 from hobbit_jax.miss_modes import MissMode
@@ -123,7 +123,7 @@ class Prefill:
     """Appends chunks of tokens to sequences. `watch` sees each layer's routing, on the host."""
 
     model: LoadedModel
-    pool: SlotPool
+    pool: ExpertPool
     plan: PrecisionPlan
     mode: MissMode
 
@@ -165,7 +165,7 @@ class Prefill:
             next_kind, next_index = walk[layer + 1] if looks_ahead and not last else (None, 0)
             x_BTD, h_TD, caches, selections, chosen_tE = _attend_and_route(
                 kinds, kind, next_kind, self.mode, model.layers.states, np.int32(index),
-                np.int32(next_index), np.int32(layer), self.plan, self.pool.table_UE, x_BTD,
+                np.int32(next_index), np.int32(layer), self.plan, self.pool.held_UE, x_BTD,
                 positions_BT, caches,
             )  # fmt: skip
             fields, chosen_tE = jax.device_get((selections, chosen_tE))

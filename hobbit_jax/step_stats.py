@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
-from hobbit_jax.cache.pool import SlotPool
+from hobbit_jax.cache.sharded_pool import ExpertPool
 
 
 @dataclass
@@ -43,7 +43,7 @@ class StepStats:
 class Counted(Protocol):
     """What a meter reads: an engine."""
 
-    pool: SlotPool
+    pool: ExpertPool
     stats: EngineStats
 
 

@@ -43,7 +43,8 @@ class SweepCell(Protocol):
     """What a sweep wants of a cell; a frozen dataclass that can be pickled.
 
     One that runs as several processes (hosts) together has an integer `processes`; they have a
-    `jax.distributed` among them, `run` is called in each, and the first one's row is kept.
+    `jax.distributed` among them, `run` is called in each, and the first one's row is kept. Such a
+    cell fails in all of them or in none, or those that wait for each other would wait for ever.
     """
 
     @property

@@ -63,7 +63,8 @@ def torch_bf16(
 
     def grouped(i: int) -> None:
         def product(x_AK, w_ENK):
-            return torch._grouped_mm(x_AK, w_ENK.transpose(1, 2), ends[i])
+            multiply = torch._grouped_mm  # pyright: ignore[reportPrivateImportUsage]
+            return multiply(x_AK, w_ENK.transpose(1, 2), ends[i])
 
         x_AD = x[token_A]
         product(silu(product(x_AD, gate)) * product(x_AD, up), down)

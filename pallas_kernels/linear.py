@@ -9,11 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.apart import apart
 from pallas_kernels.backends import Implementation, choose
-from pallas_kernels.formats import get_format
+from pallas_kernels.formats import Format, get_format
 from pallas_kernels.matmul_triton import Items, check_shape, grouped_matmul
 from pallas_kernels.reference import Planes
 from pallas_kernels.tiles import choose_tile, item_rows
+
+# Weights that XLA unpacks to float32 at a time: 64 MiB, twice Qwen3-30B-A3B's largest projection.
+MAX_UNPACKED = 1 << 24
 
 
 def linear(
@@ -34,8 +38,28 @@ def linear(
     rows, columns = next(iter(planes.values())).shape[0], x.shape[-1]
     chosen = choose(implementation, lambda: check_shape(format_name, rows, columns))
     if chosen == "xla":
-        return jnp.einsum("...k,nk->...n", x, format.unpack(planes))
+        return _xla_linear(x, planes, format, rows)
     return triton_linear(x, planes, format_name, interpret=chosen == "interpret")
+
+
+def _xla_linear(x: jax.Array, planes: Planes, format: Format, rows: int) -> jax.Array:
+    """`linear` by unpacking, some rows at a time: a head of 152k rows would fill 1.2 GB at once."""
+    step = max(1, min(rows, MAX_UNPACKED // x.shape[-1]))
+    if step == rows:
+        return jnp.einsum("...k,nk->...n", x, format.unpack(planes))
+
+    def take(start: jax.Array) -> Planes:
+        return {n: jax.lax.dynamic_slice_in_dim(p, start, step) for n, p in planes.items()}
+
+    def some_rows(i: jax.Array, y: jax.Array) -> jax.Array:
+        # The last step goes back a little, over rows that it computes again.
+        start = jnp.minimum(i * step, rows - step)
+        part = apart(take, start)
+        part_N = jnp.einsum("...k,nk->...n", x, format.unpack(part))
+        return jax.lax.dynamic_update_slice_in_dim(y, part_N, start, axis=-1)
+
+    y = jnp.zeros((*x.shape[:-1], rows), jnp.float32)
+    return jax.lax.fori_loop(0, -(-rows // step), some_rows, y)
 
 
 def triton_linear(

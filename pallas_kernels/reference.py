@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.apart import apart
 from pallas_kernels.formats import get_format
 
 Planes = dict[str, jax.Array]
@@ -65,8 +66,14 @@ class Work(NamedTuple):
 
 def swiglu(x_CD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array):
     """One expert, float32 [C, D]: down(silu(gate x) * up x)."""
-    hidden_CF = jax.nn.silu(x_CD @ gate_FD.T) * (x_CD @ up_FD.T)
-    return hidden_CF @ down_DF.T
+    hidden_CF = jax.nn.silu(_product(x_CD, gate_FD)) * _product(x_CD, up_FD)
+    return _product(hidden_CF, down_DF)
+
+
+def _product(x_CK: jax.Array, w_NK: jax.Array) -> jax.Array:
+    """`x_CK @ w_NK.T`, said so that XLA on a CPU does not transpose what it unpacks: 5 times faster
+    for one row."""
+    return jnp.einsum("ck,nk->cn", x_CK, w_NK)
 
 
 def gather_slots(bank: Bank, work: Work) -> tuple[Bank, Work]:
@@ -93,10 +100,8 @@ def expert_ffn(
 
     def one_item(item: jax.Array, y_AD: jax.Array) -> jax.Array:
         assignment_C, slot = work.assignment_IC[item], work.slot_I[item]
-        matrices = (
-            format.unpack({name: plane[slot] for name, plane in planes.items()})
-            for format, planes in zip(formats, bank, strict=True)
-        )
+        expert = apart(lambda slot: jax.tree.map(lambda plane: plane[slot], bank), slot)
+        matrices = (format.unpack(planes) for format, planes in zip(formats, expert, strict=True))
         y_CD = swiglu(x_TD[assignment_C // k], *matrices)
         return y_AD.at[assignment_C].set(y_CD * weight_A[assignment_C][:, None])
 

@@ -1,9 +1,11 @@
 """Continues a prompt, streaming the text, and reports what the expert pool did.
 
     python scripts/generate.py --model M.gguf --prompt "def fib(n):" --max_new_tokens 64 \\
-        --budget_mib 4 [--miss_mode floor --low_format Q2_K] [--profile P] [--temperature 0.8]
+        --budget_mib 4 [--miss_mode floor --low_format Q2_K] [--profile P] [--temperature 0.8] \\
+        [--devices 2]
 
-Text goes to stdout, the report to stderr. Without --budget_mib every expert is resident. A
+Text goes to stdout, the report to stderr. Without --budget_mib every expert is resident. Several
+--devices divide the experts; each has a pool of --budget_mib and all the rest of the model. A
 --miss_mode that uses low copies makes them first, once, in out/tiers. A --profile is what
 scripts/profile.py writes: its most used experts are loaded before the first token.
 """
@@ -33,7 +35,10 @@ _IMPLEMENTATION = flags.DEFINE_enum(
 )
 _PROMPT = flags.DEFINE_string("prompt", None, "text to continue", required=True)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "most tokens to generate", 1)
-_BUDGET_MIB = flags.DEFINE_float("budget_mib", None, "expert pool; all resident by default", 0.0)
+_BUDGET_MIB = flags.DEFINE_float(
+    "budget_mib", None, "expert pool of a device; all resident by default", 0.0
+)
+_DEVICES = flags.DEFINE_integer("devices", 1, "that divide the experts among them", 1)
 _MISS_MODE = flags.DEFINE_enum(
     "miss_mode", "off", MISS_MODES, "what serves an expert that is not resident (miss_modes.py)"
 )
@@ -51,7 +56,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "of the sampling")
 
 def report(engine: Engine, steps: list[StepStats]) -> str:
     """One line per fact. The prefill and the first decode step compile; the rate of the rest
-    is the decode rate."""
+    is the decode rate. Dense bytes are each device's."""
     rates = {"prefill (compiling)": steps[:1], "decode": steps[2:]}
     lines = []
     hit_rate, pool = engine.pool.stats.hit_rate, engine.pool
@@ -95,7 +100,7 @@ def main(_):
     store = HostExperts(model.config, model.file, low)
     engine = Engine(
         model, store, budget_bytes, mode=_MISS_MODE.value,
-        low_share=low_share(_LOW_SHARE.value), warm=warm_start(model.file),
+        low_share=low_share(_LOW_SHARE.value), warm=warm_start(model.file), devices=_DEVICES.value,
     )  # fmt: skip
     stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     steps: list[StepStats] = []

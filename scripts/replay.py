@@ -40,6 +40,7 @@ _MISS_MODE = flags.DEFINE_enum("miss_mode", None, MISS_MODES, "instead of a plan
 _PIN_SHARE = flags.DEFINE_float("pin_share", 0.0, "of each bank, by --profile, never evicted", 0.0)
 _EXPERT_BYTES = flags.DEFINE_integer("expert_bytes", _WEIGHTS * 9 // 16, "of a native expert")
 _LOW_BYTES = flags.DEFINE_integer("low_bytes", _WEIGHTS * 21 // 64, "of a low expert")
+_SEED = flags.DEFINE_integer("seed", 0, "of --plan random")
 _N_EXPERTS = flags.DEFINE_integer("n_experts", None, "of a layer; by the highest id by default")
 _PROFILE = flags.DEFINE_string(
     "profile",
@@ -76,7 +77,9 @@ def main(_):
         return
     if share == ADAPTIVE or _PIN_SHARE.value:
         raise ValueError("an adaptive low_share and a pin_share need a --miss_mode")
-    layout = lay_out(trace, capacity, expert_bytes, _PLAN.value, low_bytes, share, profile)
+    layout = lay_out(
+        trace, capacity, expert_bytes, _PLAN.value, low_bytes, share, profile, _SEED.value
+    )
     for name in names:
         print(json.dumps(replay(trace, name, layout, capacity, profile)), flush=True)
 

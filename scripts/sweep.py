@@ -2,7 +2,7 @@
 
 python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep
 python scripts/sweep.py --config configs/reference.py:demo --config.cache.budget_mib=2 --workdir W
-python scripts/sweep.py --config C --workdir W --launcher=slurm --workers=8 \
+python scripts/sweep.py --config C --workdir W --launcher=slurm --workers=8 \\
     --resources=partition=gpu,gpus_per_node=1,time=240
 python scripts/sweep.py --config C --workdir W --launcher=ray --workers=8 --resources=CPU=4,GPU=1
 """

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import launch_harness
+import numpy as np
 import pytest
 from tiny_models import TinyModel, write_model
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# For the tests of several devices; all others run on the first, as on a machine that has one.
+jax.config.update("jax_num_cpu_devices", 4)
 
 _COMPILED = "JAX_COMPILATION_CACHE_DIR"
 _COMPILED_LEAST_S = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
@@ -71,4 +73,32 @@ def workdir(tmp_path, two_banks_path) -> Iterator[Path]:
     (tmp_path / "tiny.gguf").symlink_to(two_banks_path)
     (tmp_path / "text.txt").write_text("a text of some words " * 50)
     yield tmp_path / "work"
-    launch_harness.end_drivers()
+    from launch_harness import end_drivers  # which imports all of the package
+
+    end_drivers()
+
+
+@pytest.fixture
+def transfers(monkeypatch):
+    """Counts every way in which an array of the device becomes the host's."""
+    count, inside = [0], [False]
+
+    def counting(function):
+        def wrapper(array, *args, **kwargs):
+            if inside[0]:  # one way goes through another
+                return function(array, *args, **kwargs)
+            count[0] += isinstance(array, jax.Array)
+            inside[0] = True
+            try:
+                return function(array, *args, **kwargs)
+            finally:
+                inside[0] = False
+
+        return wrapper
+
+    for name in ("asarray", "array"):
+        monkeypatch.setattr(np, name, counting(getattr(np, name)))
+    # Behind device_get, int, bool, float, tolist and item.
+    value = type(jax.numpy.zeros(1))._value
+    monkeypatch.setattr(type(jax.numpy.zeros(1)), "_value", property(counting(value.fget)))
+    return count

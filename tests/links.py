@@ -58,11 +58,11 @@ class Recorded:
     def clock(self):
         return self.link.clock
 
-    def send(self, raw) -> Upload:
+    def send(self, raw, device) -> Upload:
         expert = self._expert_of(raw)
         self._note("send", expert)
         self.sent_bytes += sum(part.nbytes for part in raw)
-        return _Recorded(self, expert, self.link.send(raw))
+        return _Recorded(self, expert, self.link.send(raw, device))
 
     def describe(self):
         return self.link.describe()

@@ -107,26 +107,6 @@ def test_the_budget_changes_no_bit(model, store, name):
         assert tight.stats.exits > 0
 
 
-@pytest.fixture
-def transfers(monkeypatch):
-    """Counts every way in which an array of the device becomes the host's."""
-    count = [0]
-
-    def counting(function):
-        def wrapper(array, *args, **kwargs):
-            count[0] += isinstance(array, jax.Array)
-            return function(array, *args, **kwargs)
-
-        return wrapper
-
-    for name in ("asarray", "array"):
-        monkeypatch.setattr(np, name, counting(getattr(np, name)))
-    # Behind device_get, int, bool, float, tolist and item.
-    value = type(jax.numpy.zeros(1))._value
-    monkeypatch.setattr(type(jax.numpy.zeros(1)), "_value", property(counting(value.fget)))
-    return count
-
-
 @pytest.mark.parametrize("tokens_per_call", [1, 4])
 def test_the_host_is_asked_once_a_call(model, store, transfers, tokens_per_call):
     """And once more for every exit; several tokens a call are the same tokens."""

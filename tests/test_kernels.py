@@ -15,8 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractMesh
 
+from pallas_kernels import linear as linear_module
 from pallas_kernels import matmul_triton
 from pallas_kernels.activations import DIGIT_BLOCK, LARGEST_INTEGER, digits
+from pallas_kernels.apart import apart
 from pallas_kernels.expert_ffn import expert_ffn, triton_expert_ffn
 from pallas_kernels.formats import FORMATS, get_format
 from pallas_kernels.linear import linear, triton_linear
@@ -311,6 +313,17 @@ def test_linear(name, tokens, implementation):
     assert relative_error(got[0], wanted) < tolerance(name, item_rows(tokens, (name,)))
 
 
+@pytest.mark.parametrize("name", ["Q4_K", "F16"])
+def test_a_large_matrix_is_unpacked_in_parts(name, monkeypatch):
+    planes, x = random_planes(name, 48, K, lead=()), jnp.asarray(x_of(3, K))
+    whole = linear(x, planes, name, "xla")
+    for rows in (1, 7, 24, 47):
+        monkeypatch.setattr(linear_module, "MAX_UNPACKED", rows * K + 1)
+        assert relative_error(linear(x, planes, name, "xla"), whole) < TOLERANCE["float32"]
+        text = jax.jit(lambda x, planes: linear(x, planes, name, "xla")).lower(x, planes).as_text()
+        assert f"{rows}x{K}xf32" in text and f"48x{K}xf32" not in text
+
+
 def test_other_slots_do_not_recompile():
     signature, bank = SIGNATURES["low"], bank_of(SIGNATURES["low"])
     x_TD, y_AD, weight_A = jnp.asarray(x_of(1, D)), jnp.zeros((CHOICES, D)), jnp.ones(CHOICES)
@@ -442,3 +455,19 @@ def test_reference_model_through_the_kernels(implementation):
     kl = (np.exp(wanted) * (wanted - got)).sum(-1)
     # Rounding to bfloat16 in prefill; far below the .004 nats that Q4_K costs.
     assert (kl < 4e-4).all(), kl
+
+
+def test_a_slice_apart_is_the_slice_in_memory_of_its_own():
+    stack = {"a": jnp.arange(5 * 300 * 300, dtype=jnp.uint32).reshape(5, 300, 300)}
+    small = {"a": stack["a"][:, :2]}
+
+    def sums(stack, index):
+        return jax.tree.map(lambda a: a[:, ::-1] * 3, apart(lambda i: {"a": stack["a"][i]}, index))
+
+    for tree, conditionals in ((stack, True), (small, False)):
+        run = jax.jit(sums).lower(tree, jnp.int32(0)).compile()
+        for index in range(5):
+            wanted = np.asarray(tree["a"])[index][:, ::-1] * 3
+            np.testing.assert_array_equal(run(tree, jnp.int32(index))["a"], wanted)
+        if jax.default_backend() == "cpu":
+            assert (" conditional(" in run.as_text()) == conditionals

@@ -52,13 +52,13 @@ def test_paced_link_takes_its_time():
     clock = Clock()
     link = PacedLink(gb_s=1e-3, latency_us=500.0, clock=clock, sleep=clock.sleep)  # 1 byte a us
     raw = tuple(np.zeros((1, n), np.uint8) for n in (100, 200, 1200))  # 1.5 ms and 0.5 of latency
-    first, second = link.send(raw), link.send(raw)
+    first, second = link.send(raw, None), link.send(raw, None)
     second.wait()
     assert clock() == pytest.approx(4e-3)
     first.wait()  # long there
     assert clock() == pytest.approx(4e-3)
     clock.now_s = 10.0
-    third = link.send(raw)  # the link was idle: from now on, not from 4 ms on
+    third = link.send(raw, None)  # the link was idle: from now on, not from 4 ms on
     clock.now_s += 0.5e-3  # computing
     np.testing.assert_array_equal(third.wait()[2], raw[2])
     assert clock() == pytest.approx(10.002)
@@ -85,9 +85,9 @@ def test_guesses_and_links_change_no_bit(model, store, reference, predictor, dis
         engine = engine_of(model, store, link=link, prefetch=rule)
         sizes, send = [], link.send
 
-        def measured_send(raw, engine=engine, sizes=sizes, send=send):
+        def measured_send(raw, device, engine=engine, sizes=sizes, send=send):
             sizes.append(engine.pool.expected_bytes)
-            return send(raw)
+            return send(raw, device)
 
         link.send = measured_send
         got_tokens, got_BV = run(engine)
@@ -186,9 +186,10 @@ def virtual_prefill(model, store, monkeypatch, run_s: float, **options):
     link, clock = paced(store, 1e-3)
     busy_s, ran, device_get = [0.0], [0], jax.device_get
 
-    def run_items(*args, run_items=moe_module._run):
-        busy_s[0] = max(busy_s[0], clock()) + run_s * len(args[5][0])
-        ran[0] += len(args[5][0])
+    def run_items(*args, run_items=moe_module._expert_ffn):
+        items = int(args[4].count)
+        busy_s[0] = max(busy_s[0], clock()) + run_s * items
+        ran[0] += items
         link.events.append(("run", None))
         return run_items(*args)
 
@@ -199,7 +200,7 @@ def virtual_prefill(model, store, monkeypatch, run_s: float, **options):
 
     engine = engine_of(model, store, link=link, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(moe_module, "_run", run_items)
+        patch.setattr(moe_module, "_expert_ffn", run_items)
         patch.setattr(prefill_module.jax, "device_get", read)
         engine.start(1, len(PROMPT))
         logits_BV = np.asarray(engine.prefill([PROMPT]))

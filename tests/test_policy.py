@@ -133,6 +133,8 @@ def test_refusals_of_names_and_settings():
             SLRU(2, fraction)
     with pytest.raises(ValueError, match="half_life is 0"):
         policy_factory("decayed_lfu")(2).__class__(2, 0)
+    with pytest.raises(ValueError, match=r"low_cost is 1\.5; want 0 to 1"):
+        policy_factory("apex")(2).__class__(2, 1.5)
     with pytest.raises(RuntimeError, match="access 1 to b was not foretold"):
         policy = Belady(2, ["a", "a"])
         policy.access("a")
@@ -184,14 +186,37 @@ def test_slru_and_lru_are_tables_of_ages(capacity, fraction, seed):
                 assert policy.admit(key, keys) == model.admit(key, keys)
 
 
+@pytest.mark.parametrize("capacity", [3, 7, 12])
+@pytest.mark.parametrize("name", EVERY_POLICY)
+def test_a_step_at_once_is_key_by_key(name, capacity):
+    walk = list(random_walk(np.random.default_rng(capacity), 200))
+    at_once, by_key = make(name, capacity, walk), make(name, capacity, walk)
+    for step, uses in walk:
+        keys, weights = [key for key, _, _ in uses], [weight for _, weight, _ in uses]
+        native = uses[0][2]
+        at_once.begin_step(step)
+        by_key.begin_step(step)
+        missing = at_once.access_all(keys, weights, native)
+        pairs = zip(keys, weights, strict=True)
+        assert missing == [key for key, weight in pairs if not by_key.access(key, weight, native)]
+        for key in missing:
+            assert at_once.admit(key, keys) == by_key.admit(key, keys)
+
+
 # What each policy says of a key, from the list of all uses so far. The lowest must go.
 def decayed_lfu(uses, key, now, half_life=64.0):
     return sum(0.5 ** ((now.token - s.token) / half_life) for s, k, _, _ in uses if k == key)
 
 
-def apex(uses, key, now, half_life=64.0):
-    of_key = [(s, weight) for s, k, weight, _ in uses if k == key]
-    return sum(weight * 0.5 ** ((now.token - s.token) / half_life) for s, weight in of_key)
+def apex(uses, key, now):
+    starts = [s.token for s, _, _, _ in uses if s.position == 0 and s.token <= now.token]
+    began = max(starts, default=0)
+    of_layer = [s.token for s, k, _, _ in uses if k[0] == key[0] and s.token >= began]
+    of_key = [(s.token, native) for s, k, _, native in uses if k == key and s.token >= began]
+    cost = sum(1 if native else 2.625 / 4.5 for _, native in of_key)
+    last_used = bool(of_key) and of_key[-1][0] == max(of_layer)
+    distance = (key[0] - now.layer) % N_LAYERS + 0.1
+    return cost / (now.token - began + 1) + last_used / distance
 
 
 def lfru(uses, key, now):

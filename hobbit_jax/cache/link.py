@@ -40,8 +40,9 @@ class Link(Protocol):
         """Seconds by which its uploads take their time."""
         ...
 
-    def send(self, raw: Raw) -> Upload:
-        """Starts the copy of an expert's raw blocks; does not wait for it.
+    def send(self, raw: Raw, device: Any) -> Upload:
+        """Starts the copy of an expert's raw blocks to a `jax.Device`, the process's first for
+        None; does not wait for it.
 
         Raises:
             RuntimeError: the device refused it.
@@ -66,9 +67,9 @@ class DirectLink:
 
     clock = staticmethod(time.perf_counter)
 
-    def send(self, raw: Raw) -> Upload:
+    def send(self, raw: Raw, device: Any) -> Upload:
         """See `Link.send`."""
-        return _Direct(jax.device_put(raw))
+        return _Direct(jax.device_put(raw, device))
 
     def describe(self) -> dict[str, Any]:
         """See `Link.describe`."""
@@ -136,9 +137,9 @@ class PacedLink:
         self.clock, self._sleep = clock, sleep
         self._free_s = 0.0
 
-    def send(self, raw: Raw) -> Upload:
+    def send(self, raw: Raw, device: Any) -> Upload:
         """See `Link.send`."""
-        arrays = jax.device_put(raw)
+        arrays = jax.device_put(raw, device)
         seconds = self.latency_us * 1e-6 + sum(part.nbytes for part in raw) / (self.gb_s * 1e9)
         self._free_s = max(self.clock(), self._free_s) + seconds
         return _Paced(arrays, self._free_s, self.clock, self._sleep)

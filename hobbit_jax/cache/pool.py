@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,15 +83,21 @@ class PoolStats:
 
 
 @contextmanager
-def _named(key: ExpertKey) -> Iterator[None]:
+def _named(key: ExpertKey, device: Any) -> Iterator[None]:
     """Says whose upload failed."""
     try:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"the upload of expert {key.expert} of layer {key.layer}, tier {key.tier}, failed: "
-            f"{error}"
+            f"the upload of expert {key.expert} of layer {key.layer}, tier {key.tier}, "
+            f"to {device or 'the device'} failed: {error}"
         ) from error
+
+
+def holds_all(store: HostExperts, slots: Mapping[Signature, int]) -> bool:
+    """Whether every expert of every bank has a slot of its own."""
+    demanded = Counter(layer.signature for layers in store.tiers for layer in layers)
+    return all(n >= demanded[s] * store.config.n_experts for s, n in slots.items())
 
 
 class Use(NamedTuple):
@@ -106,8 +112,11 @@ class SlotPool:
     """Banks, slot table and policies under one byte budget (`cache/budget.py` divides it).
 
     `banks` and `table_UE` are for compiled programs to read: row `tier * L + layer` of the table
-    holds, for each expert, its slot in the bank of its signature, or `ABSENT`.
+    holds, for each expert, its slot in the bank of its signature, or `ABSENT`. All of it is on
+    `device`, or on the process's first; several devices have a `ShardedPool` of such pools.
     """
+
+    mesh = None
 
     def __init__(
         self,
@@ -117,8 +126,9 @@ class SlotPool:
         policy: PolicyFactory,
         link: Link | None = None,
         staging_bytes: int = 0,
+        device: Any = None,  # a jax.Device
     ):
-        self.store = store
+        self.store, self.device = store, device
         self.budget_bytes, self.staging_bytes = budget_bytes, staging_bytes
         self.link = DirectLink() if link is None else link
         self.slots = dict(slots)
@@ -128,13 +138,13 @@ class SlotPool:
         self._slot_of: dict[ExpertKey, int] = {}
         self._staged: dict[ExpertKey, Upload] = {}  # get a slot at `commit`
         self._expected: dict[ExpertKey, Upload] = {}  # get one when they are needed
-        self.on_use: Callable[[Iterable[ExpertKey]], object] | None = None  # hears of each step
+        self._hear: Callable[[Iterable[ExpertKey]], object] = lambda keys: None
         for signature, n_slots in slots.items():
             self.banks[signature] = self._empty_bank(signature, n_slots)
             self.policies[signature] = policy(n_slots)
             self._free[signature] = list(range(n_slots))[::-1]
         shape = (len(store.tiers) * store.config.n_layers, store.config.n_experts)
-        self.table_UE = jnp.full(shape, ABSENT, jnp.int32)
+        self.table_UE = jnp.full(shape, ABSENT, jnp.int32, device=device)
         self.stats = self._zero_stats()
         if self.device_bytes > budget_bytes:
             raise RuntimeError(f"banks take {self.device_bytes} of {budget_bytes} bytes")
@@ -145,7 +155,12 @@ class SlotPool:
         banks: list[Planes] = []
         for name, (rows, columns) in zip(signature, sizes, strict=True):
             shapes = get_format(name).plane_shapes(rows, columns)
-            banks.append({p: jnp.zeros((n_slots, *s.shape), s.dtype) for p, s in shapes.items()})
+            banks.append(
+                {
+                    p: jnp.zeros((n_slots, *s.shape), s.dtype, device=self.device)
+                    for p, s in shapes.items()
+                }
+            )
         return Bank(*banks)
 
     def _zero_stats(self) -> PoolStats:
@@ -169,9 +184,16 @@ class SlotPool:
     @property
     def holds_all(self) -> bool:
         """Whether every expert of every bank can be resident at once."""
-        demanded = Counter(layer.signature for layers in self.store.tiers for layer in layers)
-        n_experts = self.store.config.n_experts
-        return all(n >= demanded[s] * n_experts for s, n in self.slots.items())
+        return holds_all(self.store, self.slots)
+
+    @property
+    def held_UE(self) -> jax.Array:
+        """A table whose signs say who is resident, for programs that do not read the banks."""
+        return self.table_UE
+
+    def by_device(self, keys: Sequence[ExpertKey]) -> list[Sequence[ExpertKey]]:
+        """`keys` by the device that holds them."""
+        return [keys]
 
     def resident(self) -> frozenset[ExpertKey]:
         """Every expert that holds a slot."""
@@ -200,11 +222,14 @@ class SlotPool:
         for key, weight, native in uses:
             hit = self.policies[self.store.signature(key)].access(key, weight, native)
             (self.stats.hits if hit else self.stats.misses)[key] += 1
-        if self.on_use is not None:
-            self.on_use(use.key for use in uses)
+        self._hear(use.key for use in uses)
         for key, weight, native in wished:
             if (policy := self.policies.get(self.store.signature(key))) is not None:
                 policy.access(key, weight, native)
+
+    def hear_uses(self, hear: Callable[[Iterable[ExpertKey]], object]) -> None:
+        """Has `hear` told of each step's uses."""
+        self._hear = hear
 
     def rounds(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
         """Splits one step's experts of one bank into rounds that fit its slots together.
@@ -318,15 +343,15 @@ class SlotPool:
         return self._staged.pop(key, None) or self._expected.pop(key, None) or self._send(key)
 
     def _send(self, key: ExpertKey) -> Upload:
-        with _named(key):
-            upload = self.link.send(self.store.raw(key))
+        with _named(key, self.device):
+            upload = self.link.send(self.store.raw(key), self.device)
         self.stats.bytes_moved += self.store.expert_bytes(key)
         return upload
 
     def _fetch(self, key: ExpertKey, keep: frozenset[ExpertKey], upload: Upload) -> None:
         signature = self.store.signature(key)
         began_s = self.link.clock()
-        with _named(key):
+        with _named(key, self.device):
             raw = upload.wait()
         self.stats.wait_s += self.link.clock() - began_s
         # On a CPU an upload is the map itself, read only when the slot is written.
@@ -370,7 +395,7 @@ class SlotPool:
         table_UE = np.full(self.table_UE.shape, ABSENT, np.int32)
         for key, slot in self._slot_of.items():
             table_UE[self._cell(key)] = slot
-        self.table_UE = jnp.asarray(table_UE)
+        self.table_UE = jnp.asarray(table_UE, device=self.device)
 
     def _cell(self, key: ExpertKey | None) -> tuple[int, int]:
         """Row and column of an expert's line in the table; outside of it for None."""
@@ -467,7 +492,7 @@ class SlotPool:
         self.banks[signature] = self._empty_bank(signature, n_slots)
         for slot, key in enumerate(residents):
             change = np.asarray([slot, *self._cell(key), *self._cell(None)], np.int32)
-            with _named(key):
+            with _named(key, self.device):
                 raw = self._send(key).wait()
             self.banks[signature], self.table_UE = _write_slot(
                 self.banks[signature], self.table_UE, raw, change, signature

@@ -8,7 +8,9 @@ Low-precision plans share the bytes of `capacity` native slots between a native 
 
 - `native`: one bank.
 - `router_weight`: the `low_share` of selections with the least router weight run low (HOBBIT).
-- `frequency`: the `low_share` of (layer, expert) pairs least used in the profile run low.
+- `frequency`: the `low_share` of (layer, expert) pairs least used in the profile run low; with a
+  share of 1 that is a uniformly smaller quant.
+- `random`: as many pairs, drawn by a seed: the control.
 - `floor`: every expert is resident at the low tier, the rest of the bytes hold hot experts
   natively; nobody waits, a native miss runs low while its promotion is under way.
 """
@@ -30,7 +32,7 @@ from hobbit_jax.cache.policies import POLICIES, Belady, PinnedStatic, Policy, St
 from hobbit_jax.cache.trace import Trace
 from pallas_kernels.reference import Signature
 
-PLANS = ("native", "router_weight", "frequency", "floor")
+PLANS = ("native", "router_weight", "frequency", "random", "floor")
 # Besides the live engine's: one needs a profile, the other the future.
 REPLAY_POLICIES = (*POLICIES, "pinned_static", "belady")
 _CHUNK_TOKENS = 256
@@ -66,6 +68,7 @@ def lay_out(
     low_bytes: int | None = None,
     low_share: float = 0.5,
     profile: Trace | None = None,
+    seed: int = 0,
 ) -> Layout:
     """Banks for `capacity` native slots' worth of bytes.
 
@@ -77,6 +80,7 @@ def lay_out(
         low_bytes: of a low expert; for every plan but `native`.
         low_share: of the selections, or of the pairs, that run low, 0-1.
         profile: says which pairs are seldom used; the trace itself if None.
+        seed: of the plan `random`.
 
     Raises:
         ValueError: the bytes cannot hold what one step needs at once, or a bad argument.
@@ -111,10 +115,11 @@ def lay_out(
         threshold = float(np.quantile(trace.weights_TLK, low_share))
         low_TLK = trace.weights_TLK < threshold if low_share < 1.0 else everyone
         n_native = n_low = n_pairs
-    elif plan == "frequency":
-        uses_P = (profile or trace).uses_LE.ravel()
-        low_P = np.zeros(n_pairs, bool)
-        low_P[np.argsort(uses_P, kind="stable")[: round(low_share * n_pairs)]] = True
+    elif plan in ("frequency", "random"):
+        low_P, order_P = np.zeros(n_pairs, bool), np.random.default_rng(seed).permutation(n_pairs)
+        if plan == "frequency":
+            order_P = np.argsort((profile or trace).uses_LE.ravel(), kind="stable")
+        low_P[order_P[: round(low_share * n_pairs)]] = True
         low_TLK = low_P[trace.keys_TLK]
         n_low = int(low_P.sum())
         n_native = n_pairs - n_low
@@ -142,25 +147,30 @@ def lay_out(
     return Layout(plan, banks, 0, degraded, threshold)
 
 
-def _steps(trace: Trace, served_TLK: np.ndarray) -> Iterator[tuple[list, list, list]]:
-    """Chunks of tokens: keys [tokens][layers][selections], their weights, and positions."""
-    keys_TLK, everyone = trace.keys_TLK, bool(served_TLK.all())
-    for start in range(0, len(keys_TLK), _CHUNK_TOKENS):
+_Steps = list[tuple[Step, list[int], list[float]]]  # with the keys used and their weights
+
+
+def _steps(trace: Trace, served_TLK: np.ndarray) -> Iterator[_Steps]:
+    """Chunks of tokens: the steps in which `served_TLK` has any selections, with those."""
+    # One Python object per key, however often it is used: dictionaries compare those by identity.
+    key_P = np.arange(trace.uses_LE.size).astype(object)
+    keys_TLK, (n_tokens, n_layers, _) = trace.keys_TLK, trace.ids_TLK.shape
+    for start in range(0, n_tokens, _CHUNK_TOKENS):
         part = slice(start, start + _CHUNK_TOKENS)
-        keys, weights = keys_TLK[part].tolist(), trace.weights_TLK[part].tolist()
-        if not everyone:
-            served = served_TLK[part].tolist()
-            keys, weights = (
-                [
-                    [
-                        [one for one, is_served in zip(*step, strict=True) if is_served]
-                        for step in zip(token, served_LK, strict=True)
-                    ]
-                    for token, served_LK in zip(values, served, strict=True)
-                ]
-                for values in (keys, weights)
-            )
-        yield keys, weights, trace.position_T[part].tolist()
+        served, positions = served_TLK[part], trace.position_T[part].tolist()
+        keys = key_P[keys_TLK[part][served]].tolist()
+        weights = trace.weights_TLK[part][served].tolist()
+        ends = np.cumsum(served.sum(axis=2)).tolist()
+        steps = (
+            Step(start + i, layer, position)
+            for i, position in enumerate(positions)
+            for layer in range(n_layers)
+        )
+        yield [
+            (step, keys[begin:end], weights[begin:end])
+            for step, begin, end in zip(steps, [0, *ends[:-1]], ends, strict=True)
+            if end > begin
+        ]
 
 
 @contextmanager
@@ -187,28 +197,21 @@ class Walk:
 def walk(trace: Trace, policy: Policy[int], bank: Bank, label: str = "") -> Walk:
     """Plays a bank's selections through its policy, as the engine would."""
     misses_L = [0] * trace.ids_TLK.shape[1]
-    begin_step, access, admit = policy.begin_step, policy.access, policy.admit
-    native, token, seconds, cpu_seconds = bank.tier == "native", 0, 0.0, 0.0
-    bar = tqdm(total=len(trace.ids_TLK), desc=label, unit="token", disable=None)
-    with bar, _no_collector():
-        for keys_TLK, weights_TLK, position_T in _steps(trace, bank.served_TLK):
+    begin_step, access_all, admit = policy.begin_step, policy.access_all, policy.admit
+    native, seconds, cpu_seconds = bank.tier == "native", 0.0, 0.0
+    chunks, n_chunks = _steps(trace, bank.served_TLK), -(-len(trace.ids_TLK) // _CHUNK_TOKENS)
+    with _no_collector():
+        for steps in tqdm(chunks, total=n_chunks, desc=label, unit="chunk", disable=None):
             began, cpu_began = time.perf_counter(), time.thread_time()
-            tokens = zip(keys_TLK, weights_TLK, position_T, strict=True)
-            for keys_LK, weights_LK, position in tokens:
-                for layer, keys in enumerate(keys_LK):
-                    if not keys:
-                        continue
-                    begin_step(Step(token, layer, position))
-                    uses = zip(keys, weights_LK[layer], strict=True)
-                    missing = [key for key, weight in uses if not access(key, weight, native)]
-                    if missing:
-                        misses_L[layer] += len(missing)
-                        for key in missing:
-                            admit(key, keys)
-                token += 1
+            for step, keys, weights in steps:
+                begin_step(step)
+                missing = access_all(keys, weights, native)
+                if missing:
+                    misses_L[step.layer] += len(missing)
+                    for key in missing:
+                        admit(key, keys)
             seconds += time.perf_counter() - began
             cpu_seconds += time.thread_time() - cpu_began
-            bar.update(len(position_T))
     return Walk(np.asarray(misses_L), seconds, cpu_seconds)
 
 

@@ -191,6 +191,13 @@ def _check(check: dict[str, Any]) -> list[str]:
         "",
     ]
     times = check["times"][summary["clock"]]
+    if check["link_gb_s"] and not summary["on_gpu"]:
+        lines[:-1] += [
+            "",
+            "Exits and moved bytes rise together, so the fit does not tell their costs apart: it "
+            f"finds a link of {times['constants']['pcie_gb_s']['median']:.2f} GB/s where there is "
+            f"one of {check['link_gb_s']:g}. Sums are predicted, single constants are not measured.",
+        ]
     lines += markdown.table(
         (
             "setting", "ms a token", "predicted over measured, replayed", "the same, counted",

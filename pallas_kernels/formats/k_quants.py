@@ -46,8 +46,10 @@ def _six_bit_scales_and_mins(packed_RGP: jax.Array) -> tuple[jax.Array, jax.Arra
 def _affine_k(blocks: Planes, quants: jax.Array) -> jax.Array:
     """Q4_K's and Q5_K's d*scale*quant - dmin*min; quants uint8 [..., R, G, 4, 2, 32]."""
     scales_RGJ, mins_RGJ = _six_bit_scales_and_mins(blocks["scales"])
-    scaled = _sub_scales(blocks["d"], scales_RGJ, 4, 2, 1) * quants.astype(jnp.float32)
-    return scaled - _sub_scales(blocks["dmin"], mins_RGJ, 4, 2, 1)
+    # Eight sub-blocks on one axis: Q4_K in less than half the time it takes on two (XLA, CPU).
+    quants_RGJI = quants.reshape(*quants.shape[:-3], 8, 32)
+    scaled = _sub_scales(blocks["d"], scales_RGJ, 8, 1) * quants_RGJI.astype(jnp.float32)
+    return scaled - _sub_scales(blocks["dmin"], mins_RGJ, 8, 1)
 
 
 # In every unpack below, the axes after G are spelled so that each field is a broadcast of its

@@ -1,52 +1,111 @@
-"""The cost of being wrong: how much router weight an eviction would make wait.
+"""MoE-APEX's cost-aware cache: what an expert's uses cost to load, and whether it was just used.
 
-Owns a decayed sum of router weights, kept for absent keys too. Called through `interface.Policy`.
-It is the cost that APEX-style caches minimise (the chance of a use, times what a miss costs) for
-experts that all take equally long to load: what is left of the cost is how much the token's output
-depends on the expert, which is its router weight. Our reading; no code of others was followed.
+Owns the cost and the set of experts last used. Called through `interface.Policy`. Source: Tang et
+al., "MoE-APEX: an efficient MoE inference system with adaptive precision expert offloading", ASPLOS
+2026, section 3.4, equations 3 and 4 (HOBBIT's successor). There an expert t has the cost
+C = H + (B_l / B_h) L, with H and L its uses at high and low precision in this sequence and B the
+bits of each, and relative to the layer that is running the priority
+
+    C / T + 1 / (D + .1) if the last forward pass used it, else C / T,
+
+with T the tokens so far and D the layers until its turn. Records begin anew with every sequence.
+
+The paper does not say whether layers that this forward pass has left count by this pass or the one
+before; here by this one. A prefill chunk is one forward pass.
 """
 
 from __future__ import annotations
 
-from math import log2
+from collections.abc import Collection
 
-from hobbit_jax.cache.policies.interface import Key, Step
-from hobbit_jax.cache.policies.priority import PriorityPolicy
+from hobbit_jax.cache.policies.interface import Key, Step, TablePolicy
+from hobbit_jax.cache.policies.priority import PriorityTable
 
-DEFAULT_HALF_LIFE = 64.0  # tokens
-_LEAST_WEIGHT = 1e-6  # a logarithm is taken
+# Of Q2_K over Q4_K, the pair that our plans use most. Without low-precision uses it says nothing.
+DEFAULT_LOW_COST = 2.625 / 4.5
+_NEAREST = 0.1  # the paper's delta: the distance of an expert of the layer that is running
 
 
-class Apex(PriorityPolicy[Key]):
-    """Evicts the key with the least decayed router weight per token.
+class Apex(TablePolicy[Key]):
+    """Evicts the key with the lowest cost, or cost and nearness if its layer's last pass used it.
 
-    Held as a logarithm on a moving scale, as in `decayed_lfu`; with weights of 1 it is that policy.
+    Within a layer the order is that of the costs among those last used, and among the others; so
+    there are two tables a layer, and an eviction compares their lowest.
+
+    Args:
+        capacity: slots.
+        low_cost: of a use at low precision, in uses at high precision; B_l / B_h.
     """
 
-    def __init__(self, capacity: int, half_life: float = DEFAULT_HALF_LIFE):
+    def __init__(self, capacity: int, low_cost: float = DEFAULT_LOW_COST):
         super().__init__(capacity)
-        if half_life <= 0:
-            raise ValueError(f"half_life is {half_life}; want more than 0 tokens")
-        self.half_life = half_life
-        self._log_weight: dict[Key, float] = {}
-        self._now = 0.0  # in half-lives
+        if not 0 <= low_cost <= 1:
+            raise ValueError(f"low_cost is {low_cost}; want 0 to 1")
+        self.low_cost = low_cost
+        self._cost: dict[Key, float] = {}
+        self._layer_of: dict[Key, int] = {}
+        # Of each layer: the last pass's keys, resident or not, and the token of that pass.
+        self._last_used: dict[int, tuple[int, set[Key]]] = {}
+        self._tables: dict[tuple[int, bool], PriorityTable[Key]] = {}  # (layer, was last used)
+        self._step = Step(0, 0, 0)
+        self._began = 0  # the token at which this sequence began
 
     def begin_step(self, step: Step) -> None:
         """See `Policy.begin_step`."""
-        self._now = step.token / self.half_life
+        if step.position == 0 and step.token != self._step.token:
+            self._began, self._cost, self._last_used = step.token, {}, {}
+            tables, self._tables = self._tables, {}
+            for table in tables.values():
+                for key in table.clear():
+                    self._enter(key)
+        self._step = step
+        token, before = self._last_used.get(step.layer, (-1, set()))
+        if token != step.token:
+            self._last_used[step.layer] = (step.token, set())
+            for key in before & self._resident.keys():
+                self._move(key)
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
         """See `Policy.access`."""
-        before = self._log_weight.get(key)
-        total = max(weight, _LEAST_WEIGHT)
-        if before is not None:
-            total += 2.0 ** (before - self._now)
-        self._log_weight[key] = self._now + log2(total)
+        self._cost[key] = self._cost.get(key, 0.0) + (1.0 if native else self.low_cost)
+        self._layer_of[key] = self._step.layer
+        self._last_used.setdefault(self._step.layer, (self._step.token, set()))[1].add(key)
         if key not in self._resident:
             return False
-        self._table.set(key, self._priority(key))
+        self._move(key)
         return True
 
-    def _priority(self, key: Key) -> float:
-        # One that was admitted without a use counts as if it were used now, with all the weight.
-        return self._log_weight.get(key, self._now)
+    def _enter(self, key: Key) -> None:
+        layer = self._layer_of[key]
+        place = layer, key in self._last_used.get(layer, (-1, ()))[1]
+        self._resident[key] = place
+        self._tables.setdefault(place, PriorityTable()).set(key, self._cost.get(key, 0.0))
+
+    def _move(self, key: Key) -> None:
+        self._tables[self._resident[key]].delete(key)
+        self._enter(key)
+
+    def victim(self, keep: Collection[Key] = ()) -> Key:
+        """See `Policy.victim`."""
+        tokens = self._step.token - self._began + 1
+        n_layers = max(layer for layer, _ in self._tables) + 1
+        victim, least = None, float("inf")
+        for (layer, was_last_used), table in self._tables.items():
+            lowest = table.lowest(keep, self._pinned)
+            if lowest is not None:
+                priority = lowest[0] / tokens
+                if was_last_used:
+                    priority += 1 / ((layer - self._step.layer) % n_layers + _NEAREST)
+                if priority < least:
+                    victim, least = lowest[1], priority
+        if victim is None:
+            raise self._all_in_use()
+        return victim
+
+    def _insert(self, key: Key) -> None:
+        # One that no step has used so far is taken to be of the layer that is running.
+        self._layer_of.setdefault(key, self._step.layer)
+        self._enter(key)
+
+    def _delete(self, key: Key) -> None:
+        self._tables[self._resident.pop(key)].delete(key)

@@ -5,7 +5,7 @@ copies, no JAX, so that the live pool (`cache/pool.py`) and a trace replay (`cac
 the same classes. Callers walk a model like this, for every token (or prefill chunk) and layer:
 
     policy.begin_step(Step(token, layer, position))
-    missing = [key for key in keys if not policy.access(key, weight, native)]
+    missing = policy.access_all(keys, weights, native)
     for key in missing:
         victim = policy.admit(key, keep=keys)  # the slot is the victim's, or a free one if None
 
@@ -18,7 +18,7 @@ A policy with doubts about a newcomer expresses them by making it the next victi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -66,6 +66,16 @@ class Policy(ABC, Generic[Key]):
             weight: its router weight in this selection, 0-1.
             native: whether the selection asked for native precision.
         """
+
+    def access_all(
+        self, keys: Sequence[Key], weights: Sequence[float], native: bool = True
+    ) -> list[Key]:
+        """`access` of each of one step's keys; the missing ones, in order.
+
+        A policy on which much time is spent may have it in one call instead of one a key.
+        """
+        uses = zip(keys, weights, strict=True)
+        return [key for key, weight in uses if not self.access(key, weight, native)]
 
     @abstractmethod
     def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:

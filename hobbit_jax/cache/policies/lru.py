@@ -6,7 +6,7 @@ Owns one order of use. Called through `interface.Policy`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from hobbit_jax.cache.policies.interface import Key, TablePolicy
 
@@ -20,10 +20,33 @@ class LRU(TablePolicy[Key]):
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
         """See `Policy.access`."""
-        if key in self._resident:
-            self._resident.move_to_end(key)
-            return True
-        return False
+        return not self.access_all((key,), (weight,), native)
+
+    def access_all(
+        self, keys: Sequence[Key], weights: Sequence[float], native: bool = True
+    ) -> list[Key]:
+        """See `Policy.access_all`."""
+        resident, missing = self._resident, []
+        move_to_end = resident.move_to_end
+        for key in keys:
+            if key in resident:
+                move_to_end(key)
+            else:
+                missing.append(key)
+        return missing
+
+    def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
+        """See `Policy.admit`; written out, for it is called as often as a cache misses."""
+        resident = self._resident
+        if key in resident:
+            raise self._resident_already(key)
+        if len(resident) < self.capacity:
+            resident[key] = None
+            return None
+        victim = self.victim(keep)
+        del resident[victim]
+        resident[key] = None
+        return victim
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
         """See `Policy.victim`."""

@@ -1,7 +1,8 @@
 """Policies whose every key has one number, and the lowest goes.
 
-Owns the heap behind them: `decayed_lfu`, `apex`, `hobbit`, `pinned_static` and `belady` say what
-the number is. Outdated entries stay in the heap until they surface or outnumber the others.
+Owns the heap behind them: `decayed_lfu`, `pinned_static` and `belady` say what the number is,
+`hobbit` and `apex` keep such tables by layer. Outdated entries stay in the heap until they surface
+or outnumber the others.
 """
 
 from __future__ import annotations

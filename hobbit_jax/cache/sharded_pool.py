@@ -1,0 +1,245 @@
+"""Slot pools of several devices, each over its share of the experts, seen as one.
+
+Owns the way from an expert to its device's pool, and the global arrays that programs over all
+devices read, assembled from the pools' own without a copy. Called as a `SlotPool` is, by the engine
+and `moe.py`; who owns which expert is `sharding.py`'s. Each pool keeps its own table, policies and
+budget, and uploads go straight to its device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from itertools import zip_longest
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from hobbit_jax.cache.link import Link
+from hobbit_jax.cache.policies import PolicyFactory, Step
+from hobbit_jax.cache.pool import PoolStats, SlotPool, Use, holds_all
+from hobbit_jax.sharding import (
+    DIVIDED,
+    REPLICATED,
+    assembled,
+    held_anywhere,
+    on_each,
+    owner,
+)
+from hobbit_jax.store import ExpertKey, HostExperts
+from pallas_kernels.reference import Bank, Signature
+
+
+@partial(jax.jit, static_argnums=1)
+def _held(table_UE: jax.Array, mesh: Mesh) -> jax.Array:
+    return on_each(partial(held_anywhere, mesh=mesh), mesh, DIVIDED, REPLICATED)(table_UE)
+
+
+class ShardedPool:
+    """One `SlotPool` per device of `mesh`, with the interface of one.
+
+    Global arrays have the devices' parts one after another along their leading axis: `banks` all
+    slots, `table_UE` every device's table, whose slots count from its own first.
+    """
+
+    def __init__(
+        self,
+        store: HostExperts,
+        slots: Mapping[Signature, int],
+        budget_bytes: int,
+        policy: PolicyFactory,
+        link: Link | None,
+        staging_bytes: int,
+        mesh: Mesh,
+    ):
+        """`slots`, `budget_bytes` and `staging_bytes` are those of each device."""
+        self.store, self.mesh = store, mesh
+        self.pools = [
+            SlotPool(store, slots, budget_bytes, policy, link, staging_bytes, device)
+            for device in mesh.devices.flat
+        ]
+        self._assembled: dict[Any, tuple[list[Any], Any]] = {}
+
+    def _global(self, name: Any, parts: list[Any], build=assembled) -> Any:
+        """What `build` makes of `parts`, kept until one of them is another."""
+        known = self._assembled.get(name)
+        if known is None or any(a is not b for a, b in zip(known[0], parts, strict=True)):
+            # The old one's arrays may be donated, and a program that read them would crash.
+            self._assembled[name] = known = (parts, build(parts, self.mesh))
+        return known[1]
+
+    @property
+    def banks(self) -> dict[Signature, Bank]:
+        """All devices' slots, [devices * S, ...]."""
+        return {
+            signature: self._global(signature, [pool.banks[signature] for pool in self.pools])
+            for signature in self.pools[0].banks
+        }
+
+    @property
+    def table_UE(self) -> jax.Array:
+        """All devices' tables, [devices * tiers * L, E]."""
+        return self._global("table", [pool.table_UE for pool in self.pools])
+
+    @property
+    def held_UE(self) -> jax.Array:
+        """Replicated, [tiers * L, E]: not negative where an expert is resident on its device."""
+        return self._global("held", [self.table_UE], lambda parts, mesh: _held(parts[0], mesh))
+
+    @property
+    def slots(self) -> dict[Signature, int]:
+        """Of all devices together."""
+        return {s: n * len(self.pools) for s, n in self.pools[0].slots.items()}
+
+    @property
+    def budget_bytes(self) -> int:
+        """Of all devices together."""
+        return sum(pool.budget_bytes for pool in self.pools)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of all devices together."""
+        return sum(pool.staging_bytes for pool in self.pools)
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert of every bank can be resident at once."""
+        return holds_all(self.store, self.slots)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of all banks of all devices."""
+        return sum(pool.device_bytes for pool in self.pools)
+
+    @property
+    def stats(self) -> PoolStats:
+        """Counts of all devices since the last `reset_stats`."""
+        return _sum([pool.stats for pool in self.pools])
+
+    def reset_stats(self) -> PoolStats:
+        """Returns the counts so far and starts again from zero."""
+        return _sum([pool.reset_stats() for pool in self.pools])
+
+    def _pool(self, key: ExpertKey) -> SlotPool:
+        return self.pools[owner(key.layer, key.expert, len(self.pools))]
+
+    def by_device(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
+        """`keys` by the device that owns them."""
+        shares: list[list[ExpertKey]] = [[] for _ in self.pools]
+        for key in keys:
+            shares[owner(key.layer, key.expert, len(self.pools))].append(key)
+        return shares
+
+    def resident(self) -> frozenset[ExpertKey]:
+        """Every expert that holds a slot."""
+        return frozenset().union(*(pool.resident() for pool in self.pools))
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        return key in self._pool(key)
+
+    def slot(self, key: ExpertKey) -> int:
+        """The slot of a resident expert in its device's bank. KeyError if absent."""
+        return self._pool(key).slot(key)
+
+    def access(self, step: Step, uses: Sequence[Use], wished: Sequence[Use] = ()) -> None:
+        """See `SlotPool.access`; a policy hears of its own device's experts."""
+        for pool in self.pools:
+            own_uses, own_wished = (
+                [use for use in part if self._pool(use.key) is pool] for part in (uses, wished)
+            )
+            pool.access(step, own_uses, own_wished)
+
+    def rounds(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
+        """Rounds of one bank; in each, every device has one of its own."""
+        shares = zip(self.pools, self.by_device(keys), strict=True)
+        per_device = [pool.rounds(share) for pool, share in shares]
+        return [[key for part in parts for key in part or ()] for parts in zip_longest(*per_device)]
+
+    def entries(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
+        """Rounds of all banks; in each, every device has one of its own."""
+        shares = zip(self.pools, self.by_device(keys), strict=True)
+        per_device = [pool.entries(share) for pool, share in shares]
+        return [[key for part in parts for key in part or ()] for parts in zip_longest(*per_device)]
+
+    def load(
+        self,
+        keys: Sequence[ExpertKey],
+        keep: Iterable[ExpertKey] | None = None,
+        upcoming: Sequence[ExpertKey] = (),
+    ) -> None:
+        """See `SlotPool.load`. Where one device's load fails, the others' pools are whole too."""
+        kept = keys if keep is None else keep
+        shares = zip(*map(self.by_device, (keys, kept, upcoming)), strict=True)
+        for pool, (own, own_kept, own_upcoming) in zip(self.pools, shares, strict=True):
+            pool.load(own, own_kept, own_upcoming)
+
+    def expect(self, keys: Iterable[ExpertKey]) -> None:
+        """See `SlotPool.expect`."""
+        for pool, share in zip(self.pools, self.by_device(keys), strict=True):
+            pool.expect(share)
+
+    def drop_expected(self) -> None:
+        """Gives up all uploads that were expected to be used."""
+        for pool in self.pools:
+            pool.drop_expected()
+
+    def load_all(self, tier: int) -> None:
+        """Makes every expert of a tier resident, in pools that have room for all of them."""
+        config = self.store.config
+        for layer in range(config.n_layers):
+            self.load([ExpertKey(tier, layer, expert) for expert in range(config.n_experts)])
+
+    def stage(self, key: ExpertKey) -> None:
+        """See `SlotPool.stage`."""
+        self._pool(key).stage(key)
+
+    def commit(self) -> None:
+        """See `SlotPool.commit`."""
+        for pool in self.pools:
+            pool.commit()
+
+    def evicted_for(self, key: ExpertKey) -> ExpertKey | None:
+        """See `SlotPool.evicted_for`."""
+        return self._pool(key).evicted_for(key)
+
+    def hear_uses(self, hear: Callable[[Iterable[ExpertKey]], object]) -> None:
+        """See `SlotPool.hear_uses`; once a device in each step."""
+        for pool in self.pools:
+            pool.hear_uses(hear)
+
+    def pin(self, keys: Iterable[ExpertKey]) -> None:
+        """See `SlotPool.pin`; a device may have pinned its own before another refuses."""
+        for pool, share in zip(self.pools, self.by_device(keys), strict=True):
+            pool.pin(share)
+
+    def unpin(self, keys: Iterable[ExpertKey]) -> None:
+        """Gives pinned experts back to their policies."""
+        for key in keys:
+            self._pool(key).unpin([key])
+
+
+ExpertPool = SlotPool | ShardedPool
+
+
+def make_pool(
+    store: HostExperts,
+    slots: Mapping[Signature, int],
+    budget_bytes: int,
+    policy: PolicyFactory,
+    link: Link | None = None,
+    staging_bytes: int = 0,
+    mesh: Mesh | None = None,
+) -> ExpertPool:
+    """The pool of one device, or of all of `mesh`; slots and bytes are of each."""
+    if mesh is None:
+        return SlotPool(store, slots, budget_bytes, policy, link, staging_bytes)
+    return ShardedPool(store, slots, budget_bytes, policy, link, staging_bytes, mesh)
+
+
+def _sum(parts: list[PoolStats]) -> PoolStats:
+    counts: dict[str, Any] = {
+        field.name: sum(getattr(part, field.name) for part in parts) for field in fields(PoolStats)
+    }
+    return PoolStats(**counts)

@@ -1,0 +1,57 @@
+"""Decodes with a synthetic model of a real model's size, under a budget, and records what it took.
+
+    python scripts/scale.py --preset qwen3-30b-a3b --workdir out/scale [--budget_mib 4096]
+
+Writes the model into --workdir when it is not there (18.6 GB and some minutes for qwen3-30b-a3b;
+a write that was cut off starts again) and the record beside it, PRESET-BUDGET-POLICY.json. With
+--model another file is taken, real or synthetic. On a busy machine read the figures per CPU second.
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from hobbit_jax import cli
+from hobbit_jax.cache.policies import POLICIES
+from hobbit_jax.evals import full_scale
+from hobbit_jax.presets import PRESETS
+from hobbit_jax.rows import machine, write_json
+from hobbit_jax.synthesize import synthesize
+
+_PRESET = flags.DEFINE_enum("preset", "qwen3-30b-a3b", list(PRESETS), "whose shapes")
+_WORKDIR = flags.DEFINE_string("workdir", "out/scale", "where the model and the record go")
+_MODEL = flags.DEFINE_string("model", None, "GGUF file; WORKDIR/PRESET.gguf by default")
+_BUDGET_MIB = flags.DEFINE_float("budget_mib", 4096, "expert pool", 0.0)
+_POLICY = flags.DEFINE_enum("policy", "slru", POLICIES, "of eviction")
+_PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 16, "random tokens to start from", 1)
+_TOKENS = flags.DEFINE_integer("tokens", 16, "decoded, the first of which compiles", 3)
+
+
+def main(_):
+    workdir, preset = Path(_WORKDIR.value), str(_PRESET.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    model = Path(_MODEL.value or workdir / f"{preset}.gguf")
+    if _MODEL.value is None and not model.is_file():
+        synthesize(PRESETS[preset], preset, model)
+    run = full_scale.Run(
+        model, int(_BUDGET_MIB.value * 2**20), _PROMPT_TOKENS.value, _TOKENS.value, _POLICY.value
+    )
+    here = machine()  # now: the checkout may be another by the end
+    with tqdm(desc="open", unit="step", disable=None) as bar:
+
+        def progress(stage: str) -> None:
+            bar.set_description(stage)
+            bar.update()
+
+        record = {**full_scale.measure(run, progress), "machine": here}
+    out = workdir / f"{model.stem}-{_BUDGET_MIB.value:g}MiB-{_POLICY.value}.json"
+    write_json(out, record)
+    keys = ("open_s", "load_s", "compile_s", "prefill_tokens_per_s", "decode", "own_memory")
+    print(json.dumps({key: record[key] for key in keys}, indent=1))
+    print(f"the record: {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,85 @@
+"""The record of a decode at full scale: what its watch sees, how it counts, the whole in small."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from hobbit_jax.evals.full_scale import Decoded, Token, Watch
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "scale.py"
+
+
+def test_the_watch_sees_memory_that_is_gone_again_and_what_was_compiled():
+    with Watch().running() as watch:
+        with watch.stretch("before"):
+            pass
+        with watch.stretch("large") as large:
+            array = np.ones(64 << 20, np.uint8)
+            time.sleep(0.1)
+            del array
+        with watch.stretch("after"):
+            jax.jit(lambda x: x * 3.25)(np.arange(7.0)).block_until_ready()
+    before, after = watch.stretches["before"], watch.stretches["after"]
+    assert large.peak_bytes - before.end_bytes > 60 << 20
+    assert large.peak_bytes - large.end_bytes > 60 << 20
+    assert after.peak_bytes < large.peak_bytes and large.seconds > 0.1
+    assert after.compile_seconds > 0 == before.compile_seconds == large.compile_seconds
+
+
+def test_figures_of_tokens():
+    first = Token(100.0, 100.0, 0, 0, 0, 0)
+    rest = [Token(1.0 + m, 0.5 + 0.25 * m, m, 8 - m, m, m * 1_000_000) for m in (0, 2, 4, 6)]
+    figures = Decoded([first, *rest]).figures()
+    assert figures["cpu_ms_without_miss"] == pytest.approx(500)
+    assert figures["cpu_ms_per_miss"] == pytest.approx(250)
+    assert figures["hit_rate"] == pytest.approx(20 / 32)
+    assert figures["tokens_per_s"] == pytest.approx(
+        {"median": (1 / 3 + 1 / 5) / 2, "lowest": 1 / 7, "highest": 1.0}
+    )
+    assert figures["mb_moved_per_token"]["median"] == 3
+    constant = Decoded([first, rest[1], rest[1]]).figures()
+    assert constant["cpu_ms_without_miss"] is None and constant["cpu_ms_per_miss"] is None
+
+
+def run_script(*arguments):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    done = run_script("--workdir", tmp_path, "--model", tmp_path / "none.gguf")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error:") and "none.gguf: no such file" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_whole_in_small(tmp_path):
+    """A budget of half the experts: the counts of a record add up, and a second run finds all."""
+    for _ in range(2):
+        done = run_script(
+            "--preset", "tiny", "--workdir", tmp_path, "--budget_mib", 16, "--prompt_tokens", 5,
+            "--tokens", 8,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / "tiny-16MiB-slru.json").read_text())
+        tokens = record["tokens"]
+        assert len(tokens) == 8 and record["run"]["tokens"] == 8
+        assert all(token["hits"] + token["misses"] == 8 * 4 for token in tokens)
+        assert all(token["exits"] <= min(8, token["misses"]) for token in tokens)
+        experts = 8 * 32  # of tiny
+        mean_bytes = record["model"]["expert_bytes"] / experts
+        for token in tokens:
+            assert token["bytes_moved"] == pytest.approx(token["misses"] * mean_bytes, rel=0.2)
+        assert 0 < record["pool_bytes"] <= 16 << 20
+        assert record["own_memory"]["peak_bytes"] > record["pool_bytes"]
+        # The second half repeats one token.
+        assert tokens[-1]["misses"] < tokens[1]["misses"]
+        assert record["compile_s"] > 0 and record["open_s"] < 5
+        written = (tmp_path / "tiny.gguf").stat().st_mtime_ns
+    assert (tmp_path / "tiny.gguf").stat().st_mtime_ns == written
