@@ -330,7 +330,8 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
     }  # fmt: skip
     checked = {
         "kind": "check", "summary": summary, "turns": 6, "tokens_of_a_turn": 48, "link_gb_s": 0.1,
-        "rows": [], "times": {"cpu_seconds": {"constants": {"pcie_gb_s": {"median": 0.17}}}}, "public": [],
+        "rows": [], "times": {"cpu_seconds": {"constants": {"pcie_gb_s": {"median": 0.17}}}},
+        "public": [],
     }  # fmt: skip
     folder = tmp_path / "planner"
     folder.mkdir()

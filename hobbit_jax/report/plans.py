@@ -196,7 +196,7 @@ def _check(check: dict[str, Any]) -> list[str]:
             "",
             "Exits and moved bytes rise together, so the fit does not tell their costs apart: it "
             f"finds a link of {times['constants']['pcie_gb_s']['median']:.2f} GB/s where there is "
-            f"one of {check['link_gb_s']:g}. Sums are predicted, single constants are not measured.",
+            f"one of {check['link_gb_s']:g}. Sums are predicted, single constants not measured.",
         ]
     lines += markdown.table(
         (
