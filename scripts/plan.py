@@ -34,9 +34,7 @@ _RESERVE = flags.DEFINE_float("reserve_gib", 0.75, "for the driver and the displ
 _HOST_GB_S = flags.DEFINE_float("host_gb_s", None, "of the host's memory, nominal")
 _OVERLAP = flags.DEFINE_float("overlap_share", None, "of uploads, where measured (0-1)")
 _TRACE = flags.DEFINE_string("trace", None, "recorded routing, .npz")
-_PROFILE = flags.DEFINE_string(
-    "profile", None, "a calibration's folder, for its counts; with --model"
-)
+_PROFILE = flags.DEFINE_string("profile", None, "a calibration's folder (profile.py), of --model")
 _OUT = flags.DEFINE_string("out", None, "JSON file")
 
 
