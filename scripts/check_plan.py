@@ -1,10 +1,11 @@
 """How far the planner's predictions are from decode on this machine, and from public figures.
 
-    python scripts/check_plan.py --out docs/planner/check.json [--turns 6]
+    python scripts/check_plan.py --out docs/planner/check.json [--turns 6] [--link_gb_s 0.1]
 
-Decodes the reference model under 18 settings in turns, fits the cost model's constants to five of
-them and predicts the other thirteen (hobbit_jax/planner/check.py). plan.py prints the result that
-stands in docs/planner/check.json. About five minutes on two quiet cores.
+Decodes the reference model under 17 settings in turns, fits the cost model's constants to five of
+them and predicts the other twelve (hobbit_jax/planner/check.py). plan.py prints the result that
+stands in docs/planner/check.json. On a machine whose device is the CPU an upload costs next to
+nothing, so a link is emulated. About five minutes on two quiet cores.
 """
 
 from pathlib import Path
@@ -24,6 +25,9 @@ from hobbit_jax.tiers import TierSpec, open_tier
 
 _TURNS = flags.DEFINE_integer("turns", 6, "rows decoded under each setting, after a warm-up", 2)
 _TOKENS = flags.DEFINE_integer("tokens", 48, "decoded of each row", 8)
+_LINK_GB_S = flags.DEFINE_float(
+    "link_gb_s", 0.1, "of an emulated link to the device; 0 copies as fast as can be", 0.0
+)
 _OUT = flags.DEFINE_string("out", None, "JSON file", required=True)
 _LOW_FORMAT, _PROMPT = "Q2_K", 16
 
@@ -36,9 +40,16 @@ def main(_):
     texts = reference.held_out_texts("evaluation")
     rows = _TURNS.value + 1
     windows = quality.cut_windows(model.tokenizer(), texts, rows, _PROMPT + _TOKENS.value - 1, 1)
-    with tqdm(total=len(cases(_LOW_FORMAT)) * rows, disable=None) as bar:
+    with tqdm(total=(1 + len(cases(_LOW_FORMAT))) * rows, disable=None) as bar:
         record = check(
-            model, open_model(path), store, _LOW_FORMAT, windows.ids_WS, _PROMPT, bar.update
+            model,
+            open_model(path),
+            store,
+            _LOW_FORMAT,
+            windows.ids_WS,
+            _PROMPT,
+            _LINK_GB_S.value or None,
+            bar.update,
         )
     summary = summarise(record, machine())
     public = compare_reports()
@@ -46,12 +57,13 @@ def main(_):
         Path(str(_OUT.value)),
         {"kind": "check", "machine": machine(), "summary": summary, **record, "public": public},
     )
-    for row in record["rows"]:
+    times = record["times"][summary["clock"]]
+    for i, row in enumerate(record["rows"]):
         role = "fitted" if row["calibrates"] else "predicted"
         print(
-            f"{row['setting']:<34} {role:<9} {row['measured_ms']['median']:7.2f} ms; predicted "
-            f"over measured {row['ratio_counted']['median']:.2f} by counts, "
-            f"{row['ratio_replayed']['median']:.2f} by replay"
+            f"{row['setting']:<34} {role:<9} {times['measured_ms'][i]['median']:7.2f} ms; predicted"
+            f" over measured {times['ratio_counted'][i]['median']:.2f} by counts, "
+            f"{times['ratio_replayed'][i]['median']:.2f} by replay"
         )
     for row in public:
         print(

@@ -20,7 +20,7 @@ from hobbit_jax.calibration import Calibration
 from hobbit_jax.planner import routing, table
 from hobbit_jax.planner.cost_model import Machine
 from hobbit_jax.planner.hardware import find_card
-from hobbit_jax.planner.plan import divide_memory, make_plan
+from hobbit_jax.planner.plan import divide_memory, make_plan, recorded_check
 from hobbit_jax.planner.shapes import open_model, preset_model
 from hobbit_jax.rows import write_json
 
@@ -34,9 +34,7 @@ _RESERVE = flags.DEFINE_float("reserve_gib", 0.75, "for the driver and the displ
 _HOST_GB_S = flags.DEFINE_float("host_gb_s", None, "of the host's memory, nominal")
 _OVERLAP = flags.DEFINE_float("overlap_share", None, "of uploads, where measured (0-1)")
 _TRACE = flags.DEFINE_string("trace", None, "recorded routing, .npz")
-_PROFILE = flags.DEFINE_string(
-    "profile", None, "a calibration's folder, for its counts; with --model"
-)
+_PROFILE = flags.DEFINE_string("profile", None, "a calibration's folder (profile.py), of --model")
 _OUT = flags.DEFINE_string("out", None, "JSON file")
 
 
@@ -73,7 +71,7 @@ def main(_):
             model, card, machine, memory, _CONTEXT.value, _CHUNK.value, _routing(model), given,
             progress,
         )  # fmt: skip
-    print(table.render(plan))
+    print(table.render(plan, recorded_check()))
     if _OUT.value:
         write_json(Path(_OUT.value), plan)
 

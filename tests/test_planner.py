@@ -15,16 +15,18 @@ import numpy as np
 import pytest
 from tiny_models import MODELS, write_model
 
+from hobbit_jax import reference
 from hobbit_jax.cache.trace import Trace
 from hobbit_jax.decode_loop import empty_carry
+from hobbit_jax.evals.decode_bench import Measured
 from hobbit_jax.gguf_file import open_gguf
 from hobbit_jax.loading import load_model
 from hobbit_jax.miss_modes import MISS_MODES
-from hobbit_jax.planner import candidates, routing, table
+from hobbit_jax.planner import candidates, check, routing, table
 from hobbit_jax.planner.check import fit
 from hobbit_jax.planner.cost_model import CONSTANTS, Machine, Traffic, token_time
 from hobbit_jax.planner.hardware import CARDS, find_card
-from hobbit_jax.planner.plan import divide_memory, make_plan
+from hobbit_jax.planner.plan import divide_memory, make_plan, recorded_check
 from hobbit_jax.planner.shapes import open_model, preset_model
 from hobbit_jax.planner.traffic import (
     Setting,
@@ -293,6 +295,10 @@ def test_what_is_refused():
     big = preset_model("mixtral-8x7b")
     with pytest.raises(ValueError, match=r"too small for mixtral-8x7b by \d+\.\d\d GiB: dense"):
         divide_memory(big, 2, 4096, 256, 0.75)
+    parts = divide_memory(big, 24, 4096, 256, 0.75)
+    without_experts = (parts.vram - parts.pool) / 2**30
+    with pytest.raises(ValueError, match=r"by 0\.20 GiB"):  # a step takes 0.40 GiB
+        divide_memory(big, without_experts + 0.2, 4096, 256, 0.75)
     with pytest.raises(ValueError, match="context is 5000; want 1 to 4096"):
         divide_memory(TINY, 8, 5000, 256, 0)
     with pytest.raises(ValueError, match="qwen3-30b-a3b"):
@@ -319,20 +325,27 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
     summary = {
         "device": "cpu: a made one", "cpu_count": 2, "on_gpu": False, "settings": 13,
         "time_ratio": {"median": 1.07, "low": 0.81, "high": 1.39, "median_error": 0.12},
+        "clock": "cpu_seconds",
         "time_ratio_counted": {"median": 1.01, "low": 0.9, "high": 1.2, "median_error": 0.05},
     }  # fmt: skip
-    check = {
-        "kind": "check", "summary": summary, "turns": 6, "tokens_of_a_turn": 48, "rows": [],
+    checked = {
+        "kind": "check", "summary": summary, "turns": 6, "tokens_of_a_turn": 48, "link_gb_s": 0.1,
+        "rows": [], "times": {"cpu_seconds": {"constants": {"pcie_gb_s": {"median": 0.17}}}},
         "public": [],
     }  # fmt: skip
     folder = tmp_path / "planner"
     folder.mkdir()
-    (folder / "check.json").write_text(json.dumps(check))
+    (folder / "check.json").write_text(json.dumps(checked))
     monkeypatch.setattr("hobbit_jax.planner.plan.CHECK", folder / "check.json")
     plan = tiny_plan(0.45)
-    text = table.render(plan)
+    text = table.render(plan, recorded_check())
     assert "EXTRAPOLATES: no routing of this model" in text
-    assert "never on a GPU: predicted over measured 1.07, from 0.81 to 1.39 over 13" in text
+    assert (
+        "Checked on 2 CPU cores only, never on a GPU (cpu: a made one): median error 12 %" in text
+    )
+    assert (
+        "13 settings that no constant was fitted to (predicted over measured 0.81 to 1.39)" in text
+    )
     assert "launches_per_layer 30" in text and "floor Q3_K: left out" in text
     names = [s["name"] for s in plan["settings"]]
     assert names[0] == "native SLRU" and plan["choice"] in names and len(plan["rivals"]) == 3
@@ -345,21 +358,64 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
         speed = factor * chosen["tokens_per_second"]
         for rival in plan["rivals"]:
             rival["tokens_per_second"] = speed
-        assert ("BETTER ELSEWHERE" in table.render(plan)) == (factor > 1)
+        assert ("BETTER ELSEWHERE" in table.render(plan, None)) == (factor > 1)
         told = "\n".join(render_plans(Plans([plan])))
         assert ("degrades nothing" in told) == ("a CPU rival" in told) == (factor > 1)
 
     fits = tiny_plan(1.0)
     assert [s["name"] for s in fits["settings"]] == ["native SLRU"] and not fits["rivals"]
     assert fits["settings"][0]["traffic"]["moved_bytes"] == 0
-    assert "natively" in table.render(fits) and "all fit" in table.render(fits)
+    assert "natively" in table.render(fits, None) and "all fit" in table.render(fits, None)
 
     assert load_plans(tmp_path / "absent") is None
     (folder / "tiny-12.json").write_text(json.dumps(plan))
     lines = "\n".join(render_plans(load_plans(folder)))
     assert f"{chosen['tokens_per_second']:.0f} (×{chosen['speedup']:.2f})" in lines
-    assert "median of 1.07 (from 0.81 to 1.39; median error 12 %)" in lines
+    assert (
+        "emulated link of 0.1 GB/s: a median of 1.07, from 0.81 to 1.39 (median error 12 %)"
+        in lines
+    )
     assert "It extrapolates: no routing of this model" in lines
     (folder / "other.json").write_text('{"kind": "sweep"}')
     with pytest.raises(ValueError, match=r"other\.json is of kind 'sweep'"):
         load_plans(folder)
+
+
+def test_a_check_of_a_machine_that_is_as_the_model_has_it(monkeypatch: pytest.MonkeyPatch):
+    """Times that the model itself gives: the constants come back, and no prediction is off."""
+    machine = Machine(
+        60, 0.1, device_efficiency=1, pcie_efficiency=1, launches_per_layer=1, launch_us=300,
+        token_us=0, selection_us=0, exit_us=700, copies_per_expert=0,
+    )  # fmt: skip
+    model = open_model(reference.model_path())
+    cases, rng = check.cases("Q2_K"), np.random.default_rng(0)
+
+    def bench(*_) -> list[Measured]:
+        found = [Measured(tokens=48, seconds=[1.0])]  # native, of which nothing is asked
+        for case in cases:
+            counts = rng.integers(1, 500, 4).tolist()
+            one = Measured(48, [], [], 9, 10, *counts[:2], counts[2] // 2, counts[3] // 9, 1536)
+            time = token_time(check.counted_traffic(case, one, model, 64), machine)
+            one.seconds = [
+                48e-3 * time.total,
+                96e-3 * time.total,
+            ]  # half as fast in the second turn
+            one.cpu_seconds = one.seconds[::-1]
+            one.tokens *= 2
+            for name in ("bytes_moved", "exits", "degraded", "skipped", "selections"):
+                setattr(one, name, 2 * getattr(one, name))
+            found.append(one)
+        return found
+
+    monkeypatch.setattr(check, "compare", bench)
+    monkeypatch.setattr(check, "record_routing", lambda *_: routing.made_up(model.config).trace)
+    store = model.store("Q2_K")
+    record = check.check(None, model, store, "Q2_K", np.zeros((3, 64), np.int32), 16, 0.1)
+    for clock in check.CLOCKS:
+        times = record["times"][clock]
+        for ratio in times["ratio_counted"]:
+            assert ratio["median"] == pytest.approx(1, rel=1e-5)
+        assert times["constants"]["exit_us"]["median"] == pytest.approx(1.5 * 700, rel=1e-4)
+    summary = check.summarise(record, {"device": "cpu: a made one", "cpu_count": 2})
+    assert summary["settings"] == 12 and not summary["on_gpu"]
+    assert summary["time_ratio_counted"]["median_error"] == pytest.approx(0, abs=1e-5)

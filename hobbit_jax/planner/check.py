@@ -31,6 +31,7 @@ from hobbit_jax.prefill import RoutedLayer
 from hobbit_jax.store import HostExperts
 
 MIB = 2**20
+CLOCKS = ("seconds", "cpu_seconds")  # of `Measured`: the wall's, and all processors' of the process
 # So fast that it takes no time: a fitted cost of 0 has no bandwidth.
 _FREE_GB_S = 1e9
 
@@ -140,6 +141,7 @@ def check(
     low_format: str,
     ids_RS: np.ndarray,
     prompt_tokens: int,
+    link_gb_s: float | None = None,
     progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Measures every case in turns, fits, predicts; the record without the machine.
@@ -151,52 +153,77 @@ def check(
         low_format: of the low tier.
         ids_RS: rows of tokens; the first warms up.
         prompt_tokens: of each row.
+        link_gb_s: of an emulated link, with `seconds` by processor time and waits; None copies as
+            fast as can be.
         progress: called after every setting of every turn.
     """
     listed, context = cases(low_format), ids_RS.shape[1]
     settings = [_bench_setting(case, low_store) for case in listed]
-    measured = compare(model, low_store, settings, ids_RS, prompt_tokens, progress=progress)[1:]
+    _, *measured = compare(model, low_store, settings, ids_RS, prompt_tokens, link_gb_s, progress)
     trace = record_routing(model, low_store, ids_RS, prompt_tokens)
     counted = [
         counted_traffic(case, found, planned, context)
         for case, found in zip(listed, measured, strict=True)
     ]
-    per_turn = measured[0].tokens / len(measured[0].seconds)
-    seconds_CR = np.array([found.seconds for found in measured]) / per_turn
+    replayed = [
+        replay_setting(case.setting, planned, trace, _pool_bytes(case, planned), context)
+        for case in listed
+    ]
+    return {
+        "rows": [
+            {
+                "setting": case.name,
+                "calibrates": case.calibrates,
+                "hit_rate": found.hits / found.uses,
+                "hit_rate_replayed": outcome.hit_rate,
+                "exits": traffic.exits,
+                "exits_replayed": outcome.traffic.exits,
+                "moved_bytes": traffic.moved_bytes,
+                "moved_bytes_replayed": outcome.traffic.moved_bytes,
+            }
+            for case, found, traffic, outcome in zip(
+                listed, measured, counted, replayed, strict=True
+            )
+        ],
+        "link_gb_s": link_gb_s,
+        "turns": len(measured[0].seconds),
+        "tokens_of_a_turn": measured[0].tokens / len(measured[0].seconds),
+        "times": {
+            clock: _compare_times(listed, measured, clock, counted, [o.traffic for o in replayed])
+            for clock in CLOCKS
+        },
+    }
+
+
+def _pool_bytes(case: Case, planned: PlannedModel) -> int:
+    return planned.native_bytes if case.budget_mib is None else int(case.budget_mib * MIB)
+
+
+def _compare_times(
+    listed: Sequence[Case],
+    measured: Sequence[Measured],
+    clock: str,
+    counted: Sequence[Traffic],
+    replayed: Sequence[Traffic],
+) -> dict[str, Any]:
+    """Constants fitted in each turn, and each case's predictions over its times, in that order."""
+    seconds_CR = np.array([getattr(found, clock) for found in measured])
+    seconds_CR = seconds_CR * len(measured[0].seconds) / measured[0].tokens
     fitted = [i for i, case in enumerate(listed) if case.calibrates]
     machines = [
         fit([counted[i] for i in fitted], seconds_CR[fitted, turn].tolist())
         for turn in range(seconds_CR.shape[1])
     ]
-    rows = []
-    for i, case in enumerate(listed):
-        budget = None if case.budget_mib is None else int(case.budget_mib * MIB)
-        replayed = replay_setting(
-            case.setting,
-            planned,
-            trace,
-            _everything(planned) if budget is None else budget,
-            context,
-        )
-        rows.append(
-            {
-                "setting": case.name,
-                "calibrates": case.calibrates,
-                "measured_ms": _spread(seconds_CR[i] * 1e3),
-                "ratio_counted": _spread(_ratios(counted[i], machines, seconds_CR[i])),
-                "ratio_replayed": _spread(_ratios(replayed.traffic, machines, seconds_CR[i])),
-                "hit_rate": measured[i].hits / measured[i].uses,
-                "hit_rate_replayed": replayed.hit_rate,
-                "exits": counted[i].exits,
-                "exits_replayed": replayed.traffic.exits,
-                "moved_bytes": counted[i].moved_bytes,
-                "moved_bytes_replayed": replayed.traffic.moved_bytes,
-            }
-        )
     return {
-        "rows": rows,
-        "turns": seconds_CR.shape[1],
-        "tokens_of_a_turn": per_turn,
+        "measured_ms": [_spread(seconds_R * 1e3) for seconds_R in seconds_CR],
+        "ratio_counted": [
+            _spread(_ratios(traffic, machines, seconds_R))
+            for traffic, seconds_R in zip(counted, seconds_CR, strict=True)
+        ],
+        "ratio_replayed": [
+            _spread(_ratios(traffic, machines, seconds_R))
+            for traffic, seconds_R in zip(replayed, seconds_CR, strict=True)
+        ],
         "constants": {
             name: _spread([asdict(machine)[name] for machine in machines])
             for name in ("launch_us", "device_gb_s", "exit_us", "pcie_gb_s")
@@ -210,10 +237,6 @@ def _bench_setting(case: Case, store: HostExperts) -> BenchSetting:
     return BenchSetting(case.name, case.setting.mode, budget, case.setting.low_share, plan=plan)
 
 
-def _everything(model: PlannedModel) -> int:
-    return model.native_bytes
-
-
 def _ratios(traffic: Traffic, machines: Sequence[Machine], seconds_R: np.ndarray) -> np.ndarray:
     predicted_R = np.array([token_time(traffic, machine).total for machine in machines])
     return predicted_R * 1e-3 / seconds_R
@@ -225,11 +248,16 @@ def _spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
 
 
 def summarise(record: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
-    """What a plan prints of a record: where it was measured, and the errors of predictions."""
-    predicted = [row for row in record["rows"] if not row["calibrates"]]
+    """What a plan prints of a record: where it was measured, and the errors of predictions.
 
-    def over_settings(name: str) -> dict[str, float]:
-        medians = np.array([row[name]["median"] for row in predicted])
+    On a CPU by processor time, which a load by others changes less (with the waits for an emulated
+    link where there was one); on a GPU by the wall's.
+    """
+    on_gpu = not machine["device"].startswith("cpu")
+    predicted = [i for i, row in enumerate(record["rows"]) if not row["calibrates"]]
+
+    def over_settings(clock: str, name: str) -> dict[str, float]:
+        medians = np.array([record["times"][clock][name][i]["median"] for i in predicted])
         return {
             "median": float(np.median(medians)),
             "low": float(medians.min()),
@@ -237,12 +265,13 @@ def summarise(record: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]
             "median_error": float(np.median(np.abs(medians - 1))),
         }
 
+    clock = "seconds" if on_gpu or record["link_gb_s"] else "cpu_seconds"
     return {
         "device": machine["device"],
         "cpu_count": machine["cpu_count"],
-        "on_gpu": not machine["device"].startswith("cpu"),
+        "on_gpu": on_gpu,
         "settings": len(predicted),
-        "time_ratio": over_settings("ratio_replayed"),
-        "time_ratio_counted": over_settings("ratio_counted"),
-        "exit_us": record["constants"]["exit_us"]["median"],
+        "clock": clock,
+        "time_ratio": over_settings(clock, "ratio_replayed"),
+        "time_ratio_counted": over_settings(clock, "ratio_counted"),
     }

@@ -164,7 +164,6 @@ def make_plan(
         "choice": chosen,
         "sensitivity": _sensitivity(outcomes, losses, machine, constants),
         "speedup_needed": candidates.SPEEDUP_NEEDED,
-        "check": recorded_check(),
     }
 
 

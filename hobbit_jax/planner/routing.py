@@ -124,7 +124,10 @@ def profiled(uses_LE: np.ndarray, config: ModelConfig, seed: int = 0) -> Routing
     habits = habits_for(config)
     favourites_LE = _fit_favourites(uses_LE, config.experts_per_token, habits)
     trace = make_up(favourites_LE, config.experts_per_token, habits, seed)
-    reason = f"the order of tokens is made up, {habits.source}"
+    reason = (
+        "the profile has favourites only; how alike neighbouring tokens are is made up, after "
+        "DeepSeek-V2-Lite"
+    )
     return Routing(trace, "favourites of the model's own profile", (reason,))
 
 

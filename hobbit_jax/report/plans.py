@@ -157,6 +157,7 @@ def _reading(plan: dict[str, Any]) -> list[str]:
         f"{plan['memory']['reserve'] / _GIB:g} GiB kept for the driver. *CPU rivals* compute on "
         "the CPU, natively, every expert (llama.cpp's --cpu-moe) / those of the layers that do not "
         "fit (--n-cpu-moe) / those that a profile finds least used; ours fetches them instead. "
+        "With a smaller quant they would be faster too. "
         "*Low uses* is the share of selections that ran below native. The choice begins at "
         "native and takes what is expected to lose more only where it is "
         f"{plan['speedup_needed']:g} times as fast; the loss is that share times what the format "
@@ -169,19 +170,34 @@ def _reading(plan: dict[str, Any]) -> list[str]:
 def _check(check: dict[str, Any]) -> list[str]:
     summary = check["summary"]
     where = "a GPU" if summary["on_gpu"] else "no GPU"
-    time, counted = summary["time_ratio"], summary["time_ratio_counted"]
+    clock = "time"
+    if not summary["on_gpu"]:
+        clock = "processor time"
+        if check["link_gb_s"]:
+            clock += f" and waits for an emulated link of {check['link_gb_s']:g} GB/s"
+    time, counted = (
+        f"a median of {s['median']:.2f}, from {s['low']:.2f} to {s['high']:.2f}"
+        for s in (summary["time_ratio"], summary["time_ratio_counted"])
+    )
+    error = 100 * summary["time_ratio"]["median_error"]
     lines = [
         f"On {summary['device']} with {summary['cpu_count']} cores ({where}), the reference model "
         f"decoding in turns, {check['turns']} turns of {check['tokens_of_a_turn']:g} tokens. "
         "Constants were fitted to five settings in each turn; the other "
-        f"{summary['settings']} were predicted: predicted over measured time has a median of "
-        f"{time['median']:.2f} (from {time['low']:.2f} to {time['high']:.2f}; median error "
-        f"{100 * time['median_error']:.0f} %) with replayed routing, and {counted['median']:.2f} "
-        f"(from {counted['low']:.2f} to {counted['high']:.2f}) with the counts that the engine "
-        "reported. It says that counts and their costs add up as the model has it; it says nothing "
-        "of a GPU's constants.",
+        f"{summary['settings']} were predicted. Predicted over measured, in {clock}: {time} "
+        f"(median error {error:.0f} %) with replayed routing; {counted} with the counts that the "
+        "engine reported. It says that counts and their costs add up as the model has it; it says "
+        "nothing of a GPU's constants.",
         "",
     ]
+    times = check["times"][summary["clock"]]
+    if check["link_gb_s"] and not summary["on_gpu"]:
+        lines[:-1] += [
+            "",
+            "Exits and moved bytes rise together, so the fit does not tell their costs apart: it "
+            f"finds a link of {times['constants']['pcie_gb_s']['median']:.2f} GB/s where there is "
+            f"one of {check['link_gb_s']:g}. Sums are predicted, single constants not measured.",
+        ]
     lines += markdown.table(
         (
             "setting", "ms a token", "predicted over measured, replayed", "the same, counted",
@@ -190,15 +206,15 @@ def _check(check: dict[str, Any]) -> list[str]:
         (
             (
                 row["setting"],
-                f"{row['measured_ms']['median']:.1f}",
-                f"{row['ratio_replayed']['median']:.2f}",
-                f"{row['ratio_counted']['median']:.2f}"
+                f"{times['measured_ms'][i]['median']:.1f}",
+                f"{times['ratio_replayed'][i]['median']:.2f}",
+                f"{times['ratio_counted'][i]['median']:.2f}"
                 + (" (fitted)" if row["calibrates"] else ""),
                 f"{row['hit_rate']:.3f}, {row['hit_rate_replayed']:.3f}",
                 f"{row['exits']:.2f}, {row['exits_replayed']:.2f}",
                 f"{row['moved_bytes'] / 1e6:.3f}, {row['moved_bytes_replayed'] / 1e6:.3f}",
             )
-            for row in check["rows"]
+            for i, row in enumerate(check["rows"])
         ),
     )  # fmt: skip
     if check["public"]:
