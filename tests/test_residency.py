@@ -159,16 +159,16 @@ def test_an_upload_that_fails_while_the_pool_is_divided_leaves_it_whole(store, m
     ]
     for key in keys:
         pool.load([key])
-    uploads, upload = [], pool._upload
+    uploads, send = [], pool.link.send
 
-    def failing(key):
-        uploads.append(key)
+    def failing(raw, device):
+        uploads.append(raw)
         if len(uploads) == 3:
-            raise RuntimeError("the upload failed")
-        return upload(key)
+            raise RuntimeError("the bus is down")
+        return send(raw, device)
 
-    monkeypatch.setattr(pool, "_upload", failing)
-    with pytest.raises(RuntimeError, match="the upload failed"):
+    monkeypatch.setattr(pool.link, "send", failing)
+    with pytest.raises(RuntimeError, match="the bus is down"):
         pool.resize(second)
     check_invariants(pool, store)
     for key in keys:
