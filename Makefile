@@ -12,7 +12,7 @@ export PYTHON
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help environment demo test lint format kernels gpu oracles slow clusters reference sweep frontier scale clean
+.PHONY: help environment demo test lint format kernels gpu gpudecode oracles slow clusters reference sweep frontier scale clean
 
 help:  ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1	/' | expand -t 19
@@ -53,6 +53,19 @@ gpu:  ## on a machine with an NVIDIA GPU: kernel tests there, then the bench, ou
 	@mkdir -p out
 	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -q --noconftest tests/test_kernels.py
 	@PYTHONPATH=. $(GPU_PYTHON) scripts/bench_kernels.py --out $(GPU_OUT) $(GPU_ARGS)
+
+gpudecode:  ## there, with README's packages: decode at Qwen3-30B-A3B's size, 4 to 12 GiB, out/scale
+	@for budget in all 4096 6144 8192 10240 12288; do \
+		for setting in native uniform:Q3_K uniform:Q2_K use_low_if_resident:Q2_K fetch_low:Q2_K \
+				hobbit:Q2_K floor:Q2_K; do \
+			low=$${setting#*:}; \
+			PYTHONPATH=. $(GPU_PYTHON) scripts/scale.py --workdir out/scale --budget_mib $$budget \
+				--prompt_tokens 128 --tokens 64 --setting $${setting%:*} \
+				$$(test $$low = $$setting || echo --low_format $$low) \
+				|| echo "gpudecode: no record of $$setting at $$budget MiB"; \
+		done; \
+	done
+	@PYTHONPATH=. $(GPU_PYTHON) scripts/bench_decode.py --out out/scale/link.json
 
 oracles: environment  ## tests against foreign code (ggml, PyTorch); says what to install
 	@echo "oracles: a test whose library is missing is skipped; to have them all:"

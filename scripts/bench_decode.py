@@ -18,7 +18,7 @@ from tqdm import tqdm
 from hobbit_jax import cli, reference
 from hobbit_jax.cache.link import DirectLink, PacedLink
 from hobbit_jax.engine import Engine
-from hobbit_jax.evals import decode_bench, host_overhead, prefill_bench, quality
+from hobbit_jax.evals import decode_bench, host_overhead, link_bench, prefill_bench, quality
 from hobbit_jax.evals.prediction import prediction_accuracy
 from hobbit_jax.loading import load_model
 from hobbit_jax.pool_sizing import low_share
@@ -62,6 +62,8 @@ def main(_):
         Engine(model, store), windows("evaluation", 64, 256), windows("calibration", 64, 256)
     )
     record({"setting": "prediction accuracy", **accuracy})
+    for row in link_bench.upload_rates(store.largest_expert_bytes, 4 * _TURNS.value):
+        record({"setting": "upload of an expert", **row})
     link_gb_s = None if _LINK_GB_S.value in (None, "card") else float(_LINK_GB_S.value)
     if _LINK_GB_S.value == "card":
         derived = decode_bench.card_link(model, store, ids_RS, _PROMPT)

@@ -1,10 +1,12 @@
 """Decodes with a synthetic model of a real model's size, under a budget, and records what it took.
 
-    python scripts/scale.py --preset qwen3-30b-a3b --workdir out/scale [--budget_mib 4096]
+    python scripts/scale.py --preset qwen3-30b-a3b --workdir out/scale [--budget_mib 4096] \\
+        [--setting fetch_low --low_format Q2_K]
 
 Writes the model into --workdir when it is not there (18.6 GB and some minutes for qwen3-30b-a3b;
-a write that was cut off starts again) and the record beside it, PRESET-BUDGET-POLICY.json. With
---model another file is taken, real or synthetic. On a busy machine read the figures per CPU second.
+a write that was cut off starts again) and the record beside it, PRESET-BUDGET-SETTING.json. With
+--model another file is taken, real or synthetic; a low tier is made beside it, once. On a busy
+machine read the figures per CPU second.
 """
 
 import json
@@ -23,7 +25,9 @@ from hobbit_jax.synthesize import synthesize
 _PRESET = flags.DEFINE_enum("preset", "qwen3-30b-a3b", list(PRESETS), "whose shapes")
 _WORKDIR = flags.DEFINE_string("workdir", "out/scale", "where the model and the record go")
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; WORKDIR/PRESET.gguf by default")
-_BUDGET_MIB = flags.DEFINE_float("budget_mib", 4096, "expert pool", 0.0)
+_BUDGET_MIB = flags.DEFINE_string("budget_mib", "4096", "expert pool, or all")
+_SETTING = flags.DEFINE_enum("setting", "native", full_scale.SETTINGS, "who goes low, and when")
+_LOW_FORMAT = flags.DEFINE_string("low_format", None, "of the low tier, for others than native")
 _POLICY = flags.DEFINE_enum("policy", "slru", POLICIES, "of eviction")
 _PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 16, "random tokens to start from", 1)
 _TOKENS = flags.DEFINE_integer("tokens", 16, "decoded, the first of which compiles", 3)
@@ -35,9 +39,11 @@ def main(_):
     model = Path(_MODEL.value or workdir / f"{preset}.gguf")
     if _MODEL.value is None and not model.is_file():
         synthesize(PRESETS[preset], preset, model)
+    budget_mib = None if _BUDGET_MIB.value == "all" else float(_BUDGET_MIB.value)
     run = full_scale.Run(
-        model, int(_BUDGET_MIB.value * 2**20), _PROMPT_TOKENS.value, _TOKENS.value, _POLICY.value
-    )
+        model, None if budget_mib is None else int(budget_mib * 2**20), _PROMPT_TOKENS.value,
+        _TOKENS.value, _POLICY.value, _SETTING.value, _LOW_FORMAT.value,
+    )  # fmt: skip
     here = machine()  # now: the checkout may be another by the end
     with tqdm(desc="open", unit="step", disable=None) as bar:
 
@@ -46,7 +52,8 @@ def main(_):
             bar.update()
 
         record = {**full_scale.measure(run, progress), "machine": here}
-    out = workdir / f"{model.stem}-{_BUDGET_MIB.value:g}MiB-{_POLICY.value}.json"
+    setting = "-".join(filter(None, (_SETTING.value, _LOW_FORMAT.value, _POLICY.value)))
+    out = workdir / f"{model.stem}-{_BUDGET_MIB.value}MiB-{setting}.json"
     write_json(out, record)
     keys = ("open_s", "load_s", "compile_s", "prefill_tokens_per_s", "decode", "own_memory")
     print(json.dumps({key: record[key] for key in keys}, indent=1))

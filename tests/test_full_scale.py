@@ -33,12 +33,13 @@ def test_the_watch_sees_memory_that_is_gone_again_and_what_was_compiled():
 
 
 def test_figures_of_tokens():
-    first = Token(100.0, 100.0, 0, 0, 0, 0)
-    rest = [Token(1.0 + m, 0.5 + 0.25 * m, m, 8 - m, m, m * 1_000_000) for m in (0, 2, 4, 6)]
+    first = Token(100.0, 100.0, 0, 0, 0, 0, 8, 8)
+    rest = [Token(1.0 + m, 0.5 + 0.25 * m, m, 8 - m, m, m * 1_000_000, 8, m) for m in (0, 2, 4, 6)]
     figures = Decoded([first, *rest]).figures()
     assert figures["cpu_ms_without_miss"] == pytest.approx(500)
     assert figures["cpu_ms_per_miss"] == pytest.approx(250)
     assert figures["hit_rate"] == pytest.approx(20 / 32)
+    assert figures["degraded_fraction"] == pytest.approx(12 / 32)
     assert figures["tokens_per_s"] == pytest.approx(
         {"median": (1 / 3 + 1 / 5) / 2, "lowest": 1 / 7, "highest": 1.0}
     )
@@ -59,6 +60,22 @@ def test_a_mistake_is_one_line(tmp_path):
 
 
 @pytest.mark.slow
+def test_uniform_in_small_moves_less_than_native(tmp_path):
+    moved = {}
+    for setting in (["native"], ["uniform", "--low_format", "Q2_K"]):
+        done = run_script(
+            "--preset", "tiny", "--workdir", tmp_path, "--budget_mib", 16, "--prompt_tokens", 5,
+            "--tokens", 8, "--setting", *setting,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (path,) = tmp_path.glob(f"tiny-16MiB-{setting[0]}-*.json")
+        tokens = json.loads(path.read_text())["tokens"]
+        moved[setting[0]] = sum(token["bytes_moved"] for token in tokens)
+        assert all(token["degraded"] == 0 for token in tokens)  # below what the plan asked for
+    assert 0 < moved["uniform"] < 0.7 * moved["native"]
+
+
+@pytest.mark.slow
 def test_the_whole_in_small(tmp_path):
     """A budget of half the experts: the counts of a record add up, and a second run finds all."""
     for _ in range(2):
@@ -67,7 +84,7 @@ def test_the_whole_in_small(tmp_path):
             "--tokens", 8,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        record = json.loads((tmp_path / "tiny-16MiB-slru.json").read_text())
+        record = json.loads((tmp_path / "tiny-16MiB-native-slru.json").read_text())
         tokens = record["tokens"]
         assert len(tokens) == 8 and record["run"]["tokens"] == 8
         assert all(token["hits"] + token["misses"] == 8 * 4 for token in tokens)

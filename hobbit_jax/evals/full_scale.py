@@ -26,22 +26,47 @@ import numpy as np
 from hobbit_jax.engine import Engine
 from hobbit_jax.gguf_file import open_gguf
 from hobbit_jax.loading import load_model
-from hobbit_jax.store import ExpertKey, HostExperts
+from hobbit_jax.miss_modes import LOW, MISS_MODES
+from hobbit_jax.precision import uniform_plan
+from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.tiers import TierSpec, open_tier
 
 _SAMPLE_SECONDS = 0.01
+SETTINGS = ("native", "uniform", *(n for n, mode in MISS_MODES.items() if mode.low_banks != "none"))
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is decoded. The second half of the tokens repeats one token, so misses become rare."""
+    """What is decoded. The second half of the tokens repeats one token, so misses become rare.
+
+    Attributes:
+        model: GGUF file; its low tier is made beside it, once.
+        budget_bytes: of the pool; None holds all that anyone may ask for.
+        prompt_tokens: random ones.
+        tokens: decoded after them.
+        policy: of eviction.
+        setting: "native", "uniform" (every expert at `low_format`), or a miss mode.
+        low_format: of the low tier, for every setting but native.
+        seed: of the tokens.
+    """
 
     model: Path
-    budget_bytes: int
+    budget_bytes: int | None
     prompt_tokens: int
     tokens: int
     policy: str = "slru"
+    setting: str = "native"
+    low_format: str | None = None
     seed: int = 0
+
+    def __post_init__(self):
+        if self.tokens < 3:
+            raise ValueError(f"tokens is {self.tokens}; want at least 3, as the first compiles")
+        if self.setting not in SETTINGS:
+            raise ValueError(f"setting is {self.setting!r}; want one of {', '.join(SETTINGS)}")
+        if (self.setting == "native") != (self.low_format is None):
+            raise ValueError(f"setting {self.setting} with low_format {self.low_format}")
 
 
 def own_memory_bytes() -> int:
@@ -122,6 +147,8 @@ class Token:
     hits: int
     misses: int
     bytes_moved: int
+    selections: int
+    degraded: int  # of them, served below what the plan asked for
 
 
 @dataclass
@@ -137,10 +164,12 @@ class Decoded:
         cpu = np.asarray([token.cpu_seconds for token in tokens])
         misses = np.asarray([token.misses for token in tokens])
         hits = sum(token.hits for token in tokens)
+        selections = sum(token.selections for token in tokens)
         figures = {
             "tokens_per_s": _spread(1 / seconds),
             "tokens_per_cpu_s": _spread(1 / cpu),
             "hit_rate": hits / (hits + int(misses.sum())),
+            "degraded_fraction": sum(token.degraded for token in tokens) / selections,
             "misses_per_token": _spread(misses),
             "exits_per_token": _spread(np.asarray([token.exits for token in tokens])),
             "mb_moved_per_token": _spread(
@@ -189,11 +218,9 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
         progress: called with the name of each stage, and for every token.
 
     Raises:
-        ValueError: fewer than 3 tokens, or a budget that is too small.
+        ValueError: a budget that is too small.
         NotImplementedError: not on Linux.
     """
-    if run.tokens < 3:
-        raise ValueError(f"tokens is {run.tokens}; want at least 3, as the first compiles")
     rng, decoded = np.random.default_rng(run.seed), Decoded()
     with Watch().running() as watch:
         progress("open")
@@ -203,10 +230,17 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
         progress("load")
         with watch.stretch("load"):
             model = load_model(run.model)
-        store = HostExperts(model.config, model.file)
+        low = []
+        if run.low_format is not None:
+            progress("low tier")
+            spec, directory = TierSpec(run.low_format), run.model.parent / "tiers"
+            low.append(open_tier(model.file, model.config, spec, directory))
+        store = HostExperts(model.config, model.file, low)
+        plan = uniform_plan(store, LOW if run.setting == "uniform" else NATIVE)
+        mode = run.setting if run.setting in MISS_MODES else "wait"
         progress("pool")
         with watch.stretch("pool"):
-            engine = Engine(model, store, run.budget_bytes, policy=run.policy)
+            engine = Engine(model, store, run.budget_bytes, plan, run.policy, mode)
             jax.block_until_ready(engine.pool.banks)
         ids = rng.integers(0, model.config.vocab_size, run.prompt_tokens + run.tokens)
         ids[run.prompt_tokens + run.tokens // 2 :] = ids[-1]
@@ -249,7 +283,7 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
         "own_memory": {
             "how": "RssAnon of /proc/self/status every 10 ms",
             "peak_bytes": peak_bytes,
-            "peak_beyond_budget_bytes": peak_bytes - run.budget_bytes,
+            "peak_beyond_budget_bytes": peak_bytes - engine.pool.budget_bytes,
         },
         "stretches": {name: vars(watched) for name, watched in watch.stretches.items()},
         "tokens": [vars(token) for token in decoded.tokens],
@@ -270,4 +304,6 @@ def _decode(engine: Engine, token: int) -> Token:
         hits=int(stats.hits.sum()),
         misses=int(stats.misses.sum()),
         bytes_moved=stats.bytes_moved,
+        selections=engine.stats.selections,
+        degraded=engine.stats.degraded,
     )
