@@ -152,6 +152,7 @@ def test_an_expert_never_met_falls_back(calibration):
     np.testing.assert_array_equal(fallen, plain)
 
 
+@pytest.mark.slow
 def test_measured_errors_are_those_of_the_outputs(engine, windows, calibration, tmp_path):
     """By NumPy on gguf-py's weights; and calibrated tiers lose less than plain ones."""
     file, config = engine.model.file, engine.config

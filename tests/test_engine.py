@@ -85,7 +85,10 @@ def run(engine: Engine, batches=(3,)) -> list[np.ndarray]:
     return [np.asarray(result) for result in results]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "router weight" else n for n in PLANS],
+)
 def test_the_budget_changes_no_bit(model, store, name):
     plan = PLANS[name](store)
     wanted = demands(plan, store)

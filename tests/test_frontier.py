@@ -25,6 +25,7 @@ def cell(signal, formats=(), method="rtn", fraction=None, shares=None, **more) -
     )
 
 
+@pytest.mark.slow
 def test_cells_on_an_engine(two_banks_path, tmp_path):
     """Bytes within the limit, selections counted, tiers' errors; each cell a row."""
     for name in ("calibration", "evaluation"):

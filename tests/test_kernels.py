@@ -432,7 +432,10 @@ def test_lowering_rejects_what_triton_has_not():
 # --- a whole model ----------------------------------------------------------------------------
 
 
-@every_implementation
+@pytest.mark.parametrize(
+    "implementation",
+    [pytest.param(i, marks=pytest.mark.slow) if i == "interpret" else i for i in IMPLEMENTATIONS],
+)
 def test_reference_model_through_the_kernels(implementation):
     """Prefill and decode of the shipped model: attention, head and experts in the kernels."""
     pytest.importorskip("gguf")  # a machine that only runs kernels has none

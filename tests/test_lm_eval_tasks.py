@@ -222,6 +222,7 @@ def test_unknown_tasks_and_absent_data(tmp_path):
 # The whole way, on the shipped model
 
 
+@pytest.mark.slow
 def test_the_shipped_model_on_real_data(data_dir, tmp_path):
     model = load_model(reference.model_path())
     engine = Engine(model, HostExperts(model.config, model.file), 4 << 20)

@@ -68,7 +68,14 @@ def shapes_of(store) -> BankShapes:
     return BankShapes(store.config.n_experts, banks, expert_bytes)
 
 
-@pytest.mark.parametrize("mode", ["use_low_if_resident", "fetch_low", "hobbit", "floor"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "use_low_if_resident",
+        "fetch_low",
+        *(pytest.param(m, marks=SLOW) for m in ("hobbit", "floor")),
+    ],
+)
 def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
     """What was watched of a live engine, replayed: every count, and who is resident at the end.
 

@@ -295,6 +295,7 @@ def check_mode(opened, mode, devices, batch, plan, monkeypatch):
         np.testing.assert_array_equal(got, result, strict=True)
 
 
+@pytest.mark.slow
 def test_a_miss_mode_and_a_plan_on_three_devices(one_bank, monkeypatch):
     """Three do not divide eight experts, nor those of the plan."""
     plan = mixed_plan(one_bank[1])

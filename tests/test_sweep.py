@@ -79,6 +79,7 @@ def swept(tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_rows(swept):
     rows = read_rows(swept)
     assert set(rows) == {c.name for c in CELLS}
@@ -132,6 +133,7 @@ def test_rows(swept):
     ]
 
 
+@pytest.mark.slow
 def test_benchmarks_are_scores_of_a_cell(tmp_path):
     """lm-eval's miniature arithmetic has the problems of our own, so it solves as many."""
     sizes = replace(
@@ -146,12 +148,14 @@ def test_benchmarks_are_scores_of_a_cell(tmp_path):
     assert list((tmp_path / "responses").iterdir())
 
 
+@pytest.mark.slow
 def test_nothing_runs_twice(swept):
     before = row_bytes(swept)
     assert run_sweep(CELLS, {"title": "again"}, swept) == (0, 6, 0)
     assert row_bytes(swept) == before
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_runs(swept):
     """A cell that cannot run, a torn row and garbage; the finished rows stay as they are."""
     before, kept = row_bytes(swept), read_rows(swept)
@@ -214,6 +218,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(tmp_path):
     command = script("sweep.py", *SMALL, f"--workdir={tmp_path}")
     rows = tmp_path / "rows"
