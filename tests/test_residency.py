@@ -73,7 +73,8 @@ def shapes_of(store) -> BankShapes:
     [
         "use_low_if_resident",
         "fetch_low",
-        *(pytest.param(m, marks=SLOW) for m in ("hobbit", "floor")),
+        pytest.param("hobbit", marks=pytest.mark.slow),
+        pytest.param("floor", marks=pytest.mark.slow),
     ],
 )
 def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
