@@ -193,11 +193,13 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def _fetch_ms(engine: Engine, seed: int, count: int = 48) -> dict[str, float]:
+def _fetch_ms(engine: Engine, seed: int, count: int = 48) -> dict[str, float] | None:
     """CPU milliseconds to give a slot to an absent expert, its pages of the file in the cache."""
     config, pool = engine.config, engine.pool
-    everyone = (ExpertKey(0, *place) for place in np.ndindex(config.n_layers, config.n_experts))
-    absent = [key for key in everyone if key not in pool]
+    shape = (len(engine.store.tiers), config.n_layers, config.n_experts)
+    everyone = (ExpertKey(*place) for place in np.ndindex(shape))
+    wanted = (key for key in everyone if engine.store.signature(key) in pool.banks)
+    absent = [key for key in wanted if key not in pool]
     chosen = np.random.default_rng(seed).permutation(len(absent))[:count]
     cpu_ms = []
     for key in [absent[i] for i in chosen]:
@@ -207,7 +209,7 @@ def _fetch_ms(engine: Engine, seed: int, count: int = 48) -> dict[str, float]:
         pool.load([key])
         jax.block_until_ready(pool.banks)
         cpu_ms.append((time.process_time() - began) * 1e3)
-    return _spread(np.asarray(cpu_ms))
+    return _spread(np.asarray(cpu_ms)) if cpu_ms else None
 
 
 def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) -> dict[str, Any]:
