@@ -381,14 +381,18 @@ class Engine:
         sampling: Sampling = GREEDY,
         stop_ids: Sequence[int] = (),
         tokens_per_call: int = 1,
+        context: int | None = None,
     ) -> Iterator[tuple[np.ndarray, StepStats]]:
         """Yields int32 [B] per step, -1 for sequences that have ended, until all have.
 
         A stop token ends its sequence and is not yielded. The first step's cost is the prefill's.
         With several `tokens_per_call`, the device decodes so many between two looks of the host;
         the tokens are the same, they arrive together, and the first carries the cost of all.
+        `context` makes room for so many tokens, so that calls of all lengths share one program;
+        None for what these prompts need.
         """
-        self.start(len(prompts), max(map(len, prompts), default=0) + max_new_tokens)
+        needed = max(map(len, prompts), default=0) + max_new_tokens
+        self.start(len(prompts), needed if context is None else context)
         self._key = replicated(jax.random.key(sampling.seed), self._mesh)
         active_B = np.ones(len(prompts), bool)
         meter = Meter(self)

@@ -33,16 +33,23 @@ class TaskScore:
 
 
 def complete(
-    engine: Engine, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    max_new_tokens: int,
+    batch: int | None = None,
 ) -> list[str]:
-    """Greedy completions of all prompts as one batch, each ended by the model's own EOS."""
+    """Greedy completions up to the model's own EOS, of `batch` prompts at a time or of all."""
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     stop_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    steps = [ids_B for ids_B, _ in engine.generate(encoded, max_new_tokens, stop_ids=stop_ids)]
-    if not steps:
-        return [""] * len(prompts)
-    ids_BN = np.stack(steps, axis=1)
-    return [tokenizer.decode(row[row >= 0].tolist()) for row in ids_BN]
+    context = max(map(len, encoded)) + max_new_tokens
+    texts: list[str] = []
+    for start in range(0, len(encoded), batch or len(encoded)):
+        part = encoded[start : start + (batch or len(encoded))]
+        generated = engine.generate(part, max_new_tokens, stop_ids=stop_ids, context=context)
+        steps = [np.full(len(part), -1), *(ids_B for ids_B, _ in generated)]
+        texts += [tokenizer.decode(row[row >= 0].tolist()) for row in np.stack(steps, axis=1)]
+    return texts
 
 
 def evaluate_all(
@@ -63,23 +70,15 @@ def evaluate(
     batch: int | None = None,
 ) -> TaskScore:
     """Scores `problems` held-out problems of one task, `batch` at a time or all together."""
-
-    def answers(prompts: list[str]) -> list[str]:
-        size = batch or len(prompts)
-        parts = (prompts[start : start + size] for start in range(0, len(prompts), size))
-        return [
-            text
-            for part in parts
-            for text in complete(engine, tokenizer, part, MAX_NEW_TOKENS[task])
-        ]
-
     if task == "arithmetic":
         sums = arithmetic.generate(HELD_OUT_SEED, problems, "heldout")
-        texts = answers([p.prompt for p in sums])
+        prompts = [p.prompt for p in sums]
+        texts = complete(engine, tokenizer, prompts, MAX_NEW_TOKENS[task], batch)
         verdicts = [arithmetic.score(p, text) for p, text in zip(sums, texts, strict=True)]
     else:
         programs = functions.generate(HELD_OUT_SEED, problems, "heldout")
-        texts = answers([p.prompt for p in programs])
+        prompts = [p.prompt for p in programs]
+        texts = complete(engine, tokenizer, prompts, MAX_NEW_TOKENS[task], batch)
         verdicts = execution.run_candidates(programs, texts)
     interval = share(sum(verdicts), problems)
     return TaskScore(problems, sum(verdicts), interval.value, interval.low, interval.high)
