@@ -27,13 +27,14 @@ _COLOURS = {
     "router_weight": "#D55E00",
     "frequency": "#0072B2",
     "accumulated_weight": "#009E73",
-    "sensitivity": "#D55E00",
+    "sensitivity": "#56B4E9",
+    "residency": "#8C564B",
     "hybrid": "#CC79A7",
     NATIVE: "#555555",
     UNIFORM: "#E69F00",
     RANDOM: "#000000",
 }
-_SPARE = ("#F0E442", "#56B4E9", "#8C564B", "#7F3C8D")
+_SPARE = ("#F0E442", "#7F3C8D", "#999933", "#882255")
 _MARKERS = ("o", "s", "D", "^", "v")
 _CONTROL_MARKERS = ("x", "+", "1", "2", "3")
 
