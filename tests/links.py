@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hobbit_jax.cache.link import DirectLink, PacedLink, Upload
+from hobbit_jax.cache.link import DirectLink, Link, PacedLink, Upload
+from hobbit_jax.store import HostExperts
 
 
 @dataclass
@@ -37,11 +38,11 @@ def expert_of(store):
 class Recorded:
     """Another link, and what it was asked for in turn; an upload may be made to fail."""
 
-    store: object
-    link: object = field(default_factory=DirectLink)
+    store: HostExperts
+    link: Link = field(default_factory=DirectLink)
     events: list = field(default_factory=list)  # ("send" or "wait", (tier, layer, expert))
     sent_bytes: int = 0
-    fails: object = None  # after how many waits or sends: ("wait" or "send", count)
+    fails: tuple[str, int] | None = None  # "wait" or "send", and after how many of them
 
     def __post_init__(self):
         self._expert_of = expert_of(self.store)

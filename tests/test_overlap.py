@@ -223,7 +223,6 @@ def test_prefill_takes_its_copies_or_its_computation(model, store, monkeypatch):
     )
     np.testing.assert_array_equal(got_BV, wanted_BV)
     longer_s, shorter_s = max(copy_s, compute_s), min(copy_s, compute_s)
-    print(f"virtual prefill: {copy_s=:.3f} {compute_s=:.3f} {serial_s=:.3f} {total_s=:.3f}")
     assert longer_s <= total_s < longer_s + 0.25 * shorter_s
     assert total_s < 0.75 * serial_s
     # The next layer's experts go up before the layer is known to have ended.
