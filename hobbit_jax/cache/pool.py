@@ -100,6 +100,11 @@ def holds_all(store: HostExperts, slots: Mapping[Signature, int]) -> bool:
     return all(n >= demanded[s] * store.config.n_experts for s, n in slots.items())
 
 
+def interleaved(rounds: Iterable[list[list[ExpertKey]]]) -> list[list[ExpertKey]]:
+    """Rounds of several banks or devices, the first of each together, then the second of each."""
+    return [[key for part in parts for key in part or ()] for parts in zip_longest(*rounds)]
+
+
 class Use(NamedTuple):
     """One expert's use in one step of one layer, for the policies."""
 
@@ -255,8 +260,7 @@ class SlotPool:
         by_bank: dict[Signature, list[ExpertKey]] = {}
         for key in keys:
             by_bank.setdefault(self.store.signature(key), []).append(key)
-        per_bank = [self.rounds(of_bank) for of_bank in by_bank.values()]
-        return [[key for part in parts for key in part or ()] for parts in zip_longest(*per_bank)]
+        return interleaved(self.rounds(of_bank) for of_bank in by_bank.values())
 
     def load(
         self,
@@ -360,10 +364,7 @@ class SlotPool:
         victim = policy.admit(key, keep)
         try:
             slot = free[-1] if victim is None else self._slot_of[victim]
-            change = np.asarray([slot, *self._cell(key), *self._cell(victim)], np.int32)
-            self.banks[signature], self.table_UE = _write_slot(
-                self.banks[signature], self.table_UE, raw, change, signature
-            )
+            self._write(key, raw, slot, victim)
             if victim is None:
                 free.pop()
             else:
@@ -373,6 +374,16 @@ class SlotPool:
             # Failed or interrupted half-way: which of banks, table and policy changed is unknown.
             self._empty(signature)
             raise
+
+    def _write(
+        self, key: ExpertKey, raw: tuple[jax.Array, ...], slot: int, victim: ExpertKey | None
+    ) -> None:
+        """Puts an expert into a slot, and both lines into the device's table."""
+        signature = self.store.signature(key)
+        change = np.asarray([slot, *self._cell(key), *self._cell(victim)], np.int32)
+        self.banks[signature], self.table_UE = _write_slot(
+            self.banks[signature], self.table_UE, raw, change, signature
+        )
 
     def _empty(self, signature: Signature) -> None:
         """Makes a bank's experts absent, so that banks, table and policy agree for certain."""
@@ -491,12 +502,9 @@ class SlotPool:
         self.slots[signature] = n_slots
         self.banks[signature] = self._empty_bank(signature, n_slots)
         for slot, key in enumerate(residents):
-            change = np.asarray([slot, *self._cell(key), *self._cell(None)], np.int32)
             with _named(key, self.device):
                 raw = self._send(key).wait()
-            self.banks[signature], self.table_UE = _write_slot(
-                self.banks[signature], self.table_UE, raw, change, signature
-            )
+            self._write(key, raw, slot, None)
             self._slot_of[key] = slot
         self._free[signature] = list(range(len(residents), n_slots))[::-1]
 

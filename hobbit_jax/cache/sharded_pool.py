@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 
 from hobbit_jax.cache.link import Link
 from hobbit_jax.cache.policies import PolicyFactory, Step
-from hobbit_jax.cache.pool import PoolStats, SlotPool, Use, holds_all
+from hobbit_jax.cache.pool import PoolStats, SlotPool, Use, holds_all, interleaved
 from hobbit_jax.sharding import (
     DIVIDED,
     REPLICATED,
@@ -154,14 +153,12 @@ class ShardedPool:
     def rounds(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
         """Rounds of one bank; in each, every device has one of its own."""
         shares = zip(self.pools, self.by_device(keys), strict=True)
-        per_device = [pool.rounds(share) for pool, share in shares]
-        return [[key for part in parts for key in part or ()] for parts in zip_longest(*per_device)]
+        return interleaved(pool.rounds(share) for pool, share in shares)
 
     def entries(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
         """Rounds of all banks; in each, every device has one of its own."""
         shares = zip(self.pools, self.by_device(keys), strict=True)
-        per_device = [pool.entries(share) for pool, share in shares]
-        return [[key for part in parts for key in part or ()] for parts in zip_longest(*per_device)]
+        return interleaved(pool.entries(share) for pool, share in shares)
 
     def load(
         self,

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from hobbit_jax.cache.policies.interface import Key, Step, TablePolicy
-from hobbit_jax.cache.policies.priority import PriorityTable
+from hobbit_jax.cache.policies.priority import PriorityTable, lowest_of
 
 # Of Q2_K over Q4_K, the pair that our plans use most. Without low-precision uses it says nothing.
 DEFAULT_LOW_COST = 2.625 / 4.5
@@ -89,15 +89,13 @@ class Apex(TablePolicy[Key]):
         """See `Policy.victim`."""
         tokens = self._step.token - self._began + 1
         n_layers = max(layer for layer, _ in self._tables) + 1
-        victim, least = None, float("inf")
-        for (layer, was_last_used), table in self._tables.items():
-            lowest = table.lowest(keep, self._pinned)
-            if lowest is not None:
-                priority = lowest[0] / tokens
-                if was_last_used:
-                    priority += 1 / ((layer - self._step.layer) % n_layers + _NEAREST)
-                if priority < least:
-                    victim, least = lowest[1], priority
+
+        def priority(place: tuple[int, bool], cost: float) -> float:
+            layer, was_last_used = place
+            ahead = (layer - self._step.layer) % n_layers
+            return cost / tokens + (1 / (ahead + _NEAREST) if was_last_used else 0)
+
+        victim = lowest_of(self._tables, priority, keep, self._pinned)
         if victim is None:
             raise self._all_in_use()
         return victim

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from hobbit_jax.cache.policies.interface import Key, Step, TablePolicy
-from hobbit_jax.cache.policies.priority import PriorityTable
+from hobbit_jax.cache.policies.priority import PriorityTable, lowest_of
 
 # Recency, frequency, high-precision use, layer distance: the best of seven mixes on real routing
 # (the law trace, 416 slots: .504; a quarter each .473, recency alone .472).
@@ -79,14 +79,12 @@ class Hobbit(TablePolicy[Key]):
         """See `Policy.victim`."""
         tokens = self._step.token - self._began + 1
         n_layers = max(self._tables) + 1
-        victim, least = None, float("inf")
-        for layer, table in self._tables.items():
-            lowest = table.lowest(keep, self._pinned)
-            if lowest is not None:
-                ahead = (layer - self._step.layer) % n_layers / n_layers
-                priority = lowest[0] / tokens + self.weights[3] * (1 - ahead)
-                if priority < least:
-                    victim, least = lowest[1], priority
+
+        def priority(layer: int, score: float) -> float:
+            ahead = (layer - self._step.layer) % n_layers / n_layers
+            return score / tokens + self.weights[3] * (1 - ahead)
+
+        victim = lowest_of(self._tables, priority, keep, self._pinned)
         if victim is None:
             raise self._all_in_use()
         return victim
