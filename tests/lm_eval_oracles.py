@@ -52,9 +52,10 @@ class Scripted:
         """Every token is as probable as any other."""
         return jnp.zeros((*ids_BT.shape, self.config.vocab_size), jnp.float32)
 
-    def generate(self, prompts, max_new_tokens, sampling=None, stop_ids=()):
+    def generate(self, prompts, max_new_tokens, sampling=None, stop_ids=(), context=None):
         self.calls.append((prompts, max_new_tokens, sampling, stop_ids))
-        assert max(map(len, prompts)) + max_new_tokens <= self.config.context_length
+        longest = max(map(len, prompts)) + max_new_tokens
+        assert longest <= (context or self.config.context_length) <= self.config.context_length
         rows = []
         for prompt in prompts:
             # As a model would go on: a text of its own may begin with another space.
