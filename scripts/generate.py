@@ -48,6 +48,12 @@ _LOW_SHARE = flags.DEFINE_string(
 )
 _PROFILE = flags.DEFINE_string("profile", None, "of this model, for a warm start")
 _PIN_SHARE = flags.DEFINE_float("pin_share", 0.0, "of each bank, by --profile, never evicted", 0.0)
+_CHUNK_TOKENS = flags.DEFINE_integer(
+    "chunk_tokens",
+    2048,
+    "of a prompt at a time; fewer take less device memory beside the pool",
+    1,
+)
 _TOKENS_PER_CALL = flags.DEFINE_integer("tokens_per_call", 1, "decoded between two prints", 1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "probability mass to sample from")
@@ -100,7 +106,8 @@ def main(_):
     store = HostExperts(model.config, model.file, low)
     engine = Engine(
         model, store, budget_bytes, mode=_MISS_MODE.value,
-        low_share=low_share(_LOW_SHARE.value), warm=warm_start(model.file), devices=_DEVICES.value,
+        low_share=low_share(_LOW_SHARE.value), warm=warm_start(model.file),
+        chunk_tokens=_CHUNK_TOKENS.value, devices=_DEVICES.value,
     )  # fmt: skip
     stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     steps: list[StepStats] = []

@@ -10,6 +10,7 @@ python cluster_cells.py LAUNCHER WORKDIR CELLS WORKERS [NAME=VALUE ...]
 import fcntl
 import hashlib
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -138,6 +139,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # A test runner in the background ignores it, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Workers unpickle cells of a module, not of a script.
     import cluster_cells
 

@@ -6,7 +6,7 @@ Called by the tests of the pool, of the miss modes and of faults.
 import jax
 import numpy as np
 
-from hobbit_jax.cache.pool import ABSENT
+from hobbit_jax.cache.device_banks import ABSENT
 from hobbit_jax.store import ExpertKey
 from pallas_kernels.formats import get_format
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pool_invariants import check_invariants
 
-import hobbit_jax.cache.pool as pool_module
+import hobbit_jax.cache.device_banks as device_banks
 from hobbit_jax.engine import Engine
 from hobbit_jax.gguf_file import open_gguf
 from hobbit_jax.loading import load_model
@@ -82,7 +82,7 @@ def _failing(function, after: int, error: BaseException, also_runs: bool):
 )
 def test_a_failing_upload(engine, wanted, uploads, monkeypatch, what, error, also_runs, share):
     """In prefill or decode, before or after the device took it: an error and a whole pool."""
-    module, after = jax if what == "device_put" else pool_module, 1 + int(share * uploads)
+    module, after = jax if what == "device_put" else device_banks, 1 + int(share * uploads)
     with monkeypatch.context() as patch:
         patch.setattr(module, what, _failing(getattr(module, what), after, error, also_runs))
         with pytest.raises(type(error)) as raised:

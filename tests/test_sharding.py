@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from pool_invariants import all_keys, check_invariants
 from tiny_models import TinyModel, write_model
 
-import hobbit_jax.cache.pool as pool_module
+import hobbit_jax.cache.device_banks as device_banks
 from hobbit_jax import engine as engine_module
 from hobbit_jax import moe, sharding, tiers
 from hobbit_jax.cache.policies import Step, policy_factory
@@ -339,7 +339,7 @@ def test_nothing_is_copied_between_devices(two, monkeypatch):
         return put(arrays, device, **options)
 
     put = jax.device_put
-    monkeypatch.setattr(pool_module.jax, "device_put", putting)
+    monkeypatch.setattr(jax, "device_put", putting)
     two.start(3, CONTEXT)
     two.prefill(PROMPTS)
 
@@ -363,7 +363,7 @@ def test_nothing_is_copied_between_devices(two, monkeypatch):
 def test_a_fault_on_one_device(two, monkeypatch, what):
     """Every pool is whole, the sequences are given up, and the next ones are right."""
     wanted, second = tokens(two), jax.devices()[1]
-    function, failed = getattr(jax if what == "device_put" else pool_module, what), []
+    function, failed = getattr(jax if what == "device_put" else device_banks, what), []
 
     def failing(first, second_argument, *rest, **options):
         if what == "device_put":
@@ -378,7 +378,7 @@ def test_a_fault_on_one_device(two, monkeypatch, what):
         return function(first, second_argument, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(jax if what == "device_put" else pool_module, what, failing)
+        patch.setattr(jax if what == "device_put" else device_banks, what, failing)
         with pytest.raises(RuntimeError, match="out of memory") as raised:
             tokens(two)
     assert len(failed) == 1
@@ -493,10 +493,8 @@ def test_the_expert_op_lowers_for_two_gpus():
     signature, rows = Signature("Q4_K", "Q4_K", "Q6_K"), 4
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
     mesh = AbstractMesh((2,), (AXIS,), abstract_device=device)
-    pool = pool_module.SlotPool.__new__(pool_module.SlotPool)
     config = type("Shape", (), {"d_model": 256, "d_expert": 256})
-    pool.store, pool.device = type("Store", (), {"config": config}), None
-    whole = (pool._empty_bank(signature, 2 * rows), jnp.zeros((2 * rows * 2, 256)))
+    whole = (device_banks.empty_bank(config, signature, 2 * rows), jnp.zeros((2 * rows * 2, 256)))
     work = moe.Work(
         jnp.zeros(2 * rows, jnp.int32), jnp.zeros((2 * rows, 1), jnp.int32), jnp.zeros(2, jnp.int32)
     )

@@ -1,11 +1,9 @@
 """The slot pool: a fixed number of bytes on the device that holds the hot experts.
 
-Owns the banks (device arrays), the table that says which expert is in which slot, on the device
-and in the host's copy, and every host-to-device copy of an expert. Called by the engine and by
+Owns who is in which slot, and every host-to-device copy of an expert. Called by the engine and by
 `moe.py`. One bank per expert signature, sized exactly, so that a low-bit expert takes only its
-own bytes; each bank has its own policy. Raw GGUF blocks go up in one contiguous copy per matrix
-(`link.py`) and are split into planes on the device, inside the one program that writes the slot and
-its line of the table: the two cannot disagree.
+own bytes; each bank has its own policy. The arrays are `device_banks.py`'s; raw GGUF blocks go up
+in one contiguous copy per matrix (`link.py`).
 
 Uploads ahead of their use (of later rounds, of guesses) lie beside the banks in at most
 `staging_bytes`, besides the one expert that is waited for, and get a slot when they are needed and
@@ -18,50 +16,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from hobbit_jax.cache.device_banks import DeviceBanks
 from hobbit_jax.cache.link import DirectLink, Link, Upload
 from hobbit_jax.cache.policies import Policy, PolicyFactory, Step
 from hobbit_jax.store import ExpertKey, HostExperts
-from pallas_kernels.formats import get_format
-from pallas_kernels.reference import Bank, Planes, Signature
-
-ABSENT = -1  # in the slot table: no slot
-
-
-@partial(jax.jit, donate_argnums=(0, 1), static_argnums=4)
-def _write_slot(
-    bank: Bank,
-    table_UE: jax.Array,
-    raw: tuple[jax.Array, ...],
-    change: np.ndarray,  # int32: slot; row and column of the newcomer, then of the victim
-    signature: Signature,
-) -> tuple[Bank, jax.Array]:
-    slot = change[0]
-    written = []
-    for planes, blocks, name in zip(bank, raw, signature, strict=True):
-        new = get_format(name).split(blocks)
-        written.append(
-            {
-                plane: jax.lax.dynamic_update_index_in_dim(planes[plane], new[plane], slot, 0)
-                for plane in planes
-            }
-        )
-    # Without a victim its row is past the table's end, and the write is dropped.
-    table_UE = table_UE.at[change[3], change[4]].set(ABSENT, mode="drop")
-    return Bank(*written), table_UE.at[change[1], change[2]].set(slot)
-
-
-def _delete(bank: Bank) -> None:
-    """Gives a bank's device memory back at once."""
-    for plane in jax.tree.leaves(bank):
-        plane.delete()
+from pallas_kernels.reference import Bank, Signature
 
 
 @dataclass
@@ -116,9 +81,8 @@ class Use(NamedTuple):
 class SlotPool:
     """Banks, slot table and policies under one byte budget (`cache/budget.py` divides it).
 
-    `banks` and `table_UE` are for compiled programs to read: row `tier * L + layer` of the table
-    holds, for each expert, its slot in the bank of its signature, or `ABSENT`. All of it is on
-    `device`, or on the process's first; several devices have a `ShardedPool` of such pools.
+    All of it is on `device`, or on the process's first; several devices have a `ShardedPool` of
+    such pools.
     """
 
     mesh = None
@@ -137,45 +101,35 @@ class SlotPool:
         self.budget_bytes, self.staging_bytes = budget_bytes, staging_bytes
         self.link = DirectLink() if link is None else link
         self.slots = dict(slots)
-        self.banks: dict[Signature, Bank] = {}
-        self.policies: dict[Signature, Policy[ExpertKey]] = {}
-        self._free: dict[Signature, list[int]] = {}
+        self._on_device = DeviceBanks(store, slots, device)
+        self.policies: dict[Signature, Policy[ExpertKey]] = {s: policy(n) for s, n in slots.items()}
+        self._free = {signature: list(range(n))[::-1] for signature, n in slots.items()}
         self._slot_of: dict[ExpertKey, int] = {}
         self._staged: dict[ExpertKey, Upload] = {}  # get a slot at `commit`
         self._expected: dict[ExpertKey, Upload] = {}  # get one when they are needed
         self._hear: Callable[[Iterable[ExpertKey]], object] = lambda keys: None
-        for signature, n_slots in slots.items():
-            self.banks[signature] = self._empty_bank(signature, n_slots)
-            self.policies[signature] = policy(n_slots)
-            self._free[signature] = list(range(n_slots))[::-1]
-        shape = (len(store.tiers) * store.config.n_layers, store.config.n_experts)
-        self.table_UE = jnp.full(shape, ABSENT, jnp.int32, device=device)
         self.stats = self._zero_stats()
         if self.device_bytes > budget_bytes:
             raise RuntimeError(f"banks take {self.device_bytes} of {budget_bytes} bytes")
-
-    def _empty_bank(self, signature: Signature, n_slots: int) -> Bank:
-        config = self.store.config
-        sizes = [(config.d_expert, config.d_model)] * 2 + [(config.d_model, config.d_expert)]
-        banks: list[Planes] = []
-        for name, (rows, columns) in zip(signature, sizes, strict=True):
-            shapes = get_format(name).plane_shapes(rows, columns)
-            banks.append(
-                {
-                    p: jnp.zeros((n_slots, *s.shape), s.dtype, device=self.device)
-                    for p, s in shapes.items()
-                }
-            )
-        return Bank(*banks)
 
     def _zero_stats(self) -> PoolStats:
         shape = (len(self.store.tiers), self.store.config.n_layers, self.store.config.n_experts)
         return PoolStats(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
 
     @property
+    def banks(self) -> dict[Signature, Bank]:
+        """For compiled programs to read."""
+        return self._on_device.banks
+
+    @property
+    def table_UE(self) -> jax.Array:
+        """The slot of each expert, by row `tier * L + layer`, for compiled programs to read."""
+        return self._on_device.table_UE
+
+    @property
     def device_bytes(self) -> int:
         """Bytes of all banks, as the device counts them."""
-        return sum(array.nbytes for array in jax.tree.leaves(self.banks))
+        return self._on_device.nbytes
 
     def expected(self) -> frozenset[ExpertKey]:
         """Every expert whose upload was begun ahead of its use."""
@@ -364,7 +318,7 @@ class SlotPool:
         victim = policy.admit(key, keep)
         try:
             slot = free[-1] if victim is None else self._slot_of[victim]
-            self._write(key, raw, slot, victim)
+            self._on_device.write(key, raw, slot, victim)
             if victim is None:
                 free.pop()
             else:
@@ -374,16 +328,6 @@ class SlotPool:
             # Failed or interrupted half-way: which of banks, table and policy changed is unknown.
             self._empty(signature)
             raise
-
-    def _write(
-        self, key: ExpertKey, raw: tuple[jax.Array, ...], slot: int, victim: ExpertKey | None
-    ) -> None:
-        """Puts an expert into a slot, and both lines into the device's table."""
-        signature = self.store.signature(key)
-        change = np.asarray([slot, *self._cell(key), *self._cell(victim)], np.int32)
-        self.banks[signature], self.table_UE = _write_slot(
-            self.banks[signature], self.table_UE, raw, change, signature
-        )
 
     def _empty(self, signature: Signature) -> None:
         """Makes a bank's experts absent, so that banks, table and policy agree for certain."""
@@ -397,23 +341,9 @@ class SlotPool:
                         policy.unpin(key)
                         policy.remove(key)
         self._free[signature] = list(range(n_slots))[::-1]
-        if any(plane.is_deleted() for plane in jax.tree.leaves(self.banks[signature])):
-            self.banks[signature] = self._empty_bank(signature, n_slots)
-        self._write_table()
-
-    def _write_table(self) -> None:
-        """Makes the device's table anew from the host's copy."""
-        table_UE = np.full(self.table_UE.shape, ABSENT, np.int32)
-        for key, slot in self._slot_of.items():
-            table_UE[self._cell(key)] = slot
-        self.table_UE = jnp.asarray(table_UE, device=self.device)
-
-    def _cell(self, key: ExpertKey | None) -> tuple[int, int]:
-        """Row and column of an expert's line in the table; outside of it for None."""
-        if key is None:
-            rows, columns = self.table_UE.shape
-            return rows, columns
-        return key.tier * self.store.config.n_layers + key.layer, key.expert
+        if self._on_device.is_lost(signature):
+            self._on_device.renew(signature, n_slots)
+        self._on_device.write_table(self._slot_of)
 
     def pin(self, keys: Iterable[ExpertKey]) -> None:
         """Loads `keys` and keeps them resident until `unpin`; not counted as accesses.
@@ -468,18 +398,18 @@ class SlotPool:
             for signature in changed:
                 for victim in self.policies[signature].resize(slots[signature]):
                     del self._slot_of[victim]
-                _delete(self.banks[signature])
+                self._on_device.give_back(signature)
             for signature in changed:
                 self._refill(signature, slots[signature])
         except BaseException:
             # Banks, table and policies that do not fit together hold nothing.
             for signature in changed:
-                _delete(self.banks[signature])
+                self._on_device.give_back(signature)
                 self.slots[signature] = slots[signature]
                 self._empty(signature)
                 self.policies[signature].resize(slots[signature])
             raise
-        self._write_table()
+        self._on_device.write_table(self._slot_of)
 
     def _check_division(self, slots: Mapping[Signature, int]) -> None:
         if slots.keys() != self.slots.keys():
@@ -500,11 +430,11 @@ class SlotPool:
         """Makes a bank of `n_slots` with the residents that its policy kept."""
         residents = [key for key in self._slot_of if self.store.signature(key) == signature]
         self.slots[signature] = n_slots
-        self.banks[signature] = self._empty_bank(signature, n_slots)
+        self._on_device.renew(signature, n_slots)
         for slot, key in enumerate(residents):
             with _named(key, self.device):
                 raw = self._send(key).wait()
-            self._write(key, raw, slot, None)
+            self._on_device.write(key, raw, slot, None)
             self._slot_of[key] = slot
         self._free[signature] = list(range(len(residents), n_slots))[::-1]
 

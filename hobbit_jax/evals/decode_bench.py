@@ -23,6 +23,7 @@ from hobbit_jax.cache.link import PacedLink, ProcessorTime
 from hobbit_jax.cache.prefetch import PrefetchRule
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, PromotionRule
 from hobbit_jax.engine import Engine
+from hobbit_jax.evals.statistics import spread
 from hobbit_jax.loading import LoadedModel
 from hobbit_jax.miss_modes import MISS_MODES
 from hobbit_jax.model import KVCache, attend
@@ -93,22 +94,11 @@ class Measured:
                 1 - self.dropped_bytes / self.ahead_bytes if self.ahead_bytes else None
             ),
             "link_wait_ms_per_token": self.wait_s * 1e3 / self.tokens,
-            "tokens_per_second": _spread(rates),
-            "speedup": _spread(speedups),
-            "cpu_ms_per_token": _spread(cpu_ms),
-            "cpu_speedup": _spread(np.asarray(native.cpu_seconds) / np.asarray(self.cpu_seconds)),
+            "tokens_per_second": spread(rates),
+            "speedup": spread(speedups),
+            "cpu_ms_per_token": spread(cpu_ms),
+            "cpu_speedup": spread(np.asarray(native.cpu_seconds) / np.asarray(self.cpu_seconds)),
         }
-
-
-def _spread(values: np.ndarray) -> dict[str, float]:
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    quartiles = {"quartile_low": float(low), "quartile_high": float(high)}
-    return {
-        "median": float(median),
-        **quartiles,
-        "min": float(min(values)),
-        "max": float(max(values)),
-    }
 
 
 def active_bytes(store: HostExperts) -> int:
@@ -362,8 +352,8 @@ def cache_overhead(
     ratio = np.asarray(ours_ms) / np.asarray(theirs_ms)
     return {
         "tokens": len(ours_ms),
-        "cached_ms": _spread(np.asarray(ours_ms)),
-        "uncached_ms": _spread(np.asarray(theirs_ms)),
-        "ratio": _spread(ratio),
+        "cached_ms": spread(ours_ms),
+        "uncached_ms": spread(theirs_ms),
+        "ratio": spread(ratio),
         "ratio_of_medians": float(np.median(ours_ms) / np.median(theirs_ms)),
     }

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hobbit_jax.evals.statistics import spread
 from hobbit_jax.gguf_file import write_gguf
 
 HOLLOW_LAYERS = 24
@@ -116,16 +117,11 @@ def compare_trees(
     here = Path(__file__).parents[2]
     old_s, new_s = (np.asarray(s) for s in time_in_turns([before, here], flags, turns))
 
-    def per_layer_us(seconds: np.ndarray) -> dict[str, float]:
-        quartiles = np.quantile(seconds, [0.25, 0.5, 0.75]) * 1e6 / n_layers
-        low, median, high = quartiles.tolist()
-        return {"median": median, "quartile_low": low, "quartile_high": high}
-
     return {
         "budget_mib": budget_mib,
         "turns": turns,
-        "before_us_per_layer": per_layer_us(old_s),
-        "after_us_per_layer": per_layer_us(new_s),
+        "before_us_per_layer": spread(old_s * 1e6 / n_layers),
+        "after_us_per_layer": spread(new_s * 1e6 / n_layers),
         "ratio": float(np.median(old_s / new_s)),
     }
 

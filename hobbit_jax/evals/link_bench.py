@@ -15,6 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from hobbit_jax.evals.statistics import spread
+
 PINNED = "pinned_host"
 
 
@@ -22,8 +24,8 @@ def upload_rates(n_bytes: int, repeats: int) -> list[dict[str, Any]]:
     """GB/s (1e9 bytes) of uploads of `n_bytes`, sources in turns; the first turn warms up.
 
     Returns:
-        One row a source, "numpy" and, where the device has such memory, "pinned_host": median and
-        quartiles of the turns.
+        One row a source, "numpy" and, where the device has such memory, "pinned_host", with the
+        spread of the turns.
     """
     device = jax.local_devices()[0]
     host = np.arange(n_bytes, dtype=np.uint8)
@@ -40,7 +42,6 @@ def upload_rates(n_bytes: int, repeats: int) -> list[dict[str, Any]]:
             seconds[name].append(time.perf_counter() - began_s)
     rows = []
     for name, taken in seconds.items():
-        low, median, high = np.quantile(n_bytes / 1e9 / np.asarray(taken[1:]), [0.25, 0.5, 0.75])
-        gb_s = {"median": float(median), "quartile_low": float(low), "quartile_high": float(high)}
+        gb_s = spread(n_bytes / 1e9 / np.asarray(taken[1:]))
         rows.append({"source": name, "bytes": n_bytes, "gb_s": gb_s})
     return rows

@@ -14,6 +14,7 @@ import numpy as np
 
 from hobbit_jax.cache.link import DirectLink, Link, PacedLink
 from hobbit_jax.engine import Engine
+from hobbit_jax.evals.statistics import spread
 from hobbit_jax.loading import LoadedModel
 from hobbit_jax.store import HostExperts
 
@@ -44,9 +45,8 @@ def prefill_overlap(
         Medians over rows in milliseconds: `compute_ms` (a direct link, which on a CPU costs next to
         nothing), `copy_ms` (bytes moved over the link's bandwidth), `serial_ms` and
         `overlapped_ms`, with all values; `dropped_share` of the last row's bytes, uploaded in vain;
-        and of each row's own, with their quartiles,
-        `hidden_share` (0-1 but for noise): the part of the shorter of copy and computation that
-        overlap hid; and `speedup` over `serial_ms`.
+        and, spread over rows, `hidden_share` (0-1 but for noise), the part of the shorter of copy
+        and computation that overlap hid, and `speedup` over `serial_ms`.
     """
     staging_bytes = staged_experts * store.largest_expert_bytes
 
@@ -80,7 +80,7 @@ def prefill_overlap(
         "staging_bytes": staging_bytes,
         "dropped_share": pool.stats.dropped_bytes / pool.stats.bytes_moved,
         **{name: float(np.median(of_name)) for name, of_name in values.items()},
-        "hidden_share": np.quantile(hidden, [0.25, 0.5, 0.75]).tolist(),
-        "speedup": np.quantile(serial / overlapped, [0.25, 0.5, 0.75]).tolist(),
+        "hidden_share": spread(hidden),
+        "speedup": spread(serial / overlapped),
         "values": values,
     }

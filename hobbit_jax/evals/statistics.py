@@ -1,12 +1,13 @@
 """Intervals: every reported figure comes with how far it could be off.
 
-Owns the bootstrap over whole windows (tokens of one window are not independent)
-and Wilson's interval for shares. Called by the other modules of this room.
+Owns the bootstrap over whole windows (tokens of one window are not independent), Wilson's interval
+for shares, and the spread of repeated timings. Called by the other modules of this room and by the
+planner's check.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,3 +50,11 @@ def share(correct: int, total: int) -> Interval:
     # Rounding may push a bound past 0 or 1, where it is p itself.
     low, high = max(0.0, float(centre - spread)), min(1.0, float(centre + spread))
     return Interval(p, min(low, p), max(high, p))
+
+
+def spread(values: np.ndarray | Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and range of repeated measurements, for a row."""
+    names = ("min", "quartile_low", "median", "quartile_high", "max")
+    return dict(
+        zip(names, np.quantile(np.asarray(values), [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True)
+    )

@@ -22,6 +22,7 @@ from hobbit_jax.cache.trace import Trace
 from hobbit_jax.engine import Engine
 from hobbit_jax.evals.decode_bench import Measured, compare
 from hobbit_jax.evals.decode_bench import Setting as BenchSetting
+from hobbit_jax.evals.statistics import spread
 from hobbit_jax.loading import LoadedModel
 from hobbit_jax.planner.cost_model import Machine, Traffic, token_time
 from hobbit_jax.planner.shapes import PlannedModel
@@ -215,17 +216,17 @@ def _compare_times(
         for turn in range(seconds_CR.shape[1])
     ]
     return {
-        "measured_ms": [_spread(seconds_R * 1e3) for seconds_R in seconds_CR],
+        "measured_ms": [spread(seconds_R * 1e3) for seconds_R in seconds_CR],
         "ratio_counted": [
-            _spread(_ratios(traffic, machines, seconds_R))
+            spread(_ratios(traffic, machines, seconds_R))
             for traffic, seconds_R in zip(counted, seconds_CR, strict=True)
         ],
         "ratio_replayed": [
-            _spread(_ratios(traffic, machines, seconds_R))
+            spread(_ratios(traffic, machines, seconds_R))
             for traffic, seconds_R in zip(replayed, seconds_CR, strict=True)
         ],
         "constants": {
-            name: _spread([asdict(machine)[name] for machine in machines])
+            name: spread([asdict(machine)[name] for machine in machines])
             for name in ("launch_us", "device_gb_s", "exit_us", "pcie_gb_s")
         },
     }
@@ -240,11 +241,6 @@ def _bench_setting(case: Case, store: HostExperts) -> BenchSetting:
 def _ratios(traffic: Traffic, machines: Sequence[Machine], seconds_R: np.ndarray) -> np.ndarray:
     predicted_R = np.array([token_time(traffic, machine).total for machine in machines])
     return predicted_R * 1e-3 / seconds_R
-
-
-def _spread(values: Sequence[float] | np.ndarray) -> dict[str, float]:
-    low, median, high = np.quantile(np.asarray(values), [0.25, 0.5, 0.75])
-    return {"median": float(median), "quartile_low": float(low), "quartile_high": float(high)}
 
 
 def summarise(record: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:

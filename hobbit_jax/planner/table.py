@@ -73,7 +73,7 @@ def _choice(plan: dict[str, Any]) -> list[str]:
     chosen = next(s for s in plan["settings"] if s["name"] == plan["choice"])
     lines = [
         f"Choice: {chosen['name']}, {chosen['tokens_per_second']:.1f} tokens/s predicted.",
-        f"Run it: {how_to_run(chosen, plan['memory']['pool'])}.",
+        f"Run it: {how_to_run(chosen, plan['memory']['pool'], plan['chunk_tokens'])}.",
     ]
     lines.append(
         "Rule: least expected loss first, the next where it is "
@@ -99,9 +99,9 @@ def _choice(plan: dict[str, Any]) -> list[str]:
     return lines
 
 
-def how_to_run(setting: dict[str, Any], pool_bytes: int) -> str:
+def how_to_run(setting: dict[str, Any], pool_bytes: int, chunk_tokens: int) -> str:
     """The command, or what there is instead of one."""
-    run = f"generate.py --budget_mib {pool_bytes // 2**20}"
+    run = f"generate.py --budget_mib {pool_bytes // 2**20} --chunk_tokens {chunk_tokens}"
     if setting["asked"] == "low":
         return (
             f"quantize.py --format {setting['low_format']} --out low.gguf, {run} --model low.gguf"

@@ -9,27 +9,14 @@ from matplotlib.figure import Figure
 
 from hobbit_jax.report.figures import colour, handle, png
 from hobbit_jax.report.frontier_results import FrontierResults
-from hobbit_jax.report.results import RANDOM, UNIFORM
+from hobbit_jax.report.results import RANDOM
 
 _METHOD_COLOURS = {"rtn": "#999999", "importance": "#56B4E9", "ggml": "#8C564B", "gptq": "#E69F00"}
 
 
 def frontier_figure(frontier: FrontierResults) -> bytes | None:
     """Uniform quants by encoder, and mixed plans of calibrated tiers by signal."""
-    uniform = [
-        m
-        for m in frontier.measured
-        if m.plan.signal == UNIFORM and not m.plan.through and not m.plan.encoder_text
-    ]
-    mixed = [
-        m
-        for m in frontier.measured
-        if m.plan.bytes_fraction is not None
-        and m.plan.method == "gptq"
-        and len(m.plan.formats) > 1
-        and not m.plan.calibration_text
-        and not m.plan.encoder_text
-    ]
+    uniform, mixed = frontier.uniform, frontier.mixed
     if not mixed:
         return None
     signals = list(dict.fromkeys(m.plan.signal for m in mixed))

@@ -1,9 +1,9 @@
 """Rows of a quality frontier, and the comparisons that they allow: in pairs, window by window.
 
 Owns how `FrontierCell` rows are read and averaged over seeds, and every statement that one plan
-loses less than another. Called by `signals.py`. Intervals are 95 %, by resampling windows and,
-where a plan has several, calibration seeds; a difference is taken inside each window and seed
-first, so it can be told from 0 where the two intervals overlap.
+loses less than another. Called by `signals.py`, `encoders.py` and `frontier_figure.py`. Intervals
+are 95 %, by resampling windows and, where a plan has several, calibration seeds; a difference is
+taken inside each window and seed first, so it can be told from 0 where two intervals overlap.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from hobbit_jax.evals.statistics import RESAMPLES, Interval
-from hobbit_jax.report.results import NATIVE, UNIFORM
+from hobbit_jax.report.results import NATIVE, RANDOM, UNIFORM
 
+BEST_METHOD = "gptq"
+_SIGNAL_ORDER = ("sensitivity", "hybrid", "accumulated_weight", "frequency")
 STUDY_KEYS = ("method", "formats", "through")  # of a row's config: what only this study has
 
 
@@ -116,6 +118,36 @@ class FrontierResults:
         """Held-out tokens of every plan."""
         return self.measured[0].rows[0]["quality"]["tokens"]
 
+    @cached_property
+    def uniform(self) -> tuple[Measured, ...]:
+        """Plans of one low format, encoded straight from native by the sweep's own text."""
+        return tuple(
+            m
+            for m in self.measured
+            if m.plan.signal == UNIFORM and not m.plan.through and not m.plan.encoder_text
+        )
+
+    @cached_property
+    def mixed(self) -> tuple[Measured, ...]:
+        """Static plans of the main study: every tier, the best encoder, the sweep's own text."""
+        every = max((m.plan.formats for m in self.measured), key=len)
+        found = [
+            m
+            for m in self.measured
+            if m.plan.bytes_fraction is not None
+            and (m.plan.formats, m.plan.method) == (every, BEST_METHOD)
+            and not m.plan.calibration_text
+            and not m.plan.encoder_text
+        ]
+        return tuple(
+            sorted(found, key=lambda m: (m.plan.bytes_fraction or 0, _rank(m.plan.signal)))
+        )
+
+    def own_text_twin(self, measured: Measured) -> Measured | None:
+        """The same plan with tiers encoded by the sweep's own text."""
+        wanted = replace(measured.plan, encoder_text="")
+        return next((other for other in self.measured if other.plan == wanted), None)
+
     def difference(self, left: Measured, right: Measured) -> Interval | None:
         """KL of `left` less that of `right`, in pairs; None without a seed in common.
 
@@ -146,6 +178,17 @@ class FrontierResults:
         (x0, y0), (x1, y1) = points[max(right - 1, 0)], points[right]
         share = 0.0 if x1 == x0 else (at - x0) / (x1 - x0)
         return Measured(measured.plan, measured.seeds, y0 + share * (y1 - y0), measured.rows)
+
+
+def _rank(signal: str) -> int:
+    if signal in _SIGNAL_ORDER:
+        return _SIGNAL_ORDER.index(signal)
+    return len(_SIGNAL_ORDER) + (signal == RANDOM)
+
+
+def text_name(text: str) -> str:
+    """How a text is called in a table; it is given by its path, or empty for the sweep's own."""
+    return PurePath(text).name or "the sweep's own"
 
 
 def _paired(left: Measured, right: Measured) -> tuple[np.ndarray, np.ndarray] | None:

@@ -52,3 +52,12 @@ def interval(value: Interval | None, form: str = "{:.2f}") -> str:
     if value is None:
         return ABSENT
     return f"{form} [{form}, {form}]".format(value.value, value.low, value.high)
+
+
+def relation(difference: Interval | None) -> str:
+    """Whether the interval of a difference lies below 0, above, or on both sides."""
+    if difference is None:
+        return ABSENT
+    if difference.high < 0:
+        return "less"
+    return "more" if difference.low > 0 else "not told apart"

@@ -1,58 +1,28 @@
-"""What the quality frontier says, as text: encoders, signals, their control, their transfer.
+"""What the quality frontier says of signals, as text: at equal bytes, controlled, transferred.
 
-Owns the section "Which signal" of the decision document as far as it rests on `FrontierCell` rows,
-and the section on compounding error. Called by `document.py` and, for a sweep that is nothing but
-such rows, by `writer.py`. The comparisons are `frontier_results.py`.
+Owns the order of "Which signal" of the decision document as far as it rests on `FrontierCell` rows.
+Called by `document.py` and, for a sweep that is nothing but such rows, by `writer.py`. The
+comparisons are `frontier_results.py`'s, what concerns encoders is said by `encoders.py`.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
-from pathlib import PurePath
 
-from hobbit_jax.evals.statistics import Interval
 from hobbit_jax.report import markdown
+from hobbit_jax.report.encoders import render_ablation, render_encoders, render_texts
 from hobbit_jax.report.frontier_results import (
+    BEST_METHOD,
     FrontierResults,
     Measured,
+    text_name,
     tier_overlap,
 )
 from hobbit_jax.report.results import NATIVE, RANDOM, UNIFORM
 
 FIGURE = "frontier.png"
-BEST_METHOD = "gptq"
 _KL = "{:.4f}"
 _DIFFERENCE = "{:+.4f}"
-_SIGNAL_ORDER = ("sensitivity", "hybrid", "accumulated_weight", "frequency")
-
-
-def _mixed(frontier: FrontierResults) -> list[Measured]:
-    """Static plans of the main study: every tier, the best encoder, the sweep's own text."""
-    every = max((m.plan.formats for m in frontier.measured), key=len)
-    found = [
-        m
-        for m in frontier.measured
-        if m.plan.bytes_fraction is not None
-        and (m.plan.formats, m.plan.method) == (every, BEST_METHOD)
-        and not m.plan.calibration_text
-        and not m.plan.encoder_text
-    ]
-    return sorted(found, key=lambda m: (m.plan.bytes_fraction or 0, _rank(m.plan.signal)))
-
-
-def _rank(signal: str) -> int:
-    if signal in _SIGNAL_ORDER:
-        return _SIGNAL_ORDER.index(signal)
-    return len(_SIGNAL_ORDER) + (signal == RANDOM)
-
-
-def _verdict(difference: Interval | None) -> str:
-    if difference is None:
-        return markdown.ABSENT
-    if difference.high < 0:
-        return "less"
-    return "more" if difference.low > 0 else "not told apart"
 
 
 def _ratio(left: Measured, right: Measured) -> str:
@@ -87,12 +57,12 @@ def render_signals(frontier: FrontierResults, drawn: set[str]) -> list[str]:
         "join those of one encoder. Crosses are the random control.",
     )
     for title, part in (
-        ("Encoders at the same bytes", _encoders(frontier)),
+        ("Encoders at the same bytes", render_encoders(frontier)),
         ("Signals at the same bytes", _signals(frontier)),
-        ("What the encoder and the middle tier are worth", _ablation(frontier)),
+        ("What the encoder and the middle tier are worth", render_ablation(frontier)),
         ("A tier for each selection", _selections(frontier)),
         ("Does a signal transfer?", _transfer(frontier)),
-        ("What to calibrate on", _encoder_texts(frontier)),
+        ("What to calibrate on", render_texts(frontier)),
         ("How alike the signals are", _overlaps(frontier)),
     ):
         if part:
@@ -103,11 +73,7 @@ def render_signals(frontier: FrontierResults, drawn: set[str]) -> list[str]:
 def _summary(frontier: FrontierResults) -> list[str]:
     """The answer in three sentences, each from the rows."""
     lines = []
-    uniform = {
-        (m.plan.method, m.plan.formats[0]): m
-        for m in frontier.measured
-        if m.plan.signal == UNIFORM and not m.plan.through and not m.plan.encoder_text
-    }
+    uniform = {(m.plan.method, m.plan.formats[0]): m for m in frontier.uniform}
     for low in dict.fromkeys(low for _, low in uniform):
         best, ggml = uniform.get((BEST_METHOD, low)), uniform.get(("ggml", low))
         if best and ggml:
@@ -117,8 +83,8 @@ def _summary(frontier: FrontierResults) -> list[str]:
                 f"{markdown.interval(best.kl, _KL)} against {markdown.interval(ggml.kl, _KL)}, at "
                 "the same bytes."
             )
-    control = {m.plan.bytes_fraction: m for m in _mixed(frontier) if m.plan.signal == RANDOM}
-    for fraction, mixed in itertools.groupby(_mixed(frontier), lambda m: m.plan.bytes_fraction):
+    control = {m.plan.bytes_fraction: m for m in frontier.mixed if m.plan.signal == RANDOM}
+    for fraction, mixed in itertools.groupby(frontier.mixed, lambda m: m.plan.bytes_fraction):
         signals = [m for m in mixed if m.plan.signal != RANDOM]
         if not signals or fraction not in control:
             continue
@@ -127,24 +93,28 @@ def _summary(frontier: FrontierResults) -> list[str]:
         line = frontier.line(best, BEST_METHOD)
         text = (
             f"- **At {100 * (fraction or 0):g} % of native's bytes** the best signal is "
-            f"{best.plan.signal}: {markdown.interval(best.kl, _KL)}, {_verdict(against)} than the "
-            f"random control ({markdown.interval(against, _DIFFERENCE)})"
+            f"{best.plan.signal}: {markdown.interval(best.kl, _KL)}, "
+            f"{markdown.relation(against)} than the random control "
+            f"({markdown.interval(against, _DIFFERENCE)})"
         )
         if line is not None:
             beyond = frontier.difference(best, line)
             mixing = frontier.difference(control[fraction], line)
             text += (
-                f" and {_verdict(beyond)} than the uniform quants' line at these bytes "
+                f" and {markdown.relation(beyond)} than the uniform quants' line at these bytes "
                 f"({markdown.interval(beyond, _DIFFERENCE)}); mixing at random is "
-                f"{_verdict(mixing)} than that line ({markdown.interval(mixing, _DIFFERENCE)})"
+                f"{markdown.relation(mixing)} than that line "
+                f"({markdown.interval(mixing, _DIFFERENCE)})"
             )
         lines.append(text + ".")
     for m in frontier.measured:
-        own = _twin(frontier, m) if m.plan.encoder_text and m.plan.signal == UNIFORM else None
+        own = (
+            frontier.own_text_twin(m) if m.plan.encoder_text and m.plan.signal == UNIFORM else None
+        )
         scores = [plan.task("arithmetic") for plan in (own, m) if plan]
         if own and all(scores):
             lines.append(
-                f"- **The text decides too.** Calibrated on {_text_name(m.plan.encoder_text)} "
+                f"- **The text decides too.** Calibrated on {text_name(m.plan.encoder_text)} "
                 f"instead of its own text, uniform {m.plan.formats[0]} solves "
                 f"{markdown.interval(scores[1])} of the arithmetic instead of "
                 f"{markdown.interval(scores[0])}, at a KL of {markdown.interval(m.kl, _KL)} "
@@ -153,53 +123,8 @@ def _summary(frontier: FrontierResults) -> list[str]:
     return lines
 
 
-def _twin(frontier: FrontierResults, m: Measured) -> Measured | None:
-    """The same plan with tiers encoded by the sweep's own text."""
-    wanted = replace(m.plan, encoder_text="")
-    return next((other for other in frontier.measured if other.plan == wanted), None)
-
-
-def _encoders(frontier: FrontierResults) -> list[str]:
-    order = ("rtn", "importance", "ggml", BEST_METHOD)
-    uniform = [
-        m
-        for m in frontier.measured
-        if m.plan.signal in (NATIVE, UNIFORM) and not m.plan.through and not m.plan.encoder_text
-    ]
-    uniform.sort(key=lambda m: (-m.bytes_of_native, m.plan.formats, order.index(m.plan.method)))
-    rows = []
-    for m in uniform:
-        tier = (m.rows[0].get("tiers") or [{}])[0]
-        native = m.plan.signal == NATIVE
-        rows.append(
-            (
-                NATIVE if native else f"{m.plan.formats[0]}, {m.plan.method}",
-                f"×{m.bytes_of_native:.2f}",
-                markdown.interval(m.kl, _KL),
-                markdown.number(m.mean("quality", "top1_agreement", "value"), "{:.3f}"),
-                markdown.number(m.mean("quality", "perplexity", "value"), "{:.3f}"),
-                markdown.number(tier.get("weight_error"), "{:.3f}"),
-                markdown.number(tier.get("output_error"), "{:.3f}"),
-                markdown.interval(m.task("arithmetic")),
-                markdown.interval(m.task("functions")),
-            )
-        )
-    head = (
-        "experts", "bytes", "KL", "top-1", "perplexity", "weight error", "output error",
-        "arithmetic", "functions",
-    )  # fmt: skip
-    return [
-        "rtn sees no calibration. importance weighs each column by its second moment, ggml is "
-        f"llama.cpp's encoder given the same, and {BEST_METHOD} minimises the error of the output "
-        "under the whole second moment. Errors are roots of the share of energy lost, of weights "
-        "and, on calibration tokens, of expert outputs times router weights.",
-        "",
-        *markdown.table(head, rows),
-    ]
-
-
 def _signals(frontier: FrontierResults) -> list[str]:
-    mixed = _mixed(frontier)
+    mixed = frontier.mixed
     control = {m.plan.bytes_fraction: m for m in mixed if m.plan.signal == RANDOM}
     rows = []
     for m in mixed:
@@ -213,9 +138,9 @@ def _signals(frontier: FrontierResults) -> list[str]:
                 m.plan.signal,
                 markdown.interval(m.kl, _KL),
                 markdown.interval(against, _DIFFERENCE) if against else markdown.ABSENT,
-                _verdict(against) if against else "the control",
+                markdown.relation(against) if against else "the control",
                 markdown.interval(beyond, _DIFFERENCE) if beyond else markdown.ABSENT,
-                _verdict(beyond),
+                markdown.relation(beyond),
                 _seed_range(m),
                 markdown.number(_bytes_per_selection(frontier, m), "×{:.2f}"),
                 markdown.interval(m.task("arithmetic")),
@@ -250,45 +175,6 @@ def _bytes_per_selection(frontier: FrontierResults, m: Measured) -> float | None
     own = m.mean("uses", "bytes_per_selection")
     base = native.mean("uses", "bytes_per_selection") if native else None
     return own / base if own and base else None
-
-
-def _ablation(frontier: FrontierResults) -> list[str]:
-    main = _mixed(frontier)
-    rows = []
-    for m in frontier.measured:
-        plan = m.plan
-        other_text = plan.calibration_text or plan.encoder_text
-        if plan.bytes_fraction is None or other_text or m in main:
-            continue
-        twin = next(
-            (
-                other
-                for other in main
-                if (other.plan.signal, other.plan.bytes_fraction)
-                == (plan.signal, plan.bytes_fraction)
-            ),
-            None,
-        )
-        difference = frontier.difference(m, twin) if twin else None
-        rows.append(
-            (
-                f"{100 * plan.bytes_fraction:g} %",
-                plan.signal,
-                f"{' and '.join(plan.formats)}, {plan.method}",
-                markdown.interval(m.kl, _KL),
-                markdown.interval(difference, _DIFFERENCE),
-                _verdict(difference),
-            )
-        )
-    if not rows:
-        return []
-    rows.sort()
-    return [
-        "The same limits with plainly encoded tiers, and with the lowest tier alone, less the plan "
-        "of the table above with the same signal and seed.",
-        "",
-        *markdown.table(("bytes", "signal", "tiers", "KL", "difference", "it loses"), rows),
-    ]
 
 
 def _selections(frontier: FrontierResults) -> list[str]:
@@ -327,10 +213,6 @@ def _selections(frontier: FrontierResults) -> list[str]:
     ]
 
 
-def _text_name(text: str) -> str:
-    return PurePath(text).name or "the sweep's own"
-
-
 def _transfer(frontier: FrontierResults) -> list[str]:
     rows = []
     for m in frontier.measured:
@@ -339,7 +221,7 @@ def _transfer(frontier: FrontierResults) -> list[str]:
         own = next(
             (
                 other
-                for other in _mixed(frontier)
+                for other in frontier.mixed
                 if (other.plan.signal, other.plan.bytes_fraction)
                 == (m.plan.signal, m.plan.bytes_fraction)
             ),
@@ -348,7 +230,7 @@ def _transfer(frontier: FrontierResults) -> list[str]:
         random = next(
             (
                 other
-                for other in _mixed(frontier)
+                for other in frontier.mixed
                 if other.plan.signal == RANDOM
                 and other.plan.bytes_fraction == m.plan.bytes_fraction
             ),
@@ -361,11 +243,11 @@ def _transfer(frontier: FrontierResults) -> list[str]:
             (
                 f"{100 * (m.plan.bytes_fraction or 0):g} %",
                 m.plan.signal,
-                _text_name(m.plan.calibration_text),
+                text_name(m.plan.calibration_text),
                 markdown.interval(m.kl, _KL),
                 markdown.interval(loss, _DIFFERENCE),
                 markdown.interval(against, _DIFFERENCE),
-                _verdict(against),
+                markdown.relation(against),
                 f"{overlap[0]:.2f}, {overlap[1]:.2f}" if overlap else markdown.ABSENT,
             )
         )
@@ -383,48 +265,8 @@ def _transfer(frontier: FrontierResults) -> list[str]:
     ]
 
 
-def _encoder_texts(frontier: FrontierResults) -> list[str]:
-    """Plans whose tiers and signal come from another text, beside their twins."""
-    rows = []
-    for m in frontier.measured:
-        if not m.plan.encoder_text:
-            continue
-        own = _twin(frontier, m)
-        difference = frontier.difference(m, own) if own else None
-        limit = m.plan.bytes_fraction
-        what = m.plan.signal if limit else f"{UNIFORM} {m.plan.formats[0]}"
-        rows.append(
-            (
-                f"×{m.bytes_of_native:.2f}",
-                what,
-                _text_name(m.plan.encoder_text),
-                markdown.interval(own and own.kl, _KL),
-                markdown.interval(m.kl, _KL),
-                markdown.interval(difference, _DIFFERENCE),
-                *(
-                    markdown.interval(plan.task(task) if plan else None)
-                    for task in ("arithmetic", "functions")
-                    for plan in (own, m)
-                ),
-            )
-        )
-    if not rows:
-        return []
-    head = (
-        "bytes", "plan", "text", "KL, own text", "KL, this text", "difference",
-        "arithmetic, own", "arithmetic, this", "functions, own", "functions, this",
-    )  # fmt: skip
-    return [
-        "Tiers encoded, and signals measured, on the sweep's own text and on another one: "
-        "*mixed* is half source code, half problems of the tasks' training split. KL is on source "
-        "code; the tasks show what it does not see.",
-        "",
-        *markdown.table(head, rows),
-    ]
-
-
 def _overlaps(frontier: FrontierResults) -> list[str]:
-    mixed = _mixed(frontier)
+    mixed = frontier.mixed
     if not mixed:
         return []
     fractions = sorted({m.plan.bytes_fraction or 0 for m in mixed})
@@ -442,47 +284,4 @@ def _overlaps(frontier: FrontierResults) -> list[str]:
         "signals put at the same tier, and Spearman's correlation of the tiers.",
         "",
         *markdown.table(("", *(m.plan.signal for m in plans)), rows),
-    ]
-
-
-def render_compounding(frontier: FrontierResults) -> list[str]:
-    """Lines of the section on quantising what is quantised already; the original is native."""
-    rows = []
-    plans = [m for m in frontier.measured if m.plan.signal == UNIFORM]
-    for m in plans:
-        straight = next(
-            (
-                other
-                for other in plans
-                if (other.plan.formats, other.plan.method) == (m.plan.formats, m.plan.method)
-                and not other.plan.through
-            ),
-            None,
-        )
-        difference = frontier.difference(m, straight) if straight and m.plan.through else None
-        tier = (m.rows[0].get("tiers") or [{}])[0]
-        rows.append(
-            (
-                " → ".join(["original", *m.plan.through, m.plan.formats[0]]),
-                m.plan.method,
-                markdown.number(tier.get("weight_error"), "{:.4f}"),
-                markdown.number(tier.get("output_error"), "{:.4f}"),
-                markdown.interval(m.kl, _KL),
-                markdown.interval(difference, _DIFFERENCE),
-                _verdict(difference) if difference else markdown.ABSENT,
-                markdown.number(m.mean("quality", "perplexity", "value"), "{:.3f}"),
-                markdown.interval(m.task("arithmetic")),
-                markdown.interval(m.task("functions")),
-            )
-        )
-    head = (
-        "way", "encoder", "weight error", "output error", "KL", "less the straight way",
-        "it loses", "perplexity", "arithmetic", "functions",
-    )  # fmt: skip
-    return [
-        f"On {frontier.tokens:,} held-out tokens. Errors, KL and differences are against the "
-        "original weights; formats on the way are encoded plainly. A calibrated encoder works "
-        "with calibration of the original.",
-        "",
-        *markdown.table(head, rows),
     ]

@@ -12,13 +12,14 @@ from pathlib import Path
 from hobbit_jax.atomic import replacing
 from hobbit_jax.report import figures
 from hobbit_jax.report.document import Studies, render, render_studies
+from hobbit_jax.report.encoders import render_compounding
 from hobbit_jax.report.frontier_figure import frontier_figure
 from hobbit_jax.report.frontier_results import is_frontier, load_frontier
 from hobbit_jax.report.peers import FOLDER, load_peers
 from hobbit_jax.report.plans import load_plans
 from hobbit_jax.report.read_results import load_results
 from hobbit_jax.report.results import NATIVE, RANDOM, Plan, Results
-from hobbit_jax.report.signals import FIGURE, render_compounding, render_signals
+from hobbit_jax.report.signals import FIGURE, render_signals
 from hobbit_jax.report.verdict import Outcome, Rule, Verdict, verdicts
 
 
