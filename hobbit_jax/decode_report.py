@@ -7,15 +7,18 @@ every routed layer's selections.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hobbit_jax.cache.pool import Use
 from hobbit_jax.precision import SKIPPED
+from hobbit_jax.prefill import RoutedLayer
 from hobbit_jax.selection import Selections
-from hobbit_jax.store import ExpertKey
+from hobbit_jax.store import NATIVE, ExpertKey
 
 # Of an entry of the log: expert, tier asked for, tier that serves it, bits of the router's weight.
 LOG_FIELDS = 4
@@ -45,6 +48,42 @@ def pack(
     head_4 = jnp.stack([steps, layer, blocked.astype(jnp.int32), logged]).astype(jnp.int32)
     parts = [head_4, tokens_NB.reshape(-1), ahead_P2A.reshape(-1), log_IAf.reshape(-1)]
     return jnp.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class LoggedLayer:
+    """What one layer of one token of an entry chose."""
+
+    token: int  # of the entry
+    layer: int
+    ids_A: np.ndarray
+    asked_A: np.ndarray
+    served_A: np.ndarray
+    weights_A: np.ndarray
+
+    def routed(self, k: int) -> RoutedLayer:
+        """For watchers: `k` experts of each sequence, valid where it got a token."""
+        shape = (-1, k)
+        valid_T = (self.asked_A.reshape(shape) != SKIPPED).any(axis=1)
+        return RoutedLayer(
+            self.layer, self.ids_A.reshape(shape), self.weights_A.reshape(shape), valid_T
+        )
+
+    def uses(self) -> tuple[dict[ExpertKey, Use], dict[ExpertKey, Use]]:
+        """For policies: the copies that serve, and those asked for that a lower one stands for."""
+        uses: dict[ExpertKey, Use] = {}
+        wished: dict[ExpertKey, Use] = {}
+        listed = (self.served_A, self.ids_A, self.weights_A, self.asked_A)
+        for tier, expert, weight, asked in zip(*(a.tolist() for a in listed), strict=True):
+            if tier == SKIPPED:
+                continue
+            key = ExpertKey(tier, self.layer, expert)
+            before = uses.get(key, Use(key, 0.0, False))
+            uses[key] = Use(key, max(weight, before.weight), before.native or asked == NATIVE)
+            if tier > asked:
+                wish = key._replace(tier=asked)
+                wished[wish] = Use(wish, uses[key].weight)
+        return uses, wished
 
 
 @dataclass(frozen=True)
@@ -81,6 +120,18 @@ class Report:
             served_IA=log_IAf[..., 2],
             weights_IA=np.ascontiguousarray(log_IAf[..., 3]).view(np.float32),
         )
+
+    def logged(self, n_layers: int) -> Iterator[LoggedLayer]:
+        """What the entry's layers chose, in their order, up to the one where the program stands."""
+        end = self.steps * n_layers + self.layer + self.blocked
+        for number, entry in enumerate(range(end - len(self.ids_IA), end)):
+            yield LoggedLayer(
+                *divmod(entry, n_layers),
+                self.ids_IA[number],
+                self.asked_IA[number],
+                self.served_IA[number],
+                self.weights_IA[number],
+            )
 
     def ahead(self) -> list[ExpertKey]:
         """The experts that the layers to come would choose, the nearest layer's first."""

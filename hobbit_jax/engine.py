@@ -18,7 +18,7 @@ from flax import nnx
 from hobbit_jax.adaptive_split import AdaptiveSplit
 from hobbit_jax.cache.link import Link
 from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, Step, policy_factory
-from hobbit_jax.cache.pool import SlotPool, Use
+from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, Promoter, PromotionRule
 from hobbit_jax.cache.sharded_pool import make_pool
@@ -335,41 +335,20 @@ class Engine:
 
     def _account(self, report: Report) -> list[list[ExpertKey]]:
         """Tells watchers and policies what an entry used; rounds to load for the last layer."""
-        n_layers = self.config.n_layers
-        # Layers are walked in order, up to the one where the program stands.
-        end = report.steps * n_layers + report.layer + report.blocked
-        walked = np.arange(end - len(report.ids_IA), end)
+        n_layers, k = self.config.n_layers, self.config.experts_per_token
         self._count(report.asked_IA, report.served_IA)
         longest = int(self._lengths_B.max())
         rounds: list[list[ExpertKey]] = []
-        for entry, (token, layer) in enumerate(zip(*np.divmod(walked, n_layers), strict=True)):
-            ids_A, asked_A = report.ids_IA[entry], report.asked_IA[entry]
-            weights_A, served_A = report.weights_IA[entry], report.served_IA[entry]
+        for logged in report.logged(n_layers):
             if self.watch is not None:
-                shape = (-1, self.config.experts_per_token)
-                valid_T = (asked_A.reshape(shape) != SKIPPED).any(axis=1)
-                self.watch(
-                    RoutedLayer(int(layer), ids_A.reshape(shape), weights_A.reshape(shape), valid_T)
-                )
-            uses: dict[ExpertKey, Use] = {}
-            wished: dict[ExpertKey, Use] = {}
-            for tier, expert, weight, asked in zip(
-                served_A.tolist(), ids_A.tolist(), weights_A.tolist(), asked_A.tolist(), strict=True
-            ):
-                if tier == SKIPPED:
-                    continue
-                key = ExpertKey(tier, int(layer), expert)
-                before = uses.get(key, Use(key, 0.0, False))
-                uses[key] = Use(key, max(weight, before.weight), before.native or asked == NATIVE)
-                if tier > asked:
-                    wish = key._replace(tier=asked)
-                    wished[wish] = Use(wish, uses[key].weight)
-            if report.blocked and entry == len(walked) - 1:
+                self.watch(logged.routed(k))
+            uses, wished = logged.uses()
+            if report.blocked and (logged.token, logged.layer) == (report.steps, report.layer):
                 rounds = self.pool.entries(uses)
-            step = Step(self._tokens + int(token), int(layer), longest + int(token))
+            step = Step(self._tokens + logged.token, logged.layer, longest + logged.token)
             self.pool.access(step, list(uses.values()), list(wished.values()))
             if self._prefetcher is not None:
-                self._prefetcher.note(int(layer), uses)
+                self._prefetcher.note(logged.layer, uses)
             self._note_lowered(wished)
         self._tokens += report.steps
         return rounds

@@ -242,7 +242,7 @@ def test_our_side(monkeypatch, tmp_path, two_banks_path):
     assert (row["model"]["name"], row["text"]["name"]) == ("tiny.gguf", "letters.txt")
     del row["peer"]["model"]  # the peer's own doing
     assert str(tmp_path) not in json.dumps(row)
-    assert any("| uniform float32 |" in line for line in render_peers([PeerRow(row)]))
+    assert any("| uniform float32, 1 core |" in line for line in render_peers([PeerRow(row)]))
 
 
 def random_trace(rng, n_tokens=200, n_layers=3, n_experts=8, k=2):
@@ -286,14 +286,14 @@ def peer_row(scripted, budget_bytes=None):
     common = {"device_peak_bytes": None, "precision": "float32", "slots": 7}
     row["ours"] |= {**common, "machine": {"device": "cpu: Some Processor"}, "decode_hit_rate": 0.5}
     row["peer"] |= {**common, "versions": {"torch": "2.13.0"}, "mode": "offload", "slot_bytes": 9}
-    return {"model": {"name": "M.gguf"}, "budget_bytes": budget_bytes, **row}
+    return {"model": {"name": "M.gguf"}, "threads": 2, "budget_bytes": budget_bytes, **row}
 
 
 def test_the_section(scripted, tmp_path):
     row = peer_row(scripted, 2 * MIB)
     text = "\n".join(render_peers([PeerRow(row)]))
     tables = [line for line in text.splitlines() if line.startswith("| M.gguf, 2 MiB of experts |")]
-    assert len(tables) == 4 and all("| scripted offload |" in line for line in tables)
+    assert len(tables) == 4 and all("| scripted offload, 2 cores |" in line for line in tables)
     kl = row["agreement"]["kl_mean"]
     assert f"{kl['value']:.2g} [{kl['low']:.2g}, {kl['high']:.2g}]" in tables[0]
     ratio = row["speed"]["decode_tokens_per_second"]["ratio"]

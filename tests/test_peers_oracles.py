@@ -172,7 +172,7 @@ def test_compare_with_torch(torch, paths, text, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(REPOSITORY / "scripts" / "compare.py"), run_name="__main__")
     assert not ended.value.code
-    assert "| mixtral.gguf | PyTorch float32 | 120 |" in capsys.readouterr().out
+    assert "| mixtral.gguf | PyTorch float32, 1 core | 120 |" in capsys.readouterr().out
     assert str(tmp_path) not in out.read_text()
     row = json.loads(out.read_text())
     agreement = row["agreement"]

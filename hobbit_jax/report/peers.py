@@ -26,7 +26,8 @@ _ABOUT_SPEED = (
     "knows the next token. Medians of the turns with minimum and maximum; a ratio is ours over the "
     "peer's within a turn, above 1 where we are faster. The time to the first token is that of a "
     "warm program. A load average above the cores used means that others ran beside: read the "
-    "ranges."
+    "ranges. Barriers of OpenMP wait passively, so that a busy core does not stop both programs; "
+    "between products as short as a small model's that can cost more than a second core gains."
 )
 _ABOUT_MEMORY = (
     "Peak of a whole run in MiB, each program in a process of its own: what is in no file (heap, "
@@ -44,7 +45,7 @@ class PeerRow:
 
     @property
     def labels(self) -> tuple[str, str]:
-        """Model, with our budget where there was one; peer, with its precision or setting."""
+        """Model, with our budget where there was one; peer, with its setting and cores of each."""
         model, budget = self.row["model"]["name"], self.row["budget_bytes"]
         if budget is not None:
             model += f", {markdown.mib(budget, 0)} MiB of experts"
@@ -52,7 +53,8 @@ class PeerRow:
         setting = peer.get("mode") or ""
         if peer.get("layers_with_experts_on_cpu"):
             setting = f"experts of {peer['layers_with_experts_on_cpu']} layers on the CPU"
-        return model, f"{peer['program']} {setting}".strip()
+        name, threads = f"{peer['program']} {setting}".strip(), self.row["threads"]
+        return model, f"{name}, {threads} core{'s' if threads > 1 else ''}"
 
 
 def load_peers(folder: Path) -> tuple[PeerRow, ...]:
@@ -124,7 +126,6 @@ def _speed(peers: Sequence[PeerRow]) -> list[str]:
         rows.append(
             (
                 *peer.labels,
-                f"{peer.row['ours']['threads'] or '–'}/{peer.row['peer']['threads'] or '–'}",
                 *(_range(decode[side], "{:.1f}") for side in ("ours", "peer")),
                 _range(decode["ratio"], "×{:.2f}"),
                 *(_range(prefill[side], "{:.0f}") for side in ("ours", "peer")),
@@ -135,7 +136,7 @@ def _speed(peers: Sequence[PeerRow]) -> list[str]:
             )
         )
     head = (
-        *("model", "peer", "threads, ours/peer", "decode tokens/s, ours", "the peer's", "ratio"),
+        *("model", "peer", "decode tokens/s, ours", "the peer's", "ratio"),
         *("prefill tokens/s, ours", "the peer's", "ratio", "first token s, ours / peer"),
         *("turns × (prompt + decoded)", "load average before / after"),
     )
