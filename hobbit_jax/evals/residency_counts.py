@@ -1,0 +1,143 @@
+"""What promotion, the pool's division and a warm start come to, in counts that no other load moves.
+
+Owns which settings are compared and how their tables read; decoding is `decode_bench.py`'s. Called
+by `scripts/residency_tables.py`. Every comparison is at equal pool bytes and decodes the same
+forced tokens. A warm start is judged on cold engines, since the cache soon forgets how it began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hobbit_jax.cache.promotion import PromotionRule
+from hobbit_jax.cache.warm_start import WarmStart
+from hobbit_jax.engine import Engine
+from hobbit_jax.evals.decode_bench import Measured, Setting
+from hobbit_jax.loading import LoadedModel
+from hobbit_jax.miss_modes import MISS_MODES
+from hobbit_jax.pool_sizing import ADAPTIVE, CANDIDATE_SHARES, LowShare
+from hobbit_jax.report import markdown
+from hobbit_jax.store import HostExperts
+
+MARGINS = (0.0, 1.0, 1.5, 2.0, 4.0)
+SHARES: tuple[LowShare, ...] = (*CANDIDATE_SHARES[1::2], CANDIDATE_SHARES[-2], ADAPTIVE)
+PIN_SHARES = (0.0, 0.5)
+FIRST_TOKENS = (1, 16)
+_MIB = 2**20
+
+
+def promotion_settings(store: HostExperts, budget_bytes: int) -> Iterator[Setting]:
+    """Each mode that promotes and fits, with the newcomer's margin over whom it would evict."""
+    for name, mode in MISS_MODES.items():
+        if mode.promotes and (mode.low_banks != "all" or store.tier_bytes(1) < budget_bytes):
+            for margin in MARGINS:
+                rule = PromotionRule(margin=margin)
+                label = f"{name}, margin {margin:g}"
+                yield Setting(label, name, budget_bytes, low_share=0.8, promotion=rule)
+
+
+def split_settings(budget_bytes: int) -> Iterator[Setting]:
+    """Each mode whose low copies share the pool, under fixed shares and the adaptive one."""
+    for name, mode in MISS_MODES.items():
+        if mode.low_banks == "cache":
+            for share in SHARES:
+                yield Setting(f"{name}, {share}", name, budget_bytes, low_share=share)
+
+
+def counts(measured: Measured) -> dict[str, Any]:
+    """One setting's figures per token, without any that depends on the machine's speed."""
+    row = measured.row(measured)
+    kept = "resident_experts hit_rate bytes_moved_per_token exits_per_token degraded_fraction"
+    return {key: row[key] for key in (*kept.split(), "skipped_fraction", "kl_nats")}
+
+
+def warm_starts(
+    profiles: Mapping[str, np.ndarray], seeds: Sequence[int]
+) -> Iterator[tuple[str, WarmStart | None]]:
+    """A cold start, one by each profile with and without pins, and as many by random profiles.
+
+    Args:
+        profiles: uses [L, E] by the name of their text.
+        seeds: of the random control, which orders all (layer, expert) pairs by lot.
+    """
+    yield "cold", None
+    drawn = dict(profiles)
+    for seed in seeds:
+        shape = next(iter(profiles.values())).shape
+        drawn[f"random, seed {seed}"] = np.random.default_rng(seed).random(shape)
+    for name, uses_LE in drawn.items():
+        for pin_share in PIN_SHARES:
+            pinned = f", {pin_share:.0%} of the slots pinned" if pin_share else ""
+            yield f"{name}{pinned}", WarmStart(uses_LE, pin_share)
+
+
+def first_misses(
+    model: LoadedModel,
+    store: HostExperts,
+    budget_bytes: int,
+    warm: WarmStart | None,
+    ids_RS: np.ndarray,
+) -> dict[str, Any]:
+    """Misses of a text's first tokens, decoded one by one on an engine that has just started.
+
+    Args:
+        model, store: the model and its native experts.
+        budget_bytes: of the pool.
+        warm: what is resident before the first token.
+        ids_RS: int32 rows, each on an engine of its own; of the first token, of the first sixteen,
+            and of all S.
+
+    Returns:
+        Mean misses over rows by number of tokens, and the hit rate over all.
+    """
+    missed_RS = np.zeros(ids_RS.shape)
+    uses = 0
+    for row, ids_S in enumerate(ids_RS):
+        engine = Engine(model, store, budget_bytes, warm=warm)
+        engine.start(1, len(ids_S))
+        engine.pool.reset_stats()
+        for position, token in enumerate(ids_S):
+            engine.decode(np.asarray([token]))
+            missed_RS[row, position] = engine.pool.stats.misses.sum()
+        uses += int(engine.pool.stats.hits.sum() + engine.pool.stats.misses.sum())
+    first = {f"misses_of_first_{n}": float(missed_RS[:, n - 1].mean()) for n in FIRST_TOKENS}
+    return {**first, "hit_rate": 1 - float(missed_RS[:, -1].sum()) / uses}
+
+
+def counts_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of Markdown for rows of `counts` with `text`, `budget_mib` and `setting`."""
+    head = ["text", "MiB", "setting", "residents", "hit rate", "MB a token", "exits a token"]
+    lines = [
+        [
+            row["text"],
+            f"{row['budget_mib']:g}",
+            row["setting"],
+            row["resident_experts"],
+            f"{row['hit_rate']:.3f}",
+            f"{row['bytes_moved_per_token'] / 1e6:.3f}",
+            f"{row['exits_per_token']:.2f}",
+            f"{row['degraded_fraction']:.3f}",
+            f"{row['kl_nats']:.4f}",
+        ]
+        for row in rows
+    ]
+    return markdown.table([*head, "degraded", "KL"], lines)
+
+
+def warm_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of Markdown for rows of `first_misses` with `text`, `budget_mib` and `setting`."""
+    head = ["text", "MiB", "profile of", *(f"misses of the first {n}" for n in FIRST_TOKENS)]
+    lines = [
+        [
+            row["text"],
+            f"{row['budget_mib']:g}",
+            row["setting"],
+            *(f"{row[f'misses_of_first_{n}']:.1f}" for n in FIRST_TOKENS),
+            f"{row['hit_rate']:.3f}",
+        ]
+        for row in rows
+    ]
+    return markdown.table([*head, "hit rate"], lines)
