@@ -88,7 +88,7 @@ clusters: environment  ## sweeps on a real Slurm and Ray on this machine, killed
 reference: environment  ## train the reference model anew into out/reference (about an hour, resumable)
 	@$(BIN)/python scripts/train_reference.py --workdir out/reference
 
-sweep: environment  ## the full sweep on the shipped model (about 45 minutes, resumable)
+sweep: environment  ## the full sweep on the shipped model (an hour and a half, resumable)
 	@$(BIN)/python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep
 	@$(BIN)/python scripts/report.py --workdir out/reference_sweep
 
