@@ -20,6 +20,7 @@ from hobbit_jax.cache.tiered_replay import BankShapes, RoutedStep, Tally, Tiered
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.calibration import Calibration
 from hobbit_jax.engine import Engine
+from hobbit_jax.evals.residency_counts import FIRST_TOKENS, first_misses
 from hobbit_jax.loading import load_model
 from hobbit_jax.miss_modes import LOW, MISS_MODES
 from hobbit_jax.pool_sizing import low_share, pool_slots
@@ -437,3 +438,31 @@ def test_profiling_still_means_the_standard_library():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert done.returncode == 0 and "function calls" in done.stdout, done.stderr
+
+
+def test_misses_of_the_first_tokens(model, uses_LE):
+    """With room for everyone a cold engine misses each expert once, a warm one none."""
+    native = HostExperts(model.config, model.file)
+    ids_RS = np.random.default_rng(6).integers(0, model.config.vocab_size, (2, 18))
+    chosen: list[set] = []
+
+    def watch(routed):
+        chosen[-1] |= {(routed.layer, int(expert)) for expert in routed.ids_TK.ravel()}
+
+    engine = Engine(model, native, watch=watch)
+    distinct_Rn = []
+    for ids_S in ids_RS:
+        chosen.append(set())
+        engine.start(1, len(ids_S))
+        distinct_Rn.append([])
+        for token in ids_S:
+            engine.decode(np.asarray([token]))
+            distinct_Rn[-1].append(len(chosen[-1]))
+    budget_bytes = native.tier_bytes(NATIVE)
+    cold = first_misses(model, native, budget_bytes, None, ids_RS)
+    for n in FIRST_TOKENS:
+        assert cold[f"misses_of_first_{n}"] == np.mean([row[n - 1] for row in distinct_Rn])
+    uses = ids_RS.size * model.config.experts_per_token * model.config.n_layers
+    assert cold["hit_rate"] == pytest.approx(1 - sum(row[-1] for row in distinct_Rn) / uses)
+    warm = first_misses(model, native, budget_bytes, WarmStart(uses_LE), ids_RS)
+    assert set(warm.values()) == {0.0, 1.0} and warm["hit_rate"] == 1.0
