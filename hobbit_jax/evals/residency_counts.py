@@ -23,7 +23,7 @@ from hobbit_jax.report import markdown
 from hobbit_jax.store import HostExperts
 
 MARGINS = (0.0, 1.0, 1.5, 2.0, 4.0)
-SHARES: tuple[LowShare, ...] = (*CANDIDATE_SHARES[1::2], CANDIDATE_SHARES[-2], ADAPTIVE)
+SHARES: tuple[LowShare, ...] = (*CANDIDATE_SHARES[1::2], ADAPTIVE)
 PIN_SHARES = (0.0, 0.5)
 FIRST_TOKENS = (1, 16)
 _MIB = 2**20
