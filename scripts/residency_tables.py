@@ -43,7 +43,7 @@ tokens. *Residents* are (layer, expert) pairs with any copy on the device at the
 selections that a low copy served, KL is to the native model. Constants were chosen on
 "calibration".
 
-    python scripts/residency_tables.py --out {out}
+    python scripts/residency_tables.py --budgets_mib {budgets} --out {out}
 """
 
 
@@ -125,7 +125,8 @@ def main(_):
         "split": ("The share of the pool for low copies", residency_counts.counts_table),
         "warm": ("Before the first token", residency_counts.warm_table),
     }
-    text = _INTRODUCTION.format(low=_LOW_FORMAT.value, tokens=_TOKENS, out=out)
+    budgets = ",".join(_BUDGETS_MIB.value)
+    text = _INTRODUCTION.format(low=_LOW_FORMAT.value, tokens=_TOKENS, budgets=budgets, out=out)
     for group, (title, table) in tables.items():
         text += "\n".join(["", f"## {title}", "", *table(rows.of(group)), ""])
     with replacing(out) as partial:
