@@ -79,10 +79,8 @@ def main(_):
     out = Path(str(_OUT.value))
     model = load_model(_MODEL.value or reference.model_path())
     low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), Path("out/tiers"))
-    store, native = (
-        HostExperts(model.config, model.file, [low]),
-        HostExperts(model.config, model.file),
-    )
+    store = HostExperts(model.config, model.file, [low])
+    native = HostExperts(model.config, model.file)
     settings = {"model_sha256": model.file.sha256(), "low": _LOW_FORMAT.value, "rows": _ROWS.value}
     rows = _Rows(out.with_suffix(".json"), settings)
 
@@ -104,7 +102,9 @@ def main(_):
                 "split": residency_counts.split_settings(budget),
             }
             for group, listed in groups.items():
-                for setting in tqdm(list(listed), f"{part}, {budget_mib:g} MiB, {group}"):
+                for setting in tqdm(
+                    list(listed), f"{part}, {budget_mib:g} MiB, {group}", disable=None
+                ):
 
                     def decode(setting=setting, ids_RS=ids_RS):
                         measured = decode_bench.compare(model, store, [setting], ids_RS, _PROMPT)
@@ -113,7 +113,7 @@ def main(_):
                     where = {"text": part, "budget_mib": budget_mib, "group": group}
                     rows.need({**where, "setting": setting.name}, decode)
             starts = list(residency_counts.warm_starts(profiles, _SEEDS))
-            for name, warm in tqdm(starts, f"{part}, {budget_mib:g} MiB, warm"):
+            for name, warm in tqdm(starts, f"{part}, {budget_mib:g} MiB, warm", disable=None):
 
                 def begin(warm=warm, budget=budget, ids_RS=ids_RS):
                     return residency_counts.first_misses(model, native, budget, warm, ids_RS)
@@ -127,8 +127,8 @@ def main(_):
     }
     budgets = ",".join(_BUDGETS_MIB.value)
     text = _INTRODUCTION.format(low=_LOW_FORMAT.value, tokens=_TOKENS, budgets=budgets, out=out)
-    for group, (title, table) in tables.items():
-        text += "\n".join(["", f"## {title}", "", *table(rows.of(group)), ""])
+    for group, (heading, table) in tables.items():
+        text += "\n".join(["", f"## {heading}", "", *table(rows.of(group)), ""])
     with replacing(out) as partial:
         partial.write_text(text, encoding="utf-8")
     print(f"the tables: {out}")

@@ -26,7 +26,6 @@ MARGINS = (0.0, 1.0, 1.5, 2.0, 4.0)
 SHARES: tuple[LowShare, ...] = (*CANDIDATE_SHARES[1::2], ADAPTIVE)
 PIN_SHARES = (0.0, 0.5)
 FIRST_TOKENS = (1, 16)
-_MIB = 2**20
 
 
 def promotion_settings(store: HostExperts, budget_bytes: int) -> Iterator[Setting]:

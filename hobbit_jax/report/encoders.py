@@ -59,15 +59,7 @@ def render_ablation(frontier: FrontierResults) -> list[str]:
         other_text = plan.calibration_text or plan.encoder_text
         if plan.bytes_fraction is None or other_text or m in frontier.mixed:
             continue
-        twin = next(
-            (
-                other
-                for other in frontier.mixed
-                if (other.plan.signal, other.plan.bytes_fraction)
-                == (plan.signal, plan.bytes_fraction)
-            ),
-            None,
-        )
+        twin = frontier.main_study(plan.signal, plan.bytes_fraction)
         difference = frontier.difference(m, twin) if twin else None
         rows.append(
             (

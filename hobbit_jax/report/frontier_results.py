@@ -143,6 +143,12 @@ class FrontierResults:
             sorted(found, key=lambda m: (m.plan.bytes_fraction or 0, _rank(m.plan.signal)))
         )
 
+    def main_study(self, signal: str, bytes_fraction: float | None) -> Measured | None:
+        """The plan of `mixed` by a signal under a limit of bytes."""
+        wanted = signal, bytes_fraction
+        found = (m for m in self.mixed if (m.plan.signal, m.plan.bytes_fraction) == wanted)
+        return next(found, None)
+
     def own_text_twin(self, measured: Measured) -> Measured | None:
         """The same plan with tiers encoded by the sweep's own text."""
         wanted = replace(measured.plan, encoder_text="")

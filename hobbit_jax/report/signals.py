@@ -83,13 +83,13 @@ def _summary(frontier: FrontierResults) -> list[str]:
                 f"{markdown.interval(best.kl, _KL)} against {markdown.interval(ggml.kl, _KL)}, at "
                 "the same bytes."
             )
-    control = {m.plan.bytes_fraction: m for m in frontier.mixed if m.plan.signal == RANDOM}
     for fraction, mixed in itertools.groupby(frontier.mixed, lambda m: m.plan.bytes_fraction):
         signals = [m for m in mixed if m.plan.signal != RANDOM]
-        if not signals or fraction not in control:
+        control = frontier.main_study(RANDOM, fraction)
+        if not signals or control is None:
             continue
         best = min(signals, key=lambda m: m.kl.value)
-        against = frontier.difference(best, control[fraction])
+        against = frontier.difference(best, control)
         line = frontier.line(best, BEST_METHOD)
         text = (
             f"- **At {100 * (fraction or 0):g} % of native's bytes** the best signal is "
@@ -99,7 +99,7 @@ def _summary(frontier: FrontierResults) -> list[str]:
         )
         if line is not None:
             beyond = frontier.difference(best, line)
-            mixing = frontier.difference(control[fraction], line)
+            mixing = frontier.difference(control, line)
             text += (
                 f" and {markdown.relation(beyond)} than the uniform quants' line at these bytes "
                 f"({markdown.interval(beyond, _DIFFERENCE)}); mixing at random is "
@@ -125,10 +125,9 @@ def _summary(frontier: FrontierResults) -> list[str]:
 
 def _signals(frontier: FrontierResults) -> list[str]:
     mixed = frontier.mixed
-    control = {m.plan.bytes_fraction: m for m in mixed if m.plan.signal == RANDOM}
     rows = []
     for m in mixed:
-        random = control.get(m.plan.bytes_fraction)
+        random = frontier.main_study(RANDOM, m.plan.bytes_fraction)
         line = frontier.line(m, BEST_METHOD)
         against = frontier.difference(m, random) if random and random is not m else None
         beyond = frontier.difference(m, line) if line else None
@@ -218,24 +217,8 @@ def _transfer(frontier: FrontierResults) -> list[str]:
     for m in frontier.measured:
         if not m.plan.calibration_text:
             continue
-        own = next(
-            (
-                other
-                for other in frontier.mixed
-                if (other.plan.signal, other.plan.bytes_fraction)
-                == (m.plan.signal, m.plan.bytes_fraction)
-            ),
-            None,
-        )
-        random = next(
-            (
-                other
-                for other in frontier.mixed
-                if other.plan.signal == RANDOM
-                and other.plan.bytes_fraction == m.plan.bytes_fraction
-            ),
-            None,
-        )
+        own = frontier.main_study(m.plan.signal, m.plan.bytes_fraction)
+        random = frontier.main_study(RANDOM, m.plan.bytes_fraction)
         loss = frontier.difference(m, own) if own else None
         against = frontier.difference(m, random) if random else None
         overlap = tier_overlap(m, own) if own else None
