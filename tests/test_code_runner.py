@@ -66,7 +66,7 @@ def test_endless_programs_end_in_time():
     ):
         began = time.monotonic()
         assert run_code(source, timeout_s=0.5).status == "timed out", source
-        assert time.monotonic() - began < 5, source
+        assert time.monotonic() - began < 20, source
     flood = "import os\nwhile True:\n    for fd in range(3, 64):\n"
     flood += "        try: os.write(fd, bytes(9999))\n        except OSError: pass"
     assert run_code(flood, timeout_s=30.0).status == "too long"
@@ -232,17 +232,27 @@ def children_of(process: int) -> list[int]:
 
 def test_nothing_outlives_a_killed_parent():
     """SIGKILL on the parent: the warden's own timer ends the program."""
-    code = "from hobbit_jax.code_runner import run_code; run_code('while True: pass', timeout_s=2)"
-    parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": "."})
-    deadline = time.monotonic() + 30
-    wardens, candidates = [], []
-    while not candidates and time.monotonic() < deadline:
+    code = """
+from hobbit_jax.code_runner import runner
+class Announcing(runner._Reader):
+    def rest(self, *limits):  # asked for once the program runs
+        print("runs", flush=True)
+        return super().rest(*limits)
+runner._Reader = Announcing
+runner.run_code("while True: pass", timeout_s=5)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": "."},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "runs\n"
         wardens = children_of(parent.pid)
-        candidates = [c for warden in wardens for c in children_of(warden)]
-    parent.kill()
-    parent.wait()
-    family = wardens + candidates
-    assert len(family) == 2 and all(Path(f"/proc/{member}").exists() for member in family)
+        family = wardens + [c for warden in wardens for c in children_of(warden)]
+        parent.kill()
+    assert len(family) == 2
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{member}").exists() for member in family):
         assert time.monotonic() < deadline
         time.sleep(0.05)

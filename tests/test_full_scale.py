@@ -21,7 +21,7 @@ def test_the_watch_sees_memory_that_is_gone_again_and_what_was_compiled():
             pass
         with watch.stretch("large") as large:
             array = np.ones(64 << 20, np.uint8)
-            time.sleep(0.1)
+            time.sleep(0.3)
             del array
         with watch.stretch("after"):
             jax.jit(lambda x: x * 3.25)(np.arange(7.0)).block_until_ready()

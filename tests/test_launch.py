@@ -65,14 +65,25 @@ def test_each_thing_is_made_once_by_many(tmp_path):
 
 
 def test_a_lease_lives_while_its_owner_does(tmp_path):
-    alive, other = Leases(tmp_path, "alive", 0.6), Leases(tmp_path, "other", 0.6)
+    stale_s = 6.0
+    alive, other = Leases(tmp_path, "alive", stale_s), Leases(tmp_path, "other", stale_s)
     held = alive.claim(["cell"])
     assert held is not None and other.holders() == {"cell": "alive"}
-    time.sleep(1.2)
+    file = tmp_path / "leases" / "cell.0"
+
+    def age():
+        """As if the lease had not been touched for longer than it may be."""
+        os.utime(file, times=(file.stat().st_mtime - 2 * stale_s,) * 2)
+        return file.stat().st_mtime
+
+    aged, deadline = age(), time.monotonic() + 60
+    while file.stat().st_mtime == aged:  # until its heart beats
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     assert other.claim(["cell"]) is None
     assert other.claim(["cell", "next"]).name == "next"
     alive.close()  # its heart stops, as a killed process's does
-    time.sleep(0.8)
+    age()
     taken = other.claim(["cell"])
     assert (taken.generation, taken.deaths) == (1, 1) and "alive fell silent" in taken.reason
     # The first owner wakes up: it can neither end nor finish what is another's now.
@@ -167,10 +178,8 @@ def test_ctrl_c_stops_the_children(workdir):
     process = driver("local", workdir, 0, 1, "--kind=stuck")
     wait_for(workdir.with_suffix(".log").exists, process, workdir)
     assert len(worker_pids(LOCAL_WORKER, workdir)) == 1
-    began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    process.wait(20)
-    assert time.monotonic() - began < 10
+    process.wait(30)  # the cell would sleep on
     assert not worker_pids(LOCAL_WORKER, workdir)
     assert "stopped: 0 of 1 cells have rows; the same command goes on" in output(workdir)
     assert Leases(workdir, "next").claim(["stuck-999"]).deaths == 0  # free at once, and not blamed

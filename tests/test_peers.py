@@ -148,7 +148,7 @@ def test_both_in_turns(scripted, tmp_path):
     # The first turn is slow, says another token, and does not count.
     assert speed["first_token_s"]["ours"]["low"] >= 0.08
     assert speed["first_token_s"]["ours"]["high"] < 1.5
-    assert 0.04 < speed["decode_tokens_per_second"]["ratio"]["median"] < 0.8
+    assert 0.01 < speed["decode_tokens_per_second"]["ratio"]["median"] < 0.8
     assert speed["prefill_tokens_per_second"]["peer"]["high"] <= 500
     assert speed["same_greedy_token"] == 1.0
 
