@@ -1,9 +1,10 @@
 """How much of the pool low copies get, learned from what the model has routed so far.
 
-Owns the choice between a few divisions of the pool. The last decoded tokens are kept as a short
-trace; between sequences they are replayed (`cache/tiered_replay.py`) under each division, and the
-pool is divided anew where that clearly moves fewer bytes. Called by the engine's constructor and
-`start`, and by `replay.py`. It never sees the future, and costs a recompile where it decides.
+Owns the choice between a few divisions of the pool. Each has a shadow: a replay
+(`cache/tiered_replay.py`) that goes on from decision to decision. The last decoded tokens are kept
+as a short trace; between sequences every shadow replays them, and the pool is divided anew where
+that clearly moves fewer bytes. Called by the engine's constructor and `start`, and by
+`mode_replay.py`. It never sees the future, and costs a recompile where it decides.
 """
 
 from __future__ import annotations
@@ -35,12 +36,17 @@ class SplitRule:
     Attributes:
         margin: bytes that the present division moves above the least, as a share, before it is
             given up. Of all divisions within it the one that degrades least is taken.
-        window_tokens: decoded tokens that are remembered; the first half warms the replay up.
+        most_growth: copies that a shadow may gain in the tokens that are judged, as a share of
+            those that promotion may bring. A division that fills faster is not judged: where low
+            copies come only in the background, a large share for them looks bad until they are
+            there.
+        window_tokens: newest decoded tokens that a decision replays; it judges the second half.
         first_tokens: tokens before the first decision; each further one waits twice as long.
         most_tokens: the longest wait.
     """
 
     margin: float = 0.05
+    most_growth: float = 0.1
     window_tokens: int = 256
     first_tokens: int = 64
     most_tokens: int = 1024
@@ -81,8 +87,12 @@ class SplitChooser:
         promotion: PromotionRule,
         rule: SplitRule,
     ):
-        self.shapes, self.divisions, self.share = shapes, divisions, share
-        self.mode, self.policy, self.promotion, self.rule = mode, policy, promotion, rule
+        self.divisions, self.share, self.rule = divisions, share, rule
+        self._promoted_per_token = promotion.per_token if mode.promotes else None
+        self._shadows = {
+            s: TieredReplay(shapes, slots, mode, policy, promotion)
+            for s, slots in divisions.items()
+        }
         self.tokens = 0
         self._wait, self._decided_at = rule.first_tokens, 0
         self._recent: deque[list[RoutedStep]] = deque(maxlen=rule.window_tokens)
@@ -99,7 +109,11 @@ class SplitChooser:
         if len(self.divisions) < 2 or self.tokens - self._decided_at < self._wait:
             return None
         self._decided_at, self._wait = self.tokens, min(2 * self._wait, self.rule.most_tokens)
-        tallies = {share: self._replayed(slots) for share, slots in self.divisions.items()}
+        judged = {share: self._judged(shadow) for share, shadow in self._shadows.items()}
+        self._recent.clear()
+        tallies = {share: tally for share, tally in judged.items() if tally is not None}
+        if self.share not in tallies:
+            return None
         most = min(t.bytes_moved for t in tallies.values()) * (1 + self.rule.margin)
         if tallies[self.share].bytes_moved <= most:
             return None
@@ -107,15 +121,19 @@ class SplitChooser:
         self.share = min(good, key=lambda s: (tallies[s].degraded, tallies[s].bytes_moved))
         return self.share
 
-    def _replayed(self, slots: Mapping[Signature, int]) -> Tally:
-        """What the second half of the window comes to, after the first."""
-        replay = TieredReplay(self.shapes, slots, self.mode, self.policy, self.promotion)
-        before = Tally()
-        for number, steps in enumerate(self._recent):
-            if number == len(self._recent) // 2:
-                before = replace(replay.tally)
-            replay.token(number, steps)
-        return replay.tally.since(before)
+    def _judged(self, shadow: TieredReplay) -> Tally | None:
+        """What the window's second half comes to, after the first; None while the banks fill."""
+        first, half = self.tokens - len(self._recent), len(self._recent) // 2
+        before, copies = Tally(), 0
+        for index, steps in enumerate(self._recent):
+            if index == half:
+                before, copies = replace(shadow.tally), shadow.copies()
+            shadow.token(first + index, steps)
+        if self._promoted_per_token is not None:
+            most = self.rule.most_growth * self._promoted_per_token * (len(self._recent) - half)
+            if shadow.copies() - copies > most:
+                return None
+        return shadow.tally.since(before)
 
 
 class AdaptiveSplit:

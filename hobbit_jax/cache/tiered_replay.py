@@ -146,6 +146,10 @@ class TieredReplay:
                 self.tally.promotions += 1
         self.tally.tokens += 1
 
+    def copies(self) -> int:
+        """How many there are, of all tiers."""
+        return int(self._resident_tLE.sum())
+
     def resident_share(self) -> float:
         """Share (0-1) of the (layer, expert) pairs that are there, at any tier."""
         return float(self._resident_tLE.any(axis=0).mean())
