@@ -9,6 +9,12 @@ from hobbit_jax.quantize import encode, hessian
 from hobbit_jax.quantize.scale_search import K_QUANTS
 
 
+# Of every test here: each further shape compiles for ten seconds. Two super-blocks a row.
+N, K = 8, 512
+# Q4_K is Q5_K with a bit less; Q6_K's scales are Q3_K's.
+FORMATS = ("Q2_K", "Q3_K", "Q5_K")
+
+
 def correlated(n_columns: int, seed: int = 0) -> np.ndarray:
     """Σ x·xᵀ of 4 · K inputs that share a few directions, as activations do."""
     rng = np.random.default_rng(seed)
@@ -47,8 +53,8 @@ def obq(weights_NK: np.ndarray, hessian_KK: np.ndarray, levels_NKV: np.ndarray) 
 @pytest.mark.parametrize("format", ("Q2_K", "Q3_K"))
 def test_error_feedback_is_gptq(format):
     """Across the border of two super-blocks; the scales are taken as found."""
-    quant, weights_NK = K_QUANTS[format], weights(6, 512)
-    hessian_KK = hessian._conditioned(correlated(512), 512)
+    quant, weights_NK = K_QUANTS[format], weights(N, K)
+    hessian_KK = hessian._conditioned(correlated(K), K)
     blocks = hessian._feed_errors_forward(jnp.asarray(weights_NK.T), hessian_KK, quant)
     q_V = np.arange(quant.q_range[0], quant.q_range[1] + 1)
     levels, found = [], []
@@ -67,16 +73,16 @@ def test_error_feedback_is_gptq(format):
     # A weight within float32's rounding of two levels' middle may fall to either, and what follows
     # in its row then differs too.
     same_N = (np.abs(found_NK - wanted_NK) < 1e-5).all(axis=1)
-    assert same_N.sum() >= 5
+    assert same_N.sum() >= N - 1
     assert objective(weights_NK, found_NK, hessian_KK) == pytest.approx(
         objective(weights_NK, wanted_NK, hessian_KK), rel=0.02
     )
 
 
-@pytest.mark.parametrize("format", ("Q2_K", "Q3_K", "Q5_K"))
+@pytest.mark.parametrize("format", FORMATS)
 def test_objective_falls_at_every_step(format):
-    weights_NK, hessian_KK = weights(32, 512), correlated(512)
-    damped_KK = hessian._conditioned(hessian_KK, 512)
+    weights_NK, hessian_KK = weights(N, K), correlated(K)
+    damped_KK = hessian._conditioned(hessian_KK, K)
     quant = K_QUANTS[format]
     blocks = hessian._feed_errors_forward(jnp.asarray(weights_NK.T), damped_KK, quant)
     fed_NK = np.concatenate([np.asarray(hessian._decoded_WN(b, quant)).T for b in blocks], axis=1)
@@ -89,21 +95,21 @@ def test_objective_falls_at_every_step(format):
     assert fed < 0.9 * objective(weights_NK, weighed, damped_KK)
 
 
-@pytest.mark.parametrize("format", ("Q2_K", "Q3_K", "Q6_K"))
+@pytest.mark.parametrize("format", FORMATS)
 def test_hardly_a_quant_can_be_moved_to_gain(format):
     """Each weight on its own, its scales as stored, under the exact objective.
 
     Not none: the descent ends after a few sweeps, and a later move may have opened an earlier one.
     """
-    weights_NK, gains = weights(4, 512), []
-    hessian_KK = hessian._conditioned(correlated(512), 512)
-    blocks_NP = hessian.encode(weights_NK, format, correlated(512))
+    weights_NK, gains = weights(N, K), []
+    hessian_KK = hessian._conditioned(correlated(K), K)
+    blocks_NP = hessian.encode(weights_NK, format, correlated(K))
     decoded_NK = decode(blocks_NP, format)
     quant = K_QUANTS[format]
     # The step of a sub-block shows in the decoded weights: their smallest distance.
     gain_NK = (weights_NK - decoded_NK) @ hessian_KK
-    for row in range(4):
-        for j in range(512 // quant.sub_len):
+    for row in range(N):
+        for j in range(K // quant.sub_len):
             part = slice(j * quant.sub_len, (j + 1) * quant.sub_len)
             levels = np.unique(decoded_NK[row, part])
             if len(levels) < 2:
@@ -118,25 +124,27 @@ def test_hardly_a_quant_can_be_moved_to_gain(format):
     assert np.concatenate(gains).mean() < 0.01
 
 
-@pytest.mark.parametrize("format", ("Q2_K", "Q3_K", "Q4_K"))
+@pytest.mark.parametrize(
+    "format", [*FORMATS, *(pytest.param(f, marks=pytest.mark.slow) for f in ("Q4_K", "Q6_K"))]
+)
 def test_without_correlation_it_is_the_plain_search_or_better(format):
-    weights_NK = weights(32, 256)
+    weights_NK = weights(N, K)
     plain = ((weights_NK - decode(encode(weights_NK, format), format)) ** 2).sum()
-    found = decode(hessian.encode(weights_NK, format, np.eye(256)), format)
+    found = decode(hessian.encode(weights_NK, format, np.eye(K)), format)
     assert ((weights_NK - found) ** 2).sum() <= plain * 1.0001
 
 
 def test_zeros_and_no_rows():
-    zeros_NK = np.zeros((3, 512), np.float32)
-    assert not hessian.encode(zeros_NK, "Q2_K", correlated(512)).any()
-    assert hessian.encode(zeros_NK[:0], "Q2_K", correlated(512)).shape == (0, 168)
+    zeros_NK = np.zeros((N, K), np.float32)
+    assert not hessian.encode(zeros_NK, "Q2_K", correlated(K)).any()
+    assert hessian.encode(zeros_NK[:0], "Q2_K", correlated(K)).shape == (0, 168)
 
 
 def test_inputs_never_seen_do_not_break_it():
     """Calibration that met fewer tokens than columns: a singular H."""
-    few_NK = np.random.default_rng(2).standard_normal((5, 256))
+    few_NK = np.random.default_rng(2).standard_normal((5, K))
     few_NK[:, 7] = 0
-    blocks_NP = hessian.encode(weights(8, 256), "Q2_K", few_NK.T @ few_NK)
+    blocks_NP = hessian.encode(weights(N, K), "Q2_K", few_NK.T @ few_NK)
     assert np.isfinite(decode(blocks_NP, "Q2_K")).all()
 
 
