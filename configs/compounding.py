@@ -16,8 +16,8 @@ Expected: the errors of two roundings add up as if independent, so Q4_K on the w
 
 from ml_collections import ConfigDict
 
-from hobbit_jax.frontier import FrontierCell
-from hobbit_jax.workbench import EvalSizes, Inputs
+from hobbit_jax.cells.frontier import FrontierCell
+from hobbit_jax.cells.workbench import EvalSizes, Inputs
 
 
 def get_config() -> ConfigDict:

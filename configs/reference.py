@@ -30,8 +30,8 @@ whether any signal beats the random control.
 
 from ml_collections import ConfigDict
 
-from hobbit_jax.sweep import Cell
-from hobbit_jax.workbench import MIXED_TEXT, EvalSizes, Inputs
+from hobbit_jax.cells.sweep import Cell
+from hobbit_jax.cells.workbench import MIXED_TEXT, EvalSizes, Inputs
 
 # Budgets, and where floor fits: the smallest budget above all experts at Q2_K.
 FULL_SIZE = {

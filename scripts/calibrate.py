@@ -13,11 +13,11 @@ from pathlib import Path
 from absl import flags
 
 from hobbit_jax import cli, reference
-from hobbit_jax.calibration import DEFAULT_LIMIT_BYTES, STATISTICS, calibrate
-from hobbit_jax.engine import Engine
 from hobbit_jax.evals.quality import cut_windows
-from hobbit_jax.loading import load_model
-from hobbit_jax.store import HostExperts
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.signals.calibration import DEFAULT_LIMIT_BYTES, STATISTICS, calibrate
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _TEXT = flags.DEFINE_string("text", None, "UTF-8 text; the reference's calibration text by default")

@@ -16,17 +16,17 @@ from pathlib import Path
 from absl import flags
 
 from hobbit_jax import cli, reference
+from hobbit_jax.cache.miss_modes import MISS_MODES
+from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, low_share
 from hobbit_jax.cache.warm_start import WarmStart
-from hobbit_jax.calibration import Calibration
-from hobbit_jax.engine import Engine
-from hobbit_jax.gguf_file import GGUFFile
-from hobbit_jax.loading import load_model
-from hobbit_jax.miss_modes import MISS_MODES
-from hobbit_jax.pool_sizing import DEFAULT_LOW_SHARE, low_share
-from hobbit_jax.sampling import Sampling
-from hobbit_jax.step_stats import StepStats
-from hobbit_jax.store import HostExperts
-from hobbit_jax.tiers import TierSpec, open_tier
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.experts.tiers import TierSpec, open_tier
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.inference.sampling import Sampling
+from hobbit_jax.inference.step_stats import StepStats
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.model_file.gguf_file import GGUFFile
+from hobbit_jax.signals.calibration import Calibration
 from pallas_kernels.backends import IMPLEMENTATIONS
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")

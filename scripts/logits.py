@@ -12,11 +12,11 @@ import numpy as np
 from absl import flags
 
 from hobbit_jax import cli, reference
-from hobbit_jax.architecture import ModelConfig
 from hobbit_jax.atomic import replacing
-from hobbit_jax.engine import Engine
-from hobbit_jax.loading import load_model
-from hobbit_jax.store import HostExperts
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.model_file.architecture import ModelConfig
 from pallas_kernels.backends import IMPLEMENTATIONS
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")

@@ -17,15 +17,15 @@ from pathlib import Path
 from absl import flags
 
 from hobbit_jax import cli, reference
-from hobbit_jax.calibration import calibrate
-from hobbit_jax.engine import Engine
+from hobbit_jax.cache.miss_modes import WAIT
+from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.evals.quality import cut_windows
-from hobbit_jax.loading import load_model
-from hobbit_jax.miss_modes import WAIT
-from hobbit_jax.pool_sizing import pool_slots
-from hobbit_jax.precision import uniform_plan
-from hobbit_jax.routing_summary import table
-from hobbit_jax.store import HostExperts
+from hobbit_jax.experts.precision import uniform_plan
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.signals.calibration import calibrate
+from hobbit_jax.signals.routing_summary import table
 
 
 def main(_):

@@ -13,12 +13,12 @@ from pathlib import Path
 from absl import flags
 
 from hobbit_jax import cli, reference
-from hobbit_jax.architecture import read_config
-from hobbit_jax.calibration import Calibration
-from hobbit_jax.gguf_file import open_gguf
+from hobbit_jax.experts.tiers import TierSpec, write_tier
+from hobbit_jax.model_file.architecture import read_config
+from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.quantize import FORMATS
 from hobbit_jax.quantize.methods import METHODS
-from hobbit_jax.tiers import TierSpec, write_tier
+from hobbit_jax.signals.calibration import Calibration
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "of the experts", required=True)

@@ -9,7 +9,7 @@
 A trace is an .npz of expert_ids [tokens, layers, K], weights (the same shape) and seq_lens. A cold
 start; demand misses only. --policy all runs every policy, Belady's bound included. --capacity is in
 native slots; the plans other than native get the same bytes (`hobbit_jax/cache/replay.py`). With a
---miss_mode, --profile warms the cache up (`hobbit_jax/mode_replay.py`); off is the native cache.
+--miss_mode (`hobbit_jax/inference/mode_replay.py`) --profile warms the cache up; off is native.
 """
 
 import json
@@ -18,11 +18,11 @@ from pathlib import Path
 from absl import flags
 
 from hobbit_jax import cli
+from hobbit_jax.cache.miss_modes import MISS_MODES
+from hobbit_jax.cache.pool_sizing import ADAPTIVE, low_share
 from hobbit_jax.cache.replay import PLANS, REPLAY_POLICIES, lay_out, replay
 from hobbit_jax.cache.trace import read_trace
-from hobbit_jax.miss_modes import MISS_MODES
-from hobbit_jax.mode_replay import ModeSetting, replay_mode
-from hobbit_jax.pool_sizing import ADAPTIVE, low_share
+from hobbit_jax.inference.mode_replay import ModeSetting, replay_mode
 
 # Defaults are an expert of DeepSeek-V2-Lite, three matrices of 2048 x 1408, at 4.5 and 2.625 bits.
 _WEIGHTS = 3 * 2048 * 1408

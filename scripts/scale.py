@@ -18,9 +18,9 @@ from tqdm import tqdm
 from hobbit_jax import cli
 from hobbit_jax.cache.policies import POLICIES
 from hobbit_jax.evals import full_scale
-from hobbit_jax.presets import PRESETS
 from hobbit_jax.rows import machine, write_json
-from hobbit_jax.synthesize import synthesize
+from hobbit_jax.synthetic.presets import PRESETS
+from hobbit_jax.synthetic.synthesize import synthesize
 
 _PRESET = flags.DEFINE_enum("preset", "qwen3-30b-a3b", list(PRESETS), "whose shapes")
 _WORKDIR = flags.DEFINE_string("workdir", "out/scale", "where the model and the record go")

@@ -12,9 +12,9 @@ from pathlib import Path
 from absl import flags
 
 from hobbit_jax import cli
-from hobbit_jax.gguf_file import open_gguf
-from hobbit_jax.presets import PRESETS
-from hobbit_jax.synthesize import synthesize
+from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.synthetic.presets import PRESETS
+from hobbit_jax.synthetic.synthesize import synthesize
 
 _PRESET = flags.DEFINE_enum("preset", None, list(PRESETS), "whose shapes", required=True)
 _OUT = flags.DEFINE_string("out", None, "the GGUF file to write", required=True)

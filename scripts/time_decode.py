@@ -12,9 +12,9 @@ import time
 import numpy as np
 from absl import app, flags
 
-from hobbit_jax.engine import Engine
-from hobbit_jax.loading import load_model
-from hobbit_jax.store import HostExperts
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file", required=True)
 _TOKENS = flags.DEFINE_integer("tokens", 64, "decoded in a window", 1)

@@ -8,9 +8,9 @@ For `configs/compounding.py`, where the weights that M was quantised from are no
 from absl import flags
 
 from hobbit_jax import cli, reference
-from hobbit_jax.architecture import read_config
-from hobbit_jax.gguf_file import open_gguf
-from hobbit_jax.symmetry import write_off_grid
+from hobbit_jax.model_file.architecture import read_config
+from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.synthetic.symmetry import write_off_grid
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _OUT = flags.DEFINE_string("out", None, "GGUF file to write", required=True)

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from hobbit_jax import launch
+from hobbit_jax.cells.workbench import EvalSizes, Inputs, Workbench
 from hobbit_jax.launch.driver import drive
-from hobbit_jax.workbench import EvalSizes, Inputs, Workbench
 
 PARTS = 3
 SIZES = EvalSizes(windows=1, context=8, calibration_windows=1)

@@ -16,11 +16,11 @@ from unittest import mock
 import cluster_cells
 
 from hobbit_jax import atomic
+from hobbit_jax.cells.leases import Leases
+from hobbit_jax.cells.sweep import run_cell
+from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.launch.driver import drive
 from hobbit_jax.launch.on_local import LocalLauncher
-from hobbit_jax.leases import Leases
-from hobbit_jax.sweep import run_cell
-from hobbit_jax.workbench import Workbench
 
 TESTS = Path(__file__).resolve().parent
 _started: list[subprocess.Popen] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hobbit_jax.cache.link import DirectLink, Link, PacedLink, Upload
-from hobbit_jax.store import HostExperts
+from hobbit_jax.experts.store import HostExperts
 
 
 @dataclass

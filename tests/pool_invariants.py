@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from hobbit_jax.cache.device_banks import ABSENT
-from hobbit_jax.store import ExpertKey
+from hobbit_jax.experts.store import ExpertKey
 from pallas_kernels.formats import get_format
 
 _join = jax.jit(lambda planes, name: get_format(name).join(planes), static_argnames="name")

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hobbit_jax.allocation import fit_in_bytes, selection_plan
-from hobbit_jax.importance import RoutingProfile, static_scores_LE
-from hobbit_jax.precision import SKIPPED, importance_score
+from hobbit_jax.experts.precision import SKIPPED, importance_score
+from hobbit_jax.signals.allocation import fit_in_bytes, selection_plan
+from hobbit_jax.signals.importance import RoutingProfile, static_scores_LE
 
 # Three tiers of two layers that differ in size, as Q4_K_M's do.
 BYTES_NL = np.array([[150, 170], [110, 110], [84, 84]])

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hobbit_jax.architecture import global_tensors, layer_tensors, read_config
-from hobbit_jax.gguf_file import FileStamp, GGUFFile, TensorInfo
+from hobbit_jax.model_file.architecture import global_tensors, layer_tensors, read_config
+from hobbit_jax.model_file.gguf_file import FileStamp, GGUFFile, TensorInfo
 
 D, F, E, HEADS, KV_HEADS, VOCAB, LAYERS = 16, 12, 4, 4, 2, 10, 2
 

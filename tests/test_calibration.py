@@ -11,16 +11,16 @@ import pytest
 from conftest import REPOSITORY, TWO_BANKS
 from tiny_models import write_model
 
-from hobbit_jax.calibration import Calibration, calibrate
-from hobbit_jax.engine import Engine
 from hobbit_jax.evals.quality import Windows
-from hobbit_jax.gguf_file import open_gguf
-from hobbit_jax.importance import measure_errors
-from hobbit_jax.loading import load_model
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.experts.tiers import TierSpec, open_tier
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.quantize import encode
 from hobbit_jax.quantize.methods import PRIOR_TOKENS, encode_matrix, moment
-from hobbit_jax.store import HostExperts
-from hobbit_jax.tiers import TierSpec, open_tier
+from hobbit_jax.signals.calibration import Calibration, calibrate
+from hobbit_jax.signals.importance import measure_errors
 
 CONTEXT = 24
 

@@ -8,12 +8,12 @@ pytest.importorskip("lm_eval", reason="lm-eval is missing: pip install -e '.[eva
 
 from lm_eval_oracles import EOS, requests, scripted_lm, write_one_layer
 
-from hobbit_jax.chat_template import ChatTemplate
 from hobbit_jax.evals import tasks as direct_tasks
 from hobbit_jax.evals.benchmarks import BenchmarkSettings, end_ids, evaluate
-from hobbit_jax.gguf_file import open_gguf, write_gguf
 from hobbit_jax.minitasks import arithmetic
-from hobbit_jax.tokenizer import Tokenizer
+from hobbit_jax.model_file.chat_template import ChatTemplate
+from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
+from hobbit_jax.model_file.tokenizer import Tokenizer
 
 CHATML = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}\n"

@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from hobbit_jax import tiers
-from hobbit_jax.engine import Engine
-from hobbit_jax.gguf_file import write_gguf
-from hobbit_jax.loading import load_model
-from hobbit_jax.precision import SelectionPlan, StaticPlan, demands, uniform_plan
-from hobbit_jax.sampling import Sampling, sample
-from hobbit_jax.store import HostExperts
+from hobbit_jax.cache.pool_sizing import demands
+from hobbit_jax.experts import tiers
+from hobbit_jax.experts.precision import SelectionPlan, StaticPlan, uniform_plan
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.inference.sampling import Sampling, sample
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.model_file.gguf_file import write_gguf
 
 LOW = 1
 # Few shapes, since a program is compiled for each: chunks of 4 tokens at batch 3, of 12 at 1.

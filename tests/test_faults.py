@@ -10,10 +10,10 @@ import pytest
 from pool_invariants import check_invariants
 
 import hobbit_jax.cache.device_banks as device_banks
-from hobbit_jax.engine import Engine
-from hobbit_jax.gguf_file import open_gguf
-from hobbit_jax.loading import load_model
-from hobbit_jax.store import HostExperts
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.model_file.gguf_file import open_gguf
 
 PROMPT, NEW_TOKENS, CHUNK = [5, 200, 17, 17, 99, 3, 250, 11], 6, 8
 

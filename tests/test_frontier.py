@@ -8,11 +8,11 @@ import pytest
 from launch_harness import run_sweep
 from scipy import stats
 
-from hobbit_jax.frontier import FrontierCell
+from hobbit_jax.cells.frontier import FrontierCell
+from hobbit_jax.cells.workbench import EvalSizes, Inputs
+from hobbit_jax.experts.store import NATIVE
 from hobbit_jax.report import write_report
 from hobbit_jax.report.frontier_results import is_frontier, load_frontier, tier_overlap
-from hobbit_jax.store import NATIVE
-from hobbit_jax.workbench import EvalSizes, Inputs
 
 TEXT = "Whenever it is a damp, drizzly November in my soul; whenever I find myself. "
 SIZES = EvalSizes(windows=3, context=24, calibration_windows=3)

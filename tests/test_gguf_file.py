@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hobbit_jax.gguf_file import (
+from hobbit_jax.model_file.gguf_file import (
     SUPPORTED_TYPES,
     TensorInfo,
     check_finite_scales,

@@ -8,7 +8,6 @@ import pytest
 from hobbit_jax.quantize import encode, hessian
 from hobbit_jax.quantize.scale_search import K_QUANTS
 
-
 # Of every test here: each further shape compiles for ten seconds. Two super-blocks a row.
 N, K = 8, 512
 # Q4_K is Q5_K with a bit less; Q6_K's scales are Q3_K's.

@@ -440,9 +440,9 @@ def test_reference_model_through_the_kernels(implementation):
     """Prefill and decode of the shipped model: attention, head and experts in the kernels."""
     pytest.importorskip("gguf")  # a machine that only runs kernels has none
     from hobbit_jax import reference
-    from hobbit_jax.engine import Engine
-    from hobbit_jax.loading import load_model
-    from hobbit_jax.store import HostExperts
+    from hobbit_jax.experts.store import HostExperts
+    from hobbit_jax.inference.engine import Engine
+    from hobbit_jax.model.loading import load_model
 
     def log_probabilities(implementation):
         model = load_model(reference.model_path(), implementation)

@@ -25,9 +25,9 @@ from launch_harness import (
 )
 
 from hobbit_jax import atomic
+from hobbit_jax.cells.leases import Leases
 from hobbit_jax.launch import connect, parse_resources
 from hobbit_jax.launch.on_local import visible_gpus
-from hobbit_jax.leases import Leases
 from hobbit_jax.rows import RowStore
 
 LOCAL_WORKER = "hobbit_jax.launch.worker"

@@ -23,12 +23,12 @@ from lm_eval_oracles import (
     write_one_layer,
 )
 
-from hobbit_jax.engine import Engine
 from hobbit_jax.evals.lm_eval_model import EngineLM
 from hobbit_jax.evals.responses import Responses
-from hobbit_jax.loading import load_model
-from hobbit_jax.store import HostExperts
-from hobbit_jax.tokenizer import Tokenizer
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.model_file.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ pytest.importorskip("lm_eval", reason="lm-eval is missing: pip install -e '.[eva
 from lm_eval_oracles import Scripted, expected_rolling, scripted_lm, write_one_layer
 
 from hobbit_jax import reference
-from hobbit_jax.engine import Engine
 from hobbit_jax.evals import tasks as direct_tasks
 from hobbit_jax.evals.benchmarks import (
     BenchmarkSettings,
@@ -33,11 +32,12 @@ from hobbit_jax.evals.benchmarks import (
     table,
 )
 from hobbit_jax.evals.lm_eval_tasks import load_tasks, wikitext_pages
-from hobbit_jax.gguf_file import open_gguf
-from hobbit_jax.loading import load_model
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.engine import Engine
 from hobbit_jax.minitasks import arithmetic, functions
-from hobbit_jax.store import HostExperts
-from hobbit_jax.tokenizer import Tokenizer
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.model_file.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

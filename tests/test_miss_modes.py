@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 from pool_invariants import check_invariants
 
-from hobbit_jax import tiers
 from hobbit_jax.cache.budget import BankDemand, divide_tiers
+from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, miss_mode
 from hobbit_jax.cache.promotion import Promoter, PromotionRule
-from hobbit_jax.engine import Engine
-from hobbit_jax.loading import load_model
-from hobbit_jax.miss_modes import LOW, MISS_MODES, miss_mode
-from hobbit_jax.precision import SKIPPED, uniform_plan
-from hobbit_jax.store import NATIVE, HostExperts
+from hobbit_jax.experts import tiers
+from hobbit_jax.experts.precision import SKIPPED, uniform_plan
+from hobbit_jax.experts.store import NATIVE, HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
 from pallas_kernels.reference import Signature
 
 PROMPTS, CONTEXT, CHUNK = [[5, 200, 17, 17, 99], [3], [101, 42, 7, 250, 11]], 24, 15

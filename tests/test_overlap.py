@@ -12,17 +12,17 @@ from gguf import GGMLQuantizationType, dequantize
 from links import Clock, Recorded, paced
 from pool_invariants import check_invariants
 
-import hobbit_jax.moe as moe_module
-import hobbit_jax.prefill as prefill_module
-from hobbit_jax.architecture import layer_tensors
+import hobbit_jax.inference.moe as moe_module
+import hobbit_jax.inference.prefill as prefill_module
 from hobbit_jax.cache.link import PacedLink
 from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
-from hobbit_jax.engine import Engine
 from hobbit_jax.evals.link_bench import upload_rates
 from hobbit_jax.evals.prediction import prediction_accuracy
 from hobbit_jax.evals.quality import Windows
-from hobbit_jax.loading import load_model
-from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.model_file.architecture import layer_tensors
 
 PROMPT, NEW_TOKENS, CHUNK = [5, 200, 17, 17, 99, 3, 250, 11], 8, 8
 LAYERS_AHEAD = 2

@@ -16,14 +16,14 @@ import pytest
 import tiny_models
 from conftest import REPOSITORY, TWO_BANKS
 
-from hobbit_jax.architecture import read_config
 from hobbit_jax.cache.policies import LRU
-from hobbit_jax.engine import Engine
-from hobbit_jax.gguf_file import open_gguf
-from hobbit_jax.loading import load_model
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.model_file.architecture import read_config
+from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.peers.comparison import Request, compare_model
 from hobbit_jax.report.peers import PeerRow, render_peers
-from hobbit_jax.store import HostExperts
 
 # The libraries warn of their own accord, at import and later.
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]

@@ -16,12 +16,15 @@ import pytest
 from tiny_models import MODELS, write_model
 
 from hobbit_jax import reference
+from hobbit_jax.cache.miss_modes import MISS_MODES
+from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.cache.trace import Trace
-from hobbit_jax.decode_loop import empty_carry
 from hobbit_jax.evals.decode_bench import Measured
-from hobbit_jax.gguf_file import open_gguf
-from hobbit_jax.loading import load_model
-from hobbit_jax.miss_modes import MISS_MODES
+from hobbit_jax.experts.precision import uniform_plan
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.decode_loop import empty_carry
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.planner import candidates, check, routing, table
 from hobbit_jax.planner.check import fit
 from hobbit_jax.planner.cost_model import CONSTANTS, Machine, Traffic, token_time
@@ -35,12 +38,9 @@ from hobbit_jax.planner.traffic import (
     layers_that_fit,
     replay_setting,
 )
-from hobbit_jax.pool_sizing import pool_slots
-from hobbit_jax.precision import uniform_plan
-from hobbit_jax.presets import PRESETS
 from hobbit_jax.report.plans import Plans, load_plans, render_plans
-from hobbit_jax.store import HostExperts
-from hobbit_jax.synthesize import synthesize
+from hobbit_jax.synthetic.presets import PRESETS
+from hobbit_jax.synthetic.synthesize import synthesize
 
 CONTEXT = 512
 TINY = preset_model("tiny")

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from links import Recorded
 from pool_invariants import all_keys, check_invariants
 
-from hobbit_jax.architecture import read_config
 from hobbit_jax.cache.budget import BankDemand, divide_budget
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.policies.slru import DEFAULT_PROTECTED_FRACTION, SLRU
 from hobbit_jax.cache.pool import SlotPool, Use
-from hobbit_jax.gguf_file import open_gguf
-from hobbit_jax.precision import demands, uniform_plan
-from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.cache.pool_sizing import demands
+from hobbit_jax.experts.precision import uniform_plan
+from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.model_file.architecture import read_config
+from hobbit_jax.model_file.gguf_file import open_gguf
 from pallas_kernels.reference import Signature
 
 

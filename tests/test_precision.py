@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hobbit_jax.precision import SKIPPED, SelectionPlan, StaticPlan
+from hobbit_jax.experts.precision import SKIPPED, SelectionPlan, StaticPlan
 
 T1, T2 = 0.6, 0.9  # HOBBIT's thresholds for Mixtral
 

@@ -10,21 +10,21 @@ from conftest import REPOSITORY, TWO_BANKS
 from pool_invariants import check_invariants
 from tiny_models import write_model
 
-from hobbit_jax import tiers
-from hobbit_jax.adaptive_split import SplitChooser, SplitRule
+from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import LRU, policy_factory
 from hobbit_jax.cache.pool import SlotPool
+from hobbit_jax.cache.pool_sizing import low_share, pool_slots
 from hobbit_jax.cache.promotion import Promoter, PromotionRule
 from hobbit_jax.cache.tiered_replay import BankShapes, RoutedStep, TieredReplay
 from hobbit_jax.cache.warm_start import WarmStart
-from hobbit_jax.calibration import Calibration
-from hobbit_jax.engine import Engine
 from hobbit_jax.evals.residency_counts import FIRST_TOKENS, first_misses
-from hobbit_jax.loading import load_model
-from hobbit_jax.miss_modes import LOW, MISS_MODES
-from hobbit_jax.pool_sizing import low_share, pool_slots
-from hobbit_jax.precision import uniform_plan
-from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.experts import tiers
+from hobbit_jax.experts.precision import uniform_plan
+from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.inference.adaptive_split import SplitChooser, SplitRule
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.signals.calibration import Calibration
 from pallas_kernels.reference import Signature
 
 RULE = PromotionRule(after_uses=2, per_token=2)

@@ -15,19 +15,21 @@ from pool_invariants import all_keys, check_invariants
 from tiny_models import TinyModel, write_model
 
 import hobbit_jax.cache.device_banks as device_banks
-from hobbit_jax import engine as engine_module
-from hobbit_jax import moe, sharding, tiers
+from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import Step, policy_factory
 from hobbit_jax.cache.pool import Use
+from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.cache.sharded_pool import make_pool
-from hobbit_jax.engine import Engine
-from hobbit_jax.loading import load_model
-from hobbit_jax.miss_modes import LOW, MISS_MODES
-from hobbit_jax.pool_sizing import pool_slots
-from hobbit_jax.precision import SKIPPED, SelectionPlan, StaticPlan, uniform_plan
-from hobbit_jax.sharding import AXIS, expert_mesh, owner, owners_LE
-from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.experts import tiers
+from hobbit_jax.experts.precision import SKIPPED, SelectionPlan, StaticPlan, uniform_plan
+from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.inference import engine as engine_module
+from hobbit_jax.inference import moe
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model import sharding
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.model.sharding import AXIS, expert_mesh, owner, owners_LE
 from pallas_kernels.reference import Signature
 
 pytestmark = pytest.mark.skipif(

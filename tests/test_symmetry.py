@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from tiny_models import MODELS, tokens, write_model
 
-from hobbit_jax.engine import Engine
-from hobbit_jax.loading import load_model
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.experts.tiers import decode, dequantize
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
 from hobbit_jax.quantize import encode
-from hobbit_jax.store import HostExperts
-from hobbit_jax.symmetry import write_off_grid
-from hobbit_jax.tiers import decode, dequantize
+from hobbit_jax.synthetic.symmetry import write_off_grid
 
 
 @pytest.mark.parametrize("name", ["qwen3moe-tied", "olmoe"])

@@ -10,16 +10,17 @@ import gguf
 import numpy as np
 import pytest
 
-from hobbit_jax import reference, synthesize
-from hobbit_jax.architecture import read_config, tensor_shapes
+from hobbit_jax import reference
 from hobbit_jax.cache.trace import Trace, read_trace
-from hobbit_jax.engine import Engine
-from hobbit_jax.gguf_file import check_finite_scales, open_gguf, write_gguf
-from hobbit_jax.loading import load_model
-from hobbit_jax.presets import PRESETS
-from hobbit_jax.store import HostExperts
-from hobbit_jax.tokenizer import Tokenizer
-from hobbit_jax.type_mix import q4_k_m_format
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.model_file.architecture import read_config, tensor_shapes
+from hobbit_jax.model_file.gguf_file import check_finite_scales, open_gguf, write_gguf
+from hobbit_jax.model_file.tokenizer import Tokenizer
+from hobbit_jax.synthetic import synthesize
+from hobbit_jax.synthetic.presets import PRESETS
+from hobbit_jax.synthetic.type_mix import q4_k_m_format
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "synthesize.py"
 TEXT = (
@@ -194,7 +195,7 @@ def routed(tiny_path):
 
 
 def test_routing_is_like_real_routing(routed):
-    """Ranges around the real traces' figures; `synthesize.py` has the comparison."""
+    """Ranges around the real traces' figures; `synthetic/synthesize.py` has the comparison."""
     assert 0.42 < routed.share_of_favourites(1 / 4) < 0.60
     overlaps = [routed.overlap(lag) for lag in (1, 2, 5)]
     assert 0.25 < overlaps[0] < 0.40 and overlaps == sorted(overlaps, reverse=True)

@@ -9,13 +9,14 @@ import pytest
 from conftest import TWO_BANKS
 from tiny_models import write_model
 
-from hobbit_jax import quantize, tiers
-from hobbit_jax.architecture import layer_tensors, read_config
-from hobbit_jax.gguf_file import open_gguf
+from hobbit_jax import quantize
+from hobbit_jax.experts import tiers
+from hobbit_jax.experts.store import ROLES
+from hobbit_jax.experts.tiers import TierSpec
+from hobbit_jax.model_file.architecture import layer_tensors, read_config
+from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.quantize import encode
 from hobbit_jax.quantize.methods import encode_matrix
-from hobbit_jax.store import ROLES
-from hobbit_jax.tiers import TierSpec
 
 
 @pytest.fixture(scope="module")

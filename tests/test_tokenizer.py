@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hobbit_jax.gguf_file import FileStamp, GGUFFile, open_gguf
-from hobbit_jax.tokenizer import Tokenizer
+from hobbit_jax.model_file.gguf_file import FileStamp, GGUFFile, open_gguf
+from hobbit_jax.model_file.tokenizer import Tokenizer
 
 VOCABULARIES = ("gpt-2", "llama-spm", "qwen2")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from hobbit_jax.gguf_file import write_gguf
+from hobbit_jax.model_file.gguf_file import write_gguf
 
 D_MODEL = D_EXPERT = 256  # one super-block of a K-quant
 CONTEXT = 64

@@ -1,9 +1,9 @@
 """The slot pool: a fixed number of bytes on the device that holds the hot experts.
 
 Owns who is in which slot, and every host-to-device copy of an expert. Called by the engine and by
-`moe.py`. One bank per expert signature, sized exactly, so that a low-bit expert takes only its
-own bytes; each bank has its own policy. The arrays are `device_banks.py`'s; raw GGUF blocks go up
-in one contiguous copy per matrix (`link.py`).
+`inference/moe.py`. One bank per expert signature, sized exactly, so that a low-bit expert takes
+only its own bytes; each bank has its own policy. The arrays are `device_banks.py`'s; raw GGUF
+blocks go up in one contiguous copy per matrix (`link.py`).
 
 Uploads ahead of their use (of later rounds, of guesses) lie beside the banks in at most
 `staging_bytes`, besides the one expert that is waited for, and get a slot when they are needed and
@@ -25,7 +25,7 @@ import numpy as np
 from hobbit_jax.cache.device_banks import DeviceBanks
 from hobbit_jax.cache.link import DirectLink, Link, Upload
 from hobbit_jax.cache.policies import Policy, PolicyFactory, Step
-from hobbit_jax.store import ExpertKey, HostExperts
+from hobbit_jax.experts.store import ExpertKey, HostExperts
 from pallas_kernels.reference import Bank, Signature
 
 

@@ -2,8 +2,8 @@
 
 Owns the way from an expert to its device's pool, and the global arrays that programs over all
 devices read, assembled from the pools' own without a copy. Called as a `SlotPool` is, by the engine
-and `moe.py`; who owns which expert is `sharding.py`'s. Each pool keeps its own table, policies and
-budget, and uploads go straight to its device.
+and `inference/moe.py`; who owns which expert is `model/sharding.py`'s. Each pool keeps its own
+table, policies and budget, and uploads go straight to its device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from hobbit_jax.cache.link import Link
 from hobbit_jax.cache.policies import PolicyFactory, Step
 from hobbit_jax.cache.pool import PoolStats, SlotPool, Use, holds_all, interleaved
-from hobbit_jax.sharding import (
+from hobbit_jax.experts.store import ExpertKey, HostExperts
+from hobbit_jax.model.sharding import (
     DIVIDED,
     REPLICATED,
     assembled,
@@ -27,7 +28,6 @@ from hobbit_jax.sharding import (
     on_each,
     owner,
 )
-from hobbit_jax.store import ExpertKey, HostExperts
 from pallas_kernels.reference import Bank, Signature
 
 

@@ -1,9 +1,9 @@
 """What a miss mode would have done on recorded routing, with other slots than it had.
 
 Owns the host's side of a two-tier pool without the pool: which copy serves each selection, what is
-loaded, promoted and evicted, by the live classes (`miss_modes.py`, `policies/`, `promotion.py`) in
-the engine's own order, so that a replay of a run gives that run's counts (a test). Called by
-`adaptive_split.py` and `replay.py`. Decode steps only.
+loaded, promoted and evicted, by the live classes (`miss_modes.py`, `policies/`,
+`promotion.py`) in the engine's own order, so that a replay of a run gives that run's counts (a
+test). Called by `inference/adaptive_split.py` and `replay.py`. Decode steps only.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hobbit_jax.cache.miss_modes import LOW, MissMode
 from hobbit_jax.cache.policies import Policy, PolicyFactory, Step
 from hobbit_jax.cache.promotion import Promoter, PromotionRule
-from hobbit_jax.miss_modes import LOW, MissMode
-from hobbit_jax.precision import SKIPPED
-from hobbit_jax.store import NATIVE, ExpertKey
+from hobbit_jax.experts.precision import SKIPPED
+from hobbit_jax.experts.store import NATIVE, ExpertKey
 from pallas_kernels.reference import Signature
 
 

@@ -1,7 +1,7 @@
 """The pool before the first token: the experts that a profile found most used, and pins of them.
 
-Owns who is loaded in which order. Called by the engine's constructor; `adaptive_split.py` pins
-again when it has divided the pool anew. A profile is `calibration.py`'s (made by
+Owns who is loaded in which order. Called by the engine's constructor; `inference/adaptive_split.py`
+pins again when it has divided the pool anew. A profile is `signals/calibration.py`'s (made by
 `scripts/profile.py`), of which only the counts matter here.
 """
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hobbit_jax.cache.miss_modes import LOW, MissMode
 from hobbit_jax.cache.pool import SlotPool
-from hobbit_jax.miss_modes import LOW, MissMode
-from hobbit_jax.precision import PrecisionPlan
-from hobbit_jax.store import NATIVE, ExpertKey
+from hobbit_jax.experts.precision import PrecisionPlan
+from hobbit_jax.experts.store import NATIVE, ExpertKey
 from pallas_kernels.reference import Signature
 
 

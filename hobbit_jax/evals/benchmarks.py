@@ -18,14 +18,14 @@ from lm_eval import evaluator
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 
-from hobbit_jax.chat_template import ChatTemplate
 from hobbit_jax.code_runner import missing_protections
-from hobbit_jax.engine import Engine
 from hobbit_jax.evals.lm_eval_model import EngineLM
 from hobbit_jax.evals.lm_eval_tasks import check_names, load_tasks
 from hobbit_jax.evals.responses import Responses
 from hobbit_jax.evals.statistics import Interval, bootstrap, share
-from hobbit_jax.gguf_file import GGUFFile
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model_file.chat_template import ChatTemplate
+from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.rows import machine
 
 _RUNNING_CODE = ("humaneval", "mini_functions")

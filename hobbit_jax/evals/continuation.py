@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from lm_eval.models.utils import postprocess_generated_text
 
-from hobbit_jax.tokenizer import Tokenizer
+from hobbit_jax.model_file.tokenizer import Tokenizer
 
 
 class Continuation:

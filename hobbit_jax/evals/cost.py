@@ -1,6 +1,6 @@
 """What decode costs under a plan and a budget: hits, bytes moved, tokens per second.
 
-Owns the decode measurement. Called by `sweep.py`. Tokens are forced to real
+Owns the decode measurement. Called by `cells/sweep.py`. Tokens are forced to real
 held-out text, so every plan meets the same text and routing differs only
 through the plan itself. The first window warms pool and compiled programs and
 is not counted; each further window is one repeat.
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from hobbit_jax.engine import Engine
 from hobbit_jax.evals.statistics import Interval
-from hobbit_jax.store import NATIVE
+from hobbit_jax.experts.store import NATIVE
+from hobbit_jax.inference.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from hobbit_jax import markdown
 from hobbit_jax.atomic import replacing
 from hobbit_jax.cache.replay import lay_out, replay
 from hobbit_jax.cache.trace import Trace
-from hobbit_jax.report import markdown
 
 SHARES = (0.25, 0.5, 0.75, 0.9)
 SEEDS = (0, 1, 2)

@@ -1,8 +1,8 @@
 """One decode at a real model's size: what it takes in time, in memory and in bytes moved.
 
 Owns the run (open, load, prefill, decode token by token), the watch over the process's own memory
-and the record. Called by `scripts/scale.py`. The model is synthetic (`synthesize.py`): its routing
-is skewed and repeats itself as real routing does, its text means nothing.
+and the record. Called by `scripts/scale.py`. The model is synthetic (`synthetic/synthesize.py`):
+its routing is skewed and repeats itself as real routing does, its text means nothing.
 
 *Own memory* is anonymous memory, RssAnon of /proc/self/status, sampled by a thread every 10 ms: the
 pool, the dense part, what programs allocate. Pages of the mapped file are the page cache's and not
@@ -23,13 +23,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from hobbit_jax.engine import Engine
-from hobbit_jax.gguf_file import open_gguf
-from hobbit_jax.loading import load_model
-from hobbit_jax.miss_modes import LOW, MISS_MODES
-from hobbit_jax.precision import uniform_plan
-from hobbit_jax.store import NATIVE, ExpertKey, HostExperts
-from hobbit_jax.tiers import TierSpec, open_tier
+from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
+from hobbit_jax.experts.precision import uniform_plan
+from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.experts.tiers import TierSpec, open_tier
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.model_file.gguf_file import open_gguf
 
 _SAMPLE_SECONDS = 0.01
 SETTINGS = ("native", "uniform", *(n for n, mode in MISS_MODES.items() if mode.low_banks != "none"))

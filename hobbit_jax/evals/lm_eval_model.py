@@ -22,12 +22,12 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from hobbit_jax.chat_template import ChatTemplate
 from hobbit_jax.evals.continuation import Continuation
 from hobbit_jax.evals.responses import Responses
-from hobbit_jax.sampling import Sampling
-from hobbit_jax.step_stats import StepStats
-from hobbit_jax.tokenizer import Tokenizer
+from hobbit_jax.inference.sampling import Sampling
+from hobbit_jax.inference.step_stats import StepStats
+from hobbit_jax.model_file.chat_template import ChatTemplate
+from hobbit_jax.model_file.tokenizer import Tokenizer
 
 # Bytes of float32 logits that one call of `Engine.score` may hold; more than one row only below.
 _LOGIT_BYTES = 1 << 30

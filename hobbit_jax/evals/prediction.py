@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from hobbit_jax.engine import Engine
 from hobbit_jax.evals.quality import Windows, watch_windows
-from hobbit_jax.layers import LayerKinds, States
-from hobbit_jax.prefill import RoutedLayer
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.inference.prefill import RoutedLayer
+from hobbit_jax.model.layers import LayerKinds, States
 
 
 @jax.jit(static_argnums=(0, 1))

@@ -2,7 +2,7 @@
 
 Owns evaluation windows, the cached native logits, and the per-token figures:
 negative log-likelihood, KL(native || plan) and top-1 agreement. Called by
-`sweep.py`. Figures are per token; intervals are over windows.
+`cells/sweep.py`. Figures are per token; intervals are over windows.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax.atomic import replacing
-from hobbit_jax.engine import Engine
 from hobbit_jax.evals.statistics import Interval, bootstrap
-from hobbit_jax.tokenizer import Tokenizer
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model_file.tokenizer import Tokenizer
 
 # Logits of a batch of windows; beside them the comparison needs a few times as much.
 _LOGIT_BYTES = 128 * 2**20

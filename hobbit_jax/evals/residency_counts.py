@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from hobbit_jax import markdown
+from hobbit_jax.cache.miss_modes import MISS_MODES
+from hobbit_jax.cache.pool_sizing import ADAPTIVE, CANDIDATE_SHARES, LowShare
 from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.cache.warm_start import WarmStart
-from hobbit_jax.engine import Engine
 from hobbit_jax.evals.decode_bench import Measured, Setting
-from hobbit_jax.loading import LoadedModel
-from hobbit_jax.miss_modes import MISS_MODES
-from hobbit_jax.pool_sizing import ADAPTIVE, CANDIDATE_SHARES, LowShare
-from hobbit_jax.report import markdown
-from hobbit_jax.store import HostExperts
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import LoadedModel
 
 MARGINS = (0.0, 1.0, 1.5, 2.0, 4.0)
 SHARES: tuple[LowShare, ...] = (*CANDIDATE_SHARES[1::2], ADAPTIVE)

@@ -1,6 +1,6 @@
 """The miniature tasks, scored: worked arithmetic by its answer, functions by running them.
 
-Owns prompts, stop rules and verdicts. Called by `sweep.py` and by the model
+Owns prompts, stop rules and verdicts. Called by `cells/sweep.py` and by the model
 card. Problems are held-out ones (`hobbit_jax/minitasks`), completions greedy.
 """
 
@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hobbit_jax.engine import Engine
 from hobbit_jax.evals.statistics import share
+from hobbit_jax.inference.engine import Engine
 from hobbit_jax.minitasks import arithmetic, execution, functions
-from hobbit_jax.tokenizer import Tokenizer
+from hobbit_jax.model_file.tokenizer import Tokenizer
 
 TaskName = Literal["arithmetic", "functions"]
 MAX_NEW_TOKENS = {"arithmetic": 64, "functions": 48}

@@ -3,9 +3,9 @@
 A launcher (`on_local.py`, `on_slurm.py`, `on_ray.py`) starts workers and says which have ended, and
 that is all it does. A worker (`worker.py`) takes cells from the working directory until there are
 none. The driver (`driver.py`) starts workers while cells are left. What makes this right stands in
-the working directory and not in the scheduler: rows that appear whole and once (`rows.py`), leases
-(`leases.py`), and parts of cells (`workbench.py`). So any number of drivers and launchers may share
-a working directory, and any process of them may be killed at any time.
+the working directory and not in the scheduler: rows that appear whole and once (`rows.py`),
+leases (`cells/leases.py`), and parts of cells (`cells/workbench.py`). So any number of drivers and
+launchers may share a working directory, and any process of them may be killed at any time.
 
     workdir/rows/CELL.json      finished
     workdir/leases/             who is at which cell; empty when nothing runs

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from hobbit_jax.atomic import PARTIAL_GLOB
+from hobbit_jax.cells.leases import STALE_S, Leases
+from hobbit_jax.cells.sweep import SweepCell, processes
 from hobbit_jax.launch.manifest import Sweep, read_end
-from hobbit_jax.leases import STALE_S, Leases
 from hobbit_jax.rows import RowStore, write_json
-from hobbit_jax.sweep import SweepCell, processes
 
 # In a row, without anything stored in between. More than a crash needs to be believed, since a
 # worker that was killed from outside looks the same.

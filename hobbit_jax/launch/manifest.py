@@ -17,8 +17,8 @@ from typing import Any
 
 import hobbit_jax
 from hobbit_jax.atomic import replacing
+from hobbit_jax.cells.sweep import SweepCell
 from hobbit_jax.rows import RowStore, write_json
-from hobbit_jax.sweep import SweepCell
 
 
 @dataclass(frozen=True)

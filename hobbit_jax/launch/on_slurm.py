@@ -36,7 +36,7 @@ except ModuleNotFoundError as error:
 
 # Minutes; submitit's own 5 would be short for a cell.
 _DEFAULTS = {"time": 240, "job_name": "hobbit_jax"}
-_UNLIMITED = 10**6  # time-outs; `leases.py` bounds those that bring nothing
+_UNLIMITED = 10**6  # time-outs; `cells/leases.py` bounds those that bring nothing
 _ENDED = {
     "BOOT_FAIL",
     "CANCELLED",

@@ -16,11 +16,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from hobbit_jax.cells.leases import Lease, Leases
+from hobbit_jax.cells.sweep import SweepCell, failed_row, processes, run_cell
+from hobbit_jax.cells.workbench import EvalSizes, Inputs, Workbench
 from hobbit_jax.launch.manifest import Sweep, write_end
-from hobbit_jax.leases import Lease, Leases
 from hobbit_jax.rows import RowStore
-from hobbit_jax.sweep import SweepCell, failed_row, processes, run_cell
-from hobbit_jax.workbench import EvalSizes, Inputs, Workbench
 
 # A user's, such as a model that does not open; any other exception here is a bug.
 _MISTAKES = (ValueError, NotImplementedError, OSError, EOFError)

@@ -23,14 +23,14 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax import reference
-from hobbit_jax.architecture import read_config
 from hobbit_jax.evals.quality import cut_windows
-from hobbit_jax.gguf_file import open_gguf
+from hobbit_jax.model_file.architecture import read_config
+from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.peers.agreement import AgreementMeter
 from hobbit_jax.peers.child import Child, environment
 from hobbit_jax.peers.memory import ResidentBytes
 from hobbit_jax.peers.side import SideSpec
-from hobbit_jax.tokenizer import Tokenizer
 
 OURS = "hobbit_jax.peers.ours:Ours"
 # Peer → its side, the packages it imports, and the extra that installs them.

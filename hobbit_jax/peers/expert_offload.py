@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 
-from hobbit_jax.architecture import ModelConfig
+from hobbit_jax.model_file.architecture import ModelConfig
 from hobbit_jax.peers.hugging_face import (
     HuggingFaceModel,
     dense_weights,

@@ -18,7 +18,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 
-from hobbit_jax.architecture import (
+from hobbit_jax.model_file.architecture import (
     OUTPUT,
     OUTPUT_NORM,
     TOKEN_EMBEDDING,

@@ -18,8 +18,8 @@ from typing import Any
 import llama_cpp as library  # pyright: ignore[reportMissingImports]
 import numpy as np
 
-from hobbit_jax.architecture import ModelConfig, layer_tensors, read_config
-from hobbit_jax.gguf_file import GGUFFile, open_gguf
+from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors, read_config
+from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
 
 llama_cpp: Any = library  # every pointer of its types may be None
 _EXPERT_PATTERN = r"blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps"

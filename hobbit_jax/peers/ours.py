@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from hobbit_jax.engine import Engine
-from hobbit_jax.loading import load_model
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
 from hobbit_jax.rows import machine
-from hobbit_jax.store import HostExperts
 from pallas_kernels.backends import Implementation
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 
-from hobbit_jax.architecture import read_config
-from hobbit_jax.gguf_file import GGUFFile, open_gguf
+from hobbit_jax.model_file.architecture import read_config
+from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
 from hobbit_jax.peers.expert_offload import ExpertSlots, load_offloaded
 from hobbit_jax.peers.hugging_face import load
 

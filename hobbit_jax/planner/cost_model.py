@@ -15,9 +15,9 @@ One sequence, one token at a time, nothing overlapped:
     cpu      = host bytes / (host_gb_s · host_efficiency) + layers on the CPU · handover_us
 
 An exit is a token that leaves the decode program in a layer whose experts are not all resident
-(`decode_loop.py`). Moved bytes are those waited for and those of promotions. The last line is for
-rivals that compute experts where they lie, on the host. Compute is taken to be free: every product
-of a single token is bound by memory (docs/kernels.md counts the instructions).
+(`inference/decode_loop.py`). Moved bytes are those waited for and those of promotions. The last
+line is for rivals that compute experts where they lie, on the host. Compute is taken to be free:
+every product of a single token is bound by memory (docs/kernels.md counts the instructions).
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hobbit_jax.cache.policies import DEFAULT_POLICY
+from hobbit_jax.cache.pool_sizing import demands
+from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.planner import candidates
 from hobbit_jax.planner.cost_model import Machine, Traffic, describe, token_time
 from hobbit_jax.planner.hardware import Card
@@ -25,7 +27,6 @@ from hobbit_jax.planner.traffic import (
     layers_that_fit,
     replay_setting,
 )
-from hobbit_jax.precision import demands, uniform_plan
 
 # The record of `scripts/check_plan.py`; an installed package has none.
 CHECK = Path(__file__).resolve().parents[2] / "docs" / "planner" / "check.json"

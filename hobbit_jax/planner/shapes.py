@@ -3,7 +3,7 @@
 Owns sizes: of the experts at any tier, of the dense part, of the KV cache and of what prefill needs
 beside them. Called by `plan.py`. A tier that was never made is a file of shapes: a real
 `HostExperts` over arrays that take no memory, so that the live sizing of the pool
-(`pool_sizing.py`) can be asked as for real ones.
+(`cache/pool_sizing.py`) can be asked as for real ones.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from hobbit_jax.architecture import (
+from hobbit_jax.experts.store import NATIVE, ROLES, HostExperts
+from hobbit_jax.model_file.architecture import (
     TOKEN_EMBEDDING,
     ModelConfig,
     layer_tensors,
     read_config,
     tensor_shapes,
 )
-from hobbit_jax.gguf_file import GGUFFile, TensorInfo, open_gguf
-from hobbit_jax.presets import PRESETS
-from hobbit_jax.store import NATIVE, ROLES, HostExperts
-from hobbit_jax.type_mix import q4_k_m_format
+from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf
+from hobbit_jax.synthetic.presets import PRESETS
+from hobbit_jax.synthetic.type_mix import q4_k_m_format
 
 # Tokens of one prefill step, `Engine`'s default.
 CHUNK_TOKENS = 2048
@@ -54,7 +54,7 @@ class PlannedModel:
 
     @property
     def dense_bytes(self) -> int:
-        """Device bytes of everything but the experts, as `loading.py` uploads it."""
+        """Device bytes of everything but the experts, as `model/loading.py` uploads it."""
         return sum(self._dense().values())
 
     @property
@@ -91,7 +91,7 @@ class PlannedModel:
         return HostExperts(self.config, self.native, [low])
 
     def kv_cache_bytes(self, context: int) -> int:
-        """Device bytes of one sequence's keys and values, float32 as in `decode_loop.py`."""
+        """Device bytes of one sequence's keys and values, float32 as in the decode loop."""
         config = self.config
         per_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * _FLOAT_BYTES
         return per_token * context

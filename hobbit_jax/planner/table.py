@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hobbit_jax.miss_modes import MISS_MODES
+from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.planner.plan import GIB, faster_rival
 
 

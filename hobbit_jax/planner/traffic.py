@@ -1,10 +1,11 @@
 """What each way of decoding would move, wait for and read, by replaying routing.
 
 Owns the step from a setting, a pool and a trace to a `Traffic`. Called by `plan.py` and `check.py`.
-Who is resident is decided by the live classes (`pool_sizing.py`, `cache/tiered_replay.py`), warmed
-up from the trace's first tokens as a profile would (`cache/warm_start.py`), and counted on later
-ones. A trace of another shape is replayed in its own: each bank gets the same fraction of its
-experts, and the counts are scaled to the model's selections.
+Who is resident is decided by the live classes (`cache/pool_sizing.py`,
+`cache/tiered_replay.py`), warmed up from the trace's first tokens as a profile would
+(`cache/warm_start.py`), and counted on later ones. A trace of another shape is replayed in its own:
+each bank gets the same fraction of its experts, and the counts are scaled to the model's
+selections.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from typing import Literal
 
 import numpy as np
 
+from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import DEFAULT_POLICY, policy_factory
+from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, pool_slots
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION
 from hobbit_jax.cache.tiered_replay import BankShapes, RoutedStep, TieredReplay
 from hobbit_jax.cache.trace import Trace
 from hobbit_jax.cache.warm_start import rank
-from hobbit_jax.miss_modes import LOW, MISS_MODES
+from hobbit_jax.experts.precision import StaticPlan
+from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.planner.cost_model import Traffic
 from hobbit_jax.planner.routing import PROFILE_TOKENS, TOKENS, WARM_TOKENS
 from hobbit_jax.planner.shapes import PlannedModel
-from hobbit_jax.pool_sizing import DEFAULT_LOW_SHARE, pool_slots
-from hobbit_jax.precision import StaticPlan
-from hobbit_jax.store import NATIVE, HostExperts
 from pallas_kernels.reference import Signature
 
 
@@ -37,7 +38,7 @@ class Setting:
 
     Attributes:
         name: in tables.
-        mode: by its name (`miss_modes.py`).
+        mode: by its name (`cache/miss_modes.py`).
         low_format: of the low tier; None without one.
         asked: which tier the plan asks for: native throughout, low throughout, or low for the
             `low_pairs` (0-1) of the pairs that a profile finds least used.

@@ -1,7 +1,7 @@
 """Which way an expert's matrix is encoded: without calibration, or by what calibration saw of it.
 
 Owns the names of the methods, and what happens to an expert that calibration saw too rarely.
-Called by `tiers.py`. All methods write the same standard blocks.
+Called by `experts/tiers.py`. All methods write the same standard blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PRIOR_TOKENS = 200
 
 
 class CalibratedMoments(Protocol):
-    """What an encoder wants of a `hobbit_jax.calibration.Calibration`.
+    """What an encoder wants of a `hobbit_jax.signals.calibration.Calibration`.
 
     That module runs an engine; this room must not.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hobbit_jax.report import markdown
+from hobbit_jax import markdown
 from hobbit_jax.report.comparisons import line_gap
 from hobbit_jax.report.results import Results
 from hobbit_jax.report.verdict import Outcome, Rule, Verdict

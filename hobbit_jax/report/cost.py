@@ -5,7 +5,8 @@ Owns section 5 of the decision document. Called by `document.py`.
 
 from __future__ import annotations
 
-from hobbit_jax.report import figures, markdown
+from hobbit_jax import markdown
+from hobbit_jax.report import figures
 from hobbit_jax.report.comparisons import bound_tokens_per_second, compare_speed
 from hobbit_jax.report.results import NATIVE, Results, Row, Setting
 from hobbit_jax.report.verdict import Rule

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from hobbit_jax.report import figures, markdown
+from hobbit_jax import markdown
+from hobbit_jax.report import figures
 from hobbit_jax.report.answer import render_answer, render_rule
 from hobbit_jax.report.cost import render_cost
 from hobbit_jax.report.encoders import render_compounding

@@ -7,7 +7,7 @@ plan, of the calibration text, and the section on compounding error. Called by `
 
 from __future__ import annotations
 
-from hobbit_jax.report import markdown
+from hobbit_jax import markdown
 from hobbit_jax.report.frontier_results import BEST_METHOD, FrontierResults, text_name
 from hobbit_jax.report.results import NATIVE, UNIFORM
 

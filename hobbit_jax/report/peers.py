@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hobbit_jax import markdown
 from hobbit_jax.evals.statistics import Interval
-from hobbit_jax.report import markdown
 
 FOLDER = "peers"  # of a workdir
 _ABOUT = (

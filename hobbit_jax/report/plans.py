@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hobbit_jax import markdown
 from hobbit_jax.planner.plan import faster_rival
-from hobbit_jax.report import markdown
 
 _GIB = 2**30
 

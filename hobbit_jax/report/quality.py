@@ -7,7 +7,8 @@ against a random choice of as many, and against the uniform quants at the same b
 
 from __future__ import annotations
 
-from hobbit_jax.report import figures, markdown
+from hobbit_jax import markdown
+from hobbit_jax.report import figures
 from hobbit_jax.report.comparisons import control_gap, line_gap
 from hobbit_jax.report.results import RANDOM, Plan, Results, Row
 

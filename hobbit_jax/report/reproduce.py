@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from hobbit_jax.report import markdown
+from hobbit_jax import markdown
 from hobbit_jax.report.results import Results
 
 

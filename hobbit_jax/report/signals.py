@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 
-from hobbit_jax.report import markdown
+from hobbit_jax import markdown
 from hobbit_jax.report.encoders import render_ablation, render_encoders, render_texts
 from hobbit_jax.report.frontier_results import (
     BEST_METHOD,

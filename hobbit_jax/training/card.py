@@ -20,11 +20,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from hobbit_jax.calibration import calibrate
-from hobbit_jax.engine import Engine
 from hobbit_jax.evals import quality, tasks
-from hobbit_jax.loading import LoadedModel
-from hobbit_jax.store import HostExperts
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import LoadedModel
+from hobbit_jax.signals.calibration import calibrate
 from hobbit_jax.training.corpus import SourceFile
 
 CONTEXT = 512

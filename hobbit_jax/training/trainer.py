@@ -2,7 +2,7 @@
 
 Owns parameters in training, the differentiable expert dispatch, the optimiser
 and resumable progress. Attention, routing and ends are the modules of
-`hobbit_jax/model.py` with F32 planes; only the experts differ, because training
+`hobbit_jax/model/modules.py` with F32 planes; only the experts differ, because training
 needs gradients through all of them at once. Called by
 `scripts/train_reference.py`; its result goes to `export.py`.
 """
@@ -25,8 +25,8 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
-from hobbit_jax.architecture import ModelConfig
-from hobbit_jax.model import Attention, Block, Ends, Linear, RMSNorm, attend
+from hobbit_jax.model.modules import Attention, Block, Ends, Linear, RMSNorm, attend
+from hobbit_jax.model_file.architecture import ModelConfig
 from hobbit_jax.training.corpus import Phase
 
 

@@ -23,7 +23,7 @@ import gguf
 import numpy as np
 import torch
 
-from hobbit_jax.architecture import ModelConfig
+from hobbit_jax.model_file.architecture import ModelConfig
 from hobbit_jax.peers.hugging_face import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -1,0 +1,147 @@
+"""How many slots each bank gets under a plan, a miss mode and a budget.
+
+Owns the step from who may ask for which copy (`experts/precision.py`, `miss_modes.py`) to slots per
+bank; the division itself is `cache/budget.py`'s. Called by the engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from hobbit_jax.cache.budget import BankDemand, divide_budget, divide_tiers
+from hobbit_jax.cache.miss_modes import LOW, MissMode
+from hobbit_jax.experts.precision import PrecisionPlan, uniform_plan
+from hobbit_jax.experts.store import NATIVE, HostExperts
+from hobbit_jax.model.sharding import owners_LE
+from pallas_kernels.reference import Signature
+
+DEFAULT_LOW_SHARE = 0.5
+# `low_share` may be this: it begins at the default and follows what is used (`adaptive_split.py`).
+ADAPTIVE = "adaptive"
+CANDIDATE_SHARES = (0.1, 0.2, 0.35, DEFAULT_LOW_SHARE, 0.65, 0.8, 0.9)
+
+LowShare = float | Literal["adaptive"]
+
+
+def low_share(text: str) -> LowShare:
+    """A share as scripts and configs give it: "adaptive", or a number from 0 to 1.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    if text == ADAPTIVE:
+        return ADAPTIVE
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise ValueError(f"low_share is {text!r}; want {ADAPTIVE} or 0 to 1")
+    return share
+
+
+def _total_bytes(wanted: Sequence[BankDemand]) -> int:
+    return sum(demand.expert_bytes * demand.n_experts for demand in wanted)
+
+
+def _signatures(store: HostExperts, tier: int) -> set[Signature]:
+    return {layer.signature for layer in store.tiers[tier]}
+
+
+def demands(
+    plan: PrecisionPlan, store: HostExperts, owner_LE: np.ndarray | None = None
+) -> list[BankDemand]:
+    """What each bank must be able to hold under `plan`, in order of first appearance.
+
+    Args:
+        plan: who asks for which tier.
+        store: experts at every tier.
+        owner_LE: the device of each expert, from 0. A bank's slots are the same on every device, so
+            its demand is that of the device which has most to hold. None is one device.
+    """
+    k, shape_LE = store.config.experts_per_token, (store.config.n_layers, store.config.n_experts)
+    owner_LE = np.zeros(shape_LE, int) if owner_LE is None else owner_LE
+    nobody_N = np.zeros(int(owner_LE.max()) + 1, int)
+    expert_bytes: dict[Signature, int] = {}
+    n_experts_N: dict[Signature, np.ndarray] = defaultdict(nobody_N.copy)
+    widest: dict[Signature, int] = defaultdict(int)
+    use: dict[Signature, float] = defaultdict(float)
+    shares = plan.tier_shares_LE(store)
+    for layer in range(store.config.n_layers):
+        in_layer_N: dict[Signature, np.ndarray] = defaultdict(nobody_N.copy)
+        for tier, share_LE in enumerate(shares):
+            owners = owner_LE[layer][share_LE[layer] > 0]
+            if len(owners):
+                experts = store.layer(tier, layer)
+                expert_bytes[experts.signature] = experts.expert_bytes
+                in_layer_N[experts.signature] += np.bincount(owners, minlength=len(nobody_N))
+                use[experts.signature] += float(share_LE[layer].sum())
+        for signature, wanted_N in in_layer_N.items():
+            n_experts_N[signature] += wanted_N
+            widest[signature] = max(widest[signature], int(wanted_N.max()))
+    return [
+        BankDemand(
+            signature=signature,
+            expert_bytes=expert_bytes[signature],
+            n_experts=int(n_experts_N[signature].max()),
+            min_slots=min(k, widest[signature]),
+            weight=use[signature] / int(n_experts_N[signature].sum()),
+        )
+        for signature in expert_bytes
+    ]
+
+
+def pool_slots(
+    plan: PrecisionPlan,
+    mode: MissMode,
+    store: HostExperts,
+    budget_bytes: int | None,
+    low_share: LowShare,
+    n_devices: int = 1,
+) -> tuple[dict[Signature, int], int]:
+    """Slots per bank of each device, and its bytes that would hold all that anyone may ask for.
+
+    Args:
+        plan: who asks for which tier.
+        mode: whether low copies serve misses.
+        store: experts at every tier.
+        budget_bytes: of each device's pool; None holds everything.
+        low_share: of the budget for low copies (0-1), where the mode keeps some; a mode that keeps
+            all of them takes what they need. "adaptive" begins at the default.
+        n_devices: that divide the experts; their pools have equal slots (`demands`).
+
+    Raises:
+        ValueError: the budget is too small (says what it needs), or the mode needs a low tier
+            that the store does not have.
+        NotImplementedError: native and low experts of the same formats, which would share a bank.
+    """
+    owner_LE = owners_LE(store.config.n_layers, store.config.n_experts, n_devices)
+    wanted = demands(plan, store, owner_LE)
+    if mode.low_banks == "none":
+        total = _total_bytes(wanted)
+        slots = divide_budget(wanted, total if budget_bytes is None else budget_bytes)
+        return dict(zip((d.signature for d in wanted), slots, strict=True)), total
+    if len(store.tiers) <= LOW:
+        raise ValueError(f"miss mode {type(mode).__name__} needs a store with a low tier")
+    shared = _signatures(store, NATIVE) & _signatures(store, LOW)
+    if shared:
+        raise NotImplementedError(
+            f"native and low experts both have formats {', '.join(map(str, shared))}; miss mode "
+            f"{type(mode).__name__} needs a low tier of other formats"
+        )
+    native = [d for d in wanted if d.signature in _signatures(store, NATIVE)]
+    if not mode.native_waits:
+        native = [replace(demand, min_slots=0) for demand in native]
+    low = demands(uniform_plan(store, LOW), store, owner_LE)
+    if mode.low_banks == "all":
+        low = [replace(demand, min_slots=demand.n_experts) for demand in low]
+    total = _total_bytes([*native, *low])
+    share = DEFAULT_LOW_SHARE if low_share == ADAPTIVE else low_share
+    slots = divide_tiers(native, low, total if budget_bytes is None else budget_bytes, share)
+    return slots, total

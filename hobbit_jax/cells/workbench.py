@@ -1,0 +1,272 @@
+"""What the cells of one model share, made when first asked for.
+
+Owns the loaded model, texts and windows, calibrations, tiers, measured errors and native logits,
+and where in the working directory they are kept: what is made once for all cells (`cache/`,
+`tiers/`), and the finished parts of unfinished cells (`parts/`). Of all workers one makes a thing
+and the others wait for it. Called by the cells of `sweep.py` and `frontier.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from hobbit_jax import reference
+from hobbit_jax.atomic import replacing
+from hobbit_jax.cells.leases import Leases
+from hobbit_jax.evals import quality
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.experts.tiers import TierSpec, tier_path, write_tier
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import LoadedModel, load_model
+from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
+from hobbit_jax.quantize.methods import NEEDED_STATISTICS
+from hobbit_jax.rows import machine, write_json
+from hobbit_jax.signals.calibration import STATISTICS, Calibration, calibrate
+from hobbit_jax.signals.importance import MeasuredErrors, measure_errors
+from hobbit_jax.training.corpus import task_documents
+
+# Calibration texts by name: generated problems, none of them held out; and the reference model's
+# own calibration text with as many characters of those.
+TASKS_TEXT, MIXED_TEXT = "tasks", "mixed"
+
+
+@dataclass(frozen=True)
+class EvalSizes:
+    """How much every cell measures; 0 leaves tasks or decode out."""
+
+    windows: int
+    context: int
+    calibration_windows: int
+    task_problems: int = 0  # per task
+    decode_prompt_tokens: int = 0
+    decode_tokens: int = 0
+    decode_repeats: int = 0
+    decoded_windows: int = 0  # of the windows, for quality that depends on the pool
+    benchmarks: tuple[str, ...] = ()  # lm-eval's
+    benchmark_problems: int = 0  # of each; 0 for all
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a sweep runs on. An empty `model` is the reference model, empty texts its held-out.
+
+    An empty `implementation` takes the fastest matrix products that the device has; an empty
+    `data_dir` leaves the data of benchmarks to lm-eval.
+    """
+
+    model: str
+    calibration_text: str
+    evaluation_text: str
+    implementation: str = ""
+    data_dir: str = ""
+
+
+_WAIT_S = 0.5  # between looks for what another worker makes
+
+
+class Workbench:
+    """One model and one set of sizes, with a working directory and one worker's leases there."""
+
+    def __init__(self, inputs: Inputs, sizes: EvalSizes, workdir: Path, leases: Leases):
+        self.inputs, self.sizes, self.workdir = inputs, sizes, workdir
+        self._leases = leases
+        path = inputs.model or reference.model_path()
+        self.model: LoadedModel = load_model(path, inputs.implementation or None)
+        self.tokenizer = self.model.tokenizer()
+        self._calibrations: dict[tuple[str, int], Calibration] = {}
+        self._tiers: dict[str, GGUFFile] = {}
+
+    def _made(self, path: Path, make: Callable[[], object]) -> Path:
+        """`path`, which `make` makes if it is not there; one worker at a time, for all of them."""
+        while not path.exists():
+            lease = self._leases.claim([f"{path.parent.name}-{path.name}"])
+            if lease is None:
+                time.sleep(_WAIT_S)
+                continue
+            try:
+                if not path.exists():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    make()
+                    self._leases.advance()
+            except BaseException:
+                self._leases.end(lease)
+                raise
+            self._leases.finish(lease)
+        return path
+
+    def part(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What `measure` returns, as JSON; kept, so that a cell that is begun again goes on here.
+
+        `name` says all that it depends on but the model, the texts and the device, which are added.
+        A cell over several processes keeps nothing: they would have to agree on what is there.
+        """
+        if jax.process_count() > 1:
+            return json.loads(json.dumps(measure(), allow_nan=False))
+        here = f"{self._what} {self.text_sha256}"
+        digest = hashlib.sha256(here.encode()).hexdigest()[:8]
+        path = self.workdir / "parts" / f"{name}-{digest}.json"
+        self._made(path, lambda: write_json(path, measure()))
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def calibration_texts(self, text: str) -> list[str]:
+        """Documents of a calibration text: a file, a named one, or "" for the sweep's own."""
+        text = text or self.inputs.calibration_text
+        if not text:
+            return reference.held_out_texts("calibration")
+        if text == TASKS_TEXT:
+            return task_documents(seed=0, count=4000)
+        if text == MIXED_TEXT:
+            sources = reference.held_out_texts("calibration")
+            problems = task_documents(seed=0, count=4000)
+            order = np.random.default_rng(0).permutation(len(problems))
+            ends = np.cumsum([len(problems[index]) for index in order])
+            kept = order[ends <= sum(map(len, sources))]
+            return [*sources, *(problems[index] for index in kept)]
+        return [Path(text).read_text(encoding="utf-8")]
+
+    @functools.cached_property
+    def evaluation_texts(self) -> list[str]:
+        """Documents of the evaluation text."""
+        if not self.inputs.evaluation_text:
+            return reference.held_out_texts("evaluation")
+        return [Path(self.inputs.evaluation_text).read_text(encoding="utf-8")]
+
+    @functools.cached_property
+    def text_sha256(self) -> str:
+        """Hash of the sweep's own calibration and evaluation texts together."""
+        texts = [*self.calibration_texts(""), "\0", *self.evaluation_texts]
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+    @functools.cached_property
+    def windows(self) -> quality.Windows:
+        """Evaluation windows."""
+        sizes = self.sizes
+        return quality.cut_windows(
+            self.tokenizer, self.evaluation_texts, sizes.windows, sizes.context
+        )
+
+    def calibration_windows(self, seed: int = 0, text: str = "") -> quality.Windows:
+        """Calibration windows, drawn by `seed`; from other files than the evaluation's."""
+        sizes = self.sizes
+        texts = self.calibration_texts(text)
+        return quality.cut_windows(
+            self.tokenizer, texts, sizes.calibration_windows, sizes.context, seed
+        )
+
+    @functools.cached_property
+    def decode_ids_RS(self) -> np.ndarray:
+        """Token rows for the decode measurement, the first a warm-up."""
+        sizes = self.sizes
+        length = sizes.decode_prompt_tokens + sizes.decode_tokens
+        windows = quality.cut_windows(
+            self.tokenizer, self.evaluation_texts, sizes.decode_repeats + 1, length - 1, seed=1
+        )
+        return windows.ids_WS
+
+    @functools.cached_property
+    def _what(self) -> str:
+        """What is computed with what: results of two kinds of devices differ, if by roundings."""
+        return f"{self.model.file.sha256()} {self.inputs.implementation} {machine()['device']}"
+
+    def _key(self, windows: quality.Windows) -> str:
+        ids = np.ascontiguousarray(windows.ids_WS).tobytes()
+        return hashlib.sha256(self._what.encode() + ids).hexdigest()[:16]
+
+    def _native_engine(self) -> Engine:
+        return Engine(self.model, self.native_store)
+
+    @functools.cached_property
+    def native_store(self) -> HostExperts:
+        """The native experts alone."""
+        return HostExperts(self.model.config, self.model.file)
+
+    def calibration(
+        self, statistics: str = "routing", seed: int = 0, text: str = ""
+    ) -> Calibration:
+        """A calibration that has at least `statistics`."""
+        windows = self.calibration_windows(seed, text)
+        key = (self._key(windows), STATISTICS.index(statistics))
+        if key not in self._calibrations:
+            path = self.workdir / "cache" / f"calibration-{key[0]}-{statistics}"
+            self._made(
+                path, lambda: calibrate(self._native_engine(), windows, statistics).save(path)
+            )
+            self._calibrations[key] = Calibration.load(path, self.model.file.sha256())
+        return self._calibrations[key]
+
+    @functools.cached_property
+    def native_logits_WTV(self) -> np.ndarray:
+        """Logits of the native model on the evaluation windows."""
+        path = self.workdir / "cache" / f"native-logits-{self._key(self.windows)}.npy"
+        self._made(
+            path, lambda: quality.write_native_logits(self._native_engine(), self.windows, path)
+        )
+        return np.load(path, mmap_mode="r")
+
+    def specs(self, formats: Sequence[str], method: str, seed: int = 0) -> list[TierSpec]:
+        """Low tiers of these formats, encoded by `method` from the calibration text."""
+        needed = NEEDED_STATISTICS[method]
+        calibration = self.calibration(needed, seed) if needed else None
+        return [TierSpec(name, method, calibration) for name in formats]
+
+    def benchmark_scores(
+        self, engine: Engine, answers_depend_on: dict[str, Any], batch: int | None
+    ) -> dict[str, dict[str, Any]]:
+        """lm-eval's shares of problems solved, as a row holds them; finished requests are kept.
+
+        Raises:
+            ModuleNotFoundError: lm-eval is not installed.
+        """
+        from hobbit_jax.evals import benchmarks
+
+        sizes = self.sizes
+        settings = benchmarks.BenchmarkSettings(
+            sizes.benchmarks, sizes.benchmark_problems or None, batch_size=batch or 8
+        )
+        data_dir = Path(self.inputs.data_dir) if self.inputs.data_dir else None
+        record = benchmarks.evaluate_engine(
+            engine, settings, answers_depend_on, data_dir, self.workdir / "responses", False
+        )
+        return benchmarks.shares(record)
+
+    def tier(self, spec: TierSpec) -> GGUFFile:
+        """The low tier by `spec`."""
+        key = spec.key(self.model.file)
+        if key not in self._tiers:
+            file, config = self.model.file, self.model.config
+            path = tier_path(file, spec, self.workdir / "tiers")
+            self._made(path, lambda: write_tier(file, config, spec, path, self._leases.advance))
+            self._tiers[key] = open_gguf(path)
+        return self._tiers[key]
+
+    def store(self, specs: Sequence[TierSpec]) -> HostExperts:
+        """Native experts, and the low tiers in the order of `specs`."""
+        if not specs:
+            return self.native_store
+        return HostExperts(self.model.config, self.model.file, [self.tier(spec) for spec in specs])
+
+    def errors(self, specs: Sequence[TierSpec], seed: int = 0, text: str = "") -> MeasuredErrors:
+        """`measure_errors` of these tiers on calibration windows."""
+        windows = self.calibration_windows(seed, text)
+        names = " ".join(spec.key(self.model.file) for spec in specs)
+        digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+        path = self.workdir / "cache" / f"errors-{self._key(windows)}-{digest}.npz"
+
+        def measure() -> None:
+            found = measure_errors(self._native_engine(), self.store(specs), windows)
+            with replacing(path) as partial, partial.open("wb") as file:
+                np.savez(file, **vars(found))
+
+        self._made(path, measure)
+        with np.load(path) as arrays:
+            return MeasuredErrors(**{name: arrays[name] for name in arrays.files})

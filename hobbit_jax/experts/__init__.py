@@ -1,0 +1,1 @@
+"""Every expert's bytes at each precision, and who gets which."""

@@ -1,0 +1,127 @@
+"""The precision plan: which tier each selected expert runs at.
+
+Owns the decision per selection, and what share of an expert's selections each tier may expect.
+Called by the engine after each layer's routing (`assign`) and when a pool is sized
+(`cache/pool_sizing.py`). A static plan gives each (layer, expert) pair one tier for good; a
+selection plan decides anew for each selection, as HOBBIT does (arXiv 2411.01433, section 3.2), and
+so may need several copies of an expert. Plans are pytrees, and `assign` runs on NumPy arrays and
+inside a compiled program alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from hobbit_jax.experts.store import NATIVE, HostExperts
+
+SKIPPED = -1  # a selection that no expert serves: padding, or skipped by the plan
+
+SELECTION_SCORES = ("router_weight", "cumulative_weight")
+# A NumPy or a JAX array: the caller's choice decides where `assign` computes.
+Array = Any
+
+
+class PrecisionPlan(Protocol):
+    """Who gets which tier."""
+
+    def assign(self, layer: int | jax.Array, ids_TK: Array, weights_TK: Array) -> Array:
+        """Tier of each selection, int8 [T, K]; selections of a token stand heaviest first."""
+        ...
+
+    def tier_shares_LE(self, store: HostExperts) -> list[np.ndarray]:
+        """Per tier, the share (0-1) of each pair's selections it serves, float [L, E]."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StaticPlan:
+    """Each (layer, expert) pair has one tier."""
+
+    tier_LE: Array
+
+    def assign(self, layer: int | jax.Array, ids_TK: Array, weights_TK: Array) -> Array:
+        """See `PrecisionPlan.assign`."""
+        return self.tier_LE[layer][ids_TK].astype(np.int8)
+
+    def tier_shares_LE(self, store: HostExperts) -> list[np.ndarray]:
+        """See `PrecisionPlan.tier_shares_LE`."""
+        return [(self.tier_LE == tier).astype(np.float64) for tier in range(len(store.tiers))]
+
+
+def importance_score(score: str, weights_TK: Array) -> Array:
+    """How unimportant each selection is, float [T, K]; larger goes lower.
+
+    "router_weight": minus the weight. "cumulative_weight": HOBBIT's, the sum of the weights
+    of the token's heavier selections, as a share (0-1) of all K; 0 for the heaviest.
+
+    Raises:
+        ValueError: an unknown score.
+    """
+    if score not in SELECTION_SCORES:
+        raise ValueError(f"score is {score!r}; want one of {', '.join(SELECTION_SCORES)}")
+    if score == "router_weight":
+        return -weights_TK
+    xp = weights_TK.__array_namespace__()
+    before_TK = xp.cumulative_sum(weights_TK, axis=-1) - weights_TK
+    return before_TK / xp.sum(weights_TK, axis=-1, keepdims=True)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("thresholds",),
+    meta_fields=("score", "tiers", "shares"),
+)
+@dataclass(frozen=True)
+class SelectionPlan:
+    """A selection runs at the tier between whose thresholds its score lies.
+
+    HOBBIT's thresholds T1 and T2 are score "cumulative_weight", thresholds (T1, T2) and tiers
+    (NATIVE, low, SKIPPED).
+
+    Attributes:
+        score: one of SELECTION_SCORES, see `importance_score`.
+        thresholds: ascending; a score above the first n of them and no more runs at `tiers[n]`.
+        tiers: one more than thresholds; `SKIPPED` leaves the selection out, its weight unused.
+        shares: of the calibration text's selections, by entry of `tiers` (0-1).
+    """
+
+    score: str
+    thresholds: tuple[float, ...]
+    tiers: tuple[int, ...]
+    shares: tuple[float, ...]
+
+    def __post_init__(self):
+        if not len(self.tiers) == len(self.shares) == len(self.thresholds) + 1:
+            raise ValueError(
+                f"{len(self.thresholds)} thresholds with {len(self.tiers)} tiers and "
+                f"{len(self.shares)} shares; want one more of each than thresholds"
+            )
+
+    def assign(self, layer: int | jax.Array, ids_TK: Array, weights_TK: Array) -> Array:
+        """See `PrecisionPlan.assign`."""
+        score_TK = importance_score(self.score, weights_TK)
+        xp = weights_TK.__array_namespace__()
+        tier_TK = xp.full(ids_TK.shape, self.tiers[0], dtype=np.int8)
+        for threshold, tier in zip(self.thresholds, self.tiers[1:], strict=True):
+            tier_TK = xp.where(score_TK > threshold, np.int8(tier), tier_TK)
+        return tier_TK
+
+    def tier_shares_LE(self, store: HostExperts) -> list[np.ndarray]:
+        """See `PrecisionPlan.tier_shares_LE`."""
+        shape = (store.config.n_layers, store.config.n_experts)
+        shares = [np.zeros(shape) for _ in store.tiers]
+        for tier, share in zip(self.tiers, self.shares, strict=True):
+            if tier != SKIPPED:
+                shares[tier] += share
+        return shares
+
+
+def uniform_plan(store: HostExperts, tier: int = NATIVE) -> StaticPlan:
+    """Every expert at one tier."""
+    return StaticPlan(np.full((store.config.n_layers, store.config.n_experts), tier, np.int8))

@@ -1,0 +1,120 @@
+"""The host expert store: every expert's bytes, by tier, layer and expert number.
+
+Owns the view from (tier, layer, expert) to raw GGUF blocks. Nothing is copied
+or expanded: an expert is three read-only views into the memory-mapped file.
+The store never changes; the slot pool (`cache/pool.py`) reads from it, and
+nothing is ever written back. Tier 0 is native; further tiers are low-precision
+files made by `tiers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors
+from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, check_finite_scales
+from pallas_kernels.reference import Signature
+
+NATIVE = 0
+ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+
+
+class ExpertKey(NamedTuple):
+    """One expert at one precision; `tier` 0 is native."""
+
+    tier: int
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """One layer's experts at one tier: three stacked tensors [E, rows, columns]."""
+
+    gate: TensorInfo
+    up: TensorInfo
+    down: TensorInfo
+
+    @property
+    def signature(self) -> Signature:
+        """The formats of gate, up and down."""
+        return Signature(self.gate.format, self.up.format, self.down.format)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert: the same on the host, over PCIe and in a slot."""
+        n_experts = self.gate.shape[0]
+        return (self.gate.nbytes + self.up.nbytes + self.down.nbytes) // n_experts
+
+
+class HostExperts:
+    """All experts of a model at every tier, immutable."""
+
+    def __init__(self, config: ModelConfig, native: GGUFFile, low: Sequence[GGUFFile] = ()):
+        self.config = config
+        self.tiers: list[list[LayerExperts]] = []
+        self._stamps = [file.stamps for file in (native, *low)]
+        for file in (native, *low):
+            layers = []
+            for layer in range(config.n_layers):
+                names = layer_tensors(config, layer)
+                layers.append(LayerExperts(*(file.tensors[names[role]] for role in ROLES)))
+            self.tiers.append(layers)
+        self._checked: set[ExpertKey] = set()
+
+    def layer(self, tier: int, layer: int) -> LayerExperts:
+        """The experts of `layer` at `tier`."""
+        return self.tiers[tier][layer]
+
+    def signature(self, key: ExpertKey) -> Signature:
+        """Formats of one expert."""
+        return self.tiers[key.tier][key.layer].signature
+
+    def expert_bytes(self, key: ExpertKey) -> int:
+        """Bytes of one expert."""
+        return self.tiers[key.tier][key.layer].expert_bytes
+
+    def raw(self, key: ExpertKey) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Raw blocks of gate, up and down: uint8 [rows, row_bytes] views into the file.
+
+        Raises:
+            ValueError: a scale is NaN or infinite; checked when an expert is first asked
+                for, so that opening a file of many gigabytes does not read it.
+            OSError: the file is gone, or another than the one that was opened.
+        """
+        self.check_unchanged(key.tier)
+        layer = self.tiers[key.tier][key.layer]
+        tensors = (layer.gate, layer.up, layer.down)
+        if key not in self._checked:
+            for tensor in tensors:
+                one = replace(
+                    tensor,
+                    name=f"{tensor.name}[{key.expert}]",
+                    shape=tensor.shape[1:],
+                    raw=tensor.raw[key.expert],
+                )
+                check_finite_scales(one)
+            self._checked.add(key)
+        return tensors[0].raw[key.expert], tensors[1].raw[key.expert], tensors[2].raw[key.expert]
+
+    def check_unchanged(self, tier: int) -> None:
+        """Refuses a tier whose file is gone or changed; see `FileStamp.check`. Some microseconds.
+
+        Raises:
+            OSError: what became of the file.
+        """
+        for stamp in self._stamps[tier]:
+            stamp.check()
+
+    @property
+    def largest_expert_bytes(self) -> int:
+        """Bytes of the largest expert of any tier."""
+        return max(layer.expert_bytes for layers in self.tiers for layer in layers)
+
+    def tier_bytes(self, tier: int) -> int:
+        """Bytes of all experts at one tier."""
+        return sum(layer.expert_bytes for layer in self.tiers[tier]) * self.config.n_experts

@@ -1,0 +1,172 @@
+"""Low-precision copies of a model's experts, written once as GGUF files.
+
+Owns where a low tier lives, when it is stale, and how it is made: each expert
+is decoded from its native blocks and encoded again (`quantize/methods.py`), the rest of
+the model is copied, so the file is a complete uniformly quantised model that
+llama.cpp opens as well. It is keyed by the source's hash, by the encoders' own source text and by
+the calibration, and reopened by memory map. Called by the sweeps and `scripts/quantize.py`
+before a store is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from hobbit_jax import quantize
+from hobbit_jax.atomic import replacing
+from hobbit_jax.experts.store import ROLES
+from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors
+from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
+from hobbit_jax.quantize.methods import CalibratedMoments, encode_matrix
+from pallas_kernels.formats import Format, get_format
+
+SOURCE_KEY = "hobbit.tier.source_sha256"
+ENCODER_KEY = "hobbit.tier.encoder_sha256"
+METHOD_KEY = "hobbit.tier.method"
+CALIBRATION_KEY = "hobbit.tier.calibration_sha256"
+
+
+def encoder_sha256() -> str:
+    """Hash of the encoder's source, so that a better encoder never meets its old output."""
+    sources = sorted(Path(quantize.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+@partial(jax.jit, static_argnames="format")
+def _unpack(raw: jax.Array, format: Format) -> jax.Array:
+    return format.unpack(format.split(raw))
+
+
+def decode(blocks: np.ndarray, format: str) -> np.ndarray:
+    """float32 weights of raw blocks, by the format's own unpack."""
+    return np.asarray(_unpack(blocks, get_format(format)))
+
+
+def dequantize(tensor: TensorInfo, index: int | slice = slice(None)) -> np.ndarray:
+    """float32 weights of `tensor.raw[index]`."""
+    return decode(tensor.raw[index], tensor.format)
+
+
+@dataclass(frozen=True)
+class TierSpec:
+    """How a low tier is made.
+
+    `through` are formats that the weights pass through first, each encoded plainly: what a
+    quantised file would have done to them.
+    """
+
+    format: str
+    method: str = "rtn"
+    calibration: CalibratedMoments | None = None
+    through: tuple[str, ...] = ()
+
+    def key(self, source: GGUFFile) -> str:
+        """Identity of the tier's bytes: of the source, of the encoders, of the calibration."""
+        calibrated = f"-{self.calibration.sha256[:8]}" if self.calibration else ""
+        formats = "-".join([*self.through, self.format])
+        return f"{source.sha256()[:16]}-{encoder_sha256()[:8]}-{formats}-{self.method}{calibrated}"
+
+
+def write_tier(
+    source: GGUFFile,
+    config: ModelConfig,
+    spec: TierSpec,
+    path: Path,
+    stored: Callable[[], None] = lambda: None,
+) -> None:
+    """Writes `source` with every expert encoded anew; atomic, and resumable by tensor.
+
+    Finished tensors wait in a folder beside `path` and are taken from there when the same tier is
+    asked for again after an interruption; it is removed in the end. `stored` is called after each.
+    Memory: one tensor's blocks and one expert's float32 weights.
+
+    Raises:
+        ValueError: a weight is NaN or infinite, a width is no multiple of the block, or the
+            calibration is missing, lacks what the method needs, or is of another model.
+        NotImplementedError: no encoder for this format and method.
+    """
+    calibration = spec.calibration
+    if calibration is not None and calibration.model_sha256 != source.sha256():
+        raise ValueError(
+            f"the calibration was made for another model (sha256 {calibration.model_sha256[:16]}…, "
+            f"this one is {source.sha256()[:16]}…)"
+        )
+    places = {
+        layer_tensors(config, layer)[role]: (role, layer)
+        for layer in range(config.n_layers)
+        for role in ROLES
+    }
+    metadata = {
+        **source.metadata,
+        SOURCE_KEY: source.sha256(),
+        ENCODER_KEY: encoder_sha256(),
+        METHOD_KEY: spec.method,
+        "general.name": f"{source.metadata.get('general.name', config.arch)} experts {spec.format}",
+    }
+    if calibration is not None:
+        metadata[CALIBRATION_KEY] = calibration.sha256
+    parts = path.with_name(f".{path.name}.{spec.key(source)}.parts")
+    parts.mkdir(parents=True, exist_ok=True)
+    total = len(places) * config.n_experts
+    with tqdm(total=total, unit="matrix", desc=f"encoding {spec.format}") as progress:
+
+        def encoded(tensor: TensorInfo) -> np.ndarray:
+            part = parts / f"{tensor.name}.npy"
+            if part.exists():
+                progress.update(config.n_experts)
+                return np.load(part, mmap_mode="r")
+            role, layer = places[tensor.name]
+            experts = []
+            for expert in range(config.n_experts):
+                weights_NK = dequantize(tensor, expert)
+                for name in spec.through:
+                    weights_NK = decode(quantize.encode(weights_NK, name), name)
+                experts.append(
+                    encode_matrix(
+                        weights_NK, spec.format, spec.method, calibration, role, layer, expert
+                    )
+                )
+                progress.update()
+            blocks = np.stack(experts)
+            with replacing(part) as unfinished, unfinished.open("wb") as file:
+                np.save(file, blocks)
+            stored()
+            return blocks
+
+        def tensors() -> Iterable:
+            for name, tensor in source.tensors.items():
+                if name in places:
+                    yield name, spec.format, tensor.shape, partial(encoded, tensor)
+                else:
+                    yield name, tensor.format, tensor.shape, tensor.raw
+
+        write_gguf(path, metadata, tensors(), source.field_types)
+    # If another process wrote the same tier after all, it was the same bytes.
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def tier_path(source: GGUFFile, spec: TierSpec, directory: Path) -> Path:
+    """Where in `directory` the low tier of `source` by `spec` stands."""
+    return directory / f"{spec.key(source)}.gguf"
+
+
+def open_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, directory: Path) -> GGUFFile:
+    """The low tier of `source` by `spec`, made if it is not in `directory` yet.
+
+    Raises:
+        OSError: `directory` cannot be written.
+        ValueError, NotImplementedError: see `write_tier`.
+    """
+    path = tier_path(source, spec, directory)
+    if not path.exists():
+        write_tier(source, config, spec, path)
+    return open_gguf(path)

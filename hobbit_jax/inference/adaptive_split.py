@@ -1,0 +1,216 @@
+"""How much of the pool low copies get, learned from what the model has routed so far.
+
+Owns the choice between a few divisions of the pool. Each has a shadow: a replay
+(`cache/tiered_replay.py`) that goes on from decision to decision. The last decoded tokens are kept
+as a short trace; between sequences every shadow replays them, and the pool is divided anew where
+that clearly moves fewer bytes. Called by the engine's constructor and `start`, and by
+`mode_replay.py`. It never sees the future, and costs a recompile where it decides.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hobbit_jax.cache.miss_modes import MissMode
+from hobbit_jax.cache.policies import PolicyFactory
+from hobbit_jax.cache.pool import SlotPool
+from hobbit_jax.cache.pool_sizing import CANDIDATE_SHARES, pool_slots
+from hobbit_jax.cache.promotion import PromotionRule
+from hobbit_jax.cache.tiered_replay import BankShapes, RoutedStep, Tally, TieredReplay
+from hobbit_jax.cache.warm_start import WarmStart
+from hobbit_jax.experts.precision import PrecisionPlan
+from hobbit_jax.inference.prefill import RoutedLayer
+from pallas_kernels.reference import Signature
+
+Divisions = Mapping[float, Mapping[Signature, int]]  # slots per bank by share of the low copies
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """When the pool is divided anew.
+
+    Attributes:
+        margin: bytes that the present division moves above the least, as a share, before it is
+            given up. Of all divisions within it the one that degrades least is taken.
+        most_growth: copies that a shadow may gain in the tokens that are judged, as a share of
+            those that promotion may bring. A division that fills faster is not judged: where low
+            copies come only in the background, a large share for them looks bad until they are
+            there.
+        window_tokens: newest decoded tokens that a decision replays; it judges the second half.
+        first_tokens: tokens before the first decision; each further one waits twice as long.
+        most_tokens: the longest wait.
+    """
+
+    margin: float = 0.05
+    most_growth: float = 0.1
+    window_tokens: int = 256
+    first_tokens: int = 64
+    most_tokens: int = 1024
+
+
+DEFAULT_SPLIT = SplitRule()
+
+
+@dataclass(frozen=True)
+class Redivision:
+    """One change of the division."""
+
+    tokens: int  # decoded before it
+    low_share: float
+    bytes_moved: int  # to fill the changed banks again
+
+
+class SplitChooser:
+    """Remembers routing and says which division would have moved the fewest bytes.
+
+    Args:
+        shapes: of the pool.
+        divisions: the candidates, all of the same banks.
+        share: the candidate that is in force.
+        mode: what serves a miss.
+        policy: of each bank.
+        promotion: for modes that promote.
+        rule: see there.
+    """
+
+    def __init__(
+        self,
+        shapes: BankShapes,
+        divisions: Divisions,
+        share: float,
+        mode: MissMode,
+        policy: PolicyFactory,
+        promotion: PromotionRule,
+        rule: SplitRule,
+    ):
+        self.divisions, self.share, self.rule = divisions, share, rule
+        self._promoted_per_token = promotion.per_token if mode.promotes else None
+        self._shadows = {
+            s: TieredReplay(shapes, slots, mode, policy, promotion)
+            for s, slots in divisions.items()
+        }
+        self.tokens = 0
+        self._wait, self._decided_at = rule.first_tokens, 0
+        self._recent: deque[list[RoutedStep]] = deque(maxlen=rule.window_tokens)
+
+    def record(self, step: RoutedStep) -> None:
+        """Remembers one layer of a decoded token."""
+        if not self._recent or step.layer <= self._recent[-1][-1].layer:
+            self._recent.append([])
+            self.tokens += 1
+        self._recent[-1].append(step)
+
+    def decide(self) -> float | None:
+        """The share to change to; None to stay, or when there is too little to tell."""
+        if len(self.divisions) < 2 or self.tokens - self._decided_at < self._wait:
+            return None
+        self._decided_at, self._wait = self.tokens, min(2 * self._wait, self.rule.most_tokens)
+        judged = {share: self._judged(shadow) for share, shadow in self._shadows.items()}
+        self._recent.clear()
+        tallies = {share: tally for share, tally in judged.items() if tally is not None}
+        if self.share not in tallies:
+            return None
+        most = min(t.bytes_moved for t in tallies.values()) * (1 + self.rule.margin)
+        if tallies[self.share].bytes_moved <= most:
+            return None
+        good = [share for share, tally in tallies.items() if tally.bytes_moved <= most]
+        self.share = min(good, key=lambda s: (tallies[s].degraded, tallies[s].bytes_moved))
+        return self.share
+
+    def _judged(self, shadow: TieredReplay) -> Tally | None:
+        """What the window's second half comes to, after the first; None while the banks fill."""
+        first, half = self.tokens - len(self._recent), len(self._recent) // 2
+        before, copies = Tally(), 0
+        for index, steps in enumerate(self._recent):
+            if index == half:
+                before, copies = replace(shadow.tally), shadow.copies()
+            shadow.token(first + index, steps)
+        if self._promoted_per_token is not None:
+            most = self.rule.most_growth * self._promoted_per_token * (len(self._recent) - half)
+            if shadow.copies() - copies > most:
+                return None
+        return shadow.tally.since(before)
+
+
+class AdaptiveSplit:
+    """The live pool's division.
+
+    Args:
+        pool: divided by `pool_slots` for one of the candidates.
+        plan: its arrays NumPy's.
+        mode, policy, promotion: the engine's.
+        warm: whose pins hold under every division.
+        rule: see there.
+    """
+
+    def __init__(
+        self,
+        pool: SlotPool,
+        plan: PrecisionPlan,
+        mode: MissMode,
+        policy: PolicyFactory,
+        promotion: PromotionRule,
+        warm: WarmStart | None = None,
+        rule: SplitRule = DEFAULT_SPLIT,
+    ):
+        store = pool.store
+        self.pool, self.plan, self.mode, self.warm = pool, plan, mode, warm
+        self.history: list[Redivision] = []
+        self._position = 0
+        expert_bytes = {e.signature: e.expert_bytes for tier in store.tiers for e in tier}
+        banks = [[e.signature for e in tier] for tier in store.tiers]
+        divisions: dict[float, Mapping[Signature, int]] = {}
+        for share in CANDIDATE_SHARES:
+            slots = pool_slots(plan, mode, store, pool.budget_bytes, share)[0]
+            same_banks = slots.keys() == pool.slots.keys()
+            if same_banks and slots not in divisions.values():
+                divisions[share] = slots
+        share = next(s for s, slots in divisions.items() if slots == pool.slots)
+        shapes = BankShapes(store.config.n_experts, banks, expert_bytes)
+        self._chooser = SplitChooser(shapes, divisions, share, mode, policy, promotion, rule)
+
+    @property
+    def low_share(self) -> float:
+        """The share in force."""
+        return self._chooser.share
+
+    def watching(
+        self, watch: Callable[[RoutedLayer], None] | None
+    ) -> Callable[[RoutedLayer], None]:
+        """A watcher of the engine's that remembers what is decoded, and tells `watch`."""
+
+        def remember(routed: RoutedLayer) -> None:
+            if routed.h_TD is None and routed.valid_T.any():  # else a prompt, or nothing
+                ids_TK, weights_TK = (
+                    routed.ids_TK[routed.valid_T],
+                    routed.weights_TK[routed.valid_T],
+                )
+                asked_TK = self.plan.assign(routed.layer, ids_TK, weights_TK).astype(np.int32)
+                before = self._chooser.tokens
+                self._chooser.record(
+                    RoutedStep(self._position, routed.layer, ids_TK, weights_TK, asked_TK)
+                )
+                self._position += self._chooser.tokens - before
+            if watch is not None:
+                watch(routed)
+
+        return remember
+
+    def begin_sequences(self) -> None:
+        """Divides the pool anew if what was routed so far says so."""
+        self._position = 0
+        share = self._chooser.decide()
+        if share is None:
+            return
+        pool, before = self.pool, self.pool.stats.bytes_moved
+        for policy in pool.policies.values():
+            pool.unpin(policy.pinned)
+        pool.resize(dict(self._chooser.divisions[share]))
+        if self.warm is not None:
+            self.warm.pin(pool, self.plan, self.mode)
+        moved = pool.stats.bytes_moved - before
+        self.history.append(Redivision(self._chooser.tokens, share, moved))

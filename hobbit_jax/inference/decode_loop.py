@@ -1,0 +1,401 @@
+"""Decode as one compiled program that leaves only when an expert is missing.
+
+Owns the program: a loop over layers (and tokens) that attends, routes, assigns tiers, looks the
+slots up on the device, runs the experts from the banks and samples. It ends after `count` tokens,
+or in the layer whose experts are not all resident; the ones that are have run by then. The host
+loads the others and enters again: the program runs them and goes on. So a layer may take any number
+of entries and never needs more slots at a time than one. Called by `engine.py`, which is the only
+one that reads what it reports (`decode_report.py`).
+
+A selection's result depends neither on the entry in which it ran nor on what ran beside it, and the
+K results of a token are summed last, so the tokens are the same bits for every pool.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from hobbit_jax.cache.miss_modes import MissMode
+from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
+from hobbit_jax.inference.decode_report import LOG_FIELDS, log_entry, pack
+from hobbit_jax.inference.expert_kinds import ExpertKinds
+from hobbit_jax.inference.sampling import Sampling, sample
+from hobbit_jax.inference.selection import Selections, rows_of_layer, select
+from hobbit_jax.model import sharding
+from hobbit_jax.model.layers import LayerKinds, States
+from hobbit_jax.model.modules import Ends, KVCache, attend
+from hobbit_jax.model_file.architecture import ModelConfig
+from pallas_kernels.expert_ffn import expert_ffn
+from pallas_kernels.reference import Bank, Signature, Work
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """All that a decode program is compiled for, besides the shapes of its arguments."""
+
+    config: ModelConfig
+    layers: LayerKinds
+    ends: nnx.GraphDef[Ends]
+    experts: ExpertKinds
+    mode: MissMode
+    sampling: Sampling
+    most_tokens: int  # of one call
+    look_ahead: int = 0  # layers whose routers are asked when the program leaves for an expert
+    mesh: Mesh | None = None  # of several devices that divide the experts
+
+
+class Weights(NamedTuple):
+    """What the program reads and the engine keeps: the dense part and the plan."""
+
+    layers: States
+    ends: Any
+    plan: PrecisionPlan
+
+
+class Carry(NamedTuple):
+    """Where a token stands between two entries; on the device, donated to each."""
+
+    caches: KVCache
+    layer: jax.Array  # int32 scalar: whose experts are due, or which is attended next
+    routed: jax.Array  # bool scalar: attention and routing of `layer` have been done
+    x_BD: jax.Array
+    h_BD: jax.Array
+    selections: Selections
+    done_A: jax.Array  # bool: selections of `layer` that have run, or that nobody serves
+    y_AD: jax.Array  # of several devices, each one's part
+
+
+class Inputs(NamedTuple):
+    """What the host says at an entry, all small NumPy arrays."""
+
+    fresh: Array  # bool: begins with `ids_B`, instead of going on where the last entry left
+    ids_B: Array  # int32
+    active_B: Array  # bool: sequences that get a token
+    lengths_B: Array  # int32: tokens of each so far
+    count: Array  # int32, `most_tokens` at most
+    drawn: Array  # int32: tokens drawn before, which seed the next draw with `key`
+    key: Array
+    stop_ids: Array  # int32
+
+
+class _Loop(NamedTuple):
+    carry: Carry
+    step: jax.Array  # int32: tokens finished
+    active_B: jax.Array
+    lengths_B: jax.Array
+    blocked: jax.Array  # bool: an expert is missing
+    tokens_NB: jax.Array  # drawn
+    logits_BV: jax.Array
+    logged: jax.Array  # int32: layers routed
+    log_IAf: jax.Array
+
+
+def empty_carry(config: ModelConfig, batch: int, context: int, mesh: Mesh | None = None) -> Carry:
+    """No sequence has any token yet."""
+    cache_shape = (config.n_layers, batch, context, config.n_kv_heads, config.head_dim)
+    k, d = config.experts_per_token, config.d_model
+    # Each its own buffer, for all of them are donated.
+    integers = [jnp.full((batch, k), SKIPPED, jnp.int32) for _ in range(3)]
+    carry = Carry(
+        caches=KVCache(jnp.zeros(cache_shape), jnp.zeros(cache_shape)),
+        layer=jnp.int32(0),
+        routed=jnp.array(False),
+        x_BD=jnp.zeros((batch, d)),
+        h_BD=jnp.zeros((batch, d)),
+        selections=Selections(integers[0], jnp.zeros((batch, k)), integers[1], integers[2]),
+        done_A=jnp.ones(batch * k, bool),
+        y_AD=jnp.zeros((batch * k, d)),
+    )
+    if mesh is None:
+        return carry
+    y_AD = sharding.divided(jnp.zeros((mesh.size * batch * k, d)), mesh)
+    return sharding.replicated(carry, mesh)._replace(y_AD=y_AD)
+
+
+def item_width(batch: int, k: int, n_experts: int) -> int:
+    """Rows of an item in decode: twice an expert's mean load, and no more than there are tokens."""
+    mean = -(-batch * k // min(batch * k, n_experts))
+    return min(1 << (batch - 1).bit_length(), 2 << (mean - 1).bit_length())
+
+
+def group(
+    expert_A: jax.Array,
+    tier_A: jax.Array,
+    slot_A: jax.Array,
+    wanted_A: jax.Array,
+    n_experts: int,
+    n_tiers: int,
+    width: int,
+) -> list[Work]:
+    """Per tier, items of up to `width` wanted assignments of one expert each.
+
+    The host does the same for prefill (`moe.Grouped`). Which rows an expert's items have depends on
+    its own assignments alone.
+    """
+    n_assignments = len(expert_A)
+    assignment_A = jnp.arange(n_assignments, dtype=jnp.int32)
+    if width == 1:
+        order_A = jnp.argsort(jnp.where(wanted_A, tier_A, n_tiers), stable=True).astype(jnp.int32)
+        slot_I, assignment_IC = slot_A[order_A], order_A[:, None]
+        is_of_At = wanted_A[:, None] & (tier_A[:, None] == jnp.arange(n_tiers)[None, :])
+        items_t = jnp.sum(is_of_At, axis=0, dtype=jnp.int32)
+    else:
+        units, unit_A = n_tiers * n_experts, jnp.maximum(tier_A, 0) * n_experts + expert_A
+        n_items = min(n_assignments, units + n_assignments // width)
+        is_of_AU = wanted_A[:, None] & (unit_A[:, None] == jnp.arange(units)[None, :])
+        rank_A = jnp.sum(jnp.where(is_of_AU, jnp.cumsum(is_of_AU, axis=0) - 1, 0), axis=1)
+        items_U = -(-jnp.sum(is_of_AU, axis=0, dtype=jnp.int32) // width)
+        first_U = jnp.cumsum(items_U) - items_U
+        item_A = jnp.where(wanted_A, first_U[unit_A] + rank_A // width, n_items)
+        column_A = rank_A % width
+        # A short item repeats its first assignment, so every column starts as that one.
+        first_A = jnp.where(column_A == 0, item_A, n_items)
+        first_I = jnp.zeros(n_items, jnp.int32).at[first_A].set(assignment_A, mode="drop")
+        assignment_IC = jnp.broadcast_to(first_I[:, None], (n_items, width))
+        assignment_IC = assignment_IC.at[item_A, column_A].set(assignment_A, mode="drop")
+        slot_I = jnp.zeros(n_items, jnp.int32).at[item_A].set(slot_A, mode="drop")
+        items_t = jnp.sum(items_U.reshape(n_tiers, n_experts), axis=1)
+    work, start = [], jnp.int32(0)
+    for tier in range(n_tiers):
+        # The items of a tier are neighbours; the kernels begin with the first.
+        rolled_I, rolled_IC = (
+            (array if tier == 0 else jnp.roll(array, -start, axis=0))
+            for array in (slot_I, assignment_IC)
+        )
+        work.append(Work(rolled_I, rolled_IC, items_t[tier]))
+        start = start + items_t[tier]
+    return work
+
+
+def _attend(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -> _Loop:
+    """Attention and routing of `layer`, and the tiers that serve its selections."""
+    carry, kinds = loop.carry, spec.layers
+    layer, context = carry.layer, carry.caches.k_LBCGd.shape[2]
+    positions_B1 = jnp.where(loop.active_B, loop.lengths_B, context)[:, None]
+    x_B1D = carry.x_BD[:, None]
+    q, k, v = kinds.at(
+        weights.layers, layer, lambda block, x: block.project(x, positions_B1), x_B1D
+    )
+    caches = carry.caches.append(layer, positions_B1, k, v)
+    mixed_B1N = attend(q, caches.k_LBCGd[layer], caches.v_LBCGd[layer], positions_B1)
+
+    def add_and_route(block, x_B1D, mixed_B1N):
+        x_B1D, h_B1D = block.add_attention(x_B1D, mixed_B1N)
+        return x_B1D[:, 0], h_B1D[:, 0], block.route(h_B1D[:, 0])
+
+    x_BD, h_BD, routing = kinds.at(weights.layers, layer, add_and_route, x_B1D, mixed_B1N)
+    table_tE = rows_of_layer(held_UE, layer, spec.config.n_layers)
+    selections = select(weights.plan, spec.mode, table_tE, layer, routing, loop.active_B)
+    carry = carry._replace(
+        caches=caches,
+        routed=jnp.array(True),
+        x_BD=x_BD,
+        h_BD=h_BD,
+        selections=selections,
+        done_A=selections.served_TK.reshape(-1) == SKIPPED,
+        y_AD=jnp.zeros_like(carry.y_AD),
+    )
+    return loop._replace(
+        carry=carry,
+        logged=loop.logged + 1,
+        log_IAf=loop.log_IAf.at[loop.logged].set(log_entry(selections)),
+    )
+
+
+def _run_experts(
+    spec: LoopSpec,
+    banks: dict[Signature, Bank],
+    table_UE: jax.Array,
+    held_UE: jax.Array,
+    loop: _Loop,
+) -> _Loop:
+    """Runs what is resident and due; ends the layer if that was all of it.
+
+    Of several devices each runs what is in its own banks, by its own `table_UE`; `held_UE` says
+    what is in anyone's.
+    """
+    carry, config, experts = loop.carry, spec.config, spec.experts
+    batch, k = carry.selections.ids_TK.shape
+    ids_A, served_A = (a.reshape(-1) for a in (carry.selections.ids_TK, carry.selections.served_TK))
+    slot_A, held_A = (
+        rows_of_layer(rows_UE, carry.layer, config.n_layers)[jnp.maximum(served_A, 0), ids_A]
+        for rows_UE in (table_UE, held_UE)
+    )
+    due_A = (slot_A >= 0) & ~carry.done_A  # here
+    ready_A = (held_A >= 0) & ~carry.done_A  # on some device
+    n_tiers, width = len(experts.signatures[0]), item_width(batch, k, config.n_experts)
+    work_t = group(ids_A, served_A, slot_A, due_A, config.n_experts, n_tiers, width)
+
+    def branch(signatures: tuple[Signature | None, ...]) -> Callable[[jax.Array], jax.Array]:
+        def run(y_AD: jax.Array) -> jax.Array:
+            for signature, work in zip(signatures, work_t, strict=True):
+                if signature is not None:
+                    y_AD = expert_ffn(
+                        carry.h_BD,
+                        y_AD,
+                        carry.selections.weights_TK.reshape(-1),
+                        banks[signature],
+                        signature,
+                        work,
+                        dict(experts.implementations)[signature],
+                    )
+            return y_AD
+
+        return run
+
+    kind = jnp.asarray(experts.kind_L, jnp.int32)[carry.layer]
+    y_AD = jax.lax.switch(kind, [branch(s) for s in experts.signatures], carry.y_AD)
+    done_A = carry.done_A | ready_A
+    complete = carry.routed & jnp.all(done_A)
+    total_AD = sharding.sum_of_parts(y_AD, spec.mesh)
+    x_BD = carry.x_BD + jnp.sum(total_AD.reshape(batch, k, -1), axis=1)
+    carry = carry._replace(
+        layer=carry.layer + complete.astype(jnp.int32),
+        routed=carry.routed & ~complete,
+        x_BD=jnp.where(complete, x_BD, carry.x_BD),
+        done_A=done_A,
+        y_AD=y_AD,
+    )
+    return loop._replace(carry=carry, blocked=carry.routed)
+
+
+def _look_ahead(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -> jax.Array:
+    """What later layers' routers choose of the stream where the program waits, int32 [P, 2, A].
+
+    Expert and tier of each selection; `SKIPPED` for layers past the last, and if nobody waits. The
+    stream has this layer's attention and not its experts.
+    """
+    n_layers, x_BD, here = spec.config.n_layers, loop.carry.x_BD, loop.carry.layer
+
+    def choose(distance: jax.Array) -> jax.Array:
+        layer = jnp.minimum(here + distance, n_layers - 1)
+        routing = spec.layers.at(weights.layers, layer, lambda block, x: block.route_ahead(x), x_BD)
+        table_tE = rows_of_layer(held_UE, layer, n_layers)
+        valid_B = loop.active_B & (here + distance < n_layers)
+        chosen = select(weights.plan, spec.mode, table_tE, layer, routing, valid_B)
+        return jnp.stack([chosen.ids_TK.reshape(-1), chosen.served_TK.reshape(-1)])
+
+    shape = (spec.look_ahead, 2, loop.carry.done_A.size)
+    if not spec.look_ahead:
+        return jnp.zeros(shape, jnp.int32)
+    distances_P = jnp.arange(1, 1 + spec.look_ahead, dtype=jnp.int32)
+    return jax.lax.cond(
+        loop.blocked,
+        lambda: jax.lax.map(choose, distances_P),
+        lambda: jnp.full(shape, SKIPPED, jnp.int32),
+    )
+
+
+def _end_token(spec: LoopSpec, weights: Weights, inputs: Inputs, loop: _Loop) -> _Loop:
+    """After the last layer: logits, the next token, and its embedding as the new stream."""
+
+    def end(loop: _Loop):
+        ends = nnx.merge(spec.ends, weights.ends)
+        logits_BV = ends.logits(loop.carry.x_BD)
+        key = jax.random.fold_in(inputs.key, inputs.drawn + loop.step)
+        ids_B = sample(logits_BV, key, spec.sampling)
+        stopped_B = jnp.any(ids_B[:, None] == inputs.stop_ids[None, :], axis=1)
+        return (
+            logits_BV,
+            ends.embed(ids_B),
+            loop.tokens_NB.at[loop.step].set(ids_B),
+            loop.lengths_B + loop.active_B.astype(jnp.int32),
+            loop.active_B & ~stopped_B,
+            loop.step + 1,
+            jnp.zeros_like(loop.carry.layer),
+        )
+
+    def go_on(loop: _Loop):
+        carry = loop.carry
+        same = (loop.logits_BV, carry.x_BD, loop.tokens_NB, loop.lengths_B, loop.active_B)
+        return *same, loop.step, carry.layer
+
+    # Without the caches, which a conditional would copy.
+    small = loop._replace(carry=loop.carry._replace(caches=None), log_IAf=None)
+    ended = loop.carry.layer == spec.config.n_layers
+    logits_BV, x_BD, tokens_NB, lengths_B, active_B, step, layer = jax.lax.cond(
+        ended, end, go_on, small
+    )
+    return loop._replace(
+        carry=loop.carry._replace(x_BD=x_BD, layer=layer),
+        step=step,
+        lengths_B=lengths_B,
+        active_B=active_B,
+        tokens_NB=tokens_NB,
+        logits_BV=logits_BV,
+    )
+
+
+def _decode(
+    spec: LoopSpec,
+    weights: Weights,
+    banks: dict[Signature, Bank],
+    table_UE: jax.Array,
+    carry: Carry,
+    inputs: Inputs,
+) -> tuple[Carry, jax.Array, jax.Array]:
+    config, fresh, held_UE = spec.config, inputs.fresh, sharding.held_anywhere(table_UE, spec.mesh)
+    batch = len(inputs.ids_B)
+    x_BD = nnx.merge(spec.ends, weights.ends).embed(inputs.ids_B)
+    carry = carry._replace(
+        layer=jnp.where(fresh, 0, carry.layer),
+        routed=carry.routed & ~fresh,
+        done_A=carry.done_A | fresh,
+        x_BD=jnp.where(fresh, x_BD, carry.x_BD),
+    )
+    loop = _Loop(
+        carry=carry,
+        step=jnp.int32(0),
+        active_B=jnp.asarray(inputs.active_B),
+        lengths_B=jnp.asarray(inputs.lengths_B),
+        blocked=jnp.array(False),
+        tokens_NB=jnp.zeros((spec.most_tokens, batch), jnp.int32),
+        logits_BV=jnp.zeros((batch, config.vocab_size)),
+        logged=jnp.int32(0),
+        log_IAf=jnp.zeros(
+            (spec.most_tokens * config.n_layers, carry.done_A.size, LOG_FIELDS), jnp.int32
+        ),
+    )
+
+    def finish_layer(loop: _Loop) -> _Loop:
+        loop = _run_experts(spec, banks, table_UE, held_UE, loop)
+        return _end_token(spec, weights, inputs, loop)
+
+    def may_go_on(loop: _Loop) -> jax.Array:
+        # A token that was begun is ended, also when no sequence is left.
+        more = (loop.step < inputs.count) & ((loop.carry.layer > 0) | jnp.any(loop.active_B))
+        return more & ~loop.blocked
+
+    # First what the last entry left over; at a token's beginning that is nothing.
+    loop = finish_layer(loop)
+    loop = jax.lax.while_loop(
+        may_go_on, lambda loop: finish_layer(_attend(spec, weights, held_UE, loop)), loop
+    )
+    ahead_P2A = _look_ahead(spec, weights, held_UE, loop)
+    packed = pack(
+        loop.step, loop.carry.layer, loop.blocked, loop.logged, loop.tokens_NB, ahead_P2A,
+        loop.log_IAf,
+    )  # fmt: skip
+    return loop.carry, packed, loop.logits_BV
+
+
+@functools.lru_cache(maxsize=64)
+def decode_program(spec: LoopSpec) -> Callable[..., tuple[Carry, jax.Array, jax.Array]]:
+    """The compiled program: (weights, banks, table, carry, inputs) to (carry, report, logits).
+
+    The carry is donated. `logits_BV` are those of the last token that ended in this entry.
+    """
+    whole, parts = sharding.REPLICATED, sharding.DIVIDED
+    everywhere: Any = [whole] * len(Carry._fields)
+    carry = Carry(*everywhere)._replace(y_AD=parts)  # pyright: ignore[reportArgumentType]
+    arguments, results = (whole, parts, parts, carry, whole), (carry, whole, whole)
+    program = sharding.on_each(functools.partial(_decode, spec), spec.mesh, arguments, results)
+    return jax.jit(program, donate_argnums=3)

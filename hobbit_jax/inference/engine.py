@@ -1,0 +1,410 @@
+"""The engine: tokens in, logits or text out, with experts streamed through the slot pool.
+
+Owns the sequences (KV cache, lengths), chunked prefill, and decode: it enters the decode program
+(`decode_loop.py`), reads its one report, tells the policies what was used, loads what is missing
+and enters again. Called by `evals/`, `cells/sweep.py` and `scripts/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hobbit_jax.cache.link import Link
+from hobbit_jax.cache.miss_modes import LOW, MissMode, miss_mode
+from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, Step, policy_factory
+from hobbit_jax.cache.pool import SlotPool
+from hobbit_jax.cache.pool_sizing import ADAPTIVE, DEFAULT_LOW_SHARE, LowShare, pool_slots
+from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
+from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, Promoter, PromotionRule
+from hobbit_jax.cache.sharded_pool import make_pool
+from hobbit_jax.cache.warm_start import WarmStart
+from hobbit_jax.experts.precision import SKIPPED, PrecisionPlan, uniform_plan
+from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.inference.adaptive_split import AdaptiveSplit
+from hobbit_jax.inference.decode_loop import (
+    Carry,
+    Inputs,
+    LoopSpec,
+    Weights,
+    decode_program,
+    empty_carry,
+)
+from hobbit_jax.inference.decode_report import Report
+from hobbit_jax.inference.expert_kinds import ExpertKinds
+from hobbit_jax.inference.prefill import Prefill, RoutedLayer, logits, pad_tokens
+from hobbit_jax.inference.sampling import Sampling, sample
+from hobbit_jax.inference.selection import Selections
+from hobbit_jax.inference.step_stats import EngineStats, Meter, StepStats
+from hobbit_jax.model.loading import LoadedModel
+from hobbit_jax.model.sharding import expert_mesh, replicated
+
+GREEDY = Sampling()
+
+
+class Engine:
+    """A model, its experts, a precision plan and a pool, ready to run batches of sequences.
+
+    Args:
+        model: the loaded dense part and configuration.
+        store: experts at every tier that `plan` uses.
+        budget_bytes: bytes of each device's expert pool; None holds every expert of the plan.
+        plan: who gets which tier; None is native throughout.
+        policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
+        mode: what serves a selection whose copy is missing, by name (`cache/miss_modes.py`) or as a
+            setting; "off" leaves the plan and every low tier aside.
+        low_share: share of the budget (0-1) for low copies, where the mode keeps some; "adaptive"
+            follows what is used, between sequences.
+        promotion: how eagerly a mode that promotes does so.
+        warm: which experts are resident before the first token, and which for good.
+        chunk_tokens: tokens of one prefill step, over all sequences.
+        link: the way to the device; None is JAX's own copy.
+        staging_bytes: device bytes beside the pool for uploads ahead of their use; None is as much
+            as one token's experts of a layer, 0 waits for each upload by itself.
+        prefetch: who guesses what later layers of a token need; None guesses nothing.
+        watch: called with every layer's routing, on the host.
+        devices: how many divide the experts among them; each holds all the rest.
+
+    Raises:
+        ValueError: the budget cannot hold one step's experts; says what it needs.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        store: HostExperts,
+        budget_bytes: int | None = None,
+        plan: PrecisionPlan | None = None,
+        policy: str | PolicyFactory = DEFAULT_POLICY,
+        mode: str | MissMode = "wait",
+        low_share: LowShare = DEFAULT_LOW_SHARE,
+        promotion: PromotionRule = DEFAULT_PROMOTION,
+        warm: WarmStart | None = None,
+        chunk_tokens: int = 2048,
+        link: Link | None = None,
+        staging_bytes: int | None = None,
+        prefetch: PrefetchRule | None = None,
+        watch: Callable[[RoutedLayer], None] | None = None,
+        devices: int = 1,
+    ):
+        self._mesh = mesh = expert_mesh(devices)
+        if mesh is not None and (warm or low_share == ADAPTIVE):
+            raise NotImplementedError(
+                "several devices have no warm start and no adaptive low_share; use one device, or "
+                "neither of these"
+            )
+        self.model, self.config, self.store = model.on(mesh), model.config, store
+        self.plan = uniform_plan(store) if plan is None or mode == "off" else plan
+        self.mode = miss_mode(mode)
+        self.chunk_tokens, self.watch = chunk_tokens, watch
+        slots, total = pool_slots(self.plan, self.mode, store, budget_bytes, low_share, devices)
+        if staging_bytes is None:
+            staging_bytes = self.config.experts_per_token * store.largest_expert_bytes
+        self.pool = make_pool(
+            store, slots, budget_bytes or total, policy_factory(policy), link, staging_bytes, mesh
+        )
+        if self.mode.low_banks == "all":
+            self.pool.load_all(LOW)
+        if warm is not None:
+            assert isinstance(self.pool, SlotPool)
+            warm.fill(self.pool, self.plan, self.mode)
+        self._promoter = None
+        if self.mode.promotes:
+            self._promoter = Promoter(promotion, self.pool.evicted_for)
+            self.pool.hear_uses(self._promoter.note_served)
+        self.split = None
+        if low_share == ADAPTIVE and self.mode.low_banks == "cache":
+            assert isinstance(self.pool, SlotPool)
+            factory = policy_factory(policy)
+            self.split = AdaptiveSplit(self.pool, self.plan, self.mode, factory, promotion, warm)
+            self.watch = self.split.watching(watch)
+        n_layers, n_experts = self.config.n_layers, self.config.n_experts
+        self._prefetcher = Prefetcher(prefetch, n_layers, n_experts) if prefetch else None
+        self._look_ahead = prefetch.distance if prefetch and prefetch.asks_routers else 0
+        self._ahead: list[ExpertKey] = []  # to be staged while the next entry runs
+        self.stats = EngineStats()
+        ends_graph, ends_state = nnx.split(self.model.ends)
+        device_plan = replicated(jax.device_put(self.plan), mesh)
+        self._weights = Weights(self.model.layers.states, ends_state, device_plan)
+        self._ends_graph = ends_graph
+        self._experts = ExpertKinds.of(self.pool, model.implementation)
+        self._prefill = Prefill(self.model, self.pool, device_plan, self.mode)
+        self._carry: Carry | None = None
+        self._key = replicated(jax.random.key(0), mesh)
+        self._lengths_B = np.zeros(0, np.int32)
+        self._tokens = 0  # decoded tokens and prefill chunks so far, for the policies
+
+    def start(self, batch: int, context: int) -> None:
+        """Forgets all sequences and makes room for `batch` new ones of up to `context` tokens.
+
+        Raises:
+            ValueError: `context` exceeds what the model was made for.
+        """
+        if context > self.config.context_length:
+            raise ValueError(
+                f"{context} tokens exceed the model's context of {self.config.context_length}"
+            )
+        self.pool.drop_expected()
+        if self.split is not None:
+            self.split.begin_sequences()
+        self._carry = empty_carry(self.config, batch, context, self._mesh)
+        self._lengths_B = np.zeros(batch, np.int32)
+
+    def _started(self) -> Carry:
+        if self._carry is None:
+            raise RuntimeError(
+                "no sequences, or a step of theirs failed half-way: call start first"
+            )
+        return self._carry
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Device bytes of the current sequences' keys and values."""
+        return 0 if self._carry is None else sum(a.nbytes for a in self._carry.caches)
+
+    def reset_stats(self) -> EngineStats:
+        """Returns the counts so far and starts again from zero."""
+        stats, self.stats = self.stats, EngineStats()
+        return stats
+
+    def _count(self, asked_TK: np.ndarray, served_TK: np.ndarray) -> None:
+        asked = asked_TK != SKIPPED
+        self.stats.selections += int(asked.sum())
+        self.stats.degraded += int((asked & (served_TK > asked_TK)).sum())
+        self.stats.skipped += int((asked & (served_TK == SKIPPED)).sum())
+
+    def _check_room(self, n_new_B: np.ndarray) -> None:
+        context = self._started().caches.k_LBCGd.shape[2]
+        longest = int((self._lengths_B + n_new_B).max(initial=0))
+        if longest > context:
+            raise ValueError(f"{longest} tokens exceed the {context} started with")
+
+    def _append(self, ids_BT: np.ndarray, n_new_B: np.ndarray) -> jax.Array:
+        """Appends the first `n_new_B` tokens of each row; residual stream [B, T, D]."""
+        self._check_room(n_new_B)
+
+        def watch(routed: RoutedLayer, selections: Selections) -> None:
+            asked_TK, served_TK = selections.asked_TK, selections.served_TK
+            self._count(asked_TK, served_TK)
+            lowered_TK = (asked_TK == NATIVE) & (served_TK == LOW)
+            experts = np.unique(routed.ids_TK[lowered_TK]).tolist()
+            self._note_lowered(ExpertKey(NATIVE, routed.layer, expert) for expert in experts)
+            if self.watch is not None:
+                self.watch(routed)
+
+        # Until all layers are done there is no sequence to go on with.
+        carry, self._carry = self._started(), None
+        x_BTD, caches = self._prefill.append(
+            carry.caches, ids_BT, self._lengths_B, n_new_B, self._tokens, watch
+        )
+        self._carry = carry._replace(caches=caches)
+        self._lengths_B = self._lengths_B + n_new_B.astype(np.int32)
+        self._tokens += 1
+        return x_BTD
+
+    def _logits(self, x_BTD: jax.Array, last_B: np.ndarray | None) -> jax.Array:
+        return logits(self._ends_graph, self._weights.ends, x_BTD, last_B)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> jax.Array:
+        """Appends one prompt per sequence, in chunks; float32 logits [B, V] of each last token."""
+        lengths_B = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        if len(lengths_B) != len(self._lengths_B) or lengths_B.min(initial=1) < 1:
+            raise ValueError(
+                f"got prompts of lengths {lengths_B.tolist()}; want {len(self._lengths_B)} "
+                "prompts of at least one token"
+            )
+        longest = int(lengths_B.max())
+        ids_BT = np.zeros((len(prompts), longest), np.int32)
+        for row, prompt in enumerate(prompts):
+            ids_BT[row, : len(prompt)] = prompt
+        chunk = max(1, self.chunk_tokens // len(prompts))
+        logits_BV: jax.Array | None = None
+        for start in range(0, longest, chunk):
+            part_BT = pad_tokens(ids_BT[:, start : start + chunk], chunk)
+            n_new_B = np.clip(lengths_B - start, 0, chunk).astype(np.int32)
+            x_BTD = self._append(part_BT, n_new_B)
+            new_BV = self._logits(x_BTD, np.maximum(n_new_B - 1, 0))
+            ended_B = (n_new_B > 0)[:, None]
+            logits_BV = new_BV if logits_BV is None else jnp.where(ended_B, new_BV, logits_BV)
+        assert logits_BV is not None
+        return logits_BV
+
+    def score(self, ids_BT: np.ndarray) -> jax.Array:
+        """Teacher-forced float32 logits [B, T, V] of fresh sequences, all of length T."""
+        batch, tokens = ids_BT.shape
+        self.start(batch, tokens)
+        chunk = max(1, self.chunk_tokens // batch)
+        parts = []
+        for start in range(0, tokens, chunk):
+            part_BT = ids_BT[:, start : start + chunk]
+            n_new_B = np.full(batch, part_BT.shape[1], np.int32)
+            x_BTD = self._append(pad_tokens(part_BT, chunk), n_new_B)
+            parts.append(self._logits(x_BTD, None)[:, : part_BT.shape[1]])
+        return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+    def decode(self, ids_B: np.ndarray, active_B: np.ndarray | None = None) -> jax.Array:
+        """Appends one token to each active sequence; float32 logits [B, V]."""
+        if active_B is None:
+            active_B = np.ones(len(ids_B), bool)
+        return self._decode(np.asarray(ids_B, np.int32), active_B, 1, 1).logits_BV
+
+    def _decode(
+        self,
+        ids_B: np.ndarray,
+        active_B: np.ndarray,
+        count: int,
+        most_tokens: int,
+        sampling: Sampling = GREEDY,
+        drawn: int = 0,
+        stop_ids: Sequence[int] = (),
+    ) -> _Decoded:
+        """Appends `ids_B` and then the tokens drawn, `count` in all or until no sequence is left.
+
+        Args:
+            ids_B: int32.
+            active_B: sequences that get tokens.
+            count: `most_tokens` at most.
+            most_tokens: what the program is compiled for.
+            sampling: how the next tokens are drawn.
+            drawn: tokens drawn before, which seed the draws.
+            stop_ids: a sequence that draws one of them has ended.
+        """
+        self._check_room(active_B * count)
+        spec = LoopSpec(
+            self.config, self.model.layers.kinds, self._ends_graph, self._experts, self.mode,
+            # The seed is data: `key`.
+            replace(sampling, seed=0), most_tokens, self._look_ahead, self._mesh,
+        )  # fmt: skip
+        program, k = decode_program(spec), self.config.experts_per_token
+        stops = np.asarray(stop_ids, np.int32)
+        rows: list[np.ndarray] = []
+        rounds: list[list[ExpertKey]] = []
+        logits_BV, active_B, fresh = None, active_B.copy(), True
+        try:
+            while True:
+                inputs = Inputs(
+                    np.bool_(fresh), ids_B, active_B, self._lengths_B,
+                    np.int32(count - len(rows)), np.int32(drawn + len(rows)), self._key, stops,
+                )  # fmt: skip
+                self._carry, packed, logits_BV = program(
+                    self._weights, self.pool.banks, self.pool.table_UE, self._started(), inputs
+                )
+                for key in self._ahead:
+                    self.pool.stage(key)
+                self._ahead.clear()
+                if fresh and self._prefetcher is not None:
+                    self.pool.expect(self._prefetcher.at_token())
+                # The one transfer from the device in an entry.
+                report = Report.unpack(
+                    np.asarray(packed), most_tokens, len(ids_B), k, self._look_ahead
+                )
+                rounds = self._account(report) or rounds
+                for ids_B in report.tokens_NB:
+                    rows.append(ids_B)
+                    self._lengths_B = self._lengths_B + active_B
+                    self.stats.decoded_tokens += int(active_B.sum())
+                    active_B = active_B & ~np.isin(ids_B, stops)
+                if not report.blocked:
+                    break
+                self.stats.exits += 1
+                if not rounds:
+                    raise RuntimeError(f"layer {report.layer} waits for experts that are resident")
+                self._load(rounds.pop(0), report)
+                fresh = False
+        except BaseException:
+            # The token is half done; what the pool holds is whole.
+            self._carry = None
+            raise
+        if self._promoter is not None:
+            self._ahead += self._promoter.pick(len(rows), self.pool.__contains__)
+        self.pool.commit()
+        return _Decoded(np.stack(rows), logits_BV)
+
+    def _load(self, keys: list[ExpertKey], report: Report) -> None:
+        """Loads what a layer waits for; an expert that waits again and again earns a low copy."""
+        if self.mode.leaves_low and self._promoter is not None:
+            fetched = (key for key in keys if key.tier == NATIVE and key not in self.pool)
+            self._promoter.note(key._replace(tier=LOW) for key in fetched)
+        upcoming: list[ExpertKey] = []
+        if self._prefetcher is not None:
+            resident = self.pool.__contains__
+            upcoming = self._prefetcher.at_exit(report.layer, report.ahead(), resident)
+        self.pool.load(keys, upcoming=upcoming)
+
+    def _note_lowered(self, keys: Iterable[ExpertKey]) -> None:
+        if self._promoter is not None:
+            self._promoter.note(keys)
+
+    def _account(self, report: Report) -> list[list[ExpertKey]]:
+        """Tells watchers and policies what an entry used; rounds to load for the last layer."""
+        n_layers, k = self.config.n_layers, self.config.experts_per_token
+        self._count(report.asked_IA, report.served_IA)
+        longest = int(self._lengths_B.max())
+        rounds: list[list[ExpertKey]] = []
+        for logged in report.logged(n_layers):
+            if self.watch is not None:
+                self.watch(logged.routed(k))
+            uses, wished = logged.uses()
+            if report.blocked and (logged.token, logged.layer) == (report.steps, report.layer):
+                rounds = self.pool.entries(uses)
+            step = Step(self._tokens + logged.token, logged.layer, longest + logged.token)
+            self.pool.access(step, list(uses.values()), list(wished.values()))
+            if self._prefetcher is not None:
+                self._prefetcher.note(logged.layer, uses)
+            self._note_lowered(wished)
+        self._tokens += report.steps
+        return rounds
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        stop_ids: Sequence[int] = (),
+        tokens_per_call: int = 1,
+        context: int | None = None,
+    ) -> Iterator[tuple[np.ndarray, StepStats]]:
+        """Yields int32 [B] per step, -1 for sequences that have ended, until all have.
+
+        A stop token ends its sequence and is not yielded. The first step's cost is the prefill's.
+        With several `tokens_per_call`, the device decodes so many between two looks of the host;
+        the tokens are the same, they arrive together, and the first carries the cost of all.
+        `context` makes room for so many tokens, so that calls of all lengths share one program;
+        None for what these prompts need.
+        """
+        needed = max(map(len, prompts), default=0) + max_new_tokens
+        self.start(len(prompts), needed if context is None else context)
+        self._key = replicated(jax.random.key(sampling.seed), self._mesh)
+        active_B = np.ones(len(prompts), bool)
+        meter = Meter(self)
+        logits_BV, fed = self.prefill(prompts), sum(map(len, prompts))
+        ids_B = np.asarray(sample(logits_BV, jax.random.fold_in(self._key, 0), sampling))
+        rows_NB, drawn = ids_B[None], 1
+        while True:
+            cost = meter.lap(fed)
+            for ids_B in rows_NB:
+                active_B = active_B & ~np.isin(ids_B, list(stop_ids))
+                if not active_B.any():
+                    return
+                yield np.where(active_B, ids_B, -1), cost
+                cost = StepStats.nothing()
+            if drawn == max_new_tokens:
+                return
+            meter = Meter(self)
+            count = min(tokens_per_call, max_new_tokens - drawn)
+            before = self.stats.decoded_tokens
+            rows_NB = self._decode(
+                ids_B, active_B, count, tokens_per_call, sampling, drawn, stop_ids
+            ).ids_NB
+            drawn, fed = drawn + len(rows_NB), self.stats.decoded_tokens - before
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    ids_NB: np.ndarray  # drawn
+    logits_BV: jax.Array  # of the last token

@@ -1,0 +1,224 @@
+"""One layer's experts on many tokens, from routing to their weighted sum.
+
+Owns the grouping of selections by expert and the walk over banks and rounds.
+Called by `prefill.py` between a layer's router and the next layer. What stands on
+the host here is bookkeeping only; the arithmetic is `pallas_kernels.expert_ffn`.
+
+A row's result does not depend on the pool's size: items are padded to a width
+fixed by the routing alone, each expert is computed by itself, and the K results
+of a token are summed last, in the order of its selections.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from hobbit_jax.cache.policies import Step
+from hobbit_jax.cache.pool import Use
+from hobbit_jax.cache.sharded_pool import ExpertPool
+from hobbit_jax.experts.precision import SKIPPED
+from hobbit_jax.experts.store import NATIVE, ExpertKey
+from hobbit_jax.inference.selection import Selections
+from hobbit_jax.model.sharding import DIVIDED, REPLICATED, divided, on_each, sum_of_parts
+from pallas_kernels.backends import Implementation
+from pallas_kernels.expert_ffn import expert_ffn, implementation_for
+from pallas_kernels.reference import Bank, Signature, Work, gather_slots
+from pallas_kernels.tiles import item_rows
+
+# Experts that an XLA program gathers from their slots at a time: what bounds its scratch beside the
+# pool. The kernels read the slots themselves and take a whole round at once.
+MAX_GATHERED = 8
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _gather_slots(bank: Bank, work: Work, mesh: Mesh | None) -> tuple[Bank, Work]:
+    return on_each(gather_slots, mesh, DIVIDED, DIVIDED)(bank, work)
+
+
+@partial(jax.jit, static_argnames=("signature", "implementation", "mesh"), donate_argnames="y_AD")
+def _expert_ffn(
+    h_TD: jax.Array,
+    y_AD: jax.Array,
+    weight_A: jax.Array,
+    bank: Bank,
+    work: Work,
+    signature: Signature,
+    implementation: str,
+    mesh: Mesh | None,
+) -> jax.Array:
+    def run(h_TD, y_AD, weight_A, bank, work):
+        work = work._replace(count=work.count.reshape(()))
+        return expert_ffn(h_TD, y_AD, weight_A, bank, signature, work, implementation)
+
+    specs = (REPLICATED, DIVIDED, REPLICATED, DIVIDED, DIVIDED)
+    return on_each(run, mesh, specs, DIVIDED)(h_TD, y_AD, weight_A, bank, work)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _sum_of_parts(y_AD: jax.Array, mesh: Mesh) -> jax.Array:
+    return on_each(partial(sum_of_parts, mesh=mesh), mesh, DIVIDED, REPLICATED)(y_AD)
+
+
+@partial(jax.jit, donate_argnums=0)
+def add_experts(x_BTD: jax.Array, y_AD: jax.Array) -> jax.Array:
+    """Residual stream plus the experts' weighted outputs, in the order of the selections."""
+    y_TKD = y_AD.reshape(x_BTD.size // x_BTD.shape[-1], -1, x_BTD.shape[-1])
+    return x_BTD + jnp.sum(y_TKD, axis=1).reshape(x_BTD.shape)
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """One layer's selections, grouped by the expert that serves them."""
+
+    assignments: dict[ExpertKey, np.ndarray]  # t * K + k, ascending
+
+    @classmethod
+    def of(cls, layer: int, ids_TK: np.ndarray, tier_TK: np.ndarray) -> Grouped:
+        """Groups by (tier, expert); selections at tier `SKIPPED` belong to nobody."""
+        stride = int(ids_TK.max(initial=0)) + 1
+        unit_A = np.where(tier_TK == SKIPPED, -1, tier_TK * stride + ids_TK).reshape(-1)
+        order_A = np.argsort(unit_A, kind="stable")
+        units, starts = np.unique(unit_A[order_A], return_index=True)
+        parts = np.split(order_A, starts[1:])
+        assignments = {
+            ExpertKey(int(unit) // stride, layer, int(unit) % stride): part
+            for unit, part in zip(units, parts, strict=True)
+            if unit >= 0
+        }
+        return cls(assignments)
+
+    def uses(self, selections: Selections) -> list[Use]:
+        """What the policies learn of each expert."""
+        weights_A, asked_A = selections.weights_TK.reshape(-1), selections.asked_TK.reshape(-1)
+        return [
+            Use(key, float(weights_A[part].max()), bool((asked_A[part] == NATIVE).any()))
+            for key, part in self.assignments.items()
+        ]
+
+    def item_rows(self, signature: Signature, implementation: str) -> int:
+        """Rows of an item: what suits the kernel, or all of the busiest expert's in one."""
+        counts = [len(part) for part in self.assignments.values()]
+        if implementation == "xla":
+            return 1 << (max(counts, default=1) - 1).bit_length()
+        return item_rows(-(-sum(counts) // max(1, len(counts))), signature)
+
+
+def _items(
+    pool: ExpertPool, keys: Sequence[ExpertKey], grouped: Grouped, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slots [I] and assignments [I, width] of `keys`, short items padded with their first."""
+    slots, rows = [], []
+    for key in keys:
+        assignments = grouped.assignments[key]
+        for start in range(0, len(assignments), width):
+            part = assignments[start : start + width]
+            rows.append(np.pad(part, (0, width - len(part)), constant_values=part[0]))
+            slots.append(pool.slot(key))
+    return np.asarray(slots, np.int32), np.asarray(rows, np.int32).reshape(-1, width)
+
+
+def _calls(
+    pool: ExpertPool, keys: Sequence[ExpertKey], grouped: Grouped, width: int, most_items: int
+) -> Iterator[Work]:
+    """The items of one round, `most_items` to a call and device, padded to as many."""
+    items = [_items(pool, share, grouped, width) for share in pool.by_device(keys)]
+    place = jnp.asarray if pool.mesh is None else partial(divided, mesh=pool.mesh)
+    for start in range(0, max(len(slot_I) for slot_I, _ in items), most_items):
+        slots, assignments, counts = [], [], []
+        for parts in items:
+            slot_I, assignment_IC = (part[start : start + most_items] for part in parts)
+            padding = (0, most_items - len(slot_I))
+            slots.append(np.pad(slot_I, padding))
+            assignments.append(np.pad(assignment_IC, (padding, (0, 0))))
+            counts.append(len(slot_I))
+        yield Work(
+            place(np.concatenate(slots)),
+            place(np.concatenate(assignments)),
+            place(np.asarray(counts if pool.mesh else counts[0], np.int32)),
+        )
+
+
+def _pieces(pool: ExpertPool, part: list[ExpertKey]) -> list[list[ExpertKey]]:
+    """Splits a round of one bank so that each piece can run while the next one is on its way.
+
+    First what is resident, then as many experts at a time as fill half of what can be staged: the
+    other half is for those behind them. Without staging the round stays whole.
+    """
+    if not pool.staging_bytes:
+        return [part]
+    resident = [key for key in part if key in pool]
+    missing = [key for key in part if key not in pool]
+    size = max(1, pool.staging_bytes // (2 * pool.store.expert_bytes(part[0])))
+    pieces = [resident, *(missing[i : i + size] for i in range(0, len(missing), size))]
+    return [piece for piece in pieces if piece]
+
+
+def apply_experts(
+    pool: ExpertPool,
+    step: Step,
+    h_TD: jax.Array,
+    weights_TK: jax.Array,
+    selections: Selections,
+    implementation: Implementation = None,
+    upcoming: Sequence[ExpertKey] = (),
+) -> jax.Array:
+    """Runs every selected expert of a layer, loading what is missing.
+
+    While some of them run, the next ones are on their way, and at the end those of `upcoming`.
+
+    Args:
+        pool: where the experts are.
+        step: of the policies; says which layer.
+        h_TD: what the experts read.
+        weights_TK: the router's weights, on the device.
+        selections: NumPy arrays.
+        implementation: of the products.
+        upcoming: what the next layer may need.
+
+    Returns:
+        y_AD, float32 [T * K, D]: each selection's expert output times its routing weight;
+        zero for skipped selections.
+    """
+    ids_TK, mesh = selections.ids_TK, pool.mesh
+    n_assignments, n_experts = ids_TK.size, pool.store.config.n_experts
+    grouped = Grouped.of(step.layer, ids_TK, selections.served_TK)
+    by_bank: dict[Signature, list[ExpertKey]] = defaultdict(list)
+    for key in grouped.assignments:
+        by_bank[pool.store.signature(key)].append(key)
+    pieces = [
+        (signature, part, piece)
+        for signature, keys in by_bank.items()
+        for part in pool.rounds(keys)
+        for piece in _pieces(pool, part)
+    ]
+    pool.access(step, grouped.uses(selections))
+
+    n_parts, layout = (1, None) if mesh is None else (mesh.size, NamedSharding(mesh, DIVIDED))
+    y_AD = jnp.zeros((n_parts * n_assignments, h_TD.shape[1]), jnp.float32, device=layout)
+    for index, (signature, part, piece) in enumerate(pieces):
+        later = [key for *_, following in pieces[index + 1 :] for key in following]
+        pool.load(piece, keep=part, upcoming=[*later, *upcoming])
+        chosen = implementation_for(
+            signature, pool.store.config.d_model, pool.store.config.d_expert, implementation
+        )
+        width = grouped.item_rows(signature, chosen)
+        # Bounds that the shapes alone decide, so that few programs are compiled.
+        most_items = min(n_assignments, n_experts + n_assignments // width)
+        if chosen == "xla":
+            most_items = min(most_items, MAX_GATHERED)
+        for work in _calls(pool, piece, grouped, width, most_items):
+            bank = pool.banks[signature]
+            if chosen == "xla":
+                bank, work = _gather_slots(bank, work, mesh)
+            y_AD = _expert_ffn(
+                h_TD, y_AD, weights_TK.reshape(-1), bank, work, signature, chosen, mesh
+            )
+    return y_AD if mesh is None else _sum_of_parts(y_AD, mesh)

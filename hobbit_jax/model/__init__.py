@@ -1,0 +1,1 @@
+"""The dense part as Flax modules on the device, or on several."""

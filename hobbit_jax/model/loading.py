@@ -1,0 +1,125 @@
+"""From GGUF tensors to the Flax modules: everything of the model except its experts.
+
+Owns the match of tensor names to modules and the one upload of the dense part
+(attention, router, embedding, norms, head), which stays in its GGUF formats on
+the device. Called by the engine's users (`scripts/`, `cells/sweep.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from hobbit_jax.model.layers import LayerStack
+from hobbit_jax.model.modules import Attention, Block, Ends, Linear, RMSNorm
+from hobbit_jax.model.sharding import replicated
+from hobbit_jax.model_file.architecture import (
+    ModelConfig,
+    global_tensors,
+    layer_tensors,
+    read_config,
+)
+from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, check_finite_scales, open_gguf
+from hobbit_jax.model_file.tokenizer import Tokenizer
+from pallas_kernels.backends import Implementation, choose
+from pallas_kernels.formats import Format, get_format
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """An opened model: its file, its shape, and its dense part on the device."""
+
+    file: GGUFFile
+    config: ModelConfig
+    layers: LayerStack
+    ends: Ends
+    implementation: Implementation  # of its matrix products, dense and expert alike
+
+    @property
+    def dense_device_bytes(self) -> int:
+        """Device bytes of everything but the experts, counted once when tied."""
+        arrays = jax.tree.leaves([self.layers.states, nnx.state(self.ends)])
+        return sum(array.nbytes for array in arrays)
+
+    def on(self, mesh: Mesh | None) -> LoadedModel:
+        """The same model with its dense part on every device of `mesh`, a whole copy on each."""
+        if mesh is None:
+            return self
+        states = replicated(self.layers.states, mesh)
+        graph, ends_state = nnx.split(self.ends)
+        ends = nnx.merge(graph, replicated(ends_state, mesh))
+        return replace(self, layers=LayerStack(self.layers.kinds, states), ends=ends)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the file itself describes."""
+        return Tokenizer.from_gguf(self.file)
+
+
+# One program per format and shape: a jit of `Format.split` itself would be a new one every time.
+@partial(jax.jit, static_argnums=0)
+def _split(format: Format, raw: np.ndarray) -> dict[str, jax.Array]:
+    return format.split(raw)
+
+
+@partial(jax.jit, static_argnums=0)
+def _float32(format: Format, raw: np.ndarray) -> jax.Array:
+    return jnp.asarray(format.unpack(format.split(raw)), jnp.float32)
+
+
+def _linear(tensor: TensorInfo, implementation: Implementation) -> Linear:
+    check_finite_scales(tensor)
+    return Linear(tensor.format, _split(get_format(tensor.format), tensor.raw), implementation)
+
+
+def _norm(tensor: TensorInfo, config: ModelConfig) -> RMSNorm:
+    check_finite_scales(tensor)
+    return RMSNorm(_float32(get_format(tensor.format), tensor.raw), config.rms_eps)
+
+
+def load_model(path: str | Path, implementation: Implementation = None) -> LoadedModel:
+    """Opens a GGUF file (or the first of a split) and uploads its dense part.
+
+    Expert tensors are not read here; the store checks each expert's scales when it
+    is first fetched.
+
+    Args:
+        path: of the file.
+        implementation: of the matrix products ("xla", "triton", "interpret"); None takes the
+            fastest that this device and each matrix allow. The router is always "xla".
+
+    Raises:
+        FileNotFoundError, ValueError, NotImplementedError: from `open_gguf`,
+            `read_config` and `check_finite_scales`, each naming what is wrong.
+    """
+    choose(implementation, lambda: None)  # a name that cannot run here is refused at once
+    file = open_gguf(path)
+    config = read_config(file)
+    blocks = []
+    for layer in range(config.n_layers):
+        tensors = {role: file.tensors[n] for role, n in layer_tensors(config, layer).items()}
+        norms = {r: _norm(t, config) for r, t in tensors.items() if r.endswith("norm")}
+        attention = Attention(
+            config,
+            q=_linear(tensors["attn_q"], implementation),
+            k=_linear(tensors["attn_k"], implementation),
+            v=_linear(tensors["attn_v"], implementation),
+            output=_linear(tensors["attn_output"], implementation),
+            q_norm=norms.get("attn_q_norm"),
+            k_norm=norms.get("attn_k_norm"),
+        )
+        router = _linear(tensors["router"], "xla")
+        blocks.append(Block(config, norms["attn_norm"], attention, norms["ffn_norm"], router))
+    outer = {role: file.tensors[n] for role, n in global_tensors(config).items()}
+    ends = Ends(
+        embedding=_linear(outer["token_embedding"], implementation),
+        final_norm=_norm(outer["output_norm"], config),
+        head=_linear(outer["output"], implementation) if "output" in outer else None,
+    )
+    return LoadedModel(file, config, LayerStack.of(blocks), ends, implementation)

@@ -1,0 +1,1 @@
+"""What a GGUF file says: tensors and metadata, hyperparameters, its tokenizer and chat template."""
