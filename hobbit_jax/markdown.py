@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from hobbit_jax.evals.statistics import Interval
-from hobbit_jax.report.results import MIB
 
 ABSENT = "–"
 
@@ -44,7 +43,7 @@ def number(value: float | Interval | None, form: str) -> str:
 
 def mib(value: float | None, digits: int) -> str:
     """Bytes as MiB, without the unit."""
-    return ABSENT if value is None else f"{value / MIB:.{digits}f}"
+    return ABSENT if value is None else f"{value / 2**20:.{digits}f}"
 
 
 def interval(value: Interval | None, form: str = "{:.2f}") -> str:

@@ -4,9 +4,9 @@
         [--setting fetch_low --low_format Q2_K]
 
 Writes the model into --workdir when it is not there (18.6 GB and some minutes for qwen3-30b-a3b;
-a write that was cut off starts again) and the record beside it, PRESET-BUDGET-SETTING.json. With
---model another file is taken, real or synthetic; a low tier is made beside it, once. On a busy
-machine read the figures per CPU second.
+a write that was cut off starts again) and the record beside it, PRESET-BUDGET-SETTING.json;
+PRESET.md is a table of all records that are there. With --model another file is taken, real or
+synthetic; a low tier is made beside it, once. On a busy machine read the figures per CPU second.
 """
 
 import json
@@ -16,6 +16,7 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
+from hobbit_jax.atomic import replacing
 from hobbit_jax.cache.policies import POLICIES
 from hobbit_jax.evals import full_scale
 from hobbit_jax.rows import machine, write_json
@@ -57,7 +58,11 @@ def main(_):
     write_json(out, record)
     keys = ("open_s", "load_s", "compile_s", "prefill_tokens_per_s", "decode", "own_memory")
     print(json.dumps({key: record[key] for key in keys}, indent=1))
-    print(f"the record: {out}")
+    paths = sorted(workdir.glob(f"{model.stem}-*MiB-*.json"))
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    with replacing(workdir / f"{model.stem}.md") as partial:
+        partial.write_text("\n".join([*full_scale.table(records), ""]), encoding="utf-8")
+    print(f"the record: {out}; the table: {workdir / f'{model.stem}.md'}")
 
 
 if __name__ == "__main__":

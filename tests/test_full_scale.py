@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from hobbit_jax.evals.full_scale import Decoded, Token, Watch
+from hobbit_jax.evals.full_scale import Decoded, Run, Token, Watch, table
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "scale.py"
 
@@ -46,6 +46,33 @@ def test_figures_of_tokens():
     assert figures["mb_moved_per_token"]["median"] == 3
     constant = Decoded([first, rest[1], rest[1]]).figures()
     assert constant["cpu_ms_without_miss"] is None and constant["cpu_ms_per_miss"] is None
+
+
+def made_record(setting: str, budget_bytes: int | None, moved: list[int]) -> dict:
+    """A record as `measure` makes it, as far as the table reads it."""
+    tokens = [Token(9, 8, 1, 6, 2, 999, 8, 0), *(Token(1, 2, 3, 6, 2, b, 8, 4) for b in moved)]
+    run = Run(Path("m.gguf"), budget_bytes, 8, len(tokens), setting=setting,
+              low_format=None if setting == "native" else "Q2_K")  # fmt: skip
+    return {
+        "run": {**vars(run), "model": "m.gguf"},
+        "slots": {"a": 3, "b": 4},
+        "decode": Decoded(tokens).figures(),
+        "tokens": [vars(token) for token in tokens],
+    }
+
+
+def test_the_table_compares_what_decoded_the_same_tokens():
+    records = [
+        made_record("fetch_low", 2**30, [1_000_000, 3_000_000]),
+        made_record("native", 2**30, [4_000_000, 4_000_000]),
+        made_record("fetch_low", None, [0, 0]),  # nobody decoded natively with all resident
+        made_record("fetch_low", 2**30, [1_000_000, 3_000_000, 5_000_000]),  # another workload
+    ]
+    native, low, more, full = [line.split(" | ") for line in table(records)[2:]]
+    cpu = "2.00 (2.00 to 2.00)"
+    assert native == ["| 1", "native", "7", "0.750", "2", "3.0", "4", "0.500", cpu, "×1.00 |"]
+    assert low == ["| 1", "fetch_low Q2_K", "7", "0.750", "2", "3.0", "2", "0.500", cpu, "×0.50 |"]
+    assert more[6] == "3" and more[-1] == full[-1] == "– |" and full[0] == "| all"
 
 
 def run_script(*arguments):
@@ -98,5 +125,6 @@ def test_the_whole_in_small(tmp_path):
         # The second half repeats one token.
         assert tokens[-1]["misses"] < tokens[1]["misses"]
         assert record["compile_s"] > 0 and record["open_s"] < 5
+        assert "| native |" in (tmp_path / "tiny.md").read_text()
         written = (tmp_path / "tiny.gguf").stat().st_mtime_ns
     assert (tmp_path / "tiny.gguf").stat().st_mtime_ns == written

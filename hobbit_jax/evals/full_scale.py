@@ -11,10 +11,11 @@ in it; a program's scratch that lives for less than a sample may be missed.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hobbit_jax import markdown
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
@@ -291,6 +293,64 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
         "tokens": [vars(token) for token in decoded.tokens],
         "load_average": os.getloadavg(),
     }
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of Markdown: what the records of one model decoded, by budget and setting.
+
+    Counts and bytes are means over the tokens, of which the first compiles and is left out; CPU
+    seconds are the median's and the range. The last column is bytes against native's at the same
+    budget, where the same tokens were decoded natively.
+    """
+    head = (
+        "GiB", "setting", "slots", "hit rate", "misses a token", "exits a token", "MB a token",
+        "degraded", "CPU s a token", "bytes against native",
+    )  # fmt: skip
+    natives = {
+        _workload(record): _mean_bytes(record)
+        for record in records
+        if record["run"]["setting"] == "native"
+    }
+
+    def order(record: Mapping[str, Any]) -> tuple[float, int]:
+        run = record["run"]
+        return run["budget_bytes"] or math.inf, SETTINGS.index(run["setting"])
+
+    rows = []
+    for record in sorted(records, key=order):
+        run, tokens, native = record["run"], record["tokens"][1:], natives.get(_workload(record))
+        mean = {
+            name: float(np.mean([token[name] for token in tokens])) for name in ("misses", "exits")
+        }
+        cpu = _spread(np.asarray([token["cpu_seconds"] for token in tokens]))
+        budget = "all" if run["budget_bytes"] is None else f"{run['budget_bytes'] / 2**30:g}"
+        rows.append(
+            [
+                budget,
+                " ".join(filter(None, (run["setting"], run["low_format"]))),
+                sum(record["slots"].values()),
+                f"{record['decode']['hit_rate']:.3f}",
+                f"{mean['misses']:.0f}",
+                f"{mean['exits']:.1f}",
+                f"{_mean_bytes(record) / 1e6:.0f}",
+                f"{record['decode']['degraded_fraction']:.3f}",
+                "{median:.2f} ({lowest:.2f} to {highest:.2f})".format(**cpu),
+                f"×{_mean_bytes(record) / native:.2f}" if native else None,
+            ]
+        )
+    return markdown.table(head, rows)
+
+
+def _workload(record: Mapping[str, Any]) -> tuple:
+    """What must be equal where two settings are compared."""
+    run = record["run"]
+    names = ("model", "budget_bytes", "prompt_tokens", "tokens", "policy", "seed")
+    return tuple(run[name] for name in names)
+
+
+def _mean_bytes(record: Mapping[str, Any]) -> float:
+    """Moved per token, without the first."""
+    return float(np.mean([token["bytes_moved"] for token in record["tokens"][1:]]))
 
 
 def _decode(engine: Engine, token: int) -> Token:
