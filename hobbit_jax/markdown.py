@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from hobbit_jax.evals.statistics import Interval
+from hobbit_jax.statistics import Interval
 
 ABSENT = "–"
 

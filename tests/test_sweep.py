@@ -19,10 +19,10 @@ from hobbit_jax import reference
 from hobbit_jax.cells.sweep import Cell
 from hobbit_jax.cells.workbench import EvalSizes, Inputs
 from hobbit_jax.evals.quality import cut_windows
-from hobbit_jax.evals.statistics import bootstrap, share
 from hobbit_jax.rows import write_json
 from hobbit_jax.signals.allocation import allocate
 from hobbit_jax.signals.importance import RoutingProfile
+from hobbit_jax.statistics import bootstrap, share
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOW = 1

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from hobbit_jax.evals.statistics import Interval
 from hobbit_jax.experts.store import NATIVE
 from hobbit_jax.inference.engine import Engine
+from hobbit_jax.statistics import Interval
 
 
 @dataclass(frozen=True)

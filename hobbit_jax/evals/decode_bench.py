@@ -24,12 +24,12 @@ from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare
 from hobbit_jax.cache.prefetch import PrefetchRule
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, PromotionRule
-from hobbit_jax.evals.statistics import spread
 from hobbit_jax.experts.precision import PrecisionPlan, uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel
 from hobbit_jax.model.modules import KVCache, attend
+from hobbit_jax.statistics import spread
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import Work
 

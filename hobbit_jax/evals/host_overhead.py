@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from hobbit_jax.evals.statistics import spread
 from hobbit_jax.model_file.gguf_file import write_gguf
+from hobbit_jax.statistics import spread
 
 HOLLOW_LAYERS = 24
 WIDTH = 32  # of everything: a layer is a few thousand multiplications

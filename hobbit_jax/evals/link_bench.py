@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from hobbit_jax.evals.statistics import spread
+from hobbit_jax.statistics import spread
 
 PINNED = "pinned_host"
 

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from hobbit_jax.cache.link import DirectLink, Link, PacedLink
-from hobbit_jax.evals.statistics import spread
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel
+from hobbit_jax.statistics import spread
 
 
 def _prefill_ms(engine: Engine, ids_S: np.ndarray) -> float:

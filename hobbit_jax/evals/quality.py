@@ -17,9 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax.atomic import replacing
-from hobbit_jax.evals.statistics import Interval, bootstrap
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.tokenizer import Tokenizer
+from hobbit_jax.statistics import Interval, bootstrap
 
 # Logits of a batch of windows; beside them the comparison needs a few times as much.
 _LOGIT_BYTES = 128 * 2**20

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hobbit_jax.evals.statistics import share
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.minitasks import arithmetic, execution, functions
 from hobbit_jax.model_file.tokenizer import Tokenizer
+from hobbit_jax.statistics import share
 
 TaskName = Literal["arithmetic", "functions"]
 MAX_NEW_TOKENS = {"arithmetic": 64, "functions": 48}

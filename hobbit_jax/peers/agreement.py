@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import log_softmax
 
-from hobbit_jax.evals.statistics import Interval, bootstrap
+from hobbit_jax.statistics import Interval, bootstrap
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from scipy.optimize import nnls
 from hobbit_jax.cache.trace import Trace
 from hobbit_jax.evals.decode_bench import Measured, compare
 from hobbit_jax.evals.decode_bench import Setting as BenchSetting
-from hobbit_jax.evals.statistics import spread
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -30,6 +29,7 @@ from hobbit_jax.model.loading import LoadedModel
 from hobbit_jax.planner.cost_model import Machine, Traffic, token_time
 from hobbit_jax.planner.shapes import PlannedModel
 from hobbit_jax.planner.traffic import Setting, replay_setting
+from hobbit_jax.statistics import spread
 
 MIB = 2**20
 CLOCKS = ("seconds", "cpu_seconds")  # of `Measured`: the wall's, and all processors' of the process

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hobbit_jax.evals.statistics import Interval
 from hobbit_jax.report.results import NATIVE, RANDOM, UNIFORM, Plan, Results, Row
+from hobbit_jax.statistics import Interval
 
 ZERO = Interval(0.0, 0.0, 0.0)
 

@@ -16,9 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hobbit_jax.evals.statistics import Interval
 from hobbit_jax.report.comparisons import uniform_points, use_shares
 from hobbit_jax.report.results import MIB, NATIVE, RANDOM, UNIFORM, Plan, Results, Row
+from hobbit_jax.statistics import Interval
 
 NAMES = ("quality_vs_bytes.png", "speed_vs_budget.png", "expert_use.png")
 DPI = 110

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from hobbit_jax.evals.statistics import RESAMPLES, Interval
 from hobbit_jax.report.results import NATIVE, RANDOM, UNIFORM
+from hobbit_jax.statistics import RESAMPLES, Interval
 
 BEST_METHOD = "gptq"
 _SIGNAL_ORDER = ("sensitivity", "hybrid", "accumulated_weight", "frequency")

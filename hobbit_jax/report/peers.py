@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hobbit_jax import markdown
-from hobbit_jax.evals.statistics import Interval
+from hobbit_jax.statistics import Interval
 
 FOLDER = "peers"  # of a workdir
 _ABOUT = (

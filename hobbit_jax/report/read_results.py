@@ -14,7 +14,6 @@ from typing import Any
 
 from absl import logging
 
-from hobbit_jax.evals.statistics import Interval
 from hobbit_jax.report.results import (
     NATIVE,
     RESIDENCY,
@@ -30,6 +29,7 @@ from hobbit_jax.report.results import (
     Store,
     Task,
 )
+from hobbit_jax.statistics import Interval
 
 REFERENCE_MODEL = "reference model"  # a sweep's config names it by an empty string
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from hobbit_jax.evals.statistics import Interval
+from hobbit_jax.statistics import Interval
 
 NATIVE, UNIFORM, RANDOM, RESIDENCY = "native", "uniform", "random", "residency"
 MIB = 2**20
