@@ -1,8 +1,8 @@
 """What serves a selection whose copy is not resident: the miss modes, by name.
 
 Owns the rule per selection, as array code that sees which tiers of an expert are resident, and
-what each mode needs of the pool. `serve` runs inside compiled programs (`selection.py`); loading
-is the engine's, promotion `cache/promotion.py`'s. Under every mode a resident copy of the tier
+what each mode needs of the pool. `serve` runs inside compiled programs (`inference/selection.py`);
+loading is the engine's, promotion `promotion.py`'s. Under every mode a resident copy of the tier
 that the plan asks for serves the selection.
 
 Sources: HOBBIT (arXiv 2411.01433, section 3.2) for thresholds on the weights of heavier choices.

@@ -22,7 +22,7 @@ from hobbit_jax.model.sharding import owners_LE
 from pallas_kernels.reference import Signature
 
 DEFAULT_LOW_SHARE = 0.5
-# `low_share` may be this: it begins at the default and follows what is used (`adaptive_split.py`).
+# `low_share` may be this: it begins at the default and follows what is used (`AdaptiveSplit`).
 ADAPTIVE = "adaptive"
 CANDIDATE_SHARES = (0.1, 0.2, 0.35, DEFAULT_LOW_SHARE, 0.65, 0.8, 0.9)
 
