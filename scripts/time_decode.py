@@ -3,28 +3,34 @@
     yes | head -5 | python scripts/time_decode.py --model M.gguf --tokens 64
 
 Called by `bench_decode.py`, also with PYTHONPATH set to another checkout of this repository: it
-uses only what the engine has always had, so that two revisions can be timed in turns.
+uses only what the engine has always had, wherever that lay, so that two revisions can be timed in
+turns.
 """
 
+import importlib
+import importlib.util
 import sys
 import time
 
 import numpy as np
 from absl import app, flags
 
-from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
-
 _MODEL = flags.DEFINE_string("model", None, "GGUF file", required=True)
 _TOKENS = flags.DEFINE_integer("tokens", 64, "decoded in a window", 1)
 _BUDGET_MIB = flags.DEFINE_float("budget_mib", None, "expert pool; all resident by default")
 
 
+def module(room: str, name: str):
+    """A module in its room, or beside the rooms, where it was until there was one."""
+    here = importlib.util.find_spec(f"hobbit_jax.{name}") is not None
+    return importlib.import_module(f"hobbit_jax.{name}" if here else f"hobbit_jax.{room}.{name}")
+
+
 def main(_):
-    model = load_model(_MODEL.value)
+    model = module("model", "loading").load_model(_MODEL.value)
     budget_bytes = None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20)
-    engine = Engine(model, HostExperts(model.config, model.file), budget_bytes)
+    store = module("experts", "store").HostExperts(model.config, model.file)
+    engine = module("inference", "engine").Engine(model, store, budget_bytes)
     ids_S = np.random.default_rng(0).integers(0, model.config.vocab_size, _TOKENS.value + 8)
     for _ in sys.stdin:
         engine.start(1, len(ids_S))
