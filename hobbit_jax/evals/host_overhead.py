@@ -88,8 +88,8 @@ class _Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.kill()
-        self._process.wait()
+        with self._process:
+            self._process.kill()
 
 
 def time_in_turns(trees: Sequence[Path], flags: Sequence[str], turns: int) -> list[list[float]]:
