@@ -307,7 +307,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
         "degraded", "CPU s a token", "bytes against native",
     )  # fmt: skip
     natives = {
-        _workload(record): _mean_bytes(record)
+        _workload(record): _mean(record, "bytes_moved")
         for record in records
         if record["run"]["setting"] == "native"
     }
@@ -318,11 +318,9 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
     rows = []
     for record in sorted(records, key=order):
-        run, tokens, native = record["run"], record["tokens"][1:], natives.get(_workload(record))
-        mean = {
-            name: float(np.mean([token[name] for token in tokens])) for name in ("misses", "exits")
-        }
-        cpu = _spread(np.asarray([token["cpu_seconds"] for token in tokens]))
+        run, native = record["run"], natives.get(_workload(record))
+        moved = _mean(record, "bytes_moved")
+        cpu = _spread(np.asarray([token["cpu_seconds"] for token in record["tokens"][1:]]))
         budget = "all" if run["budget_bytes"] is None else f"{run['budget_bytes'] / 2**30:g}"
         rows.append(
             [
@@ -330,12 +328,12 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
                 " ".join(filter(None, (run["setting"], run["low_format"]))),
                 sum(record["slots"].values()),
                 f"{record['decode']['hit_rate']:.3f}",
-                f"{mean['misses']:.0f}",
-                f"{mean['exits']:.1f}",
-                f"{_mean_bytes(record) / 1e6:.0f}",
+                f"{_mean(record, 'misses'):.0f}",
+                f"{_mean(record, 'exits'):.1f}",
+                f"{moved / 1e6:.0f}",
                 f"{record['decode']['degraded_fraction']:.3f}",
                 "{median:.2f} ({lowest:.2f} to {highest:.2f})".format(**cpu),
-                f"×{_mean_bytes(record) / native:.2f}" if native else None,
+                f"×{moved / native:.2f}" if native else None,
             ]
         )
     return markdown.table(head, rows)
@@ -348,9 +346,9 @@ def _workload(record: Mapping[str, Any]) -> tuple:
     return tuple(run[name] for name in names)
 
 
-def _mean_bytes(record: Mapping[str, Any]) -> float:
-    """Moved per token, without the first."""
-    return float(np.mean([token["bytes_moved"] for token in record["tokens"][1:]]))
+def _mean(record: Mapping[str, Any], name: str) -> float:
+    """Of a count over the tokens, without the first."""
+    return float(np.mean([token[name] for token in record["tokens"][1:]]))
 
 
 def _decode(engine: Engine, token: int) -> Token:
