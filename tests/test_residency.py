@@ -336,6 +336,18 @@ def test_the_split_comes_to_the_best_fixed_one(mode, favourites):
     assert bytes_of[chooser.share] - best <= 0.1 * (bytes_of[worst] - best) > 0, bytes_of
 
 
+@pytest.mark.parametrize(("margin", "wanted"), [(0.05, 0.8), (1.0, 0.5)])
+def test_of_divisions_within_the_margin_the_least_degrading_is_taken(margin, wanted):
+    """fetch_low with few favourites: 0.8 moves fewest bytes, 0.5 hardly more and degrades less."""
+    rule = SplitRule(margin=margin, window_tokens=160, first_tokens=160)
+    mode = MISS_MODES["fetch_low"]
+    chooser = SplitChooser(SHAPES, DIVISIONS, 0.2, mode, LRU, RULE, rule)
+    for steps in tokens(160, 4, 1):
+        for step in steps:
+            chooser.record(step)
+    assert chooser.decide() == chooser.share == wanted
+
+
 def test_no_division_is_judged_while_it_fills():
     """Low copies that come one a token make their share look bad until they are there."""
     mode, slow = "use_low_if_resident", PromotionRule(after_uses=2, per_token=1, halving_tokens=64)
