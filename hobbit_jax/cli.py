@@ -22,7 +22,6 @@ from absl import app, flags, logging
 BAD_INPUT_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells count
 MAX_COUNT = 2**31 - 1  # of tokens, windows and the like: what JAX indexes by
-MAX_SEED = 2**63 - 1
 MAX_MIB = 2.0**40  # so that a budget in bytes fits 64 bits
 
 # What the library raises for bad input (ValueError), for what it cannot do, and for the disk.
