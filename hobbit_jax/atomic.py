@@ -1,7 +1,6 @@
 """Files that appear whole or not at all, also when several machines write them.
 
-Owns the temporary name, the rename, and the clean-up after a failure. Called by
-everything that writes a file others may read: GGUF files, rows, caches, leases, reports.
+Owns the temporary name, the rename, and the clean-up after a failure.
 """
 
 from __future__ import annotations

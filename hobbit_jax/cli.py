@@ -1,7 +1,7 @@
 """What every script does at its edges: start absl, and turn a user's mistake into one line.
 
-Owns the exit status and the shape of error messages on the command line. Called by `scripts/`
-only; the library raises exceptions and never exits.
+Owns the exit status and the shape of error messages on the command line. The library raises
+exceptions and never exits.
 """
 
 from __future__ import annotations

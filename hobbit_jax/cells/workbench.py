@@ -3,7 +3,7 @@
 Owns the loaded model, texts and windows, calibrations, tiers, measured errors and native logits,
 and where in the working directory they are kept: what is made once for all cells (`cache/`,
 `tiers/`), and the finished parts of unfinished cells (`parts/`). Of all workers one makes a thing
-and the others wait for it. Called by the cells of `sweep.py` and `frontier.py`.
+and the others wait for it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Owns the comparison of decode settings: every setting decodes the same forced tokens, in turns, so
 that a busy machine slows all of them alike, and the ratio to the native cache at the same budget is
-taken turn by turn. Called by `scripts/bench_decode.py`. Also owns the engine's yardstick, decode
-without any cache: the same layers with every expert resident and addressed directly.
+taken turn by turn. Also owns the engine's yardstick, decode without any cache: the same layers with
+every expert resident and addressed directly.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Owns the sequences (KV cache, lengths), chunked prefill, and decode: it enters the decode program
 (`decode_loop.py`), reads its one report, tells the policies what was used, loads what is missing
-and enters again. Called by `evals/`, `cells/sweep.py` and `scripts/`.
+and enters again.
 """
 
 from __future__ import annotations

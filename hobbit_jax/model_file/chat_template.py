@@ -1,8 +1,7 @@
 """Conversations to prompts, with the Jinja template that the model's own file carries.
 
-Owns the rendering of `tokenizer.chat_template`. Called by `evals/lm_eval_model.py`. The
-environment (sandbox, whitespace rules, names in scope) is that of Hugging Face's
-`apply_chat_template`, for which these templates are written.
+Owns the rendering of `tokenizer.chat_template`. The environment (sandbox, whitespace rules, names
+in scope) is that of Hugging Face's `apply_chat_template`, for which these templates are written.
 """
 
 from __future__ import annotations

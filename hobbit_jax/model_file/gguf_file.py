@@ -1,9 +1,7 @@
 """Reading and writing GGUF files: memory-mapped views of raw blocks, typed metadata.
 
 Owns the boundary to the file on disk. A file is checked completely before a view of it is handed
-out, so nothing behind this module meets a truncated or foreign file. Called by `architecture`
-and `tokenizer` (metadata), by the expert store (tensors) and by the export of training and of
-low tiers (`write_gguf`).
+out, so nothing behind this module meets a truncated or foreign file.
 
 Source: the GGUF specification in ggml (docs/gguf.md) through the `gguf` package. `GGUFReader`
 builds three Python objects per element of a metadata array (8 s for the vocabulary of Qwen3) and

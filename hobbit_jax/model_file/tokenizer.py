@@ -1,7 +1,7 @@
 """Text to token ids and back, the same ids as llama.cpp for the same file.
 
 Owns the vocabulary: pre-tokenisers, special tokens, the beginning-of-text rule, and decoding
-without broken characters. Called by the engine, the evaluations and the scripts.
+without broken characters.
 
 Source: llama.cpp, src/llama-vocab.cpp; merging is done by Hugging Face `tokenizers`. Two
 differences to Hugging Face's own tokenizer of the same model are llama.cpp's: text is not

@@ -1,10 +1,10 @@
 """Our engine and one peer on the same tokens, in one run, in turns.
 
-Owns the order of things and the row that comes of it. Called by `scripts/compare.py`; read by
-`report/peers.py`. Both programs are loaded at once, each in its own process and bound to the same
-cores, and never work at the same time. Windows are scored by one and then the other; decode rows
-are timed in turns, the first to go changing from row to row, so that a busy machine slows both
-alike and a ratio is taken within a turn. The first row warms up and is not counted.
+Owns the order of things and the row that comes of it. Both programs are loaded at once, each in its
+own process and bound to the same cores, and never work at the same time. Windows are scored by one
+and then the other; decode rows are timed in turns, the first to go changing from row to row, so
+that a busy machine slows both alike and a ratio is taken within a turn. The first row warms up and
+is not counted.
 """
 
 from __future__ import annotations

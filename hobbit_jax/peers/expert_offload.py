@@ -1,10 +1,10 @@
 """Experts streamed to the device by PyTorch: what the cache is measured against on a GPU.
 
-Owns the copies from pinned host memory, and the layer that runs from the slots. Called by
-`pytorch.py`. The idea is that of mixtral-offloading (Eliseev and Mazur, arXiv 2312.17238): every
-expert in page-locked memory, the most recently used on the device, a miss copied while those at
-hand compute. Their guesses by the next layer's router are left out: nothing is fetched ahead. One
-LRU serves all layers (`lru_slots.py`), of as many slots as our pool; theirs had one per layer.
+Owns the copies from pinned host memory, and the layer that runs from the slots. The idea is that of
+mixtral-offloading (Eliseev and Mazur, arXiv 2312.17238): every expert in page-locked memory, the
+most recently used on the device, a miss copied while those at hand compute. Their guesses by the
+next layer's router are left out: nothing is fetched ahead. One LRU serves all layers
+(`lru_slots.py`), of as many slots as our pool; theirs had one per layer.
 
 Runs on a CPU too, for tests: there a copy is a copy, and there are no streams.
 """

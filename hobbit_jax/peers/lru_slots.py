@@ -1,7 +1,7 @@
 """Which expert is in which slot of an offloading program, least recently used out first.
 
-Owns the order and the rounds, without any tensor. Called by `expert_offload.py`, which does the
-copies. One order for all layers; it is `cache.policies.LRU`, the class that our replays run.
+Owns the order and the rounds, without any tensor. One order for all layers; it is
+`cache.policies.LRU`, the class that our replays run.
 """
 
 from __future__ import annotations

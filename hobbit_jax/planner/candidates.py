@@ -1,6 +1,6 @@
 """Which settings a plan compares, and which one it names.
 
-Owns the list and the rule of choice. Called by `plan.py`.
+Owns the list and the rule of choice.
 
 The rule: begin with native experts, go through the settings by expected loss, and take the next
 one where it is at least `SPEEDUP_NEEDED` times as fast as what is held. A setting that degrades

@@ -1,9 +1,9 @@
 """How wrong the cost model and the replays are, on the machine at hand.
 
-Owns the measurement and its record. Called by `scripts/check_plan.py`. In every turn all settings
-decode the same tokens (`evals/decode_bench.py`). The machine's constants are fitted to some of
-them, turn by turn, so that a load that comes and goes is in the constants and not in the error; the
-other settings are predicted with those constants, and never looked at while fitting. Two errors:
+Owns the measurement and its record. In every turn all settings decode the same tokens
+(`evals/decode_bench.py`). The machine's constants are fitted to some of them, turn by turn, so that
+a load that comes and goes is in the constants and not in the error; the other settings are
+predicted with those constants, and never looked at while fitting. Two errors:
 
 - of the cost model alone: from the counts (exits, bytes) that the engine itself reports;
 - of the whole planner: from the counts that a replay of the recorded routing predicts.

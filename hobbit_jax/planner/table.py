@@ -1,6 +1,6 @@
 """A plan's record as text for people.
 
-Owns the wording. Called by `scripts/plan.py`.
+Owns the wording.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Encode float32 weights as GGUF blocks: the lower tiers of an expert, whole exported tensors.
 
-Owns the checks, the chunking over cores, and which search and layout make which format. Called by
-`methods` (lower tiers) and the GGUF exporter. Scales are chosen in `scale_search` and
-`single_scale`, bytes laid out in `block_layouts`; decoding is `pallas_kernels.formats`.
+Owns the checks, the chunking over cores, and which search and layout make which format. Scales are
+chosen in `scale_search` and `single_scale`, bytes laid out in `block_layouts`; decoding is
+`pallas_kernels.formats`.
 
 Errors and speeds beside ggml's own: docs/encoders.md, which `scripts/bench_encoders.py` makes.
 

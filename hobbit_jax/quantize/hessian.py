@@ -1,8 +1,8 @@
 """Encode a matrix so that its output changes least on known inputs, not its weights.
 
 Owns the minimisation of tr(E·H·Eᵀ) with E = W − Ŵ over everything a K-quant stores: quants, 4- to
-8-bit scales and offsets, float16 super-scales. H = Σ x·xᵀ over calibration inputs. Called by
-`methods` (method "gptq"). The result is ordinary blocks, so nothing else changes.
+8-bit scales and offsets, float16 super-scales. H = Σ x·xᵀ over calibration inputs. The result is
+ordinary blocks, so nothing else changes.
 
 1. Error feedback, as in GPTQ (arXiv 2210.17323): columns are rounded in turn, and each one's error
    is moved onto the columns to come. A super-block's scales are searched (`scale_search`) when its

@@ -1,8 +1,6 @@
 """What a text does to a model's experts: routing counts, and the second moments of their inputs.
 
-Owns the calibration pass and its file (Orbax). Called by `scripts/calibrate.py` and
-`cells/sweep.py`; read by `quantize/methods.py` (how to encode an expert) and `importance.py` (who
-matters).
+Owns the calibration pass and its file (Orbax).
 
 An error in an expert's weights reaches the residual stream times the router's weight w, so moments
 are Σ w²·x·xᵀ over the expert's own selections. x is the layer's normalised input for gate and up,

@@ -1,8 +1,8 @@
 """Model files of true shape and size without a trained model: for measuring scale, not quality.
 
-Owns how such a file is filled. Called by `scripts/synthesize.py`. Tensors, types, metadata and
-vocabulary size are those of the real model's Q4_K_M file; weights are random blocks, cut from a
-pool of a few megabytes per type, so that 18 GB are written as fast as the disk takes them.
+Owns how such a file is filled. Tensors, types, metadata and vocabulary size are those of the real
+model's Q4_K_M file; weights are random blocks, cut from a pool of a few megabytes per type, so that
+18 GB are written as fast as the disk takes them.
 
 Random weights would route every token to experts of its own. Real routing has favourites, and
 neighbouring tokens share experts, so a little structure is put in:

@@ -7,9 +7,9 @@ is the scales of block 0, then of block 1, and so on. Bytes are moved, never cha
 reordered inside a field: ggml already keeps runs of 16 or 32 weights in consecutive bytes, which
 is what a kernel wants, and the identity leaves one layout to learn.
 
-Owned here: `Plane`, `Format`, and the two bit-unpacking primitives all families share. Called by
-the family modules of this package; users go through `pallas_kernels.formats`.
-Source: block structs in ggml-common.h; `gguf.quants` is the oracle for the values.
+Owned here: `Plane`, `Format`, and the two bit-unpacking primitives all families share. Users go
+through `pallas_kernels.formats`. Source: block structs in ggml-common.h; `gguf.quants` is the
+oracle for the values.
 
 Letters of this package: R rows, W weights per row, G blocks per row, P elements of a plane per
 block, J sub-blocks of a block, I weights of a sub-block. Every array may have further leading
