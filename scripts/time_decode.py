@@ -1,6 +1,6 @@
 """Decodes one window for every line on stdin and prints its seconds per token.
 
-    yes | head -5 | python scripts/time_decode.py --model M.gguf --tokens 64
+yes | head -5 | python scripts/time_decode.py --model M.gguf --tokens 64
 """
 
 import importlib
