@@ -114,7 +114,7 @@ def test_residents_are_the_engines_own(tmp_path: Path, made_up: Trace):
     store, trace = HostExperts(TINY.config, file), shorter(made_up, 40)
     for share in (0.1, 0.33, 0.7, 1.0, 2.0):
         pool = int(share * store.tier_bytes(0))
-        slots, _ = pool_slots(uniform_plan(store), MISS_MODES["off"], store, pool, 0.0)
+        slots, _ = pool_slots(uniform_plan(store), MISS_MODES["wait"], store, pool, 0.0)
         outcome = replay_setting(NATIVE, TINY, trace, pool, CONTEXT)
         assert outcome.residents == sum(slots.values())
         assert sorted(outcome.slots.values()) == sorted(slots.values())
@@ -128,7 +128,7 @@ def test_more_memory_is_never_fewer_residents(setting: Setting, made_up: Trace):
             pool = int(share * TINY.native_bytes)
             found.append(replay_setting(setting, TINY, trace, pool, CONTEXT))
         except ValueError:
-            assert not found or setting.mode != "off"
+            assert not found or setting.low_format is not None
     assert len(found) > 2
     for less, more in pairwise(found):
         # Of caches that hold two copies, what they hold in the end depends on the text a little.

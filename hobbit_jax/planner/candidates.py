@@ -23,7 +23,7 @@ REFERENCE_KL = {"Q3_K": 0.0088, "Q2_K": 0.0308}
 # By the rule of the decision document.
 SPEEDUP_NEEDED = 1.2
 
-NATIVE = Setting("native SLRU", "off")
+NATIVE = Setting("native SLRU", "wait")
 
 
 def settings() -> list[Setting]:

@@ -54,7 +54,7 @@ class Case:
 
 def cases(low_format: str) -> list[Case]:
     """What is measured on the reference model: 7.3 MiB of experts natively, 3.9 in Q2_K."""
-    native = Setting("native", "off")
+    native = Setting("native", "wait")
     uniform = Setting(f"uniform {low_format}", "wait", low_format, "low")
     fitted = [(native, None), (uniform, None), (native, 2), (native, 4), (uniform, 1)]
     others = [(native, 1), (native, 3), (native, 5), (uniform, 2), (uniform, 3)]
@@ -74,7 +74,7 @@ def record_routing(
 ) -> Trace:
     """The native routing of every token decoded after its prompt, row after row."""
     seen: list[RoutedLayer] = []
-    engine = Engine(model, store, mode="off", watch=seen.append)
+    engine = Engine(model, store, mode="wait", watch=seen.append)
     ids, weights, positions = [], [], []
     for ids_S in ids_RS:
         engine.start(1, len(ids_S))
