@@ -1,6 +1,6 @@
 """Tiny random models in GGUF files, the same bytes on every machine.
 
-Only NumPy, `gguf` and our writer are used, since `goldens/make_goldens.py` has no JAX.
+Only NumPy, `gguf` and our writer are used: `goldens/make_goldens.py` needs no model of ours.
 Blocks are random bytes, not encoded weights, so that every code a format can hold occurs; only the
 scales are chosen, for weights of mean 0 and of the wanted standard deviation.
 """

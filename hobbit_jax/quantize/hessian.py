@@ -35,13 +35,13 @@ from jax import Array, lax
 
 from hobbit_jax.quantize.block_layouts import pack
 from hobbit_jax.quantize.encoder import (
-    BLOCK_BYTES,
     block_importance_GW,
     check_blocks,
     check_shape,
     check_values,
 )
 from hobbit_jax.quantize.scale_search import BLOCK_LEN, K_QUANTS, KQuant, Scales, find_scales
+from pallas_kernels.formats import get_format
 
 # Added to the diagonal, as a share of its mean. Less fits the calibration text's noise: on the
 # reference model KL at Q2_K is .0299 at .01 and .0289 at .05.
@@ -86,7 +86,7 @@ def encode(weights_NK: np.ndarray, format: str, hessian_KK: np.ndarray) -> np.nd
     quant, (n_rows, n_columns) = K_QUANTS[format], weights_NK.shape
     hessian_KK = _conditioned(hessian_KK, n_columns)
     if n_rows == 0:
-        return np.empty((0, n_columns // BLOCK_LEN * BLOCK_BYTES[format]), np.uint8)
+        return np.empty((0, get_format(format).row_bytes(n_columns)), np.uint8)
     target_KN = jnp.asarray(np.ascontiguousarray(weights_NK.T))
     h_KK = jnp.asarray(hessian_KK, jnp.float32)
     blocks = _feed_errors_forward(target_KN, hessian_KK, quant)

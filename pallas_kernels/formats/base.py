@@ -18,6 +18,7 @@ axes (slots, experts), which are not named.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,13 @@ class Plane:
         name: the key of this plane in `Format.split`'s result.
         dtype: the element type of its arithmetic.
         per_block: elements (not bytes) per block.
+        e8m0: whether an element is the exponent of a float (OCP's E8M0, of which 0xFF is NaN).
     """
 
     name: str
     dtype: np.dtype
     per_block: int
+    e8m0: bool = False
 
     @property
     def block_bytes(self) -> int:
@@ -60,6 +63,30 @@ class Plane:
     def device_per_block(self) -> int:
         """Elements of that array per block."""
         return self.block_bytes // self.device_dtype.itemsize
+
+    @property
+    def exponent_mask(self) -> int:
+        """Bits that are all set in an element that is NaN or infinite; 0 if none can be."""
+        if self.e8m0:
+            return 0xFF
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            return 0
+        kind = jnp.finfo(self.dtype)
+        return ((1 << kind.nexp) - 1) << kind.nmant
+
+
+class FloatField(NamedTuple):
+    """A float in a raw block.
+
+    Attributes:
+        offset: bytes from the block's start.
+        bits: the unsigned little-endian dtype that reads it.
+        exponent_mask: bits that are all set when it is NaN or infinite.
+    """
+
+    offset: int
+    bits: np.dtype
+    exponent_mask: int
 
 
 @dataclass(frozen=True)
@@ -90,6 +117,19 @@ class Format:
             raise ValueError(
                 f"{self.name}: planes hold {plane_bytes} bytes per block, want {self.block_bytes}"
             )
+
+    @property
+    def float_fields(self) -> tuple[FloatField, ...]:
+        """Every float of a raw block, in order: what can be non-finite in it."""
+        found, start = [], 0
+        for plane in self.planes:
+            size = plane.dtype.itemsize
+            for offset in range(start, start + plane.block_bytes, size):
+                if plane.exponent_mask:
+                    bits = np.dtype(f"<u{size}")
+                    found.append(FloatField(offset, bits, plane.exponent_mask))
+            start += plane.block_bytes
+        return tuple(found)
 
     def row_bytes(self, n_weights: int) -> int:
         """Bytes of a row of `n_weights` weights, in the file and on the device.
