@@ -15,6 +15,7 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.model_file.tokenizer import Tokenizer
 
@@ -60,7 +61,7 @@ class ChatTemplate:
             NotImplementedError: its syntax is not plain Jinja's.
         """
         key = f"{_KEY}.{name}" if name else _KEY
-        source = file.metadata.get(key)
+        source = file.read(key, metadata.text(), "")
         if not source:
             kept = [k for k in file.metadata if k.startswith(_KEY) and not k.endswith("templates")]
             raise ValueError(
