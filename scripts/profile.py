@@ -43,8 +43,7 @@ def main(_):
     )
     tokenizer = model.tokenizer()
     windows = cut_windows(tokenizer, texts, wanted.windows, wanted.context, wanted.seed)
-    found = calibrate(Engine(model, store), windows, "routing")
-    found.save(Path(wanted.out))
+    found = calibrate(Engine(model, store), windows, "routing", Path(wanted.out))
     print(f"{found.tokens} tokens; {sum(slots.values())} experts in {budget_bytes / 2**20:g} MiB")
     print(table(found.selections_LE, store, slots))
 
