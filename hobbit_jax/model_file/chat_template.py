@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+from absl import logging
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -165,7 +166,11 @@ class ChatTemplate:
             )
         except Exception as error:  # of the file's own program: anything
             others = [message for message in messages if message["role"] != "system"]
-            if isinstance(error, jinja2.TemplateError) and len(others) < len(messages):
+            refused = type(error) is jinja2.TemplateError  # by raise_exception
+            if refused and len(others) < len(messages):
+                logging.log_first_n(
+                    logging.WARNING, "%s; system messages are left out", 1, _reason(error)
+                )
                 return self.render(others, add_generation_prompt)
             raise ValueError(_reason(error)) from error
         return text if add_generation_prompt else _cut(text, messages[-1]["content"])
