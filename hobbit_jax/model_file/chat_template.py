@@ -20,6 +20,7 @@ from absl import logging
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.model_file.tokenizer import Tokenizer
 
@@ -136,7 +137,7 @@ class ChatTemplate:
             ValueError: the file has no such template; lists those it has. Or it is none.
         """
         key = f"{_KEY}.{name}" if name else _KEY
-        source = file.metadata.get(key)
+        source = file.read(key, metadata.text(), "")
         if not source:
             kept = [k for k in file.metadata if k.startswith(_KEY) and not k.endswith("templates")]
             raise ValueError(

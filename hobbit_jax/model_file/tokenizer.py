@@ -13,18 +13,24 @@ from __future__ import annotations
 
 import codecs
 import functools
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from absl import logging
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as _LibraryTokenizer
 
+from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.model_file.sentencepiece import SPACE, SentencePieceBPE
 from hobbit_jax.model_file.special_tokens import ROLES, TokenType, find_special_tokens
+
+T = TypeVar("T")
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -34,31 +40,40 @@ _MODERN = (
 )
 _LLAMA3 = _MODERN % "{1,3}"
 _QWEN2 = _MODERN % ""
-# tokenizer.ggml.pre → expressions, each splitting the pieces that the one before has left.
-_PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
-    "gpt-2": (_GPT2,),
-    "phi-2": (_GPT2,),
-    "olmo": (_GPT2,),
-    "mpt": (_GPT2,),
-    "jais": (_GPT2,),
-    "starcoder": (r"\p{N}", _GPT2),
-    "refact": (r"\p{N}", _GPT2),
-    "command-r": (r"\p{N}", _GPT2),
-    "smollm": (r"\p{N}", _GPT2),
-    "codeshell": (r"\p{N}", _GPT2),
-    "qwen2": (_QWEN2,),
-    "deepseek-r1-qwen": (_QWEN2,),
-    "megrez": (_QWEN2,),
-    "stablelm2": (_QWEN2,),
-    "llama3": (_LLAMA3,),
-    "llama-v3": (_LLAMA3,),
-    "llama-bpe": (_LLAMA3,),
-    "dbrx": (_LLAMA3,),
-    "smaug-bpe": (_LLAMA3,),
-}
 # A word that is a token is that token, whatever the merges say; and text begins with BOS.
-_WHOLE_WORDS_AND_BOS = ("llama3", "llama-v3", "llama-bpe")
+_WHOLE_WORDS_AND_BOS = (
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "jina-v5-nano",
+)
+# Expressions, each splitting the pieces that the one before has left, and the values of
+# tokenizer.ggml.pre that llama.cpp maps to them.
+_EXPRESSIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    ((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), ("default", "")),
+    (
+        (_GPT2,),
+        (
+            *("gpt-2", "phi-2", "olmo", "mpt", "jais", "jina-es", "jina-de", "jina-v2-es"),
+            *("jina-v2-de", "gigachat", "a.x-4.0", "mellum", "modern-bert", "exaone4", "trillion"),
+            "granite-docling",
+        ),
+    ),
+    (
+        (r"\p{N}", _GPT2),
+        (
+            *("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"),
+            "mellum2",
+        ),
+    ),
+    (
+        (_QWEN2,),
+        (
+            *("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "kormo", "f2llmv2", "hunyuan"),
+            "solar-open",
+        ),
+    ),
+    ((_LLAMA3,), (*_WHOLE_WORDS_AND_BOS, "dbrx", "smaug-bpe", "glm4", "chatglm-bpe")),
+)
+_PRE_TOKENIZERS = {name: expressions for expressions, names in _EXPRESSIONS for name in names}
 
 
 class Tokenizer:
@@ -103,36 +118,34 @@ class Tokenizer:
         Warns, once for a file, of what makes its ids other than the model's.
 
         Raises:
-          ValueError: a missing key, a duplicate token, lists of different lengths.
+          ValueError: a key is missing or of another type, a token stands twice, a list is short.
           NotImplementedError: another tokenizer model or pre-tokeniser.
         """
-        metadata = file.metadata
-        model = metadata.get("tokenizer.ggml.model")
+        model = file.read("tokenizer.ggml.model", metadata.text())
         if model not in ("gpt2", "llama"):
             raise NotImplementedError(
                 f"{file.paths[0]}: tokenizer.ggml.model is {model!r}; supported are 'gpt2' "
                 "(byte-level BPE) and 'llama' (SentencePiece BPE)"
             )
-        tokens: list[str] = _required(file, "tokenizer.ggml.tokens")
+        tokens = _named_tokens(file.read("tokenizer.ggml.tokens", metadata.texts(least=1)))
         vocabulary = {token: i for i, token in enumerate(tokens)}
         if len(vocabulary) != len(tokens):
             first = next(t for i, t in enumerate(tokens) if vocabulary[t] != i)
             raise ValueError(f"{file.paths[0]}: token {first!r} appears twice, expected once")
-        types: list[int] = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-        _check_length(file, "tokenizer.ggml.token_type", types, len(tokens))
+        types = file.read(
+            "tokenizer.ggml.token_type", metadata.integers(-(2**31)), [1] * len(tokens)
+        )
+        types = _one_each(file, "tokenizer.ggml.token_type", types, len(tokens))
         if model == "llama":
             encode, defaults = _sentencepiece(file, vocabulary, types)
         else:
             encode, defaults = _byte_level(file, vocabulary)
-        ids = {}
-        for role in ROLES:
-            ids[role] = metadata.get(f"tokenizer.ggml.{role}_token_id", defaults.get(role))
-            if ids[role] is not None and not 0 <= ids[role] < len(tokens):
-                raise ValueError(
-                    f"{file.paths[0]}: tokenizer.ggml.{role}_token_id is {ids[role]}, expected an "
-                    f"id below {len(tokens)}"
-                )
-        add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", defaults["add_bos"]))
+        token_id = metadata.integer(0, len(tokens) - 1)
+        ids = {
+            role: file.read(f"tokenizer.ggml.{role}_token_id", token_id, defaults.get(role))
+            for role in ROLES
+        }
+        add_bos = file.read("tokenizer.ggml.add_bos_token", metadata.flag(), defaults["add_bos"])
         if add_bos and ids["bos"] is None:
             raise ValueError(
                 f"{file.paths[0]}: the file wants text to begin with BOS but has no "
@@ -146,7 +159,7 @@ class Tokenizer:
                 "type them so; they are taken as control tokens, as in llama.cpp, and where their "
                 "text stands in a prompt it becomes the token"
             )
-        space_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+        space_prefix = file.read("tokenizer.ggml.add_space_prefix", metadata.flag(), True)
         return cls(
             encode,
             tokens,
@@ -154,7 +167,7 @@ class Tokenizer:
             ids,
             special.eog_ids,
             sentencepiece=model == "llama",
-            space_prefix=model == "llama" and bool(space_prefix),
+            space_prefix=model == "llama" and space_prefix,
             add_bos=add_bos,
         )
 
@@ -267,22 +280,19 @@ class Tokenizer:
             after_special = kind_special
 
 
-def _required(file: GGUFFile, key: str) -> Any:
-    value = file.metadata.get(key)
-    if not value:
-        raise ValueError(
-            f"{file.paths[0]}: metadata key {key} is missing, expected a list; convert the model "
-            "again with a current llama.cpp"
-        )
-    return value
+def _named_tokens(tokens: list[str]) -> list[str]:
+    """Empty tokens get the names that llama.cpp gives them, so that several can be told apart."""
+    return [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
 
 
-def _check_length(file: GGUFFile, key: str, values: list, wanted: int) -> None:
-    if len(values) != wanted:
+def _one_each(file: GGUFFile, key: str, values: list[T], wanted: int) -> list[T]:
+    """One value for each token; more are left out, as llama.cpp does."""
+    if len(values) < wanted:
         raise ValueError(
             f"{file.paths[0]}: {key} has {len(values)} entries, expected one for each of the "
             f"{wanted} tokens"
         )
+    return values[:wanted]
 
 
 @functools.cache
@@ -299,7 +309,7 @@ def _byte_level(
     file: GGUFFile, vocabulary: dict[str, int]
 ) -> tuple[Callable[[str], list[int]], dict[str, Any]]:
     """Byte-level BPE behind the pre-tokeniser of the file, and what such files default to."""
-    pre = file.metadata.get("tokenizer.ggml.pre", "")
+    pre = file.read("tokenizer.ggml.pre", metadata.text(), "")
     if not pre:
         _warn(
             f"{file.paths[0]}: tokenizer.ggml.pre is missing, so text is split by llama.cpp's "
@@ -310,11 +320,14 @@ def _byte_level(
     if pre not in _PRE_TOKENIZERS:
         raise NotImplementedError(
             f"{file.paths[0]}: tokenizer.ggml.pre is {pre!r}; supported are "
-            f"{', '.join(_PRE_TOKENIZERS)}"
+            f"{', '.join(filter(None, _PRE_TOKENIZERS))}"
         )
-    merges = _required(file, "tokenizer.ggml.merges")
-    # From the second character on: the left part may itself be a space.
-    pairs = [(m[:cut], m[cut + 1 :]) for m in merges if (cut := m.find(" ", 1)) > 0]
+    merges = file.read("tokenizer.ggml.merges", metadata.texts())
+    # From the second character on: the left part may itself be a space. Of equal merges the first
+    # rank counts, as in llama.cpp; the library would take the last.
+    pairs = list(
+        dict.fromkeys((m[:cut], m[cut + 1 :]) for m in merges if (cut := m.find(" ", 1)) > 0)
+    )
     for left, right in pairs:
         if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
             raise ValueError(
@@ -333,8 +346,8 @@ def _sentencepiece(
     file: GGUFFile, vocabulary: dict[str, int], types: list[int]
 ) -> tuple[Callable[[str], list[int]], dict[str, Any]]:
     """SentencePiece BPE by the file's scores, and what such files default to."""
-    scores = _required(file, "tokenizer.ggml.scores")
-    _check_length(file, "tokenizer.ggml.scores", scores, len(vocabulary))
+    scores = file.read("tokenizer.ggml.scores", metadata.numbers(), [0.0] * len(vocabulary))
+    scores = _one_each(file, "tokenizer.ggml.scores", scores, len(vocabulary))
     of_text = Counter(s for s, kind in zip(scores, types, strict=True) if kind == TokenType.NORMAL)
     if len(of_text) == 1 and of_text.total() > 1:
         _warn(
@@ -346,7 +359,8 @@ def _sentencepiece(
         encoder = SentencePieceBPE(vocabulary, scores)
     except ValueError as error:
         raise ValueError(f"{file.paths[0]}: {error}; convert the model again") from None
-    return encoder.encode, {"bos": 1, "eos": 2, "add_bos": True}
+    default_ids = {role: i for role, i in (("bos", 1), ("eos", 2)) if i < len(vocabulary)}
+    return encoder.encode, {**default_ids, "add_bos": True}
 
 
 def _token_bytes(
@@ -363,8 +377,8 @@ def _token_bytes(
     def convert(token: str, kind: int) -> bytes:
         if _is_special(kind):
             return token.encode()
-        if kind == TokenType.BYTE:
-            return bytes([int(token[3:5], 16)])  # <0x0A>
+        if kind == TokenType.BYTE and (byte := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
         return b"" if kind == TokenType.UNUSED else plain(token)
 
     pairs = zip(tokens, token_types, strict=True)
