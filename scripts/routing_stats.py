@@ -51,8 +51,8 @@ def main(_):
         else reference.held_out_texts("calibration")
     )
     tokenizer = model.tokenizer()
-    windows = cut_windows(tokenizer, texts, wanted.windows, wanted.context, wanted.seed)
-    found = calibrate(Engine(model, store), windows, "routing", Path(wanted.out))
+    windows = cut_windows(tokenizer, texts, _WINDOWS.value, _CONTEXT.value, _SEED.value)
+    found = calibrate(Engine(model, store), windows, "routing", Path(_OUT.value))
     print(f"{found.tokens} tokens; {sum(slots.values())} experts in {budget_bytes / 2**20:g} MiB")
     print(table(found.selections_LE, store, slots))
 
