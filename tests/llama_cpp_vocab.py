@@ -1,4 +1,4 @@
-"""llama.cpp's tokenizer of a GGUF file, through ctypes on the `xllamacpp` wheel: no test is here."""
+"""llama.cpp's tokenizer of a GGUF file, through ctypes on the wheel `xllamacpp`; no tests."""
 
 import ctypes as C
 import importlib.util
