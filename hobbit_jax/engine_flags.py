@@ -20,6 +20,7 @@ from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import DEFAULT_POLICY, POLICIES
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare, low_share
 from hobbit_jax.cache.warm_start import WarmStart
+from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
@@ -160,6 +161,8 @@ class EngineFlags:
             )
             for name in names
         }
+        if "low_format" in names:
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["cache_dir"])
 
     def value(self, name: str) -> Any:
         """The value of a flag."""
@@ -239,7 +242,7 @@ class EngineFlags:
                 raise ValueError("--pin_share needs a --profile, which says what to pin")
             return None
         folder = cli.input_folder("profile", profile)
-        return WarmStart(Calibration.load(folder, file.sha256()).selections_LE, pin_share)
+        return WarmStart(Calibration.load(folder, file).selections_LE, pin_share)
 
     def record(self) -> dict[str, Any]:
         """The flags' values, for JSON."""
@@ -248,4 +251,4 @@ class EngineFlags:
 
 def low_experts(model: LoadedModel, low_format: str) -> GGUFFile:
     """Every expert of `model` in `low_format`, from the cache folder or made anew."""
-    return open_tier(model.file, model.config, TierSpec(low_format), Path("out/tiers"))
+    return open_tier(model.file, model.config, TierSpec(low_format), low_precision_folder())

@@ -6,7 +6,8 @@
 
 Text goes to stdout, the report to stderr; --json prints both as one object on stdout. Without
 --budget_mib every expert is loaded before the first token. Several --devices divide the experts;
-each has a pool of --budget_mib and all the rest of the model. Low-precision experts are made once.
+each has a pool of --budget_mib and all the rest of the model. Low-precision experts are made once,
+in --cache_dir. A --profile is what scripts/routing_stats.py writes.
 Rates are those of a warm program: the time that went into compiling stands on a line of its own.
 """
 

@@ -120,10 +120,10 @@ def test_sampling_edges():
         with pytest.raises(ValueError, match=r"temperature is .*want 0 \(greedy\) to 1e\+06"):
             Sampling(**bad)
     for bad in (float("nan"), 0.0, 1.1, -1.0):
-        with pytest.raises(ValueError, match="top_p is .*want 0 < top_p <= 1"):
+        with pytest.raises(ValueError, match=r"top_p is .*want 0 < top_p <= 1"):
             Sampling(1.0, bad)
     for bad in (-1, 2**63):
-        with pytest.raises(ValueError, match="seed is .*want 0 to 9223372036854775807"):
+        with pytest.raises(ValueError, match=r"seed is .*want 0 to 9223372036854775807"):
             Sampling(1.0, seed=bad)
 
 
