@@ -1,7 +1,8 @@
-"""Weights that are NaN or infinite end a run with one line that names where they stand."""
+"""Logits that are not finite end a run with one line that names the place; edges of sampling."""
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -15,19 +16,30 @@ from hobbit_jax.inference.sampling import Sampling, sample, seed_key
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import write_gguf
 
-MODEL = tiny_models.MODELS["olmoe"]  # layer 0 has experts in blocks, layer 1 in floats
+# All of floats, so that any weight can be as large as a float gets.
+MODEL = replace(tiny_models.MODELS["olmoe"], experts=(("F32",) * 3,) * 2, dense=("F32",) * 7)
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def poison(path: Path, **rows: int | None) -> Path:
-    """The tiny model with ones in every bit (a NaN in each format) of some tensors, or of a row."""
+def poison(path: Path, huge: str | None = None, spike: int | None = None) -> Path:
+    """The tiny model with finite weights whose products overflow (NaN is refused when it is read).
+
+    Args:
+        path: where it is written.
+        huge: tensor all of whose weights are huge.
+        spike: token that alone meets huge weights, in the values of the first layer.
+    """
     entries = []
     for name, (format, shape, raw) in tiny_models._tensors(MODEL).items():
-        key = name.removesuffix(".weight").replace(".", "_")
-        if key in rows:
-            raw = raw.copy()
-            raw[() if rows[key] is None else rows[key]] = 0xFF
-        entries.append((name, format, shape, raw))
+        weights = raw.copy().view(np.float32)
+        if name == f"{huge}.weight":
+            weights[:] = 3e38
+        if spike is not None and name == "token_embd.weight":
+            weights[:, 0] = 0
+            weights[spike, 0] = 1e6  # 16 after the norm
+        if spike is not None and name == "blk.0.attn_v.weight":
+            weights[:, 0] = 1e38
+        entries.append((name, format, shape, weights.view(np.uint8)))
     write_gguf(path, tiny_models._metadata(MODEL), entries)
     return path
 
@@ -40,15 +52,15 @@ def engine_of(path: Path, budget_bytes: int | None = None) -> Engine:
 @pytest.mark.parametrize(
     ("tensor", "place"),
     [
-        ("token_embd", "the token embedding"),
-        ("blk_0_ffn_gate_exps", "the experts of layer 0"),
-        ("blk_1_attn_v", "the attention of layer 1"),
-        ("blk_1_ffn_down_exps", "the experts of layer 1"),
+        ("blk.0.ffn_gate_exps", "the experts of layer 0"),
+        ("blk.1.attn_v", "the attention of layer 1"),
+        ("blk.1.ffn_gate_inp", "the experts of layer 1"),
+        ("blk.1.ffn_down_exps", "the experts of layer 1"),
         ("output", "the output norm or the output matrix"),
     ],
 )
 def test_the_part_is_named(tmp_path, tensor, place):
-    engine = engine_of(poison(tmp_path / "m.gguf", **{tensor: None}), 3 << 20)
+    engine = engine_of(poison(tmp_path / "m.gguf", tensor), 8 << 20)
     ids_BT = tiny_models.tokens(MODEL, 40).reshape(2, 20)
     for call in (
         lambda: engine.score(ids_BT),
@@ -60,17 +72,17 @@ def test_the_part_is_named(tmp_path, tensor, place):
 
 def test_the_token_is_named_whatever_comes_after_it(tmp_path):
     """One row of the embedding: only its token is damaged, and by attention all later ones."""
-    engine = engine_of(poison(tmp_path / "m.gguf", token_embd=77))
+    engine = engine_of(poison(tmp_path / "m.gguf", spike=77))
     ids_BT = np.full((3, 40), 5, np.int32)
     assert np.isfinite(np.asarray(engine.score(ids_BT))).all()
     ids_BT[1, 35] = ids_BT[2, 21] = 77
-    with pytest.raises(ValueError, match=r"the token embedding \(token 21 of sequence 2\)"):
+    with pytest.raises(ValueError, match=r"the attention of layer 0 \(token 21 of sequence 2\)"):
         engine.score(ids_BT)
     # A sequence that has ended is nobody's business.
     engine.start(2, 8)
     engine.prefill([[5], [6, 7]])
     engine.decode(np.array([5, 77]), np.array([True, False]))
-    with pytest.raises(ValueError, match=r"the token embedding \(token 2 of sequence 0\)"):
+    with pytest.raises(ValueError, match=r"the attention of layer 0 \(token 2 of sequence 0\)"):
         engine.decode(np.array([77, 8]))
     with pytest.raises(RuntimeError, match="call start first"):
         engine.decode(np.array([5, 8]))
@@ -79,10 +91,10 @@ def test_the_token_is_named_whatever_comes_after_it(tmp_path):
 @pytest.mark.parametrize("tokens_per_call", [1, 4])
 def test_a_generation_ends_at_the_first_token_that_cannot_be_drawn(tmp_path, tokens_per_call):
     """What is drawn is fed next; the damage shows in the middle of a call of several tokens."""
-    whole = engine_of(poison(tmp_path / "whole.gguf"))
+    whole = engine_of(poison(tmp_path / "whole.gguf", spike=257))
     drawn = [int(ids_B[0]) for ids_B, _ in whole.generate([[5, 6]], 8)]
     target = next(n for n, token in enumerate(drawn) if token not in (5, 6, *drawn[:n]) and n)
-    engine = engine_of(poison(tmp_path / "m.gguf", token_embd=drawn[target]))
+    engine = engine_of(poison(tmp_path / "m.gguf", spike=drawn[target]))
     seen = []
     with pytest.raises(ValueError, match=rf"\(token {2 + target} of sequence 0\)"):
         for ids_B, _ in engine.generate([[5, 6]], 8, tokens_per_call=tokens_per_call):
@@ -91,7 +103,7 @@ def test_a_generation_ends_at_the_first_token_that_cannot_be_drawn(tmp_path, tok
 
 
 def test_generate_script(tmp_path):
-    path = poison(tmp_path / "m.gguf", blk_1_ffn_up_exps=None)
+    path = poison(tmp_path / "m.gguf", "blk.1.ffn_up_exps")
     done = subprocess.run(
         [sys.executable, "scripts/generate.py", f"--model={path}", "--prompt=ab"],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=300,

@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax import reference
+from hobbit_jax.cache.policies import DEFAULT_POLICY
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
@@ -65,6 +66,7 @@ class Request:
         text: held-out text; None is the shipped one.
         budget_bytes: of our expert pool, and of llama.cpp's experts on a GPU; None is all of them.
         implementation: of our matrix products; None is the device's fastest.
+        policy: of our cache.
         torch_mode: of `pytorch.MODES`; None is its default for the device.
         windows, context: scored for agreement.
         turns, prompt_tokens, decode_tokens: timed; one more row warms up.
@@ -83,6 +85,7 @@ class Request:
     prompt_tokens: int
     decode_tokens: int
     threads: int
+    policy: str = DEFAULT_POLICY
 
 
 def compare_model(request: Request) -> dict[str, Any]:
@@ -113,7 +116,14 @@ def compare_model(request: Request) -> dict[str, Any]:
     shared = {"model": str(request.model), "context": longest}
     budget = {"budget_bytes": request.budget_bytes}
     ours = SideSpec(
-        OURS, {**shared, **budget, "implementation": request.implementation}, request.threads
+        OURS,
+        {
+            **shared,
+            **budget,
+            "implementation": request.implementation,
+            "policy": request.policy,
+        },
+        request.threads,
     )
     options = {"mode": request.torch_mode} if request.peer == "torch" else budget
     peer = SideSpec(factory, {**shared, **options}, request.threads)

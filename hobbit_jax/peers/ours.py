@@ -28,10 +28,12 @@ class Ours:
         context: int,
         budget_bytes: int | None,
         implementation: Implementation,
+        policy: str,
     ):
         del threads  # XLA takes the cores that this process may use
         loaded = load_model(model, implementation)
-        self._engine = Engine(loaded, HostExperts(loaded.config, loaded.file), budget_bytes)
+        store = HostExperts(loaded.config, loaded.file)
+        self._engine = Engine(loaded, store, budget_bytes, policy=policy)
         self._context = context
         self._decode_hits = self._decode_uses = 0
 
