@@ -119,7 +119,7 @@ def main(_):
     rows = []
     importances = (None, np.random.default_rng(1).lognormal(0.0, 1.5, K).astype(np.float32))
     cases = [(f, d, i) for f in FORMATS for d in data().items() for i in importances]
-    for format, (name, weights_NK), importance_K in tqdm(cases):
+    for format, (name, weights_NK), importance_K in tqdm(cases, disable=None):
         weighted = None if importance_K is None else importance_K[: weights_NK.shape[1]]
         found = measure(weights_NK, format, weighted)
         rows.append({"format": format, "data": name, "weighted": weighted is not None, **found})

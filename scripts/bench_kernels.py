@@ -83,14 +83,16 @@ def check_flags() -> None:
 def main(_) -> int:
     check_flags()
     if _TUNE.value:
-        tuning.tune(_FORMATS.value, _SHAPES.value, functools.partial(tqdm, desc="tuning"))
+        tuning.tune(
+            _FORMATS.value, _SHAPES.value, functools.partial(tqdm, desc="tuning", disable=None)
+        )
     record = {"machine": machine(), "copy_gb_s": bench.copy_gb_s()}
     record |= {"bf16_tflop_s": bench.bf16_tflop_s(), "rows": []}
     print(f"copy {record['copy_gb_s']:.0f} GB/s, bfloat16 {record['bf16_tflop_s']:.1f} TFLOP/s")
     wanted = cases()
     with ThreadPoolExecutor(8 if ON_GPU else 1) as pool:  # XLA compiles outside the GIL
         futures = [pool.submit(bench.prepare, case) for case in wanted]
-        for case, future in zip(tqdm(wanted, desc="cases"), futures, strict=True):
+        for case, future in zip(tqdm(wanted, desc="cases", disable=None), futures, strict=True):
             try:
                 row = bench.measure(future.result(), _SECONDS.value)
             except Exception as error:

@@ -112,7 +112,7 @@ def main(_) -> int:
     ptxas = ahead_of_time.check_toolchain()
     rows, failures = [], []
     cases = list(itertools.product(_TARGETS.value, _FORMATS.value, map(int, _MEAN_ROWS.value)))
-    for target_name, name, mean_rows in tqdm(cases, desc="kernels"):
+    for target_name, name, mean_rows in tqdm(cases, desc="kernels", disable=None):
         target = ahead_of_time.TARGETS[target_name]
         case = {"target": target_name, "format": name, "mean_rows": mean_rows}
         try:

@@ -70,19 +70,18 @@ def test_the_part_is_named(tmp_path, tensor, place):
             call()
 
 
-def test_the_token_is_named_whatever_comes_after_it(tmp_path):
-    """One row of the embedding: only its token is damaged, and by attention all later ones."""
+def test_only_what_is_fed_counts(tmp_path):
+    """Only one token meets the damage; before it, and in a sequence that has ended, all is well."""
     engine = engine_of(poison(tmp_path / "m.gguf", spike=77))
     ids_BT = np.full((3, 40), 5, np.int32)
     assert np.isfinite(np.asarray(engine.score(ids_BT))).all()
-    ids_BT[1, 35] = ids_BT[2, 21] = 77
-    with pytest.raises(ValueError, match=r"the attention of layer 0 \(token 21 of sequence 2\)"):
+    ids_BT[2, 31] = 77
+    with pytest.raises(ValueError, match="begins in the attention of layer 0;"):
         engine.score(ids_BT)
-    # A sequence that has ended is nobody's business.
     engine.start(2, 8)
     engine.prefill([[5], [6, 7]])
     engine.decode(np.array([5, 77]), np.array([True, False]))
-    with pytest.raises(ValueError, match=r"the attention of layer 0 \(token 2 of sequence 0\)"):
+    with pytest.raises(ValueError, match="begins in the attention of layer 0;"):
         engine.decode(np.array([77, 8]))
     with pytest.raises(RuntimeError, match="call start first"):
         engine.decode(np.array([5, 8]))
@@ -96,7 +95,7 @@ def test_a_generation_ends_at_the_first_token_that_cannot_be_drawn(tmp_path, tok
     target = next(n for n, token in enumerate(drawn) if token not in (5, 6, *drawn[:n]) and n)
     engine = engine_of(poison(tmp_path / "m.gguf", spike=drawn[target]))
     seen = []
-    with pytest.raises(ValueError, match=rf"\(token {2 + target} of sequence 0\)"):
+    with pytest.raises(ValueError, match="begins in the attention of layer 0;"):
         for ids_B, _ in engine.generate([[5, 6]], 8, tokens_per_call=tokens_per_call):
             seen.append(int(ids_B[0]))
     assert seen == drawn[: len(seen)] and len(seen) <= target + 1
@@ -105,12 +104,12 @@ def test_a_generation_ends_at_the_first_token_that_cannot_be_drawn(tmp_path, tok
 def test_generate_script(tmp_path):
     path = poison(tmp_path / "m.gguf", "blk.1.ffn_up_exps")
     done = subprocess.run(
-        [sys.executable, "scripts/generate.py", f"--model={path}", "--prompt=ab"],
+        [sys.executable, "scripts/generate.py", f"--model={path}", "--prompt=ab", "--max_new_tokens=4"],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: the logits are not finite: ")
-    assert "the experts of layer 1 (token 0 of" in done.stderr and done.stderr.count("\n") == 1
+    assert "begins in the experts of layer 1;" in done.stderr and done.stderr.count("\n") == 1
 
 
 def drawn(logits_BV: jax.Array, sampling: Sampling) -> np.ndarray:

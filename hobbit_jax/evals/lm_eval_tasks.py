@@ -232,7 +232,7 @@ def _humaneval_scoring(target_template: str, progress: bool) -> dict[str, Any]:
             total=len(docs),
             desc="running programs",
             unit="problem",
-            disable=not progress,
+            disable=None if progress else True,
         )
         return [[run_one(completion, doc) for completion in attempts] for attempts, doc in pairs]
 

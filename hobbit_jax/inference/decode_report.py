@@ -46,7 +46,7 @@ def pack(
     log_IAf: jax.Array,
 ) -> jax.Array:
     """All of a report in one array, int32; see `Report`."""
-    head_5 = jnp.stack([steps, layer, blocked, finite, logged]).astype(jnp.int32)
+    head_5 = jnp.stack([a.astype(jnp.int32) for a in (steps, layer, blocked, finite, logged)])
     parts = [head_5, tokens_NB.reshape(-1), ahead_P2A.reshape(-1), log_IAf.reshape(-1)]
     return jnp.concatenate(parts)
 

@@ -25,8 +25,8 @@ def finite_BT(x_BTD: jax.Array) -> jax.Array:
 def describe(prefill: Prefill, caches: KVCache, ids: Sequence[Sequence[int]], chunk: int) -> str:
     """One line that names the part of the model where NaN or infinity began.
 
-    Attention hands them on to later tokens, so what counts is the first token that has any, and
-    then the first part of the model.
+    The token is not named: attention multiplies what is masked by 0, and so hands NaN to all tokens
+    of a chunk.
 
     Args:
         prefill: runs the layers.
@@ -38,30 +38,25 @@ def describe(prefill: Prefill, caches: KVCache, ids: Sequence[Sequence[int]], ch
     ids_BT = np.zeros((len(ids), int(lengths_B.max())), np.int32)
     for row, sequence in enumerate(ids):
         ids_BT[row, : len(sequence)] = sequence
+    places: list[str] = []  # that have any, in the order in which the model runs
     for start in range(0, ids_BT.shape[1], chunk):
         part_BT = pad_tokens(ids_BT[:, start : start + chunk], chunk)
         n_new_B = np.clip(lengths_B - start, 0, chunk).astype(np.int32)
         valid_BT = np.arange(part_BT.shape[1]) < n_new_B[:, None]
-        place_of: dict[int, tuple[int, str]] = {}  # by token, the first place of any sequence
 
-        def look(part: Part, layer: int, x_BTD: jax.Array, valid_BT=valid_BT, place_of=place_of):
-            place = "the token embedding" if part == "embedding" else f"the {part} of layer {layer}"
-            for row, token in np.argwhere(~np.asarray(finite_BT(x_BTD)) & valid_BT).tolist():
-                place_of.setdefault(token, (row, place))
+        def look(part: Part, layer: int, x_BTD: jax.Array, valid_BT=valid_BT) -> None:
+            if not np.asarray(finite_BT(x_BTD))[valid_BT].all():
+                embeds = part == "embedding"
+                places.append("the token embedding" if embeds else f"the {part} of layer {layer}")
 
         done_B = np.clip(lengths_B, 0, start).astype(np.int32)
         _, caches = prefill.append(
             caches, part_BT, done_B, n_new_B, 0, lambda routed, selections: None, look
         )
-        if place_of:
-            token = min(place_of)
-            row, place = place_of[token]
-            return _sentence(place, f" (token {start + token} of sequence {row})")
-    return _sentence("the output norm or the output matrix", "")
-
-
-def _sentence(place: str, where: str) -> str:
+        if places:
+            break
+    place = places[0] if places else "the output norm or the output matrix"
     return (
-        f"the logits are not finite: NaN or infinity begins in {place}{where}; the weights there "
-        "are damaged, or their products overflow: compare the file with its publisher's checksum"
+        f"the logits are not finite: NaN or infinity begins in {place}; the weights there are "
+        "damaged, or their products overflow: compare the file with its publisher's checksum"
     )

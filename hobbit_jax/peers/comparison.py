@@ -193,7 +193,7 @@ def _agreement(own: Child, other: Child, windows_WS: np.ndarray) -> dict[str, An
     meter = AgreementMeter()
     with tempfile.TemporaryDirectory() as directory:
         passing = Path(directory) / "logits"
-        for ids_S in tqdm(windows_WS, desc="logits", unit="window", leave=False):
+        for ids_S in tqdm(windows_WS, desc="logits", unit="window", leave=False, disable=None):
             ours_TV = own.score(ids_S[:-1], passing)
             peer_TV = other.score(ids_S[:-1], passing)
             meter.add(ours_TV, peer_TV, ids_S[1:])
@@ -202,7 +202,9 @@ def _agreement(own: Child, other: Child, windows_WS: np.ndarray) -> dict[str, An
 
 def _speed(own: Child, other: Child, rows_RS: np.ndarray, prompt_tokens: int) -> dict[str, Any]:
     turns: dict[Child, list[dict[str, Any]]] = {own: [], other: []}
-    for number, ids_S in enumerate(tqdm(rows_RS, desc="turns", unit="row", leave=False)):
+    for number, ids_S in enumerate(
+        tqdm(rows_RS, desc="turns", unit="row", leave=False, disable=None)
+    ):
         for side in (own, other) if number % 2 else (other, own):
             turns[side].append(side.turn(ids_S, prompt_tokens))
     decoded = rows_RS.shape[1] - prompt_tokens
