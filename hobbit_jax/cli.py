@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from hobbit_jax import config_overrides
+
 BAD_INPUT_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells count
 MAX_COUNT = 2**31 - 1  # of tokens, windows and the like: what JAX indexes by
@@ -57,9 +59,10 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
+        config_overrides.check(argv)
         rest = flags.FLAGS(list(argv))
-    except (flags.Error, AttributeError) as error:  # the latter: an unknown --config.field
-        _fail(error)
+    except (flags.Error, ValueError, AttributeError, LookupError, TypeError) as error:
+        _fail(error)  # all but the first two are ml_collections' words for a config that is none
     except SystemExit:  # by --help and its kin alone, which absl ends with status 1
         sys.exit(0)
     if flags.FLAGS["verbosity"].using_default_value:

@@ -103,8 +103,9 @@ def test_a_generation_ends_at_the_first_token_that_cannot_be_drawn(tmp_path, tok
 
 def test_generate_script(tmp_path):
     path = poison(tmp_path / "m.gguf", "blk.1.ffn_up_exps")
+    flags = (f"--model={path}", "--prompt=ab", "--max_new_tokens=4")
     done = subprocess.run(
-        [sys.executable, "scripts/generate.py", f"--model={path}", "--prompt=ab", "--max_new_tokens=4"],
+        [sys.executable, "scripts/generate.py", *flags],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
