@@ -11,13 +11,8 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hobbit_jax.model_file.gguf_file import (
-    SUPPORTED_TYPES,
-    TensorInfo,
-    check_finite_scales,
-    open_gguf,
-    write_gguf,
-)
+from hobbit_jax.model_file.gguf_file import TensorInfo, check_finite_scales, open_gguf, write_gguf
+from hobbit_jax.model_file.gguf_header import SUPPORTED_TYPES
 
 METADATA = {
     "general.architecture": "qwen3moe",
@@ -202,7 +197,7 @@ def test_what_is_no_gguf_file(tmp_path, small):
     assert "directory" in refused(tmp_path)
     path.write_bytes(b"")
     assert "empty" in refused(path)
-    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    path.write_bytes(b"\x12\x34\x56\x78" + bytes(100))
     assert "expected b'GGUF'" in refused(path)
     path.write_bytes(data[:4] + struct.pack("<I", 1) + data[8:])
     assert "version 1; supported are 2 and 3" in refused(path, NotImplementedError)
