@@ -356,13 +356,14 @@ def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     for name in unknown:
         for pattern, what in _REFUSED_TENSORS:
             if re.fullmatch(pattern, name):
-                raise NotImplementedError(f"{path}: tensor {name!r} means {what}")
+                raise NotImplementedError(f"{path}: tensor {shown(name)} means {what}")
     # A foreign tensor is reported before a missing one: it says more about what the file is.
     foreign = sorted(unknown)
     if foreign:
         raise NotImplementedError(
-            f"{path}: tensor {foreign[0]!r} is no part of {config.arch} with {config.n_layers} "
-            f"layers as we compute it; supported roles are {', '.join(_layer_shapes(config))}"
+            f"{path}: tensor {shown(foreign[0])} is no part of {config.arch} with "
+            f"{config.n_layers} layers as we compute it; supported roles are "
+            f"{', '.join(_layer_shapes(config))}"
         )
     for name, shape in wanted.items():
         if name not in file.tensors:

@@ -26,7 +26,7 @@ from hobbit_jax.model_file import gguf_header
 from hobbit_jax.model_file import metadata as checked
 from hobbit_jax.model_file.gguf_header import FieldType
 from hobbit_jax.model_file.gguf_writer import write_gguf
-from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required, integer
+from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required, integer, shown
 from hobbit_jax.model_file.other_files import (
     START_BYTES,
     describe_piece,
@@ -285,8 +285,8 @@ def _join_parts(paths: list[Path], opened: GGUFFile) -> GGUFFile:
         repeated = tensors.keys() & part.tensors.keys()
         if repeated:
             raise ValueError(
-                f"{path}: repeats tensor {min(repeated)!r} of an earlier part, expected each once: "
-                "a part of another split; download the parts together"
+                f"{path}: repeats tensor {shown(min(repeated))} of an earlier part, expected each "
+                "once: a part of another split; download the parts together"
             )
         tensors |= part.tensors
         parts.append(part)

@@ -116,14 +116,16 @@ class Tokenizer:
         model = file.read("tokenizer.ggml.model", metadata.text())
         if model not in ("gpt2", "llama"):
             raise NotImplementedError(
-                f"{file.paths[0]}: tokenizer.ggml.model is {model!r}; supported are 'gpt2' "
-                "(byte-level BPE) and 'llama' (SentencePiece BPE)"
+                f"{file.paths[0]}: tokenizer.ggml.model is {metadata.shown(model)}; supported are "
+                "'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)"
             )
         tokens = _named_tokens(file.read("tokenizer.ggml.tokens", metadata.texts(least=1)))
         vocabulary = {token: i for i, token in enumerate(tokens)}
         if len(vocabulary) != len(tokens):
             first = next(t for i, t in enumerate(tokens) if vocabulary[t] != i)
-            raise ValueError(f"{file.paths[0]}: token {first!r} appears twice, expected once")
+            raise ValueError(
+                f"{file.paths[0]}: token {metadata.shown(first)} appears twice, expected once"
+            )
         token_types = file.read(
             "tokenizer.ggml.token_type", metadata.integers(-(2**31)), [_NORMAL] * len(tokens)
         )
@@ -283,7 +285,7 @@ def _byte_level_library(
     """Byte-level BPE behind the pre-tokeniser that the file names."""
     if pre not in _PRE_TOKENIZERS:
         raise NotImplementedError(
-            f"{file.paths[0]}: tokenizer.ggml.pre is {pre!r}; supported are "
+            f"{file.paths[0]}: tokenizer.ggml.pre is {metadata.shown(pre)}; supported are "
             f"{', '.join(filter(None, _PRE_TOKENIZERS))}"
         )
     # From the second character on: the left part may itself be a space. Of equal merges the first
@@ -294,8 +296,8 @@ def _byte_level_library(
     for left, right in pairs:
         if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
             raise ValueError(
-                f"{file.paths[0]}: merge {left + ' ' + right!r} uses a token outside the "
-                "vocabulary, expected all three inside; convert the model again"
+                f"{file.paths[0]}: merge {metadata.shown(left + ' ' + right)} uses a token outside "
+                "the vocabulary, expected all three inside; convert the model again"
             )
     whole_words = pre in _WHOLE_WORDS_AND_BOS
     library = _LibraryTokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole_words))
