@@ -33,6 +33,7 @@ from hobbit_jax.model_file.other_files import (
     describe_start,
     refuse_path,
 )
+from pallas_kernels.formats import FORMATS
 
 __all__ = [
     "FieldType",
@@ -57,7 +58,7 @@ class TensorInfo:
     """One tensor of a file: what it is, and its bytes as they lie on disk."""
 
     name: str
-    format: str  # one of SUPPORTED_TYPES
+    format: str  # a key of `pallas_kernels.formats.FORMATS`
     shape: tuple[int, ...]  # row-major, (E, F, D) for ffn_gate_exps; the last axis is one row
     raw: np.ndarray  # uint8 [*shape[:-1], row_bytes], a read-only view into the memory map
 
@@ -202,9 +203,8 @@ def check_finite_scales(tensor: TensorInfo) -> None:
     for start in range(0, len(raw), step):
         rows = raw[start : start + step]
         blocks = rows.reshape(len(rows), -1, block_bytes)
-        for offset, dtype, mask in _SCALE_FIELDS[tensor.format]:
-            width = np.dtype(dtype).itemsize
-            field = np.ascontiguousarray(blocks[:, :, offset : offset + width]).view(dtype)
+        for offset, bits, mask in FORMATS[tensor.format].float_fields:
+            field = np.ascontiguousarray(blocks[:, :, offset : offset + bits.itemsize]).view(bits)
             bad = ((field & mask) == mask).reshape(len(rows), -1)
             if bad.any():
                 row, block = (int(i[0]) for i in np.nonzero(bad))
@@ -322,26 +322,3 @@ def _sha256(stamps: tuple[FileStamp, ...]) -> str:
             while chunk := file.read(4 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-# Where a block keeps what can be non-finite: (byte offset, unsigned type, exponent mask); a
-# value is NaN or infinite when all bits of the mask are set. Offsets: block_* in ggml-common.h.
-_F16 = ("<u2", 0x7C00)
-_SCALE_FIELDS: dict[str, tuple[tuple[int, str, int], ...]] = {
-    "F32": ((0, "<u4", 0x7F800000),),
-    "F16": ((0, *_F16),),
-    "BF16": ((0, "<u2", 0x7F80),),
-    "Q8_0": ((0, *_F16),),
-    "Q4_0": ((0, *_F16),),
-    "Q4_1": ((0, *_F16), (2, *_F16)),
-    "Q5_0": ((0, *_F16),),
-    "Q5_1": ((0, *_F16), (2, *_F16)),
-    "Q2_K": ((80, *_F16), (82, *_F16)),
-    "Q3_K": ((108, *_F16),),
-    "Q4_K": ((0, *_F16), (2, *_F16)),
-    "Q5_K": ((0, *_F16), (2, *_F16)),
-    "Q6_K": ((208, *_F16),),
-    "IQ4_NL": ((0, *_F16),),
-    "IQ4_XS": ((0, *_F16),),
-    "MXFP4": ((0, "u1", 0xFF),),
-}

@@ -21,25 +21,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from hobbit_jax.model_file.metadata import shown
-
-SUPPORTED_TYPES = (
-    "F32",
-    "F16",
-    "BF16",
-    "Q8_0",
-    "Q4_0",
-    "Q4_1",
-    "Q5_0",
-    "Q5_1",
-    "Q2_K",
-    "Q3_K",
-    "Q4_K",
-    "Q5_K",
-    "Q6_K",
-    "IQ4_NL",
-    "IQ4_XS",
-    "MXFP4",
-)
+from pallas_kernels.formats import FORMATS
 
 # (type, element type of an array or None), as in the file: llama.cpp refuses a key of another type.
 FieldType = tuple[GGUFValueType, GGUFValueType | None]
@@ -72,7 +54,7 @@ _LEAST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # a name without a letter, one axis, ty
 class TensorEntry:
     """One tensor as the header describes it; its bytes lie inside the file."""
 
-    format: str  # one of SUPPORTED_TYPES
+    format: str  # a key of `pallas_kernels.formats.FORMATS`
     shape: tuple[int, ...]  # row-major
     start: int  # byte of the file
     nbytes: int
@@ -128,11 +110,11 @@ def raw_shape(name: str, format: str, shape: tuple[int, ...]) -> tuple[int, ...]
 
     Raises:
         ValueError: rows that are no multiple of the format's blocks.
-        NotImplementedError: a format outside SUPPORTED_TYPES.
+        NotImplementedError: a format outside `pallas_kernels.formats.FORMATS`.
     """
-    if format not in SUPPORTED_TYPES:
+    if format not in FORMATS:
         raise NotImplementedError(
-            f"tensor {shown(name)} has type {format}; supported are {', '.join(SUPPORTED_TYPES)}: "
+            f"tensor {shown(name)} has type {format}; supported are {', '.join(FORMATS)}: "
             "use a file quantised to one of them"
         )
     block_weights, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[format]]

@@ -34,26 +34,6 @@ _VERSION = 3
 Tensor = tuple[str, str, tuple[int, ...], np.ndarray | Callable[[], np.ndarray]]
 
 
-# What llama.cpp calls a file most of whose tensors are of a type (llama-model-loader.cpp); of the
-# mixes of one type, the medium one.
-_FILE_TYPES = {
-    "F32": LlamaFileType.ALL_F32,
-    "F16": LlamaFileType.MOSTLY_F16,
-    "BF16": LlamaFileType.MOSTLY_BF16,
-    "Q4_0": LlamaFileType.MOSTLY_Q4_0,
-    "Q4_1": LlamaFileType.MOSTLY_Q4_1,
-    "Q5_0": LlamaFileType.MOSTLY_Q5_0,
-    "Q5_1": LlamaFileType.MOSTLY_Q5_1,
-    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
-    "Q2_K": LlamaFileType.MOSTLY_Q2_K,
-    "Q3_K": LlamaFileType.MOSTLY_Q3_K_M,
-    "Q4_K": LlamaFileType.MOSTLY_Q4_K_M,
-    "Q5_K": LlamaFileType.MOSTLY_Q5_K_M,
-    "Q6_K": LlamaFileType.MOSTLY_Q6_K,
-    "IQ4_NL": LlamaFileType.MOSTLY_IQ4_NL,
-    "IQ4_XS": LlamaFileType.MOSTLY_IQ4_XS,
-    "MXFP4": LlamaFileType.MOSTLY_MXFP4_MOE,
-}
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # Keys that tell how the weights were made.
 _MADE_BY = ("quantize.", "hobbit.tier.")
@@ -67,9 +47,19 @@ def metadata_of_new_weights(metadata: Mapping[str, Any], format: str) -> dict[st
     """
     kept = {k: v for k, v in metadata.items() if not k.startswith(_MADE_BY)}
     return kept | {
-        "general.file_type": int(_FILE_TYPES[format]),
+        "general.file_type": int(_file_type(format)),
         "general.quantization_version": _QUANTIZATION_VERSION,
     }
+
+
+def _file_type(format: str) -> LlamaFileType:
+    """What llama.cpp calls a file most of whose tensors are of `format`.
+
+    Of the mixes of one type it is the medium one. Source: llama-model-loader.cpp.
+    """
+    names = (f"MOSTLY_{format}", f"MOSTLY_{format}_M", f"MOSTLY_{format}_MOE", f"ALL_{format}")
+    known = LlamaFileType.__members__
+    return next((known[name] for name in names if name in known), LlamaFileType.GUESSED)
 
 
 def write_gguf(
@@ -94,7 +84,7 @@ def write_gguf(
 
     Raises:
       ValueError: a value that has no GGUF type, or a tensor whose bytes contradict its shape.
-      NotImplementedError: a tensor format outside SUPPORTED_TYPES.
+      NotImplementedError: a tensor format outside `pallas_kernels.formats.FORMATS`.
     """
     path = Path(path)
     arch = metadata.get("general.architecture")
