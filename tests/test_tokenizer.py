@@ -110,6 +110,71 @@ def test_digits_tell_the_pre_tokenisers_apart(pre, pieces):
     assert [tokenizer.decode([i]) for i in tokenizer.encode("11111", add_bos=False)] == pieces
 
 
+def test_aliases_split_as_the_pre_tokeniser_that_they_name():
+    """Pairs as llama.cpp maps them (llama-vocab.cpp)."""
+    text = "I'LL pay 12345, naïve\n\n  日本語 x=1!"
+    for alias, name in {
+        "falcon3": "llama3", "lfm2": "llama-bpe", "pixtral": "llama-v3", "glm4": "dbrx",
+        "kormo": "qwen2", "hunyuan": "qwen2", "megrez": "qwen2", "exaone4": "gpt-2",
+        "jina-v2-de": "gpt-2", "trillion": "olmo", "exaone": "starcoder", "minerva-7b": "smollm",
+    }.items():  # fmt: skip
+        ids = {"tokenizer.ggml.bos_token_id": 0}
+        one, other = (
+            Tokenizer.from_gguf(byte_level_file(**{"tokenizer.ggml.pre": pre}, **ids))
+            for pre in (alias, name)
+        )
+        assert one.encode(text) == other.encode(text) and one.add_bos == other.add_bos
+
+
+def test_of_equal_merges_the_first_rank_counts():
+    tokens = byte_level_file().metadata["tokenizer.ggml.tokens"]
+    tokens = [*tokens[:-3], "el", *tokens[-3:]]
+    types = [1] * (len(tokens) - 3) + [3, 4, 4]
+    for merges, pieces in (
+        (["h e", "e l", "h e"], ["he", "l"]),
+        (["e l", "h e", "e l"], ["h", "el"]),
+    ):
+        changes = {"tokens": tokens, "token_type": types, "merges": merges}
+        file = byte_level_file(**{f"tokenizer.ggml.{key}": v for key, v in changes.items()})
+        tokenizer = Tokenizer.from_gguf(file)
+        assert [tokenizer.decode([i]) for i in tokenizer.encode("hel")] == pieces
+
+
+def test_empty_tokens_are_told_apart_by_llama_cpps_names():
+    tokens = byte_level_file().metadata["tokenizer.ggml.tokens"]
+    tokens = [*tokens, "", ""]
+    changes = {"tokens": tokens, "token_type": [1] * len(tokens)}
+    file = byte_level_file(**{f"tokenizer.ggml.{key}": value for key, value in changes.items()})
+    tokenizer = Tokenizer.from_gguf(file)
+    assert tokenizer.decode([265, 266]) == "[EMPTY_265][EMPTY_266]"
+    assert tokenizer.encode("he") == [256]
+
+
+WRONG = (1, -1, 1.5, float("inf"), True, "x", ["x"], [1], [[1]], [], [None], "\udcff", 2**32, None)
+KEYS = ("model", "pre", "tokens", "token_type", "merges", "scores", "add_bos_token")
+KEYS += ("add_space_prefix", "bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id")
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_any_value_of_any_key_is_taken_or_refused_in_one_line(model, key):
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "a"]
+    of_llama = {"tokens": tokens, "scores": [0.0] * 260, "token_type": [1] * 260, "model": "llama"}
+    base = of_llama if model == "llama" else {}
+    refused = 0
+    for value in WRONG:
+        changes = {f"tokenizer.ggml.{k}": v for k, v in base.items()}
+        file = byte_level_file(**changes)
+        file.metadata[f"tokenizer.ggml.{key}"] = value
+        try:
+            Tokenizer.from_gguf(file).encode("a")
+        except (ValueError, NotImplementedError) as error:
+            assert type(error) in (ValueError, NotImplementedError)
+            assert "tiny.gguf: " in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused >= 8 or key in ("merges", "pre", "scores")  # which one of the two ignores
+
+
 def test_stream_never_breaks_a_character():
     tokenizer = Tokenizer.from_gguf(byte_level_file())
     ids = tokenizer.encode("a 🦙 é")

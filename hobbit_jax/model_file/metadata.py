@@ -77,7 +77,7 @@ def shown(value: Any) -> str:
     if isinstance(value, list):
         return f"a list of {len(value)}" + (f" ({shown(value[0])}, …)" if value else "")
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:50]}… ({len(value)} characters)"
+    return text if len(text) <= 60 else f"{text[:50]}… ({len(text)} characters)"
 
 
 def text() -> Kind[str]:

@@ -101,7 +101,7 @@ def describe_piece(path: Path) -> str | None:
 
 def _inside(folder: Path) -> str:
     """What to do about a folder, by what it holds."""
-    models = sorted(entry.name for entry in folder.glob("*.gguf"))
+    models = sorted(entry.name for entry in folder.glob("*.gguf") if entry.is_file())
     if models:
         return f"expected a .gguf file; give one inside it, such as {models[0]}"
     if any(folder.glob("*.safetensors")) or (folder / "config.json").exists():
