@@ -274,7 +274,7 @@ def _change_tensor(rng: random.Random, draft: Draft) -> None:
     if what == 2:
         names = [f"blk.{rng.choice(_INTEGERS)}.ffn_up_exps.weight", "rope_freqs.weight", "a.lora_a"]
         tensor[0] = rng.choice((*names, *_STRINGS, draft.tensors[0][0]))
-    elif what == 3:
+    elif what == 3 and tensor[1]:
         tensor[1] = list(tensor[1])
         tensor[1][rng.randrange(len(tensor[1]))] = rng.choice(_INTEGERS)
     elif what == 4:
