@@ -33,6 +33,7 @@ from hobbit_jax.signals.importance import RoutingProfile
 
 STATISTICS = ("routing", "second_moment", "hessian")
 DEFAULT_LIMIT_BYTES = 8 * 2**30
+_ABOUT = ("model_sha256", "text_sha256", "tokens", "begin_with_bos")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Calibration:
         model_sha256: of the model's file(s).
         text_sha256: of the token ids, so of text, tokenizer and windows.
         tokens: how many.
+        begin_with_bos: whether its windows began with BOS (`quality.cut_windows`).
         routing: who was chosen, how often and with which weight.
         input_moments: Σ w²·x² [L, E, D] ("second_moment") or Σ w²·x·xᵀ [L, E, D, D] ("hessian"),
             float32; None for "routing".
@@ -52,6 +54,7 @@ class Calibration:
     model_sha256: str
     text_sha256: str
     tokens: int
+    begin_with_bos: bool
     routing: RoutingProfile
     input_moments: np.ndarray | None = None
     hidden_moments: np.ndarray | None = None
@@ -79,7 +82,7 @@ class Calibration:
         arrays = {f.name: getattr(self.routing, f.name) for f in fields(RoutingProfile)}
         if self.input_moments is not None and self.hidden_moments is not None:
             arrays |= {"input_moments": self.input_moments, "hidden_moments": self.hidden_moments}
-        about = {name: getattr(self, name) for name in ("model_sha256", "text_sha256", "tokens")}
+        about = {name: getattr(self, name) for name in _ABOUT}
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(
                 path.resolve(),
@@ -112,9 +115,7 @@ class Calibration:
             arrays = {name: np.asarray(array) for name, array in restored["arrays"].items()}
             routing = RoutingProfile(**{f.name: arrays.pop(f.name) for f in fields(RoutingProfile)})
             moments = arrays.get("input_moments"), arrays.get("hidden_moments")
-            loaded = cls(
-                about["model_sha256"], about["text_sha256"], about["tokens"], routing, *moments
-            )
+            loaded = cls(*(about[name] for name in _ABOUT), routing, *moments)
         except (KeyError, TypeError, ValueError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{path} holds no calibration that can be read: {reason}") from error
@@ -245,6 +246,7 @@ def calibrate(
         model_sha256=engine.model.file.sha256(),
         text_sha256=hashlib.sha256(ids.tobytes() + str(ids.shape).encode()).hexdigest(),
         tokens=windows.targets,
+        begin_with_bos=windows.begin_with_bos,
         routing=collector.counts.profile(),
     )
     if not collector.moments:
