@@ -1,9 +1,9 @@
 """An engine as lm-eval's language model: likelihoods, rolling likelihoods, generation.
 
-Owns the batching of requests, the limits of the context, stop strings, and the memory of
-finished requests. Called by `benchmarks.py`, and usable wherever lm-eval takes an `LM`. Requests
-become tokens by lm-eval's own rules (`TemplateLM._encode_pair`, `get_rolling_token_windows`);
-what is too long is cut as in lm-eval's Hugging Face model, and counted.
+Owns the batching of requests, the limits of the context, stop strings, and the memory of finished
+requests. Requests become tokens by lm-eval's own rules (`TemplateLM._encode_pair`,
+`get_rolling_token_windows`); what is too long is cut as in lm-eval's Hugging Face model, and
+counted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Quality of a plan: likelihood of held-out text, and distance from the native model.
 
-Owns evaluation windows, the cached native logits, and the per-token figures:
-negative log-likelihood, KL(native || plan) and top-1 agreement. Called by
-`cells/sweep.py`. Figures are per token; intervals are over windows.
+Owns evaluation windows, the cached native logits, and the per-token figures: negative
+log-likelihood, KL(native || plan) and top-1 agreement. Figures are per token; intervals are over
+windows.
 """
 
 from __future__ import annotations
@@ -52,7 +52,12 @@ class Windows:
 
 
 def cut_windows(
-    tokenizer: Tokenizer, texts: Sequence[str], count: int, context: int, seed: int = 0
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    count: int,
+    context: int,
+    seed: int = 0,
+    fewer: bool = False,
 ) -> Windows:
     """`count` windows of `context` + 1 tokens, spread over `texts`, none overlapping.
 
@@ -61,27 +66,29 @@ def cut_windows(
     stands in front). A BOS that is also the end of text only parts documents, and stands where one
     begins.
 
+    `fewer` takes as many as there are, at least one, where `count` are not.
+
     Raises:
         ValueError: the texts are too short for that many windows.
     """
-    with_bos = begin_with_bos(tokenizer)
-    add_bos = False if with_bos else None
+    bos_id = tokenizer.bos_id if begin_with_bos(tokenizer) else None
+    add_bos = None if bos_id is None else False
     stream = np.concatenate(
         [np.asarray(tokenizer.encode(text, add_bos), np.int32) for text in texts]
     )
-    width = context + 1 - with_bos  # of text
+    width = context + (bos_id is None)  # of text
     available = len(stream) // width
-    if available < count:
+    if available < (1 if fewer else count):
         raise ValueError(
             f"the text has {len(stream)} tokens, enough for {available} windows of {context} + 1; "
-            f"{count} were asked for"
+            f"{count} were asked for; give a longer text or ask for fewer or shorter ones"
         )
     windows_WS = stream[: available * width].reshape(available, width)
     chosen = np.sort(np.random.default_rng(seed).permutation(available)[:count])
     ids_WS = windows_WS[chosen]
-    if with_bos:
-        ids_WS = np.insert(ids_WS, 0, tokenizer.bos_id, axis=1)
-    return Windows(ids_WS, tokenizer.byte_lengths()[ids_WS[:, 1:]], with_bos)
+    if bos_id is not None:
+        ids_WS = np.insert(ids_WS, 0, bos_id, axis=1)
+    return Windows(ids_WS, tokenizer.byte_lengths()[ids_WS[:, 1:]], bos_id is not None)
 
 
 def begin_with_bos(tokenizer: Tokenizer) -> bool:

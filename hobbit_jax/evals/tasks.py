@@ -1,7 +1,7 @@
 """The miniature tasks, scored: worked arithmetic by its answer, functions by running them.
 
-Owns prompts, stop rules and verdicts. Called by `cells/sweep.py` and by the model
-card. Problems are held-out ones (`hobbit_jax/minitasks`), completions greedy.
+Owns prompts, stop rules and verdicts. Problems are held-out ones (`hobbit_jax/minitasks`),
+completions greedy.
 """
 
 from __future__ import annotations
