@@ -5,7 +5,7 @@ import random
 import pytest
 from test_tokenizer import byte_level_file
 
-pytest.importorskip("xllamacpp", reason="xllamacpp is missing: pip install xllamacpp")
+pytest.importorskip("xllamacpp", reason="xllamacpp is missing: pip install -e '.[oracles]'")
 
 from llama_cpp_vocab import LlamaCppVocab
 
