@@ -25,7 +25,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from hobbit_jax import quantize
-from hobbit_jax.atomic import replacing
+from hobbit_jax.atomic import check_space, replacing
 from hobbit_jax.experts.store import ROLES
 from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
@@ -129,6 +129,7 @@ def write_tier(
         ValueError: a weight is NaN or infinite, a width is no multiple of the block, or the
             calibration is missing, lacks what the method needs, or is of another model.
         NotImplementedError: no encoder for this format and method.
+        OSError: the disk has no room for it.
     """
     calibration = spec.calibration
     if calibration is not None and calibration.model_sha256 != source.sha256():
@@ -150,6 +151,8 @@ def write_tier(
         metadata[CALIBRATION_KEY] = calibration.sha256
     parts = path.with_name(f".{path.name}.{spec.key(source)}.parts")
     parts.mkdir(parents=True, exist_ok=True)
+    finished_bytes = sum(part.stat().st_size for part in parts.iterdir())
+    check_space(path, disk_bytes(source, config, spec.format) - finished_bytes)
     total = len(places) * config.n_experts
     with tqdm(total=total, unit="matrix", desc=f"encoding {spec.format}", disable=None) as progress:
 
