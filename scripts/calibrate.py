@@ -40,12 +40,14 @@ _DEFAULT_WINDOWS, _DEFAULT_CONTEXT = 48, 512
 
 
 def main(_):
-    out = cli.output_folder("out", str(_OUT.value))
+    out, text = cli.output_folder("out", str(_OUT.value)), str(_TEXT.value)
+    named = text in NAMED_TEXTS
+    documents = calibration_documents(text) if named else [cli.input_text("text", text)]
     model = load_model(_MODEL.value or reference.model_path())
     context = _CONTEXT.value or min(_DEFAULT_CONTEXT, model.config.context_length)
     windows = cut_windows(
         model.tokenizer(),
-        calibration_documents(str(_TEXT.value)),
+        documents,
         _WINDOWS.value or _DEFAULT_WINDOWS,
         context,
         _SEED.value,

@@ -3,9 +3,9 @@
     python scripts/check_plan.py --out docs/planner/check.json [--turns 6] [--link_gb_s 0.1]
 
 Decodes the reference model under 17 settings in turns, fits the cost model's constants to five of
-them and predicts the other twelve (hobbit_jax/planner/check.py). plan.py prints the result that
-stands in docs/planner/check.json. On a machine whose device is the CPU an upload costs next to
-nothing, so a link is emulated. About five minutes on two quiet cores.
+them and predicts the other twelve (hobbit_jax/planner/check.py). plan.py prints the summary of the
+last recorded check, which ships as hobbit_jax/planner/check.json. On a machine whose device is the
+CPU an upload costs next to nothing, so a link is emulated. About five minutes on two quiet cores.
 """
 
 from pathlib import Path

@@ -7,7 +7,7 @@
 Text goes to stdout, the report to stderr. Without --budget_mib every expert is resident. Several
 --devices divide the experts; each has a pool of --budget_mib and all the rest of the model. A
 --miss_mode that uses low copies makes them first, once, in --cache_dir. A --profile is what
-scripts/profile.py writes: its most used experts are loaded before the first token.
+scripts/routing_stats.py writes: its most used experts are loaded before the first token.
 """
 
 import sys
@@ -41,7 +41,7 @@ _BUDGET_MIB = flags.DEFINE_float(
 )
 _DEVICES = flags.DEFINE_integer("devices", 1, "that divide the experts among them", 1)
 _MISS_MODE = flags.DEFINE_enum(
-    "miss_mode", "off", MISS_MODES, "what serves an expert that is not resident (miss_modes.py)"
+    "miss_mode", "wait", MISS_MODES, "what serves an expert that is not resident (miss_modes.py)"
 )
 _LOW_FORMAT = flags.DEFINE_string("low_format", "Q2_K", "of the low copies, where a mode has some")
 _LOW_SHARE = flags.DEFINE_string(

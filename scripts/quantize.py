@@ -10,7 +10,6 @@ Method rtn needs no calibration, importance one with second moments, gptq one wi
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -36,7 +35,10 @@ def main(_):
         raise ValueError(f"{path} exists; remove it or give another --out")
     source = open_gguf(_MODEL.value or reference.model_path())
     config = read_config(source)
-    calibration = Calibration.load(Path(_CALIBRATION.value), source) if _CALIBRATION.value else None
+    calibration = None
+    if _CALIBRATION.value:
+        folder = cli.input_folder("calibration", _CALIBRATION.value)
+        calibration = Calibration.load(folder, source)
     spec = TierSpec(_FORMAT.value, _METHOD.value, calibration)
     if calibration is not None and spec.method != "rtn":
         for line in rarely_seen(calibration.selections_LE):

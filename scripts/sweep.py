@@ -72,8 +72,8 @@ def _print_dry_run(cells: Sequence[SweepCell], found: Preflight, workdir: Path) 
         print(f"disk    {mib(wanted)} in {folder} of {mib(free_disk_bytes(folder))} free")
     if left and not found.problems:
         hours = forecast_hours(left, found.to_encode)
-        parts = ", ".join(f"{name} {value:.2f}" for name, value in hours.items())
-        print(f"hours   {sum(hours.values()):.2f} of one worker here, roughly: {parts}")
+        parts = ", ".join(f"{name} {value:.2g}" for name, value in hours.items())
+        print(f"hours   {sum(hours.values()):.2g} of one worker here, roughly: {parts}")
 
 
 def main(_) -> int:

@@ -1,8 +1,8 @@
 """How long a sweep will take on this machine, from short measurements on its own model.
 
-Owns the measurements and the sums over cells. One window, some decoded tokens and one encoded expert
-of each recipe are measured, so that the forecast follows whatever backend runs. It leaves out that
-cells differ: a small pool decodes slower than the one measured, and plans compile anew.
+Owns the measurements and the sums over cells. One window, some decoded tokens and one encoded
+expert of each recipe are measured, so that the forecast follows whatever backend runs. It leaves
+out that cells differ: a small pool decodes slower than the one measured, and plans compile anew.
 """
 
 from __future__ import annotations

@@ -289,13 +289,25 @@ class _Check:
                 where = _at(self.config, name, getattr(sizes, name))
                 self.problem(f"{where}{tokens} tokens; the model has {model.context_length}")
                 return
+        inputs = self.inputs
         try:
             tokenizer = Tokenizer.from_gguf(self.source)
-            evaluated = evaluation_documents(self.inputs.evaluation_text)
-            calibrated = calibration_documents(self.inputs.calibration_text or CODE_TEXT)
         except _REFUSALS as error:
             self.problem(error)
             return
+        documents = {}
+        for name, read in (
+            ("evaluation_text", evaluation_documents),
+            ("calibration_text", lambda text: calibration_documents(text or CODE_TEXT)),
+        ):
+            text = getattr(inputs, name)
+            try:
+                documents[name] = read(text)
+            except _REFUSALS as error:
+                self.problem(f"{_at(self.config, name, text)}{error}")
+        if len(documents) < 2:
+            return
+        evaluated, calibrated = documents["evaluation_text"], documents["calibration_text"]
         wanted = [
             ("windows", evaluated, sizes.windows, sizes.context),
             ("calibration_windows", calibrated, sizes.calibration_windows, sizes.context),

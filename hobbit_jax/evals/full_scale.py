@@ -1,8 +1,8 @@
 """One decode at a real model's size: what it takes in time, in memory and in bytes moved.
 
 Owns the run (open, load, prefill, decode token by token), the watch over the process's own memory
-and the record. Called by `scripts/scale.py`. The model is synthetic (`synthetic/synthesize.py`):
-its routing is skewed and repeats itself as real routing does, its text means nothing.
+and the record. The model is synthetic (`synthetic/synthesize.py`): its routing is skewed and
+repeats itself as real routing does, its text means nothing.
 
 *Own memory* is anonymous memory, RssAnon of /proc/self/status, sampled by a thread every 10 ms: the
 pool, the dense part, what programs allocate. Pages of the mapped file are the page cache's and not

@@ -1,8 +1,8 @@
 """Quality of a plan: likelihood of held-out text, and distance from the native model.
 
-Owns evaluation windows, the cached native logits, and the per-token figures:
-negative log-likelihood, KL(native || plan) and top-1 agreement. Called by
-`cells/sweep.py`. Figures are per token; intervals are over windows.
+Owns evaluation windows, the cached native logits, and the per-token figures: negative
+log-likelihood, KL(native || plan) and top-1 agreement. Figures are per token; intervals are over
+windows.
 """
 
 from __future__ import annotations

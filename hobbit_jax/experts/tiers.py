@@ -1,11 +1,9 @@
 """Low-precision copies of a model's experts, written once as GGUF files.
 
-Owns where a low tier lives, when it is stale, and how it is made: each expert
-is decoded from its native blocks and encoded again (`quantize/methods.py`), the rest of
-the model is copied, so the file is a complete uniformly quantised model that
-llama.cpp opens as well. It is keyed by the source's hash, by the encoders' own source text and by
-the calibration, and reopened by memory map. Called by the sweeps and `scripts/quantize.py`
-before a store is built.
+Owns where a low tier lives, when it is stale, and how it is made: each expert is decoded from its
+native blocks and encoded again (`quantize/methods.py`), the rest of the model is copied, so the
+file is a complete uniformly quantised model that llama.cpp opens as well. It is keyed by the
+source's hash, by the encoders' own source text and by the calibration, and reopened by memory map.
 """
 
 from __future__ import annotations

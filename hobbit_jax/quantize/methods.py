@@ -1,7 +1,7 @@
 """Which way an expert's matrix is encoded: without calibration, or by what calibration saw of it.
 
-Owns the names of the methods, and what happens to an expert that calibration saw too rarely.
-Called by `experts/tiers.py`. All methods write the same standard blocks.
+Owns the names of the methods, and what happens to an expert that calibration saw too rarely. All
+methods write the same standard blocks.
 """
 
 from __future__ import annotations

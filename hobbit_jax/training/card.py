@@ -1,8 +1,7 @@
 """What ships with a trained model: its held-out text, and the card that says how good it is.
 
-Owns the figures of the model card: bits per byte against `xz -9` on the same
-files, both miniature tasks, expert shares, the loss curve. Called by
-`scripts/train_reference.py` after the export.
+Owns the figures of the model card: bits per byte against `xz -9` on the same files, both miniature
+tasks, expert shares, the loss curve.
 """
 
 from __future__ import annotations
