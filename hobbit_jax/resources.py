@@ -6,6 +6,8 @@ Owns the questions, and the budget of a pool for which there is no other rule.
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -29,6 +31,15 @@ def device_bytes() -> int:
     if not stats or "bytes_limit" not in stats:
         return host_bytes()
     return stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def workers_device_bytes() -> int:
+    """`device_bytes` of a process yet to be started; this one must not take a GPU from it."""
+    if shutil.which("nvidia-smi") is None:
+        return host_bytes()
+    code = "from hobbit_jax import resources; print(resources.device_bytes())"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(asked.stdout.split()[-1])
 
 
 def roomy_pool_bytes(all_bytes: int) -> int | None:

@@ -28,7 +28,7 @@ from hobbit_jax.cells.preflight import Preflight, preflight
 from hobbit_jax.cells.sweep import SweepCell
 from hobbit_jax.launch import LAUNCHERS, connect
 from hobbit_jax.launch.driver import drive
-from hobbit_jax.resources import device_bytes, free_disk_bytes, host_bytes, mib
+from hobbit_jax.resources import free_disk_bytes, host_bytes, mib, workers_device_bytes
 from hobbit_jax.rows import RowStore
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, F.py or F.py:arg.")
@@ -65,7 +65,7 @@ def _print_dry_run(cells: Sequence[SweepCell], found: Preflight, workdir: Path) 
     for cell in cells:
         print(f"{'to run  ' if cell in left else 'finished'}  {cell.name}")
     print(f"cells   {len(cells)}, of which {len(cells) - len(left)} are finished")
-    print(f"memory  {mib(found.device_bytes)} on the device of {mib(device_bytes())} free")
+    print(f"memory  {mib(found.device_bytes)} on the device of {mib(workers_device_bytes())} free")
     if found.host_bytes:
         print(f"        {mib(found.host_bytes)} for the encoder of {mib(host_bytes())} free")
     for folder, wanted in found.disk.items():
@@ -88,7 +88,8 @@ def main(_) -> int:
     }
     workdir = cli.output_folder("workdir", str(_WORKDIR.value))
     cells = _cells(config_file)
-    found = preflight(cells, description["config"], workdir)
+    here = _LAUNCHER.value == "local"
+    found = preflight(cells, description["config"], workdir, here)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     if _DRY_RUN.value:

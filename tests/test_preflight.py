@@ -128,7 +128,7 @@ def test_memory_and_disk_are_held_against_what_is_free(cell, tmp_path, monkeypat
     assert found.problems == [] and found.host_bytes == 6 * 8 * 256**2
     assert set(found.disk) == {tmp_path / "cache" / "low_precision", tmp_path / "cache"}
     monkeypatch.setattr(preflight_module, "host_bytes", lambda: 1000)
-    monkeypatch.setattr(preflight_module, "device_bytes", lambda: 2000)
+    monkeypatch.setattr(preflight_module, "workers_device_bytes", lambda: 2000)
     monkeypatch.setattr(preflight_module, "free_disk_bytes", lambda path: 3000)
     encoder, device, disk = sorted(preflight([gptq], CONFIG, tmp_path).problems, key=len)
     if "does not fit the device" in encoder:
@@ -136,6 +136,10 @@ def test_memory_and_disk_are_held_against_what_is_free(cell, tmp_path, monkeypat
     assert encoder.startswith("config.precision.method=gptq: a Hessian of 256 columns takes 3.0 M")
     assert device.startswith("config.cache.budget_mib=2.0: a pool of 2.0 MiB beside the rest")
     assert f"has 3000 bytes (0.0 MiB) free and the sweep wants {sum(found.disk.values())} " in disk
+
+    # On a cluster this machine's memory says nothing.
+    (elsewhere,) = preflight([gptq], CONFIG, tmp_path, here=False).problems
+    assert elsewhere == disk
 
     source = open_gguf(gptq.inputs.model)
     open_tier(source, read_config(source), TierSpec("Q2_K"), tmp_path / "cache" / "low_precision")

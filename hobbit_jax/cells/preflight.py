@@ -32,7 +32,7 @@ from hobbit_jax.model_file.architecture import ModelConfig, read_config
 from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS, check_method, gptq_bytes
-from hobbit_jax.resources import device_bytes, free_disk_bytes, host_bytes, mib
+from hobbit_jax.resources import free_disk_bytes, host_bytes, mib, workers_device_bytes
 from hobbit_jax.signals.calibration import STATISTICS, calibration_bytes
 
 # What the checks that libraries do raise for bad input.
@@ -103,8 +103,17 @@ class Preflight:
             raise ValueError(f"{len(self.problems)} problems, and nothing was run: {numbered}")
 
 
-def preflight(cells: Sequence[SweepCell], config: dict[str, Any], workdir: Path) -> Preflight:
-    """Checks all that `cells`, which `config` was expanded into, need to run in `workdir`."""
+def preflight(
+    cells: Sequence[SweepCell], config: dict[str, Any], workdir: Path, here: bool = True
+) -> Preflight:
+    """Checks all that `cells` need to run.
+
+    Args:
+        cells: of the sweep.
+        config: what they were expanded from.
+        workdir: that they run in.
+        here: whether they run on this machine, so that its memory counts.
+    """
     found = Preflight()
     found.problems += _equal_cells(cells, config)
     by_inputs: dict[tuple[Inputs, EvalSizes], list[SweepCell]] = defaultdict(list)
@@ -116,7 +125,7 @@ def preflight(cells: Sequence[SweepCell], config: dict[str, Any], workdir: Path)
             models[inputs.model] = _opened(inputs.model, config, found)
         model = models[inputs.model]
         if model is not None:
-            _Check(model, inputs, sizes, group, config, workdir, found).all()
+            _Check(model, inputs, sizes, group, config, workdir, found).all(here)
     # Cells of several sizes share model and files, and so what is wrong with them.
     found.problems = list(dict.fromkeys(found.problems))
     found.notes = list(dict.fromkeys(found.notes))
@@ -214,13 +223,13 @@ class _Check:
         self.needs = [needs(cell) for cell in cells]
         self.native = HostExperts(self.model, self.source)
 
-    def all(self) -> None:
+    def all(self, here: bool) -> None:
         """Every check; what they find stands in `found`."""
         encodable = self.formats()
         self.budgets(encodable)
         self.texts()
         self.benchmarks()
-        self.memory()
+        self.memory(here)
         self.disk(encodable)
 
     def problem(self, text: object) -> None:
@@ -333,15 +342,15 @@ class _Check:
         if folder and not Path(folder).is_dir():
             self.problem(f"{_at(self.config, 'data_dir', folder)}there is no such folder")
 
-    def memory(self) -> None:
+    def memory(self, here: bool) -> None:
         """Whether the largest pool beside the model, and the encoder, fit."""
         dense = sum(t.nbytes for n, t in self.source.tensors.items() if "_exps." not in n)
         all_bytes = self.native.tier_bytes(NATIVE)
         pools = {n.budget_mib: int(n.budget_mib * 2**20) for n in self.needs if n.budget_mib}
-        free = device_bytes()
+        free = workers_device_bytes()
         largest = min(max(pools.values(), default=all_bytes), 2 * all_bytes)
         self.found.device_bytes = max(self.found.device_bytes, dense + largest)
-        if dense + largest > free:
+        if here and dense + largest > free:
             where = _at(self.config, "budget", max(pools, default=None))
             self.problem(
                 f"{where}a pool of {mib(largest)} beside the rest of the model ({mib(dense)}) does "
@@ -352,7 +361,7 @@ class _Check:
             working, free = gptq_bytes(columns), host_bytes()
             self.found.host_bytes = max(self.found.host_bytes, working)
             where = _at(self.config, "method", "gptq")
-            if working > free:
+            if here and working > free:
                 self.problem(
                     f"{where}a Hessian of {columns} columns takes {mib(working)} with its factors, "
                     f"and {mib(free)} are free; method importance needs none"

@@ -8,6 +8,7 @@ source's hash, by the encoders' own source text and by the calibration, and reop
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shutil
 import sys
@@ -185,8 +186,10 @@ def write_tier(
                     yield name, tensor.format, tensor.shape, tensor.raw
 
         write_gguf(path, metadata, tensors(), source.field_types)
-    # If another process wrote the same tier after all, it was the same bytes.
-    shutil.rmtree(parts, ignore_errors=True)
+    # Also those of another recipe whose writer was killed. If another process wrote the same tier
+    # after all, it was the same bytes.
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.parts"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def tier_path(source: GGUFFile, spec: TierSpec, directory: Path) -> Path:
