@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,13 +32,13 @@ _BENCHMARK_PROBLEMS = 500  # where all of a benchmark are asked
 
 
 def forecast_hours(
-    cells: Sequence[SweepCell], to_encode: Collection[tuple[str, str, str]]
+    cells: Sequence[SweepCell], to_encode: Mapping[tuple[str, str, str], int]
 ) -> dict[str, float]:
     """Hours of one worker by kind of work; what cells share is counted once.
 
     Args:
         cells: those that are not finished.
-        to_encode: (model, format, method) of low-precision copies that are not there yet.
+        to_encode: how many low-precision copies are not there yet, by (model, format, method).
     """
     hours: dict[str, float] = defaultdict(float)
     by_sizes: dict[tuple, list[SweepCell]] = defaultdict(list)
@@ -60,9 +60,9 @@ def forecast_hours(
         )
         for name, seconds in _cells_s(wanted, sizes, window_s, token_s).items():
             hours[name] += seconds / 3600
-    for name, format, method in to_encode:
+    for (name, format, method), count in to_encode.items():
         model = next(model for (path, _), (model, _) in models.items() if path == name)
-        hours["encoding"] += _encode_s(model, format, method) / 3600
+        hours["encoding"] += count * _encode_s(model, format, method) / 3600
     return dict(hours)
 
 

@@ -50,6 +50,7 @@ class Needs:
         budget_mib: of its pool; None without one.
         mode: its miss mode.
         low_share: share (0-1) of selections or experts that go low.
+        seed: of the calibration windows.
     """
 
     formats: tuple[str, ...]
@@ -58,12 +59,13 @@ class Needs:
     budget_mib: float | None = None
     mode: MissMode = WAIT
     low_share: float = 0.0
+    seed: int = 0
 
 
 def needs(cell: SweepCell) -> Needs:
     """What `cell` asks of the machine; nothing that is known of a cell of another kind."""
     if isinstance(cell, FrontierCell):
-        return Needs(cell.formats, cell.method, cell.through)
+        return Needs(cell.formats, cell.method, cell.through, seed=cell.seed)
     if not isinstance(cell, Cell):
         return Needs((), "rtn")
     formats = (cell.low_format,) if cell.low_format else ()
@@ -84,7 +86,7 @@ class Preflight:
         device_bytes: most that one cell has on the device: its pool and the rest of the model.
         host_bytes: most that an encoder needs beside that.
         disk: bytes that files take, by the folder that they are made in; those there are not in it.
-        to_encode: (model, format, method) of low-precision copies that are not there yet.
+        to_encode: how many low-precision copies are not there yet, by (model, format, method).
     """
 
     problems: list[str] = field(default_factory=list)
@@ -92,7 +94,7 @@ class Preflight:
     device_bytes: int = 0
     host_bytes: int = 0
     disk: dict[Path, int] = field(default_factory=dict)
-    to_encode: set[tuple[str, str, str]] = field(default_factory=set)
+    to_encode: dict[tuple[str, str, str], int] = field(default_factory=dict)
 
     def refuse(self) -> None:
         """Raises a ValueError with all problems, if there are any, in one line."""
@@ -371,27 +373,33 @@ class _Check:
             )
 
     def disk(self, encodable: set[str]) -> None:
-        """Adds what is made to the sums."""
-        sizes, disk = self.sizes, self.found.disk
+        """Adds what is made to the sums; a file that is there counts as one of its recipe."""
+        sizes, cache = self.sizes, self.workdir / "cache"
         folder, sha256 = low_precision_folder(), self.source.sha256()[:16]
-        for name, method in {
-            (f, n.method) for n in self.needs for f in n.formats if f in encodable
-        }:
-            made = folder.glob(f"{sha256}-{encoder_sha256()[:8]}-*{name}-{method}*.gguf")
-            if not any(made):
-                self.found.to_encode.add((self.inputs.model, name, method))
-                bytes_ = disk_bytes(self.source, self.model, name)
-                disk[folder] = disk.get(folder, 0) + bytes_
-        tokens = sizes.calibration_windows * sizes.context
-        asked = {NEEDED_STATISTICS[n.method] or "routing" for n in self.needs if n.formats}
-        logits = 4 * sizes.windows * sizes.context * self.model.vocab_size
-        most = max(asked, key=STATISTICS.index, default="routing")
-        cache = self.workdir / "cache"
+        recipes: dict[tuple[str, ...], set[int]] = defaultdict(set)
+        for need in self.needs:
+            for name in encodable.intersection(need.formats):
+                seed = need.seed if NEEDED_STATISTICS[need.method] else 0
+                recipes[*need.through, name, need.method].add(seed)
+        for (*formats, method), seeds in recipes.items():
+            made = f"{sha256}-{encoder_sha256()[:8]}-{'-'.join(formats)}-{method}*.gguf"
+            count = max(0, len(seeds) - len(list(folder.glob(made))))
+            self._add(folder, count * disk_bytes(self.source, self.model, formats[-1]))
+            if count:
+                recipe = (self.inputs.model, formats[-1], method)
+                self.found.to_encode[recipe] = self.found.to_encode.get(recipe, 0) + count
         if not any(cache.glob("native-logits-*")):
-            disk[cache] = disk.get(cache, 0) + logits
-        if not any(cache.glob(f"calibration-*-{most}/calibration.npz")):
-            bytes_ = calibration_bytes(self.model, most, tokens)
-            disk[cache] = disk.get(cache, 0) + bytes_
+            self._add(cache, 4 * sizes.windows * sizes.context * self.model.vocab_size)
+        asked = {NEEDED_STATISTICS[need.method] or "routing" for need in self.needs}
+        most = max(asked, key=STATISTICS.index)
+        count = len({need.seed for need in self.needs})
+        count -= len(list(cache.glob(f"calibration-*-{most}/calibration.npz")))
+        tokens = sizes.calibration_windows * sizes.context
+        self._add(cache, max(0, count) * calibration_bytes(self.model, most, tokens))
+
+    def _add(self, folder: Path, n_bytes: int) -> None:
+        if n_bytes:
+            self.found.disk[folder] = self.found.disk.get(folder, 0) + n_bytes
 
 
 def _check_disk(found: Preflight) -> None:
