@@ -11,7 +11,7 @@ launchers may share a working directory, and any process of them may be killed a
     workdir/leases/             who is at which cell; empty when nothing runs
     workdir/launch/DRIVER/      what a driver tells its workers, how those ended, Slurm's logs
     workdir/parts/              parts of unfinished cells
-    workdir/cache/, tiers/      what cells share
+    workdir/cache/              what cells share
 """
 
 from __future__ import annotations

@@ -83,8 +83,6 @@ def drive(
     rows = RowStore(workdir)
     rows.create()
     names = [cell.name for cell in cells]
-    if len(set(names)) != len(names):
-        raise ValueError("two cells of the sweep are the same; check its axes for repetitions")
     write_json(workdir / "sweep.json", {**description, "cells": names})
     sweep = Sweep.plan(cells, rows, max_deaths, stale_s)
     run = _Run(sweep, rows, workdir)
