@@ -1,18 +1,22 @@
 """Files that appear whole or not at all, also when several machines write them.
 
-Owns the temporary name, the rename, and the clean-up after a failure. Called by
-everything that writes a file others may read: GGUF files, rows, caches, leases, reports.
+Owns the temporary name, the rename, the clean-up after a failure, and the lock of those who would
+make the same file.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 PARTIAL_GLOB = ".*.partial"
+_POLL_S = 0.2  # between tries for a lock
 
 
 def _partial(path: Path) -> Path:
@@ -57,3 +61,31 @@ def place_first(path: Path, text: str) -> bool:
         return True
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Keeps others who ask from making `path` meanwhile, in a folder that exists.
+
+    It spares work and no more: whoever makes a file nevertheless leaves the same one. The kernel
+    drops the lock of a process that is killed; what such a one left half written is removed.
+
+    Args:
+        path: to be made.
+        wait: for another holder.
+
+    Yields:
+        Whether it is held: False where another has it and `wait` is False.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=wait, poll_interval=_POLL_S)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        for partial in path.parent.glob(f".{glob.escape(path.name)}{PARTIAL_GLOB[1:]}"):
+            partial.unlink(missing_ok=True)
+        yield True
+    finally:
+        lock.release()

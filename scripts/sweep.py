@@ -18,20 +18,25 @@ from ml_collections import config_flags
 
 from hobbit_jax import cli
 from hobbit_jax.launch import LAUNCHERS, connect
-from hobbit_jax.launch.driver import drive
+from hobbit_jax.launch.sweeping import run_sweep
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, F.py or F.py:arg.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where rows, tiers and caches are kept.")
-_LAUNCHER = flags.DEFINE_enum("launcher", "local", LAUNCHERS, "Where workers run.")
+_LAUNCHER = flags.DEFINE_enum(
+    "launcher", "local", LAUNCHERS, "The engine that runs the trials: processes here, Slurm or Ray."
+)
 _WORKERS = flags.DEFINE_integer(
     "workers",
     None,
-    "Workers at a time, each with the model loaded; by default one for each GPU here or in Ray's "
-    "cluster, one without. Several on one machine disturb each other's timings.",
+    "Number of tasks to run at a time, each in a process with the model loaded; by default one for "
+    "each GPU here or in Ray's cluster, one without. Several on one machine disturb each other's "
+    "timings.",
     1,
 )
 _RESOURCES = flags.DEFINE_list(
-    "resources", [], "Of one worker, NAME=VALUE: submitit's parameters of Slurm jobs, or Ray's."
+    "resources",
+    [],
+    "Resources of one worker, NAME=VALUE: submitit's parameters of Slurm jobs, or Ray's.",
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -55,10 +60,10 @@ def main(_) -> int:
         "config": json.loads(config.to_json_best_effort()),
         "rule": config.rule.to_dict(),
     }
-    launch, default_workers = connect(_LAUNCHER.value, _RESOURCES.value)
+    engine, default_workers = connect(_LAUNCHER.value, _RESOURCES.value)
     workers = _WORKERS.value or default_workers
     workdir = Path(str(_WORKDIR.value))
-    ran, skipped, failed = drive(_cells(config_file), description, workdir, launch, workers)
+    ran, skipped, failed = run_sweep(_cells(config_file), description, workdir, engine, workers)
     print(f"{ran - failed} cells done, {failed} failed, {skipped} were finished before")
     print(f"next: python scripts/report.py --workdir {_WORKDIR.value}")
     return 1 if failed else 0

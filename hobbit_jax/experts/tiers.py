@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,17 +76,11 @@ class TierSpec:
         return f"{source.sha256()[:16]}-{encoder_sha256()[:8]}-{formats}-{self.method}{calibrated}"
 
 
-def write_tier(
-    source: GGUFFile,
-    config: ModelConfig,
-    spec: TierSpec,
-    path: Path,
-    stored: Callable[[], None] = lambda: None,
-) -> None:
+def write_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, path: Path) -> None:
     """Writes `source` with every expert encoded anew; atomic, and resumable by tensor.
 
     Finished tensors wait in a folder beside `path` and are taken from there when the same tier is
-    asked for again after an interruption; it is removed in the end. `stored` is called after each.
+    asked for again after an interruption; it is removed in the end.
     Memory: one tensor's blocks and one expert's float32 weights.
 
     Raises:
@@ -139,7 +133,6 @@ def write_tier(
             blocks = np.stack(experts)
             with replacing(part) as unfinished, unfinished.open("wb") as file:
                 np.save(file, blocks)
-            stored()
             return blocks
 
         def tensors() -> Iterable:
