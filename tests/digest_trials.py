@@ -3,7 +3,8 @@
 A trial's result is a chain of digests in parts, beside what it reads of two artifacts of a tiny
 model. It notes in a log when it runs.
 
-python digest_trials.py LAUNCHER WORKDIR TRIALS WORKERS [--kind=KIND] [--OPTION=N] [NAME=VALUE ...]
+python digest_trials.py LAUNCHER WORKDIR TRIALS WORKERS [--kinds=KIND,KIND] [--OPTION=N]
+    [NAME=VALUE ...]
 """
 
 import functools
@@ -79,16 +80,18 @@ def inputs(workdir: Path) -> Inputs:
     return Inputs(str(workdir.parent / "tiny.gguf"), str(workdir.parent / "text.txt"), "")
 
 
-def trials(workdir: Path, count: int, kind: str = "digest") -> list[DigestTrial]:
-    made = [DigestTrial(index, inputs(workdir), SIZES) for index in range(count)]
-    return made if kind == "digest" else [DigestTrial(999, inputs(workdir), SIZES, kind), *made]
+def trials(workdir: Path, count: int, kinds: str = "") -> list[DigestTrial]:
+    """One of each of the kinds, which are separated by commas, before `count` that compute."""
+    on = (inputs(workdir), SIZES)
+    odd = [DigestTrial(999, *on, kind) for kind in filter(None, kinds.split(","))]
+    return [*odd, *(DigestTrial(index, *on) for index in range(count))]
 
 
 def main() -> None:
     launcher, workdir, count, workers, *words = sys.argv[1:]
     engine, _ = launch.connect(launcher, [w for w in words if not w.startswith("--")])
     options = launch.parse_resources([w[2:] for w in words if w.startswith("--")])
-    made = trials(Path(workdir), int(count), str(options.pop("kind", "digest")))
+    made = trials(Path(workdir), int(count), str(options.pop("kinds", "")))
     engine = functools.partial(engine, **options)
     print("trials:", *run_sweep(made, {"title": "t"}, Path(workdir), engine, int(workers)))
 

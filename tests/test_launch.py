@@ -135,23 +135,25 @@ def test_200_trials_under_fire(workdir, monkeypatch):
 
 def test_trials_that_fail_or_kill_their_process(workdir, monkeypatch):
     """They are recorded, the others are finished, and the same command tries them again."""
-    for kind, attempts, error, runs in (
-        ("crash", 2, "RuntimeError: its process died each time", 4),
-        ("fail", 2, "ValueError: this one fails", 2),
-    ):
-        for _ in range(2):
-            options = (f"--kind={kind}", f"--attempts={attempts}")
-            finish(start_sweep("local", workdir, 3, 1, *options), workdir)
-            row = RowStore(workdir).read(f"{kind}-999")
+    for _ in range(2):
+        options = ("--kinds=crash,fail", "--attempts=2")
+        finish(start_sweep("local", workdir, 3, 1, *options), workdir)
+        for name, error in (
+            ("crash-999", "RuntimeError: its process died each time"),
+            ("fail-999", "ValueError: this one fails"),
+        ):
+            row = RowStore(workdir).read(name)
             assert row["status"] == "failed" and row["error"].startswith(error)
-        assert [line[2] for line in digest_trials.notes(workdir, "run")].count(row["cell"]) == runs
-        RowStore(workdir).path(row["cell"]).unlink()
-    assert output(workdir).splitlines()[-1] == "trials: 1 3 1"
+    runs = [line[2] for line in digest_trials.notes(workdir, "run")]
+    assert (runs.count("crash-999"), runs.count("fail-999"), len(runs)) == (4, 2, 9)
+    assert "trials: 5 0 2" in output(workdir) and "trials: 2 3 2" in output(workdir)
+    for name in ("crash-999", "fail-999"):
+        RowStore(workdir).path(name).unlink()
     check_rows(workdir, serial_rows(workdir, 3, monkeypatch))
 
 
 def test_ctrl_c_stops_the_processes(workdir):
-    process = start_sweep("local", workdir, 0, 1, "--kind=stuck")
+    process = start_sweep("local", workdir, 0, 1, "--kinds=stuck")
     wait_for(workdir.with_suffix(".log").exists, process, workdir)
     assert len(worker_pids(LOCAL_WORKER, workdir)) == 1
     process.send_signal(signal.SIGINT)
