@@ -36,22 +36,21 @@ from hobbit_jax.rows import RowStore
 LOCAL_WORKER = "multiprocessing.spawn"
 
 
-def test_a_killed_holder_leaves_neither_lock_nor_half_a_file(tmp_path):
+def test_a_killed_holder_leaves_no_lock(tmp_path):
     path = tmp_path / "x[1]"
     hold = (
-        "import sys, time; from pathlib import Path; from hobbit_jax.atomic import *\n"
-        "with exclusive(Path(sys.argv[1])), replacing(Path(sys.argv[1])) as partial:\n"
-        "    partial.write_text('half'); print(flush=True); time.sleep(3600)"
+        "import sys, time; from pathlib import Path; from hobbit_jax.atomic import exclusive\n"
+        "with exclusive(Path(sys.argv[1])): print(flush=True); time.sleep(3600)"
     )
     command = [sys.executable, "-c", hold, str(path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(path)) as holder:
         holder.stdout.readline()
         with atomic.exclusive(path, wait=False) as held:
             assert not held
-        (partial,) = tmp_path.glob(atomic.PARTIAL_GLOB)
         holder.kill()
         with atomic.exclusive(path) as held:
-            assert held and not partial.exists()
+            assert held
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_first_whole_row_stays(tmp_path):
@@ -90,9 +89,10 @@ def test_resources_are_read():
     assert not visible_gpus({"CUDA_VISIBLE_DEVICES": "2,5", "JAX_PLATFORMS": "cpu"})
 
 
-def test_a_trial_names_all_artifacts_that_it_needs(workdir):
+def test_a_trial_names_all_artifacts_that_it_needs(workdir, monkeypatch):
     """Made in the graph's order, each from those before it; the trials then make no more."""
     (workdir.parent / "evaluation.txt").write_text("another text of some other words " * 50)
+    monkeypatch.setenv("HOBBIT_CACHE_DIR", str(workdir))
     on = digest_trials.inputs(workdir), EvalSizes(2, 16, 2, 0, 4, 4, 1)
     trials = [
         Cell("sensitivity", 0.5, "Q2_K", 2, 0.5, 0, *on, method="importance"),
@@ -103,7 +103,7 @@ def test_a_trial_names_all_artifacts_that_it_needs(workdir):
     bench = Workbench(*on, workdir)
 
     def made() -> set[str]:
-        kept = [*workdir.glob("cache/*"), *workdir.glob("tiers/*")]
+        kept = [*workdir.glob("cache/*"), *workdir.glob("low_precision/*")]
         return {path.name for path in kept if not path.name.startswith(".")}
 
     graph, count = task_graph(trials), 0

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from hobbit_jax.cells.artifacts import Artifact
 from hobbit_jax.cells.sweep import Trial
-from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, Task
+from hobbit_jax.launch.tasks import Outcome, Task
 from hobbit_jax.rows import RowStore, write_json
 
 Graph = TopologicalSorter[Task]
@@ -159,7 +159,7 @@ def death(reason: object) -> str:
 
 
 def _tidy(workdir: Path) -> None:
-    """Removes what only unfinished trials need."""
+    """Removes what only unfinished trials need, and locks of processes that were killed."""
     shutil.rmtree(workdir / "parts", ignore_errors=True)
     for lock in workdir.rglob(".*.lock"):
         lock.unlink(missing_ok=True)
