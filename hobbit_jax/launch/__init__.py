@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hobbit_jax
+from hobbit_jax import cache_folder
 
 if TYPE_CHECKING:
     from hobbit_jax.launch.sweeping import Engine
@@ -51,7 +52,11 @@ def parse_resources(resources: Sequence[str]) -> dict[str, str | float | bool]:
     return parsed
 
 
-def python_path() -> str:
-    """PYTHONPATH with which a process on another machine finds the same packages as this one."""
+def worker_environment() -> dict[str, str]:
+    """Variables with which a process on another machine finds the same packages and caches."""
     here = str(Path(hobbit_jax.__file__).resolve().parent.parent)
-    return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    return {
+        "PYTHONPATH": path,
+        cache_folder.VARIABLE: str(cache_folder.low_precision_folder().parent),
+    }

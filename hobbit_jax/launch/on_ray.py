@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from hobbit_jax.launch import python_path
+from hobbit_jax.launch import worker_environment
 from hobbit_jax.launch.sweeping import Engine, map_tasks
 from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, run_task
 
@@ -35,7 +35,7 @@ def connect(resources: Mapping[str, Any]) -> tuple[Engine, int]:
     if not ray.is_initialized():
         ray.init(
             logging_level=logging.WARNING,
-            runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
+            runtime_env={"env_vars": worker_environment()},
         )
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hobbit_jax.cells.artifacts import Artifact
-from hobbit_jax.launch import python_path
+from hobbit_jax.launch import worker_environment
 from hobbit_jax.launch.sweeping import Engine, Graph, Outcomes, death
 from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, Task, run_task
 from hobbit_jax.rows import RowStore
@@ -162,7 +162,7 @@ def _submit(
     executor = submitit.SlurmExecutor(lists[0].workdir / "slurm", max_num_timeout=_UNLIMITED)
     executor.update_parameters(
         array_parallelism=workers,
-        setup=[f"export PYTHONPATH={shlex.quote(python_path())}"],
+        setup=[f"export {k}={shlex.quote(v)}" for k, v in worker_environment().items()],
         **parameters,
     )
     with executor.batch():
