@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future
 
 import digest_trials
 import pytest
@@ -30,7 +31,7 @@ from hobbit_jax.cells.sweep import Cell
 from hobbit_jax.cells.workbench import EvalSizes, Workbench
 from hobbit_jax.launch import connect, parse_resources
 from hobbit_jax.launch.on_local import visible_gpus
-from hobbit_jax.launch.sweeping import task_graph
+from hobbit_jax.launch.sweeping import map_tasks, task_graph
 from hobbit_jax.rows import RowStore
 
 LOCAL_WORKER = "multiprocessing.spawn"
@@ -117,6 +118,26 @@ def test_a_trial_names_all_artifacts_that_it_needs(workdir, monkeypatch):
     for trial in trials:
         trial.run(bench)
     assert len(made()) == count
+
+
+def test_workers_that_never_start_end_the_sweep(workdir):
+    class DeadPool:
+        died, attempts, submitted = (OSError,), 3, 0
+
+        def submit(self, *_):
+            self.submitted += 1
+            future = Future()
+            future.set_exception(OSError("no such interpreter"))
+            return future
+
+        def stop(self):
+            self.submitted = -self.submitted
+
+    pool = DeadPool()
+    graph = task_graph(digest_trials.trials(workdir, 2))
+    with pytest.raises(RuntimeError, match="workers end before they begin; last: no such interp"):
+        list(map_tasks(pool, graph, workdir, 1))
+    assert pool.submitted == -6
 
 
 @pytest.mark.cluster

@@ -26,7 +26,7 @@ from hobbit_jax.rows import RowStore
 
 try:
     import submitit  # pyright: ignore[reportMissingImports]
-    from submitit.core.utils import pickle_load  # pyright: ignore[reportMissingImports]
+    from submitit.core.utils import FailedJobError, pickle_load  # pyright: ignore[reportMissingImports]
     from submitit.slurm.slurm import SlurmInfoWatcher  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
     raise ValueError(
@@ -132,7 +132,7 @@ def run(
                 if left:
                     deaths[left[0]] += 1
                     if deaths[left[0]] >= MAX_ATTEMPTS:
-                        given_up[left[0]] = death(reason)
+                        given_up[left[0]] = death(reason, deaths[left[0]], MAX_ATTEMPTS)
                     again.append(TaskList(workdir, [*left[1:], left[0]], given_up))
             jobs |= _submit(again, workers, parameters)
     finally:
@@ -156,7 +156,11 @@ def _share_out(stage: Sequence[Task], workdir: Path, workers: int) -> list[TaskL
 def _submit(
     lists: Sequence[TaskList], workers: int, parameters: Mapping[str, Any]
 ) -> dict[submitit.Job, TaskList]:
-    """Submits one array, of which so many jobs run at a time."""
+    """Submits one array, of which so many jobs run at a time.
+
+    Raises:
+        ValueError: Slurm takes no job with these parameters.
+    """
     if not lists:
         return {}
     executor = submitit.SlurmExecutor(lists[0].workdir / "slurm", max_num_timeout=_UNLIMITED)
@@ -165,8 +169,12 @@ def _submit(
         setup=[f"export {k}={shlex.quote(v)}" for k, v in worker_environment().items()],
         **parameters,
     )
-    with executor.batch():
-        jobs = [executor.submit(tasks) for tasks in lists]
+    try:
+        with executor.batch():
+            jobs = [executor.submit(tasks) for tasks in lists]
+    except FailedJobError as error:
+        line = str(error).strip().splitlines()[-1]
+        raise ValueError(f"--resources: Slurm takes no such job: {line}") from error
     return dict(zip(jobs, lists, strict=True))
 
 

@@ -61,7 +61,7 @@ def run_sweep(
         raise ValueError("two cells of the sweep are the same; check its axes for repetitions")
     write_json(workdir / "sweep.json", {**description, "cells": names})
     left = [trial for trial in trials if not rows.finished(trial.name)]
-    before, settled, failed = len(trials) - len(left), 0, 0
+    before, settled, failed, shared = len(trials) - len(left), 0, 0, 0
     with (
         tqdm(total=len(trials), initial=before, unit="trial") as progress,
         contextlib.closing(engine(task_graph(left), workdir, workers)) as outcomes,
@@ -71,6 +71,8 @@ def run_sweep(
                 if outcome.status == "refused":
                     raise ValueError(outcome.error)
                 if isinstance(task, Artifact):
+                    shared += 1
+                    progress.set_postfix_str(f"{shared} shared files")
                     continue
                 if outcome.status == "failed":
                     failed += 1
@@ -121,7 +123,11 @@ class Pool(Protocol):
 
 
 def map_tasks(pool: Pool, graph: Graph, workdir: Path, workers: int) -> Outcomes:
-    """An `Engine` of a pool: submits each task when those that it needs are done."""
+    """An `Engine` of a pool: submits each task when those that it needs are done.
+
+    Raises:
+        RuntimeError: processes die even where nothing is left to do but to write a record.
+    """
     waiting: deque[tuple[Task, bool]] = deque()
     running: dict[Future[Outcome], Task] = {}
     deaths: Counter[Task] = Counter()
@@ -140,7 +146,7 @@ def map_tasks(pool: Pool, graph: Graph, workdir: Path, workers: int) -> Outcomes
                 except pool.died as error:
                     deaths[task] += 1
                     if deaths[task] >= pool.attempts:
-                        given_up[task] = death(error)
+                        given_up[task] = death(error, deaths[task], pool.attempts)
                     waiting.appendleft((task, True))
                     continue
                 if outcome.status == "busy":  # a process of another sweep is at it: last, then
@@ -152,9 +158,15 @@ def map_tasks(pool: Pool, graph: Graph, workdir: Path, workers: int) -> Outcomes
         pool.stop()
 
 
-def death(reason: object) -> str:
-    """The error of a trial whose process died as often as it may."""
+def death(reason: object, deaths: int, attempts: int) -> str:
+    """The error of a task whose process died so often.
+
+    Raises:
+        RuntimeError: it did so again where the task was only to be recorded.
+    """
     last = next(iter(str(reason).splitlines()), "")
+    if deaths >= 2 * attempts:
+        raise RuntimeError(f"workers end before they begin; last: {last}")
     return f"RuntimeError: its process died each time (out of memory?); last: {last}"
 
 
