@@ -4,7 +4,6 @@ Here: locks, the graph, and processes of this machine. Slurm and Ray, which star
 test_launch_clusters.py.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -65,17 +64,6 @@ def test_the_first_whole_row_stays(tmp_path):
     rows.path("torn").write_text('{"cell": "to')
     rows.write({"cell": "torn", "status": "ok"})
     assert rows.finished("torn") and not list(rows.directory.glob(".*"))
-
-
-def test_temporary_names_differ_between_machines(tmp_path, monkeypatch):
-    """Two machines may have the same process id, and write the same tier at the same time."""
-    monkeypatch.setattr(os, "getpid", lambda: 7)
-    path = tmp_path / "tier"
-    with atomic.replacing(path) as one, atomic.replacing(path) as two:
-        assert one != two
-        one.write_text("one")
-        two.write_text("two")
-    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
 
 
 def test_resources_are_read():

@@ -164,11 +164,9 @@ def _submit(
     if not lists:
         return {}
     executor = submitit.SlurmExecutor(lists[0].workdir / "slurm", max_num_timeout=_UNLIMITED)
-    executor.update_parameters(
-        array_parallelism=workers,
-        setup=[f"export {k}={shlex.quote(v)}" for k, v in worker_environment().items()],
-        **parameters,
-    )
+    setup = [f"export {name}={shlex.quote(v)}" for name, v in worker_environment().items()]
+    own = {"array_parallelism": workers, "setup": setup}
+    executor.update_parameters(**{**parameters, **own})
     try:
         with executor.batch():
             jobs = [executor.submit(tasks) for tasks in lists]
