@@ -176,8 +176,6 @@ def test_only_what_is_missing_runs(swept):
         assert rows[c.name]["decode"]["hit_rate"] == kept[c.name]["decode"]["hit_rate"]
     for c in (NATIVE, ROUTER, RANDOM):
         assert after[f"{c.name}.json"] == before[f"{c.name}.json"]
-    with pytest.raises(ValueError, match="two cells of the sweep are the same"):
-        run_sweep([NATIVE, NATIVE], {}, swept)
 
 
 def test_a_row_is_written_whole_or_not_at_all(tmp_path):
@@ -275,7 +273,7 @@ def broken(tmp_path) -> Path:
         (["--config.model={0}/none.gguf"], "none.gguf: no such file"),
         (["--config.model={0}/cut.gguf"], "cut.gguf: "),
         (["--config.model={0}/foreign.gguf"], "foreign.gguf: "),
-        (["--workdir={0}/file/w"], "file/w cannot be written"),
+        (["--workdir={0}/file/w"], "--workdir: {0}/file/w is no folder to write to"),
         (["--config.cache.budgetmib=8"], "budgetmib"),
         (["--config.precision.signals=loudest"], "signal is 'loudest'; want native, "),
         (["--config.precision.method=awq"], "method is 'awq'; want one of rtn, importance"),
@@ -288,7 +286,7 @@ def test_bad_input_is_one_line(broken, args, message):
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0]
+    assert len(errors) == 1 and message.format(broken) in errors[0]
     assert done.stderr.endswith(f"{errors[0]}\n") and len(errors[0]) < 400
     assert not list(broken.glob("w/rows/*"))
 

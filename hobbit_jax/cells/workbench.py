@@ -1,9 +1,9 @@
 """What the cells of one model share, made when first asked for.
 
 Owns the loaded model, texts and windows, calibrations, tiers, measured errors and native logits,
-and where in the working directory they are kept: what is made once for all cells (`cache/`,
-`tiers/`), and the finished parts of unfinished cells (`parts/`). Of all processes one makes a thing
-and the others wait for it.
+and where they are kept: low-precision copies in the cache folder; in the working directory what is
+made once for all cells (`cache/`), and the finished parts of unfinished cells (`parts/`). Of all
+processes one makes a thing and the others wait for it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from hobbit_jax.atomic import exclusive, replacing
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.cells.texts import CODE_TEXT, calibration_documents, evaluation_documents
 from hobbit_jax.evals import quality
-from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel, load_model
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS
+from hobbit_jax.resources import roomy_pool_bytes
 from hobbit_jax.rows import machine, write_json
 from hobbit_jax.signals.calibration import STATISTICS, Calibration, calibrate
 from hobbit_jax.signals.importance import MeasuredErrors, measure_errors
@@ -147,7 +148,8 @@ class Workbench:
         return hashlib.sha256(self._what.encode() + ids).hexdigest()[:16]
 
     def _native_engine(self) -> Engine:
-        return Engine(self.model, self.native_store)
+        pool_bytes = roomy_pool_bytes(self.native_store.tier_bytes(NATIVE))
+        return Engine(self.model, self.native_store, pool_bytes)
 
     @functools.cached_property
     def native_store(self) -> HostExperts:

@@ -8,6 +8,7 @@ source's hash, by the encoders' own source text and by the calibration, and reop
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shutil
 import sys
@@ -22,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax import quantize
-from hobbit_jax.atomic import exclusive, replacing
+from hobbit_jax.atomic import check_space, exclusive, replacing
 from hobbit_jax.experts.store import ROLES
 from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
@@ -120,6 +121,7 @@ def write_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, path: Path
         ValueError: a weight is NaN or infinite, a width is no multiple of the block, or the
             calibration is missing, lacks what the method needs, or is of another model.
         NotImplementedError: no encoder for this format and method.
+        OSError: the disk has no room for it.
     """
     calibration = spec.calibration
     if calibration is not None and calibration.model_sha256 != source.sha256():
@@ -141,6 +143,8 @@ def write_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, path: Path
         metadata[CALIBRATION_KEY] = calibration.sha256
     parts = path.with_name(f".{path.name}.{spec.key(source)}.parts")
     parts.mkdir(parents=True, exist_ok=True)
+    finished_bytes = sum(part.stat().st_size for part in parts.iterdir())
+    check_space(path, disk_bytes(source, config, spec.format) - finished_bytes)
     total = len(places) * config.n_experts
     with tqdm(total=total, unit="matrix", desc=f"encoding {spec.format}", disable=None) as progress:
 
@@ -174,8 +178,10 @@ def write_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, path: Path
                     yield name, tensor.format, tensor.shape, tensor.raw
 
         write_gguf(path, metadata, tensors(), source.field_types)
-    # If another process wrote the same tier after all, it was the same bytes.
-    shutil.rmtree(parts, ignore_errors=True)
+    # Also those of another recipe whose writer was killed. If another process wrote the same tier
+    # after all, it was the same bytes.
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.parts"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def tier_path(source: GGUFFile, spec: TierSpec, directory: Path) -> Path:

@@ -40,7 +40,7 @@ def run_sweep(
     """Runs every trial that has no finished record; one that fails is recorded, the rest go on.
 
     Args:
-        trials: in the order in which they are taken.
+        trials: all different, in the order in which they are taken.
         description: title, question, command, config and rule, kept as `sweep.json` for the
             report.
         workdir: seen by all workers under this name.
@@ -51,14 +51,12 @@ def run_sweep(
         How many trials ran, were finished before, and failed.
 
     Raises:
-        ValueError, OSError: two trials are the same, or the model or the workdir cannot be used.
+        ValueError, OSError: the model or the workdir cannot be used.
     """
     workdir = workdir.resolve()
     rows = RowStore(workdir)
     rows.create()
     names = [trial.name for trial in trials]
-    if len(set(names)) != len(names):
-        raise ValueError("two cells of the sweep are the same; check its axes for repetitions")
     write_json(workdir / "sweep.json", {**description, "cells": names})
     left = [trial for trial in trials if not rows.finished(trial.name)]
     before, settled, failed, shared = len(trials) - len(left), 0, 0, 0

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from hobbit_jax.atomic import replacing
+from hobbit_jax.atomic import check_space, replacing
 from hobbit_jax.evals.quality import Windows, watch_windows
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -189,6 +189,7 @@ def calibrate(engine: Engine, windows: Windows, statistics: str, path: Path) -> 
 
     Raises:
         ValueError: no text, or unknown statistics.
+        OSError: the disk has no room for it.
     """
     if statistics not in STATISTICS:
         raise ValueError(f"statistics is {statistics!r}; want one of {', '.join(STATISTICS)}")
@@ -201,6 +202,10 @@ def calibrate(engine: Engine, windows: Windows, statistics: str, path: Path) -> 
         found = Calibration(model_sha256, text_sha256, windows.targets, counts.profile())
         found.save(path)
         return found
+    path.mkdir(parents=True, exist_ok=True)
+    needed = calibration_bytes(engine.config, statistics, windows.targets)
+    recorded = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    check_space(path / _FILE, needed - recorded)
     folder = _inputs_folder(path, model_sha256, text_sha256)
     record(engine, windows, folder)
     inputs = LayerInputs(folder, engine.store, windows.targets)
