@@ -114,7 +114,7 @@ class Killer(threading.Thread):
         draw = random.Random(0)
         rows = 0
         while not self.over.wait(draw.uniform(0.2, 1)):
-            if rows_written(self.workdir) >= rows + 6:
+            if rows_written(self.workdir) >= rows + 12:
                 rows = rows_written(self.workdir)
                 self.done += filter(None, [self.harm(draw)])
 
