@@ -3,12 +3,15 @@
     python scripts/generate.py --model M.gguf --prompt "def fib(n):" --max_new_tokens 64 \\
         --budget_mib 4 [--miss_mode floor --low_format Q2_K] [--profile P] [--temperature 0.8] \\
         [--devices 2]
+    python scripts/generate.py --model M.gguf --chat --prompt_file question.txt
 
-Text goes to stdout, the report to stderr; --json prints both as one object on stdout. Without
---budget_mib every expert is loaded before the first token. Several --devices divide the experts;
-each has a pool of --budget_mib and all the rest of the model. Low-precision experts are made once,
-in --cache_dir. A --profile is what scripts/routing_stats.py writes.
-Rates are those of a warm program: the time that went into compiling stands on a line of its own.
+--prompt_file - reads standard input; --chat wraps the prompt in the file's chat template. It ends
+where the model does (--ignore_eos goes on). Text goes to stdout, the report to stderr; --json
+prints both as one object on stdout. Without --budget_mib every expert is loaded before the first
+token. Several --devices divide the experts; each has a pool of --budget_mib and all the rest of the
+model. Low-precision experts are made once, in --cache_dir. A --profile is what
+scripts/routing_stats.py writes. Rates are those of a warm program: the time that went into
+compiling stands on a line of its own.
 """
 
 import json
@@ -23,12 +26,16 @@ from hobbit_jax.engine_flags import EngineFlags
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.sampling import MAX_SEED, MAX_TEMPERATURE, Sampling
 from hobbit_jax.inference.step_stats import StepStats
+from hobbit_jax.prompt_flags import PromptFlags
 
 ENGINE = EngineFlags(
     "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "low_format",
     "low_share", "profile", "pin_share", "chunk_tokens", "context",
 )  # fmt: skip
-_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.", required=True)
+_PROMPT = PromptFlags()
+_IGNORE_EOS = flags.DEFINE_bool(
+    "ignore_eos", False, "Whether to go on past the tokens that end a generation."
+)
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 64, "Number of tokens to generate at most.", 1, cli.MAX_COUNT
 )
@@ -82,7 +89,8 @@ def new_ids(
     engine: Engine, prompt: list[int], sampling: Sampling, steps: list[StepStats]
 ) -> Iterator[int]:
     """Token ids as they are drawn; `steps` gets their costs."""
-    eos_id, context = engine.model.tokenizer().eos_id, ENGINE.value("context")
+    stop_ids = () if _IGNORE_EOS.value else engine.model.tokenizer().eog_ids
+    context = ENGINE.value("context")
     wanted = len(prompt) + _MAX_NEW_TOKENS.value
     if context is not None and context < wanted:
         raise ValueError(
@@ -90,8 +98,7 @@ def new_ids(
             f"{_MAX_NEW_TOKENS.value} want {wanted}"
         )
     for ids_B, cost in engine.generate(
-        [prompt], _MAX_NEW_TOKENS.value, sampling, () if eos_id is None else (eos_id,),
-        _TOKENS_PER_CALL.value, context,
+        [prompt], _MAX_NEW_TOKENS.value, sampling, stop_ids, _TOKENS_PER_CALL.value, context,
     ):  # fmt: skip
         steps.append(cost)
         yield int(ids_B[0])
@@ -99,22 +106,21 @@ def new_ids(
 
 def main(_):
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
+    text = _PROMPT.text()
     model = ENGINE.load_model()
     tokenizer = model.tokenizer()
-    prompt = tokenizer.encode(_PROMPT.value)
-    if not prompt:
-        raise ValueError("--prompt is empty; this model needs at least one token to continue")
+    prompt = _PROMPT.encode(text, model.file, tokenizer)
     engine = ENGINE.make_engine(model)
     ENGINE.load_all_that_fit(engine)
     steps: list[StepStats] = []
-    texts: list[str] = []
-    for text in tokenizer.decode_stream(new_ids(engine, prompt, sampling, steps)):
-        texts.append(text)
+    pieces: list[str] = []
+    for piece in tokenizer.decode_stream(new_ids(engine, prompt, sampling, steps)):
+        pieces.append(piece)
         if not _JSON.value:
-            print(text, end="", flush=True)
+            print(piece, end="", flush=True)
     facts = report(engine, steps)
     if _JSON.value:
-        print(json.dumps({"text": "".join(texts), "prompt_tokens": len(prompt), **facts}))
+        print(json.dumps({"text": "".join(pieces), "prompt_tokens": len(prompt), **facts}))
     else:
         print(flush=True)
         print("\n".join(lines(facts)), file=sys.stderr)
