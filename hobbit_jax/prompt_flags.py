@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -19,7 +20,9 @@ class PromptFlags:
     """`--prompt`, `--prompt_file` and `--chat`; made once, before flags are parsed."""
 
     def __init__(self):
-        own = {"module_name": sys.argv[0]}  # as absl calls the module that runs: --help lists them
+        own: dict[str, Any] = {
+            "module_name": sys.argv[0]
+        }  # as absl calls the module that runs: --help lists them
         self._prompt = flags.DEFINE_string("prompt", None, "Text to work on.", **own)
         self._file = flags.DEFINE_string(
             "prompt_file",

@@ -8,8 +8,6 @@ last recorded check, which ships as hobbit_jax/planner/check.json. On a machine 
 CPU an upload costs next to nothing, so a link is emulated. About five minutes on two quiet cores.
 """
 
-from pathlib import Path
-
 from absl import flags
 from tqdm import tqdm
 
@@ -24,16 +22,19 @@ from hobbit_jax.planner.public_figures import compare_reports
 from hobbit_jax.planner.shapes import open_model
 from hobbit_jax.rows import machine, write_json
 
-_TURNS = flags.DEFINE_integer("turns", 6, "rows decoded under each setting, after a warm-up", 2)
-_TOKENS = flags.DEFINE_integer("tokens", 48, "decoded of each row", 8)
-_LINK_GB_S = flags.DEFINE_float(
-    "link_gb_s", 0.1, "of an emulated link to the device; 0 copies as fast as can be", 0.0
+_TURNS = flags.DEFINE_integer(
+    "turns", 6, "Number of rows decoded under each setting, after a warm-up.", 2, 10_000
 )
-_OUT = flags.DEFINE_string("out", None, "JSON file", required=True)
+_TOKENS = flags.DEFINE_integer("tokens", 48, "Number of tokens decoded of each row.", 8, 100_000)
+_LINK_GB_S = flags.DEFINE_float(
+    "link_gb_s", 0.1, "Bandwidth of an emulated link in GB/s; 0 copies as fast as can be.", 0.0, 1e6
+)
+_OUT = flags.DEFINE_string("out", None, "JSON file to write.", required=True)
 _LOW_FORMAT, _PROMPT = "Q2_K", 16
 
 
 def main(_):
+    out = cli.output_file("out", str(_OUT.value))
     path = reference.model_path()
     model = load_model(path)
     low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT), low_precision_folder())
@@ -55,7 +56,7 @@ def main(_):
     summary = summarise(record, machine())
     public = compare_reports()
     write_json(
-        Path(str(_OUT.value)),
+        out,
         {"kind": "check", "machine": machine(), "summary": summary, **record, "public": public},
     )
     times = record["times"][summary["clock"]]

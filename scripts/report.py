@@ -11,7 +11,7 @@ from absl import flags
 from hobbit_jax import cli
 from hobbit_jax.report import write_report
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a sweep", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a sweep.", required=True)
 
 
 def main(_):
