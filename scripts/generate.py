@@ -92,10 +92,12 @@ def new_ids(
     stop_ids = () if _IGNORE_EOS.value else engine.model.tokenizer().eog_ids
     context = ENGINE.value("context")
     wanted = len(prompt) + _MAX_NEW_TOKENS.value
-    if context is not None and context < wanted:
+    room = engine.config.context_length if context is None else context
+    if wanted > room:
+        what = "the model's context" if context is None else "--context"
         raise ValueError(
-            f"--context is {context}; the prompt's {len(prompt)} tokens and --max_new_tokens="
-            f"{_MAX_NEW_TOKENS.value} want {wanted}"
+            f"the prompt's {len(prompt)} tokens and --max_new_tokens={_MAX_NEW_TOKENS.value} want "
+            f"{wanted}; {what} is {room}"
         )
     for ids_B, cost in engine.generate(
         [prompt], _MAX_NEW_TOKENS.value, sampling, stop_ids, _TOKENS_PER_CALL.value, context,
