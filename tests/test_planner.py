@@ -25,6 +25,7 @@ from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.decode_loop import empty_carry
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.model_file.presets import PRESETS
 from hobbit_jax.planner import candidates, check, routing, table
 from hobbit_jax.planner.check import fit
 from hobbit_jax.planner.cost_model import CONSTANTS, Machine, Traffic, token_time
@@ -39,7 +40,6 @@ from hobbit_jax.planner.traffic import (
     replay_setting,
 )
 from hobbit_jax.report.plans import Plans, load_plans, render_plans
-from hobbit_jax.synthetic.presets import PRESETS
 from hobbit_jax.synthetic.synthesize import synthesize
 
 CONTEXT = 512

@@ -27,13 +27,13 @@ from hobbit_jax.evals import quality
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.experts.tiers import TierSpec, tier_path, write_tier
 from hobbit_jax.inference.engine import Engine
+from hobbit_jax.minitasks.documents import task_documents
 from hobbit_jax.model.loading import LoadedModel, load_model
 from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS
 from hobbit_jax.rows import machine, write_json
 from hobbit_jax.signals.calibration import STATISTICS, Calibration, calibrate
 from hobbit_jax.signals.importance import MeasuredErrors, measure_errors
-from hobbit_jax.training.corpus import task_documents
 
 # Calibration texts by name: generated problems, none of them held out; and the reference model's
 # own calibration text with as many characters of those.

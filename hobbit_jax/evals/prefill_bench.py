@@ -1,7 +1,6 @@
 """What overlap buys a prompt: streamed prefill against its copies and its computation alone.
 
-Owns the comparison, on an emulated link (`cache/link.py`), since a CPU has none of its own. Called
-by `scripts/bench_decode.py`.
+Owns the comparison, on an emulated link (`cache/link.py`), since a CPU has none of its own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What promotion, the pool's division and a warm start come to, in counts that no other load moves.
 
-Owns which settings are compared and how their tables read; decoding is `decode_bench.py`'s. Called
-by `scripts/residency_tables.py`. Every comparison is at equal pool bytes and decodes the same
-forced tokens. A warm start is judged on cold engines, since the cache soon forgets how it began.
+Owns which settings are compared and how their tables read; decoding is `decode_bench.py`'s. Every
+comparison is at equal pool bytes and decodes the same forced tokens. A warm start is judged on cold
+engines, since the cache soon forgets how it began.
 """
 
 from __future__ import annotations

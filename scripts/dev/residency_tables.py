@@ -1,6 +1,6 @@
 """Counts what promotion's margin, the pool's division and a warm start come to; rows and tables.
 
-    python scripts/residency_tables.py --out docs/residency.md
+    python scripts/dev/residency_tables.py --out docs/residency.md
 
 On two held-out texts: the one that the rules' constants were chosen on (calibration), and one that
 they were not (evaluation). Rows go to OUT with the suffix .json after every setting; those that are
@@ -43,7 +43,7 @@ tokens. *Residents* are (layer, expert) pairs with any copy on the device at the
 selections that a low copy served, KL is to the native model. Constants were chosen on
 "calibration".
 
-    python scripts/residency_tables.py --budgets_mib {budgets} --out {out}
+    python scripts/dev/residency_tables.py --budgets_mib {budgets} --out {out}
 """
 
 

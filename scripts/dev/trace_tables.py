@@ -1,6 +1,6 @@
 """Replays low-precision plans at equal bytes on two traces, and writes the rows and the tables.
 
-    python scripts/trace_tables.py --traces A.npz,B.npz --out docs/traces.md
+    python scripts/dev/trace_tables.py --traces A.npz,B.npz --out docs/traces.md
 
 Each trace is replayed with its own counts and with the other's. Rows go to OUT without its suffix,
 NAME.jsonl for a trace; those that are there are not replayed again, so it can be interrupted. Some
@@ -57,7 +57,7 @@ def main(_):
     cells = equal_bytes.cells([int(capacity) for capacity in _CAPACITIES.value])
     sizes = _EXPERT_BYTES.value, _LOW_BYTES.value
     rows_path = {path: out.with_suffix("") / f"{path.stem}.jsonl" for path in paths}
-    command = f"python scripts/trace_tables.py --traces {','.join(map(str, paths))} --out {out}"
+    command = f"python scripts/dev/trace_tables.py --traces {','.join(map(str, paths))} --out {out}"
     text = _INTRODUCTION.format(
         policy=_POLICY.value, native=sizes[0], low=sizes[1], command=command
     )
