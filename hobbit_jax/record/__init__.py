@@ -24,10 +24,11 @@ from hobbit_jax.record.files import (
     merge_records,
     read_record,
     read_records,
+    record_path,
     write_record,
 )
 from hobbit_jax.record.machine import machine
-from hobbit_jax.record.record import Record, flat
+from hobbit_jax.record.record import Measured, Record, combined, measured
 from hobbit_jax.record.study import Study, read_study, study_names, write_study
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "CacheTrial",
     "EvalSizes",
     "Inputs",
+    "Measured",
     "MissModeTrial",
     "Mixed",
     "MixedInBytes",
@@ -46,14 +48,16 @@ __all__ = [
     "Records",
     "Study",
     "Uniform",
-    "flat",
+    "combined",
     "is_finished",
     "machine",
+    "measured",
     "merge_records",
     "read_record",
     "read_records",
     "read_study",
     "record_name",
+    "record_path",
     "study_names",
     "write_record",
     "write_study",

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from hobbit_jax.atomic import place_first, replacing
-from hobbit_jax.record.asked import Asked, record_name
 from hobbit_jax.record.record import Record
 from hobbit_jax.record.typed_json import plain, typed
 
@@ -46,26 +45,30 @@ def write_record(folder: Path, record: Record) -> Path:
     for name, value in record.metrics.items():
         if value is not None and not math.isfinite(value):
             raise ValueError(f"metric {name} is {value}; want a finite number, or None")
-    path = folder / FOLDER / f"{record.name}.json"
+    path = record_path(folder, record.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = _line(record)
-    if not place_first(path, line) and not is_finished(folder, record.asked):
+    if not place_first(path, line) and not is_finished(folder, record.name):
         with replacing(path) as partial:
             _write_through(partial, line)
     return path
 
 
-def read_record(folder: Path, asked: Asked) -> Record | None:
-    """The record of `asked` in its own file; None if there is none that can be read."""
-    path = folder / FOLDER / f"{record_name(asked)}.json"
+def record_path(folder: Path, name: str) -> Path:
+    """The file of one record."""
+    return folder / FOLDER / f"{name}.json"
+
+
+def read_record(folder: Path, name: str) -> Record | None:
+    """The record in the file of that name; None if there is none that can be read."""
     with contextlib.suppress(FileNotFoundError, ValueError):
-        return parse_record(path.read_text(encoding="utf-8"))
+        return parse_record(record_path(folder, name).read_text(encoding="utf-8"))
     return None
 
 
-def is_finished(folder: Path, asked: Asked) -> bool:
-    """Whether `asked` has an "ok" record; failed and unreadable ones are run again."""
-    record = read_record(folder, asked)
+def is_finished(folder: Path, name: str) -> bool:
+    """Whether there is an "ok" record; failed and unreadable ones are made again."""
+    record = read_record(folder, name)
     return record is not None and record.status == "ok"
 
 

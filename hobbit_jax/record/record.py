@@ -6,8 +6,9 @@ To add a metric, put a number under a new name (with its unit) into `metrics`; t
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from hobbit_jax.record.asked import Asked, record_name
@@ -58,13 +59,59 @@ class Record:
         return None if None in ends else Interval(*(float(end or 0) for end in ends))
 
 
-def flat(name: str, value: Any) -> dict[str, float | int | None]:
-    """A number, an `Interval`, or a mapping of those, as metrics; names are joined by `_`."""
-    if isinstance(value, Interval):
-        return {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
-    if isinstance(value, Mapping):
-        found: dict[str, float | int | None] = {}
-        for key, inner in value.items():
-            found |= flat(f"{name}_{key}" if name else str(key), inner)
-        return found
-    return {name: value}
+@dataclass(frozen=True)
+class Measured:
+    """The fields of a `Record` that a measurement itself fills."""
+
+    metrics: Mapping[str, float | int | None] = field(default_factory=dict)
+    samples: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    file_sha256: Mapping[str, str] = field(default_factory=dict)
+
+
+def measured(result: Any, prefix: str = "") -> Measured:
+    """A nested result (mappings, dataclasses, intervals) as flat fields.
+
+    Numbers become metrics, lists samples, words notes; names are joined by `_`. A key `value` or
+    `median` adds nothing to the name, so the ends beside it become NAME_low and NAME_high.
+    """
+    metrics: dict[str, float | int | None] = {}
+    samples: dict[str, Any] = {}
+    notes: dict[str, str] = {}
+
+    def take(name: str, value: Any) -> None:
+        if is_dataclass(value) and not isinstance(value, type):
+            value = {f.name: getattr(value, f.name) for f in fields(value)}
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                plain = str(key) in ("value", "median") and name
+                take(name if plain else "_".join(filter(None, [name, str(key)])), inner)
+        elif isinstance(value, str):
+            notes[name] = value
+        elif isinstance(value, list | tuple):
+            samples[name] = list(value)
+        else:
+            metrics[name] = value if value is None else _number(value)
+
+    take(prefix, result)
+    return Measured(metrics, samples, notes)
+
+
+def _number(value: Any) -> float | int:
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def combined(*parts: Measured) -> Measured:
+    """Several parts of one measurement; none of their names may collide.
+
+    Raises:
+        RuntimeError: two parts give one name.
+    """
+    found: dict[str, dict[str, Any]] = {f.name: {} for f in fields(Measured)}
+    for part in parts:
+        for name, kept in found.items():
+            twice = kept.keys() & getattr(part, name).keys()
+            if twice:
+                raise RuntimeError(f"{name} {', '.join(sorted(twice))} were measured twice")
+            kept.update(getattr(part, name))
+    return Measured(**found)
