@@ -5,11 +5,13 @@ Owns the temporary name, the rename, and the clean-up after a failure.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PARTIAL_GLOB = ".*.partial"
 
@@ -32,6 +34,19 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON, so that a reader sees all of it or nothing.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def place_first(path: Path, text: str) -> bool:

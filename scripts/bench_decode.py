@@ -16,6 +16,7 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli, reference
+from hobbit_jax.atomic import write_json
 from hobbit_jax.cache.link import DirectLink, PacedLink
 from hobbit_jax.cache.pool_sizing import low_share
 from hobbit_jax.evals import decode_bench, host_overhead, link_bench, prefill_bench, quality
@@ -24,7 +25,7 @@ from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
-from hobbit_jax.rows import machine, write_json
+from hobbit_jax.record import machine
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _LOW_FORMAT = flags.DEFINE_string("low_format", "Q2_K", "of the low tier")

@@ -12,6 +12,7 @@ import time
 
 import cluster_cells
 import pytest
+from hobbit_jax.rows import RowStore
 from launch_harness import (
     Killer,
     check_rows,
@@ -28,7 +29,6 @@ from hobbit_jax import atomic
 from hobbit_jax.cells.leases import Leases
 from hobbit_jax.launch import connect, parse_resources
 from hobbit_jax.launch.on_local import visible_gpus
-from hobbit_jax.rows import RowStore
 
 LOCAL_WORKER = "hobbit_jax.launch.worker"
 

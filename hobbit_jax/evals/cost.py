@@ -15,6 +15,7 @@ import numpy as np
 
 from hobbit_jax.experts.store import NATIVE
 from hobbit_jax.inference.engine import Engine
+from hobbit_jax.record import Measured, measured
 from hobbit_jax.statistics import Interval
 
 
@@ -36,6 +37,23 @@ class DecodeCost:
     tokens_per_second: Interval
     repeat_seconds: list[float]
     first_token_s: float
+
+    def measured(self) -> Measured:
+        """As fields of a record."""
+        return measured(
+            {
+                "decode_tokens": self.tokens,
+                "hit_rate": self.hit_rate,
+                "demoted_share": self.degraded_fraction,
+                "skipped_share": self.skipped_fraction,
+                "host_round_trips_per_token": self.exits_per_token,
+                "bytes_moved_per_token": self.bytes_moved_per_token,
+                "bytes_read_per_token": self.bytes_used_per_token,
+                "decode_tokens_per_s": self.tokens_per_second,
+                "first_token_s": self.first_token_s,
+                "repeat_s": self.repeat_seconds,
+            }
+        )
 
 
 def measure(engine: Engine, ids_RS: np.ndarray, prompt_tokens: int) -> DecodeCost:

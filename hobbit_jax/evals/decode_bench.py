@@ -24,6 +24,7 @@ from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare
 from hobbit_jax.cache.prefetch import PrefetchRule
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, PromotionRule
+from hobbit_jax.evals.logit_comparison import compare_logits
 from hobbit_jax.experts.precision import PrecisionPlan, uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -166,13 +167,6 @@ def prefetch_settings(store: HostExperts, budget_bytes: int) -> list[Setting]:
     return listed
 
 
-@jax.jit
-def _compare(logits_V: jax.Array, native_V: jax.Array) -> tuple[jax.Array, jax.Array]:
-    log_q_V, log_p_V = jax.nn.log_softmax(logits_V), jax.nn.log_softmax(native_V)
-    kl = jnp.sum(jnp.exp(log_p_V) * (log_p_V - log_q_V))
-    return kl, jnp.argmax(logits_V) == jnp.argmax(native_V)
-
-
 def _turn(
     engine: Engine, ids_S: np.ndarray, prompt_tokens: int, clock: Callable[[], float]
 ) -> tuple[float, float, list[jax.Array]]:
@@ -253,9 +247,10 @@ def compare(
             result.skipped += stats.skipped
             result.selections += stats.selections
             for ours_BV, native_BV in zip(logits, native_logits, strict=True):
-                kl, agree = _compare(ours_BV[0], native_BV[0])
-                result.kl_sum += float(kl)
-                result.agree += int(agree)
+                any_token_BT = np.zeros((1, 1), np.int32)  # its likelihood is not asked for
+                compared = compare_logits(ours_BV[None], native_BV[None], any_token_BT)
+                result.kl_sum += float(compared.kl_BT[0, 0])
+                result.agree += int(compared.agree_BT[0, 0])
             result.residents = len({key[1:] for key in pool.resident()})
             result.device_bytes = pool.device_bytes
     return results

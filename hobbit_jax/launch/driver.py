@@ -21,7 +21,7 @@ from hobbit_jax.atomic import PARTIAL_GLOB
 from hobbit_jax.cells.leases import STALE_S, Leases
 from hobbit_jax.cells.sweep import SweepCell, processes
 from hobbit_jax.launch.manifest import Sweep, read_end
-from hobbit_jax.rows import RowStore, write_json
+from hobbit_jax.record import Study, is_finished, read_record, write_study
 
 # In a row, without anything stored in between. More than a crash needs to be believed, since a
 # worker that was killed from outside looks the same.
@@ -80,12 +80,12 @@ def drive(
         RuntimeError: workers end before they can take a cell.
     """
     workdir = workdir.resolve()
-    rows = RowStore(workdir)
-    rows.create()
+    rows = workdir
     names = [cell.name for cell in cells]
     if len(set(names)) != len(names):
         raise ValueError("two cells of the sweep are the same; check its axes for repetitions")
-    write_json(workdir / "sweep.json", {**description, "cells": names})
+    study = Study(cells[0].study, **description, trials=tuple(names))
+    write_study(workdir, study)
     sweep = Sweep.plan(cells, rows, max_deaths, stale_s)
     run = _Run(sweep, rows, workdir)
     skipped = len(cells) - len(run.pending)
@@ -118,11 +118,11 @@ class LauncherFactory(Protocol):
 class _Run:
     """One driver's cells that are not settled, and its workers that have not ended."""
 
-    def __init__(self, sweep: Sweep, rows: RowStore, workdir: Path):
+    def __init__(self, sweep: Sweep, rows: Path, workdir: Path):
         self.sweep, self.rows, self.workdir = sweep, rows, workdir
         self.driver = secrets.token_hex(4)
         self.leases = Leases(workdir, self.driver, sweep.stale_s)
-        self.pending = {c.name: processes(c) for c in sweep.cells if not rows.finished(c.name)}
+        self.pending = {c.name: processes(c) for c in sweep.cells if not is_finished(rows, c.name)}
         self.alive: dict[str, int] = {}  # workers, and of how many processes
         self.started = self.failed = self.fruitless = 0
 
@@ -141,14 +141,14 @@ class _Run:
                 time.sleep(launcher.poll_s)
 
     def _settle(self, progress: tqdm) -> bool:
-        for name in self.rows.names().intersection(self.pending):
+        for name in list(self.pending):
             status = self.sweep.settled(self.rows, name)
             if status is None:
                 continue
             if status == "failed":
                 self.failed += 1
-                row = self.rows.read(name) or {}
-                progress.write(f"failed: {name}: {row.get('error')}")
+                row = read_record(self.rows, name)
+                progress.write(f"failed: {name}: {row and row.error}")
             del self.pending[name]
             progress.update()
         return bool(self.pending)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import hobbit_jax
-from hobbit_jax.atomic import replacing
+from hobbit_jax.atomic import replacing, write_json
 from hobbit_jax.cells.sweep import SweepCell
-from hobbit_jax.rows import RowStore, write_json
+from hobbit_jax.record import is_finished, read_record, record_path
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,9 @@ class Sweep:
         return pickle.loads((cls.folder(workdir, driver) / "sweep.pickle").read_bytes())
 
     @classmethod
-    def plan(
-        cls, cells: Sequence[SweepCell], rows: RowStore, max_deaths: int, stale_s: float
-    ) -> Sweep:
+    def plan(cls, cells: Sequence[SweepCell], rows: Path, max_deaths: int, stale_s: float) -> Sweep:
         """A sweep that runs whatever of `cells` has no finished row now."""
-        stamps = {c.name: row_stamp(rows, c.name) for c in cells if not rows.finished(c.name)}
+        stamps = {c.name: row_stamp(rows, c.name) for c in cells if not is_finished(rows, c.name)}
         earlier = {name: stamp for name, stamp in stamps.items() if stamp is not None}
         return cls(tuple(cells), earlier, max_deaths, stale_s)
 
@@ -64,20 +62,20 @@ class Sweep:
         with replacing(path) as partial:
             partial.write_bytes(pickle.dumps(self))
 
-    def settled(self, rows: RowStore, cell: str) -> str | None:
+    def settled(self, rows: Path, cell: str) -> str | None:
         """The status of the row that this sweep wants of `cell`; None while there is none."""
-        row = rows.read(cell)
-        if row is None or row.get("status") not in ("ok", "failed"):
+        row = read_record(rows, cell)
+        if row is None:
             return None
-        if row["status"] == "failed" and self.earlier.get(cell) == row_stamp(rows, cell):
+        if row.status == "failed" and self.earlier.get(cell) == row_stamp(rows, cell):
             return None
-        return row["status"]
+        return row.status
 
 
-def row_stamp(rows: RowStore, cell: str) -> tuple[int, int] | None:
+def row_stamp(rows: Path, cell: str) -> tuple[int, int] | None:
     """What tells the row that stands there from one that replaces it."""
     with contextlib.suppress(FileNotFoundError):
-        stat = rows.path(cell).stat()
+        stat = record_path(rows, cell).stat()
         return stat.st_ino, stat.st_mtime_ns
     return None
 

@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from hobbit_jax.cells.leases import Lease, Leases
-from hobbit_jax.cells.sweep import SweepCell, failed_row, processes, run_cell
-from hobbit_jax.cells.workbench import EvalSizes, Inputs, Workbench
+from hobbit_jax.cells.sweep import SweepCell, failed_record, processes, run_cell
+from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.launch.manifest import Sweep, write_end
-from hobbit_jax.rows import RowStore
+from hobbit_jax.record import EvalSizes, Inputs, write_record
 
 # A user's, such as a model that does not open; any other exception here is a bug.
 _MISTAKES = (ValueError, NotImplementedError, OSError, EOFError)
@@ -32,7 +32,7 @@ class Worker:
     def __init__(self, workdir: Path, driver: str, name: str):
         self.workdir, self.driver, self.name = workdir, driver, name
         self.sweep = Sweep.load(workdir, driver)
-        self.rows = RowStore(workdir)
+        self.rows = workdir
         self.rank, self.count = jax.process_index(), jax.process_count()
         owner = name if self.rank == 0 else f"{name}.{self.rank}"
         self.leases = Leases(workdir, owner, self.sweep.stale_s)
@@ -74,11 +74,13 @@ class Worker:
         cell = self.sweep.cells[index]
         if lease is not None and lease.deaths >= self.sweep.max_deaths:
             times = f"{lease.deaths} times in a row"
-            row = failed_row(cell, f"RuntimeError: its worker died {times}; last: {lease.reason}")
+            row = failed_record(
+                cell, f"RuntimeError: its worker died {times}; last: {lease.reason}"
+            )
         else:
             row = run_cell(cell, self._bench(cell))
         if lease is not None:
-            self.rows.write(row)
+            write_record(self.rows, row)
             self._settled.add(cell.name)
             self.leases.finish(lease)
         return True
@@ -86,7 +88,7 @@ class Worker:
     def _take(self) -> Lease | None:
         """Claims the first cell that is neither settled nor somebody's."""
         while True:
-            for name in self.rows.names().intersection(self._index) - self._settled:
+            for name in self._index.keys() - self._settled:
                 if self.sweep.settled(self.rows, name):
                     self._settled.add(name)
             lease = self.leases.claim(n for n in self._index if n not in self._settled)

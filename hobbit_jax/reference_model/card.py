@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from hobbit_jax.evals import quality, tasks
+from hobbit_jax.evals.logit_comparison import compare_in_float64
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel
@@ -63,12 +64,10 @@ def bits_per_byte(engine: Engine, model: LoadedModel, texts: list[str]) -> float
         ids_BS = np.zeros((len(batch), CONTEXT + 1), np.int32)
         for row, ids in enumerate(batch):
             ids_BS[row, : len(ids)] = ids
-        logits = np.asarray(engine.score(ids_BS[:, :-1]), np.float64)
-        top = logits.max(axis=-1, keepdims=True)
-        log_z = np.log(np.exp(logits - top).sum(axis=-1)) + top[..., 0]
+        logits = np.asarray(engine.score(ids_BS[:, :-1]))
+        nll_BT = compare_in_float64(logits, logits, ids_BS[:, 1:]).nll_BT
         for row, ids in enumerate(batch):
-            at = np.arange(len(ids) - 1)
-            nats += float((log_z[row, at] - logits[row, at, ids[1:]]).sum())
+            nats += float(nll_BT[row, : len(ids) - 1].sum())
     return nats / np.log(2) / total_bytes
 
 

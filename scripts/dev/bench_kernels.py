@@ -17,7 +17,8 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
-from hobbit_jax.rows import machine, write_json
+from hobbit_jax.atomic import write_json
+from hobbit_jax.record import machine
 from pallas_kernels import bench, tuning
 from pallas_kernels.packed import PACKINGS
 

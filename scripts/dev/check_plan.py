@@ -14,6 +14,7 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli, reference
+from hobbit_jax.atomic import write_json
 from hobbit_jax.evals import quality
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
@@ -21,7 +22,7 @@ from hobbit_jax.model.loading import load_model
 from hobbit_jax.planner.check import cases, check, summarise
 from hobbit_jax.planner.public_figures import compare_reports
 from hobbit_jax.planner.shapes import open_model
-from hobbit_jax.rows import machine, write_json
+from hobbit_jax.record import machine
 
 _TURNS = flags.DEFINE_integer("turns", 6, "rows decoded under each setting, after a warm-up", 2)
 _TOKENS = flags.DEFINE_integer("tokens", 48, "decoded of each row", 8)

@@ -19,7 +19,7 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
-from hobbit_jax.rows import write_json
+from hobbit_jax.atomic import write_json
 from pallas_kernels import ahead_of_time, bench
 from pallas_kernels.expert_ffn import triton_expert_ffn
 from pallas_kernels.matmul_triton import Items, Tile, grouped_matmul

@@ -17,13 +17,13 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli, reference
-from hobbit_jax.atomic import replacing
+from hobbit_jax.atomic import replacing, write_json
 from hobbit_jax.evals import decode_bench, quality, residency_counts
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
-from hobbit_jax.rows import machine, write_json
+from hobbit_jax.record import machine
 from hobbit_jax.signals.calibration import calibrate
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
