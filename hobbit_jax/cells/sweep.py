@@ -19,7 +19,9 @@ import numpy as np
 from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.policies import SLRU
 from hobbit_jax.cells.workbench import Workbench
-from hobbit_jax.evals import cost, quality, tasks
+from hobbit_jax.evals import quality, tasks
+from hobbit_jax.evals.engine_program import EngineProgram
+from hobbit_jax.evals.measure import measure, timed_turn
 from hobbit_jax.experts.precision import PrecisionPlan, uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.experts.tiers import TierSpec
@@ -160,8 +162,10 @@ class Cell:
         )  # fmt: skip
 
         def decode() -> Measured:
-            found = cost.measure(engine, bench.decode_ids_RS, asked.sizes.decode_prompt_tokens)
-            return combined(found.measured(), measured(_pool_figures(engine)))
+            ids_RS = bench.decode_ids_RS
+            ours = functools.partial(timed_turn, EngineProgram(engine, ids_RS.shape[1]))
+            found = measure({self.name: ours}, ids_RS, asked.sizes.decode_prompt_tokens)
+            return measured({**found[self.name].figures(), **_pool_figures(engine)})
 
         # Logits of a plan are the same bits at every budget (tests/test_engine.py), so cells that
         # differ in the pool alone share quality and scores. What serves misses depends on the pool

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import residency_counts
 from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli, reference
 from hobbit_jax.atomic import replacing, write_json
-from hobbit_jax.evals import decode_bench, quality, residency_counts
+from hobbit_jax.evals import decode_bench, quality
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.inference.engine import Engine

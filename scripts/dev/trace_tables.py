@@ -9,13 +9,13 @@ minutes of CPU time for traces of 8,000 tokens.
 
 from pathlib import Path
 
+import equal_bytes
 from absl import flags
 
 from hobbit_jax import cli
 from hobbit_jax.atomic import replacing
 from hobbit_jax.cache.policies import POLICIES
 from hobbit_jax.cache.trace import read_trace
-from hobbit_jax.evals import equal_bytes
 
 # An expert of DeepSeek-V2-Lite, three matrices of 2048 x 1408, at 4.5 and 2.625 bits.
 _WEIGHTS = 3 * 2048 * 1408
