@@ -31,7 +31,7 @@ whether any signal beats the random control.
 from ml_collections import ConfigDict
 
 from hobbit_jax.cells.sweep import Cell
-from hobbit_jax.cells.workbench import MIXED_TEXT
+from hobbit_jax.cells.texts import MIXED_TEXT
 from hobbit_jax.record import (
     CacheTrial,
     EvalSizes,

@@ -52,8 +52,7 @@ def main(_):
     )
     tokenizer = model.tokenizer()
     windows = cut_windows(tokenizer, texts, _WINDOWS.value, _CONTEXT.value, _SEED.value)
-    found = calibrate(Engine(model, store), windows, "routing")
-    found.save(Path(_OUT.value))
+    found = calibrate(Engine(model, store), windows, "routing", Path(_OUT.value))
     print(f"{found.tokens} tokens; {sum(slots.values())} experts in {budget_bytes / 2**20:g} MiB")
     print(table(found.selections_LE, store, slots))
 

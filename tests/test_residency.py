@@ -430,7 +430,7 @@ def test_a_profile_is_written_read_and_refused(model, two_banks_path, tmp_path):
         "--windows", 4, "--context", 20, "--budget_mib", 1,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    profile = Calibration.load(path, model.file.sha256())
+    profile = Calibration.load(path, model.file)
     assert profile.statistics == "routing" and profile.tokens == 80
     assert (profile.selections_LE.sum(axis=1) == 80 * 2).all()
     lines = done.stdout.splitlines()
@@ -449,7 +449,7 @@ def test_a_profile_is_written_read_and_refused(model, two_banks_path, tmp_path):
     biggest = max((f for f in path.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
     biggest.write_bytes(biggest.read_bytes()[: biggest.stat().st_size // 2])
     with pytest.raises(ValueError, match="holds no calibration that can be read"):
-        Calibration.load(path, model.file.sha256())
+        Calibration.load(path, model.file)
 
 
 def test_misses_of_the_first_tokens(model, uses_LE):

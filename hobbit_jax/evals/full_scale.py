@@ -25,6 +25,7 @@ import numpy as np
 
 from hobbit_jax import markdown
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
+from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals.engine_program import EngineProgram
 from hobbit_jax.evals.measure import Counts, Turn, timed_turn
 from hobbit_jax.evals.process_memory import PeakWatch, read_resident
@@ -210,8 +211,8 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
         low = []
         if run.low_format is not None:
             progress("low tier")
-            spec, directory = TierSpec(run.low_format), run.model.parent / "tiers"
-            low.append(open_tier(model.file, model.config, spec, directory))
+            spec = TierSpec(run.low_format)
+            low.append(open_tier(model.file, model.config, spec, low_precision_folder()))
         store = HostExperts(model.config, model.file, low)
         plan = uniform_plan(store, LOW if run.setting == "uniform" else NATIVE)
         mode = run.setting if run.setting in MISS_MODES else "wait"

@@ -21,14 +21,19 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from hobbit_jax.atomic import replacing
+from hobbit_jax.model_file import metadata as checked
+from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required
 from pallas_kernels.formats import FORMATS
+
+T = TypeVar("T")
+D = TypeVar("D")
 
 # (type, element type of an array or None), as in the file: llama.cpp refuses a key of another type.
 FieldType = tuple[GGUFValueType, GGUFValueType | None]
@@ -94,12 +99,34 @@ class FileStamp:
 
 @dataclass(frozen=True, eq=False)
 class GGUFFile:
-    """An opened, checked file; the parts of a split file appear as one."""
+    """An opened, checked file; the parts of a split file appear as one.
+
+    `metadata` is what the file says, unchecked: for copying. `read` is how a value is used.
+    """
 
     stamps: tuple[FileStamp, ...]  # in the order of the parts
     metadata: dict[str, Any]  # Python scalars, strings and lists
     field_types: dict[str, FieldType]  # the GGUF type of each metadata key
     tensors: dict[str, TensorInfo]  # in file order
+
+    @overload
+    def read(self, key: str, kind: Kind[T]) -> T: ...
+
+    @overload
+    def read(self, key: str, kind: Kind[T], default: D) -> T | D: ...
+
+    def read(self, key: str, kind: Kind[T], default: D | Required = REQUIRED) -> T | D:
+        """The metadata value of `key`, checked to be of `kind` (see `metadata.py`).
+
+        Returns:
+            The value, or `default` where the file has no such key.
+
+        Raises:
+            ValueError: the value is of another type or outside the range, or the file has no such
+                key and there is no default.
+            NotImplementedError: a value per layer (`of_every_layer`), and they differ.
+        """
+        return checked.read(self.paths[0], self.metadata, key, kind, default)
 
     @property
     def paths(self) -> tuple[Path, ...]:

@@ -75,11 +75,7 @@ def encode(weights_NK: np.ndarray, format: str, hessian_KK: np.ndarray) -> np.nd
             with a negative diagonal.
         NotImplementedError: a format that is no K-quant.
     """
-    if format not in K_QUANTS:
-        raise NotImplementedError(
-            f"no Hessian-based encoder for {format!r}; the formats with one are "
-            f"{', '.join(K_QUANTS)}"
-        )
+    check_format(format)
     weights_NK = np.asarray(weights_NK)
     check_shape(weights_NK, format)
     check_values(weights_NK, format, 0, 1)
@@ -95,6 +91,15 @@ def encode(weights_NK: np.ndarray, format: str, hessian_KK: np.ndarray) -> np.nd
     for blocks_NP in packed:
         check_blocks(blocks_NP, format, 0, 1)
     return np.concatenate(packed, axis=1)
+
+
+def check_format(format: str) -> None:
+    """Refuses a format that is no K-quant with NotImplementedError."""
+    if format not in K_QUANTS:
+        raise NotImplementedError(
+            f"no Hessian-based encoder for {format!r}; the formats with one are "
+            f"{', '.join(K_QUANTS)}"
+        )
 
 
 def _conditioned(hessian_KK: np.ndarray, n_columns: int) -> np.ndarray:

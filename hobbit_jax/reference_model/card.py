@@ -25,7 +25,7 @@ from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel
 from hobbit_jax.reference_model.corpus import SourceFile
-from hobbit_jax.signals.calibration import calibrate
+from hobbit_jax.signals.calibration import count_routing
 
 CONTEXT = 512
 ROWS_PER_BATCH = 4
@@ -81,7 +81,7 @@ def measure(model: LoadedModel, texts: list[str], problems: int) -> dict[str, An
     """The card's figures for one model file on held-out `texts` and tasks."""
     engine = Engine(model, HostExperts(model.config, model.file))
     windows = quality.cut_windows(model.tokenizer(), texts, 64, CONTEXT)
-    selections_LE = calibrate(engine, windows, "routing").selections_LE
+    selections_LE = count_routing(engine, windows).selections_LE
     shares_LE = selections_LE / selections_LE.sum(axis=1, keepdims=True)
     scores = {
         task: tasks.evaluate(engine, model.tokenizer(), task, problems)
