@@ -13,11 +13,11 @@ import os
 from pathlib import Path
 
 from absl import flags
+from hobbit_jax.report.peers import PeerRow, render_peers
 
 from hobbit_jax import cli, reference
+from hobbit_jax.atomic import write_json
 from hobbit_jax.peers.comparison import PEERS, Request, compare_model
-from hobbit_jax.report.peers import PeerRow, render_peers
-from hobbit_jax.rows import write_json
 from pallas_kernels.backends import IMPLEMENTATIONS
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")

@@ -48,6 +48,9 @@ class Scripted:
         time.sleep(self.step_s)
         return token
 
+    def counts(self):
+        return None
+
     def facts(self):
         return {
             "program": "scripted",
@@ -71,6 +74,9 @@ class Uniform:
 
     def decode(self, token):
         return 0
+
+    def counts(self):
+        return None
 
     def facts(self):
         return {

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from hobbit_jax.report.peers import PeerRow, load_peers, render_peers
 
+from hobbit_jax.evals.process_memory import read_resident
 from hobbit_jax.peers.agreement import AgreementMeter
 from hobbit_jax.peers.comparison import PEERS, Request, compare, compare_model, peer_factory
-from hobbit_jax.peers.memory import read_resident
 from hobbit_jax.peers.side import SideSpec
-from hobbit_jax.report.peers import PeerRow, load_peers, render_peers
 
 MIB = 2**20
 

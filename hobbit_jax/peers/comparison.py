@@ -2,9 +2,7 @@
 
 Owns the order of things and the row that comes of it. Both programs are loaded at once, each in its
 own process and bound to the same cores, and never work at the same time. Windows are scored by one
-and then the other; decode rows are timed in turns, the first to go changing from row to row, so
-that a busy machine slows both alike and a ratio is taken within a turn. The first row warms up and
-is not counted.
+and then the other; decode rows are timed in turns (`evals/measure.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,16 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax import reference
+from hobbit_jax.evals.measure import Measurement, measure
+from hobbit_jax.evals.process_memory import ResidentBytes
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.peers.agreement import AgreementMeter
 from hobbit_jax.peers.child import Child, environment
-from hobbit_jax.peers.memory import ResidentBytes
 from hobbit_jax.peers.side import SideSpec
+from hobbit_jax.statistics import spread
 
 OURS = "hobbit_jax.peers.ours:Ours"
 # Peer → its side, the packages it imports, and the extra that installs them.
@@ -164,16 +165,18 @@ def compare(
         with Child(peer, "peer") as other:
             loaded = loaded_own, other.loaded()
             agreement = _agreement(own, other, windows_WS)
-            speed = _speed(own, other, rows_RS, prompt_tokens)
+            found = measure({"ours": own.turn, "peer": other.turn}, rows_RS, prompt_tokens)
             facts = own.facts(), other.facts()
             peaks = own.finish(), other.finish()
     sides = {}
     for name, start, fact, peak in zip(("ours", "peer"), loaded, facts, peaks, strict=True):
         memory = {"before_model": start["before_model"], "peak": _as_dict(peak)}
-        sides[name] = {**fact, "load_s": start["load_s"], "memory": memory}
+        counts = found[name].counts
+        rate = {"decode_hit_rate": counts and counts.hit_rate}
+        sides[name] = {**fact, **rate, "load_s": start["load_s"], "memory": memory}
     # Of the machine, over a minute: 1 is what a comparison makes itself on one core.
     load = {"before": load_before, "after": os.getloadavg()[0]}
-    return {**sides, "agreement": agreement, "speed": speed, "load_average": load}
+    return {**sides, "agreement": agreement, "speed": _speed(found), "load_average": load}
 
 
 def _as_dict(resident: ResidentBytes | None) -> dict[str, int] | None:
@@ -191,37 +194,21 @@ def _agreement(own: Child, other: Child, windows_WS: np.ndarray) -> dict[str, An
     return dataclasses.asdict(meter.result())
 
 
-def _speed(own: Child, other: Child, rows_RS: np.ndarray, prompt_tokens: int) -> dict[str, Any]:
-    turns: dict[Child, list[dict[str, Any]]] = {own: [], other: []}
-    for number, ids_S in enumerate(tqdm(rows_RS, desc="turns", unit="row", leave=False)):
-        for side in (own, other) if number % 2 else (other, own):
-            turns[side].append(side.turn(ids_S, prompt_tokens))
-    decoded = rows_RS.shape[1] - prompt_tokens
-    first_token_s, decode_s = (
-        [np.array([turn[key] for turn in turns[side][1:]]) for side in (own, other)]
-        for key in ("first_token_s", "decode_s")
-    )
-    chosen = [np.array([turn["chosen"] for turn in turns[side][1:]]) for side in (own, other)]
+def _speed(found: Mapping[str, Measurement]) -> dict[str, Any]:
+    """Times of both, and ratios within a turn; the share of tokens on which both agree."""
+    ours, peer = found["ours"], found["peer"]
 
-    def both(values: list[np.ndarray]) -> dict[str, Any]:
-        ours, peer = values
-        return {"ours": spread(ours), "peer": spread(peer), "ratio": spread(ours / peer)}
+    def both(name: str) -> dict[str, Any]:
+        own_R, other_R = getattr(ours, name), getattr(peer, name)
+        return {"ours": spread(own_R), "peer": spread(other_R), "ratio": spread(own_R / other_R)}
 
+    chosen = [np.array([turn.chosen for turn in side.turns]) for side in (ours, peer)]
     return {
-        "turns": len(rows_RS) - 1,
-        "prompt_tokens": prompt_tokens,
-        "decode_tokens": decoded,
-        "decode_tokens_per_second": both([decoded / seconds for seconds in decode_s]),
-        "prefill_tokens_per_second": both([prompt_tokens / s for s in first_token_s]),
-        "first_token_s": both(first_token_s),
+        "turns": len(ours.turns),
+        "prompt_tokens": ours.prompt_tokens,
+        "decode_tokens": ours.tokens // len(ours.turns),
+        "decode_tokens_per_second": both("decode_tokens_per_s"),
+        "prefill_tokens_per_second": both("prefill_tokens_per_s"),
+        "first_token_s": both("first_token_s"),
         "same_greedy_token": float((chosen[0] == chosen[1]).mean()),
-    }
-
-
-def spread(values: np.ndarray) -> dict[str, float]:
-    """Median, and range."""
-    return {
-        "median": float(np.median(values)),
-        "low": float(values.min()),
-        "high": float(values.max()),
     }
