@@ -88,9 +88,9 @@ def test_a_difference_is_taken_in_pairs():
 @pytest.mark.parametrize(
     ("ours_TV", "targets", "message"),
     [
-        (np.zeros((2, 4)), 2, r"got logits \(2, 4\) and \(2, 3\) for 2 tokens"),
-        (np.zeros((2, 3)), 3, "for 3 tokens"),
-        (np.full((2, 3), np.nan), 2, "our logits are not all finite"),
+        (np.zeros((2, 4)), 2, r"got logits \(1, 2, 4\) and \(1, 2, 3\) for tokens \(1, 2\)"),
+        (np.zeros((2, 3)), 3, r"for tokens \(1, 3\)"),
+        (np.full((2, 3), np.nan), 2, "^logits are not all finite"),
     ],
 )
 def test_refused_logits(ours_TV, targets, message):
