@@ -54,6 +54,7 @@ class Scripted:
     def facts(self):
         return {
             "program": "scripted",
+            "machine": {"device": "cpu: a scripted one"},
             "pid": os.getpid(),
             "threads": len(os.sched_getaffinity(0)),
             "policy": os.environ["OMP_WAIT_POLICY"],
