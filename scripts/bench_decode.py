@@ -1,32 +1,27 @@
-"""Miss modes and prefetch against the native cache at equal bytes, and what the engine costs.
+"""Miss modes and prefetch against the native cache at equal bytes.
 
     python scripts/bench_decode.py --out out/decode.json [--budgets_mib 1,2,4] [--link_gb_s card]
-        [--before CHECKOUT]
 
 Prints a table, with --json a line per setting, and writes all of them to --out. On a CPU a copy
 costs next to nothing; --link_gb_s emulates a slower link, and every row says so: decode is then
-timed by the processor's time and the waits for the link, so that other load does not show. With
---before, a checkout of another revision, its host overhead per layer is timed in turns with this
-one's.
+timed by the processor's time and the waits for the link, so that other load does not show.
 """
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli, reference
+from hobbit_jax.atomic import write_json
 from hobbit_jax.cache.link import DirectLink, PacedLink
 from hobbit_jax.cache.pool_sizing import LowShare, low_share
 from hobbit_jax.engine_flags import EngineFlags, low_experts
-from hobbit_jax.evals import decode_bench, host_overhead, link_bench, prefill_bench, quality
-from hobbit_jax.evals.prediction import prediction_accuracy
+from hobbit_jax.evals import decode_bench, quality
 from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.inference.engine import Engine
-from hobbit_jax.rows import machine, write_json
+from hobbit_jax.record import machine
 
 ENGINE = EngineFlags("model", "implementation", "policy", "low_format", low_format="Q2_K")
 _BUDGETS_MIB = flags.DEFINE_list(
@@ -44,7 +39,6 @@ _LINK_GB_S = flags.DEFINE_string(
     "Bandwidth of an emulated link in GB/s, above 0; card makes copies as dear as on a 12 GB card.",
 )
 _PROMPT, _TOKENS = 32, 64
-_BEFORE = flags.DEFINE_string("before", None, "Checkout of another revision to time in turns.")
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.", required=True)
 _JSON = flags.DEFINE_bool("json", False, "Whether to print JSON lines instead of a table.")
 
@@ -80,8 +74,6 @@ def main(_):
     out, link_gb_s = cli.output_file("out", str(_OUT.value)), link_bandwidth()
     budgets_mib = cli.numbers(_BUDGETS_MIB, float, 2**-20, cli.MAX_MIB)
     low_shares: list[LowShare] = [low_share(text) for text in _LOW_SHARES.value]
-    if _BEFORE.value is not None:
-        cli.input_folder("before", _BEFORE.value)
     model = ENGINE.load_model()
     low = low_experts(model, ENGINE.value("low_format"))
     store = HostExperts(model.config, model.file, [low])
@@ -91,19 +83,9 @@ def main(_):
         rows.append(row)
         print(json.dumps(row) if _JSON.value else show(row), flush=True)
 
-    def windows(part, count, context):
-        texts = reference.held_out_texts(part)
-        return quality.cut_windows(model.tokenizer(), texts, count, context, seed=1)
-
-    ids_RS = windows("evaluation", _TURNS.value + 1, _PROMPT + _TOKENS - 1).ids_WS
-    overhead = decode_bench.cache_overhead(model, store, ids_RS[0], 3)
-    record({"setting": "engine overhead", **overhead})
-    accuracy = prediction_accuracy(
-        Engine(model, store), windows("evaluation", 64, 256), windows("calibration", 64, 256)
-    )
-    record({"setting": "prediction accuracy", **accuracy})
-    for row in link_bench.upload_rates(store.largest_expert_bytes, 4 * _TURNS.value):
-        record({"setting": "upload of an expert", **row})
+    texts = reference.held_out_texts("evaluation")
+    context = _PROMPT + _TOKENS - 1
+    ids_RS = quality.cut_windows(model.tokenizer(), texts, _TURNS.value + 1, context, seed=1).ids_WS
     if _LINK_GB_S.value == "card":
         derived = decode_bench.card_link(model, store, ids_RS, _PROMPT)
         record({"setting": "link", **derived})
@@ -132,15 +114,7 @@ def main(_):
             names = ["all resident", *(setting.name for setting in listed)]
             for name, result in zip(names, measured, strict=True):
                 row = {"setting": name, "budget_mib": budget_mib, "link": link}
-                record({**row, **result.row(measured[1])})
-    if link_gb_s is not None:
-        prompts_RS = windows("evaluation", _TURNS.value + 1, 511).ids_WS
-        for staged in (2, 8, 16):
-            row = prefill_bench.prefill_overlap(model, store, 2**22, prompts_RS, 1.0, staged)
-            record({"setting": "prefill overlap", **row})
-    if _BEFORE.value is not None:
-        for row in host_overhead.compare_revisions(Path(_BEFORE.value), 4 * _TURNS.value):
-            record({"setting": "host overhead", **row})
+                record({**row, **result.figures(measured[1])})
     write_json(out, {"machine": machine(), "rows": rows})
 
 

@@ -1,15 +1,14 @@
 """Our engine beside PyTorch or llama.cpp on the same tokens: logits, speed, memory.
 
-    python scripts/compare.py --model M.gguf --peer torch --out docs/peers/reference-torch.json
-    python scripts/compare.py --model M.gguf --peer llama_cpp --budget_mib 8000 --out row.json
+    python scripts/compare.py --model M.gguf --peer torch --workdir out/mine
+    python scripts/compare.py --model M.gguf --peer llama_cpp --budget_mib 8000 --workdir out/mine
 
-Writes one JSON row; `report.py` makes tables of those in <workdir>/peers. Without a GPU PyTorch
+Writes one record into --workdir; `report.py` makes tables of those there. Without a GPU PyTorch
 computes in float32, on one in bfloat16, always with every expert resident. A budget is our pool's;
 on a GPU llama.cpp leaves those layers' experts to the CPU that do not fit it. Both programs are
 loaded at once.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -18,15 +17,15 @@ from absl import flags
 from hobbit_jax import cli
 from hobbit_jax.engine_flags import EngineFlags
 from hobbit_jax.peers.comparison import PEERS, Request, compare_model
-from hobbit_jax.report.peers import PeerRow, render_peers
-from hobbit_jax.rows import write_json
+from hobbit_jax.record import write_record
+from hobbit_jax.report.baseline_tables import section
 
 ENGINE = EngineFlags("model", "implementation", "budget_mib", "policy")
 _PEER = flags.DEFINE_enum("peer", None, PEERS, "Program to compare with.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the record.", required=True)
 _TEXT = flags.DEFINE_string(
     "text", None, "UTF-8 text to score; the shipped held-out files by default."
 )
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.", required=True)
 _TORCH_MODE = flags.DEFINE_enum(
     "torch_mode", None, ("float32", "bfloat16"), "Precision of PyTorch; see above for the default."
 )
@@ -51,10 +50,10 @@ _JSON = flags.DEFINE_bool("json", False, "Whether to print the JSON instead of t
 
 
 def main(_):
-    out = cli.output_file("out", _OUT.value)
+    workdir = cli.output_folder("workdir", str(_WORKDIR.value))
     if _TEXT.value is not None:
         cli.input_text("text", _TEXT.value)
-    row = compare_model(
+    record = compare_model(
         Request(
             model=ENGINE.path,
             peer=_PEER.value,
@@ -71,11 +70,11 @@ def main(_):
             threads=_THREADS.value,
         )
     )
-    write_json(out, row)
+    written = write_record(workdir, record)
     if _JSON.value:
-        print(json.dumps(row))
+        print(written.read_text(encoding="utf-8"), end="")
     else:
-        print("\n".join([*render_peers([PeerRow(row)]), f"written: {out}"]))
+        print(f"{section([record])}\nwritten: {written}")
 
 
 if __name__ == "__main__":
