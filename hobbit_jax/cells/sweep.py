@@ -268,6 +268,7 @@ def run_cell(cell: SweepCell, bench: Workbench) -> Row:
         **machine(),
         "model_sha256": bench.model.file.sha256(),
         "text_sha256": bench.text_sha256,
+        "windows_begin_with_bos": quality.begin_with_bos(bench.tokenizer),
         **found.pop("provenance"),
         "seconds": round(time.monotonic() - began, 2),
     }
