@@ -81,7 +81,7 @@ oracles: environment  ## tests against foreign code (ggml, PyTorch); says what t
 slow: environment  ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
-clusters: environment  ## sweeps on a real Slurm and Ray on this machine, killed at (4 minutes)
+clusters: environment  ## sweeps on this machine, a real Slurm and Ray, with processes killed (4 minutes)
 	@echo "clusters: a test whose daemons or packages are missing is skipped and named; to have them all:"
 	@echo "  apt-get install slurm-wlm munge; $(BIN)/pip install -c constraints.txt -e '.[slurm,ray]'"
 	@$(BIN)/python -m pytest -q -n 2 -m cluster $(PYTEST_ARGS)

@@ -25,24 +25,29 @@ from ml_collections import config_flags
 from hobbit_jax import cache_folder, cli
 from hobbit_jax.cells.forecast import forecast_hours
 from hobbit_jax.cells.preflight import Preflight, preflight
-from hobbit_jax.cells.sweep import SweepCell
+from hobbit_jax.cells.sweep import Trial
 from hobbit_jax.launch import LAUNCHERS, connect
-from hobbit_jax.launch.driver import drive
+from hobbit_jax.launch.sweeping import run_sweep
 from hobbit_jax.resources import free_disk_bytes, host_bytes, mib, workers_device_bytes
 from hobbit_jax.rows import RowStore
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, F.py or F.py:arg.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where rows, tiers and caches are kept.")
-_LAUNCHER = flags.DEFINE_enum("launcher", "local", LAUNCHERS, "Where workers run.")
+_LAUNCHER = flags.DEFINE_enum(
+    "launcher", "local", LAUNCHERS, "The engine that runs the trials: processes here, Slurm or Ray."
+)
 _WORKERS = flags.DEFINE_integer(
     "workers",
     None,
-    "Workers at a time, each with the model loaded; by default one for each GPU here or in Ray's "
-    "cluster, one without. Several on one machine disturb each other's timings.",
+    "Number of tasks to run at a time, each in a process with the model loaded; by default one for "
+    "each GPU here or in Ray's cluster, one without. Several on one machine disturb each other's "
+    "timings.",
     1,
 )
 _RESOURCES = flags.DEFINE_list(
-    "resources", [], "Of one worker, NAME=VALUE: submitit's parameters of Slurm jobs, or Ray's."
+    "resources",
+    [],
+    "Resources of one worker, NAME=VALUE: submitit's parameters of Slurm jobs, or Ray's.",
 )
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print the cells and the hours, memory and disk that they take, and exit."
@@ -59,7 +64,7 @@ def _cells(config_file: str):
     return module.sweep(_CONFIG.value)
 
 
-def _print_dry_run(cells: Sequence[SweepCell], found: Preflight, workdir: Path) -> None:
+def _print_dry_run(cells: Sequence[Trial], found: Preflight, workdir: Path) -> None:
     rows = RowStore(workdir)
     left = [cell for cell in cells if not rows.finished(cell.name)]
     for cell in cells:
@@ -98,9 +103,9 @@ def main(_) -> int:
     if _DRY_RUN.value:
         return 0
     cache_folder.export()
-    launch, default_workers = connect(_LAUNCHER.value, _RESOURCES.value)
+    engine, default_workers = connect(_LAUNCHER.value, _RESOURCES.value)
     workers = _WORKERS.value or default_workers
-    ran, skipped, failed = drive(cells, description, workdir, launch, workers)
+    ran, skipped, failed = run_sweep(cells, description, workdir, engine, workers)
     print(f"{ran - failed} cells done, {failed} failed, {skipped} were finished before")
     print(f"next: python scripts/report.py --workdir {_WORKDIR.value}")
     return 1 if failed else 0

@@ -17,7 +17,7 @@ import numpy as np
 
 from hobbit_jax import quantize, reference
 from hobbit_jax.cells.preflight import Needs, needs
-from hobbit_jax.cells.sweep import SweepCell
+from hobbit_jax.cells.sweep import Trial
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.experts.tiers import dequantize
 from hobbit_jax.inference.engine import Engine
@@ -32,7 +32,7 @@ _BENCHMARK_PROBLEMS = 500  # where all of a benchmark are asked
 
 
 def forecast_hours(
-    cells: Sequence[SweepCell], to_encode: Mapping[tuple[str, str, str], int]
+    cells: Sequence[Trial], to_encode: Mapping[tuple[str, str, str], int]
 ) -> dict[str, float]:
     """Hours of one worker by kind of work; what cells share is counted once.
 
@@ -42,7 +42,7 @@ def forecast_hours(
     """
     hours: dict[str, float] = defaultdict(float)
     shared: dict[tuple, float] = {}
-    by_sizes: dict[tuple, list[SweepCell]] = defaultdict(list)
+    by_sizes: dict[tuple, list[Trial]] = defaultdict(list)
     for cell in cells:
         by_sizes[cell.inputs, cell.sizes].append(cell)
     models: dict[tuple[str, str], tuple[LoadedModel, dict[int, tuple[float, float]]]] = {}

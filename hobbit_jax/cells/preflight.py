@@ -21,7 +21,7 @@ from hobbit_jax.cache.miss_modes import WAIT, MissMode, miss_mode
 from hobbit_jax.cache.pool_sizing import least_bytes
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.cells.frontier import FrontierCell
-from hobbit_jax.cells.sweep import Cell, SweepCell
+from hobbit_jax.cells.sweep import Cell, Trial
 from hobbit_jax.cells.texts import CODE_TEXT, calibration_documents, evaluation_documents
 from hobbit_jax.cells.workbench import EvalSizes, Inputs
 from hobbit_jax.evals.quality import cut_windows
@@ -62,7 +62,7 @@ class Needs:
     seed: int = 0
 
 
-def needs(cell: SweepCell) -> Needs:
+def needs(cell: Trial) -> Needs:
     """What `cell` asks of the machine; nothing that is known of a cell of another kind."""
     if isinstance(cell, FrontierCell):
         return Needs(cell.formats, cell.method, cell.through, seed=cell.seed)
@@ -140,7 +140,7 @@ class Preflight:
 
 
 def preflight(
-    cells: Sequence[SweepCell], config: dict[str, Any], workdir: Path, here: bool = True
+    cells: Sequence[Trial], config: dict[str, Any], workdir: Path, here: bool = True
 ) -> Preflight:
     """Checks all that `cells` need to run.
 
@@ -152,7 +152,7 @@ def preflight(
     """
     found = Preflight()
     found.problems += _equal_cells(cells, config)
-    by_inputs: dict[tuple[Inputs, EvalSizes], list[SweepCell]] = defaultdict(list)
+    by_inputs: dict[tuple[Inputs, EvalSizes], list[Trial]] = defaultdict(list)
     for cell in cells:
         by_inputs[cell.inputs, cell.sizes].append(cell)
     models: dict[str, tuple[GGUFFile, ModelConfig] | None] = {}
@@ -216,7 +216,7 @@ def _at(config: dict[str, Any], name: str, wanted: Any) -> str:
     return ""
 
 
-def _equal_cells(cells: Sequence[SweepCell], config: dict[str, Any]) -> list[str]:
+def _equal_cells(cells: Sequence[Trial], config: dict[str, Any]) -> list[str]:
     """Names cells that stand in the sweep twice, and the fields that make them equal."""
     first: dict[str, int] = {}
     pairs = []
@@ -249,7 +249,7 @@ class _Check:
         model: tuple[GGUFFile, ModelConfig],
         inputs: Inputs,
         sizes: EvalSizes,
-        cells: Sequence[SweepCell],
+        cells: Sequence[Trial],
         config: dict[str, Any],
         workdir: Path,
         found: Preflight,

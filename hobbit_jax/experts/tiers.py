@@ -12,7 +12,7 @@ import glob
 import hashlib
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,10 @@ from pathlib import Path
 import gguf
 import jax
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from hobbit_jax import quantize
-from hobbit_jax.atomic import check_space, replacing
+from hobbit_jax.atomic import check_space, exclusive, replacing
 from hobbit_jax.experts.store import ROLES
 from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
@@ -113,17 +112,11 @@ def disk_bytes(source: GGUFFile, config: ModelConfig, format: str) -> int:
     return parts + sum(tensor.nbytes for tensor in planned.tensors.values())
 
 
-def write_tier(
-    source: GGUFFile,
-    config: ModelConfig,
-    spec: TierSpec,
-    path: Path,
-    stored: Callable[[], None] = lambda: None,
-) -> None:
+def write_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, path: Path) -> None:
     """Writes `source` with every expert encoded anew; atomic, and resumable by tensor.
 
     Finished tensors wait in a folder beside `path` and are taken from there when the same tier is
-    asked for again after an interruption; it is removed in the end. `stored` is called after each.
+    asked for again after an interruption; it is removed in the end.
     Memory: one tensor's blocks and one expert's float32 weights.
 
     Raises:
@@ -178,7 +171,6 @@ def write_tier(
             parts.mkdir(exist_ok=True)
             with replacing(part) as unfinished, unfinished.open("wb") as file:
                 np.save(file, blocks)
-            stored()
             return blocks
 
         def tensors() -> Iterable:
@@ -200,16 +192,10 @@ def tier_path(source: GGUFFile, spec: TierSpec, directory: Path) -> Path:
     return directory / f"{spec.key(source)}.gguf"
 
 
-def open_tier(
-    source: GGUFFile,
-    config: ModelConfig,
-    spec: TierSpec,
-    directory: Path,
-    stored: Callable[[], None] = lambda: None,
-) -> GGUFFile:
+def open_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, directory: Path) -> GGUFFile:
     """The low tier of `source` by `spec`, made if it is not in `directory` yet; says which.
 
-    Of several processes one makes it and the others wait. `stored` is called for each tensor made.
+    Of several processes one makes it and the others wait.
 
     Raises:
         OSError: `directory` cannot be written.
@@ -221,10 +207,7 @@ def open_tier(
         return open_gguf(path)
     print(f"low-precision experts: making {path}", file=sys.stderr)
     directory.mkdir(parents=True, exist_ok=True)
-    # The operating system frees the lock of a process that was killed.
-    lock = path.with_name(f".{path.name}.lock")
-    with FileLock(lock):
+    with exclusive(path):
         if not path.exists():
-            write_tier(source, config, spec, path, stored)
-        lock.unlink(missing_ok=True)  # nobody asks for it once the tier is there
+            write_tier(source, config, spec, path)
     return open_gguf(path)
