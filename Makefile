@@ -73,6 +73,7 @@ gpudecode:  ## there, with README's packages: decode at Qwen3-30B-A3B's size, 4 
 oracles: environment  ## tests against foreign code (ggml, PyTorch); says what to install
 	@echo "oracles: a test whose library is missing is skipped; to have them all:"
 	@echo "  PyTorch, transformers: $(BIN)/pip install -c constraints.txt -e '.[torch]'"
+	@echo "  llama.cpp's tokenizer: $(BIN)/pip install -c constraints.txt -e '.[oracles]'"
 	@echo "  ggml: $(BIN)/pip install -e '.[llama_cpp]' (compiles for about 10 minutes on 2 cores),"
 	@echo "        or GGML_BASE_LIB=/path/to/libggml-base.so"
 	@$(BIN)/python -m pytest -q -m oracle $(PYTEST_ARGS)

@@ -64,7 +64,7 @@ def test_all_problems_are_said_at_once_with_their_fields(cell, tmp_path):
     config = {**CONFIG, "eval": {**CONFIG["eval"], "windows": 10**6, "context": 65}}
     found = preflight(cells, config, tmp_path)
     for message in (
-        "config.cache.budget_mib=0.2: 1 kinds of cells need a pool of 0.",
+        "config.cache.budget_mib=0.2: the experts that one token needs of a layer take a pool of ",
         "config.precision.low_format=Q9_K: no encoder for 'Q9_K'",
         "no Hessian-based encoder for 'Q4_0'; the formats with one are Q2_K",
         "config.eval.windows=1000000: the text has ",
@@ -152,6 +152,32 @@ def test_a_model_that_does_not_open_is_one_problem(cell, tmp_path):
     cells = [replace(cell(budget_mib=float(mib)), inputs=gone) for mib in (1, 2)]
     (problem,) = preflight(cells, {"model": gone.model}, tmp_path).problems
     assert problem.startswith(f"config.model={gone.model}: ") and "no such file" in problem
+
+
+def test_texts_that_cannot_be_read_are_all_named(cell, inputs, tmp_path):
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe")
+    bad = replace(inputs, calibration_text="none.txt", evaluation_text=str(binary))
+    config = {"calibration_text": "none.txt", "evaluation_text": str(binary)}
+    evaluated, calibrated = preflight([replace(cell(), inputs=bad)], config, tmp_path).problems
+    assert evaluated.startswith(f"config.evaluation_text={binary}: {binary} is no UTF-8 text")
+    assert calibrated.startswith("config.calibration_text=none.txt: none.txt cannot be read (No su")
+
+
+def test_cells_that_share_a_file_count_it_once(cell, inputs, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOBBIT_CACHE_DIR", str(tmp_path))
+    more = replace(SIZES, task_problems=1)  # another group of cells, on the same texts
+    one = preflight([cell("uniform", 1.0, "Q2_K")], CONFIG, tmp_path)
+    low = [
+        cell("uniform", 1.0, "Q2_K", mib, sizes=size)
+        for mib in (2.0, 3.0)
+        for size in (SIZES, more)
+    ]
+    found = preflight([*low, cell("frequency", 0.5, "Q2_K")], CONFIG, tmp_path)
+    assert found.disk == one.disk and sum(found.disk.values()) > 0
+    assert found.to_encode == {(inputs.model, "Q2_K", "rtn"): 1}
+    other = replace(cell("uniform", 1.0, "Q2_K", method="gptq"))
+    assert len(preflight([*low, other], CONFIG, tmp_path).to_encode) == 2
 
 
 def test_benchmarks_want_lm_eval_and_data(cell, inputs, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from hobbit_jax.experts import tiers
 from hobbit_jax.experts.store import ROLES
 from hobbit_jax.experts.tiers import TierSpec
 from hobbit_jax.model_file.architecture import layer_tensors, read_config
-from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
 from hobbit_jax.quantize import encode
 from hobbit_jax.quantize.methods import encode_matrix
 
@@ -149,3 +149,33 @@ def test_through_another_format(source, tmp_path):
     weights = tiers.dequantize(source.tensors[name], 3)
     middle = gguf.quants.dequantize(encode(weights, "Q4_0"), gguf.GGMLQuantizationType.Q4_0)
     assert low.tensors[name].raw[3].tobytes() == encode(middle, "Q2_K").tobytes()
+
+
+def test_metadata_is_carried_over_but_for_what_is_no_longer_true(source, tmp_path):
+    carried = {
+        "general.tags": [],
+        "general.license": "mit",
+        "general.file_type": 15,
+        "quantize.imatrix.file": "imatrix.dat",
+        "quantize.imatrix.entries_count": 128,
+        tiers.CALIBRATION_KEY: "0" * 64,
+    }
+    types = {"general.tags": (gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING)}
+    tensors = [(t.name, t.format, t.shape, t.raw) for t in source.tensors.values()]
+    write_gguf(tmp_path / "m.gguf", source.metadata | carried, tensors, types)
+    file = open_gguf(tmp_path / "m.gguf")
+    low = tiers.open_tier(file, read_config(file), TierSpec("Q2_K"), tmp_path / "tiers")
+    kept = {k: v for k, v in file.metadata.items() if not k.startswith(("quantize.", "hobbit."))}
+    assert kept["general.tags"] == []
+    new = {"general.file_type": 10, "general.quantization_version": 2}  # MOSTLY_Q2_K in llama.h
+    new |= {tiers.SOURCE_KEY: file.sha256(), tiers.METHOD_KEY: "rtn"}
+    new |= {tiers.ENCODER_KEY: tiers.encoder_sha256(), "general.name": "qwen3moe experts Q2_K"}
+    assert low.metadata == kept | new
+    assert low.field_types["general.tags"] == types["general.tags"]
+
+
+def test_a_write_that_fails_before_it_begins_leaves_nothing(source, tmp_path):
+    spec = TierSpec("Q2_K", "importance")  # which needs a calibration
+    with pytest.raises(ValueError, match="needs a calibration"):
+        tiers.write_tier(source, read_config(source), spec, tmp_path / "low.gguf")
+    assert list(tmp_path.iterdir()) == []

@@ -41,6 +41,7 @@ def forecast_hours(
         to_encode: how many low-precision copies are not there yet, by (model, format, method).
     """
     hours: dict[str, float] = defaultdict(float)
+    shared: dict[tuple, float] = {}
     by_sizes: dict[tuple, list[Trial]] = defaultdict(list)
     for cell in cells:
         by_sizes[cell.inputs, cell.sizes].append(cell)
@@ -55,11 +56,13 @@ def forecast_hours(
             speeds[sizes.context] = _speeds(model, sizes.context)
         window_s, token_s = speeds[sizes.context]
         wanted = [needs(cell) for cell in group]
-        hours["native logits and calibration"] += (
-            (sizes.windows + 2 * sizes.calibration_windows) * window_s / 3600
-        )
+        shared[inputs, sizes.windows, sizes.calibration_windows, sizes.context] = window_s
         for name, seconds in _cells_s(wanted, sizes, window_s, token_s).items():
             hours[name] += seconds / 3600
+    for (_, windows, calibration_windows, _), window_s in shared.items():
+        # The inputs of a calibration are summed up in about the time that they take to compute.
+        seconds = (windows + 2 * calibration_windows) * window_s
+        hours["native logits and calibration"] += seconds / 3600
     for (name, format, method), count in to_encode.items():
         model = next(model for (path, _), (model, _) in models.items() if path == name)
         hours["encoding"] += count * _encode_s(model, format, method) / 3600

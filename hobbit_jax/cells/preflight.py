@@ -33,7 +33,7 @@ from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS, check_method, gptq_bytes
 from hobbit_jax.resources import free_disk_bytes, host_bytes, mib, workers_device_bytes
-from hobbit_jax.signals.calibration import STATISTICS, calibration_bytes
+from hobbit_jax.signals.calibration import calibration_bytes
 
 # What the checks that libraries do raise for bad input.
 _REFUSALS = (ValueError, NotImplementedError, OSError)
@@ -76,6 +76,20 @@ def needs(cell: Trial) -> Needs:
     return Needs(formats, cell.method, (), cell.budget_mib, mode, low_share)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Files of a sweep that are made alike: where, which are there, how large, and of what."""
+
+    folder: Path
+    glob: str
+    bytes_each: int
+    recipe: tuple[str, str, str] | None = None  # model, format, method
+
+    def made(self) -> int:
+        """How many are there; one of another text or seed counts, for its name does not tell."""
+        return len(list(self.folder.glob(self.glob)))
+
+
 @dataclass
 class Preflight:
     """What was found.
@@ -85,16 +99,36 @@ class Preflight:
         notes: what it means where that is not plain.
         device_bytes: most that one cell has on the device: its pool and the rest of the model.
         host_bytes: most that an encoder needs beside that.
-        disk: bytes that files take, by the folder that they are made in; those there are not in it.
-        to_encode: how many low-precision copies are not there yet, by (model, format, method).
+        wanted: what tells files of a kind apart, by kind; those that are there already among them.
     """
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     device_bytes: int = 0
     host_bytes: int = 0
-    disk: dict[Path, int] = field(default_factory=dict)
-    to_encode: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    wanted: dict[Kind, set[tuple]] = field(default_factory=lambda: defaultdict(set))
+
+    def missing(self) -> dict[Kind, int]:
+        """How many files of each kind are still to be made."""
+        left = {kind: len(keys) - kind.made() for kind, keys in self.wanted.items()}
+        return {kind: count for kind, count in left.items() if count > 0}
+
+    @property
+    def disk(self) -> dict[Path, int]:
+        """Bytes of the files that are still to be made, by folder."""
+        folders: dict[Path, int] = defaultdict(int)
+        for kind, count in self.missing().items():
+            folders[kind.folder] += count * kind.bytes_each
+        return {folder: n_bytes for folder, n_bytes in folders.items() if n_bytes}
+
+    @property
+    def to_encode(self) -> dict[tuple[str, str, str], int]:
+        """How many low-precision copies are to be made, by (model, format, method)."""
+        found: dict[tuple[str, str, str], int] = defaultdict(int)
+        for kind, count in self.missing().items():
+            if kind.recipe is not None:
+                found[kind.recipe] += count
+        return found
 
     def refuse(self) -> None:
         """Raises a ValueError with all problems, if there are any, in one line."""
@@ -265,11 +299,11 @@ class _Check:
             if need.budget_mib * 2**20 < needed:
                 least[need.budget_mib].append(needed)
         for budget_mib, needed in sorted(least.items()):
+            low, high = (np.ceil(n / 2**20 * 1000) / 1000 for n in (min(needed), max(needed)))
+            span = f"{high:g}" if low == high else f"{low:g} to {high:g}, by cell,"
             self.problem(
-                f"{_at(self.config, 'budget', budget_mib)}{len(needed)} kinds of cells need a pool "
-                f"of {min(needed) / 2**20:.3f} to {max(needed) / 2**20:.3f} MiB, for one token's "
-                f"experts of a layer; {_at(self.config, 'budget', budget_mib).split('=')[0]} of "
-                f"{np.ceil(max(needed) / 2**20 * 1000) / 1000:g} would do"
+                f"{_at(self.config, 'budget', budget_mib)}the experts that one token needs of a "
+                f"layer take a pool of {span} MiB; give {high:g} or more"
             )
         native_mib = self.native.tier_bytes(NATIVE) / 2**20
         for budget_mib in sorted({n.budget_mib for n in self.needs if n.budget_mib is not None}):
@@ -299,7 +333,6 @@ class _Check:
             if tokens > model.context_length:
                 where = _at(self.config, name, getattr(sizes, name))
                 self.problem(f"{where}{tokens} tokens; the model has {model.context_length}")
-                return
         inputs = self.inputs
         try:
             tokenizer = Tokenizer.from_gguf(self.source)
@@ -369,37 +402,34 @@ class _Check:
                     f"and {mib(free)} are free; method importance needs none"
                 )
             self.found.notes.append(
-                f"{where}one expert's Hessian at a time takes {mib(working)} of {mib(free)}"
+                f"{where}its Hessians are made one at a time, in {mib(working)}"
             )
 
     def disk(self, encodable: set[str]) -> None:
-        """Adds what is made to the sums; a file that is there counts as one of its recipe."""
-        sizes, cache = self.sizes, self.workdir / "cache"
+        """Adds the files that are made; cells that share one add it once."""
+        inputs, sizes, cache = self.inputs, self.sizes, self.workdir / "cache"
         folder, sha256 = low_precision_folder(), self.source.sha256()[:16]
-        recipes: dict[tuple[str, ...], set[int]] = defaultdict(set)
+        calibrated = (inputs.model, inputs.calibration_text, sizes.calibration_windows)
         for need in self.needs:
+            statistics = NEEDED_STATISTICS[need.method]
+            sees = (calibrated, sizes.context, need.seed) if statistics else (inputs.model,)
             for name in encodable.intersection(need.formats):
-                seed = need.seed if NEEDED_STATISTICS[need.method] else 0
-                recipes[*need.through, name, need.method].add(seed)
-        for (*formats, method), seeds in recipes.items():
-            made = f"{sha256}-{encoder_sha256()[:8]}-{'-'.join(formats)}-{method}*.gguf"
-            count = max(0, len(seeds) - len(list(folder.glob(made))))
-            self._add(folder, count * disk_bytes(self.source, self.model, formats[-1]))
-            if count:
-                recipe = (self.inputs.model, formats[-1], method)
-                self.found.to_encode[recipe] = self.found.to_encode.get(recipe, 0) + count
-        if not any(cache.glob("native-logits-*")):
-            self._add(cache, 4 * sizes.windows * sizes.context * self.model.vocab_size)
-        asked = {NEEDED_STATISTICS[need.method] or "routing" for need in self.needs}
-        most = max(asked, key=STATISTICS.index)
-        count = len({need.seed for need in self.needs})
-        count -= len(list(cache.glob(f"calibration-*-{most}/calibration.npz")))
-        tokens = sizes.calibration_windows * sizes.context
-        self._add(cache, max(0, count) * calibration_bytes(self.model, most, tokens))
-
-    def _add(self, folder: Path, n_bytes: int) -> None:
-        if n_bytes:
-            self.found.disk[folder] = self.found.disk.get(folder, 0) + n_bytes
+                formats = "-".join([*need.through, name])
+                glob = f"{sha256}-{encoder_sha256()[:8]}-{formats}-{need.method}*.gguf"
+                n_bytes = disk_bytes(self.source, self.model, name)
+                kind = Kind(folder, glob, n_bytes, (inputs.model, name, need.method))
+                self.found.wanted[kind].add(sees)
+            statistics = statistics or "routing"
+            tokens = sizes.calibration_windows * sizes.context
+            kind = Kind(
+                cache,
+                f"calibration-*-{statistics}/calibration.npz",
+                calibration_bytes(self.model, statistics, tokens),
+            )
+            self.found.wanted[kind].add((calibrated, sizes.context, need.seed))
+        logits = 4 * sizes.windows * sizes.context * self.model.vocab_size
+        kind = Kind(cache, "native-logits-*.npy", logits)
+        self.found.wanted[kind].add((inputs.model, inputs.evaluation_text))
 
 
 def _check_disk(found: Preflight) -> None:

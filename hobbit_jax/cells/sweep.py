@@ -281,6 +281,7 @@ def run_cell(cell: Trial, bench: Workbench) -> Row:
         **machine(),
         "model_sha256": bench.model.file.sha256(),
         "text_sha256": bench.text_sha256,
+        "windows_begin_with_bos": quality.begin_with_bos(bench.tokenizer),
         **found.pop("provenance"),
         "seconds": round(time.monotonic() - began, 2),
     }

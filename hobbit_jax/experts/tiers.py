@@ -27,6 +27,8 @@ from hobbit_jax.atomic import check_space, exclusive, replacing
 from hobbit_jax.experts.store import ROLES
 from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
+from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
+from hobbit_jax.model_file.metadata import text
 from hobbit_jax.quantize.methods import CalibratedMoments, check_method, encode_matrix
 from pallas_kernels.formats import Format, get_format
 
@@ -133,17 +135,17 @@ def write_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, path: Path
     for columns in sorted({source.tensors[name].shape[-1] for name in places}):
         check_method(spec.format, spec.method, columns)
     metadata = {
-        **source.metadata,
+        **metadata_of_new_weights(source.metadata, spec.format),
         SOURCE_KEY: source.sha256(),
         ENCODER_KEY: encoder_sha256(),
         METHOD_KEY: spec.method,
-        "general.name": f"{source.metadata.get('general.name', config.arch)} experts {spec.format}",
+        "general.name": f"{source.read('general.name', text(), config.arch)} experts {spec.format}",
     }
     if calibration is not None:
         metadata[CALIBRATION_KEY] = calibration.sha256
     parts = path.with_name(f".{path.name}.{spec.key(source)}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
-    finished_bytes = sum(part.stat().st_size for part in parts.iterdir())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    finished_bytes = sum(part.stat().st_size for part in parts.glob("*"))
     check_space(path, disk_bytes(source, config, spec.format) - finished_bytes)
     total = len(places) * config.n_experts
     with tqdm(total=total, unit="matrix", desc=f"encoding {spec.format}", disable=None) as progress:
@@ -166,6 +168,7 @@ def write_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, path: Path
                 )
                 progress.update()
             blocks = np.stack(experts)
+            parts.mkdir(exist_ok=True)
             with replacing(part) as unfinished, unfinished.open("wb") as file:
                 np.save(file, blocks)
             return blocks
