@@ -72,7 +72,8 @@ def output(workdir: Path) -> str:
 
 
 def finish(process: subprocess.Popen, workdir: Path) -> None:
-    assert process.wait(600) == 0, output(workdir)[-3000:]
+    status = process.wait(600)
+    assert status == 0, f"status {status}: {output(workdir)[-3000:]}"
 
 
 def worker_pids(mark: str, workdir: Path) -> list[int]:
