@@ -1,6 +1,7 @@
 """Low tiers on disk: what is in the file, when it is made again, and that it is whole or absent."""
 
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +96,54 @@ def test_interrupted_writing_goes_on(source, tmp_path, monkeypatch):
     assert low.paths[0].read_bytes() == straight.paths[0].read_bytes()
     assert [path.suffix for path in tmp_path.iterdir() if path.is_file()] == [".gguf"]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_that_was_given_up_leaves_nothing_behind(source, tmp_path, monkeypatch):
+    """Neither does the next one of that name, by another recipe."""
+    config, path = read_config(source), tmp_path / "low.gguf"
+
+    def interrupted(path, metadata, tensors, field_types):
+        next(raw for *_, raw in tensors if callable(raw))()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiers, "write_gguf", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tiers.write_tier(source, config, TierSpec("Q2_K"), path)
+    assert list(tmp_path.glob(".low.gguf.*.parts"))
+    tiers.write_tier(source, config, TierSpec("Q8_0"), path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_and_a_format_without_encoder_are_refused_first(source, tmp_path, monkeypatch):
+    config = read_config(source)
+    encoded = []
+    monkeypatch.setattr(tiers, "encode_matrix", lambda *a: encoded.append(a))
+    usage = shutil.disk_usage(tmp_path)
+    with pytest.raises(NotImplementedError, match="no encoder for 'IQ4_XS'"):
+        tiers.write_tier(source, config, TierSpec("IQ4_XS"), tmp_path / "low.gguf")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    wanted = tiers.disk_bytes(source, config, "Q2_K")
+    with pytest.raises(OSError, match=rf"low\.gguf wants {wanted} bytes, and 1000 are free"):
+        tiers.write_tier(source, config, TierSpec("Q2_K"), tmp_path / "low.gguf")
+    assert not encoded
+
+
+def test_two_processes_make_a_tier_once(source, tmp_path):
+    config, made = read_config(source), []
+
+    def make() -> None:
+        stored = made.append
+        file = tiers.open_tier(source, config, TierSpec("Q8_0"), tmp_path, lambda: stored(1))
+        assert file.tensors.keys() == source.tensors.keys()
+
+    threads = [threading.Thread(target=make) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 3 * config.n_layers
+    assert [path.suffix for path in tmp_path.iterdir()] == [".gguf"]
 
 
 def test_through_another_format(source, tmp_path):

@@ -91,6 +91,90 @@ def test_special_tokens():
         tokenizer.encode("a\ud800")
 
 
+def with_specials(*names: str, types: list[int] | None = None, **changes) -> GGUFFile:
+    """The byte-level vocabulary with other special tokens behind the 262 ordinary ones."""
+    tokens = byte_level_file().metadata["tokenizer.ggml.tokens"][:-3]
+    return byte_level_file(**{
+        "tokenizer.ggml.tokens": [*tokens, *names],
+        "tokenizer.ggml.token_type": [1] * len(tokens) + (types or [3] * len(names)),
+        "tokenizer.ggml.eos_token_id": len(tokens),
+        **changes,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "ends"),
+    [
+        (("<|im_end|>", "<|endoftext|>", "<|im_start|>"), {}, (0, 1)),  # Qwen3
+        (("<|endoftext|>", "<x>", "<y>"), {"eot": 1, "eom": 2}, (0, 1, 2)),
+        (
+            ("<x>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|fim_prefix|>"),
+            {},
+            (0, 1, 2, 3),
+        ),
+        (("<x>", "<y>", "<|fim_pad|>"), {"fim_pad": 1}, (0, 1)),
+        (("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|start_header_id|>"), {}, (0, 1, 2)),
+        (("<|return|>", "<|call|>", "<|end|>", "<|start|>"), {}, (0, 1)),  # gpt-oss
+        (("<|return|>", "<|end|>"), {}, (0, 1)),
+        (("<eos>", "<turn|>", "<|tool_response>", "</s>"), {}, (0, 1, 2)),  # Gemma 4
+        (("<｜end▁of▁sentence｜>", "</s>", "[e~[", "<|End|>"), {}, (0, 1, 2)),
+    ],
+)
+def test_a_generation_ends_where_llama_cpp_ends_it(names, changes, ends):
+    """By keys and by names; these are its answers (`test_tokenizer_oracles.py` asks it)."""
+    first = 262
+    keys = {f"tokenizer.ggml.{role}_token_id": first + i for role, i in changes.items()}
+    tokenizer = Tokenizer.from_gguf(with_specials(*names, **keys))
+    assert tokenizer.eog_ids == tuple(first + i for i in ends)
+    assert tokenizer.encode(names[0]) == [first]
+
+
+def test_control_tokens_that_are_typed_as_text_count_and_are_warned_of(caplog):
+    names = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
+    file = with_specials(*names, types=[1, 4, 1])
+    for _ in range(2):
+        tokenizer = Tokenizer.from_gguf(file)
+    assert tokenizer.encode("he<|im_end|>")[-1] == 263 and tokenizer.eog_ids == (262, 263)
+    assert tokenizer.decode([262, 263, 256], skip_special=True) == "he"
+    assert len(tokenizer.encode("<|im_start|>")) > 1  # nobody knows that one by its name
+    (warning,) = caplog.messages
+    assert "'<|endoftext|>', '<|im_end|>'" in warning and "im_start" not in warning
+
+
+def test_what_makes_the_ids_others_than_in_training_is_warned_of(caplog):
+    missing = byte_level_file(**{"tokenizer.ggml.pre": None, "general.name": "missing"})
+    pieces = Tokenizer.from_gguf(missing)
+    default = Tokenizer.from_gguf(byte_level_file(**{"tokenizer.ggml.pre": "default"}))
+    assert pieces.encode("it's 11111") == default.encode("it's 11111")
+    (warning,) = caplog.messages
+    assert "tokenizer.ggml.pre is missing" in warning and "token ids" in warning
+    caplog.clear()
+    words = ["aab", "ab", "aa", "a", "b"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    equal = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * 5],
+        "tokenizer.ggml.scores": [0.0] * len(tokens),
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    tokenizer = Tokenizer.from_gguf(byte_level_file(**equal))
+    texts = [tokenizer.decode([i]) for i in tokenizer.encode("baaab", add_bos=False)]
+    assert texts == ["b", "aa", "ab"]  # the leftmost pair first, as in llama.cpp
+    (warning,) = caplog.messages
+    assert "scores are equal" in warning and "left to right" in warning
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(data_dir):
+    tokenizer = load(data_dir, "llama-spm")
+    assert tokenizer.encode("<s>[INST] hi [/INST]") == tokenizer.encode("[INST] hi [/INST]")
+    assert tokenizer.encode("<s>a", add_bos=True)[:2] == [1, 263]
+    assert tokenizer.encode("<s><s>a") == [1, 1, 263]  # as written
+    assert tokenizer.encode("<s>a", parse_special=False)[:2] == [1, 529]
+
+
 @pytest.mark.parametrize(
     ("pre", "pieces"),
     [

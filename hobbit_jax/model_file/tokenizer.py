@@ -45,6 +45,7 @@ _WHOLE_WORDS_AND_BOS = (
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
     "jina-v5-nano",
 )
+_WHOLE_WORDS = ("glm4",)  # a whole word is a token there too, but no text begins with BOS
 # Expressions, each splitting the pieces that the one before has left, and the values of
 # tokenizer.ggml.pre that llama.cpp maps to them.
 _EXPRESSIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -336,12 +337,13 @@ def _byte_level(
                 f"{file.paths[0]}: merge {metadata.shown(left + ' ' + right)} uses a token outside "
                 "the vocabulary, expected all three inside; convert the model again"
             )
-    whole_words = pre in _WHOLE_WORDS_AND_BOS
+    begins = pre in _WHOLE_WORDS_AND_BOS
+    whole_words = begins or pre in _WHOLE_WORDS
     library = _LibraryTokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole_words))
     splits = [pre_tokenizers.Split(Regex(e), "isolated") for e in _PRE_TOKENIZERS[pre]]
     to_byte_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_byte_characters])
-    return lambda text: library.encode(text, add_special_tokens=False).ids, {"add_bos": whole_words}
+    return lambda text: library.encode(text, add_special_tokens=False).ids, {"add_bos": begins}
 
 
 def _sentencepiece(
