@@ -5,24 +5,28 @@ An implementation asked for by name runs or says why it cannot; only None choose
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import logging
+from collections.abc import Callable, Mapping
 
 import jax
 
-IMPLEMENTATIONS = ("xla", "triton", "interpret")
+IMPLEMENTATIONS = ("xla", "ggml", "triton", "interpret")
 Implementation = str | None
 
 
-def choose(implementation: Implementation, check_supported: Callable[[], None]) -> str:
+def choose(implementation: Implementation, checks: Mapping[str, Callable[[], None]]) -> str:
     """The implementation to run.
 
     Args:
-        implementation: one of `IMPLEMENTATIONS`, or None for the fastest that covers the case.
-        check_supported: raises NotImplementedError where the Triton kernels do not.
+        implementation: one of `IMPLEMENTATIONS`, or None for the fastest that covers the case:
+            "triton" on an NVIDIA GPU, "ggml" on a CPU, "xla" elsewhere and where these two do not
+            cover it, which is then logged.
+        checks: of "triton" and "ggml": raises NotImplementedError where it does not cover the case.
 
     Raises:
         ValueError: no such implementation, or none for this process's device.
-        NotImplementedError: from `check_supported`.
+        NotImplementedError: from the check of the one asked for.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
@@ -38,12 +42,22 @@ def choose(implementation: Implementation, check_supported: Callable[[], None]) 
             f"{device.device_kind}; take 'xla', or 'interpret' to test the kernels"
         )
     if implementation is None:
-        if not on_nvidia:
-            return "xla"
-        try:
-            check_supported()
-        except NotImplementedError:
-            return "xla"
-        return "triton"
-    check_supported()
+        return _fastest("triton" if on_nvidia else "ggml", device.platform, checks)
+    checks["triton" if implementation == "interpret" else implementation]()
     return implementation
+
+
+def _fastest(candidate: str, platform: str, checks: Mapping[str, Callable[[], None]]) -> str:
+    if candidate == "ggml" and platform != "cpu":
+        return "xla"
+    try:
+        checks[candidate]()
+    except NotImplementedError as error:
+        _say_once(f"slower matrix products of 'xla' are used: {error}")
+        return "xla"
+    return candidate
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logging.getLogger(__name__).warning(text)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.apart import apart
 from pallas_kernels.formats import get_format
+from pallas_kernels.ggml.ops import RawMatrix
 
 Planes = dict[str, jax.Array]
 
@@ -29,18 +30,20 @@ class Signature(NamedTuple):
 
 
 class Bank(NamedTuple):
-    """All slots of one signature: planes with a leading slot axis.
+    """All slots of one signature: planes with a leading slot axis, or raw blocks for "ggml".
 
     gate and up unpack to [S, F, D], down to [S, D, F].
     """
 
-    gate: Planes
-    up: Planes
-    down: Planes
+    gate: Planes | RawMatrix
+    up: Planes | RawMatrix
+    down: Planes | RawMatrix
 
     @property
     def gate_rows(self) -> int:
         """F."""
+        if isinstance(self.gate, RawMatrix):
+            return self.gate.rows
         return next(iter(self.gate.values())).shape[1]
 
 

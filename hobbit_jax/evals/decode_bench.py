@@ -28,7 +28,7 @@ from hobbit_jax.experts.precision import PrecisionPlan, uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel
-from hobbit_jax.model.modules import KVCache, attend
+from hobbit_jax.model.modules import KVCache
 from hobbit_jax.statistics import spread
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import Work
@@ -281,7 +281,7 @@ def uncached_decode(engine: Engine) -> Callable[[KVCache, int, int], tuple[jax.A
     signatures = list(dict.fromkeys(signature_L))
     ends_graph, ends_state = nnx.split(model.ends)
     kinds, k = model.layers.kinds, config.experts_per_token
-    implementation = model.implementation or "xla"
+    implementation = model.implementation
 
     def step(states, ends_state, banks, caches: KVCache, token: jax.Array, position: jax.Array):
         ends = nnx.merge(ends_graph, ends_state)
@@ -291,7 +291,7 @@ def uncached_decode(engine: Engine) -> Callable[[KVCache, int, int], tuple[jax.A
             x_BTD, caches = carry
             q, key, value = kinds.at(states, layer, lambda b, x: b.project(x, positions_11), x_BTD)
             caches = caches.append(layer, positions_11, key, value)
-            mixed = attend(q, caches.k_LBCGd[layer], caches.v_LBCGd[layer], positions_11)
+            mixed = caches.attend(layer, q, positions_11, kinds.attention)
 
             def route(block, x_BTD, mixed):
                 x_BTD, h_BTD = block.add_attention(x_BTD, mixed)
