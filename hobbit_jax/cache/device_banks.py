@@ -1,9 +1,8 @@
 """The slot pool on the device: banks of packed experts, and the table of who is in which slot.
 
 Owns these arrays, and the one program that writes a slot and its lines of the table, so that the
-two cannot disagree. Called by `pool.py`, which knows who belongs where. GGUF blocks come as they
-lie in the file; a bank holds them split into planes, or as they are, or only their addresses in the
-file's map (`Layout`).
+two cannot disagree. GGUF blocks come as they lie in the file; a bank holds them split into planes,
+or as they are, or only their addresses in the file's map (`Layout`).
 """
 
 from __future__ import annotations
