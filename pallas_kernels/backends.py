@@ -22,7 +22,8 @@ def choose(implementation: Implementation, checks: Mapping[str, Callable[[], Non
         implementation: one of `IMPLEMENTATIONS`, or None for the fastest that covers the case:
             "triton" on an NVIDIA GPU, "ggml" on a CPU, "xla" elsewhere and where these two do not
             cover it, which is then logged.
-        checks: of "triton" and "ggml": raises NotImplementedError where it does not cover the case.
+        checks: of "xla", "triton" and "ggml": raises NotImplementedError where it does not cover
+            the case.
 
     Raises:
         ValueError: no such implementation, or none for this process's device.
@@ -33,6 +34,7 @@ def choose(implementation: Implementation, checks: Mapping[str, Callable[[], Non
             f"implementation is {implementation!r}; want one of {', '.join(IMPLEMENTATIONS)}"
         )
     if implementation == "xla":
+        checks["xla"]()
         return "xla"
     device = jax.devices()[0]
     on_nvidia = device.platform == "gpu" and "nvidia" in device.device_kind.lower()
@@ -47,12 +49,24 @@ def choose(implementation: Implementation, checks: Mapping[str, Callable[[], Non
     return implementation
 
 
+def for_quality(implementation: Implementation) -> Implementation:
+    """What quality, routing and calibration are measured with where none is named.
+
+    On a CPU that is "xla": it alone computes in float32, as Hugging Face does, and the recorded
+    figures are its own. "ggml" rounds activations to 8 bits, whose KL on a small model is as large
+    as that of some precision plans (docs/log/2026-11-29-cpu-backend.md).
+    """
+    return implementation or ("xla" if jax.devices()[0].platform == "cpu" else None)
+
+
 def _fastest(candidate: str, platform: str, checks: Mapping[str, Callable[[], None]]) -> str:
     if candidate == "ggml" and platform != "cpu":
+        checks["xla"]()
         return "xla"
     try:
         checks[candidate]()
     except NotImplementedError as error:
+        checks["xla"]()
         _say_once(f"slower matrix products of 'xla' are used: {error}")
         return "xla"
     return candidate

@@ -6,7 +6,7 @@ kernel is tested against it. Called through `expert_ffn.py`. All arithmetic is f
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +35,10 @@ class Bank(NamedTuple):
     gate and up unpack to [S, F, D], down to [S, D, F].
     """
 
-    gate: Planes | RawMatrix
-    up: Planes | RawMatrix
-    down: Planes | RawMatrix
+    # Planes or a RawMatrix; which of the two an implementation knows by the bank that it made.
+    gate: Any
+    up: Any
+    down: Any
 
     @property
     def gate_rows(self) -> int:

@@ -21,6 +21,7 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.resources import check_room
 from hobbit_jax.signals.calibration import STATISTICS, calibrate, calibration_bytes
+from pallas_kernels.backends import for_quality
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")
 _TEXT = flags.DEFINE_string(
@@ -43,7 +44,7 @@ _DEFAULT_WINDOWS, _DEFAULT_CONTEXT = 48, 512
 
 def main(_):
     out = Path(str(_OUT.value))
-    model = load_model(_MODEL.value or reference.model_path())
+    model = load_model(_MODEL.value or reference.model_path(), for_quality(None))
     context = _CONTEXT.value or min(_DEFAULT_CONTEXT, model.config.context_length)
     windows = cut_windows(
         model.tokenizer(),

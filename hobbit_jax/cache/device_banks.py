@@ -97,7 +97,8 @@ class DeviceBanks:
         layouts: Mapping[Signature, Layout] | None = None,
     ):
         """`layouts` are planes for the signatures that it leaves out."""
-        self._store, self._device, self._layouts = store, device, dict(layouts or {})
+        self._store, self._device = store, device
+        self._layouts: dict[Signature, Layout] = dict(layouts or {})
         self.banks: dict[Signature, Bank] = {}
         for signature, n_slots in slots.items():
             self.renew(signature, n_slots)

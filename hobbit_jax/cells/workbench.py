@@ -35,6 +35,7 @@ from hobbit_jax.quantize.methods import NEEDED_STATISTICS
 from hobbit_jax.rows import machine, write_json
 from hobbit_jax.signals.calibration import STATISTICS, Calibration, calibrate
 from hobbit_jax.signals.importance import MeasuredErrors, measure_errors
+from pallas_kernels.backends import for_quality
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class EvalSizes:
 class Inputs:
     """What a sweep runs on. An empty `model` is the reference model, empty texts its held-out.
 
-    An empty `implementation` takes the fastest matrix products that the device has; an empty
-    `data_dir` leaves the data of benchmarks to lm-eval.
+    An empty `implementation` takes float32 on a CPU and the fastest matrix products of a GPU
+    (`backends.for_quality`); an empty `data_dir` leaves the data of benchmarks to lm-eval.
     """
 
     model: str
@@ -78,7 +79,7 @@ class Workbench:
         self.inputs, self.sizes, self.workdir = inputs, sizes, workdir
         self._leases = leases
         path = inputs.model or reference.model_path()
-        self.model: LoadedModel = load_model(path, inputs.implementation or None)
+        self.model: LoadedModel = load_model(path, for_quality(inputs.implementation or None))
         self.tokenizer = self.model.tokenizer()
         self._calibrations: dict[tuple[str, int], Calibration] = {}
         self._tiers: dict[str, GGUFFile] = {}

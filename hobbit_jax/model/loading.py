@@ -122,7 +122,7 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
         FileNotFoundError, ValueError, NotImplementedError: from `open_gguf`,
             `read_config` and `check_finite_scales`, each naming what is wrong.
     """
-    checks = {"triton": lambda: None, "ggml": check_available}
+    checks = {"xla": lambda: None, "triton": lambda: None, "ggml": check_available}
     choose(implementation, checks)  # a name that cannot run here is refused at once
     matrices = _Matrices(implementation)
     file = open_gguf(path)

@@ -30,7 +30,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from hobbit_jax.atomic import replacing
 from hobbit_jax.model_file import metadata as checked
 from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required
-from pallas_kernels.formats import FORMATS
+from pallas_kernels.formats import FORMATS, RAW_ONLY, get_format
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -48,7 +48,7 @@ class TensorInfo:
     """One tensor of a file: what it is, and its bytes as they lie on disk."""
 
     name: str
-    format: str  # a key of `pallas_kernels.formats.FORMATS`
+    format: str  # a name that `pallas_kernels.formats.get_format` knows
     shape: tuple[int, ...]  # row-major, (E, F, D) for ffn_gate_exps; the last axis is one row
     raw: np.ndarray  # uint8 [*shape[:-1], row_bytes], a read-only view into the memory map
 
@@ -193,7 +193,7 @@ def check_finite_scales(tensor: TensorInfo) -> None:
     for start in range(0, len(raw), step):
         rows = raw[start : start + step]
         blocks = rows.reshape(len(rows), -1, block_bytes)
-        for offset, bits, mask in FORMATS[tensor.format].float_fields:
+        for offset, bits, mask in get_format(tensor.format).float_fields:
             field = np.ascontiguousarray(blocks[:, :, offset : offset + bits.itemsize]).view(bits)
             bad = ((field & mask) == mask).reshape(len(rows), -1)
             if bad.any():
@@ -228,7 +228,7 @@ def write_gguf(
 
     Raises:
       ValueError: a value that has no GGUF type, or a tensor whose bytes contradict its shape.
-      NotImplementedError: a tensor format outside `pallas_kernels.formats.FORMATS`.
+      NotImplementedError: a tensor format that `pallas_kernels.formats` does not know.
     """
     path = Path(path)
     arch = metadata.get("general.architecture")
@@ -369,9 +369,10 @@ def _stored_shape(name: str, n_dims: int, shape: tuple[int, ...], raw_type: int)
 
 def _raw_shape(name: str, format_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the bytes, (*shape[:-1], row_bytes), of a tensor of `format_name` and `shape`."""
-    if format_name not in FORMATS:
+    if format_name not in (*FORMATS, *RAW_ONLY):
         raise NotImplementedError(
-            f"tensor {name!r} has type {format_name}; supported are {', '.join(FORMATS)}: "
+            f"tensor {name!r} has type {format_name}; supported are "
+            f"{', '.join((*FORMATS, *RAW_ONLY))}: "
             "use a file quantised to one of them"
         )
     block_weights, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[format_name]]

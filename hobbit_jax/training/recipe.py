@@ -22,6 +22,7 @@ from hobbit_jax.model_file.architecture import ModelConfig
 from hobbit_jax.rows import machine, write_json
 from hobbit_jax.training import card, corpus, export
 from hobbit_jax.training.trainer import TrainConfig, Trainer
+from pallas_kernels.backends import for_quality
 
 MODEL = ModelConfig(
     arch="qwen3moe",
@@ -82,7 +83,7 @@ def run(workdir: Path) -> None:
     float32_path, q4_path = workdir / "reference-f32.gguf", workdir / reference.MODEL_NAME
     model = nnx.merge(trainer.graph, trainer.params)
     export.export_float32(model, tokenizer, "hobbit_jax reference", float32_path)
-    source = load_model(float32_path)
+    source = load_model(float32_path, "xla")
     export.export_q4_k_m(source.file, source.config, q4_path)
 
     held_out = workdir / reference.HELD_OUT_NAME
@@ -96,7 +97,7 @@ def run(workdir: Path) -> None:
         for text in reference.read_held_out(held_out, part)
     ]
     figures = {
-        name: card.measure(load_model(path), texts, CARD_PROBLEMS)
+        name: card.measure(load_model(path, for_quality(None)), texts, CARD_PROBLEMS)
         for name, path in (("float32", float32_path), ("Q4_K_M", q4_path))
     }
     seconds = sum(

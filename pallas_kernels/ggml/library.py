@@ -16,8 +16,13 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
-
+# `enum ggml_type`.
+_NUMBERS = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10,
+    "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18,
+    "IQ1_S": 19, "IQ4_NL": 20, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23, "IQ1_M": 29, "BF16": 30,
+    "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39, "NVFP4": 40, "Q1_0": 41,
+}  # fmt: skip
 # Types whose interleaved product ggml vectorises for AVX2 (arch/x86/repack.cpp), with the type of
 # their activations as ggml's template writes it.
 _INTERLEAVED = {
@@ -92,6 +97,11 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     return base, cpu
 
 
+def base_library() -> ctypes.CDLL:
+    """libggml-base, which encodes and decodes. NotImplementedError without the wheel."""
+    return _libraries()[0]
+
+
 @functools.cache
 def check_processor() -> None:
     """Refuses a processor that the wheel's kernels are not built for.
@@ -123,11 +133,10 @@ def _processor_flags() -> set[str]:
 
 
 def type_number(name: str) -> int:
-    """ggml's number of a weight type. NotImplementedError if the package `gguf` knows none."""
-    try:
-        return int(gguf.GGMLQuantizationType[name])
-    except KeyError:
-        raise NotImplementedError(f"ggml has no weight type {name}") from None
+    """ggml's number of a weight type. NotImplementedError for one that we do not read."""
+    if name not in _NUMBERS:
+        raise NotImplementedError(f"weight type {name} has no product of ggml's here; take 'xla'")
+    return _NUMBERS[name]
 
 
 def _address(library: ctypes.CDLL, name: str) -> int:

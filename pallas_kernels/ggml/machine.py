@@ -15,14 +15,16 @@ import ctypes
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import jax.ffi
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import extending, njit, types
+from numba.np.numpy_support import carray
 
+intrinsic: Any = extending.intrinsic  # whose functions lose their first parameter
 I64, F32 = ir.IntType(64), ir.FloatType()
 U = np.uint64
 
@@ -289,7 +291,7 @@ def error(frame, code):
     store_i64(arguments, np.int64(32))
     store_i64(arguments + U(8), np.int64(0))
     store_u64(arguments + U(16), load_u64(table() + U(8 * (MESSAGES + code))))
-    store_i64(arguments + U(24), np.int64(3))  # INVALID_ARGUMENT
+    store_i64(arguments + U(24), np.int64(13))  # INTERNAL: a broken invariant, not a bad input
     create = load_u64(load_u64(frame + U(16)) + load_u64(table() + U(8 * ERROR_CREATE)))
     made = call_api(create, arguments)
     free(arguments)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.ggml import library
+
+_THREADS_VARIABLE = "NPROC"
 
 
 @functools.partial(
@@ -108,8 +111,8 @@ def _ready() -> None:
     from pallas_kernels.ggml import handlers, machine
 
     machine.read_api()
-    if not machine.TABLE[machine.THREADS]:
-        machine.TABLE[machine.THREADS] = default_threads()
+    wanted = os.environ.get(_THREADS_VARIABLE, "")
+    machine.TABLE[machine.THREADS] = int(wanted) if wanted.isdecimal() else default_threads()
     for name, handler in handlers.HANDLERS.items():
         machine.register(f"hobbit_jax_{name}", handler.address)
 
@@ -135,23 +138,22 @@ def prepare(*format_names: str) -> None:
 
 def default_threads() -> int:
     """The processors that this process may use."""
-    import os
-
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def set_threads(threads: int) -> None:
-    """How many threads a product takes from now on, the calling one among them.
+    """How many threads a product takes, the calling one among them; before the first of them.
+
+    XLA's own pool, whose threads they are, gets as many if no device was used so far.
 
     Raises:
         ValueError: fewer than one.
     """
-    from pallas_kernels.ggml import machine
-
     if threads < 1:
         raise ValueError(f"threads is {threads}; want 1 or more (--threads)")
-    machine.TABLE[machine.THREADS] = threads
+    # What XLA's CPU client reads when it is made.
+    os.environ[_THREADS_VARIABLE] = str(threads)
 
 
 def linear(x: jax.Array, matrix: RawMatrix, format_name: str) -> jax.Array:
