@@ -6,8 +6,6 @@ Reads `sweep.json` and `rows/*.json` under the workdir, writes `decision.md` and
 there. It can run while the sweep does: cells without a row are listed as missing.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from hobbit_jax import cli
@@ -17,7 +15,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a sweep", required=Tr
 
 
 def main(_):
-    print(write_report(Path(_WORKDIR.value)))
+    folder = cli.input_folder("workdir", str(_WORKDIR.value))
+    print(write_report(cli.output_folder("workdir", folder)))
 
 
 if __name__ == "__main__":

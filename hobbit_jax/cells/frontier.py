@@ -7,11 +7,18 @@ signal shares them out under a limit of bytes. Called through `sweep.py` with th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from hobbit_jax.cells.artifacts import (
+    Artifact,
+    CalibrationRun,
+    ExpertErrors,
+    LowPrecisionFile,
+    NativeLogits,
+)
 from hobbit_jax.cells.sweep import cell_digest, store_figures
 from hobbit_jax.cells.workbench import EvalSizes, Inputs, Workbench
 from hobbit_jax.evals import quality, tasks
@@ -83,8 +90,22 @@ class FrontierCell:
 
     def specs(self, bench: Workbench) -> list[TierSpec]:
         """The low tiers."""
-        specs = bench.specs(self.formats, self.method, self.seed)
-        return [replace(spec, through=self.through) for spec in specs]
+        return bench.specs(self.formats, self.method, self.seed, self.through)
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """See `sweep.Trial`."""
+        on, how = (self.inputs, self.sizes), (self.method, self.seed)
+        found = [NativeLogits(*on), CalibrationRun(*on, "routing", self.seed)]
+        found += [LowPrecisionFile(*on, name, *how, self.through) for name in self.formats]
+        if self.signal not in ("native", "uniform"):
+            found.append(CalibrationRun(*on, "routing", self.seed, self.calibration_text))
+        if self.signal == "uniform":
+            found += [ExpertErrors(*on, (name,), *how, "", self.through) for name in self.formats]
+        if self.bytes_fraction is not None:
+            text = self.calibration_text
+            found.append(ExpertErrors(*on, self.formats, *how, text, self.through))
+        return tuple(found)
 
     def plan(self, store: HostExperts, specs: list[TierSpec], bench: Workbench) -> PrecisionPlan:
         """Who gets which tier."""

@@ -2,7 +2,7 @@
 
 Owns how a cell of any kind becomes its row, and the kind that asks what a plan costs under a pool
 budget; `frontier.py` has the one that asks what it loses. Configs make the cells. What cells of a
-model share is `workbench.py`.
+model share is `workbench.py`, and which of it is made first `artifacts.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ import numpy as np
 
 from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.policies import SLRU
+from hobbit_jax.cells.artifacts import (
+    Artifact,
+    CalibrationRun,
+    ExpertErrors,
+    LowPrecisionFile,
+    NativeLogits,
+)
 from hobbit_jax.cells.workbench import EvalSizes, Inputs, Workbench
 from hobbit_jax.evals import cost, quality, tasks
 from hobbit_jax.experts.precision import PrecisionPlan, uniform_plan
@@ -39,13 +46,8 @@ Row = dict[str, Any]
 _EXPECTED = (ValueError, NotImplementedError, RuntimeError, MemoryError, OSError)
 
 
-class SweepCell(Protocol):
-    """What a sweep wants of a cell; a frozen dataclass that can be pickled.
-
-    One that runs as several processes (hosts) together has an integer `processes`; they have a
-    `jax.distributed` among them, `run` is called in each, and the first one's row is kept. Such a
-    cell fails in all of them or in none, or those that wait for each other would wait for ever.
-    """
+class Trial(Protocol):
+    """What a sweep wants of a trial; a frozen dataclass that can be pickled."""
 
     @property
     def inputs(self) -> Inputs:
@@ -62,18 +64,18 @@ class SweepCell(Protocol):
         """Unique among all cells, and a file name."""
         ...
 
-    def run(self, bench: Workbench) -> dict[str, Any]:
-        """Measures, and returns everything of the row that is the cell's own.
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """What it shares with other trials, and is worth making before any of them runs."""
+        ...
 
-        Long steps go through `bench.part`: a worker may be killed or preempted at any time, and
+    def run(self, bench: Workbench) -> dict[str, Any]:
+        """Measures, and returns everything of the row that is the trial's own.
+
+        Long steps go through `bench.part`: a process may be killed or preempted at any time, and
         the next one takes finished parts from there.
         """
         ...
-
-
-def processes(cell: SweepCell) -> int:
-    """How many processes run `cell` together."""
-    return getattr(cell, "processes", 1)
 
 
 def cell_digest(cell: Any) -> str:
@@ -140,6 +142,17 @@ class Cell:
         if self.signal in SIGNALS:
             parts.append(f"{self.low_fraction * 100:g}")
         return "-".join([*parts, f"{self.budget_mib:g}mib", f"s{self.seed}", cell_digest(self)])
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """See `Trial`."""
+        on = (self.inputs, self.sizes)
+        found: list[Artifact] = [NativeLogits(*on), CalibrationRun(*on)]
+        if self.low_format:
+            found.append(LowPrecisionFile(*on, self.low_format, self.method))
+            if self.signal == "sensitivity":
+                found.append(ExpertErrors(*on, (self.low_format,), self.method))
+        return tuple(found)
 
     def specs(self, bench: Workbench) -> list[TierSpec]:
         """The low tier, if there is one."""
@@ -255,7 +268,7 @@ def _pool_figures(engine: Engine) -> dict[str, Any]:
     }
 
 
-def run_cell(cell: SweepCell, bench: Workbench) -> Row:
+def run_cell(cell: Trial, bench: Workbench) -> Row:
     """The whole row of a cell; one that cannot be measured has a row too, with the reason."""
     began = time.monotonic()
     try:
@@ -268,6 +281,7 @@ def run_cell(cell: SweepCell, bench: Workbench) -> Row:
         **machine(),
         "model_sha256": bench.model.file.sha256(),
         "text_sha256": bench.text_sha256,
+        "windows_begin_with_bos": quality.begin_with_bos(bench.tokenizer),
         **found.pop("provenance"),
         "seconds": round(time.monotonic() - began, 2),
     }
@@ -281,7 +295,7 @@ def run_cell(cell: SweepCell, bench: Workbench) -> Row:
     }
 
 
-def failed_row(cell: SweepCell, error: str) -> Row:
+def failed_row(cell: Trial, error: str) -> Row:
     """The row of a cell that failed for `error`."""
     return {
         "cell": cell.name,

@@ -33,6 +33,7 @@ from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.model_file.metadata import text
 
 _SAMPLE_SECONDS = 0.01
 SETTINGS = ("native", "uniform", *(n for n, mode in MISS_MODES.items() if mode.low_banks != "none"))
@@ -268,7 +269,7 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
     peak_bytes = max(watched.peak_bytes for watched in watch.stretches.values())
     return {
         "model": {
-            "name": model.file.metadata.get("general.name"),
+            "name": model.file.read("general.name", text(), None),
             "bytes": model.file.file_bytes,
             "expert_bytes": store.tier_bytes(0),
             "dense_device_bytes": model.dense_device_bytes,

@@ -129,6 +129,7 @@ def compare_model(request: Request) -> dict[str, Any]:
             "name": "shipped held-out text" if request.text is None else request.text.name,
             "sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
             "context": request.context,
+            "windows_begin_with_bos": windows.begin_with_bos,
         },
         "threads": request.threads,
         "omp_wait_policy": environment()["OMP_WAIT_POLICY"],

@@ -1,0 +1,76 @@
+"""One task of a sweep, as every engine runs it in a worker process.
+
+Owns the order of lock, look, work and record. A trial whose record exists is not run again; one
+that is run twice after all leaves the same record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from hobbit_jax.atomic import exclusive
+from hobbit_jax.cells.artifacts import Artifact
+from hobbit_jax.cells.sweep import Trial, failed_row, run_cell
+from hobbit_jax.cells.workbench import Workbench
+from hobbit_jax.rows import RowStore
+
+Task = Artifact | Trial
+
+# How often a task is run whose process dies each time. More than a crash needs to be believed,
+# since a process that was killed from outside looks the same.
+MAX_ATTEMPTS = 10
+
+
+class Outcome(NamedTuple):
+    """How a task ended.
+
+    "busy": another process is at this trial. "refused": the model or the folder cannot be used at
+    all, which ends the sweep. `error` says why a trial failed or was refused.
+    """
+
+    status: Literal["ok", "failed", "busy", "refused"]
+    error: str | None = None
+
+
+# The model is loaded by the first task of a process and kept for the next.
+_bench = functools.cache(Workbench)
+
+
+def run_task(task: Task, workdir: Path, wait: bool = True, death: str | None = None) -> Outcome:
+    """Makes an artifact, or runs a trial and writes its record.
+
+    Args:
+        task: what to do.
+        workdir: seen under this name by every process of the sweep.
+        wait: for a trial that another process is at; otherwise that is "busy".
+        death: why a task that kills its process is given up; a trial is recorded as failed.
+    """
+    try:
+        if isinstance(task, Artifact):
+            if death is None:
+                _make(task, workdir)
+            return Outcome("ok")
+        rows = RowStore(workdir)
+        with exclusive(rows.path(task.name), wait) as held:
+            if not held:
+                return Outcome("busy")
+            if rows.finished(task.name):
+                return Outcome("ok")
+            if death is not None:
+                row = failed_row(task, death)
+            else:
+                row = run_cell(task, _bench(task.inputs, task.sizes, workdir))
+            rows.write(row)
+        return Outcome(row["status"], row["error"])
+    except (ValueError, NotImplementedError, OSError, EOFError) as error:
+        return Outcome("refused", str(error))
+
+
+def _make(artifact: Artifact, workdir: Path) -> None:
+    bench = _bench(artifact.inputs, artifact.sizes, workdir)
+    # Every trial that needs it meets the same error again, and records it.
+    with contextlib.suppress(Exception):
+        artifact.make(bench)
