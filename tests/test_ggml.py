@@ -262,6 +262,19 @@ def test_half_precision_keys_and_values_change_little(model, ids_T):
         Engine(model, store, kv_format="int8")
 
 
+def test_a_file_that_is_cut_short_is_an_error_and_no_crash(two_banks_path, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(two_banks_path.read_bytes())
+    small = load_model(path, "ggml")
+    engine = Engine(small, HostExperts(small.config, small.file))
+    engine.start(1, 8)
+    engine.prefill([[1, 2, 3]])
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    with pytest.raises(OSError, match="changed while it was in use"):
+        engine.decode(np.asarray([4]))
+
+
 @pytest.mark.oracle
 def test_logits_are_as_near_to_llama_cpps_as_its_own_two_ways_are(model):
     """The arithmetic is the same; an ulp of attention decides how an activation is rounded.

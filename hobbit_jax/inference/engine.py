@@ -187,7 +187,17 @@ class Engine:
         self.stats.degraded += int((asked & (served_TK > asked_TK)).sum())
         self.stats.skipped += int((asked & (served_TK == SKIPPED)).sum())
 
+    def _check_map(self) -> None:
+        """Refuses files that changed since they were mapped, where programs read the map itself.
+
+        Past the end of a file that was cut short they would end the process.
+        """
+        if self.model.mapped_bytes:
+            for tier in range(len(self.store.tiers)):
+                self.store.check_unchanged(tier)
+
     def _check_room(self, n_new_B: np.ndarray) -> None:
+        self._check_map()
         context = self._started().caches.k_LBCGd.shape[2]
         longest = int((self._lengths_B + n_new_B).max(initial=0))
         if longest > context:
