@@ -33,7 +33,15 @@ from ml_collections import ConfigDict
 from hobbit_jax.cells.preflight import all_low_mib
 from hobbit_jax.cells.sweep import Cell
 from hobbit_jax.cells.texts import MIXED_TEXT
-from hobbit_jax.cells.workbench import EvalSizes, Inputs
+from hobbit_jax.record import (
+    CacheTrial,
+    EvalSizes,
+    Inputs,
+    MissModeTrial,
+    Mixed,
+    Native,
+    Uniform,
+)
 
 # Budgets of cards from 8 to 24 GB.
 FULL_SIZE = {
@@ -149,27 +157,19 @@ def sweep(config: ConfigDict) -> list[Cell]:
     sizes = EvalSizes(**{**config.eval, "benchmarks": tuple(config.eval.benchmarks)})
     budgets, precision = config.cache.budget_mib, config.precision
 
-    def cell(signal, fraction, low_format, budget_mib, seed=config.seed, mode="wait", share=0.0):
-        return Cell(
-            signal=signal,
-            low_fraction=float(fraction),
-            low_format=low_format,
-            budget_mib=float(budget_mib),
-            protected_fraction=config.cache.protected_fraction,
-            seed=seed,
-            inputs=inputs,
-            sizes=sizes,
-            method=precision.method if low_format else "rtn",
-            mode=mode,
-            low_share=float(share),
+    def cell(plan, budget_mib, seed=config.seed):
+        asked = CacheTrial(
+            plan, float(budget_mib), inputs, sizes, config.cache.protected_fraction, seed
         )
+        return Cell(asked)
 
-    cells = [cell("native", 0, None, budget) for budget in budgets]
+    cells = [cell(Native(), budget) for budget in budgets]
     # Both uniform models are rivals, also when only one format is mixed in.
     rivals = sorted({"Q2_K", "Q3_K", *precision.low_format})
-    cells += [cell("uniform", 1, low, budget) for low in rivals for budget in budgets]
+    method = precision.method
+    cells += [cell(Uniform(low, method), budget) for low in rivals for budget in budgets]
     cells += [
-        cell(signal, fraction, low, budget, seed)
+        cell(Mixed(signal, float(fraction), low, method), budget, seed)
         for low in precision.low_format
         for fraction in precision.low_fraction
         for signal in precision.signals
@@ -177,13 +177,13 @@ def sweep(config: ConfigDict) -> list[Cell]:
         for budget in budgets
     ]
     cells += [
-        cell("residency", 0, low, budget, mode=mode, share=share)
+        cell(MissModeTrial(mode, float(share), low, method), budget)
         for low in precision.low_format
         for mode, share in config.residency.modes
         for budget in budgets
     ]
     return cells + [
-        cell("residency", 0, low, budget, mode="floor")
+        cell(MissModeTrial("floor", 0.0, low, method), budget)
         for low in config.residency.floor
         if low in precision.low_format
         for budget in budgets

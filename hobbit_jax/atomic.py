@@ -9,12 +9,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -112,6 +114,19 @@ def replacing(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
             wanted = f"more than {written}" if wanted_bytes is None else f"{wanted_bytes}"
             free_bytes = shutil.disk_usage(path.parent).free
             raise _disk_full(path, wanted, free_bytes) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON, so that a reader sees all of it or nothing.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def place_first(path: Path, text: str) -> bool:

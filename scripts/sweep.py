@@ -1,4 +1,4 @@
-"""Runs every cell of a config and writes one row each; finished cells are skipped.
+"""Runs every cell of a config and writes one record each; finished cells are skipped.
 
 Formats, encoders, budgets, texts, memory, disk and outputs are checked before anything runs, and
 all problems are said at once.
@@ -28,11 +28,11 @@ from hobbit_jax.cells.preflight import Preflight, preflight
 from hobbit_jax.cells.sweep import Trial
 from hobbit_jax.launch import LAUNCHERS, connect
 from hobbit_jax.launch.sweeping import run_sweep
+from hobbit_jax.record import is_finished
 from hobbit_jax.resources import free_disk_bytes, host_bytes, mib, workers_device_bytes
-from hobbit_jax.rows import RowStore
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, F.py or F.py:arg.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where rows, tiers and caches are kept.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for records and what trials share.")
 _LAUNCHER = flags.DEFINE_enum(
     "launcher", "local", LAUNCHERS, "The engine that runs the trials: processes here, Slurm or Ray."
 )
@@ -65,8 +65,7 @@ def _cells(config_file: str):
 
 
 def _print_dry_run(cells: Sequence[Trial], found: Preflight, workdir: Path) -> None:
-    rows = RowStore(workdir)
-    left = [cell for cell in cells if not rows.finished(cell.name)]
+    left = [cell for cell in cells if not is_finished(workdir, cell.name)]
     for cell in cells:
         print(f"{'to run  ' if cell in left else 'finished'}  {cell.name}")
     print(f"cells   {len(cells)}, of which {len(cells) - len(left)} are finished")

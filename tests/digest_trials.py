@@ -18,9 +18,11 @@ from pathlib import Path
 
 from hobbit_jax import launch
 from hobbit_jax.cells.artifacts import Artifact, CalibrationRun, NativeLogits
-from hobbit_jax.cells.workbench import EvalSizes, Inputs, Workbench
+from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.launch.sweeping import run_sweep
+from hobbit_jax.record import Benchmark, EvalSizes, Inputs, Measured, record_name
 
+DESCRIPTION = {"title": "t", "question": "", "command": "", "config": {}, "rule": {}}
 PARTS = 3
 SIZES = EvalSizes(windows=1, context=8, calibration_windows=1)
 
@@ -34,16 +36,22 @@ class DigestTrial:
     sizes: EvalSizes
     kind: str = "digest"
 
+    study = "digests"
+
+    @property
+    def asked(self) -> Benchmark:
+        return Benchmark(f"{self.kind}-{self.index:03d}", {})
+
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.index:03d}"
+        return record_name(self.asked)
 
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
         return NativeLogits(self.inputs, self.sizes), CalibrationRun(self.inputs, self.sizes)
 
-    def run(self, bench: Workbench) -> dict:
-        note(f"run {self.name} {id(bench)}")
+    def run(self, bench: Workbench) -> Measured:
+        note(f"run {self.asked.subject} {id(bench)}")
         if self.kind == "crash":
             os.kill(os.getpid(), 9)
         if self.kind == "stuck":
@@ -53,10 +61,10 @@ class DigestTrial:
         parts = [bench.part(f"{self.name}-{n}", lambda n=n: self.part(n)) for n in range(PARTS)]
         logits = hashlib.sha256(bench.native_logits_WTV.tobytes()).hexdigest()
         read = {"logits": logits, "calibration": bench.calibration().sha256}
-        return {"digests": parts, **read, "provenance": {}}
+        return Measured(samples={"digests": parts}, file_sha256=read)
 
     def part(self, part: int) -> str:
-        note(f"part {self.name} {part}")
+        note(f"part {self.asked.subject} {part}")
         time.sleep(float(os.environ.get("TRIAL_PAUSE_S", "0")))
         digest = f"{self.index} {part}".encode()
         for _ in range(20_000):
@@ -93,7 +101,7 @@ def main() -> None:
     options = launch.parse_resources([w[2:] for w in words if w.startswith("--")])
     made = trials(Path(workdir), int(count), str(options.pop("kinds", "")))
     engine = functools.partial(engine, **options)
-    print("trials:", *run_sweep(made, {"title": "t"}, Path(workdir), engine, int(workers)))
+    print("trials:", *run_sweep(made, DESCRIPTION, Path(workdir), engine, int(workers)))
 
 
 if __name__ == "__main__":

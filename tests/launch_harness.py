@@ -1,7 +1,6 @@
 """What the launchers' tests share: processes that run a sweep, a killer, and what must be left."""
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -10,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -18,6 +18,8 @@ import digest_trials
 from hobbit_jax.cells.sweep import run_cell
 from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.launch import on_local, sweeping
+from hobbit_jax.record import Record, read_records
+from hobbit_jax.record.files import DESCRIPTION, FOLDER
 
 TESTS = Path(__file__).resolve().parent
 _started: list[subprocess.Popen] = []
@@ -94,7 +96,7 @@ def wait_for(condition, process: subprocess.Popen, workdir: Path) -> None:
 
 
 def rows_written(workdir: Path) -> int:
-    return len(list((workdir / "rows").glob("*.json")))
+    return len([p for p in (workdir / FOLDER).glob("*.json") if not p.name.endswith(DESCRIPTION)])
 
 
 class Killer(threading.Thread):
@@ -148,7 +150,7 @@ def survive(workdir: Path, harm, start: Callable[[], subprocess.Popen], count: i
     return killer.done
 
 
-def serial_rows(workdir: Path, count: int, monkeypatch) -> dict[str, dict]:
+def serial_rows(workdir: Path, count: int, monkeypatch) -> dict[str, Record]:
     """What one process without launcher, kills or parts of others makes of the trials."""
     aside = workdir.with_name("serial")
     monkeypatch.setenv("TRIAL_LOG", str(aside.with_suffix(".log")))
@@ -157,14 +159,13 @@ def serial_rows(workdir: Path, count: int, monkeypatch) -> dict[str, dict]:
     return {trial.name: run_cell(trial, bench) for trial in made}
 
 
-def check_rows(workdir: Path, expected: dict[str, dict]) -> None:
+def check_rows(workdir: Path, expected: dict[str, Record]) -> None:
     """One record a trial, each as in a serial run, and nothing else left behind."""
-    found = sorted(path.name for path in (workdir / "rows").iterdir())
-    assert found == sorted(f"{name}.json" for name in expected)
-    for name, row in expected.items():
-        written = json.loads((workdir / "rows" / f"{name}.json").read_text())
-        assert written.keys() == row.keys()
-        for key in row.keys() - {"provenance"}:
-            assert written[key] == json.loads(json.dumps(row[key])), (name, key)
+    records = read_records(workdir)
+    assert not records.unreadable and rows_written(workdir) == len(expected)
+    assert {record.name for record in records.found} == expected.keys()
+    for record in records.found:
+        assert record.seconds is not None and record.seconds >= 0
+        assert replace(record, seconds=None) == replace(expected[record.name], seconds=None)
     hidden = [path for path in workdir.rglob(".*") if path.suffix in (".partial", ".lock")]
     assert not hidden and not (workdir / "parts").exists()

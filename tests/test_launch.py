@@ -27,11 +27,23 @@ from launch_harness import (
 from hobbit_jax import atomic
 from hobbit_jax.cells.frontier import FrontierCell
 from hobbit_jax.cells.sweep import Cell
-from hobbit_jax.cells.workbench import EvalSizes, Workbench
+from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.launch import connect, parse_resources
 from hobbit_jax.launch.on_local import visible_gpus
 from hobbit_jax.launch.sweeping import map_tasks, task_graph
-from hobbit_jax.rows import RowStore
+from hobbit_jax.record import (
+    Benchmark,
+    CacheTrial,
+    EvalSizes,
+    Mixed,
+    MixedInBytes,
+    PerSelection,
+    QualityTrial,
+    Uniform,
+    read_record,
+    record_name,
+    record_path,
+)
 
 LOCAL_WORKER = "multiprocessing.spawn"
 
@@ -53,19 +65,6 @@ def test_a_killed_holder_leaves_no_lock(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_first_whole_row_stays(tmp_path):
-    rows = RowStore(tmp_path)
-    rows.create()
-    for first, second, kept in [("failed", "ok", 2), ("ok", "ok", 1), ("ok", "failed", 1)]:
-        cell = f"{first}-{second}"
-        rows.write({"cell": cell, "status": first, "by": 1})
-        rows.write({"cell": cell, "status": second, "by": 2})
-        assert rows.read(cell)["by"] == kept
-    rows.path("torn").write_text('{"cell": "to')
-    rows.write({"cell": "torn", "status": "ok"})
-    assert rows.finished("torn") and not list(rows.directory.glob(".*"))
-
-
 def test_resources_are_read():
     read = parse_resources(["partition=gpu", "time=240", "mem=1.5", "exclusive=true"])
     assert read == {"partition": "gpu", "time": 240, "mem": 1.5, "exclusive": True}
@@ -84,10 +83,11 @@ def test_a_trial_names_all_artifacts_that_it_needs(workdir, monkeypatch):
     monkeypatch.setenv("HOBBIT_CACHE_DIR", str(workdir))
     on = digest_trials.inputs(workdir), EvalSizes(2, 16, 2, 0, 4, 4, 1)
     trials = [
-        Cell("sensitivity", 0.5, "Q2_K", 2, 0.5, 0, *on, method="importance"),
-        FrontierCell("uniform", ("Q3_K",), "gptq", None, None, (), 1, "", *on),
-        FrontierCell("random", ("Q2_K",), "rtn", 0.8, None, ("Q4_0",), 0, "tasks", *on),
-        FrontierCell("router_weight", ("Q2_K",), "rtn", None, (0.5, 0.5), (), 0, "tasks", *on),
+        Cell(CacheTrial(Mixed("sensitivity", 0.5, "Q2_K", "importance"), 2, *on)),
+        FrontierCell(QualityTrial(Uniform("Q3_K", "gptq"), *on, seed=1)),
+        FrontierCell(QualityTrial(Uniform("Q2_K", "rtn", ("Q4_0",)), *on)),
+        FrontierCell(QualityTrial(MixedInBytes("random", 0.8, ("Q2_K",), score_text="tasks"), *on)),
+        FrontierCell(QualityTrial(PerSelection("router_weight", (0.5, 0.5), ("Q2_K",)), *on)),
     ]
     bench = Workbench(*on, workdir)
 
@@ -151,13 +151,13 @@ def test_trials_that_fail_or_kill_their_process(workdir, monkeypatch):
             ("crash-999", "RuntimeError: its process died each time"),
             ("fail-999", "ValueError: this one fails"),
         ):
-            row = RowStore(workdir).read(name)
-            assert row["status"] == "failed" and row["error"].startswith(error)
+            record = read_record(workdir, record_name(Benchmark(name, {})))
+            assert record.status == "failed" and record.error.startswith(error)
     runs = [line[2] for line in digest_trials.notes(workdir, "run")]
     assert (runs.count("crash-999"), runs.count("fail-999"), len(runs)) == (4, 2, 9)
     assert "trials: 5 0 2" in output(workdir) and "trials: 2 3 2" in output(workdir)
     for name in ("crash-999", "fail-999"):
-        RowStore(workdir).path(name).unlink()
+        record_path(workdir, record_name(Benchmark(name, {}))).unlink()
     check_rows(workdir, serial_rows(workdir, 3, monkeypatch))
 
 

@@ -16,10 +16,10 @@ import pytest
 from launch_harness import run_sweep
 
 from hobbit_jax import reference
+from hobbit_jax.atomic import write_json
 from hobbit_jax.cells.sweep import Cell
 from hobbit_jax.cells.workbench import EvalSizes, Inputs
 from hobbit_jax.evals.quality import cut_windows
-from hobbit_jax.rows import write_json
 from hobbit_jax.signals.allocation import allocate
 from hobbit_jax.signals.importance import RoutingProfile
 from hobbit_jax.statistics import bootstrap, share

@@ -12,14 +12,13 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hobbit_jax import reference
-from hobbit_jax.atomic import exclusive, replacing
+from hobbit_jax.atomic import exclusive, replacing, write_json
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.cells.texts import CODE_TEXT, calibration_documents, evaluation_documents
 from hobbit_jax.evals import quality
@@ -29,42 +28,11 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel, load_model
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS
+from hobbit_jax.record import EvalSizes, Inputs, machine
 from hobbit_jax.resources import roomy_pool_bytes
-from hobbit_jax.rows import machine, write_json
 from hobbit_jax.signals.calibration import STATISTICS, Calibration, calibrate
 from hobbit_jax.signals.importance import MeasuredErrors, measure_errors
 from pallas_kernels.backends import for_quality
-
-
-@dataclass(frozen=True)
-class EvalSizes:
-    """How much every cell measures; 0 leaves tasks or decode out."""
-
-    windows: int
-    context: int
-    calibration_windows: int
-    task_problems: int = 0  # per task
-    decode_prompt_tokens: int = 0
-    decode_tokens: int = 0
-    decode_repeats: int = 0
-    decoded_windows: int = 0  # of the windows, for quality that depends on the pool
-    benchmarks: tuple[str, ...] = ()  # lm-eval's
-    benchmark_problems: int = 0  # of each; 0 for all
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a sweep runs on. An empty `model` is the reference model, empty texts its held-out.
-
-    An empty `implementation` takes float32 on a CPU and the fastest matrix products of a GPU
-    (`backends.for_quality`); an empty `data_dir` leaves the data of benchmarks to lm-eval.
-    """
-
-    model: str
-    calibration_text: str
-    evaluation_text: str
-    implementation: str = ""
-    data_dir: str = ""
 
 
 class Workbench:

@@ -1,8 +1,6 @@
 """Quality of a plan: likelihood of held-out text, and distance from the native model.
 
-Owns evaluation windows, the cached native logits, and the per-token figures: negative
-log-likelihood, KL(native || plan) and top-1 agreement. Figures are per token; intervals are over
-windows.
+Owns evaluation windows and the cached native logits; the figures are `logit_comparison.py`'s.
 """
 
 from __future__ import annotations
@@ -17,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax.atomic import replacing
+from hobbit_jax.evals.logit_comparison import Comparison, compare_logits, summarize
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.tokenizer import Tokenizer
-from hobbit_jax.statistics import Interval, bootstrap
 
 # Logits of a batch of windows; beside them the comparison needs a few times as much.
 _LOGIT_BYTES = 128 * 2**20
@@ -127,44 +125,18 @@ def write_native_logits(engine: Engine, windows: Windows, path: Path) -> None:
         del array_WTV
 
 
-@jax.jit
-def _compare(logits_BTV: jax.Array, native_BTV: jax.Array, targets_BT: jax.Array):
-    log_q_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
-    log_p_BTV = jax.nn.log_softmax(native_BTV, axis=-1)
-    nll_BT = -jnp.take_along_axis(log_q_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    kl_BT = jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1)
-    agree_BT = jnp.argmax(logits_BTV, axis=-1) == jnp.argmax(native_BTV, axis=-1)
-    return nll_BT, kl_BT, agree_BT
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Figures of one plan on one set of windows; all with 95 % intervals over windows.
-
-    `kl_by_window` has each window's mean, so that two plans can be compared in pairs.
-    """
-
-    tokens: int
-    bits_per_byte: Interval
-    perplexity: Interval
-    kl_mean: Interval
-    kl_p99: Interval
-    top1_agreement: Interval
-    kl_by_window: list[float]
-
-
-def evaluate(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Quality:
+def evaluate(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Comparison:
     """Teacher-forced comparison with the native model's logits (nats; perplexity per token)."""
     parts = []
     for part in batches(windows, engine.config.vocab_size):
         ids_BS = windows.ids_WS[part]
         logits_BTV = engine.score(ids_BS[:, :-1])
         native_BTV = np.asarray(native_WTV[part])
-        parts.append(jax.device_get(_compare(logits_BTV, native_BTV, ids_BS[:, 1:])))
-    return _figures(parts, windows)
+        parts.append(jax.device_get(compare_logits(logits_BTV, native_BTV, ids_BS[:, 1:])))
+    return summarize(parts, windows.target_bytes_WT)
 
 
-def evaluate_decoding(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Quality:
+def evaluate_decoding(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Comparison:
     """`evaluate` with every token decoded after the one before, a window at a time.
 
     For engines whose answers depend on what is resident: this is what a user's reader gets.
@@ -174,27 +146,6 @@ def evaluate_decoding(engine: Engine, windows: Windows, native_WTV: np.ndarray) 
         engine.start(1, len(ids_S) - 1)
         logits_TV = [engine.decode(np.asarray([token]))[0] for token in ids_S[:-1]]
         native_BTV = np.asarray(native_WTV[row : row + 1])
-        compared = _compare(jnp.stack(logits_TV)[None], native_BTV, ids_S[None, 1:])
+        compared = compare_logits(jnp.stack(logits_TV)[None], native_BTV, ids_S[None, 1:])
         parts.append(jax.device_get(compared))
-    return _figures(parts, windows)
-
-
-def _figures(parts: Sequence[tuple], windows: Windows) -> Quality:
-    """Figures of the compared batches of `windows`, in their order."""
-    nll_WT, kl_WT, agree_WT = (np.concatenate(part) for part in zip(*parts, strict=True))
-    nll_W = nll_WT.sum(axis=1, dtype=np.float64)
-    bytes_W = windows.target_bytes_WT.sum(axis=1, dtype=np.float64)
-    count, width = nll_WT.shape
-
-    def interval(statistic) -> Interval:
-        return bootstrap(statistic, count)
-
-    return Quality(
-        tokens=nll_WT.size,
-        bits_per_byte=interval(lambda w: nll_W[w].sum() / np.log(2) / bytes_W[w].sum()),
-        perplexity=interval(lambda w: np.exp(nll_W[w].sum() / (width * len(w)))),
-        kl_mean=interval(lambda w: kl_WT[w].mean(dtype=np.float64)),
-        kl_p99=interval(lambda w: np.quantile(kl_WT[w], 0.99)),
-        top1_agreement=interval(lambda w: agree_WT[w].mean(dtype=np.float64)),
-        kl_by_window=[float(f"{kl:.5g}") for kl in kl_WT.mean(axis=1, dtype=np.float64)],
-    )
+    return summarize(parts, windows.target_bytes_WT)

@@ -22,7 +22,7 @@ from hobbit_jax.cells.artifacts import Artifact
 from hobbit_jax.launch import worker_environment
 from hobbit_jax.launch.sweeping import Engine, Graph, Outcomes, death
 from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, Task, run_task
-from hobbit_jax.rows import RowStore
+from hobbit_jax.record import is_finished
 
 try:
     import submitit  # pyright: ignore[reportMissingImports]
@@ -187,6 +187,9 @@ def _end(job: submitit.Job, tasks: TaskList) -> tuple[str, dict[Task, Outcome]]:
         if kind == "success":
             return reason, dict(zip(tasks.tasks, result, strict=True))
         reason = str(result).strip().splitlines()[-1]
-    rows = RowStore(tasks.workdir)
-    done = (t for t in tasks.tasks if isinstance(t, Artifact) or rows.finished(t.name))
+    done = (
+        task
+        for task in tasks.tasks
+        if isinstance(task, Artifact) or is_finished(tasks.workdir, task.name)
+    )
     return reason, dict.fromkeys(done, Outcome("ok"))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from hobbit_jax.cells.artifacts import Artifact
 from hobbit_jax.cells.sweep import Trial
 from hobbit_jax.launch.tasks import Outcome, Task
-from hobbit_jax.rows import RowStore, write_json
+from hobbit_jax.record import Study, is_finished, write_study
 
 Graph = TopologicalSorter[Task]
 Outcomes = Generator[tuple[Task, Outcome]]
@@ -41,8 +41,7 @@ def run_sweep(
 
     Args:
         trials: all different, in the order in which they are taken.
-        description: title, question, command, config and rule, kept as `sweep.json` for the
-            report.
+        description: title, question, command, config and rule of the study, for the report.
         workdir: seen by all workers under this name.
         engine: see `launch.connect`.
         workers: tasks at a time.
@@ -54,11 +53,9 @@ def run_sweep(
         ValueError, OSError: the model or the workdir cannot be used.
     """
     workdir = workdir.resolve()
-    rows = RowStore(workdir)
-    rows.create()
-    names = [trial.name for trial in trials]
-    write_json(workdir / "sweep.json", {**description, "cells": names})
-    left = [trial for trial in trials if not rows.finished(trial.name)]
+    names = tuple(trial.name for trial in trials)
+    write_study(workdir, Study(trials[0].study, **description, trials=names))
+    left = [trial for trial in trials if not is_finished(workdir, trial.name)]
     before, settled, failed, shared = len(trials) - len(left), 0, 0, 0
     with (
         tqdm(total=len(trials), initial=before, unit="trial") as progress,

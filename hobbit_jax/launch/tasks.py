@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 
 from hobbit_jax.atomic import exclusive
 from hobbit_jax.cells.artifacts import Artifact
-from hobbit_jax.cells.sweep import Trial, failed_row, run_cell
+from hobbit_jax.cells.sweep import Trial, failed_record, run_cell
 from hobbit_jax.cells.workbench import Workbench
-from hobbit_jax.rows import RowStore
+from hobbit_jax.record import is_finished, record_path, write_record
 
 Task = Artifact | Trial
 
@@ -53,18 +53,17 @@ def run_task(task: Task, workdir: Path, wait: bool = True, death: str | None = N
             if death is None:
                 _make(task, workdir)
             return Outcome("ok")
-        rows = RowStore(workdir)
-        with exclusive(rows.path(task.name), wait) as held:
+        with exclusive(record_path(workdir, task.name), wait) as held:
             if not held:
                 return Outcome("busy")
-            if rows.finished(task.name):
+            if is_finished(workdir, task.name):
                 return Outcome("ok")
             if death is not None:
-                row = failed_row(task, death)
+                record = failed_record(task, death)
             else:
-                row = run_cell(task, _bench(task.inputs, task.sizes, workdir))
-            rows.write(row)
-        return Outcome(row["status"], row["error"])
+                record = run_cell(task, _bench(task.inputs, task.sizes, workdir))
+            write_record(workdir, record)
+        return Outcome(record.status, record.error)
     except (ValueError, NotImplementedError, OSError, EOFError) as error:
         return Outcome("refused", str(error))
 
