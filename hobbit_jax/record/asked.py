@@ -91,9 +91,8 @@ class MissModeTrial:
 class Inputs:
     """Model and texts. An empty `model` is the reference model, empty texts are its held-out ones.
 
-    An empty `implementation` takes float32 on a CPU and the fastest matrix products of a GPU
-    (`pallas_kernels.backends.for_quality`); an empty `data_dir` leaves the data of benchmarks to
-    lm-eval.
+    An empty `implementation` takes float32 on a CPU, the fastest matrix products of a GPU; an empty
+    `data_dir` leaves the data of benchmarks to lm-eval.
     """
 
     model: str = ""
