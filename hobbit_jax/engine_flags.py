@@ -26,10 +26,12 @@ from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel, load_model
+from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.quantize import FORMATS
 from hobbit_jax.signals.calibration import Calibration
 from pallas_kernels.backends import IMPLEMENTATIONS
+from pallas_kernels.ggml.ops import set_threads
 
 DEFAULT_LOW_FORMAT = "Q2_K"
 ALL = "all"
@@ -86,6 +88,14 @@ _FLAGS: dict[str, _Flag] = {
         _one_of(IMPLEMENTATIONS),
         None,
         "Implementation of the matrix products; the fastest for the device by default.",
+    ),
+    "threads": _Flag(
+        flags.IntegerParser(1, 4096),
+        None,
+        "Number of threads on a CPU; those that the process may use by default.",
+    ),
+    "kv_format": _Flag(
+        _one_of(KV_FORMATS), "float32", "Number format of the keys and values of attention."
     ),
     "devices": _Flag(flags.IntegerParser(1, 4096), 1, "Number of devices to shard experts over."),
     "budget_mib": _Flag(
@@ -200,6 +210,8 @@ class EngineFlags:
 
     def load_model(self) -> LoadedModel:
         """The model, its dense part on the device."""
+        if self.value("threads") is not None:
+            set_threads(self.value("threads"))
         return load_model(self.path, self.value("implementation"))
 
     def make_engine(self, model: LoadedModel) -> Engine:
@@ -223,6 +235,7 @@ class EngineFlags:
             warm=self._warm_start(model.file),
             chunk_tokens=self.value("chunk_tokens"),
             devices=self.value("devices"),
+            kv_format=self.value("kv_format"),
         )
 
     def load_all_that_fit(self, engine: Engine) -> None:

@@ -23,7 +23,9 @@ from hobbit_jax.evals import decode_bench, quality
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.record import machine
 
-ENGINE = EngineFlags("model", "implementation", "policy", "low_format", low_format="Q2_K")
+ENGINE = EngineFlags(
+    "model", "implementation", "threads", "policy", "low_format", low_format="Q2_K"
+)
 _BUDGETS_MIB = flags.DEFINE_list(
     "budgets_mib", ["1", "2", "4", "5"], "Sizes of the expert pool in MiB, above 0."
 )

@@ -1,29 +1,30 @@
 """What to run on a card: residents, hit rate and tokens/s to expect of each setting.
 
     python scripts/plan.py --model M.gguf --gpu "RTX 4070" [--context 4096] [--trace T.npz]
-    python scripts/plan.py --preset qwen3-30b-a3b --gpu 504,31.5 --vram_gib 12 --out plan.json
+    python scripts/plan.py --preset qwen3-30b-a3b --gpu 504,31.5 --vram_gib 12 --out out/mine
 
 --gpu is a card's name or its bandwidths in GB/s, device memory and PCIe. Nothing is run: a small
 cost model (hobbit_jax/planner/cost_model.py) over replayed routing predicts, and says what it
-assumes. Routing is the model's own trace (replay.py) or profile (profile.py) where one is given;
-otherwise the plan says that it extrapolates. --out writes all of it as JSON.
+assumes. Routing is the model's own trace (replay.py) or profile (routing_stats.py) where one is
+given; otherwise the plan says that it extrapolates. --out is a folder, which gets all of it as a
+record for report.py.
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
-from hobbit_jax.atomic import write_json
 from hobbit_jax.cache.trace import read_trace
 from hobbit_jax.model_file.presets import PRESETS
 from hobbit_jax.planner import routing, table
 from hobbit_jax.planner.cost_model import Machine
 from hobbit_jax.planner.hardware import find_card
 from hobbit_jax.planner.plan import divide_memory, make_plan, recorded_check
+from hobbit_jax.planner.records import plan_record
 from hobbit_jax.planner.shapes import open_model, preset_model
+from hobbit_jax.record import write_record
 from hobbit_jax.signals.calibration import Calibration
 
 DEFAULT_CONTEXT = 4096
@@ -59,7 +60,7 @@ _TRACE = flags.DEFINE_string("trace", None, "Recorded routing, an .npz file.")
 _PROFILE = flags.DEFINE_string(
     "profile", None, "Folder of a calibration of --model (routing_stats.py)."
 )
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.")
+_OUT = flags.DEFINE_string("out", None, "Folder to keep the record in.")
 _JSON = flags.DEFINE_bool("json", False, "Whether to print the JSON instead of a table.")
 
 
@@ -75,10 +76,9 @@ def _routing(model):
 
 
 def main(_):
+    folder = cli.output_folder("out", _OUT.value) if _OUT.value else None
     if (_MODEL.value is None) == (_PRESET.value is None):
         raise ValueError("want one of --model and --preset")
-    if _OUT.value:
-        cli.output_file("out", _OUT.value)
     card = find_card(str(_GPU.value))
     vram_gib = card.vram_gib if _VRAM_GIB.value is None else _VRAM_GIB.value
     if vram_gib is None:
@@ -104,8 +104,10 @@ def main(_):
             progress,
         )  # fmt: skip
     print(json.dumps(plan) if _JSON.value else table.render(plan, recorded_check()))
-    if _OUT.value:
-        write_json(Path(_OUT.value), plan)
+    if folder is not None:
+        path = write_record(folder, plan_record(plan))
+        if not _JSON.value:
+            print(f"the record: {path}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.signals.calibration import calibrate
 from hobbit_jax.signals.routing_summary import table
+from pallas_kernels.backends import for_quality
 
 _MODEL = flags.DEFINE_string(
     "model", None, "GGUF file of the model; the shipped reference model by default."
@@ -45,7 +46,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draw.", 0, cli.MAX_COUNT)
 
 def main(_):
     out = cli.output_folder("out", str(_OUT.value))
-    model = load_model(_MODEL.value or reference.model_path())
+    model = load_model(_MODEL.value or reference.model_path(), for_quality(None))
     store = HostExperts(model.config, model.file)
     budget_bytes = store.tier_bytes(0) // 4
     if _BUDGET_MIB.value is not None:

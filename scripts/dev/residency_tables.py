@@ -27,6 +27,7 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.record import machine
 from hobbit_jax.signals.calibration import count_routing
+from pallas_kernels.backends import for_quality
 
 _MODEL = flags.DEFINE_string(
     "model", None, "GGUF file of the model; the shipped reference model by default."
@@ -86,7 +87,7 @@ class _Rows:
 def main(_):
     out = cli.output_file("out", str(_OUT.value))
     budgets_mib = cli.numbers(_BUDGETS_MIB, float, 2**-20, cli.MAX_MIB)
-    model = load_model(_MODEL.value or reference.model_path())
+    model = load_model(_MODEL.value or reference.model_path(), for_quality(None))
     low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), low_precision_folder())
     store = HostExperts(model.config, model.file, [low])
     native = HostExperts(model.config, model.file)
