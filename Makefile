@@ -73,6 +73,7 @@ gpudecode:  ## there, with README's packages: decode at Qwen3-30B-A3B's size, 4 
 oracles: environment  ## tests against foreign code (ggml, PyTorch); says what to install
 	@echo "oracles: a test whose library is missing is skipped; to have them all:"
 	@echo "  PyTorch, transformers: $(BIN)/pip install -c constraints.txt -e '.[torch]'"
+	@echo "  llama.cpp's tokenizer: $(BIN)/pip install -c constraints.txt -e '.[oracles]'"
 	@echo "  ggml: $(BIN)/pip install -e '.[llama_cpp]' (compiles for about 10 minutes on 2 cores),"
 	@echo "        or GGML_BASE_LIB=/path/to/libggml-base.so"
 	@$(BIN)/python -m pytest -q -m oracle $(PYTEST_ARGS)
@@ -80,7 +81,7 @@ oracles: environment  ## tests against foreign code (ggml, PyTorch); says what t
 slow: environment  ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
-clusters: environment  ## sweeps on a real Slurm and Ray on this machine, killed at (4 minutes)
+clusters: environment  ## sweeps on this machine, a real Slurm and Ray, with processes killed (4 minutes)
 	@echo "clusters: a test whose daemons or packages are missing is skipped and named; to have them all:"
 	@echo "  apt-get install slurm-wlm munge; $(BIN)/pip install -c constraints.txt -e '.[slurm,ray]'"
 	@$(BIN)/python -m pytest -q -n 2 -m cluster $(PYTEST_ARGS)

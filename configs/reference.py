@@ -30,8 +30,9 @@ whether any signal beats the random control.
 
 from ml_collections import ConfigDict
 
+from hobbit_jax.cells.preflight import all_low_mib
 from hobbit_jax.cells.sweep import Cell
-from hobbit_jax.cells.workbench import MIXED_TEXT
+from hobbit_jax.cells.texts import MIXED_TEXT
 from hobbit_jax.record import (
     CacheTrial,
     EvalSizes,
@@ -42,10 +43,10 @@ from hobbit_jax.record import (
     Uniform,
 )
 
-# Budgets, and where floor fits: the smallest budget above all experts at Q2_K.
+# Budgets of cards from 8 to 24 GB.
 FULL_SIZE = {
-    "qwen3-30b-a3b": ((4096.0, 8192.0, 11264.0), 10240.0),
-    "mixtral-8x7b": ((8192.0, 11264.0, 20480.0), 15360.0),
+    "qwen3-30b-a3b": (4096.0, 8192.0, 11264.0),
+    "mixtral-8x7b": (8192.0, 11264.0, 20480.0),
 }
 
 
@@ -87,12 +88,12 @@ def get_config(arg: str = "full") -> ConfigDict:
             "random_seeds": (0, 1, 2),
         }
     )
-    # Miss modes with the share of the pool for low copies; floor only where it fits: its format
-    # and the smallest budget.
+    # Miss modes with the share of the pool for low copies, and formats of mode floor, which runs
+    # at the budgets that hold all experts in that format.
     config.residency = ConfigDict(
         {
             "modes": (("use_low_if_resident", 0.8), ("fetch_low", 0.8), ("hobbit", 0.5)),
-            "floor": (("Q2_K", 4.0),),
+            "floor": ("Q2_K",),
         }
     )
     config.seed = 0
@@ -135,10 +136,9 @@ def get_config(arg: str = "full") -> ConfigDict:
         config.eval.update(decode_tokens=48, decode_repeats=2)
     if arg in FULL_SIZE:
         config.title = f"{arg}: the cache sweep"
-        config.cache.budget_mib, floor_mib = FULL_SIZE[arg]
-        # Whole second moments of Qwen3-30B-A3B's inputs would take 118 GB; their diagonals do not.
+        config.cache.budget_mib = FULL_SIZE[arg]
+        # GPTQ would encode the 18,432 matrices of Qwen3-30B-A3B for a day of 2 cores.
         config.precision.update(method="importance", low_fraction=(0.5, 0.9), random_seeds=(0, 1))
-        config.residency.floor = (("Q2_K", floor_mib),)
         # Native logits of 8 windows take 2.5 GB.
         config.eval.update(windows=8, decoded_windows=2, task_problems=0)
         config.eval.update(benchmarks=("gsm8k", "humaneval"), benchmark_problems=100)
@@ -184,7 +184,8 @@ def sweep(config: ConfigDict) -> list[Cell]:
     ]
     return cells + [
         cell(MissModeTrial("floor", 0.0, low, method), budget)
-        for low, least_mib in config.residency.floor
+        for low in config.residency.floor
+        if low in precision.low_format
         for budget in budgets
-        if low in precision.low_format and budget >= least_mib
+        if budget >= all_low_mib(config.model, low)
     ]

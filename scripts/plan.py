@@ -15,13 +15,13 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
-from hobbit_jax.atomic import write_json
 from hobbit_jax.cache.trace import read_trace
 from hobbit_jax.planner import routing, table
 from hobbit_jax.planner.cost_model import Machine
 from hobbit_jax.planner.hardware import find_card
-from hobbit_jax.planner.plan import divide_memory, make_plan, recorded_check
+from hobbit_jax.planner.plan import divide_memory, make_plan, plan_record, recorded_check
 from hobbit_jax.planner.shapes import open_model, preset_model
+from hobbit_jax.record import write_record
 from hobbit_jax.signals.calibration import Calibration
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file")
@@ -35,7 +35,7 @@ _HOST_GB_S = flags.DEFINE_float("host_gb_s", None, "of the host's memory, nomina
 _OVERLAP = flags.DEFINE_float("overlap_share", None, "of uploads, where measured (0-1)")
 _TRACE = flags.DEFINE_string("trace", None, "recorded routing, .npz")
 _PROFILE = flags.DEFINE_string("profile", None, "a calibration's folder (profile.py), of --model")
-_OUT = flags.DEFINE_string("out", None, "JSON file")
+_OUT = flags.DEFINE_string("out", None, "Folder of the record; report.py shows those of its own.")
 
 
 def _routing(model):
@@ -44,7 +44,7 @@ def _routing(model):
     if _PROFILE.value:
         if not _MODEL.value:
             raise ValueError("--profile is of one file's model; give that file as --model")
-        found = Calibration.load(Path(_PROFILE.value), model.native.sha256())
+        found = Calibration.load(Path(_PROFILE.value), model.native)
         return routing.profiled(found.selections_LE, model.config)
     return routing.made_up(model.config)
 
@@ -73,7 +73,7 @@ def main(_):
         )  # fmt: skip
     print(table.render(plan, recorded_check()))
     if _OUT.value:
-        write_json(Path(_OUT.value), plan)
+        print(f"written: {write_record(Path(_OUT.value), plan_record(plan))}")
 
 
 if __name__ == "__main__":

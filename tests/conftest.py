@@ -32,8 +32,14 @@ def pytest_configure(config):
         jax.config.update("jax_compilation_cache_dir", os.environ[_COMPILED])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
+    if not hasattr(config, "workerinput"):
+        # No test reads or fills the user's own low-precision copies.
+        config.copies = os.environ["HOBBIT_CACHE_DIR"] = tempfile.mkdtemp(prefix="hobbit_jax_")
+
 
 def pytest_unconfigure(config):
+    if hasattr(config, "copies"):
+        shutil.rmtree(config.copies, ignore_errors=True)
     if hasattr(config, "compiled"):
         shutil.rmtree(config.compiled, ignore_errors=True)
 
@@ -69,13 +75,13 @@ def two_banks_path(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workdir(tmp_path, two_banks_path) -> Iterator[Path]:
-    """For the launchers: a working directory to be made, beside their cells' inputs."""
+    """For the launchers: a working directory to be made, beside their trials' inputs."""
     (tmp_path / "tiny.gguf").symlink_to(two_banks_path)
     (tmp_path / "text.txt").write_text("a text of some words " * 50)
     yield tmp_path / "work"
-    from launch_harness import end_drivers  # which imports all of the package
+    from launch_harness import end_sweeps  # which imports all of the package
 
-    end_drivers()
+    end_sweeps()
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """The slot pool: a fixed number of bytes on the device that holds the hot experts.
 
-Owns who is in which slot, and every host-to-device copy of an expert. Called by the engine and by
-`inference/moe.py`. One bank per expert signature, sized exactly, so that a low-bit expert takes
-only its own bytes; each bank has its own policy. The arrays are `device_banks.py`'s; raw GGUF
-blocks go up in one contiguous copy per matrix (`link.py`).
+Owns who is in which slot, and every host-to-device copy of an expert. One bank per expert
+signature, sized exactly, so that a low-bit expert takes only its own bytes; each bank has its own
+policy. The arrays are `device_banks.py`'s; raw GGUF blocks go up in one contiguous copy per matrix
+(`link.py`).
 
 Uploads ahead of their use (of later rounds, of guesses) lie beside the banks in at most
 `staging_bytes`, besides the one expert that is waited for, and get a slot when they are needed and

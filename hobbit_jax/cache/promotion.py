@@ -1,10 +1,10 @@
 """Which experts that were served low are worth loading natively, and when.
 
-Owns the choice; pure Python, so that a replay runs it too (`tiered_replay.py`). Called by the
-engine after each token. A promotion moves as many bytes as the miss that the low copy spared, and
-evicts an expert that may have to be promoted again: so a newcomer must have been used `after_uses`
-times, and `margin` times as often as the expert that its arrival would evict. Uses are halved every
-`halving_tokens`, so that old ones fade.
+Owns the choice; pure Python, so that a replay runs it too (`tiered_replay.py`). A promotion moves
+as many bytes as the miss that the low copy spared, and evicts an expert that may have to be
+promoted again: so a newcomer must have been used `after_uses` times, and `margin` times as often as
+the expert that its arrival would evict. Uses are halved every `halving_tokens`, so that old ones
+fade.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What a miss mode would have done on recorded routing, with other slots than it had.
 
 Owns the host's side of a two-tier pool without the pool: which copy serves each selection, what is
-loaded, promoted and evicted, by the live classes (`miss_modes.py`, `policies/`,
-`promotion.py`) in the engine's own order, so that a replay of a run gives that run's counts (a
-test). Called by `inference/adaptive_split.py` and `replay.py`. Decode steps only.
+loaded, promoted and evicted, by the live classes (`miss_modes.py`, `policies/`, `promotion.py`) in
+the engine's own order, so that a replay of a run gives that run's counts (a test). Decode steps
+only.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The pool before the first token: the experts that a profile found most used, and pins of them.
 
-Owns who is loaded in which order. Called by the engine's constructor; `inference/adaptive_split.py`
-pins again when it has divided the pool anew. A profile is `signals/calibration.py`'s (made by
-`scripts/profile.py`), of which only the counts matter here.
+Owns who is loaded in which order. `inference/adaptive_split.py` pins again when it has divided the
+pool anew. A profile is `signals/calibration.py`'s (made by `scripts/routing_stats.py`), of
+which only the counts matter here.
 """
 
 from __future__ import annotations

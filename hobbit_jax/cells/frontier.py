@@ -7,11 +7,18 @@ signal shares them out under a limit of bytes. Called through `sweep.py` with th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from hobbit_jax.cells.artifacts import (
+    Artifact,
+    CalibrationRun,
+    ExpertErrors,
+    LowPrecisionFile,
+    NativeLogits,
+)
 from hobbit_jax.cells.sweep import check_encoder, hashes, kept_part, scores, store_figures
 from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.evals import quality
@@ -30,6 +37,7 @@ from hobbit_jax.record import (
     QualityTrial,
     Uniform,
     combined,
+    low_formats,
     measured,
     record_name,
 )
@@ -76,13 +84,29 @@ class FrontierCell:
 
     def specs(self, bench: Workbench) -> list[TierSpec]:
         """The low tiers."""
-        plan = self.asked.plan
+        plan, seed = self.asked.plan, self.asked.seed
         if isinstance(plan, Native):
             return []
-        formats = (plan.format,) if isinstance(plan, Uniform) else plan.formats
-        specs = bench.specs(formats, plan.encoder, self.asked.seed)
         through = plan.through if isinstance(plan, Uniform) else ()
-        return [replace(spec, through=through) for spec in specs]
+        return bench.specs(low_formats(plan), plan.encoder, seed, through)
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """See `sweep.Trial`."""
+        plan, seed = self.asked.plan, self.asked.seed
+        on = (self.inputs, self.sizes)
+        found: list[Artifact] = [NativeLogits(*on), CalibrationRun(*on, "routing", seed)]
+        if isinstance(plan, Native):
+            return tuple(found)
+        formats, how = low_formats(plan), (plan.encoder, seed)
+        through = plan.through if isinstance(plan, Uniform) else ()
+        found += [LowPrecisionFile(*on, name, *how, through) for name in formats]
+        text = plan.score_text if isinstance(plan, MixedInBytes) else ""
+        if not isinstance(plan, Uniform):
+            found.append(CalibrationRun(*on, "routing", seed, text))
+        if not isinstance(plan, PerSelection):
+            found.append(ExpertErrors(*on, formats, *how, text, through))
+        return tuple(found)
 
     def plan(self, store: HostExperts, specs: list[TierSpec], bench: Workbench) -> PrecisionPlan:
         """Who gets which tier."""

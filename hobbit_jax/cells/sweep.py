@@ -2,7 +2,7 @@
 
 Owns how a cell of any kind becomes its record, and the kind that asks what a plan costs under a
 pool budget; `frontier.py` has the one that asks what it loses. Configs make the cells. What cells
-of a model share is `workbench.py`.
+of a model share is `workbench.py`, and which of it is made first `artifacts.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ import numpy as np
 
 from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.policies import SLRU
+from hobbit_jax.cells.artifacts import (
+    Artifact,
+    CalibrationRun,
+    ExpertErrors,
+    LowPrecisionFile,
+    NativeLogits,
+)
 from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.evals import cost, quality, tasks
 from hobbit_jax.experts.precision import PrecisionPlan, uniform_plan
@@ -49,13 +56,8 @@ LOW_TIER = 1
 _EXPECTED = (ValueError, NotImplementedError, RuntimeError, MemoryError, OSError)
 
 
-class SweepCell(Protocol):
-    """What a sweep wants of a cell; a frozen dataclass that can be pickled.
-
-    One that runs as several processes (hosts) together has an integer `processes`; they have a
-    `jax.distributed` among them, `run` is called in each, and the first one's row is kept. Such a
-    cell fails in all of them or in none, or those that wait for each other would wait for ever.
-    """
+class Trial(Protocol):
+    """What a sweep wants of a trial; a frozen dataclass that can be pickled."""
 
     @property
     def inputs(self) -> Inputs:
@@ -73,6 +75,11 @@ class SweepCell(Protocol):
         ...
 
     @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """What it shares with other trials, and is worth making before any of them runs."""
+        ...
+
+    @property
     def asked(self) -> Asked:
         """What identifies its record."""
         ...
@@ -83,17 +90,12 @@ class SweepCell(Protocol):
         ...
 
     def run(self, bench: Workbench) -> Measured:
-        """Measures, and returns everything of the record that is the cell's own.
+        """Measures, and returns everything of the record that is the trial's own.
 
-        Long steps go through `bench.part`: a worker may be killed or preempted at any time, and
+        Long steps go through `bench.part`: a process may be killed or preempted at any time, and
         the next one takes finished parts from there.
         """
         ...
-
-
-def processes(cell: SweepCell) -> int:
-    """How many processes run `cell` together."""
-    return getattr(cell, "processes", 1)
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,18 @@ class Cell:
     def name(self) -> str:
         """Of its record."""
         return record_name(self.asked)
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """See `Trial`."""
+        on = (self.inputs, self.sizes)
+        plan = self.asked.plan
+        found: list[Artifact] = [NativeLogits(*on), CalibrationRun(*on)]
+        if not isinstance(plan, Native):
+            found.append(LowPrecisionFile(*on, plan.format, plan.encoder))
+            if isinstance(plan, Mixed) and plan.score == "sensitivity":
+                found.append(ExpertErrors(*on, (plan.format,), plan.encoder))
+        return tuple(found)
 
     def specs(self, bench: Workbench) -> list[TierSpec]:
         """The low tier, if there is one."""
@@ -276,7 +290,7 @@ def _pool_figures(engine: Engine) -> dict[str, Any]:
     }
 
 
-def run_cell(cell: SweepCell, bench: Workbench) -> Record:
+def run_cell(cell: Trial, bench: Workbench) -> Record:
     """The record of a cell; one that cannot be measured has a record too, with the reason."""
     began = time.monotonic()
     try:
@@ -286,11 +300,12 @@ def run_cell(cell: SweepCell, bench: Workbench) -> Record:
             traceback.print_exc()
         return failed_record(cell, f"{type(error).__name__}: {error}")
     inputs = {"model": bench.model.file.sha256(), "text": bench.text_sha256}
-    found = combined(Measured(file_sha256=inputs), found)
+    with_bos = {"windows_begin_with_bos": int(quality.begin_with_bos(bench.tokenizer))}
+    found = combined(Measured(with_bos, file_sha256=inputs), found)
     seconds = round(time.monotonic() - began, 2)
     return Record(cell.study, cell.asked, **vars(found), **machine(), seconds=seconds)
 
 
-def failed_record(cell: SweepCell, error: str) -> Record:
+def failed_record(cell: Trial, error: str) -> Record:
     """The record of a cell that failed for `error`."""
     return Record(cell.study, cell.asked, **machine(), status="failed", error=error)

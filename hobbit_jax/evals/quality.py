@@ -6,7 +6,7 @@ Owns evaluation windows and the cached native logits; the figures are `logit_com
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -25,10 +25,17 @@ _LOGIT_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class Windows:
-    """Evaluation text: token ids int32 [W, T + 1], and the UTF-8 bytes each target stands for."""
+    """Evaluation text.
+
+    Attributes:
+        ids_WS: token ids, int32 [W, T + 1].
+        target_bytes_WT: UTF-8 bytes that each target, ids_WS[:, 1:], stands for.
+        begin_with_bos: whether each window begins with BOS, as texts of this model do.
+    """
 
     ids_WS: np.ndarray
     target_bytes_WT: np.ndarray
+    begin_with_bos: bool = False
 
     @property
     def targets(self) -> int:
@@ -37,28 +44,54 @@ class Windows:
 
     def first(self, count: int) -> Windows:
         """The first `count` of them."""
-        return Windows(self.ids_WS[:count], self.target_bytes_WT[:count])
+        return replace(
+            self, ids_WS=self.ids_WS[:count], target_bytes_WT=self.target_bytes_WT[:count]
+        )
 
 
 def cut_windows(
-    tokenizer: Tokenizer, texts: Sequence[str], count: int, context: int, seed: int = 0
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    count: int,
+    context: int,
+    seed: int = 0,
+    fewer: bool = False,
 ) -> Windows:
     """`count` windows of `context` + 1 tokens, spread over `texts`, none overlapping.
+
+    Where the file wants texts to begin with BOS each window does, for a model sees no text without
+    it in use (as in llama.cpp's perplexity and imatrix, which overwrite a token by it; here it
+    stands in front). A BOS that is also the end of text only parts documents, and stands where one
+    begins.
+
+    `fewer` takes as many as there are, at least one, where `count` are not.
 
     Raises:
         ValueError: the texts are too short for that many windows.
     """
-    stream = np.concatenate([np.asarray(tokenizer.encode(text), np.int32) for text in texts])
-    available = len(stream) // (context + 1)
-    if available < count:
+    bos_id = tokenizer.bos_id if begin_with_bos(tokenizer) else None
+    add_bos = None if bos_id is None else False
+    stream = np.concatenate(
+        [np.asarray(tokenizer.encode(text, add_bos), np.int32) for text in texts]
+    )
+    width = context + (bos_id is None)  # of text
+    available = len(stream) // width
+    if available < (1 if fewer else count):
         raise ValueError(
             f"the text has {len(stream)} tokens, enough for {available} windows of {context} + 1; "
-            f"{count} were asked for"
+            f"{count} were asked for; give a longer text or ask for fewer or shorter ones"
         )
-    windows_WS = stream[: available * (context + 1)].reshape(available, context + 1)
+    windows_WS = stream[: available * width].reshape(available, width)
     chosen = np.sort(np.random.default_rng(seed).permutation(available)[:count])
     ids_WS = windows_WS[chosen]
-    return Windows(ids_WS, tokenizer.byte_lengths()[ids_WS[:, 1:]])
+    if bos_id is not None:
+        ids_WS = np.insert(ids_WS, 0, bos_id, axis=1)
+    return Windows(ids_WS, tokenizer.byte_lengths()[ids_WS[:, 1:]], bos_id is not None)
+
+
+def begin_with_bos(tokenizer: Tokenizer) -> bool:
+    """Whether windows of this tokenizer's texts begin with BOS; see `cut_windows`."""
+    return tokenizer.add_bos and tokenizer.bos_id != tokenizer.eos_id
 
 
 def batches(windows: Windows, vocab_size: int) -> list[slice]:

@@ -3,8 +3,7 @@
 Owns the choice between a few divisions of the pool. Each has a shadow: a replay
 (`cache/tiered_replay.py`) that goes on from decision to decision. The last decoded tokens are kept
 as a short trace; between sequences every shadow replays them, and the pool is divided anew where
-that clearly moves fewer bytes. Called by the engine's constructor and `start`, and by
-`mode_replay.py`. It never sees the future, and costs a recompile where it decides.
+that clearly moves fewer bytes. It never sees the future, and costs a recompile where it decides.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Miss modes, warm starts and the adaptive split on recorded routing, without a model.
 
-Owns the walk over a trace under a mode, and its figures. Called by `scripts/replay.py`; everything
-that decides is the live engine's: `cache/tiered_replay.py`, `adaptive_split.py`,
-`cache/warm_start.py`.
+Owns the walk over a trace under a mode, and its figures. Everything that decides is the live
+engine's: `cache/tiered_replay.py`, `adaptive_split.py`, `cache/warm_start.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """One layer's experts on many tokens, from routing to their weighted sum.
 
-Owns the grouping of selections by expert and the walk over banks and rounds.
-Called by `prefill.py` between a layer's router and the next layer. What stands on
-the host here is bookkeeping only; the arithmetic is `pallas_kernels.expert_ffn`.
+Owns the grouping of selections by expert and the walk over banks and rounds. What stands on the
+host here is bookkeeping only; the arithmetic is `pallas_kernels.expert_ffn`.
 
 A row's result does not depend on the pool's size: items are padded to a width
 fixed by the routing alone, each expert is computed by itself, and the K results

@@ -1,8 +1,7 @@
 """The same model with other weights: an original for one that exists only quantised.
 
 Owns a rewriting of a model that changes no logit but takes its weights off the blocks that they
-were encoded in. Called by `scripts/write_off_grid.py` for the study of compounding error, which
-wants float32 weights that no K-quant has touched, where the trained ones are not kept.
+were encoded in: float32 weights that no K-quant has touched, where the trained ones are not kept.
 
 Three symmetries of the architecture, drawn at random: the channels of the residual stream are
 permuted throughout; each expert's hidden neurons are permuted; and each neuron's up row is
@@ -22,6 +21,8 @@ import numpy as np
 from hobbit_jax.experts.tiers import dequantize
 from hobbit_jax.model_file.architecture import ModelConfig, global_tensors, layer_tensors
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
+from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
+from hobbit_jax.model_file.metadata import text
 
 # Where the residual stream's channels lie in each tensor: its first or its last axis.
 _AXIS = {
@@ -97,10 +98,10 @@ def write_off_grid(
             f"no symmetry is known of {', '.join(sorted(unknown))}; known are {', '.join(_AXIS)}"
         )
     weights = dict(off_grid_weights(source, config, seed))
-    name = f"{source.metadata.get('general.name', config.arch)}, off its grid"
+    name = f"{source.read('general.name', text(), config.arch)}, off its grid"
     tensors = [
         (key, "F32", tensor.shape, lambda key=key: weights[key]().view(np.uint8))
         for key, tensor in source.tensors.items()
     ]
-    metadata = {**source.metadata, "general.name": name, "general.file_type": 0}
+    metadata = {**metadata_of_new_weights(source.metadata, "F32"), "general.name": name}
     write_gguf(path, metadata, tensors, source.field_types)
