@@ -5,7 +5,7 @@ for Q3_K, and from Q5_K and Q6_K. The original is the trained float32 model, whi
 (58 MB; `make reference` leaves it in its working directory), or a model of equal logits whose
 weights lie on no grid, made in seconds:
 
-    python scripts/write_off_grid.py --out out/original.gguf
+    python scripts/reference_model/write_off_grid.py --out out/original.gguf
     python scripts/sweep.py --config configs/compounding.py --workdir out/compounding
     python scripts/report.py --workdir out/compounding
 

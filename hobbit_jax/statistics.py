@@ -64,8 +64,8 @@ def share(correct: int, total: int) -> Interval:
 
 
 def spread(values: np.ndarray | Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and range of repeated measurements, for a row."""
-    names = ("min", "quartile_low", "median", "quartile_high", "max")
+    """Median, quartiles and range (`low`, `high`) of repeated measurements."""
+    names = ("low", "quartile_low", "median", "quartile_high", "high")
     return dict(
         zip(names, np.quantile(np.asarray(values), [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True)
     )

@@ -32,7 +32,7 @@ from hobbit_jax.record import is_finished
 from hobbit_jax.resources import free_disk_bytes, host_bytes, mib, workers_device_bytes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, F.py or F.py:arg.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of records and caches.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for records and what trials share.")
 _LAUNCHER = flags.DEFINE_enum(
     "launcher", "local", LAUNCHERS, "The engine that runs the trials: processes here, Slurm or Ray."
 )

@@ -22,6 +22,7 @@ from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.launch.sweeping import run_sweep
 from hobbit_jax.record import Benchmark, EvalSizes, Inputs, Measured, record_name
 
+DESCRIPTION = {"title": "t", "question": "", "command": "", "config": {}, "rule": {}}
 PARTS = 3
 SIZES = EvalSizes(windows=1, context=8, calibration_windows=1)
 
@@ -35,11 +36,11 @@ class DigestTrial:
     sizes: EvalSizes
     kind: str = "digest"
 
-    study: str = "digests"
+    study = "digests"
 
     @property
     def asked(self) -> Benchmark:
-        return Benchmark(self.kind, {"index": self.index})
+        return Benchmark(f"{self.kind}-{self.index:03d}", {})
 
     @property
     def name(self) -> str:
@@ -50,7 +51,7 @@ class DigestTrial:
         return NativeLogits(self.inputs, self.sizes), CalibrationRun(self.inputs, self.sizes)
 
     def run(self, bench: Workbench) -> Measured:
-        note(f"run {self.name} {id(bench)}")
+        note(f"run {self.asked.subject} {id(bench)}")
         if self.kind == "crash":
             os.kill(os.getpid(), 9)
         if self.kind == "stuck":
@@ -60,10 +61,10 @@ class DigestTrial:
         parts = [bench.part(f"{self.name}-{n}", lambda n=n: self.part(n)) for n in range(PARTS)]
         logits = hashlib.sha256(bench.native_logits_WTV.tobytes()).hexdigest()
         read = {"logits": logits, "calibration": bench.calibration().sha256}
-        return Measured(samples={"digests": parts}, notes=read)
+        return Measured(samples={"digests": parts}, file_sha256=read)
 
     def part(self, part: int) -> str:
-        note(f"part {self.name} {part}")
+        note(f"part {self.asked.subject} {part}")
         time.sleep(float(os.environ.get("TRIAL_PAUSE_S", "0")))
         digest = f"{self.index} {part}".encode()
         for _ in range(20_000):
@@ -100,7 +101,7 @@ def main() -> None:
     options = launch.parse_resources([w[2:] for w in words if w.startswith("--")])
     made = trials(Path(workdir), int(count), str(options.pop("kinds", "")))
     engine = functools.partial(engine, **options)
-    print("trials:", *run_sweep(made, {"title": "t"}, Path(workdir), engine, int(workers)))
+    print("trials:", *run_sweep(made, DESCRIPTION, Path(workdir), engine, int(workers)))
 
 
 if __name__ == "__main__":

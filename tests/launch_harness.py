@@ -18,7 +18,8 @@ import digest_trials
 from hobbit_jax.cells.sweep import run_cell
 from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.launch import on_local, sweeping
-from hobbit_jax.record import Record, read_record
+from hobbit_jax.record import Record, read_records
+from hobbit_jax.record.files import DESCRIPTION, FOLDER
 
 TESTS = Path(__file__).resolve().parent
 _started: list[subprocess.Popen] = []
@@ -95,13 +96,7 @@ def wait_for(condition, process: subprocess.Popen, workdir: Path) -> None:
 
 
 def rows_written(workdir: Path) -> int:
-    return len(record_files(workdir))
-
-
-def record_files(workdir: Path) -> list[Path]:
-    """Files of one record each."""
-    found = (workdir / "records").glob("*.json")
-    return sorted(path for path in found if not path.name.endswith(".study.json"))
+    return len([p for p in (workdir / FOLDER).glob("*.json") if not p.name.endswith(DESCRIPTION)])
 
 
 class Killer(threading.Thread):
@@ -166,9 +161,11 @@ def serial_rows(workdir: Path, count: int, monkeypatch) -> dict[str, Record]:
 
 def check_rows(workdir: Path, expected: dict[str, Record]) -> None:
     """One record a trial, each as in a serial run, and nothing else left behind."""
-    assert [path.stem for path in record_files(workdir)] == sorted(expected)
-    for name, record in expected.items():
-        written = read_record(workdir, name)
-        assert replace(written, seconds=0) == replace(record, seconds=0), name
+    records = read_records(workdir)
+    assert not records.unreadable and rows_written(workdir) == len(expected)
+    assert {record.name for record in records.found} == expected.keys()
+    for record in records.found:
+        assert record.seconds is not None and record.seconds >= 0
+        assert replace(record, seconds=None) == replace(expected[record.name], seconds=None)
     hidden = [path for path in workdir.rglob(".*") if path.suffix in (".partial", ".lock")]
     assert not hidden and not (workdir / "parts").exists()

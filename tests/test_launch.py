@@ -17,7 +17,6 @@ from launch_harness import (
     finish,
     kill_one,
     output,
-    record_files,
     serial_rows,
     start_sweep,
     survive,
@@ -32,7 +31,19 @@ from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.launch import connect, parse_resources
 from hobbit_jax.launch.on_local import visible_gpus
 from hobbit_jax.launch.sweeping import map_tasks, task_graph
-from hobbit_jax.record import Benchmark, EvalSizes, read_record, record_name, record_path
+from hobbit_jax.record import (
+    Benchmark,
+    CacheTrial,
+    EvalSizes,
+    Mixed,
+    MixedInBytes,
+    PerSelection,
+    QualityTrial,
+    Uniform,
+    read_record,
+    record_name,
+    record_path,
+)
 
 LOCAL_WORKER = "multiprocessing.spawn"
 
@@ -72,10 +83,11 @@ def test_a_trial_names_all_artifacts_that_it_needs(workdir, monkeypatch):
     monkeypatch.setenv("HOBBIT_CACHE_DIR", str(workdir))
     on = digest_trials.inputs(workdir), EvalSizes(2, 16, 2, 0, 4, 4, 1)
     trials = [
-        Cell("sensitivity", 0.5, "Q2_K", 2, 0.5, 0, *on, method="importance"),
-        FrontierCell("uniform", ("Q3_K",), "gptq", None, None, (), 1, "", *on),
-        FrontierCell("random", ("Q2_K",), "rtn", 0.8, None, ("Q4_0",), 0, "tasks", *on),
-        FrontierCell("router_weight", ("Q2_K",), "rtn", None, (0.5, 0.5), (), 0, "tasks", *on),
+        Cell(CacheTrial(Mixed("sensitivity", 0.5, "Q2_K", "importance"), 2, *on)),
+        FrontierCell(QualityTrial(Uniform("Q3_K", "gptq"), *on, seed=1)),
+        FrontierCell(QualityTrial(Uniform("Q2_K", "rtn", ("Q4_0",)), *on)),
+        FrontierCell(QualityTrial(MixedInBytes("random", 0.8, ("Q2_K",), score_text="tasks"), *on)),
+        FrontierCell(QualityTrial(PerSelection("router_weight", (0.5, 0.5), ("Q2_K",)), *on)),
     ]
     bench = Workbench(*on, workdir)
 
@@ -132,19 +144,20 @@ def test_200_trials_under_fire(workdir, monkeypatch):
 
 def test_trials_that_fail_or_kill_their_process(workdir, monkeypatch):
     """They are recorded, the others are finished, and the same command tries them again."""
-    names = [record_name(Benchmark(kind, {"index": 999})) for kind in ("crash", "fail")]
-    errors = ("RuntimeError: its process died each time", "ValueError: this one fails")
     for _ in range(2):
         options = ("--kinds=crash,fail", "--attempts=2")
         finish(start_sweep("local", workdir, 3, 1, *options), workdir)
-        for name, error in zip(names, errors, strict=True):
-            record = read_record(workdir, name)
+        for name, error in (
+            ("crash-999", "RuntimeError: its process died each time"),
+            ("fail-999", "ValueError: this one fails"),
+        ):
+            record = read_record(workdir, record_name(Benchmark(name, {})))
             assert record.status == "failed" and record.error.startswith(error)
     runs = [line[2] for line in digest_trials.notes(workdir, "run")]
-    assert (*map(runs.count, names), len(runs)) == (4, 2, 9)
+    assert (runs.count("crash-999"), runs.count("fail-999"), len(runs)) == (4, 2, 9)
     assert "trials: 5 0 2" in output(workdir) and "trials: 2 3 2" in output(workdir)
-    for name in names:
-        record_path(workdir, name).unlink()
+    for name in ("crash-999", "fail-999"):
+        record_path(workdir, record_name(Benchmark(name, {}))).unlink()
     check_rows(workdir, serial_rows(workdir, 3, monkeypatch))
 
 
@@ -162,4 +175,4 @@ def test_a_model_that_does_not_open_ends_the_sweep(workdir):
     (workdir.parent / "tiny.gguf").unlink()
     (workdir.parent / "tiny.gguf").write_text("no model")
     assert start_sweep("local", workdir, 3, 2).wait(600) == 1
-    assert "ValueError" in output(workdir) and not record_files(workdir)
+    assert "ValueError" in output(workdir) and not list((workdir / "rows").glob("*.json"))

@@ -37,7 +37,6 @@ from hobbit_jax.record import (
     QualityTrial,
     Uniform,
     combined,
-    low_formats,
     measured,
     record_name,
 )
@@ -84,28 +83,26 @@ class FrontierCell:
 
     def specs(self, bench: Workbench) -> list[TierSpec]:
         """The low tiers."""
-        plan, seed = self.asked.plan, self.asked.seed
+        plan = self.asked.plan
         if isinstance(plan, Native):
             return []
-        through = plan.through if isinstance(plan, Uniform) else ()
-        return bench.specs(low_formats(plan), plan.encoder, seed, through)
+        formats, through = _formats(plan)
+        return bench.specs(formats, plan.encoder, self.asked.seed, through)
 
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
         """See `sweep.Trial`."""
-        plan, seed = self.asked.plan, self.asked.seed
-        on = (self.inputs, self.sizes)
+        plan, seed, on = self.asked.plan, self.asked.seed, (self.inputs, self.sizes)
         found: list[Artifact] = [NativeLogits(*on), CalibrationRun(*on, "routing", seed)]
         if isinstance(plan, Native):
             return tuple(found)
-        formats, how = low_formats(plan), (plan.encoder, seed)
-        through = plan.through if isinstance(plan, Uniform) else ()
+        (formats, through), how = _formats(plan), (plan.encoder, seed)
         found += [LowPrecisionFile(*on, name, *how, through) for name in formats]
-        text = plan.score_text if isinstance(plan, MixedInBytes) else ""
-        if not isinstance(plan, Uniform):
-            found.append(CalibrationRun(*on, "routing", seed, text))
-        if not isinstance(plan, PerSelection):
-            found.append(ExpertErrors(*on, formats, *how, text, through))
+        if isinstance(plan, Uniform):
+            found += [ExpertErrors(*on, (name,), *how, "", through) for name in formats]
+        if isinstance(plan, MixedInBytes):
+            found.append(CalibrationRun(*on, "routing", seed, plan.score_text))
+            found.append(ExpertErrors(*on, formats, *how, plan.score_text, through))
         return tuple(found)
 
     def plan(self, store: HostExperts, specs: list[TierSpec], bench: Workbench) -> PrecisionPlan:
@@ -160,6 +157,15 @@ class FrontierCell:
             measured({"precision_LE": getattr(plan, "tier_LE", np.zeros(0, np.int8)).tolist()}),
             hashes(bench, specs, self.asked.seed),
         )
+
+
+def _formats(
+    plan: Uniform | MixedInBytes | PerSelection,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The plan's low formats, and those that weights pass through on the way to them."""
+    if isinstance(plan, Uniform):
+        return (plan.format,), plan.through
+    return tuple(plan.formats), ()
 
 
 class UseCounter:

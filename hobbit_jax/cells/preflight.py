@@ -20,8 +20,7 @@ from hobbit_jax import reference
 from hobbit_jax.cache.miss_modes import WAIT, MissMode, miss_mode
 from hobbit_jax.cache.pool_sizing import least_bytes
 from hobbit_jax.cache_folder import low_precision_folder
-from hobbit_jax.cells.frontier import FrontierCell
-from hobbit_jax.cells.sweep import Cell, Trial
+from hobbit_jax.cells.sweep import Trial
 from hobbit_jax.cells.texts import CODE_TEXT, calibration_documents, evaluation_documents
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.experts.precision import StaticPlan, uniform_plan
@@ -31,7 +30,17 @@ from hobbit_jax.model_file.architecture import ModelConfig, read_config
 from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS, check_method, gptq_bytes
-from hobbit_jax.record import EvalSizes, Inputs, MissModeTrial, Mixed, Uniform, low_formats
+from hobbit_jax.record import (
+    Benchmark,
+    CacheTrial,
+    EvalSizes,
+    Inputs,
+    MissModeTrial,
+    MixedInBytes,
+    Native,
+    PerSelection,
+    Uniform,
+)
 from hobbit_jax.resources import free_disk_bytes, host_bytes, mib, workers_device_bytes
 from hobbit_jax.signals.calibration import calibration_bytes
 
@@ -64,15 +73,20 @@ class Needs:
 
 def needs(cell: Trial) -> Needs:
     """What `cell` asks of the machine; nothing that is known of a cell of another kind."""
-    if not isinstance(cell, Cell | FrontierCell):
+    asked = cell.asked
+    if isinstance(asked, Benchmark):
         return Needs((), "rtn")
-    plan = cell.asked.plan
-    formats, method = low_formats(plan), getattr(plan, "encoder", "rtn")
-    if isinstance(cell, FrontierCell):
-        return Needs(formats, method, getattr(plan, "through", ()), seed=cell.asked.seed)
-    low_share = plan.share if isinstance(plan, Mixed) else float(isinstance(plan, Uniform))
-    mode = miss_mode(plan.mode if isinstance(plan, MissModeTrial) else "wait")
-    return Needs(formats, method, (), cell.asked.budget_mib, mode, low_share)
+    plan = asked.plan
+    budget_mib = asked.budget_mib if isinstance(asked, CacheTrial) else None
+    if isinstance(plan, Native):
+        return Needs((), "rtn", budget_mib=budget_mib, seed=asked.seed)
+    formats = plan.formats if isinstance(plan, MixedInBytes | PerSelection) else (plan.format,)
+    through = plan.through if isinstance(plan, Uniform) else ()
+    low_share = 1.0 if isinstance(plan, Uniform) else getattr(plan, "share", 0.0)
+    mode = WAIT
+    if isinstance(plan, MissModeTrial):
+        mode, low_share = miss_mode(plan.mode), 0.0
+    return Needs(formats, plan.encoder, through, budget_mib, mode, low_share, asked.seed)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ from hobbit_jax.cells.artifacts import (
     NativeLogits,
 )
 from hobbit_jax.cells.workbench import Workbench
-from hobbit_jax.evals import cost, quality, tasks
+from hobbit_jax.evals import quality, tasks
+from hobbit_jax.evals.engine_program import EngineProgram
+from hobbit_jax.evals.measure import measure, timed_turn
 from hobbit_jax.experts.precision import PrecisionPlan, uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.experts.tiers import TierSpec
@@ -144,8 +146,8 @@ class Cell:
     def artifacts(self) -> tuple[Artifact, ...]:
         """See `Trial`."""
         on = (self.inputs, self.sizes)
-        plan = self.asked.plan
         found: list[Artifact] = [NativeLogits(*on), CalibrationRun(*on)]
+        plan = self.asked.plan
         if not isinstance(plan, Native):
             found.append(LowPrecisionFile(*on, plan.format, plan.encoder))
             if isinstance(plan, Mixed) and plan.score == "sensitivity":
@@ -174,8 +176,10 @@ class Cell:
         )  # fmt: skip
 
         def decode() -> Measured:
-            found = cost.measure(engine, bench.decode_ids_RS, asked.sizes.decode_prompt_tokens)
-            return combined(found.measured(), measured(_pool_figures(engine)))
+            ids_RS = bench.decode_ids_RS
+            ours = functools.partial(timed_turn, EngineProgram(engine, ids_RS.shape[1]))
+            found = measure({self.name: ours}, ids_RS, asked.sizes.decode_prompt_tokens)
+            return measured({**found[self.name].figures(), **_pool_figures(engine)})
 
         # Logits of a plan are the same bits at every budget (tests/test_engine.py), so cells that
         # differ in the pool alone share quality and scores. What serves misses depends on the pool
@@ -300,8 +304,9 @@ def run_cell(cell: Trial, bench: Workbench) -> Record:
             traceback.print_exc()
         return failed_record(cell, f"{type(error).__name__}: {error}")
     inputs = {"model": bench.model.file.sha256(), "text": bench.text_sha256}
-    with_bos = {"windows_begin_with_bos": int(quality.begin_with_bos(bench.tokenizer))}
-    found = combined(Measured(with_bos, file_sha256=inputs), found)
+    bos = "yes" if quality.begin_with_bos(bench.tokenizer) else "no"
+    made = Measured(file_sha256=inputs, notes={"windows_begin_with_bos": bos})
+    found = combined(made, found)
     seconds = round(time.monotonic() - began, 2)
     return Record(cell.study, cell.asked, **vars(found), **machine(), seconds=seconds)
 

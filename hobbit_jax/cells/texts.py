@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from hobbit_jax import reference
-from hobbit_jax.training.corpus import task_documents
+from hobbit_jax.minitasks.documents import task_documents
 
 CODE_TEXT, TASKS_TEXT, MIXED_TEXT = "code", "tasks", "mixed"
 NAMED_TEXTS = (CODE_TEXT, TASKS_TEXT, MIXED_TEXT)

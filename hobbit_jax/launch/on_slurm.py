@@ -187,5 +187,9 @@ def _end(job: submitit.Job, tasks: TaskList) -> tuple[str, dict[Task, Outcome]]:
         if kind == "success":
             return reason, dict(zip(tasks.tasks, result, strict=True))
         reason = str(result).strip().splitlines()[-1]
-    done = (t for t in tasks.tasks if isinstance(t, Artifact) or is_finished(tasks.workdir, t.name))
+    done = (
+        task
+        for task in tasks.tasks
+        if isinstance(task, Artifact) or is_finished(tasks.workdir, task.name)
+    )
     return reason, dict.fromkeys(done, Outcome("ok"))

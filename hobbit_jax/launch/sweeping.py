@@ -41,8 +41,7 @@ def run_sweep(
 
     Args:
         trials: all different, in the order in which they are taken.
-        description: title, question, command, config and rule, kept beside the records
-            for the report.
+        description: title, question, command, config and rule of the study, for the report.
         workdir: seen by all workers under this name.
         engine: see `launch.connect`.
         workers: tasks at a time.
@@ -55,8 +54,7 @@ def run_sweep(
     """
     workdir = workdir.resolve()
     names = tuple(trial.name for trial in trials)
-    for study in dict.fromkeys(trial.study for trial in trials):
-        write_study(workdir, Study(study, **description, trials=names))
+    write_study(workdir, Study(trials[0].study, **description, trials=names))
     left = [trial for trial in trials if not is_finished(workdir, trial.name)]
     before, settled, failed, shared = len(trials) - len(left), 0, 0, 0
     with (

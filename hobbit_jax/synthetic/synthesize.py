@@ -47,7 +47,7 @@ from hobbit_jax.model_file.architecture import (
 )
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
 from hobbit_jax.model_file.metadata import integers, numbers, texts
-from hobbit_jax.synthetic.type_mix import FILE_TYPE_Q4_K_M, q4_k_m_format
+from hobbit_jax.quantize.type_mix import FILE_TYPE_Q4_K_M, q4_k_m_format
 from pallas_kernels.formats import get_format
 
 _COMMON = 0.05  # of an embedding's square, what all tokens share

@@ -1,7 +1,7 @@
 """Compiles the kernels to machine code for GPUs that are not there, and says what they use.
 
     make kernels                        # installs the compiler beside .venv, then runs this
-    python scripts/compile_kernels.py --targets sm_90 --formats Q4_K,Q2_K --out kernels.json
+    python scripts/dev/compile_kernels.py --targets sm_90 --formats Q4_K,Q2_K --out kernels.json
 
 Every format, at the sizes of Qwen3-30B-A3B's experts, one token and many, in the tiles that are in
 use. Fails if a kernel does not compile or spills registers to memory, and if a kernel that asks for

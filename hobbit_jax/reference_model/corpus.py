@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from hobbit_jax.minitasks import arithmetic, functions
+from hobbit_jax.minitasks.documents import TaskMix, task_documents
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_ONE_IN = 20
@@ -52,26 +52,6 @@ def standard_library() -> list[SourceFile]:
             text = path.read_text(encoding="utf-8", errors="ignore")
             files.append(SourceFile(relative.as_posix(), text))
     return [file for file in files if file.text.strip()]
-
-
-@dataclass(frozen=True)
-class TaskMix:
-    """Shares of worked problems, drills of plain facts and functions among task documents."""
-
-    problems: float
-    drills: float
-    functions: float
-
-
-EVEN_MIX = TaskMix(problems=0.4, drills=0.2, functions=0.4)
-
-
-def task_documents(seed: int, count: int, mix: TaskMix = EVEN_MIX) -> list[str]:
-    """About `count` training documents in the shares of `mix`."""
-    problems = arithmetic.generate(seed, round(count * mix.problems), "train")
-    programs = functions.generate(seed, round(count * mix.functions), "train")
-    drills = arithmetic.drills(seed, round(count * mix.drills), "train")
-    return [problem.prompt + problem.solution for problem in [*problems, *programs]] + drills
 
 
 def train_tokenizer(files: list[SourceFile], vocab_size: int) -> Tokenizer:

@@ -1,6 +1,6 @@
 """Replays low-precision plans at equal bytes on two traces, and writes the rows and the tables.
 
-    python scripts/trace_tables.py --traces A.npz,B.npz --out docs/traces.md
+    python scripts/dev/trace_tables.py --traces A.npz,B.npz --out docs/traces.md
 
 Each trace is replayed with its own counts and with the other's. Rows go to OUT without its suffix,
 NAME.jsonl for a trace; those that are there are not replayed again, so it can be interrupted. Some
@@ -9,13 +9,13 @@ minutes of CPU time for traces of 8,000 tokens.
 
 from pathlib import Path
 
+import equal_bytes
 from absl import flags
 
 from hobbit_jax import cli
 from hobbit_jax.atomic import replacing
 from hobbit_jax.cache.policies import POLICIES
 from hobbit_jax.cache.trace import read_trace
-from hobbit_jax.evals import equal_bytes
 
 # An expert of DeepSeek-V2-Lite, three matrices of 2048 x 1408, at 4.5 and 2.625 bits.
 _WEIGHTS = 3 * 2048 * 1408
@@ -57,7 +57,7 @@ def main(_):
     cells = equal_bytes.cells([int(capacity) for capacity in _CAPACITIES.value])
     sizes = _EXPERT_BYTES.value, _LOW_BYTES.value
     rows_path = {path: out.with_suffix("") / f"{path.stem}.jsonl" for path in paths}
-    command = f"python scripts/trace_tables.py --traces {','.join(map(str, paths))} --out {out}"
+    command = f"python scripts/dev/trace_tables.py --traces {','.join(map(str, paths))} --out {out}"
     text = _INTRODUCTION.format(
         policy=_POLICY.value, native=sizes[0], low=sizes[1], command=command
     )

@@ -1,8 +1,8 @@
 """What promotion, the pool's division and a warm start come to, in counts that no other load moves.
 
-Owns which settings are compared and how their tables read; decoding is `decode_bench.py`'s. Called
-by `scripts/residency_tables.py`. Every comparison is at equal pool bytes and decodes the same
-forced tokens. A warm start is judged on cold engines, since the cache soon forgets how it began.
+Owns which settings are compared and how their tables read; decoding is `decode_bench.py`'s. Every
+comparison is at equal pool bytes and decodes the same forced tokens. A warm start is judged on cold
+engines, since the cache soon forgets how it began.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.pool_sizing import ADAPTIVE, CANDIDATE_SHARES, LowShare
 from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.cache.warm_start import WarmStart
-from hobbit_jax.evals.decode_bench import Measured, Setting
+from hobbit_jax.evals.decode_bench import Decoded, Setting
+from hobbit_jax.evals.engine_program import EngineProgram
+from hobbit_jax.evals.measure import Counts
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel
@@ -46,11 +48,18 @@ def split_settings(budget_bytes: int) -> Iterator[Setting]:
                 yield Setting(f"{name}, {share}", name, budget_bytes, low_share=share)
 
 
-def counts(measured: Measured) -> dict[str, Any]:
+def counts(decoded: Decoded) -> dict[str, Any]:
     """One setting's figures per token, without any that depends on the machine's speed."""
-    row = measured.row(measured)
-    kept = "resident_experts hit_rate bytes_moved_per_token exits_per_token degraded_fraction"
-    return {key: row[key] for key in (*kept.split(), "skipped_fraction", "kl_nats")}
+    found = decoded.measurement.counted_figures()
+    return {
+        "resident_experts": decoded.residents,
+        "hit_rate": found["hit_rate"],
+        "bytes_moved_per_token": found["bytes_moved_per_token"],
+        "exits_per_token": found["host_round_trips_per_token"],
+        "degraded_fraction": found["demoted_selection_share"],
+        "skipped_fraction": found["skipped_share"],
+        "kl_nats": decoded.kl_nats,
+    }
 
 
 def warm_starts(
@@ -93,17 +102,19 @@ def first_misses(
         Mean misses over rows by number of tokens, and the hit rate over all.
     """
     missed_RS = np.zeros(ids_RS.shape)
-    uses = 0
+    total = Counts()
     for row, ids_S in enumerate(ids_RS):
         engine = Engine(model, store, budget_bytes, warm=warm)
         engine.start(1, len(ids_S))
-        engine.pool.reset_stats()
+        program, done = EngineProgram(engine, len(ids_S)), Counts()
+        before = program.counts()
         for position, token in enumerate(ids_S):
-            engine.decode(np.asarray([token]))
-            missed_RS[row, position] = engine.pool.stats.misses.sum()
-        uses += int(engine.pool.stats.hits.sum() + engine.pool.stats.misses.sum())
+            program.decode(int(token))
+            done = program.counts() - before
+            missed_RS[row, position] = done.misses
+        total += done
     first = {f"misses_of_first_{n}": float(missed_RS[:, n - 1].mean()) for n in FIRST_TOKENS}
-    return {**first, "hit_rate": 1 - float(missed_RS[:, -1].sum()) / uses}
+    return {**first, "hit_rate": 1 - total.misses / total.uses}
 
 
 def counts_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:

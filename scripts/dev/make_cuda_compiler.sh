@@ -2,7 +2,7 @@
 # Installs XLA's CUDA compiler, ptxas and nvdisasm into .venv/cuda, for `make kernels`: no driver, no GPU.
 # They stay out of .venv itself, where JAX would look for a GPU at every start.
 set -eu
-cd -P "$(dirname "$0")/.."
+cd -P "$(dirname "$0")/../.."
 jax=$(.venv/bin/python -c 'import jax; print(jax.__version__)')
 key="$jax $(grep -E '^nvidia-cuda-nv' constraints.txt | tr '\n' ' ')"
 if [ -f .venv/cuda/complete ] && [ "$(cat .venv/cuda/complete)" = "$key" ]; then

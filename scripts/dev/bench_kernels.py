@@ -1,8 +1,8 @@
 """Times the expert kernels, for one format, shape or implementation, or for all of them.
 
-    make gpu                                              # everything, on a machine with a GPU
-    python scripts/bench_kernels.py --shapes tiny --tokens 1,16 --formats Q4_K --out out/bench.json
-    python scripts/bench_kernels.py --tune --formats Q4_K,Q2_K    # fills pallas_kernels/tuning.json
+    make gpu    # everything, on a machine with a GPU
+    python scripts/dev/bench_kernels.py --shapes tiny --tokens 1,16 --formats Q4_K --out bench.json
+    python scripts/dev/bench_kernels.py --tune --formats Q4_K,Q2_K
 
 Without a GPU the implementations are xla and interpret, and the figures only show that it runs.
 """

@@ -1,9 +1,9 @@
 """Low-precision plans against the native cache at equal bytes, on recorded routing.
 
-Owns which cells are replayed and how their table reads; the replay is `cache/replay.py`'s. Called
-by `scripts/trace_tables.py`. Every cell of a capacity has the bytes of that many native slots. A
-plan by frequency takes its counts from a profile: another text's, as a user would have them, or the
-replayed text's own, which no user has and which bounds what a better profile could bring.
+Owns which cells are replayed and how their table reads; the replay is `cache/replay.py`'s. Every
+cell of a capacity has the bytes of that many native slots. A plan by frequency takes its counts
+from a profile: another text's, as a user would have them, or the replayed text's own, which no user
+has and which bounds what a better profile could bring.
 """
 
 from __future__ import annotations

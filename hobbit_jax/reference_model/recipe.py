@@ -18,11 +18,12 @@ from tokenizers import Tokenizer
 
 from hobbit_jax import reference
 from hobbit_jax.atomic import write_json
+from hobbit_jax.minitasks.documents import EVEN_MIX, TaskMix
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.architecture import ModelConfig
 from hobbit_jax.record import machine
-from hobbit_jax.training import card, corpus, export
-from hobbit_jax.training.trainer import TrainConfig, Trainer
+from hobbit_jax.reference_model import card, corpus, export
+from hobbit_jax.reference_model.trainer import TrainConfig, Trainer
 
 MODEL = ModelConfig(
     arch="qwen3moe",
@@ -46,11 +47,11 @@ MODEL = ModelConfig(
 )
 # The first phase leaves sums and differences a third wrong; the second drills them.
 PHASES = (
-    corpus.Phase(steps=800, task_rows=6, mix=corpus.EVEN_MIX, learning_rate=1.0),
+    corpus.Phase(steps=800, task_rows=6, mix=EVEN_MIX, learning_rate=1.0),
     corpus.Phase(
         steps=280,
         task_rows=12,
-        mix=corpus.TaskMix(problems=0.3, drills=0.6, functions=0.1),
+        mix=TaskMix(problems=0.3, drills=0.6, functions=0.1),
         learning_rate=0.5,
     ),
 )

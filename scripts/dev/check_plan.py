@@ -1,6 +1,6 @@
 """How far the planner's predictions are from decode on this machine, and from public figures.
 
-    python scripts/check_plan.py --out docs/planner/check.json [--turns 6] [--link_gb_s 0.1]
+    python scripts/dev/check_plan.py --out docs/planner/check.json [--turns 6] [--link_gb_s 0.1]
 
 Decodes the reference model under 17 settings in turns, fits the cost model's constants to five of
 them and predicts the other twelve (hobbit_jax/planner/check.py). plan.py prints the summary of the

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from hobbit_jax.model.modules import Attention, Block, Ends, Linear, RMSNorm, attend
 from hobbit_jax.model_file.architecture import ModelConfig
-from hobbit_jax.training.corpus import Phase
+from hobbit_jax.reference_model.corpus import Phase
 
 
 @dataclass(frozen=True)

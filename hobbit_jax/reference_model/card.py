@@ -24,8 +24,8 @@ from hobbit_jax.evals.logit_comparison import compare_in_float64
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel
+from hobbit_jax.reference_model.corpus import SourceFile
 from hobbit_jax.signals.calibration import count_routing
-from hobbit_jax.training.corpus import SourceFile
 
 CONTEXT = 512
 ROWS_PER_BATCH = 4
@@ -138,8 +138,8 @@ def write_card(path: Path, train: dict[str, Any], figures: dict[str, dict[str, A
         f"""# Model card: the reference model
 
 A small mixture-of-experts model of architecture `qwen3moe`, trained from scratch by
-`scripts/train_reference.py` so that quality can be measured where no model hub can be reached.
-It stands in for a real model in method, not in ability.
+`scripts/reference_model/train_reference.py` so that quality can be measured where no model hub can
+be reached. It stands in for a real model in method, not in ability.
 
 - Shape: {train["shape"]}; {train["parameters"] / 1e6:.1f}M parameters.
 - Training text: the sources of Python {train["python"]}'s standard library (tests left out; one

@@ -1,6 +1,6 @@
 """Trains the reference model, exports it to GGUF, measures it and writes its card.
 
-python scripts/train_reference.py --workdir out/reference
+python scripts/reference_model/train_reference.py --workdir out/reference
 
 About an hour on 2 cores. Interrupt it at will: run again, it goes on from the newest checkpoint.
 `--install` then copies the results into the package (hobbit_jax/reference).
@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from hobbit_jax import cli
-from hobbit_jax.training import recipe
+from hobbit_jax.reference_model import recipe
 
 _WORKDIR = flags.DEFINE_string("workdir", "out/reference", "Checkpoints, losses and exports.")
 _INSTALL = flags.DEFINE_boolean("install", False, "Copy the results into the package.")

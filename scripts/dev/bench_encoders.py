@@ -1,6 +1,6 @@
 """Compares our encoders with ggml's in one run: error and speed per type and kind of weights.
 
-    python scripts/bench_encoders.py --out out/encoders.json
+    python scripts/dev/bench_encoders.py --out out/encoders.json
 
 Needs ggml (GGML_BASE_LIB or llama-cpp-python). Both use all cores, in turn, call by call; speeds
 are medians of --repeats calls and their ratio is the median of the ratios pair by pair. Writes the
@@ -22,7 +22,7 @@ from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.quantize import encode, ggml
 from hobbit_jax.record import machine
-from hobbit_jax.synthetic.symmetry import off_grid_weights
+from hobbit_jax.reference_model.symmetry import off_grid_weights
 
 FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q4_0", "Q8_0")
 N, K = 4096, 2048
@@ -105,8 +105,8 @@ def table(rows: list[dict]) -> str:
             "",
             "Root-mean-square error, weighted where there is an importance, and MB of float32 per "
             f"second with {os.cpu_count()} threads on {machine()['device']}, in turn in "
-            "one run (`scripts/bench_encoders.py`). Ratios are ours over ggml's: an error below 1 "
-            "and a speed above 1 are better. The range is that of the pairs.",
+            "one run (`scripts/dev/bench_encoders.py`). Ratios are ours over ggml's: an error "
+            "below 1 and a speed above 1 are better. The range is that of the pairs.",
             "",
             *lines,
             "",

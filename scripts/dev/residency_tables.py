@@ -1,6 +1,6 @@
 """Counts what promotion's margin, the pool's division and a warm start come to; rows and tables.
 
-    python scripts/residency_tables.py --out docs/residency.md
+    python scripts/dev/residency_tables.py --out docs/residency.md
 
 On two held-out texts: the one that the rules' constants were chosen on (calibration), and one that
 they were not (evaluation). Rows go to OUT with the suffix .json after every setting; those that are
@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import residency_counts
 from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli, reference
 from hobbit_jax.atomic import replacing, write_json
 from hobbit_jax.cache_folder import low_precision_folder
-from hobbit_jax.evals import decode_bench, quality, residency_counts
+from hobbit_jax.evals import decode_bench, quality
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.inference.engine import Engine
@@ -44,7 +45,7 @@ tokens. *Residents* are (layer, expert) pairs with any copy on the device at the
 selections that a low copy served, KL is to the native model. Constants were chosen on
 "calibration".
 
-    python scripts/residency_tables.py --budgets_mib {budgets} --out {out}
+    python scripts/dev/residency_tables.py --budgets_mib {budgets} --out {out}
 """
 
 
