@@ -99,6 +99,12 @@ def rows_written(workdir: Path) -> int:
     return len([p for p in (workdir / FOLDER).glob("*.json") if not p.name.endswith(DESCRIPTION)])
 
 
+def record_files(workdir: Path) -> list[Path]:
+    """Files of one record each."""
+    found = (workdir / "records").glob("*.json")
+    return sorted(path for path in found if not path.name.endswith(".study.json"))
+
+
 class Killer(threading.Thread):
     """Harms by `harm(draw)`, which says how, after every few records until it is stopped.
 

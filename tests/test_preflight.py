@@ -37,8 +37,13 @@ def inputs(two_banks_path) -> Inputs:
 @pytest.fixture
 def cell(inputs):
     def make(signal="native", fraction=0.0, low=None, budget_mib=2.0, **more) -> Cell:
-        more = {"sizes": SIZES, **more}
-        return Cell(signal, fraction, low, budget_mib, 0.1, 0, inputs, **more)
+        method, sizes = more.pop("method", "rtn"), more.pop("sizes", SIZES)
+        plans = {"native": Native(), "uniform": low and Uniform(low, method)}
+        mixed = low and Mixed(signal, fraction, low, method)
+        if "mode" in more:
+            mixed = MissModeTrial(more.pop("mode"), more.pop("low_share", 0.0), low, method)
+        plan = plans.get(signal, mixed)
+        return Cell(CacheTrial(plan, budget_mib, inputs, sizes, **more))
 
     return make
 
