@@ -29,14 +29,22 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.sampling import Sampling
 from hobbit_jax.inference.step_stats import StepStats
 from hobbit_jax.model.loading import load_model
+from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.prompt_flags import PromptFlags
 from hobbit_jax.signals.calibration import Calibration
 from pallas_kernels.backends import IMPLEMENTATIONS
+from pallas_kernels.ggml.ops import set_threads
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _IMPLEMENTATION = flags.DEFINE_enum(
     "implementation", None, IMPLEMENTATIONS, "matrix products; the device's fastest by default"
+)
+_THREADS = flags.DEFINE_integer(
+    "threads", None, "Number of threads on a CPU; those that the process may use by default.", 1
+)
+_KV_FORMAT = flags.DEFINE_enum(
+    "kv_format", "float32", list(KV_FORMATS), "Number format of the keys and values of attention."
 )
 _PROMPT = PromptFlags()
 _IGNORE_EOS = flags.DEFINE_bool(
@@ -101,6 +109,8 @@ def warm_start(file: GGUFFile) -> WarmStart | None:
 def main(_):
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
     text = _PROMPT.text()
+    if _THREADS.value is not None:
+        set_threads(_THREADS.value)
     model = load_model(_MODEL.value or reference.model_path(), _IMPLEMENTATION.value)
     tokenizer = model.tokenizer()
     prompt = _PROMPT.encode(text, model.file, tokenizer)
@@ -114,7 +124,7 @@ def main(_):
     engine = Engine(
         model, store, budget_bytes, mode=_MISS_MODE.value,
         low_share=low_share(_LOW_SHARE.value), warm=warm_start(model.file),
-        chunk_tokens=_CHUNK_TOKENS.value, devices=_DEVICES.value,
+        chunk_tokens=_CHUNK_TOKENS.value, devices=_DEVICES.value, kv_format=_KV_FORMAT.value,
     )  # fmt: skip
     stop_ids = () if _IGNORE_EOS.value else tokenizer.eog_ids
     steps: list[StepStats] = []

@@ -16,12 +16,20 @@ from hobbit_jax.atomic import replacing
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
+from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model_file.architecture import ModelConfig
 from pallas_kernels.backends import IMPLEMENTATIONS
+from pallas_kernels.ggml.ops import set_threads
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _IMPLEMENTATION = flags.DEFINE_enum(
     "implementation", None, IMPLEMENTATIONS, "matrix products; the device's fastest by default"
+)
+_THREADS = flags.DEFINE_integer(
+    "threads", None, "Number of threads on a CPU; those that the process may use by default.", 1
+)
+_KV_FORMAT = flags.DEFINE_enum(
+    "kv_format", "float32", list(KV_FORMATS), "Number format of the keys and values of attention."
 )
 _TOKENS = flags.DEFINE_string("tokens", None, "token ids: .npy file, int32 [T]", required=True)
 _OUT = flags.DEFINE_string("out", None, "logits: .npy file, float32 [T, V]", required=True)
@@ -53,10 +61,13 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def main(_):
+    if _THREADS.value is not None:
+        set_threads(_THREADS.value)
     model = load_model(_MODEL.value or reference.model_path(), _IMPLEMENTATION.value)
     ids_T = read_tokens(Path(_TOKENS.value), model.config)
     budget_bytes = None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20)
-    engine = Engine(model, HostExperts(model.config, model.file), budget_bytes)
+    store = HostExperts(model.config, model.file)
+    engine = Engine(model, store, budget_bytes, kv_format=_KV_FORMAT.value)
     write_array(Path(_OUT.value), np.asarray(engine.score(ids_T[None])[0]))
 
 

@@ -23,6 +23,7 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.signals.calibration import calibrate
 from hobbit_jax.signals.routing_summary import table
+from pallas_kernels.backends import for_quality
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _TEXT = flags.DEFINE_string("text", None, "UTF-8 text; the reference's calibration text by default")
@@ -39,7 +40,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draw.")
 
 
 def main(_):
-    model = load_model(_MODEL.value or reference.model_path())
+    model = load_model(_MODEL.value or reference.model_path(), for_quality(None))
     store = HostExperts(model.config, model.file)
     budget_bytes = store.tier_bytes(0) // 4
     if _BUDGET_MIB.value is not None:

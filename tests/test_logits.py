@@ -37,7 +37,7 @@ def paths(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def loaded(paths) -> dict[str, LoadedModel]:
-    return {name: load_model(path) for name, path in paths.items()}
+    return {name: load_model(path, "xla") for name, path in paths.items()}
 
 
 def golden(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -143,6 +143,7 @@ def test_logits_script(paths, tmp_path):
     ids_T, wanted_TV = golden(name)
     np.save(tmp_path / "ids.npy", ids_T)
     files = (f"--tokens={tmp_path / 'ids.npy'}", f"--out={tmp_path / 'logits.npy'}")
+    files = (*files, "--implementation=xla")
     # The budget that the message names must be enough.
     small = run_script("logits.py", f"--model={paths[name]}", *files, "--budget_mib=0.01")
     assert (small.returncode, small.stdout) == (2, "") and small.stderr.count("\n") == 1
@@ -182,7 +183,7 @@ def test_generate_script(paths, loaded):
     engine = engine_for(model)
     steps = list(engine.generate([tokenizer.encode("hello")], 12, stop_ids=[tokenizer.eos_id]))
     text = "".join(tokenizer.decode_stream(int(ids_B[0]) for ids_B, _ in steps))
-    args = ("--prompt=hello", "--max_new_tokens=12", "--budget_mib=3")
+    args = ("--prompt=hello", "--max_new_tokens=12", "--budget_mib=3", "--implementation=xla")
     done = run_script("generate.py", f"--model={paths['olmoe']}", *args)
     assert (done.returncode, done.stdout) == (0, text + "\n"), done.stderr
     report = dict(line.split(": ") for line in done.stderr.splitlines())

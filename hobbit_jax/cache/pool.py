@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hobbit_jax.cache.device_banks import DeviceBanks
-from hobbit_jax.cache.link import DirectLink, Link, Upload
+from hobbit_jax.cache.device_banks import DeviceBanks, Layout
+from hobbit_jax.cache.link import DirectLink, InPlace, Link, Upload
 from hobbit_jax.cache.policies import Policy, PolicyFactory, Step
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from pallas_kernels.reference import Bank, Signature
@@ -96,12 +96,13 @@ class SlotPool:
         link: Link | None = None,
         staging_bytes: int = 0,
         device: Any = None,  # a jax.Device
+        layouts: Mapping[Signature, Layout] | None = None,
     ):
         self.store, self.device = store, device
         self.budget_bytes, self.staging_bytes = budget_bytes, staging_bytes
         self.link = DirectLink() if link is None else link
         self.slots = dict(slots)
-        self._on_device = DeviceBanks(store, slots, device)
+        self._on_device = DeviceBanks(store, slots, device, layouts)
         self.policies: dict[Signature, Policy[ExpertKey]] = {s: policy(n) for s, n in slots.items()}
         self._free = {signature: list(range(n))[::-1] for signature, n in slots.items()}
         self._slot_of: dict[ExpertKey, int] = {}
@@ -301,8 +302,11 @@ class SlotPool:
         return self._staged.pop(key, None) or self._expected.pop(key, None) or self._send(key)
 
     def _send(self, key: ExpertKey) -> Upload:
+        raw = self.store.raw(key)
+        if self._on_device.is_mapped(self.store.signature(key)):
+            return InPlace(raw)
         with _named(key, self.device):
-            upload = self.link.send(self.store.raw(key), self.device)
+            upload = self.link.send(raw, self.device)
         self.stats.bytes_moved += self.store.expert_bytes(key)
         return upload
 

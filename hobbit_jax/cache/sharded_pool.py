@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from hobbit_jax.cache.device_banks import Layout
 from hobbit_jax.cache.link import Link
 from hobbit_jax.cache.policies import PolicyFactory, Step
 from hobbit_jax.cache.pool import PoolStats, SlotPool, Use, holds_all, interleaved
@@ -28,6 +29,8 @@ from hobbit_jax.model.sharding import (
     on_each,
     owner,
 )
+from pallas_kernels.backends import Implementation
+from pallas_kernels.expert_ffn import implementation_for
 from pallas_kernels.reference import Bank, Signature
 
 
@@ -52,11 +55,12 @@ class ShardedPool:
         link: Link | None,
         staging_bytes: int,
         mesh: Mesh,
+        layouts: Mapping[Signature, Layout] | None = None,
     ):
         """`slots`, `budget_bytes` and `staging_bytes` are those of each device."""
         self.store, self.mesh = store, mesh
         self.pools = [
-            SlotPool(store, slots, budget_bytes, policy, link, staging_bytes, device)
+            SlotPool(store, slots, budget_bytes, policy, link, staging_bytes, device, layouts)
             for device in mesh.devices.flat
         ]
         self._assembled: dict[Any, tuple[list[Any], Any]] = {}
@@ -228,11 +232,23 @@ def make_pool(
     link: Link | None = None,
     staging_bytes: int = 0,
     mesh: Mesh | None = None,
+    implementation: Implementation = "xla",
 ) -> ExpertPool:
-    """The pool of one device, or of all of `mesh`; slots and bytes are of each."""
+    """The pool of one device, or of all of `mesh`; slots and bytes are of each.
+
+    Its banks are laid out for `implementation`. Where ggml computes, all experts have slots and no
+    link is emulated, the banks are the file's map.
+    """
+    n_devices, config = 1 if mesh is None else mesh.size, store.config
+    stay = link is None and holds_all(store, {s: n * n_devices for s, n in slots.items()})
+    layouts: dict[Signature, Layout] = {
+        s: "mapped" if stay else "blocks"
+        for s in slots
+        if implementation_for(s, config.d_model, config.d_expert, implementation) == "ggml"
+    }
     if mesh is None:
-        return SlotPool(store, slots, budget_bytes, policy, link, staging_bytes)
-    return ShardedPool(store, slots, budget_bytes, policy, link, staging_bytes, mesh)
+        return SlotPool(store, slots, budget_bytes, policy, link, staging_bytes, None, layouts)
+    return ShardedPool(store, slots, budget_bytes, policy, link, staging_bytes, mesh, layouts)
 
 
 def _sum(parts: list[PoolStats]) -> PoolStats:

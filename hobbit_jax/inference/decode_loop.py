@@ -30,7 +30,7 @@ from hobbit_jax.inference.sampling import Sampling, sample
 from hobbit_jax.inference.selection import Selections, rows_of_layer, select
 from hobbit_jax.model import sharding
 from hobbit_jax.model.layers import LayerKinds, States
-from hobbit_jax.model.modules import Ends, KVCache, attend
+from hobbit_jax.model.modules import KV_FORMATS, Ends, KVCache
 from hobbit_jax.model_file.architecture import ModelConfig
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import Bank, Signature, Work
@@ -97,14 +97,21 @@ class _Loop(NamedTuple):
     log_IAf: jax.Array
 
 
-def empty_carry(config: ModelConfig, batch: int, context: int, mesh: Mesh | None = None) -> Carry:
+def empty_carry(
+    config: ModelConfig,
+    batch: int,
+    context: int,
+    mesh: Mesh | None = None,
+    kv_format: str = "float32",
+) -> Carry:
     """No sequence has any token yet."""
+    kv_dtype = KV_FORMATS[kv_format]
     cache_shape = (config.n_layers, batch, context, config.n_kv_heads, config.head_dim)
     k, d = config.experts_per_token, config.d_model
     # Each its own buffer, for all of them are donated.
     integers = [jnp.full((batch, k), SKIPPED, jnp.int32) for _ in range(3)]
     carry = Carry(
-        caches=KVCache(jnp.zeros(cache_shape), jnp.zeros(cache_shape)),
+        caches=KVCache(jnp.zeros(cache_shape, kv_dtype), jnp.zeros(cache_shape, kv_dtype)),
         layer=jnp.int32(0),
         routed=jnp.array(False),
         x_BD=jnp.zeros((batch, d)),
@@ -184,7 +191,7 @@ def _attend(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -
         weights.layers, layer, lambda block, x: block.project(x, positions_B1), x_B1D
     )
     caches = carry.caches.append(layer, positions_B1, k, v)
-    mixed_B1N = attend(q, caches.k_LBCGd[layer], caches.v_LBCGd[layer], positions_B1)
+    mixed_B1N = caches.attend(layer, q, positions_B1, kinds.attention)
 
     def add_and_route(block, x_B1D, mixed_B1N):
         x_B1D, h_B1D = block.add_attention(x_B1D, mixed_B1N)

@@ -42,6 +42,7 @@ from hobbit_jax.inference.sampling import Sampling, sample
 from hobbit_jax.inference.selection import Selections
 from hobbit_jax.inference.step_stats import EngineStats, Meter, StepStats
 from hobbit_jax.model.loading import LoadedModel
+from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model.sharding import expert_mesh, replicated
 
 GREEDY = Sampling()
@@ -69,6 +70,7 @@ class Engine:
         prefetch: who guesses what later layers of a token need; None guesses nothing.
         watch: called with every layer's routing, on the host.
         devices: how many divide the experts among them; each holds all the rest.
+        kv_format: of keys and values, one of `KV_FORMATS`.
 
     Raises:
         ValueError: the budget cannot hold one step's experts; says what it needs.
@@ -91,7 +93,13 @@ class Engine:
         prefetch: PrefetchRule | None = None,
         watch: Callable[[RoutedLayer], None] | None = None,
         devices: int = 1,
+        kv_format: str = "float32",
     ):
+        if kv_format not in KV_FORMATS:
+            raise ValueError(
+                f"kv_format is {kv_format!r}; want one of {', '.join(KV_FORMATS)} (--kv_format)"
+            )
+        self._kv_format = kv_format
         self._mesh = mesh = expert_mesh(devices)
         if mesh is not None and (warm or low_share == ADAPTIVE):
             raise NotImplementedError(
@@ -106,8 +114,9 @@ class Engine:
         if staging_bytes is None:
             staging_bytes = self.config.experts_per_token * store.largest_expert_bytes
         self.pool = make_pool(
-            store, slots, budget_bytes or total, policy_factory(policy), link, staging_bytes, mesh
-        )
+            store, slots, budget_bytes or total, policy_factory(policy), link, staging_bytes, mesh,
+            model.implementation,
+        )  # fmt: skip
         if self.mode.low_banks == "all":
             self.pool.load_all(LOW)
         if warm is not None:
@@ -152,7 +161,7 @@ class Engine:
         self.pool.drop_expected()
         if self.split is not None:
             self.split.begin_sequences()
-        self._carry = empty_carry(self.config, batch, context, self._mesh)
+        self._carry = empty_carry(self.config, batch, context, self._mesh, self._kv_format)
         self._lengths_B = np.zeros(batch, np.int32)
 
     def _started(self) -> Carry:
@@ -178,7 +187,17 @@ class Engine:
         self.stats.degraded += int((asked & (served_TK > asked_TK)).sum())
         self.stats.skipped += int((asked & (served_TK == SKIPPED)).sum())
 
+    def _check_map(self) -> None:
+        """Refuses files that changed since they were mapped, where programs read the map itself.
+
+        Past the end of a file that was cut short they would end the process.
+        """
+        if self.model.mapped_bytes:
+            for tier in range(len(self.store.tiers)):
+                self.store.check_unchanged(tier)
+
     def _check_room(self, n_new_B: np.ndarray) -> None:
+        self._check_map()
         context = self._started().caches.k_LBCGd.shape[2]
         longest = int((self._lengths_B + n_new_B).max(initial=0))
         if longest > context:

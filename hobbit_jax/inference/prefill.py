@@ -26,7 +26,7 @@ from hobbit_jax.inference.moe import add_experts, apply_experts
 from hobbit_jax.inference.selection import Selections, rows_of_layer, select
 from hobbit_jax.model.layers import LayerKinds, States
 from hobbit_jax.model.loading import LoadedModel
-from hobbit_jax.model.modules import KVCache, attend
+from hobbit_jax.model.modules import KVCache
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _attend_and_route(
     block, context = kinds.block(states, kind, index), caches.k_LBCGd.shape[2]
     q_BTHd, k_BTGd, v_BTGd = block.project(x_BTD, positions_BT)
     caches = caches.append(layer, positions_BT, k_BTGd, v_BTGd)
-    mixed_BTN = attend(q_BTHd, caches.k_LBCGd[layer], caches.v_LBCGd[layer], positions_BT)
+    mixed_BTN = caches.attend(layer, q_BTHd, positions_BT, kinds.attention)
     x_BTD, h_BTD = block.add_attention(x_BTD, mixed_BTN)
     h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
     n_layers = len(kinds.kind_L)

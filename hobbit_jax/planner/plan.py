@@ -1,7 +1,7 @@
 """What to run on a card: what fits, what to expect of each setting, and what to choose.
 
 Owns the order of the questions and the record that answers them (JSON). `table.py` prints the
-record, `report/plans.py` puts it into the document.
+record, `records.py` hands it on to the document.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from hobbit_jax.planner.traffic import (
     layers_that_fit,
     replay_setting,
 )
-from hobbit_jax.record import Benchmark, Record, measured
 
 # The summary of `scripts/dev/check_plan.py`, as it was last recorded.
 CHECK = Path(__file__).with_name("check.json")
@@ -235,17 +234,6 @@ def faster_rival(plan: dict[str, Any]) -> dict[str, Any] | None:
     if best is None or best["tokens_per_second"] <= chosen["tokens_per_second"]:
         return None
     return best
-
-
-def plan_record(plan: dict[str, Any]) -> Record:
-    """The record of a plan: predictions, so it names no device."""
-    setting = {
-        "model": plan["model"]["name"],
-        "gpu": plan["card"]["name"],
-        **{name: plan[name] for name in ("context", "policy", "chunk_tokens")},
-    }
-    rest = {name: value for name, value in plan.items() if name not in (*setting, "kind")}
-    return Record("planner", Benchmark("planner", setting), **vars(measured(rest)))
 
 
 def recorded_check() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     python scripts/dev/bench_encoders.py --out out/encoders.json
 
-Needs ggml (GGML_BASE_LIB or llama-cpp-python). Both use all cores, in turn, call by call; speeds
+Needs ggml (libggml-python). Both use all cores, in turn, call by call; speeds
 are medians of --repeats calls and their ratio is the median of the ratios pair by pair. Writes the
 figures as JSON and, beside it, as a table in Markdown.
 """

@@ -27,6 +27,7 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.record import machine
 from hobbit_jax.signals.calibration import count_routing
+from pallas_kernels.backends import for_quality
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _LOW_FORMAT = flags.DEFINE_string("low_format", "Q2_K", "of the low tier")
@@ -79,7 +80,7 @@ class _Rows:
 
 def main(_):
     out = Path(str(_OUT.value))
-    model = load_model(_MODEL.value or reference.model_path())
+    model = load_model(_MODEL.value or reference.model_path(), for_quality(None))
     low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), low_precision_folder())
     store = HostExperts(model.config, model.file, [low])
     native = HostExperts(model.config, model.file)
