@@ -1,12 +1,13 @@
 """What to run on a card: residents, hit rate and tokens/s to expect of each setting.
 
     python scripts/plan.py --model M.gguf --gpu "RTX 4070" [--context 4096] [--trace T.npz]
-    python scripts/plan.py --preset qwen3-30b-a3b --gpu 504,31.5 --vram_gib 12 --out plan.json
+    python scripts/plan.py --preset qwen3-30b-a3b --gpu 504,31.5 --vram_gib 12 --out out/mine
 
 --gpu is a card's name or its bandwidths in GB/s, device memory and PCIe. Nothing is run: a small
 cost model (hobbit_jax/planner/cost_model.py) over replayed routing predicts, and says what it
-assumes. Routing is the model's own trace (replay.py) or profile (profile.py) where one is given;
-otherwise the plan says that it extrapolates. --out writes all of it as JSON.
+assumes. Routing is the model's own trace (replay.py) or profile (routing_stats.py) where one is
+given; otherwise the plan says that it extrapolates. --out is a folder, which gets all of it as a
+record for report.py.
 """
 
 from pathlib import Path
@@ -15,13 +16,14 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
-from hobbit_jax.atomic import write_json
 from hobbit_jax.cache.trace import read_trace
 from hobbit_jax.planner import routing, table
 from hobbit_jax.planner.cost_model import Machine
 from hobbit_jax.planner.hardware import find_card
 from hobbit_jax.planner.plan import divide_memory, make_plan, recorded_check
+from hobbit_jax.planner.records import plan_record
 from hobbit_jax.planner.shapes import open_model, preset_model
+from hobbit_jax.record import write_record
 from hobbit_jax.signals.calibration import Calibration
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file")
@@ -35,7 +37,7 @@ _HOST_GB_S = flags.DEFINE_float("host_gb_s", None, "of the host's memory, nomina
 _OVERLAP = flags.DEFINE_float("overlap_share", None, "of uploads, where measured (0-1)")
 _TRACE = flags.DEFINE_string("trace", None, "recorded routing, .npz")
 _PROFILE = flags.DEFINE_string("profile", None, "a calibration's folder (profile.py), of --model")
-_OUT = flags.DEFINE_string("out", None, "JSON file")
+_OUT = flags.DEFINE_string("out", None, "Folder to keep the record in.")
 
 
 def _routing(model):
@@ -50,6 +52,7 @@ def _routing(model):
 
 
 def main(_):
+    folder = cli.output_folder("out", _OUT.value) if _OUT.value else None
     if (_MODEL.value is None) == (_PRESET.value is None):
         raise ValueError("want one of --model and --preset")
     card = find_card(str(_GPU.value))
@@ -72,8 +75,8 @@ def main(_):
             progress,
         )  # fmt: skip
     print(table.render(plan, recorded_check()))
-    if _OUT.value:
-        write_json(Path(_OUT.value), plan)
+    if folder is not None:
+        print(f"the record: {write_record(folder, plan_record(plan))}")
 
 
 if __name__ == "__main__":
