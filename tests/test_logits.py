@@ -160,19 +160,19 @@ def test_logits_script(paths, tmp_path):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (np.zeros(3, np.int64), r"got int64 \(3,\); want one array, int32 \[T\]"),
-        (np.zeros((1, 3), np.int32), r"got int32 \(1, 3\)"),
-        (np.zeros(0, np.int32), "got 0 tokens; want 1 to the context of 64"),
-        (np.zeros(65, np.int32), "got 65 tokens"),
-        (np.array([0, -1], np.int32), "got ids from -1 to 0; want 0 to 257"),
-        (np.array([258], np.int32), "got ids from 258 to 258"),
-        (None, "No data left"),
+        (np.zeros(3, np.int64), r"holds int64 \(3,\); want one array, int32 \[T\]"),
+        (np.zeros((1, 3), np.int32), r"holds int32 \(1, 3\)"),
+        (np.zeros(0, np.int32), "holds 0 tokens; want 1 to the model's context of 64"),
+        (np.zeros(65, np.int32), "holds 65 tokens"),
+        (np.array([0, -1], np.int32), "holds ids from -1 to 0; want 0 to 257"),
+        (np.array([258], np.int32), "holds ids from 258 to 258"),
+        (None, r"is no \.npy file"),
     ],
 )
 def test_refused_tokens(loaded, logits_script, tmp_path, ids, message):
     path = tmp_path / "ids.npy"
     path.write_bytes(b"") if ids is None else np.save(path, ids)
-    with pytest.raises((ValueError, EOFError), match=message):
+    with pytest.raises(ValueError, match=rf"--tokens: .*{message}"):
         logits_script["read_tokens"](path, loaded["mixtral"].config)
 
 

@@ -91,6 +91,7 @@ class _Loop(NamedTuple):
     active_B: jax.Array
     lengths_B: jax.Array
     blocked: jax.Array  # bool: an expert is missing
+    finite: jax.Array  # bool: so are all logits of sequences that got a token
     tokens_NB: jax.Array  # drawn
     logits_BV: jax.Array
     logged: jax.Array  # int32: layers routed
@@ -308,6 +309,7 @@ def _end_token(spec: LoopSpec, weights: Weights, inputs: Inputs, loop: _Loop) ->
         logits_BV = ends.logits(loop.carry.x_BD)
         key = jax.random.fold_in(inputs.key, inputs.drawn + loop.step)
         ids_B = sample(logits_BV, key, spec.sampling)
+        finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
         stopped_B = jnp.any(ids_B[:, None] == inputs.stop_ids[None, :], axis=1)
         return (
             logits_BV,
@@ -315,19 +317,20 @@ def _end_token(spec: LoopSpec, weights: Weights, inputs: Inputs, loop: _Loop) ->
             loop.tokens_NB.at[loop.step].set(ids_B),
             loop.lengths_B + loop.active_B.astype(jnp.int32),
             loop.active_B & ~stopped_B,
+            loop.finite & jnp.all(finite_B | ~loop.active_B),
             loop.step + 1,
             jnp.zeros_like(loop.carry.layer),
         )
 
     def go_on(loop: _Loop):
         carry = loop.carry
-        same = (loop.logits_BV, carry.x_BD, loop.tokens_NB, loop.lengths_B, loop.active_B)
-        return *same, loop.step, carry.layer
+        same = loop.logits_BV, carry.x_BD, loop.tokens_NB, loop.lengths_B, loop.active_B
+        return *same, loop.finite, loop.step, carry.layer
 
     # Without the caches, which a conditional would copy.
     small = loop._replace(carry=loop.carry._replace(caches=None), log_IAf=None)
     ended = loop.carry.layer == spec.config.n_layers
-    logits_BV, x_BD, tokens_NB, lengths_B, active_B, step, layer = jax.lax.cond(
+    logits_BV, x_BD, tokens_NB, lengths_B, active_B, finite, step, layer = jax.lax.cond(
         ended, end, go_on, small
     )
     return loop._replace(
@@ -335,6 +338,7 @@ def _end_token(spec: LoopSpec, weights: Weights, inputs: Inputs, loop: _Loop) ->
         step=step,
         lengths_B=lengths_B,
         active_B=active_B,
+        finite=finite,
         tokens_NB=tokens_NB,
         logits_BV=logits_BV,
     )
@@ -363,6 +367,7 @@ def _decode(
         active_B=jnp.asarray(inputs.active_B),
         lengths_B=jnp.asarray(inputs.lengths_B),
         blocked=jnp.array(False),
+        finite=jnp.array(True),
         tokens_NB=jnp.zeros((spec.most_tokens, batch), jnp.int32),
         logits_BV=jnp.zeros((batch, config.vocab_size)),
         logged=jnp.int32(0),
@@ -387,8 +392,8 @@ def _decode(
     )
     ahead_P2A = _look_ahead(spec, weights, held_UE, loop)
     packed = pack(
-        loop.step, loop.carry.layer, loop.blocked, loop.logged, loop.tokens_NB, ahead_P2A,
-        loop.log_IAf,
+        loop.step, loop.carry.layer, loop.blocked, loop.finite, loop.logged, loop.tokens_NB,
+        ahead_P2A, loop.log_IAf,
     )  # fmt: skip
     return loop.carry, packed, loop.logits_BV
 

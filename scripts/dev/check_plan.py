@@ -23,10 +23,12 @@ from hobbit_jax.planner.records import check_record
 from hobbit_jax.planner.shapes import open_model
 from hobbit_jax.record import machine, write_record
 
-_TURNS = flags.DEFINE_integer("turns", 6, "rows decoded under each setting, after a warm-up", 2)
-_TOKENS = flags.DEFINE_integer("tokens", 48, "decoded of each row", 8)
+_TURNS = flags.DEFINE_integer(
+    "turns", 6, "Number of rows decoded under each setting, after a warm-up.", 2, 10_000
+)
+_TOKENS = flags.DEFINE_integer("tokens", 48, "Number of tokens decoded of each row.", 8, 100_000)
 _LINK_GB_S = flags.DEFINE_float(
-    "link_gb_s", 0.1, "of an emulated link to the device; 0 copies as fast as can be", 0.0
+    "link_gb_s", 0.1, "Bandwidth of an emulated link in GB/s; 0 copies as fast as can be.", 0.0, 1e6
 )
 _OUT = flags.DEFINE_string("out", None, "Folder to keep the record in.", required=True)
 _LOW_FORMAT, _PROMPT = "Q2_K", 16
