@@ -89,14 +89,6 @@ _FLAGS: dict[str, _Flag] = {
         None,
         "Implementation of the matrix products; the fastest for the device by default.",
     ),
-    "threads": _Flag(
-        flags.IntegerParser(1, 4096),
-        None,
-        "Number of threads on a CPU; those that the process may use by default.",
-    ),
-    "kv_format": _Flag(
-        _one_of(KV_FORMATS), "float32", "Number format of the keys and values of attention."
-    ),
     "devices": _Flag(flags.IntegerParser(1, 4096), 1, "Number of devices to shard experts over."),
     "budget_mib": _Flag(
         _Budget(),
@@ -147,6 +139,16 @@ _FLAGS: dict[str, _Flag] = {
         flags.IntegerParser(1, cli.MAX_COUNT),
         None,
         "Number of tokens that the KV cache has room for; what the run needs by default.",
+    ),
+    "threads": _Flag(
+        flags.IntegerParser(1, 4096),
+        None,
+        "Number of threads on a CPU; those that the process may use by default.",
+    ),
+    "kv_format": _Flag(
+        _one_of(KV_FORMATS),
+        "float32",
+        "Number format of the keys and values of attention.",
     ),
 }
 

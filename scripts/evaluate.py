@@ -86,12 +86,12 @@ def data_folder() -> Path | None:
 
 def plan_of(model: LoadedModel, engine: Engine) -> dict[str, Any]:
     """What the answers depend on besides the model, as a sweep's cells call it."""
+    kv_format = ENGINE.value("kv_format")
+    cache = {} if kv_format == "float32" else {"kv_format": kv_format}
     if ENGINE.low_format is None:
-        return {"signal": "native"}
-    low = {
-        "low_format": ENGINE.low_format,
-        "sha256": low_experts(model, ENGINE.low_format).sha256(),
-    }
+        return {"signal": "native", **cache}
+    low_sha256 = low_experts(model, ENGINE.low_format).sha256()
+    low = {"low_format": ENGINE.low_format, "sha256": low_sha256, **cache}
     if not ENGINE.keeps_low_copies:
         return {"signal": "uniform", **low}
     names = ("miss_mode", "low_share", "policy", "pin_share", "profile")

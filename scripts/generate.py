@@ -29,8 +29,8 @@ from hobbit_jax.inference.step_stats import StepStats
 from hobbit_jax.prompt_flags import PromptFlags
 
 ENGINE = EngineFlags(
-    "model", "implementation", "threads", "kv_format", "devices", "budget_mib", "policy",
-    "miss_mode", "low_format", "low_share", "profile", "pin_share", "chunk_tokens", "context",
+    "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "low_format",
+    "low_share", "profile", "pin_share", "chunk_tokens", "context", "threads", "kv_format",
 )  # fmt: skip
 _PROMPT = PromptFlags()
 _IGNORE_EOS = flags.DEFINE_bool(

@@ -18,8 +18,8 @@ from hobbit_jax.engine_flags import EngineFlags
 from hobbit_jax.model_file.architecture import ModelConfig
 
 ENGINE = EngineFlags(
-    "model", "implementation", "threads", "kv_format", "devices", "budget_mib", "policy",
-    "miss_mode", "low_format", "low_share", "profile", "pin_share", "chunk_tokens",
+    "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "low_format",
+    "low_share", "profile", "pin_share", "chunk_tokens", "threads", "kv_format",
 )  # fmt: skip
 _TOKENS = flags.DEFINE_string(
     "tokens", None, "Path of the token ids, a .npy file of int32 [T].", required=True

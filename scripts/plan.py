@@ -11,6 +11,7 @@ record for report.py.
 """
 
 import json
+import sys
 
 from absl import flags
 from tqdm import tqdm
@@ -106,8 +107,7 @@ def main(_):
     print(json.dumps(plan) if _JSON.value else table.render(plan, recorded_check()))
     if folder is not None:
         path = write_record(folder, plan_record(plan))
-        if not _JSON.value:
-            print(f"the record: {path}")
+        print(f"the record: {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":
