@@ -104,7 +104,7 @@ def test_an_interrupt_during_decode(engine, wanted, monkeypatch):
         if len(seen) == 2 and routed.layer == 1:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(engine, "watch", interrupt)
+    engine.watchers.append(interrupt)
     with pytest.raises(KeyboardInterrupt):
         for ids_B, _ in engine.generate([PROMPT], NEW_TOKENS):
             seen.append(int(ids_B[0]))

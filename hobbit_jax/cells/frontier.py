@@ -120,9 +120,9 @@ class FrontierCell:
         engine = Engine(bench.model, store, plan=plan, chunk_tokens=chunk_tokens)
 
         def quality_and_uses() -> dict[str, Any]:
-            engine.watch = uses = UseCounter(store, plan)
-            measured = quality.evaluate(engine, bench.windows, bench.native_logits_WTV)
-            engine.watch = None
+            uses = UseCounter(store, plan)
+            with engine.watched_by(uses):
+                measured = quality.evaluate(engine, bench.windows, bench.native_logits_WTV)
             return {"quality": asdict(measured), "uses": uses.figures()}
 
         def scores() -> dict[str, Any] | None:
