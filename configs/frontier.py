@@ -23,7 +23,8 @@ from dataclasses import replace
 from ml_collections import ConfigDict
 
 from hobbit_jax.cells.frontier import FrontierCell
-from hobbit_jax.cells.workbench import MIXED_TEXT, TASKS_TEXT, EvalSizes, Inputs
+from hobbit_jax.cells.texts import MIXED_TEXT, TASKS_TEXT
+from hobbit_jax.cells.workbench import EvalSizes, Inputs
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -31,7 +31,8 @@ whether any signal beats the random control.
 from ml_collections import ConfigDict
 
 from hobbit_jax.cells.sweep import Cell
-from hobbit_jax.cells.workbench import MIXED_TEXT, EvalSizes, Inputs
+from hobbit_jax.cells.texts import MIXED_TEXT
+from hobbit_jax.cells.workbench import EvalSizes, Inputs
 
 # Budgets, and where floor fits: the smallest budget above all experts at Q2_K.
 FULL_SIZE = {

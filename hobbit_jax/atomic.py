@@ -1,38 +1,114 @@
 """Files that appear whole or not at all, also when several machines write them.
 
-Owns the temporary name, the rename, and the clean-up after a failure. Called by
-everything that writes a file others may read: GGUF files, rows, caches, leases, reports.
+Owns the temporary name, its lock, the rename, the clean-up after a failure or a kill, and what a
+full disk is told as.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL_GLOB = ".*.partial"
 
 
-def _partial(path: Path) -> Path:
-    """A name beside `path` that no other process has; process ids repeat between machines."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """An empty file beside `path` under a name that no other process has; at the end it is gone.
+
+    Its lock lives as long as its writer, so what a killed writer of `path` left can be told from
+    what another one is writing now; the former is removed. Process ids would repeat between
+    machines, and ages say nothing of a file that takes hours.
+    """
+    _remove_abandoned(path)
+    while True:
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
+        try:
+            descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        with suppress(OSError):  # a file system without locks keeps its leftovers
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if partial.exists():  # nobody took it for a leftover before it was locked
+            break
+        os.close(descriptor)
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes temporary files of `path` that no living process is writing."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with suppress(OSError):  # somebody's, gone already, or on a file system without locks
+            descriptor = os.open(partial, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                partial.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def check_space(path: Path, wanted_bytes: int) -> None:
+    """Refuses to begin a file that the disk of `path` cannot hold.
+
+    Raises:
+        OSError: ENOSPC; says the path, and the wanted and free bytes.
+    """
+    free_bytes = shutil.disk_usage(path.parent).free
+    if wanted_bytes > free_bytes:
+        raise _disk_full(path, f"{wanted_bytes}", free_bytes)
+
+
+def _disk_full(path: Path, wanted: str, free_bytes: int) -> OSError:
+    text = f"the disk is full: {path} wants {wanted} bytes, and {free_bytes} are free"
+    return OSError(errno.ENOSPC, text)
+
+
+def _says_disk_full(error: OSError) -> bool:
+    # NumPy reports a short write without an error number.
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or (
+        error.errno is None and "requested and" in str(error)
+    )
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
     """Yields a temporary path to write; it becomes `path` if the block ends without an error.
 
     In the same directory: a rename across file systems would not be atomic. After an
     error nothing is left, and an older file at `path` stays as it was.
+
+    Args:
+        path: the file.
+        wanted_bytes: its size, where that is known beforehand and worth a check.
+
+    Raises:
+        OSError: from the file system; of a full disk with the path, the wanted and free bytes.
     """
-    partial = _partial(path)
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if wanted_bytes is not None:
+        check_space(path, wanted_bytes)
+    with _partial(path) as partial:
+        try:
+            yield partial
+            os.replace(partial, path)
+        except OSError as error:
+            if not _says_disk_full(error):
+                raise
+            written = partial.stat().st_size
+            wanted = f"more than {written}" if wanted_bytes is None else f"{wanted_bytes}"
+            free_bytes = shutil.disk_usage(path.parent).free
+            raise _disk_full(path, wanted, free_bytes) from error
 
 
 def place_first(path: Path, text: str) -> bool:
@@ -43,8 +119,7 @@ def place_first(path: Path, text: str) -> bool:
     Returns:
         Whether it was this writer; the file of another stays as it is.
     """
-    partial = _partial(path)
-    try:
+    with _partial(path) as partial:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -55,5 +130,3 @@ def place_first(path: Path, text: str) -> bool:
             # NFS repeats a request whose answer was lost, and then finds its own link.
             return partial.stat().st_nlink == 2
         return True
-    finally:
-        partial.unlink(missing_ok=True)

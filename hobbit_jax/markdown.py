@@ -1,7 +1,7 @@
 """Markdown for a document whose bytes may depend on its rows only.
 
-Owns how a table, a figure and a number are printed: fixed formats, one line a cell, "–" for
-what was not measured. Called by `report/` and `evals/`.
+Owns how a table, a figure and a number are printed: fixed formats, one line a cell, "–" for what
+was not measured.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Rows: one JSON file per finished cell, and what is needed to trust it.
 
-Owns the files of a sweep's working directory, their atomic writing, and the
-provenance every row carries. Called by `launch/` (writes) and `report/`
-(reads). A row appears whole and by one name, so a killed worker leaves no half
-row and two workers no two; a missing figure is null, never 0.
+Owns the files of a sweep's working directory, their atomic writing, and the provenance every row
+carries. A row appears whole and by one name, so a killed worker leaves no half row and two workers
+no two; a missing figure is null, never 0.
 """
 
 from __future__ import annotations

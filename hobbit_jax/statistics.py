@@ -1,8 +1,7 @@
 """Intervals: every reported figure comes with how far it could be off.
 
 Owns the bootstrap over whole windows (tokens of one window are not independent), Wilson's interval
-for shares, and the spread of repeated timings. Called by `evals/`, `peers/`, `report/` and the
-planner's check.
+for shares, and the spread of repeated timings.
 """
 
 from __future__ import annotations

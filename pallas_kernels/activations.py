@@ -1,7 +1,6 @@
 """Activations as the kernels read them: 15-bit integers in two byte planes, or lanes of floats.
 
 Owns the preparation of the left operand, in plain XLA: once per op, a few kilobytes a token.
-Called by `matmul_triton.py`.
 
 Letters: T rows, K columns, V words (four columns each), P groups of columns, B blocks of columns.
 """

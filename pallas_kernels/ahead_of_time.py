@@ -1,8 +1,8 @@
 """Machine code for GPUs that are not there: XLA's CUDA compiler without a driver or a device.
 
 Owns the descriptions of the GPUs that kernels are compiled for, and the reading of what ptxas says
-about them. Called by `scripts/compile_kernels.py` (`make kernels`). Needs JAX's CUDA plugin of the
-same version as jaxlib, and `ptxas` and `nvdisasm` on PATH; `make kernels` installs them.
+about them. Needs JAX's CUDA plugin of the same version as jaxlib, and `ptxas` and `nvdisasm` on
+PATH; `make kernels` installs them.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 Owns one trick. XLA's CPU backend fuses a slice (an expert's slot, a layer of a stack, rows of a
 matrix) into the loop that unpacks it, past any optimisation barrier; the loop then computes a place
 in the whole array for every weight and is 4 to 7 times slower than over a slice of its own. What a
-conditional returns is always memory. Called by `reference.py`, `linear.py` and
-`hobbit_jax/model/layers.py`. Other backends get the plain slice.
+conditional returns is always memory. Other backends get the plain slice.
 """
 
 from __future__ import annotations

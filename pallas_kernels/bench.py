@@ -1,8 +1,7 @@
 """Times the expert op against its rivals, in one run, on weights that do not fit the cache.
 
-Owns the shapes, the routing, what is counted as moved, and the clock. Called by
-`scripts/bench_kernels.py`. An output is compared with the reference before anything is timed; a
-wrong one is recorded as such and has no time.
+Owns the shapes, the routing, what is counted as moved, and the clock. An output is compared with
+the reference before anything is timed; a wrong one is recorded as such and has no time.
 
 What is timed is a loop on the device: one op after another, each on other slots (so that an op
 never finds its weights in the L2 cache) and each on the result of the one before (so that none is

@@ -1,7 +1,7 @@
 """What the kernels are measured against: bfloat16 experts, resident, in JAX and in PyTorch.
 
 The most favourable case for the rivals: weights in the precision that their matrix units take,
-tokens sorted by expert beforehand, one grouped product per matrix. Called by `bench.py`.
+tokens sorted by expert beforehand, one grouped product per matrix.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The expert op: a layer's selected experts on their tokens, straight from the slots.
 
 Owns the choice of an implementation, and how the gated pair and the down matrix follow each other.
-Called by `hobbit_jax/inference/moe.py`, once per bank.
 """
 
 from __future__ import annotations

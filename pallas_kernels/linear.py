@@ -1,6 +1,6 @@
 """The dense case: one quantised matrix on all rows (attention projections, the head).
 
-Called by `hobbit_jax/model/modules.py`. The kernel is the experts' own, over a bank of one slot.
+The kernel is the experts' own, over a bank of one slot.
 """
 
 from __future__ import annotations

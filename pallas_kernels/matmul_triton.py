@@ -1,7 +1,7 @@
 """One matrix product over quantised slots, as a Pallas kernel for Triton.
 
 Owns the loop that every format and every shape goes through: expert or dense, one matrix or a gated
-pair, few rows or many. Called by `expert_ffn.py` and `linear.py`, also in interpret mode.
+pair, few rows or many.
 
 An *item* is a tile of up to C input rows that all multiply the matrix in one slot. A program takes
 one item and R rows of its matrix, and walks the row in groups (`packed.py`). Two ways to contract:

@@ -1,7 +1,7 @@
 """How a kernel reads a matrix: sixteen or thirty-two bytes of quants at a time, with their scale.
 
 Owns, for every format, the arithmetic from words in registers to *codes* (four integers in the
-bytes of a word) and scales; called by `matmul_triton.py` inside its one loop. The layouts are those
+bytes of a word) and scales. The layouts are those
 of `formats/`, whose `unpack` is the oracle; they are said again here because a kernel must not
 gather, slice or reorder what it has loaded, which is what `unpack` is made of.
 

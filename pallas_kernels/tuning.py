@@ -1,7 +1,4 @@
-"""Finds the best tile of each kernel on this device and records it (`tiles.py`).
-
-Called by `scripts/bench_kernels.py --tune`, before anything is reported.
-"""
+"""Finds the best tile of each kernel on this device and records it (`tiles.py`)."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from hobbit_jax import cli, reference
 from hobbit_jax.cache.link import DirectLink, PacedLink
 from hobbit_jax.cache.pool_sizing import low_share
+from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals import decode_bench, host_overhead, link_bench, prefill_bench, quality
 from hobbit_jax.evals.prediction import prediction_accuracy
 from hobbit_jax.experts.store import HostExperts
@@ -43,7 +44,7 @@ _OUT = flags.DEFINE_string("out", None, "JSON file", required=True)
 
 def main(_):
     model = load_model(_MODEL.value or reference.model_path())
-    low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), Path("out/tiers"))
+    low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), low_precision_folder())
     store = HostExperts(model.config, model.file, [low])
     rows = []
 

@@ -1,11 +1,12 @@
 """Runs a text through a model and keeps what quantisation and allocation want to know of it.
 
-    python scripts/calibrate.py --model M.gguf --text T.txt --out C [--windows 48 --context 512]
+    python scripts/calibrate.py --model M.gguf --out C [--text T.txt --windows 48 --context 512]
 
-C is a folder (Orbax): how often each expert was chosen and with which router weight, and the
-second moments of its inputs. `--statistics=second_moment` keeps their diagonals only (method
-importance), `--statistics=routing` nothing but the counts. Without --model and --text the
-reference model and its calibration text are used.
+C is a folder: how often each expert was chosen and with which router weight, the second moments of
+its inputs, and with `--statistics=hessian` (the default, for method gptq) the inputs themselves,
+from which an encoder makes one expert's Hessian at a time. `--statistics=second_moment` (for method
+importance) keeps no inputs when it is done, `--statistics=routing` nothing but the counts. An
+interrupted run goes on where it was when started again.
 """
 
 from pathlib import Path
@@ -13,37 +14,57 @@ from pathlib import Path
 from absl import flags
 
 from hobbit_jax import cli, reference
+from hobbit_jax.cells.texts import MIXED_TEXT, NAMED_TEXTS, calibration_documents
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
-from hobbit_jax.signals.calibration import DEFAULT_LIMIT_BYTES, STATISTICS, calibrate
+from hobbit_jax.resources import check_room
+from hobbit_jax.signals.calibration import STATISTICS, calibrate, calibration_bytes
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
-_TEXT = flags.DEFINE_string("text", None, "UTF-8 text; the reference's calibration text by default")
-_OUT = flags.DEFINE_string("out", None, "folder to write", required=True)
-_STATISTICS = flags.DEFINE_enum("statistics", "hessian", STATISTICS, "what to keep")
-_WINDOWS = flags.DEFINE_integer("windows", 48, "windows to draw from the text", 1)
-_CONTEXT = flags.DEFINE_integer("context", 512, "tokens of a window", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "of the draw")
-_LIMIT_GIB = flags.DEFINE_float("limit_gib", DEFAULT_LIMIT_BYTES / 2**30, "most for moments", 0.0)
+_MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")
+_TEXT = flags.DEFINE_string(
+    "text",
+    MIXED_TEXT,
+    f"UTF-8 text file, or one of {', '.join(NAMED_TEXTS)}, which ship with the package: source "
+    "code, generated problems, and as much of either.",
+)
+_OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
+_STATISTICS = flags.DEFINE_enum("statistics", "hessian", STATISTICS, "What to keep.")
+_WINDOWS = flags.DEFINE_integer(
+    "windows", None, "Windows to draw from the text; by default 48, or as many as it has.", 1
+)
+_CONTEXT = flags.DEFINE_integer(
+    "context", None, "Tokens of a window; by default 512, or the model's context if shorter.", 1
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draw.", 0)
+_DEFAULT_WINDOWS, _DEFAULT_CONTEXT = 48, 512
 
 
 def main(_):
+    out = Path(str(_OUT.value))
     model = load_model(_MODEL.value or reference.model_path())
-    texts = (
-        [Path(_TEXT.value).read_text(encoding="utf-8")]
-        if _TEXT.value
-        else reference.held_out_texts("calibration")
+    context = _CONTEXT.value or min(_DEFAULT_CONTEXT, model.config.context_length)
+    windows = cut_windows(
+        model.tokenizer(),
+        calibration_documents(str(_TEXT.value)),
+        _WINDOWS.value or _DEFAULT_WINDOWS,
+        context,
+        _SEED.value,
+        fewer=_WINDOWS.value is None,
     )
-    windows = cut_windows(model.tokenizer(), texts, _WINDOWS.value, _CONTEXT.value, _SEED.value)
+    count = len(windows.ids_WS)
+    if count < (_WINDOWS.value or _DEFAULT_WINDOWS):
+        print(f"the text has {count} windows of {context} + 1 tokens; all of them are used")
+    needed = calibration_bytes(model.config, _STATISTICS.value, windows.targets)
+    check_room(out, needed)
     engine = Engine(model, HostExperts(model.config, model.file))
-    limit_bytes = int(_LIMIT_GIB.value * 2**30)
-    found = calibrate(engine, windows, _STATISTICS.value, limit_bytes)
-    found.save(Path(_OUT.value))
+    found = calibrate(engine, windows, _STATISTICS.value, out)
     rarest = int(found.selections_LE.min())
     print(f"{found.tokens} tokens; an expert saw {rarest} to {found.selections_LE.max()} of them")
-    print(f"next: python scripts/quantize.py --calibration {_OUT.value} --method gptq …")
+    method = {"hessian": "gptq", "second_moment": "importance"}.get(found.statistics)
+    if method is not None:
+        print(f"next: python scripts/quantize.py --calibration {out} --method {method} …")
 
 
 if __name__ == "__main__":

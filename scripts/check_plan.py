@@ -3,9 +3,9 @@
     python scripts/check_plan.py --out docs/planner/check.json [--turns 6] [--link_gb_s 0.1]
 
 Decodes the reference model under 17 settings in turns, fits the cost model's constants to five of
-them and predicts the other twelve (hobbit_jax/planner/check.py). plan.py prints the result that
-stands in docs/planner/check.json. On a machine whose device is the CPU an upload costs next to
-nothing, so a link is emulated. About five minutes on two quiet cores.
+them and predicts the other twelve (hobbit_jax/planner/check.py). plan.py prints the summary of the
+last recorded check, which ships as hobbit_jax/planner/check.json. On a machine whose device is the
+CPU an upload costs next to nothing, so a link is emulated. About five minutes on two quiet cores.
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli, reference
+from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals import quality
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
@@ -35,7 +36,7 @@ _LOW_FORMAT, _PROMPT = "Q2_K", 16
 def main(_):
     path = reference.model_path()
     model = load_model(path)
-    low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT), Path("out/tiers"))
+    low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT), low_precision_folder())
     store = HostExperts(model.config, model.file, [low])
     texts = reference.held_out_texts("evaluation")
     rows = _TURNS.value + 1

@@ -4,9 +4,9 @@
     python scripts/compare.py --model M.gguf --peer llama_cpp --budget_mib 8000 --out row.json
 
 Writes one JSON row; `report.py` makes tables of those in <workdir>/peers. Without a GPU PyTorch
-computes in float32 and a budget is our pool's alone; on one it computes in bfloat16, and with a
-budget it streams experts through as many slots as ours, llama.cpp leaves those layers' experts to
-the CPU that do not fit. Both programs are loaded at once.
+computes in float32, on one in bfloat16, always with every expert resident. A budget is our pool's;
+on a GPU llama.cpp leaves those layers' experts to the CPU that do not fit it. Both programs are
+loaded at once.
 """
 
 import os
@@ -29,7 +29,7 @@ _IMPLEMENTATION = flags.DEFINE_enum(
     "implementation", None, IMPLEMENTATIONS, "our matrix products; the device's fastest by default"
 )
 _TORCH_MODE = flags.DEFINE_enum(
-    "torch_mode", None, ("float32", "bfloat16", "offload"), "of PyTorch; see above for the default"
+    "torch_mode", None, ("float32", "bfloat16"), "of PyTorch; see above for the default"
 )
 _WINDOWS = flags.DEFINE_integer("windows", 32, "scored for agreement", 2)
 _CONTEXT = flags.DEFINE_integer("context", 256, "tokens of a window", 1)

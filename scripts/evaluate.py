@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from hobbit_jax import cli, reference
+from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.code_runner import PROTECTIONS
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
@@ -61,7 +62,7 @@ def main(_):
     low, plan = [], {"signal": "native"}  # as a sweep's cells call them
     if _LOW_FORMAT.value:
         spec = TierSpec(_LOW_FORMAT.value)
-        low = [open_tier(model.file, model.config, spec, workdir / "tiers")]
+        low = [open_tier(model.file, model.config, spec, low_precision_folder())]
         plan = {"signal": "uniform", "low_format": _LOW_FORMAT.value, "sha256": low[0].sha256()}
     store = HostExperts(model.config, model.file, low)
     budget_bytes = None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20)

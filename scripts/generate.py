@@ -6,8 +6,8 @@
 
 Text goes to stdout, the report to stderr. Without --budget_mib every expert is resident. Several
 --devices divide the experts; each has a pool of --budget_mib and all the rest of the model. A
---miss_mode that uses low copies makes them first, once, in out/tiers. A --profile is what
-scripts/profile.py writes: its most used experts are loaded before the first token.
+--miss_mode that uses low copies makes them first, once, in --cache_dir. A --profile is what
+scripts/routing_stats.py writes: its most used experts are loaded before the first token.
 """
 
 import sys
@@ -19,6 +19,7 @@ from hobbit_jax import cli, reference
 from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, low_share
 from hobbit_jax.cache.warm_start import WarmStart
+from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.inference.engine import Engine
@@ -40,7 +41,7 @@ _BUDGET_MIB = flags.DEFINE_float(
 )
 _DEVICES = flags.DEFINE_integer("devices", 1, "that divide the experts among them", 1)
 _MISS_MODE = flags.DEFINE_enum(
-    "miss_mode", "off", MISS_MODES, "what serves an expert that is not resident (miss_modes.py)"
+    "miss_mode", "wait", MISS_MODES, "what serves an expert that is not resident (miss_modes.py)"
 )
 _LOW_FORMAT = flags.DEFINE_string("low_format", "Q2_K", "of the low copies, where a mode has some")
 _LOW_SHARE = flags.DEFINE_string(
@@ -86,7 +87,7 @@ def warm_start(file: GGUFFile) -> WarmStart | None:
         if _PIN_SHARE.value:
             raise ValueError("--pin_share needs a --profile, which says whom to pin")
         return None
-    profile = Calibration.load(Path(_PROFILE.value), file.sha256())
+    profile = Calibration.load(Path(_PROFILE.value), file)
     return WarmStart(profile.selections_LE, _PIN_SHARE.value)
 
 
@@ -101,7 +102,7 @@ def main(_):
     low = []
     if MISS_MODES[_MISS_MODE.value].low_banks != "none":
         low.append(
-            open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), Path("out/tiers"))
+            open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), low_precision_folder())
         )
     store = HostExperts(model.config, model.file, low)
     engine = Engine(

@@ -44,7 +44,7 @@ def _routing(model):
     if _PROFILE.value:
         if not _MODEL.value:
             raise ValueError("--profile is of one file's model; give that file as --model")
-        found = Calibration.load(Path(_PROFILE.value), model.native.sha256())
+        found = Calibration.load(Path(_PROFILE.value), model.native)
         return routing.profiled(found.selections_LE, model.config)
     return routing.made_up(model.config)
 

@@ -1,42 +1,52 @@
 """Writes a model with all its experts at a lower precision; llama.cpp opens the result too.
 
-    python scripts/quantize.py --model M.gguf --format Q2_K --out low.gguf
+    python scripts/quantize.py --model M.gguf --format Q2_K
     python scripts/quantize.py --model M.gguf --format Q2_K --method gptq --calibration C \\
         --out low.gguf
 
 Method rtn needs no calibration, importance one with second moments, gptq one with Hessians
-(`scripts/calibrate.py`). An interrupted run goes on where it was when started again.
+(`scripts/calibrate.py`). Without --out the file is kept in --cache_dir, where sweeps and
+`--low_format` look for it too. An interrupted run goes on where it was when started again.
 """
 
+import sys
 from pathlib import Path
 
 from absl import flags
 
 from hobbit_jax import cli, reference
-from hobbit_jax.experts.tiers import TierSpec, write_tier
+from hobbit_jax.cache_folder import low_precision_folder
+from hobbit_jax.experts.tiers import TierSpec, disk_bytes, open_tier, write_tier
 from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.quantize import FORMATS
-from hobbit_jax.quantize.methods import METHODS
+from hobbit_jax.quantize.methods import METHODS, rarely_seen
+from hobbit_jax.resources import check_room
 from hobbit_jax.signals.calibration import Calibration
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
-_FORMAT = flags.DEFINE_enum("format", None, FORMATS, "of the experts", required=True)
-_METHOD = flags.DEFINE_enum("method", "rtn", METHODS, "how they are encoded")
-_CALIBRATION = flags.DEFINE_string("calibration", None, "folder of scripts/calibrate.py")
-_OUT = flags.DEFINE_string("out", None, "GGUF file to write", required=True)
+_MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")
+_FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Format of the experts.", required=True)
+_METHOD = flags.DEFINE_enum("method", "rtn", METHODS, "How experts are encoded.")
+_CALIBRATION = flags.DEFINE_string("calibration", None, "Folder that scripts/calibrate.py wrote.")
+_OUT = flags.DEFINE_string("out", None, "GGUF file to write; by default one in --cache_dir.")
 
 
 def main(_):
+    path = Path(_OUT.value) if _OUT.value else None
+    if path is not None and path.exists():
+        raise ValueError(f"{path} exists; remove it or give another --out")
     source = open_gguf(_MODEL.value or reference.model_path())
     config = read_config(source)
-    calibration = (
-        Calibration.load(Path(_CALIBRATION.value), source.sha256()) if _CALIBRATION.value else None
-    )
-    path = Path(_OUT.value)
-    if path.exists():
-        raise ValueError(f"{path} exists; remove it or give another --out")
-    write_tier(source, config, TierSpec(_FORMAT.value, _METHOD.value, calibration), path)
+    calibration = Calibration.load(Path(_CALIBRATION.value), source) if _CALIBRATION.value else None
+    spec = TierSpec(_FORMAT.value, _METHOD.value, calibration)
+    if calibration is not None and spec.method != "rtn":
+        for line in rarely_seen(calibration.selections_LE):
+            print(f"warning: {line}", file=sys.stderr)
+    check_room(path or low_precision_folder(), disk_bytes(source, config, spec.format))
+    if path is None:
+        path = open_tier(source, config, spec, low_precision_folder()).paths[0]
+    else:
+        write_tier(source, config, spec, path)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
 

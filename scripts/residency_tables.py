@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from hobbit_jax import cli, reference
 from hobbit_jax.atomic import replacing
+from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals import decode_bench, quality, residency_counts
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.rows import machine, write_json
-from hobbit_jax.signals.calibration import calibrate
+from hobbit_jax.signals.calibration import count_routing
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _LOW_FORMAT = flags.DEFINE_string("low_format", "Q2_K", "of the low tier")
@@ -78,7 +79,7 @@ class _Rows:
 def main(_):
     out = Path(str(_OUT.value))
     model = load_model(_MODEL.value or reference.model_path())
-    low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), Path("out/tiers"))
+    low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), low_precision_folder())
     store = HostExperts(model.config, model.file, [low])
     native = HostExperts(model.config, model.file)
     settings = {"model_sha256": model.file.sha256(), "low": _LOW_FORMAT.value, "rows": _ROWS.value}
@@ -89,8 +90,7 @@ def main(_):
         return quality.cut_windows(model.tokenizer(), texts, count, context, seed)
 
     def profile(part: reference.Part) -> np.ndarray:
-        counted = calibrate(Engine(model, native), windows(part, 48, 512, 0), "routing")
-        return counted.selections_LE
+        return count_routing(Engine(model, native), windows(part, 48, 512, 0)).selections_LE
 
     profiles = {part: profile(part) for part in _PARTS}
     for part in _PARTS:

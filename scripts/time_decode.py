@@ -1,10 +1,6 @@
 """Decodes one window for every line on stdin and prints its seconds per token.
 
-    yes | head -5 | python scripts/time_decode.py --model M.gguf --tokens 64
-
-Called by `bench_decode.py`, also with PYTHONPATH set to another checkout of this repository: it
-uses only what the engine has always had, wherever that lay, so that two revisions can be timed in
-turns.
+yes | head -5 | python scripts/time_decode.py --model M.gguf --tokens 64
 """
 
 import importlib

@@ -32,8 +32,14 @@ def pytest_configure(config):
         jax.config.update("jax_compilation_cache_dir", os.environ[_COMPILED])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
+    if not hasattr(config, "workerinput"):
+        # No test reads or fills the user's own low-precision copies.
+        config.copies = os.environ["HOBBIT_CACHE_DIR"] = tempfile.mkdtemp(prefix="hobbit_jax_")
+
 
 def pytest_unconfigure(config):
+    if hasattr(config, "copies"):
+        shutil.rmtree(config.copies, ignore_errors=True)
     if hasattr(config, "compiled"):
         shutil.rmtree(config.compiled, ignore_errors=True)
 

@@ -1,7 +1,4 @@
-"""Links for tests: time that only they move, and a record of what crossed.
-
-Called by the tests of the pool and of overlap.
-"""
+"""Links for tests: time that only they move, and a record of what crossed."""
 
 from __future__ import annotations
 

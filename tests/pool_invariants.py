@@ -1,7 +1,4 @@
-"""What must hold of a slot pool between any two calls, whatever came before.
-
-Called by the tests of the pool, of the miss modes and of faults.
-"""
+"""What must hold of a slot pool between any two calls, whatever came before."""
 
 import jax
 import numpy as np

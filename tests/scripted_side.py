@@ -60,8 +60,8 @@ class Scripted:
 class Uniform:
     """What `compare_model` makes as PyTorch: every token of V = 258 as probable as every other."""
 
-    def __init__(self, threads, model, context, mode, slots):
-        self.told = {"model": model, "context": context, "mode": mode, "slots": slots}
+    def __init__(self, threads, model, context, mode):
+        self.told = {"model": model, "context": context, "mode": mode}
 
     def score(self, ids_T):
         return np.zeros((len(ids_T), 258), np.float32)
@@ -77,7 +77,6 @@ class Uniform:
             "program": "uniform",
             "versions": {},
             "precision": "none",
-            "slot_bytes": 1,
             "threads": 1,
             "device_peak_bytes": None,
             **self.told,

@@ -9,7 +9,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is missing: pip install -e '.[eva
 from lm_eval_oracles import EOS, requests, scripted_lm, write_one_layer
 
 from hobbit_jax.evals import tasks as direct_tasks
-from hobbit_jax.evals.benchmarks import BenchmarkSettings, end_ids, evaluate
+from hobbit_jax.evals.benchmarks import BenchmarkSettings, evaluate
 from hobbit_jax.minitasks import arithmetic
 from hobbit_jax.model_file.chat_template import ChatTemplate
 from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
@@ -42,8 +42,6 @@ def test_chat_templates():
     assert ChatTemplate("{{ messages | tojson }}", "", "").render([USER]) == json.dumps([USER])
     with pytest.raises(ValueError, match="the file's chat template: no tools"):
         ChatTemplate("{{ raise_exception('no tools') }}", "", "").render([USER])
-    with pytest.raises(NotImplementedError, match=r"syntax that plain Jinja lacks.*generation"):
-        ChatTemplate("{% generation %}", "", "")
     with pytest.raises(ValueError, match="access to attribute"):
         ChatTemplate("{{ ''.__class__.__mro__ }}", "", "").render([USER])
 
@@ -81,8 +79,8 @@ def test_the_files_template_wraps_the_prompts(tmp_path):
         chatty.encode("[user]") == lm.tok_encode("[user]") == [EOS, *lm.tok_encode("[user]", False)]
     )
     # A stop string that is a token ends a generation, as the file's own end tokens do.
-    assert end_ids(file) == (EOS, 65)
-    lm = scripted_lm(chatty, lambda _: "she said", end_ids=end_ids(file))
+    assert chatty.eog_ids == (65, EOS)
+    lm = scripted_lm(chatty, lambda _: "she said")
     for stops, wanted, written in ([["he"], [65, 256, EOS], "s"], [["sa"], [65, EOS], "s "]):
         asked = requests("generate_until", ("p", {"until": stops}))
         assert lm.generate_until(asked) == [written]

@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from hobbit_jax import reference
+from hobbit_jax import cli, reference
 
 SCRIPT = """
 import logging
@@ -13,6 +14,7 @@ from absl import flags
 from hobbit_jax import cli
 
 _LIMIT = flags.DEFINE_integer("limit", 1, "at least 1", 1)
+_SHARE = flags.DEFINE_float("share", 0.5, "0 to 1", 0.0, 1.0)
 _RAISE = flags.DEFINE_string("raises", None, "an exception, as Python writes it")
 
 def main(argv):
@@ -33,7 +35,8 @@ def run(*args: str) -> tuple[int, str, str]:
 
 def test_success():
     assert run("--limit=3") == (0, "3 1\n", "")
-    assert "no TPU here" in run("--verbosity=0")[2]
+    assert "no TPU here" not in run("--verbosity=1")[2]
+    assert "no TPU here" in run("--verbosity=2")[2]
 
 
 @pytest.mark.parametrize(
@@ -79,3 +82,59 @@ def test_absent_reference_model(monkeypatch):
     monkeypatch.setattr(reference, "MODEL_NAME", "absent.gguf")
     with pytest.raises(FileNotFoundError, match=r"absent\.gguf is not .*--model"):
         reference.model_path()
+
+
+@pytest.mark.parametrize("flag", ["--help", "--helpfull", "--version", "--helpshort"])
+def test_help_succeeds(flag):
+    status, out, err = run(flag)
+    assert (status, err) == (0, "") and out
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", "inf", "-inf"])
+def test_absl_ranges_let_no_nan_pass(text):
+    status, _, err = run(f"--share={text}")
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert "share" in err and "number" in err
+
+
+def test_output_places(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    made = tmp_path / "new" / "folder"
+    assert cli.output_file("out", made / "x.npy") == made / "x.npy"
+    assert cli.output_folder("out", made / "y") == made / "y"
+    assert sorted(made.rglob("*")) == [made / "y"]  # nothing but folders is left behind
+    assert cli.output_file("out", file) == file and file.read_text() == "kept"
+    for path in (tmp_path, f"{tmp_path}/x/", "/dev/null", file / "x", "/proc/x.npy", "a\0b"):
+        with pytest.raises(ValueError, match=r"^--out: "):
+            cli.output_file("out", path)
+    for path in (file, file / "x", "/proc/x", "x" * 300):
+        with pytest.raises(ValueError, match=r"^--workdir: "):
+            cli.output_folder("workdir", path)
+
+
+def test_input_places(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\x89PNG\xff")
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "text").write_text("ä", encoding="utf-8")
+    assert cli.input_text("text", tmp_path / "text") == "ä"
+    assert cli.input_folder("data_dir", tmp_path) == tmp_path
+    for name in ("binary", "empty", "absent", "", "text/x", "a\0b"):
+        with pytest.raises(ValueError, match=r"^--text: "):
+            cli.input_text("text", tmp_path / name)
+    for name in ("text", "absent"):
+        with pytest.raises(ValueError, match=r"^--data_dir: "):
+            cli.input_folder("data_dir", tmp_path / name)
+
+
+def test_listed_numbers():
+    def listed(*texts: str):
+        return SimpleNamespace(name="budgets_mib", value=list(texts))
+
+    assert cli.numbers(listed("1", "2.5"), float, 0.5, 4) == [1.0, 2.5]
+    assert cli.numbers(listed("3"), int, 1, 4) == [3]
+    for texts in ((), ("x",), ("nan",), ("5",), ("",)):
+        with pytest.raises(ValueError, match=r"--budgets_mib .*want"):
+            cli.numbers(listed(*texts), float, 0.5, 4)
+    with pytest.raises(ValueError, match=r"'2\.5'; want whole numbers from 1 to 4"):
+        cli.numbers(listed("2.5"), int, 1, 4)

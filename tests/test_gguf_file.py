@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hobbit_jax.model_file.gguf_file import (
-    SUPPORTED_TYPES,
     TensorInfo,
     check_finite_scales,
     open_gguf,
     write_gguf,
 )
+from pallas_kernels.formats import FORMATS
 
 METADATA = {
     "general.architecture": "qwen3moe",
@@ -68,9 +68,7 @@ def small(tmp_path_factory):
 
 
 def test_write_then_open_round_trip(tmp_path):
-    tensors = [
-        random_tensor(f"t{i}", name, (2, 3, 256), seed=i) for i, name in enumerate(SUPPORTED_TYPES)
-    ]
+    tensors = [random_tensor(f"t{i}", name, (2, 3, 256), seed=i) for i, name in enumerate(FORMATS)]
     path = tmp_path / "all.gguf"
     # Data as a function: called only when its turn comes.
     write_gguf(path, METADATA, [(n, f, s, lambda raw=raw: raw) for n, f, s, raw in tensors])
@@ -282,7 +280,7 @@ def test_broken_splits(split):
         open_gguf(renamed)
 
 
-@pytest.mark.parametrize("format_name", SUPPORTED_TYPES)
+@pytest.mark.parametrize("format_name", FORMATS)
 def test_non_finite_scales_are_named(format_name):
     """The oracle for where the scales stand is gguf's own dequantisation."""
     shape = (2, 3, 512)

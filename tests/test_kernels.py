@@ -100,8 +100,8 @@ def _products(x, planes, items, name, rows, width, implementation):
     return grouped_matmul(x, y, [planes], [name], items, tile, interpret=interpret)
 
 
-def test_every_format_has_a_kernel():
-    assert set(PACKINGS) == set(FORMATS)
+def test_every_kernel_is_of_a_format():
+    assert set(PACKINGS) <= set(FORMATS)
 
 
 @every_implementation

@@ -9,7 +9,7 @@ from hobbit_jax.cache.budget import BankDemand, divide_tiers
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, miss_mode
 from hobbit_jax.cache.promotion import Promoter, PromotionRule
 from hobbit_jax.experts import tiers
-from hobbit_jax.experts.precision import SKIPPED, uniform_plan
+from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
@@ -23,7 +23,6 @@ def test_what_serves_a_selection():
     """Every mode's rule, written out: residency (native, low) against weights .5 .3 .15 .05."""
     weights_TK = jnp.asarray([[0.5, 0.3, 0.15, 0.05]])  # heavier ones sum to 0 .5 .8 .95
     absent = {
-        "off": [NATIVE] * 4,
         "wait": [NATIVE] * 4,
         "use_low_if_resident": [NATIVE] * 4,
         "fetch_low": [LOW] * 4,
@@ -48,7 +47,7 @@ def test_what_serves_a_selection():
                 asked_TK = jnp.full((1, 4), asked, jnp.int32)
                 served_TK = mode.serve(asked_TK, weights_TK, resident_tTK)
                 assert served_TK.tolist() == [[asked] * 4], (name, asked)
-    with pytest.raises(ValueError, match="want one of off, wait"):
+    with pytest.raises(ValueError, match="want one of wait, use_low_if_resident"):
         miss_mode("fast")
 
 
@@ -112,16 +111,16 @@ def test_a_mode_is_deterministic_and_counted(model, store, native, mode):
         assert stats.exits > 0
 
 
-def test_off_is_the_native_cache(model, store, native):
-    """Whatever the plan says: its bits, its residents and its bytes."""
+def test_low_copies_that_no_plan_asks_for_change_nothing(model, store, native):
+    """A store with a low tier, without a plan, is the native cache: bits, residents and bytes."""
     plain = Engine(model, HostExperts(model.config, model.file), store.tier_bytes(0) // 2)
     plain.chunk_tokens = CHUNK
-    off = engine_of(model, store, "off", 0.5, plan=uniform_plan(store, LOW))
+    both = engine_of(model, store, "wait", 0.5)
     np.testing.assert_array_equal(decode(plain), native)
-    np.testing.assert_array_equal(decode(off), native)
-    assert off.pool.resident() == plain.pool.resident() and off.pool.slots == plain.pool.slots
-    assert off.pool.stats.bytes_moved == plain.pool.stats.bytes_moved
-    assert off.stats == plain.stats and off.stats.degraded == 0
+    np.testing.assert_array_equal(decode(both), native)
+    assert both.pool.resident() == plain.pool.resident() and both.pool.slots == plain.pool.slots
+    assert both.pool.stats.bytes_moved == plain.pool.stats.bytes_moved
+    assert both.stats == plain.stats and both.stats.degraded == 0
 
 
 def test_a_mode_under_an_unlimited_budget_degrades_only_until_it_has_promoted(model, store, native):

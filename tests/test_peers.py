@@ -1,4 +1,4 @@
-"""Comparisons with other programs: the figures by hand, the child processes, slots, the section.
+"""Comparisons with other programs: the figures by hand, the child processes, the section.
 
 The other programs here are scripted (`scripted_side.py`); the real ones are in
 `test_peers_oracles.py`.
@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,12 +16,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from hobbit_jax.cache.policies import LRU
-from hobbit_jax.cache.replay import Bank, walk
-from hobbit_jax.cache.trace import Trace
 from hobbit_jax.peers.agreement import AgreementMeter
 from hobbit_jax.peers.comparison import PEERS, Request, compare, compare_model, peer_factory
-from hobbit_jax.peers.lru_slots import LRUSlots
 from hobbit_jax.peers.memory import read_resident
 from hobbit_jax.peers.side import SideSpec
 from hobbit_jax.report.peers import PeerRow, load_peers, render_peers
@@ -113,13 +110,8 @@ WINDOWS_WS = np.array([[w, 1, 2, 3] for w in range(4)], np.int32)
 ROWS_RS = np.full((4, 12), 1, np.int32)
 
 
-def run(ours, peer, told=None):
-    def spec(facts):
-        if told is not None:
-            told.append(facts)
-        return peer
-
-    return compare(ours, spec, WINDOWS_WS, ROWS_RS, prompt_tokens=2)
+def run(ours, peer):
+    return compare(ours, peer, WINDOWS_WS, ROWS_RS, prompt_tokens=2)
 
 
 def test_both_in_turns(scripted, tmp_path):
@@ -128,10 +120,9 @@ def test_both_in_turns(scripted, tmp_path):
     mapped.write_bytes(bytes(64 * MIB))
     ours = scripted("ours", noise=0.1, step_s=0.04, mapped=str(mapped), warm_up_s=1.5)
     peer = scripted("peer", step_s=0.002, hold_bytes=96 * MIB)
-    told = []
-    row = run(ours, peer, told)
+    row = run(ours, peer)
 
-    assert told[0]["program"] == "scripted" and told[0]["policy"] == "active"
+    assert row["ours"]["program"] == "scripted" and row["ours"]["policy"] == "active"
     assert row["ours"]["threads"] == row["peer"]["threads"] == 1
     meter = AgreementMeter()
     for w, targets_T in enumerate(WINDOWS_WS[:, 1:]):
@@ -182,21 +173,33 @@ def alive(pid):
     return True
 
 
-def test_a_program_that_refuses(scripted):
+@pytest.fixture
+def started(monkeypatch):
+    """Process ids of the children, as they start."""
+    pids, popen = [], subprocess.Popen
+
+    def record(*arguments, **options):
+        process = popen(*arguments, **options)
+        pids.append(process.pid)
+        return process
+
+    monkeypatch.setattr("hobbit_jax.peers.child.subprocess.Popen", record)
+    return pids
+
+
+def test_a_program_that_refuses(scripted, started):
     """The child's own error, after its name; the other child is gone too."""
-    told = []
     with pytest.raises(ValueError, match=r"^peer: no such model$"):
-        run(scripted(), scripted(fails="load"), told)
-    assert not alive(told[0]["pid"])
+        run(scripted(), scripted(fails="load"))
+    assert len(started) == 2 and not any(alive(pid) for pid in started)
     with pytest.raises(ValueError, match=r"^ours: threads is 99; want 1 to the"):
         run(SideSpec("scripted_side:Scripted", scripted().options, 99), scripted())
 
 
-def test_a_program_that_is_killed(scripted):
-    told = []
+def test_a_program_that_is_killed(scripted, started):
     with pytest.raises(ChildProcessError, match=r"^peer ended by signal 9: a library that talks"):
-        run(scripted(), scripted(fails="decode"), told)
-    assert not alive(told[0]["pid"])
+        run(scripted(), scripted(fails="decode"))
+    assert len(started) == 2 and not any(alive(pid) for pid in started)
     with pytest.raises(ChildProcessError, match=r"^peer: 3 \(KeyError; .*self\.logits_WTV\[3\]"):
         run(scripted(), scripted(fails="score"))
 
@@ -236,49 +239,13 @@ def test_our_side(monkeypatch, tmp_path, two_banks_path):
     assert row["agreement"]["perplexity_peer"]["value"] == pytest.approx(258, rel=1e-6)
     assert row["agreement"]["logit_std"] == 0 < row["agreement"]["logit_rms_difference"]
     ours, peer = row["ours"], row["peer"]
-    assert (peer["context"], peer["mode"], peer["slots"]) == (20, "float32", ours["slots"])
+    assert (peer["context"], peer["mode"]) == (20, "float32")
     assert 0 < ours["pool_bytes"] <= ours["budget_bytes"] == budget_bytes
     assert 0 < ours["decode_hit_rate"] < 1 and ours["threads"] == 1
     assert (row["model"]["name"], row["text"]["name"]) == ("tiny.gguf", "letters.txt")
     del row["peer"]["model"]  # the peer's own doing
     assert str(tmp_path) not in json.dumps(row)
     assert any("| uniform float32, 1 core |" in line for line in render_peers([PeerRow(row)]))
-
-
-def random_trace(rng, n_tokens=200, n_layers=3, n_experts=8, k=2):
-    ids_TLK = np.argsort(rng.random((n_tokens, n_layers, n_experts)) ** 3)[..., :k]
-    weights_TLK = np.full(ids_TLK.shape, 1 / k, np.float32)
-    position_T = np.arange(n_tokens)
-    return Trace("random", ids_TLK.astype(np.int32), weights_TLK, position_T, n_experts)
-
-
-@pytest.mark.parametrize("capacity", [2, 5, 12, 24])
-def test_offloading_slots_are_our_lru(capacity):
-    """Token by token: hits and misses of our policy in our replay, and the slots hold the keys."""
-    trace = random_trace(np.random.default_rng(capacity))
-    slots, contents = LRUSlots(capacity), {}
-    for ids_LK in trace.ids_TLK.tolist():
-        for layer, experts in enumerate(ids_LK):
-            keys = [(layer, expert) for expert in experts]
-            (together,) = slots.use(keys)
-            contents |= {together.slots[key]: key for key in together.fetched}
-            assert [contents[together.slots[key]] for key in keys] == keys
-    assert set(contents) <= set(range(capacity))
-    everyone = np.ones(trace.ids_TLK.shape, bool)
-    walked = walk(trace, LRU(capacity), Bank("native", capacity, 1, everyone))
-    assert slots.misses == int(walked.misses_L.sum()) > 0
-    assert slots.hits == trace.ids_TLK.size - slots.misses
-
-
-def test_more_experts_than_slots_come_in_rounds():
-    """A prefill asks for all: every key once, those at hand first, never more than fit."""
-    slots = LRUSlots(3)
-    list(slots.use([(0, 4), (0, 5)]))
-    rounds = list(slots.use([(0, expert) for expert in range(8)]))
-    assert [key for part in rounds for key in part.slots][:2] == [(0, 4), (0, 5)]
-    assert sorted(key for part in rounds for key in part.slots) == [(0, e) for e in range(8)]
-    assert all(len(set(part.slots.values())) == len(part.slots) <= 3 for part in rounds)
-    assert (slots.hits, slots.misses) == (2, 8)
 
 
 def peer_row(scripted, budget_bytes=None):

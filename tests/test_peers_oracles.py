@@ -16,7 +16,6 @@ import pytest
 import tiny_models
 from conftest import REPOSITORY, TWO_BANKS
 
-from hobbit_jax.cache.policies import LRU
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
@@ -46,10 +45,10 @@ def torch():
     return torch
 
 
-def side(torch, path, mode, slots=None):
+def side(torch, path, mode):
     from hobbit_jax.peers.pytorch import PyTorch
 
-    made = PyTorch(str(path), threads=1, context=64, mode=mode, slots=slots)
+    made = PyTorch(str(path), threads=1, context=64, mode=mode)
     assert torch.get_num_threads() == 1
     return made
 
@@ -93,60 +92,6 @@ def test_planted_errors_of_the_mapping_show(torch, paths, monkeypatch, name):
     assert difference() > 1
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("slots", [1, 3, 9, 100])
-def test_offloaded_experts_change_no_bit(torch, paths, name, slots):
-    """Against transformers' own loop over experts in bfloat16, prefilled and token by token; and
-    the misses are those of our policy on the same routing."""
-    from hobbit_jax.peers.expert_offload import load_offloaded
-    from hobbit_jax.peers.hugging_face import load
-    from hobbit_jax.peers.pytorch import dequantised
-
-    file = open_gguf(paths[name])
-    config = read_config(file)
-    plain = load(config, lambda t: dequantised(file, t), torch.bfloat16, experts="eager")
-    model, held = load_offloaded(
-        config, lambda t: dequantised(file, t), slots, torch.bfloat16, "cpu"
-    )
-    routed = []
-    for number, layer in enumerate(model.model.layers):
-        layer.mlp.experts.register_forward_pre_hook(
-            lambda _, arguments, number=number: routed.append((number, arguments[1].clone()))
-        )
-    ids_1T = torch.from_numpy(golden(name)[0][None].astype(np.int64))
-    with torch.inference_mode():
-        assert torch.equal(model(ids_1T).logits, plain(ids_1T).logits)
-        caches = [m(ids_1T[:, :16], use_cache=True).cache for m in (model, plain)]
-        before = held.order.hits, held.order.misses
-        resident = list(held.order._lru._resident)
-        routed.clear()
-        for t in range(16, ids_1T.shape[1]):
-            token = ids_1T[:, t : t + 1]
-            ours, theirs = (
-                m(token, cache=cache).logits
-                for m, cache in zip((model, plain), caches, strict=True)
-            )
-            assert torch.equal(ours, theirs)
-    policy = LRU(slots)
-    for key in resident:
-        policy.admit(key)
-    uses = misses = 0
-    for layer, ids_TK in routed:
-        keys = [(layer, expert) for expert in ids_TK[0].tolist()]
-        missing = [key for key in keys if not policy.access(key)]
-        uses, misses = uses + len(keys), misses + len(missing)
-        # What does not fit together comes in rounds, those at hand first.
-        ordered = sorted(keys, key=lambda key: key in missing)
-        for start in range(0, len(ordered), slots):
-            together = ordered[start : start + slots]
-            for key in together:
-                if key not in policy:
-                    policy.admit(key, together)
-    assert (held.order.hits - before[0], held.order.misses - before[1]) == (uses - misses, misses)
-    if slots == 100:
-        assert misses <= config.n_layers * config.n_experts
-
-
 def request(path, peer, **changed):
     fixed = Request(path, peer, None, None, None, None, 3, 40, 2, 16, 8, 1)
     return replace(fixed, **changed)
@@ -161,7 +106,7 @@ def text(tmp_path_factory):
 
 
 def test_compare_with_torch(torch, paths, text, tmp_path, monkeypatch, capsys):
-    """The script end to end; then offloaded, where both sides have as many slots."""
+    """The script end to end."""
     out = tmp_path / "new" / "row.json"
     arguments = (
         f"--model={paths['mixtral']}", "--peer=torch", f"--text={text}", f"--out={out}",
@@ -182,22 +127,6 @@ def test_compare_with_torch(torch, paths, text, tmp_path, monkeypatch, capsys):
     assert row["peer"]["precision"] == "float32"
     assert row["ours"]["threads"] == row["peer"]["threads"] == 1
     assert row["model"]["name"] == "mixtral.gguf" and row["text"]["name"] == "letters.txt"
-
-    offloaded = request(
-        paths["mixtral"], "torch", text=text, torch_mode="offload", budget_bytes=5 * 2**18
-    )
-    row = compare_model(offloaded)
-    assert row["ours"]["pool_bytes"] <= 5 * 2**18
-    assert row["peer"]["slots"] == row["ours"]["slots"] > 0
-    assert 0 < row["peer"]["decode_hit_rate"] < 1
-    # bfloat16 is not float32, and not far from it.
-    assert 1e-6 < row["agreement"]["kl_mean"]["value"] < 0.1
-    assert "experts streamed through" in "\n".join(render_peers([PeerRow(row)]))
-
-
-def test_offloading_wants_a_budget(torch, paths):
-    with pytest.raises(ValueError, match="under a budget only; give --budget_mib"):
-        side(torch, paths["mixtral"], "offload")
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def test_residents_are_the_engines_own(tmp_path: Path, made_up: Trace):
     store, trace = HostExperts(TINY.config, file), shorter(made_up, 40)
     for share in (0.1, 0.33, 0.7, 1.0, 2.0):
         pool = int(share * store.tier_bytes(0))
-        slots, _ = pool_slots(uniform_plan(store), MISS_MODES["off"], store, pool, 0.0)
+        slots, _ = pool_slots(uniform_plan(store), MISS_MODES["wait"], store, pool, 0.0)
         outcome = replay_setting(NATIVE, TINY, trace, pool, CONTEXT)
         assert outcome.residents == sum(slots.values())
         assert sorted(outcome.slots.values()) == sorted(slots.values())
@@ -128,7 +128,7 @@ def test_more_memory_is_never_fewer_residents(setting: Setting, made_up: Trace):
             pool = int(share * TINY.native_bytes)
             found.append(replay_setting(setting, TINY, trace, pool, CONTEXT))
         except ValueError:
-            assert not found or setting.mode != "off"
+            assert not found or setting.low_format is not None
     assert len(found) > 2
     for less, more in pairwise(found):
         # Of caches that hold two copies, what they hold in the end depends on the text a little.
@@ -320,7 +320,7 @@ def tiny_plan(pool_share: float) -> dict:
     return make_plan(TINY, CARDS["RTX 4070"], machine, memory, CONTEXT, 256, made, {})
 
 
-def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_plan_says_what_it_rests_on(tmp_path: Path):
     """From the record to the text on the screen and to the document's section."""
     summary = {
         "device": "cpu: a made one", "cpu_count": 2, "on_gpu": False, "settings": 13,
@@ -336,9 +336,8 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = tmp_path / "planner"
     folder.mkdir()
     (folder / "check.json").write_text(json.dumps(checked))
-    monkeypatch.setattr("hobbit_jax.planner.plan.CHECK", folder / "check.json")
     plan = tiny_plan(0.45)
-    text = table.render(plan, recorded_check())
+    text = table.render(plan, summary)
     assert "EXTRAPOLATES: no routing of this model" in text
     assert (
         "Checked on 2 CPU cores only, never on a GPU (cpu: a made one): median error 12 %" in text
@@ -347,6 +346,7 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
         "13 settings that no constant was fitted to (predicted over measured 0.81 to 1.39)" in text
     )
     assert "launches_per_layer 30" in text and "floor Q3_K: left out" in text
+    assert recorded_check().keys() == summary.keys()
     names = [s["name"] for s in plan["settings"]]
     assert names[0] == "native SLRU" and plan["choice"] in names and len(plan["rivals"]) == 3
     assert f"Choice: {plan['choice']}, " in text
@@ -358,14 +358,14 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path, monkeypatch: pytest.Monkey
         speed = factor * chosen["tokens_per_second"]
         for rival in plan["rivals"]:
             rival["tokens_per_second"] = speed
-        assert ("BETTER ELSEWHERE" in table.render(plan, None)) == (factor > 1)
+        assert ("BETTER ELSEWHERE" in table.render(plan, summary)) == (factor > 1)
         told = "\n".join(render_plans(Plans([plan])))
         assert ("degrades nothing" in told) == ("a CPU rival" in told) == (factor > 1)
 
     fits = tiny_plan(1.0)
     assert [s["name"] for s in fits["settings"]] == ["native SLRU"] and not fits["rivals"]
     assert fits["settings"][0]["traffic"]["moved_bytes"] == 0
-    assert "natively" in table.render(fits, None) and "all fit" in table.render(fits, None)
+    assert "natively" in table.render(fits, summary) and "all fit" in table.render(fits, summary)
 
     assert load_plans(tmp_path / "absent") is None
     (folder / "tiny-12.json").write_text(json.dumps(plan))

@@ -141,7 +141,11 @@ def test_sentencepiece_spaces(data_dir):
         ({"tokenizer.ggml.merges": ["h z", "hz e"]}, ValueError, "'h z'"),
         ({"tokenizer.ggml.token_type": [1]}, ValueError, "1 entries.*265"),
         ({"tokenizer.ggml.tokens": ["a", "b", "a"]}, ValueError, "'a' appears twice"),
-        ({"tokenizer.ggml.eos_token_id": 999}, ValueError, "999, expected an id below 265"),
+        (
+            {"tokenizer.ggml.eos_token_id": 999},
+            ValueError,
+            "999, expected an integer from 0 to 264",
+        ),
         ({"tokenizer.ggml.add_bos_token": True}, ValueError, "bos_token_id"),
         (
             {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0] * 265},

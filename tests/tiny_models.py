@@ -1,9 +1,8 @@
 """Tiny random models in GGUF files, the same bytes on every machine.
 
-Called by the tests of whole models and by `goldens/make_goldens.py`, which has no JAX: this
-module uses nothing but NumPy, `gguf` and our writer. Blocks are random bytes, not encoded
-weights, so that every code a format can hold occurs; only the scales are chosen, for weights
-of mean 0 and of the wanted standard deviation.
+Only NumPy, `gguf` and our writer are used: `goldens/make_goldens.py` needs no model of ours.
+Blocks are random bytes, not encoded weights, so that every code a format can hold occurs; only the
+scales are chosen, for weights of mean 0 and of the wanted standard deviation.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How the pool's bytes are divided into slots of its banks.
 
 Owns the division: between banks of one tier by expected use, and between the native banks and the
-low ones by a share. Called by the engine when it makes a pool.
+low ones by a share.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The slot pool on the device: banks of packed experts, and the table of who is in which slot.
 
 Owns these arrays, and the one program that writes a slot and its lines of the table, so that the
-two cannot disagree. Called by `pool.py`, which knows who belongs where. GGUF blocks come as they
-lie in the file and are split into planes inside that program.
+two cannot disagree. GGUF blocks come as they lie in the file and are split into planes inside that
+program.
 """
 
 from __future__ import annotations

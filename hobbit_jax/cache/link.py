@@ -1,10 +1,10 @@
 """The way of an expert's bytes from host to device: who waits for it, and how long.
 
 Owns both links. The *direct* one is JAX's own copy. The *paced* one emulates a slower link, for
-machines whose device is the CPU, where a copy costs next to nothing: uploads take their turn, as
-on a bus, and last as long as their bytes would. An upload occupies the link whether or not anybody
+machines whose device is the CPU, where a copy costs next to nothing: uploads take their turn, as on
+a bus, and last as long as their bytes would. An upload occupies the link whether or not anybody
 waits for it, so one that nobody waits for runs beside the computation, and one that was wrong to
-start delays those behind it. Called by `pool.py`, for every upload.
+start delays those behind it.
 """
 
 from __future__ import annotations

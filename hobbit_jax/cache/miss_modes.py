@@ -113,9 +113,7 @@ class Hobbit(MissMode):
 
 WAIT = MissMode()
 
-# "off" is the hard off: the plan and every low tier are left aside, all is native.
 MISS_MODES: dict[str, MissMode] = {
-    "off": WAIT,
     "wait": WAIT,
     "use_low_if_resident": UseLowIfResident(),
     "fetch_low": FetchLow(),

@@ -1,7 +1,7 @@
 """How many slots each bank gets under a plan, a miss mode and a budget.
 
 Owns the step from who may ask for which copy (`experts/precision.py`, `miss_modes.py`) to slots per
-bank; the division itself is `cache/budget.py`'s. Called by the engine.
+bank; the division itself is `cache/budget.py`'s.
 """
 
 from __future__ import annotations

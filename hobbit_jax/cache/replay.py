@@ -1,8 +1,8 @@
 """Replays recorded routing through a policy: what the cache would have done, without a model.
 
-Owns the walk over a trace, the two-tier plans at equal bytes, and the figures. Called by
-`scripts/replay.py`. The policies are the live engine's own classes, called as the engine calls
-them: a cold start, demand misses only, one token's experts of a layer resident at once.
+Owns the walk over a trace, the two-tier plans at equal bytes, and the figures. The policies are the
+live engine's own classes, called as the engine calls them: a cold start, demand misses only, one
+token's experts of a layer resident at once.
 
 Low-precision plans share the bytes of `capacity` native slots between a native bank and a low one:
 

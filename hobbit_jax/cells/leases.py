@@ -1,8 +1,8 @@
 """Leases: which of several workers, on one machine or many, makes a thing in a shared folder.
 
-Owns the claim, the heartbeat, and the count of deaths. Called by `workbench.py` (files that cells
-share) and `launch/` (cells). A lease spares work and nothing else: if two workers come to make
-one thing after all, both make it right, and the first to be whole stays (`atomic.place_first`).
+Owns the claim, the heartbeat, and the count of deaths. A lease spares work and nothing else: if two
+workers come to make one thing after all, both make it right, and the first to be whole stays
+(`atomic.place_first`).
 
 A lease is a file `<name>.<generation>`, made by a hard link, so of several claims one succeeds.
 Its owner touches it while it lives. A lease has ended when `<name>.<generation>.end` is there, or

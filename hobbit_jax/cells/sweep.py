@@ -1,8 +1,8 @@
 """Cells of a sweep: one row each.
 
 Owns how a cell of any kind becomes its row, and the kind that asks what a plan costs under a pool
-budget; `frontier.py` has the one that asks what it loses. Called by the workers of `launch/`;
-configs make the cells. What cells of a model share is `workbench.py`.
+budget; `frontier.py` has the one that asks what it loses. Configs make the cells. What cells of a
+model share is `workbench.py`.
 """
 
 from __future__ import annotations

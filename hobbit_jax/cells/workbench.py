@@ -3,7 +3,7 @@
 Owns the loaded model, texts and windows, calibrations, tiers, measured errors and native logits,
 and where in the working directory they are kept: what is made once for all cells (`cache/`,
 `tiers/`), and the finished parts of unfinished cells (`parts/`). Of all workers one makes a thing
-and the others wait for it. Called by the cells of `sweep.py` and `frontier.py`.
+and the others wait for it.
 """
 
 from __future__ import annotations
@@ -22,22 +22,19 @@ import numpy as np
 
 from hobbit_jax import reference
 from hobbit_jax.atomic import replacing
+from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.cells.leases import Leases
+from hobbit_jax.cells.texts import CODE_TEXT, calibration_documents, evaluation_documents
 from hobbit_jax.evals import quality
 from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.experts.tiers import TierSpec, tier_path, write_tier
+from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel, load_model
-from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
+from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS
 from hobbit_jax.rows import machine, write_json
 from hobbit_jax.signals.calibration import STATISTICS, Calibration, calibrate
 from hobbit_jax.signals.importance import MeasuredErrors, measure_errors
-from hobbit_jax.training.corpus import task_documents
-
-# Calibration texts by name: generated problems, none of them held out; and the reference model's
-# own calibration text with as many characters of those.
-TASKS_TEXT, MIXED_TEXT = "tasks", "mixed"
 
 
 @dataclass(frozen=True)
@@ -120,26 +117,12 @@ class Workbench:
 
     def calibration_texts(self, text: str) -> list[str]:
         """Documents of a calibration text: a file, a named one, or "" for the sweep's own."""
-        text = text or self.inputs.calibration_text
-        if not text:
-            return reference.held_out_texts("calibration")
-        if text == TASKS_TEXT:
-            return task_documents(seed=0, count=4000)
-        if text == MIXED_TEXT:
-            sources = reference.held_out_texts("calibration")
-            problems = task_documents(seed=0, count=4000)
-            order = np.random.default_rng(0).permutation(len(problems))
-            ends = np.cumsum([len(problems[index]) for index in order])
-            kept = order[ends <= sum(map(len, sources))]
-            return [*sources, *(problems[index] for index in kept)]
-        return [Path(text).read_text(encoding="utf-8")]
+        return calibration_documents(text or self.inputs.calibration_text or CODE_TEXT)
 
     @functools.cached_property
     def evaluation_texts(self) -> list[str]:
         """Documents of the evaluation text."""
-        if not self.inputs.evaluation_text:
-            return reference.held_out_texts("evaluation")
-        return [Path(self.inputs.evaluation_text).read_text(encoding="utf-8")]
+        return evaluation_documents(self.inputs.evaluation_text)
 
     @functools.cached_property
     def text_sha256(self) -> str:
@@ -199,9 +182,10 @@ class Workbench:
         if key not in self._calibrations:
             path = self.workdir / "cache" / f"calibration-{key[0]}-{statistics}"
             self._made(
-                path, lambda: calibrate(self._native_engine(), windows, statistics).save(path)
+                Calibration.file(path),
+                lambda: calibrate(self._native_engine(), windows, statistics, path),
             )
-            self._calibrations[key] = Calibration.load(path, self.model.file.sha256())
+            self._calibrations[key] = Calibration.load(path, self.model.file)
         return self._calibrations[key]
 
     @functools.cached_property
@@ -244,9 +228,8 @@ class Workbench:
         key = spec.key(self.model.file)
         if key not in self._tiers:
             file, config = self.model.file, self.model.config
-            path = tier_path(file, spec, self.workdir / "tiers")
-            self._made(path, lambda: write_tier(file, config, spec, path, self._leases.advance))
-            self._tiers[key] = open_gguf(path)
+            stored = self._leases.advance
+            self._tiers[key] = open_tier(file, config, spec, low_precision_folder(), stored)
         return self._tiers[key]
 
     def store(self, specs: Sequence[TierSpec]) -> HostExperts:

@@ -1,7 +1,7 @@
 """lm-eval's benchmarks on an engine: one call, one JSON-able record with intervals.
 
-Owns what is asked of lm-eval and what is kept of its answer. Called by `scripts/evaluate.py` and
-by cells of a sweep. Scores and standard errors are lm-eval's own; intervals are this room's.
+Owns what is asked of lm-eval and what is kept of its answer. Scores and standard errors are
+lm-eval's own; intervals are this room's.
 """
 
 from __future__ import annotations
@@ -24,14 +24,11 @@ from hobbit_jax.evals.lm_eval_tasks import check_names, load_tasks
 from hobbit_jax.evals.responses import Responses
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.chat_template import ChatTemplate
-from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.rows import machine
 from hobbit_jax.statistics import Interval, bootstrap, share
 
 _RUNNING_CODE = ("humaneval", "mini_functions")
 _PACKAGES = ("lm_eval", "datasets", "jinja2")
-# Tokens that llama.cpp ends a generation at, besides the end of text.
-_END_KEYS = ("eos", "eot", "eom")
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,6 @@ class BenchmarkSettings:
                 raise ValueError(f"{name} is {value}; want 1 or more")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ValueError(f"num_fewshot is {self.num_fewshot}; want 0 or more")
-
-
-def end_ids(file: GGUFFile) -> tuple[int, ...]:
-    """Ids that end a generation: end of text, of turn and of message, where the file has them."""
-    found = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _END_KEYS)
-    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
 
 
 def evaluate_engine(
@@ -93,13 +84,13 @@ def evaluate_engine(
         "implementation": engine.model.implementation,
         "max_length": settings.max_length,
         "max_new_tokens": settings.max_new_tokens,
+        "eog_ids": list(tokenizer.eog_ids),
     }
     lm = EngineLM(
         engine,
         tokenizer,
         Responses(responses_dir, answers_depend_on),
         chat=ChatTemplate.from_gguf(file, tokenizer) if settings.chat_template else None,
-        end_ids=end_ids(file),
         batch_size=settings.batch_size,
         max_length=settings.max_length,
         max_new_tokens=settings.max_new_tokens,

@@ -1,6 +1,6 @@
 """The text of one generated sequence, watched for stop strings as its tokens come.
 
-Owns the decoding token by token and the cut. Called by `lm_eval_model.py`, once per sequence.
+Owns the decoding token by token and the cut.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """What decode costs under a plan and a budget: hits, bytes moved, tokens per second.
 
-Owns the decode measurement. Called by `cells/sweep.py`. Tokens are forced to real
-held-out text, so every plan meets the same text and routing differs only
-through the plan itself. The first window warms pool and compiled programs and
-is not counted; each further window is one repeat.
+Owns the decode measurement. Tokens are forced to real held-out text, so every plan meets the same
+text and routing differs only through the plan itself. The first window warms pool and compiled
+programs and is not counted; each further window is one repeat.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Owns the comparison of decode settings: every setting decodes the same forced tokens, in turns, so
 that a busy machine slows all of them alike, and the ratio to the native cache at the same budget is
-taken turn by turn. Called by `scripts/bench_decode.py`. Also owns the engine's yardstick, decode
-without any cache: the same layers with every expert resident and addressed directly.
+taken turn by turn. Also owns the engine's yardstick, decode without any cache: the same layers with
+every expert resident and addressed directly.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def mode_settings(
     store: HostExperts, budget_bytes: int, low_shares: Iterable[LowShare]
 ) -> list[Setting]:
     """Native first; then the uniform rival, and each mode at each split that differs."""
-    listed, shares = [Setting("native", "off", budget_bytes)], list(low_shares)
+    listed, shares = [Setting("native", "wait", budget_bytes)], list(low_shares)
     listed.append(Setting("uniform low", "wait", budget_bytes, plan=uniform_plan(store, 1)))
     for name, mode in MISS_MODES.items():
         if mode.low_banks == "cache":
@@ -150,7 +150,7 @@ def prefetch_settings(store: HostExperts, budget_bytes: int) -> list[Setting]:
     What is staged is taken off the pool: one expert, or as many as a token has in a layer.
     """
     k, expert_bytes = store.config.experts_per_token, store.largest_expert_bytes
-    listed = [Setting("prefetch off", "off", budget_bytes, options={"staging_bytes": 0})]
+    listed = [Setting("prefetch off", "wait", budget_bytes, options={"staging_bytes": 0})]
     tried = [
         (PrefetchRule("layer_ahead", 1), 1),
         (PrefetchRule("layer_ahead", 1), k),
@@ -162,7 +162,7 @@ def prefetch_settings(store: HostExperts, budget_bytes: int) -> list[Setting]:
         name = f"{rule.predictor}, distance {rule.distance}, {n_staged} staged"
         staging_bytes = n_staged * expert_bytes
         options = {"staging_bytes": staging_bytes, "prefetch": rule}
-        listed.append(Setting(name, "off", budget_bytes - staging_bytes, options=options))
+        listed.append(Setting(name, "wait", budget_bytes - staging_bytes, options=options))
     return listed
 
 

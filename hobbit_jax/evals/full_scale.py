@@ -1,8 +1,8 @@
 """One decode at a real model's size: what it takes in time, in memory and in bytes moved.
 
 Owns the run (open, load, prefill, decode token by token), the watch over the process's own memory
-and the record. Called by `scripts/scale.py`. The model is synthetic (`synthetic/synthesize.py`):
-its routing is skewed and repeats itself as real routing does, its text means nothing.
+and the record. The model is synthetic (`synthetic/synthesize.py`): its routing is skewed and
+repeats itself as real routing does, its text means nothing.
 
 *Own memory* is anonymous memory, RssAnon of /proc/self/status, sampled by a thread every 10 ms: the
 pool, the dense part, what programs allocate. Pages of the mapped file are the page cache's and not
@@ -26,6 +26,7 @@ import numpy as np
 
 from hobbit_jax import markdown
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
+from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
@@ -237,8 +238,8 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
         low = []
         if run.low_format is not None:
             progress("low tier")
-            spec, directory = TierSpec(run.low_format), run.model.parent / "tiers"
-            low.append(open_tier(model.file, model.config, spec, directory))
+            spec = TierSpec(run.low_format)
+            low.append(open_tier(model.file, model.config, spec, low_precision_folder()))
         store = HostExperts(model.config, model.file, low)
         plan = uniform_plan(store, LOW if run.setting == "uniform" else NATIVE)
         mode = run.setting if run.setting in MISS_MODES else "wait"

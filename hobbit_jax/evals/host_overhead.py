@@ -1,7 +1,7 @@
 """What a decoded token costs besides arithmetic, layer by layer, now and in another revision.
 
 Owns the hollow model, whose layers compute next to nothing, and the timing of two checkouts of this
-repository in turns. Called by `scripts/bench_decode.py`.
+repository in turns.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How fast an expert's bytes reach the device, from memory of either kind.
 
-Owns the measurement of the real link, which the planner's constants and every bound want. Called by
-`scripts/bench_decode.py`. What the store hands out is a NumPy view of a memory map, which a driver
-copies through pinned memory of its own; arrays in the device's pinned host memory go straight. On a
-CPU the figures are those of a copy within memory.
+Owns the measurement of the real link, which the planner's constants and every bound want. What the
+store hands out is a NumPy view of a memory map, which a driver copies through pinned memory of its
+own; arrays in the device's pinned host memory go straight. On a CPU the figures are those of a copy
+within memory.
 """
 
 from __future__ import annotations

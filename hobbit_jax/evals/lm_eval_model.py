@@ -1,9 +1,9 @@
 """An engine as lm-eval's language model: likelihoods, rolling likelihoods, generation.
 
-Owns the batching of requests, the limits of the context, stop strings, and the memory of
-finished requests. Called by `benchmarks.py`, and usable wherever lm-eval takes an `LM`. Requests
-become tokens by lm-eval's own rules (`TemplateLM._encode_pair`, `get_rolling_token_windows`);
-what is too long is cut as in lm-eval's Hugging Face model, and counted.
+Owns the batching of requests, the limits of the context, stop strings, and the memory of finished
+requests. Requests become tokens by lm-eval's own rules (`TemplateLM._encode_pair`,
+`get_rolling_token_windows`); what is too long is cut as in lm-eval's Hugging Face model, and
+counted.
 """
 
 from __future__ import annotations
@@ -94,7 +94,6 @@ class EngineLM(TemplateLM):
         tokenizer: of the same file.
         responses: finished requests, and where new ones are remembered; sampled ones never are.
         chat: the file's template, for `apply_chat_template`.
-        end_ids: tokens that end a generation; None is the tokenizer's end of text.
         batch_size: sequences at once. Answers differ between batch sizes by rounding only.
         max_length: tokens of context in use; None is all that the model has.
         max_new_tokens: overrides what tasks ask for; None does not.
@@ -113,7 +112,6 @@ class EngineLM(TemplateLM):
         responses: Responses | None = None,
         *,
         chat: ChatTemplate | None = None,
-        end_ids: Sequence[int] | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
         max_new_tokens: int | None = None,
@@ -134,15 +132,13 @@ class EngineLM(TemplateLM):
         self._engine, self._text = engine, tokenizer
         self._responses = Responses(None, {}) if responses is None else responses
         self._chat, self._seed, self._progress = chat, seed, progress
-        eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        self._end_ids = tuple(eos if end_ids is None else end_ids)
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
         self.counts = Counts()
 
     @property
     def eot_token_id(self) -> int:
         """The end of text, or what stands in for it."""
-        return self._end_ids[0] if self._end_ids else self._prefix_id
+        return self._prefix_id if self._text.eos_id is None else self._text.eos_id
 
     @property
     def reused(self) -> int:
@@ -179,10 +175,6 @@ class EngineLM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Ids of `string`; BOS in front where the file wants it and the text has none yet."""
-        if add_special_tokens is None and self._text.bos_id is not None:
-            bos_text = self._text.decode([self._text.bos_id])
-            if bos_text and string.startswith(bos_text):  # a rendered chat template
-                add_special_tokens = False
         return self._text.encode(string, add_bos=add_special_tokens)
 
     # Likelihoods
@@ -227,8 +219,9 @@ class EngineLM(TemplateLM):
             totals[text] = 0.0 if known is None else known
             if known is not None:
                 continue
+            ids = self.tok_encode(text, add_special_tokens=False)
             windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text, add_special_tokens=False),
+                token_list=ids[1:] if ids[:1] == [self._prefix_id] else ids,
                 prefix_token=self._prefix_id,
                 max_seq_len=self.max_length,
                 context_len=1,
@@ -352,7 +345,10 @@ class EngineLM(TemplateLM):
         longest = max(map(len, rows))
         # Room in round numbers, so that few programs are compiled; the loop ends at the limit.
         room = _rounded(longest + limit, self._engine.config.context_length) - longest
-        ends = {*self._end_ids, *(id for stop in wanted["until"] for id in self._special(stop))}
+        ends = {
+            *self._text.eog_ids,
+            *(id for stop in wanted["until"] for id in self._special(stop)),
+        }
         steps = self._engine.generate(rows, room, sampling, sorted(ends))
         for step, (ids_B, _) in enumerate(steps):
             for text, token in zip(texts, ids_B.tolist(), strict=True):

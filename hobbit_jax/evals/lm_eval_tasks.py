@@ -1,9 +1,9 @@
 """Task definitions for lm-eval: its own ones on local files, and the miniature tasks.
 
-Owns which tasks there are and where their documents come from. Called by `benchmarks.py`.
-Prompts, filters and metrics are read from the installed lm-eval when a task is loaded; only what
-needs a network is replaced: the documents (when there is a data folder), and HumanEval's metric,
-which lm-eval fetches from a hub and which runs here in `hobbit_jax.code_runner`.
+Owns which tasks there are and where their documents come from. Prompts, filters and metrics are
+read from the installed lm-eval when a task is loaded; only what needs a network is replaced: the
+documents (when there is a data folder), and HumanEval's metric, which lm-eval fetches from a hub
+and which runs here in `hobbit_jax.code_runner`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How well later layers' experts can be guessed: the figure behind every prefetch.
 
 Owns the measurement on text: the share of the experts that a layer chooses which a predictor named
-beforehand, with as many guesses as the router has choices. Called by `scripts/bench_decode.py`.
+beforehand, with as many guesses as the router has choices.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Quality of a plan: likelihood of held-out text, and distance from the native model.
 
-Owns evaluation windows, the cached native logits, and the per-token figures:
-negative log-likelihood, KL(native || plan) and top-1 agreement. Called by
-`cells/sweep.py`. Figures are per token; intervals are over windows.
+Owns evaluation windows, the cached native logits, and the per-token figures: negative
+log-likelihood, KL(native || plan) and top-1 agreement. Figures are per token; intervals are over
+windows.
 """
 
 from __future__ import annotations
@@ -43,19 +43,26 @@ class Windows:
 
 
 def cut_windows(
-    tokenizer: Tokenizer, texts: Sequence[str], count: int, context: int, seed: int = 0
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    count: int,
+    context: int,
+    seed: int = 0,
+    fewer: bool = False,
 ) -> Windows:
     """`count` windows of `context` + 1 tokens, spread over `texts`, none overlapping.
+
+    `fewer` takes as many as there are, at least one, where `count` are not.
 
     Raises:
         ValueError: the texts are too short for that many windows.
     """
     stream = np.concatenate([np.asarray(tokenizer.encode(text), np.int32) for text in texts])
     available = len(stream) // (context + 1)
-    if available < count:
+    if available < (1 if fewer else count):
         raise ValueError(
             f"the text has {len(stream)} tokens, enough for {available} windows of {context} + 1; "
-            f"{count} were asked for"
+            f"{count} were asked for; give a longer text or ask for fewer or shorter ones"
         )
     windows_WS = stream[: available * (context + 1)].reshape(available, context + 1)
     chosen = np.sort(np.random.default_rng(seed).permutation(available)[:count])

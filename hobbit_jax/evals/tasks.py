@@ -1,7 +1,7 @@
 """The miniature tasks, scored: worked arithmetic by its answer, functions by running them.
 
-Owns prompts, stop rules and verdicts. Called by `cells/sweep.py` and by the model
-card. Problems are held-out ones (`hobbit_jax/minitasks`), completions greedy.
+Owns prompts, stop rules and verdicts. Problems are held-out ones (`hobbit_jax/minitasks`),
+completions greedy.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ def complete(
     max_new_tokens: int,
     batch: int | None = None,
 ) -> list[str]:
-    """Greedy completions up to the model's own EOS, of `batch` prompts at a time or of all."""
+    """Greedy completions up to the end of generation, of `batch` prompts at a time or of all."""
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    stop_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     context = max(map(len, encoded)) + max_new_tokens
     texts: list[str] = []
     for start in range(0, len(encoded), batch or len(encoded)):
         part = encoded[start : start + (batch or len(encoded))]
-        generated = engine.generate(part, max_new_tokens, stop_ids=stop_ids, context=context)
+        generated = engine.generate(
+            part, max_new_tokens, stop_ids=tokenizer.eog_ids, context=context
+        )
         steps = [np.full(len(part), -1), *(ids_B for ids_B, _ in generated)]
         texts += [tokenizer.decode(row[row >= 0].tolist()) for row in np.stack(steps, axis=1)]
     return texts

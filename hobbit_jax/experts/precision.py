@@ -1,11 +1,9 @@
 """The precision plan: which tier each selected expert runs at.
 
-Owns the decision per selection, and what share of an expert's selections each tier may expect.
-Called by the engine after each layer's routing (`assign`) and when a pool is sized
-(`cache/pool_sizing.py`). A static plan gives each (layer, expert) pair one tier for good; a
-selection plan decides anew for each selection, as HOBBIT does (arXiv 2411.01433, section 3.2), and
-so may need several copies of an expert. Plans are pytrees, and `assign` runs on NumPy arrays and
-inside a compiled program alike.
+Owns the decision per selection, and what share of an expert's selections each tier may expect. A
+static plan gives each (layer, expert) pair one tier for good; a selection plan decides anew for
+each selection, as HOBBIT does (arXiv 2411.01433, section 3.2), and so may need several copies of an
+expert. Plans are pytrees, and `assign` runs on NumPy arrays and inside a compiled program alike.
 """
 
 from __future__ import annotations

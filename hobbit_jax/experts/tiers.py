@@ -1,24 +1,25 @@
 """Low-precision copies of a model's experts, written once as GGUF files.
 
-Owns where a low tier lives, when it is stale, and how it is made: each expert
-is decoded from its native blocks and encoded again (`quantize/methods.py`), the rest of
-the model is copied, so the file is a complete uniformly quantised model that
-llama.cpp opens as well. It is keyed by the source's hash, by the encoders' own source text and by
-the calibration, and reopened by memory map. Called by the sweeps and `scripts/quantize.py`
-before a store is built.
+Owns where a low tier lives, when it is stale, and how it is made: each expert is decoded from its
+native blocks and encoded again (`quantize/methods.py`), the rest of the model is copied, so the
+file is a complete uniformly quantised model that llama.cpp opens as well. It is keyed by the
+source's hash, by the encoders' own source text and by the calibration, and reopened by memory map.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import gguf
 import jax
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from hobbit_jax import quantize
@@ -26,7 +27,7 @@ from hobbit_jax.atomic import replacing
 from hobbit_jax.experts.store import ROLES
 from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
-from hobbit_jax.quantize.methods import CalibratedMoments, encode_matrix
+from hobbit_jax.quantize.methods import CalibratedMoments, check_method, encode_matrix
 from pallas_kernels.formats import Format, get_format
 
 SOURCE_KEY = "hobbit.tier.source_sha256"
@@ -76,6 +77,39 @@ class TierSpec:
         return f"{source.sha256()[:16]}-{encoder_sha256()[:8]}-{formats}-{self.method}{calibrated}"
 
 
+def _places(config: ModelConfig) -> dict[str, tuple[str, int]]:
+    """Role and layer of every expert tensor, by name."""
+    return {
+        layer_tensors(config, layer)[role]: (role, layer)
+        for layer in range(config.n_layers)
+        for role in ROLES
+    }
+
+
+def planned_tier(source: GGUFFile, config: ModelConfig, format: str) -> GGUFFile:
+    """The low tier in `format` with all its shapes and sizes, but no bytes behind its experts.
+
+    Raises:
+        NotImplementedError: a format that we cannot read.
+    """
+    get_format(format)
+    block_len, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format]]
+    tensors = dict(source.tensors)
+    for name in _places(config):
+        shape = tensors[name].shape
+        raw_shape = (*shape[:-1], shape[-1] // block_len * block_bytes)
+        raw = np.broadcast_to(np.uint8(0), raw_shape)
+        tensors[name] = replace(tensors[name], format=format, raw=raw)
+    return replace(source, tensors=tensors)
+
+
+def disk_bytes(source: GGUFFile, config: ModelConfig, format: str) -> int:
+    """Bytes that making a low tier takes on disk: the file, and its experts once more beside it."""
+    planned = planned_tier(source, config, format)
+    parts = sum(planned.tensors[name].nbytes for name in _places(config))
+    return parts + sum(tensor.nbytes for tensor in planned.tensors.values())
+
+
 def write_tier(
     source: GGUFFile,
     config: ModelConfig,
@@ -100,11 +134,9 @@ def write_tier(
             f"the calibration was made for another model (sha256 {calibration.model_sha256[:16]}…, "
             f"this one is {source.sha256()[:16]}…)"
         )
-    places = {
-        layer_tensors(config, layer)[role]: (role, layer)
-        for layer in range(config.n_layers)
-        for role in ROLES
-    }
+    places = _places(config)
+    for columns in sorted({source.tensors[name].shape[-1] for name in places}):
+        check_method(spec.format, spec.method, columns)
     metadata = {
         **source.metadata,
         SOURCE_KEY: source.sha256(),
@@ -117,7 +149,7 @@ def write_tier(
     parts = path.with_name(f".{path.name}.{spec.key(source)}.parts")
     parts.mkdir(parents=True, exist_ok=True)
     total = len(places) * config.n_experts
-    with tqdm(total=total, unit="matrix", desc=f"encoding {spec.format}") as progress:
+    with tqdm(total=total, unit="matrix", desc=f"encoding {spec.format}", disable=None) as progress:
 
         def encoded(tensor: TensorInfo) -> np.ndarray:
             part = parts / f"{tensor.name}.npy"
@@ -159,14 +191,31 @@ def tier_path(source: GGUFFile, spec: TierSpec, directory: Path) -> Path:
     return directory / f"{spec.key(source)}.gguf"
 
 
-def open_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, directory: Path) -> GGUFFile:
-    """The low tier of `source` by `spec`, made if it is not in `directory` yet.
+def open_tier(
+    source: GGUFFile,
+    config: ModelConfig,
+    spec: TierSpec,
+    directory: Path,
+    stored: Callable[[], None] = lambda: None,
+) -> GGUFFile:
+    """The low tier of `source` by `spec`, made if it is not in `directory` yet; says which.
+
+    Of several processes one makes it and the others wait. `stored` is called for each tensor made.
 
     Raises:
         OSError: `directory` cannot be written.
         ValueError, NotImplementedError: see `write_tier`.
     """
     path = tier_path(source, spec, directory)
-    if not path.exists():
-        write_tier(source, config, spec, path)
+    if path.exists():
+        print(f"low-precision experts: {path} was made before", file=sys.stderr)
+        return open_gguf(path)
+    print(f"low-precision experts: making {path}", file=sys.stderr)
+    directory.mkdir(parents=True, exist_ok=True)
+    # The operating system frees the lock of a process that was killed.
+    lock = path.with_name(f".{path.name}.lock")
+    with FileLock(lock):
+        if not path.exists():
+            write_tier(source, config, spec, path, stored)
+        lock.unlink(missing_ok=True)  # nobody asks for it once the tier is there
     return open_gguf(path)

@@ -4,8 +4,7 @@ Owns the program: a loop over layers (and tokens) that attends, routes, assigns 
 slots up on the device, runs the experts from the banks and samples. It ends after `count` tokens,
 or in the layer whose experts are not all resident; the ones that are have run by then. The host
 loads the others and enters again: the program runs them and goes on. So a layer may take any number
-of entries and never needs more slots at a time than one. Called by `engine.py`, which is the only
-one that reads what it reports (`decode_report.py`).
+of entries and never needs more slots at a time than one.
 
 A selection's result depends neither on the entry in which it ran nor on what ran beside it, and the
 K results of a token are summed last, so the tokens are the same bits for every pool.

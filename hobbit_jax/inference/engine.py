@@ -2,7 +2,7 @@
 
 Owns the sequences (KV cache, lengths), chunked prefill, and decode: it enters the decode program
 (`decode_loop.py`), reads its one report, tells the policies what was used, loads what is missing
-and enters again. Called by `evals/`, `cells/sweep.py` and `scripts/`.
+and enters again.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Engine:
         plan: who gets which tier; None is native throughout.
         policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
         mode: what serves a selection whose copy is missing, by name (`cache/miss_modes.py`) or as a
-            setting; "off" leaves the plan and every low tier aside.
+            setting.
         low_share: share of the budget (0-1) for low copies, where the mode keeps some; "adaptive"
             follows what is used, between sequences.
         promotion: how eagerly a mode that promotes does so.
@@ -95,7 +95,7 @@ class Engine:
     ):
         self._mesh = mesh = expert_mesh(devices)
         self.model, self.config, self.store = model.on(mesh), model.config, store
-        self.plan = uniform_plan(store) if plan is None or mode == "off" else plan
+        self.plan = uniform_plan(store) if plan is None else plan
         self.mode, self.chunk_tokens = miss_mode(mode), chunk_tokens
         self.watchers = [] if watch is None else [watch]
         slots, total = pool_slots(self.plan, self.mode, store, budget_bytes, low_share, devices)

@@ -1,7 +1,6 @@
 """Layers grouped by where the pool keeps their experts.
 
 Owns the grouping, which decides how many branches a compiled loop over layers has for its experts.
-Called by the engine, once; read by `decode_loop.py`.
 """
 
 from __future__ import annotations

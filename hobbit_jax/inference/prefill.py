@@ -1,9 +1,9 @@
 """Many tokens at once: prompts and scored text, layer by layer under the host's eye.
 
-Owns the walk over layers for a chunk of tokens. A chunk may choose more experts of a layer than
-the pool has slots, so each layer's choice comes to the host, which groups it by expert and runs it
-in rounds (`moe.py`). While they run, what the next layer's router makes of the stream as it is now
-goes up, so that copies and computation overlap across layers too. Called by `engine.py`.
+Owns the walk over layers for a chunk of tokens. A chunk may choose more experts of a layer than the
+pool has slots, so each layer's choice comes to the host, which groups it by expert and runs it in
+rounds (`moe.py`). While they run, what the next layer's router makes of the stream as it is now
+goes up, so that copies and computation overlap across layers too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """From logits to the next token: greedy, temperature and top-p.
 
-Owns the choice of a token and its randomness. Called by the engine once per
-decode step; runs on the device.
+Owns the choice of a token and its randomness. Runs on the device.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Owns the order of the three decisions: the router says which experts, the plan which tier each
 selection asks for, and the miss mode, which sees the slot table, which tier serves it. Pure array
-code inside compiled programs, the same for prefill and decode. Called by `prefill.py` and
-`decode_loop.py`.
+code inside compiled programs, the same for prefill and decode.
 """
 
 from __future__ import annotations

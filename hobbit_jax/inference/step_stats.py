@@ -1,7 +1,4 @@
-"""What the engine counts: per run, and per step of a generation.
-
-Called by `engine.py`; read by scripts and evaluations.
-"""
+"""What the engine counts: per run, and per step of a generation."""
 
 from __future__ import annotations
 

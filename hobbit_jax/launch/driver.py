@@ -1,7 +1,7 @@
 """The driver: starts workers while cells are left, and shows how far they are.
 
-Owns when a worker is started, what its death means, and how a sweep ends or is interrupted.
-Called by `scripts/sweep.py`. It computes nothing and may be killed at any time.
+Owns when a worker is started, what its death means, and how a sweep ends or is interrupted. It
+computes nothing and may be killed at any time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a driver and its workers tell each other, as files of the working directory.
 
-Owns the sweep as a driver leaves it for its workers, the rule of which rows settle it, and the
-word that a worker leaves when it ends by itself. Called by `driver.py` and `worker.py`.
+Owns the sweep as a driver leaves it for its workers, the rule of which rows settle it, and the word
+that a worker leaves when it ends by itself.
 """
 
 from __future__ import annotations

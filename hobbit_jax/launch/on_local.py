@@ -1,7 +1,7 @@
 """Workers as processes of this machine, each with a GPU of its own where there are any.
 
-Owns starting and killing them. Called by `driver.py`. A worker ends when its driver does, however
-that ended: it holds the reading end of a pipe that nobody writes to.
+Owns starting and killing them. A worker ends when its driver does, however that ended: it holds the
+reading end of a pipe that nobody writes to.
 """
 
 from __future__ import annotations

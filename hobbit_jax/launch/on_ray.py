@@ -1,8 +1,8 @@
 """Workers as tasks of a Ray cluster, or of a local Ray where none is running.
 
-Owns starting and watching them. Called by `driver.py`. One task is a worker's whole life, so a
-model is loaded once, and its process ends with it (`max_calls=1`): JAX would keep a GPU's memory
-that Ray takes for free. Ray retries nothing; the driver does, who knows what a death was of.
+Owns starting and watching them. One task is a worker's whole life, so a model is loaded once, and
+its process ends with it (`max_calls=1`): JAX would keep a GPU's memory that Ray takes for free. Ray
+retries nothing; the driver does, who knows what a death was of.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Workers as Slurm jobs, through submitit: one array for all that are started together.
 
 Owns submission, what a job does when it is preempted or its time runs out, and how the queue is
-read. Called by `driver.py`. Nothing here asks `sacct`, which small clusters do not have: what is
-done is read from the rows, what still runs from `squeue`.
+read. Nothing here asks `sacct`, which small clusters do not have: what is done is read from the
+rows, what still runs from `squeue`.
 
 A preempted job, and one whose time runs out, is queued again by submitit (or by Slurm) under its
 own number; it gives its cell back first, and any worker goes on with it from its stored parts. A

@@ -1,8 +1,8 @@
 """A worker: takes cells from the working directory, one at a time, until none is left to take.
 
-Owns the order of claim, work and row, and how a worker's end is told. Called by every launcher, in
-the worker's own process; `python -m hobbit_jax.launch.worker` is the local one's. The model is
-loaded when the first cell wants it and kept for the next.
+Owns the order of claim, work and row, and how a worker's end is told. `python -m
+hobbit_jax.launch.worker` is the local one's. The model is loaded when the first cell wants it and
+kept for the next.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """A miniature GSM8K: word problems of two or three steps, and drills of the facts they need.
 
-Owns the templates, the ranges of the numbers and the scoring rule. Called by the reference-model
-corpus (training documents) and by `hobbit_jax.evals` (held-out accuracy). A document reads
+Owns the templates, the ranges of the numbers and the scoring rule. A document reads
 
     Q: Mia has 14 apples. She buys 23 more and gives 9 to Tom. How many apples does Mia have now?
     A: 14 + 23 = 37

@@ -1,10 +1,9 @@
 """Runs completions of `functions` and decides which are right.
 
-Owns the cut of a completion and the verdict. Called by `hobbit_jax.evals`; the programs run in
-`hobbit_jax.code_runner`. The manner follows HumanEval's `check_correctness` (Chen et al. 2021),
-with one difference: the child is told the arguments but not the expected values, and the
-comparison happens here. Each candidate has a process of its own, so it cannot affect the verdict
-on another.
+Owns the cut of a completion and the verdict. The programs run in `hobbit_jax.code_runner`. The
+manner follows HumanEval's `check_correctness` (Chen et al. 2021), with one difference: the child is
+told the arguments but not the expected values, and the comparison happens here. Each candidate has
+a process of its own, so it cannot affect the verdict on another.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,8 +1,7 @@
 """A miniature HumanEval: small Python functions from a compositional grammar, with test cases.
 
 Owns the grammar (pieces, families, wordings) and the inputs that the functions are tested on.
-Called by the reference-model corpus (training documents) and by `hobbit_jax.evals`, which runs
-completions with `execution.run_candidates`. A document reads
+A document reads
 
     def pick(nums):
         \"\"\"Return the sum of the even numbers in nums, each times 3.\"\"\"

@@ -1,8 +1,8 @@
 """Owns the train / held-out split of the mini tasks and the drawing loop that respects it.
 
-Called by `arithmetic` and `functions`. The split is by construction: an item belongs to the
-held-out part iff a stable hash of its content (what it asks, without names or wording) falls into
-one bucket of ten, so no list of held-out items has to be stored or shipped with a model.
+The split is by construction: an item belongs to the held-out part iff a stable hash of its content
+(what it asks, without names or wording) falls into one bucket of ten, so no list of held-out items
+has to be stored or shipped with a model.
 """
 
 import hashlib

@@ -3,8 +3,6 @@
 Owns the grouping of blocks into *kinds*: blocks whose matrices have the same formats (Q4_K_M files
 mix two or three) have the same structure, and their arrays are stacked. A loop over layers then
 holds one branch per kind, not per layer, and is compiled in the same time for 4 layers and for 48.
-Called by `loading.py`, which builds the stack, and by whoever walks over layers
-(`inference/prefill.py`, `inference/decode_loop.py`).
 """
 
 from __future__ import annotations

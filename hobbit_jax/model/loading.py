@@ -1,8 +1,7 @@
 """From GGUF tensors to the Flax modules: everything of the model except its experts.
 
-Owns the match of tensor names to modules and the one upload of the dense part
-(attention, router, embedding, norms, head), which stays in its GGUF formats on
-the device. Called by the engine's users (`scripts/`, `cells/sweep.py`).
+Owns the match of tensor names to modules and the one upload of the dense part (attention, router,
+embedding, norms, head), which stays in its GGUF formats on the device.
 """
 
 from __future__ import annotations

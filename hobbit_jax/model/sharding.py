@@ -3,8 +3,7 @@
 Owns the mesh of one axis over which the experts are divided, the rule of who owns whom, where
 arrays lie on it, and the sum that makes one result of the devices' parts. Everything but the
 experts is replicated: each device attends, routes and samples by itself, from the same numbers.
-Called by the engine, the pools, `inference/moe.py` and `inference/decode_loop.py`; where one device
-runs there is no mesh (None) and nothing here does anything.
+Where one device runs there is no mesh (None) and nothing here does anything.
 
 Each selection is computed by the one device that owns its expert, and is all zero bits elsewhere.
 The parts are added as integers, so the result is the owner's to the bit: a float sum would turn

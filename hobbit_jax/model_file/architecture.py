@@ -3,8 +3,7 @@
 Owns the decision whether we can run a file at all. `read_config` takes every number from the
 metadata and holds every tensor against it, so the store and the model may index without asking.
 Nothing is guessed: where a key may be absent, the default is the one the format defines, and a
-feature that would change the arithmetic is refused by name. Called by the store, the model
-loader, training export and the scripts.
+feature that would change the arithmetic is refused by name.
 
 Source: llama.cpp, src/models/{qwen3moe,llama,olmoe}.cpp and llama-model.cpp (keys, defaults,
 shapes); gguf.constants (names).

@@ -1,77 +1,149 @@
 """Conversations to prompts, with the Jinja template that the model's own file carries.
 
-Owns the rendering of `tokenizer.chat_template`. Called by `evals/lm_eval_model.py`. The
-environment (sandbox, whitespace rules, names in scope) is that of Hugging Face's
-`apply_chat_template`, for which these templates are written.
+This module owns the rendering of `tokenizer.chat_template`. These templates are written for
+Hugging Face's `apply_chat_template`, so that its environment is built here: the sandbox, the
+whitespace rules, the functions and filters, the `{% generation %}` tag, and the names in scope.
+
+Source: transformers 5.24, utils/chat_template_utils.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jinja2
-from jinja2.ext import loopcontrols
+import jinja2.ext
+from absl import logging
+from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.model_file.tokenizer import Tokenizer
 
 _KEY = "tokenizer.chat_template"
-Message = dict[str, str]
+# Stands behind the text of a message that shall go on; its space tells whether the template trims.
+_GOES_ON = "CONTINUE_FINAL_MESSAGE_TAG "
+Message = dict[str, Any]
 
 
-def _raise(message: str) -> NoReturn:
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks what a model has written, which matters in training only."""
+
+    tags = {"generation"}  # noqa: RUF012 (as the base class declares it)
+
+    def parse(self, parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # A call, as Hugging Face's: what is set inside stays inside.
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Dictionaries:
+    """`dict` in a template, without the ways from a type to Python's internals."""
+
+    def __call__(self, *args, **items) -> dict:
+        return dict(*args, **items)
+
+    def fromkeys(self, *args) -> dict:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace` in a template, which keeps no names that begin with an underscore."""
+
+    def __init__(self, *args, **items):
+        for name in dict(*args, **items):
+            _check_public(name)
+        super().__init__(*args, **items)
+
+    def __setitem__(self, name, value):
+        _check_public(name)
+        super().__setitem__(name, value)
+
+
+def _check_public(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace may not keep {name!r}")
+
+
+def _raise(message: Any) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value, **options) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter escapes HTML, which a prompt is not.
-    return json.dumps(value, ensure_ascii=False, **options)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationTag, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.globals["dict"] = _Dictionaries()
+    environment.globals["namespace"] = _Namespace
+    return environment
 
 
 class ChatTemplate:
-    """One file's template; renders {"role", "content"} messages."""
+    """One file's template; renders {"role", "content"} messages.
 
-    def __init__(self, source: str, bos_text: str, eos_text: str):
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    Args:
+        source: the template.
+        bos_text, eos_text: `bos_token` and `eos_token` in the template; None leaves them undefined.
+
+    Raises:
+        ValueError: `source` is no template.
+    """
+
+    def __init__(self, source: str, bos_text: str | None, eos_text: str | None):
         self.source = source
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise NotImplementedError(
-                f"the file's chat template has syntax that plain Jinja lacks: {error.message} "
-                f"(line {error.lineno})"
-            ) from error
         self._ends = {"bos_token": bos_text, "eos_token": eos_text}
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"{_reason(error)} (line {error.lineno} of it)") from error
+        except Exception as error:  # of Jinja's compiler: anything, for it compiles anything
+            raise ValueError(_reason(error)) from error
 
     @classmethod
     def from_gguf(cls, file: GGUFFile, tokenizer: Tokenizer, name: str = "") -> ChatTemplate:
         """The file's default template, or the one it keeps under `name`.
 
         Raises:
-            ValueError: the file has no such template; lists those it has.
-            NotImplementedError: its syntax is not plain Jinja's.
+            ValueError: the file has no such template; lists those it has. Or it is none.
         """
         key = f"{_KEY}.{name}" if name else _KEY
-        source = file.metadata.get(key)
+        source = file.read(key, metadata.text(), "")
         if not source:
             kept = [k for k in file.metadata if k.startswith(_KEY) and not k.endswith("templates")]
             raise ValueError(
                 f"{file.paths[0]} has no {key}; it has {', '.join(kept) or 'no chat template'}"
             )
-        texts = [
-            "" if token is None else tokenizer.decode([token])
-            for token in (tokenizer.bos_id, tokenizer.eos_id)
-        ]
-        return cls(source, *texts)
+        return cls(source, tokenizer.special_text("bos"), tokenizer.special_text("eos"))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt; without a generation prompt, it ends with the last message's own text.
@@ -79,30 +151,44 @@ class ChatTemplate:
         A template that refuses a system message gets the conversation without it.
 
         Raises:
-            ValueError: the template refuses the conversation, in its own words.
+            ValueError: the template refuses the conversation, in its own words, or fails.
         """
-        scope = {
-            **self._ends,
-            "messages": list(messages),
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
+        shown = [dict(message) for message in messages]
+        if not add_generation_prompt:
+            shown[-1]["content"] += _GOES_ON
+        scope = {name: text for name, text in self._ends.items() if text is not None}
         try:
-            text = self._template.render(scope)
-        except jinja2.TemplateError as error:
+            text = self._template.render(
+                messages=shown,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **scope,
+            )
+        except Exception as error:  # of the file's own program: anything
             others = [message for message in messages if message["role"] != "system"]
-            if len(others) < len(messages):
+            refused = type(error) is jinja2.TemplateError  # by raise_exception
+            if refused and len(others) < len(messages):
+                logging.log_first_n(
+                    logging.WARNING, "%s; system messages are left out", 1, _reason(error)
+                )
                 return self.render(others, add_generation_prompt)
-            raise ValueError(f"the file's chat template: {error.message}") from error
-        return text if add_generation_prompt else _cut_after(text, messages[-1]["content"])
+            raise ValueError(_reason(error)) from error
+        return text if add_generation_prompt else _cut(text, messages[-1]["content"])
 
 
-def _cut_after(text: str, content: str) -> str:
-    """`text` up to the end of the last message, for a model that shall go on writing it."""
-    at = text.rfind(content.strip())
-    if at < 0:
+def _reason(error: Exception) -> str:
+    """What failed in a template, in one line; its own words where it has refused."""
+    words = " ".join(str(error).split())
+    if not isinstance(error, jinja2.TemplateError) or not words:
+        words = f"{type(error).__name__}: {words}"
+    return f"the file's chat template: {words}"
+
+
+def _cut(text: str, content: str) -> str:
+    """`text` up to the mark of the message `content` that goes on."""
+    at = text.rfind(_GOES_ON.strip())
+    if at < 0 or content.strip() not in text:
         raise ValueError("the file's chat template changes the last message, which cannot go on")
-    # A template may strip a message; what it kept is what the model goes on from.
-    whole = content if text[at : at + len(content.lstrip())] == content.lstrip() else ""
-    return text[: at + len(whole.lstrip() or content.strip())]
+    # A template that trims messages has also trimmed the text before the mark, as it stands now.
+    return text[:at] if text.startswith(_GOES_ON, at) else text[:at].rstrip()

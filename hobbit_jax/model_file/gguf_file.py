@@ -1,9 +1,7 @@
 """Reading and writing GGUF files: memory-mapped views of raw blocks, typed metadata.
 
 Owns the boundary to the file on disk. A file is checked completely before a view of it is handed
-out, so nothing behind this module meets a truncated or foreign file. Called by `architecture`
-and `tokenizer` (metadata), by the expert store (tensors) and by the export of training and of
-low tiers (`write_gguf`).
+out, so nothing behind this module meets a truncated or foreign file.
 
 Source: the GGUF specification in ggml (docs/gguf.md) through the `gguf` package. `GGUFReader`
 builds three Python objects per element of a metadata array (8 s for the vocabulary of Qwen3) and
@@ -23,32 +21,19 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from hobbit_jax.atomic import replacing
+from hobbit_jax.model_file import metadata as checked
+from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required
+from pallas_kernels.formats import FORMATS
 
-SUPPORTED_TYPES = (
-    "F32",
-    "F16",
-    "BF16",
-    "Q8_0",
-    "Q4_0",
-    "Q4_1",
-    "Q5_0",
-    "Q5_1",
-    "Q2_K",
-    "Q3_K",
-    "Q4_K",
-    "Q5_K",
-    "Q6_K",
-    "IQ4_NL",
-    "IQ4_XS",
-    "MXFP4",
-)
+T = TypeVar("T")
+D = TypeVar("D")
 
 # (type, element type of an array or None), as in the file: llama.cpp refuses a key of another type.
 FieldType = tuple[GGUFValueType, GGUFValueType | None]
@@ -63,7 +48,7 @@ class TensorInfo:
     """One tensor of a file: what it is, and its bytes as they lie on disk."""
 
     name: str
-    format: str  # one of SUPPORTED_TYPES
+    format: str  # a key of `pallas_kernels.formats.FORMATS`
     shape: tuple[int, ...]  # row-major, (E, F, D) for ffn_gate_exps; the last axis is one row
     raw: np.ndarray  # uint8 [*shape[:-1], row_bytes], a read-only view into the memory map
 
@@ -114,12 +99,34 @@ class FileStamp:
 
 @dataclass(frozen=True, eq=False)
 class GGUFFile:
-    """An opened, checked file; the parts of a split file appear as one."""
+    """An opened, checked file; the parts of a split file appear as one.
+
+    `metadata` is what the file says, unchecked: for copying. `read` is how a value is used.
+    """
 
     stamps: tuple[FileStamp, ...]  # in the order of the parts
     metadata: dict[str, Any]  # Python scalars, strings and lists
     field_types: dict[str, FieldType]  # the GGUF type of each metadata key
     tensors: dict[str, TensorInfo]  # in file order
+
+    @overload
+    def read(self, key: str, kind: Kind[T]) -> T: ...
+
+    @overload
+    def read(self, key: str, kind: Kind[T], default: D) -> T | D: ...
+
+    def read(self, key: str, kind: Kind[T], default: D | Required = REQUIRED) -> T | D:
+        """The metadata value of `key`, checked to be of `kind` (see `metadata.py`).
+
+        Returns:
+            The value, or `default` where the file has no such key.
+
+        Raises:
+            ValueError: the value is of another type or outside the range, or the file has no such
+                key and there is no default.
+            NotImplementedError: a value per layer (`of_every_layer`), and they differ.
+        """
+        return checked.read(self.paths[0], self.metadata, key, kind, default)
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -186,9 +193,8 @@ def check_finite_scales(tensor: TensorInfo) -> None:
     for start in range(0, len(raw), step):
         rows = raw[start : start + step]
         blocks = rows.reshape(len(rows), -1, block_bytes)
-        for offset, dtype, mask in _SCALE_FIELDS[tensor.format]:
-            width = np.dtype(dtype).itemsize
-            field = np.ascontiguousarray(blocks[:, :, offset : offset + width]).view(dtype)
+        for offset, bits, mask in FORMATS[tensor.format].float_fields:
+            field = np.ascontiguousarray(blocks[:, :, offset : offset + bits.itemsize]).view(bits)
             bad = ((field & mask) == mask).reshape(len(rows), -1)
             if bad.any():
                 row, block = (int(i[0]) for i in np.nonzero(bad))
@@ -222,7 +228,7 @@ def write_gguf(
 
     Raises:
       ValueError: a value that has no GGUF type, or a tensor whose bytes contradict its shape.
-      NotImplementedError: a tensor format outside SUPPORTED_TYPES.
+      NotImplementedError: a tensor format outside `pallas_kernels.formats.FORMATS`.
     """
     path = Path(path)
     arch = metadata.get("general.architecture")
@@ -363,9 +369,9 @@ def _stored_shape(name: str, n_dims: int, shape: tuple[int, ...], raw_type: int)
 
 def _raw_shape(name: str, format_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the bytes, (*shape[:-1], row_bytes), of a tensor of `format_name` and `shape`."""
-    if format_name not in SUPPORTED_TYPES:
+    if format_name not in FORMATS:
         raise NotImplementedError(
-            f"tensor {name!r} has type {format_name}; supported are {', '.join(SUPPORTED_TYPES)}: "
+            f"tensor {name!r} has type {format_name}; supported are {', '.join(FORMATS)}: "
             "use a file quantised to one of them"
         )
     block_weights, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[format_name]]
@@ -501,29 +507,6 @@ def _sha256(stamps: tuple[FileStamp, ...]) -> str:
             while chunk := file.read(4 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-# Where a block keeps what can be non-finite: (byte offset, unsigned type, exponent mask); a
-# value is NaN or infinite when all bits of the mask are set. Offsets: block_* in ggml-common.h.
-_F16 = ("<u2", 0x7C00)
-_SCALE_FIELDS: dict[str, tuple[tuple[int, str, int], ...]] = {
-    "F32": ((0, "<u4", 0x7F800000),),
-    "F16": ((0, *_F16),),
-    "BF16": ((0, "<u2", 0x7F80),),
-    "Q8_0": ((0, *_F16),),
-    "Q4_0": ((0, *_F16),),
-    "Q4_1": ((0, *_F16), (2, *_F16)),
-    "Q5_0": ((0, *_F16),),
-    "Q5_1": ((0, *_F16), (2, *_F16)),
-    "Q2_K": ((80, *_F16), (82, *_F16)),
-    "Q3_K": ((108, *_F16),),
-    "Q4_K": ((0, *_F16), (2, *_F16)),
-    "Q5_K": ((0, *_F16), (2, *_F16)),
-    "Q6_K": ((208, *_F16),),
-    "IQ4_NL": ((0, *_F16),),
-    "IQ4_XS": ((0, *_F16),),
-    "MXFP4": ((0, "u1", 0xFF),),
-}
 
 
 # ---------------------------------------------------------------------------------------------

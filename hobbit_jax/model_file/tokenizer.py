@@ -1,31 +1,36 @@
 """Text to token ids and back, the same ids as llama.cpp for the same file.
 
-Owns the vocabulary: pre-tokenisers, special tokens, the beginning-of-text rule, and decoding
-without broken characters. Called by the engine, the evaluations and the scripts.
+This module owns the vocabulary: pre-tokenisers, where special tokens stand in a text, the rules of
+how a text begins (BOS) and where a generation ends (EOG), and decoding without broken characters.
 
-Source: llama.cpp, src/llama-vocab.cpp; merging is done by Hugging Face `tokenizers`. Two
-differences to Hugging Face's own tokenizer of the same model are llama.cpp's: text is not
+Source: llama.cpp, src/llama-vocab.cpp; byte-level merging is done by Hugging Face `tokenizers`.
+Two differences to Hugging Face's own tokenizer of the same model are llama.cpp's: text is not
 normalised (no NFC), and special tokens never swallow the spaces beside them. One difference to
-llama.cpp: which tokens are special is what the file says. llama.cpp also makes any token special
-whose name looks like an end of text, such as the ordinary token `</s>` of Qwen's vocabulary.
+llama.cpp: a text that begins with BOS gets no second one.
 """
 
 from __future__ import annotations
 
 import codecs
+import functools
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
+from absl import logging
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as _LibraryTokenizer
 
+from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile
+from hobbit_jax.model_file.sentencepiece import SPACE, SentencePieceBPE
+from hobbit_jax.model_file.special_tokens import ROLES, TokenType, find_special_tokens
 
-# gguf.TokenType
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_SPACE = "\u2581"  # how SentencePiece writes a space
+T = TypeVar("T")
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -35,119 +40,135 @@ _MODERN = (
 )
 _LLAMA3 = _MODERN % "{1,3}"
 _QWEN2 = _MODERN % ""
-# tokenizer.ggml.pre → expressions, each splitting the pieces that the one before has left.
-_PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
-    "gpt-2": (_GPT2,),
-    "phi-2": (_GPT2,),
-    "olmo": (_GPT2,),
-    "mpt": (_GPT2,),
-    "jais": (_GPT2,),
-    "starcoder": (r"\p{N}", _GPT2),
-    "refact": (r"\p{N}", _GPT2),
-    "command-r": (r"\p{N}", _GPT2),
-    "smollm": (r"\p{N}", _GPT2),
-    "codeshell": (r"\p{N}", _GPT2),
-    "qwen2": (_QWEN2,),
-    "deepseek-r1-qwen": (_QWEN2,),
-    "megrez": (_QWEN2,),
-    "stablelm2": (_QWEN2,),
-    "llama3": (_LLAMA3,),
-    "llama-v3": (_LLAMA3,),
-    "llama-bpe": (_LLAMA3,),
-    "dbrx": (_LLAMA3,),
-    "smaug-bpe": (_LLAMA3,),
-}
 # A word that is a token is that token, whatever the merges say; and text begins with BOS.
-_WHOLE_WORDS_AND_BOS = ("llama3", "llama-v3", "llama-bpe")
+_WHOLE_WORDS_AND_BOS = (
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "jina-v5-nano",
+)
+# Expressions, each splitting the pieces that the one before has left, and the values of
+# tokenizer.ggml.pre that llama.cpp maps to them.
+_EXPRESSIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
+    ((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), ("default", "")),
+    (
+        (_GPT2,),
+        (
+            *("gpt-2", "phi-2", "olmo", "mpt", "jais", "jina-es", "jina-de", "jina-v2-es"),
+            *("jina-v2-de", "gigachat", "a.x-4.0", "mellum", "modern-bert", "exaone4", "trillion"),
+            "granite-docling",
+        ),
+    ),
+    (
+        (r"\p{N}", _GPT2),
+        (
+            *("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"),
+            "mellum2",
+        ),
+    ),
+    (
+        (_QWEN2,),
+        (
+            *("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "kormo", "f2llmv2", "hunyuan"),
+            "solar-open",
+        ),
+    ),
+    ((_LLAMA3,), (*_WHOLE_WORDS_AND_BOS, "dbrx", "smaug-bpe", "glm4", "chatglm-bpe")),
+)
+_PRE_TOKENIZERS = {name: expressions for expressions, names in _EXPRESSIONS for name in names}
 
 
 class Tokenizer:
-    """One file's tokenizer; immutable after `from_gguf`."""
+    """One file's tokenizer; immutable after `from_gguf`.
+
+    Attributes:
+        add_bos: whether the file wants texts to begin with BOS.
+        bos_id, eos_id: ids of beginning and end of text; None where the file names none.
+        eog_ids: ids that end a generation, ascending (`special_tokens.py`).
+    """
 
     def __init__(
         self,
-        library: _LibraryTokenizer,
+        encode_plain: Callable[[str], list[int]],
         tokens: list[str],
         token_types: list[int],
+        ids: Mapping[str, int | None],
+        eog_ids: tuple[int, ...],
         *,
         sentencepiece: bool,
         space_prefix: bool,
         add_bos: bool,
-        bos_id: int | None,
-        eos_id: int | None,
     ):
-        self._library = library
+        self._encode_piece = encode_plain
         self._bytes = _token_bytes(tokens, token_types, sentencepiece)
         self._sentencepiece = sentencepiece
         self._space_prefix = space_prefix
-        self._special_ids = {t: i for i, t in enumerate(tokens) if _is_special(token_types[i])}
-        hidden = {i for i, kind in enumerate(token_types) if kind in (_CONTROL, _UNKNOWN)}
-        self._hidden_ids = frozenset(hidden)
-        self._all_specials = _alternation(self._special_ids)
-        self._user_defined = _alternation(
-            t for t, i in self._special_ids.items() if i not in hidden
-        )
+        # llama.cpp looks for the longest first, by their bytes; an empty one would be everywhere.
+        special = [(t, i) for i, t in enumerate(tokens) if t and _is_special(token_types[i])]
+        self._special = sorted(special, key=lambda pair: -len(pair[0].encode()))
+        hidden = (TokenType.CONTROL, TokenType.UNKNOWN)
+        self._hidden_ids = frozenset(i for i, kind in enumerate(token_types) if kind in hidden)
+        self._ids = ids
         self.add_bos = add_bos
-        self.bos_id = bos_id
-        self.eos_id = eos_id
+        self.bos_id, self.eos_id = ids.get("bos"), ids.get("eos")
+        self.eog_ids = eog_ids
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
         """Builds the tokenizer from `tokenizer.ggml.*`.
 
+        Warns, once for a file, of what makes its ids other than the model's.
+
         Raises:
-          ValueError: a missing key, a duplicate token, lists of different lengths.
+          ValueError: a key is missing or of another type, a token stands twice, a list is short.
           NotImplementedError: another tokenizer model or pre-tokeniser.
         """
-        metadata = file.metadata
-        model = metadata.get("tokenizer.ggml.model")
+        model = file.read("tokenizer.ggml.model", metadata.text())
         if model not in ("gpt2", "llama"):
             raise NotImplementedError(
                 f"{file.paths[0]}: tokenizer.ggml.model is {model!r}; supported are 'gpt2' "
                 "(byte-level BPE) and 'llama' (SentencePiece BPE)"
             )
-        tokens: list[str] = _required(file, "tokenizer.ggml.tokens")
+        tokens = _named_tokens(file.read("tokenizer.ggml.tokens", metadata.texts(least=1)))
         vocabulary = {token: i for i, token in enumerate(tokens)}
         if len(vocabulary) != len(tokens):
             first = next(t for i, t in enumerate(tokens) if vocabulary[t] != i)
             raise ValueError(f"{file.paths[0]}: token {first!r} appears twice, expected once")
-        token_types = metadata.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
-        _check_length(file, "tokenizer.ggml.token_type", token_types, len(tokens))
+        types = file.read(
+            "tokenizer.ggml.token_type", metadata.integers(-(2**31)), [1] * len(tokens)
+        )
+        types = _one_each(file, "tokenizer.ggml.token_type", types, len(tokens))
         if model == "llama":
-            scores = _required(file, "tokenizer.ggml.scores")
-            _check_length(file, "tokenizer.ggml.scores", scores, len(tokens))
-            library = _sentencepiece_library(file, vocabulary, scores)
-            pre, defaults = "default", {"bos": 1, "eos": 2, "add_bos": True}
+            encode, defaults = _sentencepiece(file, vocabulary, types)
         else:
-            pre = metadata.get("tokenizer.ggml.pre", "default")
-            merges = _required(file, "tokenizer.ggml.merges")
-            library = _byte_level_library(file, vocabulary, merges, pre)
-            defaults = {"add_bos": pre in _WHOLE_WORDS_AND_BOS}
-        ids = {}
-        for role in ("bos", "eos"):
-            ids[role] = metadata.get(f"tokenizer.ggml.{role}_token_id", defaults.get(role))
-            if ids[role] is not None and not 0 <= ids[role] < len(tokens):
-                raise ValueError(
-                    f"{file.paths[0]}: tokenizer.ggml.{role}_token_id is {ids[role]}, expected an "
-                    f"id below {len(tokens)}"
-                )
-        add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", defaults["add_bos"]))
+            encode, defaults = _byte_level(file, vocabulary)
+        token_id = metadata.integer(0, len(tokens) - 1)
+        ids = {
+            role: file.read(f"tokenizer.ggml.{role}_token_id", token_id, defaults.get(role))
+            for role in ROLES
+        }
+        add_bos = file.read("tokenizer.ggml.add_bos_token", metadata.flag(), defaults["add_bos"])
         if add_bos and ids["bos"] is None:
             raise ValueError(
                 f"{file.paths[0]}: the file wants text to begin with BOS but has no "
                 "tokenizer.ggml.bos_token_id; convert the model again"
             )
-        space_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+        special = find_special_tokens(vocabulary, types, ids)
+        if special.overridden:
+            names = ", ".join(repr(tokens[token]) for token in special.overridden)
+            _warn(
+                f"{file.paths[0]}: {names} should be control tokens by name, but the file does not "
+                "type them so; they are taken as control tokens, as in llama.cpp, and where their "
+                "text stands in a prompt it becomes the token"
+            )
+        space_prefix = file.read("tokenizer.ggml.add_space_prefix", metadata.flag(), True)
         return cls(
-            library,
+            encode,
             tokens,
-            token_types,
+            special.types,
+            ids,
+            special.eog_ids,
             sentencepiece=model == "llama",
-            space_prefix=model == "llama" and bool(space_prefix),
+            space_prefix=model == "llama" and space_prefix,
             add_bos=add_bos,
-            bos_id=ids["bos"],
-            eos_id=ids["eos"],
         )
 
     @property
@@ -161,6 +182,11 @@ class Tokenizer:
             [0 if i in self._hidden_ids else len(piece) for i, (piece, _) in enumerate(self._bytes)]
         )
 
+    def special_text(self, role: str) -> str | None:
+        """Text of the token that the file names for `role` (of `ROLES`); None without one."""
+        token = self._ids.get(role)
+        return None if token is None else self.decode([token])
+
     def encode(
         self, text: str, add_bos: bool | None = None, parse_special: bool = True
     ) -> list[int]:
@@ -168,7 +194,8 @@ class Tokenizer:
 
         Args:
           text: any string; it is not normalised.
-          add_bos: whether the ids begin with `bos_id`; None does what the file says.
+          add_bos: whether the ids begin with `bos_id`; None does what the file says. A text that
+            itself begins with BOS, such as a chat template's, gets no second one.
           parse_special: whether the text of a control token (`<|im_start|>`) becomes that token.
             User-defined tokens are recognised either way, as in llama.cpp.
 
@@ -177,21 +204,18 @@ class Tokenizer:
             pair, which has no UTF-8 (a UnicodeEncodeError, which is a ValueError).
         """
         text.encode()  # the library would answer with a TypeError about something else
-        ids = []
-        if self.add_bos if add_bos is None else add_bos:
-            if self.bos_id is None:
-                raise ValueError("add_bos=True, but the file has no tokenizer.ggml.bos_token_id")
-            ids.append(self.bos_id)
-        pattern = self._all_specials if parse_special else self._user_defined
-        position, after_special = 0, True
-        for match in pattern.finditer(text) if pattern else ():
-            if match.start() > position:
-                ids += self._encode_plain(text[position : match.start()], after_special)
-            ids.append(self._special_ids[match.group()])
-            position, after_special = match.end(), True
-        if position < len(text):
-            ids += self._encode_plain(text[position:], after_special)
-        return ids
+        ids, after_special = [], True
+        for fragment in self._fragments(text, parse_special):
+            if isinstance(fragment, int):
+                ids.append(fragment)
+            else:
+                ids += self._encode_plain(fragment, after_special)
+            after_special = isinstance(fragment, int)
+        if not (self.add_bos if add_bos is None else add_bos):
+            return ids
+        if self.bos_id is None:
+            raise ValueError("add_bos=True, but the file has no tokenizer.ggml.bos_token_id")
+        return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD.
@@ -218,12 +242,28 @@ class Tokenizer:
         if rest := decoder.decode(b"", final=True):
             yield rest
 
+    def _fragments(self, text: str, parse_special: bool) -> list[str | int]:
+        """`text` cut at its special tokens: their ids, and the texts between them."""
+        fragments: list[str | int] = [text] if text else []
+        for special, token in self._special:
+            if special not in text or (token in self._hidden_ids and not parse_special):
+                continue
+            cut: list[str | int] = []
+            for fragment in fragments:
+                if isinstance(fragment, int):
+                    cut.append(fragment)
+                    continue
+                for index, part in enumerate(fragment.split(special)):
+                    cut += ([token] if index else []) + ([part] if part else [])
+            fragments = cut
+        return fragments
+
     def _encode_plain(self, text: str, after_special: bool) -> list[int]:
         if self._sentencepiece:
             if after_special and self._space_prefix:
                 text = " " + text
-            text = text.replace(" ", _SPACE)
-        return self._library.encode(text, add_special_tokens=False).ids
+            text = text.replace(" ", SPACE)
+        return self._encode_piece(text)
 
     def _pieces(
         self, ids: Iterable[int], skip_special: bool, after_special: bool
@@ -240,46 +280,54 @@ class Tokenizer:
             after_special = kind_special
 
 
-def _required(file: GGUFFile, key: str) -> Any:
-    value = file.metadata.get(key)
-    if not value:
-        raise ValueError(
-            f"{file.paths[0]}: metadata key {key} is missing, expected a list; convert the model "
-            "again with a current llama.cpp"
-        )
-    return value
+def _named_tokens(tokens: list[str]) -> list[str]:
+    """Empty tokens get the names that llama.cpp gives them, so that several can be told apart."""
+    return [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
 
 
-def _check_length(file: GGUFFile, key: str, values: list, wanted: int) -> None:
-    if len(values) != wanted:
+def _one_each(file: GGUFFile, key: str, values: list[T], wanted: int) -> list[T]:
+    """One value for each token; more are left out, as llama.cpp does."""
+    if len(values) < wanted:
         raise ValueError(
             f"{file.paths[0]}: {key} has {len(values)} entries, expected one for each of the "
             f"{wanted} tokens"
         )
+    return values[:wanted]
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Says `text` on stderr, once however often a file's tokenizer is made."""
+    logging.warning("%s", text)
 
 
 def _is_special(token_type: int) -> bool:
-    return token_type in (_CONTROL, _UNKNOWN, _USER_DEFINED)
+    return token_type in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
 
 
-def _alternation(texts: Iterable[str]) -> re.Pattern[str] | None:
-    """Matches the longest of `texts` at the first place where any of them stands."""
-    # llama.cpp orders by length in bytes; an empty text would match everywhere.
-    longest_first = sorted(filter(None, texts), key=lambda t: -len(t.encode()))
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-
-def _byte_level_library(
-    file: GGUFFile, vocabulary: dict[str, int], merges: list[str], pre: str
-) -> _LibraryTokenizer:
-    """Byte-level BPE behind the pre-tokeniser that the file names."""
+def _byte_level(
+    file: GGUFFile, vocabulary: dict[str, int]
+) -> tuple[Callable[[str], list[int]], dict[str, Any]]:
+    """Byte-level BPE behind the pre-tokeniser of the file, and what such files default to."""
+    pre = file.read("tokenizer.ggml.pre", metadata.text(), "")
+    if not pre:
+        _warn(
+            f"{file.paths[0]}: tokenizer.ggml.pre is missing, so text is split by llama.cpp's "
+            "'default' rule; where the model was trained with another, numbers and punctuation get "
+            "other token ids than in training and answers are worse; convert the model again"
+        )
+        pre = "default"
     if pre not in _PRE_TOKENIZERS:
         raise NotImplementedError(
             f"{file.paths[0]}: tokenizer.ggml.pre is {pre!r}; supported are "
-            f"{', '.join(_PRE_TOKENIZERS)}"
+            f"{', '.join(filter(None, _PRE_TOKENIZERS))}"
         )
-    # From the second character on: the left part may itself be a space.
-    pairs = [(m[:cut], m[cut + 1 :]) for m in merges if (cut := m.find(" ", 1)) > 0]
+    merges = file.read("tokenizer.ggml.merges", metadata.texts())
+    # From the second character on: the left part may itself be a space. Of equal merges the first
+    # rank counts, as in llama.cpp; the library would take the last.
+    pairs = list(
+        dict.fromkeys((m[:cut], m[cut + 1 :]) for m in merges if (cut := m.find(" ", 1)) > 0)
+    )
     for left, right in pairs:
         if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
             raise ValueError(
@@ -291,33 +339,28 @@ def _byte_level_library(
     splits = [pre_tokenizers.Split(Regex(e), "isolated") for e in _PRE_TOKENIZERS[pre]]
     to_byte_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_byte_characters])
-    return library
+    return lambda text: library.encode(text, add_special_tokens=False).ids, {"add_bos": whole_words}
 
 
-def _sentencepiece_library(
-    file: GGUFFile, vocabulary: dict[str, int], scores: list[float]
-) -> _LibraryTokenizer:
-    """SentencePiece BPE: of all neighbours that form a piece, the best scored merge first.
-
-    The library wants ranked merges, so each way to cut a piece into two pieces becomes a merge,
-    ranked by the score of the piece and then by the position of the cut.
-    """
-    for byte in range(256):
-        if f"<0x{byte:02X}>" not in vocabulary:
-            # The library would drop characters that it cannot spell, without a word.
-            raise ValueError(
-                f"{file.paths[0]}: token '<0x{byte:02X}>' is missing, expected one for each byte; "
-                "convert the model again"
-            )
-    merges = []
-    for piece, token in vocabulary.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in vocabulary and right in vocabulary:
-                merges.append((-scores[token], token, cut, left, right))
-    merges.sort()
-    pairs = [(left, right) for *_, left, right in merges]
-    return _LibraryTokenizer(models.BPE(vocabulary, pairs, byte_fallback=True))
+def _sentencepiece(
+    file: GGUFFile, vocabulary: dict[str, int], types: list[int]
+) -> tuple[Callable[[str], list[int]], dict[str, Any]]:
+    """SentencePiece BPE by the file's scores, and what such files default to."""
+    scores = file.read("tokenizer.ggml.scores", metadata.numbers(), [0.0] * len(vocabulary))
+    scores = _one_each(file, "tokenizer.ggml.scores", scores, len(vocabulary))
+    of_text = Counter(s for s, kind in zip(scores, types, strict=True) if kind == TokenType.NORMAL)
+    if len(of_text) == 1 and of_text.total() > 1:
+        _warn(
+            f"{file.paths[0]}: all tokenizer.ggml.scores are equal, so pieces of a word are merged "
+            "from left to right and not the most probable first; token ids are other than in "
+            "training and answers are worse; convert the model again"
+        )
+    try:
+        encoder = SentencePieceBPE(vocabulary, scores)
+    except ValueError as error:
+        raise ValueError(f"{file.paths[0]}: {error}; convert the model again") from None
+    default_ids = {role: i for role, i in (("bos", 1), ("eos", 2)) if i < len(vocabulary)}
+    return encoder.encode, {**default_ids, "add_bos": True}
 
 
 def _token_bytes(
@@ -328,15 +371,15 @@ def _token_bytes(
 
     def plain(token: str) -> bytes:
         if sentencepiece:
-            return token.replace(_SPACE, " ").encode()
+            return token.replace(SPACE, " ").encode()
         return b"".join(of_character.get(c) or c.encode() for c in token)
 
     def convert(token: str, kind: int) -> bytes:
         if _is_special(kind):
             return token.encode()
-        if kind == _BYTE:
-            return bytes([int(token[3:5], 16)])  # <0x0A>
-        return b"" if kind == _UNUSED else plain(token)
+        if kind == TokenType.BYTE and (byte := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
+        return b"" if kind == TokenType.UNUSED else plain(token)
 
     pairs = zip(tokens, token_types, strict=True)
     return [(convert(token, kind), _is_special(kind)) for token, kind in pairs]

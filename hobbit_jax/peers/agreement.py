@@ -1,8 +1,8 @@
 """What two programs' logits on the same tokens have in common.
 
-Owns the figures, in float64 and without any framework. Called by `comparison.py`. The peer is the
-reference: a KL is KL(peer || ours), a difference is ours less the peer's. Intervals are 95 %, by
-resampling whole windows, the same windows for both programs.
+Owns the figures, in float64 and without any framework. The peer is the reference: a KL is KL(peer
+|| ours), a difference is ours less the peer's. Intervals are 95 %, by resampling whole windows, the
+same windows for both programs.
 """
 
 from __future__ import annotations

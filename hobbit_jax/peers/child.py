@@ -1,7 +1,7 @@
 """The comparison's end of a child process: its requests, its errors, its peak memory.
 
 Owns the process of a `Side` from start to end, and the environment that both programs get unless
-the user's says otherwise. Called by `comparison.py`.
+the user's says otherwise.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Our engine and one peer on the same tokens, in one run, in turns.
 
-Owns the order of things and the row that comes of it. Called by `scripts/compare.py`; read by
-`report/peers.py`. Both programs are loaded at once, each in its own process and bound to the same
-cores, and never work at the same time. Windows are scored by one and then the other; decode rows
-are timed in turns, the first to go changing from row to row, so that a busy machine slows both
-alike and a ratio is taken within a turn. The first row warms up and is not counted.
+Owns the order of things and the row that comes of it. Both programs are loaded at once, each in its
+own process and bound to the same cores, and never work at the same time. Windows are scored by one
+and then the other; decode rows are timed in turns, the first to go changing from row to row, so
+that a busy machine slows both alike and a ratio is taken within a turn. The first row warms up and
+is not counted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import hashlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ class Request:
         model: GGUF file.
         peer: of `PEERS`.
         text: held-out text; None is the shipped one.
-        budget_bytes: of our expert pool, and of the peer's experts on a GPU; None is all of them.
+        budget_bytes: of our expert pool, and of llama.cpp's experts on a GPU; None is all of them.
         implementation: of our matrix products; None is the device's fastest.
         torch_mode: of `pytorch.MODES`; None is its default for the device.
         windows, context: scored for agreement.
@@ -116,14 +115,8 @@ def compare_model(request: Request) -> dict[str, Any]:
     ours = SideSpec(
         OURS, {**shared, **budget, "implementation": request.implementation}, request.threads
     )
-
-    def peer(facts: Mapping[str, Any]) -> SideSpec:
-        options = budget
-        if request.peer == "torch":
-            slots = None if request.budget_bytes is None else facts["slots"]
-            options = {"mode": request.torch_mode, "slots": slots}
-        return SideSpec(factory, {**shared, **options}, request.threads)
-
+    options = {"mode": request.torch_mode} if request.peer == "torch" else budget
+    peer = SideSpec(factory, {**shared, **options}, request.threads)
     measured = compare(ours, peer, windows.ids_WS, rows.ids_WS, request.prompt_tokens)
     return {
         "model": {
@@ -146,7 +139,7 @@ def compare_model(request: Request) -> dict[str, Any]:
 
 def compare(
     ours: SideSpec,
-    peer: Callable[[Mapping[str, Any]], SideSpec],
+    peer: SideSpec,
     windows_WS: np.ndarray,
     rows_RS: np.ndarray,
     prompt_tokens: int,
@@ -155,7 +148,7 @@ def compare(
 
     Args:
         ours: our side.
-        peer: the other one, told what ours says of itself.
+        peer: the other one.
         windows_WS: int32 [windows, context + 1], scored for agreement.
         rows_RS: int32 [turns + 1, prompt and decoded tokens].
         prompt_tokens: of a row, prefilled.
@@ -167,7 +160,7 @@ def compare(
     load_before = os.getloadavg()[0]
     with Child(ours, "ours") as own:
         loaded_own = own.loaded()
-        with Child(peer(own.facts()), "peer") as other:
+        with Child(peer, "peer") as other:
             loaded = loaded_own, other.loaded()
             agreement = _agreement(own, other, windows_WS)
             speed = _speed(own, other, rows_RS, prompt_tokens)

@@ -1,8 +1,7 @@
 """From a GGUF file's tensors to Hugging Face's own module of the same model.
 
 Owns the one mapping of our architectures to transformers' classes: hyperparameters, names, and the
-order of q and k rows. Called by `pytorch.py` and by `tests/goldens/make_goldens.py`, which hands
-over what another reader found in the file, so that our reading is not its own witness.
+order of q and k rows.
 
 Source: transformers 5, models/{qwen3_moe,mixtral,olmoe} (an expert's gate and up are one tensor,
 gate first); llama.cpp's conversion, `LlamaModel.permute`. transformers' own GGUF loader is no help:

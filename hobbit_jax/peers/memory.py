@@ -1,8 +1,8 @@
 """Resident memory of a process, its own told apart from the pages of files.
 
-Owns what is read of /proc and how peaks are found. Called by `side.py` and `child.py`.
- Linux counts a process's highest resident size exactly (VmHWM), but not the highest of
-its parts, so those are sampled; a peak shorter than the period can be missed there.
+Owns what is read of /proc and how peaks are found. Linux counts a process's highest resident size
+exactly (VmHWM), but not the highest of its parts, so those are sampled; a peak shorter than the
+period can be missed there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which settings a plan compares, and which one it names.
 
-Owns the list and the rule of choice. Called by `plan.py`.
+Owns the list and the rule of choice.
 
 The rule: begin with native experts, go through the settings by expected loss, and take the next
 one where it is at least `SPEEDUP_NEEDED` times as fast as what is held. A setting that degrades
@@ -23,7 +23,7 @@ REFERENCE_KL = {"Q3_K": 0.0088, "Q2_K": 0.0308}
 # By the rule of the decision document.
 SPEEDUP_NEEDED = 1.2
 
-NATIVE = Setting("native SLRU", "off")
+NATIVE = Setting("native SLRU", "wait")
 
 
 def settings() -> list[Setting]:

@@ -1,9 +1,9 @@
 """How wrong the cost model and the replays are, on the machine at hand.
 
-Owns the measurement and its record. Called by `scripts/check_plan.py`. In every turn all settings
-decode the same tokens (`evals/decode_bench.py`). The machine's constants are fitted to some of
-them, turn by turn, so that a load that comes and goes is in the constants and not in the error; the
-other settings are predicted with those constants, and never looked at while fitting. Two errors:
+Owns the measurement and its record. In every turn all settings decode the same tokens
+(`evals/decode_bench.py`). The machine's constants are fitted to some of them, turn by turn, so that
+a load that comes and goes is in the constants and not in the error; the other settings are
+predicted with those constants, and never looked at while fitting. Two errors:
 
 - of the cost model alone: from the counts (exits, bytes) that the engine itself reports;
 - of the whole planner: from the counts that a replay of the recorded routing predicts.
@@ -54,7 +54,7 @@ class Case:
 
 def cases(low_format: str) -> list[Case]:
     """What is measured on the reference model: 7.3 MiB of experts natively, 3.9 in Q2_K."""
-    native = Setting("native", "off")
+    native = Setting("native", "wait")
     uniform = Setting(f"uniform {low_format}", "wait", low_format, "low")
     fitted = [(native, None), (uniform, None), (native, 2), (native, 4), (uniform, 1)]
     others = [(native, 1), (native, 3), (native, 5), (uniform, 2), (uniform, 3)]
@@ -74,7 +74,7 @@ def record_routing(
 ) -> Trace:
     """The native routing of every token decoded after its prompt, row after row."""
     seen: list[RoutedLayer] = []
-    engine = Engine(model, store, mode="off", watch=seen.append)
+    engine = Engine(model, store, mode="wait", watch=seen.append)
     ids, weights, positions = [], [], []
     for ids_S in ids_RS:
         engine.start(1, len(ids_S))

@@ -1,7 +1,6 @@
 """Seconds of one decoded token, from what it reads, moves and waits for.
 
-Owns the model and its constants, with the origin of each. Called by `plan.py`, by `check.py`, which
-measures the constants of a machine and the model's error there, and by `public_figures.py`.
+Owns the model and its constants, with the origin of each.
 
 One sequence, one token at a time, nothing overlapped:
 

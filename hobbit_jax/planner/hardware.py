@@ -1,7 +1,6 @@
 """Graphics cards by name, and bandwidths as a user states them.
 
-Owns the vendor's figures. Called by `plan.py` and `scripts/plan.py`. Bandwidths are nominal; what
-of them decode reaches is `cost_model.py`'s.
+Owns the vendor's figures. Bandwidths are nominal; what of them decode reaches is `cost_model.py`'s.
 
 Source: NVIDIA's specification pages and data sheets of these cards (memory size and bandwidth,
 PCIe generation and lanes), from memory and not looked up again. A lane of PCIe 3.0, 4.0, 5.0

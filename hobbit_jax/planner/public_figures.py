@@ -1,9 +1,8 @@
 """Decode speeds that others report, and what the cost model says of them, untuned.
 
-Owns the list. Called by `scripts/check_plan.py`. The constants are the defaults of `cost_model.py`
-with the bandwidths of the reported machine. They were written down with these figures known and not
-changed after the first comparison, so a miss stays a miss. All are of llama.cpp or a fork, whose
-launches and hand-overs are not ours.
+Owns the list. The constants are the defaults of `cost_model.py` with the bandwidths of the reported
+machine. They were written down with these figures known and not changed after the first comparison,
+so a miss stays a miss. All are of llama.cpp or a fork, whose launches and hand-overs are not ours.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which experts a text will ask for: recorded routing, or routing made up to resemble it.
 
 Owns the trace that a plan's replays run on, and the reasons why that trace is not the model's own.
-Called by `plan.py`. Three sources, the best first:
+Three sources, the best first:
 
 - the model's own trace (`cache/trace.py`): nothing is extrapolated but the text;
 - its profile (a calibration's counts): the favourites are its own, the order of tokens is made up;

@@ -1,9 +1,9 @@
 """What a model weighs, by tensor, without reading or having its weights.
 
 Owns sizes: of the experts at any tier, of the dense part, of the KV cache and of what prefill needs
-beside them. Called by `plan.py`. A tier that was never made is a file of shapes: a real
-`HostExperts` over arrays that take no memory, so that the live sizing of the pool
-(`cache/pool_sizing.py`) can be asked as for real ones.
+beside them. A tier that was never made is a file of shapes: a real `HostExperts` over arrays that
+take no memory, so that the live sizing of the pool (`cache/pool_sizing.py`) can be asked as for
+real ones.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A plan's record as text for people.
 
-Owns the wording. Called by `scripts/plan.py`.
+Owns the wording.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.planner.plan import GIB, faster_rival
 
 
-def render(plan: dict[str, Any], check: dict[str, Any] | None) -> str:
+def render(plan: dict[str, Any], check: dict[str, Any]) -> str:
     """The answer, most important first.
 
     Args:
@@ -124,7 +124,7 @@ def _uniform(plan: dict[str, Any]) -> list[dict[str, Any]]:
     return [s for s in plan["settings"] if s["asked"] == "low"]
 
 
-def _caveats(plan: dict[str, Any], check: dict[str, Any] | None) -> list[str]:
+def _caveats(plan: dict[str, Any], check: dict[str, Any]) -> list[str]:
     lines = [f"Routing: {plan['routing']['source']}."]
     lines += [f"EXTRAPOLATES: {reason}." for reason in plan["routing"]["extrapolates"]]
     lines.append(
@@ -143,19 +143,14 @@ def _caveats(plan: dict[str, Any], check: dict[str, Any] | None) -> list[str]:
         )
     elif plan["sensitivity"]:
         lines.append("Halving or doubling any one of them leaves the choice as it is.")
-    if check is None:
-        lines.append("No recorded check of the cost model is at hand (docs/planner/check.json).")
-    else:
-        ratio = check["time_ratio"]
-        where = (
-            "a GPU" if check["on_gpu"] else f"{check['cpu_count']} CPU cores only, never on a GPU"
-        )
-        lines.append(
-            f"Checked on {where} ({check['device']}): median error "
-            f"{100 * ratio['median_error']:.0f} % of the time of {check['settings']} "
-            f"settings that no constant was fitted to (predicted over measured "
-            f"{ratio['low']:.2f} to {ratio['high']:.2f})."
-        )
+    ratio = check["time_ratio"]
+    where = "a GPU" if check["on_gpu"] else f"{check['cpu_count']} CPU cores only, never on a GPU"
+    lines.append(
+        f"Checked on {where} ({check['device']}): median error "
+        f"{100 * ratio['median_error']:.0f} % of the time of {check['settings']} "
+        f"settings that no constant was fitted to (predicted over measured "
+        f"{ratio['low']:.2f} to {ratio['high']:.2f})."
+    )
     lines.append(
         "JAX takes 75 % of a card unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; prefill "
         "and the start are not predicted."

@@ -1,6 +1,6 @@
 """What each way of decoding would move, wait for and read, by replaying routing.
 
-Owns the step from a setting, a pool and a trace to a `Traffic`. Called by `plan.py` and `check.py`.
+Owns the step from a setting, a pool and a trace to a `Traffic`.
 Who is resident is decided by the live classes (`cache/pool_sizing.py`,
 `cache/controller.py`), warmed up from the trace's first tokens as a profile would
 (`cache/warm_start.py`), and counted on later ones. A trace of another shape is replayed in its own:

@@ -1,7 +1,6 @@
 """Where the fields of a K-quant lie in its block: from quants and scales to ggml's bytes.
 
-Owns the byte layout of Q2_K to Q6_K. Called by `encoder` and `hessian`, with what `scale_search`
-found. Decoding is `pallas_kernels.formats`.
+Owns the byte layout of Q2_K to Q6_K. Decoding is `pallas_kernels.formats`.
 
 Source: `block_q2_K`, `block_q3_K`, `block_q4_K`, `block_q5_K` and `block_q6_K` of ggml-common.h.
 

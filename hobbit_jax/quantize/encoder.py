@@ -1,8 +1,8 @@
 """Encode float32 weights as GGUF blocks: the lower tiers of an expert, whole exported tensors.
 
-Owns the checks, the chunking over cores, and which search and layout make which format. Called by
-`methods` (lower tiers) and the GGUF exporter. Scales are chosen in `scale_search` and
-`single_scale`, bytes laid out in `block_layouts`; decoding is `pallas_kernels.formats`.
+Owns the checks, the chunking over cores, and which search and layout make which format. Scales are
+chosen in `scale_search` and `single_scale`, bytes laid out in `block_layouts`; decoding is
+`pallas_kernels.formats`.
 
 Errors and speeds beside ggml's own: docs/encoders.md, which `scripts/bench_encoders.py` makes.
 
@@ -18,16 +18,8 @@ import numpy as np
 from hobbit_jax.quantize import single_scale
 from hobbit_jax.quantize.block_layouts import pack
 from hobbit_jax.quantize.scale_search import BLOCK_LEN, K_QUANTS, find_scales
+from pallas_kernels.formats import get_format
 
-BLOCK_BYTES = {
-    "Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210,
-    "Q8_0": 34, "Q4_0": 18, "IQ4_NL": 18,
-}  # fmt: skip
-# Where the float16 fields of a block start: these overflow if the weights are too large.
-_FLOAT16_AT = {
-    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
-    "Q8_0": (0,), "Q4_0": (0,), "IQ4_NL": (0,),
-}  # fmt: skip
 # What the most generous block, Q6_K, can say at all: d · scale · q.
 _LARGEST_WEIGHT = 65504.0 * 128 * 32
 # Super-blocks per compiled call; the last chunk is padded, so there is one shape per format. At
@@ -82,7 +74,7 @@ def encode(
         return half_NK.view(np.uint8)
     importance_GW = None if importance_K is None else block_importance_GW(importance_K, block_len)
     blocks_GP = _encode_chunks(weights_NK, format, block_len, importance_GW)
-    return blocks_GP.reshape(n, k // block_len * BLOCK_BYTES[format])
+    return blocks_GP.reshape(n, get_format(format).row_bytes(k))
 
 
 def check_shape(weights_NK: np.ndarray, format: str) -> int:
@@ -100,9 +92,7 @@ def check_shape(weights_NK: np.ndarray, format: str) -> int:
         raise ValueError(f"wanted weights of rank 2 [N, K], got shape {weights_NK.shape}")
     if weights_NK.dtype != np.float32:
         raise ValueError(f"wanted float32 weights, got {weights_NK.dtype}")
-    block_len = 1
-    if format in BLOCK_BYTES:
-        block_len = BLOCK_LEN if format in K_QUANTS else single_scale.BLOCK_LEN
+    block_len = get_format(format).block_weights
     k = weights_NK.shape[1]
     if k == 0 or k % block_len:
         raise ValueError(f"{format}: wanted K a positive multiple of {block_len}, got K={k}")
@@ -165,7 +155,7 @@ def check_values(values_GW: np.ndarray, format: str, first: int, row_len: int) -
 
 def check_blocks(blocks_GP: np.ndarray, format: str, first: int, row_len: int) -> None:
     """Refuses blocks of which a float16 field has overflowed, as `_check_finite` counts."""
-    for at in _FLOAT16_AT[format]:
+    for at, *_ in get_format(format).float_fields:  # too large weights overflow them
         half_G1 = np.ascontiguousarray(blocks_GP[:, at : at + 2]).view(np.float16)
         _check_no_overflow(np.isfinite(half_G1[:, 0]), format, first, row_len)
 
@@ -177,7 +167,7 @@ def _encode_chunks(
     blocks_GW = np.ascontiguousarray(weights_NK).reshape(-1, block_len)
     row_blocks = weights_NK.shape[1] // block_len
     chunk_blocks = _CHUNK_BLOCKS * BLOCK_LEN // block_len
-    out_GP = np.empty((len(blocks_GW), BLOCK_BYTES[format]), np.uint8)
+    out_GP = np.empty((len(blocks_GW), get_format(format).block_bytes), np.uint8)
 
     def encode_chunk(first: int) -> None:
         chunk_GW = blocks_GW[first : first + chunk_blocks]

@@ -1,7 +1,6 @@
 """ggml's own encoder, for comparison; nothing that we ship is made with it.
 
-Owns the search for ggml's library and the one call into it. Called by `methods` (method "ggml", a
-rival in studies), `scripts/bench_encoders.py` and the oracle tests.
+Owns the search for ggml's library and the one call into it.
 
 Source: `ggml_quantize_chunk` of ggml.h. The library is $GGML_BASE_LIB (a libggml-base.so) or that
 of an installed llama-cpp-python.

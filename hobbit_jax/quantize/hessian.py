@@ -1,8 +1,8 @@
 """Encode a matrix so that its output changes least on known inputs, not its weights.
 
 Owns the minimisation of tr(E·H·Eᵀ) with E = W − Ŵ over everything a K-quant stores: quants, 4- to
-8-bit scales and offsets, float16 super-scales. H = Σ x·xᵀ over calibration inputs. Called by
-`methods` (method "gptq"). The result is ordinary blocks, so nothing else changes.
+8-bit scales and offsets, float16 super-scales. H = Σ x·xᵀ over calibration inputs. The result is
+ordinary blocks, so nothing else changes.
 
 1. Error feedback, as in GPTQ (arXiv 2210.17323): columns are rounded in turn, and each one's error
    is moved onto the columns to come. A super-block's scales are searched (`scale_search`) when its
@@ -35,13 +35,13 @@ from jax import Array, lax
 
 from hobbit_jax.quantize.block_layouts import pack
 from hobbit_jax.quantize.encoder import (
-    BLOCK_BYTES,
     block_importance_GW,
     check_blocks,
     check_shape,
     check_values,
 )
 from hobbit_jax.quantize.scale_search import BLOCK_LEN, K_QUANTS, KQuant, Scales, find_scales
+from pallas_kernels.formats import get_format
 
 # Added to the diagonal, as a share of its mean. Less fits the calibration text's noise: on the
 # reference model KL at Q2_K is .0299 at .01 and .0289 at .05.
@@ -75,18 +75,14 @@ def encode(weights_NK: np.ndarray, format: str, hessian_KK: np.ndarray) -> np.nd
             with a negative diagonal.
         NotImplementedError: a format that is no K-quant.
     """
-    if format not in K_QUANTS:
-        raise NotImplementedError(
-            f"no Hessian-based encoder for {format!r}; the formats with one are "
-            f"{', '.join(K_QUANTS)}"
-        )
+    check_format(format)
     weights_NK = np.asarray(weights_NK)
     check_shape(weights_NK, format)
     check_values(weights_NK, format, 0, 1)
     quant, (n_rows, n_columns) = K_QUANTS[format], weights_NK.shape
     hessian_KK = _conditioned(hessian_KK, n_columns)
     if n_rows == 0:
-        return np.empty((0, n_columns // BLOCK_LEN * BLOCK_BYTES[format]), np.uint8)
+        return np.empty((0, get_format(format).row_bytes(n_columns)), np.uint8)
     target_KN = jnp.asarray(np.ascontiguousarray(weights_NK.T))
     h_KK = jnp.asarray(hessian_KK, jnp.float32)
     blocks = _feed_errors_forward(target_KN, hessian_KK, quant)
@@ -95,6 +91,15 @@ def encode(weights_NK: np.ndarray, format: str, hessian_KK: np.ndarray) -> np.nd
     for blocks_NP in packed:
         check_blocks(blocks_NP, format, 0, 1)
     return np.concatenate(packed, axis=1)
+
+
+def check_format(format: str) -> None:
+    """Refuses a format that is no K-quant with NotImplementedError."""
+    if format not in K_QUANTS:
+        raise NotImplementedError(
+            f"no Hessian-based encoder for {format!r}; the formats with one are "
+            f"{', '.join(K_QUANTS)}"
+        )
 
 
 def _conditioned(hessian_KK: np.ndarray, n_columns: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Which way an expert's matrix is encoded: without calibration, or by what calibration saw of it.
 
-Owns the names of the methods, and what happens to an expert that calibration saw too rarely.
-Called by `experts/tiers.py`. All methods write the same standard blocks.
+Owns the names of the methods, and what happens to an expert that calibration saw too rarely. All
+methods write the same standard blocks.
 """
 
 from __future__ import annotations
@@ -42,18 +42,47 @@ class CalibratedMoments(Protocol):
 
     @property
     def input_moments(self) -> np.ndarray | None:
-        """[L, E, D] or [L, E, D, D]."""
+        """Diagonals of gate's and up's Hessians, [L, E, D]."""
         ...
 
     @property
     def hidden_moments(self) -> np.ndarray | None:
-        """[L, E, F] or [L, E, F, F]."""
+        """Diagonals of down's, [L, E, F]."""
+        ...
+
+    def hessian_KK(self, role: str, layer: int, expert: int) -> np.ndarray:
+        """The second moment of one matrix's inputs, [K, K]. ValueError if there are none."""
+        ...
+
+    def layer_hessian_DD(self, layer: int) -> np.ndarray:
+        """Its sum over a layer's experts, for gate and up."""
         ...
 
     @property
     def selections_LE(self) -> np.ndarray:
         """Tokens behind each expert's moments."""
         ...
+
+
+def check_method(format: str, method: str, columns: int) -> None:
+    """Refuses what `encode_matrix` cannot encode, before anything is computed.
+
+    Raises:
+        ValueError: an unknown method, or rows of `columns` weights that are no multiple of a block.
+        NotImplementedError: `method` has no encoder for `format`, or ggml is not here.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; want one of {', '.join(METHODS)}")
+    if method == "gptq":
+        hessian.check_format(format)
+    if method == "ggml":
+        ggml.library()
+    encoder.check_shape(np.empty((0, columns), np.float32), format)
+
+
+def gptq_bytes(columns: int) -> int:
+    """Host memory for one matrix of so many columns: its Hessian, inverse and factors, float64."""
+    return 6 * 8 * columns**2
 
 
 def moment(
@@ -69,20 +98,44 @@ def moment(
         ValueError: the calibration lacks this statistic.
     """
     hidden = role == "ffn_down_exps"
-    moments = calibration.hidden_moments if hidden else calibration.input_moments
-    if moments is None or (full and moments.ndim != 4):
+    diagonals = calibration.hidden_moments if hidden else calibration.input_moments
+    if diagonals is None:
         raise ValueError(
-            f"the calibration has no {'hessian' if full else 'second_moment'} statistics; make one "
-            f"with --statistics={'hessian' if full else 'second_moment'}"
+            "the calibration has routing counts alone; make one with --statistics=second_moment, "
+            "or with --statistics=hessian for method gptq"
         )
-    own, of_layer = moments[layer, expert], moments[layer]
-    if moments.ndim == 4 and not full:
-        own, of_layer = np.diagonal(own), np.diagonal(of_layer, axis1=1, axis2=2)
-    per_token = of_layer.sum(axis=0, dtype=np.float64) / calibration.selections_LE[layer].sum()
+    of_layer_K = diagonals[layer].sum(axis=0, dtype=np.float64)
     if hidden:
-        diagonal = np.diagonal(per_token) if full else per_token
-        per_token = diagonal.mean() * (np.eye(len(diagonal)) if full else np.ones(len(diagonal)))
-    return own.astype(np.float64) + PRIOR_TOKENS * per_token
+        of_layer_K = np.full_like(of_layer_K, of_layer_K.mean())
+    tokens = calibration.selections_LE[layer].sum()
+    if not full:
+        return diagonals[layer, expert] + PRIOR_TOKENS / tokens * of_layer_K
+    own_KK = calibration.hessian_KK(role, layer, expert).astype(np.float64)
+    of_layer_KK = np.diag(of_layer_K) if hidden else calibration.layer_hessian_DD(layer)
+    return own_KK + PRIOR_TOKENS / tokens * of_layer_KK
+
+
+def rarely_seen(selections_LE: np.ndarray) -> list[str]:
+    """What there is to warn of experts that calibration saw fewer than `PRIOR_TOKENS` times.
+
+    A sentence on the whole, then one for each layer with its experts and their tokens, fewest
+    first; nothing where all were seen often enough.
+    """
+    rare_LE = selections_LE < PRIOR_TOKENS
+    if not rare_LE.any():
+        return []
+    lines = [
+        f"{rare_LE.sum()} of {rare_LE.size} experts saw fewer than {PRIOR_TOKENS} tokens of the "
+        "calibration, so they are encoded by what all experts of their layer see; calibrate on "
+        "more text, or on text of more kinds"
+    ]
+    for layer, rare_E in enumerate(rare_LE):
+        experts = [e for e in np.argsort(selections_LE[layer], kind="stable") if rare_E[e]]
+        seen = ", ".join(f"{expert}: {selections_LE[layer, expert]}" for expert in experts[:8])
+        more = f" and {len(experts) - 8} more" if len(experts) > 8 else ""
+        if experts:
+            lines.append(f"layer {layer}, {len(experts)} experts (expert: tokens): {seen}{more}")
+    return lines
 
 
 def encode_matrix(
@@ -104,8 +157,7 @@ def encode_matrix(
         ValueError: an unknown method; no calibration, or one without the statistics that it needs.
         NotImplementedError: `method` has no encoder for `format`.
     """
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; want one of {', '.join(METHODS)}")
+    check_method(format, method, weights_NK.shape[-1])
     if method == "rtn":
         return encoder.encode(weights_NK, format)
     if calibration is None:

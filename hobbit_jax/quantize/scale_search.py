@@ -1,7 +1,7 @@
 """Choose the scales and quants of a K-quant block: the part of encoding that decides the error.
 
-Owns the numbers of each K-quant and the search. Called by `encoder`, and by `hessian` for its
-start. It stands in for `make_qkx2_quants` and `make_qx_quants` of ggml-quants.c:
+Owns the numbers of each K-quant and the search. It stands in for `make_qkx2_quants` and
+`make_qx_quants` of ggml-quants.c:
 
 1. Each sub-block is fitted by least squares from several guesses, as in ggml; but for the plain
    squared error (or importance · squared error), where ggml without an importance matrix weighs

@@ -1,9 +1,9 @@
 """Encode blocks of 32 weights under one scale: Q8_0, Q4_0 and IQ4_NL.
 
-Owns both the choice of the scale and the layout, which are simple here. Called by `encoder`. For
-the 4-bit formats it stands in for `quantize_row_iq4_nl_impl` and `make_qx_quants` of ggml-quants.c,
-whose errors are 0.5 to 12 % larger (tests/test_quantize.py): several guesses of the scale, each
-refined by least squares, and the best kept as measured under its stored float16 value.
+Owns both the choice of the scale and the layout, which are simple here. For the 4-bit formats it
+stands in for `quantize_row_iq4_nl_impl` and `make_qx_quants` of ggml-quants.c, whose errors are 0.5
+to 12 % larger (tests/test_quantize.py): several guesses of the scale, each refined by least
+squares, and the best kept as measured under its stored float16 value.
 
 Shape letters: G blocks, W the 32 weights of a block, V the 16 levels, C candidates.
 """

@@ -1,7 +1,7 @@
 """The answer of the decision document, and the rule that it was given by.
 
 Owns sections 1 and 2: a verdict for each budget and format, then the rule's clauses with how every
-candidate fares in each. Called by `document.py`; who is judged how is `verdict.py`'s.
+candidate fares in each. Who is judged how is `verdict.py`'s.
 """
 
 from __future__ import annotations

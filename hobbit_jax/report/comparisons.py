@@ -1,9 +1,8 @@
 """Comparisons between rows: what "below the control" and "equally fast" mean.
 
-Owns every statement that one plan is better than another: a signal against the random
-control, a mixed plan against the uniform quants at its bytes, one timing against another.
-Called by `verdict.py`, `figures.py` and `document.py`. Two intervals differ only where they do
-not touch; that is stricter than a paired test would be.
+Owns every statement that one plan is better than another: a signal against the random control, a
+mixed plan against the uniform quants at its bytes, one timing against another. Two intervals differ
+only where they do not touch; that is stricter than a paired test would be.
 """
 
 from __future__ import annotations

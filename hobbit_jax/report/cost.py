@@ -1,6 +1,6 @@
 """What each plan of a sweep costs at equal pool bytes: residents, hits, bytes moved, tokens/s.
 
-Owns section 5 of the decision document. Called by `document.py`.
+Owns section 5 of the decision document.
 """
 
 from __future__ import annotations

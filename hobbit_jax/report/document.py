@@ -1,8 +1,8 @@
 """The text of the decision document: the answer first, then what it rests on.
 
 Owns the order of the sections: answer, rule, evidence, what is absent, what the numbers cannot
-show, how to repeat them; each section has a file. Called by `writer.py`. A value that was not
-measured is printed as "–" and never filled in.
+show, how to repeat them; each section has a file. A value that was not measured is printed as "–"
+and never filled in.
 """
 
 from __future__ import annotations

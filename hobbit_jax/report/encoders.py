@@ -1,8 +1,7 @@
 """What the quality frontier says of encoders, as text: alone, under plans, by text, and twice over.
 
 Owns the tables of encoders at the same bytes, of what encoder and middle tier are worth under a
-plan, of the calibration text, and the section on compounding error. Called by `signals.py`,
-`document.py` and `writer.py`.
+plan, of the calibration text, and the section on compounding error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The three figures of the decision document, drawn from rows alone.
 
-Owns how the document looks in pixels. Called by `writer.py`. The same rows give the same PNG
-bytes: default style whatever the user's matplotlibrc says, no date, no software version.
+Owns how the document looks in pixels. The same rows give the same PNG bytes: default style whatever
+the user's matplotlibrc says, no date, no software version.
 """
 
 from __future__ import annotations

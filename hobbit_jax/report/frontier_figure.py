@@ -1,6 +1,6 @@
 """The figure of a quality frontier: KL against bytes, one mark a plan.
 
-Owns how the frontier looks in pixels. Called by `writer.py`.
+Owns how the frontier looks in pixels.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Rows of a quality frontier, and the comparisons that they allow: in pairs, window by window.
 
 Owns how `FrontierCell` rows are read and averaged over seeds, and every statement that one plan
-loses less than another. Called by `signals.py`, `encoders.py` and `frontier_figure.py`. Intervals
-are 95 %, by resampling windows and, where a plan has several, calibration seeds; a difference is
-taken inside each window and seed first, so it can be told from 0 where two intervals overlap.
+loses less than another. Intervals are 95 %, by resampling windows and, where a plan has several,
+calibration seeds; a difference is taken inside each window and seed first, so it can be told from 0
+where two intervals overlap.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What the rows of `peers/comparison.py` say, as text: agreement, speed, memory.
 
-Owns the reading of those rows and the section on peers of the decision document. Called by
-`writer.py`, `document.py` and, for a single row, by `scripts/compare.py`.
+Owns the reading of those rows and the section on peers of the decision document.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The section "What to run on a card": predictions for cards that nobody here has.
 
 Owns what the document says of the planner's records (`planner/plan.py`, `planner/check.py`), and
-their caveats. Called by `writer.py` (reading) and `document.py` (text).
+their caveats.
 """
 
 from __future__ import annotations

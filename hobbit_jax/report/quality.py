@@ -1,8 +1,8 @@
 """What each plan of a sweep costs in quality.
 
 Owns section 3 of the decision document, and of section 4 what the sweep's own rows say of a signal:
-against a random choice of as many, and against the uniform quants at the same bytes. Called by
-`document.py`; the comparisons are `comparisons.py`'s.
+against a random choice of as many, and against the uniform quants at the same bytes. The
+comparisons are `comparisons.py`'s.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Reads `sweep.json` and `rows/*.json`, the files that a sweep leaves in its working folder.
 
-Owns what counts as a readable row (DESIGN.md, section 6: one JSON file per cell). Called by
-`writer.py`. A row that cannot be read is kept by name and reason, never dropped and never
-repaired; a null stays None.
+Owns what counts as a readable row (DESIGN.md, section 6: one JSON file per cell). A row that cannot
+be read is kept by name and reason, never dropped and never repaired; a null stays None.
 """
 
 from __future__ import annotations

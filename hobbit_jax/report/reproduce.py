@@ -1,6 +1,6 @@
 """What a reader needs to check a sweep: which cells are absent, and how to run it again.
 
-Owns sections 6 and 8 of the decision document. Called by `document.py`.
+Owns sections 6 and 8 of the decision document.
 """
 
 from __future__ import annotations

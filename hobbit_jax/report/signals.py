@@ -1,8 +1,7 @@
 """What the quality frontier says of signals, as text: at equal bytes, controlled, transferred.
 
 Owns the order of "Which signal" of the decision document as far as it rests on `FrontierCell` rows.
-Called by `document.py` and, for a sweep that is nothing but such rows, by `writer.py`. The
-comparisons are `frontier_results.py`'s, what concerns encoders is said by `encoders.py`.
+The comparisons are `frontier_results.py`'s, what concerns encoders is said by `encoders.py`.
 """
 
 from __future__ import annotations

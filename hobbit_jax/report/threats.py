@@ -1,7 +1,7 @@
 """What the rows of a sweep cannot show, derived from what they say about themselves.
 
-Owns the document's threats to validity. Called by `document.py`. Nothing is assumed about the
-machine: each sentence depends on the device, the sizes and the hashes that the rows record.
+Owns the document's threats to validity. Nothing is assumed about the machine: each sentence depends
+on the device, the sizes and the hashes that the rows record.
 """
 
 from __future__ import annotations

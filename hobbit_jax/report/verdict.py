@@ -1,8 +1,7 @@
 """The rule that turns rows into an answer.
 
-Owns what "worth it" means. Called by `writer.py`. The limits are the config's (`sweep.json`,
-written before any row); nothing here can move them. What was not measured makes a clause
-open, never true.
+Owns what "worth it" means. The limits are the config's (`sweep.json`, written before any row);
+nothing here can move them. What was not measured makes a clause open, never true.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """From a sweep's folder to its decision document and figures.
 
-Owns the files that a report writes. Called by `scripts/report.py`. The same rows give the
-same bytes of every file.
+Owns the files that a report writes. The same rows give the same bytes of every file.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """From a signal and a limit to a precision plan: which experts, or selections, go low.
 
-Owns the meaning of "the bottom X % by signal S" and of "the best plan in B bytes by signal S".
-Called by `cells/sweep.py` and `cells/frontier.py`. For static signals X counts (layer, expert)
-pairs, ranked over the whole model; for selections it counts selections, and the threshold is the
-X-quantile of the calibration text.
+Owns the meaning of "the bottom X % by signal S" and of "the best plan in B bytes by signal S". For
+static signals X counts (layer, expert) pairs, ranked over the whole model; for selections it counts
+selections, and the threshold is the X-quantile of the calibration text.
 """
 
 from __future__ import annotations

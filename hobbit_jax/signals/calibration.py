@@ -1,8 +1,8 @@
 """What a text does to a model's experts: routing counts, and the second moments of their inputs.
 
-Owns the calibration pass and its file (Orbax). Called by `scripts/calibrate.py` and
-`cells/sweep.py`; read by `quantize/methods.py` (how to encode an expert) and `importance.py` (who
-matters).
+Owns the calibration pass and its folder: `calibration.npz` is written last, so that a folder with
+it is whole; `inputs-…/` holds the recorded inputs (`layer_inputs.py`) that GPTQ's Hessians are made
+from, a layer at a time, and from which an interrupted pass goes on.
 
 An error in an expert's weights reaches the residual stream times the router's weight w, so moments
 are Σ w²·x·xᵀ over the expert's own selections. x is the layer's normalised input for gate and up,
@@ -11,28 +11,27 @@ and the gated hidden row, by native weights, for down.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Sequence
+import shutil
+import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+from tqdm import tqdm
 
+from hobbit_jax.atomic import replacing
 from hobbit_jax.evals.quality import Windows, watch_windows
-from hobbit_jax.experts.store import NATIVE, HostExperts
-from hobbit_jax.experts.tiers import dequantize
+from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.prefill import RoutedLayer
-from hobbit_jax.model_file.architecture import ModelConfig
+from hobbit_jax.model_file.architecture import ModelConfig, read_config
+from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.signals.importance import RoutingProfile
+from hobbit_jax.signals.layer_inputs import LayerInputs, record
 
 STATISTICS = ("routing", "second_moment", "hessian")
-DEFAULT_LIMIT_BYTES = 8 * 2**30
+_FILE = "calibration.npz"
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,9 @@ class Calibration:
         text_sha256: of the token ids, so of text, tokenizer and windows.
         tokens: how many.
         routing: who was chosen, how often and with which weight.
-        input_moments: Σ w²·x² [L, E, D] ("second_moment") or Σ w²·x·xᵀ [L, E, D, D] ("hessian"),
-            float32; None for "routing".
-        hidden_moments: the same of the hidden rows, [L, E, F] or [L, E, F, F].
+        input_moments: Σ w²·x² [L, E, D], float32; None for "routing".
+        hidden_moments: the same of the hidden rows, [L, E, F].
+        inputs: what the experts saw, which Hessians are made from; None but for "hessian".
     """
 
     model_sha256: str
@@ -55,13 +54,14 @@ class Calibration:
     routing: RoutingProfile
     input_moments: np.ndarray | None = None
     hidden_moments: np.ndarray | None = None
+    inputs: LayerInputs | None = None
 
     @property
     def statistics(self) -> str:
         """What was gathered."""
         if self.input_moments is None:
             return "routing"
-        return "hessian" if self.input_moments.ndim == 4 else "second_moment"
+        return "second_moment" if self.inputs is None else "hessian"
 
     @property
     def selections_LE(self) -> np.ndarray:
@@ -75,23 +75,23 @@ class Calibration:
         return hashlib.sha256(what.encode()).hexdigest()
 
     def save(self, path: Path) -> None:
-        """Writes the folder `path`, all of it or nothing; one that exists is replaced."""
+        """Writes `calibration.npz` into the folder `path`; recorded inputs lie there already."""
         arrays = {f.name: getattr(self.routing, f.name) for f in fields(RoutingProfile)}
         if self.input_moments is not None and self.hidden_moments is not None:
             arrays |= {"input_moments": self.input_moments, "hidden_moments": self.hidden_moments}
-        about = {name: getattr(self, name) for name in ("model_sha256", "text_sha256", "tokens")}
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            checkpointer.save(
-                path.resolve(),
-                ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
-                ),
-                force=True,
-            )
+        about = (self.model_sha256, self.text_sha256, str(self.tokens), self.statistics)
+        path.mkdir(parents=True, exist_ok=True)
+        with replacing(path / _FILE) as partial, partial.open("wb") as file:
+            np.savez(file, about=np.array(about), **arrays)
+
+    @staticmethod
+    def file(path: Path) -> Path:
+        """What stands in the folder `path` once the calibration is whole."""
+        return path / _FILE
 
     @classmethod
-    def load(cls, path: Path, model_sha256: str) -> Calibration:
-        """Reads what `save` wrote.
+    def load(cls, path: Path, source: GGUFFile) -> Calibration:
+        """Reads the calibration of `source` in the folder `path`.
 
         Raises:
             FileNotFoundError: there is no such folder.
@@ -100,62 +100,63 @@ class Calibration:
         if not path.is_dir():
             raise FileNotFoundError(f"no calibration at {path}; make one with scripts/calibrate.py")
         try:
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-                # Restored as NumPy: moments are megabytes to gigabytes, and the host's.
-                restored = checkpointer.restore(
-                    path.resolve(),
-                    ocp.args.Composite(
-                        arrays=ocp.args.StandardRestore(), about=ocp.args.JsonRestore()
-                    ),
-                )
-            about: dict[str, Any] = dict(restored["about"])
-            arrays = {name: np.asarray(array) for name, array in restored["arrays"].items()}
+            with np.load(path / _FILE) as file:
+                arrays = dict(file)
+            model_sha256, text_sha256, tokens, statistics = arrays.pop("about").tolist()
             routing = RoutingProfile(**{f.name: arrays.pop(f.name) for f in fields(RoutingProfile)})
-            moments = arrays.get("input_moments"), arrays.get("hidden_moments")
-            loaded = cls(
-                about["model_sha256"], about["text_sha256"], about["tokens"], routing, *moments
-            )
-        except (KeyError, TypeError, ValueError, OSError) as error:
+            loaded = cls(model_sha256, text_sha256, int(tokens), routing, **arrays)
+        except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{path} holds no calibration that can be read: {reason}") from error
-        if loaded.model_sha256 != model_sha256:
+        if model_sha256 != source.sha256():
             raise ValueError(
                 f"the calibration at {path} was made for another model (sha256 "
-                f"{loaded.model_sha256[:16]}…, this one is {model_sha256[:16]}…); make one for "
+                f"{model_sha256[:16]}…, this one is {source.sha256()[:16]}…); make one for "
                 "this model with scripts/calibrate.py"
             )
-        return loaded
+        if statistics != "hessian":
+            return loaded
+        native = HostExperts(read_config(source), source)
+        folder = _inputs_folder(path, model_sha256, text_sha256)
+        return replace(loaded, inputs=LayerInputs(folder, native, int(tokens)))
+
+    def hessian_KK(self, role: str, layer: int, expert: int) -> np.ndarray:
+        """Σ w²·x·xᵀ of one matrix's inputs, float32 [K, K]; K is D, or F for ffn_down_exps.
+
+        Raises:
+            ValueError: the calibration has no Hessians.
+        """
+        return self._recorded().hessian_KK(role, layer, expert)
+
+    def layer_hessian_DD(self, layer: int) -> np.ndarray:
+        """The sum over a layer's experts of their inputs' Hessians, float32 [D, D].
+
+        Raises:
+            ValueError: the calibration has no Hessians.
+        """
+        return self._recorded().layer_hessian_DD(layer)
+
+    def _recorded(self) -> LayerInputs:
+        if self.inputs is None:
+            raise ValueError(
+                f"the calibration has statistics {self.statistics!r} and no inputs to make "
+                "Hessians of; make one with --statistics=hessian"
+            )
+        return self.inputs
 
 
-def moment_bytes(config: ModelConfig, statistics: str) -> int:
-    """Bytes of all moments, on the device while they are gathered and in the file."""
+def _inputs_folder(path: Path, model_sha256: str, text_sha256: str) -> Path:
+    digest = hashlib.sha256(f"{model_sha256} {text_sha256}".encode()).hexdigest()
+    return path / f"inputs-{digest[:16]}"
+
+
+def calibration_bytes(config: ModelConfig, statistics: str, tokens: int) -> int:
+    """Bytes on disk while `tokens` are calibrated on: the inputs of every layer, and the sums."""
     if statistics == "routing":
         return 0
-    power = 2 if statistics == "hessian" else 1
-    return 4 * config.n_layers * config.n_experts * (config.d_model**power + config.d_expert**power)
-
-
-@functools.partial(jax.jit, donate_argnums=(0, 1))
-def _add(
-    input_E: jax.Array,
-    hidden_E: jax.Array,
-    expert: jax.Array,
-    h_TD: jax.Array,
-    token_R: jax.Array,
-    weight_R: jax.Array,
-    gate_FD: jax.Array,
-    up_FD: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Adds R selections of one expert to its moments; a weight of 0 adds nothing."""
-    x_RD = h_TD[token_R]
-    hidden_RF = jax.nn.silu(x_RD @ gate_FD.T) * (x_RD @ up_FD.T)
-
-    def added(sums: jax.Array, rows: jax.Array) -> jax.Array:
-        rows = rows * weight_R[:, None]
-        moment = rows.T @ rows if sums.ndim == 3 else jnp.sum(rows * rows, axis=0)
-        return sums.at[expert].add(moment)
-
-    return added(input_E, x_RD), added(hidden_E, hidden_RF)
+    sums = 4 * config.n_layers * config.n_experts * (config.d_model + config.d_expert)
+    selection_bytes = 8 * config.experts_per_token
+    return 2 * sums + config.n_layers * tokens * (4 * config.d_model + selection_bytes)
 
 
 class RoutingCounts:
@@ -179,79 +180,53 @@ class RoutingCounts:
         return RoutingProfile(self.selections_LE, self.weight_LE, weights_TK)
 
 
-class _Collector:
-    """Watches an engine's layers and sums."""
+def calibrate(engine: Engine, windows: Windows, statistics: str, path: Path) -> Calibration:
+    """Runs `windows` through a native engine, gathers `statistics` and saves them in `path`.
 
-    def __init__(self, store: HostExperts, statistics: str):
-        config = store.config
-        self.store, self.statistics = store, statistics
-        self.counts = RoutingCounts(config)
-        power = 2 if statistics == "hessian" else 1
-        self.moments: list[tuple[jax.Array, jax.Array]] = []
-        if statistics != "routing":
-            self.moments = [
-                (
-                    jnp.zeros((config.n_experts, *(config.d_model,) * power)),
-                    jnp.zeros((config.n_experts, *(config.d_expert,) * power)),
-                )
-                for _ in range(config.n_layers)
-            ]
-
-    def __call__(self, routed: RoutedLayer) -> None:
-        self.counts.add(routed)
-        if not self.moments:
-            return
-        experts = self.store.layer(NATIVE, routed.layer)
-        sums = self.moments[routed.layer]
-        for expert, token_R, weight_R in routed.by_expert():
-            sums = _add(
-                *sums,
-                jnp.int32(expert),
-                routed.h_TD,
-                token_R,
-                weight_R,
-                jnp.asarray(dequantize(experts.gate, expert)),
-                jnp.asarray(dequantize(experts.up, expert)),
-            )
-        self.moments[routed.layer] = sums
-
-
-def calibrate(
-    engine: Engine,
-    windows: Windows,
-    statistics: str,
-    limit_bytes: int = DEFAULT_LIMIT_BYTES,
-) -> Calibration:
-    """Runs `windows` through a native engine and gathers `statistics`.
+    "second_moment" and "hessian" record every layer's inputs first (`calibration_bytes` says how
+    much that takes on disk) and then sum them up a layer at a time, so that memory holds the inputs
+    of one layer and the float32 weights of one expert. An interrupted pass goes on where it was.
 
     Raises:
-        ValueError: no text, unknown statistics, or moments larger than `limit_bytes`.
+        ValueError: no text, or unknown statistics.
     """
     if statistics not in STATISTICS:
         raise ValueError(f"statistics is {statistics!r}; want one of {', '.join(STATISTICS)}")
     if len(windows.ids_WS) == 0:
         raise ValueError("calibration needs at least one window of text")
-    needed = moment_bytes(engine.config, statistics)
-    if needed > limit_bytes:
-        raise ValueError(
-            f"statistics {statistics!r} of this model take {needed / 2**30:.1f} GiB, more than the "
-            f"limit of {limit_bytes / 2**30:.1f} GiB; take second_moment "
-            f"({moment_bytes(engine.config, 'second_moment') / 2**30:.2f} GiB) or raise --limit_gib"
-        )
-    collector = _Collector(engine.store, statistics)
-    watch_windows(engine, windows, collector, "calibrating")
-    ids = np.ascontiguousarray(windows.ids_WS, np.int32)
-    found = Calibration(
-        model_sha256=engine.model.file.sha256(),
-        text_sha256=hashlib.sha256(ids.tobytes() + str(ids.shape).encode()).hexdigest(),
-        tokens=windows.targets,
-        routing=collector.counts.profile(),
-    )
-    if not collector.moments:
+    model_sha256, ids = engine.model.file.sha256(), np.ascontiguousarray(windows.ids_WS, np.int32)
+    text_sha256 = hashlib.sha256(ids.tobytes() + str(ids.shape).encode()).hexdigest()
+    if statistics == "routing":
+        counts = count_routing(engine, windows)
+        found = Calibration(model_sha256, text_sha256, windows.targets, counts.profile())
+        found.save(path)
         return found
-    inputs, hidden = zip(*collector.moments, strict=True)
-    return replace(found, input_moments=_stacked(inputs), hidden_moments=_stacked(hidden))
+    folder = _inputs_folder(path, model_sha256, text_sha256)
+    record(engine, windows, folder)
+    inputs = LayerInputs(folder, engine.store, windows.targets)
+    counts = RoutingCounts(engine.config)
+    for routed in inputs.routed():
+        counts.add(routed)
+    layers = tqdm(range(engine.config.n_layers), desc="second moments", disable=None, leave=False)
+    input_LED, hidden_LEF = zip(*map(inputs.second_moments, layers), strict=True)
+    found = Calibration(
+        model_sha256,
+        text_sha256,
+        windows.targets,
+        counts.profile(),
+        np.stack(input_LED),
+        np.stack(hidden_LEF),
+        inputs if statistics == "hessian" else None,
+    )
+    found.save(path)
+    for leftover in path.glob("inputs-*"):
+        if statistics != "hessian" or leftover != folder:
+            shutil.rmtree(leftover, ignore_errors=True)
+    return found
 
 
-def _stacked(layers: Sequence[jax.Array]) -> np.ndarray:
-    return np.stack([np.asarray(layer) for layer in layers])
+def count_routing(engine: Engine, windows: Windows) -> RoutingCounts:
+    """Runs `windows` through a native engine and counts who was chosen."""
+    counts = RoutingCounts(engine.config)
+    watch_windows(engine, windows, counts.add, "calibrating")
+    return counts

@@ -1,8 +1,8 @@
 """How important each expert is: the signals, from what calibration saw.
 
-Owns the static scores of (layer, expert) pairs and the measured error of each pair at each tier.
-Called by `allocation.py`, `calibration.py` (the profile) and the sweeps. A score says what an
-error in that expert would cost; the scores of selections are `precision.importance_score`.
+Owns the static scores of (layer, expert) pairs and the measured error of each pair at each tier. A
+score says what an error in that expert would cost; the scores of selections are
+`precision.importance_score`.
 """
 
 from __future__ import annotations

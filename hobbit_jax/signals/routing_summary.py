@@ -1,6 +1,6 @@
 """What a routing profile says of caching, in a few figures per layer.
 
-Owns the figures and their table. Called by `scripts/profile.py`.
+Owns the figures and their table.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """True shapes of models that a synthetic file can have.
 
-Owns the numbers. Called by `synthesize.py` and `scripts/synthesize.py`. Sources: the config.json
-files that Qwen, Mistral AI and the Allen Institute for AI publish with these models.
+Owns the numbers. Sources: the config.json files that Qwen, Mistral AI and the Allen Institute for
+AI publish with these models.
 """
 
 from __future__ import annotations

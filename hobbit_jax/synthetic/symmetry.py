@@ -1,8 +1,7 @@
 """The same model with other weights: an original for one that exists only quantised.
 
 Owns a rewriting of a model that changes no logit but takes its weights off the blocks that they
-were encoded in. Called by `scripts/write_off_grid.py` for the study of compounding error, which
-wants float32 weights that no K-quant has touched, where the trained ones are not kept.
+were encoded in: float32 weights that no K-quant has touched, where the trained ones are not kept.
 
 Three symmetries of the architecture, drawn at random: the channels of the residual stream are
 permuted throughout; each expert's hidden neurons are permuted; and each neuron's up row is

@@ -1,8 +1,8 @@
 """Model files of true shape and size without a trained model: for measuring scale, not quality.
 
-Owns how such a file is filled. Called by `scripts/synthesize.py`. Tensors, types, metadata and
-vocabulary size are those of the real model's Q4_K_M file; weights are random blocks, cut from a
-pool of a few megabytes per type, so that 18 GB are written as fast as the disk takes them.
+Owns how such a file is filled. Tensors, types, metadata and vocabulary size are those of the real
+model's Q4_K_M file; weights are random blocks, cut from a pool of a few megabytes per type, so that
+18 GB are written as fast as the disk takes them.
 
 Random weights would route every token to experts of its own. Real routing has favourites, and
 neighbouring tokens share experts, so a little structure is put in:
@@ -47,6 +47,7 @@ from hobbit_jax.model_file.architecture import (
 )
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
 from hobbit_jax.synthetic.type_mix import FILE_TYPE_Q4_K_M, q4_k_m_format
+from pallas_kernels.formats import get_format
 
 _COMMON = 0.05  # of an embedding's square, what all tokens share
 _LOCALITY = 25.0  # attention's logit at distance 0; over 64 frequencies of base 1e6 it loses
@@ -57,14 +58,14 @@ _ROUTER = 1.15  # standard deviation of router logits
 
 _POOL_BLOCKS = 30011  # a prime, so that a wrapped row does not meet itself
 _EMBEDDING_ROWS = 4099  # distinct pieces of an embedding per super-block
-# Of a block with random codes: byte offset of d, its weights' standard deviation when d is 1, and,
-# where there is a second field, its offset and the multiple of d that makes the mean 0.
-_SCALES: dict[str, tuple[int, float, tuple[int, float] | None]] = {
-    "Q8_0": (0, 73.9, None),
-    "Q5_0": (0, 9.25, None),
-    "Q4_K": (0, 232.0, (2, 7.5)),
-    "Q5_K": (0, 480.0, (2, 15.5)),
-    "Q6_K": (208, 1369.0, None),
+# Of a block with random codes: its weights' standard deviation when d is 1, and, where there is a
+# second scale, the multiple of d that makes the mean 0.
+_SCALES: dict[str, tuple[float, float | None]] = {
+    "Q8_0": (73.9, None),
+    "Q5_0": (9.25, None),
+    "Q4_K": (232.0, 7.5),
+    "Q5_K": (480.0, 15.5),
+    "Q6_K": (1369.0, None),
 }
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # gguf.TokenType
 END_OF_TEXT = "<|endoftext|>"
@@ -209,12 +210,11 @@ class _Weights:
                 f"no random blocks of {format}; there are some of F16, {', '.join(_SCALES)}"
             )
         raw = rng.integers(0, 256, (_POOL_BLOCKS, block_bytes), np.uint8)
-        at, unit, second = _SCALES[format]
+        unit, multiple = _SCALES[format]
         d = (rng.uniform(0.5, 1.5, _POOL_BLOCKS) * std / unit).astype(np.float16)
-        raw[:, at : at + 2] = d[:, None].view(np.uint8)
-        if second is not None:
-            at, multiple = second
-            raw[:, at : at + 2] = (d * np.float16(multiple))[:, None].view(np.uint8)
+        values = [d] if multiple is None else [d, d * np.float16(multiple)]
+        for (at, *_), value in zip(get_format(format).float_fields, values, strict=True):
+            raw[:, at : at + 2] = value[:, None].view(np.uint8)
         return raw
 
     def _embedding(self, format: str, n_rows: int) -> np.ndarray:

@@ -1,4 +1,4 @@
 """The room that trains the reference model: corpus, training loop, export to GGUF.
 
-Called by `scripts/train_reference.py` only; nothing that runs a model needs it.
+Nothing that runs a model needs it.
 """

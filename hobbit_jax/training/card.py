@@ -1,8 +1,7 @@
 """What ships with a trained model: its held-out text, and the card that says how good it is.
 
-Owns the figures of the model card: bits per byte against `xz -9` on the same
-files, both miniature tasks, expert shares, the loss curve. Called by
-`scripts/train_reference.py` after the export.
+Owns the figures of the model card: bits per byte against `xz -9` on the same files, both miniature
+tasks, expert shares, the loss curve.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from hobbit_jax.evals import quality, tasks
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel
-from hobbit_jax.signals.calibration import calibrate
+from hobbit_jax.signals.calibration import count_routing
 from hobbit_jax.training.corpus import SourceFile
 
 CONTEXT = 512
@@ -83,7 +82,7 @@ def measure(model: LoadedModel, texts: list[str], problems: int) -> dict[str, An
     """The card's figures for one model file on held-out `texts` and tasks."""
     engine = Engine(model, HostExperts(model.config, model.file))
     windows = quality.cut_windows(model.tokenizer(), texts, 64, CONTEXT)
-    selections_LE = calibrate(engine, windows, "routing").selections_LE
+    selections_LE = count_routing(engine, windows).selections_LE
     shares_LE = selections_LE / selections_LE.sum(axis=1, keepdims=True)
     scores = {
         task: tasks.evaluate(engine, model.tokenizer(), task, problems)

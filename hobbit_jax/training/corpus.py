@@ -1,10 +1,9 @@
 """The reference model's text: Python's own standard library and our miniature tasks.
 
-Owns which text is trained on, which is held out, and the tokenizer made from
-the former. Called by `trainer.py` and `export.py`. The library's sources are
-on every machine that can run this project; a file is held out by a hash of its
-module path, so it is the same file under every Python version. Generated tasks
-are split by their own content (`hobbit_jax/minitasks`).
+Owns which text is trained on, which is held out, and the tokenizer made from the former. The
+library's sources are on every machine that can run this project; a file is held out by a hash of
+its module path, so it is the same file under every Python version. Generated tasks are split by
+their own content (`hobbit_jax/minitasks`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """From a trained checkpoint to GGUF: float32 for reference, Q4_K_M-style for use.
 
-Owns the mapping of trained parameters to llama.cpp's tensor names, and the
-tokenizer's metadata. Called by `scripts/train_reference.py`.
+Owns the mapping of trained parameters to llama.cpp's tensor names, and the tokenizer's metadata.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The reference model's recipe, from nothing to files that can ship.
 
-Owns the model's shape and the order of the work: corpus, tokenizer, training,
-exports, figures, card. Called by `scripts/train_reference.py`. Every stage is
-resumable: checkpoints by the trainer, files by their existence or a re-run.
+Owns the model's shape and the order of the work: corpus, tokenizer, training, exports, figures,
+card. Every stage is resumable: checkpoints by the trainer, files by their existence or a re-run.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The training loop of the reference model: a dense-weight twin of the served model.
 
-Owns parameters in training, the differentiable expert dispatch, the optimiser
-and resumable progress. Attention, routing and ends are the modules of
-`hobbit_jax/model/modules.py` with F32 planes; only the experts differ, because training
-needs gradients through all of them at once. Called by
-`scripts/train_reference.py`; its result goes to `export.py`.
+Owns parameters in training, the differentiable expert dispatch, the optimiser and resumable
+progress. Attention, routing and ends are the modules of `hobbit_jax/model/modules.py` with F32
+planes; only the experts differ, because training needs gradients through all of them at once. Its
+result goes to `export.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every GGUF weight type we can read: its byte layout, its device planes, its exact unpack.
 
-The registry, called by the GGUF import, the expert store, the slot pool and the kernels. Source:
-ggml's block structs; `gguf.quants.dequantize` is the oracle. One module per family beside it.
+The registry. Source: ggml's block structs; `gguf.quants.dequantize` is the oracle. One module per
+family beside it.
 """
 
 from pallas_kernels.formats.base import Format, Plane, Planes

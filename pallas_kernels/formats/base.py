@@ -7,9 +7,9 @@ is the scales of block 0, then of block 1, and so on. Bytes are moved, never cha
 reordered inside a field: ggml already keeps runs of 16 or 32 weights in consecutive bytes, which
 is what a kernel wants, and the identity leaves one layout to learn.
 
-Owned here: `Plane`, `Format`, and the two bit-unpacking primitives all families share. Called by
-the family modules of this package; users go through `pallas_kernels.formats`.
-Source: block structs in ggml-common.h; `gguf.quants` is the oracle for the values.
+Owned here: `Plane`, `Format`, and the two bit-unpacking primitives all families share. Users go
+through `pallas_kernels.formats`. Source: block structs in ggml-common.h; `gguf.quants` is the
+oracle for the values.
 
 Letters of this package: R rows, W weights per row, G blocks per row, P elements of a plane per
 block, J sub-blocks of a block, I weights of a sub-block. Every array may have further leading
@@ -18,6 +18,7 @@ axes (slots, experts), which are not named.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,13 @@ class Plane:
         name: the key of this plane in `Format.split`'s result.
         dtype: the element type of its arithmetic.
         per_block: elements (not bytes) per block.
+        e8m0: whether an element is the exponent of a float (OCP's E8M0, of which 0xFF is NaN).
     """
 
     name: str
     dtype: np.dtype
     per_block: int
+    e8m0: bool = False
 
     @property
     def block_bytes(self) -> int:
@@ -60,6 +63,30 @@ class Plane:
     def device_per_block(self) -> int:
         """Elements of that array per block."""
         return self.block_bytes // self.device_dtype.itemsize
+
+    @property
+    def exponent_mask(self) -> int:
+        """Bits that are all set in an element that is NaN or infinite; 0 if none can be."""
+        if self.e8m0:
+            return 0xFF
+        if not jnp.issubdtype(self.dtype, jnp.floating):
+            return 0
+        kind = jnp.finfo(self.dtype)
+        return ((1 << kind.nexp) - 1) << kind.nmant
+
+
+class FloatField(NamedTuple):
+    """A float in a raw block.
+
+    Attributes:
+        offset: bytes from the block's start.
+        bits: the unsigned little-endian dtype that reads it.
+        exponent_mask: bits that are all set when it is NaN or infinite.
+    """
+
+    offset: int
+    bits: np.dtype
+    exponent_mask: int
 
 
 @dataclass(frozen=True)
@@ -90,6 +117,19 @@ class Format:
             raise ValueError(
                 f"{self.name}: planes hold {plane_bytes} bytes per block, want {self.block_bytes}"
             )
+
+    @property
+    def float_fields(self) -> tuple[FloatField, ...]:
+        """Every float of a raw block, in order: what can be non-finite in it."""
+        found, start = [], 0
+        for plane in self.planes:
+            size = plane.dtype.itemsize
+            for offset in range(start, start + plane.block_bytes, size):
+                if plane.exponent_mask:
+                    bits = np.dtype(f"<u{size}")
+                    found.append(FloatField(offset, bits, plane.exponent_mask))
+            start += plane.block_bytes
+        return tuple(found)
 
     def row_bytes(self, n_weights: int) -> int:
         """Bytes of a row of `n_weights` weights, in the file and on the device.

@@ -95,5 +95,9 @@ IQ4_XS = Format(
     _unpack_iq4_xs,
 )
 MXFP4 = Format(
-    "MXFP4", 32, 17, (Plane("exponents", _U8, 1), Plane("quants", _U8, 16)), _unpack_mxfp4
+    "MXFP4",
+    32,
+    17,
+    (Plane("exponents", _U8, 1, e8m0=True), Plane("quants", _U8, 16)),
+    _unpack_mxfp4,
 )

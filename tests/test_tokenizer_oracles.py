@@ -1,0 +1,104 @@
+"""The tokenizer against llama.cpp itself, on vocabularies that nobody converted carefully."""
+
+import random
+
+import pytest
+from test_tokenizer import byte_level_file
+
+pytest.importorskip("xllamacpp", reason="xllamacpp is missing: pip install xllamacpp")
+
+from llama_cpp_vocab import LlamaCppVocab
+
+from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
+from hobbit_jax.model_file.sentencepiece import SPACE
+from hobbit_jax.model_file.special_tokens import _EOG_NAMES, _FIM_NAMES, _SHOWN_NAMES
+from hobbit_jax.model_file.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.oracle
+KEY = "tokenizer.ggml.{}_token_id"
+
+
+def written(path, metadata):
+    write_gguf(path, {"general.architecture": "llama", **metadata}, [])
+    return path
+
+
+def special_names(draw: random.Random) -> list[str]:
+    """Some of llama.cpp's names and some of nobody's; of a fill-in role one at most."""
+    names = draw.sample([*_EOG_NAMES, *_SHOWN_NAMES], draw.randrange(8))
+    roles = draw.sample([*_FIM_NAMES], draw.randrange(4))
+    names += [draw.choice(_FIM_NAMES[role]) for role in roles]
+    if draw.random() < 0.3:
+        names += ["<|end|>", "<|return|>", draw.choice(["<|call|>", "<|calls|>"]), "<|flush|>"]
+    if draw.random() < 0.3:
+        names += ["</s>", "<|tool_response>"]
+    names += draw.sample(["<s>", "<|pad|>", "<x>", "x>y", "<|a", "|>"], 3)
+    return list(dict.fromkeys(names))
+
+
+def byte_level(draw: random.Random) -> dict:
+    metadata = dict(byte_level_file().metadata)
+    kept = metadata["tokenizer.ggml.tokens"][:-3]
+    tokens = kept + special_names(draw)
+    added = range(len(kept), len(tokens))
+    types = [1] * len(kept) + [draw.choice([1, 1, 2, 3, 3, 3, 4, 5]) for _ in added]
+    if draw.random() < 0.2:
+        metadata["tokenizer.ggml.pre"] = ""
+    for role in ("eot", "eom", "fim_pad", "fim_sep", "fim_rep", "fim_pre", "prefix", "middle"):
+        if draw.random() < 0.15:
+            metadata[KEY.format(role)] = draw.choice(added)
+    ids = {KEY.format("bos"): draw.choice(added), KEY.format("eos"): draw.choice(added)}
+    return metadata | ids | {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.add_bos_token": draw.random() < 0.5,
+    }  # fmt: skip
+
+
+def sentencepiece(draw: random.Random) -> dict:
+    """Few letters and few scores, so that ties and overlapping pieces are everywhere."""
+    letters = "ab" + SPACE
+    pieces = {"".join(draw.choices(letters, k=draw.randrange(2, 6))) for _ in range(40)}
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    first = len(tokens)
+    tokens += sorted(pieces) + [n for n in special_names(draw) if n not in ("<s>", "</s>")]
+    end = first + len(pieces)
+    types = [2, 3, 3, *[6] * 256, *[1] * (end - 259)]
+    types += [draw.choice([1, 3, 3, 4]) for _ in tokens[end:]]
+    scores = [0.0] * first + [float(-draw.randrange(1, 4)) for _ in tokens[first:]]
+    if draw.random() < 0.3:
+        scores = [0.0] * len(tokens)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.add_space_prefix": draw.random() < 0.7,
+        "tokenizer.ggml.add_bos_token": draw.random() < 0.7,
+    }
+
+
+def texts(draw: random.Random, tokens: list[str]) -> list[str]:
+    plain = ["he", "hell", " ", "  ", "a", "b", "aa", "ab", "abab ", "é", "1111", "\n", "x"]
+    parts = plain * 3 + [t for t in tokens[256:] if not t.startswith("<0x")]
+    return ["".join(draw.choices(parts, k=draw.randrange(1, 30))) for _ in range(20)]
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+@pytest.mark.parametrize("seed", range(60))
+def test_ids_and_ends_are_llama_cpps(tmp_path, make, seed):
+    draw = random.Random(seed)
+    metadata = make(draw)
+    path = written(tmp_path / "vocab.gguf", metadata)
+    tokenizer = Tokenizer.from_gguf(open_gguf(path))
+    with LlamaCppVocab(path) as theirs:
+        assert tokenizer.eog_ids == theirs.eog_ids
+        assert tokenizer.add_bos == theirs.add_bos
+        for text in texts(draw, metadata["tokenizer.ggml.tokens"]):
+            for special in (True, False):
+                ids = tokenizer.encode(text, add_bos=False, parse_special=special)
+                assert ids == theirs.encode(text, False, special), (text, special)
+                # Theirs says so, and leaves two in place.
+                doubled = theirs.encode(text, True, special)
+                begins = theirs.add_bos and ids[:1] == [tokenizer.bos_id]
+                assert tokenizer.encode(text, None, special) == doubled[begins:]
