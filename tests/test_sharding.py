@@ -262,7 +262,7 @@ def record(engine: Engine, monkeypatch) -> dict:
                 assert rows.setdefault(key, int(tier)) == int(tier)
 
     monkeypatch.setattr(engine, "_count", counting)
-    engine.watchers.append(watch)
+    monkeypatch.setattr(engine, "watchers", [*engine.watchers, watch])
     return rows
 
 
