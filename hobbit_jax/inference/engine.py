@@ -340,7 +340,7 @@ class Engine:
             step = Step(self._tokens + logged.token, logged.layer, longest + logged.token)
             decision = self.controller.decide(step, *logged.uses())
             self.pool.begin(decision)
-            batches = decision.batches
+            batches = list(decision.batches)
         self._tokens += report.steps
         return batches
 
