@@ -50,7 +50,8 @@ class Recorder(Observer):
 def run_live(model, store, mode: str, policy: str, devices: int):
     """Forced tokens on an engine: what was routed, what was decided, the slots of each device."""
     all_low = store.tier_bytes(LOW) if MISS_MODES[mode].low_banks == "all" else 0
-    budget_bytes = (all_low + int(0.6 * store.tier_bytes(NATIVE))) // devices
+    share = 0.6 if devices == 1 else 0.9  # a device's pool holds a whole step of its experts
+    budget_bytes = (all_low + int(share * store.tier_bytes(NATIVE))) // devices
     engine = Engine(
         model, store, budget_bytes, mode=mode, policy=policy, promotion=RULE, devices=devices
     )

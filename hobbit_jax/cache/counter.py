@@ -89,8 +89,8 @@ class Counter:
         self._reserved.append(key)
 
     def promote(self) -> None:
-        """Gives every reserved copy a slot."""
-        for key in self._reserved:
+        """Gives every reserved copy a slot, one device after another, as their pools do."""
+        for key in sorted(self._reserved, key=lambda key: self.controller.bank(key).device):
             if not self.resident_pLE[key] and self.controller.has_unpinned_slot(key):
                 self._load(key, ())
                 self.tally.promotions += 1
