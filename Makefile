@@ -44,18 +44,18 @@ CUDA_COMPILER = PATH="$(CURDIR)/.venv/cuda/nvidia/cuda_nvcc/bin:$(CURDIR)/.venv/
 	PYTHONPATH=.venv/cuda TF_CPP_MIN_LOG_LEVEL=3 JAX_PLATFORMS=cpu
 
 kernels: environment  ## compile the kernels for two GPUs, none of them here (2 minutes)
-	@sh scripts/make_cuda_compiler.sh
+	@sh scripts/dev/make_cuda_compiler.sh
 	@mkdir -p out
-	@$(CUDA_COMPILER) $(BIN)/python scripts/compile_kernels.py --out out/kernels.json
+	@$(CUDA_COMPILER) $(BIN)/python scripts/dev/compile_kernels.py --out out/kernels.json
 
 morekernels: kernels  ## and for four more
-	@$(CUDA_COMPILER) $(BIN)/python scripts/compile_kernels.py --out out/kernels_more.json \
+	@$(CUDA_COMPILER) $(BIN)/python scripts/dev/compile_kernels.py --out out/kernels_more.json \
 		--targets sm_86,sm_89,sm_100,sm_120 --formats Q2_K,Q3_K,Q4_K,Q6_K --mean_rows 1,64
 
 gpu:  ## on a machine with an NVIDIA GPU: kernel tests there, then the bench, out/gpu.json
 	@mkdir -p out
 	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -q --noconftest tests/test_kernels.py
-	@PYTHONPATH=. $(GPU_PYTHON) scripts/bench_kernels.py --out $(GPU_OUT) $(GPU_ARGS)
+	@PYTHONPATH=. $(GPU_PYTHON) scripts/dev/bench_kernels.py --out $(GPU_OUT) $(GPU_ARGS)
 
 gpudecode:  ## there, with README's packages: decode at Qwen3-30B-A3B's size, 4 to 12 GiB, out/scale
 	@for budget in all 4096 6144 8192 10240 12288; do \
@@ -73,6 +73,7 @@ gpudecode:  ## there, with README's packages: decode at Qwen3-30B-A3B's size, 4 
 oracles: environment  ## tests against foreign code (ggml, PyTorch); says what to install
 	@echo "oracles: a test whose library is missing is skipped; to have them all:"
 	@echo "  PyTorch, transformers: $(BIN)/pip install -c constraints.txt -e '.[torch]'"
+	@echo "  llama.cpp's tokenizer: $(BIN)/pip install -c constraints.txt -e '.[oracles]'"
 	@echo "  ggml: $(BIN)/pip install -e '.[llama_cpp]' (compiles for about 10 minutes on 2 cores),"
 	@echo "        or GGML_BASE_LIB=/path/to/libggml-base.so"
 	@$(BIN)/python -m pytest -q -m oracle $(PYTEST_ARGS)
@@ -80,13 +81,13 @@ oracles: environment  ## tests against foreign code (ggml, PyTorch); says what t
 slow: environment  ## the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
-clusters: environment  ## sweeps on a real Slurm and Ray on this machine, killed at (4 minutes)
+clusters: environment  ## sweeps on this machine, a real Slurm and Ray, with processes killed (4 minutes)
 	@echo "clusters: a test whose daemons or packages are missing is skipped and named; to have them all:"
 	@echo "  apt-get install slurm-wlm munge; $(BIN)/pip install -c constraints.txt -e '.[slurm,ray]'"
 	@$(BIN)/python -m pytest -q -n 2 -m cluster $(PYTEST_ARGS)
 
 reference: environment  ## train the reference model anew into out/reference (about an hour, resumable)
-	@$(BIN)/python scripts/train_reference.py --workdir out/reference
+	@$(BIN)/python scripts/reference_model/train_reference.py --workdir out/reference
 
 sweep: environment  ## the full sweep on the shipped model (an hour and a half, resumable)
 	@$(BIN)/python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep

@@ -5,7 +5,7 @@ for Q3_K, and from Q5_K and Q6_K. The original is the trained float32 model, whi
 (58 MB; `make reference` leaves it in its working directory), or a model of equal logits whose
 weights lie on no grid, made in seconds:
 
-    python scripts/write_off_grid.py --out out/original.gguf
+    python scripts/reference_model/write_off_grid.py --out out/original.gguf
     python scripts/sweep.py --config configs/compounding.py --workdir out/compounding
     python scripts/report.py --workdir out/compounding
 
@@ -17,7 +17,7 @@ Expected: the errors of two roundings add up as if independent, so Q4_K on the w
 from ml_collections import ConfigDict
 
 from hobbit_jax.cells.frontier import FrontierCell
-from hobbit_jax.cells.workbench import EvalSizes, Inputs
+from hobbit_jax.record import EvalSizes, Inputs, Native, QualityTrial, Uniform
 
 
 def get_config() -> ConfigDict:
@@ -46,15 +46,13 @@ def sweep(config: ConfigDict) -> list[FrontierCell]:
     )
     sizes = EvalSizes(**config.eval)
 
-    def cell(signal, formats, method, through):
-        return FrontierCell(
-            signal, formats, method, None, None, through, config.seed, "", inputs, sizes
-        )
+    def cell(plan):
+        return FrontierCell(QualityTrial(plan, inputs, sizes, config.seed), "compounding")
 
-    cells = [cell("native", (), "rtn", ())]
-    cells += [cell("uniform", (name,), "rtn", ()) for name in config.through]
+    cells = [cell(Native())]
+    cells += [cell(Uniform(name)) for name in config.through]
     cells += [
-        cell("uniform", (low,), method, through)
+        cell(Uniform(low, method, through))
         for low in config.formats
         for method in config.methods
         # A calibrated encoder is dear: the lowest format by the usual way only.

@@ -24,7 +24,15 @@ from ml_collections import ConfigDict
 
 from hobbit_jax.cells.frontier import FrontierCell
 from hobbit_jax.cells.texts import MIXED_TEXT, TASKS_TEXT
-from hobbit_jax.cells.workbench import EvalSizes, Inputs
+from hobbit_jax.record import (
+    EvalSizes,
+    Inputs,
+    MixedInBytes,
+    Native,
+    PerSelection,
+    QualityTrial,
+    Uniform,
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -66,55 +74,51 @@ def sweep(config: ConfigDict) -> list[FrontierCell]:
         config.model, config.calibration_text, config.evaluation_text, config.implementation
     )
 
-    def cell(signal, formats, method, seed, fraction=None, shares=None, text="", problems=0):
+    formats, lowest = tuple(config.formats), tuple(config.formats[-1:])
+
+    def cell(plan, seed, problems=0, text=None):
         sizes = {**config.eval, "task_problems": config.eval.task_problems if problems else 0}
-        return FrontierCell(
-            signal, tuple(formats), method, fraction, shares, (), seed, text, inputs,
-            EvalSizes(**sizes),
-        )  # fmt: skip
+        on = inputs if text is None else replace(inputs, calibration_text=text)
+        return FrontierCell(QualityTrial(plan, on, EvalSizes(**sizes), seed))
 
     def first_seed_only(seed):
         # Without calibrated encoding, and without the middle tier: what each of them is worth.
         cells = [
-            cell(signal, formats, method, seed, fraction)
+            cell(MixedInBytes(signal, fraction, used, method), seed)
             for fraction in config.bytes_fractions
-            for formats, method in ((config.formats, "rtn"), (config.formats[-1:], "gptq"))
+            for used, method in ((formats, "rtn"), (lowest, "gptq"))
             for signal in ("sensitivity", "random")
         ]
         cells += [
-            cell(signal, config.formats[-1:], "gptq", seed, shares=tuple(shares))
+            cell(PerSelection(signal, tuple(shares), lowest, "gptq"), seed)
             for shares in config.shares
             for signal in ("router_weight", "cumulative_weight")
         ]
         # Encoders and signals that have seen the tasks as well as the text.
-        seen = [cell("uniform", [low], "gptq", seed, problems=1) for low in config.formats]
-        seen += [
-            cell(signal, config.formats, "gptq", seed, fraction, problems=1)
+        cells += [cell(Uniform(low, "gptq"), seed, 1, MIXED_TEXT) for low in formats]
+        return cells + [
+            cell(MixedInBytes(signal, fraction, formats, "gptq"), seed, 1, MIXED_TEXT)
             for signal in ("sensitivity", "frequency", "random")
             for fraction in config.bytes_fractions[:2]
         ]
-        mixed = replace(inputs, calibration_text=MIXED_TEXT)
-        return cells + [replace(made, inputs=mixed) for made in seen]
 
-    cells = [cell("native", (), "rtn", 0, problems=1)]
+    cells = [cell(Native(), 0, problems=1)]
     for seed in config.seeds:
         first = seed == config.seeds[0]
         for method in config.methods:
             if method != "rtn" or first:  # which sees no calibration
-                cells += [
-                    cell("uniform", [low], method, seed, problems=first) for low in config.formats
-                ]
+                cells += [cell(Uniform(low, method), seed, first) for low in formats]
         # The larger limits, where plans hardly differ, for the first draw of calibration alone.
         for fraction in config.bytes_fractions[: None if first else 2]:
             cells += [
-                cell(signal, config.formats, "gptq", seed, fraction, problems=first)
+                cell(MixedInBytes(signal, fraction, formats, "gptq"), seed, first)
                 for signal in config.signals
             ]
         if first:
             cells += first_seed_only(seed)
     # Last, since one text may not be at hand.
     return cells + [
-        cell(signal, config.formats, "gptq", seed, fraction, text=text)
+        cell(MixedInBytes(signal, fraction, formats, "gptq", text), seed)
         for seed in config.seeds[:1]
         for text in (TASKS_TEXT, config.prose_text)
         for fraction in config.bytes_fractions[1:2]

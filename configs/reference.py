@@ -30,14 +30,23 @@ whether any signal beats the random control.
 
 from ml_collections import ConfigDict
 
+from hobbit_jax.cells.preflight import all_low_mib
 from hobbit_jax.cells.sweep import Cell
 from hobbit_jax.cells.texts import MIXED_TEXT
-from hobbit_jax.cells.workbench import EvalSizes, Inputs
+from hobbit_jax.record import (
+    CacheTrial,
+    EvalSizes,
+    Inputs,
+    MissModeTrial,
+    Mixed,
+    Native,
+    Uniform,
+)
 
-# Budgets, and where floor fits: the smallest budget above all experts at Q2_K.
+# Budgets of cards from 8 to 24 GB.
 FULL_SIZE = {
-    "qwen3-30b-a3b": ((4096.0, 8192.0, 11264.0), 10240.0),
-    "mixtral-8x7b": ((8192.0, 11264.0, 20480.0), 15360.0),
+    "qwen3-30b-a3b": (4096.0, 8192.0, 11264.0),
+    "mixtral-8x7b": (8192.0, 11264.0, 20480.0),
 }
 
 
@@ -79,12 +88,12 @@ def get_config(arg: str = "full") -> ConfigDict:
             "random_seeds": (0, 1, 2),
         }
     )
-    # Miss modes with the share of the pool for low copies; floor only where it fits: its format
-    # and the smallest budget.
+    # Miss modes with the share of the pool for low copies, and formats of mode floor, which runs
+    # at the budgets that hold all experts in that format.
     config.residency = ConfigDict(
         {
             "modes": (("use_low_if_resident", 0.8), ("fetch_low", 0.8), ("hobbit", 0.5)),
-            "floor": (("Q2_K", 4.0),),
+            "floor": ("Q2_K",),
         }
     )
     config.seed = 0
@@ -127,10 +136,9 @@ def get_config(arg: str = "full") -> ConfigDict:
         config.eval.update(decode_tokens=48, decode_repeats=2)
     if arg in FULL_SIZE:
         config.title = f"{arg}: the cache sweep"
-        config.cache.budget_mib, floor_mib = FULL_SIZE[arg]
-        # Whole second moments of Qwen3-30B-A3B's inputs would take 118 GB; their diagonals do not.
+        config.cache.budget_mib = FULL_SIZE[arg]
+        # GPTQ would encode the 18,432 matrices of Qwen3-30B-A3B for a day of 2 cores.
         config.precision.update(method="importance", low_fraction=(0.5, 0.9), random_seeds=(0, 1))
-        config.residency.floor = (("Q2_K", floor_mib),)
         # Native logits of 8 windows take 2.5 GB.
         config.eval.update(windows=8, decoded_windows=2, task_problems=0)
         config.eval.update(benchmarks=("gsm8k", "humaneval"), benchmark_problems=100)
@@ -149,27 +157,19 @@ def sweep(config: ConfigDict) -> list[Cell]:
     sizes = EvalSizes(**{**config.eval, "benchmarks": tuple(config.eval.benchmarks)})
     budgets, precision = config.cache.budget_mib, config.precision
 
-    def cell(signal, fraction, low_format, budget_mib, seed=config.seed, mode="wait", share=0.0):
-        return Cell(
-            signal=signal,
-            low_fraction=float(fraction),
-            low_format=low_format,
-            budget_mib=float(budget_mib),
-            protected_fraction=config.cache.protected_fraction,
-            seed=seed,
-            inputs=inputs,
-            sizes=sizes,
-            method=precision.method if low_format else "rtn",
-            mode=mode,
-            low_share=float(share),
+    def cell(plan, budget_mib, seed=config.seed):
+        asked = CacheTrial(
+            plan, float(budget_mib), inputs, sizes, config.cache.protected_fraction, seed
         )
+        return Cell(asked)
 
-    cells = [cell("native", 0, None, budget) for budget in budgets]
+    cells = [cell(Native(), budget) for budget in budgets]
     # Both uniform models are rivals, also when only one format is mixed in.
     rivals = sorted({"Q2_K", "Q3_K", *precision.low_format})
-    cells += [cell("uniform", 1, low, budget) for low in rivals for budget in budgets]
+    method = precision.method
+    cells += [cell(Uniform(low, method), budget) for low in rivals for budget in budgets]
     cells += [
-        cell(signal, fraction, low, budget, seed)
+        cell(Mixed(signal, float(fraction), low, method), budget, seed)
         for low in precision.low_format
         for fraction in precision.low_fraction
         for signal in precision.signals
@@ -177,14 +177,15 @@ def sweep(config: ConfigDict) -> list[Cell]:
         for budget in budgets
     ]
     cells += [
-        cell("residency", 0, low, budget, mode=mode, share=share)
+        cell(MissModeTrial(mode, float(share), low, method), budget)
         for low in precision.low_format
         for mode, share in config.residency.modes
         for budget in budgets
     ]
     return cells + [
-        cell("residency", 0, low, budget, mode="floor")
-        for low, least_mib in config.residency.floor
+        cell(MissModeTrial("floor", 0.0, low, method), budget)
+        for low in config.residency.floor
+        if low in precision.low_format
         for budget in budgets
-        if low in precision.low_format and budget >= least_mib
+        if budget >= all_low_mib(config.model, low)
     ]

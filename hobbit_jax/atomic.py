@@ -1,7 +1,7 @@
 """Files that appear whole or not at all, also when several machines write them.
 
-Owns the temporary name, its lock, the rename, the clean-up after a failure or a kill, and what a
-full disk is told as.
+Owns the temporary name, its lock, the rename, the clean-up after a failure or a kill, what a full
+disk is told as, and the lock of those who would make the same file.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 PARTIAL_GLOB = ".*.partial"
+_POLL_S = 0.2  # between tries for a lock
 
 
 @contextmanager
@@ -111,6 +116,19 @@ def replacing(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
             raise _disk_full(path, wanted, free_bytes) from error
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as JSON, so that a reader sees all of it or nothing.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def place_first(path: Path, text: str) -> bool:
     """Writes `text` as a new file `path`, whole; of several writers one succeeds.
 
@@ -130,3 +148,31 @@ def place_first(path: Path, text: str) -> bool:
             # NFS repeats a request whose answer was lost, and then finds its own link.
             return partial.stat().st_nlink == 2
         return True
+
+
+@contextmanager
+def exclusive(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Keeps others who ask from making `path` meanwhile, in a folder that exists.
+
+    It spares work and no more: whoever makes a file nevertheless leaves the same one. The kernel
+    drops the lock of a process that is killed.
+
+    Args:
+        path: to be made.
+        wait: for another holder.
+
+    Yields:
+        Whether it is held: False where another has it and `wait` is False.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=wait, poll_interval=_POLL_S)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        # Whoever waits for the file that is gone now notices, and locks a new one.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()

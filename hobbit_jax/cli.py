@@ -7,6 +7,7 @@ never exits.
 
 from __future__ import annotations
 
+import io
 import logging as standard_logging
 import math
 import os
@@ -51,6 +52,9 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     ours and keeps its traceback; `--verbosity=1` shows the traceback of the former too.
     """
     flags.DEFINE_flag(_VersionFlag(), module_name=sys.argv[0])
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors != "backslashreplace":
+        # A console that lacks a character shows "?" in its place, and the rest is printed.
+        sys.stdout.reconfigure(errors="replace")
     # app.run always ends in sys.exit, but does not say so.
     app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
     raise RuntimeError("absl's app.run returned")

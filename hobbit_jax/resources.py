@@ -1,13 +1,13 @@
 """What this machine has free: memory of host and device, and space on a disk.
 
-Owns the three questions and the refusal of what does not fit, so that nothing is computed for a
-file that cannot be written.
+Owns the questions, and the budget of a pool for which there is no other rule.
 """
 
 from __future__ import annotations
 
-import errno
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -33,24 +33,28 @@ def device_bytes() -> int:
     return stats["bytes_limit"] - stats["bytes_in_use"]
 
 
-def disk_bytes(path: Path) -> int:
+def workers_device_bytes() -> int:
+    """`device_bytes` of a process yet to be started; this one must not take a GPU from it."""
+    if shutil.which("nvidia-smi") is None:
+        return host_bytes()
+    code = "from hobbit_jax import resources; print(resources.device_bytes())"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(asked.stdout.split()[-1])
+
+
+def roomy_pool_bytes(all_bytes: int) -> int | None:
+    """Budget of a pool whose size does not matter: None, for all experts, or half of the memory.
+
+    Logits are the same bits at every budget, so this is for calibration and native logits of a
+    model that may not fit the device.
+    """
+    half = device_bytes() // 2
+    return None if all_bytes <= half else half
+
+
+def free_disk_bytes(path: Path) -> int:
     """Free bytes of the disk that `path` is on or, as long as it is not there, will be on."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def check_room(path: Path, wanted_bytes: int) -> None:
-    """Refuses to begin what will not fit on the disk of `path`.
-
-    Raises:
-        OSError: it will not; says path, wanted and free bytes.
-    """
-    free_bytes = disk_bytes(path)
-    if wanted_bytes > free_bytes:
-        raise OSError(
-            errno.ENOSPC,
-            f"{path} wants {wanted_bytes} bytes ({mib(wanted_bytes)}), and {free_bytes} "
-            f"({mib(free_bytes)}) are free on its disk; free some or name a folder elsewhere",
-        )

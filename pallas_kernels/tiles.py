@@ -1,6 +1,6 @@
 """How each kernel is cut on each device: a recorded table, and a rule where it has no row.
 
-Owns `tuning.json`, which `scripts/bench_kernels.py --tune` fills from measurements.
+Owns `tuning.json`, which `scripts/dev/bench_kernels.py --tune` fills from measurements.
 """
 
 from __future__ import annotations

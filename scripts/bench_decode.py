@@ -1,12 +1,10 @@
-"""Miss modes and prefetch against the native cache at equal bytes, and what the engine costs.
+"""Miss modes and prefetch against the native cache at equal bytes.
 
     python scripts/bench_decode.py --out out/decode.json [--budgets_mib 1,2,4] [--link_gb_s card]
-        [--before CHECKOUT]
 
 Prints one JSON line per setting and writes all of them to --out. On a CPU a copy costs next to
 nothing; --link_gb_s emulates a slower link, and every row says so: decode is then timed by the
-processor's time and the waits for the link, so that other load does not show. With --before, a
-checkout of another revision, its host overhead per layer is timed in turns with this one's.
+processor's time and the waits for the link, so that other load does not show.
 """
 
 import json
@@ -16,16 +14,15 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli, reference
+from hobbit_jax.atomic import write_json
 from hobbit_jax.cache.link import DirectLink, PacedLink
 from hobbit_jax.cache.pool_sizing import low_share
 from hobbit_jax.cache_folder import low_precision_folder
-from hobbit_jax.evals import decode_bench, host_overhead, link_bench, prefill_bench, quality
-from hobbit_jax.evals.prediction import prediction_accuracy
+from hobbit_jax.evals import decode_bench, quality
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
-from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
-from hobbit_jax.rows import machine, write_json
+from hobbit_jax.record import machine
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _LOW_FORMAT = flags.DEFINE_string("low_format", "Q2_K", "of the low tier")
@@ -38,7 +35,6 @@ _LINK_GB_S = flags.DEFINE_string(
     "link_gb_s", None, "bandwidth of an emulated link, or card: copies as dear as on a 12 GB card"
 )
 _PROMPT, _TOKENS = 32, 64
-_BEFORE = flags.DEFINE_string("before", None, "checkout of another revision to time in turns")
 _OUT = flags.DEFINE_string("out", None, "JSON file", required=True)
 
 
@@ -52,19 +48,9 @@ def main(_):
         rows.append(row)
         print(json.dumps(row), flush=True)
 
-    def windows(part, count, context):
-        texts = reference.held_out_texts(part)
-        return quality.cut_windows(model.tokenizer(), texts, count, context, seed=1)
-
-    ids_RS = windows("evaluation", _TURNS.value + 1, _PROMPT + _TOKENS - 1).ids_WS
-    overhead = decode_bench.cache_overhead(model, store, ids_RS[0], 3)
-    record({"setting": "engine overhead", **overhead})
-    accuracy = prediction_accuracy(
-        Engine(model, store), windows("evaluation", 64, 256), windows("calibration", 64, 256)
-    )
-    record({"setting": "prediction accuracy", **accuracy})
-    for row in link_bench.upload_rates(store.largest_expert_bytes, 4 * _TURNS.value):
-        record({"setting": "upload of an expert", **row})
+    texts = reference.held_out_texts("evaluation")
+    context = _PROMPT + _TOKENS - 1
+    ids_RS = quality.cut_windows(model.tokenizer(), texts, _TURNS.value + 1, context, seed=1).ids_WS
     link_gb_s = None if _LINK_GB_S.value in (None, "card") else float(_LINK_GB_S.value)
     if _LINK_GB_S.value == "card":
         derived = decode_bench.card_link(model, store, ids_RS, _PROMPT)
@@ -85,15 +71,7 @@ def main(_):
             names = ["all resident", *(setting.name for setting in listed)]
             for name, result in zip(names, measured, strict=True):
                 row = {"setting": name, "budget_mib": budget_mib, "link": link}
-                record({**row, **result.row(measured[1])})
-    if link_gb_s is not None:
-        prompts_RS = windows("evaluation", _TURNS.value + 1, 511).ids_WS
-        for staged in (2, 8, 16):
-            row = prefill_bench.prefill_overlap(model, store, 2**22, prompts_RS, 1.0, staged)
-            record({"setting": "prefill overlap", **row})
-    if _BEFORE.value is not None:
-        for row in host_overhead.compare_revisions(Path(_BEFORE.value), 4 * _TURNS.value):
-            record({"setting": "host overhead", **row})
+                record({**row, **result.figures(measured[1])})
     write_json(Path(_OUT.value), {"machine": machine(), "rows": rows})
 
 

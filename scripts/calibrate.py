@@ -9,18 +9,16 @@ importance) keeps no inputs when it is done, `--statistics=routing` nothing but 
 interrupted run goes on where it was when started again.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from hobbit_jax import cli, reference
 from hobbit_jax.cells.texts import MIXED_TEXT, NAMED_TEXTS, calibration_documents
 from hobbit_jax.evals.quality import cut_windows
-from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
-from hobbit_jax.resources import check_room
-from hobbit_jax.signals.calibration import STATISTICS, calibrate, calibration_bytes
+from hobbit_jax.resources import roomy_pool_bytes
+from hobbit_jax.signals.calibration import STATISTICS, calibrate
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")
 _TEXT = flags.DEFINE_string(
@@ -42,12 +40,14 @@ _DEFAULT_WINDOWS, _DEFAULT_CONTEXT = 48, 512
 
 
 def main(_):
-    out = Path(str(_OUT.value))
+    out, text = cli.output_folder("out", str(_OUT.value)), str(_TEXT.value)
+    named = text in NAMED_TEXTS
+    documents = calibration_documents(text) if named else [cli.input_text("text", text)]
     model = load_model(_MODEL.value or reference.model_path())
     context = _CONTEXT.value or min(_DEFAULT_CONTEXT, model.config.context_length)
     windows = cut_windows(
         model.tokenizer(),
-        calibration_documents(str(_TEXT.value)),
+        documents,
         _WINDOWS.value or _DEFAULT_WINDOWS,
         context,
         _SEED.value,
@@ -56,9 +56,8 @@ def main(_):
     count = len(windows.ids_WS)
     if count < (_WINDOWS.value or _DEFAULT_WINDOWS):
         print(f"the text has {count} windows of {context} + 1 tokens; all of them are used")
-    needed = calibration_bytes(model.config, _STATISTICS.value, windows.targets)
-    check_room(out, needed)
-    engine = Engine(model, HostExperts(model.config, model.file))
+    store = HostExperts(model.config, model.file)
+    engine = Engine(model, store, roomy_pool_bytes(store.tier_bytes(NATIVE)))
     found = calibrate(engine, windows, _STATISTICS.value, out)
     rarest = int(found.selections_LE.min())
     print(f"{found.tokens} tokens; an expert saw {rarest} to {found.selections_LE.max()} of them")

@@ -1,9 +1,9 @@
 """Our engine beside PyTorch or llama.cpp on the same tokens: logits, speed, memory.
 
-    python scripts/compare.py --model M.gguf --peer torch --out docs/peers/reference-torch.json
-    python scripts/compare.py --model M.gguf --peer llama_cpp --budget_mib 8000 --out row.json
+    python scripts/compare.py --model M.gguf --peer torch --workdir out/mine
+    python scripts/compare.py --model M.gguf --peer llama_cpp --budget_mib 8000 --workdir out/mine
 
-Writes one JSON row; `report.py` makes tables of those in <workdir>/peers. Without a GPU PyTorch
+Writes one record into --workdir; `report.py` makes tables of those there. Without a GPU PyTorch
 computes in float32, on one in bfloat16, always with every expert resident. A budget is our pool's;
 on a GPU llama.cpp leaves those layers' experts to the CPU that do not fit it. Both programs are
 loaded at once.
@@ -16,15 +16,15 @@ from absl import flags
 
 from hobbit_jax import cli, reference
 from hobbit_jax.peers.comparison import PEERS, Request, compare_model
-from hobbit_jax.report.peers import PeerRow, render_peers
-from hobbit_jax.rows import write_json
+from hobbit_jax.record import write_record
+from hobbit_jax.report.baseline_tables import section
 from pallas_kernels.backends import IMPLEMENTATIONS
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
 _PEER = flags.DEFINE_enum("peer", None, PEERS, "what to compare with", required=True)
 _TEXT = flags.DEFINE_string("text", None, "text file; the shipped held-out files by default")
 _BUDGET_MIB = flags.DEFINE_float("budget_mib", None, "expert pool; all resident by default", 0.0)
-_OUT = flags.DEFINE_string("out", None, "the JSON row", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the record.", required=True)
 _IMPLEMENTATION = flags.DEFINE_enum(
     "implementation", None, IMPLEMENTATIONS, "our matrix products; the device's fastest by default"
 )
@@ -41,9 +41,8 @@ _THREADS = flags.DEFINE_integer("threads", _CORES, "processor cores of each prog
 
 
 def main(_):
-    out = Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    row = compare_model(
+    workdir = cli.output_folder("workdir", _WORKDIR.value)
+    record = compare_model(
         Request(
             model=Path(_MODEL.value or reference.model_path()),
             peer=_PEER.value,
@@ -59,9 +58,8 @@ def main(_):
             threads=_THREADS.value,
         )
     )
-    write_json(out, row)
-    print("\n".join(render_peers([PeerRow(row)])))
-    print(f"written: {out}")
+    print(section([record]))
+    print(f"written: {write_record(workdir, record)}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from hobbit_jax import cli, reference
+from hobbit_jax.atomic import write_json
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.code_runner import PROTECTIONS
 from hobbit_jax.experts.precision import uniform_plan
@@ -20,7 +21,6 @@ from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
-from hobbit_jax.rows import write_json
 from pallas_kernels.backends import IMPLEMENTATIONS
 
 try:

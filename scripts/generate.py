@@ -3,8 +3,11 @@
     python scripts/generate.py --model M.gguf --prompt "def fib(n):" --max_new_tokens 64 \\
         --budget_mib 4 [--miss_mode floor --low_format Q2_K] [--profile P] [--temperature 0.8] \\
         [--devices 2]
+    python scripts/generate.py --model M.gguf --chat --prompt_file question.txt
 
-Text goes to stdout, the report to stderr. Without --budget_mib every expert is resident. Several
+--prompt_file - reads standard input; --chat wraps the prompt in the file's chat template. It ends
+where the model does (--ignore_eos goes on). Text goes to stdout, the report to stderr.
+Without --budget_mib every expert is resident. Several
 --devices divide the experts; each has a pool of --budget_mib and all the rest of the model. A
 --miss_mode that uses low copies makes them first, once, in --cache_dir. A --profile is what
 scripts/routing_stats.py writes: its most used experts are loaded before the first token.
@@ -27,6 +30,7 @@ from hobbit_jax.inference.sampling import Sampling
 from hobbit_jax.inference.step_stats import StepStats
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import GGUFFile
+from hobbit_jax.prompt_flags import PromptFlags
 from hobbit_jax.signals.calibration import Calibration
 from pallas_kernels.backends import IMPLEMENTATIONS
 
@@ -34,7 +38,10 @@ _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference mo
 _IMPLEMENTATION = flags.DEFINE_enum(
     "implementation", None, IMPLEMENTATIONS, "matrix products; the device's fastest by default"
 )
-_PROMPT = flags.DEFINE_string("prompt", None, "text to continue", required=True)
+_PROMPT = PromptFlags()
+_IGNORE_EOS = flags.DEFINE_bool(
+    "ignore_eos", False, "Whether to go on past the tokens that end a generation."
+)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "most tokens to generate", 1)
 _BUDGET_MIB = flags.DEFINE_float(
     "budget_mib", None, "expert pool of a device; all resident by default", 0.0
@@ -93,11 +100,10 @@ def warm_start(file: GGUFFile) -> WarmStart | None:
 
 def main(_):
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
+    text = _PROMPT.text()
     model = load_model(_MODEL.value or reference.model_path(), _IMPLEMENTATION.value)
     tokenizer = model.tokenizer()
-    prompt = tokenizer.encode(_PROMPT.value)
-    if not prompt:
-        raise ValueError("--prompt is empty; this model needs at least one token to continue")
+    prompt = _PROMPT.encode(text, model.file, tokenizer)
     budget_bytes = None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20)
     low = []
     if MISS_MODES[_MISS_MODE.value].low_banks != "none":
@@ -110,7 +116,7 @@ def main(_):
         low_share=low_share(_LOW_SHARE.value), warm=warm_start(model.file),
         chunk_tokens=_CHUNK_TOKENS.value, devices=_DEVICES.value,
     )  # fmt: skip
-    stop_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    stop_ids = () if _IGNORE_EOS.value else tokenizer.eog_ids
     steps: list[StepStats] = []
 
     def new_ids():

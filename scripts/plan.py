@@ -15,13 +15,13 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
+from hobbit_jax.atomic import write_json
 from hobbit_jax.cache.trace import read_trace
 from hobbit_jax.planner import routing, table
 from hobbit_jax.planner.cost_model import Machine
 from hobbit_jax.planner.hardware import find_card
 from hobbit_jax.planner.plan import divide_memory, make_plan, recorded_check
 from hobbit_jax.planner.shapes import open_model, preset_model
-from hobbit_jax.rows import write_json
 from hobbit_jax.signals.calibration import Calibration
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file")

@@ -10,18 +10,16 @@ Method rtn needs no calibration, importance one with second moments, gptq one wi
 """
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from hobbit_jax import cli, reference
 from hobbit_jax.cache_folder import low_precision_folder
-from hobbit_jax.experts.tiers import TierSpec, disk_bytes, open_tier, write_tier
+from hobbit_jax.experts.tiers import TierSpec, open_tier, write_tier
 from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.quantize import FORMATS
 from hobbit_jax.quantize.methods import METHODS, rarely_seen
-from hobbit_jax.resources import check_room
 from hobbit_jax.signals.calibration import Calibration
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")
@@ -32,17 +30,19 @@ _OUT = flags.DEFINE_string("out", None, "GGUF file to write; by default one in -
 
 
 def main(_):
-    path = Path(_OUT.value) if _OUT.value else None
+    path = cli.output_file("out", _OUT.value) if _OUT.value else None
     if path is not None and path.exists():
         raise ValueError(f"{path} exists; remove it or give another --out")
     source = open_gguf(_MODEL.value or reference.model_path())
     config = read_config(source)
-    calibration = Calibration.load(Path(_CALIBRATION.value), source) if _CALIBRATION.value else None
+    calibration = None
+    if _CALIBRATION.value:
+        folder = cli.input_folder("calibration", _CALIBRATION.value)
+        calibration = Calibration.load(folder, source)
     spec = TierSpec(_FORMAT.value, _METHOD.value, calibration)
     if calibration is not None and spec.method != "rtn":
         for line in rarely_seen(calibration.selections_LE):
             print(f"warning: {line}", file=sys.stderr)
-    check_room(path or low_precision_folder(), disk_bytes(source, config, spec.format))
     if path is None:
         path = open_tier(source, config, spec, low_precision_folder()).paths[0]
     else:

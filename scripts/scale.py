@@ -16,11 +16,11 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
-from hobbit_jax.atomic import replacing
+from hobbit_jax.atomic import replacing, write_json
 from hobbit_jax.cache.policies import POLICIES
 from hobbit_jax.evals import full_scale
-from hobbit_jax.rows import machine, write_json
-from hobbit_jax.synthetic.presets import PRESETS
+from hobbit_jax.model_file.presets import PRESETS
+from hobbit_jax.record import machine
 from hobbit_jax.synthetic.synthesize import synthesize
 
 _PRESET = flags.DEFINE_enum("preset", "qwen3-30b-a3b", list(PRESETS), "whose shapes")

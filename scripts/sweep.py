@@ -1,5 +1,10 @@
-"""Runs every cell of a config and writes one row each; finished cells are skipped.
+"""Runs every cell of a config and writes one record each; finished cells are skipped.
 
+Formats, encoders, budgets, texts, memory, disk and outputs are checked before anything runs, and
+all problems are said at once.
+
+
+python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep --dry_run
 python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep
 python scripts/sweep.py --config configs/reference.py:demo --config.cache.budget_mib=2 --workdir W
 python scripts/sweep.py --config C --workdir W --launcher=slurm --workers=8 \\
@@ -11,27 +16,41 @@ import importlib.util
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from hobbit_jax import cli
+from hobbit_jax import cache_folder, cli
+from hobbit_jax.cells.forecast import forecast_hours
+from hobbit_jax.cells.preflight import Preflight, preflight
+from hobbit_jax.cells.sweep import Trial
 from hobbit_jax.launch import LAUNCHERS, connect
-from hobbit_jax.launch.driver import drive
+from hobbit_jax.launch.sweeping import run_sweep
+from hobbit_jax.record import is_finished
+from hobbit_jax.resources import free_disk_bytes, host_bytes, mib, workers_device_bytes
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, F.py or F.py:arg.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where rows, tiers and caches are kept.")
-_LAUNCHER = flags.DEFINE_enum("launcher", "local", LAUNCHERS, "Where workers run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for records and what trials share.")
+_LAUNCHER = flags.DEFINE_enum(
+    "launcher", "local", LAUNCHERS, "The engine that runs the trials: processes here, Slurm or Ray."
+)
 _WORKERS = flags.DEFINE_integer(
     "workers",
     None,
-    "Workers at a time, each with the model loaded; by default one for each GPU here or in Ray's "
-    "cluster, one without. Several on one machine disturb each other's timings.",
+    "Number of tasks to run at a time, each in a process with the model loaded; by default one for "
+    "each GPU here or in Ray's cluster, one without. Several on one machine disturb each other's "
+    "timings.",
     1,
 )
 _RESOURCES = flags.DEFINE_list(
-    "resources", [], "Of one worker, NAME=VALUE: submitit's parameters of Slurm jobs, or Ray's."
+    "resources",
+    [],
+    "Resources of one worker, NAME=VALUE: submitit's parameters of Slurm jobs, or Ray's.",
+)
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print the cells and the hours, memory and disk that they take, and exit."
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -45,6 +64,22 @@ def _cells(config_file: str):
     return module.sweep(_CONFIG.value)
 
 
+def _print_dry_run(cells: Sequence[Trial], found: Preflight, workdir: Path) -> None:
+    left = [cell for cell in cells if not is_finished(workdir, cell.name)]
+    for cell in cells:
+        print(f"{'to run  ' if cell in left else 'finished'}  {cell.name}")
+    print(f"cells   {len(cells)}, of which {len(cells) - len(left)} are finished")
+    print(f"memory  {mib(found.device_bytes)} on the device of {mib(workers_device_bytes())} free")
+    if found.host_bytes:
+        print(f"        {mib(found.host_bytes)} for the encoder of {mib(host_bytes())} free")
+    for folder, wanted in found.disk.items():
+        print(f"disk    {mib(wanted)} in {folder} of {mib(free_disk_bytes(folder))} free")
+    if left and not found.problems:
+        hours = forecast_hours(left, found.to_encode)
+        parts = ", ".join(f"{name} {value:.2g}" for name, value in hours.items())
+        print(f"hours   {sum(hours.values()):.2g} of one worker here, roughly: {parts}")
+
+
 def main(_) -> int:
     config = _CONFIG.value
     config_file = config_flags.get_config_filename(flags.FLAGS["config"]).split(":", 1)[0]
@@ -55,10 +90,21 @@ def main(_) -> int:
         "config": json.loads(config.to_json_best_effort()),
         "rule": config.rule.to_dict(),
     }
-    launch, default_workers = connect(_LAUNCHER.value, _RESOURCES.value)
+    workdir = cli.output_folder("workdir", str(_WORKDIR.value))
+    cells = _cells(config_file)
+    here = _LAUNCHER.value == "local"
+    found = preflight(cells, description["config"], workdir, here)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if _DRY_RUN.value:
+        _print_dry_run(cells, found, workdir)
+    found.refuse()
+    if _DRY_RUN.value:
+        return 0
+    cache_folder.export()
+    engine, default_workers = connect(_LAUNCHER.value, _RESOURCES.value)
     workers = _WORKERS.value or default_workers
-    workdir = Path(str(_WORKDIR.value))
-    ran, skipped, failed = drive(_cells(config_file), description, workdir, launch, workers)
+    ran, skipped, failed = run_sweep(cells, description, workdir, engine, workers)
     print(f"{ran - failed} cells done, {failed} failed, {skipped} were finished before")
     print(f"next: python scripts/report.py --workdir {_WORKDIR.value}")
     return 1 if failed else 0

@@ -75,13 +75,13 @@ def two_banks_path(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workdir(tmp_path, two_banks_path) -> Iterator[Path]:
-    """For the launchers: a working directory to be made, beside their cells' inputs."""
+    """For the launchers: a working directory to be made, beside their trials' inputs."""
     (tmp_path / "tiny.gguf").symlink_to(two_banks_path)
     (tmp_path / "text.txt").write_text("a text of some words " * 50)
     yield tmp_path / "work"
-    from launch_harness import end_drivers  # which imports all of the package
+    from launch_harness import end_sweeps  # which imports all of the package
 
-    end_drivers()
+    end_sweeps()
 
 
 @pytest.fixture

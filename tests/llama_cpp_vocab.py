@@ -1,6 +1,6 @@
 """llama.cpp's tokenizer of a GGUF file, through ctypes on the wheel `xllamacpp`; no tests."""
 
-import ctypes as C
+import ctypes as C  # noqa: N812
 import importlib.util
 import os
 from pathlib import Path

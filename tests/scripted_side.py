@@ -48,9 +48,13 @@ class Scripted:
         time.sleep(self.step_s)
         return token
 
+    def counts(self):
+        return None
+
     def facts(self):
         return {
             "program": "scripted",
+            "machine": {"device": "cpu: a scripted one"},
             "pid": os.getpid(),
             "threads": len(os.sched_getaffinity(0)),
             "policy": os.environ["OMP_WAIT_POLICY"],
@@ -71,6 +75,9 @@ class Uniform:
 
     def decode(self, token):
         return 0
+
+    def counts(self):
+        return None
 
     def facts(self):
         return {

@@ -132,7 +132,7 @@ class SlurmCluster:
     def run(self, *command: str) -> subprocess.CompletedProcess:
         """A Slurm command; its status is the caller's to look at."""
         return subprocess.run(
-            command, capture_output=True, text=True, env=self.environment(), timeout=30
+            command, capture_output=True, text=True, env=self.environment(), timeout=120
         )
 
     def jobs(self, state: str = "R") -> list[str]:

@@ -1,5 +1,8 @@
 """Which files we say we can run: the right numbers from the right keys, and every refusal."""
 
+import math
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +132,7 @@ def test_every_missing_or_misshapen_tensor_is_named():
     [
         ({"arch": "gemma3"}, NotImplementedError, "'gemma3'.*qwen3moe, llama, olmoe"),
         ({"arch": "llama", "drop": ("expert_count",)}, NotImplementedError, "dense llama"),
-        ({"keys": {"rope.scaling.type": "yarn"}}, NotImplementedError, "'yarn'"),
+        ({"keys": {"rope.scaling.type": "dynamic"}}, NotImplementedError, "'dynamic'"),
         ({"keys": {"rope.scaling.factor": 4.0}}, NotImplementedError, r"4\.0"),
         ({"keys": {"rope.dimension_count": 4}}, NotImplementedError, "4 of 8"),
         ({"keys": {"attention.sliding_window": 32}}, NotImplementedError, "32 tokens.*64"),
@@ -148,14 +151,103 @@ def test_every_missing_or_misshapen_tensor_is_named():
         ({"tensors": {"blk.2.attn_norm.weight": (D,)}}, NotImplementedError, "2 layers"),
         ({"keys": {"expert_used_count": 5}}, ValueError, "5 experts per token"),
         ({"keys": {"attention.head_count_kv": 3}}, ValueError, "multiple of the 3"),
-        ({"keys": {"block_count": 0}}, ValueError, "at least 1"),
-        ({"keys": {"block_count": "2"}}, ValueError, "expected a number"),
+        ({"keys": {"block_count": 0}}, ValueError, "from 1 to 27"),
+        ({"keys": {"block_count": "2"}}, ValueError, "expected an integer"),
     ],
 )
 def test_refusals(arguments, error, match):
     with pytest.raises(error, match=match) as caught:
         read_config(model_file(**arguments))
     assert "\n" not in str(caught.value) and "model.gguf" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0},
+        {"rope.scaling.type": "linear"},
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 1.0},
+        {"rope.scaling.type": "yarn", "rope.scaling.original_context_length": 16},
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 0.0},
+        {"rope.scaling.type": "longrope", "rope.scaling.factor": 1.0},
+        {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
+        {"rope.scaling.type": "none", "rope.scale_linear": 4.0},
+        {"rope.scaling.factor": 1.0, "rope.scale_linear": 4.0},
+        {"attention.head_count": [HEADS] * LAYERS},
+        {"attention.head_count_kv": [KV_HEADS] * LAYERS},
+        {"expert_feed_forward_length": [F] * LAYERS},
+        {"expert_feed_forward_length": 0, "feed_forward_length": 2 * F},
+        {"expert_feed_forward_length": 0, "feed_forward_length": [2 * F] * LAYERS},
+        {"expert_group_count": 1},
+        {"attention.sliding_window": 2**32 - 1},
+    ],
+)
+def test_neutral_keys_change_nothing(keys):
+    """With each, llama.cpp (build 11549) gives the logits that it gives without, bit for bit."""
+    assert read_config(model_file(keys=keys)) == read_config(model_file())
+
+
+def test_the_width_of_an_expert_may_be_derived():
+    absent = {"drop": ("expert_feed_forward_length",), "keys": {"feed_forward_length": 2 * F + 1}}
+    assert read_config(model_file(**absent)).d_expert == F
+
+
+@pytest.mark.parametrize("value", [1.0, 2.0])
+def test_rotary_frequencies_may_be_divided_by_one(value):
+    file = model_file()
+    raw = np.full(4, value, np.float32).view(np.uint8)
+    file.tensors["rope_freqs.weight"] = TensorInfo("rope_freqs.weight", "F32", (4,), raw)
+    if value == 1.0:
+        assert read_config(file) == read_config(model_file())
+    else:
+        with pytest.raises(NotImplementedError, match="rotary frequencies"):
+            read_config(file)
+
+
+WRONG = (math.nan, math.inf, -math.inf, -1, 0, 2**31, 2**64, 1.5, True, "3", [], ["a"], None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in (*REQUIRED, "attention.head_count_kv") for value in WRONG),
+        *(("rope.freq_base", value) for value in WRONG if value not in (2**31, 2**64, 1.5)),
+        *(("rope.dimension_count", value) for value in WRONG),
+    ],
+)
+def test_impossible_values_are_refused_by_key(key, value):
+    """Of any type: nothing passes, and nothing else than one line comes."""
+    with pytest.raises((ValueError, NotImplementedError), match=key.replace(".", r"\.")) as caught:
+        read_config(model_file(keys={key: value}))
+    assert type(caught.value) in (ValueError, NotImplementedError)
+    assert "\n" not in str(caught.value) and "model.gguf" in str(caught.value)
+
+
+def test_a_count_of_layers_is_held_against_the_tensors():
+    start = time.process_time()
+    with pytest.raises(
+        ValueError, match=r"block_count is 4294967295.* 1 to 27 \(the file's number"
+    ):
+        read_config(model_file(keys={"block_count": 2**32 - 1}))
+    assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensor", "match"),
+    [
+        ({"general.type": "adapter"}, None, "LoRA adapter.*llama-export-lora"),
+        ({}, "blk.0.attn_q.weight.lora_a", "LoRA adapter"),
+        ({"general.type": "mmproj"}, None, "images.*language model"),
+        ({"general.architecture": "clip"}, None, "images"),
+        ({"general.type": "imatrix"}, None, "importance matrix"),
+        ({"general.architecture": "controlvector"}, None, "control vector"),
+        ({"general.type": "vocab"}, None, "without tensors"),
+    ],
+)
+def test_gguf_files_that_are_no_model_say_what_they_are(metadata, tensor, match):
+    file = model_file(tensors={tensor: (4, 8)} if tensor else ())
+    with pytest.raises(ValueError, match=rf"^model\.gguf: is .*{match}"):
+        read_config(replace(file, metadata=file.metadata | metadata))
 
 
 def test_a_window_as_long_as_the_context_is_no_window():

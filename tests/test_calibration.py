@@ -171,10 +171,16 @@ def test_an_interrupted_calibration_goes_on(engine, windows, calibration, tmp_pa
     assert again.text_sha256 != found.text_sha256 and len(list(path.glob("inputs-*"))) == 1
 
 
-def test_refusals(engine, windows, calibration, tmp_path):
+def test_refusals(engine, windows, calibration, tmp_path, monkeypatch):
     nothing = Windows(windows.ids_WS[:0], windows.target_bytes_WT[:0])
     with pytest.raises(ValueError, match="at least one window"):
         calibrate(engine, nothing, "hessian", tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        patch.setattr(engine, "score", None)
+        with pytest.raises(OSError, match=r"wants \d{6} bytes, and 1000 are free"):
+            calibrate(engine, windows, "hessian", tmp_path / "full")
     with pytest.raises(ValueError, match="statistics is 'all'"):
         calibrate(engine, windows, "all", tmp_path)
     weights_NK = np.ones((2, 256), np.float32)

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="lm-eval is missing: pip install -e '.[eval]'")
 
-from lm_eval_oracles import EOS, requests, scripted_lm, write_one_layer
+from lm_eval_oracles import EOS, Scripted, requests, scripted_lm, write_one_layer
 
 from hobbit_jax.evals import tasks as direct_tasks
 from hobbit_jax.evals.benchmarks import BenchmarkSettings, evaluate
@@ -40,10 +40,45 @@ def test_chat_templates():
     indented = "{% if true %}\n  {% if true %}\nx\n  {% endif %}\n{% endif %}\n"
     assert ChatTemplate(indented, "", "").render([USER]) == "x\n"
     assert ChatTemplate("{{ messages | tojson }}", "", "").render([USER]) == json.dumps([USER])
+    pretty = "{{ messages | tojson(indent=2, sort_keys=true, ensure_ascii=false) }}"
+    assert ChatTemplate(pretty, "", "").render([USER]) == (
+        '[\n  {\n    "content": "Hi <b>",\n    "role": "user"\n  }\n]'
+    )
+    marked = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}|{% endfor %}"
+    )
+    assert ChatTemplate(marked, "", "").render([USER, REPLY]) == "Hi <b>| So: |"
+    assert ChatTemplate("{{ bos_token is defined }}", None, "").render([USER]) == "False"
     with pytest.raises(ValueError, match="the file's chat template: no tools"):
         ChatTemplate("{{ raise_exception('no tools') }}", "", "").render([USER])
     with pytest.raises(ValueError, match="access to attribute"):
         ChatTemplate("{{ ''.__class__.__mro__ }}", "", "").render([USER])
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("{% for tool in tools %}{% endfor %}", "TypeError: 'NoneType' object is not iterable"),
+        ("{{ messages[0].tool_calls[0] }}", "has no attribute 'tool_calls'"),
+        ("{{ {}['a'].b }}", "has no attribute 'a'"),
+        ("{{ 'a' + 1 }}", "TypeError"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ messages | tojson(allow_nan=false) }}", "TypeError"),
+        ("{{ raise_exception() }}", "TypeError"),
+        ("{{ strftime_now(1) }}", "TypeError"),
+        ("{% for i in range(10**9) %}{% endfor %}", "OverflowError: Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{% set n = namespace(__x=1) %}", "SecurityError|namespace may not keep '__x'"),
+        ("{% include 'other' %}", "TypeError: no loader"),
+        ("{% generation %}", "Unexpected end of template.*line 1"),
+        ("{{ messages", "unexpected end of template.*line 1"),
+        ("{{ 1 | no_such_filter }}", "No filter named 'no_such_filter'"),
+    ],
+)
+def test_whatever_fails_in_a_template_is_one_line(source, reason):
+    with pytest.raises(ValueError, match=rf"^the file's chat template: .*({reason})") as caught:
+        ChatTemplate(source, "<s>", "</s>").render([USER])
+    assert "\n" not in str(caught.value)
 
 
 def test_the_files_template_wraps_the_prompts(tmp_path):
@@ -80,6 +115,9 @@ def test_the_files_template_wraps_the_prompts(tmp_path):
     )
     # A stop string that is a token ends a generation, as the file's own end tokens do.
     assert chatty.eog_ids == (65, EOS)
+    engine = Scripted(chatty, lambda _: "x")
+    assert direct_tasks.complete(engine, chatty, ["p"], 5) == ["x"]
+    assert engine.calls[-1][3] == chatty.eog_ids
     lm = scripted_lm(chatty, lambda _: "she said")
     for stops, wanted, written in ([["he"], [65, 256, EOS], "s"], [["sa"], [65, EOS], "s "]):
         asked = requests("generate_until", ("p", {"until": stops}))

@@ -5,14 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equal_bytes
 import numpy as np
 import pytest
 
 from hobbit_jax.cache.replay import lay_out
 from hobbit_jax.cache.trace import read_trace
-from hobbit_jax.evals import equal_bytes
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "trace_tables.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "dev" / "trace_tables.py"
 TOKENS, LAYERS, EXPERTS, K = 120, 3, 16, 3
 
 

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from hobbit_jax.evals.full_scale import Decoded, Run, Token, Watch, table
+from hobbit_jax.evals.full_scale import Run, Watch, decode_figures, table, token_rows
+from hobbit_jax.evals.measure import Counts, Turn
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "scale.py"
 
@@ -32,32 +33,47 @@ def test_the_watch_sees_memory_that_is_gone_again_and_what_was_compiled():
     assert after.compile_seconds > 0 == before.compile_seconds == large.compile_seconds
 
 
+def made_turn(*tokens):
+    """Of (seconds, CPU seconds, counts)."""
+    seconds, cpu_s, counts = zip(*tokens, strict=True)
+    return Turn(1.0, seconds, cpu_s, (0,) * (len(tokens) + 1), None, counts)
+
+
+def made_counts(misses, bytes_moved, exits, demoted):
+    return Counts(
+        hits=8 - misses, misses=misses, bytes_moved=bytes_moved, host_round_trips=exits,
+        selections=8, demoted=demoted,
+    )  # fmt: skip
+
+
 def test_figures_of_tokens():
-    first = Token(100.0, 100.0, 0, 0, 0, 0, 8, 8)
-    rest = [Token(1.0 + m, 0.5 + 0.25 * m, m, 8 - m, m, m * 1_000_000, 8, m) for m in (0, 2, 4, 6)]
-    figures = Decoded([first, *rest]).figures()
+    first = 100.0, 100.0, made_counts(8, 0, 0, 8)
+    rest = [(1.0 + m, 0.5 + 0.25 * m, made_counts(m, m * 1_000_000, m, m)) for m in (0, 2, 4, 6)]
+    figures = decode_figures(made_turn(first, *rest))
     assert figures["cpu_ms_without_miss"] == pytest.approx(500)
     assert figures["cpu_ms_per_miss"] == pytest.approx(250)
     assert figures["hit_rate"] == pytest.approx(20 / 32)
     assert figures["degraded_fraction"] == pytest.approx(12 / 32)
-    assert figures["tokens_per_s"] == pytest.approx(
-        {"median": (1 / 3 + 1 / 5) / 2, "lowest": 1 / 7, "highest": 1.0}
-    )
+    rates = figures["tokens_per_s"]
+    assert rates["median"] == pytest.approx((1 / 3 + 1 / 5) / 2)
+    assert (rates["low"], rates["high"]) == pytest.approx((1 / 7, 1.0))
     assert figures["mb_moved_per_token"]["median"] == 3
-    constant = Decoded([first, rest[1], rest[1]]).figures()
+    constant = decode_figures(made_turn(first, rest[1], rest[1]))
     assert constant["cpu_ms_without_miss"] is None and constant["cpu_ms_per_miss"] is None
 
 
 def made_record(setting: str, budget_bytes: int | None, moved: list[int]) -> dict:
     """A record as `measure` makes it, as far as the table reads it."""
-    tokens = [Token(9, 8, 1, 6, 2, 999, 8, 0), *(Token(1, 2, 3, 6, 2, b, 8, 4) for b in moved)]
-    run = Run(Path("m.gguf"), budget_bytes, 8, len(tokens), setting=setting,
+    turn = made_turn(
+        (9, 8, made_counts(2, 999, 1, 0)), *((1, 2, made_counts(2, b, 3, 4)) for b in moved)
+    )
+    run = Run(Path("m.gguf"), budget_bytes, 8, len(turn.tokens), setting=setting,
               low_format=None if setting == "native" else "Q2_K")  # fmt: skip
     return {
         "run": {**vars(run), "model": "m.gguf"},
         "slots": {"a": 3, "b": 4},
-        "decode": Decoded(tokens).figures(),
-        "tokens": [vars(token) for token in tokens],
+        "decode": decode_figures(turn),
+        "tokens": token_rows(turn),
     }
 
 

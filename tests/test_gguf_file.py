@@ -11,12 +11,8 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hobbit_jax.model_file.gguf_file import (
-    TensorInfo,
-    check_finite_scales,
-    open_gguf,
-    write_gguf,
-)
+from hobbit_jax.model_file import gguf_header
+from hobbit_jax.model_file.gguf_file import TensorInfo, check_finite_scales, open_gguf, write_gguf
 from pallas_kernels.formats import FORMATS
 
 METADATA = {
@@ -200,12 +196,80 @@ def test_what_is_no_gguf_file(tmp_path, small):
     assert "directory" in refused(tmp_path)
     path.write_bytes(b"")
     assert "empty" in refused(path)
-    path.write_bytes(b"PK\x03\x04" + bytes(100))
+    path.write_bytes(b"\x12\x34\x56\x78" + bytes(100))
     assert "expected b'GGUF'" in refused(path)
     path.write_bytes(data[:4] + struct.pack("<I", 1) + data[8:])
     assert "version 1; supported are 2 and 3" in refused(path, NotImplementedError)
     path.write_bytes(data[:4] + struct.pack(">I", 3) + data[8:])
     assert "big-endian" in refused(path, NotImplementedError)
+
+
+OTHER_FILES = {
+    "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d", "git lfs pull"),
+    "HTML": (b"\n<!DOCTYPE html><html><head>", "…/resolve/… instead of …/blob/…"),
+    "page of HTML": (b"<html lang=en><body>404", "…/resolve/…"),
+    "XML": (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "download it again"),
+    "JSON": (b'{"error": "Entry not found"}', "download it again"),
+    "manifest of Ollama": (b'{"mediaType":"application/vnd.docker.distribution.manifest', "blob"),
+    "'Invalid username": (b"Invalid username or password.", "download it again"),
+    "safetensors": (struct.pack("<Q", 800) + b'{"__metadata__":{}', "convert_hf_to_gguf.py"),
+    "ZIP": (b"PK\x03\x04" + bytes(range(200)), "convert_hf_to_gguf.py"),
+    "pickle": (b"\x80\x02}q\x00" + bytes(range(200)), "convert_hf_to_gguf.py"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(range(200)), "unpack it"),
+    "GGML": (b"lmgg" + bytes(range(200)), "before GGUF"),
+    "GGMF": (b"fmgg" + bytes(range(200)), "before GGUF"),
+    "GGJT": (b"tjgg" + bytes(range(200)), "before GGUF"),
+    "GGLA": (b"algg" + bytes(range(200)), "before GGUF"),
+    "zeros": (bytes(4096), "download it again"),
+    "empty": (b"", "download or copy it again"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OTHER_FILES)
+def test_other_files_say_what_they_are_and_how_to_get_the_right_one(tmp_path, what):
+    content, advice = OTHER_FILES[what]
+    path = tmp_path / "x.gguf"
+    path.write_bytes(content)
+    message = refused(path)
+    assert what in message and advice in message and "GGUF" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "joined"),
+    [
+        ("m.gguf.part1of2", "cat m.gguf[-.]* > m.gguf"),
+        ("m.gguf.part2of2", "cat m.gguf[-.]* > m.gguf"),
+        ("m.gguf-split-b", "cat m.gguf[-.]* > m.gguf"),
+        ("m.gguf.002", "cat m.gguf[-.]* > m.gguf"),
+        ("m.gguf.ab", "cat m.gguf[-.]* > m.gguf"),
+        ("m.part1of2.gguf", "cat m[-.]* > m.gguf"),
+    ],
+)
+def test_pieces_of_a_file_are_to_be_joined(small, tmp_path, name, joined):
+    """The first begins like a whole file and ends early; the others begin with anything."""
+    _, data = small
+    path = tmp_path / name
+    for piece in (data[: len(data) // 2], data[len(data) // 2 :]):
+        path.write_bytes(piece)
+        message = refused(path)
+        assert "one of the pieces" in message and joined in message
+    path.write_bytes(data)  # whole after all
+    assert set(open_gguf(path).tensors) == {"a", "b"}
+
+
+def test_paths_that_name_no_file(tmp_path):
+    link = tmp_path / "link.gguf"
+    link.symlink_to(tmp_path / "gone")
+    assert "link to" in refused(link, FileNotFoundError)
+    with pytest.raises(ValueError, match="is an address; download"):
+        open_gguf("https://huggingface.co/a/b/resolve/main/c.gguf")
+    (tmp_path / "config.json").write_text("{}")
+    assert "Hugging Face model" in refused(tmp_path)
+    (tmp_path / "b.gguf").write_bytes(b"")
+    assert "such as b.gguf" in refused(tmp_path)
+    pipe = tmp_path / "pipe.gguf"
+    os.mkfifo(pipe)
+    assert "no regular file" in refused(pipe)
 
 
 def test_unknown_tensor_types(tmp_path):
@@ -278,6 +342,35 @@ def test_broken_splits(split):
     parts[0].rename(renamed)
     with pytest.raises(ValueError, match=r"other\.gguf: .*one of 3 part.*split\.count"):
         open_gguf(renamed)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("split.count", [3]),
+        ("split.count", "3"),
+        ("split.count", -1),
+        ("split.count", float("inf")),
+        ("split.count", 2**63),
+        ("split.no", [0]),
+        ("split.no", 0.0),
+        ("split.tensors.count", "5"),
+        ("split.tensors.count", -5),
+    ],
+)
+def test_split_keys_of_another_type(split, key, value):
+    part = split("model")[0]
+    file = gguf_header.parse(np.fromfile(part, np.uint8))
+    tensors = [(n, t.format, t.shape, np.zeros((2, 16), np.uint8)) for n, t in file.tensors.items()]
+    write_gguf(part, file.metadata | {key: value}, tensors)
+    assert key in refused(part)
+
+
+def test_a_part_beyond_the_count(split):
+    parts = split("model")
+    extra = parts[0].with_name("model-00007-of-00003.gguf")
+    extra.write_bytes(parts[0].read_bytes())
+    assert "part 00007 of 3" in refused(extra)
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

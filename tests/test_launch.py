@@ -1,135 +1,68 @@
-"""Launchers: every cell gets one whole, right row, whoever is killed, preempted or doubled.
+"""Launchers: every trial gets one whole, right record, whoever is killed, preempted or doubled.
 
-Here: leases and the local launcher. Slurm and Ray, which start daemons, are in
+Here: locks, the graph, and processes of this machine. Slurm and Ray, which start daemons, are in
 test_launch_clusters.py.
 """
 
-import os
-import random
 import signal
-import threading
-import time
+import subprocess
+import sys
+from concurrent.futures import Future
 
-import cluster_cells
+import digest_trials
 import pytest
 from launch_harness import (
-    Killer,
     check_rows,
-    driver,
+    environment,
     finish,
+    kill_one,
     output,
-    rows_written,
     serial_rows,
+    start_sweep,
+    survive,
     wait_for,
     worker_pids,
 )
 
 from hobbit_jax import atomic
-from hobbit_jax.cells.leases import Leases
+from hobbit_jax.cells.frontier import FrontierCell
+from hobbit_jax.cells.sweep import Cell
+from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.launch import connect, parse_resources
 from hobbit_jax.launch.on_local import visible_gpus
-from hobbit_jax.rows import RowStore
+from hobbit_jax.launch.sweeping import map_tasks, task_graph
+from hobbit_jax.record import (
+    Benchmark,
+    CacheTrial,
+    EvalSizes,
+    Mixed,
+    MixedInBytes,
+    PerSelection,
+    QualityTrial,
+    Uniform,
+    read_record,
+    record_name,
+    record_path,
+)
 
-LOCAL_WORKER = "hobbit_jax.launch.worker"
-
-
-def test_each_thing_is_made_once_by_many(tmp_path):
-    """Eight owners at sixty things; half of the tries are given up and taken over by others."""
-    names = [f"{n // 10}.{n % 10}" for n in range(60)]
-    made, at_work, clashes = [], [], []
-
-    def work(owner: str):
-        leases, draw = Leases(tmp_path, owner), random.Random(owner)
-        while len(made) < len(names):
-            lease = leases.claim(draw.sample(names, 8))
-            if lease is None:
-                continue
-            if lease.name not in made:
-                clashes.extend(name for name in at_work if name == lease.name)
-                at_work.append(lease.name)
-                time.sleep(0.001)
-                at_work.remove(lease.name)
-                if draw.random() < 0.5:
-                    leases.end(lease)
-                    continue
-                made.append(lease.name)
-            leases.finish(lease)
-        leases.close()
-
-    threads = [threading.Thread(target=work, args=(str(n),)) for n in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(made) == sorted(names) and not clashes
+LOCAL_WORKER = "multiprocessing.spawn"
 
 
-def test_a_lease_lives_while_its_owner_does(tmp_path):
-    stale_s = 6.0
-    alive, other = Leases(tmp_path, "alive", stale_s), Leases(tmp_path, "other", stale_s)
-    held = alive.claim(["cell"])
-    assert held is not None and other.holders() == {"cell": "alive"}
-    file = tmp_path / "leases" / "cell.0"
-
-    def age():
-        """As if the lease had not been touched for longer than it may be."""
-        os.utime(file, times=(file.stat().st_mtime - 2 * stale_s,) * 2)
-        return file.stat().st_mtime
-
-    aged, deadline = age(), time.monotonic() + 60
-    while file.stat().st_mtime == aged:  # until its heart beats
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert other.claim(["cell"]) is None
-    assert other.claim(["cell", "next"]).name == "next"
-    alive.close()  # its heart stops, as a killed process's does
-    age()
-    taken = other.claim(["cell"])
-    assert (taken.generation, taken.deaths) == (1, 1) and "alive fell silent" in taken.reason
-    # The first owner wakes up: it can neither end nor finish what is another's now.
-    alive.end(held, "late", counts=True)
-    alive.finish(held)
-    assert other.holders()["cell"] == "other" and alive.claim(["cell"]) is None
-    other.close()
-
-
-def test_deaths_count_until_something_is_stored(tmp_path):
-    def die(advance: bool, counts: bool = True):
-        leases = Leases(tmp_path, "o")
-        lease = leases.claim(["cell"])
-        if advance:
-            leases.advance()
-        leases.close()
-        assert Leases(tmp_path, "driver").bury("o", "killed", counts) == 1
-        return lease.deaths, lease.reason
-
-    assert [die(False), die(False), die(True), die(False), die(False, False), die(False)] == [
-        (0, ""), (1, "killed"), (2, "killed"), (0, "killed"), (1, "killed"), (1, "killed"),
-    ]  # fmt: skip
-
-
-def test_the_first_whole_row_stays(tmp_path):
-    rows = RowStore(tmp_path)
-    rows.create()
-    for first, second, kept in [("failed", "ok", 2), ("ok", "ok", 1), ("ok", "failed", 1)]:
-        cell = f"{first}-{second}"
-        rows.write({"cell": cell, "status": first, "by": 1})
-        rows.write({"cell": cell, "status": second, "by": 2})
-        assert rows.read(cell)["by"] == kept
-    rows.path("torn").write_text('{"cell": "to')
-    rows.write({"cell": "torn", "status": "ok"})
-    assert rows.finished("torn") and not list(rows.directory.glob(".*"))
-
-
-def test_temporary_names_differ_between_machines(tmp_path, monkeypatch):
-    """Two machines may have the same process id, and write the same tier at the same time."""
-    monkeypatch.setattr(os, "getpid", lambda: 7)
-    path = tmp_path / "tier"
-    with atomic.replacing(path) as one, atomic.replacing(path) as two:
-        assert one != two
-        one.write_text("one")
-        two.write_text("two")
-    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+def test_a_killed_holder_leaves_no_lock(tmp_path):
+    path = tmp_path / "x[1]"
+    hold = (
+        "import sys, time; from pathlib import Path; from hobbit_jax.atomic import exclusive\n"
+        "with exclusive(Path(sys.argv[1])): print(flush=True); time.sleep(3600)"
+    )
+    command = [sys.executable, "-c", hold, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(path)) as holder:
+        holder.stdout.readline()
+        with atomic.exclusive(path, wait=False) as held:
+            assert not held
+        holder.kill()
+        with atomic.exclusive(path) as held:
+            assert held
+    assert not list(tmp_path.iterdir())
 
 
 def test_resources_are_read():
@@ -144,42 +77,102 @@ def test_resources_are_read():
     assert not visible_gpus({"CUDA_VISIBLE_DEVICES": "2,5", "JAX_PLATFORMS": "cpu"})
 
 
+def test_a_trial_names_all_artifacts_that_it_needs(workdir, monkeypatch):
+    """Made in the graph's order, each from those before it; the trials then make no more."""
+    (workdir.parent / "evaluation.txt").write_text("another text of some other words " * 50)
+    monkeypatch.setenv("HOBBIT_CACHE_DIR", str(workdir))
+    on = digest_trials.inputs(workdir), EvalSizes(2, 16, 2, 0, 4, 4, 1)
+    trials = [
+        Cell(CacheTrial(Mixed("sensitivity", 0.5, "Q2_K", "importance"), 2, *on)),
+        FrontierCell(QualityTrial(Uniform("Q3_K", "gptq"), *on, seed=1)),
+        FrontierCell(QualityTrial(Uniform("Q2_K", "rtn", ("Q4_0",)), *on)),
+        FrontierCell(QualityTrial(MixedInBytes("random", 0.8, ("Q2_K",), score_text="tasks"), *on)),
+        FrontierCell(QualityTrial(PerSelection("router_weight", (0.5, 0.5), ("Q2_K",)), *on)),
+    ]
+    bench = Workbench(*on, workdir)
+
+    def made() -> set[str]:
+        kept = [*workdir.glob("cache/*"), *workdir.glob("low_precision/*")]
+        return {path.name for path in kept if not path.name.startswith(".")}
+
+    graph, count = task_graph(trials), 0
+    while ready := [task for task in graph.get_ready() if task not in trials]:
+        before = made()
+        for artifact in ready:
+            artifact.make(bench)
+        count += len(ready)
+        assert len(made()) == count and made() > before
+        graph.done(*ready)
+    for trial in trials:
+        trial.run(bench)
+    assert len(made()) == count
+
+
+def test_workers_that_never_start_end_the_sweep(workdir):
+    class DeadPool:
+        died, attempts, submitted = (OSError,), 3, 0
+
+        def submit(self, *_):
+            self.submitted += 1
+            future = Future()
+            future.set_exception(OSError("no such interpreter"))
+            return future
+
+        def stop(self):
+            self.submitted = -self.submitted
+
+    pool = DeadPool()
+    graph = task_graph(digest_trials.trials(workdir, 2))
+    with pytest.raises(RuntimeError, match="workers end before they begin; last: no such interp"):
+        list(map_tasks(pool, graph, workdir, 1))
+    assert pool.submitted == -6
+
+
 @pytest.mark.cluster
-def test_200_cells_whose_workers_are_killed(workdir, monkeypatch):
-    """One every few seconds; after a while the driver too, and then two go on together."""
+def test_200_trials_under_fire(workdir, monkeypatch):
+    """A worker is killed every few records, and the sweep itself twice; then two go on together."""
     expected = serial_rows(workdir, 200, monkeypatch)
-    first = driver("local", workdir, 200, 2, pause_s=0.1)
-    killer = Killer(lambda: worker_pids(LOCAL_WORKER, workdir), workdir, 3.0)
-    wait_for(lambda: rows_written(workdir) >= 60, first, workdir)
-    first.kill()
-    first.wait()
-    beside = [driver("local", workdir, 200, 1, pause_s=0.1) for _ in range(2)]
-    for process in beside:
-        finish(process, workdir)
-    assert killer.stop() >= 8
+    done = survive(
+        workdir,
+        lambda draw: kill_one(LOCAL_WORKER, workdir, draw),
+        lambda: start_sweep("local", workdir, 200, 2, pause_s=0.05),
+        200,
+    )
+    assert done.count("kill") >= 8
     check_rows(workdir, expected)
 
 
-def test_a_cell_that_kills_its_worker(workdir, monkeypatch):
-    """It is tried as often as was said, the others are finished, and a rerun tries it again."""
-    for deaths in (2, 1):
-        finish(driver("local", workdir, 3, 1, "--kind=crash", f"--max_deaths={deaths}"), workdir)
-        row = RowStore(workdir).read("crash-999")
-        assert row["status"] == "failed" and f"its worker died {deaths} times" in row["error"]
-        assert "killed by SIGKILL" in row["error"]
-    assert [line[2] for line in cluster_cells.notes(workdir, "run")].count("crash-999") == 3
-    assert "cells: 4 0 1" in output(workdir) and "cells: 1 3 1" in output(workdir)
-    expected = serial_rows(workdir, 3, monkeypatch)
-    (workdir / "rows" / "crash-999.json").unlink()
-    check_rows(workdir, expected)
+def test_trials_that_fail_or_kill_their_process(workdir, monkeypatch):
+    """They are recorded, the others are finished, and the same command tries them again."""
+    for _ in range(2):
+        options = ("--kinds=crash,fail", "--attempts=2")
+        finish(start_sweep("local", workdir, 3, 1, *options), workdir)
+        for name, error in (
+            ("crash-999", "RuntimeError: its process died each time"),
+            ("fail-999", "ValueError: this one fails"),
+        ):
+            record = read_record(workdir, record_name(Benchmark(name, {})))
+            assert record.status == "failed" and record.error.startswith(error)
+    runs = [line[2] for line in digest_trials.notes(workdir, "run")]
+    assert (runs.count("crash-999"), runs.count("fail-999"), len(runs)) == (4, 2, 9)
+    assert "trials: 5 0 2" in output(workdir) and "trials: 2 3 2" in output(workdir)
+    for name in ("crash-999", "fail-999"):
+        record_path(workdir, record_name(Benchmark(name, {}))).unlink()
+    check_rows(workdir, serial_rows(workdir, 3, monkeypatch))
 
 
-def test_ctrl_c_stops_the_children(workdir):
-    process = driver("local", workdir, 0, 1, "--kind=stuck")
+def test_ctrl_c_stops_the_processes(workdir):
+    process = start_sweep("local", workdir, 0, 1, "--kinds=stuck")
     wait_for(workdir.with_suffix(".log").exists, process, workdir)
     assert len(worker_pids(LOCAL_WORKER, workdir)) == 1
     process.send_signal(signal.SIGINT)
-    process.wait(30)  # the cell would sleep on
+    process.wait(60)  # the trial would sleep on
     assert not worker_pids(LOCAL_WORKER, workdir)
-    assert "stopped: 0 of 1 cells have rows; the same command goes on" in output(workdir)
-    assert Leases(workdir, "next").claim(["stuck-999"]).deaths == 0  # free at once, and not blamed
+    assert "stopped: 0 of 1 trials have records; the same command goes on" in output(workdir)
+
+
+def test_a_model_that_does_not_open_ends_the_sweep(workdir):
+    (workdir.parent / "tiny.gguf").unlink()
+    (workdir.parent / "tiny.gguf").write_text("no model")
+    assert start_sweep("local", workdir, 3, 2).wait(600) == 1
+    assert "ValueError" in output(workdir) and not list((workdir / "rows").glob("*.json"))

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, dequantize
+from link_bench import upload_rates
 from links import Clock, Recorded, paced
 from pool_invariants import check_invariants
+from prediction import prediction_accuracy
 
 import hobbit_jax.inference.moe as moe_module
 import hobbit_jax.inference.prefill as prefill_module
@@ -18,8 +20,6 @@ from hobbit_jax.cache.controller import Decision, Use
 from hobbit_jax.cache.link import PacedLink
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
-from hobbit_jax.evals.link_bench import upload_rates
-from hobbit_jax.evals.prediction import prediction_accuracy
 from hobbit_jax.evals.quality import Windows
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine

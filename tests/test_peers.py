@@ -4,8 +4,8 @@ The other programs here are scripted (`scripted_side.py`); the real ones are in
 `test_peers_oracles.py`.
 """
 
+import dataclasses
 import importlib.util
-import json
 import math
 import os
 import subprocess
@@ -16,11 +16,19 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
+from hobbit_jax.evals.process_memory import read_resident
 from hobbit_jax.peers.agreement import AgreementMeter
-from hobbit_jax.peers.comparison import PEERS, Request, compare, compare_model, peer_factory
-from hobbit_jax.peers.memory import read_resident
+from hobbit_jax.peers.comparison import (
+    PEERS,
+    STUDY,
+    Request,
+    compare,
+    compare_model,
+    peer_factory,
+)
 from hobbit_jax.peers.side import SideSpec
-from hobbit_jax.report.peers import PeerRow, load_peers, render_peers
+from hobbit_jax.record import read_records, write_record
+from hobbit_jax.report.baseline_tables import section
 
 MIB = 2**20
 
@@ -39,13 +47,13 @@ def test_agreement_by_hand():
     for _ in range(3):
         meter.add(ours_TV, peer_TV, np.array([1, 0]))
     found = meter.result()
-    assert (found.tokens, found.windows) == (6, 3)
-    assert found.kl_mean.value == pytest.approx(math.log(2) / 8, rel=1e-6)
+    assert (found.comparison.tokens, found.windows) == (6, 3)
+    assert found.comparison.kl_mean.value == pytest.approx(math.log(2) / 8, rel=1e-6)
     # The quantile between the two values that there are: 99 % of six lies beyond the fifth.
-    assert found.kl_p99.value == pytest.approx(math.log(2) / 4, rel=1e-6)
-    assert found.top1_agreement.value == 0.5
+    assert found.comparison.kl_p99.value == pytest.approx(math.log(2) / 4, rel=1e-6)
+    assert found.comparison.top1_agreement.value == 0.5
     # Probabilities of the targets: ours ½ and ½, the peer's ¼ and ½.
-    assert found.perplexity_ours.value == pytest.approx(2.0, rel=1e-6)
+    assert found.comparison.perplexity.value == pytest.approx(2.0, rel=1e-6)
     assert found.perplexity_peer.value == pytest.approx(math.sqrt(8), rel=1e-6)
     assert found.perplexity_difference.value == pytest.approx(2 - math.sqrt(8), rel=1e-6)
     # Two of six logits differ, by ln 2.
@@ -53,7 +61,7 @@ def test_agreement_by_hand():
     assert found.logit_rms_difference == pytest.approx(math.log(2) / math.sqrt(3), rel=1e-6)
     assert found.logit_std == pytest.approx(float(peer_TV.std()), rel=1e-5)
     # Equal windows leave nothing to resample.
-    assert found.kl_mean.low == pytest.approx(found.kl_mean.high)
+    assert found.comparison.kl_mean.low == pytest.approx(found.comparison.kl_mean.high)
 
 
 def test_kl_is_from_the_peer():
@@ -61,7 +69,7 @@ def test_kl_is_from_the_peer():
     meter = AgreementMeter()
     meter.add(logits((0.5, 0.5)), logits((0.9, 0.1)), np.array([0]))
     wanted = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)
-    assert meter.result().kl_mean.value == pytest.approx(wanted, rel=1e-6)
+    assert meter.result().comparison.kl_mean.value == pytest.approx(wanted, rel=1e-6)
 
 
 def test_a_difference_is_taken_in_pairs():
@@ -71,7 +79,7 @@ def test_a_difference_is_taken_in_pairs():
         peer_TV = logits((p, 1 - p), (p, 1 - p))
         meter.add(peer_TV + np.array([[0.01, 0.0]], np.float32), peer_TV, np.array([0, 0]))
     found = meter.result()
-    alone = found.perplexity_ours.high - found.perplexity_ours.low
+    alone = found.comparison.perplexity.high - found.comparison.perplexity.low
     paired = found.perplexity_difference.high - found.perplexity_difference.low
     assert paired < alone / 20
     assert found.perplexity_difference.high < 0  # we give every target more
@@ -80,9 +88,9 @@ def test_a_difference_is_taken_in_pairs():
 @pytest.mark.parametrize(
     ("ours_TV", "targets", "message"),
     [
-        (np.zeros((2, 4)), 2, r"got logits \(2, 4\) and \(2, 3\) for 2 tokens"),
-        (np.zeros((2, 3)), 3, "for 3 tokens"),
-        (np.full((2, 3), np.nan), 2, "our logits are not all finite"),
+        (np.zeros((2, 4)), 2, r"got logits \(1, 2, 4\) and \(1, 2, 3\) for tokens \(1, 2\)"),
+        (np.zeros((2, 3)), 3, r"for tokens \(1, 3\)"),
+        (np.full((2, 3), np.nan), 2, "^logits are not all finite"),
     ],
 )
 def test_refused_logits(ours_TV, targets, message):
@@ -111,47 +119,50 @@ ROWS_RS = np.full((4, 12), 1, np.int32)
 
 
 def run(ours, peer):
-    return compare(ours, peer, WINDOWS_WS, ROWS_RS, prompt_tokens=2)
+    return compare(ours, peer, WINDOWS_WS, ROWS_RS, prompt_tokens=2)[0]
 
 
 def test_both_in_turns(scripted, tmp_path):
-    """Everything that a row says of two programs whose logits, times and memory are known."""
+    """Everything that a record says of two programs whose logits, times and memory are known."""
     mapped = tmp_path / "weights"
     mapped.write_bytes(bytes(64 * MIB))
     ours = scripted("ours", noise=0.1, step_s=0.04, mapped=str(mapped), warm_up_s=1.5)
     peer = scripted("peer", step_s=0.002, hold_bytes=96 * MIB)
-    row = run(ours, peer)
+    found = run(ours, peer)
+    metrics, notes = found.metrics, found.notes
 
-    assert row["ours"]["program"] == "scripted" and row["ours"]["policy"] == "active"
-    assert row["ours"]["threads"] == row["peer"]["threads"] == 1
+    assert notes["ours_program"] == "scripted" and notes["ours_policy"] == "active"
+    assert metrics["ours_threads"] == metrics["baseline_threads"] == 1
     meter = AgreementMeter()
     for w, targets_T in enumerate(WINDOWS_WS[:, 1:]):
         pair = (np.load(spec.options["logits"])[w] for spec in (ours, peer))
         meter.add(*pair, targets_T)
     wanted = meter.result()
-    assert row["agreement"]["kl_mean"]["value"] == wanted.kl_mean.value > 0
-    assert row["agreement"]["tokens"] == 12
+    assert metrics["kl_mean_nats"] == wanted.comparison.kl_mean.value > 0
+    assert metrics["perplexity_difference_low"] == wanted.perplexity_difference.low
+    assert (metrics["evaluation_tokens"], metrics["windows"]) == (12, 4)
 
-    speed = row["speed"]
-    assert (speed["turns"], speed["prompt_tokens"], speed["decode_tokens"]) == (3, 2, 10)
     # 40 against 2 ms a step. On a busy machine a sleep is late, never early.
-    assert speed["decode_tokens_per_second"]["ours"]["high"] <= 25
+    assert metrics["decode_tokens_per_s_ours_high"] <= 25
     # The first turn is slow, says another token, and does not count.
-    assert speed["first_token_s"]["ours"]["low"] >= 0.08
-    assert speed["first_token_s"]["ours"]["high"] < 1.5
-    assert 0.01 < speed["decode_tokens_per_second"]["ratio"]["median"] < 0.8
-    assert speed["prefill_tokens_per_second"]["peer"]["high"] <= 500
-    assert speed["same_greedy_token"] == 1.0
+    assert metrics["first_token_s_ours_low"] >= 0.08
+    assert metrics["first_token_s_ours_high"] < 1.5
+    assert 0.01 < metrics["decode_tokens_per_s_ratio"] < 0.8
+    assert metrics["prefill_tokens_per_s_baseline_high"] <= 500
+    assert metrics["same_greedy_token"] == 1.0
+    assert metrics["ours_decode_hit_rate"] is None  # it counts nothing
 
-    before = {side: row[side]["memory"]["before_model"] for side in ("ours", "peer")}
-    peak = {side: row[side]["memory"]["peak"] for side in ("ours", "peer")}
     for part, heavy, light, size in (
-        ("anonymous", "peer", "ours", 96 * MIB),
-        ("file", "ours", "peer", 64 * MIB),
+        ("anonymous", "baseline", "ours", 96 * MIB),
+        ("file", "ours", "baseline", 64 * MIB),
     ):
-        assert size * 0.98 < peak[heavy][part] - before[heavy][part] < size * 1.2
-        assert peak[light][part] - before[light][part] < size * 0.2
-    assert peak["peer"]["total"] >= peak["peer"]["anonymous"]
+        more, less = (
+            metrics[f"{side}_memory_peak_{part}"] - metrics[f"{side}_memory_before_model_{part}"]
+            for side in (heavy, light)
+        )
+        assert size * 0.98 < more < size * 1.2 and less < size * 0.2
+    total = metrics["baseline_memory_peak_total"]
+    assert total >= metrics["baseline_memory_peak_anonymous"]
 
 
 def test_memory_is_told_apart(tmp_path):
@@ -233,56 +244,29 @@ def test_our_side(monkeypatch, tmp_path, two_banks_path):
     text = tmp_path / "letters.txt"
     text.write_text("the quick brown fox " * 20)
     budget_bytes = 2**20
-    row = compare_model(
+    record = compare_model(
         Request(two_banks_path, "torch", text, budget_bytes, None, "float32", 2, 20, 2, 12, 4, 1)
     )
-    assert row["agreement"]["perplexity_peer"]["value"] == pytest.approx(258, rel=1e-6)
-    assert row["agreement"]["logit_std"] == 0 < row["agreement"]["logit_rms_difference"]
-    ours, peer = row["ours"], row["peer"]
-    assert (peer["context"], peer["mode"]) == (20, "float32")
-    assert 0 < ours["pool_bytes"] <= ours["budget_bytes"] == budget_bytes
-    assert 0 < ours["decode_hit_rate"] < 1 and ours["threads"] == 1
-    assert (row["model"]["name"], row["text"]["name"]) == ("tiny.gguf", "letters.txt")
-    del row["peer"]["model"]  # the peer's own doing
-    assert str(tmp_path) not in json.dumps(row)
-    assert any("| uniform float32, 1 core |" in line for line in render_peers([PeerRow(row)]))
-
-
-def peer_row(scripted, budget_bytes=None):
-    row = run(scripted("ours", noise=0.1), scripted("peer"))
-    common = {"device_peak_bytes": None, "precision": "float32", "slots": 7}
-    row["ours"] |= {**common, "machine": {"device": "cpu: Some Processor"}, "decode_hit_rate": 0.5}
-    row["peer"] |= {**common, "versions": {"torch": "2.13.0"}, "mode": "offload", "slot_bytes": 9}
-    return {"model": {"name": "M.gguf"}, "threads": 2, "budget_bytes": budget_bytes, **row}
-
-
-def test_the_section(scripted, tmp_path):
-    row = peer_row(scripted, 2 * MIB)
-    text = "\n".join(render_peers([PeerRow(row)]))
-    tables = [line for line in text.splitlines() if line.startswith("| M.gguf, 2 MiB of experts |")]
-    assert len(tables) == 4 and all("| scripted offload, 2 cores |" in line for line in tables)
-    kl = row["agreement"]["kl_mean"]
-    assert f"{kl['value']:.2g} [{kl['low']:.2g}, {kl['high']:.2g}]" in tables[0]
-    ratio = row["speed"]["decode_tokens_per_second"]["ratio"]
-    assert f"×{ratio['median']:.2f} (×{ratio['low']:.2f} to ×{ratio['high']:.2f})" in tables[1]
-    assert f"| {row['peer']['memory']['peak']['anonymous'] / MIB:.0f} |" in tables[3]
-    assert "7 slots of 9 bytes; decode hit rate 0.500 in 7 slots, the peer's –" in text
-    assert render_peers([]) == []
-
-    folder = tmp_path / "peers"
-    assert load_peers(folder) == ()
-    folder.mkdir()
-    (folder / "a.json").write_text(json.dumps(row))
-    assert load_peers(folder) == (PeerRow(row),)
-    del row["peer"]["memory"]
-    (folder / "b.json").write_text(json.dumps(row))
-    with pytest.raises(ValueError, match=r"b\.json is no row of scripts/compare\.py: .*memory"):
-        load_peers(folder)
+    metrics, notes = record.metrics, record.notes
+    assert metrics["perplexity_baseline"] == pytest.approx(258, rel=1e-6)
+    assert metrics["logit_std"] == 0 < metrics["logit_rms_difference"]
+    assert (metrics["baseline_context"], notes["baseline_mode"]) == (20, "float32")
+    assert 0 < metrics["ours_pool_bytes"] <= metrics["ours_budget_bytes"] == budget_bytes
+    assert 0 < metrics["ours_decode_hit_rate"] < 1 and metrics["ours_threads"] == 1
+    assert record.asked.setting["model"] == "tiny.gguf" and notes["text"] == "letters.txt"
+    assert record.asked.setting["budget_bytes"] == budget_bytes and record.device
+    kept = {key: word for key, word in notes.items() if key != "baseline_model"}  # its own doing
+    own = dataclasses.replace(record, notes=kept)
+    path = write_record(tmp_path / "study", own)
+    assert str(tmp_path) not in path.read_text()
+    assert read_records(tmp_path / "study").found == (own,)
+    text = section([record])
+    assert "| uniform float32 |" in text and f"| {metrics['kl_mean_nats']:.2g} " in text
 
 
 def test_recorded_rows():
     """Those that ship can be read, and name no path of the machine they were made on."""
-    rows = load_peers(REPOSITORY / "docs" / "peers")
-    assert {row.row["peer"]["program"] for row in rows} == {"PyTorch", "llama.cpp"}
-    for path in (REPOSITORY / "docs" / "peers").glob("*.json"):
-        assert sys.prefix not in path.read_text() and '"/' not in path.read_text()
+    records = read_records(REPOSITORY / "docs").of(STUDY)
+    assert {r.notes["baseline_program"] for r in records} == {"PyTorch", "llama.cpp"}
+    text = (REPOSITORY / "docs" / "records" / f"{STUDY}.jsonl").read_text()
+    assert sys.prefix not in text and '"/' not in text

@@ -5,7 +5,6 @@ our reading feeds the same module. Planted: without the q/k permutation Mixtral'
 more than 1, with gate and up exchanged all are.
 """
 
-import json
 import runpy
 import sys
 from dataclasses import replace
@@ -22,7 +21,8 @@ from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.peers.comparison import Request, compare_model
-from hobbit_jax.report.peers import PeerRow, render_peers
+from hobbit_jax.record import read_records
+from hobbit_jax.report.baseline_tables import section
 
 # The libraries warn of their own accord, at import and later.
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
@@ -107,9 +107,9 @@ def text(tmp_path_factory):
 
 def test_compare_with_torch(torch, paths, text, tmp_path, monkeypatch, capsys):
     """The script end to end."""
-    out = tmp_path / "new" / "row.json"
+    workdir = tmp_path / "new"
     arguments = (
-        f"--model={paths['mixtral']}", "--peer=torch", f"--text={text}", f"--out={out}",
+        f"--model={paths['mixtral']}", "--peer=torch", f"--text={text}", f"--workdir={workdir}",
         "--threads=1", "--windows=3", "--context=40", "--turns=2", "--prompt_tokens=16",
         "--decode_tokens=8",
     )  # fmt: skip
@@ -117,16 +117,15 @@ def test_compare_with_torch(torch, paths, text, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(REPOSITORY / "scripts" / "compare.py"), run_name="__main__")
     assert not ended.value.code
-    assert "| mixtral.gguf | PyTorch float32, 1 core | 120 |" in capsys.readouterr().out
-    assert str(tmp_path) not in out.read_text()
-    row = json.loads(out.read_text())
-    agreement = row["agreement"]
-    assert agreement["logit_max_difference"] < 1e-4 < agreement["logit_std"]
-    assert agreement["kl_mean"]["value"] < 1e-9
-    assert agreement["top1_agreement"]["value"] == row["speed"]["same_greedy_token"] == 1.0
-    assert row["peer"]["precision"] == "float32"
-    assert row["ours"]["threads"] == row["peer"]["threads"] == 1
-    assert row["model"]["name"] == "mixtral.gguf" and row["text"]["name"] == "letters.txt"
+    assert "| mixtral.gguf | PyTorch float32 | 1 |" in capsys.readouterr().out
+    (record,) = read_records(workdir).found
+    metrics = record.metrics
+    assert metrics["logit_max_difference"] < 1e-4 < metrics["logit_std"]
+    assert metrics["kl_mean_nats"] < 1e-9
+    assert metrics["top1_agreement"] == metrics["same_greedy_token"] == 1.0
+    assert record.notes["baseline_precision"] == "float32"
+    assert metrics["ours_threads"] == metrics["baseline_threads"] == 1
+    assert record.asked.setting["model"] == "mixtral.gguf" and record.notes["text"] == "letters.txt"
 
 
 @pytest.fixture(scope="module")
@@ -144,14 +143,15 @@ def float_path(tmp_path_factory):
 
 
 def test_compare_with_llama_cpp(llama_cpp, float_path, text):
-    row = compare_model(request(float_path, "llama_cpp", text=text))
+    record = compare_model(request(float_path, "llama_cpp", text=text))
+    metrics = record.metrics
     # Its keys and values are in float16.
-    assert row["agreement"]["logit_max_difference"] < 0.05
-    assert row["agreement"]["kl_mean"]["value"] < 1e-4
-    assert row["agreement"]["top1_agreement"]["value"] > 0.98
-    assert row["speed"]["same_greedy_token"] > 0.9
-    assert row["ours"]["threads"] == row["peer"]["threads"] == 1
-    assert "llama.cpp" in "\n".join(render_peers([PeerRow(row)]))
+    assert metrics["logit_max_difference"] < 0.05
+    assert metrics["kl_mean_nats"] < 1e-4
+    assert metrics["top1_agreement"] > 0.98
+    assert metrics["same_greedy_token"] > 0.9
+    assert metrics["ours_threads"] == metrics["baseline_threads"] == 1
+    assert "llama.cpp" in section([record])
 
 
 def test_experts_of_the_first_layers_stay_on_the_cpu(llama_cpp, float_path, capfd):

@@ -13,18 +13,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hobbit_jax.report.plans import Plans, load_plans, render_plans
 from tiny_models import MODELS, write_model
 
 from hobbit_jax import reference
 from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.cache.trace import Trace
-from hobbit_jax.evals.decode_bench import Measured
+from hobbit_jax.evals.decode_bench import Decoded
+from hobbit_jax.evals.measure import Counts, Measurement, Turn
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.decode_loop import empty_carry
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.model_file.presets import PRESETS
 from hobbit_jax.planner import candidates, check, routing, table
 from hobbit_jax.planner.check import fit
 from hobbit_jax.planner.cost_model import CONSTANTS, Machine, Traffic, token_time
@@ -38,8 +41,6 @@ from hobbit_jax.planner.traffic import (
     layers_that_fit,
     replay_setting,
 )
-from hobbit_jax.report.plans import Plans, load_plans, render_plans
-from hobbit_jax.synthetic.presets import PRESETS
 from hobbit_jax.synthetic.synthesize import synthesize
 
 CONTEXT = 512
@@ -390,21 +391,26 @@ def test_a_check_of_a_machine_that_is_as_the_model_has_it(monkeypatch: pytest.Mo
     model = open_model(reference.model_path())
     cases, rng = check.cases("Q2_K"), np.random.default_rng(0)
 
-    def bench(*_) -> list[Measured]:
-        found = [Measured(tokens=48, seconds=[1.0])]  # native, of which nothing is asked
+    def decoded(counts: Counts, *turns_s: float) -> Decoded:
+        """Turns of one token each; all processors take the turns' times the other way round."""
+        turns = tuple(
+            Turn(0.0, (s,), (cpu_s,), (0, 0), None, (counts,))
+            for s, cpu_s in zip(turns_s, reversed(turns_s), strict=True)
+        )
+        return Decoded(Measurement(16, (), turns), 0.0, 1.0, 1, 1)
+
+    def bench(*_) -> list[Decoded]:
+        found = [decoded(Counts(), 1.0)]  # native, of which nothing is asked
         for case in cases:
-            counts = rng.integers(1, 500, 4).tolist()
-            one = Measured(48, [], [], 9, 10, *counts[:2], counts[2] // 2, counts[3] // 9, 1536)
+            moved, exits, demoted, skipped = rng.integers(1, 500, 4).tolist()
+            counts = Counts(
+                hits=9, misses=1, bytes_moved=moved, host_round_trips=exits, selections=1536,
+                demoted=demoted // 2, skipped=skipped // 9,
+            )  # fmt: skip
+            one = decoded(counts, 1.0)
             time = token_time(check.counted_traffic(case, one, model, 64), machine)
-            one.seconds = [
-                48e-3 * time.total,
-                96e-3 * time.total,
-            ]  # half as fast in the second turn
-            one.cpu_seconds = one.seconds[::-1]
-            one.tokens *= 2
-            for name in ("bytes_moved", "exits", "degraded", "skipped", "selections"):
-                setattr(one, name, 2 * getattr(one, name))
-            found.append(one)
+            # Half as fast in the second turn.
+            found.append(decoded(counts, 1e-3 * time.total, 2e-3 * time.total))
         return found
 
     monkeypatch.setattr(check, "compare", bench)

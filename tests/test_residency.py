@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, TWO_BANKS
 from pool_invariants import check_invariants
+from residency_counts import FIRST_TOKENS, first_misses
 from tiny_models import write_model
 
 from hobbit_jax.cache.controller import BankLayout, Controller
@@ -18,7 +19,6 @@ from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import low_share, pool_slots
 from hobbit_jax.cache.promotion import Promoter, PromotionRule
 from hobbit_jax.cache.warm_start import WarmStart
-from hobbit_jax.evals.residency_counts import FIRST_TOKENS, first_misses
 from hobbit_jax.experts import tiers
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts

@@ -36,6 +36,12 @@ def test_no_room_needs_one_that_needs_it():
     assert [room for room in order if room in way] == way
 
 
+def test_nothing_that_runs_a_model_needs_how_the_reference_model_was_made():
+    needed = needs("hobbit_jax")
+    assert "reference_model" in needed
+    assert not [room for room, others in needed.items() if "reference_model" in others]
+
+
 def test_the_kernels_are_a_leaf_and_policies_know_no_jax():
     for path in (REPOSITORY / "pallas_kernels").rglob("*.py"):
         assert not any(name.split(".")[0] == "hobbit_jax" for name in imported(path)), path

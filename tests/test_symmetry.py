@@ -9,7 +9,7 @@ from hobbit_jax.experts.tiers import decode, dequantize
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.quantize import encode
-from hobbit_jax.synthetic.symmetry import write_off_grid
+from hobbit_jax.reference_model.symmetry import write_off_grid
 
 
 @pytest.mark.parametrize("name", ["qwen3moe-tied", "olmoe"])

@@ -17,10 +17,10 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.architecture import read_config, tensor_shapes
 from hobbit_jax.model_file.gguf_file import check_finite_scales, open_gguf, write_gguf
+from hobbit_jax.model_file.presets import PRESETS
 from hobbit_jax.model_file.tokenizer import Tokenizer
+from hobbit_jax.quantize.type_mix import q4_k_m_format
 from hobbit_jax.synthetic import synthesize
-from hobbit_jax.synthetic.presets import PRESETS
-from hobbit_jax.synthetic.type_mix import q4_k_m_format
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "synthesize.py"
 TEXT = (

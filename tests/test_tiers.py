@@ -1,6 +1,7 @@
 """Low tiers on disk: what is in the file, when it is made again, and that it is whole or absent."""
 
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hobbit_jax.experts import tiers
 from hobbit_jax.experts.store import ROLES
 from hobbit_jax.experts.tiers import TierSpec
 from hobbit_jax.model_file.architecture import layer_tensors, read_config
-from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
 from hobbit_jax.quantize import encode
 from hobbit_jax.quantize.methods import encode_matrix
 
@@ -97,6 +98,49 @@ def test_interrupted_writing_goes_on(source, tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_a_file_that_was_given_up_leaves_nothing_behind(source, tmp_path, monkeypatch):
+    """Neither does the next one of that name, by another recipe."""
+    config, path = read_config(source), tmp_path / "low.gguf"
+    with monkeypatch.context() as patch:
+        patch.setattr(tiers, "write_gguf", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tiers.write_tier(source, config, TierSpec("Q2_K"), path)
+    assert list(tmp_path.glob(".low.gguf.*.parts"))
+    tiers.write_tier(source, config, TierSpec("Q8_0"), path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_and_a_format_without_encoder_are_refused_first(source, tmp_path, monkeypatch):
+    config = read_config(source)
+    encoded = []
+    monkeypatch.setattr(tiers, "encode_matrix", lambda *a: encoded.append(a))
+    usage = shutil.disk_usage(tmp_path)
+    with pytest.raises(NotImplementedError, match="no encoder for 'IQ4_XS'"):
+        tiers.write_tier(source, config, TierSpec("IQ4_XS"), tmp_path / "low.gguf")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    wanted = tiers.disk_bytes(source, config, "Q2_K")
+    with pytest.raises(OSError, match=rf"low\.gguf wants {wanted} bytes, and 1000 are free"):
+        tiers.write_tier(source, config, TierSpec("Q2_K"), tmp_path / "low.gguf")
+    assert not encoded
+
+
+def test_two_processes_make_a_tier_once(source, tmp_path):
+    config, made = read_config(source), []
+
+    def make() -> None:
+        stored = made.append
+        file = tiers.open_tier(source, config, TierSpec("Q8_0"), tmp_path, lambda: stored(1))
+        assert file.tensors.keys() == source.tensors.keys()
+
+    threads = [threading.Thread(target=make) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 3 * config.n_layers
+    assert [path.suffix for path in tmp_path.iterdir()] == [".gguf"]
+
+
 def test_through_another_format(source, tmp_path):
     """What passes through Q4_K first is what Q4_K's own decoding encodes to."""
     config = read_config(source)
@@ -105,3 +149,33 @@ def test_through_another_format(source, tmp_path):
     weights = tiers.dequantize(source.tensors[name], 3)
     middle = gguf.quants.dequantize(encode(weights, "Q4_0"), gguf.GGMLQuantizationType.Q4_0)
     assert low.tensors[name].raw[3].tobytes() == encode(middle, "Q2_K").tobytes()
+
+
+def test_metadata_is_carried_over_but_for_what_is_no_longer_true(source, tmp_path):
+    carried = {
+        "general.tags": [],
+        "general.license": "mit",
+        "general.file_type": 15,
+        "quantize.imatrix.file": "imatrix.dat",
+        "quantize.imatrix.entries_count": 128,
+        tiers.CALIBRATION_KEY: "0" * 64,
+    }
+    types = {"general.tags": (gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING)}
+    tensors = [(t.name, t.format, t.shape, t.raw) for t in source.tensors.values()]
+    write_gguf(tmp_path / "m.gguf", source.metadata | carried, tensors, types)
+    file = open_gguf(tmp_path / "m.gguf")
+    low = tiers.open_tier(file, read_config(file), TierSpec("Q2_K"), tmp_path / "tiers")
+    kept = {k: v for k, v in file.metadata.items() if not k.startswith(("quantize.", "hobbit."))}
+    assert kept["general.tags"] == []
+    new = {"general.file_type": 10, "general.quantization_version": 2}  # MOSTLY_Q2_K in llama.h
+    new |= {tiers.SOURCE_KEY: file.sha256(), tiers.METHOD_KEY: "rtn"}
+    new |= {tiers.ENCODER_KEY: tiers.encoder_sha256(), "general.name": "qwen3moe experts Q2_K"}
+    assert low.metadata == kept | new
+    assert low.field_types["general.tags"] == types["general.tags"]
+
+
+def test_a_write_that_fails_before_it_begins_leaves_nothing(source, tmp_path):
+    spec = TierSpec("Q2_K", "importance")  # which needs a calibration
+    with pytest.raises(ValueError, match="needs a calibration"):
+        tiers.write_tier(source, read_config(source), spec, tmp_path / "low.gguf")
+    assert list(tmp_path.iterdir()) == []

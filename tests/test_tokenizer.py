@@ -91,6 +91,90 @@ def test_special_tokens():
         tokenizer.encode("a\ud800")
 
 
+def with_specials(*names: str, types: list[int] | None = None, **changes) -> GGUFFile:
+    """The byte-level vocabulary with other special tokens behind the 262 ordinary ones."""
+    tokens = byte_level_file().metadata["tokenizer.ggml.tokens"][:-3]
+    return byte_level_file(**{
+        "tokenizer.ggml.tokens": [*tokens, *names],
+        "tokenizer.ggml.token_type": [1] * len(tokens) + (types or [3] * len(names)),
+        "tokenizer.ggml.eos_token_id": len(tokens),
+        **changes,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "ends"),
+    [
+        (("<|im_end|>", "<|endoftext|>", "<|im_start|>"), {}, (0, 1)),  # Qwen3
+        (("<|endoftext|>", "<x>", "<y>"), {"eot": 1, "eom": 2}, (0, 1, 2)),
+        (
+            ("<x>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<|fim_prefix|>"),
+            {},
+            (0, 1, 2, 3),
+        ),
+        (("<x>", "<y>", "<|fim_pad|>"), {"fim_pad": 1}, (0, 1)),
+        (("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|start_header_id|>"), {}, (0, 1, 2)),
+        (("<|return|>", "<|call|>", "<|end|>", "<|start|>"), {}, (0, 1)),  # gpt-oss
+        (("<|return|>", "<|end|>"), {}, (0, 1)),
+        (("<eos>", "<turn|>", "<|tool_response>", "</s>"), {}, (0, 1, 2)),  # Gemma 4
+        (("<｜end▁of▁sentence｜>", "</s>", "[e~[", "<|End|>"), {}, (0, 1, 2)),
+    ],
+)
+def test_a_generation_ends_where_llama_cpp_ends_it(names, changes, ends):
+    """By keys and by names; these are its answers (`test_tokenizer_oracles.py` asks it)."""
+    first = 262
+    keys = {f"tokenizer.ggml.{role}_token_id": first + i for role, i in changes.items()}
+    tokenizer = Tokenizer.from_gguf(with_specials(*names, **keys))
+    assert tokenizer.eog_ids == tuple(first + i for i in ends)
+    assert tokenizer.encode(names[0]) == [first]
+
+
+def test_control_tokens_that_are_typed_as_text_count_and_are_warned_of(caplog):
+    names = ("<|endoftext|>", "<|im_end|>", "<|im_start|>")
+    file = with_specials(*names, types=[1, 4, 1])
+    for _ in range(2):
+        tokenizer = Tokenizer.from_gguf(file)
+    assert tokenizer.encode("he<|im_end|>")[-1] == 263 and tokenizer.eog_ids == (262, 263)
+    assert tokenizer.decode([262, 263, 256], skip_special=True) == "he"
+    assert len(tokenizer.encode("<|im_start|>")) > 1  # nobody knows that one by its name
+    (warning,) = caplog.messages
+    assert "'<|endoftext|>', '<|im_end|>'" in warning and "im_start" not in warning
+
+
+def test_what_makes_the_ids_others_than_in_training_is_warned_of(caplog):
+    missing = byte_level_file(**{"tokenizer.ggml.pre": None, "general.name": "missing"})
+    pieces = Tokenizer.from_gguf(missing)
+    default = Tokenizer.from_gguf(byte_level_file(**{"tokenizer.ggml.pre": "default"}))
+    assert pieces.encode("it's 11111") == default.encode("it's 11111")
+    (warning,) = caplog.messages
+    assert "tokenizer.ggml.pre is missing" in warning and "token ids" in warning
+    caplog.clear()
+    words = ["aab", "ab", "aa", "a", "b"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    equal = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * 5],
+        "tokenizer.ggml.scores": [0.0] * len(tokens),
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    tokenizer = Tokenizer.from_gguf(byte_level_file(**equal))
+    texts = [tokenizer.decode([i]) for i in tokenizer.encode("baaab", add_bos=False)]
+    assert texts == ["b", "aa", "ab"]  # the leftmost pair first, as in llama.cpp
+    (warning,) = caplog.messages
+    assert "scores are equal" in warning and "left to right" in warning
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one(data_dir):
+    tokenizer = load(data_dir, "llama-spm")
+    assert tokenizer.encode("<s>[INST] hi [/INST]") == tokenizer.encode("[INST] hi [/INST]")
+    assert tokenizer.encode("<s>a", add_bos=True)[:2] == [1, 263]
+    assert tokenizer.encode("<s><s>a") == [1, 1, 263]  # as written
+    assert tokenizer.encode("<s>a", parse_special=False)[:2] == [1, 529]
+
+
 @pytest.mark.parametrize(
     ("pre", "pieces"),
     [
@@ -108,6 +192,71 @@ def test_digits_tell_the_pre_tokenisers_apart(pre, pieces):
     tokenizer = Tokenizer.from_gguf(byte_level_file(**changes))
     assert tokenizer.add_bos is (pre == "llama-bpe")
     assert [tokenizer.decode([i]) for i in tokenizer.encode("11111", add_bos=False)] == pieces
+
+
+def test_aliases_split_as_the_pre_tokeniser_that_they_name():
+    """Pairs as llama.cpp maps them (llama-vocab.cpp)."""
+    text = "I'LL pay 12345, naïve\n\n  日本語 x=1!"
+    for alias, name in {
+        "falcon3": "llama3", "lfm2": "llama-bpe", "pixtral": "llama-v3", "glm4": "dbrx",
+        "kormo": "qwen2", "hunyuan": "qwen2", "megrez": "qwen2", "exaone4": "gpt-2",
+        "jina-v2-de": "gpt-2", "trillion": "olmo", "exaone": "starcoder", "minerva-7b": "smollm",
+    }.items():  # fmt: skip
+        ids = {"tokenizer.ggml.bos_token_id": 0}
+        one, other = (
+            Tokenizer.from_gguf(byte_level_file(**{"tokenizer.ggml.pre": pre}, **ids))
+            for pre in (alias, name)
+        )
+        assert one.encode(text) == other.encode(text) and one.add_bos == other.add_bos
+
+
+def test_of_equal_merges_the_first_rank_counts():
+    tokens = byte_level_file().metadata["tokenizer.ggml.tokens"]
+    tokens = [*tokens[:-3], "el", *tokens[-3:]]
+    types = [1] * (len(tokens) - 3) + [3, 4, 4]
+    for merges, pieces in (
+        (["h e", "e l", "h e"], ["he", "l"]),
+        (["e l", "h e", "e l"], ["h", "el"]),
+    ):
+        changes = {"tokens": tokens, "token_type": types, "merges": merges}
+        file = byte_level_file(**{f"tokenizer.ggml.{key}": v for key, v in changes.items()})
+        tokenizer = Tokenizer.from_gguf(file)
+        assert [tokenizer.decode([i]) for i in tokenizer.encode("hel")] == pieces
+
+
+def test_empty_tokens_are_told_apart_by_llama_cpps_names():
+    tokens = byte_level_file().metadata["tokenizer.ggml.tokens"]
+    tokens = [*tokens, "", ""]
+    changes = {"tokens": tokens, "token_type": [1] * len(tokens)}
+    file = byte_level_file(**{f"tokenizer.ggml.{key}": value for key, value in changes.items()})
+    tokenizer = Tokenizer.from_gguf(file)
+    assert tokenizer.decode([265, 266]) == "[EMPTY_265][EMPTY_266]"
+    assert tokenizer.encode("he") == [256]
+
+
+WRONG = (1, -1, 1.5, float("inf"), True, "x", ["x"], [1], [[1]], [], [None], "\udcff", 2**32, None)
+KEYS = ("model", "pre", "tokens", "token_type", "merges", "scores", "add_bos_token")
+KEYS += ("add_space_prefix", "bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id")
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_any_value_of_any_key_is_taken_or_refused_in_one_line(model, key):
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "a"]
+    of_llama = {"tokens": tokens, "scores": [0.0] * 260, "token_type": [1] * 260, "model": "llama"}
+    base = of_llama if model == "llama" else {}
+    refused = 0
+    for value in WRONG:
+        changes = {f"tokenizer.ggml.{k}": v for k, v in base.items()}
+        file = byte_level_file(**changes)
+        file.metadata[f"tokenizer.ggml.{key}"] = value
+        try:
+            Tokenizer.from_gguf(file).encode("a")
+        except (ValueError, NotImplementedError) as error:
+            assert type(error) in (ValueError, NotImplementedError)
+            assert "tiny.gguf: " in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused >= 8 or key in ("merges", "pre", "scores")  # which one of the two ignores
 
 
 def test_stream_never_breaks_a_character():

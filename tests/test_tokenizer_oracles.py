@@ -5,14 +5,14 @@ import random
 import pytest
 from test_tokenizer import byte_level_file
 
-pytest.importorskip("xllamacpp", reason="xllamacpp is missing: pip install xllamacpp")
+pytest.importorskip("xllamacpp", reason="xllamacpp is missing: pip install -e '.[oracles]'")
 
 from llama_cpp_vocab import LlamaCppVocab
 
 from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
 from hobbit_jax.model_file.sentencepiece import SPACE
 from hobbit_jax.model_file.special_tokens import _EOG_NAMES, _FIM_NAMES, _SHOWN_NAMES
-from hobbit_jax.model_file.tokenizer import Tokenizer
+from hobbit_jax.model_file.tokenizer import _PRE_TOKENIZERS, Tokenizer
 
 pytestmark = pytest.mark.oracle
 KEY = "tokenizer.ggml.{}_token_id"
@@ -42,16 +42,16 @@ def byte_level(draw: random.Random) -> dict:
     tokens = kept + special_names(draw)
     added = range(len(kept), len(tokens))
     types = [1] * len(kept) + [draw.choice([1, 1, 2, 3, 3, 3, 4, 5]) for _ in added]
-    if draw.random() < 0.2:
-        metadata["tokenizer.ggml.pre"] = ""
+    metadata["tokenizer.ggml.pre"] = draw.choice(["", *_PRE_TOKENIZERS])
     for role in ("eot", "eom", "fim_pad", "fim_sep", "fim_rep", "fim_pre", "prefix", "middle"):
         if draw.random() < 0.15:
             metadata[KEY.format(role)] = draw.choice(added)
     ids = {KEY.format("bos"): draw.choice(added), KEY.format("eos"): draw.choice(added)}
+    if draw.random() < 0.7:
+        metadata["tokenizer.ggml.add_bos_token"] = draw.random() < 0.5
     return metadata | ids | {
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.add_bos_token": draw.random() < 0.5,
     }  # fmt: skip
 
 

@@ -121,12 +121,35 @@ def pool_slots(
             that the store does not have.
         NotImplementedError: native and low experts of the same formats, which would share a bank.
     """
+    native, low = _wanted(plan, mode, store, n_devices)
+    if not low:
+        total = _total_bytes(native)
+        slots = divide_budget(native, total if budget_bytes is None else budget_bytes)
+        return dict(zip((d.signature for d in native), slots, strict=True)), total
+    total = _total_bytes([*native, *low])
+    share = DEFAULT_LOW_SHARE if low_share == ADAPTIVE else low_share
+    slots = divide_tiers(native, low, total if budget_bytes is None else budget_bytes, share)
+    return slots, total
+
+
+def least_bytes(plan: PrecisionPlan, mode: MissMode, store: HostExperts) -> int:
+    """The smallest budget that `pool_slots` accepts on one device.
+
+    Raises:
+        ValueError, NotImplementedError: see `pool_slots`.
+    """
+    native, low = _wanted(plan, mode, store, n_devices=1)
+    return sum(demand.expert_bytes * demand.min_slots for demand in (*native, *low))
+
+
+def _wanted(
+    plan: PrecisionPlan, mode: MissMode, store: HostExperts, n_devices: int
+) -> tuple[list[BankDemand], list[BankDemand]]:
+    """What the banks of the plan must hold, and those that a miss mode keeps low copies in."""
     owner_LE = owners_LE(store.config.n_layers, store.config.n_experts, n_devices)
     wanted = demands(plan, store, owner_LE)
     if mode.low_banks == "none":
-        total = _total_bytes(wanted)
-        slots = divide_budget(wanted, total if budget_bytes is None else budget_bytes)
-        return dict(zip((d.signature for d in wanted), slots, strict=True)), total
+        return wanted, []
     if len(store.tiers) <= LOW:
         raise ValueError(f"miss mode {type(mode).__name__} needs a store with a low tier")
     shared = _signatures(store, NATIVE) & _signatures(store, LOW)
@@ -141,7 +164,4 @@ def pool_slots(
     low = demands(uniform_plan(store, LOW), store, owner_LE)
     if mode.low_banks == "all":
         low = [replace(demand, min_slots=demand.n_experts) for demand in low]
-    total = _total_bytes([*native, *low])
-    share = DEFAULT_LOW_SHARE if low_share == ADAPTIVE else low_share
-    slots = divide_tiers(native, low, total if budget_bytes is None else budget_bytes, share)
-    return slots, total
+    return native, low

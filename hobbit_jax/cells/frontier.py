@@ -7,106 +7,125 @@ signal shares them out under a limit of bytes. Called through `sweep.py` with th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from hobbit_jax.cells.sweep import cell_digest, store_figures
-from hobbit_jax.cells.workbench import EvalSizes, Inputs, Workbench
-from hobbit_jax.evals import quality, tasks
+from hobbit_jax.cells.artifacts import (
+    Artifact,
+    CalibrationRun,
+    ExpertErrors,
+    LowPrecisionFile,
+    NativeLogits,
+)
+from hobbit_jax.cells.sweep import check_encoder, hashes, kept_part, scores, store_figures
+from hobbit_jax.cells.workbench import Workbench
+from hobbit_jax.evals import quality
 from hobbit_jax.experts.precision import SELECTION_SCORES, SKIPPED, PrecisionPlan, uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.experts.tiers import TierSpec, dequantize
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.prefill import RoutedLayer
-from hobbit_jax.quantize.methods import METHODS
+from hobbit_jax.record import (
+    EvalSizes,
+    Inputs,
+    Measured,
+    MixedInBytes,
+    Native,
+    PerSelection,
+    QualityTrial,
+    Uniform,
+    combined,
+    measured,
+    record_name,
+)
 from hobbit_jax.signals.allocation import fit_in_bytes, selection_plan
 from hobbit_jax.signals.importance import STATIC_SIGNALS, static_scores_LE
 
 
 @dataclass(frozen=True)
 class FrontierCell:
-    """One plan.
+    """One plan, for its quality alone.
 
-    Attributes:
-        signal: "native", "uniform" (the first of `formats`), a static signal, or one of selections.
-        formats: of the low tiers.
-        method: how they are encoded.
-        bytes_fraction: for static signals, the limit: all experts' bytes over native's.
-        shares: for selection signals, of selections by tier: native, then `formats`, then, if it
-            is one longer, those skipped.
-        through: formats that the weights pass through first, each encoded plainly.
-        seed: of the calibration windows, and of the random control.
-        calibration_text: that the *signal* is measured on; "" is the one that tiers are encoded by.
-        inputs: model and texts.
-        sizes: how much is measured.
+    Raises:
+        ValueError: a plan that does not exist.
     """
 
-    signal: str
-    formats: tuple[str, ...]
-    method: str
-    bytes_fraction: float | None
-    shares: tuple[float, ...] | None
-    through: tuple[str, ...]
-    seed: int
-    calibration_text: str
-    inputs: Inputs
-    sizes: EvalSizes
+    asked: QualityTrial
+    study: str = "frontier"
 
     def __post_init__(self):
-        known = ("native", "uniform", *SELECTION_SCORES, *STATIC_SIGNALS)
-        if self.signal not in known:
-            raise ValueError(f"signal is {self.signal!r}; want one of {', '.join(known)}")
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}; want one of {', '.join(METHODS)}")
-        if (self.bytes_fraction is not None) != (self.signal in STATIC_SIGNALS):
-            raise ValueError(f"signal {self.signal} with bytes_fraction {self.bytes_fraction}")
-        if (self.shares is not None) != (self.signal in SELECTION_SCORES):
-            raise ValueError(f"signal {self.signal} with shares {self.shares}")
-        if (self.signal == "native") != (not self.formats):
-            raise ValueError(f"signal {self.signal} with formats {self.formats}")
-        if self.shares is not None and len(self.shares) - len(self.formats) not in (1, 2):
-            raise ValueError(f"{len(self.formats)} formats with shares {self.shares}")
+        plan = self.asked.plan
+        check_encoder(plan)
+        known = {MixedInBytes: tuple(STATIC_SIGNALS), PerSelection: tuple(SELECTION_SCORES)}
+        if isinstance(plan, MixedInBytes | PerSelection) and plan.score not in known[type(plan)]:
+            raise ValueError(
+                f"signal is {plan.score!r}; want one of {', '.join(known[type(plan)])}"
+            )
+        if isinstance(plan, PerSelection) and len(plan.shares) - len(plan.formats) not in (1, 2):
+            raise ValueError(f"{len(plan.formats)} formats with shares {plan.shares}")
+
+    @property
+    def inputs(self) -> Inputs:
+        """What it runs on."""
+        return self.asked.inputs
+
+    @property
+    def sizes(self) -> EvalSizes:
+        """How much it measures."""
+        return self.asked.sizes
 
     @property
     def name(self) -> str:
-        """Readable, and unique by a hash of the whole cell."""
-        parts = [self.signal, *self.through, "-".join(self.formats)]
-        if self.formats:
-            parts.append(self.method)
-        if self.bytes_fraction is not None:
-            parts.append(f"{100 * self.bytes_fraction:g}")
-        if self.shares is not None:
-            parts.append("_".join(f"{100 * share:g}" for share in self.shares))
-        return "-".join([*filter(None, parts), f"s{self.seed}", cell_digest(self)])
+        """Of its record."""
+        return record_name(self.asked)
 
     def specs(self, bench: Workbench) -> list[TierSpec]:
         """The low tiers."""
-        specs = bench.specs(self.formats, self.method, self.seed)
-        return [replace(spec, through=self.through) for spec in specs]
+        plan = self.asked.plan
+        if isinstance(plan, Native):
+            return []
+        formats, through = _formats(plan)
+        return bench.specs(formats, plan.encoder, self.asked.seed, through)
+
+    @property
+    def artifacts(self) -> tuple[Artifact, ...]:
+        """See `sweep.Trial`."""
+        plan, seed, on = self.asked.plan, self.asked.seed, (self.inputs, self.sizes)
+        found: list[Artifact] = [NativeLogits(*on), CalibrationRun(*on, "routing", seed)]
+        if isinstance(plan, Native):
+            return tuple(found)
+        (formats, through), how = _formats(plan), (plan.encoder, seed)
+        found += [LowPrecisionFile(*on, name, *how, through) for name in formats]
+        if isinstance(plan, Uniform):
+            found += [ExpertErrors(*on, (name,), *how, "", through) for name in formats]
+        if isinstance(plan, MixedInBytes):
+            found.append(CalibrationRun(*on, "routing", seed, plan.score_text))
+            found.append(ExpertErrors(*on, formats, *how, plan.score_text, through))
+        return tuple(found)
 
     def plan(self, store: HostExperts, specs: list[TierSpec], bench: Workbench) -> PrecisionPlan:
         """Who gets which tier."""
-        if self.signal in ("native", "uniform"):
-            return uniform_plan(store, NATIVE if self.signal == "native" else 1)
-        profile = bench.calibration("routing", self.seed, self.calibration_text).routing
-        if self.shares is not None:
-            tiers = (NATIVE, *range(1, len(self.formats) + 1), SKIPPED)[: len(self.shares)]
-            return selection_plan(self.signal, tiers, self.shares, profile)
-        assert self.bytes_fraction is not None
-        error_NLE = bench.errors(specs, self.seed, self.calibration_text).error_NLE
-        if self.signal == "sensitivity":
+        plan, seed = self.asked.plan, self.asked.seed
+        if isinstance(plan, Native | Uniform):
+            return uniform_plan(store, NATIVE if isinstance(plan, Native) else 1)
+        if isinstance(plan, PerSelection):
+            profile = bench.calibration("routing", seed).routing
+            tiers = (NATIVE, *range(1, len(plan.formats) + 1), SKIPPED)[: len(plan.shares)]
+            return selection_plan(plan.score, tiers, plan.shares, profile)
+        profile = bench.calibration("routing", seed, plan.score_text).routing
+        error_NLE = bench.errors(specs, seed, plan.score_text).error_NLE
+        if plan.score == "sensitivity":
             cost_NLE = error_NLE
         else:
             # What a format costs is the same number for every signal, so that signals differ in
             # nothing but who goes low.
-            score_LE = static_scores_LE(self.signal, profile, seed=self.seed)
+            score_LE = static_scores_LE(plan.score, profile, seed=seed)
             cost_NLE = error_NLE.mean(axis=(1, 2), keepdims=True) * score_LE[None]
-        limit_bytes = self.bytes_fraction * store.tier_bytes(NATIVE)
-        return fit_in_bytes(cost_NLE, store, limit_bytes)
+        return fit_in_bytes(cost_NLE, store, plan.bytes_fraction * store.tier_bytes(NATIVE))
 
-    def run(self, bench: Workbench) -> dict[str, Any]:
+    def run(self, bench: Workbench) -> Measured:
         """Measures quality, tasks, and the bytes that selections use.
 
         Raises:
@@ -119,29 +138,34 @@ class FrontierCell:
         chunk_tokens = self.sizes.windows * self.sizes.context
         engine = Engine(bench.model, store, plan=plan, chunk_tokens=chunk_tokens)
 
-        def quality_and_uses() -> dict[str, Any]:
+        def quality_and_uses() -> Measured:
             uses = UseCounter(store, plan)
             with engine.watched_by(uses):
-                measured = quality.evaluate(engine, bench.windows, bench.native_logits_WTV)
-            return {"quality": asdict(measured), "uses": uses.figures()}
+                found = quality.evaluate(engine, bench.windows, bench.native_logits_WTV)
+            return combined(found.measured(), measured(uses.figures()))
 
-        def scores() -> dict[str, Any] | None:
-            return tasks.evaluate_all(engine, bench.tokenizer, self.sizes.task_problems)
+        def errors() -> Measured:
+            uniform = isinstance(self.asked.plan, Uniform)
+            return measured(tier_figures(bench, specs[0], self.asked.seed) if uniform else {})
 
-        def tiers() -> list[dict[str, Any]]:
-            return [tier_figures(bench, s, self.seed) for s in specs if self.signal == "uniform"]
+        problems = self.sizes.task_problems
+        return combined(
+            kept_part(bench, f"quality-{self.name}", quality_and_uses),
+            kept_part(bench, f"tasks-{self.name}", lambda: scores(bench, engine, problems, None)),
+            kept_part(bench, f"errors-{self.name}", errors),
+            measured(store_figures(store, plan)),
+            measured({"precision_LE": getattr(plan, "tier_LE", np.zeros(0, np.int8)).tolist()}),
+            hashes(bench, specs, self.asked.seed),
+        )
 
-        return {
-            **bench.part(f"quality-{self.name}", quality_and_uses),
-            "tasks": bench.part(f"tasks-{self.name}", scores),
-            "store": store_figures(store, plan),
-            "tiers": bench.part(f"tiers-{self.name}", tiers),
-            "tier_LE": getattr(plan, "tier_LE", np.zeros(0, np.int8)).tolist(),
-            "provenance": {
-                "tier_sha256": {spec.format: bench.tier(spec).sha256() for spec in specs},
-                "calibration_sha256": bench.calibration("routing", self.seed).sha256,
-            },
-        }
+
+def _formats(
+    plan: Uniform | MixedInBytes | PerSelection,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The plan's low formats, and those that weights pass through on the way to them."""
+    if isinstance(plan, Uniform):
+        return (plan.format,), plan.through
+    return tuple(plan.formats), ()
 
 
 class UseCounter:
@@ -167,9 +191,9 @@ class UseCounter:
         total = int(self.count_NL.sum()) + self.skipped
         return {
             "selections": total,
-            "tier_shares": (self.count_NL.sum(axis=1) / total).tolist(),
+            "precision_shares": (self.count_NL.sum(axis=1) / total).tolist(),
             "skipped_share": self.skipped / total,
-            "bytes_per_selection": float((self.count_NL * self.bytes_NL).sum()) / total,
+            "bytes_read_per_selection": float((self.count_NL * self.bytes_NL).sum()) / total,
         }
 
 
@@ -185,13 +209,10 @@ def _relative_weight_error(bench: Workbench, spec: TierSpec) -> float:
     return (missed / total) ** 0.5
 
 
-def tier_figures(bench: Workbench, spec: TierSpec, seed: int) -> dict[str, Any]:
+def tier_figures(bench: Workbench, spec: TierSpec, seed: int) -> dict[str, float]:
     """Errors of one whole tier, as root of the share of energy lost: of weights, and of outputs."""
     errors = bench.errors([spec], seed)
     return {
-        "format": spec.format,
-        "method": spec.method,
-        "through": list(spec.through),
         "weight_error": _relative_weight_error(bench, spec),
         "output_error": float((errors.error_NLE[1].sum() / errors.energy_LE.sum()) ** 0.5),
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from hobbit_jax import reference
-from hobbit_jax.training.corpus import task_documents
+from hobbit_jax.minitasks.documents import task_documents
 
 CODE_TEXT, TASKS_TEXT, MIXED_TEXT = "code", "tasks", "mixed"
 NAMED_TEXTS = (CODE_TEXT, TASKS_TEXT, MIXED_TEXT)
@@ -23,8 +23,7 @@ def calibration_documents(text: str) -> list[str]:
     """Documents of a calibration text: one of `NAMED_TEXTS`, or the path of a UTF-8 file.
 
     Raises:
-        OSError: there is no such file.
-        ValueError: it is not UTF-8.
+        ValueError: there is no such file, or it is not UTF-8.
     """
     if text == CODE_TEXT:
         return reference.held_out_texts("calibration")
@@ -44,8 +43,7 @@ def evaluation_documents(text: str) -> list[str]:
     """Documents of an evaluation text: the path of a UTF-8 file, or "" for held-out source files.
 
     Raises:
-        OSError: there is no such file.
-        ValueError: it is not UTF-8.
+        ValueError: there is no such file, or it is not UTF-8.
     """
     return [read_text(Path(text))] if text else reference.held_out_texts("evaluation")
 
@@ -54,10 +52,13 @@ def read_text(path: Path) -> str:
     """The text of a file.
 
     Raises:
-        OSError: there is none.
-        ValueError: it is not UTF-8.
+        ValueError: there is none, or it is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}); give a text file") from error
+        raise ValueError(
+            f"{path} is no UTF-8 text (byte {error.start}); want a text file"
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error

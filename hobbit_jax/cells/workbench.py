@@ -1,9 +1,9 @@
 """What the cells of one model share, made when first asked for.
 
 Owns the loaded model, texts and windows, calibrations, tiers, measured errors and native logits,
-and where in the working directory they are kept: what is made once for all cells (`cache/`,
-`tiers/`), and the finished parts of unfinished cells (`parts/`). Of all workers one makes a thing
-and the others wait for it.
+and where they are kept: low-precision copies in the cache folder; in the working directory what is
+made once for all cells (`cache/`), and the finished parts of unfinished cells (`parts/`). Of all
+processes one makes a thing and the others wait for it.
 """
 
 from __future__ import annotations
@@ -11,72 +11,34 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from hobbit_jax import reference
-from hobbit_jax.atomic import replacing
+from hobbit_jax.atomic import exclusive, replacing, write_json
 from hobbit_jax.cache_folder import low_precision_folder
-from hobbit_jax.cells.leases import Leases
 from hobbit_jax.cells.texts import CODE_TEXT, calibration_documents, evaluation_documents
 from hobbit_jax.evals import quality
-from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel, load_model
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS
-from hobbit_jax.rows import machine, write_json
+from hobbit_jax.record import EvalSizes, Inputs, machine
+from hobbit_jax.resources import roomy_pool_bytes
 from hobbit_jax.signals.calibration import STATISTICS, Calibration, calibrate
 from hobbit_jax.signals.importance import MeasuredErrors, measure_errors
 
 
-@dataclass(frozen=True)
-class EvalSizes:
-    """How much every cell measures; 0 leaves tasks or decode out."""
-
-    windows: int
-    context: int
-    calibration_windows: int
-    task_problems: int = 0  # per task
-    decode_prompt_tokens: int = 0
-    decode_tokens: int = 0
-    decode_repeats: int = 0
-    decoded_windows: int = 0  # of the windows, for quality that depends on the pool
-    benchmarks: tuple[str, ...] = ()  # lm-eval's
-    benchmark_problems: int = 0  # of each; 0 for all
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a sweep runs on. An empty `model` is the reference model, empty texts its held-out.
-
-    An empty `implementation` takes the fastest matrix products that the device has; an empty
-    `data_dir` leaves the data of benchmarks to lm-eval.
-    """
-
-    model: str
-    calibration_text: str
-    evaluation_text: str
-    implementation: str = ""
-    data_dir: str = ""
-
-
-_WAIT_S = 0.5  # between looks for what another worker makes
-
-
 class Workbench:
-    """One model and one set of sizes, with a working directory and one worker's leases there."""
+    """One model and one set of sizes, with a working directory."""
 
-    def __init__(self, inputs: Inputs, sizes: EvalSizes, workdir: Path, leases: Leases):
+    def __init__(self, inputs: Inputs, sizes: EvalSizes, workdir: Path):
         self.inputs, self.sizes, self.workdir = inputs, sizes, workdir
-        self._leases = leases
         path = inputs.model or reference.model_path()
         self.model: LoadedModel = load_model(path, inputs.implementation or None)
         self.tokenizer = self.model.tokenizer()
@@ -84,31 +46,19 @@ class Workbench:
         self._tiers: dict[str, GGUFFile] = {}
 
     def _made(self, path: Path, make: Callable[[], object]) -> Path:
-        """`path`, which `make` makes if it is not there; one worker at a time, for all of them."""
-        while not path.exists():
-            lease = self._leases.claim([f"{path.parent.name}-{path.name}"])
-            if lease is None:
-                time.sleep(_WAIT_S)
-                continue
-            try:
+        """`path`, which `make` makes if it is not there."""
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with exclusive(path):
                 if not path.exists():
-                    path.parent.mkdir(parents=True, exist_ok=True)
                     make()
-                    self._leases.advance()
-            except BaseException:
-                self._leases.end(lease)
-                raise
-            self._leases.finish(lease)
         return path
 
     def part(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure` returns, as JSON; kept, so that a cell that is begun again goes on here.
 
         `name` says all that it depends on but the model, the texts and the device, which are added.
-        A cell over several processes keeps nothing: they would have to agree on what is there.
         """
-        if jax.process_count() > 1:
-            return json.loads(json.dumps(measure(), allow_nan=False))
         here = f"{self._what} {self.text_sha256}"
         digest = hashlib.sha256(here.encode()).hexdigest()[:8]
         path = self.workdir / "parts" / f"{name}-{digest}.json"
@@ -166,7 +116,8 @@ class Workbench:
         return hashlib.sha256(self._what.encode() + ids).hexdigest()[:16]
 
     def _native_engine(self) -> Engine:
-        return Engine(self.model, self.native_store)
+        pool_bytes = roomy_pool_bytes(self.native_store.tier_bytes(NATIVE))
+        return Engine(self.model, self.native_store, pool_bytes)
 
     @functools.cached_property
     def native_store(self) -> HostExperts:
@@ -197,11 +148,13 @@ class Workbench:
         )
         return np.load(path, mmap_mode="r")
 
-    def specs(self, formats: Sequence[str], method: str, seed: int = 0) -> list[TierSpec]:
+    def specs(
+        self, formats: Sequence[str], method: str, seed: int = 0, through: tuple[str, ...] = ()
+    ) -> list[TierSpec]:
         """Low tiers of these formats, encoded by `method` from the calibration text."""
         needed = NEEDED_STATISTICS[method]
         calibration = self.calibration(needed, seed) if needed else None
-        return [TierSpec(name, method, calibration) for name in formats]
+        return [TierSpec(name, method, calibration, through) for name in formats]
 
     def benchmark_scores(
         self, engine: Engine, answers_depend_on: dict[str, Any], batch: int | None
@@ -228,8 +181,7 @@ class Workbench:
         key = spec.key(self.model.file)
         if key not in self._tiers:
             file, config = self.model.file, self.model.config
-            stored = self._leases.advance
-            self._tiers[key] = open_tier(file, config, spec, low_precision_folder(), stored)
+            self._tiers[key] = open_tier(file, config, spec, low_precision_folder())
         return self._tiers[key]
 
     def store(self, specs: Sequence[TierSpec]) -> HostExperts:

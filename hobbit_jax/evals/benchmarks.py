@@ -24,7 +24,7 @@ from hobbit_jax.evals.lm_eval_tasks import check_names, load_tasks
 from hobbit_jax.evals.responses import Responses
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.chat_template import ChatTemplate
-from hobbit_jax.rows import machine
+from hobbit_jax.record import machine
 from hobbit_jax.statistics import Interval, bootstrap, share
 
 _RUNNING_CODE = ("humaneval", "mini_functions")

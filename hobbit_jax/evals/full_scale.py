@@ -4,7 +4,7 @@ Owns the run (open, load, prefill, decode token by token), the watch over the pr
 and the record. The model is synthetic (`synthetic/synthesize.py`): its routing is skewed and
 repeats itself as real routing does, its text means nothing.
 
-*Own memory* is anonymous memory, RssAnon of /proc/self/status, sampled by a thread every 10 ms: the
+*Own memory* is anonymous memory, RssAnon of /proc/self/status, sampled by a thread every 20 ms: the
 pool, the dense part, what programs allocate. Pages of the mapped file are the page cache's and not
 in it; a program's scratch that lives for less than a sample may be missed.
 """
@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,18 @@ import numpy as np
 from hobbit_jax import markdown
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache_folder import low_precision_folder
+from hobbit_jax.evals.engine_program import EngineProgram
+from hobbit_jax.evals.measure import Counts, Turn, timed_turn
+from hobbit_jax.evals.process_memory import PeakWatch, read_resident
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.model_file.metadata import text
+from hobbit_jax.statistics import spread
 
-_SAMPLE_SECONDS = 0.01
 SETTINGS = ("native", "uniform", *(n for n, mode in MISS_MODES.items() if mode.low_banks != "none"))
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -72,20 +75,6 @@ class Run:
             raise ValueError(f"setting {self.setting} with low_format {self.low_format}")
 
 
-def own_memory_bytes() -> int:
-    """Anonymous memory of this process.
-
-    Raises:
-        NotImplementedError: no /proc/self/status, as outside Linux.
-    """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise NotImplementedError("own memory is read from /proc, which Linux has") from error
-    kib = next(line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:"))
-    return int(kib) * 1024
-
-
 @dataclass
 class Watched:
     """What a stretch of a run came to."""
@@ -102,97 +91,82 @@ class Watch:
 
     def __init__(self):
         self.stretches: dict[str, Watched] = {}
-        self._peak, self._compiled = 0, 0.0
-        self._stop = threading.Event()
+        self._compiled = 0.0
 
     @contextmanager
     def running(self) -> Iterator[Watch]:
-        """Watches until the end of the block."""
+        """Watches until the end of the block.
+
+        Raises:
+            NotImplementedError: no /proc/self/status, as outside Linux.
+        """
+        if read_resident(os.getpid()) is None:
+            raise NotImplementedError("own memory is read from /proc, which Linux has")
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
-        thread = threading.Thread(target=self._sample, daemon=True)
-        thread.start()
         try:
             yield self
         finally:
-            self._stop.set()
-            thread.join()
             jax.monitoring.unregister_event_duration_listener(self._on_event)
 
     def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILE_EVENT:
             self._compiled += duration_secs
 
-    def _sample(self) -> None:
-        while not self._stop.wait(_SAMPLE_SECONDS):
-            self._peak = max(self._peak, own_memory_bytes())
-
     @contextmanager
     def stretch(self, name: str) -> Iterator[Watched]:
         """A part of the run under a name."""
         watched = self.stretches[name] = Watched()
-        self._peak, self._compiled = own_memory_bytes(), 0.0
+        self._compiled, memory = 0.0, PeakWatch(os.getpid())
         began, cpu_began = time.perf_counter(), time.process_time()
-        yield watched
-        watched.seconds = time.perf_counter() - began
-        watched.cpu_seconds = time.process_time() - cpu_began
-        watched.compile_seconds = self._compiled
-        watched.end_bytes = own_memory_bytes()
-        watched.peak_bytes = max(self._peak, watched.end_bytes)
+        try:
+            yield watched
+        finally:
+            watched.seconds = time.perf_counter() - began
+            watched.cpu_seconds = time.process_time() - cpu_began
+            watched.compile_seconds = self._compiled
+            end, peak = read_resident(os.getpid()), memory.stop()
+            assert end is not None and peak is not None  # `running` has read it before
+            watched.end_bytes, watched.peak_bytes = end.anonymous, peak.anonymous
 
 
-@dataclass
-class Token:
-    """One decoded token."""
-
-    seconds: float
-    cpu_seconds: float
-    exits: int
-    hits: int
-    misses: int
-    bytes_moved: int
-    selections: int
-    degraded: int  # of them, served below what the plan asked for
-
-
-@dataclass
-class Decoded:
-    """The tokens of a run; the first compiles and counts in no rate."""
-
-    tokens: list[Token] = field(default_factory=list)
-
-    def figures(self) -> dict[str, Any]:
-        """Medians with ranges over all tokens but the first, and what a miss costs."""
-        tokens = self.tokens[1:]
-        seconds = np.asarray([token.seconds for token in tokens])
-        cpu = np.asarray([token.cpu_seconds for token in tokens])
-        misses = np.asarray([token.misses for token in tokens])
-        hits = sum(token.hits for token in tokens)
-        selections = sum(token.selections for token in tokens)
-        figures = {
-            "tokens_per_s": _spread(1 / seconds),
-            "tokens_per_cpu_s": _spread(1 / cpu),
-            "hit_rate": hits / (hits + int(misses.sum())),
-            "degraded_fraction": sum(token.degraded for token in tokens) / selections,
-            "misses_per_token": _spread(misses),
-            "exits_per_token": _spread(np.asarray([token.exits for token in tokens])),
-            "mb_moved_per_token": _spread(
-                np.asarray([token.bytes_moved for token in tokens]) / 1e6
-            ),
+def token_rows(turn: Turn) -> list[dict[str, Any]]:
+    """The tokens of a turn, one row each."""
+    return [
+        {
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "exits": counts.host_round_trips,
+            "hits": counts.hits,
+            "misses": counts.misses,
+            "bytes_moved": counts.bytes_moved,
+            "selections": counts.selections,
+            "degraded": counts.demoted,
         }
-        # CPU seconds of a token, as a constant and a part per miss.
-        design = np.stack([np.ones(len(tokens)), misses], axis=1)
-        (none, per_miss), *_ = np.linalg.lstsq(design, cpu, rcond=None)
-        known = len(set(misses.tolist())) > 1
-        figures["cpu_ms_without_miss"] = float(none) * 1e3 if known else None
-        figures["cpu_ms_per_miss"] = float(per_miss) * 1e3 if known else None
-        return figures
+        for seconds, cpu_seconds, counts in zip(
+            turn.token_s, turn.token_cpu_s, turn.tokens, strict=True
+        )
+    ]
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
+def decode_figures(turn: Turn) -> dict[str, Any]:
+    """Spreads over all tokens but the first, which compiles, and what a miss costs."""
+    tokens = turn.tokens[1:]
+    seconds, cpu = (np.asarray(values[1:]) for values in (turn.token_s, turn.token_cpu_s))
+    misses, total = np.asarray([counts.misses for counts in tokens]), sum(tokens, Counts())
+    # CPU seconds of a token, as a constant and a part per miss.
+    design = np.stack([np.ones(len(tokens)), misses], axis=1)
+    (none, per_miss), *_ = np.linalg.lstsq(design, cpu, rcond=None)
+    known = len(set(misses.tolist())) > 1
     return {
-        "median": float(np.median(values)),
-        "lowest": float(values.min()),
-        "highest": float(values.max()),
+        "tokens_per_s": spread(1 / seconds),
+        "tokens_per_cpu_s": spread(1 / cpu),
+        "hit_rate": total.hit_rate,
+        "degraded_fraction": total.demoted / total.selections,
+        "misses_per_token": spread(misses),
+        "exits_per_token": spread([counts.host_round_trips for counts in tokens]),
+        "mb_moved_per_token": spread([counts.bytes_moved / 1e6 for counts in tokens]),
+        "cpu_ms_without_miss": float(none) * 1e3 if known else None,
+        "cpu_ms_per_miss": float(per_miss) * 1e3 if known else None,
     }
 
 
@@ -212,7 +186,7 @@ def _fetch_ms(engine: Engine, seed: int, count: int = 48) -> dict[str, float] | 
         pool.load([key])
         jax.block_until_ready(pool.banks)
         cpu_ms.append((time.process_time() - began) * 1e3)
-    return _spread(np.asarray(cpu_ms)) if cpu_ms else None
+    return spread(cpu_ms) if cpu_ms else None
 
 
 def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) -> dict[str, Any]:
@@ -226,7 +200,7 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
         ValueError: a budget that is too small.
         NotImplementedError: not on Linux.
     """
-    rng, decoded = np.random.default_rng(run.seed), Decoded()
+    rng = np.random.default_rng(run.seed)
     with Watch().running() as watch:
         progress("open")
         with watch.stretch("open"):
@@ -249,26 +223,19 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
             jax.block_until_ready(engine.pool.banks)
         ids = rng.integers(0, model.config.vocab_size, run.prompt_tokens + run.tokens)
         ids[run.prompt_tokens + run.tokens // 2 :] = ids[-1]
-        engine.start(1, len(ids))
-        progress("prefill")
-        with watch.stretch("prefill") as prefill:
-            jax.block_until_ready(engine.prefill([ids[: run.prompt_tokens].tolist()]))
-        prefilled = engine.pool.reset_stats()
+        program = EngineProgram(engine, len(ids))
         with watch.stretch("decode"):
-            for token in ids[run.prompt_tokens :]:
-                progress("decode")
-                decoded.tokens.append(_decode(engine, int(token)))
+            turn = timed_turn(program, ids, run.prompt_tokens, progress=lambda: progress("decode"))
         # A second sequence of the same prompt: nothing is left to compile.
         progress("prefill again")
-        engine.start(1, len(ids))
-        with watch.stretch("prefill again") as again:
-            jax.block_until_ready(engine.prefill([ids[: run.prompt_tokens].tolist()]))
+        with watch.stretch("prefill again"):
+            again = timed_turn(program, ids[: run.prompt_tokens], run.prompt_tokens)
         progress("fetch")
         fetch_ms = _fetch_ms(engine, run.seed)
     peak_bytes = max(watched.peak_bytes for watched in watch.stretches.values())
     return {
         "model": {
-            "name": model.file.metadata.get("general.name"),
+            "name": model.file.read("general.name", text(), None),
             "bytes": model.file.file_bytes,
             "expert_bytes": store.tier_bytes(0),
             "dense_device_bytes": model.dense_device_bytes,
@@ -279,19 +246,19 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
         "open_s": watch.stretches["open"].seconds,
         "load_s": watch.stretches["load"].seconds,
         "compile_s": sum(watched.compile_seconds for watched in watch.stretches.values()),
-        "prefill_tokens_per_s": run.prompt_tokens / again.seconds,
-        "prefill_first_tokens_per_s": run.prompt_tokens / prefill.seconds,
-        "prefill_hit_rate": prefilled.hit_rate,
-        "prefill_mb_moved": prefilled.bytes_moved / 1e6,
-        "decode": decoded.figures(),
+        "prefill_tokens_per_s": run.prompt_tokens / again.first_token_s,
+        "prefill_first_tokens_per_s": run.prompt_tokens / turn.first_token_s,
+        "prefill_hit_rate": turn.prefill and turn.prefill.hit_rate,
+        "prefill_mb_moved": turn.prefill and turn.prefill.bytes_moved / 1e6,
+        "decode": decode_figures(turn),
         "fetch_cpu_ms": fetch_ms,
         "own_memory": {
-            "how": "RssAnon of /proc/self/status every 10 ms",
+            "how": "RssAnon of /proc/self/status every 20 ms",
             "peak_bytes": peak_bytes,
             "peak_beyond_budget_bytes": peak_bytes - engine.pool.budget_bytes,
         },
         "stretches": {name: vars(watched) for name, watched in watch.stretches.items()},
-        "tokens": [vars(token) for token in decoded.tokens],
+        "tokens": token_rows(turn),
         "load_average": os.getloadavg(),
     }
 
@@ -321,7 +288,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     for record in sorted(records, key=order):
         run, native = record["run"], natives.get(_workload(record))
         moved = _mean(record, "bytes_moved")
-        cpu = _spread(np.asarray([token["cpu_seconds"] for token in record["tokens"][1:]]))
+        cpu = spread([token["cpu_seconds"] for token in record["tokens"][1:]])
         budget = "all" if run["budget_bytes"] is None else f"{run['budget_bytes'] / 2**30:g}"
         rows.append(
             [
@@ -333,7 +300,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"{_mean(record, 'exits'):.1f}",
                 f"{moved / 1e6:.0f}",
                 f"{record['decode']['degraded_fraction']:.3f}",
-                "{median:.2f} ({lowest:.2f} to {highest:.2f})".format(**cpu),
+                "{median:.2f} ({low:.2f} to {high:.2f})".format(**cpu),
                 f"×{moved / native:.2f}" if native else None,
             ]
         )
@@ -350,21 +317,3 @@ def _workload(record: Mapping[str, Any]) -> tuple:
 def _mean(record: Mapping[str, Any], name: str) -> float:
     """Of a count over the tokens, without the first."""
     return float(np.mean([token[name] for token in record["tokens"][1:]]))
-
-
-def _decode(engine: Engine, token: int) -> Token:
-    engine.reset_stats()
-    engine.pool.reset_stats()
-    began, cpu_began = time.perf_counter(), time.process_time()
-    np.asarray(engine.decode(np.asarray([token])))
-    stats = engine.pool.stats
-    return Token(
-        seconds=time.perf_counter() - began,
-        cpu_seconds=time.process_time() - cpu_began,
-        exits=engine.stats.exits,
-        hits=int(stats.hits.sum()),
-        misses=int(stats.misses.sum()),
-        bytes_moved=stats.bytes_moved,
-        selections=engine.stats.selections,
-        degraded=engine.stats.degraded,
-    )

@@ -1,14 +1,12 @@
 """Quality of a plan: likelihood of held-out text, and distance from the native model.
 
-Owns evaluation windows, the cached native logits, and the per-token figures: negative
-log-likelihood, KL(native || plan) and top-1 agreement. Figures are per token; intervals are over
-windows.
+Owns evaluation windows and the cached native logits; the figures are `logit_comparison.py`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -17,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax.atomic import replacing
+from hobbit_jax.evals.logit_comparison import Comparison, compare_logits, summarize
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.tokenizer import Tokenizer
-from hobbit_jax.statistics import Interval, bootstrap
 
 # Logits of a batch of windows; beside them the comparison needs a few times as much.
 _LOGIT_BYTES = 128 * 2**20
@@ -27,10 +25,17 @@ _LOGIT_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class Windows:
-    """Evaluation text: token ids int32 [W, T + 1], and the UTF-8 bytes each target stands for."""
+    """Evaluation text.
+
+    Attributes:
+        ids_WS: token ids, int32 [W, T + 1].
+        target_bytes_WT: UTF-8 bytes that each target, ids_WS[:, 1:], stands for.
+        begin_with_bos: whether each window begins with BOS, as texts of this model do.
+    """
 
     ids_WS: np.ndarray
     target_bytes_WT: np.ndarray
+    begin_with_bos: bool = False
 
     @property
     def targets(self) -> int:
@@ -39,7 +44,9 @@ class Windows:
 
     def first(self, count: int) -> Windows:
         """The first `count` of them."""
-        return Windows(self.ids_WS[:count], self.target_bytes_WT[:count])
+        return replace(
+            self, ids_WS=self.ids_WS[:count], target_bytes_WT=self.target_bytes_WT[:count]
+        )
 
 
 def cut_windows(
@@ -52,22 +59,39 @@ def cut_windows(
 ) -> Windows:
     """`count` windows of `context` + 1 tokens, spread over `texts`, none overlapping.
 
+    Where the file wants texts to begin with BOS each window does, for a model sees no text without
+    it in use (as in llama.cpp's perplexity and imatrix, which overwrite a token by it; here it
+    stands in front). A BOS that is also the end of text only parts documents, and stands where one
+    begins.
+
     `fewer` takes as many as there are, at least one, where `count` are not.
 
     Raises:
         ValueError: the texts are too short for that many windows.
     """
-    stream = np.concatenate([np.asarray(tokenizer.encode(text), np.int32) for text in texts])
-    available = len(stream) // (context + 1)
+    bos_id = tokenizer.bos_id if begin_with_bos(tokenizer) else None
+    add_bos = None if bos_id is None else False
+    stream = np.concatenate(
+        [np.asarray(tokenizer.encode(text, add_bos), np.int32) for text in texts]
+    )
+    width = context + (bos_id is None)  # of text
+    available = len(stream) // width
     if available < (1 if fewer else count):
         raise ValueError(
             f"the text has {len(stream)} tokens, enough for {available} windows of {context} + 1; "
             f"{count} were asked for; give a longer text or ask for fewer or shorter ones"
         )
-    windows_WS = stream[: available * (context + 1)].reshape(available, context + 1)
+    windows_WS = stream[: available * width].reshape(available, width)
     chosen = np.sort(np.random.default_rng(seed).permutation(available)[:count])
     ids_WS = windows_WS[chosen]
-    return Windows(ids_WS, tokenizer.byte_lengths()[ids_WS[:, 1:]])
+    if bos_id is not None:
+        ids_WS = np.insert(ids_WS, 0, bos_id, axis=1)
+    return Windows(ids_WS, tokenizer.byte_lengths()[ids_WS[:, 1:]], bos_id is not None)
+
+
+def begin_with_bos(tokenizer: Tokenizer) -> bool:
+    """Whether windows of this tokenizer's texts begin with BOS; see `cut_windows`."""
+    return tokenizer.add_bos and tokenizer.bos_id != tokenizer.eos_id
 
 
 def batches(windows: Windows, vocab_size: int) -> list[slice]:
@@ -98,44 +122,18 @@ def write_native_logits(engine: Engine, windows: Windows, path: Path) -> None:
         del array_WTV
 
 
-@jax.jit
-def _compare(logits_BTV: jax.Array, native_BTV: jax.Array, targets_BT: jax.Array):
-    log_q_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
-    log_p_BTV = jax.nn.log_softmax(native_BTV, axis=-1)
-    nll_BT = -jnp.take_along_axis(log_q_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    kl_BT = jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1)
-    agree_BT = jnp.argmax(logits_BTV, axis=-1) == jnp.argmax(native_BTV, axis=-1)
-    return nll_BT, kl_BT, agree_BT
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Figures of one plan on one set of windows; all with 95 % intervals over windows.
-
-    `kl_by_window` has each window's mean, so that two plans can be compared in pairs.
-    """
-
-    tokens: int
-    bits_per_byte: Interval
-    perplexity: Interval
-    kl_mean: Interval
-    kl_p99: Interval
-    top1_agreement: Interval
-    kl_by_window: list[float]
-
-
-def evaluate(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Quality:
+def evaluate(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Comparison:
     """Teacher-forced comparison with the native model's logits (nats; perplexity per token)."""
     parts = []
     for part in batches(windows, engine.config.vocab_size):
         ids_BS = windows.ids_WS[part]
         logits_BTV = engine.score(ids_BS[:, :-1])
         native_BTV = np.asarray(native_WTV[part])
-        parts.append(jax.device_get(_compare(logits_BTV, native_BTV, ids_BS[:, 1:])))
-    return _figures(parts, windows)
+        parts.append(jax.device_get(compare_logits(logits_BTV, native_BTV, ids_BS[:, 1:])))
+    return summarize(parts, windows.target_bytes_WT)
 
 
-def evaluate_decoding(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Quality:
+def evaluate_decoding(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Comparison:
     """`evaluate` with every token decoded after the one before, a window at a time.
 
     For engines whose answers depend on what is resident: this is what a user's reader gets.
@@ -145,27 +143,6 @@ def evaluate_decoding(engine: Engine, windows: Windows, native_WTV: np.ndarray) 
         engine.start(1, len(ids_S) - 1)
         logits_TV = [engine.decode(np.asarray([token]))[0] for token in ids_S[:-1]]
         native_BTV = np.asarray(native_WTV[row : row + 1])
-        compared = _compare(jnp.stack(logits_TV)[None], native_BTV, ids_S[None, 1:])
+        compared = compare_logits(jnp.stack(logits_TV)[None], native_BTV, ids_S[None, 1:])
         parts.append(jax.device_get(compared))
-    return _figures(parts, windows)
-
-
-def _figures(parts: Sequence[tuple], windows: Windows) -> Quality:
-    """Figures of the compared batches of `windows`, in their order."""
-    nll_WT, kl_WT, agree_WT = (np.concatenate(part) for part in zip(*parts, strict=True))
-    nll_W = nll_WT.sum(axis=1, dtype=np.float64)
-    bytes_W = windows.target_bytes_WT.sum(axis=1, dtype=np.float64)
-    count, width = nll_WT.shape
-
-    def interval(statistic) -> Interval:
-        return bootstrap(statistic, count)
-
-    return Quality(
-        tokens=nll_WT.size,
-        bits_per_byte=interval(lambda w: nll_W[w].sum() / np.log(2) / bytes_W[w].sum()),
-        perplexity=interval(lambda w: np.exp(nll_W[w].sum() / (width * len(w)))),
-        kl_mean=interval(lambda w: kl_WT[w].mean(dtype=np.float64)),
-        kl_p99=interval(lambda w: np.quantile(kl_WT[w], 0.99)),
-        top1_agreement=interval(lambda w: agree_WT[w].mean(dtype=np.float64)),
-        kl_by_window=[float(f"{kl:.5g}") for kl in kl_WT.mean(axis=1, dtype=np.float64)],
-    )
+    return summarize(parts, windows.target_bytes_WT)

@@ -23,13 +23,17 @@ HELD_OUT_SEED = 2026
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Exact match (arithmetic) or pass@1 (functions), with Wilson's 95 % interval."""
+    """Exact match (arithmetic) or pass@1 (functions), with Wilson's 95 % interval.
+
+    `solved` has each problem in order, so that two plans can be compared problem by problem.
+    """
 
     problems: int
     correct: int
     value: float
     low: float
     high: float
+    solved: list[bool]
 
 
 def complete(
@@ -82,4 +86,5 @@ def evaluate(
         texts = complete(engine, tokenizer, prompts, MAX_NEW_TOKENS[task], batch)
         verdicts = execution.run_candidates(programs, texts)
     interval = share(sum(verdicts), problems)
-    return TaskScore(problems, sum(verdicts), interval.value, interval.low, interval.high)
+    solved = [bool(verdict) for verdict in verdicts]
+    return TaskScore(problems, sum(solved), interval.value, interval.low, interval.high, solved)

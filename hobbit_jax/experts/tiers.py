@@ -8,10 +8,11 @@ source's hash, by the encoders' own source text and by the calibration, and reop
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import shutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,15 @@ from pathlib import Path
 import gguf
 import jax
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from hobbit_jax import quantize
-from hobbit_jax.atomic import replacing
+from hobbit_jax.atomic import check_space, exclusive, replacing
 from hobbit_jax.experts.store import ROLES
 from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
+from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
+from hobbit_jax.model_file.metadata import text
 from hobbit_jax.quantize.methods import CalibratedMoments, check_method, encode_matrix
 from pallas_kernels.formats import Format, get_format
 
@@ -110,23 +112,18 @@ def disk_bytes(source: GGUFFile, config: ModelConfig, format: str) -> int:
     return parts + sum(tensor.nbytes for tensor in planned.tensors.values())
 
 
-def write_tier(
-    source: GGUFFile,
-    config: ModelConfig,
-    spec: TierSpec,
-    path: Path,
-    stored: Callable[[], None] = lambda: None,
-) -> None:
+def write_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, path: Path) -> None:
     """Writes `source` with every expert encoded anew; atomic, and resumable by tensor.
 
     Finished tensors wait in a folder beside `path` and are taken from there when the same tier is
-    asked for again after an interruption; it is removed in the end. `stored` is called after each.
+    asked for again after an interruption; it is removed in the end.
     Memory: one tensor's blocks and one expert's float32 weights.
 
     Raises:
         ValueError: a weight is NaN or infinite, a width is no multiple of the block, or the
             calibration is missing, lacks what the method needs, or is of another model.
         NotImplementedError: no encoder for this format and method.
+        OSError: the disk has no room for it.
     """
     calibration = spec.calibration
     if calibration is not None and calibration.model_sha256 != source.sha256():
@@ -138,16 +135,18 @@ def write_tier(
     for columns in sorted({source.tensors[name].shape[-1] for name in places}):
         check_method(spec.format, spec.method, columns)
     metadata = {
-        **source.metadata,
+        **metadata_of_new_weights(source.metadata, spec.format),
         SOURCE_KEY: source.sha256(),
         ENCODER_KEY: encoder_sha256(),
         METHOD_KEY: spec.method,
-        "general.name": f"{source.metadata.get('general.name', config.arch)} experts {spec.format}",
+        "general.name": f"{source.read('general.name', text(), config.arch)} experts {spec.format}",
     }
     if calibration is not None:
         metadata[CALIBRATION_KEY] = calibration.sha256
     parts = path.with_name(f".{path.name}.{spec.key(source)}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    finished_bytes = sum(part.stat().st_size for part in parts.glob("*"))
+    check_space(path, disk_bytes(source, config, spec.format) - finished_bytes)
     total = len(places) * config.n_experts
     with tqdm(total=total, unit="matrix", desc=f"encoding {spec.format}", disable=None) as progress:
 
@@ -169,9 +168,9 @@ def write_tier(
                 )
                 progress.update()
             blocks = np.stack(experts)
+            parts.mkdir(exist_ok=True)
             with replacing(part) as unfinished, unfinished.open("wb") as file:
                 np.save(file, blocks)
-            stored()
             return blocks
 
         def tensors() -> Iterable:
@@ -182,8 +181,10 @@ def write_tier(
                     yield name, tensor.format, tensor.shape, tensor.raw
 
         write_gguf(path, metadata, tensors(), source.field_types)
-    # If another process wrote the same tier after all, it was the same bytes.
-    shutil.rmtree(parts, ignore_errors=True)
+    # Also those of another recipe whose writer was killed. If another process wrote the same tier
+    # after all, it was the same bytes.
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.parts"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def tier_path(source: GGUFFile, spec: TierSpec, directory: Path) -> Path:
@@ -191,16 +192,10 @@ def tier_path(source: GGUFFile, spec: TierSpec, directory: Path) -> Path:
     return directory / f"{spec.key(source)}.gguf"
 
 
-def open_tier(
-    source: GGUFFile,
-    config: ModelConfig,
-    spec: TierSpec,
-    directory: Path,
-    stored: Callable[[], None] = lambda: None,
-) -> GGUFFile:
+def open_tier(source: GGUFFile, config: ModelConfig, spec: TierSpec, directory: Path) -> GGUFFile:
     """The low tier of `source` by `spec`, made if it is not in `directory` yet; says which.
 
-    Of several processes one makes it and the others wait. `stored` is called for each tensor made.
+    Of several processes one makes it and the others wait.
 
     Raises:
         OSError: `directory` cannot be written.
@@ -212,10 +207,7 @@ def open_tier(
         return open_gguf(path)
     print(f"low-precision experts: making {path}", file=sys.stderr)
     directory.mkdir(parents=True, exist_ok=True)
-    # The operating system frees the lock of a process that was killed.
-    lock = path.with_name(f".{path.name}.lock")
-    with FileLock(lock):
+    with exclusive(path):
         if not path.exists():
-            write_tier(source, config, spec, path, stored)
-        lock.unlink(missing_ok=True)  # nobody asks for it once the tier is there
+            write_tier(source, config, spec, path)
     return open_gguf(path)

@@ -1,33 +1,31 @@
-"""Running a sweep's cells in worker processes: on this machine, under Slurm, or under Ray.
+"""Running a sweep's trials on this machine, on Slurm or on Ray.
 
-A launcher (`on_local.py`, `on_slurm.py`, `on_ray.py`) starts workers and says which have ended, and
-that is all it does. A worker (`worker.py`) takes cells from the working directory until there are
-none. The driver (`driver.py`) starts workers while cells are left. What makes this right stands in
-the working directory and not in the scheduler: rows that appear whole and once (`rows.py`),
-leases (`cells/leases.py`), and parts of cells (`cells/workbench.py`). So any number of drivers and
-launchers may share a working directory, and any process of them may be killed at any time.
-
-    workdir/rows/CELL.json      finished
-    workdir/leases/             who is at which cell; empty when nothing runs
-    workdir/launch/DRIVER/      what a driver tells its workers, how those ended, Slurm's logs
-    workdir/parts/              parts of unfinished cells
-    workdir/cache/, tiers/      what cells share
+A sweep is a map over trials, after the artifacts that they share (`cells/artifacts.py`). Owns the
+choice of an engine: a pool of processes (`on_local.py`), Ray's tasks (`on_ray.py`) or Slurm's
+arrays (`on_slurm.py`). Each runs `tasks.run_task`, which leaves a record that appears whole or not
+at all, so any process may be killed at any time, and any number of sweeps may share a folder.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hobbit_jax
+from hobbit_jax import cache_folder
+
 if TYPE_CHECKING:
-    from hobbit_jax.launch.driver import LauncherFactory
+    from hobbit_jax.launch.sweeping import Engine
 
 LAUNCHERS = ("local", "slurm", "ray")
 
 
-def connect(launcher: str, resources: Sequence[str]) -> tuple[LauncherFactory, int]:
-    """What makes the launcher of that name, and how many workers it starts by default.
+def connect(launcher: str, resources: Sequence[str]) -> tuple[Engine, int]:
+    """The engine of that name, and how many tasks it runs at a time by default.
 
     Args:
         launcher: one of `LAUNCHERS`.
@@ -47,10 +45,18 @@ def parse_resources(resources: Sequence[str]) -> dict[str, str | float | bool]:
         name, equals, value = item.partition("=")
         if not (name and equals and value):
             raise ValueError(f"resource {item!r}; want NAME=VALUE")
-        if value.lower() in ("true", "false"):
-            parsed[name] = value.lower() == "true"
-        elif value.replace(".", "", 1).isdigit():
-            parsed[name] = float(value) if "." in value else int(value)
-        else:
+        try:
+            parsed[name] = json.loads(value)
+        except ValueError:
             parsed[name] = value
     return parsed
+
+
+def worker_environment() -> dict[str, str]:
+    """Variables with which a process on another machine finds the same packages and caches."""
+    here = str(Path(hobbit_jax.__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    return {
+        "PYTHONPATH": path,
+        cache_folder.VARIABLE: str(cache_folder.low_precision_folder().parent),
+    }

@@ -1,24 +1,28 @@
-"""Workers as processes of this machine, each with a GPU of its own where there are any.
+"""Tasks in processes of this machine, each with a GPU of its own where there are any.
 
-Owns starting and killing them. A worker ends when its driver does, however that ended: it holds the
-reading end of a pipe that nobody writes to.
+Owns a `concurrent.futures` pool of one process for each worker, so that the death of a process is
+the death of one task, and the end of all processes when the sweep ends or is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
-import sys
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-from hobbit_jax.launch.driver import LauncherFactory
-from hobbit_jax.launch.manifest import python_path
+from hobbit_jax.launch.sweeping import Engine, Graph, Outcomes, map_tasks
+from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, run_task
 
 _NO_GPU = ("", "-1", "NoDevFiles")
 
@@ -37,86 +41,84 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
     return found.stdout.split() if found.returncode == 0 else []
 
 
-def connect(resources: Mapping[str, object]) -> tuple[LauncherFactory, int]:
+def connect(resources: Mapping[str, object]) -> tuple[Engine, int]:
     """See `launch.connect`."""
     if resources:
         raise ValueError(
             "the local launcher takes no resources; CUDA_VISIBLE_DEVICES says which GPUs"
         )
     gpus = visible_gpus()
-    return functools.partial(LocalLauncher, gpus=gpus), max(1, len(gpus))
+    return functools.partial(run, gpus=gpus), max(1, len(gpus))
 
 
-@dataclass
-class LocalLauncher:
-    """Starts one process a worker."""
+def run(
+    graph: Graph,
+    workdir: Path,
+    workers: int,
+    gpus: Sequence[str] = (),
+    attempts: int = MAX_ATTEMPTS,
+) -> Outcomes:
+    """An `Engine` of processes.
 
-    workdir: Path
-    driver: str
-    gpus: Sequence[str] = ()
-    poll_s: float = 0.1
-    _running: dict[str, tuple[subprocess.Popen, int]] = field(default_factory=dict)
+    Raises:
+        ValueError: there are more workers than GPUs.
+    """
+    if gpus and workers > len(gpus):
+        raise ValueError(f"--workers={workers} on {len(gpus)} GPUs; want one GPU for each")
+    return map_tasks(ProcessPool(workers, gpus, attempts), graph, workdir, workers)
 
-    def start(self, names: Sequence[str], processes: int) -> None:
-        """Starts workers; see `driver.Launcher`."""
-        if processes > 1:
-            raise NotImplementedError(
-                f"a cell asks for {processes} processes together; --launcher=slurm runs those"
-            )
-        for name in names:
-            taken = {place for _, place in self._running.values()}
-            place = next(place for place in range(len(taken) + 1) if place not in taken)
-            # Bars of several workers stand below each other and the driver's.
-            environment = {
-                **os.environ,
-                "PYTHONPATH": python_path(),
-                "TQDM_POSITION": str(place + 1),
-            }
-            if self.gpus:
-                if place >= len(self.gpus):
-                    raise ValueError(
-                        f"{place + 1} workers or more on {len(self.gpus)} GPUs; want one for each"
-                    )
-                environment["CUDA_VISIBLE_DEVICES"] = self.gpus[place]
-            command = [sys.executable, "-m", "hobbit_jax.launch.worker"]
-            process = subprocess.Popen(
-                [*command, str(self.workdir), self.driver, name],
-                stdin=subprocess.PIPE,
-                env=environment,
-                start_new_session=True,  # ctrl-C is the driver's
-            )
-            self._running[name] = (process, place)
 
-    def ended(self) -> list[tuple[str, str]]:
-        """Workers that have ended, and by what; see `driver.Launcher`."""
-        ended = []
-        for name, (process, _) in list(self._running.items()):
-            status = process.poll()
-            if status is not None:
-                self._kill(process)  # whatever children it has left
-                del self._running[name]
-                ended.append((name, _reason(status)))
-        return ended
+class ProcessPool:
+    """One process for each worker, started anew when it dies; see `sweeping.Pool`."""
+
+    died = (BrokenProcessPool,)
+
+    def __init__(self, workers: int, gpus: Sequence[str], attempts: int):
+        self.attempts = attempts
+        # Processes read from it until it closes: when this process says so, or is no more.
+        self._life, self._own_end = multiprocessing.Pipe(duplex=False)
+        self._gpus = gpus
+        self._executors = [self._executor(place) for place in range(workers)]
+        self._futures: list[Future | None] = [None] * workers
+
+    def _executor(self, place: int) -> ProcessPoolExecutor:
+        gpu = self._gpus[place] if self._gpus else None
+        return ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), _begin, (self._life, gpu)
+        )
+
+    def submit(self, *arguments: Any) -> Future[Outcome]:
+        """Has an idle process run a task; see `sweeping.Pool`."""
+        idle = (p for p, future in enumerate(self._futures) if future is None or future.done())
+        place = next(idle)
+        # The process that may be started now takes over this environment. tqdm reads it there, so
+        # that the bars of several processes stand below each other and below this one's.
+        os.environ["TQDM_POSITION"] = str(place + 1)
+        try:
+            future = self._executors[place].submit(run_task, *arguments)
+        except BrokenProcessPool:
+            self._executors[place] = self._executor(place)
+            future = self._executors[place].submit(run_task, *arguments)
+        self._futures[place] = future
+        return future
 
     def stop(self) -> None:
-        """Kills all workers; nothing needs a gentler end. See `driver.Launcher`."""
-        for process, _ in self._running.values():
-            self._kill(process)
-        for process, _ in self._running.values():
-            process.wait()
-        self._running.clear()
-
-    @staticmethod
-    def _kill(process: subprocess.Popen) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        assert process.stdin is not None
-        process.stdin.close()
+        """Kills all processes; see `sweeping.Pool`."""
+        self._own_end.close()
+        for executor in self._executors:
+            executor.shutdown(cancel_futures=True)
+        self._life.close()
 
 
-def _reason(status: int) -> str:
-    if status >= 0:
-        return f"the worker ended with status {status}"
-    name = signal.Signals(-status).name
-    hint = ", as the kernel does when memory runs out" if name == "SIGKILL" else ""
-    return f"the worker was killed by {name}{hint}"
+def _begin(life: Connection, gpu: str | None) -> None:
+    """Prepares a process of the pool."""
+    os.setsid()  # ctrl-C is for the process that runs the sweep
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    threading.Thread(target=_end_with, args=(life,), daemon=True).start()
+
+
+def _end_with(life: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        life.recv_bytes()
+    os.killpg(0, signal.SIGKILL)

@@ -1,33 +1,32 @@
-"""Workers as tasks of a Ray cluster, or of a local Ray where none is running.
+"""Tasks of a Ray cluster, or of a local Ray where none is running.
 
-Owns starting and watching them. One task is a worker's whole life, so a model is loaded once, and
-its process ends with it (`max_calls=1`): JAX would keep a GPU's memory that Ray takes for free. Ray
-retries nothing; the driver does, who knows what a death was of.
+Owns their submission; Ray finds their places by the resources that they ask for and retries those
+whose process or node dies. A process with a GPU ends after each task, as is Ray's default, since
+JAX would keep the memory that Ray takes for free; without, it keeps the model for the next one.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
-from hobbit_jax.launch.driver import LauncherFactory
-from hobbit_jax.launch.manifest import python_path
-from hobbit_jax.launch.worker import Worker
+from hobbit_jax.launch import worker_environment
+from hobbit_jax.launch.sweeping import Engine, map_tasks
+from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, run_task
 
 try:
     import ray  # pyright: ignore[reportMissingImports]
-    from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
+    from ray import exceptions  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
     raise ValueError(
         "--launcher=ray wants Ray: pip install -c constraints.txt -e '.[ray]'"
     ) from error
 
 
-def connect(resources: Mapping[str, Any]) -> tuple[LauncherFactory, int]:
+def connect(resources: Mapping[str, Any]) -> tuple[Engine, int]:
     """See `launch.connect`; resources are Ray's, CPU and GPU among them.
 
     Raises:
@@ -36,7 +35,7 @@ def connect(resources: Mapping[str, Any]) -> tuple[LauncherFactory, int]:
     if not ray.is_initialized():
         ray.init(
             logging_level=logging.WARNING,
-            runtime_env={"env_vars": {"PYTHONPATH": python_path()}},
+            runtime_env={"env_vars": worker_environment()},
         )
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
@@ -50,65 +49,36 @@ def connect(resources: Mapping[str, Any]) -> tuple[LauncherFactory, int]:
             f"no node of the Ray cluster has {_text(wanted)}; the most that one of its "
             f"{len(nodes)} has is {_text(most)}"
         )
-    return functools.partial(RayLauncher, resources=wanted), max(1, gpus)
+    return functools.partial(map_tasks, RayTasks(wanted)), max(1, gpus)
 
 
 def _text(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{name}={amount:g}" for name, amount in resources.items())
 
 
-def _work(workdir: Path, driver: str, name: str) -> None:
-    Worker(workdir, driver, name).run()
+class RayTasks:
+    """Ray's workers, as a `sweeping.Pool`."""
 
+    died = (
+        exceptions.WorkerCrashedError,
+        exceptions.NodeDiedError,
+        exceptions.OutOfMemoryError,
+        exceptions.LocalRayletDiedError,
+    )
+    attempts = 1  # Ray has made the others
 
-@dataclass
-class RayLauncher:
-    """Starts one task a worker; `resources` are those of each."""
+    def __init__(self, resources: Mapping[str, float]):
+        self._task = ray.remote(
+            num_cpus=resources["CPU"],
+            num_gpus=resources["GPU"],
+            resources={n: amount for n, amount in resources.items() if n not in ("CPU", "GPU")},
+            max_retries=MAX_ATTEMPTS - 1,
+        )(run_task)
 
-    workdir: Path
-    driver: str
-    resources: Mapping[str, float]
-    poll_s: float = 0.5
-    _tasks: dict[str, Any] = field(default_factory=dict)
-
-    def start(self, names: Sequence[str], processes: int) -> None:
-        """Submits workers; see `driver.Launcher`."""
-        if processes > 1:
-            raise NotImplementedError(
-                f"a cell asks for {processes} processes together; --launcher=slurm runs those"
-            )
-        more = {n: amount for n, amount in self.resources.items() if n not in ("CPU", "GPU")}
-        task = ray.remote(
-            num_cpus=self.resources["CPU"],
-            num_gpus=self.resources["GPU"],
-            resources=more,
-            max_retries=0,
-            max_calls=1,
-        )(_work)
-        for name in names:
-            self._tasks[name] = task.remote(self.workdir, self.driver, name)
-
-    def ended(self) -> list[tuple[str, str]]:
-        """Workers whose tasks are over; see `driver.Launcher`."""
-        ended = []
-        for name, task in list(self._tasks.items()):
-            if not ray.wait([task], timeout=0)[0]:
-                continue
-            del self._tasks[name]
-            try:
-                ray.get(task)
-                reason = "its Ray task returned"
-            except RayError as error:
-                said = next(iter(str(error).splitlines()), "")
-                reason = f"Ray says {type(error).__name__}: {said}"
-            ended.append((name, reason))
-        return ended
+    def submit(self, *arguments: Any) -> Future[Outcome]:
+        """Submits a task; see `sweeping.Pool`."""
+        return self._task.remote(*arguments).future()
 
     def stop(self) -> None:
-        """Kills all workers; see `driver.Launcher`."""
-        for task in self._tasks.values():
-            ray.cancel(task, force=True)
-        if self._tasks:
-            ray.wait(list(self._tasks.values()), num_returns=len(self._tasks), timeout=10)
-        self._tasks.clear()
+        """Kills this sweep's tasks; see `sweeping.Pool`."""
         ray.shutdown()

@@ -1,171 +1,195 @@
-"""Workers as Slurm jobs, through submitit: one array for all that are started together.
+"""Tasks as Slurm jobs, through submitit: one array for every stage of a sweep.
 
-Owns submission, what a job does when it is preempted or its time runs out, and how the queue is
-read. Nothing here asks `sacct`, which small clusters do not have: what is done is read from the
-rows, what still runs from `squeue`.
-
-A preempted job, and one whose time runs out, is queued again by submitit (or by Slurm) under its
-own number; it gives its cell back first, and any worker goes on with it from its stored parts. A
-job that is gone without a word (a node that died, `scancel`, out of memory) leaves cells without
-rows, for which the driver submits anew.
+Owns how tasks are shared out over jobs, and what becomes of the tasks of a job that ends without
+them. Stages (artifacts, artifacts made of those, trials) wait for each other in Slurm's own queue.
+submitit queues a preempted job, and one whose time runs out, again under its own number.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import shlex
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from hobbit_jax.launch.driver import LauncherFactory
-from hobbit_jax.launch.manifest import Sweep, python_path
-from hobbit_jax.launch.worker import Worker
+from hobbit_jax.cells.artifacts import Artifact
+from hobbit_jax.launch import worker_environment
+from hobbit_jax.launch.sweeping import Engine, Graph, Outcomes, death
+from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, Task, run_task
+from hobbit_jax.record import is_finished
 
 try:
     import submitit  # pyright: ignore[reportMissingImports]
+    from submitit.core.utils import FailedJobError, pickle_load  # pyright: ignore[reportMissingImports]
+    from submitit.slurm.slurm import SlurmInfoWatcher  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as error:
     raise ValueError(
         "--launcher=slurm wants submitit: pip install -c constraints.txt -e '.[slurm]'"
     ) from error
 
-# Minutes; submitit's own 5 would be short for a cell.
+# Minutes; submitit's own 5 would be short for a trial.
 _DEFAULTS = {"time": 240, "job_name": "hobbit_jax"}
-_UNLIMITED = 10**6  # time-outs; `cells/leases.py` bounds those that bring nothing
-_ENDED = {
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    "TIMEOUT",
-}
+_UNLIMITED = 10**6  # time-outs: each brings the trials of a job forward by a part
+# A job has several tasks where there are many, since each job waits and loads the model once; and
+# every worker several jobs, so that all end at about the same time.
+_JOBS_PER_WORKER = 4
+_POLL_S = 2.0  # between looks for results
 
 
-def connect(resources: Mapping[str, Any]) -> tuple[LauncherFactory, int]:
+def connect(resources: Mapping[str, Any]) -> tuple[Engine, int]:
     """See `launch.connect`; resources are parameters of `submitit.SlurmExecutor`."""
     parameters = {**_DEFAULTS, **resources}
     try:
         submitit.SlurmExecutor("unused").update_parameters(**parameters)
     except RuntimeError as error:
         raise ValueError("--launcher=slurm finds no srun here; is this a Slurm cluster?") from error
-    return functools.partial(SlurmLauncher, parameters=parameters), 1
-
-
-class SlurmWorker:
-    """What a job runs: one worker. submitit calls `checkpoint` when the job is to be queued again.
-
-    Args:
-        workdir, driver, name: see `worker.Worker`.
-        processes: tasks of the job, which are one worker together.
-        limit_s: the job's time.
-    """
-
-    def __init__(self, workdir: Path, driver: str, name: str, processes: int, limit_s: float):
-        self.arguments = (workdir, driver, name, processes, limit_s)
-        self.began_s: float = 0
-        self.worker: Worker | None = None
-
-    def __call__(self) -> None:
-        """Works until no cell is left to take."""
-        workdir, driver, name, processes, _ = self.arguments
-        self.began_s = time.monotonic()
-        if processes > 1:
-            jax.distributed.initialize()  # finds Slurm's own variables
-        self.worker = Worker(workdir, driver, name)
-        self.worker.run()
-
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Gives back what is held, at once, and says what the job runs next time."""
-        limit_s = self.arguments[-1]
-        # As submitit tells a time-out from preemption; it does not pass on what it found.
-        timed_out = time.monotonic() - self.began_s >= min(0.8 * limit_s, limit_s - 600)
-        if self.worker is not None:
-            self.worker.leases.end_all("the time of its Slurm job ran out", counts=timed_out)
-        return submitit.helpers.DelayedSubmission(SlurmWorker(*self.arguments))
+    return functools.partial(run, parameters=parameters), 1
 
 
 @dataclass
-class SlurmLauncher:
-    """Starts one job a worker, as an array.
+class TaskList:
+    """What one job runs; submitit asks for a `checkpoint` when the job is to be queued again.
 
     Attributes:
-        parameters: of every job, as `submitit.SlurmExecutor` calls them.
-        poll_s: between looks at the rows.
-        ask_s: between calls of `squeue`, which is all that the controller is asked.
+        workdir: of the sweep.
+        tasks: in this order; those that another process is at come last.
+        given_up: of tasks that kill their process, why.
     """
 
     workdir: Path
-    driver: str
-    parameters: Mapping[str, Any]
-    poll_s: float = 2.0
-    ask_s: float = 15.0
-    _jobs: dict[str, str] = field(default_factory=dict)
-    _asked_s: float = 0.0
+    tasks: Sequence[Task]
+    given_up: dict[Task, str] = field(default_factory=dict)
 
-    def start(self, names: Sequence[str], processes: int) -> None:
-        """Submits an array of workers; see `driver.Launcher`."""
-        folder = Sweep.folder(self.workdir, self.driver) / "slurm"
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=_UNLIMITED)
-        per_node = int(self.parameters.get("ntasks_per_node", 1))
-        if processes % min(per_node, processes):
-            raise ValueError(f"{processes} processes do not fill nodes of {per_node} tasks each")
-        per_node = min(per_node, processes)
-        executor.update_parameters(
-            **{
-                **self.parameters,
-                "ntasks_per_node": per_node,
-                "nodes": processes // per_node,
-                "setup": [f"export PYTHONPATH={shlex.quote(python_path())}"],
-            }
-        )
-        limit_s = 60 * self.parameters["time"]
-        with executor.batch():
-            jobs = [
-                executor.submit(SlurmWorker(self.workdir, self.driver, name, processes, limit_s))
-                for name in names
-            ]
-        self._jobs.update(zip(names, (job.job_id for job in jobs), strict=True))
+    def __call__(self) -> list[Outcome]:
+        """Runs all tasks; returns their outcomes in the same order."""
+        outcomes = [self._run(task, wait=False) for task in self.tasks]
+        return [
+            self._run(task) if outcome.status == "busy" else outcome
+            for task, outcome in zip(self.tasks, outcomes, strict=True)
+        ]
 
-    def ended(self) -> list[tuple[str, str]]:
-        """Workers whose jobs are over; see `driver.Launcher`."""
-        now_s = time.monotonic()
-        if not self._jobs or now_s - self._asked_s < self.ask_s:
-            return []
-        self._asked_s = now_s
-        states = self._states()
-        if states is None:
-            return []
-        ended = []
-        for name, job in list(self._jobs.items()):
-            state = states.get(job, "gone from the queue")
-            if job not in states or state in _ENDED:
-                del self._jobs[name]
-                ended.append((name, f"its Slurm job {job} is {state}"))
-        return ended
+    def _run(self, task: Task, wait: bool = True) -> Outcome:
+        return run_task(task, self.workdir, wait, self.given_up.get(task))
 
-    def _states(self) -> dict[str, str] | None:
-        """States by job; None where the controller gives no answer, as when it restarts."""
-        command = ["squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i %T"]
-        found = subprocess.run(command, capture_output=True, text=True)
-        if found.returncode:
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """The same list: finished trials are passed over, a begun one goes on at its last part."""
+        return submitit.helpers.DelayedSubmission(self)
+
+
+class QueueWatcher(SlurmInfoWatcher):
+    """Tells submitit's jobs their state by `squeue`: small clusters have no `sacct`."""
+
+    def _make_command(self) -> list[str] | None:
+        if not self._registered - self._finished:
             return None
-        lines = (line.split() for line in found.stdout.splitlines())
-        return {parts[0]: parts[1] for parts in lines if len(parts) == 2}
+        return ["squeue", "--me", "--array", "--noheader", "--states=all", "--format=%i %T"]
 
-    def stop(self) -> None:
-        """Cancels all jobs; see `driver.Launcher`."""
-        if self._jobs:
-            jobs = list(self._jobs.values())
+    def read_info(self, string: str | bytes) -> dict[str, dict[str, str]]:
+        """States by job; one that the queue has forgotten has ended."""
+        text = string if isinstance(string, str) else string.decode()
+        pairs = [line.split() for line in text.splitlines()]
+        forgotten = dict.fromkeys(self._registered, "FORGOTTEN")
+        states = forgotten | {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+        return {job: {"State": state} for job, state in states.items()}
+
+
+def run(
+    graph: Graph, workdir: Path, workers: int, parameters: Mapping[str, Any], ask_s: int = 15
+) -> Outcomes:
+    """Runs a sweep's graph; see `sweeping.Engine`.
+
+    Args:
+        graph, workdir, workers: see there.
+        parameters: of every job, as `submitit.SlurmExecutor` calls them.
+        ask_s: between calls of `squeue`, which is all that the controller is asked.
+    """
+    submitit.SlurmJob.watcher = QueueWatcher(ask_s)
+    jobs: dict[submitit.Job, TaskList] = {}
+    deaths: Counter[Task] = Counter()
+    given_up: dict[Task, str] = {}
+    try:
+        after: dict[str, str] = {}
+        while graph.is_active():
+            stage = graph.get_ready()
+            graph.done(*stage)
+            new = _submit(_share_out(stage, workdir, workers), workers, {**parameters, **after})
+            after = {"dependency": "afterany:" + next(iter(new)).job_id.split("_")[0]}
+            jobs |= new
+        while jobs:
+            time.sleep(_POLL_S)
+            again = []
+            for job in [job for job in jobs if job.done()]:
+                tasks = jobs.pop(job)
+                reason, outcomes = _end(job, tasks)
+                yield from outcomes.items()
+                left = [task for task in tasks.tasks if task not in outcomes]
+                if left:
+                    deaths[left[0]] += 1
+                    if deaths[left[0]] >= MAX_ATTEMPTS:
+                        given_up[left[0]] = death(reason, deaths[left[0]], MAX_ATTEMPTS)
+                    again.append(TaskList(workdir, [*left[1:], left[0]], given_up))
+            jobs |= _submit(again, workers, parameters)
+    finally:
+        if jobs:
+            numbers = [job.job_id for job in jobs]
             # Without the grace of an ordinary cancellation, which submitit's jobs let pass unused.
-            subprocess.run(["scancel", "--full", "--signal=KILL", *jobs], capture_output=True)
-            subprocess.run(["scancel", *jobs], capture_output=True)
-            self._jobs.clear()
+            subprocess.run(["scancel", "--full", "--signal=KILL", *numbers], capture_output=True)
+            subprocess.run(["scancel", *numbers], capture_output=True)
+
+
+def _share_out(stage: Sequence[Task], workdir: Path, workers: int) -> list[TaskList]:
+    """One job for each artifact, and some for the trials."""
+    trials = [task for task in stage if not isinstance(task, Artifact)]
+    size = max(1, math.ceil(len(trials) / (workers * _JOBS_PER_WORKER)))
+    return [
+        *(TaskList(workdir, [task]) for task in stage if isinstance(task, Artifact)),
+        *(TaskList(workdir, trials[n : n + size]) for n in range(0, len(trials), size)),
+    ]
+
+
+def _submit(
+    lists: Sequence[TaskList], workers: int, parameters: Mapping[str, Any]
+) -> dict[submitit.Job, TaskList]:
+    """Submits one array, of which so many jobs run at a time.
+
+    Raises:
+        ValueError: Slurm takes no job with these parameters.
+    """
+    if not lists:
+        return {}
+    executor = submitit.SlurmExecutor(lists[0].workdir / "slurm", max_num_timeout=_UNLIMITED)
+    setup = [f"export {name}={shlex.quote(v)}" for name, v in worker_environment().items()]
+    own = {"array_parallelism": workers, "setup": setup}
+    executor.update_parameters(**{**parameters, **own})
+    try:
+        with executor.batch():
+            jobs = [executor.submit(tasks) for tasks in lists]
+    except FailedJobError as error:
+        line = str(error).strip().splitlines()[-1]
+        raise ValueError(f"--resources: Slurm takes no such job: {line}") from error
+    return dict(zip(jobs, lists, strict=True))
+
+
+def _end(job: submitit.Job, tasks: TaskList) -> tuple[str, dict[Task, Outcome]]:
+    """What is known of an ended job: of its end, and of the tasks that have an outcome.
+
+    An artifact whose job died has one too: the trials make it.
+    """
+    reason = f"its Slurm job {job.job_id} is {job.state}"
+    if job.paths.result_pickle.exists():
+        kind, result = pickle_load(job.paths.result_pickle)
+        if kind == "success":
+            return reason, dict(zip(tasks.tasks, result, strict=True))
+        reason = str(result).strip().splitlines()[-1]
+    done = (
+        task
+        for task in tasks.tasks
+        if isinstance(task, Artifact) or is_finished(tasks.workdir, task.name)
+    )
+    return reason, dict.fromkeys(done, Outcome("ok"))

@@ -13,9 +13,23 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from hobbit_jax.model_file.gguf_file import GGUFFile
+from hobbit_jax.model_file import metadata
+from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
+from hobbit_jax.model_file.metadata import (
+    REQUIRED,
+    Kind,
+    Required,
+    integer,
+    number,
+    of_every_layer,
+    shown,
+    texts,
+)
+from hobbit_jax.model_file.other_files import refuse_other_kinds
+
+T = TypeVar("T")
 
 TOKEN_EMBEDDING = "token_embd.weight"
 OUTPUT_NORM = "output_norm.weight"
@@ -86,43 +100,49 @@ def read_config(file: GGUFFile) -> ModelConfig:
       ValueError: a missing or impossible key, a missing tensor, or one of the wrong shape.
       NotImplementedError: another architecture, or a feature that we do not compute.
     """
-    arch = file.metadata.get("general.architecture")
+    refuse_other_kinds(file)
+    arch = file.read("general.architecture", metadata.text())
     if arch not in _FAMILIES:
         raise NotImplementedError(
-            f"{file.paths[0]}: architecture {arch!r}; supported are "
+            f"{file.paths[0]}: architecture {shown(arch)}; supported are "
             f"{', '.join(SUPPORTED_ARCHITECTURES)} (llama with experts)"
         )
     family = _FAMILIES[arch]
     keys = _Keys(file, arch)
-    if arch == "llama" and not keys.integer("expert_count", 0):
+    if arch == "llama" and not keys.read("expert_count", integer(), 0):
         raise NotImplementedError(
             f"{file.paths[0]}: a dense llama model (llama.expert_count is 0); supported are llama "
             "models with experts, such as Mixtral"
         )
     _refuse_features(keys, family)
 
-    d_model = keys.positive("embedding_length")
-    n_heads = keys.positive("attention.head_count")
+    # Whatever is counted by a key is counted again in the tensors (`_check_tensors`); only this
+    # one is a number of tensors itself, and so has to be held against them first.
+    n_tensors = len(file.tensors)
+    n_layers = keys.read("block_count", integer(1, n_tensors, "the file's number of tensors"))
+    heads = of_every_layer(integer(1), n_layers)
+    d_model = keys.read("embedding_length", integer(1))
+    n_heads = keys.read("attention.head_count", heads)
     # Defaults of the format, not guesses: llama.cpp computes a file without these keys so.
-    n_kv_heads = keys.positive("attention.head_count_kv", n_heads)
-    head_dim = keys.positive("attention.key_length", d_model // n_heads)
-    rope_dim = keys.positive("rope.dimension_count", head_dim)
+    n_kv_heads = keys.read("attention.head_count_kv", heads, n_heads)
+    head_dim = keys.read("attention.key_length", integer(1), d_model // n_heads)
+    experts_per_token = keys.read("expert_used_count", integer(1))
     config = ModelConfig(
         arch=arch,
-        n_layers=keys.positive("block_count"),
+        n_layers=n_layers,
         d_model=d_model,
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
-        n_experts=keys.positive("expert_count"),
-        experts_per_token=keys.positive("expert_used_count"),
-        d_expert=keys.positive(family.expert_width_key),
+        n_experts=keys.read("expert_count", integer(1)),
+        experts_per_token=experts_per_token,
+        d_expert=_expert_width(keys, family, n_layers, experts_per_token),
         vocab_size=_vocab_size(keys),
-        context_length=keys.positive("context_length"),
-        rope_base=keys.number("rope.freq_base", 10000.0),
-        rope_dim=rope_dim,
+        context_length=keys.read("context_length", integer(1)),
+        rope_base=keys.read("rope.freq_base", _ROPE_BASE, 10000.0),
+        rope_dim=keys.read("rope.dimension_count", integer(1), head_dim),
         rope_style=family.rope_style,
-        rms_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        rms_eps=keys.read("attention.layer_norm_rms_epsilon", _RMS_EPS),
         qk_norm=family.qk_norm,
         renormalise_topk=family.renormalise_topk,
         tied_head=family.may_tie_head and OUTPUT not in file.tensors,
@@ -199,57 +219,48 @@ def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class _Keys:
-    """Typed access to `{arch}.*` metadata; every complaint names the key and the file."""
+    """Checked access to `{arch}.*` metadata."""
 
     def __init__(self, file: GGUFFile, arch: str):
-        self.metadata, self.arch, self.path = file.metadata, arch, file.paths[0]
+        self.file, self.arch, self.path = file, arch, file.paths[0]
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.metadata.get(f"{self.arch}.{key}", default)
+    def read(self, key: str, kind: Kind[T], default: T | Required = REQUIRED) -> T:
+        return metadata.read(self.path, self.file.metadata, f"{self.arch}.{key}", kind, default)
 
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key, default)
-        if value is None:
-            raise ValueError(
-                f"{self.path}: metadata key {self.arch}.{key} is missing, expected a number; "
-                "convert the model again with a current llama.cpp"
-            )
-        if isinstance(value, list):
-            raise NotImplementedError(
-                f"{self.path}: {self.arch}.{key} has one value per layer; supported are models "
-                "with equal layers"
-            )
-        if isinstance(value, bool | str):
-            raise ValueError(f"{self.path}: {self.arch}.{key} is {value!r}, expected a number")
-        return float(value)
+    def unchecked(self, key: str, default: Any = None) -> Any:
+        """For comparing only: a value of a wrong type equals none of the right ones."""
+        return self.file.metadata.get(f"{self.arch}.{key}", default)
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.number(key, default)
-        if value != int(value):
-            raise ValueError(f"{self.path}: {self.arch}.{key} is {value}, expected an integer")
-        return int(value)
 
-    def positive(self, key: str, default: int | None = None) -> int:
-        value = self.integer(key, default)
-        if value < 1:
-            raise ValueError(f"{self.path}: {self.arch}.{key} is {value}, expected at least 1")
-        return value
+# Beyond these bounds float32 arithmetic gives zeros or NaN, not another model.
+_RMS_EPS = number(1e-30, 1.0)
+_ROPE_BASE = number(1.0, 1e30)
 
 
 def _vocab_size(keys: _Keys) -> int:
     """Rows of the embedding: the tokens of the file or, without a tokenizer, its own key."""
-    tokens = keys.metadata.get("tokenizer.ggml.tokens")
-    return len(tokens) if tokens else keys.positive("vocab_size")
+    tokens = keys.file.read("tokenizer.ggml.tokens", texts(), [])
+    return len(tokens) or keys.read("vocab_size", integer(1))
+
+
+def _expert_width(keys: _Keys, family: _Family, n_layers: int, experts_per_token: int) -> int:
+    """Hidden width of one expert; 0 or no key of its own is llama.cpp's "not said" (qwen3moe)."""
+    width = of_every_layer(integer(1), n_layers)
+    derived = family.expert_width_key != "feed_forward_length"
+    if derived and not keys.unchecked(family.expert_width_key):
+        dense = keys.unchecked("feed_forward_length")
+        if dense is not None:
+            return keys.read("feed_forward_length", width) // experts_per_token
+    return keys.read(family.expert_width_key, width)
 
 
 def _refuse_features(keys: _Keys, family: _Family) -> None:
     """Refuses every key whose value would change the arithmetic and that we do not compute."""
     softmax = 1  # gguf.ExpertGatingFuncType.SOFTMAX; 0 is "not said"
     neutral = {
-        "rope.scaling.type": ("none",),
-        "rope.scaling.factor": (1.0, 0.0),  # 0 is llama.cpp's "not said"
-        "rope.scale_linear": (1.0, 0.0),
+        "rope.scaling.type": ("none", "linear", "yarn", "longrope"),  # all equal at factor 1
         "rope.scaling.attn_factor": (1.0,),
+        "rope.scaling.yarn_attn_factor": (1.0,),
         "expert_weights_scale": (1.0, 0.0),
         "expert_weights_norm": (family.renormalise_topk,),
         "expert_gating_func": (softmax, 0),
@@ -264,15 +275,20 @@ def _refuse_features(keys: _Keys, family: _Family) -> None:
         "final_logit_softcapping": (0.0,),
         "logit_scale": (1.0, 0.0),
     }
+    if keys.unchecked("rope.scaling.type") != "none":  # with "none", llama.cpp takes no factor
+        factor = "rope.scaling.factor"
+        if keys.unchecked(factor) is None:
+            factor = "rope.scale_linear"  # its old name
+        neutral[factor] = (1.0, 0.0)  # 0 is "not said"
     for key, allowed in neutral.items():
-        value = keys.get(key, allowed[0])
+        value = keys.unchecked(key, allowed[0])
         if value not in allowed:
             raise NotImplementedError(
-                f"{keys.path}: {keys.arch}.{key} is {value!r}; supported are models where it is "
-                f"{allowed[0]!r} or absent"
+                f"{keys.path}: {keys.arch}.{key} is {shown(value)}; supported are models where it "
+                f"is {allowed[0]!r} or absent"
             )
-    window = keys.integer("attention.sliding_window", 0)
-    context = keys.positive("context_length")
+    window = keys.read("attention.sliding_window", integer(0, 2**32 - 1), 0)
+    context = keys.read("context_length", integer(1))
     if 0 < window < context:
         raise NotImplementedError(
             f"{keys.path}: attention over a sliding window of {window} tokens in a context of "
@@ -282,7 +298,7 @@ def _refuse_features(keys: _Keys, family: _Family) -> None:
 
 def _check_numbers(keys: _Keys, config: ModelConfig) -> None:
     """Relations between hyperparameters that no tensor shape would show."""
-    value_dim = keys.positive("attention.value_length", config.head_dim)
+    value_dim = keys.read("attention.value_length", integer(1), config.head_dim)
     if value_dim != config.head_dim:
         raise NotImplementedError(
             f"{keys.path}: heads of {config.head_dim} (key_length) and {value_dim} (value_length); "
@@ -304,8 +320,6 @@ def _check_numbers(keys: _Keys, config: ModelConfig) -> None:
             f"{config.experts_per_token} experts per token, expected at most the number of "
             + (f"experts, {config.n_experts}")
         )
-    elif config.rms_eps <= 0 or config.rope_base <= 0:
-        broken = f"rms_eps={config.rms_eps}, rope_base={config.rope_base}, expected both above 0"
     if broken:
         raise ValueError(f"{keys.path}: the metadata gives {broken}; convert the model again")
 
@@ -324,19 +338,31 @@ _REFUSED_TENSORS = (
 )  # fmt: skip
 
 
+def _divides_by_one(tensor: TensorInfo) -> bool:
+    """Whether this is `rope_freqs.weight` that leaves every frequency as it is."""
+    is_floats = tensor.name == "rope_freqs.weight" and tensor.format == "F32"
+    return is_floats and tensor.nbytes > 0 and bool((tensor.raw.view("<f4") == 1).all())
+
+
 def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     wanted = tensor_shapes(config)
     path = file.paths[0]
-    for name in file.tensors.keys() - wanted.keys():
+    unknown = {
+        name
+        for name in file.tensors.keys() - wanted.keys()
+        if not _divides_by_one(file.tensors[name])
+    }
+    for name in unknown:
         for pattern, what in _REFUSED_TENSORS:
             if re.fullmatch(pattern, name):
-                raise NotImplementedError(f"{path}: tensor {name!r} means {what}")
+                raise NotImplementedError(f"{path}: tensor {shown(name)} means {what}")
     # A foreign tensor is reported before a missing one: it says more about what the file is.
-    foreign = sorted(file.tensors.keys() - wanted.keys())
+    foreign = sorted(unknown)
     if foreign:
         raise NotImplementedError(
-            f"{path}: tensor {foreign[0]!r} is no part of {config.arch} with {config.n_layers} "
-            f"layers as we compute it; supported roles are {', '.join(_layer_shapes(config))}"
+            f"{path}: tensor {shown(foreign[0])} is no part of {config.arch} with "
+            f"{config.n_layers} layers as we compute it; supported roles are "
+            f"{', '.join(_layer_shapes(config))}"
         )
     for name, shape in wanted.items():
         if name not in file.tensors:

@@ -77,7 +77,7 @@ def shown(value: Any) -> str:
     if isinstance(value, list):
         return f"a list of {len(value)}" + (f" ({shown(value[0])}, …)" if value else "")
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:50]}… ({len(value)} characters)"
+    return text if len(text) <= 60 else f"{text[:50]}… ({len(text)} characters)"
 
 
 def text() -> Kind[str]:
@@ -96,15 +96,15 @@ def flag() -> Kind[bool]:
     return Kind("true or false", check)
 
 
-def integer(low: int = 0, high: int = INT32_MAX) -> Kind[int]:
-    """An integer from `low` to `high`, both included; a float is none."""
+def integer(low: int = 0, high: int = INT32_MAX, why: str = "") -> Kind[int]:
+    """An integer from `low` to `high`, both included; a float is none. `why` explains `high`."""
 
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise Wrong(shown(value))
         return value
 
-    return Kind(f"an integer from {low} to {high}", check)
+    return Kind(f"an integer from {low} to {high}{why and f' ({why})'}", check)
 
 
 def number(low: float = -FLOAT32_MAX, high: float = FLOAT32_MAX) -> Kind[float]:

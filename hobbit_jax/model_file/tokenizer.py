@@ -45,6 +45,7 @@ _WHOLE_WORDS_AND_BOS = (
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
     "jina-v5-nano",
 )
+_WHOLE_WORDS = ("glm4",)  # a whole word is a token there too, but no text begins with BOS
 # Expressions, each splitting the pieces that the one before has left, and the values of
 # tokenizer.ggml.pre that llama.cpp maps to them.
 _EXPRESSIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -124,14 +125,16 @@ class Tokenizer:
         model = file.read("tokenizer.ggml.model", metadata.text())
         if model not in ("gpt2", "llama"):
             raise NotImplementedError(
-                f"{file.paths[0]}: tokenizer.ggml.model is {model!r}; supported are 'gpt2' "
-                "(byte-level BPE) and 'llama' (SentencePiece BPE)"
+                f"{file.paths[0]}: tokenizer.ggml.model is {metadata.shown(model)}; supported are "
+                "'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)"
             )
         tokens = _named_tokens(file.read("tokenizer.ggml.tokens", metadata.texts(least=1)))
         vocabulary = {token: i for i, token in enumerate(tokens)}
         if len(vocabulary) != len(tokens):
             first = next(t for i, t in enumerate(tokens) if vocabulary[t] != i)
-            raise ValueError(f"{file.paths[0]}: token {first!r} appears twice, expected once")
+            raise ValueError(
+                f"{file.paths[0]}: token {metadata.shown(first)} appears twice, expected once"
+            )
         types = file.read(
             "tokenizer.ggml.token_type", metadata.integers(-(2**31)), [1] * len(tokens)
         )
@@ -319,7 +322,7 @@ def _byte_level(
         pre = "default"
     if pre not in _PRE_TOKENIZERS:
         raise NotImplementedError(
-            f"{file.paths[0]}: tokenizer.ggml.pre is {pre!r}; supported are "
+            f"{file.paths[0]}: tokenizer.ggml.pre is {metadata.shown(pre)}; supported are "
             f"{', '.join(filter(None, _PRE_TOKENIZERS))}"
         )
     merges = file.read("tokenizer.ggml.merges", metadata.texts())
@@ -331,15 +334,16 @@ def _byte_level(
     for left, right in pairs:
         if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
             raise ValueError(
-                f"{file.paths[0]}: merge {left + ' ' + right!r} uses a token outside the "
-                "vocabulary, expected all three inside; convert the model again"
+                f"{file.paths[0]}: merge {metadata.shown(left + ' ' + right)} uses a token outside "
+                "the vocabulary, expected all three inside; convert the model again"
             )
-    whole_words = pre in _WHOLE_WORDS_AND_BOS
+    begins = pre in _WHOLE_WORDS_AND_BOS
+    whole_words = begins or pre in _WHOLE_WORDS
     library = _LibraryTokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole_words))
     splits = [pre_tokenizers.Split(Regex(e), "isolated") for e in _PRE_TOKENIZERS[pre]]
     to_byte_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_byte_characters])
-    return lambda text: library.encode(text, add_special_tokens=False).ids, {"add_bos": whole_words}
+    return lambda text: library.encode(text, add_special_tokens=False).ids, {"add_bos": begins}
 
 
 def _sentencepiece(

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from hobbit_jax.peers.memory import PeakWatch, ResidentBytes
+from hobbit_jax.evals.measure import Turn
+from hobbit_jax.evals.process_memory import PeakWatch, ResidentBytes
 from hobbit_jax.peers.side import SideSpec
 
 _DEFAULTS = {
@@ -76,9 +77,10 @@ class Child:
         shape = self._ask({"do": "score", "ids": ids_T.tolist(), "out": str(out)})
         return np.fromfile(out, np.float32).reshape(shape)
 
-    def turn(self, ids_S: np.ndarray, prompt_tokens: int) -> dict[str, Any]:
-        """See `side.timed_turn`."""
-        return self._ask({"do": "turn", "ids": ids_S.tolist(), "prompt_tokens": prompt_tokens})
+    def turn(self, ids_S: np.ndarray, prompt_tokens: int) -> Turn:
+        """See `measure.timed_turn`."""
+        request = {"do": "turn", "ids": ids_S.tolist(), "prompt_tokens": prompt_tokens}
+        return Turn.from_json(self._ask(request))
 
     def facts(self) -> dict[str, Any]:
         """See `Side.facts`."""

@@ -1,10 +1,8 @@
 """Our engine and one peer on the same tokens, in one run, in turns.
 
-Owns the order of things and the row that comes of it. Both programs are loaded at once, each in its
-own process and bound to the same cores, and never work at the same time. Windows are scored by one
-and then the other; decode rows are timed in turns, the first to go changing from row to row, so
-that a busy machine slows both alike and a ratio is taken within a turn. The first row warms up and
-is not counted.
+Owns the order of things and the record that comes of it. Both programs are loaded at once, each in
+its own process and bound to the same cores, and never work at the same time. Windows are scored by
+one and then the other; decode rows are timed in turns (`evals/measure.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +12,8 @@ import hashlib
 import importlib.util
 import os
 import tempfile
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,19 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax import reference
+from hobbit_jax.evals.measure import Measurement, measure
+from hobbit_jax.evals.process_memory import ResidentBytes
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.peers.agreement import AgreementMeter
 from hobbit_jax.peers.child import Child, environment
-from hobbit_jax.peers.memory import ResidentBytes
 from hobbit_jax.peers.side import SideSpec
+from hobbit_jax.record import Benchmark, Measured, Record, combined, measured
+from hobbit_jax.statistics import spread
 
+STUDY, SIDES = "baselines", ("ours", "baseline")
 OURS = "hobbit_jax.peers.ours:Ours"
 # Peer → its side, the packages it imports, and the extra that installs them.
 PEERS = {
@@ -85,8 +89,8 @@ class Request:
     threads: int
 
 
-def compare_model(request: Request) -> dict[str, Any]:
-    """The row of a comparison.
+def compare_model(request: Request) -> Record:
+    """The record of a comparison.
 
     Raises:
         NotImplementedError: the peer's library is not installed, or what it cannot do.
@@ -117,24 +121,43 @@ def compare_model(request: Request) -> dict[str, Any]:
     )
     options = {"mode": request.torch_mode} if request.peer == "torch" else budget
     peer = SideSpec(factory, {**shared, **options}, request.threads)
-    measured = compare(ours, peer, windows.ids_WS, rows.ids_WS, request.prompt_tokens)
-    return {
-        "model": {
-            "name": request.model.name,
-            "sha256": file.sha256(),
-            "architecture": config.arch,
-            "bytes": file.file_bytes,
-        },
-        "text": {
-            "name": "shipped held-out text" if request.text is None else request.text.name,
-            "sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
-            "context": request.context,
-        },
-        "threads": request.threads,
+    began = time.monotonic()
+    found, here = compare(ours, peer, windows.ids_WS, rows.ids_WS, request.prompt_tokens)
+    about = {
+        "model_bytes": file.file_bytes,
+        "architecture": config.arch,
+        "text": "shipped held-out text" if request.text is None else request.text.name,
+        "windows_begin_with_bos": "yes" if windows.begin_with_bos else "no",
         "omp_wait_policy": environment()["OMP_WAIT_POLICY"],
-        "budget_bytes": request.budget_bytes,
-        **measured,
     }
+    hashes = {
+        "model": file.sha256(),
+        "text": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+    }
+    return Record(
+        study=STUDY,
+        asked=_asked(request),
+        **vars(combined(found, measured(about), Measured(file_sha256=hashes))),
+        **here,
+        seconds=round(time.monotonic() - began, 2),
+    )
+
+
+def _asked(request: Request) -> Benchmark:
+    setting = {
+        "model": request.model.name,
+        "baseline": request.peer,
+        "threads": request.threads,
+        "budget_bytes": request.budget_bytes,
+        "windows": request.windows,
+        "context": request.context,
+        "turns": request.turns,
+        "prompt_tokens": request.prompt_tokens,
+        "decode_tokens": request.decode_tokens,
+    }
+    # Only where they were asked for: they are a part of the record's identity.
+    further = {"torch_mode": request.torch_mode, "implementation": request.implementation}
+    return Benchmark(STUDY, {**setting, **{k: v for k, v in further.items() if v is not None}})
 
 
 def compare(
@@ -143,8 +166,8 @@ def compare(
     windows_WS: np.ndarray,
     rows_RS: np.ndarray,
     prompt_tokens: int,
-) -> dict[str, Any]:
-    """Runs both and returns the measured part of a row.
+) -> tuple[Measured, dict[str, Any]]:
+    """Runs both; the measured part of a record, and the fields that say what it ran on.
 
     Args:
         ours: our side.
@@ -163,23 +186,28 @@ def compare(
         with Child(peer, "peer") as other:
             loaded = loaded_own, other.loaded()
             agreement = _agreement(own, other, windows_WS)
-            speed = _speed(own, other, rows_RS, prompt_tokens)
+            found = measure(
+                dict(zip(SIDES, (own.turn, other.turn), strict=True)), rows_RS, prompt_tokens
+            )
             facts = own.facts(), other.facts()
             peaks = own.finish(), other.finish()
+    here = facts[0].pop("machine")
     sides = {}
-    for name, start, fact, peak in zip(("ours", "peer"), loaded, facts, peaks, strict=True):
+    for name, start, fact, peak in zip(SIDES, loaded, facts, peaks, strict=True):
         memory = {"before_model": start["before_model"], "peak": _as_dict(peak)}
-        sides[name] = {**fact, "load_s": start["load_s"], "memory": memory}
+        counts = found[name].counts
+        rate = {"decode_hit_rate": counts and counts.hit_rate}
+        sides[name] = {**fact, **rate, "load_s": start["load_s"], "memory": memory}
     # Of the machine, over a minute: 1 is what a comparison makes itself on one core.
-    load = {"before": load_before, "after": os.getloadavg()[0]}
-    return {**sides, "agreement": agreement, "speed": speed, "load_average": load}
+    sides["load_average"] = {"before": load_before, "after": os.getloadavg()[0]}
+    return combined(agreement, measured(_speed(found)), measured(sides)), here
 
 
 def _as_dict(resident: ResidentBytes | None) -> dict[str, int] | None:
     return None if resident is None else dataclasses.asdict(resident)
 
 
-def _agreement(own: Child, other: Child, windows_WS: np.ndarray) -> dict[str, Any]:
+def _agreement(own: Child, other: Child, windows_WS: np.ndarray) -> Measured:
     meter = AgreementMeter()
     with tempfile.TemporaryDirectory() as directory:
         passing = Path(directory) / "logits"
@@ -187,40 +215,27 @@ def _agreement(own: Child, other: Child, windows_WS: np.ndarray) -> dict[str, An
             ours_TV = own.score(ids_S[:-1], passing)
             peer_TV = other.score(ids_S[:-1], passing)
             meter.add(ours_TV, peer_TV, ids_S[1:])
-    return dataclasses.asdict(meter.result())
-
-
-def _speed(own: Child, other: Child, rows_RS: np.ndarray, prompt_tokens: int) -> dict[str, Any]:
-    turns: dict[Child, list[dict[str, Any]]] = {own: [], other: []}
-    for number, ids_S in enumerate(tqdm(rows_RS, desc="turns", unit="row", leave=False)):
-        for side in (own, other) if number % 2 else (other, own):
-            turns[side].append(side.turn(ids_S, prompt_tokens))
-    decoded = rows_RS.shape[1] - prompt_tokens
-    first_token_s, decode_s = (
-        [np.array([turn[key] for turn in turns[side][1:]]) for side in (own, other)]
-        for key in ("first_token_s", "decode_s")
-    )
-    chosen = [np.array([turn["chosen"] for turn in turns[side][1:]]) for side in (own, other)]
-
-    def both(values: list[np.ndarray]) -> dict[str, Any]:
-        ours, peer = values
-        return {"ours": spread(ours), "peer": spread(peer), "ratio": spread(ours / peer)}
-
-    return {
-        "turns": len(rows_RS) - 1,
-        "prompt_tokens": prompt_tokens,
-        "decode_tokens": decoded,
-        "decode_tokens_per_second": both([decoded / seconds for seconds in decode_s]),
-        "prefill_tokens_per_second": both([prompt_tokens / s for s in first_token_s]),
-        "first_token_s": both(first_token_s),
-        "same_greedy_token": float((chosen[0] == chosen[1]).mean()),
+    found = meter.result()
+    apart = {
+        "windows": found.windows,
+        "logit_max_difference": found.logit_max_difference,
+        "logit_rms_difference": found.logit_rms_difference,
+        "logit_std": found.logit_std,
+        "perplexity_baseline": found.perplexity_peer,
+        "perplexity_difference": found.perplexity_difference,
     }
+    return combined(found.comparison.measured(), measured(apart))
 
 
-def spread(values: np.ndarray) -> dict[str, float]:
-    """Median, and range."""
-    return {
-        "median": float(np.median(values)),
-        "low": float(values.min()),
-        "high": float(values.max()),
-    }
+def _speed(found: Mapping[str, Measurement]) -> dict[str, Any]:
+    """Times of both, and ratios within a turn; the share of tokens on which both agree."""
+    sides = [found[name] for name in SIDES]
+
+    def both(name: str) -> dict[str, Any]:
+        own_R, other_R = (getattr(side, name) for side in sides)
+        spreads = (spread(own_R), spread(other_R), spread(own_R / other_R))
+        return dict(zip((*SIDES, "ratio"), spreads, strict=True))
+
+    own, other = (np.array([turn.chosen for turn in side.turns]) for side in sides)
+    timed = ("decode_tokens_per_s", "prefill_tokens_per_s", "first_token_s")
+    return {**{n: both(n) for n in timed}, "same_greedy_token": float((own == other).mean())}

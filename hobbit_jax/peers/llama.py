@@ -86,12 +86,12 @@ class LlamaCpp:
         return self._append(ids_T, every=True).copy()
 
     def prefill(self, ids_T: np.ndarray) -> int:
-        """See `Side.prefill`."""
+        """See `Program.prefill`."""
         self._clear()
         return int(self._append(ids_T).argmax())
 
     def decode(self, token: int) -> int:
-        """See `Side.decode`."""
+        """See `Program.decode`."""
         return int(self._append(np.asarray([token])).argmax())
 
     def _clear(self) -> None:
@@ -115,6 +115,9 @@ class LlamaCpp:
         rows = count if every else 1
         address = llama_cpp.llama_get_logits(self._ctx)
         return np.ctypeslib.as_array(address, (rows, self._vocab))
+
+    def counts(self) -> None:
+        """See `Program.counts`: it counts nothing."""
 
     def facts(self) -> dict[str, Any]:
         """See `Side.facts`."""

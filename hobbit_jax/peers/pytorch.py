@@ -57,12 +57,12 @@ class PyTorch:
         return output.logits[0].float().cpu().numpy()
 
     def prefill(self, ids_T: np.ndarray) -> int:
-        """See `Side.prefill`."""
+        """See `Program.prefill`."""
         self._cache = None
         return self._append(ids_T)
 
     def decode(self, token: int) -> int:
-        """See `Side.decode`."""
+        """See `Program.decode`."""
         return self._append(np.asarray([token]))
 
     @torch.inference_mode()
@@ -73,6 +73,9 @@ class PyTorch:
 
     def _ids(self, ids_T: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(ids_T[None].astype(np.int64)).to(self._device)
+
+    def counts(self) -> None:
+        """See `Program.counts`: it counts nothing."""
 
     def facts(self) -> dict[str, Any]:
         """See `Side.facts`."""

@@ -1,7 +1,7 @@
 """What a program must do to be compared, and the child process in which it does it.
 
-Owns the interface, the line protocol between the comparison and its children, and the clock: every
-program is timed by the same lines of this file. Run as `python -m hobbit_jax.peers.side SPEC` by
+Owns the interface and the line protocol between the comparison and its children; every program is
+timed by `evals/measure.py`. Run as `python -m hobbit_jax.peers.side SPEC` by
 `child.py`. A child of its own for each program keeps their memory, threads and libraries apart.
 The child ends when its input does, so none survives the comparison.
 """
@@ -20,22 +20,15 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from hobbit_jax.peers.memory import read_resident
+from hobbit_jax.evals.measure import Program, timed_turn
+from hobbit_jax.evals.process_memory import read_resident
 
 
-class Side(Protocol):
+class Side(Program, Protocol):
     """One program with one model loaded; one sequence at a time."""
 
     def score(self, ids_T: np.ndarray) -> np.ndarray:
         """Teacher-forced float32 logits [T, V] of a fresh sequence, int32 ids."""
-        ...
-
-    def prefill(self, ids_T: np.ndarray) -> int:
-        """Begins a fresh sequence; the most probable next token, known to the host."""
-        ...
-
-    def decode(self, token: int) -> int:
-        """Appends one token; the most probable next one, known to the host."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -76,24 +69,6 @@ def restrict_threads(threads: int) -> None:
     os.sched_setaffinity(0, cores[:threads])
 
 
-def timed_turn(side: Side, ids_S: np.ndarray, prompt_tokens: int) -> dict[str, Any]:
-    """Prefills the first `prompt_tokens` of a row and decodes the rest, forced.
-
-    Each step ends when the host knows the most probable next token, as in greedy generation.
-    """
-    began = time.perf_counter()
-    chosen = [side.prefill(ids_S[:prompt_tokens])]
-    prefilled = time.perf_counter()
-    for token in ids_S[prompt_tokens:]:
-        chosen.append(side.decode(int(token)))
-    ended = time.perf_counter()
-    return {
-        "first_token_s": prefilled - began,
-        "decode_s": ended - prefilled,
-        "chosen": chosen,
-    }
-
-
 def _answer(side: Side, request: dict[str, Any]) -> Any:
     match request:
         case {"do": "score", "ids": ids, "out": out}:
@@ -103,7 +78,7 @@ def _answer(side: Side, request: dict[str, Any]) -> Any:
                 file.write(logits_TV.data)
             return list(logits_TV.shape)
         case {"do": "turn", "ids": ids, "prompt_tokens": prompt_tokens}:
-            return timed_turn(side, np.asarray(ids, np.int32), prompt_tokens)
+            return timed_turn(side, np.asarray(ids, np.int32), prompt_tokens).to_json()
         case {"do": "facts"}:
             return side.facts()
     raise RuntimeError(f"the comparison asked for {request!r}")

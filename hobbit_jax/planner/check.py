@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from hobbit_jax.cache.trace import Trace
-from hobbit_jax.evals.decode_bench import Measured, compare
+from hobbit_jax.evals.decode_bench import Decoded, compare
 from hobbit_jax.evals.decode_bench import Setting as BenchSetting
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
@@ -32,7 +32,8 @@ from hobbit_jax.planner.traffic import Setting, replay_setting
 from hobbit_jax.statistics import spread
 
 MIB = 2**20
-CLOCKS = ("seconds", "cpu_seconds")  # of `Measured`: the wall's, and all processors' of the process
+# The wall's seconds, and those of all processors of the process.
+CLOCKS = {"seconds": "decode_s", "cpu_seconds": "decode_cpu_s"}
 # So fast that it takes no time: a fitted cost of 0 has no bandwidth.
 _FREE_GB_S = 1e9
 
@@ -91,21 +92,23 @@ def record_routing(
     return Trace("recorded", ids_TLK, weights_TLK, np.asarray(positions), model.config.n_experts)
 
 
-def counted_traffic(case: Case, found: Measured, model: PlannedModel, context: int) -> Traffic:
+def counted_traffic(case: Case, decoded: Decoded, model: PlannedModel, context: int) -> Traffic:
     """What the engine counted, for the cost model; an expert's bytes are its tier's mean."""
     config, store = model.config, model.store(case.setting.low_format)
+    found, tokens = decoded.measurement.counts, decoded.measurement.tokens
+    assert found is not None  # every case is an engine
     sizes = [
         store.tier_bytes(t) / config.n_layers / config.n_experts for t in range(len(store.tiers))
     ]
-    low = 1.0 if case.setting.asked == "low" else found.degraded / found.selections
-    served = found.selections / found.tokens * (1 - found.skipped / found.selections)
+    low = 1.0 if case.setting.asked == "low" else found.demoted / found.selections
+    served = found.selections / tokens * (1 - found.skipped / found.selections)
     return Traffic(
         layers=config.n_layers,
         dense_bytes=model.dense_read_bytes,
         kv_bytes=model.kv_cache_bytes(context),
         expert_bytes=served * ((1 - low) * sizes[0] + low * sizes[-1]),
-        exits=found.exits / found.tokens,
-        moved_bytes=found.bytes_moved / found.tokens,
+        exits=found.host_round_trips / tokens,
+        moved_bytes=found.bytes_moved / tokens,
     )
 
 
@@ -175,7 +178,7 @@ def check(
             {
                 "setting": case.name,
                 "calibrates": case.calibrates,
-                "hit_rate": found.hits / found.uses,
+                "hit_rate": found.measurement.counted_figures()["hit_rate"],
                 "hit_rate_replayed": outcome.hit_rate,
                 "exits": traffic.exits,
                 "exits_replayed": outcome.traffic.exits,
@@ -187,13 +190,17 @@ def check(
             )
         ],
         "link_gb_s": link_gb_s,
-        "turns": len(measured[0].seconds),
-        "tokens_of_a_turn": measured[0].tokens / len(measured[0].seconds),
+        "turns": len(measured[0].measurement.turns),
+        "tokens_of_a_turn": _tokens_of_a_turn(measured[0]),
         "times": {
-            clock: _compare_times(listed, measured, clock, counted, [o.traffic for o in replayed])
-            for clock in CLOCKS
+            clock: _compare_times(listed, measured, name, counted, [o.traffic for o in replayed])
+            for clock, name in CLOCKS.items()
         },
     }
+
+
+def _tokens_of_a_turn(decoded: Decoded) -> float:
+    return decoded.measurement.tokens / len(decoded.measurement.turns)
 
 
 def _pool_bytes(case: Case, planned: PlannedModel) -> int:
@@ -202,14 +209,14 @@ def _pool_bytes(case: Case, planned: PlannedModel) -> int:
 
 def _compare_times(
     listed: Sequence[Case],
-    measured: Sequence[Measured],
-    clock: str,
+    measured: Sequence[Decoded],
+    name: str,
     counted: Sequence[Traffic],
     replayed: Sequence[Traffic],
 ) -> dict[str, Any]:
     """Constants fitted in each turn, and each case's predictions over its times, in that order."""
-    seconds_CR = np.array([getattr(found, clock) for found in measured])
-    seconds_CR = seconds_CR * len(measured[0].seconds) / measured[0].tokens
+    seconds_CR = np.array([getattr(found.measurement, name) for found in measured])
+    seconds_CR = seconds_CR / _tokens_of_a_turn(measured[0])
     fitted = [i for i, case in enumerate(listed) if case.calibrates]
     machines = [
         fit([counted[i] for i in fitted], seconds_CR[fitted, turn].tolist())

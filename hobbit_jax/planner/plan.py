@@ -28,7 +28,7 @@ from hobbit_jax.planner.traffic import (
     replay_setting,
 )
 
-# The summary of `scripts/check_plan.py`, as it was last recorded.
+# The summary of `scripts/dev/check_plan.py`, as it was last recorded.
 CHECK = Path(__file__).with_name("check.json")
 GIB = 2**30
 CPU_MOE, N_CPU_MOE, HOT_ON_DEVICE = (

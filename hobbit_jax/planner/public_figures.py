@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hobbit_jax.model_file.architecture import ModelConfig
+from hobbit_jax.model_file.presets import PRESETS
 from hobbit_jax.planner.cost_model import Machine, Traffic, token_time
 from hobbit_jax.planner.hardware import CARDS
 from hobbit_jax.planner.plan import GIB
 from hobbit_jax.planner.routing import made_up
 from hobbit_jax.planner.shapes import PlannedModel, model_of_shapes, preset_model
 from hobbit_jax.planner.traffic import all_on_cpu, hot_on_device
-from hobbit_jax.synthetic.presets import PRESETS
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from hobbit_jax.model_file.architecture import (
     tensor_shapes,
 )
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf
-from hobbit_jax.synthetic.presets import PRESETS
-from hobbit_jax.synthetic.type_mix import q4_k_m_format
+from hobbit_jax.model_file.presets import PRESETS
+from hobbit_jax.quantize.type_mix import q4_k_m_format
 
 # Tokens of one prefill step, `Engine`'s default.
 CHUNK_TOKENS = 2048

@@ -4,7 +4,7 @@ Owns the checks, the chunking over cores, and which search and layout make which
 chosen in `scale_search` and `single_scale`, bytes laid out in `block_layouts`; decoding is
 `pallas_kernels.formats`.
 
-Errors and speeds beside ggml's own: docs/encoders.md, which `scripts/bench_encoders.py` makes.
+Errors and speeds beside ggml's own: docs/encoders.md, which `scripts/dev/bench_encoders.py` makes.
 
 Shape letters: N rows, K columns; inside, G blocks, W weights of a block, P bytes.
 """

@@ -1,7 +1,7 @@
 """The reference model that ships with the package, and the text it never saw.
 
 Owns the paths to package data. `reference-q4_k_m.gguf` was trained by
-`scripts/train_reference.py`; `held_out.jsonl.gz` holds the standard-library
+`scripts/reference_model/train_reference.py`; `held_out.jsonl.gz` holds the standard-library
 files kept from training, each marked for calibration or for evaluation, so
 that every machine measures on the same text. MODEL_CARD.md tells the rest.
 """
@@ -23,8 +23,8 @@ def _package_file(name: str) -> Path:
     path = Path(str(resources.files(__name__))) / name
     if not path.is_file():
         raise FileNotFoundError(
-            f"{name} is not in the package; train it with scripts/train_reference.py or give "
-            "--model M.gguf"
+            f"{name} is not in the package; train it with "
+            "scripts/reference_model/train_reference.py or give --model M.gguf"
         )
     return path
 

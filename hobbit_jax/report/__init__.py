@@ -1,10 +1,5 @@
-"""The room that answers: from a sweep's rows to its decision document.
+"""The decision document: two pages for the reader who decides, an appendix for the one who checks.
 
-Read in this order: `results` (the types) and `read_results` (the files), `comparisons` (what
-"better" means), `verdict` (the rule), `threats`, `figures`, `markdown` and `document` (the
-text), `writer` (the files it leaves). No module here touches a model or imports JAX.
+`sweep` and `frontier` have the records as plans, `paired` their differences, `verdict` the rule,
+`answers` the words; `*_tables` say which metric stands in which column; `document` writes.
 """
-
-from hobbit_jax.report.writer import write_report
-
-__all__ = ["write_report"]

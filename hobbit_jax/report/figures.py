@@ -1,7 +1,7 @@
-"""The three figures of the decision document, drawn from rows alone.
+"""The figures of the decision document, drawn from records alone.
 
-Owns how the document looks in pixels. The same rows give the same PNG bytes: default style whatever
-the user's matplotlibrc says, no date, no software version.
+Owns how the document looks in pixels. The same records give the same PNG bytes: default style
+whatever the user's matplotlibrc says, no date, no software version.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hobbit_jax.report.comparisons import uniform_points, use_shares
-from hobbit_jax.report.results import MIB, NATIVE, RANDOM, UNIFORM, Plan, Results, Row
+from hobbit_jax.record import MissModeTrial, Native, Record, Uniform
+from hobbit_jax.report.frontier import ENCODERS, Averaged, Frontier
+from hobbit_jax.report.sweep import RANDOM, Sweep, low_format, trial
+from hobbit_jax.report.table import MIB
 from hobbit_jax.statistics import Interval
 
-NAMES = ("quality_vs_bytes.png", "speed_vs_budget.png", "expert_use.png")
 DPI = 110
 # Okabe and Ito's colours: told apart by colour-blind readers too. Black is the control.
 _COLOURS = {
@@ -28,148 +29,166 @@ _COLOURS = {
     "frequency": "#0072B2",
     "accumulated_weight": "#009E73",
     "sensitivity": "#56B4E9",
-    "residency": "#8C564B",
+    "miss mode": "#8C564B",
     "hybrid": "#CC79A7",
-    NATIVE: "#555555",
-    UNIFORM: "#E69F00",
     RANDOM: "#000000",
 }
-_SPARE = ("#F0E442", "#7F3C8D", "#999933", "#882255")
+_ENCODER_COLOURS: dict[str, str] = dict(
+    zip(ENCODERS, ("#999999", "#F0E442", "#7F3C8D", "#E69F00"), strict=True)
+)
+_UNIFORM = _ENCODER_COLOURS[ENCODERS[-1]]
 _MARKERS = ("o", "s", "D", "^", "v")
-_CONTROL_MARKERS = ("x", "+", "1", "2", "3")
+_KL_AXIS = "mean KL to native, nats a token"
 
 
-def quality_vs_bytes(results: Results, kl_limit: float) -> bytes | None:
-    """KL against total expert bytes, one point per plan; None where no mixed plan has a KL."""
-    points = {p: point for p in results.plans if p.is_mixed and (point := _point(results, p))}
-    plans = list(points)
-    if not plans:
+def _kind(record: Record) -> str:
+    plan = trial(record).plan
+    return "miss mode" if isinstance(plan, MissModeTrial) else getattr(plan, "score", "")
+
+
+def kl_against_bytes_moved(sweep: Sweep, kl_limit: float) -> bytes | None:
+    """KL against bytes moved a token, a panel a budget; None without a mixed plan."""
+    shown = [
+        r
+        for r in sweep.records
+        if r.interval("kl_mean_nats") and r.metrics.get("bytes_moved_per_token") is not None
+    ]
+    mixed = [r for r in shown if not isinstance(trial(r).plan, Native | Uniform)]
+    if not mixed:
         return None
-    formats = sorted({plan.low_format or "" for plan in plans})
-    signals = list(dict.fromkeys(plan.signal for plan in plans))
-    sizes = [size for size, _ in points.values()]
-    lines = [uniform_points(model, results) for model in sorted({p.model for p in plans})]
-    sizes += [size / MIB for line in lines for _, size, _ in line]
-    step = 0.006 * (max(sizes) - min(sizes))
+    formats = sorted({low_format(r) or "" for r in mixed})
+    kinds = list(dict.fromkeys(map(_kind, mixed)))
+    budgets = sorted({trial(r).budget_mib for r in shown})
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+        for axes, budget in zip(panels, budgets, strict=True):
+            here = [r for r in shown if trial(r).budget_mib == budget]
+            line = [r for r in here if isinstance(trial(r).plan, Native | Uniform)]
+            line.sort(key=lambda r: r.metrics["bytes_moved_per_token"] or 0)
+            xs = [(r.metrics["bytes_moved_per_token"] or 0) / MIB for r in line]
+            ys = [r.metrics["kl_mean_nats"] or 0 for r in line]
+            axes.plot(xs, ys, "*", color=_UNIFORM, markersize=12, zorder=5)
+            # Straight in KL, so curved on this axis: drawn as what mixes are compared with.
+            between = np.linspace(min(xs, default=0), max(xs, default=0), 200)
+            if line:
+                axes.plot(between, np.interp(between, xs, ys), "--", color=_UNIFORM, zorder=1)
+            for record in here:
+                if record not in line:
+                    marker = "x" if _kind(record) == RANDOM else _marker(formats, record)
+                    _mark(axes, record, marker)
+            axes.axhline(kl_limit, color="#AA0000", linestyle=":", linewidth=1)
+            axes.set_title(f"pool of {budget:g} MiB", fontsize=9)
+            axes.set_yscale("symlog", linthresh=1e-3)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("MiB moved a token")
+            axes.grid(alpha=0.25)
+        panels[0].set_ylabel(_KL_AXIS)
+        handles = [handle(_colour(k), "x" if k == RANDOM else "o", k) for k in kinds]
+        handles += [handle("#999999", _MARKERS[i % 5], f) for i, f in enumerate(formats)]
+        handles.append(handle(_UNIFORM, "*", "native and uniform quants, and their line"))
+        handles.append(Line2D([], [], color="#AA0000", linestyle=":", label="the rule's limit"))
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False
+        )
+
+    return png(draw, (9.6, 4.0))
+
+
+def _marker(formats: Sequence[str], record: Record) -> str:
+    return _MARKERS[formats.index(low_format(record) or "") % len(_MARKERS)]
+
+
+def _mark(axes: Axes, record: Record, marker: str) -> None:
+    kl = record.interval("kl_mean_nats")
+    assert kl is not None
+    x = (record.metrics["bytes_moved_per_token"] or 0) / MIB
+    _bars(axes, [(x, kl)], marker, _colour(_kind(record)), 5)
+
+
+def frontier(study: Frontier) -> bytes | None:
+    """KL against bytes read a selection: uniform quants by encoder, mixes by score."""
+    if not study.mixed:
+        return None
+    scores = list(dict.fromkeys(p.score for p in study.mixed))
+    encoders = [e for e in ENCODERS if any(p.encoder == e for p in study.uniform)]
+    others = [p for p in study.plans if p.text != study.own_text and isinstance(p.plan, Uniform)]
+
+    def points(plans: Sequence[Averaged]) -> list[tuple[float, Interval]]:
+        known = [(x, p.kl) for p in plans if (x := study.bytes_read(p)) is not None]
+        return sorted(known, key=lambda point: point[0])
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for line in lines:
-            _uniform_line(axes, line)
-        for plan, (size, kl) in points.items():
-            is_control = plan.signal == RANDOM
-            markers = _CONTROL_MARKERS if is_control else _MARKERS
-            shift = step * (signals.index(plan.signal) - (len(signals) - 1) / 2)
-            axes.errorbar(
-                size + shift,
-                kl.value,
-                yerr=[[max(0.0, kl.value - kl.low)], [max(0.0, kl.high - kl.value)]],
-                fmt=markers[formats.index(plan.low_format or "") % 5],
-                color=colour(plan.signal),
-                markersize=3 + 3 * is_control + 4 * plan.low_fraction,
-                elinewidth=1,
-                capsize=2,
-                zorder=3 if is_control else 4,
-            )
-        axes.axhline(kl_limit, color="#AA0000", linestyle=":", linewidth=1)
-        axes.margins(x=0.14)
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        axes.set_xlabel("bytes of all experts on the host, MiB (signals set apart sideways)")
-        axes.set_ylabel("mean KL to native, nats per token")
+        for name in encoders:
+            line = points([p for p in study.uniform if p.encoder == name])
+            xs, ys = [x for x, _ in line] + [1.0], [kl.value for _, kl in line] + [0.0]
+            axes.plot(xs, ys, "--", color=_ENCODER_COLOURS[name], linewidth=1)
+            _bars(axes, line, "*", _ENCODER_COLOURS[name], 11)
+        _bars(axes, points(others), "P", _UNIFORM, 8)
+        for score in scores:
+            plans = [p for p in study.mixed if p.score == score]
+            _bars(axes, points(plans), "x" if score == RANDOM else "o", _colour(score), 6)
+        axes.set_xlabel("bytes that one use of an expert reads, over native's")
+        axes.set_ylabel(_KL_AXIS)
+        axes.set_ylim(bottom=0.0)
         axes.grid(alpha=0.25)
-        handles = [handle(colour(s), "o", s) for s in signals if s != RANDOM]
-        for index, low in enumerate(formats):
-            handles.append(handle("#999999", _MARKERS[index % 5], f"low format {low}"))
-            if RANDOM in signals:
-                mark = _CONTROL_MARKERS[index % 5]
-                handles.append(handle(_COLOURS[RANDOM], mark, f"random control, {low}"))
-        handles.append(handle(_COLOURS[UNIFORM], "*", "uniform"))
-        handles.append(handle(_COLOURS[NATIVE], "P", "native, KL 0"))
-        handles.append(Line2D([], [], color="#AA0000", linestyle=":", label="the rule's limit"))
+        handles = [handle(_ENCODER_COLOURS[e], "*", f"uniform, {e}") for e in encoders]
+        if others:
+            handles.append(handle(_UNIFORM, "P", f"uniform, {ENCODERS[-1]}, other text"))
+        handles += [handle(_colour(s), "x" if s == RANDOM else "o", s) for s in scores]
         figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
 
-    return png(draw, (8.6, 4.8))
+    return png(draw, (8.6, 4.4))
 
 
-def speed_vs_budget(results: Results, shown: Sequence[Plan]) -> bytes | None:
-    """Bytes moved and tokens/s against the budget for `shown`; None without a timing."""
-    rows = [row for row in results.rows if row.decode and row.plan in shown]
-    if not any(row.bytes_moved is not None for row in rows):
+def moved_against_budget(sweep: Sweep, shown: Sequence[Record]) -> bytes | None:
+    """Bytes moved a token against the pool budget, for the plans of `shown`; None without any."""
+    plans = list(dict.fromkeys((trial(r).plan, sweep.label(r)) for r in shown))
+    if len(sweep.budgets) < 2:
         return None
-    formats = sorted({plan.low_format for plan in shown if plan.low_format})
-    fractions = sorted({plan.low_fraction for plan in shown if plan.is_mixed})
-    budgets = sorted({row.setting.budget_mib for row in rows})
 
     def draw(figure: Figure) -> None:
-        moved_axes, speed_axes = figure.subplots(1, 2)
-        for plan in shown:
-            for policy in sorted({row.setting.protected_fraction for row in rows}):
-                group = [
-                    row
-                    for row in rows
-                    if row.plan == plan and row.setting.protected_fraction == policy
-                ]
-                # The format shows in the line and in the filling, the share in the marker.
-                nth = formats.index(plan.low_format) if plan.low_format else 0
-                marker = {NATIVE: "P", UNIFORM: "*", RANDOM: _CONTROL_MARKERS[nth % 5]}.get(
-                    plan.signal
-                ) or _MARKERS[fractions.index(plan.low_fraction) % 5]
-                look = {
-                    "color": colour(plan.signal),
-                    "marker": marker,
-                    "linestyle": ("-", "--", "-.", ":")[nth % 4],
-                    "fillstyle": ("full", "none", "left", "right")[nth % 4],
-                    "linewidth": 0.8 if plan.signal == RANDOM else 1.4,
-                    "markersize": 8 if plan.signal in (RANDOM, UNIFORM) else 6,
-                    "zorder": 2 if plan.signal == RANDOM else 3,
-                }
-                _moved_line(moved_axes, group, look, results.label(plan))
-                _speed_line(speed_axes, group, look)
-        for axes in (moved_axes, speed_axes):
-            axes.set_xlabel("pool budget, MiB")
-            axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
-            axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.25)
-        moved_axes.set_ylabel("MiB moved per decoded token")
-        speed_axes.set_ylabel("decoded tokens/s (median, min to max)")
-        devices = sorted({row.device or "unknown device" for row in rows})
-        speed_axes.set_title("measured on " + ", ".join(devices), fontsize=8)
-        figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+        axes = figure.subplots()
+        for plan, label in plans:
+            same = [r for r in sweep.records if trial(r).plan == plan]
+            same = [r for r in same if r.metrics.get("bytes_moved_per_token") is not None]
+            xs = [trial(r).budget_mib for r in same]
+            ys = [(r.metrics["bytes_moved_per_token"] or 0) / MIB for r in same]
+            axes.plot(xs, ys, "-o", label=label, linewidth=1.4)
+        axes.set_xlabel("pool budget, MiB")
+        axes.set_ylabel("MiB moved a decoded token")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, frameon=False)
 
-    return png(draw, (9.6, 4.8))
+    return png(draw, (6.4, 3.6))
 
 
-def expert_use(row: Row | None) -> bytes | None:
+def expert_use(native: Record | None) -> bytes | None:
     """How unequally each layer uses its experts; None without routing counts."""
-    shares_LE = use_shares(row.selections_LE) if row and row.selections_LE else None
-    if shares_LE is None:
+    found = native.samples.get("selections_LE") if native else None
+    counts_LE = np.asarray(found or [[]], np.float64)
+    if not counts_LE.size or not np.all(counts_LE.sum(axis=1) > 0):
         return None
+    shares_LE = -np.sort(-counts_LE / counts_LE.sum(axis=1, keepdims=True), axis=1)
     n_layers, n_experts = shares_LE.shape
 
     def draw(figure: Figure) -> None:
-        left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
-        extent = (0.5, n_experts + 0.5, n_layers - 0.5, -0.5)
-        image = left.imshow(
-            shares_LE * n_experts, aspect="auto", cmap="viridis", extent=extent, vmin=0
-        )
-        figure.colorbar(image, ax=left, label="use ÷ equal use")
-        left.set_xlabel("experts of the layer, most used first")
-        left.set_ylabel("layer")
-        left.set_yticks(range(0, n_layers, max(1, n_layers // 8)))
-        covered_LE = np.cumsum(shares_LE, axis=1)
+        axes = figure.subplots()
         x_E = np.arange(n_experts + 1) / n_experts
-        for layer, covered_E in enumerate(covered_LE):
+        for layer, share_E in enumerate(shares_LE):
             colour = mpl.colormaps["cividis"](layer / max(1, n_layers - 1))
+            covered_E = np.concatenate([[0.0], np.cumsum(share_E)])
             label = f"layer {layer}" if layer in (0, n_layers - 1) else None
-            covered_from_none = np.concatenate([[0.0], covered_E])
-            right.plot(x_E, covered_from_none, color=colour, linewidth=1, label=label)
-        right.plot([0, 1], [0, 1], color="#AA0000", linestyle=":", label="equal use")
-        right.set_xlabel("share of the layer's experts")
-        right.set_ylabel("share of selections they serve")
-        right.grid(alpha=0.25)
-        right.legend(fontsize=8, frameon=False)
+            axes.plot(x_E, covered_E, color=colour, linewidth=1, label=label)
+        axes.plot([0, 1], [0, 1], color="#AA0000", linestyle=":", label="equal use")
+        axes.set_xlabel("share of the layer's experts, most used first")
+        axes.set_ylabel("share of selections that they serve")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, frameon=False)
 
-    return png(draw, (9.6, 3.8))
+    return png(draw, (5.2, 3.6))
 
 
 def png(draw, size_inches: tuple[float, float]) -> bytes:
@@ -184,16 +203,8 @@ def png(draw, size_inches: tuple[float, float]) -> bytes:
     return data.getvalue()
 
 
-def _point(results: Results, plan: Plan) -> tuple[float, Interval] | None:
-    row = results.quality_row(plan)
-    if row is None or row.kl_mean is None or row.plan_bytes is None:
-        return None
-    return row.plan_bytes / MIB, row.kl_mean
-
-
-def colour(signal: str) -> str:
-    """The colour of a signal in every figure."""
-    return _COLOURS.get(signal) or _SPARE[sum(signal.encode()) % len(_SPARE)]
+def _colour(kind: str) -> str:
+    return _COLOURS.get(kind, "#882255")
 
 
 def handle(colour: str, marker: str, label: str) -> Line2D:
@@ -201,54 +212,19 @@ def handle(colour: str, marker: str, label: str) -> Line2D:
     return Line2D([], [], color=colour, marker=marker, linestyle="none", label=label)
 
 
-def _uniform_line(axes: Axes, points: list) -> None:
-    sizes = [size / MIB for _, size, _ in points]
-    kls = [kl.value for _, _, kl in points]
-    axes.plot(sizes, kls, color=_COLOURS[UNIFORM], linewidth=1, linestyle="--", zorder=1)
-    for (label, _, kl), size in zip(points, sizes, strict=True):
-        is_native = label == NATIVE
-        axes.errorbar(
-            size,
-            kl.value,
-            yerr=[[max(0.0, kl.value - kl.low)], [max(0.0, kl.high - kl.value)]],
-            fmt="P" if is_native else "*",
-            color=_COLOURS[NATIVE if is_native else UNIFORM],
-            markersize=9 if is_native else 14,
-            capsize=2,
-            zorder=2,
-        )
-        axes.annotate(
-            label.removeprefix(f"{UNIFORM} "),
-            (size, kl.value),
-            (-8, -4),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            fontsize=8,
-        )
-
-
-def _moved_line(axes: Axes, rows: list[Row], look: dict, label: str) -> None:
-    known = [row for row in rows if row.bytes_moved is not None]
-    axes.plot(
-        [row.setting.budget_mib for row in known],
-        [(row.bytes_moved or 0.0) / MIB for row in known],
-        label=label if known else None,
-        **look,
+def _bars(
+    axes: Axes, points: Sequence[tuple[float, Interval]], marker: str, colour: str, size: int
+) -> None:
+    axes.errorbar(
+        [x for x, _ in points],
+        [kl.value for _, kl in points],
+        yerr=[
+            [max(0.0, kl.value - kl.low) for _, kl in points],
+            [max(0.0, kl.high - kl.value) for _, kl in points],
+        ],
+        fmt=marker,
+        color=colour,
+        markersize=size,
+        elinewidth=1,
+        capsize=2,
     )
-
-
-def _speed_line(axes: Axes, rows: list[Row], look: dict) -> None:
-    known = [(r.setting.budget_mib, r.decode.tokens_per_second) for r in rows if r.decode]
-    known = [(budget, speed) for budget, speed in known if speed]
-    if known:
-        axes.errorbar(
-            [budget for budget, _ in known],
-            [speed.value for _, speed in known],
-            yerr=[
-                [max(0.0, speed.value - speed.low) for _, speed in known],
-                [max(0.0, speed.high - speed.value) for _, speed in known],
-            ],
-            capsize=2,
-            **look,
-        )

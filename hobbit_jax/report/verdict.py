@@ -1,65 +1,65 @@
-"""The rule that turns rows into an answer.
+"""The rule that turns records into answers.
 
-Owns what "worth it" means. The limits are the config's (`sweep.json`, written before any row);
-nothing here can move them. What was not measured makes a clause open, never true.
+Owns what "worth it" means. The limits are the config's; nothing here can move them. What the
+records cannot settle is open, never yes and never no: a figure that is absent, an interval that
+has the limit inside, a trial that is missing or failed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any
 
-from hobbit_jax.report.comparisons import ZERO, above, compare_speed, control_gap
-from hobbit_jax.report.results import MIB, NATIVE, RANDOM, UNIFORM, Plan, Results, Row, Setting
+import numpy as np
 
+from hobbit_jax.record import CacheTrial, MissModeTrial, Record
+from hobbit_jax.report import paired
+from hobbit_jax.report.sweep import Sweep, is_candidate, low_format, on_gpu, order, trial
+from hobbit_jax.report.table import MIB, number, ratio
+from hobbit_jax.statistics import Interval
+
+BYTES_MOVED, SCORE = "bytes moved", "score"
 _ROUNDING = 1e-9  # of a difference of two shares, so that a loss of exactly the limit passes
-BYTES_MOVED = "bytes moved"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The limits stated beforehand; units in the names, `kl_limit` in nats per token."""
+    """The limits stated beforehand; units in the names, `kl_limit` in nats a token."""
 
     kl_limit: float
     speedup_needed: float
     bytes_moved_ratio_needed: float
     task_loss_limit: float
-    pcie_gb_s: float
-    device_gb_s: float
-    card: str
 
     @classmethod
-    def of(cls, rule: Mapping[str, Any]) -> Rule:
+    def of(cls, rule: Mapping[str, object]) -> Rule:
         """Reads the rule of a sweep.
 
         Raises:
             ValueError: a limit is absent or no number.
         """
-        values = {}
-        for field in fields(cls):
-            value = rule.get(field.name)
-            wanted = str if field.name == "card" else int | float
-            if isinstance(value, bool) or not isinstance(value, wanted):
-                raise ValueError(f"the sweep's rule has {field.name} = {value!r}; want a value")
-            values[field.name] = value
-        return cls(**values)
+        values = {field.name: rule.get(field.name) for field in fields(cls)}
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"rule.{name} is {value!r}; want a number in the config's rule")
+        return cls(**values)  # pyright: ignore[reportArgumentType]
 
 
 class Outcome(Enum):
-    """The answers, best first."""
+    """The answers of one candidate or of one budget and format, in the order of preference."""
 
     WORTH_IT = "worth it"
-    SMALLER_EXPERTS = "the smaller experts pay, the signal does not"
-    NOT_NEEDED = "not needed at this budget"
     OPEN = "open"
+    AS_RANDOM = "no better than demoting at random"
     NO = "not worth it"
+    NOT_NEEDED = "not needed: all native experts fit"
 
 
 @dataclass(frozen=True)
-class Condition:
-    """One clause of the rule. `holds` is None where the rows cannot say.
+class Clause:
+    """One clause of the rule. `holds` is None where the records cannot say.
 
     A skipped clause does not count: it says why in `text`.
     """
@@ -72,226 +72,277 @@ class Condition:
     @property
     def mark(self) -> str:
         """For a table cell."""
-        if self.skipped:
-            return "skipped"
-        return {True: "holds", False: "fails", None: "open"}[self.holds]
+        return (
+            "skipped" if self.skipped else {True: "holds", False: "fails", None: "open"}[self.holds]
+        )
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """The rule applied to one mixed plan at one budget."""
+    """The rule applied to one plan at one budget.
 
-    row: Row
+    `gap` is its KL less that of the line through native and the uniform quants at the bytes that
+    it moves, within windows; None where it moves more or less than all of them.
+    """
+
+    record: Record
     outcome: Outcome
-    conditions: tuple[Condition, ...]
+    clauses: tuple[Clause, ...]
+    gap: Interval | None
 
     @property
-    def decisive(self) -> list[Condition]:
+    def decisive(self) -> list[Clause]:
         """The clauses that decided: all that failed, else all that are open, else all."""
         if self.outcome is Outcome.NOT_NEEDED:
-            return [c for c in self.conditions if c.name == BYTES_MOVED]
-        counted = [c for c in self.conditions if not c.skipped]
-        for verdict in (False, None):
-            found = [c for c in counted if c.holds is verdict]
+            return [c for c in self.clauses if c.name == BYTES_MOVED]
+        counted = [c for c in self.clauses if not c.skipped]
+        for holds in (False, None):
+            found = [c for c in counted if c.holds is holds]
             if found:
                 return found
         return counted
+
+
+# How the best candidate is chosen: what is compared first stands first, in words and as a key.
+PREFERENCE = (
+    ("the best outcome", lambda j: list(Outcome).index(j.outcome)),
+    ("the fewest failed clauses", lambda j: sum(c.mark == "fails" for c in j.clauses)),
+    (
+        "the lowest KL against the uniform quants' line at the bytes that it moves",
+        lambda j: math.inf if j.gap is None else j.gap.value,
+    ),
+    ("the lowest KL", lambda j: j.record.metrics.get("kl_mean_nats") or math.inf),
+)
 
 
 @dataclass(frozen=True)
 class Verdict:
     """The answer for one budget and low format: its best candidate, and all of them.
 
-    `simpler` are the uniform plans that keep the same limits of KL, tasks and bytes moved at
-    this budget. The rule lets a mixed plan win beside them if it is nearer to native.
+    `why_open` says what is absent; then nothing else can decide.
     """
 
-    setting: Setting
+    setting: CacheTrial
     low_format: str
-    best: Judgement
+    outcome: Outcome
     judgements: tuple[Judgement, ...]
-    simpler: tuple[Plan, ...]
+    why_open: str | None = None
 
-
-def verdicts(results: Results, rule: Rule) -> list[Verdict]:
-    """One verdict for each (budget, low format) that has a mixed plan."""
-    groups: dict[tuple[Setting, str], list[Judgement]] = {}
-    for row in results.rows:
-        if row.plan.is_mixed:
-            judgement = judge(row, results, rule)
-            groups.setdefault((row.setting, row.plan.low_format or ""), []).append(judgement)
-    found = []
-    for (setting, low_format), group in sorted(groups.items()):
-        simpler = tuple(
-            row.plan
-            for row in results.rows
-            if row.setting == setting
-            and row.plan.signal == UNIFORM
-            and _keeps_limits(row, results.native(row), rule)
+    @property
+    def best(self) -> Judgement:
+        """The first by `PREFERENCE`."""
+        return min(
+            self.judgements, key=lambda j: (*(key(j) for _, key in PREFERENCE), order(j.record))
         )
-        best = min(group, key=_preference)
-        found.append(Verdict(setting, low_format, best, tuple(group), simpler))
+
+
+def verdicts(sweep: Sweep, rule: Rule) -> list[Verdict]:
+    """One verdict for each (budget, low format) that has a candidate."""
+    groups: dict[tuple[float, float, str, str], list[Record]] = {}
+    for record in filter(is_candidate, sweep.records):
+        asked = trial(record)
+        key = (
+            asked.budget_mib,
+            asked.protected_fraction,
+            asked.inputs.model,
+            low_format(record) or "",
+        )
+        groups.setdefault(key, []).append(record)
+    found = []
+    for (*_, format_name), records in sorted(groups.items()):
+        judgements = tuple(judge(record, sweep, rule) for record in records)
+        why = _why_open(sweep, records[0], format_name)
+        verdict = Verdict(trial(records[0]), format_name, Outcome.OPEN, judgements, why)
+        if why is None:
+            verdict = Verdict(verdict.setting, format_name, verdict.best.outcome, judgements)
+        found.append(verdict)
     return found
 
 
-def judge(row: Row, results: Results, rule: Rule) -> Judgement:
-    """Applies `rule` to a mixed plan at its budget."""
-    native = results.native(row)
-    conditions = [
-        _quality(row, rule),
-        _tasks(row, native, rule),
-        _bytes_moved(row, native, rule),
-        _rivals(row, results),
-        _signal(row, results),
-        _speed(row, native, rule),
-    ]
-    counted = {c.name: c.holds for c in conditions if not c.skipped}
-    signal = counted.pop("signal")
-    if native is not None and native.bytes_moved == 0:
+def _why_open(sweep: Sweep, record: Record, format_name: str) -> str | None:
+    """What is absent of a budget and format; None where nothing is."""
+    if not sweep.is_finished:
+        absent = len(sweep.missing) + len(sweep.unreadable)
+        return (
+            f"the sweep is not finished: {absent} of {len(sweep.study.trials)} records are absent"
+        )
+    native = sweep.native(record)
+    if native is None:
+        return "native was not measured at this budget"
+    here = trial(record)
+    for failed in sweep.failed:
+        asked = trial(failed)
+        same = asked.budget_mib == here.budget_mib and asked.inputs == here.inputs
+        if same and low_format(failed) in (format_name, None):
+            return f"a trial failed: {sweep.label(failed)}"
+    return None
+
+
+def judge(record: Record, sweep: Sweep, rule: Rule) -> Judgement:
+    """Applies `rule` to a candidate at its budget."""
+    native = sweep.native(record)
+    gap = _gap(record, sweep)
+    clauses = (*limits(record, native, rule), _line(gap), _score(record, sweep),
+               _speed(record, native, rule))  # fmt: skip
+    holds = {c.name: c.holds for c in clauses if not c.skipped}
+    by_score = holds.pop(SCORE)
+    if native is not None and native.metrics.get("bytes_moved_per_token") == 0:
         outcome = Outcome.NOT_NEEDED
-    elif False in counted.values():
+    elif False in holds.values():
         outcome = Outcome.NO
-    elif None in counted.values():
+    elif by_score is False:
+        outcome = Outcome.AS_RANDOM
+    elif None in (*holds.values(), by_score):
         outcome = Outcome.OPEN
     else:
-        decided = {True: Outcome.WORTH_IT, False: Outcome.SMALLER_EXPERTS, None: Outcome.OPEN}
-        outcome = decided[signal]
-    return Judgement(row, outcome, tuple(conditions))
+        outcome = Outcome.WORTH_IT
+    return Judgement(record, outcome, clauses, gap)
 
 
-def _keeps_limits(row: Row, native: Row | None, rule: Rule) -> bool:
-    clauses = (_quality(row, rule), _tasks(row, native, rule), _bytes_moved(row, native, rule))
-    return all(clause.holds or clause.skipped for clause in clauses)
+def limits(record: Record, native: Record | None, rule: Rule) -> tuple[Clause, Clause, Clause]:
+    """The clauses that a uniform quant has to keep too."""
+    return _kl(record, rule), _tasks(record, native, rule), _bytes_moved(record, native, rule)
 
 
-def _preference(judgement: Judgement) -> tuple:
-    """Sort key: the outcome, few failed clauses, no control, few bytes moved, low KL."""
-    row, kl = judgement.row, judgement.row.kl_mean
-    return (
-        list(Outcome).index(judgement.outcome),
-        sum(c.holds is False for c in judgement.conditions if not c.skipped),
-        row.plan.signal == RANDOM,
-        float("inf") if row.bytes_moved is None else row.bytes_moved,
-        kl.value if kl else float("inf"),
-        row.plan.order,
-    )
+def _within(value: Interval, limit: float) -> bool | None:
+    """Whether a figure is at most `limit`; None where its interval has the limit inside."""
+    if value.high <= limit + _ROUNDING:
+        return True
+    return False if value.low > limit + _ROUNDING else None
 
 
-def _quality(row: Row, rule: Rule) -> Condition:
-    kl = row.kl_mean
+def _kl(record: Record, rule: Rule) -> Clause:
+    kl = record.interval("kl_mean_nats")
     if kl is None:
-        return Condition("KL", None, "KL was not measured")
-    holds = kl.high <= rule.kl_limit
-    relation = "within" if holds else "above"
-    text = f"KL {kl.value:.4f}, upper end {kl.high:.4f}, is {relation} the limit {rule.kl_limit:g}"
-    return Condition("KL", holds, text)
+        return Clause("KL", None, "KL was not measured")
+    text = f"KL {kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}], limit {rule.kl_limit:g}"
+    return Clause("KL", _within(kl, rule.kl_limit), text)
 
 
-def _tasks(row: Row, native: Row | None, rule: Rule) -> Condition:
-    rival = native.tasks if native else {}
-    falls = {
-        name: rival[name].score.value - task.score.value
-        for name, task in row.tasks.items()
-        if name in rival
-    }
-    if not falls:
-        return Condition("tasks", None, "task scores are absent: this clause was skipped", True)
-    worst = max(falls, key=lambda name: falls[name])
-    holds = falls[worst] <= rule.task_loss_limit + _ROUNDING
-    change = f"falls by {falls[worst]:.3f}" if falls[worst] > 0 else "does not fall"
-    text = f"{worst} {change} against native (limit {rule.task_loss_limit:g})"
-    if falls[worst] > 0 and not above(rival[worst].score, row.tasks[worst].score):
-        problems = row.tasks[worst].problems
-        text += f", intervals overlap on {'unknown' if problems is None else problems} problems"
-    return Condition("tasks", holds, text)
+def task_names(record: Record) -> list[str]:
+    """Metrics of a record that are shares of problems solved."""
+    return [n.removesuffix("_problems") for n in record.metrics if n.endswith("_problems")]
 
 
-def _bytes_moved(row: Row, native: Row | None, rule: Rule) -> Condition:
-    rival = native.bytes_moved if native else None
-    if row.bytes_moved is None or rival is None:
-        return Condition(BYTES_MOVED, None, "bytes moved are unknown for this plan or for native")
+def _tasks(record: Record, native: Record | None, rule: Rule) -> Clause:
+    names = task_names(record) if native else []
+    if native is None or not names:
+        return Clause("tasks", None, "no task was scored: this clause was skipped", True)
+    clauses = []
+    for name in names:
+        loss = paired.task_loss(record, native, name)
+        shown = name.removeprefix("task_")
+        if loss is None:
+            clauses.append((None, 0.0, f"{shown} was not scored natively"))
+        elif not native.metrics.get(f"{name}_correct"):
+            clauses.append((None, 0.0, f"native solves no problem of {shown}: nothing can be lost"))
+        else:
+            text = (
+                f"{shown} loses {loss.value:.3f} [{loss.low:.3f}, {loss.high:.3f}] on "
+                f"{record.metrics[f'{name}_problems']} problems, limit {rule.task_loss_limit:g}"
+            )
+            clauses.append((_within(loss, rule.task_loss_limit), loss.value, text))
+    rank = {False: 0, None: 1, True: 2}
+    holds, _, text = min(clauses, key=lambda clause: (rank[clause[0]], -clause[1]))
+    return Clause("tasks", holds, text)
+
+
+def _bytes_moved(record: Record, native: Record | None, rule: Rule) -> Clause:
+    moved = record.metrics.get("bytes_moved_per_token")
+    rival = native.metrics.get("bytes_moved_per_token") if native else None
+    if moved is None or rival is None:
+        return Clause(BYTES_MOVED, None, "bytes moved are unknown for this plan or for native")
     if rival == 0:
-        return Condition(BYTES_MOVED, False, "native experts move no bytes: all of them fit")
-    ratio = row.bytes_moved / rival
+        return Clause(BYTES_MOVED, False, "native experts move no bytes: all of them fit")
     text = (
-        f"moves {row.bytes_moved / MIB:.3f} MiB a token, native {rival / MIB:.3f}: "
-        f"×{ratio:.2f}, needed ×{rule.bytes_moved_ratio_needed:g} or less"
+        f"moves {moved / MIB:.3f} MiB a token, native {rival / MIB:.3f}: {ratio(moved / rival)}, "
+        f"needed {rule.bytes_moved_ratio_needed:g}× or less"
     )
-    return Condition(BYTES_MOVED, ratio <= rule.bytes_moved_ratio_needed, text)
+    return Clause(BYTES_MOVED, moved / rival <= rule.bytes_moved_ratio_needed, text)
 
 
-def _rivals(row: Row, results: Results) -> Condition:
-    """No plan of one precision is as small, as close to native and moves as little."""
-    absent = {cell.plan for cell in results.failed if cell.plan}
-    rivals = {plan for plan in (*results.plans, *absent) if not plan.is_mixed}
-    rivals = {plan for plan in rivals if plan.model == row.plan.model}
-    if not any(plan.signal == UNIFORM for plan in rivals):
-        return Condition("rivals", None, "no uniform rival was measured")
-    unsure = []
-    for plan in sorted(rivals, key=lambda plan: plan.order):
-        verdict, text = _dominates(plan, row, results)
-        if verdict:
-            return Condition("rivals", False, text)
-        if verdict is None:
-            unsure.append(results.label(plan))
-    if unsure:
-        return Condition("rivals", None, f"cannot be compared with {', '.join(unsure)}")
-    return Condition("rivals", True, "no plan of one precision is as good at as few bytes")
+def _gap(record: Record, sweep: Sweep) -> Interval | None:
+    moved, kl_W = record.metrics.get("bytes_moved_per_token"), paired.kl_nats_W(record)
+    if moved is None or kl_W is None:
+        return None
+    line_W = paired.line_at(moved, sweep.envelope(record))
+    return None if line_W is None else paired.difference(kl_W, line_W)
 
 
-def _dominates(plan: Plan, row: Row, results: Results) -> tuple[bool | None, str]:
-    """Whether `plan` is at least as good as `row` in host bytes, KL and bytes moved.
-
-    One measured disadvantage settles it; otherwise a missing figure leaves it open.
-    """
-    known = results.quality_row(plan)
-    there = results.at(plan, row.setting)
-    kl = ZERO if plan.signal == NATIVE else known.kl_mean if known else None
-    size = known.plan_bytes if known else None
-    moved = there.bytes_moved if there else None
-    checks = [
-        None if size is None or row.plan_bytes is None else size <= row.plan_bytes,
-        None if kl is None or row.kl_mean is None else not above(kl, row.kl_mean),
-        None if moved is None or row.bytes_moved is None else moved <= row.bytes_moved,
-    ]
-    if False in checks:
-        return False, ""
-    if size is None or kl is None or moved is None or None in checks:
-        return None, ""
-    return True, (
-        f"{results.label(plan)} is as good or better: {size / MIB:.2f} MiB in all, "
-        f"KL {kl.value:.4f}, {moved / MIB:.3f} MiB moved a token"
-    )
-
-
-def _signal(row: Row, results: Results) -> Condition:
-    gap = control_gap(row.plan, results)
-    if row.plan.signal == RANDOM:
-        return Condition("signal", False, "this plan is the random control itself")
+def _line(gap: Interval | None) -> Clause:
+    name = "uniform line"
     if gap is None:
-        return Condition("signal", None, "no random control at this share and format")
-    what = "the random control"
-    if row.plan.residency:
-        what = "a random choice of as many uses"
-    place = {
-        "below": f"below {what}, intervals apart",
-        "above": f"above {what}, intervals apart",
-        "not separate": f"not separate from {what}",
-    }[gap.relation]
-    text = f"KL is {place} ({gap.difference:+.4f})"
-    return Condition("signal", gap.relation == "below", text)
+        return Clause(name, None, "no uniform quant moves as many bytes, and none as few")
+    ends = f"[{gap.low:+.4f}, {gap.high:+.4f}]"
+    text = f"KL less the uniform line at the bytes moved {gap.value:+.4f} {ends}"
+    return Clause(name, True if gap.high < 0 else False if gap.low > 0 else None, text)
 
 
-def _speed(row: Row, native: Row | None, rule: Rule) -> Condition:
-    if not row.on_gpu:
-        reason = "decode speed was not measured on a GPU: not part of the rule"
-        return Condition("speed", None, reason, True)
-    relation = compare_speed(row, native) if native else None
-    if relation is None or native is None:
-        return Condition("speed", None, "decode speed has no comparable native timing")
-    assert row.decode and row.decode.tokens_per_second  # compare_speed has seen both
-    assert native.decode and native.decode.tokens_per_second
-    ratio = row.decode.tokens_per_second.value / native.decode.tokens_per_second.value
-    holds = relation == "faster" and ratio >= rule.speedup_needed
-    text = f"decodes ×{ratio:.2f} as fast as native, needed ×{rule.speedup_needed:g}"
-    return Condition("speed", holds, text + (" (equal within the spread)" * (relation == "equal")))
+def against_draws(record: Record, sweep: Sweep) -> list[Interval]:
+    """KL of a plan less that of each draw of its random control, within windows.
+
+    The control of a miss mode demotes as many uses: per draw, the straight line between native,
+    the random shares of that seed and the uniform quant, at the share that the mode demoted.
+    """
+    own_W = paired.kl_nats_W(record)
+    draws = [r for r in sweep.draws(record) if paired.kl_nats_W(r) is not None]
+    if own_W is None or not draws:
+        return []
+    if not isinstance(trial(record).plan, MissModeTrial):
+        return [paired.difference(own_W, _kl_of(draw)) for draw in draws]
+    at = record.metrics.get("demoted_share")
+    uniform = [r for r in sweep.uniform(record) if low_format(r) == low_format(record)]
+    found = []
+    for seed in sorted({trial(draw).seed for draw in draws}):
+        same_seed = [draw for draw in draws if trial(draw).seed == seed]
+        points = [(0.0, np.zeros_like(own_W))]
+        for other in (*same_seed, *uniform):
+            share = other.metrics.get("demoted_share")
+            if share is not None and paired.kl_nats_W(other) is not None:
+                points.append((float(share), _kl_of(other)))
+        control_W = None if at is None else paired.line_at(at, points)
+        if control_W is not None:
+            found.append(paired.difference(own_W, control_W))
+    return found
+
+
+def _kl_of(record: Record) -> np.ndarray:
+    found = paired.kl_nats_W(record)
+    assert found is not None
+    return found
+
+
+def relation(differences: list[Interval]) -> str | None:
+    """ "below" every draw, "above" every draw, or neither; None without a draw."""
+    if not differences:
+        return None
+    if all(d.high < 0 for d in differences):
+        return "below"
+    return "above" if all(d.low > 0 for d in differences) else "not told apart"
+
+
+def _score(record: Record, sweep: Sweep) -> Clause:
+    differences = against_draws(record, sweep)
+    found = relation(differences)
+    if found is None:
+        return Clause(SCORE, None, "there is no random control at this share and format")
+    mean = sum(d.value for d in differences) / len(differences)
+    where = {"below": "below every", "above": "above every", "not told apart": "not below every"}
+    text = f"KL is {where[found]} one of {len(differences)} random draws (mean {mean:+.4f})"
+    return Clause(SCORE, found == "below", text)
+
+
+def _speed(record: Record, native: Record | None, rule: Rule) -> Clause:
+    if not on_gpu(record):
+        return Clause("speed", None, "decode speed was not measured on a GPU", True)
+    own = record.interval("decode_tokens_per_s")
+    rival = native.interval("decode_tokens_per_s") if native else None
+    few = min(len(r.samples.get("repeat_s", ())) if r else 0 for r in (record, native))
+    if own is None or rival is None or native is None or record.device != native.device or few < 2:
+        return Clause("speed", None, "decode speed has no comparable native timing")
+    speedup = Interval(own.value / rival.value, own.low / rival.high, own.high / rival.low)
+    holds = speedup.value >= rule.speedup_needed and speedup.low > 1
+    shown = number(speedup, ".2f")
+    return Clause(
+        "speed", holds, f"decodes {shown}× as fast as native, needed {rule.speedup_needed:g}×"
+    )

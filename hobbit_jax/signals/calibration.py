@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from hobbit_jax.atomic import replacing
+from hobbit_jax.atomic import check_space, replacing
 from hobbit_jax.evals.quality import Windows, watch_windows
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -42,6 +42,7 @@ class Calibration:
         model_sha256: of the model's file(s).
         text_sha256: of the token ids, so of text, tokenizer and windows.
         tokens: how many.
+        begin_with_bos: whether its windows began with BOS (`quality.cut_windows`).
         routing: who was chosen, how often and with which weight.
         input_moments: Σ w²·x² [L, E, D], float32; None for "routing".
         hidden_moments: the same of the hidden rows, [L, E, F].
@@ -51,6 +52,7 @@ class Calibration:
     model_sha256: str
     text_sha256: str
     tokens: int
+    begin_with_bos: bool
     routing: RoutingProfile
     input_moments: np.ndarray | None = None
     hidden_moments: np.ndarray | None = None
@@ -79,7 +81,10 @@ class Calibration:
         arrays = {f.name: getattr(self.routing, f.name) for f in fields(RoutingProfile)}
         if self.input_moments is not None and self.hidden_moments is not None:
             arrays |= {"input_moments": self.input_moments, "hidden_moments": self.hidden_moments}
-        about = (self.model_sha256, self.text_sha256, str(self.tokens), self.statistics)
+        about = (
+            self.model_sha256, self.text_sha256, str(self.tokens), self.statistics,
+            str(self.begin_with_bos),
+        )  # fmt: skip
         path.mkdir(parents=True, exist_ok=True)
         with replacing(path / _FILE) as partial, partial.open("wb") as file:
             np.savez(file, about=np.array(about), **arrays)
@@ -102,9 +107,9 @@ class Calibration:
         try:
             with np.load(path / _FILE) as file:
                 arrays = dict(file)
-            model_sha256, text_sha256, tokens, statistics = arrays.pop("about").tolist()
+            model_sha256, text_sha256, tokens, statistics, bos = arrays.pop("about").tolist()
             routing = RoutingProfile(**{f.name: arrays.pop(f.name) for f in fields(RoutingProfile)})
-            loaded = cls(model_sha256, text_sha256, int(tokens), routing, **arrays)
+            loaded = cls(model_sha256, text_sha256, int(tokens), bos == "True", routing, **arrays)
         except (KeyError, TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{path} holds no calibration that can be read: {reason}") from error
@@ -189,6 +194,7 @@ def calibrate(engine: Engine, windows: Windows, statistics: str, path: Path) -> 
 
     Raises:
         ValueError: no text, or unknown statistics.
+        OSError: the disk has no room for it.
     """
     if statistics not in STATISTICS:
         raise ValueError(f"statistics is {statistics!r}; want one of {', '.join(STATISTICS)}")
@@ -198,9 +204,15 @@ def calibrate(engine: Engine, windows: Windows, statistics: str, path: Path) -> 
     text_sha256 = hashlib.sha256(ids.tobytes() + str(ids.shape).encode()).hexdigest()
     if statistics == "routing":
         counts = count_routing(engine, windows)
-        found = Calibration(model_sha256, text_sha256, windows.targets, counts.profile())
+        found = Calibration(
+            model_sha256, text_sha256, windows.targets, windows.begin_with_bos, counts.profile()
+        )
         found.save(path)
         return found
+    path.mkdir(parents=True, exist_ok=True)
+    needed = calibration_bytes(engine.config, statistics, windows.targets)
+    recorded = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    check_space(path / _FILE, needed - recorded)
     folder = _inputs_folder(path, model_sha256, text_sha256)
     record(engine, windows, folder)
     inputs = LayerInputs(folder, engine.store, windows.targets)
@@ -213,6 +225,7 @@ def calibrate(engine: Engine, windows: Windows, statistics: str, path: Path) -> 
         model_sha256,
         text_sha256,
         windows.targets,
+        windows.begin_with_bos,
         counts.profile(),
         np.stack(input_LED),
         np.stack(hidden_LEF),

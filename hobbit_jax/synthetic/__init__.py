@@ -1,1 +1,1 @@
-"""Models that nobody trained: true shapes with made-up weights, and equal models off the grid."""
+"""Models that nobody trained: true shapes with made-up weights."""

@@ -46,7 +46,8 @@ from hobbit_jax.model_file.architecture import (
     tensor_shapes,
 )
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
-from hobbit_jax.synthetic.type_mix import FILE_TYPE_Q4_K_M, q4_k_m_format
+from hobbit_jax.model_file.metadata import integers, numbers, texts
+from hobbit_jax.quantize.type_mix import FILE_TYPE_Q4_K_M, q4_k_m_format
 from pallas_kernels.formats import get_format
 
 _COMMON = 0.05  # of an embedding's square, what all tokens share
@@ -291,14 +292,16 @@ def borrowed_vocabulary(file: GGUFFile, n_tokens: int) -> dict[str, Any]:
         ValueError: it has none, or more tokens than `n_tokens`.
     """
     keys = {k: v for k, v in file.metadata.items() if k.startswith("tokenizer.")}
-    tokens = keys.get("tokenizer.ggml.tokens") or []
+    tokens = file.read("tokenizer.ggml.tokens", texts(), [])
     if not 0 < len(tokens) <= n_tokens:
         raise ValueError(
             f"{file.paths[0]} has {len(tokens)} tokens; want 1 to the model's {n_tokens}"
         )
     missing = n_tokens - len(tokens)
     keys["tokenizer.ggml.tokens"] = [*tokens, *(f"[PAD{i}]" for i in range(missing))]
-    for key, filler in (("token_type", _UNUSED), ("scores", 0.0)):
-        if f"tokenizer.ggml.{key}" in keys:
-            keys[f"tokenizer.ggml.{key}"] = [*keys[f"tokenizer.ggml.{key}"], *[filler] * missing]
+    types, scores = "tokenizer.ggml.token_type", "tokenizer.ggml.scores"
+    if types in keys:
+        keys[types] = [*file.read(types, integers(-(2**31))), *[_UNUSED] * missing]
+    if scores in keys:
+        keys[scores] = [*file.read(scores, numbers()), *[0.0] * missing]
     return keys

@@ -1,0 +1,132 @@
+"""One comparison of two programs' logits on the same tokens.
+
+Owns the figures of a position (negative log-likelihood, KL to the reference, top-1 agreement) and
+what becomes of them over windows. The reference is P, the program under test is Q: a KL is
+KL(P || Q). Intervals are 95 %, by resampling whole windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hobbit_jax.record import Measured, measured
+from hobbit_jax.statistics import Interval, bootstrap
+
+
+class PositionFigures(NamedTuple):
+    """Of each predicted token, [B, T]: nats, nats, and whether both choose the same token."""
+
+    nll_BT: Any
+    kl_BT: Any
+    agree_BT: Any
+
+
+@jax.jit
+def compare_logits(logits_BTV: Any, reference_BTV: Any, targets_BT: Any) -> PositionFigures:
+    """Figures of each position, computed in the precision of the logits.
+
+    Args:
+        logits_BTV: of the program under test.
+        reference_BTV: of the reference; the same shape and dtype.
+        targets_BT: the tokens that followed, integers.
+    """
+    log_q_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+    log_p_BTV = jax.nn.log_softmax(reference_BTV, axis=-1)
+    nll_BT = -jnp.take_along_axis(log_q_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    kl_BT = jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1)
+    agree_BT = jnp.argmax(logits_BTV, axis=-1) == jnp.argmax(reference_BTV, axis=-1)
+    return PositionFigures(nll_BT, kl_BT, agree_BT)
+
+
+def compare_in_float64(
+    logits_BTV: np.ndarray, reference_BTV: np.ndarray, targets_BT: np.ndarray
+) -> PositionFigures:
+    """`compare_logits` in float64, for programs that differ by roundings alone; NumPy arrays.
+
+    Raises:
+        ValueError: shapes that do not match, or a logit that is not finite.
+    """
+    if logits_BTV.shape != reference_BTV.shape or targets_BT.shape != logits_BTV.shape[:-1]:
+        raise ValueError(
+            f"got logits {logits_BTV.shape} and {reference_BTV.shape} for tokens "
+            f"{targets_BT.shape}; want one row of one width for each token"
+        )
+    for name, values in (("logits", logits_BTV), ("the reference's logits", reference_BTV)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} are not all finite; want numbers")
+    with jax.enable_x64(True):
+        return jax.device_get(
+            compare_logits(
+                logits_BTV.astype(np.float64), reference_BTV.astype(np.float64), targets_BT
+            )
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Figures over all tokens of some windows. Perplexity is of a token, `bits_per_byte` of text.
+
+    `kl_by_window` has each window's mean, so that two plans can be compared within windows.
+    """
+
+    tokens: int
+    bits_per_byte: Interval | None
+    perplexity: Interval
+    kl_mean: Interval
+    kl_p99: Interval
+    kl_p999: Interval
+    top1_agreement: Interval
+    kl_by_window: tuple[float, ...]
+
+    def measured(self) -> Measured:
+        """As fields of a record."""
+        found = {
+            "evaluation_tokens": self.tokens,
+            "bits_per_byte": self.bits_per_byte,
+            "perplexity": self.perplexity,
+            "kl_mean_nats": self.kl_mean,
+            "kl_p99_nats": self.kl_p99,
+            "kl_p999_nats": self.kl_p999,
+            "top1_agreement": self.top1_agreement,
+            "kl_nats_W": self.kl_by_window,
+        }
+        return measured(found)
+
+
+def summarize(
+    parts: Sequence[PositionFigures], target_bytes_WT: np.ndarray | None = None
+) -> Comparison:
+    """Figures of the compared batches of windows, in their order.
+
+    Args:
+        parts: of each batch.
+        target_bytes_WT: UTF-8 bytes that each target stands for; without them there are no
+            bits per byte.
+    """
+    nll_WT, kl_WT, agree_WT = (np.concatenate(part) for part in zip(*parts, strict=True))
+    nll_W = nll_WT.sum(axis=1, dtype=np.float64)
+    count, width = nll_WT.shape
+
+    def interval(statistic) -> Interval:
+        return bootstrap(statistic, count)
+
+    bits_per_byte = None
+    if target_bytes_WT is not None:
+        bytes_W = target_bytes_WT.sum(axis=1, dtype=np.float64)
+        bits_per_byte = interval(lambda w: nll_W[w].sum() / np.log(2) / bytes_W[w].sum())
+    return Comparison(
+        tokens=nll_WT.size,
+        bits_per_byte=bits_per_byte,
+        perplexity=interval(lambda w: np.exp(nll_W[w].sum() / (width * len(w)))),
+        kl_mean=interval(lambda w: kl_WT[w].mean(dtype=np.float64)),
+        kl_p99=interval(lambda w: np.quantile(kl_WT[w], 0.99)),
+        kl_p999=interval(lambda w: np.quantile(kl_WT[w], 0.999)),
+        top1_agreement=interval(lambda w: agree_WT[w].mean(dtype=np.float64)),
+        kl_by_window=tuple(float(f"{kl:.5g}") for kl in kl_WT.mean(axis=1, dtype=np.float64)),
+    )

@@ -1,0 +1,274 @@
+"""One way to time a decode, for our engine and every baseline, in this process or in another.
+
+Owns the clock of a row (a prompt is prefilled, the rest of the row is decoded, forced, so that
+every program meets the same text), what is counted of each token, and what repeats come to.
+Backends take turns row by row, in an order that is turned round in every other one, so that a busy
+machine slows all of them alike and a ratio is taken within a row. Rows that warm up (compile, fill
+pools) are told apart and count in nothing. No JAX here: baselines run these lines in processes of
+their own; our engine is `engine_program.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+
+from hobbit_jax.statistics import spread
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an engine did for some tokens. A use is a hit or a miss of an expert's copy.
+
+    Attributes:
+        hits, misses: uses whose copy was resident, and others.
+        native_uses: of both, those of native copies.
+        bytes_read: of the copies used.
+        bytes_moved: sent to the device, also in vain.
+        bytes_ahead: of them, sent beside what was waited for (guesses, later batches).
+        bytes_dropped: of those, given up unused.
+        link_wait_s: seconds that the host waited for uploads, by the link's clock.
+        host_round_trips: times that decode left the device for a missing expert.
+        selections: of experts by the router.
+        demoted: selections served below the precision that the plan asked for.
+        skipped: selections asked for and not served.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    native_uses: int = 0
+    bytes_read: int = 0
+    bytes_moved: int = 0
+    bytes_ahead: int = 0
+    bytes_dropped: int = 0
+    link_wait_s: float = 0.0
+    host_round_trips: int = 0
+    selections: int = 0
+    demoted: int = 0
+    skipped: int = 0
+
+    @property
+    def uses(self) -> int:
+        """Hits and misses."""
+        return self.hits + self.misses
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits over uses (0-1); None before the first."""
+        return self.hits / self.uses if self.uses else None
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(*(a - b for a, b in zip(_values(self), _values(other), strict=True)))
+
+
+def _values(counts: Counts) -> list[Any]:
+    return [getattr(counts, field.name) for field in fields(Counts)]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One row under one backend.
+
+    Attributes:
+        first_token_s: seconds to prefill the prompt, until the host knew the next token.
+        token_s, token_cpu_s: seconds of each decoded token by the turn's clock, and of all
+            processors of the process.
+        chosen: most probable next token after the prompt and after each decoded token.
+        prefill: counts of the prompt; None for a program that counts nothing.
+        tokens: counts of each decoded token; empty for such a program.
+    """
+
+    first_token_s: float
+    token_s: tuple[float, ...]
+    token_cpu_s: tuple[float, ...]
+    chosen: tuple[int, ...]
+    prefill: Counts | None = None
+    tokens: tuple[Counts, ...] = ()
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds of all decoded tokens."""
+        return sum(self.token_s)
+
+    def to_json(self) -> dict[str, Any]:
+        """For another process."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Turn:
+        """What `to_json` gave."""
+        seconds, cpu_s, chosen = (tuple(found[k]) for k in ("token_s", "token_cpu_s", "chosen"))
+        prefill = None if found["prefill"] is None else Counts(**found["prefill"])
+        tokens = tuple(Counts(**counts) for counts in found["tokens"])
+        return cls(found["first_token_s"], seconds, cpu_s, chosen, prefill, tokens)
+
+
+class Program(Protocol):
+    """One model, one sequence at a time; a call ends when the host knows the next token."""
+
+    def prefill(self, ids_T: np.ndarray) -> int:
+        """Begins a fresh sequence, int32 ids; the most probable next token."""
+        ...
+
+    def decode(self, token: int) -> int:
+        """Appends one token; the most probable next one."""
+        ...
+
+    def counts(self) -> Counts | None:
+        """What was done so far; None where nothing is counted."""
+        ...
+
+
+def timed_turn(
+    program: Program,
+    ids_S: np.ndarray,
+    prompt_tokens: int,
+    clock: Clock = time.perf_counter,
+    progress: Callable[[], object] = lambda: None,
+) -> Turn:
+    """Prefills the first `prompt_tokens` of a row and decodes the rest, forced.
+
+    Counting happens between tokens and is not timed. `progress` is called after each token.
+    """
+    before = program.counts()
+    began = clock()
+    chosen = [program.prefill(ids_S[:prompt_tokens])]
+    first_token_s, last = clock() - began, program.counts()
+    prefill = None if before is None or last is None else last - before
+    token_s, token_cpu_s, tokens = [], [], []
+    for token in ids_S[prompt_tokens:]:
+        began, cpu_began = clock(), time.process_time()
+        chosen.append(program.decode(int(token)))
+        token_s.append(clock() - began)
+        token_cpu_s.append(time.process_time() - cpu_began)
+        now = program.counts()
+        if now is not None and last is not None:
+            tokens.append(now - last)
+        last = now
+        progress()
+    return Turn(
+        first_token_s, tuple(token_s), tuple(token_cpu_s), tuple(chosen), prefill, tuple(tokens)
+    )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All turns of one backend: those that warmed up, and those that count."""
+
+    prompt_tokens: int
+    warm_up: tuple[Turn, ...]
+    turns: tuple[Turn, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Decoded in all turns that count."""
+        return sum(len(turn.token_s) for turn in self.turns)
+
+    @property
+    def counts(self) -> Counts | None:
+        """Of the tokens decoded in all turns that count; None for a program without counts."""
+        counted = [counts for turn in self.turns for counts in turn.tokens]
+        return sum(counted, Counts()) if counted else None
+
+    @property
+    def decode_s(self) -> np.ndarray:
+        """Seconds of each turn's decode, [turns]."""
+        return np.array([turn.decode_s for turn in self.turns])
+
+    @property
+    def decode_cpu_s(self) -> np.ndarray:
+        """The same of all processors of the process."""
+        return np.array([sum(turn.token_cpu_s) for turn in self.turns])
+
+    @property
+    def first_token_s(self) -> np.ndarray:
+        """Seconds to the first token of each turn, [turns]."""
+        return np.array([turn.first_token_s for turn in self.turns])
+
+    @property
+    def decode_tokens_per_s(self) -> np.ndarray:
+        """[turns]."""
+        return self.tokens / len(self.turns) / self.decode_s
+
+    @property
+    def prefill_tokens_per_s(self) -> np.ndarray:
+        """[turns]."""
+        return self.prompt_tokens / self.first_token_s
+
+    def figures(self) -> dict[str, Any]:
+        """Names and units of a record's; shares are 0-1, times have their spread over turns."""
+        return {
+            "decode_tokens": self.tokens,
+            "decode_tokens_per_s": spread(self.decode_tokens_per_s),
+            "prefill_tokens_per_s": spread(self.prefill_tokens_per_s),
+            "first_token_s": spread(self.first_token_s),
+            "repeat_s": [round(seconds, 6) for seconds in self.decode_s.tolist()],
+            **self.counted_figures(),
+        }
+
+    def counted_figures(self) -> dict[str, float | None]:
+        """What does not depend on the machine's speed; none for a program without counts."""
+        found, tokens = self.counts, self.tokens
+        if found is None:
+            return {}
+        ahead = 1 - found.bytes_dropped / found.bytes_ahead if found.bytes_ahead else None
+        return {
+            "hit_rate": found.hit_rate,
+            "demoted_share": 1 - found.native_uses / found.uses if found.uses else None,
+            "demoted_selection_share": found.demoted / found.selections,
+            "skipped_share": found.skipped / found.selections,
+            "host_round_trips_per_token": found.host_round_trips / tokens,
+            "bytes_moved_per_token": found.bytes_moved / tokens,
+            "bytes_read_per_token": found.bytes_read / tokens,
+            "bytes_ahead_per_token": found.bytes_ahead / tokens,
+            "bytes_ahead_used_share": ahead,
+        }
+
+
+TimedRow = Callable[[np.ndarray, int], Turn]
+
+
+def measure(
+    backends: Mapping[str, TimedRow],
+    ids_RS: np.ndarray,
+    prompt_tokens: int,
+    warm_up: int = 1,
+    after: Callable[[int, str, Turn], object] = lambda row, name, turn: None,
+) -> dict[str, Measurement]:
+    """Decodes every row with every backend, in turns.
+
+    Args:
+        backends: by name, what times one row: `functools.partial(timed_turn, program)`, or a child
+            process's.
+        ids_RS: int32 [warm_up + repeats, prompt and decoded tokens].
+        prompt_tokens: of each row, prefilled.
+        warm_up: first rows that count in nothing.
+        after: called with row, backend and turn when a backend is done with a row.
+
+    Raises:
+        ValueError: no row to count, or none longer than the prompt.
+    """
+    if len(ids_RS) <= warm_up or not 0 < prompt_tokens < ids_RS.shape[1]:
+        raise ValueError(
+            f"got rows {ids_RS.shape} and a prompt of {prompt_tokens}; want more than {warm_up} "
+            "rows, longer than a prompt of at least one token"
+        )
+    turns: dict[str, list[Turn]] = {name: [] for name in backends}
+    for row, ids_S in enumerate(ids_RS):
+        for name in list(backends)[:: -1 if row % 2 else 1]:
+            turn = backends[name](ids_S, prompt_tokens)
+            turns[name].append(turn)
+            after(row, name, turn)
+    return {
+        name: Measurement(prompt_tokens, tuple(found[:warm_up]), tuple(found[warm_up:]))
+        for name, found in turns.items()
+    }

@@ -1,0 +1,64 @@
+"""Records: what every measurement leaves, one JSON line each.
+
+`asked` has what can be asked, `record` the schema of a result, `files` where results are kept.
+"""
+
+from hobbit_jax.record.asked import (
+    Asked,
+    Benchmark,
+    CacheTrial,
+    EvalSizes,
+    Inputs,
+    MissModeTrial,
+    Mixed,
+    MixedInBytes,
+    Native,
+    PerSelection,
+    QualityTrial,
+    Uniform,
+    record_name,
+)
+from hobbit_jax.record.files import (
+    Records,
+    is_finished,
+    merge_records,
+    read_record,
+    read_records,
+    record_path,
+    write_record,
+)
+from hobbit_jax.record.machine import machine
+from hobbit_jax.record.record import Measured, Record, combined, measured
+from hobbit_jax.record.study import Study, read_study, study_names, write_study
+
+__all__ = [
+    "Asked",
+    "Benchmark",
+    "CacheTrial",
+    "EvalSizes",
+    "Inputs",
+    "Measured",
+    "MissModeTrial",
+    "Mixed",
+    "MixedInBytes",
+    "Native",
+    "PerSelection",
+    "QualityTrial",
+    "Record",
+    "Records",
+    "Study",
+    "Uniform",
+    "combined",
+    "is_finished",
+    "machine",
+    "measured",
+    "merge_records",
+    "read_record",
+    "read_records",
+    "read_study",
+    "record_name",
+    "record_path",
+    "study_names",
+    "write_record",
+    "write_study",
+]

@@ -1,0 +1,177 @@
+"""What a measurement can be asked for, as a sum type, and the identity that follows from it.
+
+Owns the classes of plans and trials, and the name of a record. Fields that have their default are
+left out of the identity, so a field that is added with a default changes no identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hobbit_jax.record.typed_json import member, plain, typed
+
+_MAX_LABEL = 80
+
+Scalar = str | float | int | bool | None
+
+
+@member("native")
+@dataclass(frozen=True)
+class Native:
+    """Every expert at the precision that the model file has."""
+
+
+@member("uniform")
+@dataclass(frozen=True)
+class Uniform:
+    """Every expert in one low format; `through` are formats that it was rounded to before."""
+
+    format: str
+    encoder: str = "rtn"
+    through: tuple[str, ...] = ()
+
+
+@member("mixed")
+@dataclass(frozen=True)
+class Mixed:
+    """A share (0-1) of experts, or for `router_weight` of selections, is demoted to one format."""
+
+    score: str
+    share: float
+    format: str
+    encoder: str = "rtn"
+
+
+@member("mixed_in_bytes")
+@dataclass(frozen=True)
+class MixedInBytes:
+    """Experts get native or one of several formats, within a fraction of native's bytes.
+
+    `score_text` is the text that the score was measured on; empty is the trial's own.
+    """
+
+    score: str
+    bytes_fraction: float
+    formats: tuple[str, ...]
+    encoder: str = "rtn"
+    score_text: str = ""
+
+
+@member("per_selection")
+@dataclass(frozen=True)
+class PerSelection:
+    """Each selection gets its precision by a score of the moment.
+
+    `shares` (0-1) are of selections: native, then `formats`, then, if one longer, those skipped.
+    """
+
+    score: str
+    shares: tuple[float, ...]
+    formats: tuple[str, ...]
+    encoder: str = "rtn"
+
+
+@member("miss_mode")
+@dataclass(frozen=True)
+class MissModeTrial:
+    """A missing expert is served as the miss mode says; `share` (0-1) of the pool is low copies."""
+
+    mode: str
+    share: float
+    format: str
+    encoder: str = "rtn"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Model and texts. An empty `model` is the reference model, empty texts are its held-out ones.
+
+    An empty `implementation` takes the fastest matrix products that the device has; an empty
+    `data_dir` leaves the data of benchmarks to lm-eval.
+    """
+
+    model: str = ""
+    calibration_text: str = ""
+    evaluation_text: str = ""
+    implementation: str = ""
+    data_dir: str = ""
+
+
+@dataclass(frozen=True)
+class EvalSizes:
+    """How much a trial measures; 0 leaves tasks or decode out."""
+
+    windows: int
+    context: int
+    calibration_windows: int
+    task_problems: int = 0  # per task
+    decode_prompt_tokens: int = 0
+    decode_tokens: int = 0
+    decode_repeats: int = 0
+    decoded_windows: int = 0  # of the windows, for quality that depends on the pool
+    benchmarks: tuple[str, ...] = ()  # lm-eval's
+    benchmark_problems: int = 0  # of each; 0 for all
+
+
+@member("cache")
+@dataclass(frozen=True)
+class CacheTrial:
+    """Quality and cost of a plan under a pool of `budget_mib`, MiB of device memory."""
+
+    plan: Native | Uniform | Mixed | MissModeTrial
+    budget_mib: float
+    inputs: Inputs
+    sizes: EvalSizes
+    protected_fraction: float = 0.1  # of the SLRU policy
+    seed: int = 0  # of the random control
+
+
+@member("quality")
+@dataclass(frozen=True)
+class QualityTrial:
+    """Quality of a plan alone: no pool, no timing. `seed` draws calibration windows and control."""
+
+    plan: Native | Uniform | MixedInBytes | PerSelection
+    inputs: Inputs
+    sizes: EvalSizes
+    seed: int = 0
+
+
+@member("benchmark")
+@dataclass(frozen=True)
+class Benchmark:
+    """Any other measurement: its subject, and the settings that tell it from its siblings."""
+
+    subject: str
+    setting: Mapping[str, Scalar]
+
+
+Asked = CacheTrial | QualityTrial | Benchmark
+
+
+def _canonical(asked: Asked) -> dict[str, Any]:
+    # As read back from JSON: a whole number in a field of floats is a float there.
+    found = plain(asked)
+    return plain(typed(dict(found), Asked, "asked"))
+
+
+def record_name(asked: Asked) -> str:
+    """A readable name, and a file name, that ends in 12 digits of a hash of all that was asked."""
+    found = _canonical(asked)
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True, allow_nan=False).encode())
+    shown = {key: value for key, value in found.items() if key not in ("inputs", "sizes", "kind")}
+    label = re.sub(r"[^A-Za-z0-9_.]+", "-", _words(shown))[:_MAX_LABEL].strip("-.")
+    return f"{label or 'record'}-{digest.hexdigest()[:12]}"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return "-".join(_words(inner) for inner in value.values())
+    if isinstance(value, list):
+        return "-".join(map(_words, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,115 @@
+"""Frozen dataclasses as JSON and back: defaults left out, members of a sum type named.
+
+Owns how a value is checked against its annotated type, with errors that say where, what and what
+was wanted. The standard library suffices: machines that only run kernels have nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+_Class = TypeVar("_Class", bound=type)
+
+_NAME = "_json_kind"
+
+
+def member(name: str) -> Callable[[_Class], _Class]:
+    """Marks a dataclass as a member of a sum type; `name` tells it in JSON and never changes."""
+
+    def mark(kind: _Class) -> _Class:
+        setattr(kind, _NAME, name)
+        return kind
+
+    return mark
+
+
+def plain(value: Any) -> Any:
+    """JSON of a value: fields at their default are left out, members of the sum type are named."""
+    if dataclasses.is_dataclass(value):
+        kind = getattr(value, _NAME, None)
+        found = {} if kind is None else {"kind": kind}
+        for f in dataclasses.fields(value):
+            inner = getattr(value, f.name)
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            if inner != default:
+                found[f.name] = plain(inner)
+        return found
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return value
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def typed(value: Any, wanted: Any, where: str) -> Any:
+    """`value`, read from JSON, as the type `wanted`."""
+    origin = typing.get_origin(wanted)
+    if wanted is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return _member(value, typing.get_args(wanted), where)
+    if dataclasses.is_dataclass(wanted):
+        return _instance(value, wanted, where)
+    if origin is Literal:
+        if value in typing.get_args(wanted):
+            return value
+    elif origin is tuple:
+        if isinstance(value, list):
+            inner = typing.get_args(wanted)[0]
+            return tuple(typed(v, inner, f"{where}[{i}]") for i, v in enumerate(value))
+    elif origin is not None and issubclass(origin, Mapping):
+        if isinstance(value, dict):
+            inner = typing.get_args(wanted)[1]
+            return {key: typed(v, inner, f"{where}.{key}") for key, v in value.items()}
+    elif wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, wanted) and not (isinstance(value, bool) and wanted is not bool):
+        return value
+    raise ValueError(f"{where} is {value!r:.80}; want {getattr(wanted, '__name__', wanted)}")
+
+
+def _member(value: Any, members: tuple[Any, ...], where: str) -> Any:
+    classes = {getattr(m, _NAME): m for m in members if hasattr(m, _NAME)}
+    if classes:
+        kind = value.get("kind") if isinstance(value, dict) else value
+        if kind not in classes:
+            raise ValueError(f"{where} is of kind {kind!r:.80}; want one of {', '.join(classes)}")
+        rest = {key: inner for key, inner in value.items() if key != "kind"}
+        return typed(rest, classes[kind], where)
+    for wanted in members:  # int before float, so that a whole number stays one
+        with contextlib.suppress(ValueError):
+            if not (wanted is float and isinstance(value, int)):
+                return typed(value, wanted, where)
+    names = ", ".join(getattr(wanted, "__name__", str(wanted)) for wanted in members)
+    raise ValueError(f"{where} is {value!r:.80}; want one of {names}")
+
+
+def _instance(value: Any, wanted: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r:.80}; want a JSON object")
+    hints = _hints(wanted)
+    unknown = sorted(value.keys() - hints.keys())
+    if unknown:
+        raise ValueError(f"{where} has {', '.join(unknown)}; want only {', '.join(hints)}")
+    found = {name: typed(inner, hints[name], f"{where}.{name}") for name, inner in value.items()}
+    missing = [
+        f.name
+        for f in dataclasses.fields(wanted)
+        if f.name not in found
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    return wanted(**found)

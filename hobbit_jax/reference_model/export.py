@@ -1,0 +1,112 @@
+"""From a trained checkpoint to GGUF: float32 for reference, Q4_K_M-style for use.
+
+Owns the mapping of trained parameters to llama.cpp's tensor names, and the tokenizer's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from hobbit_jax import quantize
+from hobbit_jax.experts.tiers import dequantize
+from hobbit_jax.model_file.architecture import ModelConfig, config_metadata
+from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
+from hobbit_jax.quantize.type_mix import FILE_TYPE_F32, FILE_TYPE_Q4_K_M, q4_k_m_format
+from hobbit_jax.reference_model.corpus import END_OF_TEXT
+from hobbit_jax.reference_model.trainer import TrainableModel
+
+NORMAL_TOKEN, CONTROL_TOKEN = 1, 3  # gguf.TokenType
+
+
+def metadata(config: ModelConfig, tokenizer: Tokenizer, name: str) -> dict:
+    """GGUF metadata of a `qwen3moe` model with our byte-level BPE.
+
+    Every text begins with END_OF_TEXT, as documents did in training, so it is BOS as well.
+    """
+    ids = tokenizer.get_vocab()
+    tokens = sorted(ids, key=ids.__getitem__)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    boundary = ids[END_OF_TEXT]
+    return {
+        **config_metadata(config),
+        "general.name": name,
+        "general.license": "apache-2.0",
+        "general.file_type": FILE_TYPE_F32,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [
+            CONTROL_TOKEN if i == boundary else NORMAL_TOKEN for i in range(len(tokens))
+        ],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+        "tokenizer.ggml.bos_token_id": boundary,
+        "tokenizer.ggml.eos_token_id": boundary,
+        "tokenizer.ggml.padding_token_id": boundary,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+
+
+def named_weights(model: TrainableModel) -> dict[str, np.ndarray]:
+    """Trained parameters as float32 arrays under llama.cpp's tensor names."""
+    weights = {
+        "token_embd.weight": model.ends.embedding.weights(),
+        "output_norm.weight": model.ends.final_norm.scale[...],
+    }
+    for layer, (block, experts) in enumerate(zip(model.blocks, model.experts, strict=True)):
+        attention = block.attention
+        of_layer = {
+            "attn_norm": block.attention_norm.scale[...],
+            "attn_q": attention.q.weights(),
+            "attn_k": attention.k.weights(),
+            "attn_v": attention.v.weights(),
+            "attn_output": attention.output.weights(),
+            "attn_q_norm": attention.q_norm.scale[...],
+            "attn_k_norm": attention.k_norm.scale[...],
+            "ffn_norm": block.ffn_norm.scale[...],
+            "ffn_gate_inp": block.router.weights(),
+            "ffn_gate_exps": experts.gate_EFD[...],
+            "ffn_up_exps": experts.up_EFD[...],
+            "ffn_down_exps": experts.down_EDF[...],
+        }
+        weights |= {f"blk.{layer}.{role}.weight": value for role, value in of_layer.items()}
+    return {name: np.asarray(value, np.float32) for name, value in jax.device_get(weights).items()}
+
+
+def export_float32(model: TrainableModel, tokenizer: Tokenizer, name: str, path: Path) -> None:
+    """Writes the trained model in float32."""
+    config = model.blocks[0].config
+    tensors = [
+        (key, "F32", value.shape, np.ascontiguousarray(value).view(np.uint8))
+        for key, value in named_weights(model).items()
+    ]
+    write_gguf(path, metadata(config, tokenizer, name), tensors)
+
+
+def export_q4_k_m(source: GGUFFile, config: ModelConfig, path: Path) -> None:
+    """Quantises a float32 export as llama.cpp's Q4_K_M would, with our encoders."""
+
+    def encoded(tensor, format):
+        def encode() -> np.ndarray:
+            if tensor.format == format:
+                return tensor.raw
+            weights = dequantize(tensor)
+            rows = quantize.encode(weights.reshape(-1, weights.shape[-1]), format)
+            return rows.reshape(*weights.shape[:-1], -1)
+
+        return encode
+
+    tensors = []
+    for name, tensor in source.tensors.items():
+        format = q4_k_m_format(name, tensor.shape, config)
+        tensors.append((name, format, tensor.shape, encoded(tensor, format)))
+    write_gguf(
+        path,
+        {**source.metadata, "general.file_type": FILE_TYPE_Q4_K_M},
+        tensors,
+        source.field_types,
+    )

@@ -1,0 +1,148 @@
+"""The reference model's recipe, from nothing to files that can ship.
+
+Owns the model's shape and the order of the work: corpus, tokenizer, training, exports, figures,
+card. Every stage is resumable: checkpoints by the trainer, files by their existence or a re-run.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+from flax import nnx
+from tokenizers import Tokenizer
+
+from hobbit_jax import reference
+from hobbit_jax.atomic import write_json
+from hobbit_jax.minitasks.documents import EVEN_MIX, TaskMix
+from hobbit_jax.model.loading import load_model
+from hobbit_jax.model_file.architecture import ModelConfig
+from hobbit_jax.record import machine
+from hobbit_jax.reference_model import card, corpus, export
+from hobbit_jax.reference_model.trainer import TrainConfig, Trainer
+
+MODEL = ModelConfig(
+    arch="qwen3moe",
+    n_layers=4,
+    d_model=256,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=64,
+    n_experts=16,
+    experts_per_token=2,
+    d_expert=256,
+    vocab_size=4096,
+    context_length=512,
+    rope_base=10000.0,
+    rope_dim=64,
+    rope_style="neox",
+    rms_eps=1e-6,
+    qk_norm="head",
+    renormalise_topk=True,
+    tied_head=True,
+)
+# The first phase leaves sums and differences a third wrong; the second drills them.
+PHASES = (
+    corpus.Phase(steps=800, task_rows=6, mix=EVEN_MIX, learning_rate=1.0),
+    corpus.Phase(
+        steps=280,
+        task_rows=12,
+        mix=TaskMix(problems=0.3, drills=0.6, functions=0.1),
+        learning_rate=0.5,
+    ),
+)
+HELD_OUT_WINDOWS = 32  # watched during training
+CARD_PROBLEMS = 200  # per task
+SHIPPED = (
+    reference.MODEL_NAME,
+    reference.HELD_OUT_NAME,
+    "MODEL_CARD.md",
+    "card.json",
+    "loss.png",
+    "PYTHON_LICENSE.txt",
+)
+
+
+def run(workdir: Path) -> None:
+    """Trains (or goes on training), exports, measures and writes the card into `workdir`."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    files = corpus.standard_library()
+    tokenizer = _tokenizer(files, workdir / "tokenizer.json")
+    train = TrainConfig(MODEL, PHASES)
+    batches = corpus.Batches(
+        tokenizer, files, PHASES, batch=train.batch, context=train.context, seed=train.seed
+    )
+    watched = corpus.held_out_windows(tokenizer, files, train.context, HELD_OUT_WINDOWS)
+    trainer = Trainer(train, batches, watched, workdir)
+    trainer.restore()
+    trainer.run()
+
+    float32_path, q4_path = workdir / "reference-f32.gguf", workdir / reference.MODEL_NAME
+    model = nnx.merge(trainer.graph, trainer.params)
+    export.export_float32(model, tokenizer, "hobbit_jax reference", float32_path)
+    source = load_model(float32_path)
+    export.export_q4_k_m(source.file, source.config, q4_path)
+
+    held_out = workdir / reference.HELD_OUT_NAME
+    card.write_held_out(files, held_out)
+    losses = [json.loads(line) for line in (workdir / "loss.jsonl").read_text().splitlines()]
+    card.draw_loss(losses, workdir / "loss.png")
+    shutil.copy(_python_license(), workdir / "PYTHON_LICENSE.txt")
+    texts = [
+        text
+        for part in ("calibration", "evaluation")
+        for text in reference.read_held_out(held_out, part)
+    ]
+    figures = {
+        name: card.measure(load_model(path), texts, CARD_PROBLEMS)
+        for name, path in (("float32", float32_path), ("Q4_K_M", q4_path))
+    }
+    seconds = sum(
+        max(row["elapsed_s"] for row in losses if row["step"] - row["steps_this_run"] == start)
+        for start in {row["step"] - row["steps_this_run"] for row in losses}
+    )
+    description = {
+        "shape": (
+            f"{MODEL.n_layers} layers, {MODEL.d_model} wide, {MODEL.n_experts} experts of "
+            f"{MODEL.d_expert} with {MODEL.experts_per_token} per token, context "
+            f"{MODEL.context_length}, tied head"
+        ),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(trainer.params)),
+        "vocab_size": MODEL.vocab_size,
+        "source_tokens": len(batches.source_stream),
+        "steps": train.steps,
+        "phases": [asdict(phase) for phase in PHASES],
+        "tokens_per_step": train.batch * train.context,
+        "python": platform.python_version(),
+        "device": machine()["device"],
+        "duration": f"Wall time of the training steps: {seconds / 60:.0f} minutes.",
+    }
+    write_json(workdir / "card.json", {"training": description, "figures": figures})
+    card.write_card(workdir / "MODEL_CARD.md", description, figures)
+
+
+def install(workdir: Path) -> Path:
+    """Copies what ships from `workdir` into the package; returns the package's folder."""
+    target = Path(reference.__file__).parent
+    for name in SHIPPED:
+        shutil.copyfile(workdir / name, target / name)
+    return target
+
+
+def _tokenizer(files: list[corpus.SourceFile], path: Path) -> Tokenizer:
+    if not path.exists():
+        corpus.train_tokenizer(files, MODEL.vocab_size).save(str(path))
+    return Tokenizer.from_file(str(path))
+
+
+def _python_license() -> Path:
+    """The licence text of the running Python, which covers the held-out sources."""
+    library = Path(json.__file__).parent.parent
+    for path in (library / "LICENSE.txt", library.parent.parent / "LICENSE.txt"):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"no LICENSE.txt beside the Python library in {library}")

@@ -1,0 +1,287 @@
+"""The training loop of the reference model: a dense-weight twin of the served model.
+
+Owns parameters in training, the differentiable expert dispatch, the optimiser and resumable
+progress. Attention, routing and ends are the modules of `hobbit_jax/model/modules.py` with F32
+planes; only the experts differ, because training needs gradients through all of them at once. Its
+result goes to `export.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from optax.contrib import MuonDimensionNumbers, muon
+from tqdm import tqdm
+
+from hobbit_jax.model.modules import Attention, Block, Ends, Linear, RMSNorm, attend
+from hobbit_jax.model_file.architecture import ModelConfig
+from hobbit_jax.reference_model.corpus import Phase
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run; two runs with equal configs see the same data."""
+
+    model: ModelConfig
+    phases: tuple[Phase, ...]
+    batch: int = 16
+    context: int = 512
+    muon_learning_rate: float = 0.02
+    adam_learning_rate: float = 3e-3
+    warmup_steps: int = 40
+    balance_weight: float = 0.01
+    capacity_factor: float = 1.5
+    seed: int = 0
+    checkpoint_every: int = 50
+    evaluate_every: int = 100
+
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
+
+@jax.custom_vjp
+def _take_rows(x_RD: jax.Array, take_S: jax.Array, back_RN: jax.Array) -> jax.Array:
+    """x[take], with index R reading zeros; `back` lists, per row of x, where it went.
+
+    Its gradient is a gather as well: XLA's scatter-add on a CPU would cost more
+    than the experts themselves.
+    """
+    del back_RN
+    return jnp.take(x_RD, take_S, axis=0, mode="fill", fill_value=0)
+
+
+def _take_rows_forward(x_RD, take_S, back_RN):
+    return _take_rows(x_RD, take_S, back_RN), back_RN
+
+
+def _take_rows_backward(back_RN, grad_SD):
+    gathered = jnp.take(grad_SD, back_RN, axis=0, mode="fill", fill_value=0)
+    return jnp.sum(gathered, axis=1), None, None
+
+
+_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+class DenseExperts(nnx.Module):
+    """All experts of a layer in float32, dispatched by sorting tokens into fixed capacities."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        n, d, f = config.n_experts, config.d_model, config.d_expert
+        self.gate_EFD = nnx.Param(jax.random.normal(rngs.params(), (n, f, d)) * d**-0.5)
+        self.up_EFD = nnx.Param(jax.random.normal(rngs.params(), (n, f, d)) * d**-0.5)
+        self.down_EDF = nnx.Param(jnp.zeros((n, d, f)))
+
+    def __call__(
+        self, h_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, capacity: int
+    ) -> jax.Array:
+        """Weighted sum of each token's experts; assignments beyond an expert's capacity drop."""
+        tokens, k = ids_TK.shape
+        n_experts = self.gate_EFD.shape[0]
+        flat_A = ids_TK.reshape(-1)
+        order_A = jnp.argsort(flat_A, stable=True)
+        rank_A = jnp.argsort(order_A, stable=True)
+        count_E = jnp.sum(flat_A[:, None] == jnp.arange(n_experts)[None, :], axis=0)
+        start_E = jnp.cumsum(count_E) - count_E
+        place_A = rank_A - start_E[flat_A]
+        n_slots = n_experts * capacity
+        slot_A = jnp.where(place_A < capacity, flat_A * capacity + place_A, n_slots)
+        place_EC = jnp.arange(capacity)[None, :]
+        sorted_EC = jnp.minimum(start_E[:, None] + place_EC, tokens * k - 1)
+        used_EC = place_EC < count_E[:, None]
+        assignment_S = jnp.where(used_EC, order_A[sorted_EC], tokens * k).reshape(-1)
+        token_S = jnp.where(used_EC, order_A[sorted_EC] // k, tokens).reshape(-1)
+
+        x_ECD = _take_rows(h_TD, token_S, slot_A.reshape(tokens, k))
+        x_ECD = x_ECD.reshape(n_experts, capacity, -1)
+        gate = jnp.einsum("ecd,efd->ecf", x_ECD, self.gate_EFD[...])
+        up = jnp.einsum("ecd,efd->ecf", x_ECD, self.up_EFD[...])
+        y_ECD = jnp.einsum("ecf,edf->ecd", jax.nn.silu(gate) * up, self.down_EDF[...])
+        y_AD = _take_rows(y_ECD.reshape(n_slots, -1), slot_A, assignment_S[:, None])
+        return jnp.einsum("tkd,tk->td", y_AD.reshape(tokens, k, -1), weights_TK)
+
+
+class TrainableModel(nnx.Module):
+    """The served model's modules with F32 planes, plus dense experts."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        d, head = config.d_model, config.head_dim
+
+        def linear(n_out: int, n_in: int, std: float) -> Linear:
+            weights = jax.random.normal(rngs.params(), (n_out, n_in)) * std
+            return Linear("F32", {"weights": weights})
+
+        def norm(width: int) -> RMSNorm:
+            return RMSNorm(jnp.ones(width), config.rms_eps)
+
+        blocks = []
+        for _ in range(config.n_layers):
+            attention = Attention(
+                config,
+                q=linear(config.n_heads * head, d, d**-0.5),
+                k=linear(config.n_kv_heads * head, d, d**-0.5),
+                v=linear(config.n_kv_heads * head, d, d**-0.5),
+                output=linear(d, config.n_heads * head, 0.0),
+                q_norm=norm(head),
+                k_norm=norm(head),
+            )
+            router = linear(config.n_experts, d, 0.02)
+            blocks.append(Block(config, norm(d), attention, norm(d), router))
+        self.blocks = nnx.List(blocks)
+        self.experts = nnx.List([DenseExperts(config, rngs) for _ in range(config.n_layers)])
+        self.ends = Ends(linear(config.vocab_size, d, 0.02), norm(d), head=None)
+
+    def __call__(self, ids_BT: jax.Array, capacity_factor: float):
+        """Returns float32 logits [B, T, V], the balance loss, and expert shares [L, E]."""
+        config = self.blocks[0].config
+        batch, tokens = ids_BT.shape
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens)[None, :], (batch, tokens))
+        mean_load = batch * tokens * config.experts_per_token / config.n_experts
+        capacity = math.ceil(mean_load * capacity_factor / 8) * 8
+        x_BTD, balance, shares = self.ends.embed(ids_BT), 0.0, []
+        for block, experts in zip(self.blocks, self.experts, strict=True):
+            q_BTHd, k_BTGd, v_BTGd = block.project(x_BTD, positions_BT)
+            mixed_BTN = attend(q_BTHd, k_BTGd, v_BTGd, positions_BT)
+            x_BTD, h_BTD = block.add_attention(x_BTD, mixed_BTN)
+            h_TD = h_BTD.reshape(batch * tokens, -1)
+            routing = block.route(h_TD)
+            chosen_E = jnp.sum(jax.nn.one_hot(routing.ids, config.n_experts), axis=(0, 1))
+            share_E = chosen_E / jnp.sum(chosen_E)
+            mean_E = jnp.mean(block.router_probabilities(h_TD), axis=0)
+            balance += config.n_experts * jnp.sum(jax.lax.stop_gradient(share_E) * mean_E)
+            shares.append(share_E)
+            y_TD = experts(h_TD, routing.ids, routing.weights, capacity)
+            x_BTD = x_BTD + y_TD.reshape(x_BTD.shape)
+        return self.ends.logits(x_BTD), balance / config.n_layers, jnp.stack(shares)
+
+
+def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
+    """Muon for hidden matrices, Adam for the rest; each phase warms up and decays to zero."""
+
+    def schedule(peak: float):
+        pieces, boundaries, end = [], [], 0
+        for phase in train.phases:
+            top, warmup = peak * phase.learning_rate, min(train.warmup_steps, phase.steps // 2)
+            pieces += [
+                optax.schedules.linear_schedule(0.0, top, warmup),
+                optax.schedules.linear_schedule(top, 0.0, phase.steps - warmup),
+            ]
+            boundaries += [end + warmup, end + phase.steps]
+            end += phase.steps
+        return optax.schedules.join_schedules(pieces, boundaries[:-1])
+
+    def dimension_numbers(params):
+        def of(path, leaf):
+            name = jax.tree_util.keystr(path)
+            if leaf.ndim < 2 or "router" in name or "embedding" in name:
+                return None
+            return MuonDimensionNumbers(reduction_axis=leaf.ndim - 1, output_axis=leaf.ndim - 2)
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        muon(
+            schedule(train.muon_learning_rate),
+            adam_learning_rate=schedule(train.adam_learning_rate),
+            adam_b2=0.98,
+            # Preconditioning buys back one of the five Newton-Schulz steps (arXiv 2512.04632).
+            ns_steps=4,
+            preconditioning="aol",
+            muon_weight_dimension_numbers=dimension_numbers,
+        ),
+    )
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Mean negative log-likelihood in nats per token."""
+    chosen = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return jnp.mean(jax.nn.logsumexp(logits_BTV, axis=-1) - chosen)
+
+
+class Trainer:
+    """Runs `TrainConfig` to its end, from the newest checkpoint in `workdir` if there is one."""
+
+    def __init__(self, train: TrainConfig, batches, held_out_ids: np.ndarray, workdir: Path):
+        self.train, self.batches, self.workdir = train, batches, Path(workdir).resolve()
+        self.held_out_ids = held_out_ids
+        self.optimizer = make_optimizer(train)
+        model = TrainableModel(train.model, nnx.Rngs(params=train.seed))
+        self.graph, self.params = nnx.split(model)
+        self.opt_state = self.optimizer.init(self.params)
+        self.step = 0
+        self.manager = ocp.CheckpointManager(
+            self.workdir / "checkpoints",
+            options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
+        )
+
+    def restore(self) -> bool:
+        """Loads the newest checkpoint; False when there is none."""
+        latest = self.manager.latest_step()
+        if latest is None:
+            return False
+        target = {"params": self.params, "opt_state": self.opt_state}
+        restored = self.manager.restore(latest, args=ocp.args.StandardRestore(target))
+        self.params, self.opt_state, self.step = restored["params"], restored["opt_state"], latest
+        return True
+
+    def run(self) -> None:
+        """Trains to `steps`; loss rows go to `workdir/loss.jsonl`, one JSON object a line."""
+
+        def loss(params, ids_BS):
+            model = nnx.merge(self.graph, params)
+            logits, balance, shares = model(ids_BS[:, :-1], self.train.capacity_factor)
+            nll = cross_entropy(logits, ids_BS[:, 1:])
+            return nll + self.train.balance_weight * balance, (nll, shares)
+
+        @partial(jax.jit, donate_argnums=(0, 1))
+        def update(params, opt_state, ids_BS):
+            (_, (nll, _)), grads = jax.value_and_grad(loss, has_aux=True)(params, ids_BS)
+            updates, opt_state = self.optimizer.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, nll
+
+        evaluate = jax.jit(lambda params, ids_BS: loss(params, ids_BS)[1])
+        started_at = self.step
+        log = (self.workdir / "loss.jsonl").open("a")
+        progress = tqdm(total=self.train.steps, initial=self.step, unit="step", desc="training")
+        began = time.monotonic()
+        while self.step < self.train.steps:
+            ids_BS = self.batches(self.step)
+            self.params, self.opt_state, nll = update(self.params, self.opt_state, ids_BS)
+            self.step += 1
+            row = {"step": self.step, "nats_per_token": round(float(nll), 4)}
+            row["elapsed_s"] = round(time.monotonic() - began, 1)
+            row["steps_this_run"] = self.step - started_at
+            if self.step % self.train.evaluate_every == 0 or self.step == self.train.steps:
+                rows = [
+                    evaluate(self.params, batch)
+                    for batch in np.split(self.held_out_ids, len(self.held_out_ids) // 8)
+                ]
+                row["held_out_nats_per_token"] = round(float(np.mean([r[0] for r in rows])), 4)
+                share_LE = np.mean([r[1] for r in rows], axis=0)
+                row["expert_share_min_max"] = [
+                    round(float(share_LE.min()), 4),
+                    round(float(share_LE.max()), 4),
+                ]
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            if self.step % self.train.checkpoint_every == 0 or self.step == self.train.steps:
+                state = {"params": self.params, "opt_state": self.opt_state}
+                self.manager.save(self.step, args=ocp.args.StandardSave(state))
+            progress.set_postfix(nats=f"{float(nll):.3f}", refresh=False)
+            progress.update()
+        progress.close()
+        self.manager.wait_until_finished()
+        log.close()

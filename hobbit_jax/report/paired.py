@@ -1,0 +1,80 @@
+"""Paired comparisons: two plans on the same windows of text, and on the same problems.
+
+Owns every interval of a difference between records of a sweep. Windows share most of their
+variation between plans, so a difference is taken within each window first. Intervals are 95 %, by
+Student's t, which stays honest for a handful of windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+
+from hobbit_jax.record import Record
+from hobbit_jax.statistics import Interval
+
+
+def kl_nats_W(record: Record) -> np.ndarray | None:
+    """Mean KL of each evaluation window; None where it was not measured."""
+    found = record.samples.get("kl_nats_W")
+    return None if not found else np.asarray(found, np.float64)
+
+
+def mean_interval(values_N: np.ndarray) -> Interval:
+    """Mean of independent values with its interval; of a single one the interval is unbounded."""
+    mean = float(values_N.mean())
+    if len(values_N) < 2:
+        return Interval(mean, -math.inf, math.inf)
+    if np.ptp(values_N) == 0:
+        return Interval(mean, mean, mean)
+    ends = stats.ttest_1samp(values_N, 0).confidence_interval(0.95)
+    return Interval(mean, float(ends.low), float(ends.high))
+
+
+def difference(left_W: np.ndarray, right_W: np.ndarray) -> Interval:
+    """`left` less `right` within the windows that both have; these are the first of each."""
+    common = min(len(left_W), len(right_W))
+    return mean_interval(left_W[:common] - right_W[:common])
+
+
+def line_at(x: float, points: Sequence[tuple[float, np.ndarray]]) -> np.ndarray | None:
+    """KL of each window on straight lines between `points` (x, KL of windows), at `x`.
+
+    None outside of them: nothing is extrapolated. Of several points at one x the least KL counts.
+    """
+    if not points:
+        return None
+    common = min(len(kl_W) for _, kl_W in points)
+    best: dict[float, np.ndarray] = {}
+    for place, kl_W in points:
+        if place not in best or kl_W[:common].mean() < best[place].mean():
+            best[place] = kl_W[:common]
+    places = sorted(best)
+    if not places[0] <= x <= places[-1]:
+        return None
+    right = next(i for i, place in enumerate(places) if place >= x)
+    left = max(right - 1, 0)
+    width = places[right] - places[left]
+    share = (x - places[left]) / width if width else 0.0
+    return (1 - share) * best[places[left]] + share * best[places[right]]
+
+
+def task_loss(record: Record, native: Record, task: str) -> Interval | None:
+    """Share of problems that `record` solves less than `native`, in pairs problem by problem.
+
+    Records without each problem's result have Newcombe's interval of two independent shares,
+    which is wider. None where either was not scored.
+    """
+    solved, lost = (np.array(r.samples.get(f"{task}_solved", ()), float) for r in (native, record))
+    if solved.size and solved.shape == lost.shape:
+        return mean_interval(solved - lost)
+    before, after = (r.interval(task) for r in (native, record))
+    if before is None or after is None:
+        return None
+    loss = before.value - after.value
+    low = math.hypot(before.value - before.low, after.high - after.value)
+    high = math.hypot(before.high - before.value, after.value - after.low)
+    return Interval(loss, loss - low, loss + high)

@@ -1,0 +1,202 @@
+"""A sweep of the cache as found: its records by plan and budget, and those that are absent.
+
+Owns how plans are named, ordered and paired with their rivals and controls.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path, PurePath
+
+import numpy as np
+
+from hobbit_jax.record import (
+    CacheTrial,
+    MissModeTrial,
+    Mixed,
+    Native,
+    Record,
+    Records,
+    Study,
+    Uniform,
+)
+from hobbit_jax.report.paired import kl_nats_W
+from hobbit_jax.report.table import percent
+
+RANDOM = "random"
+_SCORES = ("router_weight", "frequency", "accumulated_weight", "sensitivity")
+_GPU = re.compile(r"nvidia|cuda|gpu|rocm|radeon|geforce|rtx", re.IGNORECASE)
+_NO_GPU = re.compile(r"^\W*cpu|\b(no|without)( a| any)? gpu", re.IGNORECASE)
+Plan = Native | Uniform | Mixed | MissModeTrial
+
+
+def trial(record: Record) -> CacheTrial:
+    """What a record of the sweep was asked."""
+    assert isinstance(record.asked, CacheTrial)
+    return record.asked
+
+
+def on_gpu(record: Record) -> bool:
+    """Whether it was measured on a GPU, by the name of its device."""
+    device = record.device or ""
+    return bool(_GPU.search(device)) and not _NO_GPU.search(device)
+
+
+def low_format(record: Record) -> str | None:
+    """The format of demoted experts; None natively."""
+    return getattr(trial(record).plan, "format", None)
+
+
+def is_control(record: Record) -> bool:
+    """Whether experts were demoted at random."""
+    plan = trial(record).plan
+    return isinstance(plan, Mixed) and plan.score == RANDOM
+
+
+def is_candidate(record: Record) -> bool:
+    """Whether it mixes precisions by something better than chance."""
+    return isinstance(trial(record).plan, Mixed | MissModeTrial) and not is_control(record)
+
+
+def order(record: Record) -> tuple:
+    """Sort key: native, uniform, miss modes, scores, the random control last; then the budget."""
+    asked = trial(record)
+    plan = asked.plan
+    kinds: list[type] = [Native, Uniform, MissModeTrial, Mixed]
+    score = getattr(plan, "score", getattr(plan, "mode", ""))
+    rank = _SCORES.index(score) if score in _SCORES else len(_SCORES) + (score == RANDOM)
+    return (
+        kinds.index(type(plan)), rank, score, low_format(record) or "", getattr(plan, "share", 0),
+        asked.seed, asked.budget_mib, asked.protected_fraction,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Records of one study that finished, in the order of `order`, and what is absent."""
+
+    study: Study
+    records: tuple[Record, ...]
+    failed: tuple[Record, ...]
+    missing: tuple[str, ...]
+    foreign: tuple[str, ...]
+    unreadable: Mapping[str, str]
+
+    @classmethod
+    def of(cls, study: Study, found: Records) -> Sweep:
+        """The sweep that `study` describes.
+
+        Raises:
+            ValueError: no record at all.
+        """
+        wanted, own = set(study.trials), found.of(study.name)
+        own = [record for record in own if isinstance(record.asked, CacheTrial)]
+        if not own:
+            raise ValueError(
+                f"there is no record of the study {study.name}; run scripts/sweep.py first"
+            )
+        asked = [record for record in own if record.name in wanted]
+        done = sorted((r for r in asked if r.status == "ok"), key=order)
+        return cls(
+            study,
+            tuple(done),
+            tuple(r for r in asked if r.status == "failed"),
+            tuple(sorted(wanted - {r.name for r in asked})),
+            tuple(sorted({r.name for r in own} - wanted)),
+            found.unreadable,
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every trial left a record that can be read."""
+        return not self.missing and not self.unreadable
+
+    @property
+    def model(self) -> str:
+        """The name of the model, or models."""
+        names = {trial(r).inputs.model for r in (*self.records, *self.failed)}
+        return ", ".join(sorted(PurePath(n).stem or "the reference model" for n in names))
+
+    @cached_property
+    def budgets(self) -> list[float]:
+        """Pool budgets in MiB."""
+        return sorted({trial(record).budget_mib for record in self.records})
+
+    def beside(self, record: Record) -> Iterator[Record]:
+        """Records at the same budget and policy, with the same inputs and sizes."""
+        here = trial(record)
+        for other in self.records:
+            there = trial(other)
+            if replace(there, plan=here.plan, seed=here.seed) == here:
+                yield other
+
+    def native(self, record: Record) -> Record | None:
+        """The native record to compare `record` with."""
+        return next((r for r in self.beside(record) if isinstance(trial(r).plan, Native)), None)
+
+    def uniform(self, record: Record) -> list[Record]:
+        """Records of one precision below native, beside `record`."""
+        return [r for r in self.beside(record) if isinstance(trial(r).plan, Uniform)]
+
+    def draws(self, record: Record) -> list[Record]:
+        """The random control of a plan: its draws at the same format and, of a score, share."""
+        plan, found = trial(record).plan, []
+        for other in self.beside(record):
+            drawn = trial(other).plan
+            if not (is_control(other) and isinstance(drawn, Mixed)):
+                continue
+            if isinstance(plan, Mixed) and replace(drawn, score=plan.score) == plan:
+                found.append(other)
+            if isinstance(plan, MissModeTrial) and drawn.format == plan.format:
+                found.append(other)
+        return found
+
+    def per_plan(self) -> list[Record]:
+        """One record a plan, since quality does not depend on the budget; of a miss mode, each."""
+        seen: set[object] = set()
+        found = []
+        for record in self.records:
+            asked = trial(record)
+            by_miss = isinstance(asked.plan, MissModeTrial)
+            key = record.name if by_miss else (asked.plan, asked.seed, asked.inputs)
+            if key not in seen and kl_nats_W(record) is not None:
+                seen.add(key)
+                found.append(record)
+        return found
+
+    def label(self, record: Record) -> str:
+        """A short name; the seed is said only where the sweep has several."""
+        asked = trial(record)
+        plan = asked.plan
+        if isinstance(plan, Native):
+            return "native"
+        if isinstance(plan, Uniform):
+            return f"uniform {plan.format}"
+        if isinstance(plan, MissModeTrial):
+            return f"{plan.mode} {plan.format}, {percent(plan.share)} of the pool"
+        seeds = {trial(r).seed for r in self.records if trial(r).plan == plan}
+        seed = f" (seed {asked.seed})" if len(seeds) > 1 else ""
+        return f"{plan.score} {percent(plan.share)} {plan.format}{seed}"
+
+    def at(self, record: Record) -> str:
+        """The budget in words; the policy and the model only where the sweep has several."""
+        asked = trial(record)
+        text = f"{asked.budget_mib:g} MiB"
+        if len({trial(r).protected_fraction for r in self.records}) > 1:
+            text += f", {percent(asked.protected_fraction)} protected"
+        if len({trial(r).inputs for r in self.records}) > 1:
+            text += f", {Path(asked.inputs.model).stem or 'the reference model'}"
+        return text
+
+    def envelope(self, record: Record) -> list[tuple[float, np.ndarray]]:
+        """(bytes moved a token, KL of windows) of native and the uniform quants beside `record`."""
+        points = []
+        for other in (self.native(record), *self.uniform(record)):
+            moved = other and other.metrics.get("bytes_moved_per_token")
+            kl_W = other and kl_nats_W(other)
+            if moved is not None and kl_W is not None:
+                points.append((float(moved), kl_W))
+        return points

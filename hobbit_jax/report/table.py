@@ -1,0 +1,101 @@
+"""Tables as small specifications: a column has a title, a field and a format.
+
+Owns how a number, an interval and an absent figure are printed. To show a metric, add one `Column`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hobbit_jax.record import Record
+from hobbit_jax.statistics import Interval
+
+ABSENT = "–"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        title: its head.
+        field: a metric's name, a key, or a function of the row.
+        form: format of the number, without the braces; an interval is printed with it thrice.
+        interval: print the metric with its two ends.
+        unit: of the table, in units of the metric: 2**20 shows bytes as MiB.
+    """
+
+    title: str
+    field: str | Callable[[Any], Any]
+    form: str = ""
+    interval: bool = False
+    unit: float = 1
+
+    def text(self, row: Any) -> str:
+        """The cell of `row`, a `Record`, a mapping or whatever `field` takes."""
+        value = self._value(row)
+        if value is None:
+            return ABSENT
+        if isinstance(value, Interval):
+            ends = [format(end / self.unit, self.form) for end in (value.low, value.high)]
+            return f"{value.value / self.unit:{self.form}} [{ends[0]}, {ends[1]}]"
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = value / self.unit if self.unit != 1 else value
+            return format(value, self.form)
+        return one_line(str(value))
+
+    def _value(self, row: Any) -> Any:
+        if callable(self.field):
+            return self.field(row)
+        if isinstance(row, Record):
+            return row.interval(self.field) if self.interval else row.metrics.get(self.field)
+        return row.get(self.field) if isinstance(row, Mapping) else getattr(row, self.field)
+
+
+def table(columns: Sequence[Column], rows: Iterable[Any]) -> str:
+    """A Markdown table; columns without a single figure are left out, without rows it is empty."""
+    cells = [[column.text(row).replace("|", "\\|") for column in columns] for row in rows]
+    if not cells:
+        return ""
+    shown = [i for i in range(len(columns)) if any(row[i] != ABSENT for row in cells)]
+    head = [columns[i].title for i in shown]
+    lines = [head, ["---"] * len(shown), *([row[i] for i in shown] for row in cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def one_line(text: str) -> str:
+    """`text` with every run of white space as one blank."""
+    return " ".join(text.split())
+
+
+def number(value: float | Interval | None, form: str) -> str:
+    """A figure, or the value of an interval; absent where there is none."""
+    if value is None:
+        return ABSENT
+    return format(value.value if isinstance(value, Interval) else value, form)
+
+
+def interval(value: Interval | None, form: str) -> str:
+    """`value [low, high]`."""
+    return Column("", lambda row: row, form).text(value)
+
+
+def ratio(value: float | None) -> str:
+    """`0.42×`."""
+    return ABSENT if value is None else f"{value:.2f}×"
+
+
+def percent(share: float) -> str:
+    """`12 %` of a share (0-1)."""
+    return f"{100 * share:g} %"
+
+
+def listed(names: Iterable[str], none: str = "none") -> str:
+    """`a, b and c`."""
+    found = list(names)
+    if len(found) < 2:
+        return found[0] if found else none
+    return f"{', '.join(found[:-1])} and {found[-1]}"

@@ -1,0 +1,110 @@
+"""Times the expert kernels, for one format, shape or implementation, or for all of them.
+
+    make gpu    # everything, on a machine with a GPU
+    python scripts/dev/bench_kernels.py --shapes tiny --tokens 1,16 --formats Q4_K --out bench.json
+    python scripts/dev/bench_kernels.py --tune --formats Q4_K,Q2_K
+
+Without a GPU the implementations are xla and interpret, and the figures only show that it runs.
+"""
+
+import functools
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+from absl import flags
+from tqdm import tqdm
+
+from hobbit_jax import cli
+from hobbit_jax.atomic import write_json
+from hobbit_jax.record import machine
+from pallas_kernels import bench, tuning
+from pallas_kernels.packed import PACKINGS
+
+ON_GPU = jax.devices()[0].platform == "gpu"
+RIVALS = ("jax_bf16", "torch_bf16")  # they have no quantised format
+
+_FORMATS = flags.DEFINE_list(
+    "formats",
+    [
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "Q8_0",
+        "Q4_0",
+        "Q5_0",
+        "IQ4_NL",
+        "IQ4_XS",
+        "MXFP4",
+        "F16",
+        "BF16",
+    ],
+    "weight formats",
+)
+_SHAPES = flags.DEFINE_list(
+    "shapes", ["qwen3-30b-a3b", "mixtral-8x7b"] if ON_GPU else ["tiny"], f"of {list(bench.SHAPES)}"
+)
+_TOKENS = flags.DEFINE_list("tokens", ["1", "4", "16", "64", "512"], "tokens of a step")
+_IMPLEMENTATIONS = flags.DEFINE_list(
+    "implementations",
+    ["triton", "xla", *RIVALS] if ON_GPU else ["xla", "interpret"],
+    "of triton, interpret, xla, jax_bf16, torch_bf16; xla beyond one token only in four formats",
+)
+_SECONDS = flags.DEFINE_float("seconds", 0.25, "time spent on timing a case", 0.01)
+_OUT = flags.DEFINE_string("out", None, "JSON file; rows are in it as soon as they are measured")
+_TUNE = flags.DEFINE_bool("tune", False, "try tiles first and record the best for this device")
+
+
+def cases() -> list[bench.Case]:
+    tokens = [int(text) for text in _TOKENS.value]
+    chosen = list(itertools.product(_SHAPES.value, _FORMATS.value, tokens, _IMPLEMENTATIONS.value))
+    quantised = [c for c in chosen if c[3] not in RIVALS]
+    rivals = [c for c in chosen if c[3] in RIVALS and c[1] == _FORMATS.value[0]]
+    few = ("Q2_K", "Q4_K", "Q6_K", "Q8_0")  # unpacking every expert in XLA takes long
+    quantised = [c for c in quantised if c[3] != "xla" or c[2] == 1 or c[1] in few or not ON_GPU]
+    return [bench.Case(*c) for c in quantised] + [
+        bench.Case(shape, "BF16", n, rival) for shape, _, n, rival in rivals
+    ]
+
+
+def check_flags() -> None:
+    for flag, known in (
+        (_FORMATS, PACKINGS),
+        (_SHAPES, bench.SHAPES),
+        (_IMPLEMENTATIONS, ("triton", "interpret", "xla", *RIVALS)),
+    ):
+        unknown = [name for name in flag.value if name not in known]
+        if unknown:
+            raise ValueError(f"--{flag.name}: no {', '.join(unknown)}; want {', '.join(known)}")
+
+
+def main(_) -> int:
+    check_flags()
+    if _TUNE.value:
+        tuning.tune(_FORMATS.value, _SHAPES.value, functools.partial(tqdm, desc="tuning"))
+    record = {"machine": machine(), "copy_gb_s": bench.copy_gb_s()}
+    record |= {"bf16_tflop_s": bench.bf16_tflop_s(), "rows": []}
+    print(f"copy {record['copy_gb_s']:.0f} GB/s, bfloat16 {record['bf16_tflop_s']:.1f} TFLOP/s")
+    wanted = cases()
+    with ThreadPoolExecutor(8 if ON_GPU else 1) as pool:  # XLA compiles outside the GIL
+        futures = [pool.submit(bench.prepare, case) for case in wanted]
+        for case, future in zip(tqdm(wanted, desc="cases"), futures, strict=True):
+            try:
+                row = bench.measure(future.result(), _SECONDS.value)
+            except Exception as error:
+                row = {**vars(case), "status": "failed", "error": str(error)[:500]}
+            if row["status"] == "ok":
+                row["fraction_of_copy"] = row["gb_s"] / record["copy_gb_s"]
+                row["fraction_of_bf16"] = row["tflop_s"] / record["bf16_tflop_s"]
+            record["rows"].append(row)
+            if _OUT.value:
+                write_json(Path(_OUT.value), record)
+    print(bench.table(record["rows"]))
+    return 1 if any(row["status"] != "ok" for row in record["rows"]) else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

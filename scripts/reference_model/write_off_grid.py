@@ -1,0 +1,26 @@
+"""Writes a model of equal logits whose float32 weights lie on no quantisation grid.
+
+    python scripts/reference_model/write_off_grid.py --model M.gguf --out original.gguf
+
+For `configs/compounding.py`, where the weights that M was quantised from are not at hand.
+"""
+
+from absl import flags
+
+from hobbit_jax import cli, reference
+from hobbit_jax.model_file.architecture import read_config
+from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.reference_model.symmetry import write_off_grid
+
+_MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
+_OUT = flags.DEFINE_string("out", None, "GGUF file to write", required=True)
+_SEED = flags.DEFINE_integer("seed", 0, "of the rewriting")
+
+
+def main(_):
+    source = open_gguf(_MODEL.value or reference.model_path())
+    write_off_grid(source, read_config(source), _OUT.value, _SEED.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)
