@@ -59,23 +59,23 @@ gpu:  ## on a machine with an NVIDIA GPU: kernel tests there, then the bench, ou
 
 gpudecode:  ## there, with README's packages: decode at Qwen3-30B-A3B's size, 4 to 12 GiB, out/scale
 	@for budget in all 4096 6144 8192 10240 12288; do \
-		for setting in native uniform:Q3_K uniform:Q2_K use_low_if_resident:Q2_K fetch_low:Q2_K \
+		for setting in wait wait:Q3_K wait:Q2_K use_low_if_resident:Q2_K fetch_low:Q2_K \
 				hobbit:Q2_K floor:Q2_K; do \
 			low=$${setting#*:}; \
 			PYTHONPATH=. $(GPU_PYTHON) scripts/scale.py --workdir out/scale --budget_mib $$budget \
-				--prompt_tokens 128 --tokens 64 --setting $${setting%:*} \
+				--prompt_tokens 128 --tokens 64 --miss_mode $${setting%:*} \
 				$$(test $$low = $$setting || echo --low_format $$low) \
 				|| echo "gpudecode: no record of $$setting at $$budget MiB"; \
 		done; \
 	done
 	@PYTHONPATH=. $(GPU_PYTHON) scripts/bench_decode.py --out out/scale/link.json
 
-oracles: environment  ## tests against foreign code (ggml, PyTorch); says what to install
+oracles: environment  ## tests against foreign code (llama.cpp, PyTorch); says what to install
 	@echo "oracles: a test whose library is missing is skipped; to have them all:"
 	@echo "  PyTorch, transformers: $(BIN)/pip install -c constraints.txt -e '.[torch]'"
 	@echo "  llama.cpp's tokenizer: $(BIN)/pip install -c constraints.txt -e '.[oracles]'"
-	@echo "  ggml: $(BIN)/pip install -e '.[llama_cpp]' (compiles for about 10 minutes on 2 cores),"
-	@echo "        or GGML_BASE_LIB=/path/to/libggml-base.so"
+	@echo "  llama.cpp's logits and tokenizer: $(BIN)/pip install -c constraints.txt xllamacpp"
+	@echo "  llama.cpp beside our engine: $(BIN)/pip install -e '.[llama_cpp]' (compiles for 10 minutes)"
 	@$(BIN)/python -m pytest -q -m oracle $(PYTEST_ARGS)
 
 slow: environment  ## the tests that take minutes

@@ -20,10 +20,11 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from hobbit_jax import config_overrides
+
 BAD_INPUT_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells count
 MAX_COUNT = 2**31 - 1  # of tokens, windows and the like: what JAX indexes by
-MAX_SEED = 2**63 - 1
 MAX_MIB = 2.0**40  # so that a budget in bytes fits 64 bits
 
 # What the library raises for bad input (ValueError), for what it cannot do, and for the disk.
@@ -62,9 +63,10 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     try:
+        config_overrides.check(argv)
         rest = flags.FLAGS(list(argv))
-    except (flags.Error, AttributeError) as error:  # the latter: an unknown --config.field
-        _fail(error)
+    except (flags.Error, ValueError, AttributeError, LookupError, TypeError) as error:
+        _fail(error)  # all but the first two are ml_collections' words for a config that is none
     except SystemExit:  # by --help and its kin alone, which absl ends with status 1
         sys.exit(0)
     if flags.FLAGS["verbosity"].using_default_value:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -19,15 +20,22 @@ class PromptFlags:
     """`--prompt`, `--prompt_file` and `--chat`; made once, before flags are parsed."""
 
     def __init__(self):
-        self._prompt = flags.DEFINE_string("prompt", None, "Text to work on.")
+        own: dict[str, Any] = {
+            "module_name": sys.argv[0]
+        }  # as absl calls the module that runs: --help lists them
+        self._prompt = flags.DEFINE_string("prompt", None, "Text to work on.", **own)
         self._file = flags.DEFINE_string(
             "prompt_file",
             None,
             "File with the text, in UTF-8, in place of --prompt; - is standard input. One newline "
             "at its end is left out.",
+            **own,
         )
         self._chat = flags.DEFINE_bool(
-            "chat", False, "Whether the text is a user's message in the file's own chat template."
+            "chat",
+            False,
+            "Whether the text is a user's message in the file's own chat template.",
+            **own,
         )
 
     def text(self) -> str:

@@ -5,30 +5,36 @@ An implementation asked for by name runs or says why it cannot; only None choose
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import logging
+from collections.abc import Callable, Mapping
 
 import jax
 
-IMPLEMENTATIONS = ("xla", "triton", "interpret")
+IMPLEMENTATIONS = ("xla", "ggml", "triton", "interpret")
 Implementation = str | None
 
 
-def choose(implementation: Implementation, check_supported: Callable[[], None]) -> str:
+def choose(implementation: Implementation, checks: Mapping[str, Callable[[], None]]) -> str:
     """The implementation to run.
 
     Args:
-        implementation: one of `IMPLEMENTATIONS`, or None for the fastest that covers the case.
-        check_supported: raises NotImplementedError where the Triton kernels do not.
+        implementation: one of `IMPLEMENTATIONS`, or None for the fastest that covers the case:
+            "triton" on an NVIDIA GPU, "ggml" on a CPU, "xla" elsewhere and where these two do not
+            cover it, which is then logged.
+        checks: of "xla", "triton" and "ggml": raises NotImplementedError where it does not cover
+            the case.
 
     Raises:
         ValueError: no such implementation, or none for this process's device.
-        NotImplementedError: from `check_supported`.
+        NotImplementedError: from the check of the one asked for.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation is {implementation!r}; want one of {', '.join(IMPLEMENTATIONS)}"
         )
     if implementation == "xla":
+        checks["xla"]()
         return "xla"
     device = jax.devices()[0]
     on_nvidia = device.platform == "gpu" and "nvidia" in device.device_kind.lower()
@@ -38,12 +44,34 @@ def choose(implementation: Implementation, check_supported: Callable[[], None]) 
             f"{device.device_kind}; take 'xla', or 'interpret' to test the kernels"
         )
     if implementation is None:
-        if not on_nvidia:
-            return "xla"
-        try:
-            check_supported()
-        except NotImplementedError:
-            return "xla"
-        return "triton"
-    check_supported()
+        return _fastest("triton" if on_nvidia else "ggml", device.platform, checks)
+    checks["triton" if implementation == "interpret" else implementation]()
     return implementation
+
+
+def for_quality(implementation: Implementation) -> Implementation:
+    """What quality, routing and calibration are measured with where none is named.
+
+    On a CPU that is "xla": it alone computes in float32, as Hugging Face does, and the recorded
+    figures are its own. "ggml" rounds activations to 8 bits, whose KL on a small model is as large
+    as that of some precision plans (docs/log/2026-11-29-cpu-backend.md).
+    """
+    return implementation or ("xla" if jax.devices()[0].platform == "cpu" else None)
+
+
+def _fastest(candidate: str, platform: str, checks: Mapping[str, Callable[[], None]]) -> str:
+    if candidate == "ggml" and platform != "cpu":
+        checks["xla"]()
+        return "xla"
+    try:
+        checks[candidate]()
+    except NotImplementedError as error:
+        checks["xla"]()
+        _say_once(f"slower matrix products of 'xla' are used: {error}")
+        return "xla"
+    return candidate
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logging.getLogger(__name__).warning(text)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import reference
 from pallas_kernels.backends import Implementation, choose
+from pallas_kernels.formats import check_unpacks
+from pallas_kernels.ggml import ops as ggml
 from pallas_kernels.matmul_triton import Items, check_shape, grouped_matmul
 from pallas_kernels.reference import Bank, Signature, Work
 from pallas_kernels.tiles import choose_tile
@@ -34,7 +36,18 @@ def implementation_for(
     Raises:
         NotImplementedError, ValueError: the one asked for cannot do this, and why.
     """
-    return choose(implementation, lambda: check_supported(signature, d_model, d_expert))
+
+    def check_ggml() -> None:
+        for name in (signature.gate, signature.up):
+            ggml.check_matrix(name, d_model)
+        ggml.check_matrix(signature.down, d_expert)
+
+    checks = {
+        "xla": lambda: check_unpacks(*signature),
+        "triton": lambda: check_supported(signature, d_model, d_expert),
+        "ggml": check_ggml,
+    }
+    return choose(implementation, checks)
 
 
 def expert_ffn(
@@ -62,8 +75,9 @@ def expert_ffn(
         bank: all slots of `signature`.
         signature: formats of gate, up and down.
         work: slots and assignments; data, not compiled in.
-        implementation: "xla" (float32 throughout), "triton" (NVIDIA GPUs; rounds as
-            `matmul_triton.py` says), "interpret" (the same kernels, anywhere, slowly), or None.
+        implementation: "xla" (float32 throughout), "ggml" (CPUs, on a bank of `RawMatrix`; rounds
+            as `ggml/ops.py` says), "triton" (NVIDIA GPUs; rounds as `matmul_triton.py` says),
+            "interpret" (the same kernels, anywhere, slowly), or None.
 
     Returns:
         y_AD.
@@ -72,7 +86,17 @@ def expert_ffn(
         NotImplementedError: the implementation asked for does not cover this format or shape.
         ValueError: there is no such implementation, or none on this device.
     """
+    if isinstance(bank.gate, ggml.RawMatrix):
+        if implementation not in (None, "ggml"):
+            raise ValueError(
+                f"a bank of raw blocks is for 'ggml', and {implementation!r} was asked"
+            )
+        return ggml.expert_ffn(x_TD, y_AD, weight_A, bank, signature, *work)
     d_model, d_expert = x_TD.shape[1], bank.gate_rows
+    if implementation == "ggml":
+        raise ValueError("'ggml' computes on a bank of raw blocks, and this one holds planes")
+    if implementation is None and jax.devices()[0].platform == "cpu":
+        implementation = "xla"
     chosen = implementation_for(signature, d_model, d_expert, implementation)
     if chosen == "xla":
         return reference.expert_ffn(x_TD, y_AD, weight_A, bank, signature, work)

@@ -11,7 +11,8 @@ import numpy as np
 
 from pallas_kernels.apart import apart
 from pallas_kernels.backends import Implementation, choose
-from pallas_kernels.formats import Format, get_format
+from pallas_kernels.formats import Format, check_unpacks, get_format
+from pallas_kernels.ggml import ops as ggml
 from pallas_kernels.matmul_triton import Items, check_shape, grouped_matmul
 from pallas_kernels.reference import Planes
 from pallas_kernels.tiles import choose_tile, item_rows
@@ -20,23 +21,46 @@ from pallas_kernels.tiles import choose_tile, item_rows
 MAX_UNPACKED = 1 << 24
 
 
+def implementation_for(
+    format_name: str, rows: int, columns: int, implementation: Implementation = None
+) -> str:
+    """What `implementation` comes to for a matrix [rows, columns] on this process's device.
+
+    Raises:
+        NotImplementedError, ValueError: the one asked for cannot do this, and why.
+    """
+    checks = {
+        "xla": lambda: check_unpacks(format_name),
+        "triton": lambda: check_shape(format_name, rows, columns),
+        "ggml": lambda: ggml.check_matrix(format_name, columns),
+    }
+    return choose(implementation, checks)
+
+
 def linear(
-    x: jax.Array, planes: Planes, format_name: str, implementation: Implementation = None
+    x: jax.Array,
+    planes: Planes | ggml.RawMatrix,
+    format_name: str,
+    implementation: Implementation = None,
 ) -> jax.Array:
     """x [..., K] times the transpose of a matrix [N, K]: float32 [..., N].
 
     Args:
         x: float32.
-        planes: of the matrix, without a slot axis.
+        planes: of the matrix, without a slot axis; raw blocks are computed by "ggml".
         format_name: its format.
-        implementation: as for `expert_ffn`.
+        implementation: of a product with planes, as for `expert_ffn`.
 
     Raises:
         NotImplementedError, ValueError: as for `expert_ffn`.
     """
+    if isinstance(planes, ggml.RawMatrix):
+        return ggml.linear(x, planes, format_name)
     format = get_format(format_name)
     rows, columns = next(iter(planes.values())).shape[0], x.shape[-1]
-    chosen = choose(implementation, lambda: check_shape(format_name, rows, columns))
+    if implementation is None and jax.devices()[0].platform == "cpu":
+        implementation = "xla"
+    chosen = implementation_for(format_name, rows, columns, implementation)
     if chosen == "xla":
         return _xla_linear(x, planes, format, rows)
     return triton_linear(x, planes, format_name, interpret=chosen == "interpret")

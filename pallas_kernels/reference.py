@@ -6,13 +6,14 @@ kernel is tested against it. Called through `expert_ffn.py`. All arithmetic is f
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.apart import apart
 from pallas_kernels.formats import get_format
+from pallas_kernels.ggml.ops import RawMatrix
 
 Planes = dict[str, jax.Array]
 
@@ -29,18 +30,21 @@ class Signature(NamedTuple):
 
 
 class Bank(NamedTuple):
-    """All slots of one signature: planes with a leading slot axis.
+    """All slots of one signature: planes with a leading slot axis, or raw blocks for "ggml".
 
     gate and up unpack to [S, F, D], down to [S, D, F].
     """
 
-    gate: Planes
-    up: Planes
-    down: Planes
+    # Planes or a RawMatrix; which of the two an implementation knows by the bank that it made.
+    gate: Any
+    up: Any
+    down: Any
 
     @property
     def gate_rows(self) -> int:
         """F."""
+        if isinstance(self.gate, RawMatrix):
+            return self.gate.rows
         return next(iter(self.gate.values())).shape[1]
 
 

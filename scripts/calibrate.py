@@ -19,6 +19,7 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.resources import roomy_pool_bytes
 from hobbit_jax.signals.calibration import STATISTICS, calibrate
+from pallas_kernels.backends import for_quality
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")
 _TEXT = flags.DEFINE_string(
@@ -43,7 +44,7 @@ def main(_):
     out, text = cli.output_folder("out", str(_OUT.value)), str(_TEXT.value)
     named = text in NAMED_TEXTS
     documents = calibration_documents(text) if named else [cli.input_text("text", text)]
-    model = load_model(_MODEL.value or reference.model_path())
+    model = load_model(_MODEL.value or reference.model_path(), for_quality(None))
     context = _CONTEXT.value or min(_DEFAULT_CONTEXT, model.config.context_length)
     windows = cut_windows(
         model.tokenizer(),

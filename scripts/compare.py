@@ -14,41 +14,53 @@ from pathlib import Path
 
 from absl import flags
 
-from hobbit_jax import cli, reference
+from hobbit_jax import cli
+from hobbit_jax.engine_flags import EngineFlags
 from hobbit_jax.peers.comparison import PEERS, Request, compare_model
 from hobbit_jax.record import write_record
 from hobbit_jax.report.baseline_tables import section
-from pallas_kernels.backends import IMPLEMENTATIONS
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
-_PEER = flags.DEFINE_enum("peer", None, PEERS, "what to compare with", required=True)
-_TEXT = flags.DEFINE_string("text", None, "text file; the shipped held-out files by default")
-_BUDGET_MIB = flags.DEFINE_float("budget_mib", None, "expert pool; all resident by default", 0.0)
+ENGINE = EngineFlags("model", "implementation", "budget_mib", "policy")
+_PEER = flags.DEFINE_enum("peer", None, PEERS, "Program to compare with.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the record.", required=True)
-_IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, IMPLEMENTATIONS, "our matrix products; the device's fastest by default"
+_TEXT = flags.DEFINE_string(
+    "text", None, "UTF-8 text to score; the shipped held-out files by default."
 )
 _TORCH_MODE = flags.DEFINE_enum(
-    "torch_mode", None, ("float32", "bfloat16"), "of PyTorch; see above for the default"
+    "torch_mode", None, ("float32", "bfloat16"), "Precision of PyTorch; see above for the default."
 )
-_WINDOWS = flags.DEFINE_integer("windows", 32, "scored for agreement", 2)
-_CONTEXT = flags.DEFINE_integer("context", 256, "tokens of a window", 1)
-_TURNS = flags.DEFINE_integer("turns", 10, "timed rows of each program, after a warm-up", 1)
-_PROMPT_TOKENS = flags.DEFINE_integer("prompt_tokens", 128, "prefilled in a turn", 1)
-_DECODE_TOKENS = flags.DEFINE_integer("decode_tokens", 64, "decoded in a turn", 1)
+_WINDOWS = flags.DEFINE_integer(
+    "windows", 32, "Number of windows scored for agreement.", 2, cli.MAX_COUNT
+)
+_CONTEXT = flags.DEFINE_integer("context", 256, "Number of tokens of a window.", 1, cli.MAX_COUNT)
+_TURNS = flags.DEFINE_integer(
+    "turns", 10, "Number of timed rows of each program, after a warm-up.", 1, cli.MAX_COUNT
+)
+_PROMPT_TOKENS = flags.DEFINE_integer(
+    "prompt_tokens", 128, "Number of tokens prefilled in a turn.", 1, cli.MAX_COUNT
+)
+_DECODE_TOKENS = flags.DEFINE_integer(
+    "decode_tokens", 64, "Number of tokens decoded in a turn.", 1, cli.MAX_COUNT
+)
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-_THREADS = flags.DEFINE_integer("threads", _CORES, "processor cores of each program", 1)
+_THREADS = flags.DEFINE_integer(
+    "threads", _CORES, "Number of processor cores of each program.", 1, 4096
+)
+_JSON = flags.DEFINE_bool("json", False, "Whether to print the JSON instead of tables.")
 
 
 def main(_):
-    workdir = cli.output_folder("workdir", _WORKDIR.value)
+    workdir = cli.output_folder("workdir", str(_WORKDIR.value))
+    if _TEXT.value is not None:
+        cli.input_text("text", _TEXT.value)
     record = compare_model(
         Request(
-            model=Path(_MODEL.value or reference.model_path()),
+            model=ENGINE.path,
             peer=_PEER.value,
             text=Path(_TEXT.value) if _TEXT.value else None,
-            budget_bytes=None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20),
-            implementation=_IMPLEMENTATION.value,
+            budget_bytes=ENGINE.budget_bytes,
+            implementation=ENGINE.value("implementation"),
+            policy=ENGINE.value("policy"),
             torch_mode=_TORCH_MODE.value,
             windows=_WINDOWS.value,
             context=_CONTEXT.value,
@@ -58,8 +70,11 @@ def main(_):
             threads=_THREADS.value,
         )
     )
-    print(section([record]))
-    print(f"written: {write_record(workdir, record)}")
+    written = write_record(workdir, record)
+    if _JSON.value:
+        print(written.read_text(encoding="utf-8"), end="")
+    else:
+        print(f"{section([record])}\nwritten: {written}")
 
 
 if __name__ == "__main__":

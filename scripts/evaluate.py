@@ -3,25 +3,26 @@
     python scripts/evaluate.py --model M.gguf --tasks gsm8k,humaneval,wikitext --data_dir D \\
         --limit 100 --budget_mib 8000 [--low_format Q2_K]
 
-Writes one JSON and prints its table. Finished requests stay in --workdir, where an interrupted run
-goes on. --low_format is that of every expert; mixed plans are cells of a sweep.
+Tasks humaneval and mini_functions execute the code that the model writes, in a child process; a
+protection that this machine lacks is named. Writes one JSON and prints its table. Finished requests
+stay in --workdir, where an interrupted run goes on. Mixed plans are cells of a sweep.
 """
 
+import hashlib
+import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
-from hobbit_jax import cli, reference
+from hobbit_jax import cli
 from hobbit_jax.atomic import write_json
-from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.code_runner import PROTECTIONS
-from hobbit_jax.experts.precision import uniform_plan
-from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.experts.tiers import TierSpec, open_tier
+from hobbit_jax.engine_flags import EngineFlags, low_experts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
-from pallas_kernels.backends import IMPLEMENTATIONS
+from hobbit_jax.model.loading import LoadedModel
 
 try:
     from hobbit_jax.evals.benchmarks import BenchmarkSettings, evaluate_engine, table
@@ -29,22 +30,95 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; pip install -c constraints.txt -e '.[eval]'")
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
-_TASKS = flags.DEFINE_list("tasks", None, f"of {', '.join(TASKS)}", required=True)
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "data sets as in README; else lm-eval's own")
-_OUT = flags.DEFINE_string("out", None, "the JSON; <workdir>/evaluation.json by default")
-_WORKDIR = flags.DEFINE_string("workdir", "out/evaluate", "finished requests and tiers")
-_LIMIT = flags.DEFINE_integer("limit", None, "problems per task; all by default", 1)
-_NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "the task's own by default", 0)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "sequences at once", 1)
-_MAX_LENGTH = flags.DEFINE_integer("max_length", None, "context; the model's by default", 2)
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "the task's own by default", 1)
-_CHAT_TEMPLATE = flags.DEFINE_bool("chat_template", False, "wrap prompts in the file's template")
-_BUDGET_MIB = flags.DEFINE_float("budget_mib", None, "expert pool; all resident by default", 0.0)
-_LOW_FORMAT = flags.DEFINE_string("low_format", None, "of every expert; the file's by default")
-_IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, IMPLEMENTATIONS, "matrix products; the device's fastest by default"
+DATA_VARIABLE = "HOBBIT_DATA_DIR"
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+ENGINE = EngineFlags(
+    "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "low_format",
+    "low_share", "profile", "pin_share", "chunk_tokens",
+)  # fmt: skip
+_TASKS = flags.DEFINE_list("tasks", None, f"Tasks to run, of {', '.join(TASKS)}.", required=True)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir",
+    None,
+    f"Folder of the data sets, as in README; by default ${DATA_VARIABLE}, or ../shared/data beside "
+    "this checkout, or what lm-eval downloads.",
 )
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "JSON file to write; by default evaluation.json in --workdir, or a name of its own beside one "
+    "of other settings.",
+)
+_WORKDIR = flags.DEFINE_string("workdir", "out/evaluate", "Folder of finished requests.")
+_LIMIT = flags.DEFINE_integer(
+    "limit", None, "Number of problems per task; all by default.", 1, cli.MAX_COUNT
+)
+_NUM_FEWSHOT = flags.DEFINE_integer(
+    "num_fewshot", None, "Number of examples in a prompt; the task's own by default.", 0, 1000
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Number of sequences at once.", 1, 4096)
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max_length", None, "Context in tokens; the model's by default.", 2, cli.MAX_COUNT
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+    "max_new_tokens", None, "Number of tokens to generate at most; the task's own by default.", 1,
+    cli.MAX_COUNT,
+)  # fmt: skip
+_CHAT_TEMPLATE = flags.DEFINE_bool(
+    "chat_template", False, "Whether to wrap prompts in the file's chat template."
+)
+_JSON = flags.DEFINE_bool("json", False, "Whether to print the JSON instead of a table.")
+
+
+def data_folder() -> Path | None:
+    """Where the data sets are; None leaves them to lm-eval.
+
+    Raises:
+        ValueError: the folder that was named is not there.
+    """
+    if _DATA_DIR.value:
+        return cli.input_folder("data_dir", _DATA_DIR.value)
+    if os.environ.get(DATA_VARIABLE):
+        return cli.input_folder(f"data_dir (${DATA_VARIABLE})", os.environ[DATA_VARIABLE])
+    return SHARED_DATA if SHARED_DATA.is_dir() else None
+
+
+def plan_of(model: LoadedModel, engine: Engine) -> dict[str, Any]:
+    """What the answers depend on besides the model, as a sweep's cells call it."""
+    if ENGINE.low_format is None:
+        return {"signal": "native"}
+    low = {
+        "low_format": ENGINE.low_format,
+        "sha256": low_experts(model, ENGINE.low_format).sha256(),
+    }
+    if not ENGINE.keeps_low_copies:
+        return {"signal": "uniform", **low}
+    names = ("miss_mode", "low_share", "policy", "pin_share", "profile")
+    return {
+        "signal": "residency",
+        **low,
+        **{name: ENGINE.value(name) for name in names},
+        "budget_bytes": engine.pool.budget_bytes,
+        "batch_size": _BATCH_SIZE.value,
+    }
+
+
+def out_path(workdir: Path, asked: dict[str, Any]) -> Path:
+    """Where the record goes: not over one of other settings, unless --out says so."""
+    if _OUT.value:
+        return cli.output_file("out", _OUT.value)
+    path = workdir / "evaluation.json"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")).get("asked")
+    except FileNotFoundError:
+        return path
+    except (ValueError, AttributeError):
+        known = None
+    if known == asked:
+        return path
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    return workdir / f"evaluation-{digest[:12]}.json"
 
 
 def main(_):
@@ -57,25 +131,26 @@ def main(_):
         max_new_tokens=_MAX_NEW_TOKENS.value,
         chat_template=_CHAT_TEMPLATE.value,
     )
-    workdir = Path(str(_WORKDIR.value))
-    model = load_model(_MODEL.value or reference.model_path(), _IMPLEMENTATION.value)
-    low, plan = [], {"signal": "native"}  # as a sweep's cells call them
-    if _LOW_FORMAT.value:
-        spec = TierSpec(_LOW_FORMAT.value)
-        low = [open_tier(model.file, model.config, spec, low_precision_folder())]
-        plan = {"signal": "uniform", "low_format": _LOW_FORMAT.value, "sha256": low[0].sha256()}
-    store = HostExperts(model.config, model.file, low)
-    budget_bytes = None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20)
-    engine = Engine(model, store, budget_bytes, uniform_plan(store, len(low)))
-    data = Path(_DATA_DIR.value) if _DATA_DIR.value else None
+    data, workdir = data_folder(), cli.output_folder("workdir", str(_WORKDIR.value))
+    if _OUT.value:
+        cli.output_file("out", _OUT.value)
+    model = ENGINE.load_model()
+    engine = ENGINE.make_engine(model)
+    plan = plan_of(model, engine)
+    asked = {
+        "model_sha256": model.file.sha256(),
+        "plan": plan,
+        "settings": {**vars(settings), "tasks": list(settings.tasks)},
+        "implementation": ENGINE.value("implementation"),
+        "budget_mib": ENGINE.value("budget_mib"),
+    }
+    out = out_path(workdir, asked)
     record = evaluate_engine(engine, settings, plan, data, workdir / "responses")
-    out = Path(_OUT.value) if _OUT.value else workdir / "evaluation.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {**record, "budget_bytes": engine.pool.budget_bytes})
+    record |= {"asked": asked, "budget_bytes": engine.pool.budget_bytes}
+    write_json(out, record)
     for name in record["missing_protections"] or ():
         print(f"warning: generated code ran with {PROTECTIONS[name]} ({name})", file=sys.stderr)
-    print(table(record))
-    print(f"written: {out}")
+    print(json.dumps(record) if _JSON.value else f"{table(record)}\nwritten: {out}")
 
 
 if __name__ == "__main__":

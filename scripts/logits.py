@@ -3,7 +3,8 @@
     python scripts/logits.py --model M.gguf --tokens ids.npy --out logits.npy [--budget_mib 64]
 
 `ids.npy` is int32 [T]; row t of `logits.npy`, float32 [T, V], scores token t + 1. Without
---budget_mib every expert is resident; the result is the same under any budget.
+--budget_mib every expert is resident; the result is the same under any budget, as long as no
+--miss_mode serves low copies.
 """
 
 from pathlib import Path
@@ -11,36 +12,41 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from hobbit_jax import cli, reference
+from hobbit_jax import cli
 from hobbit_jax.atomic import replacing
-from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.engine_flags import EngineFlags
 from hobbit_jax.model_file.architecture import ModelConfig
-from pallas_kernels.backends import IMPLEMENTATIONS
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
-_IMPLEMENTATION = flags.DEFINE_enum(
-    "implementation", None, IMPLEMENTATIONS, "matrix products; the device's fastest by default"
+ENGINE = EngineFlags(
+    "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "low_format",
+    "low_share", "profile", "pin_share", "chunk_tokens", "threads", "kv_format",
+)  # fmt: skip
+_TOKENS = flags.DEFINE_string(
+    "tokens", None, "Path of the token ids, a .npy file of int32 [T].", required=True
 )
-_TOKENS = flags.DEFINE_string("tokens", None, "token ids: .npy file, int32 [T]", required=True)
-_OUT = flags.DEFINE_string("out", None, "logits: .npy file, float32 [T, V]", required=True)
-_BUDGET_MIB = flags.DEFINE_float("budget_mib", None, "expert pool; all resident by default", 0.0)
+_OUT = flags.DEFINE_string(
+    "out", None, "Path of the .npy file to write, float32 [T, V].", required=True
+)
 
 
 def read_tokens(path: Path, config: ModelConfig) -> np.ndarray:
     """Token ids int32 [T]. Raises ValueError unless the model can score them."""
-    ids_T = np.load(path, allow_pickle=False)
+    cli.input_file("tokens", path)
+    try:
+        ids_T = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:  # what np.load makes of any other file
+        raise ValueError(f"--tokens: {path} is no .npy file; want one array, int32 [T]") from error
     if not isinstance(ids_T, np.ndarray) or ids_T.dtype != np.int32 or ids_T.ndim != 1:
         got = f"{ids_T.dtype} {ids_T.shape}" if isinstance(ids_T, np.ndarray) else "an archive"
-        raise ValueError(f"{path}: got {got}; want one array, int32 [T]")
+        raise ValueError(f"--tokens: {path} holds {got}; want one array, int32 [T]")
     if not 1 <= len(ids_T) <= config.context_length:
         raise ValueError(
-            f"{path}: got {len(ids_T)} tokens; want 1 to the context of {config.context_length}"
+            f"--tokens: {path} holds {len(ids_T)} tokens; want 1 to the model's context of "
+            f"{config.context_length}"
         )
     if ids_T.min() < 0 or ids_T.max() >= config.vocab_size:
         raise ValueError(
-            f"{path}: got ids from {ids_T.min()} to {ids_T.max()}; want 0 to "
+            f"--tokens: {path} holds ids from {ids_T.min()} to {ids_T.max()}; want 0 to "
             f"{config.vocab_size - 1}"
         )
     return ids_T
@@ -48,16 +54,15 @@ def read_tokens(path: Path, config: ModelConfig) -> np.ndarray:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes a .npy file, or nothing."""
-    with replacing(path) as partial, partial.open("wb") as file:
+    with replacing(path, array.nbytes) as partial, partial.open("wb") as file:
         np.save(file, array)
 
 
 def main(_):
-    model = load_model(_MODEL.value or reference.model_path(), _IMPLEMENTATION.value)
-    ids_T = read_tokens(Path(_TOKENS.value), model.config)
-    budget_bytes = None if _BUDGET_MIB.value is None else int(_BUDGET_MIB.value * 2**20)
-    engine = Engine(model, HostExperts(model.config, model.file), budget_bytes)
-    write_array(Path(_OUT.value), np.asarray(engine.score(ids_T[None])[0]))
+    out = cli.output_file("out", str(_OUT.value))
+    model = ENGINE.load_model()
+    ids_T = read_tokens(Path(str(_TOKENS.value)), model.config)
+    write_array(out, np.asarray(ENGINE.make_engine(model).score(ids_T[None])[0]))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ on this text of the best choice of experts that --budget_mib holds and nothing e
 --model and --text the reference model and its calibration text are used.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from hobbit_jax import cli, reference
@@ -23,36 +21,45 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.signals.calibration import calibrate
 from hobbit_jax.signals.routing_summary import table
+from pallas_kernels.backends import for_quality
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
-_TEXT = flags.DEFINE_string("text", None, "UTF-8 text; the reference's calibration text by default")
+_MODEL = flags.DEFINE_string(
+    "model", None, "GGUF file of the model; the shipped reference model by default."
+)
+_TEXT = flags.DEFINE_string(
+    "text", None, "UTF-8 text; the reference's calibration text by default."
+)
 _OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
 _BUDGET_MIB = flags.DEFINE_float(
     "budget_mib",
     None,
-    "Size of the static cache; a quarter of all experts by default.",
+    "Size of the static cache in MiB; a quarter of all experts by default.",
     0.0,
+    cli.MAX_MIB,
 )
-_WINDOWS = flags.DEFINE_integer("windows", 48, "Number of windows to draw from the text.", 1)
-_CONTEXT = flags.DEFINE_integer("context", 512, "Tokens of a window.", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draw.")
+_WINDOWS = flags.DEFINE_integer(
+    "windows", 48, "Number of windows to draw from the text.", 1, cli.MAX_COUNT
+)
+_CONTEXT = flags.DEFINE_integer("context", 512, "Number of tokens of a window.", 1, cli.MAX_COUNT)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the draw.", 0, cli.MAX_COUNT)
 
 
 def main(_):
-    model = load_model(_MODEL.value or reference.model_path())
+    out = cli.output_folder("out", str(_OUT.value))
+    model = load_model(_MODEL.value or reference.model_path(), for_quality(None))
     store = HostExperts(model.config, model.file)
     budget_bytes = store.tier_bytes(0) // 4
     if _BUDGET_MIB.value is not None:
         budget_bytes = int(_BUDGET_MIB.value * 2**20)
     slots, _ = pool_slots(uniform_plan(store), WAIT, store, budget_bytes, 0.0)
     texts = (
-        [Path(_TEXT.value).read_text(encoding="utf-8")]
+        [cli.input_text("text", _TEXT.value)]
         if _TEXT.value
         else reference.held_out_texts("calibration")
     )
     tokenizer = model.tokenizer()
     windows = cut_windows(tokenizer, texts, _WINDOWS.value, _CONTEXT.value, _SEED.value)
-    found = calibrate(Engine(model, store), windows, "routing", Path(_OUT.value))
+    found = calibrate(Engine(model, store), windows, "routing", out)
     print(f"{found.tokens} tokens; {sum(slots.values())} experts in {budget_bytes / 2**20:g} MiB")
     print(table(found.selections_LE, store, slots))
 

@@ -7,8 +7,6 @@ and repeats itself from token to token as real routing does. The text such a mod
 nothing. 18.6 GB for qwen3-30b-a3b, 28.4 GB for mixtral-8x7b, 4.2 GB for olmoe-1b-7b.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from hobbit_jax import cli
@@ -16,16 +14,22 @@ from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.model_file.presets import PRESETS
 from hobbit_jax.synthetic.synthesize import synthesize
 
-_PRESET = flags.DEFINE_enum("preset", None, list(PRESETS), "whose shapes", required=True)
-_OUT = flags.DEFINE_string("out", None, "the GGUF file to write", required=True)
-_VOCAB = flags.DEFINE_string("vocab", None, "GGUF file to take the tokenizer from; made up if none")
-_SEED = flags.DEFINE_integer("seed", 0, "of the weights")
+_PRESET = flags.DEFINE_enum(
+    "preset", None, list(PRESETS), "Model whose shapes are taken.", required=True
+)
+_OUT = flags.DEFINE_string("out", None, "GGUF file to write.", required=True)
+_VOCAB = flags.DEFINE_string(
+    "vocab", None, "GGUF file to take the tokenizer from; made up by default."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the weights.", 0, cli.MAX_COUNT)
 
 
 def main(_):
-    vocabulary = None if _VOCAB.value is None else open_gguf(_VOCAB.value)
+    path = cli.output_file("out", str(_OUT.value))
+    vocabulary = None
+    if _VOCAB.value is not None:
+        vocabulary = open_gguf(cli.input_file("vocab", _VOCAB.value))
     preset = str(_PRESET.value)
-    path = Path(str(_OUT.value))
     synthesize(PRESETS[preset], preset, path, vocabulary, _SEED.value)
     print(f"{path}: {path.stat().st_size} bytes")
 

@@ -31,7 +31,7 @@ CONTEXT = 24
 
 @pytest.fixture(scope="module")
 def engine(two_banks_path):
-    model = load_model(two_banks_path)
+    model = load_model(two_banks_path, "xla")
     return Engine(model, HostExperts(model.config, model.file))
 
 

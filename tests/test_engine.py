@@ -24,9 +24,9 @@ def router_weight_plan(threshold: float, low_share: float) -> SelectionPlan:
     return SelectionPlan("router_weight", (-threshold,), (0, LOW), shares)
 
 
-@pytest.fixture(scope="module")
-def model(two_banks_path):
-    return load_model(two_banks_path)
+@pytest.fixture(scope="module", params=["xla", "ggml"])
+def model(two_banks_path, request):
+    return load_model(two_banks_path, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_static_plan_is_the_file_that_holds_those_tensors(
         path = tmp_path / "spliced.gguf"
         entries = [(t.name, t.format, t.shape, t.raw) for t in tensors]
         write_gguf(path, model.file.metadata, entries, model.file.field_types)
-    file_model = load_model(path)
+    file_model = load_model(path, model.implementation)
     file_store = HostExperts(file_model.config, file_model.file)
     got = score(model, store, plan)
     np.testing.assert_array_equal(got, score(file_model, file_store))

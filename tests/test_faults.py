@@ -35,7 +35,7 @@ def check_refuses_to_go_on(engine) -> None:
 
 @pytest.fixture(scope="module")
 def model(two_banks_path):
-    return load_model(two_banks_path)
+    return load_model(two_banks_path, "xla")
 
 
 @pytest.fixture(scope="module")

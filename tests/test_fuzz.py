@@ -1,4 +1,4 @@
-"""Hostile and damaged files end in one line, within a second and a gigabyte."""
+"""Hostile and damaged files end in one line, within ten seconds and a gigabyte."""
 
 import multiprocessing
 import os
@@ -15,8 +15,8 @@ from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
 
 LIMIT_BYTES, LIMIT_S = 1 << 30, 10
-# Seeds that failed once, each of its own kind.
-KEPT_SEEDS = ()
+# Each was another kind of traceback, or a message without its file, when the fuzzer was written.
+KEPT_SEEDS = (1, 3, 203, 250, 543, 690, 701, 729, 1048)
 
 
 def _work(seeds: range, at, failures) -> None:

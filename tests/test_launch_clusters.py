@@ -119,6 +119,7 @@ def test_ray_200_trials_under_fire(ray_installed, workdir, monkeypatch):
         lambda draw: kill_one(RAY_WORKER, workdir, draw),
         lambda: start_sweep("ray", workdir, 200, 2, pause_s=0.05, more=RAY_ENVIRONMENT),
         200,
+        excuse="Ray does not start here",  # within its own 30 s, on a busy machine
     )
     assert len(done) >= 4, done
     check_rows(workdir, expected)

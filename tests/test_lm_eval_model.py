@@ -33,7 +33,7 @@ from hobbit_jax.model_file.tokenizer import Tokenizer
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return load_model(write_one_layer(tmp_path_factory.mktemp("one_layer")))
+    return load_model(write_one_layer(tmp_path_factory.mktemp("one_layer")), "xla")
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return load_model(write_one_layer(tmp_path_factory.mktemp("one_layer")))
+    return load_model(write_one_layer(tmp_path_factory.mktemp("one_layer")), "xla")
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_unknown_tasks_and_absent_data(tmp_path):
 
 @pytest.mark.slow
 def test_the_shipped_model_on_real_data(data_dir, tmp_path):
-    model = load_model(reference.model_path())
+    model = load_model(reference.model_path(), "xla")
     engine = Engine(model, HostExperts(model.config, model.file), 4 << 20)
     settings = BenchmarkSettings(
         ("gsm8k", "humaneval", "wikitext"), 1, max_length=128, max_new_tokens=8, batch_size=1

@@ -37,7 +37,7 @@ def paths(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def loaded(paths) -> dict[str, LoadedModel]:
-    return {name: load_model(path) for name, path in paths.items()}
+    return {name: load_model(path, "xla") for name, path in paths.items()}
 
 
 def golden(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -143,6 +143,7 @@ def test_logits_script(paths, tmp_path):
     ids_T, wanted_TV = golden(name)
     np.save(tmp_path / "ids.npy", ids_T)
     files = (f"--tokens={tmp_path / 'ids.npy'}", f"--out={tmp_path / 'logits.npy'}")
+    files = (*files, "--implementation=xla")
     # The budget that the message names must be enough.
     small = run_script("logits.py", f"--model={paths[name]}", *files, "--budget_mib=0.01")
     assert (small.returncode, small.stdout) == (2, "") and small.stderr.count("\n") == 1
@@ -159,19 +160,19 @@ def test_logits_script(paths, tmp_path):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (np.zeros(3, np.int64), r"got int64 \(3,\); want one array, int32 \[T\]"),
-        (np.zeros((1, 3), np.int32), r"got int32 \(1, 3\)"),
-        (np.zeros(0, np.int32), "got 0 tokens; want 1 to the context of 64"),
-        (np.zeros(65, np.int32), "got 65 tokens"),
-        (np.array([0, -1], np.int32), "got ids from -1 to 0; want 0 to 257"),
-        (np.array([258], np.int32), "got ids from 258 to 258"),
-        (None, "No data left"),
+        (np.zeros(3, np.int64), r"holds int64 \(3,\); want one array, int32 \[T\]"),
+        (np.zeros((1, 3), np.int32), r"holds int32 \(1, 3\)"),
+        (np.zeros(0, np.int32), "holds 0 tokens; want 1 to the model's context of 64"),
+        (np.zeros(65, np.int32), "holds 65 tokens"),
+        (np.array([0, -1], np.int32), "holds ids from -1 to 0; want 0 to 257"),
+        (np.array([258], np.int32), "holds ids from 258 to 258"),
+        (None, r"is no \.npy file"),
     ],
 )
 def test_refused_tokens(loaded, logits_script, tmp_path, ids, message):
     path = tmp_path / "ids.npy"
     path.write_bytes(b"") if ids is None else np.save(path, ids)
-    with pytest.raises((ValueError, EOFError), match=message):
+    with pytest.raises(ValueError, match=rf"--tokens: .*{message}"):
         logits_script["read_tokens"](path, loaded["mixtral"].config)
 
 
@@ -182,7 +183,7 @@ def test_generate_script(paths, loaded):
     engine = engine_for(model)
     steps = list(engine.generate([tokenizer.encode("hello")], 12, stop_ids=[tokenizer.eos_id]))
     text = "".join(tokenizer.decode_stream(int(ids_B[0]) for ids_B, _ in steps))
-    args = ("--prompt=hello", "--max_new_tokens=12", "--budget_mib=3")
+    args = ("--prompt=hello", "--max_new_tokens=12", "--budget_mib=3", "--implementation=xla")
     done = run_script("generate.py", f"--model={paths['olmoe']}", *args)
     assert (done.returncode, done.stdout) == (0, text + "\n"), done.stderr
     report = dict(line.split(": ") for line in done.stderr.splitlines())

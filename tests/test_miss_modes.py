@@ -53,7 +53,7 @@ def test_what_serves_a_selection():
 
 @pytest.fixture(scope="module")
 def model(two_banks_path):
-    return load_model(two_banks_path)
+    return load_model(two_banks_path, "xla")
 
 
 @pytest.fixture(scope="module")

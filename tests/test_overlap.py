@@ -32,7 +32,7 @@ LAYERS_AHEAD = 2
 
 @pytest.fixture(scope="module")
 def model(two_banks_path):
-    return load_model(two_banks_path)
+    return load_model(two_banks_path, "xla")
 
 
 @pytest.fixture(scope="module")

@@ -174,5 +174,7 @@ def test_experts_of_the_first_layers_stay_on_the_cpu(llama_cpp, float_path, capf
         assert overridden == bool(cpu_layers)
         assert peer.facts()["layers_with_experts_on_cpu"] == cpu_layers
     np.testing.assert_array_equal(logits[0], logits[1])
-    wanted_TV = Engine(load_model(float_path), HostExperts(config, file)).score(ids_T[None])[0]
+    wanted_TV = Engine(load_model(float_path, "xla"), HostExperts(config, file)).score(ids_T[None])[
+        0
+    ]
     np.testing.assert_allclose(logits[0], np.asarray(wanted_TV), atol=0.05)

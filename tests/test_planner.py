@@ -5,7 +5,6 @@ Oracles: sums done by hand, files that the real loader and store open, an LRU wr
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from dataclasses import replace
 from itertools import pairwise
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hobbit_jax.report.plans import Plans, load_plans, render_plans
 from tiny_models import MODELS, write_model
 
 from hobbit_jax import reference
@@ -33,6 +31,7 @@ from hobbit_jax.planner.check import fit
 from hobbit_jax.planner.cost_model import CONSTANTS, Machine, Traffic, token_time
 from hobbit_jax.planner.hardware import CARDS, find_card
 from hobbit_jax.planner.plan import divide_memory, make_plan, recorded_check
+from hobbit_jax.planner.records import check_record, plan_record
 from hobbit_jax.planner.shapes import open_model, preset_model
 from hobbit_jax.planner.traffic import (
     Setting,
@@ -41,6 +40,8 @@ from hobbit_jax.planner.traffic import (
     layers_that_fit,
     replay_setting,
 )
+from hobbit_jax.record import read_records, write_record
+from hobbit_jax.report import planner_tables
 from hobbit_jax.synthetic.synthesize import synthesize
 
 CONTEXT = 512
@@ -102,7 +103,7 @@ def test_sizes_are_those_of_real_files(tmp_path: Path):
     tied = tmp_path / "tied.gguf"
     write_model(MODELS["qwen3moe-tied"], tied)
     for model in (written, open_model(tied)):
-        loaded = load_model(model.native.paths[0])
+        loaded = load_model(model.native.paths[0], "xla")
         assert model.dense_bytes == loaded.dense_device_bytes
         cache = empty_carry(model.config, 1, CONTEXT).caches
         assert model.kv_cache_bytes(CONTEXT) == sum(a.nbytes for a in cache)
@@ -329,14 +330,6 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path):
         "clock": "cpu_seconds",
         "time_ratio_counted": {"median": 1.01, "low": 0.9, "high": 1.2, "median_error": 0.05},
     }  # fmt: skip
-    checked = {
-        "kind": "check", "summary": summary, "turns": 6, "tokens_of_a_turn": 48, "link_gb_s": 0.1,
-        "rows": [], "times": {"cpu_seconds": {"constants": {"pcie_gb_s": {"median": 0.17}}}},
-        "public": [],
-    }  # fmt: skip
-    folder = tmp_path / "planner"
-    folder.mkdir()
-    (folder / "check.json").write_text(json.dumps(checked))
     plan = tiny_plan(0.45)
     text = table.render(plan, summary)
     assert "EXTRAPOLATES: no routing of this model" in text
@@ -360,26 +353,22 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path):
         for rival in plan["rivals"]:
             rival["tokens_per_second"] = speed
         assert ("BETTER ELSEWHERE" in table.render(plan, summary)) == (factor > 1)
-        told = "\n".join(render_plans(Plans([plan])))
-        assert ("degrades nothing" in told) == ("a CPU rival" in told) == (factor > 1)
+        (shown,) = planner_tables.plans([plan_record(plan)])
+        assert ("do not stream" in shown.action) == (factor > 1)
 
     fits = tiny_plan(1.0)
     assert [s["name"] for s in fits["settings"]] == ["native SLRU"] and not fits["rivals"]
     assert fits["settings"][0]["traffic"]["moved_bytes"] == 0
     assert "natively" in table.render(fits, summary) and "all fit" in table.render(fits, summary)
 
-    assert load_plans(tmp_path / "absent") is None
-    (folder / "tiny-12.json").write_text(json.dumps(plan))
-    lines = "\n".join(render_plans(load_plans(folder)))
-    assert f"{chosen['tokens_per_second']:.0f} (×{chosen['speedup']:.2f})" in lines
-    assert (
-        "emulated link of 0.1 GB/s: a median of 1.07, from 0.81 to 1.39 (median error 12 %)"
-        in lines
+    write_record(tmp_path, plan_record(plan))
+    shown = planner_tables.plans(read_records(tmp_path).of("planner"))
+    text = planner_tables.whole_table(shown)
+    assert f"| {chosen['tokens_per_second']:.0f} | {chosen['speedup']:.2f}×" in text
+    assert any(
+        "It extrapolates: no routing of this model" in line
+        for line in planner_tables.reading(shown)
     )
-    assert "It extrapolates: no routing of this model" in lines
-    (folder / "other.json").write_text('{"kind": "sweep"}')
-    with pytest.raises(ValueError, match=r"other\.json is of kind 'sweep'"):
-        load_plans(folder)
 
 
 def test_a_check_of_a_machine_that_is_as_the_model_has_it(monkeypatch: pytest.MonkeyPatch):
@@ -425,3 +414,5 @@ def test_a_check_of_a_machine_that_is_as_the_model_has_it(monkeypatch: pytest.Mo
     summary = check.summarise(record, {"device": "cpu: a made one", "cpu_count": 2})
     assert summary["settings"] == 12 and not summary["on_gpu"]
     assert summary["time_ratio_counted"]["median_error"] == pytest.approx(0, abs=1e-5)
+    text = planner_tables.check_section(check_record(record, summary, []))
+    assert "12 others were predicted" in text and "link of 0.1 GB/s" in text

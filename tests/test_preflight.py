@@ -16,12 +16,20 @@ from hobbit_jax.cache.pool_sizing import least_bytes, pool_slots
 from hobbit_jax.cells import preflight as preflight_module
 from hobbit_jax.cells.preflight import all_low_mib, preflight
 from hobbit_jax.cells.sweep import Cell
-from hobbit_jax.cells.workbench import EvalSizes, Inputs
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.experts.tiers import TierSpec, open_tier, planned_tier
 from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.record import (
+    CacheTrial,
+    EvalSizes,
+    Inputs,
+    MissModeTrial,
+    Mixed,
+    Native,
+    Uniform,
+)
 
 SIZES = EvalSizes(
     windows=2, context=32, calibration_windows=2, decode_prompt_tokens=4, decode_tokens=4,
@@ -36,9 +44,16 @@ def inputs(two_banks_path) -> Inputs:
 
 @pytest.fixture
 def cell(inputs):
-    def make(signal="native", fraction=0.0, low=None, budget_mib=2.0, **more) -> Cell:
-        more = {"sizes": SIZES, **more}
-        return Cell(signal, fraction, low, budget_mib, 0.1, 0, inputs, **more)
+    def make(
+        signal="native", fraction=0.0, low="", budget_mib=2.0, method="rtn", mode="wait",
+        sizes=SIZES, on=inputs,
+    ) -> Cell:  # fmt: skip
+        plan = {
+            "native": lambda: Native(),
+            "uniform": lambda: Uniform(low, method),
+            "residency": lambda: MissModeTrial(mode, 0.0, low, method),
+        }.get(signal, lambda: Mixed(signal, fraction, low, method))()
+        return Cell(CacheTrial(plan, budget_mib, on, sizes, 0.1, 0))
 
     return make
 
@@ -143,13 +158,13 @@ def test_memory_and_disk_are_held_against_what_is_free(cell, tmp_path, monkeypat
 
     source = open_gguf(gptq.inputs.model)
     open_tier(source, read_config(source), TierSpec("Q2_K"), tmp_path / "cache" / "low_precision")
-    plain = replace(gptq, method="rtn")
+    plain = cell("uniform", 1.0, "Q2_K")
     assert tmp_path / "cache" / "low_precision" not in preflight([plain], CONFIG, tmp_path).disk
 
 
 def test_a_model_that_does_not_open_is_one_problem(cell, tmp_path):
     gone = Inputs(str(tmp_path / "none.gguf"), "", "")
-    cells = [replace(cell(budget_mib=float(mib)), inputs=gone) for mib in (1, 2)]
+    cells = [cell(budget_mib=float(mib), on=gone) for mib in (1, 2)]
     (problem,) = preflight(cells, {"model": gone.model}, tmp_path).problems
     assert problem.startswith(f"config.model={gone.model}: ") and "no such file" in problem
 
@@ -159,7 +174,7 @@ def test_texts_that_cannot_be_read_are_all_named(cell, inputs, tmp_path):
     binary.write_bytes(b"\xff\xfe")
     bad = replace(inputs, calibration_text="none.txt", evaluation_text=str(binary))
     config = {"calibration_text": "none.txt", "evaluation_text": str(binary)}
-    evaluated, calibrated = preflight([replace(cell(), inputs=bad)], config, tmp_path).problems
+    evaluated, calibrated = preflight([cell(on=bad)], config, tmp_path).problems
     assert evaluated.startswith(f"config.evaluation_text={binary}: {binary} is no UTF-8 text")
     assert calibrated.startswith("config.calibration_text=none.txt: none.txt cannot be read (No su")
 
@@ -176,13 +191,13 @@ def test_cells_that_share_a_file_count_it_once(cell, inputs, tmp_path, monkeypat
     found = preflight([*low, cell("frequency", 0.5, "Q2_K")], CONFIG, tmp_path)
     assert found.disk == one.disk and sum(found.disk.values()) > 0
     assert found.to_encode == {(inputs.model, "Q2_K", "rtn"): 1}
-    other = replace(cell("uniform", 1.0, "Q2_K", method="gptq"))
+    other = cell("uniform", 1.0, "Q2_K", method="gptq")
     assert len(preflight([*low, other], CONFIG, tmp_path).to_encode) == 2
 
 
 def test_benchmarks_want_lm_eval_and_data(cell, inputs, tmp_path, monkeypatch):
     sizes = replace(SIZES, benchmarks=("gsm8k",))
-    asked = replace(cell(sizes=sizes), inputs=replace(inputs, data_dir=str(tmp_path / "none")))
+    asked = cell(sizes=sizes, on=replace(inputs, data_dir=str(tmp_path / "none")))
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name)

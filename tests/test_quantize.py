@@ -383,10 +383,6 @@ def test_refuses_unknown_format():
 @every_data
 @every_searched
 def test_error_at_most_ggml_live(format, kind):
-    try:
-        ggml.library()
-    except NotImplementedError as error:
-        pytest.skip(str(error))
     weights_NK, constant_K = data(kind), np.ones(1024, np.float32)
     theirs = (
         rmse(weights_NK, ggml.encode(weights_NK, format), format, None),

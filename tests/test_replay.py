@@ -161,13 +161,21 @@ def run_script(*arguments):
 
 
 def test_script_prints_a_line_per_policy(trace_path):
-    done = run_script("--trace", trace_path, "--capacity", 24, "--policy", "all")
+    done = run_script("--trace", trace_path, "--capacity", 24, "--policy", "all", "--json")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["policy"] for row in rows] == list(REPLAY_POLICIES)
     bound = rows[-1]["hit_rate"]
     assert all(0 < row["hit_rate"] <= bound and row["accesses_per_s"] > 0 for row in rows)
     assert all(len(row["hit_rate_L"]) == LAYERS and row["capacity"] == 24 for row in rows)
+
+
+def test_script_prints_a_table_for_people(trace_path):
+    done = run_script("--trace", trace_path, "--capacity", 24, "--policy", "lru,slru")
+    head, *rows = (line.split() for line in done.stdout.splitlines())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [row[0] for row in rows] == ["lru", "slru"]
+    assert all(0 < float(row[head.index("hit_rate")]) < 1 for row in rows)
 
 
 def spoil(trace_path, path, **changes):

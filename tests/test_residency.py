@@ -33,7 +33,7 @@ RULE = PromotionRule(after_uses=2, per_token=2)
 
 @pytest.fixture(scope="module")
 def model(two_banks_path):
-    return load_model(two_banks_path)
+    return load_model(two_banks_path, "xla")
 
 
 @pytest.fixture(scope="module")

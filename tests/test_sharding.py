@@ -52,7 +52,7 @@ ONE_BANK = TinyModel(
 
 
 def with_low(path, folder):
-    model = load_model(path)
+    model = load_model(path, "xla")
     low = tiers.open_tier(model.file, model.config, tiers.TierSpec("Q2_K"), folder)
     return model, HostExperts(model.config, model.file, [low])
 
@@ -71,7 +71,7 @@ def store(one_bank):
 
 @pytest.fixture(scope="module")
 def two_banks(two_banks_path):
-    model = load_model(two_banks_path)
+    model = load_model(two_banks_path, "xla")
     return model, HostExperts(model.config, model.file)
 
 

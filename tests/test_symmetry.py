@@ -16,9 +16,9 @@ from hobbit_jax.reference_model.symmetry import write_off_grid
 def test_equal_logits(name, tmp_path):
     """A head of its own and a tied one; q and k normalised by head and as a whole."""
     write_model(MODELS[name], tmp_path / "m.gguf")
-    model = load_model(tmp_path / "m.gguf")
+    model = load_model(tmp_path / "m.gguf", "xla")
     write_off_grid(model.file, model.config, tmp_path / "other.gguf")
-    other = load_model(tmp_path / "other.gguf")
+    other = load_model(tmp_path / "other.gguf", "xla")
     ids_BT = tokens(MODELS[name], 24)[None]
     logits = [
         np.asarray(Engine(m, HostExperts(m.config, m.file)).score(ids_BT)) for m in (model, other)
@@ -28,9 +28,9 @@ def test_equal_logits(name, tmp_path):
 
 def test_weights_leave_their_grid(two_banks_path, tmp_path):
     """Encoding again is all but free on the grid, and costs what it costs off it."""
-    model = load_model(two_banks_path)
+    model = load_model(two_banks_path, "xla")
     write_off_grid(model.file, model.config, tmp_path / "other.gguf")
-    other = load_model(tmp_path / "other.gguf")
+    other = load_model(tmp_path / "other.gguf", "xla")
     name = "blk.0.ffn_up_exps.weight"
 
     def error(file) -> float:

@@ -180,7 +180,7 @@ def test_failures_leave_no_file(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def routed(tiny_path):
     """Routing of a text by the tiny file."""
-    model = load_model(tiny_path)
+    model = load_model(tiny_path, "xla")
     steps = []
     store = HostExperts(model.config, model.file)
     engine = Engine(model, store, watch=steps.append, chunk_tokens=512)

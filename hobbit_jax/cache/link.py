@@ -17,13 +17,15 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from pallas_kernels.ggml.ops import address_of
+
 Raw = tuple[np.ndarray, ...]
 
 
 class Upload(Protocol):
     """One expert on its way."""
 
-    def wait(self) -> tuple[jax.Array, ...]:
+    def wait(self) -> tuple[Any, ...]:
         """The expert's arrays, when all of its bytes have arrived.
 
         Raises:
@@ -60,6 +62,17 @@ class _Direct:
 
     def wait(self) -> tuple[jax.Array, ...]:
         return jax.block_until_ready(self.arrays)
+
+
+@dataclass(frozen=True)
+class InPlace:
+    """The upload of an expert that is computed where it lies: its addresses in the file's map."""
+
+    raw: Raw
+
+    def wait(self) -> tuple[np.ndarray, ...]:
+        """uint32 [2] of each matrix; see `RawMatrix`."""
+        return tuple(address_of(matrix) for matrix in self.raw)
 
 
 class DirectLink:

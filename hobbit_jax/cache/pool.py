@@ -22,8 +22,8 @@ import jax
 import numpy as np
 
 from hobbit_jax.cache.controller import Controller, Decision
-from hobbit_jax.cache.device_banks import DeviceBanks
-from hobbit_jax.cache.link import DirectLink, Link, Upload
+from hobbit_jax.cache.device_banks import DeviceBanks, Layout
+from hobbit_jax.cache.link import DirectLink, InPlace, Link, Upload
 from hobbit_jax.cache.policies import Policy
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from pallas_kernels.reference import Bank as DeviceBank
@@ -90,12 +90,13 @@ class SlotPool:
         staging_bytes: int = 0,
         index: int = 0,
         device: Any = None,  # a jax.Device
+        layouts: Mapping[Signature, Layout] | None = None,
     ):
         self.store, self.device, self.controller = store, device, controller
         self.budget_bytes, self.staging_bytes = budget_bytes, staging_bytes
         self.link = DirectLink() if link is None else link
         self._own = {bank.signature: bank for bank in controller.banks if bank.device == index}
-        self._on_device = DeviceBanks(store, self.slots, device)
+        self._on_device = DeviceBanks(store, self.slots, device, layouts)
         self._free = {signature: list(range(n))[::-1] for signature, n in self.slots.items()}
         self._slot_of: dict[ExpertKey, int] = {}
         self._reserved: dict[ExpertKey, Upload] = {}  # get a slot at `promote`
@@ -263,8 +264,11 @@ class SlotPool:
         return begun or self._send(key)
 
     def _send(self, key: ExpertKey) -> Upload:
+        raw = self.store.raw(key)
+        if self._on_device.is_mapped(self.store.signature(key)):
+            return InPlace(raw)
         with _named(key, self.device):
-            upload = self.link.send(self.store.raw(key), self.device)
+            upload = self.link.send(raw, self.device)
         self.stats.bytes_moved += self.store.expert_bytes(key)
         return upload
 

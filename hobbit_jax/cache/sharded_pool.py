@@ -8,6 +8,7 @@ and uploads go straight to its device.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -17,6 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from hobbit_jax.cache.controller import Controller, Decision
+from hobbit_jax.cache.device_banks import Layout
 from hobbit_jax.cache.link import Link
 from hobbit_jax.cache.pool import PoolStats, SlotPool, holds_all
 from hobbit_jax.experts.store import ExpertKey, HostExperts
@@ -28,6 +30,8 @@ from hobbit_jax.model.sharding import (
     on_each,
     owner,
 )
+from pallas_kernels.backends import Implementation
+from pallas_kernels.expert_ffn import implementation_for
 from pallas_kernels.reference import Bank, Signature
 
 
@@ -51,11 +55,12 @@ class ShardedPool:
         link: Link | None,
         staging_bytes: int,
         mesh: Mesh,
+        layouts: Mapping[Signature, Layout] | None = None,
     ):
         """`budget_bytes` and `staging_bytes` are those of each device."""
         self.store, self.mesh, self.controller = store, mesh, controller
         self.pools = [
-            SlotPool(store, controller, budget_bytes, link, staging_bytes, index, device)
+            SlotPool(store, controller, budget_bytes, link, staging_bytes, index, device, layouts)
             for index, device in enumerate(mesh.devices.flat)
         ]
         self._assembled: dict[Any, tuple[list[Any], Any]] = {}
@@ -205,11 +210,25 @@ def make_pool(
     link: Link | None = None,
     staging_bytes: int = 0,
     mesh: Mesh | None = None,
+    implementation: Implementation = "xla",
 ) -> ExpertPool:
-    """The pool of one device, or of all of `mesh`; bytes are those of each."""
+    """The pool of one device, or of all of `mesh`; bytes are those of each.
+
+    Its banks are laid out for `implementation`. Where ggml computes, all experts have slots and no
+    link is emulated, the banks are the file's map.
+    """
+    config, slots = store.config, Counter[Signature]()
+    for bank in controller.banks:
+        slots[bank.signature] += bank.policy.capacity
+    stay = link is None and holds_all(store, slots)
+    layouts: dict[Signature, Layout] = {
+        s: "mapped" if stay else "blocks"
+        for s in slots
+        if implementation_for(s, config.d_model, config.d_expert, implementation) == "ggml"
+    }
     if mesh is None:
-        return SlotPool(store, controller, budget_bytes, link, staging_bytes)
-    return ShardedPool(store, controller, budget_bytes, link, staging_bytes, mesh)
+        return SlotPool(store, controller, budget_bytes, link, staging_bytes, layouts=layouts)
+    return ShardedPool(store, controller, budget_bytes, link, staging_bytes, mesh, layouts)
 
 
 def _sum(parts: list[PoolStats]) -> PoolStats:

@@ -100,7 +100,10 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     wanted = ("expert_ids", "weights", "seq_lens")
     try:
         with path.open("rb") as stream:
-            file = np.load(stream, allow_pickle=False)
+            try:
+                file = np.load(stream, allow_pickle=False)
+            except ValueError as error:  # what np.load makes of any other file
+                raise ValueError(f"{path} is no .npz file of {', '.join(wanted)}") from error
             if isinstance(file, np.ndarray):
                 raise ValueError(f"{path} holds one array; want an .npz of {', '.join(wanted)}")
             missing = [name for name in wanted if name not in file]

@@ -24,6 +24,7 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel, load_model
 from hobbit_jax.quantize import hessian
 from hobbit_jax.resources import roomy_pool_bytes
+from pallas_kernels.backends import for_quality
 
 _DECODED = 8
 _TASK_TOKENS = 64  # of an answer to one of the miniature tasks
@@ -50,7 +51,7 @@ def forecast_hours(
         key = (inputs.model, inputs.implementation)
         if key not in models:
             path = inputs.model or reference.model_path()
-            models[key] = load_model(path, inputs.implementation or None), {}
+            models[key] = load_model(path, for_quality(inputs.implementation or None)), {}
         model, speeds = models[key]
         if sizes.context not in speeds:
             speeds[sizes.context] = _speeds(model, sizes.context)

@@ -32,6 +32,7 @@ from hobbit_jax.record import EvalSizes, Inputs, machine
 from hobbit_jax.resources import roomy_pool_bytes
 from hobbit_jax.signals.calibration import STATISTICS, Calibration, calibrate
 from hobbit_jax.signals.importance import MeasuredErrors, measure_errors
+from pallas_kernels.backends import for_quality
 
 
 class Workbench:
@@ -40,7 +41,7 @@ class Workbench:
     def __init__(self, inputs: Inputs, sizes: EvalSizes, workdir: Path):
         self.inputs, self.sizes, self.workdir = inputs, sizes, workdir
         path = inputs.model or reference.model_path()
-        self.model: LoadedModel = load_model(path, inputs.implementation or None)
+        self.model: LoadedModel = load_model(path, for_quality(inputs.implementation or None))
         self.tokenizer = self.model.tokenizer()
         self._calibrations: dict[tuple[str, int], Calibration] = {}
         self._tiers: dict[str, GGUFFile] = {}

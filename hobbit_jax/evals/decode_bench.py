@@ -17,6 +17,7 @@ import numpy as np
 
 from hobbit_jax.cache.link import PacedLink, ProcessorTime
 from hobbit_jax.cache.miss_modes import MISS_MODES
+from hobbit_jax.cache.policies import DEFAULT_POLICY
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare
 from hobbit_jax.cache.prefetch import PrefetchRule
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, PromotionRule
@@ -152,6 +153,7 @@ def compare(
     prompt_tokens: int,
     link_gb_s: float | None = None,
     progress: Callable[[], object] = lambda: None,
+    policy: str = DEFAULT_POLICY,
 ) -> list[Decoded]:
     """Decodes rows of `ids_RS` [repeats + 1, S] under every setting, row by row in turns.
 
@@ -166,6 +168,7 @@ def compare(
         link_gb_s: of an emulated link, each setting's own, on which waits and processor time are
             counted; None copies as fast as can be and times by the wall clock.
         progress: called after each row of each setting.
+        policy: of eviction.
 
     Returns:
         All-resident native decode first, then one of each setting.
@@ -176,7 +179,7 @@ def compare(
     engines[0].pool.load_all(0)
     engines += [
         Engine(
-            model, store, s.budget_bytes, s.plan, mode=s.mode, low_share=s.low_share,
+            model, store, s.budget_bytes, s.plan, policy, mode=s.mode, low_share=s.low_share,
             promotion=s.promotion, **s.options,
             link=PacedLink(link_gb_s, clock=counted, sleep=counted.sleep) if link_gb_s else None,
         )

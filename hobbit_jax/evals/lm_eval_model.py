@@ -375,7 +375,12 @@ class EngineLM(TemplateLM):
         return allowed
 
     def _bar(self, total: int, what: str) -> tqdm:
-        return tqdm(total=total, desc=what, unit="request", disable=not self._progress or not total)
+        return tqdm(
+            total=total,
+            desc=what,
+            unit="request",
+            disable=None if self._progress and total else True,
+        )
 
 
 def _asked(request: Instance) -> Any:

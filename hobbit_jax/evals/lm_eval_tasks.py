@@ -36,6 +36,13 @@ _DEFINITIONS = {
     "humaneval": "humaneval/humaneval.yaml",
     "wikitext": "wikitext/wikitext.yaml",
 }
+# What a data folder holds of them.
+_FILES = {
+    "gsm8k": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"),
+    "gsm8k_cot": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"),
+    "humaneval": ("humaneval/HumanEval.jsonl.gz",),
+    "wikitext": ("wikitext2/valid.txt", "wikitext2/test.txt"),
+}
 _MINIATURES = ("mini_arithmetic", "mini_functions")
 TASKS = (*_DEFINITIONS, *_MINIATURES)
 
@@ -77,6 +84,7 @@ def load_tasks(
             continue
         config = _definition(_DEFINITIONS[name])
         if data_dir is not None:
+            _check_files(name, data_dir)
             config["custom_dataset"] = _documents(name, data_dir)
             if name == "wikitext":  # it names a training split, and never uses it
                 config["training_split"] = None
@@ -139,6 +147,15 @@ def _imported_late(folder: Path, reference: str) -> Callable[..., Any]:
 # Documents
 
 
+def _check_files(name: str, data_dir: Path) -> None:
+    missing = [file for file in _FILES[name] if not (data_dir / file).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{data_dir} has no {' and no '.join(missing)}, which the task {name} reads; name the "
+            "folder that has it (--data_dir, or data_dir in a config)"
+        )
+
+
 def _documents(name: str, data_dir: Path) -> Callable[..., Splits]:
     """What lm-eval calls for a task's documents, with metadata that does not matter here."""
     read = {"gsm8k": _gsm8k, "gsm8k_cot": _gsm8k, "humaneval": _humaneval, "wikitext": _wikitext}
@@ -180,7 +197,11 @@ def wikitext_pages(text: str) -> list[str]:
 
 
 def _text(*parts: str | Path) -> str:
-    return Path(*parts).read_text(encoding="utf-8")
+    path = Path(*parts)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not the UTF-8 text that it should be: {error}") from error
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -211,7 +232,7 @@ def _humaneval_scoring(target_template: str, progress: bool) -> dict[str, Any]:
             total=len(docs),
             desc="running programs",
             unit="problem",
-            disable=not progress,
+            disable=None if progress else True,
         )
         return [[run_one(completion, doc) for completion in attempts] for attempts, doc in pairs]
 

@@ -104,7 +104,9 @@ def batches(windows: Windows, vocab_size: int) -> list[slice]:
 def watch_windows(engine: Engine, windows: Windows, watch: Callable, description: str) -> None:
     """Scores `windows` for what `watch` sees of every layer's routing; the logits are dropped."""
     with engine.watched_by(watch):
-        for part in tqdm(batches(windows, engine.config.vocab_size), desc=description, leave=False):
+        for part in tqdm(
+            batches(windows, engine.config.vocab_size), desc=description, leave=False, disable=None
+        ):
             engine.score(windows.ids_WS[part, :-1])
 
 
@@ -116,7 +118,7 @@ def write_native_logits(engine: Engine, windows: Windows, path: Path) -> None:
     with replacing(path) as partial:
         array_WTV = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
         parts = batches(windows, engine.config.vocab_size)
-        for part in tqdm(parts, desc="native logits", leave=False):
+        for part in tqdm(parts, desc="native logits", leave=False, disable=None):
             array_WTV[part] = np.asarray(engine.score(windows.ids_WS[part, :-1]))
         array_WTV.flush()
         del array_WTV
@@ -139,7 +141,9 @@ def evaluate_decoding(engine: Engine, windows: Windows, native_WTV: np.ndarray) 
     For engines whose answers depend on what is resident: this is what a user's reader gets.
     """
     parts = []
-    for row, ids_S in enumerate(tqdm(windows.ids_WS, desc="decoded windows", leave=False)):
+    for row, ids_S in enumerate(
+        tqdm(windows.ids_WS, desc="decoded windows", leave=False, disable=None)
+    ):
         engine.start(1, len(ids_S) - 1)
         logits_TV = [engine.decode(np.asarray([token]))[0] for token in ids_S[:-1]]
         native_BTV = np.asarray(native_WTV[row : row + 1])

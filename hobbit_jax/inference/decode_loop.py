@@ -30,7 +30,7 @@ from hobbit_jax.inference.sampling import Sampling, sample
 from hobbit_jax.inference.selection import Selections, rows_of_layer, select
 from hobbit_jax.model import sharding
 from hobbit_jax.model.layers import LayerKinds, States
-from hobbit_jax.model.modules import Ends, KVCache, attend
+from hobbit_jax.model.modules import KV_FORMATS, Ends, KVCache
 from hobbit_jax.model_file.architecture import ModelConfig
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import Bank, Signature, Work
@@ -91,20 +91,28 @@ class _Loop(NamedTuple):
     active_B: jax.Array
     lengths_B: jax.Array
     blocked: jax.Array  # bool: an expert is missing
+    finite: jax.Array  # bool: so are all logits of sequences that got a token
     tokens_NB: jax.Array  # drawn
     logits_BV: jax.Array
     logged: jax.Array  # int32: layers routed
     log_IAf: jax.Array
 
 
-def empty_carry(config: ModelConfig, batch: int, context: int, mesh: Mesh | None = None) -> Carry:
+def empty_carry(
+    config: ModelConfig,
+    batch: int,
+    context: int,
+    mesh: Mesh | None = None,
+    kv_format: str = "float32",
+) -> Carry:
     """No sequence has any token yet."""
+    kv_dtype = KV_FORMATS[kv_format]
     cache_shape = (config.n_layers, batch, context, config.n_kv_heads, config.head_dim)
     k, d = config.experts_per_token, config.d_model
     # Each its own buffer, for all of them are donated.
     integers = [jnp.full((batch, k), SKIPPED, jnp.int32) for _ in range(3)]
     carry = Carry(
-        caches=KVCache(jnp.zeros(cache_shape), jnp.zeros(cache_shape)),
+        caches=KVCache(jnp.zeros(cache_shape, kv_dtype), jnp.zeros(cache_shape, kv_dtype)),
         layer=jnp.int32(0),
         routed=jnp.array(False),
         x_BD=jnp.zeros((batch, d)),
@@ -184,7 +192,7 @@ def _attend(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -
         weights.layers, layer, lambda block, x: block.project(x, positions_B1), x_B1D
     )
     caches = carry.caches.append(layer, positions_B1, k, v)
-    mixed_B1N = attend(q, caches.k_LBCGd[layer], caches.v_LBCGd[layer], positions_B1)
+    mixed_B1N = caches.attend(layer, q, positions_B1, kinds.attention)
 
     def add_and_route(block, x_B1D, mixed_B1N):
         x_B1D, h_B1D = block.add_attention(x_B1D, mixed_B1N)
@@ -301,6 +309,7 @@ def _end_token(spec: LoopSpec, weights: Weights, inputs: Inputs, loop: _Loop) ->
         logits_BV = ends.logits(loop.carry.x_BD)
         key = jax.random.fold_in(inputs.key, inputs.drawn + loop.step)
         ids_B = sample(logits_BV, key, spec.sampling)
+        finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
         stopped_B = jnp.any(ids_B[:, None] == inputs.stop_ids[None, :], axis=1)
         return (
             logits_BV,
@@ -308,19 +317,20 @@ def _end_token(spec: LoopSpec, weights: Weights, inputs: Inputs, loop: _Loop) ->
             loop.tokens_NB.at[loop.step].set(ids_B),
             loop.lengths_B + loop.active_B.astype(jnp.int32),
             loop.active_B & ~stopped_B,
+            loop.finite & jnp.all(finite_B | ~loop.active_B),
             loop.step + 1,
             jnp.zeros_like(loop.carry.layer),
         )
 
     def go_on(loop: _Loop):
         carry = loop.carry
-        same = (loop.logits_BV, carry.x_BD, loop.tokens_NB, loop.lengths_B, loop.active_B)
-        return *same, loop.step, carry.layer
+        same = loop.logits_BV, carry.x_BD, loop.tokens_NB, loop.lengths_B, loop.active_B
+        return *same, loop.finite, loop.step, carry.layer
 
     # Without the caches, which a conditional would copy.
     small = loop._replace(carry=loop.carry._replace(caches=None), log_IAf=None)
     ended = loop.carry.layer == spec.config.n_layers
-    logits_BV, x_BD, tokens_NB, lengths_B, active_B, step, layer = jax.lax.cond(
+    logits_BV, x_BD, tokens_NB, lengths_B, active_B, finite, step, layer = jax.lax.cond(
         ended, end, go_on, small
     )
     return loop._replace(
@@ -328,6 +338,7 @@ def _end_token(spec: LoopSpec, weights: Weights, inputs: Inputs, loop: _Loop) ->
         step=step,
         lengths_B=lengths_B,
         active_B=active_B,
+        finite=finite,
         tokens_NB=tokens_NB,
         logits_BV=logits_BV,
     )
@@ -356,6 +367,7 @@ def _decode(
         active_B=jnp.asarray(inputs.active_B),
         lengths_B=jnp.asarray(inputs.lengths_B),
         blocked=jnp.array(False),
+        finite=jnp.array(True),
         tokens_NB=jnp.zeros((spec.most_tokens, batch), jnp.int32),
         logits_BV=jnp.zeros((batch, config.vocab_size)),
         logged=jnp.int32(0),
@@ -380,8 +392,8 @@ def _decode(
     )
     ahead_P2A = _look_ahead(spec, weights, held_UE, loop)
     packed = pack(
-        loop.step, loop.carry.layer, loop.blocked, loop.logged, loop.tokens_NB, ahead_P2A,
-        loop.log_IAf,
+        loop.step, loop.carry.layer, loop.blocked, loop.finite, loop.logged, loop.tokens_NB,
+        ahead_P2A, loop.log_IAf,
     )  # fmt: skip
     return loop.carry, packed, loop.logits_BV
 

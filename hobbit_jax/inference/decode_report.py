@@ -39,14 +39,15 @@ def pack(
     steps: jax.Array,
     layer: jax.Array,
     blocked: jax.Array,
+    finite: jax.Array,
     logged: jax.Array,
     tokens_NB: jax.Array,
     ahead_P2A: jax.Array,
     log_IAf: jax.Array,
 ) -> jax.Array:
     """All of a report in one array, int32; see `Report`."""
-    head_4 = jnp.stack([steps, layer, blocked.astype(jnp.int32), logged]).astype(jnp.int32)
-    parts = [head_4, tokens_NB.reshape(-1), ahead_P2A.reshape(-1), log_IAf.reshape(-1)]
+    head_5 = jnp.stack([a.astype(jnp.int32) for a in (steps, layer, blocked, finite, logged)])
+    parts = [head_5, tokens_NB.reshape(-1), ahead_P2A.reshape(-1), log_IAf.reshape(-1)]
     return jnp.concatenate(parts)
 
 
@@ -81,6 +82,7 @@ class Report:
     steps: int
     layer: int
     blocked: bool
+    finite: bool  # all logits of sequences that got a token
     tokens_NB: np.ndarray  # the first `steps` rows are drawn
     ahead_P2A: np.ndarray  # expert and tier that layer + 1, ... would choose of the stream as it is
     ids_IA: np.ndarray  # of each routed layer, in turn
@@ -93,14 +95,15 @@ class Report:
         cls, packed: np.ndarray, most_tokens: int, batch: int, k: int, look_ahead: int
     ) -> Report:
         """Reads what the program packed."""
-        steps, layer, blocked, logged = (int(number) for number in packed[:4])
-        ends = np.cumsum([4, most_tokens * batch, look_ahead * 2 * batch * k])
+        steps, layer, blocked, finite, logged = (int(number) for number in packed[:5])
+        ends = np.cumsum([5, most_tokens * batch, look_ahead * 2 * batch * k])
         tokens, ahead, log = np.split(packed, ends)[1:]
         log_IAf = log.reshape(-1, batch * k, LOG_FIELDS)[:logged]
         return cls(
             steps=steps,
             layer=layer,
             blocked=bool(blocked),
+            finite=bool(finite),
             tokens_NB=tokens.reshape(most_tokens, batch)[:steps],
             ahead_P2A=ahead.reshape(look_ahead, 2, batch * k),
             ids_IA=log_IAf[..., 0],

@@ -27,6 +27,7 @@ from hobbit_jax.cache.sharded_pool import make_pool
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.experts.precision import SKIPPED, PrecisionPlan, uniform_plan
 from hobbit_jax.experts.store import ExpertKey, HostExperts
+from hobbit_jax.inference import non_finite
 from hobbit_jax.inference.adaptive_split import AdaptiveSplit
 from hobbit_jax.inference.decode_loop import (
     Carry,
@@ -39,10 +40,11 @@ from hobbit_jax.inference.decode_loop import (
 from hobbit_jax.inference.decode_report import Report
 from hobbit_jax.inference.expert_kinds import ExpertKinds
 from hobbit_jax.inference.prefill import Prefill, RoutedLayer, logits, pad_tokens
-from hobbit_jax.inference.sampling import Sampling, sample
+from hobbit_jax.inference.sampling import Sampling, sample, seed_key
 from hobbit_jax.inference.selection import Selections
 from hobbit_jax.inference.step_stats import EngineStats, Meter, StepStats
 from hobbit_jax.model.loading import LoadedModel
+from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model.sharding import expert_mesh, replicated
 
 GREEDY = Sampling()
@@ -70,6 +72,7 @@ class Engine:
         prefetch: who guesses what later layers of a token need; None guesses nothing.
         watch: called with every layer's routing, on the host.
         devices: how many divide the experts among them; each holds all the rest.
+        kv_format: of keys and values, one of `KV_FORMATS`.
 
     Raises:
         ValueError: the budget cannot hold one step's experts; says what it needs.
@@ -92,7 +95,13 @@ class Engine:
         prefetch: PrefetchRule | None = None,
         watch: Callable[[RoutedLayer], None] | None = None,
         devices: int = 1,
+        kv_format: str = "float32",
     ):
+        if kv_format not in KV_FORMATS:
+            raise ValueError(
+                f"kv_format is {kv_format!r}; want one of {', '.join(KV_FORMATS)} (--kv_format)"
+            )
+        self._kv_format = kv_format
         self._mesh = mesh = expert_mesh(devices)
         self.model, self.config, self.store = model.on(mesh), model.config, store
         self.plan = uniform_plan(store) if plan is None else plan
@@ -109,8 +118,9 @@ class Engine:
         layout, factory = BankLayout.of_store(store, devices), policy_factory(policy)
         self.controller = Controller(layout, slots, factory, observers)
         self.pool = make_pool(
-            store, self.controller, budget_bytes or total, link, staging_bytes, mesh
-        )
+            store, self.controller, budget_bytes or total, link, staging_bytes, mesh,
+            model.implementation,
+        )  # fmt: skip
         if self.mode.low_banks == "all":
             self.pool.load_all(LOW)
         if warm is not None:
@@ -130,6 +140,7 @@ class Engine:
         self._carry: Carry | None = None
         self._key = replicated(jax.random.key(0), mesh)
         self._lengths_B = np.zeros(0, np.int32)
+        self._ids: list[list[int]] = []  # of each sequence so far
         self._tokens = 0  # decoded tokens and prefill chunks so far, for the policies
 
     def start(self, batch: int, context: int) -> None:
@@ -145,8 +156,9 @@ class Engine:
         self.pool.drop_prefetched()
         if self.split is not None:
             self.split.begin_sequences()
-        self._carry = empty_carry(self.config, batch, context, self._mesh)
+        self._carry = empty_carry(self.config, batch, context, self._mesh, self._kv_format)
         self._lengths_B = np.zeros(batch, np.int32)
+        self._ids = [[] for _ in range(batch)]
 
     def _started(self) -> Carry:
         if self._carry is None:
@@ -180,7 +192,17 @@ class Engine:
         self.stats.degraded += int((asked & (served_TK > asked_TK)).sum())
         self.stats.skipped += int((asked & (served_TK == SKIPPED)).sum())
 
+    def _check_map(self) -> None:
+        """Refuses files that changed since they were mapped, where programs read the map itself.
+
+        Past the end of a file that was cut short they would end the process.
+        """
+        if self.model.mapped_bytes:
+            for tier in range(len(self.store.tiers)):
+                self.store.check_unchanged(tier)
+
     def _check_room(self, n_new_B: np.ndarray) -> None:
+        self._check_map()
         context = self._started().caches.k_LBCGd.shape[2]
         longest = int((self._lengths_B + n_new_B).max(initial=0))
         if longest > context:
@@ -202,11 +224,26 @@ class Engine:
         )
         self._carry = carry._replace(caches=caches)
         self._lengths_B = self._lengths_B + n_new_B.astype(np.int32)
+        for sequence, row_T, n_new in zip(self._ids, ids_BT, n_new_B, strict=True):
+            sequence += row_T[:n_new].tolist()
         self._tokens += 1
         return x_BTD
 
     def _logits(self, x_BTD: jax.Array, last_B: np.ndarray | None) -> jax.Array:
         return logits(self._ends_graph, self._weights.ends, x_BTD, last_B)
+
+    def _check_finite(self, finite: bool | np.bool_) -> None:
+        """Ends a run whose logits are not finite.
+
+        Raises:
+            ValueError: they are not; names the layer where that began.
+        """
+        if finite:
+            return
+        self._carry, longest = None, max(map(len, self._ids))
+        caches = empty_carry(self.config, len(self._ids), longest, self._mesh).caches
+        chunk = max(1, self.chunk_tokens // len(self._ids))
+        raise ValueError(non_finite.describe(self._prefill, caches, self._ids, chunk))
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> jax.Array:
         """Appends one prompt per sequence, in chunks; float32 logits [B, V] of each last token."""
@@ -230,6 +267,7 @@ class Engine:
             ended_B = (n_new_B > 0)[:, None]
             logits_BV = new_BV if logits_BV is None else jnp.where(ended_B, new_BV, logits_BV)
         assert logits_BV is not None
+        self._check_finite(np.asarray(non_finite.finite_BT(logits_BV)).all())
         return logits_BV
 
     def score(self, ids_BT: np.ndarray) -> jax.Array:
@@ -243,6 +281,7 @@ class Engine:
             n_new_B = np.full(batch, part_BT.shape[1], np.int32)
             x_BTD = self._append(pad_tokens(part_BT, chunk), n_new_B)
             parts.append(self._logits(x_BTD, None)[:, : part_BT.shape[1]])
+            self._check_finite(np.asarray(non_finite.finite_BT(parts[-1])).all())
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def decode(self, ids_B: np.ndarray, active_B: np.ndarray | None = None) -> jax.Array:
@@ -301,11 +340,16 @@ class Engine:
                     np.asarray(packed), most_tokens, len(ids_B), k, self._look_ahead
                 )
                 batches = self._account(report) or batches
-                for ids_B in report.tokens_NB:
+                for drawn_B in report.tokens_NB:
+                    for sequence, token, active in zip(self._ids, ids_B, active_B, strict=True):
+                        if active:
+                            sequence.append(int(token))
+                    ids_B = drawn_B
                     rows.append(ids_B)
                     self._lengths_B = self._lengths_B + active_B
                     self.stats.decoded_tokens += int(active_B.sum())
                     active_B = active_B & ~np.isin(ids_B, stops)
+                self._check_finite(report.finite)
                 if not report.blocked:
                     break
                 self.stats.exits += 1
@@ -363,7 +407,7 @@ class Engine:
         """
         needed = max(map(len, prompts), default=0) + max_new_tokens
         self.start(len(prompts), needed if context is None else context)
-        self._key = replicated(jax.random.key(sampling.seed), self._mesh)
+        self._key = replicated(seed_key(sampling.seed), self._mesh)
         active_B = np.ones(len(prompts), bool)
         meter = Meter(self)
         logits_BV, fed = self.prefill(prompts), sum(map(len, prompts))

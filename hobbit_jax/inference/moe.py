@@ -106,7 +106,7 @@ class Grouped:
     def item_rows(self, signature: Signature, implementation: str) -> int:
         """Rows of an item: what suits the kernel, or all of the busiest expert's in one."""
         counts = [len(part) for part in self.assignments.values()]
-        if implementation == "xla":
+        if implementation in ("xla", "ggml"):
             return 1 << (max(counts, default=1) - 1).bit_length()
         return item_rows(-(-sum(counts) // max(1, len(counts))), signature)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,10 @@ from hobbit_jax.inference.moe import add_experts, apply_experts
 from hobbit_jax.inference.selection import Selections, rows_of_layer, select
 from hobbit_jax.model.layers import LayerKinds, States
 from hobbit_jax.model.loading import LoadedModel
-from hobbit_jax.model.modules import KVCache, attend
+from hobbit_jax.model.modules import KVCache
+
+Part = Literal["embedding", "attention", "experts"]
+Inspect = Callable[[Part, int, jax.Array], object]
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def _attend_and_route(
     block, context = kinds.block(states, kind, index), caches.k_LBCGd.shape[2]
     q_BTHd, k_BTGd, v_BTGd = block.project(x_BTD, positions_BT)
     caches = caches.append(layer, positions_BT, k_BTGd, v_BTGd)
-    mixed_BTN = attend(q_BTHd, caches.k_LBCGd[layer], caches.v_LBCGd[layer], positions_BT)
+    mixed_BTN = caches.attend(layer, q_BTHd, positions_BT, kinds.attention)
     x_BTD, h_BTD = block.add_attention(x_BTD, mixed_BTN)
     h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
     n_layers = len(kinds.kind_L)
@@ -135,6 +139,7 @@ class Prefill:
         n_new_B: np.ndarray,
         token: int,
         watch: Callable[[RoutedLayer, Selections], None],
+        inspect: Inspect = lambda part, layer, x_BTD: None,
     ) -> tuple[jax.Array, KVCache]:
         """Appends the first `n_new_B` tokens of each row to sequences of `lengths_B`.
 
@@ -145,6 +150,8 @@ class Prefill:
             n_new_B: the others are padding.
             token: of the policies' `Step`.
             watch: called with each layer's routing and with its selections as NumPy arrays.
+            inspect: called with the residual stream after each part of the model, during the call
+                alone.
 
         Returns:
             Residual stream [B, T, D] after the last layer, and the caches.
@@ -157,6 +164,7 @@ class Prefill:
         positions_BT = np.where(valid_BT, lengths_B[:, None] + offsets_BT, context)
         positions_BT = positions_BT.astype(np.int32)
         x_BTD = _embed(*nnx.split(model.ends), np.asarray(ids_BT, np.int32))
+        inspect("embedding", 0, x_BTD)
         kinds = model.layers.kinds
         walk = list(zip(kinds.kind_L, kinds.index_L, strict=True))
         looks_ahead = self.pool.staging_bytes > 0 and not self.pool.holds_all
@@ -168,6 +176,7 @@ class Prefill:
                 np.int32(next_index), np.int32(layer), self.plan, self.pool.held_UE, x_BTD,
                 positions_BT, caches,
             )  # fmt: skip
+            inspect("attention", layer, x_BTD)
             fields, chosen_tE = jax.device_get((selections, chosen_tE))
             on_host, valid_T = Selections(*fields), valid_BT.reshape(-1)
             watch(
@@ -186,4 +195,5 @@ class Prefill:
                 upcoming,
             )  # fmt: skip
             x_BTD = add_experts(x_BTD, y_AD)
+            inspect("experts", layer, x_BTD)
         return x_BTD, caches

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hobbit_jax.cache.sharded_pool import ExpertPool
+from hobbit_jax.inference.compile_clock import COMPILE_CLOCK
 
 
 @dataclass
@@ -25,6 +26,7 @@ class StepStats:
     """Cost of one decode or prefill step."""
 
     seconds: float
+    compile_seconds: float  # of them
     tokens: int
     hits: int
     misses: int
@@ -34,7 +36,7 @@ class StepStats:
     @classmethod
     def nothing(cls) -> StepStats:
         """Of a token whose cost stands at another."""
-        return cls(0.0, 0, 0, 0, 0, 0)
+        return cls(0.0, 0.0, 0, 0, 0, 0, 0)
 
 
 class Counted(Protocol):
@@ -48,7 +50,8 @@ class Meter:
     """What the engine did since the meter was made."""
 
     def __init__(self, engine: Counted):
-        self._engine, self._before, self._began = engine, self._counts(engine), time.perf_counter()
+        self._engine, self._before = engine, self._counts(engine)
+        self._compiled, self._began = COMPILE_CLOCK.seconds, time.perf_counter()
 
     @staticmethod
     def _counts(engine: Counted) -> tuple[int, int, int, int]:
@@ -60,5 +63,8 @@ class Meter:
         """The cost of `tokens` that were fed."""
         seconds, after = time.perf_counter() - self._began, self._counts(self._engine)
         return StepStats(
-            seconds, tokens, *(b - a for a, b in zip(self._before, after, strict=True))
+            seconds,
+            COMPILE_CLOCK.seconds - self._compiled,
+            tokens,
+            *(b - a for a, b in zip(self._before, after, strict=True)),
         )

@@ -30,13 +30,14 @@ def connect(resources: Mapping[str, Any]) -> tuple[Engine, int]:
     """See `launch.connect`; resources are Ray's, CPU and GPU among them.
 
     Raises:
-        ValueError: no node has these resources, and Ray would wait for one for ever.
+        ValueError: Ray does not start, or no node has these resources, for which it would wait for
+            ever.
     """
     if not ray.is_initialized():
-        ray.init(
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": worker_environment()},
-        )
+        try:
+            ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": worker_environment()})
+        except Exception as error:  # Ray raises no narrower one when it is not up within 30 s
+            raise ValueError(f"--launcher=ray: Ray does not start here: {error}") from error
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     wanted = {"CPU": 1, "GPU": min(1, gpus), **resources}

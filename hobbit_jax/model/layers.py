@@ -29,6 +29,7 @@ class LayerKinds:
     graphs: tuple[nnx.GraphDef[Block], ...]
     kind_L: tuple[int, ...]
     index_L: tuple[int, ...]  # of each layer, within its kind
+    attention: str = "xla"  # implementation of what lies between the projections and the output
 
     def block(self, states: States, kind: int, index: int | jax.Array) -> Block:
         """The block at `index` of `kind`, which may be traced."""
@@ -69,4 +70,8 @@ class LayerStack:
         stacked = tuple(
             jax.tree.map(lambda *arrays: jnp.stack(arrays), *states) for states in members.values()
         )
-        return cls(LayerKinds(tuple(members), tuple(kind_L), tuple(index_L)), stacked)
+        # Where the matrices are raw blocks, the device is the host, which ggml's backend needs.
+        raw = all(block.attention.q.raw_shape is not None for block in blocks)
+        attention = "ggml" if raw else "xla"
+        kinds = LayerKinds(tuple(members), tuple(kind_L), tuple(index_L), attention)
+        return cls(kinds, stacked)

@@ -1,7 +1,8 @@
 """From GGUF tensors to the Flax modules: everything of the model except its experts.
 
 Owns the match of tensor names to modules and the one upload of the dense part (attention, router,
-embedding, norms, head), which stays in its GGUF formats on the device.
+embedding, norms, head), which stays in its GGUF formats on the device. For the backend `ggml` there
+is no upload: matrices stay in the file's map.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, check_finite_s
 from hobbit_jax.model_file.tokenizer import Tokenizer
 from pallas_kernels.backends import Implementation, choose
 from pallas_kernels.formats import Format, get_format
+from pallas_kernels.ggml.ops import RawMatrix, address_of, check_available
+from pallas_kernels.linear import implementation_for
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,13 @@ class LoadedModel:
     layers: LayerStack
     ends: Ends
     implementation: Implementation  # of its matrix products, dense and expert alike
+    mapped_bytes: int = 0  # of dense matrices that stay in the file's map, beyond their addresses
 
     @property
     def dense_device_bytes(self) -> int:
         """Device bytes of everything but the experts, counted once when tied."""
         arrays = jax.tree.leaves([self.layers.states, nnx.state(self.ends)])
-        return sum(array.nbytes for array in arrays)
+        return sum(array.nbytes for array in arrays) + self.mapped_bytes
 
     def on(self, mesh: Mesh | None) -> LoadedModel:
         """The same model with its dense part on every device of `mesh`, a whole copy on each."""
@@ -72,9 +76,29 @@ def _float32(format: Format, raw: np.ndarray) -> jax.Array:
     return jnp.asarray(format.unpack(format.split(raw)), jnp.float32)
 
 
-def _linear(tensor: TensorInfo, implementation: Implementation) -> Linear:
-    check_finite_scales(tensor)
-    return Linear(tensor.format, _split(get_format(tensor.format), tensor.raw), implementation)
+class _Matrices:
+    """Makes the dense matrices of a model; counts what stays in the map."""
+
+    def __init__(self, implementation: Implementation):
+        self._implementation, self.mapped_bytes = implementation, 0
+
+    def linear(self, tensor: TensorInfo, implementation: Implementation = None) -> Linear:
+        """A matrix for an implementation, the model's for None."""
+        check_finite_scales(tensor)
+        rows, columns = tensor.shape
+        implementation = implementation or self._implementation
+        chosen = implementation_for(tensor.format, rows, columns, implementation)
+        if chosen == "ggml":
+            address = jnp.asarray(address_of(tensor.raw))
+            self.mapped_bytes += tensor.nbytes - address.nbytes
+            return Linear(tensor.format, RawMatrix(address, rows, columns, tensor.nbytes))
+        return Linear(tensor.format, _split(get_format(tensor.format), tensor.raw), chosen)
+
+    def router(self, tensor: TensorInfo) -> Linear:
+        """In float32 everywhere: what it chooses shall not depend on rounding."""
+        rows, columns = tensor.shape
+        chosen = implementation_for(tensor.format, rows, columns, self._implementation)
+        return self.linear(tensor, "ggml" if chosen == "ggml" else "xla")
 
 
 def _norm(tensor: TensorInfo, config: ModelConfig) -> RMSNorm:
@@ -90,14 +114,17 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
 
     Args:
         path: of the file.
-        implementation: of the matrix products ("xla", "triton", "interpret"); None takes the
-            fastest that this device and each matrix allow. The router is always "xla".
+        implementation: of the matrix products ("xla", "ggml", "triton", "interpret"); None takes
+            the fastest that this device and each matrix allow. The kernels for GPUs leave the
+            router to "xla".
 
     Raises:
         FileNotFoundError, ValueError, NotImplementedError: from `open_gguf`,
             `read_config` and `check_finite_scales`, each naming what is wrong.
     """
-    choose(implementation, lambda: None)  # a name that cannot run here is refused at once
+    checks = {"xla": lambda: None, "triton": lambda: None, "ggml": check_available}
+    choose(implementation, checks)  # a name that cannot run here is refused at once
+    matrices = _Matrices(implementation)
     file = open_gguf(path)
     config = read_config(file)
     blocks = []
@@ -106,19 +133,20 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
         norms = {r: _norm(t, config) for r, t in tensors.items() if r.endswith("norm")}
         attention = Attention(
             config,
-            q=_linear(tensors["attn_q"], implementation),
-            k=_linear(tensors["attn_k"], implementation),
-            v=_linear(tensors["attn_v"], implementation),
-            output=_linear(tensors["attn_output"], implementation),
+            q=matrices.linear(tensors["attn_q"]),
+            k=matrices.linear(tensors["attn_k"]),
+            v=matrices.linear(tensors["attn_v"]),
+            output=matrices.linear(tensors["attn_output"]),
             q_norm=norms.get("attn_q_norm"),
             k_norm=norms.get("attn_k_norm"),
         )
-        router = _linear(tensors["router"], "xla")
+        router = matrices.router(tensors["router"])
         blocks.append(Block(config, norms["attn_norm"], attention, norms["ffn_norm"], router))
     outer = {role: file.tensors[n] for role, n in global_tensors(config).items()}
     ends = Ends(
-        embedding=_linear(outer["token_embedding"], implementation),
+        embedding=matrices.linear(outer["token_embedding"]),
         final_norm=_norm(outer["output_norm"], config),
-        head=_linear(outer["output"], implementation) if "output" in outer else None,
+        head=matrices.linear(outer["output"]) if "output" in outer else None,
     )
-    return LoadedModel(file, config, LayerStack.of(blocks), ends, implementation)
+    layers = LayerStack.of(blocks)
+    return LoadedModel(file, config, layers, ends, implementation, matrices.mapped_bytes)

@@ -22,11 +22,17 @@ from flax import nnx
 from hobbit_jax.model_file.architecture import ModelConfig
 from pallas_kernels.backends import Implementation
 from pallas_kernels.formats import get_format
+from pallas_kernels.ggml import ops as ggml
+from pallas_kernels.ggml.ops import RawMatrix
 from pallas_kernels.linear import linear
+
+# Of keys and values between tokens. float32 is the default: half the bytes cost KL on every text,
+# and the figures of docs/ are of float32 (docs/log/2026-11-29-cpu-backend.md has the measurement).
+KV_FORMATS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, float32 [L, B, C, G, d] with G key/value heads.
+    """Keys and values of all layers, [L, B, C, G, d] of one of `KV_FORMATS`, G key/value heads.
 
     One array for all layers, so that a loop over layers can write into it in place.
     """
@@ -40,36 +46,61 @@ class KVCache(NamedTuple):
         """Writes each token's key and value at its position; a position of C or more, nowhere."""
         at = (layer, jnp.arange(len(positions_BT))[:, None], positions_BT)
         return KVCache(
-            self.k_LBCGd.at[at].set(k_BTGd, mode="drop"),
-            self.v_LBCGd.at[at].set(v_BTGd, mode="drop"),
+            self.k_LBCGd.at[at].set(k_BTGd.astype(self.k_LBCGd.dtype), mode="drop"),
+            self.v_LBCGd.at[at].set(v_BTGd.astype(self.v_LBCGd.dtype), mode="drop"),
         )
+
+    def attend(
+        self, layer: jax.Array, q_BTHd: jax.Array, positions_BT: jax.Array, implementation: str
+    ) -> jax.Array:
+        """Attention of each token to the keys up to its own position, [B, T, H * d].
+
+        "ggml" reads those alone; "xla" all C, and hides the others.
+        """
+        if implementation == "ggml":
+            return ggml.attention(q_BTHd, self.k_LBCGd, self.v_LBCGd, layer, positions_BT)
+        k_BCGd, v_BCGd = (array[layer].astype(jnp.float32) for array in self)
+        return attend(q_BTHd, k_BCGd, v_BCGd, positions_BT)
 
 
 class Linear(nnx.Module):
-    """A matrix [N, K] held as the planes of its GGUF format; y = x @ W.T in float32."""
+    """A matrix [N, K] in its GGUF format, as planes or as raw blocks; y = x @ W.T in float32."""
 
     def __init__(
         self,
         format_name: str,
-        planes: dict[str, jax.Array],
+        planes: dict[str, jax.Array] | RawMatrix,
         implementation: Implementation = None,
     ):
         self.format_name, self.implementation = format_name, implementation
+        if isinstance(planes, RawMatrix):
+            self.raw_shape = (planes.rows, planes.columns, planes.bytes)
+            planes = {"raw": planes.data}
+        else:
+            self.raw_shape = None
         self.planes = nnx.Dict({name: nnx.Param(plane) for name, plane in planes.items()})
 
     def weights(self) -> jax.Array:
         """Unpacked float32 [N, K]."""
-        return get_format(self.format_name).unpack(self._arrays())
+        arrays = self._arrays()
+        if isinstance(arrays, RawMatrix):
+            return self.rows(jnp.arange(arrays.rows, dtype=jnp.int32))
+        return get_format(self.format_name).unpack(arrays)
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """Rows `ids` [...] unpacked to float32 [..., K]; only those rows are read."""
-        return get_format(self.format_name).unpack({n: p[...][ids] for n, p in self.planes.items()})
+        arrays = self._arrays()
+        if isinstance(arrays, RawMatrix):
+            return ggml.take_rows(ids, arrays, self.format_name)
+        return get_format(self.format_name).unpack({n: p[ids] for n, p in arrays.items()})
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., K] to x @ W.T [..., N]."""
         return linear(x, self._arrays(), self.format_name, self.implementation)
 
-    def _arrays(self) -> dict[str, jax.Array]:
+    def _arrays(self) -> dict[str, jax.Array] | RawMatrix:
+        if self.raw_shape is not None:
+            return RawMatrix(self.planes["raw"][...], *self.raw_shape)
         return {name: plane[...] for name, plane in self.planes.items()}
 
 

@@ -33,7 +33,7 @@ from hobbit_jax.model_file.other_files import (
     describe_start,
     refuse_path,
 )
-from pallas_kernels.formats import FORMATS
+from pallas_kernels.formats import get_format
 
 __all__ = [
     "FieldType",
@@ -58,7 +58,7 @@ class TensorInfo:
     """One tensor of a file: what it is, and its bytes as they lie on disk."""
 
     name: str
-    format: str  # a key of `pallas_kernels.formats.FORMATS`
+    format: str  # a name that `pallas_kernels.formats.get_format` knows
     shape: tuple[int, ...]  # row-major, (E, F, D) for ffn_gate_exps; the last axis is one row
     raw: np.ndarray  # uint8 [*shape[:-1], row_bytes], a read-only view into the memory map
 
@@ -203,7 +203,7 @@ def check_finite_scales(tensor: TensorInfo) -> None:
     for start in range(0, len(raw), step):
         rows = raw[start : start + step]
         blocks = rows.reshape(len(rows), -1, block_bytes)
-        for offset, bits, mask in FORMATS[tensor.format].float_fields:
+        for offset, bits, mask in get_format(tensor.format).float_fields:
             field = np.ascontiguousarray(blocks[:, :, offset : offset + bits.itemsize]).view(bits)
             bad = ((field & mask) == mask).reshape(len(rows), -1)
             if bad.any():

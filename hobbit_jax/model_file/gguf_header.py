@@ -21,7 +21,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from hobbit_jax.model_file.metadata import shown
-from pallas_kernels.formats import FORMATS
+from pallas_kernels.formats import FORMATS, RAW_ONLY
 
 # (type, element type of an array or None), as in the file: llama.cpp refuses a key of another type.
 FieldType = tuple[GGUFValueType, GGUFValueType | None]
@@ -54,7 +54,7 @@ _LEAST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # a name without a letter, one axis, ty
 class TensorEntry:
     """One tensor as the header describes it; its bytes lie inside the file."""
 
-    format: str  # a key of `pallas_kernels.formats.FORMATS`
+    format: str  # a name that `pallas_kernels.formats.get_format` knows
     shape: tuple[int, ...]  # row-major
     start: int  # byte of the file
     nbytes: int
@@ -110,11 +110,12 @@ def raw_shape(name: str, format: str, shape: tuple[int, ...]) -> tuple[int, ...]
 
     Raises:
         ValueError: rows that are no multiple of the format's blocks.
-        NotImplementedError: a format outside `pallas_kernels.formats.FORMATS`.
+        NotImplementedError: a format that `pallas_kernels.formats` does not know.
     """
-    if format not in FORMATS:
+    known = (*FORMATS, *RAW_ONLY)
+    if format not in known:
         raise NotImplementedError(
-            f"tensor {shown(name)} has type {format}; supported are {', '.join(FORMATS)}: "
+            f"tensor {shown(name)} has type {format}; supported are {', '.join(known)}: "
             "use a file quantised to one of them"
         )
     block_weights, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[format]]

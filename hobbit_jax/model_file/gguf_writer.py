@@ -84,7 +84,7 @@ def write_gguf(
 
     Raises:
       ValueError: a value that has no GGUF type, or a tensor whose bytes contradict its shape.
-      NotImplementedError: a tensor format outside `pallas_kernels.formats.FORMATS`.
+      NotImplementedError: a tensor format that `pallas_kernels.formats` does not know.
     """
     path = Path(path)
     arch = metadata.get("general.architecture")

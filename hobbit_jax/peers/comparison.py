@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax import reference
+from hobbit_jax.cache.policies import DEFAULT_POLICY
 from hobbit_jax.evals.measure import Measurement, measure
 from hobbit_jax.evals.process_memory import ResidentBytes
 from hobbit_jax.evals.quality import cut_windows
@@ -69,6 +70,7 @@ class Request:
         text: held-out text; None is the shipped one.
         budget_bytes: of our expert pool, and of llama.cpp's experts on a GPU; None is all of them.
         implementation: of our matrix products; None is the device's fastest.
+        policy: of our cache.
         torch_mode: of `pytorch.MODES`; None is its default for the device.
         windows, context: scored for agreement.
         turns, prompt_tokens, decode_tokens: timed; one more row warms up.
@@ -87,6 +89,7 @@ class Request:
     prompt_tokens: int
     decode_tokens: int
     threads: int
+    policy: str = DEFAULT_POLICY
 
 
 def compare_model(request: Request) -> Record:
@@ -117,7 +120,14 @@ def compare_model(request: Request) -> Record:
     shared = {"model": str(request.model), "context": longest}
     budget = {"budget_bytes": request.budget_bytes}
     ours = SideSpec(
-        OURS, {**shared, **budget, "implementation": request.implementation}, request.threads
+        OURS,
+        {
+            **shared,
+            **budget,
+            "implementation": request.implementation,
+            "policy": request.policy,
+        },
+        request.threads,
     )
     options = {"mode": request.torch_mode} if request.peer == "torch" else budget
     peer = SideSpec(factory, {**shared, **options}, request.threads)
@@ -211,7 +221,7 @@ def _agreement(own: Child, other: Child, windows_WS: np.ndarray) -> Measured:
     meter = AgreementMeter()
     with tempfile.TemporaryDirectory() as directory:
         passing = Path(directory) / "logits"
-        for ids_S in tqdm(windows_WS, desc="logits", unit="window", leave=False):
+        for ids_S in tqdm(windows_WS, desc="logits", unit="window", leave=False, disable=None):
             ours_TV = own.score(ids_S[:-1], passing)
             peer_TV = other.score(ids_S[:-1], passing)
             meter.add(ours_TV, peer_TV, ids_S[1:])

@@ -29,11 +29,12 @@ class Ours(EngineProgram):
         context: int,
         budget_bytes: int | None,
         implementation: Implementation,
+        policy: str,
     ):
         del threads  # XLA takes the cores that this process may use
         loaded = load_model(model, implementation)
-        engine = Engine(loaded, HostExperts(loaded.config, loaded.file), budget_bytes)
-        super().__init__(engine, context)
+        store = HostExperts(loaded.config, loaded.file)
+        super().__init__(Engine(loaded, store, budget_bytes, policy=policy), context)
 
     def score(self, ids_T: np.ndarray) -> np.ndarray:
         """See `Side.score`."""

@@ -1,7 +1,7 @@
 """What to run on a card: what fits, what to expect of each setting, and what to choose.
 
 Owns the order of the questions and the record that answers them (JSON). `table.py` prints the
-record, `report/plans.py` puts it into the document.
+record, `records.py` hands it on to the document.
 """
 
 from __future__ import annotations

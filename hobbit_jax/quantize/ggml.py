@@ -1,22 +1,18 @@
 """ggml's own encoder, for comparison; nothing that we ship is made with it.
 
-Owns the search for ggml's library and the one call into it.
-
-Source: `ggml_quantize_chunk` of ggml.h. The library is $GGML_BASE_LIB (a libggml-base.so) or that
-of an installed llama-cpp-python.
+Owns the one call into it. Source: `ggml_quantize_chunk` of ggml.h.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
-import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import gguf
 import numpy as np
+
+from pallas_kernels.ggml.library import base_library
 
 
 @functools.cache
@@ -26,18 +22,7 @@ def library() -> ctypes.CDLL:
     Raises:
         NotImplementedError: there is none; says how to get one.
     """
-    path = os.environ.get("GGML_BASE_LIB")
-    if path is None:
-        spec = importlib.util.find_spec("llama_cpp")
-        if spec is None or not spec.submodule_search_locations:
-            raise NotImplementedError(
-                "no ggml here: set GGML_BASE_LIB to a libggml-base.so or install llama-cpp-python"
-            )
-        path = str(Path(spec.submodule_search_locations[0]) / "lib" / "libggml-base.so")
-    try:
-        found = ctypes.CDLL(path)
-    except OSError as error:
-        raise NotImplementedError(f"GGML_BASE_LIB={path} does not load: {error}") from error
+    found = base_library()
     found.ggml_quantize_chunk.restype = ctypes.c_size_t
     found.ggml_quantize_chunk.argtypes = (
         *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),

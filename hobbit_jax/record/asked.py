@@ -91,7 +91,7 @@ class MissModeTrial:
 class Inputs:
     """Model and texts. An empty `model` is the reference model, empty texts are its held-out ones.
 
-    An empty `implementation` takes the fastest matrix products that the device has; an empty
+    An empty `implementation` takes float32 on a CPU, the fastest matrix products of a GPU; an empty
     `data_dir` leaves the data of benchmarks to lm-eval.
     """
 

@@ -24,6 +24,7 @@ from hobbit_jax.model_file.architecture import ModelConfig
 from hobbit_jax.record import machine
 from hobbit_jax.reference_model import card, corpus, export
 from hobbit_jax.reference_model.trainer import TrainConfig, Trainer
+from pallas_kernels.backends import for_quality
 
 MODEL = ModelConfig(
     arch="qwen3moe",
@@ -84,7 +85,7 @@ def run(workdir: Path) -> None:
     float32_path, q4_path = workdir / "reference-f32.gguf", workdir / reference.MODEL_NAME
     model = nnx.merge(trainer.graph, trainer.params)
     export.export_float32(model, tokenizer, "hobbit_jax reference", float32_path)
-    source = load_model(float32_path)
+    source = load_model(float32_path, "xla")
     export.export_q4_k_m(source.file, source.config, q4_path)
 
     held_out = workdir / reference.HELD_OUT_NAME
@@ -98,7 +99,7 @@ def run(workdir: Path) -> None:
         for text in reference.read_held_out(held_out, part)
     ]
     figures = {
-        name: card.measure(load_model(path), texts, CARD_PROBLEMS)
+        name: card.measure(load_model(path, for_quality(None)), texts, CARD_PROBLEMS)
         for name, path in (("float32", float32_path), ("Q4_K_M", q4_path))
     }
     seconds = sum(

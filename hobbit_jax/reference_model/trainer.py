@@ -255,7 +255,9 @@ class Trainer:
         evaluate = jax.jit(lambda params, ids_BS: loss(params, ids_BS)[1])
         started_at = self.step
         log = (self.workdir / "loss.jsonl").open("a")
-        progress = tqdm(total=self.train.steps, initial=self.step, unit="step", desc="training")
+        progress = tqdm(
+            total=self.train.steps, initial=self.step, unit="step", desc="training", disable=None
+        )
         began = time.monotonic()
         while self.step < self.train.steps:
             ids_BS = self.batches(self.step)

@@ -2,14 +2,13 @@
 
     python scripts/dev/bench_encoders.py --out out/encoders.json
 
-Needs ggml (GGML_BASE_LIB or llama-cpp-python). Both use all cores, in turn, call by call; speeds
+Needs ggml (libggml-python). Both use all cores, in turn, call by call; speeds
 are medians of --repeats calls and their ratio is the median of the ratios pair by pair. Writes the
 figures as JSON and, beside it, as a table in Markdown.
 """
 
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -27,8 +26,10 @@ from hobbit_jax.reference_model.symmetry import off_grid_weights
 FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q4_0", "Q8_0")
 N, K = 4096, 2048
 
-_OUT = flags.DEFINE_string("out", None, "JSON file; a .md file is written beside it", required=True)
-_REPEATS = flags.DEFINE_integer("repeats", 9, "timed pairs of calls", 3)
+_OUT = flags.DEFINE_string(
+    "out", None, "JSON file to write; a .md file goes beside it.", required=True
+)
+_REPEATS = flags.DEFINE_integer("repeats", 9, "Number of timed pairs of calls.", 3, 10_000)
 
 
 def data() -> dict[str, np.ndarray]:
@@ -115,15 +116,15 @@ def table(rows: list[dict]) -> str:
 
 
 def main(_):
+    out = cli.output_file("out", str(_OUT.value))
     ggml.library()
     rows = []
     importances = (None, np.random.default_rng(1).lognormal(0.0, 1.5, K).astype(np.float32))
     cases = [(f, d, i) for f in FORMATS for d in data().items() for i in importances]
-    for format, (name, weights_NK), importance_K in tqdm(cases):
+    for format, (name, weights_NK), importance_K in tqdm(cases, disable=None):
         weighted = None if importance_K is None else importance_K[: weights_NK.shape[1]]
         found = measure(weights_NK, format, weighted)
         rows.append({"format": format, "data": name, "weighted": weighted is not None, **found})
-    out = Path(_OUT.value)
     write_json(out, {"machine": machine(), "repeats": _REPEATS.value, "rows": rows})
     with replacing(out.with_suffix(".md")) as partial:
         partial.write_text(table(rows), encoding="utf-8")

@@ -42,24 +42,31 @@ _FORMATS = flags.DEFINE_list(
         "F16",
         "BF16",
     ],
-    "weight formats",
+    "Weight formats to time.",
 )
 _SHAPES = flags.DEFINE_list(
-    "shapes", ["qwen3-30b-a3b", "mixtral-8x7b"] if ON_GPU else ["tiny"], f"of {list(bench.SHAPES)}"
+    "shapes",
+    ["qwen3-30b-a3b", "mixtral-8x7b"] if ON_GPU else ["tiny"],
+    f"Shapes to time, of {list(bench.SHAPES)}.",
 )
-_TOKENS = flags.DEFINE_list("tokens", ["1", "4", "16", "64", "512"], "tokens of a step")
+_TOKENS = flags.DEFINE_list("tokens", ["1", "4", "16", "64", "512"], "Numbers of tokens of a step.")
 _IMPLEMENTATIONS = flags.DEFINE_list(
     "implementations",
     ["triton", "xla", *RIVALS] if ON_GPU else ["xla", "interpret"],
-    "of triton, interpret, xla, jax_bf16, torch_bf16; xla beyond one token only in four formats",
+    "Implementations to time, of triton, interpret, xla, jax_bf16, torch_bf16; xla beyond one "
+    "token only in four formats.",
 )
-_SECONDS = flags.DEFINE_float("seconds", 0.25, "time spent on timing a case", 0.01)
-_OUT = flags.DEFINE_string("out", None, "JSON file; rows are in it as soon as they are measured")
-_TUNE = flags.DEFINE_bool("tune", False, "try tiles first and record the best for this device")
+_SECONDS = flags.DEFINE_float("seconds", 0.25, "Seconds spent on timing a case.", 0.01, 3600.0)
+_OUT = flags.DEFINE_string(
+    "out", None, "JSON file to write; rows are in it as soon as they are measured."
+)
+_TUNE = flags.DEFINE_bool(
+    "tune", False, "Whether to try tiles first and record the best for this device."
+)
 
 
 def cases() -> list[bench.Case]:
-    tokens = [int(text) for text in _TOKENS.value]
+    tokens = cli.numbers(_TOKENS, int, 1, 2**20)
     chosen = list(itertools.product(_SHAPES.value, _FORMATS.value, tokens, _IMPLEMENTATIONS.value))
     quantised = [c for c in chosen if c[3] not in RIVALS]
     rivals = [c for c in chosen if c[3] in RIVALS and c[1] == _FORMATS.value[0]]
@@ -83,15 +90,19 @@ def check_flags() -> None:
 
 def main(_) -> int:
     check_flags()
+    if _OUT.value:
+        cli.output_file("out", _OUT.value)
     if _TUNE.value:
-        tuning.tune(_FORMATS.value, _SHAPES.value, functools.partial(tqdm, desc="tuning"))
+        tuning.tune(
+            _FORMATS.value, _SHAPES.value, functools.partial(tqdm, desc="tuning", disable=None)
+        )
     record = {"machine": machine(), "copy_gb_s": bench.copy_gb_s()}
     record |= {"bf16_tflop_s": bench.bf16_tflop_s(), "rows": []}
     print(f"copy {record['copy_gb_s']:.0f} GB/s, bfloat16 {record['bf16_tflop_s']:.1f} TFLOP/s")
     wanted = cases()
     with ThreadPoolExecutor(8 if ON_GPU else 1) as pool:  # XLA compiles outside the GIL
         futures = [pool.submit(bench.prepare, case) for case in wanted]
-        for case, future in zip(tqdm(wanted, desc="cases"), futures, strict=True):
+        for case, future in zip(tqdm(wanted, desc="cases", disable=None), futures, strict=True):
             try:
                 row = bench.measure(future.result(), _SECONDS.value)
             except Exception as error:

@@ -1,6 +1,6 @@
 """How far the planner's predictions are from decode on this machine, and from public figures.
 
-    python scripts/dev/check_plan.py --out docs/planner/check.json [--turns 6] [--link_gb_s 0.1]
+    python scripts/dev/check_plan.py --out out/mine [--turns 6] [--link_gb_s 0.1]
 
 Decodes the reference model under 17 settings in turns, fits the cost model's constants to five of
 them and predicts the other twelve (hobbit_jax/planner/check.py). plan.py prints the summary of the
@@ -8,13 +8,10 @@ last recorded check, which ships as hobbit_jax/planner/check.json. On a machine 
 CPU an upload costs next to nothing, so a link is emulated. About five minutes on two quiet cores.
 """
 
-from pathlib import Path
-
 from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli, reference
-from hobbit_jax.atomic import write_json
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals import quality
 from hobbit_jax.experts.store import HostExperts
@@ -22,21 +19,24 @@ from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.planner.check import cases, check, summarise
 from hobbit_jax.planner.public_figures import compare_reports
+from hobbit_jax.planner.records import check_record
 from hobbit_jax.planner.shapes import open_model
-from hobbit_jax.record import machine
+from hobbit_jax.record import machine, write_record
 
-_TURNS = flags.DEFINE_integer("turns", 6, "rows decoded under each setting, after a warm-up", 2)
-_TOKENS = flags.DEFINE_integer("tokens", 48, "decoded of each row", 8)
-_LINK_GB_S = flags.DEFINE_float(
-    "link_gb_s", 0.1, "of an emulated link to the device; 0 copies as fast as can be", 0.0
+_TURNS = flags.DEFINE_integer(
+    "turns", 6, "Number of rows decoded under each setting, after a warm-up.", 2, 10_000
 )
-_OUT = flags.DEFINE_string("out", None, "JSON file", required=True)
+_TOKENS = flags.DEFINE_integer("tokens", 48, "Number of tokens decoded of each row.", 8, 100_000)
+_LINK_GB_S = flags.DEFINE_float(
+    "link_gb_s", 0.1, "Bandwidth of an emulated link in GB/s; 0 copies as fast as can be.", 0.0, 1e6
+)
+_OUT = flags.DEFINE_string("out", None, "Folder to keep the record in.", required=True)
 _LOW_FORMAT, _PROMPT = "Q2_K", 16
 
 
 def main(_):
-    path = reference.model_path()
-    model = load_model(path)
+    folder, model_path = cli.output_folder("out", _OUT.value), reference.model_path()
+    model = load_model(model_path)
     low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT), low_precision_folder())
     store = HostExperts(model.config, model.file, [low])
     texts = reference.held_out_texts("evaluation")
@@ -45,7 +45,7 @@ def main(_):
     with tqdm(total=(1 + len(cases(_LOW_FORMAT))) * rows, disable=None) as bar:
         record = check(
             model,
-            open_model(path),
+            open_model(model_path),
             store,
             _LOW_FORMAT,
             windows.ids_WS,
@@ -55,10 +55,7 @@ def main(_):
         )
     summary = summarise(record, machine())
     public = compare_reports()
-    write_json(
-        Path(str(_OUT.value)),
-        {"kind": "check", "machine": machine(), "summary": summary, **record, "public": public},
-    )
+    path = write_record(folder, check_record(record, summary, public))
     times = record["times"][summary["clock"]]
     for i, row in enumerate(record["rows"]):
         role = "fitted" if row["calibrates"] else "predicted"
@@ -72,7 +69,7 @@ def main(_):
             f"{row['what']}: {row['predicted']:.1f} tokens/s predicted, {row['reported']:.1f} "
             f"reported (x{row['ratio']:.2f})"
         )
-    print(summary)
+    print(f"{summary}\nthe record: {path}")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,14 @@ from pallas_kernels.packed import PACKINGS
 from pallas_kernels.reference import Bank, Signature, Work
 from pallas_kernels.tiles import choose_tile, item_rows
 
-_TARGETS = flags.DEFINE_list("targets", ["sm_80", "sm_90"], f"of {list(ahead_of_time.TARGETS)}")
-_FORMATS = flags.DEFINE_list("formats", list(PACKINGS), "weight formats")
-_MEAN_ROWS = flags.DEFINE_list("mean_rows", ["1", "16"], "tokens an expert has on average")
-_OUT = flags.DEFINE_string("out", None, "JSON file of registers, spills and shared memory")
+_TARGETS = flags.DEFINE_list(
+    "targets", ["sm_80", "sm_90"], f"GPUs to compile for, of {list(ahead_of_time.TARGETS)}."
+)
+_FORMATS = flags.DEFINE_list("formats", list(PACKINGS), "Weight formats to compile.")
+_MEAN_ROWS = flags.DEFINE_list("mean_rows", ["1", "16"], "Mean numbers of tokens of an expert.")
+_OUT = flags.DEFINE_string(
+    "out", None, "JSON file to write, of registers, spills and shared memory."
+)
 
 SHAPE, TOKENS = bench.SHAPES["qwen3-30b-a3b"], 8
 
@@ -109,10 +113,14 @@ def main(_) -> int:
             f"unknown {', '.join(unknown)}; targets are {', '.join(ahead_of_time.TARGETS)}, "
             f"formats {', '.join(PACKINGS)}"
         )
+    if _OUT.value:
+        cli.output_file("out", _OUT.value)
     ptxas = ahead_of_time.check_toolchain()
     rows, failures = [], []
-    cases = list(itertools.product(_TARGETS.value, _FORMATS.value, map(int, _MEAN_ROWS.value)))
-    for target_name, name, mean_rows in tqdm(cases, desc="kernels"):
+    cases = list(
+        itertools.product(_TARGETS.value, _FORMATS.value, cli.numbers(_MEAN_ROWS, int, 1, 2**20))
+    )
+    for target_name, name, mean_rows in tqdm(cases, desc="kernels", disable=None):
         target = ahead_of_time.TARGETS[target_name]
         case = {"target": target_name, "format": name, "mean_rows": mean_rows}
         try:

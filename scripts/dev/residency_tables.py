@@ -27,12 +27,19 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.record import machine
 from hobbit_jax.signals.calibration import count_routing
+from pallas_kernels.backends import for_quality
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
-_LOW_FORMAT = flags.DEFINE_string("low_format", "Q2_K", "of the low tier")
-_BUDGETS_MIB = flags.DEFINE_list("budgets_mib", ["2", "5"], "expert pools")
-_ROWS = flags.DEFINE_integer("rows", 5, "of text under each setting; counts begin at the second", 2)
-_OUT = flags.DEFINE_string("out", None, "Markdown file", required=True)
+_MODEL = flags.DEFINE_string(
+    "model", None, "GGUF file of the model; the shipped reference model by default."
+)
+_LOW_FORMAT = flags.DEFINE_string("low_format", "Q2_K", "Format of the low-precision experts.")
+_BUDGETS_MIB = flags.DEFINE_list(
+    "budgets_mib", ["2", "5"], "Sizes of the expert pool in MiB, above 0."
+)
+_ROWS = flags.DEFINE_integer(
+    "rows", 5, "Number of rows of text under each setting; counts begin at the second.", 2, 10_000
+)
+_OUT = flags.DEFINE_string("out", None, "Markdown file to write.", required=True)
 _PROMPT, _TOKENS, _SEEDS = 32, 64, (0, 1, 2)
 _PARTS: tuple[reference.Part, ...] = ("calibration", "evaluation")
 
@@ -78,8 +85,9 @@ class _Rows:
 
 
 def main(_):
-    out = Path(str(_OUT.value))
-    model = load_model(_MODEL.value or reference.model_path())
+    out = cli.output_file("out", str(_OUT.value))
+    budgets_mib = cli.numbers(_BUDGETS_MIB, float, 2**-20, cli.MAX_MIB)
+    model = load_model(_MODEL.value or reference.model_path(), for_quality(None))
     low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), low_precision_folder())
     store = HostExperts(model.config, model.file, [low])
     native = HostExperts(model.config, model.file)
@@ -96,7 +104,7 @@ def main(_):
     profiles = {part: profile(part) for part in _PARTS}
     for part in _PARTS:
         ids_RS = windows(part, _ROWS.value, _PROMPT + _TOKENS - 1, 1).ids_WS
-        for budget_mib in map(float, _BUDGETS_MIB.value):
+        for budget_mib in budgets_mib:
             budget = int(budget_mib * 2**20)
             groups = {
                 "promotion": residency_counts.promotion_settings(store, budget),

@@ -7,8 +7,6 @@ NAME.jsonl for a trace; those that are there are not replayed again, so it can b
 minutes of CPU time for traces of 8,000 tokens.
 """
 
-from pathlib import Path
-
 import equal_bytes
 from absl import flags
 
@@ -20,12 +18,20 @@ from hobbit_jax.cache.trace import read_trace
 # An expert of DeepSeek-V2-Lite, three matrices of 2048 x 1408, at 4.5 and 2.625 bits.
 _WEIGHTS = 3 * 2048 * 1408
 
-_TRACES = flags.DEFINE_list("traces", None, "two .npz files of one model", required=True)
-_OUT = flags.DEFINE_string("out", None, "Markdown file", required=True)
-_CAPACITIES = flags.DEFINE_list("capacities", ["208", "416", "832"], "in native slots")
-_POLICY = flags.DEFINE_enum("policy", "slru", POLICIES, "of eviction")
-_EXPERT_BYTES = flags.DEFINE_integer("expert_bytes", _WEIGHTS * 9 // 16, "of a native expert")
-_LOW_BYTES = flags.DEFINE_integer("low_bytes", _WEIGHTS * 21 // 64, "of a low expert")
+_TRACES = flags.DEFINE_list("traces", None, "Two .npz files of one model.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Markdown file to write.", required=True)
+_CAPACITIES = flags.DEFINE_list(
+    "capacities", ["208", "416", "832"], "Sizes of the cache in native experts."
+)
+_POLICY = flags.DEFINE_enum(
+    "policy", "slru", POLICIES, "Cache policy that chooses the expert to evict."
+)
+_EXPERT_BYTES = flags.DEFINE_integer(
+    "expert_bytes", _WEIGHTS * 9 // 16, "Bytes of a native expert.", 1, 2**40
+)
+_LOW_BYTES = flags.DEFINE_integer(
+    "low_bytes", _WEIGHTS * 21 // 64, "Bytes of a low expert.", 1, 2**40
+)
 
 _INTRODUCTION = """\
 # Residents, hits and bytes moved at equal bytes, on recorded routing
@@ -45,7 +51,8 @@ one, which nobody has beforehand.
 
 
 def main(_):
-    paths, out = [Path(path) for path in _TRACES.value], Path(str(_OUT.value))
+    out = cli.output_file("out", str(_OUT.value))
+    paths = [cli.input_file("traces", path) for path in _TRACES.value]
     if len(paths) != 2:
         raise ValueError(f"--traces names {len(paths)} files; want 2")
     traces = [read_trace(path) for path in paths]
@@ -54,7 +61,7 @@ def main(_):
             f"{paths[0].name} has layers and experts {list(traces[0].uses_LE.shape)}; "
             f"{paths[1].name} has {list(traces[1].uses_LE.shape)}"
         )
-    cells = equal_bytes.cells([int(capacity) for capacity in _CAPACITIES.value])
+    cells = equal_bytes.cells(cli.numbers(_CAPACITIES, int, 1, cli.MAX_COUNT))
     sizes = _EXPERT_BYTES.value, _LOW_BYTES.value
     rows_path = {path: out.with_suffix("") / f"{path.stem}.jsonl" for path in paths}
     command = f"python scripts/dev/trace_tables.py --traces {','.join(map(str, paths))} --out {out}"

@@ -6,19 +6,19 @@ About an hour on 2 cores. Interrupt it at will: run again, it goes on from the n
 `--install` then copies the results into the package (hobbit_jax/reference).
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from hobbit_jax import cli
 from hobbit_jax.reference_model import recipe
 
-_WORKDIR = flags.DEFINE_string("workdir", "out/reference", "Checkpoints, losses and exports.")
-_INSTALL = flags.DEFINE_boolean("install", False, "Copy the results into the package.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "out/reference", "Folder of checkpoints, losses and exports."
+)
+_INSTALL = flags.DEFINE_boolean("install", False, "Whether to copy the results into the package.")
 
 
 def main(_) -> None:
-    workdir = Path(_WORKDIR.value)
+    workdir = cli.output_folder("workdir", _WORKDIR.value)
     recipe.run(workdir)
     print((workdir / "MODEL_CARD.md").read_text(encoding="utf-8"))
     if _INSTALL.value:

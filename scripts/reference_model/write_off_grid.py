@@ -12,14 +12,17 @@ from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.reference_model.symmetry import write_off_grid
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default")
-_OUT = flags.DEFINE_string("out", None, "GGUF file to write", required=True)
-_SEED = flags.DEFINE_integer("seed", 0, "of the rewriting")
+_MODEL = flags.DEFINE_string(
+    "model", None, "GGUF file of the model; the shipped reference model by default."
+)
+_OUT = flags.DEFINE_string("out", None, "GGUF file to write.", required=True)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the rewriting.", 0, cli.MAX_COUNT)
 
 
 def main(_):
+    out = cli.output_file("out", str(_OUT.value))
     source = open_gguf(_MODEL.value or reference.model_path())
-    write_off_grid(source, read_config(source), _OUT.value, _SEED.value)
+    write_off_grid(source, read_config(source), out, _SEED.value)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,191 @@
+"""ggml's functions in the wheel `libggml-python`, by address.
+
+Owns the loading of the two libraries and the table of what each weight type can do: the dot product
+of a row with activations that were rounded to 8 bits (`vec_dot`, `from_float`), the decoding of a
+row (`to_float`), and on x86 the product of eight interleaved rows with four activations (`repack`,
+`quantize_mat`, `gemm`). Source: ggml.h, ggml-cpu.h; repack.cpp for the third, which has no C
+interface and is found by its mangled C++ names.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+# `enum ggml_type`.
+_NUMBERS = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10,
+    "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18,
+    "IQ1_S": 19, "IQ4_NL": 20, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23, "IQ1_M": 29, "BF16": 30,
+    "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39, "NVFP4": 40, "Q1_0": 41,
+}  # fmt: skip
+# Types whose interleaved product ggml vectorises for AVX2 (arch/x86/repack.cpp), with the type of
+# their activations as ggml's template writes it.
+_INTERLEAVED = {
+    "Q4_0": ("block_q4_0", 8),
+    "IQ4_NL": ("block_iq4_nl", 8),
+    "Q4_K": ("block_q4_K", 15),
+}
+# Of `struct ggml_tensor` in ggml.h: what `repack` reads.
+TENSOR_BYTES = 400
+_SUFFIXES = (".so", ".dylib", ".dll")
+
+
+class _Traits(ctypes.Structure):  # ggml_type_traits
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("block_weights", ctypes.c_int64),
+        ("block_weights_interleave", ctypes.c_int64),
+        ("block_bytes", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float_ref", ctypes.c_void_p),
+    ]
+
+
+class _CpuTraits(ctypes.Structure):  # ggml_type_traits_cpu
+    _fields_ = [
+        ("from_float", ctypes.c_void_p),
+        ("vec_dot", ctypes.c_void_p),
+        ("vec_dot_type", ctypes.c_int),
+        ("nrows", ctypes.c_int64),
+    ]
+
+
+@dataclass(frozen=True)
+class TypeFunctions:
+    """One weight type: its block, and addresses of its functions; 0 where ggml has none."""
+
+    block_weights: int
+    block_bytes: int
+    to_float: int
+    vec_dot: int
+    from_float: int  # of the activations' type
+    activation_block_weights: int
+    activation_block_bytes: int
+    repack: int
+    quantize_mat: int
+    gemm: int
+
+
+@functools.cache
+def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    spec = importlib.util.find_spec("libggml")
+    if spec is None or spec.origin is None:
+        raise NotImplementedError(
+            "backend 'ggml' needs the package libggml-python; install it, or take 'xla'"
+        )
+    folders = [Path(spec.origin).parent / name for name in ("lib64", "lib", "bin")]
+    found = []
+    for name in ("ggml-base", "ggml-cpu"):
+        paths = [f / f"{p}{name}{s}" for f in folders for p in ("lib", "") for s in _SUFFIXES]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            raise NotImplementedError(
+                f"libggml-python has no library {name} for this system; take 'xla'"
+            )
+        # Not RTLD_GLOBAL: another ggml in the process, such as llama.cpp's, would call this one's.
+        found.append(ctypes.CDLL(str(path)))
+    base, cpu = found
+    base.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
+    cpu.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_CpuTraits)
+    cpu.ggml_cpu_init()  # fills the tables of float16
+    return base, cpu
+
+
+def base_library() -> ctypes.CDLL:
+    """libggml-base, which encodes and decodes. NotImplementedError without the wheel."""
+    return _libraries()[0]
+
+
+@functools.cache
+def check_processor() -> None:
+    """Refuses a processor that the wheel's kernels are not built for.
+
+    Raises:
+        NotImplementedError: what is missing: the wheel, or AVX2 on x86.
+    """
+    _, cpu = _libraries()
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        # The wheel is built for AVX2, FMA and F16C; it would end the process without them.
+        missing = [f for f in ("avx2", "fma", "f16c") if not getattr(cpu, f"ggml_cpu_has_{f}")()]
+        flags = _processor_flags()
+        missing += [f for f in ("avx2", "fma", "f16c") if flags and f not in flags]
+        if missing:
+            raise NotImplementedError(
+                f"backend 'ggml' needs a processor with {', '.join(sorted(set(missing)))}; take "
+                "'xla'"
+            )
+
+
+def _processor_flags() -> set[str]:
+    """Of /proc/cpuinfo; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    line = next((line for line in lines if line.startswith("flags")), "")
+    return set(line.partition(":")[2].split())
+
+
+def type_number(name: str) -> int:
+    """ggml's number of a weight type. NotImplementedError for one that we do not read."""
+    if name not in _NUMBERS:
+        raise NotImplementedError(f"weight type {name} has no product of ggml's here; take 'xla'")
+    return _NUMBERS[name]
+
+
+def _address(library: ctypes.CDLL, name: str) -> int:
+    function = getattr(library, name, None)
+    return ctypes.cast(function, ctypes.c_void_p).value or 0 if function is not None else 0
+
+
+def _interleaved(name: str) -> tuple[int, int, int]:
+    """Addresses of repack, quantize_mat and gemm; zeros where there is no vectorised one."""
+    if name not in _INTERLEAVED or platform.machine().lower() not in ("x86_64", "amd64"):
+        return 0, 0, 0
+    _, cpu = _libraries()
+    block, activations = _INTERLEAVED[name]
+    mangled, type_ = f"{len(block)}{block}", f"9ggml_type{activations}"
+    functions = (
+        f"_ZN4ggml3cpu6repack6repackI{mangled}Ll8ELl8EEEiP11ggml_tensorPKvm",
+        f"_Z19ggml_quantize_mat_tILl8EL{type_}EEvPKfPvll",
+        f"_ZN4ggml3cpu6repack4gemmI{mangled}Ll8ELl8EL{type_}EEEviPfmPKvS7_ii",
+    )
+    repack, quantize, gemm = (_address(cpu, function) for function in functions)
+    # All or none: another release of ggml may name them otherwise.
+    return (repack, quantize, gemm) if repack and quantize and gemm else (0, 0, 0)
+
+
+@functools.cache
+def type_functions(name: str) -> TypeFunctions:
+    """What ggml has for a weight type.
+
+    Raises:
+        NotImplementedError: no libggml, or no dot product for this type.
+    """
+    base, cpu = _libraries()
+    number = type_number(name)
+    traits = base.ggml_get_type_traits(number).contents
+    on_cpu = cpu.ggml_get_type_traits_cpu(number).contents
+    rounded = base.ggml_get_type_traits(on_cpu.vec_dot_type).contents
+    from_float = cpu.ggml_get_type_traits_cpu(on_cpu.vec_dot_type).contents.from_float
+    if not on_cpu.vec_dot or not from_float:
+        raise NotImplementedError(f"ggml has no dot product of weight type {name} on a CPU")
+    repack, quantize_mat, gemm = _interleaved(name)
+    return TypeFunctions(
+        block_weights=traits.block_weights,
+        block_bytes=traits.block_bytes,
+        to_float=traits.to_float or 0,
+        vec_dot=on_cpu.vec_dot,
+        from_float=from_float,
+        activation_block_weights=rounded.block_weights,
+        activation_block_bytes=rounded.block_bytes,
+        repack=repack,
+        quantize_mat=quantize_mat,
+        gemm=gemm,
+    )

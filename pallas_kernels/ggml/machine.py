@@ -1,0 +1,330 @@
+"""Machine words for numba: memory at an address, calls through a pointer, and XLA's FFI structures.
+
+Owns what a compiled function needs to be a handler of `jax.ffi` without a C compiler: loads, stores
+and atomic additions at addresses, calls of functions known by address only, and the fields of
+`XLA_FFI_CallFrame` and `XLA_FFI_Buffer`. The process's own addresses stand in one table, which
+machine code knows as the external symbol `TABLE`: so numba can keep the code in its cache, and
+every process resolves the symbol to its own table.
+
+Source: jaxlib's include/xla/ffi/api/c_api.h, whose list of functions is read for their places.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import jax.ffi
+import llvmlite.binding
+import numpy as np
+from llvmlite import ir
+from numba import extending, njit, types
+from numba.np.numpy_support import carray
+
+intrinsic: Any = extending.intrinsic  # whose functions lose their first parameter
+I64, F32 = ir.IntType(64), ir.FloatType()
+U = np.uint64
+
+SYMBOL = "hobbit_jax_ggml_table"
+# Words of the table. Error messages follow, then weight types, which `ops.py` fills.
+THREADS, TASK, SCHEDULE, ERROR_CREATE, ERROR_DESTROY, VERSION_MINOR, VERSION_MAJOR = range(7)
+# Codes of errors, in the order of MESSAGE_TEXTS.
+NO_ERROR, NO_MEMORY, NO_SLOT, NO_MATRIX, NO_ROW, NO_LENGTH = range(6)
+MESSAGE_TEXTS = (
+    b"",
+    b"ggml backend: no memory for a product's scratch; free some, or take fewer tokens at a time",
+    b"ggml backend: an expert's slot lies outside of its bank",
+    b"ggml backend: a matrix has no address: its expert was never loaded",
+    b"ggml backend: a token id lies outside of the vocabulary",
+    b"ggml backend: a position lies outside of the KV cache",
+)
+MESSAGES, TYPES, TYPE_WORDS, N_TYPES = 8, 32, 12, 64
+TABLE = np.zeros(TYPES + TYPE_WORDS * N_TYPES, np.uint64)
+_messages = [ctypes.create_string_buffer(text) for text in MESSAGE_TEXTS]
+TABLE[MESSAGES : MESSAGES + len(_messages)] = [ctypes.addressof(text) for text in _messages]
+llvmlite.binding.add_symbol(SYMBOL, TABLE.ctypes.data)
+
+malloc = types.ExternalFunction("malloc", types.uint64(types.uint64))
+free = types.ExternalFunction("free", types.void(types.uint64))
+sched_yield = types.ExternalFunction("sched_yield", types.int32())
+usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+
+
+def _pointer(builder, address, type_):
+    return builder.inttoptr(address, type_.as_pointer())
+
+
+@intrinsic
+def table(_):
+    """Address of `TABLE` in this process."""
+
+    def build(context, builder, signature, args):
+        known = builder.module.globals.get(SYMBOL)
+        symbol = known or ir.GlobalVariable(builder.module, I64, SYMBOL)
+        symbol.linkage = "external"
+        return builder.ptrtoint(symbol, I64)
+
+    return types.uint64(), build
+
+
+def _load(value_type, llvm_type):
+    @intrinsic
+    def load(_, address):
+        def build(context, builder, signature, args):
+            return builder.load(_pointer(builder, args[0], llvm_type), align=1)
+
+        return value_type(types.uint64), build
+
+    return load
+
+
+def _store(value_type, llvm_type):
+    @intrinsic
+    def store(_, address, value):
+        def build(context, builder, signature, args):
+            builder.store(args[1], _pointer(builder, args[0], llvm_type), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.uint64, value_type), build
+
+    return store
+
+
+load_u64, store_u64 = _load(types.uint64, I64), _store(types.uint64, I64)
+load_i64, store_i64 = _load(types.int64, I64), _store(types.int64, I64)
+load_i32, store_i32 = _load(types.int32, ir.IntType(32)), _store(types.int32, ir.IntType(32))
+load_f32, store_f32 = _load(types.float32, F32), _store(types.float32, F32)
+
+
+@intrinsic
+def _void_pointer(_, address):
+    def build(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.uint64), build
+
+
+@njit
+def floats(address, count):
+    """float32 [count] at an address: loops over it become vector instructions."""
+    return carray(_void_pointer(address), (count,), np.float32)
+
+
+@njit
+def halves(address, count):
+    """uint16 [count] at an address."""
+    return carray(_void_pointer(address), (count,), np.uint16)
+
+
+@intrinsic
+def from_f16(_, bits):
+    """The float32 of a float16's bits."""
+
+    def build(context, builder, signature, args):
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), F32)
+
+    return types.float32(types.uint16), build
+
+
+@intrinsic
+def from_bits(_, bits):
+    """The float32 of these 32 bits."""
+
+    def build(context, builder, signature, args):
+        return builder.bitcast(args[0], F32)
+
+    return types.float32(types.int32), build
+
+
+@njit(fastmath={"contract"})
+def exp(x):
+    """e**x in float32 to 2 units in the last place, without a branch: from -87 to 88.
+
+    Source: Cephes, expf.c.
+    """
+    f = np.float32
+    x = min(max(x, f(-87)), f(88))
+    n = np.floor(x * f(1.44269504) + f(0.5))
+    r = x - n * f(0.693359375) - n * f(-2.12194440e-4)
+    y = f(1.9875691500e-4)
+    y = y * r + f(1.3981999507e-3)
+    y = y * r + f(8.3334519073e-3)
+    y = y * r + f(4.1665795894e-2)
+    y = y * r + f(1.6666665459e-1)
+    y = y * r + f(5.0000001201e-1)
+    y = y * r * r + r + f(1)
+    return y * from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+
+
+@intrinsic
+def add_i64(_, address, value):
+    """Adds to an integer that other threads add to; returns what it was."""
+
+    def build(context, builder, signature, args):
+        return builder.atomic_rmw("add", _pointer(builder, args[0], I64), args[1], "seq_cst")
+
+    return types.int64(types.uint64, types.int64), build
+
+
+@intrinsic
+def shared_i64(_, address):
+    """An integer that other threads write."""
+
+    def build(context, builder, signature, args):
+        return builder.load_atomic(_pointer(builder, args[0], I64), "seq_cst", 8)
+
+    return types.int64(types.uint64), build
+
+
+def _call(result, *parameters):
+    """An intrinsic that calls the function at an address. Pointers are uint64."""
+
+    llvm = {
+        types.uint64: I64,
+        types.int64: I64,
+        types.int32: ir.IntType(32),
+        types.void: ir.VoidType(),
+    }
+    function_type = ir.FunctionType(llvm[result], [llvm[p] for p in parameters])
+
+    def build(context, builder, signature, args):
+        called = builder.call(_pointer(builder, args[0], function_type), list(args[1:]))
+        return context.get_dummy_value() if result is types.void else called
+
+    return result(types.uint64, *parameters), build
+
+
+_u, _i, _w = types.uint64, types.int32, types.int64
+
+
+@intrinsic
+def call_vec_dot(_, function, n, out, bs, row, bx, column, by, nrc):
+    """ggml_vec_dot_t."""
+    return _call(types.void, _i, _u, _u, _u, _u, _u, _u, _i)
+
+
+@intrinsic
+def call_convert(_, function, source, target, n):
+    """ggml_from_float_t and ggml_to_float_t."""
+    return _call(types.void, _u, _u, _w)
+
+
+@intrinsic
+def call_repack(_, function, tensor, data, n_bytes):
+    """ggml::cpu::repack::repack."""
+    return _call(_i, _u, _u, _u)
+
+
+@intrinsic
+def call_quantize_mat(_, function, source, target, rows, columns):
+    """ggml_quantize_mat_t."""
+    return _call(types.void, _u, _u, _w, _w)
+
+
+@intrinsic
+def call_gemm(_, function, n, out, stride, rows, columns, n_columns, n_rows):
+    """ggml::cpu::repack::gemm."""
+    return _call(types.void, _i, _u, _u, _u, _u, _i, _i)
+
+
+@intrinsic
+def call_api(_, function, arguments):
+    """A function of XLA_FFI_Api."""
+    return _call(_u, _u)
+
+
+@njit
+def argument(frame, index):
+    """Address of the `XLA_FFI_Buffer` of an argument."""
+    return load_u64(load_u64(frame + U(72)) + U(8 * index))
+
+
+@njit
+def result(frame, index):
+    """Address of the `XLA_FFI_Buffer` of a result."""
+    return load_u64(load_u64(frame + U(112)) + U(8 * index))
+
+
+@njit
+def data(buffer):
+    """Address of a buffer's elements."""
+    return load_u64(buffer + U(24))
+
+
+@njit
+def rank(buffer):
+    """Number of a buffer's axes."""
+    return load_i64(buffer + U(32))
+
+
+@njit
+def size(buffer, axis):
+    """Length of an axis."""
+    return load_i64(load_u64(buffer + U(40)) + U(8 * axis))
+
+
+@njit
+def answers_metadata(frame, stamp):
+    """Whether XLA only asks for the handler's version, which is then written.
+
+    `stamp` is not 0; see `handlers.py`.
+    """
+    extension = load_u64(frame + U(8))
+    if stamp == 0 or extension == U(0) or load_i32(extension + U(8)) != 1:
+        return False
+    metadata = load_u64(extension + U(24))
+    store_i32(metadata + U(24), np.int32(load_i64(table() + U(8 * VERSION_MAJOR))))
+    store_i32(metadata + U(28), np.int32(load_i64(table() + U(8 * VERSION_MINOR))))
+    store_i32(metadata + U(32), np.int32(0))
+    return True
+
+
+@njit
+def error(frame, code):
+    """An `XLA_FFI_Error` with a message of the table; 0 for code 0."""
+    if code == 0:
+        return U(0)
+    arguments = malloc(U(32))
+    store_i64(arguments, np.int64(32))
+    store_i64(arguments + U(8), np.int64(0))
+    store_u64(arguments + U(16), load_u64(table() + U(8 * (MESSAGES + code))))
+    store_i64(arguments + U(24), np.int64(13))  # INTERNAL: a broken invariant, not a bad input
+    create = load_u64(load_u64(frame + U(16)) + load_u64(table() + U(8 * ERROR_CREATE)))
+    made = call_api(create, arguments)
+    free(arguments)
+    return made
+
+
+@functools.cache
+def read_api() -> None:
+    """Reads version and places of `XLA_FFI_Api`'s functions into the table.
+
+    Raises:
+        NotImplementedError: jaxlib's header is missing or of another major version.
+    """
+    header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    text = header.read_text() if header.is_file() else ""
+    version = [re.search(rf"define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
+    names = re.findall(r"^  _XLA_FFI_API_STRUCT_FIELD\((\w+)\);", text, re.MULTILINE)
+    major, minor = (int(match.group(1)) if match else -1 for match in version)
+    wanted = ("XLA_FFI_ThreadPool_Schedule", "XLA_FFI_Error_Create", "XLA_FFI_Error_Destroy")
+    if major != 0 or not set(wanted) <= set(names):
+        raise NotImplementedError(
+            f"backend 'ggml' knows XLA's FFI of major version 0, and {header} is of {major}; take "
+            "'xla'"
+        )
+    TABLE[VERSION_MAJOR], TABLE[VERSION_MINOR] = major, minor
+    first = 48  # after the structure's size, extensions, version and internal functions
+    places = [first + 8 * names.index(name) for name in wanted]
+    TABLE[SCHEDULE], TABLE[ERROR_CREATE], TABLE[ERROR_DESTROY] = places
+
+
+def register(name: str, address: int) -> None:
+    """Makes the handler at `address` an XLA custom call on the CPU."""
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype = ctypes.py_object
+    new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    jax.ffi.register_ffi_target(name, new(address, None, None), platform="cpu")

@@ -1,0 +1,217 @@
+"""Both ops on raw GGUF blocks on a CPU, inside compiled programs.
+
+Owns the matrices as blocks (`RawMatrix`), what the backend covers, and the calls of its handlers.
+Rounding: activations to 8 bits in blocks of 32 or 256, as ggml does for each weight type; products
+are summed in float32 in ggml's order, so that a row's result depends neither on the slot of its
+expert nor on what runs beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.ggml import library
+
+_THREADS_VARIABLE = "NPROC"
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("data",),
+    meta_fields=("rows", "columns", "bytes"),
+)
+@dataclass(frozen=True)
+class RawMatrix:
+    """A matrix [rows, columns], or a bank of them, as GGUF blocks.
+
+    Attributes:
+        data: the blocks, uint8 [..., rows, row bytes], or their addresses in this process, uint32
+            [..., 2], low word first. Whoever makes addresses keeps alive what they point to.
+        rows: N.
+        columns: K.
+        bytes: of one matrix.
+    """
+
+    data: Any
+    rows: int
+    columns: int
+    bytes: int
+
+    @property
+    def in_place(self) -> bool:
+        """Whether `data` is the blocks themselves."""
+        return self.data.dtype == np.uint8
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks, wherever they lie."""
+        lead = self.data.shape[: -2 if self.in_place else -1]
+        return int(np.prod(lead, dtype=np.int64)) * self.bytes
+
+
+def address_of(raw: np.ndarray) -> np.ndarray:
+    """Where the bytes of an array begin, uint32 [2], low word first."""
+    if not raw.flags.c_contiguous:
+        raise RuntimeError("raw blocks are not contiguous")
+    return np.asarray([raw.ctypes.data], "<u8").view("<u4")
+
+
+@functools.cache
+def check_available() -> None:
+    """Refuses where the backend cannot run at all.
+
+    Raises:
+        NotImplementedError: no CPU device, no numba, no libggml, or a processor without AVX2.
+    """
+    if jax.devices()[0].platform != "cpu":
+        raise NotImplementedError(
+            f"backend 'ggml' computes on a CPU, and this process has "
+            f"{jax.devices()[0].device_kind}; set JAX_PLATFORMS=cpu, or take 'triton' or 'xla'"
+        )
+    if importlib.util.find_spec("numba") is None:
+        raise NotImplementedError(
+            "backend 'ggml' needs the package numba; install it, or take 'xla'"
+        )
+    library.check_processor()
+
+
+def check_matrix(format_name: str, columns: int) -> None:
+    """Refuses a matrix that ggml has no product for.
+
+    Raises:
+        NotImplementedError: its type has none, or its rows are no whole number of the blocks in
+            which ggml rounds activations.
+    """
+    check_available()
+    functions = library.type_functions(format_name)
+    block = max(functions.block_weights, functions.activation_block_weights)
+    if columns % block:
+        raise NotImplementedError(
+            f"backend 'ggml' takes rows of a multiple of {block} weights for {format_name}, and "
+            f"these have {columns}; take 'xla'"
+        )
+
+
+# From how many tokens of one matrix on the interleaved product is faster, by type: it begins with
+# interleaving the matrix (docs/log/2026-11-29-cpu-backend.md).
+_GEMM_TOKENS = {"Q4_K": 24, "Q4_0": 4, "IQ4_NL": 4}
+
+
+@functools.cache
+def _ready() -> None:
+    """Registers the handlers, once in a process."""
+    from pallas_kernels.ggml import handlers, machine
+
+    machine.read_api()
+    wanted = os.environ.get(_THREADS_VARIABLE, "")
+    machine.TABLE[machine.THREADS] = int(wanted) if wanted.isdecimal() else default_threads()
+    for name, handler in handlers.HANDLERS.items():
+        machine.register(f"hobbit_jax_{name}", handler.address)
+
+
+@functools.cache
+def _number(format_name: str) -> int:
+    """ggml's number of a type, whose functions are then in the table."""
+    from pallas_kernels.ggml import machine
+
+    number = library.type_number(format_name)
+    words = [*astuple(library.type_functions(format_name)), _GEMM_TOKENS.get(format_name, 0)]
+    start = machine.TYPES + machine.TYPE_WORDS * number
+    machine.TABLE[start : start + len(words)] = words
+    return number
+
+
+def prepare(*format_names: str) -> None:
+    """Makes the handlers know some types; compiled programs that came from a cache need it too."""
+    _ready()
+    for name in format_names:
+        _number(name)
+
+
+def default_threads() -> int:
+    """The processors that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def set_threads(threads: int) -> None:
+    """How many threads a product takes, the calling one among them; before the first of them.
+
+    XLA's own pool, whose threads they are, gets as many if no device was used so far.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    if threads < 1:
+        raise ValueError(f"threads is {threads}; want 1 or more (--threads)")
+    # What XLA's CPU client reads when it is made.
+    os.environ[_THREADS_VARIABLE] = str(threads)
+
+
+def linear(x: jax.Array, matrix: RawMatrix, format_name: str) -> jax.Array:
+    """x [..., K] times the transpose of a matrix [N, K]: float32 [..., N]."""
+    prepare(format_name)
+    x_TK = x.reshape(-1, matrix.columns)
+    result = jax.ShapeDtypeStruct((x_TK.shape[0], matrix.rows), jnp.float32)
+    call = jax.ffi.ffi_call("hobbit_jax_linear", result)
+    number = np.asarray([_number(format_name)], np.int32)
+    return call(x_TK, matrix.data, number).reshape(*x.shape[:-1], matrix.rows)
+
+
+def take_rows(ids: jax.Array, matrix: RawMatrix, format_name: str) -> jax.Array:
+    """Rows `ids` [...] as float32 [..., K]; an id outside of the matrix is an XLA error."""
+    prepare(format_name)
+    ids_N = ids.reshape(-1)
+    result = jax.ShapeDtypeStruct((ids_N.shape[0], matrix.columns), jnp.float32)
+    about = np.asarray([_number(format_name), matrix.rows], np.int32)
+    rows = jax.ffi.ffi_call("hobbit_jax_rows", result)(ids_N, matrix.data, about)
+    return rows.reshape(*ids.shape, matrix.columns)
+
+
+def expert_ffn(
+    x_TD: jax.Array,
+    y_AD: jax.Array,
+    weight_A: jax.Array,
+    bank: tuple[RawMatrix, RawMatrix, RawMatrix],
+    formats: tuple[str, str, str],
+    slot_I: jax.Array,
+    assignment_IC: jax.Array,
+    count: jax.Array,
+) -> jax.Array:
+    """The op of `pallas_kernels.expert_ffn`; see there."""
+    prepare(*formats)
+    about = np.asarray([*map(_number, formats), bank[0].rows], np.int32)
+    result = jax.ShapeDtypeStruct(y_AD.shape, jnp.float32)
+    call = jax.ffi.ffi_call("hobbit_jax_experts", result, input_output_aliases={1: 0})
+    return call(
+        x_TD, y_AD, weight_A, *(matrix.data for matrix in bank), about, slot_I, assignment_IC,
+        count.reshape(()),
+    )  # fmt: skip
+
+
+def attention(
+    q_BTHd: jax.Array,
+    k_LBCGd: jax.Array,
+    v_LBCGd: jax.Array,
+    layer: jax.Array,
+    positions_BT: jax.Array,
+) -> jax.Array:
+    """Grouped-query attention of each token to the keys up to its own position, [B, T, H * d].
+
+    Reads no key behind them, so its time does not grow with C, and neither do its bits depend on
+    it. Keys and values are float32, float16 or bfloat16; sums are float32. Key c stands at
+    position c; a token at C or behind gets zeros.
+    """
+    _ready()
+    batch, tokens, heads, width = q_BTHd.shape
+    result = jax.ShapeDtypeStruct((batch, tokens, heads * width), jnp.float32)
+    call = jax.ffi.ffi_call("hobbit_jax_attention", result)
+    return call(q_BTHd, k_LBCGd, v_LBCGd, layer.astype(jnp.int32), positions_BT)

@@ -1,0 +1,157 @@
+"""The chunks of ggml's products: some rows of a quantised matrix times some rows of activations.
+
+Owns the one tile that the dense op and the expert op are made of, in both of its ways: a dot
+product per row and token, or, for many tokens, ggml's product of eight interleaved rows with four
+tokens. Activations are rounded by ggml, as llama.cpp does. A token's result depends on how many
+tokens its tile has only through the choice between the two.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from pallas_kernels.ggml.library import TENSOR_BYTES
+from pallas_kernels.ggml.machine import (
+    NO_MEMORY,
+    TYPE_WORDS,
+    TYPES,
+    U,
+    call_convert,
+    call_gemm,
+    call_quantize_mat,
+    call_repack,
+    call_vec_dot,
+    floats,
+    free,
+    load_i64,
+    load_u64,
+    malloc,
+    store_i32,
+    store_i64,
+    store_u64,
+    table,
+)
+
+# Fields of a type in the table, in the order of `library.TypeFunctions`, then the least tokens for
+# which the interleaved product is faster.
+(
+    BLOCK_WEIGHTS, BLOCK_BYTES, TO_FLOAT, VEC_DOT, FROM_FLOAT, ROUNDED_WEIGHTS, ROUNDED_BYTES,
+    REPACK, QUANTIZE_MAT, GEMM, GEMM_TOKENS,
+) = range(11)  # fmt: skip
+_TOKEN_TILE = 16  # rounded activations that stay in the first cache beside a row
+
+
+@njit
+def field(type_, name):
+    """An integer of a weight type."""
+    return load_i64(table() + U(8 * (TYPES + TYPE_WORDS * type_ + name)))
+
+
+@njit
+def function(type_, name):
+    """Address of a function of a weight type."""
+    return load_u64(table() + U(8 * (TYPES + TYPE_WORDS * type_ + name)))
+
+
+@njit
+def row_bytes(type_, columns):
+    """Bytes of a row of weights."""
+    return columns // field(type_, BLOCK_WEIGHTS) * field(type_, BLOCK_BYTES)
+
+
+@njit
+def rounded_bytes(type_, columns):
+    """Bytes of a row of activations as a type's products want them."""
+    return columns // field(type_, ROUNDED_WEIGHTS) * field(type_, ROUNDED_BYTES)
+
+
+@njit
+def interleaves(type_, tokens, rows):
+    """Whether so many tokens take the interleaved product."""
+    return function(type_, GEMM) != U(0) and tokens >= field(type_, GEMM_TOKENS) and rows % 8 == 0
+
+
+@njit
+def padded(tokens):
+    """Tokens in whole groups of four."""
+    return (tokens + 3) // 4 * 4
+
+
+@njit
+def round_tokens(type_, interleaved, columns, sources, first, tokens, target):
+    """Rounds rows `sources[first:first + tokens]` (addresses), `first` a multiple of four.
+
+    `target` is room for all tokens in whole groups; missing rows of the last group are zeros.
+    Returns an error's code.
+    """
+    n_bytes = rounded_bytes(type_, columns)
+    if not interleaved:
+        for token in range(first, first + tokens):
+            source = load_u64(sources + U(8 * token))
+            call_convert(
+                function(type_, FROM_FLOAT), source, target + U(token * n_bytes), np.int64(columns)
+            )
+        return 0
+    group = malloc(U(16 * columns))
+    if group == U(0):
+        return NO_MEMORY
+    for start in range(first, first + tokens, 4):
+        for i in range(4):
+            there = start + i < first + tokens
+            row = floats(group + U(4 * i * columns), columns)
+            if there:
+                row[:] = floats(load_u64(sources + U(8 * (start + i))), columns)
+            else:
+                row[:] = np.float32(0)
+        call_quantize_mat(
+            function(type_, QUANTIZE_MAT), group, target + U(start * n_bytes), np.int64(4),
+            np.int64(columns),
+        )  # fmt: skip
+    free(group)
+    return 0
+
+
+@njit
+def tile(type_, interleaved, columns, weights, rows, rounded, tokens, out):
+    """`rows` rows at `weights` times `tokens` rounded rows: float32 [padded tokens, rows].
+
+    Returns an error's code.
+    """
+    weight_bytes, n_bytes = row_bytes(type_, columns), rounded_bytes(type_, columns)
+    if interleaved:
+        return _interleaved_tile(type_, columns, weights, rows, rounded, tokens, out)
+    dot, none = function(type_, VEC_DOT), U(0)
+    for first in range(0, tokens, _TOKEN_TILE):
+        last = min(tokens, first + _TOKEN_TILE)
+        for row in range(rows):
+            at = weights + U(row * weight_bytes)
+            for token in range(first, last):
+                call_vec_dot(
+                    dot, np.int32(columns), out + U(4 * (token * rows + row)), none, at, none,
+                    rounded + U(token * n_bytes), none, np.int32(1),
+                )  # fmt: skip
+    return 0
+
+
+@njit
+def _interleaved_tile(type_, columns, weights, rows, rounded, tokens, out):
+    n_bytes = U(rows * row_bytes(type_, columns))
+    # `struct ggml_tensor`: type, lengths of four axes, data.
+    tensor = malloc(U(TENSOR_BYTES) + n_bytes)
+    if tensor == U(0):
+        return NO_MEMORY
+    blocks = tensor + U(TENSOR_BYTES)
+    store_i32(tensor, np.int32(type_))
+    store_i64(tensor + U(16), np.int64(columns))
+    store_i64(tensor + U(24), np.int64(rows))
+    store_i64(tensor + U(32), np.int64(1))
+    store_i64(tensor + U(40), np.int64(1))
+    store_u64(tensor + U(248), blocks)
+    call_repack(function(type_, REPACK), tensor, weights, n_bytes)
+    call_gemm(
+        function(type_, GEMM), np.int32(columns), out, U(rows), blocks, rounded,
+        np.int32(padded(tokens)), np.int32(rows),
+    )  # fmt: skip
+    free(tensor)
+    return 0
