@@ -24,7 +24,7 @@ demo: environment  ## the question in small, on the shipped model: out/demo/deci
 	@echo "demo: 14 cells on the shipped model, about 3 minutes on 2 CPU cores"
 	@$(BIN)/python scripts/sweep.py --config configs/reference.py:demo --workdir out/demo
 	@$(BIN)/python scripts/report.py --workdir out/demo
-	@echo "demo: read out/demo/decision.md; its figures are in out/demo/figures, its rows in out/demo/rows"
+	@echo "demo: read out/demo/decision.md; its figures are in out/demo/figures, its records in out/demo/records"
 
 test: environment  ## ruff, then every test but the slow and the oracle ones
 	@$(BIN)/ruff check --quiet

@@ -37,11 +37,14 @@ def _sweep(workdir: Path) -> Sweep:
 
 
 def main(_):
-    workdir = cli.output_folder("workdir", cli.input_folder("workdir", str(_WORKDIR.value)))
+    workdir = cli.input_folder("workdir", str(_WORKDIR.value))
     if _EXPORT.value:
-        print(f"{export(read_records(workdir), Path(_EXPORT.value))} records: {_EXPORT.value}")
-    elif _AGAINST.value:
-        other = cli.input_folder("against", str(_AGAINST.value))
+        path = cli.output_file("export", _EXPORT.value)
+        print(f"{export(read_records(workdir), path)} records: {path}")
+        return
+    cli.output_folder("workdir", workdir)
+    if _AGAINST.value:
+        other = cli.input_folder("against", _AGAINST.value)
         text = render(_sweep(workdir), _sweep(other), (workdir.name, other.name))
         with replacing(workdir / "against.md") as partial:
             partial.write_text(text, encoding="utf-8")

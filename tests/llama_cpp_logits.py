@@ -1,9 +1,13 @@
-"""llama.cpp's logits of a GGUF file, through ctypes on the wheel `xllamacpp`; no tests."""
+"""llama.cpp's logits of a GGUF file, through ctypes on the wheel `xllamacpp`; no tests.
+
+Run as a program of its own, MODEL IDS.npy STEP OUT.npy: its ggml and ours do not share a process.
+"""
 
 import ctypes
 import importlib.util
 import os
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -87,3 +91,8 @@ def logits(path: Path, ids_T: np.ndarray, step: int) -> np.ndarray:
     lib.llama_free(context)
     lib.llama_model_free(model)
     return np.stack(rows)
+
+
+if __name__ == "__main__":
+    model_path, ids_path, tokens, out_path = sys.argv[1:]
+    np.save(out_path, logits(Path(model_path), np.load(ids_path), int(tokens)))

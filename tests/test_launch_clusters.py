@@ -186,7 +186,7 @@ def test_the_true_sweep_by_every_launcher(slurm, ray_installed, workdir):
         (("--launcher=ray", "--resources=unicorn=2"), "no node of the Ray cluster has"),
         (("--launcher=ray", "--resources=CPU=many"), "resource CPU=many; Ray wants a number"),
         (("--launcher=slurm", "--resources=colour=red"), "Unavailable parameter(s): ['colour']"),
-        (("--launcher=slurm", "--resources=partition=no"), "invalid partition"),
+        (("--launcher=slurm", "--resources=partition=no"), "Invalid partition"),
     ],
 )
 def test_what_no_cluster_has_is_said_at_once(slurm, ray_installed, workdir, arguments, message):

@@ -102,7 +102,7 @@ def test_nothing_to_measure_is_refused(rows, prompt):
 
 def test_the_engines_counters(two_banks_path):
     """Token by token they add up to what the pool and the engine counted over the whole run."""
-    model = load_model(two_banks_path)
+    model = load_model(two_banks_path, "xla")
     store = HostExperts(model.config, model.file)
     engine = Engine(model, store, store.tier_bytes(0) // 2)
     ids_RS = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 12), np.int32)

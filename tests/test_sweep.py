@@ -1,7 +1,6 @@
 """Sweeps: every cell gets one true row, whatever fails or is killed on the way."""
 
 import itertools
-import json
 import math
 import os
 import signal
@@ -13,13 +12,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch_harness import run_sweep
+from launch_harness import record_files, run_sweep
 
 from hobbit_jax import reference
 from hobbit_jax.atomic import write_json
 from hobbit_jax.cells.sweep import Cell
-from hobbit_jax.cells.workbench import EvalSizes, Inputs
 from hobbit_jax.evals.quality import cut_windows
+from hobbit_jax.record import (
+    CacheTrial,
+    EvalSizes,
+    Inputs,
+    MissModeTrial,
+    Mixed,
+    Native,
+    Record,
+    Uniform,
+    read_records,
+    read_study,
+    record_path,
+)
 from hobbit_jax.signals.allocation import allocate
 from hobbit_jax.signals.importance import RoutingProfile
 from hobbit_jax.statistics import bootstrap, share
@@ -38,33 +49,32 @@ SIZES = EvalSizes(
 )
 
 
-def cell(signal: str, fraction: float, low_format: str | None = "Q2_K") -> Cell:
-    return Cell(signal, fraction, low_format, 2.0, 0.1, 0, Inputs("", "", ""), SIZES)
+def cell(plan, budget_mib: float = 2.0) -> Cell:
+    return Cell(CacheTrial(plan, budget_mib, Inputs(), SIZES))
 
 
-NATIVE, UNIFORM = cell("native", 0, None), cell("uniform", 1)
-FREQUENCY, ROUTER, RANDOM = (cell(s, 0.5) for s in ("frequency", "router_weight", "random"))
+def changed(made: Cell, **fields) -> Cell:
+    return Cell(replace(made.asked, **fields))
+
+
+NATIVE, UNIFORM = cell(Native()), cell(Uniform("Q2_K"))
+FREQUENCY, ROUTER, RANDOM = (
+    cell(Mixed(score, 0.5, "Q2_K")) for score in ("frequency", "router_weight", "random")
+)
 # All experts at Q2_K take 3.94 MiB, so that none of them has a native slot.
-FLOOR = Cell("residency", 0, "Q2_K", 3.95, 0.1, 0, Inputs("", "", ""), SIZES, mode="floor")
+FLOOR = cell(MissModeTrial("floor", 0.0, "Q2_K"), 3.95)
 CELLS = [NATIVE, UNIFORM, FREQUENCY, ROUTER, RANDOM, FLOOR]
+DESCRIPTION = {"title": "t", "question": "?", "command": "c", "config": {}, "rule": {}}
 
 
-def refuse_constant(text: str):
-    raise AssertionError(f"{text} in a row")
+def read(workdir: Path) -> dict[str, Record]:
+    found = read_records(workdir)
+    assert not found.unreadable
+    return {record.name: record for record in found.found}
 
 
-def read_rows(workdir: Path) -> dict[str, dict]:
-    """Rows by cell; NaN and infinity are not JSON and stand in none."""
-    rows = {}
-    for path in sorted((workdir / "rows").iterdir()):
-        row = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
-        assert path.name == f"{row['cell']}.json"
-        rows[row["cell"]] = row
-    return rows
-
-
-def row_bytes(workdir: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (workdir / "rows").iterdir()}
+def record_bytes(workdir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in record_files(workdir)}
 
 
 def script(name: str, *args: str) -> list[str]:
@@ -75,62 +85,65 @@ def script(name: str, *args: str) -> list[str]:
 def swept(tmp_path_factory) -> Path:
     """The workdir of a finished sweep over `CELLS`."""
     workdir = tmp_path_factory.mktemp("sweep")
-    assert run_sweep(CELLS, {"title": "t"}, workdir) == (6, 0, 0)
+    assert run_sweep(CELLS, DESCRIPTION, workdir) == (6, 0, 0)
     return workdir
 
 
 @pytest.mark.slow
-def test_rows(swept):
-    rows = read_rows(swept)
-    assert set(rows) == {c.name for c in CELLS}
-    assert json.loads((swept / "sweep.json").read_text())["cells"] == [c.name for c in CELLS]
-    for row in rows.values():
-        assert (row["status"], row["error"]) == ("ok", None)
-        pool, decode, quality = row["pool"], row["decode"], row["quality"]
-        assert pool["device_bytes"] <= pool["budget_bytes"]
-        assert 0 < pool["resident_pairs"] <= pool["slots_total"] == sum(pool["slots"].values())
-        assert decode["tokens"] == SIZES.decode_tokens * SIZES.decode_repeats
-        if row["config"]["signal"] != "residency":
-            assert pool["budget_bytes"] == 2 * 2**20
-            assert 0 < decode["bytes_moved_per_token"] < decode["bytes_used_per_token"]
-            assert 0 < decode["hit_rate"] < 1
-            assert quality["tokens"] == SIZES.windows * SIZES.context
-        for figure in (*quality.values(), *row["tasks"].values()):
-            if isinstance(figure, dict):
-                assert figure["low"] <= figure["value"] <= figure["high"]
+def test_records(swept):
+    records = read(swept)
+    assert set(records) == {c.name for c in CELLS}
+    assert list(read_study(swept, "reference").trials) == [c.name for c in CELLS]
+    for record in records.values():
+        assert (record.status, record.error) == ("ok", None)
+        m = record.metrics
+        assert m["pool_device_bytes"] <= m["pool_budget_bytes"]
+        slots = [v for n, v in m.items() if n.startswith("slots_") and n != "slots_total"]
+        assert 0 < m["resident_experts"] <= m["slots_total"] == sum(slots)
+        assert m["decode_tokens"] == SIZES.decode_tokens * SIZES.decode_repeats
+        if not isinstance(record.asked.plan, MissModeTrial):
+            assert m["pool_budget_bytes"] == 2 * 2**20
+            assert 0 < m["bytes_moved_per_token"] < m["bytes_read_per_token"]
+            assert 0 < m["hit_rate"] < 1
+            assert m["evaluation_tokens"] == SIZES.windows * SIZES.context
+        for name in m:
+            if f"{name}_low" in m:
+                assert m[f"{name}_low"] <= m[name] <= m[f"{name}_high"], name
+        assert m["kl_mean_nats"] <= m["kl_p99_nats"] <= m["kl_p999_nats"]
+        for task in ("task_arithmetic", "task_functions"):
+            assert sum(record.samples[f"{task}_solved"]) == m[f"{task}_correct"]
 
-    native, uniform, frequency, router, random, floor = (rows[c.name] for c in CELLS)
-    assert native["quality"]["kl_mean"] == {"value": 0, "low": 0, "high": 0}
-    assert native["quality"]["top1_agreement"]["value"] == 1
+    found = [records[c.name] for c in CELLS]
+    native, uniform, frequency, router, random, floor = (record.metrics for record in found)
+    assert [native[f"kl_mean_nats{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
+    assert native["top1_agreement"] == 1
     # 4 layers of 2 experts per token, over the calibration windows.
-    assert np.sum(native["routing"]["selections_LE"]) == 2 * 64 * 4 * 2
+    assert np.sum(found[0].samples["selections_LE"]) == 2 * 64 * 4 * 2
     for mix in (frequency, router, random):
-        assert 0 < mix["quality"]["kl_mean"]["value"] < uniform["quality"]["kl_mean"]["value"]
-        assert 0 < mix["decode"]["degraded_fraction"] < 1
+        assert 0 < mix["kl_mean_nats"] < uniform["kl_mean_nats"]
+        assert 0 < mix["demoted_share"] < 1
 
-    assert native["decode"]["degraded_fraction"] == 0
-    assert uniform["decode"]["degraded_fraction"] == 1
+    assert native["demoted_share"] == 0
+    assert uniform["demoted_share"] == 1
     # Uniform experts are all of one size, so that misses and bytes are the same count.
-    decode, expert_bytes = uniform["decode"], uniform["store"]["expert_bytes_mean"]
-    assert decode["bytes_used_per_token"] == 4 * 2 * expert_bytes
-    missed = decode["bytes_used_per_token"] * (1 - decode["hit_rate"])
-    assert decode["bytes_moved_per_token"] == pytest.approx(missed, rel=1e-12)
+    assert uniform["bytes_read_per_token"] == 4 * 2 * uniform["expert_bytes_mean"]
+    missed = uniform["bytes_read_per_token"] * (1 - uniform["hit_rate"])
+    assert uniform["bytes_moved_per_token"] == pytest.approx(missed, rel=1e-12)
 
-    high, low = (row["store"]["plan_bytes"] for row in (native, uniform))
-    assert high == native["store"]["native_bytes"] > low
-    assert low < frequency["store"]["plan_bytes"] < high
-    assert router["store"]["plan_bytes"] == high + low  # either copy of any expert
-    assert floor["store"]["plan_bytes"] == high + low
+    high, low = native["stored_bytes"], uniform["stored_bytes"]
+    assert high == native["native_bytes"] > low
+    assert low < frequency["stored_bytes"] < high
+    assert router["stored_bytes"] == high + low  # either copy of any expert
+    assert floor["stored_bytes"] == high + low
 
     # Without a native slot floor is the uniform quant: decoded token by token, it loses as much.
-    assert (floor["decode"]["exits_per_token"], floor["decode"]["bytes_moved_per_token"]) == (0, 0)
-    assert floor["decode"]["degraded_fraction"] == 1
-    assert floor["quality"]["tokens"] == SIZES.context
-    decoded, scored = (row["quality"]["kl_by_window"][0] for row in (floor, uniform))
+    assert (floor["host_round_trips_per_token"], floor["bytes_moved_per_token"]) == (0, 0)
+    assert floor["demoted_share"] == 1
+    assert floor["evaluation_tokens"] == SIZES.context
+    decoded, scored = (found[n].samples["kl_nats_W"][0] for n in (5, 1))
     assert decoded == pytest.approx(scored, rel=1e-3)
-    assert [floor["tasks"][t]["correct"] for t in ("arithmetic", "functions")] == [
-        uniform["tasks"][t]["correct"] for t in ("arithmetic", "functions")
-    ]
+    for task in ("task_arithmetic_solved", "task_functions_solved"):
+        assert found[5].samples[task] == found[1].samples[task]
 
 
 @pytest.mark.slow
@@ -139,41 +152,41 @@ def test_benchmarks_are_scores_of_a_cell(tmp_path):
     sizes = replace(
         SIZES, windows=1, task_problems=5, benchmarks=("mini_arithmetic",), benchmark_problems=5
     )
-    cell = replace(UNIFORM, sizes=sizes)
-    assert run_sweep([cell], {}, tmp_path) == (1, 0, 0)
-    scores = read_rows(tmp_path)[cell.name]["tasks"]
-    assert set(scores) == {"arithmetic", "functions", "mini_arithmetic"}
-    ours, theirs = scores["arithmetic"], scores["mini_arithmetic"]
-    assert {k: theirs[k] for k in ours} == ours
+    made = changed(UNIFORM, sizes=sizes)
+    assert run_sweep([made], DESCRIPTION, tmp_path) == (1, 0, 0)
+    metrics = read(tmp_path)[made.name].metrics
+    assert metrics["task_functions_problems"] == 5
+    for end in ("", "_low", "_high", "_problems", "_correct"):
+        assert metrics[f"task_mini_arithmetic{end}"] == metrics[f"task_arithmetic{end}"]
     assert list((tmp_path / "responses").iterdir())
 
 
 @pytest.mark.slow
 def test_nothing_runs_twice(swept):
-    before = row_bytes(swept)
-    assert run_sweep(CELLS, {"title": "again"}, swept) == (0, 6, 0)
-    assert row_bytes(swept) == before
+    before = record_bytes(swept)
+    assert run_sweep(CELLS, DESCRIPTION, swept) == (0, 6, 0)
+    assert record_bytes(swept) == before
 
 
 @pytest.mark.slow
 def test_only_what_is_missing_runs(swept):
-    """A cell that cannot run, a torn row and garbage; the finished rows stay as they are."""
-    before, kept = row_bytes(swept), read_rows(swept)
-    torn = [swept / "rows" / f"{c.name}.json" for c in (UNIFORM, FREQUENCY)]
+    """A cell that cannot run, a torn record and garbage; the finished ones stay as they are."""
+    before, kept = record_bytes(swept), read(swept)
+    torn = [record_path(swept, c.name) for c in (UNIFORM, FREQUENCY)]
     torn[0].write_bytes(torn[0].read_bytes()[:-100])
     torn[1].write_bytes(b"\xff\x00" * 50)
-    cramped = replace(NATIVE, budget_mib=0.1)
-    assert run_sweep([cramped, *CELLS], {}, swept) == (3, 4, 1)
+    cramped = changed(NATIVE, budget_mib=0.1)
+    assert run_sweep([cramped, *CELLS], DESCRIPTION, swept) == (3, 4, 1)
 
-    after, rows = row_bytes(swept), read_rows(swept)
-    failed = rows.pop(cramped.name)
-    assert failed["status"] == "failed" and "quality" not in failed
-    assert failed["error"].startswith("ValueError: ") and "budget" in failed["error"]
-    assert "\n" not in failed["error"]
+    after, records = record_bytes(swept), read(swept)
+    failed = records.pop(cramped.name)
+    assert failed.status == "failed" and not failed.metrics
+    assert failed.error.startswith("ValueError: ") and "budget" in failed.error
+    assert "\n" not in failed.error
     for c in (UNIFORM, FREQUENCY):
-        for part in ("config", "quality", "tasks", "store", "pool"):
-            assert rows[c.name][part] == kept[c.name][part]
-        assert rows[c.name]["decode"]["hit_rate"] == kept[c.name]["decode"]["hit_rate"]
+        for name, value in kept[c.name].metrics.items():
+            if not name.endswith(("_s", "_s_low", "_s_high")):
+                assert records[c.name].metrics[name] == value, name
     for c in (NATIVE, ROUTER, RANDOM):
         assert after[f"{c.name}.json"] == before[f"{c.name}.json"]
 
@@ -188,18 +201,18 @@ def test_a_row_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_cells_have_names_of_their_own():
-    """Whatever changes a measurement changes the name, or a stale row would stand for it."""
-    changed = [
-        replace(FREQUENCY, seed=1),
-        replace(FREQUENCY, protected_fraction=0.5),
-        replace(FREQUENCY, method="gptq"),
-        replace(FLOOR, mode="fetch_low"),
-        replace(FLOOR, low_share=0.5),
-        replace(FREQUENCY, sizes=replace(SIZES, context=65)),
-        replace(FREQUENCY, inputs=Inputs("M.gguf", "", "")),
-        replace(FREQUENCY, budget_mib=2.0000001),
+    """Whatever changes a measurement changes the name, or a stale record would stand for it."""
+    others = [
+        changed(FREQUENCY, seed=1),
+        changed(FREQUENCY, protected_fraction=0.5),
+        cell(Mixed("frequency", 0.5, "Q2_K", "gptq")),
+        cell(MissModeTrial("fetch_low", 0.0, "Q2_K"), 3.95),
+        cell(MissModeTrial("floor", 0.5, "Q2_K"), 3.95),
+        changed(FREQUENCY, sizes=replace(SIZES, context=65)),
+        changed(FREQUENCY, inputs=Inputs("M.gguf")),
+        changed(FREQUENCY, budget_mib=2.0000001),
     ]
-    assert len({c.name for c in [*CELLS, *changed]}) == len(CELLS) + len(changed)
+    assert len({c.name for c in [*CELLS, *others]}) == len(CELLS) + len(others)
 
 
 SMALL = (
@@ -219,7 +232,6 @@ SMALL = (
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on(tmp_path):
     command = script("sweep.py", *SMALL, f"--workdir={tmp_path}")
-    rows = tmp_path / "rows"
     # The second process need not compile again.
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
@@ -230,22 +242,22 @@ def test_a_killed_sweep_goes_on(tmp_path):
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
         try:
             deadline = time.monotonic() + 240
-            while not list(rows.glob("*.json")):
+            while not record_files(tmp_path):
                 assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
-                assert time.monotonic() < deadline, "no row"
+                assert time.monotonic() < deadline, "no record"
                 time.sleep(0.02)
         finally:
             process.send_signal(signal.SIGKILL)
             process.wait()
-    finished = {path: path.read_bytes() for path in rows.glob("*.json")}
-    assert all(json.loads(row)["decode"]["tokens"] == 4 for row in finished.values())
+    finished = {path: path.read_bytes() for path in record_files(tmp_path)}
+    assert all(r.metrics["decode_tokens"] == 4 for r in read_records(tmp_path).found)
     assert 1 <= len(finished) < 4
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{4 - len(finished)} cells done, 0 failed, {len(finished)} were" in done.stdout
-    assert sorted(path.name.split("-")[0] for path in rows.glob("*.json")) == [
-        "frequency", "native", "uniform", "uniform",
+    assert sorted(path.name.split("-")[0] for path in record_files(tmp_path)) == [
+        "mixed", "native", "uniform", "uniform",
     ]  # fmt: skip
     assert {path: path.read_bytes() for path in finished} == finished
 
@@ -288,7 +300,7 @@ def test_bad_input_is_one_line(broken, args, message):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message.format(broken) in errors[0]
     assert done.stderr.endswith(f"{errors[0]}\n") and len(errors[0]) < 400
-    assert not list(broken.glob("w/rows/*"))
+    assert not record_files(broken / "w")
 
 
 def made_profile(selections_LE) -> RoutingProfile:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import abc
 from dataclasses import dataclass
 
-from hobbit_jax.cells.workbench import EvalSizes, Inputs, Workbench
+from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS
+from hobbit_jax.record import EvalSizes, Inputs
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from hobbit_jax.record.asked import (
     PerSelection,
     QualityTrial,
     Uniform,
+    low_formats,
     record_name,
 )
 from hobbit_jax.record.files import (
@@ -50,6 +51,7 @@ __all__ = [
     "Uniform",
     "combined",
     "is_finished",
+    "low_formats",
     "machine",
     "measured",
     "merge_records",

@@ -87,6 +87,11 @@ class MissModeTrial:
     encoder: str = "rtn"
 
 
+def low_formats(plan: Any) -> tuple[str, ...]:
+    """The formats below native of any plan."""
+    return getattr(plan, "formats", (plan.format,) if hasattr(plan, "format") else ())
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Model and texts. An empty `model` is the reference model, empty texts are its held-out ones.
