@@ -23,8 +23,8 @@ def check_invariants(pool, store) -> None:
         taken = keys_of[store.signature(key)].setdefault(pool.slot(key), key)
         assert taken == key, f"slot {pool.slot(key)} is shared by {taken} and {key}"
     assert pool.device_bytes <= pool.budget_bytes
-    assert sum(map(store.expert_bytes, pool.expected())) <= pool.staging_bytes
-    assert not pool.expected() & pool.resident()
+    assert sum(map(store.expert_bytes, pool.prefetched())) <= pool.staging_bytes
+    assert not pool.prefetched() & pool.resident()
     on_device = [array.on_device_size_in_bytes() for array in jax.tree.leaves(pool.banks)]
     assert pool.device_bytes == sum(on_device)
     keys = [key for tier in range(len(store.tiers)) for key in all_keys(store, tier)]

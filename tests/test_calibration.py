@@ -64,9 +64,9 @@ def expert_matrices(engine, layer: int, expert: int) -> list[np.ndarray]:
 def test_sums_by_hand(engine, windows, calibration):
     """Row by row in float64, from what the engine's watcher sees."""
     config, seen = engine.config, []
-    engine.watch = seen.append
+    engine.watchers.append(seen.append)
     engine.score(windows.ids_WS[:, :-1])
-    engine.watch = None
+    engine.watchers.clear()
     selections_LE = np.zeros((config.n_layers, config.n_experts))
     inputs = np.zeros((config.n_layers, config.n_experts, config.d_model, config.d_model))
     hidden = np.zeros((config.n_layers, config.n_experts, config.d_expert, config.d_expert))
@@ -252,9 +252,9 @@ def test_measured_errors_are_those_of_the_outputs(engine, windows, calibration, 
     store = HostExperts(config, file, lows)
     found = measure_errors(engine, store, windows)
     seen = []
-    engine.watch = seen.append
+    engine.watchers.append(seen.append)
     engine.score(windows.ids_WS[:, :-1])
-    engine.watch = None
+    engine.watchers.clear()
     routed, expert = seen[1], int(seen[1].ids_TK[0, 0])
 
     def output(matrices, x):

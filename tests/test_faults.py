@@ -94,7 +94,7 @@ def test_a_failing_upload(engine, wanted, uploads, monkeypatch, what, error, als
     assert tokens(engine) == wanted
 
 
-def test_an_interrupt_during_decode(engine, wanted, monkeypatch):
+def test_an_interrupt_during_decode(engine, wanted):
     """A real SIGINT while the device decodes; what was yielded before it stands."""
     seen = []
     # A test runner's worker may ignore it.
@@ -104,12 +104,10 @@ def test_an_interrupt_during_decode(engine, wanted, monkeypatch):
         if len(seen) == 2 and routed.layer == 1:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(engine, "watch", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with engine.watched_by(interrupt), pytest.raises(KeyboardInterrupt):
         for ids_B, _ in engine.generate([PROMPT], NEW_TOKENS):
             seen.append(int(ids_B[0]))
     signal.signal(signal.SIGINT, handler)
-    monkeypatch.undo()
     assert seen == wanted[:2]
     check_invariants(engine.pool, engine.store)
     check_refuses_to_go_on(engine)

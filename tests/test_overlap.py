@@ -16,7 +16,9 @@ from prediction import prediction_accuracy
 
 import hobbit_jax.inference.moe as moe_module
 import hobbit_jax.inference.prefill as prefill_module
+from hobbit_jax.cache.controller import Decision, Use
 from hobbit_jax.cache.link import PacedLink
+from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
 from hobbit_jax.evals.quality import Windows
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
@@ -87,7 +89,7 @@ def test_guesses_and_links_change_no_bit(model, store, reference, predictor, dis
         sizes, send = [], link.send
 
         def measured_send(raw, device, engine=engine, sizes=sizes, send=send):
-            sizes.append(engine.pool.expected_bytes)
+            sizes.append(engine.pool.prefetched_bytes)
             return send(raw, device)
 
         link.send = measured_send
@@ -155,9 +157,11 @@ def test_each_predictor_names_what_it_says():
     assert counts_E[0] == 0 and counts_E[1:].min() > 400 / 7 / 2  # all that are missing, alike
 
     before = Prefetcher(PrefetchRule("previous_token", 2), 4, 8)
-    before.note(0, [ExpertKey(0, 0, 6)])
-    before.note(1, routed[:2])
-    before.note(2, routed[2:])
+    for keys in ([ExpertKey(0, 0, 6)], routed[:2], routed[2:]):
+        uses = [Use(key) for key in keys]
+        before.after_step(Decision(Step(0, keys[0].layer, 0), uses, [], [], []))
+        ignored = [Use(ExpertKey(0, keys[0].layer, 5))]
+        before.after_step(Decision(Step(0, keys[0].layer, 0), ignored, [], [], [], prefill=True))
     assert before.at_token() == [ExpertKey(0, 0, 6), *routed[:2]]
     assert before.at_exit(0, [], resident.__contains__) == routed[1:]
     assert before.at_exit(3, [], resident.__contains__) == []
@@ -241,7 +245,7 @@ def test_accuracy_counts_what_was_foreseen(model, store):
     ]
     engine, seen = engine_of(model, store), []
     figures = prediction_accuracy(engine, windows[0], windows[1])
-    engine.watch = lambda routed: seen.append((routed.layer, routed.ids_TK))
+    engine.watchers.append(lambda routed: seen.append((routed.layer, routed.ids_TK)))
     engine.score(windows[0].ids_WS[:, :-1])
     same = [
         len(set(ids_TK[t]) & set(ids_TK[t - 1]))
@@ -275,7 +279,7 @@ def test_an_upload_that_fails_on_its_way(model, store, reference, what, share):
     with pytest.raises(RuntimeError, match="call start first"):
         engine.decode(np.asarray([7]))
     assert run(engine)[0] == reference[0][0]
-    assert engine.pool.expected_bytes <= engine.pool.staging_bytes
+    assert engine.pool.prefetched_bytes <= engine.pool.staging_bytes
 
 
 def test_upload_rates_are_of_both_kinds_of_memory():

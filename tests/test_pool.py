@@ -11,9 +11,10 @@ from links import Recorded
 from pool_invariants import all_keys, check_invariants
 
 from hobbit_jax.cache.budget import BankDemand, divide_budget
+from hobbit_jax.cache.controller import BankLayout, Controller, Use
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.policies.slru import DEFAULT_PROTECTED_FRACTION, SLRU
-from hobbit_jax.cache.pool import SlotPool, Use
+from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import demands
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
@@ -76,7 +77,8 @@ def make_pool(store, slots, protected_fraction=DEFAULT_PROTECTED_FRACTION, link=
     signatures = [d.signature for d in wanted]
     banks = dict(zip(signatures, divide_budget(wanted, budget), strict=True))
     policy = partial(SLRU, protected_fraction=protected_fraction)
-    pool = SlotPool(store, banks, budget, policy, link, staged * store.largest_expert_bytes)
+    controller = Controller(BankLayout.of_store(store), banks, policy)
+    pool = SlotPool(store, controller, budget, link, staged * store.largest_expert_bytes)
     assert tuple(pool.slots.values()) == slots
     return pool
 
@@ -91,7 +93,7 @@ def test_invariants_after_any_requests(store, slots, seed):
     twin = make_pool(store, slots, protected)
     accesses = misses = dropped = 0
     pinned: set[ExpertKey] = set()
-    operations = ["use", "pin", "unpin", "stage", "commit", "expect"]
+    operations = ["use", "pin", "unpin", "reserve", "promote", "prefetch"]
     for operation in rng.choice(operations, 50, p=[0.3, 0.15, 0.15, 0.15, 0.1, 0.15]):
         layer, count = rng.integers(3), rng.integers(1, 4 if operation == "pin" else 9)
         keys = [ExpertKey(NATIVE, int(layer), int(n)) for n in rng.permutation(8)[:count]]
@@ -101,37 +103,37 @@ def test_invariants_after_any_requests(store, slots, seed):
         if operation == "use":
             upcoming = [ExpertKey(NATIVE, *rng.integers((3, 8)).tolist()) for _ in range(4)]
             uses, step = [Use(key) for key in keys], Step(0, int(layer), 0)
-            rounds = pool.rounds(keys)
-            assert rounds == twin.rounds(keys)
-            wrong = {key for key in pool.expected() if key.layer == layer and key not in keys}
-            still = pool.expected() - wrong
-            pool.access(step, uses)
-            twin.access(step, uses)
-            assert pool.expected() == still
+            batches = pool.controller.batches(keys)
+            assert batches == twin.controller.batches(keys)
+            wrong = {key for key in pool.prefetched() if key.layer == layer and key not in keys}
+            still = pool.prefetched() - wrong
+            pool.begin(pool.controller.decide(step, uses))
+            twin.begin(twin.controller.decide(step, uses))
+            assert pool.prefetched() == still
             dropped += sum(map(store.expert_bytes, wrong))
-            assert sorted(key for part in rounds for key in part) == sorted(keys)
-            residency = [key in pool.resident() for part in rounds for key in part]
+            assert sorted(key for part in batches for key in part) == sorted(keys)
+            residency = [key in pool.resident() for part in batches for key in part]
             assert residency == sorted(residency, reverse=True)
             misses += residency.count(False)
-            for part in rounds:
+            for part in batches:
                 twin.load(part)
-                for piece in (part[:1], part[1:]):  # of one round: nobody goes for another
+                for piece in (part[:1], part[1:]):  # of one batch: nobody goes for another
                     pool.load(piece, keep=part, upcoming=upcoming)
                 assert set(part) <= pool.resident()
             accesses += len(keys)
-        elif operation == "stage":
+        elif operation == "reserve":
             for key in keys:
-                pool.stage(key)
-                twin.stage(key)
-            assert pool.resident() == before  # nothing shows before `commit`
-        elif operation == "expect":
-            pool.expect(keys)
+                pool.reserve(key)
+                twin.reserve(key)
+            assert pool.resident() == before  # nothing shows before `promote`
+        elif operation == "prefetch":
+            pool.prefetch(keys)
             assert pool.resident() == before  # nor these before they are needed
-        elif operation == "commit":
-            pool.commit()
-            twin.commit()
+        elif operation == "promote":
+            pool.promote()
+            twin.promote()
             after = pool.resident()
-            pool.commit()
+            pool.promote()
             assert pool.resident() == after
         elif operation == "pin" and len(of_bank | set(keys)) > pool.slots[signature] - 2:
             with pytest.raises(ValueError, match=r"fewer than 2 of its \d slots"):
@@ -142,8 +144,8 @@ def test_invariants_after_any_requests(store, slots, seed):
             twin.pin(keys)
             pinned |= set(keys)
         else:
-            pool.unpin(keys)
-            twin.unpin(keys)
+            pool.controller.unpin(keys)
+            twin.controller.unpin(keys)
             pinned -= set(keys)
         assert pinned <= pool.resident()
         assert pool.resident() == twin.resident()
@@ -152,13 +154,13 @@ def test_invariants_after_any_requests(store, slots, seed):
         new = [ExpertKey(*expert) for what, expert in link.events[sent:] if what == "send"]
         assert operation == "use" or not before & set(new)  # nothing that is there goes again
         check_invariants(pool, store)
-    dropped += pool.expected_bytes
-    pool.drop_expected()
+    dropped += pool.prefetched_bytes
+    pool.drop_prefetched()
     stats = pool.reset_stats()
     assert stats.misses.sum() == misses and stats.hits.sum() == accesses - misses
     assert stats.bytes_moved == link.sent_bytes and stats.dropped_bytes == dropped
     assert (stats.ahead_bytes > 0) == (pool.staging_bytes > 0)
-    # Each upload is waited for once, or given up, or was staged for a slot that it did not get.
+    # Each upload is waited for once, or given up, or was reserved for a slot that it did not get.
     waits = [expert for what, expert in link.events if what == "wait"]
     sends = [expert for what, expert in link.events if what == "send"]
     assert not Counter(waits) - Counter(sends)
@@ -169,9 +171,9 @@ def test_invariants_after_any_requests(store, slots, seed):
 def test_stats_say_which_expert(store):
     pool = make_pool(store, (2, 2))
     first, second = ExpertKey(0, 1, 3), ExpertKey(0, 1, 5)
-    pool.access(Step(0, 1, 0), [Use(first), Use(second)])
+    pool.begin(pool.controller.decide(Step(0, 1, 0), [Use(first), Use(second)]))
     pool.load([first, second])
-    pool.access(Step(1, 1, 1), [Use(second)])
+    pool.begin(pool.controller.decide(Step(1, 1, 1), [Use(second)]))
     assert np.argwhere(pool.stats.misses).tolist() == [[0, 1, 3], [0, 1, 5]]
     assert np.argwhere(pool.stats.hits).tolist() == [[0, 1, 5]]
     assert pool.stats.hit_rate == pytest.approx(1 / 3)

@@ -11,17 +11,18 @@ from pool_invariants import check_invariants
 from residency_counts import FIRST_TOKENS, first_misses
 from tiny_models import write_model
 
+from hobbit_jax.cache.controller import BankLayout, Controller
+from hobbit_jax.cache.counter import Replay, RoutedStep
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import LRU, policy_factory
 from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import low_share, pool_slots
 from hobbit_jax.cache.promotion import Promoter, PromotionRule
-from hobbit_jax.cache.tiered_replay import BankShapes, RoutedStep, TieredReplay
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.experts import tiers
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
-from hobbit_jax.inference.adaptive_split import SplitChooser, SplitRule
+from hobbit_jax.inference.adaptive_split import CapacityTuner, SplitRule
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.signals.calibration import Calibration
@@ -62,10 +63,9 @@ def decode(engine, tokens: int, seed: int = 0) -> np.ndarray:
     return np.stack([np.asarray(engine.decode(ids_S[[at]])) for at in range(tokens)])
 
 
-def shapes_of(store) -> BankShapes:
-    expert_bytes = {e.signature: e.expert_bytes for tier in store.tiers for e in tier}
-    banks = [[e.signature for e in tier] for tier in store.tiers]
-    return BankShapes(store.config.n_experts, banks, expert_bytes)
+def make_pool(store, slots, budget_bytes: int, policy=LRU) -> SlotPool:
+    controller = Controller(BankLayout.of_store(store), slots, policy)
+    return SlotPool(store, controller, budget_bytes)
 
 
 @pytest.mark.parametrize(
@@ -92,9 +92,8 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
 
     size = budget(store, mode, 0.5)
     engine = Engine(model, store, size, mode=mode, promotion=RULE, watch=watch)
-    replay = TieredReplay(
-        shapes_of(store), engine.pool.slots, MISS_MODES[mode], policy_factory("slru"), RULE
-    )
+    layout = BankLayout.of_store(store)
+    replay = Replay(layout, engine.pool.slots, MISS_MODES[mode], policy_factory("slru"), RULE)
     number = 0
     for part in range(2):
         decode(engine, 20, seed=part)
@@ -108,9 +107,7 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
         assert replay.tally.selections == stats.selections == (part + 1) * 20 * 3 * 2
         assert replay.tally.degraded == stats.degraded > 0
         assert replay.tally.skipped == stats.skipped
-        assert {k for policy in replay.policies.values() for k in resident(policy, store)} == (
-            pool.resident()
-        )
+        assert set(replay.controller.resident()) == pool.resident()
         check_invariants(pool, store)
         if mode == "floor":
             assert replay.tally.promotions > 0
@@ -119,20 +116,15 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
         slots, _ = pool_slots(engine.plan, engine.mode, store, size, 0.2)
         assert slots != pool.slots
         pool.resize(slots)
-        replay.resize(slots)
+        replay.counter.resize(slots)
         check_invariants(pool, store)
-
-
-def resident(policy, store) -> list[ExpertKey]:
-    shape = (len(store.tiers), store.config.n_layers, store.config.n_experts)
-    return [ExpertKey(*index) for index in np.ndindex(shape) if ExpertKey(*index) in policy]
 
 
 def test_a_pool_divided_anew_keeps_whom_it_can(store):
     """After any divisions: within the budget, agreeing with the store, nobody lost for nothing."""
     plan, mode, size = uniform_plan(store), MISS_MODES["fetch_low"], store.tier_bytes(NATIVE) // 2
     divisions = [pool_slots(plan, mode, store, size, share)[0] for share in (0.2, 0.5, 0.8)]
-    pool = SlotPool(store, divisions[0], size, LRU)
+    pool = make_pool(store, divisions[0], size)
     rng = np.random.default_rng(0)
     for round_ in range(9):
         for _ in range(12):
@@ -161,7 +153,7 @@ def test_a_pool_divided_anew_keeps_whom_it_can(store):
 def test_an_upload_that_fails_while_the_pool_is_divided_leaves_it_whole(store, monkeypatch):
     plan, mode, size = uniform_plan(store), MISS_MODES["fetch_low"], store.tier_bytes(NATIVE) // 2
     first, second = (pool_slots(plan, mode, store, size, share)[0] for share in (0.2, 0.5))
-    pool = SlotPool(store, first, size, LRU)
+    pool = make_pool(store, first, size)
     keys = [
         ExpertKey(tier, layer, expert) for tier in (0, 1) for layer in (0, 1) for expert in (2, 5)
     ]
@@ -279,8 +271,8 @@ def test_the_engine_divides_its_pool_anew_and_goes_on(model, store, uses_LE):
 
 LAYERS, EXPERTS = 2, 16
 HIGH_BANK, LOW_BANK = Signature("native", "", ""), Signature("low", "", "")
-SHAPES = BankShapes(
-    EXPERTS, [[HIGH_BANK] * LAYERS, [LOW_BANK] * LAYERS], {HIGH_BANK: 30, LOW_BANK: 10}
+LAYOUT = BankLayout(
+    EXPERTS, 2, [[HIGH_BANK] * LAYERS, [LOW_BANK] * LAYERS], {HIGH_BANK: 30, LOW_BANK: 10}
 )
 DIVISIONS = {
     0.2: {HIGH_BANK: 12, LOW_BANK: 9},
@@ -308,7 +300,7 @@ def tokens(count: int, favourites: int, seed: int) -> list[list[RoutedStep]]:
 
 def moved(division: dict, part: list, mode: str, rule: PromotionRule = RULE) -> int:
     """Bytes of the second half of `part`."""
-    replay = TieredReplay(SHAPES, division, MISS_MODES[mode], LRU, rule)
+    replay = Replay(LAYOUT, division, MISS_MODES[mode], LRU, rule)
     tallies = []
     for number, steps in enumerate(part):
         tallies.append(replace(replay.tally))
@@ -324,7 +316,7 @@ def test_the_split_comes_to_the_best_fixed_one(mode, favourites):
     routed = tokens(600, favourites, 1)
     bytes_of = {share: moved(division, routed, mode) for share, division in DIVISIONS.items()}
     worst = max(bytes_of, key=bytes_of.__getitem__)
-    chooser = SplitChooser(SHAPES, DIVISIONS, worst, MISS_MODES[mode], LRU, RULE, rule)
+    chooser = CapacityTuner(LAYOUT, DIVISIONS, worst, MISS_MODES[mode], LRU, RULE, rule)
     for number, steps in enumerate(routed, 1):
         for step in steps:
             chooser.record(step)
@@ -341,7 +333,7 @@ def test_of_divisions_within_the_margin_the_least_degrading_is_taken(margin, wan
     """fetch_low with few favourites: 0.8 moves fewest bytes, 0.5 hardly more and degrades less."""
     rule = SplitRule(margin=margin, window_tokens=160, first_tokens=160)
     mode = MISS_MODES["fetch_low"]
-    chooser = SplitChooser(SHAPES, DIVISIONS, 0.2, mode, LRU, RULE, rule)
+    chooser = CapacityTuner(LAYOUT, DIVISIONS, 0.2, mode, LRU, RULE, rule)
     for steps in tokens(160, 4, 1):
         for step in steps:
             chooser.record(step)
@@ -360,7 +352,7 @@ def test_no_division_is_judged_while_it_fills():
     assert min(begun, key=begun.__getitem__) != best
     for most_growth, wanted in ((np.inf, [0.2, best]), (0.1, [])):
         rule = SplitRule(most_growth=most_growth, first_tokens=24, window_tokens=64)
-        chooser = SplitChooser(SHAPES, DIVISIONS, best, MISS_MODES[mode], LRU, slow, rule)
+        chooser = CapacityTuner(LAYOUT, DIVISIONS, best, MISS_MODES[mode], LRU, slow, rule)
         changes = []
         for steps in routed:
             for step in steps:
@@ -400,9 +392,9 @@ def test_two_experts_used_alike_do_not_take_turns():
     counts = {}
     for margin in (0.0, 1.5):
         rule = PromotionRule(2, 1, 32, margin)
-        shapes = BankShapes(2, [[HIGH_BANK], [LOW_BANK]], {HIGH_BANK: 3, LOW_BANK: 2})
+        layout = BankLayout(2, 1, [[HIGH_BANK], [LOW_BANK]], {HIGH_BANK: 3, LOW_BANK: 2})
         slots = {HIGH_BANK: 1, LOW_BANK: 2}
-        replay = TieredReplay(shapes, slots, MISS_MODES["floor"], LRU, rule)
+        replay = Replay(layout, slots, MISS_MODES["floor"], LRU, rule)
         for at, ids_TK in enumerate(ids):
             replay.token(at, [RoutedStep(at, 0, ids_TK, weight_TK, asked_TK)])
         counts[margin] = replay.tally

@@ -15,9 +15,9 @@ from pool_invariants import all_keys, check_invariants
 from tiny_models import TinyModel, write_model
 
 import hobbit_jax.cache.device_banks as device_banks
+from hobbit_jax.cache.controller import BankLayout, Controller, Use
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import Step, policy_factory
-from hobbit_jax.cache.pool import Use
 from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.cache.sharded_pool import make_pool
@@ -262,7 +262,7 @@ def record(engine: Engine, monkeypatch) -> dict:
                 assert rows.setdefault(key, int(tier)) == int(tier)
 
     monkeypatch.setattr(engine, "_count", counting)
-    monkeypatch.setattr(engine, "watch", watch)
+    monkeypatch.setattr(engine, "watchers", [*engine.watchers, watch])
     return rows
 
 
@@ -398,17 +398,18 @@ def test_pools_are_whole_after_any_requests(store, devices):
     plan, mesh = uniform_plan(store), expert_mesh(devices)
     budget = 2 * least_budget(plan, store, devices)
     slots, _ = pool_slots(plan, MISS_MODES["wait"], store, budget, 0.5, devices)
-    pool = make_pool(store, slots, budget, policy_factory("slru"), mesh=mesh)
+    controller = Controller(BankLayout.of_store(store, devices), slots, policy_factory("slru"))
+    pool = make_pool(store, controller, budget, mesh=mesh)
     engine = type("Whole", (), {"pool": pool, "store": store, "config": store.config})
     rng, pinned = np.random.default_rng(devices), set()
-    for operation in rng.choice(["use", "pin", "unpin", "stage", "commit"], 40):
+    for operation in rng.choice(["use", "pin", "unpin", "reserve", "promote"], 40):
         layer, count = int(rng.integers(3)), int(rng.integers(1, 9))
         keys = [ExpertKey(NATIVE, layer, int(n)) for n in rng.permutation(8)[:count]]
         if operation == "use":
-            rounds = pool.rounds(keys)
-            assert sorted(key for part in rounds for key in part) == sorted(keys)
-            pool.access(Step(0, layer, 0), [Use(key) for key in keys])
-            for part in rounds:
+            batches = controller.batches(keys)
+            assert sorted(key for part in batches for key in part) == sorted(keys)
+            pool.begin(controller.decide(Step(0, layer, 0), [Use(key) for key in keys]))
+            for part in batches:
                 pool.load(part)
                 assert set(part) <= pool.resident() and all(key in pool for key in part)
         elif operation == "pin":
@@ -418,13 +419,13 @@ def test_pools_are_whole_after_any_requests(store, devices):
             except ValueError as refusal:
                 assert "slots to stream through" in str(refusal)
         elif operation == "unpin":
-            pool.unpin(keys)
+            controller.unpin(keys)
             pinned -= set(keys)
-        elif operation == "stage":
+        elif operation == "reserve":
             for key in keys:
-                pool.stage(key)
+                pool.reserve(key)
         else:
-            pool.commit()
+            pool.promote()
         assert pinned <= pool.resident()
         check_pools(engine, devices)
     assert pool.device_bytes <= pool.budget_bytes == devices * budget

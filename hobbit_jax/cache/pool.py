@@ -1,32 +1,33 @@
 """The slot pool: a fixed number of bytes on the device that holds the hot experts.
 
-Owns who is in which slot, and every host-to-device copy of an expert. One bank per expert
-signature, sized exactly, so that a low-bit expert takes only its own bytes; each bank has its own
-policy. The arrays are `device_banks.py`'s; raw GGUF blocks go up in one contiguous copy per matrix
-(`link.py`).
+This module owns which slot a copy lies in and every host-to-device copy of an expert; which copies
+are loaded and evicted is decided by `controller.py`. There is one bank per expert signature, sized
+exactly, so that a low-bit expert takes only its own bytes. The arrays are `device_banks.py`'s; raw
+GGUF blocks go up in one contiguous copy per matrix (`link.py`).
 
-Uploads ahead of their use (of later rounds, of guesses) lie beside the banks in at most
-`staging_bytes`, besides the one expert that is waited for, and get a slot when they are needed and
-not before. So what is resident, and every result, is the same with them and without.
+Prefetched uploads (of later batches, of guesses) lie beside the banks in at most `staging_bytes`,
+besides the one expert that is waited for, and get a slot when they are needed and not before. So
+what is resident, and every result, is the same with them and without.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
+from hobbit_jax.cache.controller import Controller, Decision
 from hobbit_jax.cache.device_banks import DeviceBanks, Layout
 from hobbit_jax.cache.link import DirectLink, InPlace, Link, Upload
-from hobbit_jax.cache.policies import Policy, PolicyFactory, Step
+from hobbit_jax.cache.policies import Policy
 from hobbit_jax.experts.store import ExpertKey, HostExperts
-from pallas_kernels.reference import Bank, Signature
+from pallas_kernels.reference import Bank as DeviceBank
+from pallas_kernels.reference import Signature
 
 
 @dataclass
@@ -36,7 +37,7 @@ class PoolStats:
     hits: np.ndarray
     misses: np.ndarray
     bytes_moved: int = 0  # sent to the device, also in vain
-    ahead_bytes: int = 0  # of them, sent beside what was waited for: guesses, later rounds
+    ahead_bytes: int = 0  # of them, sent beside what was waited for: guesses, later batches
     dropped_bytes: int = 0  # of those, given up since the layer did not choose them
     wait_s: float = 0.0  # the host waited for uploads, by the link's clock
 
@@ -65,24 +66,17 @@ def holds_all(store: HostExperts, slots: Mapping[Signature, int]) -> bool:
     return all(n >= demanded[s] * store.config.n_experts for s, n in slots.items())
 
 
-def interleaved(rounds: Iterable[list[list[ExpertKey]]]) -> list[list[ExpertKey]]:
-    """Rounds of several banks or devices, the first of each together, then the second of each."""
-    return [[key for part in parts for key in part or ()] for parts in zip_longest(*rounds)]
-
-
-class Use(NamedTuple):
-    """One expert's use in one step of one layer, for the policies."""
-
-    key: ExpertKey
-    weight: float = 1.0  # its largest router weight among the step's tokens
-    native: bool = True  # whether native precision was asked for
-
-
 class SlotPool:
-    """Banks, slot table and policies under one byte budget (`cache/budget.py` divides it).
+    """Banks and slot table of one device under a byte budget (`cache/budget.py` divides it).
 
-    All of it is on `device`, or on the process's first; several devices have a `ShardedPool` of
-    such pools.
+    Args:
+        store: whose experts it holds.
+        controller: decides who is loaded and evicted; its banks of `index` are this pool's.
+        budget_bytes: of all banks.
+        link: the way to the device; None is JAX's own copy.
+        staging_bytes: device bytes beside the banks for prefetched uploads.
+        index: the number of the device among those that divide the experts.
+        device: a jax.Device; None is the process's first.
     """
 
     mesh = None
@@ -90,25 +84,23 @@ class SlotPool:
     def __init__(
         self,
         store: HostExperts,
-        slots: Mapping[Signature, int],
+        controller: Controller,
         budget_bytes: int,
-        policy: PolicyFactory,
         link: Link | None = None,
         staging_bytes: int = 0,
+        index: int = 0,
         device: Any = None,  # a jax.Device
         layouts: Mapping[Signature, Layout] | None = None,
     ):
-        self.store, self.device = store, device
+        self.store, self.device, self.controller = store, device, controller
         self.budget_bytes, self.staging_bytes = budget_bytes, staging_bytes
         self.link = DirectLink() if link is None else link
-        self.slots = dict(slots)
-        self._on_device = DeviceBanks(store, slots, device, layouts)
-        self.policies: dict[Signature, Policy[ExpertKey]] = {s: policy(n) for s, n in slots.items()}
-        self._free = {signature: list(range(n))[::-1] for signature, n in slots.items()}
+        self._own = {bank.signature: bank for bank in controller.banks if bank.device == index}
+        self._on_device = DeviceBanks(store, self.slots, device, layouts)
+        self._free = {signature: list(range(n))[::-1] for signature, n in self.slots.items()}
         self._slot_of: dict[ExpertKey, int] = {}
-        self._staged: dict[ExpertKey, Upload] = {}  # get a slot at `commit`
-        self._expected: dict[ExpertKey, Upload] = {}  # get one when they are needed
-        self._hear: Callable[[Iterable[ExpertKey]], object] = lambda keys: None
+        self._reserved: dict[ExpertKey, Upload] = {}  # get a slot at `promote`
+        self._prefetched: dict[ExpertKey, Upload] = {}  # get one when they are needed
         self.stats = self._zero_stats()
         if self.device_bytes > budget_bytes:
             raise RuntimeError(f"banks take {self.device_bytes} of {budget_bytes} bytes")
@@ -118,7 +110,17 @@ class SlotPool:
         return PoolStats(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
 
     @property
-    def banks(self) -> dict[Signature, Bank]:
+    def slots(self) -> dict[Signature, int]:
+        """Of each bank."""
+        return {signature: bank.policy.capacity for signature, bank in self._own.items()}
+
+    @property
+    def policies(self) -> dict[Signature, Policy[ExpertKey]]:
+        """Of each bank."""
+        return {signature: bank.policy for signature, bank in self._own.items()}
+
+    @property
+    def banks(self) -> dict[Signature, DeviceBank]:
         """For compiled programs to read."""
         return self._on_device.banks
 
@@ -132,14 +134,14 @@ class SlotPool:
         """Bytes of all banks, as the device counts them."""
         return self._on_device.nbytes
 
-    def expected(self) -> frozenset[ExpertKey]:
+    def prefetched(self) -> frozenset[ExpertKey]:
         """Every expert whose upload was begun ahead of its use."""
-        return frozenset(self._expected)
+        return frozenset(self._prefetched)
 
     @property
-    def expected_bytes(self) -> int:
-        """Bytes of the uploads ahead of their use, `staging_bytes` at most."""
-        return sum(map(self.store.expert_bytes, self._expected))
+    def prefetched_bytes(self) -> int:
+        """Bytes of the prefetched uploads, `staging_bytes` at most."""
+        return sum(map(self.store.expert_bytes, self._prefetched))
 
     @property
     def holds_all(self) -> bool:
@@ -166,56 +168,16 @@ class SlotPool:
         """The slot of a resident expert, in the bank of its signature. KeyError if absent."""
         return self._slot_of[key]
 
-    def access(self, step: Step, uses: Sequence[Use], wished: Sequence[Use] = ()) -> None:
-        """Records one use of each expert in a step of a layer, before anything is loaded for it.
-
-        `wished` copies were asked for and another tier served: the policies hear of them, the
-        counts do not. Uploads that were expected of this layer and are not used are given up.
-        """
-        if self._expected:
-            used = {key for key, _, _ in uses}
-            self.drop_expected(
-                [key for key in self._expected if key.layer == step.layer and key not in used]
+    def begin(self, decision: Decision) -> None:
+        """Counts a step's uses; prefetches of its layer that it does not use are given up."""
+        if self._prefetched:
+            used = {use.key for use in decision.uses}
+            self.drop_prefetched(
+                [k for k in self._prefetched if k.layer == decision.step.layer and k not in used]
             )
-        for policy in self.policies.values():
-            policy.begin_step(step)
-        for key, weight, native in uses:
-            hit = self.policies[self.store.signature(key)].access(key, weight, native)
-            (self.stats.hits if hit else self.stats.misses)[key] += 1
-        self._hear(use.key for use in uses)
-        for key, weight, native in wished:
-            if (policy := self.policies.get(self.store.signature(key))) is not None:
-                policy.access(key, weight, native)
-
-    def hear_uses(self, hear: Callable[[Iterable[ExpertKey]], object]) -> None:
-        """Has `hear` told of each step's uses."""
-        self._hear = hear
-
-    def rounds(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
-        """Splits one step's experts of one bank into rounds that fit its slots together.
-
-        Resident experts come first, so that a round that must evict does not
-        evict what the step still needs.
-        """
-        ordered = sorted(keys, key=lambda key: (key not in self._slot_of, key))
-        if not ordered:
-            return []
-        signature = self.store.signature(ordered[0])
-        # Pinned experts of this step are all in the first round; in later ones they only take room.
-        pinned = self.policies[signature].pinned
-        first = self.slots[signature] - len(pinned - set(ordered))
-        size = self.slots[signature] - len(pinned)
-        if len(ordered) > first and size < 1:
-            raise RuntimeError(f"every slot of bank {signature} is pinned")
-        starts = range(first, len(ordered), max(size, 1))
-        return [ordered[:first], *(ordered[i : i + size] for i in starts)]
-
-    def entries(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
-        """Rounds of one step's experts of all banks: each bank's next round at a time."""
-        by_bank: dict[Signature, list[ExpertKey]] = {}
-        for key in keys:
-            by_bank.setdefault(self.store.signature(key), []).append(key)
-        return interleaved(self.rounds(of_bank) for of_bank in by_bank.values())
+        missing = set(decision.missing)
+        for use in decision.uses:
+            (self.stats.misses if use.key in missing else self.stats.hits)[use.key] += 1
 
     def load(
         self,
@@ -223,7 +185,7 @@ class SlotPool:
         keep: Iterable[ExpertKey] | None = None,
         upcoming: Iterable[ExpertKey] = (),
     ) -> None:
-        """Makes all of `keys` (one round, or a piece of it) resident.
+        """Makes all of `keys` (one batch, or a part of it) resident.
 
         Args:
             keys: what is needed now.
@@ -241,36 +203,36 @@ class SlotPool:
         upcoming = [key for key in upcoming if key not in missing]
         for index, key in enumerate(missing):
             # Those that are waited for stand before those that are not.
-            upload = self._claim(key)
-            if self._begin(missing[index + 1 :]):
-                self.expect(upcoming)
+            upload = self._take_upload(key)
+            if self._begin_uploads(missing[index + 1 :]):
+                self.prefetch(upcoming)
             self._fetch(key, held, upload)
-        self.expect(upcoming)
+        self.prefetch(upcoming)
 
-    def expect(self, keys: Iterable[ExpertKey]) -> None:
+    def prefetch(self, keys: Iterable[ExpertKey]) -> None:
         """Starts uploads ahead of use, in turn, until `staging_bytes` are taken.
 
-        Their slots come with `load`; `access` to their layer gives up those that it does not use.
+        Their slots come with `load`; a step of their layer gives up those that it does not use.
         """
         before = self.stats.bytes_moved
-        self._begin(keys)
+        self._begin_uploads(keys)
         self.stats.ahead_bytes += self.stats.bytes_moved - before
 
-    def _begin(self, keys: Iterable[ExpertKey]) -> bool:
-        """Starts uploads as `expect` does; whether there was room for all of them."""
+    def _begin_uploads(self, keys: Iterable[ExpertKey]) -> bool:
+        """Starts uploads as `prefetch` does; whether there was room for all of them."""
         for key in keys:
-            known = key in self._slot_of or key in self._staged or key in self._expected
+            known = key in self._slot_of or key in self._reserved or key in self._prefetched
             if known or self.store.signature(key) not in self.banks:
                 continue
-            if self.expected_bytes + self.store.expert_bytes(key) > self.staging_bytes:
+            if self.prefetched_bytes + self.store.expert_bytes(key) > self.staging_bytes:
                 return False
-            self._expected[key] = self._send(key)
+            self._prefetched[key] = self._send(key)
         return True
 
-    def drop_expected(self, keys: Iterable[ExpertKey] | None = None) -> None:
-        """Gives up uploads that were expected to be used; all of them for None."""
-        for key in list(self._expected if keys is None else keys):
-            del self._expected[key]
+    def drop_prefetched(self, keys: Iterable[ExpertKey] | None = None) -> None:
+        """Gives up prefetched uploads; all of them for None."""
+        for key in list(self._prefetched if keys is None else keys):
+            del self._prefetched[key]
             self.stats.dropped_bytes += self.store.expert_bytes(key)
 
     def load_all(self, tier: int) -> None:
@@ -279,27 +241,27 @@ class SlotPool:
         for layer in range(config.n_layers):
             self.load([ExpertKey(tier, layer, expert) for expert in range(config.n_experts)])
 
-    def stage(self, key: ExpertKey) -> None:
-        """Starts the upload of an expert that nobody waits for; `commit` gives it a slot.
+    def reserve(self, key: ExpertKey) -> None:
+        """Starts the upload of an expert that no token waits for; `promote` gives it a slot.
 
-        Programs that run meanwhile do not see it. Nothing happens if it is resident or staged, or
+        Programs that run meanwhile do not see it. Nothing happens if it is resident or reserved, or
         has no bank.
         """
-        known = key in self._slot_of or key in self._staged
+        known = key in self._slot_of or key in self._reserved
         if not known and self.store.signature(key) in self.banks:
-            self._staged[key] = self._claim(key)
+            self._reserved[key] = self._take_upload(key)
 
-    def commit(self) -> None:
-        """Gives every staged expert a slot, between two entries of a program."""
-        for key in list(self._staged):
-            policy = self.policies[self.store.signature(key)]
-            if len(policy.pinned) < policy.capacity and key not in self._slot_of:
-                self._fetch(key, frozenset(), self._claim(key))
-            self._staged.pop(key, None)
+    def promote(self) -> None:
+        """Gives every reserved expert a slot, between two calls of a program."""
+        for key in list(self._reserved):
+            if self.controller.has_unpinned_slot(key) and key not in self._slot_of:
+                self._fetch(key, frozenset(), self._take_upload(key))
+            self._reserved.pop(key, None)
 
-    def _claim(self, key: ExpertKey) -> Upload:
-        """The upload of an expert that is to have a slot, if it was not begun before."""
-        return self._staged.pop(key, None) or self._expected.pop(key, None) or self._send(key)
+    def _take_upload(self, key: ExpertKey) -> Upload:
+        """The upload of an expert that is to have a slot; begun now, if it was not before."""
+        begun = self._reserved.pop(key, None) or self._prefetched.pop(key, None)
+        return begun or self._send(key)
 
     def _send(self, key: ExpertKey) -> Upload:
         raw = self.store.raw(key)
@@ -318,8 +280,7 @@ class SlotPool:
         self.stats.wait_s += self.link.clock() - began_s
         # On a CPU an upload is the map itself, read only when the slot is written.
         self.store.check_unchanged(key.tier)
-        policy, free = self.policies[signature], self._free[signature]
-        victim = policy.admit(key, keep)
+        free, victim = self._free[signature], self.controller.admit(key, keep)
         try:
             slot = free[-1] if victim is None else self._slot_of[victim]
             self._on_device.write(key, raw, slot, victim)
@@ -335,18 +296,13 @@ class SlotPool:
 
     def _empty(self, signature: Signature) -> None:
         """Makes a bank's experts absent, so that banks, table and policy agree for certain."""
-        policy, n_slots = self.policies[signature], self.slots[signature]
-        for layer, tier in np.ndindex(self.store.config.n_layers, len(self.store.tiers)):
-            for expert in range(self.store.config.n_experts):
-                key = ExpertKey(tier, layer, expert)
-                if self.store.signature(key) == signature:
-                    self._slot_of.pop(key, None)
-                    if key in policy:
-                        policy.unpin(key)
-                        policy.remove(key)
-        self._free[signature] = list(range(n_slots))[::-1]
+        bank = self._own[signature]
+        self.controller.forget(bank)
+        for key in [key for key in self._slot_of if self.store.signature(key) == signature]:
+            del self._slot_of[key]
+        self._free[signature] = list(range(bank.policy.capacity))[::-1]
         if self._on_device.is_lost(signature):
-            self._on_device.renew(signature, n_slots)
+            self._on_device.renew(signature, bank.policy.capacity)
         self._on_device.write_table(self._slot_of)
 
     def pin(self, keys: Iterable[ExpertKey]) -> None:
@@ -356,51 +312,31 @@ class SlotPool:
             ValueError: a bank would keep no slot to stream the rest through.
         """
         wanted = list(keys)
-        for signature, policy in self.policies.items():
-            of_bank = {key for key in wanted if self.store.signature(key) == signature}
-            total = len(policy.pinned | of_bank)
-            least = min(self.slots[signature], self.store.config.experts_per_token)
-            if of_bank and total > self.slots[signature] - least:
-                raise ValueError(
-                    f"pinning {total} experts leaves bank {signature} fewer than {least} of its "
-                    f"{self.slots[signature]} slots to stream through"
-                )
+        self.controller.check_pins(wanted)
         for key in wanted:
             if key not in self._slot_of:
-                self._fetch(key, frozenset(wanted), self._claim(key))
-            self.policies[self.store.signature(key)].pin(key)
-
-    def unpin(self, keys: Iterable[ExpertKey]) -> None:
-        """Gives pinned experts back to the policy."""
-        for key in keys:
-            self.policies[self.store.signature(key)].unpin(key)
-
-    def evicted_for(self, key: ExpertKey) -> ExpertKey | None:
-        """Whom the arrival of `key` would evict; None if a slot is free or it has no bank."""
-        signature = self.store.signature(key)
-        if signature not in self.banks or self._free[signature]:
-            return None
-        return self.policies[signature].victim()
+                self._fetch(key, frozenset(wanted), self._take_upload(key))
+            self.controller.pin(key)
 
     def resize(self, slots: Mapping[Signature, int]) -> None:
         """Divides the budget anew between the same banks; residents stay where there is room.
 
-        Only between two steps. Whom a bank loses is its policy's choice. The old arrays are given
-        up before the new ones are made, so that the budget is kept at every moment; the residents
-        of a bank that changes are uploaded again, which `bytes_moved` counts. Uploads that are
-        staged are forgotten.
+        Only between two steps. Which experts a bank loses is its policy's choice. The old arrays
+        are given up before the new ones are made, so that the budget is kept at every moment; the
+        residents of a bank that changes are uploaded again, which `bytes_moved` counts. Reserved
+        uploads are forgotten.
 
         Raises:
             ValueError: other banks, more bytes than the budget, or fewer slots than are pinned;
                 the pool is as before.
         """
         self._check_division(slots)
-        changed = [s for s in self.slots if slots[s] != self.slots[s]]
-        self._staged.clear()
-        self.drop_expected()
+        changed = [s for s, n_slots in self.slots.items() if slots[s] != n_slots]
+        self._reserved.clear()
+        self.drop_prefetched()
         try:
             for signature in changed:
-                for victim in self.policies[signature].resize(slots[signature]):
+                for victim in self._own[signature].policy.resize(slots[signature]):
                     del self._slot_of[victim]
                 self._on_device.give_back(signature)
             for signature in changed:
@@ -409,9 +345,8 @@ class SlotPool:
             # Banks, table and policies that do not fit together hold nothing.
             for signature in changed:
                 self._on_device.give_back(signature)
-                self.slots[signature] = slots[signature]
+                self._own[signature].policy.resize(slots[signature])
                 self._empty(signature)
-                self.policies[signature].resize(slots[signature])
             raise
         self._on_device.write_table(self._slot_of)
 
@@ -433,7 +368,6 @@ class SlotPool:
     def _refill(self, signature: Signature, n_slots: int) -> None:
         """Makes a bank of `n_slots` with the residents that its policy kept."""
         residents = [key for key in self._slot_of if self.store.signature(key) == signature]
-        self.slots[signature] = n_slots
         self._on_device.renew(signature, n_slots)
         for slot, key in enumerate(residents):
             with _named(key, self.device):

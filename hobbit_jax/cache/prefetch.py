@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from hobbit_jax.cache.controller import Decision, Observer
 from hobbit_jax.experts.store import ExpertKey
 
 PredictorName = Literal["layer_ahead", "previous_token", "random"]
@@ -48,7 +49,7 @@ class PrefetchRule:
         return self.predictor != "previous_token"
 
 
-class Prefetcher:
+class Prefetcher(Observer):
     """Guesses missing experts, the nearest layer's first."""
 
     def __init__(self, rule: PrefetchRule, n_layers: int, n_experts: int, seed: int = 0):
@@ -56,9 +57,10 @@ class Prefetcher:
         self._n_experts, self._random = n_experts, random.Random(seed)
         self._previous: list[list[ExpertKey]] = [[] for _ in range(n_layers)]
 
-    def note(self, layer: int, keys: Iterable[ExpertKey]) -> None:
-        """Records what a layer uses for the token at hand."""
-        self._previous[layer] = list(keys)
+    def after_step(self, decision: Decision) -> None:
+        """See `Observer.after_step`: records what a layer uses for the token at hand."""
+        if not decision.prefill:
+            self._previous[decision.step.layer] = [use.key for use in decision.uses]
 
     def at_token(self) -> list[ExpertKey]:
         """Before a token: guesses for the first layers, of which no router knows anything yet."""

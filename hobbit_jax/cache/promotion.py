@@ -1,10 +1,10 @@
 """Which experts that were served low are worth loading natively, and when.
 
-Owns the choice; pure Python, so that a replay runs it too (`tiered_replay.py`). A promotion moves
-as many bytes as the miss that the low copy spared, and evicts an expert that may have to be
-promoted again: so a newcomer must have been used `after_uses` times, and `margin` times as often as
-the expert that its arrival would evict. Uses are halved every `halving_tokens`, so that old ones
-fade.
+This module owns the choice (`Promoter`) and the observer that feeds it with a controller's
+decisions (`Promotion`), in a live run and in a replay alike. A promotion moves as many bytes as the
+miss that the low copy spared, and evicts an expert that may have to be promoted again: so a
+newcomer must have been used `after_uses` times, and `margin` times as often as the expert that its
+arrival would evict. Uses are halved every `halving_tokens`, so that old ones fade.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+from hobbit_jax.cache.controller import Controller, Decision, Observer
+from hobbit_jax.cache.miss_modes import LOW, MissMode
+from hobbit_jax.experts.store import NATIVE, ExpertKey
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -105,3 +109,34 @@ class Promoter(Generic[Key]):
 
 def _halved(uses: dict[Key, float]) -> dict[Key, float]:
     return {key: count / 2 for key, count in uses.items() if count >= 0.5}
+
+
+class Promotion(Observer):
+    """Has the copies loaded in the background that a miss mode's rule asks for.
+
+    Args:
+        rule: how eager promotion is.
+        mode: whether experts that tokens waited for earn a low copy too.
+    """
+
+    def __init__(self, rule: PromotionRule, mode: MissMode):
+        self._rule, self._mode = rule, mode
+
+    def attach(self, controller: Controller) -> None:
+        """See `Observer.attach`."""
+        self._is_resident = controller.__contains__
+        self._promoter = Promoter[ExpertKey](self._rule, controller.evicted_for)
+
+    def after_step(self, decision: Decision) -> None:
+        """See `Observer.after_step`."""
+        promoter = self._promoter
+        promoter.note_served(use.key for use in decision.uses)
+        promoter.note(use.key for use in decision.unmet)
+        if self._mode.leaves_low and not decision.prefill:
+            missing = set(decision.missing)
+            fetched = (key for batch in decision.batches for key in batch if key in missing)
+            promoter.note(k._replace(tier=LOW) for k in fetched if k.tier == NATIVE)
+
+    def after_tokens(self, count: int) -> list[ExpertKey]:
+        """See `Observer.after_tokens`."""
+        return self._promoter.pick(count, self._is_resident)

@@ -1,14 +1,15 @@
 """Slot pools of several devices, each over its share of the experts, seen as one.
 
-Owns the way from an expert to its device's pool, and the global arrays that programs over all
-devices read, assembled from the pools' own without a copy. Called as a `SlotPool` is, by the engine
-and `inference/moe.py`; who owns which expert is `model/sharding.py`'s. Each pool keeps its own
-table, policies and budget, and uploads go straight to its device.
+This module owns the way from an expert to its device's pool, and the global arrays that programs
+over all devices read, assembled from the pools' own without a copy. One controller decides for all;
+which device owns which expert is `model/sharding.py`'s. Each pool keeps its own table and budget,
+and uploads go straight to its device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -16,10 +17,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from hobbit_jax.cache.controller import Controller, Decision
 from hobbit_jax.cache.device_banks import Layout
 from hobbit_jax.cache.link import Link
-from hobbit_jax.cache.policies import PolicyFactory, Step
-from hobbit_jax.cache.pool import PoolStats, SlotPool, Use, holds_all, interleaved
+from hobbit_jax.cache.pool import PoolStats, SlotPool, holds_all
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from hobbit_jax.model.sharding import (
     DIVIDED,
@@ -49,19 +50,18 @@ class ShardedPool:
     def __init__(
         self,
         store: HostExperts,
-        slots: Mapping[Signature, int],
+        controller: Controller,
         budget_bytes: int,
-        policy: PolicyFactory,
         link: Link | None,
         staging_bytes: int,
         mesh: Mesh,
         layouts: Mapping[Signature, Layout] | None = None,
     ):
-        """`slots`, `budget_bytes` and `staging_bytes` are those of each device."""
-        self.store, self.mesh = store, mesh
+        """`budget_bytes` and `staging_bytes` are those of each device."""
+        self.store, self.mesh, self.controller = store, mesh, controller
         self.pools = [
-            SlotPool(store, slots, budget_bytes, policy, link, staging_bytes, device, layouts)
-            for device in mesh.devices.flat
+            SlotPool(store, controller, budget_bytes, link, staging_bytes, index, device, layouts)
+            for index, device in enumerate(mesh.devices.flat)
         ]
         self._assembled: dict[Any, tuple[list[Any], Any]] = {}
 
@@ -146,23 +146,11 @@ class ShardedPool:
         """The slot of a resident expert in its device's bank. KeyError if absent."""
         return self._pool(key).slot(key)
 
-    def access(self, step: Step, uses: Sequence[Use], wished: Sequence[Use] = ()) -> None:
-        """See `SlotPool.access`; a policy hears of its own device's experts."""
+    def begin(self, decision: Decision) -> None:
+        """See `SlotPool.begin`; each device counts its own experts."""
         for pool in self.pools:
-            own_uses, own_wished = (
-                [use for use in part if self._pool(use.key) is pool] for part in (uses, wished)
-            )
-            pool.access(step, own_uses, own_wished)
-
-    def rounds(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
-        """Rounds of one bank; in each, every device has one of its own."""
-        shares = zip(self.pools, self.by_device(keys), strict=True)
-        return interleaved(pool.rounds(share) for pool, share in shares)
-
-    def entries(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
-        """Rounds of all banks; in each, every device has one of its own."""
-        shares = zip(self.pools, self.by_device(keys), strict=True)
-        return interleaved(pool.entries(share) for pool, share in shares)
+            own = [use for use in decision.uses if self._pool(use.key) is pool]
+            pool.begin(decision._replace(uses=own))
 
     def load(
         self,
@@ -176,15 +164,15 @@ class ShardedPool:
         for pool, (own, own_kept, own_upcoming) in zip(self.pools, shares, strict=True):
             pool.load(own, own_kept, own_upcoming)
 
-    def expect(self, keys: Iterable[ExpertKey]) -> None:
-        """See `SlotPool.expect`."""
+    def prefetch(self, keys: Iterable[ExpertKey]) -> None:
+        """See `SlotPool.prefetch`."""
         for pool, share in zip(self.pools, self.by_device(keys), strict=True):
-            pool.expect(share)
+            pool.prefetch(share)
 
-    def drop_expected(self) -> None:
-        """Gives up all uploads that were expected to be used."""
+    def drop_prefetched(self) -> None:
+        """Gives up all prefetched uploads."""
         for pool in self.pools:
-            pool.drop_expected()
+            pool.drop_prefetched()
 
     def load_all(self, tier: int) -> None:
         """Makes every expert of a tier resident, in pools that have room for all of them."""
@@ -192,33 +180,24 @@ class ShardedPool:
         for layer in range(config.n_layers):
             self.load([ExpertKey(tier, layer, expert) for expert in range(config.n_experts)])
 
-    def stage(self, key: ExpertKey) -> None:
-        """See `SlotPool.stage`."""
-        self._pool(key).stage(key)
+    def reserve(self, key: ExpertKey) -> None:
+        """See `SlotPool.reserve`."""
+        self._pool(key).reserve(key)
 
-    def commit(self) -> None:
-        """See `SlotPool.commit`."""
+    def promote(self) -> None:
+        """See `SlotPool.promote`."""
         for pool in self.pools:
-            pool.commit()
+            pool.promote()
 
-    def evicted_for(self, key: ExpertKey) -> ExpertKey | None:
-        """See `SlotPool.evicted_for`."""
-        return self._pool(key).evicted_for(key)
-
-    def hear_uses(self, hear: Callable[[Iterable[ExpertKey]], object]) -> None:
-        """See `SlotPool.hear_uses`; once a device in each step."""
+    def resize(self, slots: Mapping[Signature, int]) -> None:
+        """See `SlotPool.resize`; `slots` are those of each device."""
         for pool in self.pools:
-            pool.hear_uses(hear)
+            pool.resize(slots)
 
     def pin(self, keys: Iterable[ExpertKey]) -> None:
         """See `SlotPool.pin`; a device may have pinned its own before another refuses."""
         for pool, share in zip(self.pools, self.by_device(keys), strict=True):
             pool.pin(share)
-
-    def unpin(self, keys: Iterable[ExpertKey]) -> None:
-        """Gives pinned experts back to their policies."""
-        for key in keys:
-            self._pool(key).unpin([key])
 
 
 ExpertPool = SlotPool | ShardedPool
@@ -226,29 +205,30 @@ ExpertPool = SlotPool | ShardedPool
 
 def make_pool(
     store: HostExperts,
-    slots: Mapping[Signature, int],
+    controller: Controller,
     budget_bytes: int,
-    policy: PolicyFactory,
     link: Link | None = None,
     staging_bytes: int = 0,
     mesh: Mesh | None = None,
     implementation: Implementation = "xla",
 ) -> ExpertPool:
-    """The pool of one device, or of all of `mesh`; slots and bytes are of each.
+    """The pool of one device, or of all of `mesh`; bytes are those of each.
 
     Its banks are laid out for `implementation`. Where ggml computes, all experts have slots and no
     link is emulated, the banks are the file's map.
     """
-    n_devices, config = 1 if mesh is None else mesh.size, store.config
-    stay = link is None and holds_all(store, {s: n * n_devices for s, n in slots.items()})
+    config, slots = store.config, Counter[Signature]()
+    for bank in controller.banks:
+        slots[bank.signature] += bank.policy.capacity
+    stay = link is None and holds_all(store, slots)
     layouts: dict[Signature, Layout] = {
         s: "mapped" if stay else "blocks"
         for s in slots
         if implementation_for(s, config.d_model, config.d_expert, implementation) == "ggml"
     }
     if mesh is None:
-        return SlotPool(store, slots, budget_bytes, policy, link, staging_bytes, None, layouts)
-    return ShardedPool(store, slots, budget_bytes, policy, link, staging_bytes, mesh, layouts)
+        return SlotPool(store, controller, budget_bytes, link, staging_bytes, layouts=layouts)
+    return ShardedPool(store, controller, budget_bytes, link, staging_bytes, mesh, layouts)
 
 
 def _sum(parts: list[PoolStats]) -> PoolStats:

@@ -1,22 +1,20 @@
 """The pool before the first token: the experts that a profile found most used, and pins of them.
 
-Owns who is loaded in which order. `inference/adaptive_split.py` pins again when it has divided the
-pool anew. A profile is `signals/calibration.py`'s (made by `scripts/routing_stats.py`), of
-which only the counts matter here.
+This module owns which copies are loaded in which order, into a pool or a counter. A profile is
+`signals/calibration.py`'s (made by `scripts/routing_stats.py`); only its counts matter here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
+from hobbit_jax.cache.controller import Bank, Controller
 from hobbit_jax.cache.miss_modes import LOW, MissMode
-from hobbit_jax.cache.pool import SlotPool
-from hobbit_jax.experts.precision import PrecisionPlan
 from hobbit_jax.experts.store import NATIVE, ExpertKey
-from pallas_kernels.reference import Signature
 
 
 @dataclass(frozen=True)
@@ -36,80 +34,95 @@ class WarmStart:
         if not 0 <= self.pin_share < 1:
             raise ValueError(f"pin_share is {self.pin_share}; want 0 to below 1")
 
-    def fill(self, pool: SlotPool, plan: PrecisionPlan, mode: MissMode) -> None:
+    def fill(self, executor: Executor, plan_shares_pLE: np.ndarray, mode: MissMode) -> None:
         """Loads as many of each bank's most used experts as fit, the most used last, and pins.
+
+        Args:
+            executor: a pool or a counter.
+            plan_shares_pLE: of each pair's selections, by precision: the plan's.
+            mode: whether low copies serve misses.
 
         Raises:
             ValueError: a profile of another shape, or pins that leave a bank too few slots.
         """
-        for signature, keys in self._ranked(pool, plan, mode).items():
-            absent = [key for key in keys if key not in pool]
-            free = pool.slots[signature] - len(pool.policies[signature])
-            pool.load(absent[:free][::-1])
-        self.pin(pool, plan, mode)
+        controller = executor.controller
+        for bank, keys in rank(self.uses_LE, plan_shares_pLE, controller, mode).items():
+            absent = [key for key in keys if key not in controller]
+            executor.load(absent[: bank.room][::-1])
+        self.pin(executor, plan_shares_pLE, mode)
 
-    def pin(self, pool: SlotPool, plan: PrecisionPlan, mode: MissMode) -> None:
-        """Pins `pin_share` of each bank; loads whom it pins.
+    def pin(self, executor: Executor, plan_shares_pLE: np.ndarray, mode: MissMode) -> None:
+        """Pins `pin_share` of each bank; loads what it pins.
 
         Raises:
             ValueError: too few slots are left to stream the rest through.
         """
-        for signature, keys in self._ranked(pool, plan, mode).items():
-            if pool.slots[signature] < len(keys):
-                pool.pin(keys[: int(self.pin_share * pool.slots[signature])])
+        controller = executor.controller
+        for bank, keys in rank(self.uses_LE, plan_shares_pLE, controller, mode).items():
+            if bank.policy.capacity < len(keys):
+                executor.pin(keys[: int(self.pin_share * bank.policy.capacity)])
 
-    def _ranked(
-        self, pool: SlotPool, plan: PrecisionPlan, mode: MissMode
-    ) -> dict[Signature, list[ExpertKey]]:
-        shares_tLE = np.stack(plan.tier_shares_LE(pool.store))
-        bank_tL = [[layer.signature for layer in tier] for tier in pool.store.tiers]
-        return rank(self.uses_LE, shares_tLE, bank_tL, pool.slots, mode)
+
+class Executor(Protocol):
+    """A pool or a counter."""
+
+    @property
+    def controller(self) -> Controller:
+        """Whose decisions it executes."""
+        ...
+
+    def load(self, keys: Sequence[ExpertKey], /) -> None:
+        """Makes copies resident."""
+        ...
+
+    def pin(self, keys: Sequence[ExpertKey], /) -> None:
+        """Makes copies resident for good."""
+        ...
 
 
 def rank(
     uses_LE: np.ndarray,
-    shares_tLE: np.ndarray,
-    bank_tL: Sequence[Sequence[Signature]],
-    slots: Mapping[Signature, int],
+    plan_shares_pLE: np.ndarray,
+    controller: Controller,
     mode: MissMode,
-) -> dict[Signature, list[ExpertKey]]:
-    """Who may ask for a slot of each bank, the most used first.
+) -> dict[Bank, list[ExpertKey]]:
+    """Which copies may ask for a slot of each bank, the most used first.
 
     Low copies that only serve misses are wanted of experts that are not among the most used of
     their native bank.
 
     Args:
         uses_LE: by a profile.
-        shares_tLE: of each pair's selections, by tier: the plan's.
-        bank_tL: which bank holds a tier's copies of a layer.
-        slots: of each bank.
+        plan_shares_pLE: of each pair's selections, by precision: the plan's.
+        controller: says which bank holds a copy.
         mode: whether low copies serve misses.
 
     Raises:
         ValueError: a profile of another shape.
     """
-    if uses_LE.shape != shares_tLE.shape[1:]:
+    if uses_LE.shape != plan_shares_pLE.shape[1:]:
         raise ValueError(
             f"the profile has layers and experts {list(uses_LE.shape)}; the model has "
-            f"{list(shares_tLE.shape[1:])}"
+            f"{list(plan_shares_pLE.shape[1:])}"
         )
 
-    def by_bank(heat_tLE: np.ndarray, wanted: np.ndarray) -> dict[Signature, list[ExpertKey]]:
-        order = np.argsort(-heat_tLE[tuple(wanted.T)], kind="stable")
-        ranked: dict[Signature, list[ExpertKey]] = {}
-        for tier, layer, expert in wanted[order].tolist():
-            if (bank := bank_tL[tier][layer]) in slots:
-                ranked.setdefault(bank, []).append(ExpertKey(tier, layer, expert))
+    def by_bank(heat_pLE: np.ndarray, wanted: np.ndarray) -> dict[Bank, list[ExpertKey]]:
+        order = np.argsort(-heat_pLE[tuple(wanted.T)], kind="stable")
+        ranked: dict[Bank, list[ExpertKey]] = {}
+        for index in wanted[order].tolist():
+            key = ExpertKey(*index)
+            if (bank := controller.find_bank(key)) is not None:
+                ranked.setdefault(bank, []).append(key)
         return ranked
 
-    heat_tLE = uses_LE * shares_tLE
-    ranked = by_bank(heat_tLE, np.argwhere(shares_tLE > 0))
+    heat_pLE = uses_LE * plan_shares_pLE
+    ranked = by_bank(heat_pLE, np.argwhere(plan_shares_pLE > 0))
     if mode.low_banks == "none":
         return ranked
-    heat_tLE[LOW] += heat_tLE[NATIVE]
+    heat_pLE[LOW] += heat_pLE[NATIVE]
     for bank, keys in ranked.items():
-        for key in keys[: slots[bank]]:
+        for key in keys[: bank.policy.capacity]:
             if key.tier == NATIVE:
-                heat_tLE[LOW, key.layer, key.expert] -= heat_tLE[key]
+                heat_pLE[LOW, key.layer, key.expert] -= heat_pLE[key]
     everyone = np.argwhere(np.ones(uses_LE.shape, bool))
-    return {**ranked, **by_bank(heat_tLE, np.insert(everyone, 0, LOW, axis=1))}
+    return {**ranked, **by_bank(heat_pLE, np.insert(everyone, 0, LOW, axis=1))}

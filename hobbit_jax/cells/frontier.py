@@ -139,9 +139,9 @@ class FrontierCell:
         engine = Engine(bench.model, store, plan=plan, chunk_tokens=chunk_tokens)
 
         def quality_and_uses() -> Measured:
-            engine.watch = uses = UseCounter(store, plan)
-            found = quality.evaluate(engine, bench.windows, bench.native_logits_WTV)
-            engine.watch = None
+            uses = UseCounter(store, plan)
+            with engine.watched_by(uses):
+                found = quality.evaluate(engine, bench.windows, bench.native_logits_WTV)
             return combined(found.measured(), measured(uses.figures()))
 
         def errors() -> Measured:

@@ -103,14 +103,11 @@ def batches(windows: Windows, vocab_size: int) -> list[slice]:
 
 def watch_windows(engine: Engine, windows: Windows, watch: Callable, description: str) -> None:
     """Scores `windows` for what `watch` sees of every layer's routing; the logits are dropped."""
-    watched, engine.watch = engine.watch, watch
-    try:
+    with engine.watched_by(watch):
         for part in tqdm(
             batches(windows, engine.config.vocab_size), desc=description, leave=False, disable=None
         ):
             engine.score(windows.ids_WS[part, :-1])
-    finally:
-        engine.watch = watched
 
 
 def write_native_logits(engine: Engine, windows: Windows, path: Path) -> None:

@@ -1,25 +1,26 @@
 """How much of the pool low copies get, learned from what the model has routed so far.
 
-Owns the choice between a few divisions of the pool. Each has a shadow: a replay
-(`cache/tiered_replay.py`) that goes on from decision to decision. The last decoded tokens are kept
-as a short trace; between sequences every shadow replays them, and the pool is divided anew where
-that clearly moves fewer bytes. It never sees the future, and costs a recompile where it decides.
+This module owns the choice between a few divisions of the pool. Each has a shadow: a replay
+(`cache/counter.py`) that goes on from decision to decision. The last decoded tokens are kept as a
+short trace; between sequences every shadow replays them, and the pool is divided anew where that
+clearly moves fewer bytes. It never sees the future, and costs a recompile where it decides.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hobbit_jax.cache.controller import BankLayout
+from hobbit_jax.cache.counter import Replay, RoutedStep, Tally
 from hobbit_jax.cache.miss_modes import MissMode
 from hobbit_jax.cache.policies import PolicyFactory
-from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import CANDIDATE_SHARES, pool_slots
 from hobbit_jax.cache.promotion import PromotionRule
-from hobbit_jax.cache.tiered_replay import BankShapes, RoutedStep, Tally, TieredReplay
+from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.experts.precision import PrecisionPlan
 from hobbit_jax.inference.prefill import RoutedLayer
@@ -55,7 +56,7 @@ DEFAULT_SPLIT = SplitRule()
 
 
 @dataclass(frozen=True)
-class Redivision:
+class Repartition:
     """One change of the division."""
 
     tokens: int  # decoded before it
@@ -63,11 +64,11 @@ class Redivision:
     bytes_moved: int  # to fill the changed banks again
 
 
-class SplitChooser:
+class CapacityTuner:
     """Remembers routing and says which division would have moved the fewest bytes.
 
     Args:
-        shapes: of the pool.
+        layout: of the pool.
         divisions: the candidates, all of the same banks.
         share: the candidate that is in force.
         mode: what serves a miss.
@@ -78,7 +79,7 @@ class SplitChooser:
 
     def __init__(
         self,
-        shapes: BankShapes,
+        layout: BankLayout,
         divisions: Divisions,
         share: float,
         mode: MissMode,
@@ -89,8 +90,7 @@ class SplitChooser:
         self.divisions, self.share, self.rule = divisions, share, rule
         self._promoted_per_token = promotion.per_token if mode.promotes else None
         self._shadows = {
-            s: TieredReplay(shapes, slots, mode, policy, promotion)
-            for s, slots in divisions.items()
+            s: Replay(layout, slots, mode, policy, promotion) for s, slots in divisions.items()
         }
         self.tokens = 0
         self._wait, self._decided_at = rule.first_tokens, 0
@@ -120,7 +120,7 @@ class SplitChooser:
         self.share = min(good, key=lambda s: (tallies[s].degraded, tallies[s].bytes_moved))
         return self.share
 
-    def _judged(self, shadow: TieredReplay) -> Tally | None:
+    def _judged(self, shadow: Replay) -> Tally | None:
         """What the window's second half comes to, after the first; None while the banks fill."""
         first, half = self.tokens - len(self._recent), len(self._recent) // 2
         before, copies = Tally(), 0
@@ -148,7 +148,7 @@ class AdaptiveSplit:
 
     def __init__(
         self,
-        pool: SlotPool,
+        pool: ExpertPool,
         plan: PrecisionPlan,
         mode: MissMode,
         policy: PolicyFactory,
@@ -158,58 +158,49 @@ class AdaptiveSplit:
     ):
         store = pool.store
         self.pool, self.plan, self.mode, self.warm = pool, plan, mode, warm
-        self.history: list[Redivision] = []
+        self.history: list[Repartition] = []
         self._position = 0
-        expert_bytes = {e.signature: e.expert_bytes for tier in store.tiers for e in tier}
-        banks = [[e.signature for e in tier] for tier in store.tiers]
+        layout = pool.controller.layout
+        of_each = {bank.signature: bank.policy.capacity for bank in pool.controller.banks}
         divisions: dict[float, Mapping[Signature, int]] = {}
         for share in CANDIDATE_SHARES:
-            slots = pool_slots(plan, mode, store, pool.budget_bytes, share)[0]
-            same_banks = slots.keys() == pool.slots.keys()
+            budget_bytes = pool.budget_bytes // layout.n_devices
+            slots = pool_slots(plan, mode, store, budget_bytes, share, layout.n_devices)[0]
+            same_banks = slots.keys() == of_each.keys()
             if same_banks and slots not in divisions.values():
                 divisions[share] = slots
-        share = next(s for s, slots in divisions.items() if slots == pool.slots)
-        shapes = BankShapes(store.config.n_experts, banks, expert_bytes)
-        self._chooser = SplitChooser(shapes, divisions, share, mode, policy, promotion, rule)
+        share = next(s for s, slots in divisions.items() if slots == of_each)
+        self._tuner = CapacityTuner(layout, divisions, share, mode, policy, promotion, rule)
 
     @property
     def low_share(self) -> float:
         """The share in force."""
-        return self._chooser.share
+        return self._tuner.share
 
-    def watching(
-        self, watch: Callable[[RoutedLayer], None] | None
-    ) -> Callable[[RoutedLayer], None]:
-        """A watcher of the engine's that remembers what is decoded, and tells `watch`."""
-
-        def remember(routed: RoutedLayer) -> None:
-            if routed.h_TD is None and routed.valid_T.any():  # else a prompt, or nothing
-                ids_TK, weights_TK = (
-                    routed.ids_TK[routed.valid_T],
-                    routed.weights_TK[routed.valid_T],
-                )
-                asked_TK = self.plan.assign(routed.layer, ids_TK, weights_TK).astype(np.int32)
-                before = self._chooser.tokens
-                self._chooser.record(
-                    RoutedStep(self._position, routed.layer, ids_TK, weights_TK, asked_TK)
-                )
-                self._position += self._chooser.tokens - before
-            if watch is not None:
-                watch(routed)
-
-        return remember
+    def record(self, routed: RoutedLayer) -> None:
+        """Remembers a layer of what is decoded; prompts are left out."""
+        if routed.h_TD is not None or not routed.valid_T.any():
+            return
+        ids_TK, weights_TK = routed.ids_TK[routed.valid_T], routed.weights_TK[routed.valid_T]
+        requested_TK = self.plan.assign(routed.layer, ids_TK, weights_TK).astype(np.int32)
+        before = self._tuner.tokens
+        self._tuner.record(
+            RoutedStep(self._position, routed.layer, ids_TK, weights_TK, requested_TK)
+        )
+        self._position += self._tuner.tokens - before
 
     def begin_sequences(self) -> None:
         """Divides the pool anew if what was routed so far says so."""
         self._position = 0
-        share = self._chooser.decide()
+        share = self._tuner.decide()
         if share is None:
             return
         pool, before = self.pool, self.pool.stats.bytes_moved
-        for policy in pool.policies.values():
-            pool.unpin(policy.pinned)
-        pool.resize(dict(self._chooser.divisions[share]))
+        for bank in pool.controller.banks:
+            pool.controller.unpin(bank.policy.pinned)
+        pool.resize(dict(self._tuner.divisions[share]))
         if self.warm is not None:
-            self.warm.pin(pool, self.plan, self.mode)
+            shares_pLE = np.stack(self.plan.tier_shares_LE(pool.store))
+            self.warm.pin(pool, shares_pLE, self.mode)
         moved = pool.stats.bytes_moved - before
-        self.history.append(Redivision(self._chooser.tokens, share, moved))
+        self.history.append(Repartition(self._tuner.tokens, share, moved))

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hobbit_jax.cache.pool import Use
+from hobbit_jax.cache.controller import Use, uses_of
 from hobbit_jax.experts.precision import SKIPPED
-from hobbit_jax.experts.store import NATIVE, ExpertKey
+from hobbit_jax.experts.store import ExpertKey
 from hobbit_jax.inference.prefill import RoutedLayer
 from hobbit_jax.inference.selection import Selections
 
@@ -70,21 +70,9 @@ class LoggedLayer:
             self.layer, self.ids_A.reshape(shape), self.weights_A.reshape(shape), valid_T
         )
 
-    def uses(self) -> tuple[dict[ExpertKey, Use], dict[ExpertKey, Use]]:
-        """For policies: the copies that serve, and those asked for that a lower one stands for."""
-        uses: dict[ExpertKey, Use] = {}
-        wished: dict[ExpertKey, Use] = {}
-        listed = (self.served_A, self.ids_A, self.weights_A, self.asked_A)
-        for tier, expert, weight, asked in zip(*(a.tolist() for a in listed), strict=True):
-            if tier == SKIPPED:
-                continue
-            key = ExpertKey(tier, self.layer, expert)
-            before = uses.get(key, Use(key, 0.0, False))
-            uses[key] = Use(key, max(weight, before.weight), before.native or asked == NATIVE)
-            if tier > asked:
-                wish = key._replace(tier=asked)
-                wished[wish] = Use(wish, uses[key].weight)
-        return uses, wished
+    def uses(self) -> tuple[list[Use], list[Use]]:
+        """For the controller: see `uses_of`."""
+        return uses_of(self.layer, self.ids_A, self.weights_A, self.asked_A, self.served_A)
 
 
 @dataclass(frozen=True)

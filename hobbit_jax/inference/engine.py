@@ -7,7 +7,8 @@ and enters again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import jax
@@ -15,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hobbit_jax.cache.controller import BankLayout, Controller, Observer
 from hobbit_jax.cache.link import Link
 from hobbit_jax.cache.miss_modes import LOW, MissMode, miss_mode
 from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, Step, policy_factory
-from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import ADAPTIVE, DEFAULT_LOW_SHARE, LowShare, pool_slots
 from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
-from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, Promoter, PromotionRule
+from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, Promotion, PromotionRule
 from hobbit_jax.cache.sharded_pool import make_pool
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.experts.precision import SKIPPED, PrecisionPlan, uniform_plan
-from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.experts.store import ExpertKey, HostExperts
 from hobbit_jax.inference import non_finite
 from hobbit_jax.inference.adaptive_split import AdaptiveSplit
 from hobbit_jax.inference.decode_loop import (
@@ -102,41 +103,33 @@ class Engine:
             )
         self._kv_format = kv_format
         self._mesh = mesh = expert_mesh(devices)
-        if mesh is not None and (warm or low_share == ADAPTIVE):
-            raise NotImplementedError(
-                "several devices have no warm start and no adaptive low_share; use one device, or "
-                "neither of these"
-            )
         self.model, self.config, self.store = model.on(mesh), model.config, store
         self.plan = uniform_plan(store) if plan is None else plan
-        self.mode = miss_mode(mode)
-        self.chunk_tokens, self.watch = chunk_tokens, watch
+        self.mode, self.chunk_tokens = miss_mode(mode), chunk_tokens
+        self.watchers = [] if watch is None else [watch]
         slots, total = pool_slots(self.plan, self.mode, store, budget_bytes, low_share, devices)
         if staging_bytes is None:
             staging_bytes = self.config.experts_per_token * store.largest_expert_bytes
+        n_layers, n_experts = self.config.n_layers, self.config.n_experts
+        self._prefetcher = Prefetcher(prefetch, n_layers, n_experts) if prefetch else None
+        self._look_ahead = prefetch.distance if prefetch and prefetch.asks_routers else 0
+        observers: list[Observer] = [Promotion(promotion, self.mode)] if self.mode.promotes else []
+        observers += [self._prefetcher] if self._prefetcher else []
+        layout, factory = BankLayout.of_store(store, devices), policy_factory(policy)
+        self.controller = Controller(layout, slots, factory, observers)
         self.pool = make_pool(
-            store, slots, budget_bytes or total, policy_factory(policy), link, staging_bytes, mesh,
+            store, self.controller, budget_bytes or total, link, staging_bytes, mesh,
             model.implementation,
         )  # fmt: skip
         if self.mode.low_banks == "all":
             self.pool.load_all(LOW)
         if warm is not None:
-            assert isinstance(self.pool, SlotPool)
-            warm.fill(self.pool, self.plan, self.mode)
-        self._promoter = None
-        if self.mode.promotes:
-            self._promoter = Promoter(promotion, self.pool.evicted_for)
-            self.pool.hear_uses(self._promoter.note_served)
+            shares_pLE = np.stack(self.plan.tier_shares_LE(store))
+            warm.fill(self.pool, shares_pLE, self.mode)
         self.split = None
         if low_share == ADAPTIVE and self.mode.low_banks == "cache":
-            assert isinstance(self.pool, SlotPool)
-            factory = policy_factory(policy)
             self.split = AdaptiveSplit(self.pool, self.plan, self.mode, factory, promotion, warm)
-            self.watch = self.split.watching(watch)
-        n_layers, n_experts = self.config.n_layers, self.config.n_experts
-        self._prefetcher = Prefetcher(prefetch, n_layers, n_experts) if prefetch else None
-        self._look_ahead = prefetch.distance if prefetch and prefetch.asks_routers else 0
-        self._ahead: list[ExpertKey] = []  # to be staged while the next entry runs
+            self.watchers.append(self.split.record)
         self.stats = EngineStats()
         ends_graph, ends_state = nnx.split(self.model.ends)
         device_plan = replicated(jax.device_put(self.plan), mesh)
@@ -160,7 +153,7 @@ class Engine:
             raise ValueError(
                 f"{context} tokens exceed the model's context of {self.config.context_length}"
             )
-        self.pool.drop_expected()
+        self.pool.drop_prefetched()
         if self.split is not None:
             self.split.begin_sequences()
         self._carry = empty_carry(self.config, batch, context, self._mesh, self._kv_format)
@@ -183,6 +176,15 @@ class Engine:
         """Returns the counts so far and starts again from zero."""
         stats, self.stats = self.stats, EngineStats()
         return stats
+
+    @contextmanager
+    def watched_by(self, watch: Callable[[RoutedLayer], None]) -> Iterator[None]:
+        """Tells `watch` of every layer's routing, beside whoever is told of it already."""
+        self.watchers.append(watch)
+        try:
+            yield
+        finally:
+            self.watchers.remove(watch)
 
     def _count(self, asked_TK: np.ndarray, served_TK: np.ndarray) -> None:
         asked = asked_TK != SKIPPED
@@ -211,13 +213,9 @@ class Engine:
         self._check_room(n_new_B)
 
         def watch(routed: RoutedLayer, selections: Selections) -> None:
-            asked_TK, served_TK = selections.asked_TK, selections.served_TK
-            self._count(asked_TK, served_TK)
-            lowered_TK = (asked_TK == NATIVE) & (served_TK == LOW)
-            experts = np.unique(routed.ids_TK[lowered_TK]).tolist()
-            self._note_lowered(ExpertKey(NATIVE, routed.layer, expert) for expert in experts)
-            if self.watch is not None:
-                self.watch(routed)
+            self._count(selections.asked_TK, selections.served_TK)
+            for watcher in self.watchers:
+                watcher(routed)
 
         # Until all layers are done there is no sequence to go on with.
         carry, self._carry = self._started(), None
@@ -324,7 +322,7 @@ class Engine:
         program, k = decode_program(spec), self.config.experts_per_token
         stops = np.asarray(stop_ids, np.int32)
         rows: list[np.ndarray] = []
-        rounds: list[list[ExpertKey]] = []
+        batches: list[list[ExpertKey]] = []
         logits_BV, active_B, fresh = None, active_B.copy(), True
         try:
             while True:
@@ -335,16 +333,15 @@ class Engine:
                 self._carry, packed, logits_BV = program(
                     self._weights, self.pool.banks, self.pool.table_UE, self._started(), inputs
                 )
-                for key in self._ahead:
-                    self.pool.stage(key)
-                self._ahead.clear()
+                for key in self.controller.take_wanted():
+                    self.pool.reserve(key)
                 if fresh and self._prefetcher is not None:
-                    self.pool.expect(self._prefetcher.at_token())
-                # The one transfer from the device in an entry.
+                    self.pool.prefetch(self._prefetcher.at_token())
+                # The one transfer from the device in a call.
                 report = Report.unpack(
                     np.asarray(packed), most_tokens, len(ids_B), k, self._look_ahead
                 )
-                rounds = self._account(report) or rounds
+                batches = self._account(report) or batches
                 for drawn_B in report.tokens_NB:
                     for sequence, token, active in zip(self._ids, ids_B, active_B, strict=True):
                         if active:
@@ -358,53 +355,40 @@ class Engine:
                 if not report.blocked:
                     break
                 self.stats.exits += 1
-                if not rounds:
+                if not batches:
                     raise RuntimeError(f"layer {report.layer} waits for experts that are resident")
-                self._load(rounds.pop(0), report)
+                self._load(batches.pop(0), report)
                 fresh = False
         except BaseException:
             # The token is half done; what the pool holds is whole.
             self._carry = None
             raise
-        if self._promoter is not None:
-            self._ahead += self._promoter.pick(len(rows), self.pool.__contains__)
-        self.pool.commit()
+        self.controller.end_tokens(len(rows))
+        self.pool.promote()
         return _Decoded(np.stack(rows), logits_BV)
 
     def _load(self, keys: list[ExpertKey], report: Report) -> None:
-        """Loads what a layer waits for; an expert that waits again and again earns a low copy."""
-        if self.mode.leaves_low and self._promoter is not None:
-            fetched = (key for key in keys if key.tier == NATIVE and key not in self.pool)
-            self._promoter.note(key._replace(tier=LOW) for key in fetched)
+        """Loads a batch that a layer waits for, and what later layers may need behind it."""
         upcoming: list[ExpertKey] = []
         if self._prefetcher is not None:
             resident = self.pool.__contains__
             upcoming = self._prefetcher.at_exit(report.layer, report.ahead(), resident)
         self.pool.load(keys, upcoming=upcoming)
 
-    def _note_lowered(self, keys: Iterable[ExpertKey]) -> None:
-        if self._promoter is not None:
-            self._promoter.note(keys)
-
     def _account(self, report: Report) -> list[list[ExpertKey]]:
-        """Tells watchers and policies what an entry used; rounds to load for the last layer."""
-        n_layers, k = self.config.n_layers, self.config.experts_per_token
+        """Has the controller decide what a call's layers used; batches to load for the last one."""
         self._count(report.asked_IA, report.served_IA)
         longest = int(self._lengths_B.max())
-        rounds: list[list[ExpertKey]] = []
-        for logged in report.logged(n_layers):
-            if self.watch is not None:
-                self.watch(logged.routed(k))
-            uses, wished = logged.uses()
-            if report.blocked and (logged.token, logged.layer) == (report.steps, report.layer):
-                rounds = self.pool.entries(uses)
+        batches: list[list[ExpertKey]] = []
+        for logged in report.logged(self.config.n_layers):
+            for watcher in self.watchers:
+                watcher(logged.routed(self.config.experts_per_token))
             step = Step(self._tokens + logged.token, logged.layer, longest + logged.token)
-            self.pool.access(step, list(uses.values()), list(wished.values()))
-            if self._prefetcher is not None:
-                self._prefetcher.note(logged.layer, uses)
-            self._note_lowered(wished)
+            decision = self.controller.decide(step, *logged.uses())
+            self.pool.begin(decision)
+            batches = list(decision.batches)
         self._tokens += report.steps
-        return rounds
+        return batches
 
     def generate(
         self,

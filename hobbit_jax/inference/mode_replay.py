@@ -1,7 +1,7 @@
 """Miss modes, warm starts and the adaptive split on recorded routing, without a model.
 
-Owns the walk over a trace under a mode, and its figures. Everything that decides is the live
-engine's: `cache/tiered_replay.py`, `adaptive_split.py`, `cache/warm_start.py`.
+This module owns the walk over a trace under a mode, and its figures. Everything that decides is the
+live engine's: `cache/controller.py`, `adaptive_split.py`, `cache/warm_start.py`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax.cache.budget import BankDemand, divide_tiers
+from hobbit_jax.cache.controller import BankLayout
+from hobbit_jax.cache.counter import Replay, RoutedStep, Tally
 from hobbit_jax.cache.miss_modes import MISS_MODES, MissMode
 from hobbit_jax.cache.policies import policy_factory
 from hobbit_jax.cache.pool_sizing import ADAPTIVE, CANDIDATE_SHARES, DEFAULT_LOW_SHARE, LowShare
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, PromotionRule
-from hobbit_jax.cache.tiered_replay import BankShapes, RoutedStep, Tally, TieredReplay
 from hobbit_jax.cache.trace import Trace
-from hobbit_jax.cache.warm_start import rank
+from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.experts.store import NATIVE
-from hobbit_jax.inference.adaptive_split import DEFAULT_SPLIT, SplitChooser, SplitRule
+from hobbit_jax.inference.adaptive_split import DEFAULT_SPLIT, CapacityTuner, SplitRule
 from pallas_kernels.reference import Signature
 
 # Misses are also given for the first so many tokens, where a warm start acts.
@@ -71,12 +72,12 @@ def routed_tokens(trace: Trace) -> Iterator[tuple[int, list[RoutedStep]]]:
     order_TLK = np.argsort(-trace.weights_TLK, axis=-1, kind="stable")
     ids_TLK = np.take_along_axis(trace.ids_TLK, order_TLK, -1)
     weights_TLK = np.take_along_axis(trace.weights_TLK, order_TLK, -1)
-    asked_TK = np.full((1, ids_TLK.shape[2]), NATIVE, np.int32)
+    requested_TK = np.full((1, ids_TLK.shape[2]), NATIVE, np.int32)
     for ids_LK, weights_LK, position in zip(
         ids_TLK, weights_TLK, trace.position_T.tolist(), strict=True
     ):
         steps = [
-            RoutedStep(position, layer, ids_LK[[layer]], weights_LK[[layer]], asked_TK)
+            RoutedStep(position, layer, ids_LK[[layer]], weights_LK[[layer]], requested_TK)
             for layer in range(len(ids_LK))
         ]
         yield position, steps
@@ -103,36 +104,34 @@ def replay_mode(
     adaptive = setting.low_share == ADAPTIVE and mode.low_banks == "cache"
     share = DEFAULT_LOW_SHARE if setting.low_share == ADAPTIVE else setting.low_share
     slots, policy = _division(setting, mode, trace, share), policy_factory(setting.policy)
-    shapes = BankShapes(
+    layout = BankLayout(
         trace.n_experts,
+        k,
         [[bank] * trace.ids_TLK.shape[1] for bank in (_NATIVE, _LOW)],
         {_NATIVE: setting.expert_bytes, _LOW: setting.low_bytes},
     )
-    replay = TieredReplay(shapes, slots, mode, policy, setting.promotion)
+    replay = Replay(layout, slots, mode, policy, setting.promotion)
     if uses_LE is not None:
-        if any(int(setting.pin_share * n) > n - min(n, k) for n in slots.values()):
-            raise ValueError(f"pin_share is {setting.pin_share}; a step needs {k} slots of a bank")
-        asked_tLE = np.stack([np.ones(uses_LE.shape), np.zeros(uses_LE.shape)])
-        ranked = rank(uses_LE, asked_tLE, shapes.bank_tL, slots, mode)
-        replay.warm_up(ranked, setting.pin_share)
+        requested_pLE = np.stack([np.ones(uses_LE.shape), np.zeros(uses_LE.shape)])
+        WarmStart(uses_LE, setting.pin_share).fill(replay.counter, requested_pLE, mode)
     divisions = {s: _division(setting, mode, trace, s) for s in CANDIDATE_SHARES if adaptive}
     divisions = {s: found for s, found in divisions.items() if found.keys() == slots.keys()}
-    chooser = SplitChooser(shapes, divisions, share, mode, policy, setting.promotion, rule)
+    tuner = CapacityTuner(layout, divisions, share, mode, policy, setting.promotion, rule)
     began, changes, first_misses = replace(replay.tally), [], {}
     tokens = tqdm(routed_tokens(trace), total=len(trace.ids_TLK), unit="token", disable=None)
     for number, (position, steps) in enumerate(tokens):
-        if position == 0 and (new := chooser.decide()) is not None:
-            replay.resize(divisions[new])
+        if position == 0 and (new := tuner.decide()) is not None:
+            replay.counter.resize(divisions[new])
             changes.append([number, new])
         replay.token(number, steps)
         if adaptive:
             for step in steps:
-                chooser.record(step)
+                tuner.record(step)
         if number + 1 in FIRST_TOKENS:
             first_misses[number + 1] = replay.tally.since(began).misses
     return {
         **{name: value for name, value in asdict(setting).items() if name != "promotion"},
-        "slots": {bank.gate: policy.capacity for bank, policy in replay.policies.items()},
+        "slots": {bank.signature.gate: bank.policy.capacity for bank in replay.banks},
         **rates(replay.tally.since(began)),
         "first_misses": first_misses,
         "redivisions": changes,

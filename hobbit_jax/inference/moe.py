@@ -1,7 +1,7 @@
 """One layer's experts on many tokens, from routing to their weighted sum.
 
-Owns the grouping of selections by expert and the walk over banks and rounds. What stands on the
-host here is bookkeeping only; the arithmetic is `pallas_kernels.expert_ffn`.
+This module owns the grouping of selections by expert and the walk over banks and batches. What
+stands on the host here is bookkeeping only; the arithmetic is `pallas_kernels.expert_ffn`.
 
 A row's result does not depend on the pool's size: items are padded to a width
 fixed by the routing alone, each expert is computed by itself, and the K results
@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from hobbit_jax.cache.controller import Use
+from hobbit_jax.cache.miss_modes import LOW
 from hobbit_jax.cache.policies import Step
-from hobbit_jax.cache.pool import Use
 from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, ExpertKey
@@ -33,7 +34,7 @@ from pallas_kernels.reference import Bank, Signature, Work, gather_slots
 from pallas_kernels.tiles import item_rows
 
 # Experts that an XLA program gathers from their slots at a time: what bounds its scratch beside the
-# pool. The kernels read the slots themselves and take a whole round at once.
+# pool. The kernels read the slots themselves and take a whole batch at once.
 MAX_GATHERED = 8
 
 
@@ -127,7 +128,7 @@ def _items(
 def _calls(
     pool: ExpertPool, keys: Sequence[ExpertKey], grouped: Grouped, width: int, most_items: int
 ) -> Iterator[Work]:
-    """The items of one round, `most_items` to a call and device, padded to as many."""
+    """The items of one batch, `most_items` to a call and device, padded to as many."""
     items = [_items(pool, share, grouped, width) for share in pool.by_device(keys)]
     place = jnp.asarray if pool.mesh is None else partial(divided, mesh=pool.mesh)
     for start in range(0, max(len(slot_I) for slot_I, _ in items), most_items):
@@ -145,19 +146,26 @@ def _calls(
         )
 
 
-def _pieces(pool: ExpertPool, part: list[ExpertKey]) -> list[list[ExpertKey]]:
-    """Splits a round of one bank so that each piece can run while the next one is on its way.
+def _split_batch(pool: ExpertPool, batch: list[ExpertKey]) -> list[list[ExpertKey]]:
+    """Splits a batch of one bank so that each part can run while the next one is on its way.
 
     First what is resident, then as many experts at a time as fill half of what can be staged: the
-    other half is for those behind them. Without staging the round stays whole.
+    other half is for those behind them. Without staging the batch stays whole.
     """
     if not pool.staging_bytes:
-        return [part]
-    resident = [key for key in part if key in pool]
-    missing = [key for key in part if key not in pool]
-    size = max(1, pool.staging_bytes // (2 * pool.store.expert_bytes(part[0])))
-    pieces = [resident, *(missing[i : i + size] for i in range(0, len(missing), size))]
-    return [piece for piece in pieces if piece]
+        return [batch]
+    resident = [key for key in batch if key in pool]
+    missing = [key for key in batch if key not in pool]
+    size = max(1, pool.staging_bytes // (2 * pool.store.expert_bytes(batch[0])))
+    parts = [resident, *(missing[i : i + size] for i in range(0, len(missing), size))]
+    return [part for part in parts if part]
+
+
+def _unmet(layer: int, selections: Selections) -> list[Use]:
+    """Native experts that were requested and served low."""
+    low_TK = (selections.asked_TK == NATIVE) & (selections.served_TK == LOW)
+    experts = np.unique(selections.ids_TK[low_TK]).tolist()
+    return [Use(ExpertKey(NATIVE, layer, expert)) for expert in experts]
 
 
 def apply_experts(
@@ -192,19 +200,21 @@ def apply_experts(
     by_bank: dict[Signature, list[ExpertKey]] = defaultdict(list)
     for key in grouped.assignments:
         by_bank[pool.store.signature(key)].append(key)
-    pieces = [
-        (signature, part, piece)
+    controller = pool.controller
+    parts = [
+        (signature, batch, part)
         for signature, keys in by_bank.items()
-        for part in pool.rounds(keys)
-        for piece in _pieces(pool, part)
+        for batch in controller.batches(keys)
+        for part in _split_batch(pool, batch)
     ]
-    pool.access(step, grouped.uses(selections))
+    unmet = _unmet(step.layer, selections)
+    pool.begin(controller.decide(step, grouped.uses(selections), unmet, prefill=True))
 
     n_parts, layout = (1, None) if mesh is None else (mesh.size, NamedSharding(mesh, DIVIDED))
     y_AD = jnp.zeros((n_parts * n_assignments, h_TD.shape[1]), jnp.float32, device=layout)
-    for index, (signature, part, piece) in enumerate(pieces):
-        later = [key for *_, following in pieces[index + 1 :] for key in following]
-        pool.load(piece, keep=part, upcoming=[*later, *upcoming])
+    for index, (signature, batch, part) in enumerate(parts):
+        later = [key for *_, following in parts[index + 1 :] for key in following]
+        pool.load(part, keep=batch, upcoming=[*later, *upcoming])
         chosen = implementation_for(
             signature, pool.store.config.d_model, pool.store.config.d_expert, implementation
         )
@@ -213,7 +223,7 @@ def apply_experts(
         most_items = min(n_assignments, n_experts + n_assignments // width)
         if chosen == "xla":
             most_items = min(most_items, MAX_GATHERED)
-        for work in _calls(pool, piece, grouped, width, most_items):
+        for work in _calls(pool, part, grouped, width, most_items):
             bank = pool.banks[signature]
             if chosen == "xla":
                 bank, work = _gather_slots(bank, work, mesh)

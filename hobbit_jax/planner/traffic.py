@@ -1,10 +1,11 @@
 """What each way of decoding would move, wait for and read, by replaying routing.
 
-Owns the step from a setting, a pool and a trace to a `Traffic`. Who is resident is decided by the
-live classes (`cache/pool_sizing.py`, `cache/tiered_replay.py`), warmed up from the trace's first
-tokens as a profile would (`cache/warm_start.py`), and counted on later ones. A trace of another
-shape is replayed in its own: each bank gets the same fraction of its experts, and the counts are
-scaled to the model's selections.
+Owns the step from a setting, a pool and a trace to a `Traffic`.
+Who is resident is decided by the live classes (`cache/pool_sizing.py`,
+`cache/controller.py`), warmed up from the trace's first tokens as a profile would
+(`cache/warm_start.py`), and counted on later ones. A trace of another shape is replayed in its own:
+each bank gets the same fraction of its experts, and the counts are scaled to the model's
+selections.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from typing import Literal
 
 import numpy as np
 
+from hobbit_jax.cache.controller import BankLayout, Controller
+from hobbit_jax.cache.counter import Replay, RoutedStep
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import DEFAULT_POLICY, policy_factory
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, pool_slots
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION
-from hobbit_jax.cache.tiered_replay import BankShapes, RoutedStep, TieredReplay
 from hobbit_jax.cache.trace import Trace
-from hobbit_jax.cache.warm_start import rank
+from hobbit_jax.cache.warm_start import WarmStart, rank
 from hobbit_jax.experts.precision import StaticPlan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.planner.cost_model import Traffic
@@ -142,6 +144,12 @@ def _shrunk(
     return shrunk
 
 
+def _layout(store: HostExperts, bank_tL: list[list[Signature]], trace: Trace) -> BankLayout:
+    """Banks of the trace's shape with the model's formats."""
+    expert_bytes = {layer.signature: layer.expert_bytes for tier in store.tiers for layer in tier}
+    return BankLayout(trace.n_experts, trace.ids_TLK.shape[2], bank_tL, expert_bytes)
+
+
 def replay_setting(
     setting: Setting, model: PlannedModel, trace: Trace, pool_bytes: int, context: int
 ) -> Outcome:
@@ -157,15 +165,12 @@ def replay_setting(
     slots, _ = pool_slots(_plan(model, tier_lE), mode, store, pool_bytes, setting.low_share)
     layers = _model_layers(trace, model)
     bank_tL = [[store.layer(t, at).signature for at in layers] for t in range(len(store.tiers))]
-    expert_bytes: dict[Signature, int] = {
-        layer.signature: layer.expert_bytes for tier in store.tiers for layer in tier
-    }
-    shapes = BankShapes(trace.n_experts, bank_tL, expert_bytes)
+    layout = _layout(store, bank_tL, trace)
     shrunk = _shrunk(slots, store, bank_tL, trace.n_experts)
     policy = policy_factory(DEFAULT_POLICY)
-    replay = TieredReplay(shapes, shrunk, mode, policy, DEFAULT_PROMOTION)
+    replay = Replay(layout, shrunk, mode, policy, DEFAULT_PROMOTION)
     shares_tLE = np.stack([tier_lE == tier for tier in range(len(store.tiers))]).astype(np.float64)
-    replay.warm_up(rank(parts.uses_LE, shares_tLE, bank_tL, shrunk, mode), 0.0)
+    WarmStart(parts.uses_LE).fill(replay.counter, shares_tLE, mode)
 
     order_TLK = np.argsort(-trace.weights_TLK, axis=-1, kind="stable")
     ids_TLK = np.take_along_axis(trace.ids_TLK, order_TLK, -1)
@@ -196,7 +201,7 @@ def replay_setting(
         kv_bytes=model.kv_cache_bytes(context),
         expert_bytes=tally.bytes_used * scale,
         selections=selections,
-        exits=_exits(tally.exits / (tally.tokens * n_layers), config.experts_per_token / k)
+        exits=_exits(tally.round_trips / (tally.tokens * n_layers), config.experts_per_token / k)
         * config.n_layers,
         moved_experts=moved_experts * scale,
         moved_bytes=tally.bytes_moved * scale,
@@ -213,9 +218,7 @@ def replay_setting(
     )
 
 
-def _residents(
-    setting: Setting, slots: Mapping[Signature, int], pairs: int, replay: TieredReplay
-) -> int:
+def _residents(setting: Setting, slots: Mapping[Signature, int], pairs: int, replay: Replay) -> int:
     mode = MISS_MODES[setting.mode]
     if mode.low_banks == "none":
         return sum(slots.values())
@@ -276,9 +279,9 @@ def hot_on_device(
     hot_LE = np.zeros(parts.uses_LE.shape, bool)
     shrunk = _shrunk(slots, store, [bank_L], trace.n_experts)
     native = np.ones((1, *parts.uses_LE.shape))
-    ranked = rank(parts.uses_LE, native, [bank_L], shrunk, MISS_MODES["wait"])
-    for bank, keys in ranked.items():
-        for key in keys[: shrunk[bank]]:
+    controller = Controller(_layout(store, [bank_L], trace), shrunk, policy_factory(DEFAULT_POLICY))
+    for bank, keys in rank(parts.uses_LE, native, controller, MISS_MODES["wait"]).items():
+        for key in keys[: bank.policy.capacity]:
             hot_LE[key.layer, key.expert] = True
     end = min(len(trace.ids_TLK), TOKENS)
     ids_TLK = trace.ids_TLK[parts.warm_end : end]

@@ -46,11 +46,8 @@ def record(engine: Engine, windows: Windows, folder: Path) -> None:
                 (h_TD[valid_T], routed.ids_TK[valid_T], routed.weights_TK[valid_T])
             )
 
-        watched, engine.watch = engine.watch, keep
-        try:
+        with engine.watched_by(keep):
             engine.score(windows.ids_WS[part, :-1])
-        finally:
-            engine.watch = watched
         h_LTD, ids_LTK, weights_LTK = (
             np.stack([np.concatenate([step[field] for step in layer]) for layer in seen])
             for field in range(3)

@@ -1,0 +1,344 @@
+"""The cache controller: what happens to every selection that a router makes.
+
+This module owns the decision and has no arrays: which copies run because they are resident, which
+are fetched, which expert gives up its slot, in which batches the rest of a layer runs where a bank
+has fewer slots than the layer needs. The eviction policies (`policies/`) belong to it, one for each
+bank of each device. An executor does what it decides: the slot pool (`pool.py`) with copies and
+device arrays, the counter (`counter.py`) with sums. So a recorded trace that is played to a
+controller with a counter is the run itself without the model, and a test holds the two together.
+
+Observers (`Observer`) are told of every decision: promotion, the adaptive split, recorders. None
+replaces another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hobbit_jax.cache.policies import Policy, PolicyFactory, Step
+from hobbit_jax.experts.precision import SKIPPED
+from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.model.sharding import owner
+from pallas_kernels.reference import Signature
+
+
+class Use(NamedTuple):
+    """One copy's use in one step of one layer, for the policies."""
+
+    key: ExpertKey
+    weight: float = 1.0  # its largest router weight among the step's tokens
+    native: bool = True  # whether native precision was requested
+
+
+class Decision(NamedTuple):
+    """What one step of one layer comes to.
+
+    Attributes:
+        step: where in the model and in the text.
+        uses: the copies that serve, whether resident or to be fetched.
+        unmet: copies that were requested and that another precision stands in for.
+        missing: the copies to fetch, in the order of `uses`.
+        batches: what runs together, all of `uses`; empty where nothing is missing.
+        prefill: whether the step is a chunk of a prompt.
+    """
+
+    step: Step
+    uses: Sequence[Use]
+    unmet: Sequence[Use]
+    missing: Sequence[ExpertKey]
+    batches: list[list[ExpertKey]]
+    prefill: bool = False
+
+
+class Observer:
+    """Is told what a controller decides; every method does nothing until it is overridden."""
+
+    def attach(self, controller: Controller) -> None:
+        """Once, before the first step: whose decisions it will hear."""
+
+    def after_step(self, decision: Decision) -> None:
+        """After each layer's decision, before anything is loaded for it."""
+
+    def after_tokens(self, count: int) -> Iterable[ExpertKey]:
+        """After `count` decoded tokens; the copies to load in the background."""
+        return ()
+
+
+@dataclass(frozen=True)
+class BankLayout:
+    """Which bank holds which copies, and what one of them weighs.
+
+    Attributes:
+        n_experts: of a layer.
+        experts_per_token: of a layer; a bank keeps so many slots to stream through.
+        signature_pL: of the copies of each precision and layer.
+        expert_bytes: of one copy, by signature.
+        n_devices: that divide the experts.
+    """
+
+    n_experts: int
+    experts_per_token: int
+    signature_pL: Sequence[Sequence[Signature]]
+    expert_bytes: Mapping[Signature, int]
+    n_devices: int = 1
+
+    @classmethod
+    def of_store(cls, store: HostExperts, n_devices: int = 1) -> BankLayout:
+        """The layout of a model's experts."""
+        return cls(
+            store.config.n_experts,
+            store.config.experts_per_token,
+            [[experts.signature for experts in layers] for layers in store.tiers],
+            {
+                experts.signature: experts.expert_bytes
+                for layers in store.tiers
+                for experts in layers
+            },
+            n_devices,
+        )
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.signature_pL[NATIVE])
+
+
+@dataclass(eq=False)
+class Bank:
+    """Slots of one device for the copies of one signature, and the policy that gives them out."""
+
+    device: int
+    signature: Signature
+    expert_bytes: int
+    policy: Policy[ExpertKey] = field(repr=False)
+
+    @property
+    def room(self) -> int:
+        """Slots that nobody holds."""
+        return self.policy.capacity - len(self.policy)
+
+
+class Controller:
+    """Decides what happens to every selection; see the module.
+
+    Args:
+        layout: which bank holds which copies.
+        slots: of each device's bank, by signature; a signature that is not there has no bank.
+        policy: of each bank.
+        observers: told of every decision, in this order.
+    """
+
+    def __init__(
+        self,
+        layout: BankLayout,
+        slots: Mapping[Signature, int],
+        policy: PolicyFactory,
+        observers: Sequence[Observer] = (),
+    ):
+        self.layout, self.observers = layout, list(observers)
+        self.banks = [
+            Bank(device, signature, layout.expert_bytes[signature], policy(n_slots))
+            for device in range(layout.n_devices)
+            for signature, n_slots in slots.items()
+        ]
+        by_name = {(bank.device, bank.signature): bank for bank in self.banks}
+        self._bank_dpL = [
+            [
+                [by_name.get((device, signature)) for signature in layers]
+                for layers in layout.signature_pL
+            ]
+            for device in range(layout.n_devices)
+        ]
+        self._wanted: list[ExpertKey] = []
+        for observer in self.observers:
+            observer.attach(self)
+
+    def find_bank(self, key: ExpertKey) -> Bank | None:
+        """The bank that may hold `key`; None where its signature has no slots."""
+        n_devices = self.layout.n_devices
+        device = 0 if n_devices == 1 else owner(key.layer, key.expert, n_devices)
+        return self._bank_dpL[device][key.tier][key.layer]
+
+    def bank(self, key: ExpertKey) -> Bank:
+        """The bank that may hold `key`. KeyError if its signature has no slots."""
+        bank = self.find_bank(key)
+        if bank is None:
+            raise KeyError(key)
+        return bank
+
+    def __contains__(self, key: ExpertKey) -> bool:
+        bank = self.find_bank(key)
+        return bank is not None and key in bank.policy
+
+    def resident(self) -> Iterator[ExpertKey]:
+        """Every copy that holds a slot."""
+        layout = self.layout
+        shape = (len(layout.signature_pL), layout.n_layers, layout.n_experts)
+        keys = (ExpertKey(*index) for index in np.ndindex(shape))
+        return (key for key in keys if key in self)
+
+    def decide(
+        self,
+        step: Step,
+        uses: Sequence[Use],
+        unmet: Sequence[Use] = (),
+        prefill: bool = False,
+    ) -> Decision:
+        """Records one step's uses and decides what is to be loaded for them.
+
+        The policies hear of unmet requests too, except in prefill: a chunk of a prompt requests
+        most experts once, which says little about the next token.
+
+        Args:
+            step: where in the model and in the text.
+            uses: the copies that serve.
+            unmet: the copies that another precision stands in for.
+            prefill: whether the step is a chunk of a prompt.
+        """
+        for bank in self.banks:
+            bank.policy.begin_step(step)
+        missing = [
+            key
+            for key, weight, native in uses
+            if not self.bank(key).policy.access(key, weight, native)
+        ]
+        for key, weight, native in () if prefill else unmet:
+            if (bank := self.find_bank(key)) is not None:
+                bank.policy.access(key, weight, native)
+        batches = self.batches(use.key for use in uses) if missing else []
+        decision = Decision(step, uses, unmet, missing, batches, prefill)
+        for observer in self.observers:
+            observer.after_step(decision)
+        return decision
+
+    def batches(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
+        """Splits one step's copies into batches that fit the slots of every bank together.
+
+        Residents come first, so that a batch that must evict does not evict what the step still
+        needs. The first batch of every bank of every device runs together, then the second.
+
+        Raises:
+            RuntimeError: a bank whose slots are all pinned has something to load.
+        """
+        by_bank: dict[Bank, list[ExpertKey]] = {}
+        for key in keys:
+            by_bank.setdefault(self.bank(key), []).append(key)
+        ordered = sorted(by_bank, key=lambda bank: bank.device)
+        parts = [_batches_of(bank, by_bank[bank]) for bank in ordered]
+        return [[key for part in row for key in part or ()] for row in zip_longest(*parts)]
+
+    def admit(self, key: ExpertKey, keep: Collection[ExpertKey] = ()) -> ExpertKey | None:
+        """Gives a missing copy a slot; the copy that is evicted for it, if any.
+
+        Raises:
+            RuntimeError: it is resident, or every slot is pinned or in `keep`.
+        """
+        return self.bank(key).policy.admit(key, keep)
+
+    def evicted_for(self, key: ExpertKey) -> ExpertKey | None:
+        """The copy that the arrival of `key` would evict; None if a slot is free or has no bank."""
+        bank = self.find_bank(key)
+        return None if bank is None or bank.room > 0 else bank.policy.victim()
+
+    def has_unpinned_slot(self, key: ExpertKey) -> bool:
+        """Whether `key` could get a slot between two steps."""
+        bank = self.find_bank(key)
+        return bank is not None and len(bank.policy.pinned) < bank.policy.capacity
+
+    def check_pins(self, keys: Iterable[ExpertKey]) -> None:
+        """Refuses pins that would leave a bank too few slots to stream the rest through.
+
+        Raises:
+            ValueError: says which bank.
+        """
+        by_bank: dict[Bank, set[ExpertKey]] = {}
+        for key in keys:
+            by_bank.setdefault(self.bank(key), set()).add(key)
+        for bank, wanted in by_bank.items():
+            n_slots, total = bank.policy.capacity, len(bank.policy.pinned | wanted)
+            least = min(n_slots, self.layout.experts_per_token)
+            if total > n_slots - least:
+                raise ValueError(
+                    f"pinning {total} experts leaves bank {bank.signature} fewer than {least} of "
+                    f"its {n_slots} slots to stream through"
+                )
+
+    def pin(self, key: ExpertKey) -> None:
+        """Protects a resident copy from eviction until `unpin`. KeyError if it is absent."""
+        self.bank(key).policy.pin(key)
+
+    def unpin(self, keys: Iterable[ExpertKey]) -> None:
+        """Gives pinned copies back to their policies."""
+        for key in keys:
+            self.bank(key).policy.unpin(key)
+
+    def forget(self, bank: Bank) -> None:
+        """Makes all copies of a bank absent, after a failure."""
+        for key in list(self.resident()):
+            if self.bank(key) is bank:
+                bank.policy.unpin(key)
+                bank.policy.remove(key)
+
+    def end_tokens(self, count: int) -> None:
+        """Ends `count` decoded tokens: observers may want copies loaded in the background."""
+        for observer in self.observers:
+            self._wanted += observer.after_tokens(count)
+
+    def take_wanted(self) -> list[ExpertKey]:
+        """The copies to load in the background while the next token runs, each once."""
+        wanted, self._wanted = self._wanted, []
+        return [key for key in dict.fromkeys(wanted) if key not in self and self.find_bank(key)]
+
+
+def _batches_of(bank: Bank, keys: Sequence[ExpertKey]) -> list[list[ExpertKey]]:
+    policy = bank.policy
+    ordered = sorted(keys, key=lambda key: (key not in policy, key))
+    # Pinned copies of this step are all in the first batch; in later ones they only take room.
+    first = policy.capacity - len(policy.pinned - set(ordered))
+    size = policy.capacity - len(policy.pinned)
+    if len(ordered) > first and size < 1:
+        raise RuntimeError(f"every slot of bank {bank.signature} is pinned")
+    starts = range(first, len(ordered), max(size, 1))
+    return [ordered[:first], *(ordered[i : i + size] for i in starts)]
+
+
+def uses_of(
+    layer: int,
+    ids_A: Any,
+    weights_A: Any,
+    requested_A: Any,
+    served_A: Any,
+) -> tuple[list[Use], list[Use]]:
+    """The copies that serve a layer's selections, and those that were requested in vain.
+
+    Args:
+        layer: of the model.
+        ids_A: int, the experts chosen, of all tokens of the step.
+        weights_A: float, the router's.
+        requested_A: int, the precision that the plan asks for; `SKIPPED` for padding.
+        served_A: int, the precision that serves; `SKIPPED` for none.
+
+    Returns:
+        Uses and unmet requests, each copy once, in the order of its first selection.
+    """
+    uses: dict[ExpertKey, Use] = {}
+    unmet: dict[ExpertKey, Use] = {}
+    listed = (served_A, ids_A, weights_A, requested_A)
+    for served, expert, weight, requested in zip(*(a.tolist() for a in listed), strict=True):
+        if served == SKIPPED:
+            continue
+        key = ExpertKey(served, layer, expert)
+        before = uses.get(key)
+        native = requested == NATIVE
+        if before is not None:
+            weight, native = max(weight, before.weight), native or before.native
+        uses[key] = Use(key, weight, native)
+        if served > requested:
+            wish = key._replace(tier=requested)
+            unmet[wish] = Use(wish, weight)
+    return list(uses.values()), list(unmet.values())

@@ -1,0 +1,127 @@
+"""One cache controller: a replayed run makes the run's own decisions, one by one."""
+
+import numpy as np
+import pytest
+
+from hobbit_jax.cache.controller import BankLayout, Controller, Observer, Use
+from hobbit_jax.cache.counter import Replay, RoutedStep
+from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
+from hobbit_jax.cache.policies import POLICIES, Step, policy_factory
+from hobbit_jax.cache.promotion import PromotionRule
+from hobbit_jax.experts import tiers
+from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import load_model
+
+RULE = PromotionRule(after_uses=2, per_token=2)
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def model(two_banks_path):
+    return load_model(two_banks_path)
+
+
+@pytest.fixture(scope="module")
+def store(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("low")
+    low = tiers.open_tier(model.file, model.config, tiers.TierSpec("Q2_K"), folder)
+    return HostExperts(model.config, model.file, [low])
+
+
+class Recorder(Observer):
+    """Every decision and every copy that got a slot, with the copy that it displaced."""
+
+    def __init__(self, controller: Controller):
+        self.events: list = []
+        controller.observers.append(self)
+        admit = controller.admit
+
+        def recorded(key, keep=()):
+            self.events.append((key, victim := admit(key, keep)))
+            return victim
+
+        controller.admit = recorded  # type: ignore[method-assign]
+
+    def after_step(self, decision) -> None:
+        self.events.append(decision)
+
+
+def run_live(model, store, mode: str, policy: str, devices: int):
+    """Forced tokens on an engine: what was routed, what was decided, the slots of each device."""
+    all_low = store.tier_bytes(LOW) if MISS_MODES[mode].low_banks == "all" else 0
+    share = 0.6 if devices == 1 else 0.9  # a device's pool holds a whole step of its experts
+    budget_bytes = (all_low + int(share * store.tier_bytes(NATIVE))) // devices
+    engine = Engine(
+        model, store, budget_bytes, mode=mode, policy=policy, promotion=RULE, devices=devices
+    )
+    recorder, routed = Recorder(engine.controller), []
+    engine.watchers.append(routed.append)
+    engine.start(1, TOKENS)
+    for token in np.random.default_rng(0).integers(0, model.config.vocab_size, TOKENS):
+        engine.decode(np.asarray([token]))
+    slots = {s: n // devices for s, n in engine.pool.slots.items()}
+    return routed, recorder.events, slots, engine
+
+
+def replay(store, routed, slots, mode: str, policy: str, devices: int):
+    layout, factory = BankLayout.of_store(store, devices), policy_factory(policy)
+    replayed = Replay(layout, slots, MISS_MODES[mode], factory, RULE)
+    recorder, n_layers = Recorder(replayed.controller), layout.n_layers
+    for token in range(TOKENS):
+        steps = [
+            RoutedStep(token, r.layer, r.ids_TK, r.weights_TK, np.zeros(r.ids_TK.shape, np.int32))
+            for r in routed[n_layers * token : n_layers * (token + 1)]
+        ]
+        replayed.token(token, steps)
+    return recorder.events, replayed
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("mode", MISS_MODES)
+def test_a_replay_makes_the_decisions_of_the_run(model, store, mode, devices):
+    for policy in POLICIES:
+        routed, events, slots, engine = run_live(model, store, mode, policy, devices)
+        replayed_events, replayed = replay(store, routed, slots, mode, policy, devices)
+        assert len(replayed_events) == len(events) > TOKENS
+        for live, counted in zip(events, replayed_events, strict=True):
+            assert live == counted, policy
+        assert replayed.tally.bytes_moved == engine.pool.stats.bytes_moved
+        assert replayed.tally.round_trips == engine.stats.exits
+        assert set(replayed.controller.resident()) == engine.pool.resident()
+
+
+def test_a_planted_difference_is_seen(model, store):
+    """The comparison above can fail: a policy that forgets one access decides otherwise."""
+    routed, events, slots, _ = run_live(model, store, "fetch_low", "lru", 1)
+    first = routed[0]
+    routed[0] = type(first)(first.layer, first.ids_TK[:, ::-1], first.weights_TK, first.valid_T)
+    replayed_events, _ = replay(store, routed, slots, "fetch_low", "lru", 1)
+    assert replayed_events != events
+
+
+def test_observers_are_all_told_in_their_order(store):
+    told: list[str] = []
+
+    class Named(Observer):
+        def __init__(self, name):
+            self.name = name
+
+        def attach(self, controller):
+            told.append(f"{self.name} attached")
+
+        def after_step(self, decision):
+            told.append(self.name)
+
+        def after_tokens(self, count):
+            return [key] if self.name == "second" else []
+
+    layout = BankLayout.of_store(store)
+    slots = dict.fromkeys(layout.expert_bytes, 4)
+    controller = Controller(layout, slots, policy_factory("lru"), [Named("first"), Named("second")])
+    key = ExpertKey(LOW, 1, 3)
+    decision = controller.decide(Step(0, 1, 0), [Use(ExpertKey(NATIVE, 1, 3))])
+    assert told == ["first attached", "second attached", "first", "second"]
+    assert decision.missing == [ExpertKey(NATIVE, 1, 3)] and decision.batches == [decision.missing]
+    controller.end_tokens(1)
+    assert controller.take_wanted() == [key] and controller.take_wanted() == []
