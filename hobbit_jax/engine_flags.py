@@ -21,15 +21,15 @@ from hobbit_jax.cache.policies import DEFAULT_POLICY, POLICIES
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare, low_share
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.cache_folder import low_precision_folder
+from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
-from hobbit_jax.experts.tiers import TierSpec, open_tier
+from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel, load_model
 from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.quantize import FORMATS
-from hobbit_jax.signals.calibration import Calibration
 from pallas_kernels.backends import IMPLEMENTATIONS
 from pallas_kernels.ggml.ops import set_threads
 
@@ -102,7 +102,7 @@ _FLAGS: dict[str, _Flag] = {
     ),
     "miss_mode": _Flag(
         _one_of(MISS_MODES),
-        "wait",
+        "fetch",
         "Rule that says what serves a selected expert that is not resident.\n"
         + _meanings(MISS_MODES, type),
     ),
@@ -110,7 +110,7 @@ _FLAGS: dict[str, _Flag] = {
         _one_of(FORMATS),
         None,
         "Format of the low-precision experts. They serve the misses of a --miss_mode that keeps "
-        f"low copies ({DEFAULT_LOW_FORMAT} by default); under wait, every expert runs in this "
+        f"low copies ({DEFAULT_LOW_FORMAT} by default); under fetch, every expert runs in this "
         "format.",
     ),
     "low_share": _Flag(
@@ -266,4 +266,6 @@ class EngineFlags:
 
 def low_experts(model: LoadedModel, low_format: str) -> GGUFFile:
     """Every expert of `model` in `low_format`, from the cache folder or made anew."""
-    return open_tier(model.file, model.config, TierSpec(low_format), low_precision_folder())
+    return open_low_precision(
+        model.file, model.config, LowPrecisionSpec(low_format), low_precision_folder()
+    )

@@ -67,7 +67,7 @@ def report(engine: Engine, steps: list[StepStats]) -> dict[str, Any]:
     return {
         "hit rate": pool.stats.hit_rate,
         "bytes moved": pool.stats.bytes_moved,
-        "exits per token": stats.exits / max(stats.decoded_tokens, 1),
+        "host round trips per token": stats.host_round_trips / max(stats.decoded_tokens, 1),
         "degraded selections": stats.degraded / max(stats.selections, 1),
         "pool bytes": pool.device_bytes,
         "pool budget bytes": pool.budget_bytes,

@@ -8,7 +8,7 @@ from hobbit_jax.cache.counter import Replay, RoutedStep
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import POLICIES, Step, policy_factory
 from hobbit_jax.cache.promotion import PromotionRule
-from hobbit_jax.experts import tiers
+from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
@@ -25,7 +25,9 @@ def model(two_banks_path):
 @pytest.fixture(scope="module")
 def store(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("low")
-    low = tiers.open_tier(model.file, model.config, tiers.TierSpec("Q2_K"), folder)
+    low = low_precision.open_low_precision(
+        model.file, model.config, low_precision.LowPrecisionSpec("Q2_K"), folder
+    )
     return HostExperts(model.config, model.file, [low])
 
 
@@ -49,9 +51,9 @@ class Recorder(Observer):
 
 def run_live(model, store, mode: str, policy: str, devices: int):
     """Forced tokens on an engine: what was routed, what was decided, the slots of each device."""
-    all_low = store.tier_bytes(LOW) if MISS_MODES[mode].low_banks == "all" else 0
+    all_low = store.precision_bytes(LOW) if MISS_MODES[mode].low_banks == "all" else 0
     share = 0.6 if devices == 1 else 0.9  # a device's pool holds a whole step of its experts
-    budget_bytes = (all_low + int(share * store.tier_bytes(NATIVE))) // devices
+    budget_bytes = (all_low + int(share * store.precision_bytes(NATIVE))) // devices
     engine = Engine(
         model, store, budget_bytes, mode=mode, policy=policy, promotion=RULE, devices=devices
     )
@@ -87,7 +89,7 @@ def test_a_replay_makes_the_decisions_of_the_run(model, store, mode, devices):
         for live, counted in zip(events, replayed_events, strict=True):
             assert live == counted, policy
         assert replayed.tally.bytes_moved == engine.pool.stats.bytes_moved
-        assert replayed.tally.round_trips == engine.stats.exits
+        assert replayed.tally.round_trips == engine.stats.host_round_trips
         assert set(replayed.controller.resident()) == engine.pool.resident()
 
 
