@@ -22,8 +22,6 @@ from dataclasses import replace
 
 from ml_collections import ConfigDict
 
-from hobbit_jax.cells.frontier import FrontierCell
-from hobbit_jax.cells.texts import MIXED_TEXT, TASKS_TEXT
 from hobbit_jax.record import (
     EvalSizes,
     Inputs,
@@ -33,6 +31,8 @@ from hobbit_jax.record import (
     QualityTrial,
     Uniform,
 )
+from hobbit_jax.sweep.quality_trial import QualityRun
+from hobbit_jax.sweep.texts import MIXED_TEXT, TASKS_TEXT
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -50,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.implementation = ""
     config.methods = ("rtn", "importance", "gptq", *(("ggml",) if arg == "ggml" else ()))
     config.formats = ("Q3_K", "Q2_K")
-    config.signals = ("sensitivity", "frequency", "accumulated_weight", "hybrid", "random")
+    config.scores = ("sensitivity", "frequency", "accumulated_weight", "hybrid", "random")
     # Of native's bytes. Uniform Q2_K has 0.54 of them and Q3_K 0.71.
     config.bytes_fractions = (0.6, 0.7, 0.85)
     # HOBBIT's own mix, the third entry of which is skipped, and one with more low selections.
@@ -62,13 +62,13 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     config.rule = ConfigDict({})
     if arg == "smoke":
-        config.signals, config.bytes_fractions = ("sensitivity", "random"), (0.6, 0.7)
+        config.scores, config.bytes_fractions = ("sensitivity", "random"), (0.6, 0.7)
         config.seeds, config.shares = (0,), ((0.67, 0.30, 0.03),)
         config.eval.update(windows=4, calibration_windows=4, task_problems=0)
     return config
 
 
-def sweep(config: ConfigDict) -> list[FrontierCell]:
+def sweep(config: ConfigDict) -> list[QualityRun]:
     """Rivals and mixes by every signal, seed by seed; then the transfer check."""
     inputs = Inputs(
         config.model, config.calibration_text, config.evaluation_text, config.implementation
@@ -79,26 +79,26 @@ def sweep(config: ConfigDict) -> list[FrontierCell]:
     def cell(plan, seed, problems=0, text=None):
         sizes = {**config.eval, "task_problems": config.eval.task_problems if problems else 0}
         on = inputs if text is None else replace(inputs, calibration_text=text)
-        return FrontierCell(QualityTrial(plan, on, EvalSizes(**sizes), seed))
+        return QualityRun(QualityTrial(plan, on, EvalSizes(**sizes), seed))
 
     def first_seed_only(seed):
-        # Without calibrated encoding, and without the middle tier: what each of them is worth.
+        # Without calibrated encoding, and without the middle precision: what each of them is worth.
         cells = [
-            cell(MixedInBytes(signal, fraction, used, method), seed)
+            cell(MixedInBytes(score, fraction, used, method), seed)
             for fraction in config.bytes_fractions
             for used, method in ((formats, "rtn"), (lowest, "gptq"))
-            for signal in ("sensitivity", "random")
+            for score in ("sensitivity", "random")
         ]
         cells += [
-            cell(PerSelection(signal, tuple(shares), lowest, "gptq"), seed)
+            cell(PerSelection(score, tuple(shares), lowest, "gptq"), seed)
             for shares in config.shares
-            for signal in ("router_weight", "cumulative_weight")
+            for score in ("router_weight", "cumulative_weight")
         ]
         # Encoders and signals that have seen the tasks as well as the text.
         cells += [cell(Uniform(low, "gptq"), seed, 1, MIXED_TEXT) for low in formats]
         return cells + [
-            cell(MixedInBytes(signal, fraction, formats, "gptq"), seed, 1, MIXED_TEXT)
-            for signal in ("sensitivity", "frequency", "random")
+            cell(MixedInBytes(score, fraction, formats, "gptq"), seed, 1, MIXED_TEXT)
+            for score in ("sensitivity", "frequency", "random")
             for fraction in config.bytes_fractions[:2]
         ]
 
@@ -111,17 +111,17 @@ def sweep(config: ConfigDict) -> list[FrontierCell]:
         # The larger limits, where plans hardly differ, for the first draw of calibration alone.
         for fraction in config.bytes_fractions[: None if first else 2]:
             cells += [
-                cell(MixedInBytes(signal, fraction, formats, "gptq"), seed, first)
-                for signal in config.signals
+                cell(MixedInBytes(score, fraction, formats, "gptq"), seed, first)
+                for score in config.scores
             ]
         if first:
             cells += first_seed_only(seed)
     # Last, since one text may not be at hand.
     return cells + [
-        cell(MixedInBytes(signal, fraction, formats, "gptq", text), seed)
+        cell(MixedInBytes(score, fraction, formats, "gptq", text), seed)
         for seed in config.seeds[:1]
         for text in (TASKS_TEXT, config.prose_text)
         for fraction in config.bytes_fractions[1:2]
-        for signal in ("sensitivity", "frequency")
+        for score in ("sensitivity", "frequency")
         if text
     ]

@@ -15,14 +15,15 @@ weight at the moment, or residency, that is, who happens not to be in the cache 
         --config.model=Qwen3-30B-A3B-Q4_K_M.gguf --workdir out/qwen3
 
 Any field can be pinned, and an axis becomes that one value: `--config.cache.budget_mib=2`,
-`--config.precision.signals=frequency`, `--config.model=M.gguf`.
+`--config.precision.scores=frequency`, `--config.model=M.gguf`.
 
-Low tiers are encoded against the second moments of a text of which half is source code and half
+Low precisions are encoded against the second moments of a text of which half is source code and
+half
 generated problems: docs/decision.md, "Which signal", says why.
 
 Cost on 2 CPU cores: about 3 minutes (demo), about an hour and a half (full). A model of full size
-wants a GPU, on which it has not run: reckoned, its tiers take a quarter of an hour of 2 cores, and
-its 100 cells decode up to 3 million tokens for the tasks of 46 plans.
+wants a GPU, on which it has not run: reckoned, its precisions take a quarter of an hour of 2 cores,
+and its 100 cells decode up to 3 million tokens for the tasks of 46 plans.
 Expected: KL to native grows with the share of low experts and is far larger at
 2 bit than at 3 bit; bytes moved per token fall with the experts' size. Open:
 whether any signal beats the random control.
@@ -30,9 +31,6 @@ whether any signal beats the random control.
 
 from ml_collections import ConfigDict
 
-from hobbit_jax.cells.preflight import all_low_mib
-from hobbit_jax.cells.sweep import Cell
-from hobbit_jax.cells.texts import MIXED_TEXT
 from hobbit_jax.record import (
     CacheTrial,
     EvalSizes,
@@ -42,6 +40,9 @@ from hobbit_jax.record import (
     Native,
     Uniform,
 )
+from hobbit_jax.sweep.preflight import all_low_mib
+from hobbit_jax.sweep.texts import MIXED_TEXT
+from hobbit_jax.sweep.trial import Cell
 
 # Budgets of cards from 8 to 24 GB.
 FULL_SIZE = {
@@ -74,7 +75,7 @@ def get_config(arg: str = "full") -> ConfigDict:
     config.cache = ConfigDict({"budget_mib": (1.0, 2.0, 5.0), "protected_fraction": 0.1})
     config.precision = ConfigDict(
         {
-            "signals": (
+            "scores": (
                 "router_weight",
                 "frequency",
                 "accumulated_weight",
@@ -128,7 +129,7 @@ def get_config(arg: str = "full") -> ConfigDict:
     if arg == "demo":
         config.calibration_text = ""
         config.cache.budget_mib = (1.5, 3.0)
-        config.precision.signals = ("router_weight", "frequency", "accumulated_weight", "random")
+        config.precision.scores = ("router_weight", "frequency", "accumulated_weight", "random")
         config.precision.update(low_fraction=(0.5,), low_format=("Q2_K",), method="rtn")
         config.precision.random_seeds = (0,)
         config.residency.update(modes=(), floor=())
@@ -169,11 +170,11 @@ def sweep(config: ConfigDict) -> list[Cell]:
     method = precision.method
     cells += [cell(Uniform(low, method), budget) for low in rivals for budget in budgets]
     cells += [
-        cell(Mixed(signal, float(fraction), low, method), budget, seed)
+        cell(Mixed(score, float(fraction), low, method), budget, seed)
         for low in precision.low_format
         for fraction in precision.low_fraction
-        for signal in precision.signals
-        for seed in (precision.random_seeds if signal == "random" else (config.seed,))
+        for score in precision.scores
+        for seed in (precision.random_seeds if score == "random" else (config.seed,))
         for budget in budgets
     ]
     cells += [

@@ -1,7 +1,8 @@
 """The one folder for what is made once and used by every script: low-precision copies of models.
 
 Owns where it is: `--cache_dir`, or else `$HOBBIT_CACHE_DIR`, or else `~/.cache/hobbit_jax`. Files
-in it are named by content and recipe (`experts/tiers.py`), so any may be deleted at any time.
+in it are named by content and recipe (`experts/low_precision.py`), so any may be deleted at any
+time.
 """
 
 from __future__ import annotations

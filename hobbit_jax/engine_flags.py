@@ -8,7 +8,8 @@ that it heeds: `ENGINE = EngineFlags("model", "budget_mib", …)`. A new engine 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,16 @@ from hobbit_jax.cache.policies import DEFAULT_POLICY, POLICIES
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare, low_share
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.cache_folder import low_precision_folder
+from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
-from hobbit_jax.experts.tiers import TierSpec, open_tier
+from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.inference.engine import Engine
+from hobbit_jax.inference.routing_recorder import RoutingRecorder
 from hobbit_jax.model.loading import LoadedModel, load_model
 from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.quantize import FORMATS
-from hobbit_jax.signals.calibration import Calibration
 from pallas_kernels.backends import IMPLEMENTATIONS
 from pallas_kernels.ggml.ops import set_threads
 
@@ -102,7 +104,7 @@ _FLAGS: dict[str, _Flag] = {
     ),
     "miss_mode": _Flag(
         _one_of(MISS_MODES),
-        "wait",
+        "fetch",
         "Rule that says what serves a selected expert that is not resident.\n"
         + _meanings(MISS_MODES, type),
     ),
@@ -110,7 +112,7 @@ _FLAGS: dict[str, _Flag] = {
         _one_of(FORMATS),
         None,
         "Format of the low-precision experts. They serve the misses of a --miss_mode that keeps "
-        f"low copies ({DEFAULT_LOW_FORMAT} by default); under wait, every expert runs in this "
+        f"low copies ({DEFAULT_LOW_FORMAT} by default); under fetch, every expert runs in this "
         "format.",
     ),
     "low_share": _Flag(
@@ -144,6 +146,11 @@ _FLAGS: dict[str, _Flag] = {
         flags.IntegerParser(1, 4096),
         None,
         "Number of threads on a CPU; those that the process may use by default.",
+    ),
+    "trace_out": _Flag(
+        _TEXT,
+        None,
+        "File, .npz, to record the routing of every token in, for replay.py and plan.py --trace.",
     ),
     "kv_format": _Flag(
         _one_of(KV_FORMATS),
@@ -212,6 +219,8 @@ class EngineFlags:
 
     def load_model(self) -> LoadedModel:
         """The model, its dense part on the device."""
+        if self.value("trace_out") is not None:
+            cli.output_file("trace_out", self.value("trace_out"))
         if self.value("threads") is not None:
             set_threads(self.value("threads"))
         return load_model(self.path, self.value("implementation"))
@@ -250,6 +259,17 @@ class EngineFlags:
             engine.pool.load_all(LOW if uniform else NATIVE)
             engine.pool.reset_stats()
 
+    @contextmanager
+    def recorded_routing(self, engine: Engine) -> Iterator[None]:
+        """Writes what one sequence routes inside the block to --trace_out, where that is given."""
+        if self.value("trace_out") is None:
+            yield
+            return
+        recorder = RoutingRecorder(engine.config.n_layers)
+        with engine.watched_by(recorder):
+            yield
+        recorder.write(Path(self.value("trace_out")))
+
     def _warm_start(self, file: GGUFFile) -> WarmStart | None:
         profile, pin_share = self.value("profile"), self.value("pin_share")
         if profile is None:
@@ -266,4 +286,6 @@ class EngineFlags:
 
 def low_experts(model: LoadedModel, low_format: str) -> GGUFFile:
     """Every expert of `model` in `low_format`, from the cache folder or made anew."""
-    return open_tier(model.file, model.config, TierSpec(low_format), low_precision_folder())
+    return open_low_precision(
+        model.file, model.config, LowPrecisionSpec(low_format), low_precision_folder()
+    )

@@ -41,9 +41,9 @@ def number(value: float | Interval | None, form: str) -> str:
     return form.format(value.value if isinstance(value, Interval) else value)
 
 
-def mib(value: float | None, digits: int) -> str:
+def mib(value: float | None, int8_split: int) -> str:
     """Bytes as MiB, without the unit."""
-    return ABSENT if value is None else f"{value / 2**20:.{digits}f}"
+    return ABSENT if value is None else f"{value / 2**20:.{int8_split}f}"
 
 
 def interval(value: Interval | None, form: str = "{:.2f}") -> str:

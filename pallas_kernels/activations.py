@@ -12,15 +12,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Columns under one scale of the digits, as in llama.cpp's Q8_K; a multiple of every block.
-DIGIT_BLOCK = 256
+# Columns under one scale of the int8_split, as in llama.cpp's Q8_K; a multiple of every block.
+INT8_SPLIT_BLOCK = 256
 # Largest |integer|: 15 bits and a sign. With one more, the int32 sum over one group of a row could
 # overflow for Q6_K (16 weights of +-32, a scale of +-128, two fields), Q5_K and IQ4_XS.
 LARGEST_INTEGER = 127 * 128
 
 
-class Digits(NamedTuple):
-    """x = scale * (256 * high + low) with int8 digits, four to a word.
+class Int8Split(NamedTuple):
+    """x = scale * (256 * high + low) with int8 int8_split, four to a word.
 
     llama.cpp's kernels round activations to eight bits, which is off by up to .4 % of a block's
     largest; a second digit costs one more integer product per four weights and is off by .003 %.
@@ -29,7 +29,7 @@ class Digits(NamedTuple):
     high_TV: jax.Array  # uint32
     low_TV: jax.Array  # uint32
     sum_TP: jax.Array  # int32: sums of the integers of each group
-    scale_TB: jax.Array  # float32, one per DIGIT_BLOCK
+    scale_TB: jax.Array  # float32, one per INT8_SPLIT_BLOCK
 
 
 def _pack(digit_TK: jax.Array) -> jax.Array:
@@ -38,10 +38,10 @@ def _pack(digit_TK: jax.Array) -> jax.Array:
     return jnp.sum(byte_TVb << jnp.arange(0, 32, 8, dtype=jnp.uint32)[None, None, :], axis=-1)
 
 
-def digits(x_TK: jax.Array, group: int) -> Digits:
+def int8_split(x_TK: jax.Array, group: int) -> Int8Split:
     """Rounds float32 x to 15-bit integers and their sums over `group` neighbouring columns."""
     rows, columns = x_TK.shape
-    x_TBi = x_TK.reshape(rows, columns // DIGIT_BLOCK, DIGIT_BLOCK)
+    x_TBi = x_TK.reshape(rows, columns // INT8_SPLIT_BLOCK, INT8_SPLIT_BLOCK)
     scale_TB = jnp.max(jnp.abs(x_TBi), axis=-1) / LARGEST_INTEGER
     # A block of zeros, and one so small that its inverse overflows, is all zero.
     inverse_TB = jnp.where(scale_TB > 1e-37, 1 / scale_TB, 0.0)
@@ -49,7 +49,7 @@ def digits(x_TK: jax.Array, group: int) -> Digits:
     high_TK = (integer_TK + 128) >> 8
     low_TK = integer_TK - (high_TK << 8)
     sum_TP = jnp.sum(integer_TK.reshape(rows, columns // group, group), axis=-1)
-    return Digits(_pack(high_TK), _pack(low_TK), sum_TP, scale_TB)
+    return Int8Split(_pack(high_TK), _pack(low_TK), sum_TP, scale_TB)
 
 
 def lanes(x_TK: jax.Array, count: int, dtype: type) -> jax.Array:

@@ -30,13 +30,13 @@ from pallas_kernels.expert_ffn import triton_expert_ffn
 from pallas_kernels.formats import get_format
 from pallas_kernels.packed import PACKINGS, Floats
 from pallas_kernels.reference import Bank, Signature, Work
-from pallas_kernels.tiles import DIGIT_ROWS, item_rows
+from pallas_kernels.tiles import INT8_SPLIT_ROWS, item_rows
 
 ROUTING_PATH = Path(__file__).with_name("bench_routing.json")
 # Relative error of y against the reference, per rounding: tests/test_kernels.py has the reasons;
 # three roundings (x, hidden, weights) in a row.
 STEPS = 32 if jax.default_backend() == "gpu" else 2  # of a loop, or of a PyTorch graph
-TOLERANCE = {"digits": 6e-4, "bfloat16": 1.5e-2, "float32": 3e-3}
+TOLERANCE = {"int8_split": 6e-4, "bfloat16": 1.5e-2, "float32": 3e-3}
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def tolerance(format_name: str, width: int) -> float:
     packing = PACKINGS[format_name]
     if isinstance(packing, Floats):
         return TOLERANCE["float32" if packing.operand_dtype == jnp.float32 else "bfloat16"]
-    return TOLERANCE["digits" if width <= DIGIT_ROWS else "bfloat16"]
+    return TOLERANCE["int8_split" if width <= INT8_SPLIT_ROWS else "bfloat16"]
 
 
 def _token_sum(y_AD: jax.Array, tokens: int) -> jax.Array:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.apart import apart
 from pallas_kernels.backends import Implementation, choose
 from pallas_kernels.formats import Format, check_unpacks, get_format
 from pallas_kernels.ggml import ops as ggml
+from pallas_kernels.materialize import apart
 from pallas_kernels.matmul_triton import Items, check_shape, grouped_matmul
 from pallas_kernels.reference import Planes
 from pallas_kernels.tiles import choose_tile, item_rows

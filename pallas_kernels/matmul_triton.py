@@ -6,7 +6,7 @@ pair, few rows or many.
 An *item* is a tile of up to C input rows that all multiply the matrix in one slot. A program takes
 one item and R rows of its matrix, and walks the row in groups (`packed.py`). Two ways to contract:
 
-- few input rows: codes and activation digits are multiplied as bytes, four per instruction
+- few input rows: codes and activation int8_split are multiplied as bytes, four per instruction
   (`dp4a`), exactly; each group's sum is scaled and accumulated in float32. Reading the quants is
   what takes the time, so arithmetic is kept to about two instructions a weight.
 - many: weights are scaled in float32, rounded to bfloat16 and multiplied on the tensor cores,
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.activations import DIGIT_BLOCK, Digits, digits, lanes
+from pallas_kernels.activations import INT8_SPLIT_BLOCK, Int8Split, int8_split, lanes
 from pallas_kernels.formats import get_format
 from pallas_kernels.packed import PACKINGS, WORDS, Floats, Packing, lane
 
@@ -41,8 +41,8 @@ class Tile:
     Attributes:
         rows: matrix rows of a program (R); a power of two.
         columns: matrix columns of a step of its loop; a power of two, at least 64.
-        tokens: input rows of an item (C); a power of two. Up to `MOST_DIGIT_ROWS` the product is
-            in integers, from 16 on tensor cores; nothing in between.
+        tokens: input rows of an item (C); a power of two. Up to `MOST_INT8_SPLIT_ROWS` the product
+            is in integers, from 16 on tensor cores; nothing in between.
         warps: warps of a program.
         stages: software-pipelining depth.
     """
@@ -54,7 +54,7 @@ class Tile:
     stages: int = 2
 
 
-MOST_DIGIT_ROWS = 8
+MOST_INT8_SPLIT_ROWS = 8
 FEWEST_DOT_ROWS = 16  # what a tensor-core instruction takes; fewer rows are padded
 _COLUMNS = 256  # of which a matrix has a multiple
 _ROWS = 16
@@ -132,14 +132,16 @@ def _neighbours(column_J):
     return column_J[:, None] + jnp.arange(WORDS, dtype=jnp.int32)[None, :]
 
 
-def _dot4(codes, digits, total, signed: bool, interpret: bool):
-    """`total` plus the sum over the bytes of each word of code * digit, int32; digits are int8."""
-    digits = jnp.broadcast_to(digits, codes.shape)
+def _dot4(codes, int8_split, total, signed: bool, interpret: bool):
+    """`total` plus the sum over the bytes of each word of code * digit, int32; int8_split are
+    int8.
+    """
+    int8_split = jnp.broadcast_to(int8_split, codes.shape)
     if not interpret:
         kind = "s32" if signed else "u32"
         [product] = plgpu.elementwise_inline_asm(
             f"dp4a.{kind}.s32 $0, $1, $2, $3;",
-            args=[codes, digits, total],
+            args=[codes, int8_split, total],
             constraints="=r,r,r,r",
             pack=1,
             result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.int32)],
@@ -148,11 +150,11 @@ def _dot4(codes, digits, total, signed: bool, interpret: bool):
     for byte in range(4):
         code = codes << (24 - 8 * byte)
         code = code.astype(jnp.int32) >> 24 if signed else (code >> 24).astype(jnp.int32)
-        total += code * ((digits << (24 - 8 * byte)).astype(jnp.int32) >> 24)
+        total += code * ((int8_split << (24 - 8 * byte)).astype(jnp.int32) >> 24)
     return total
 
 
-def _digit_step(matrix, packing: Packing, x: Digits, source_C, sums_C, interpret: bool):
+def _int8_split_step(matrix, packing: Packing, x: Int8Split, source_C, sums_C, interpret: bool):
     """Adds one tile's products to float32 sums [R, J], one for each of the C input rows."""
     shape = sums_C[0].shape
     scaled_C = [jnp.zeros(shape, jnp.int32) for _ in source_C]
@@ -176,7 +178,7 @@ def _digit_step(matrix, packing: Packing, x: Digits, source_C, sums_C, interpret
             scaled_C[c] += product_RJ if scale_RJ1 is None else scale_RJ1[..., 0] * product_RJ
             if dmin_RJ1 is not None:
                 minima_C[c] += x_sum_RJ if minimum_RJ1 is None else minimum_RJ1[..., 0] * x_sum_RJ
-    block_J = matrix.group_J // (DIGIT_BLOCK // packing.group_columns)
+    block_J = matrix.group_J // (INT8_SPLIT_BLOCK // packing.group_columns)
     for c, source in enumerate(source_C):
         total_RJ = d_RJ1[..., 0] * scaled_C[c].astype(jnp.float32)
         if dmin_RJ1 is not None:
@@ -240,7 +242,7 @@ def _kernel(
     items: Items, factor_Y, inputs, matrices, _, y_ref, *, formats, tile: Tile, steps, interpret
 ):
     first_row, item = pl.program_id(0) * tile.rows, pl.program_id(1)
-    integers = tile.tokens <= MOST_DIGIT_ROWS
+    integers = tile.tokens <= MOST_INT8_SPLIT_ROWS
     packings = [PACKINGS[name] for name in formats]
     groups = [tile.columns // packing.group_columns for packing in packings]
 
@@ -266,7 +268,7 @@ def _kernel(
                 matrix = _Matrix(planes, slot, first_row, tile.rows, group_J)
                 if integers:
                     assert isinstance(packing, Packing)
-                    total = _digit_step(matrix, packing, x, source_C, total, interpret)
+                    total = _int8_split_step(matrix, packing, x, source_C, total, interpret)
                 else:
                     total = _dot_step(matrix, packing, x, source_C, total, interpret)
                 advanced.append(total)
@@ -333,14 +335,16 @@ def grouped_matmul(
     """
     columns, n_rows = x_XK.shape[1], y_YN.shape[1]
     packings = [PACKINGS[name] for name in formats]
-    integers = tile.tokens <= MOST_DIGIT_ROWS
+    integers = tile.tokens <= MOST_INT8_SPLIT_ROWS
     inputs = []
     for name, planes, packing in zip(formats, matrices, packings, strict=True):
         check_shape(name, n_rows, columns)
         _check_plane_sizes(name, planes)
         if isinstance(packing, Packing):
             inputs.append(
-                digits(x_XK, packing.group_weights) if integers else lanes(x_XK, 4, jnp.bfloat16)
+                int8_split(x_XK, packing.group_weights)
+                if integers
+                else lanes(x_XK, 4, jnp.bfloat16)
             )
         elif integers:
             raise NotImplementedError(

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.apart import apart
 from pallas_kernels.formats import get_format
 from pallas_kernels.ggml.ops import RawMatrix
+from pallas_kernels.materialize import apart
 
 Planes = dict[str, jax.Array]
 

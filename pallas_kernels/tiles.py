@@ -18,7 +18,7 @@ from pallas_kernels.packed import PACKINGS, Floats, Packing
 TUNING_PATH = Path(__file__).with_name("tuning.json")
 # Input rows of an item up to which products are taken in integers; from there on the tensor cores,
 # which compute 16 rows anyway, do less.
-DIGIT_ROWS = 4
+INT8_SPLIT_ROWS = 4
 MOST_ITEM_ROWS = 64
 # What a program of four warps loads of its quants in a step: four 16-byte loads a thread in flight.
 _WORDS_OF_STEP = 2048
@@ -29,7 +29,7 @@ _DOT_GROUPS = 4  # sixteen columns of every lane, the least that a tensor core t
 def item_rows(mean_rows: int, formats: Sequence[str]) -> int:
     """Input rows of an item (a power of two) where an expert has `mean_rows` of them on average."""
     rows = 1 << max(0, mean_rows - 1).bit_length()
-    if rows <= DIGIT_ROWS and not any(isinstance(PACKINGS[name], Floats) for name in formats):
+    if rows <= INT8_SPLIT_ROWS and not any(isinstance(PACKINGS[name], Floats) for name in formats):
         return rows
     return min(max(rows, FEWEST_DOT_ROWS), MOST_ITEM_ROWS)
 

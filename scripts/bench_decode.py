@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from hobbit_jax import cli, reference
 from hobbit_jax.atomic import write_json
-from hobbit_jax.cache.link import DirectLink, PacedLink
+from hobbit_jax.cache.link import DirectLink, ThrottledLink
 from hobbit_jax.cache.pool_sizing import LowShare, low_share
 from hobbit_jax.engine_flags import EngineFlags, low_experts
 from hobbit_jax.evals import decode_bench, quality
@@ -92,7 +92,7 @@ def main(_):
         derived = decode_bench.card_link(model, store, ids_RS, _PROMPT)
         record({"setting": "link", **derived})
         link_gb_s = derived["gb_s"]
-    link = (DirectLink() if link_gb_s is None else PacedLink(link_gb_s)).describe()
+    link = (DirectLink() if link_gb_s is None else ThrottledLink(link_gb_s)).describe()
     if not _JSON.value:
         print(_HEAD)
     for budget_mib in budgets_mib:

@@ -12,13 +12,13 @@ interrupted run goes on where it was when started again.
 from absl import flags
 
 from hobbit_jax import cli, reference
-from hobbit_jax.cells.texts import MIXED_TEXT, NAMED_TEXTS, calibration_documents
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.experts.store import NATIVE, HostExperts
+from hobbit_jax.importance.calibration import STATISTICS, calibrate
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.resources import roomy_pool_bytes
-from hobbit_jax.signals.calibration import STATISTICS, calibrate
+from hobbit_jax.sweep.texts import MIXED_TEXT, NAMED_TEXTS, calibration_documents
 from pallas_kernels.backends import for_quality
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")
@@ -58,7 +58,7 @@ def main(_):
     if count < (_WINDOWS.value or _DEFAULT_WINDOWS):
         print(f"the text has {count} windows of {context} + 1 tokens; all of them are used")
     store = HostExperts(model.config, model.file)
-    engine = Engine(model, store, roomy_pool_bytes(store.tier_bytes(NATIVE)))
+    engine = Engine(model, store, roomy_pool_bytes(store.precision_bytes(NATIVE)))
     found = calibrate(engine, windows, _STATISTICS.value, out)
     rarest = int(found.selections_LE.min())
     print(f"{found.tokens} tokens; an expert saw {rarest} to {found.selections_LE.max()} of them")

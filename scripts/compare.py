@@ -1,7 +1,8 @@
 """Our engine beside PyTorch or llama.cpp on the same tokens: logits, speed, memory.
 
-    python scripts/compare.py --model M.gguf --peer torch --workdir out/mine
-    python scripts/compare.py --model M.gguf --peer llama_cpp --budget_mib 8000 --workdir out/mine
+    python scripts/compare.py --model M.gguf --baseline torch --workdir out/mine
+    python scripts/compare.py --model M.gguf --baseline llama_cpp --budget_mib 8000 --workdir
+    out/mine
 
 Writes one record into --workdir; `report.py` makes tables of those there. Without a GPU PyTorch
 computes in float32, on one in bfloat16, always with every expert resident. A budget is our pool's;
@@ -15,13 +16,15 @@ from pathlib import Path
 from absl import flags
 
 from hobbit_jax import cli
+from hobbit_jax.baselines.comparison import BASELINES, Request, compare_model
 from hobbit_jax.engine_flags import EngineFlags
-from hobbit_jax.peers.comparison import PEERS, Request, compare_model
 from hobbit_jax.record import write_record
 from hobbit_jax.report.baseline_tables import section
 
 ENGINE = EngineFlags("model", "implementation", "budget_mib", "policy")
-_PEER = flags.DEFINE_enum("peer", None, PEERS, "Program to compare with.", required=True)
+_BASELINE = flags.DEFINE_enum(
+    "baseline", None, BASELINES, "Program to compare with.", required=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the record.", required=True)
 _TEXT = flags.DEFINE_string(
     "text", None, "UTF-8 text to score; the shipped held-out files by default."
@@ -56,7 +59,7 @@ def main(_):
     record = compare_model(
         Request(
             model=ENGINE.path,
-            peer=_PEER.value,
+            baseline=_BASELINE.value,
             text=Path(_TEXT.value) if _TEXT.value else None,
             budget_bytes=ENGINE.budget_bytes,
             implementation=ENGINE.value("implementation"),

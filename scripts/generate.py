@@ -31,6 +31,7 @@ from hobbit_jax.prompt_flags import PromptFlags
 ENGINE = EngineFlags(
     "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "low_format",
     "low_share", "profile", "pin_share", "chunk_tokens", "context", "threads", "kv_format",
+    "trace_out",
 )  # fmt: skip
 _PROMPT = PromptFlags()
 _IGNORE_EOS = flags.DEFINE_bool(
@@ -67,7 +68,7 @@ def report(engine: Engine, steps: list[StepStats]) -> dict[str, Any]:
     return {
         "hit rate": pool.stats.hit_rate,
         "bytes moved": pool.stats.bytes_moved,
-        "exits per token": stats.exits / max(stats.decoded_tokens, 1),
+        "host round trips per token": stats.host_round_trips / max(stats.decoded_tokens, 1),
         "degraded selections": stats.degraded / max(stats.selections, 1),
         "pool bytes": pool.device_bytes,
         "pool budget bytes": pool.budget_bytes,
@@ -116,10 +117,11 @@ def main(_):
     ENGINE.load_all_that_fit(engine)
     steps: list[StepStats] = []
     pieces: list[str] = []
-    for piece in tokenizer.decode_stream(new_ids(engine, prompt, sampling, steps)):
-        pieces.append(piece)
-        if not _JSON.value:
-            print(piece, end="", flush=True)
+    with ENGINE.recorded_routing(engine):
+        for piece in tokenizer.decode_stream(new_ids(engine, prompt, sampling, steps)):
+            pieces.append(piece)
+            if not _JSON.value:
+                print(piece, end="", flush=True)
     facts = report(engine, steps)
     if _JSON.value:
         print(json.dumps({"text": "".join(pieces), "prompt_tokens": len(prompt), **facts}))

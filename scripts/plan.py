@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 from hobbit_jax import cli
 from hobbit_jax.cache.trace import read_trace
+from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.model_file.presets import PRESETS
 from hobbit_jax.planner import routing, table
 from hobbit_jax.planner.cost_model import Machine
-from hobbit_jax.planner.hardware import find_card
+from hobbit_jax.planner.hardware import find_gpu
 from hobbit_jax.planner.plan import divide_memory, make_plan, recorded_check
 from hobbit_jax.planner.records import plan_record
 from hobbit_jax.planner.shapes import open_model, preset_model
 from hobbit_jax.record import write_record
-from hobbit_jax.signals.calibration import Calibration
 
 DEFAULT_CONTEXT = 4096
 
@@ -73,14 +73,14 @@ def _routing(model):
             raise ValueError("--profile is of one file's model; give that file as --model")
         found = Calibration.load(cli.input_folder("profile", _PROFILE.value), model.native)
         return routing.profiled(found.selections_LE, model.config)
-    return routing.made_up(model.config)
+    return routing.synthetic_routing(model.config)
 
 
 def main(_):
     folder = cli.output_folder("out", _OUT.value) if _OUT.value else None
     if (_MODEL.value is None) == (_PRESET.value is None):
         raise ValueError("want one of --model and --preset")
-    card = find_card(str(_GPU.value))
+    card = find_gpu(str(_GPU.value))
     vram_gib = card.vram_gib if _VRAM_GIB.value is None else _VRAM_GIB.value
     if vram_gib is None:
         raise ValueError("a --gpu given in figures needs --vram_gib")

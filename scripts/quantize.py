@@ -15,12 +15,16 @@ from absl import flags
 
 from hobbit_jax import cli, reference
 from hobbit_jax.cache_folder import low_precision_folder
-from hobbit_jax.experts.tiers import TierSpec, open_tier, write_tier
+from hobbit_jax.experts.low_precision import (
+    LowPrecisionSpec,
+    open_low_precision,
+    write_low_precision,
+)
+from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.quantize import FORMATS
 from hobbit_jax.quantize.methods import METHODS, rarely_seen
-from hobbit_jax.signals.calibration import Calibration
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Format of the experts.", required=True)
@@ -39,14 +43,14 @@ def main(_):
     if _CALIBRATION.value:
         folder = cli.input_folder("calibration", _CALIBRATION.value)
         calibration = Calibration.load(folder, source)
-    spec = TierSpec(_FORMAT.value, _METHOD.value, calibration)
+    spec = LowPrecisionSpec(_FORMAT.value, _METHOD.value, calibration)
     if calibration is not None and spec.method != "rtn":
         for line in rarely_seen(calibration.selections_LE):
             print(f"warning: {line}", file=sys.stderr)
     if path is None:
-        path = open_tier(source, config, spec, low_precision_folder()).paths[0]
+        path = open_low_precision(source, config, spec, low_precision_folder()).paths[0]
     else:
-        write_tier(source, config, spec, path)
+        write_low_precision(source, config, spec, path)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
 

@@ -1,6 +1,6 @@
 """Replays recorded routing through eviction policies; one line each.
 
-    python scripts/replay.py --trace T.npz --capacity 416 --policy lru,slru,recall
+    python scripts/replay.py --trace T.npz --capacity 416 --policy lru,slru,next_use
     python scripts/replay.py --trace T.npz --capacity 416 --policy slru --plan frequency \\
         --low_share 0.9
     python scripts/replay.py --trace T.npz --capacity 416 --policy slru --miss_mode fetch_low \\

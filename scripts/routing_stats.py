@@ -12,15 +12,15 @@ on this text of the best choice of experts that --budget_mib holds and nothing e
 from absl import flags
 
 from hobbit_jax import cli, reference
-from hobbit_jax.cache.miss_modes import WAIT
+from hobbit_jax.cache.miss_modes import FETCH
 from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.importance.calibration import calibrate
+from hobbit_jax.importance.routing_summary import table
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
-from hobbit_jax.signals.calibration import calibrate
-from hobbit_jax.signals.routing_summary import table
 from pallas_kernels.backends import for_quality
 
 _MODEL = flags.DEFINE_string(
@@ -48,10 +48,10 @@ def main(_):
     out = cli.output_folder("out", str(_OUT.value))
     model = load_model(_MODEL.value or reference.model_path(), for_quality(None))
     store = HostExperts(model.config, model.file)
-    budget_bytes = store.tier_bytes(0) // 4
+    budget_bytes = store.precision_bytes(0) // 4
     if _BUDGET_MIB.value is not None:
         budget_bytes = int(_BUDGET_MIB.value * 2**20)
-    slots, _ = pool_slots(uniform_plan(store), WAIT, store, budget_bytes, 0.0)
+    slots, _ = pool_slots(uniform_plan(store), FETCH, store, budget_bytes, 0.0)
     texts = (
         [cli.input_text("text", _TEXT.value)]
         if _TEXT.value

@@ -6,7 +6,8 @@
 Writes the model into --workdir when it is not there (18.6 GB and some minutes for qwen3-30b-a3b;
 a write that was cut off starts again) and the record beside it, PRESET-BUDGET-SETTING.json;
 PRESET.md is a table of all records that are there. With --model another file is taken, real or
-synthetic; a low tier is made beside it, once. On a busy machine read the figures per CPU second.
+synthetic; a low precision is made beside it, once. On a busy machine read the figures per CPU
+second.
 """
 
 import json

@@ -23,13 +23,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from hobbit_jax import cache_folder, cli
-from hobbit_jax.cells.forecast import forecast_hours
-from hobbit_jax.cells.preflight import Preflight, preflight
-from hobbit_jax.cells.sweep import Trial
 from hobbit_jax.launch import LAUNCHERS, connect
 from hobbit_jax.launch.sweeping import run_sweep
 from hobbit_jax.record import is_finished
 from hobbit_jax.resources import free_disk_bytes, host_bytes, mib, workers_device_bytes
+from hobbit_jax.sweep.forecast import forecast_hours
+from hobbit_jax.sweep.preflight import Preflight, preflight
+from hobbit_jax.sweep.trial import Trial
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, F.py or F.py:arg.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for records and what trials share.")

@@ -56,7 +56,7 @@ def data_dir() -> Path:
     return path
 
 
-# For the cache, the engine and the tiers: layers of two signatures, as Q4_K_M files mix them,
+# For the cache, the engine and the precisions: layers of two signatures, as Q4_K_M files mix them,
 # one of which serves two layers. Fixtures below; `tiny_models.MODELS` are for logits.
 TWO_BANKS = TinyModel(
     "qwen3moe", 5, 4, 2, 64, 8, 2, 1e6, 1e-6,

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hobbit_jax import launch
-from hobbit_jax.cells.artifacts import Artifact, CalibrationRun, NativeLogits
-from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.launch.sweeping import run_sweep
 from hobbit_jax.record import Benchmark, EvalSizes, Inputs, Measured, record_name
+from hobbit_jax.sweep.artifact_cache import ArtifactCache
+from hobbit_jax.sweep.artifacts import Artifact, CalibrationRun, NativeLogits
 
 DESCRIPTION = {"title": "t", "question": "", "command": "", "config": {}, "rule": {}}
 PARTS = 3
@@ -50,7 +50,7 @@ class DigestTrial:
     def artifacts(self) -> tuple[Artifact, ...]:
         return NativeLogits(self.inputs, self.sizes), CalibrationRun(self.inputs, self.sizes)
 
-    def run(self, bench: Workbench) -> Measured:
+    def run(self, bench: ArtifactCache) -> Measured:
         note(f"run {self.asked.subject} {id(bench)}")
         if self.kind == "crash":
             os.kill(os.getpid(), 9)

@@ -15,11 +15,11 @@ from unittest import mock
 
 import digest_trials
 
-from hobbit_jax.cells.sweep import run_cell
-from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.launch import on_local, sweeping
 from hobbit_jax.record import Record, read_records
 from hobbit_jax.record.files import DESCRIPTION, FOLDER
+from hobbit_jax.sweep.artifact_cache import ArtifactCache
+from hobbit_jax.sweep.trial import run_cell
 
 TESTS = Path(__file__).resolve().parent
 _started: list[subprocess.Popen] = []
@@ -166,7 +166,7 @@ def serial_rows(workdir: Path, count: int, monkeypatch) -> dict[str, Record]:
     aside = workdir.with_name("serial")
     monkeypatch.setenv("TRIAL_LOG", str(aside.with_suffix(".log")))
     made = digest_trials.trials(workdir, count)
-    bench = Workbench(made[0].inputs, made[0].sizes, aside)
+    bench = ArtifactCache(made[0].inputs, made[0].sizes, aside)
     return {trial.name: run_cell(trial, bench) for trial in made}
 
 

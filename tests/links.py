@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hobbit_jax.cache.link import DirectLink, Link, PacedLink, Upload
+from hobbit_jax.cache.link import DirectLink, Link, ThrottledLink, Upload
 from hobbit_jax.experts.store import HostExperts
 
 
@@ -24,10 +24,10 @@ class Clock:
 def expert_of(store):
     """Which expert a link is carrying, by where its first matrix lies in the file."""
     where = {}
-    for tier, layers in enumerate(store.tiers):
+    for precision, layers in enumerate(store.precisions):
         for layer, experts in enumerate(layers):
             for expert in range(store.config.n_experts):
-                where[experts.gate.raw[expert].ctypes.data] = (tier, layer, expert)
+                where[experts.gate.raw[expert].ctypes.data] = (precision, layer, expert)
     return lambda raw: where[raw[0].ctypes.data]
 
 
@@ -37,7 +37,7 @@ class Recorded:
 
     store: HostExperts
     link: Link = field(default_factory=DirectLink)
-    events: list = field(default_factory=list)  # ("send" or "wait", (tier, layer, expert))
+    events: list = field(default_factory=list)  # ("send" or "fetch", (precision, layer, expert))
     sent_bytes: int = 0
     fails: tuple[str, int] | None = None  # "wait" or "send", and after how many of them
 
@@ -73,11 +73,11 @@ class _Recorded:
     upload: Upload
 
     def wait(self):
-        self.record._note("wait", self.expert)
+        self.record._note("fetch", self.expert)
         return self.upload.wait()
 
 
-def paced(store, gb_s: float) -> tuple[Recorded, Clock]:
+def throttled(store, gb_s: float) -> tuple[Recorded, Clock]:
     """A recorded link of so many GB/s in virtual time."""
     clock = Clock()
-    return Recorded(store, PacedLink(gb_s, 10.0, clock, clock.sleep)), clock
+    return Recorded(store, ThrottledLink(gb_s, 10.0, clock, clock.sleep)), clock

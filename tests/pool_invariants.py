@@ -10,9 +10,9 @@ from pallas_kernels.formats import get_format
 _join = jax.jit(lambda planes, name: get_format(name).join(planes), static_argnames="name")
 
 
-def all_keys(store, tier: int) -> list[ExpertKey]:
+def all_keys(store, precision: int) -> list[ExpertKey]:
     shape = (store.config.n_layers, store.config.n_experts)
-    return [ExpertKey(tier, layer, expert) for layer, expert in np.ndindex(shape)]
+    return [ExpertKey(precision, layer, expert) for layer, expert in np.ndindex(shape)]
 
 
 def check_invariants(pool, store) -> None:
@@ -27,10 +27,12 @@ def check_invariants(pool, store) -> None:
     assert not pool.prefetched() & pool.resident()
     on_device = [array.on_device_size_in_bytes() for array in jax.tree.leaves(pool.banks)]
     assert pool.device_bytes == sum(on_device)
-    keys = [key for tier in range(len(store.tiers)) for key in all_keys(store, tier)]
+    keys = [key for precision in range(len(store.precisions)) for key in all_keys(store, precision)]
     expert_bytes = {store.signature(key): store.expert_bytes(key) for key in keys}
     assert pool.device_bytes == sum(expert_bytes[s] * n for s, n in pool.slots.items())
-    table_tLE = np.full((len(store.tiers), store.config.n_layers, store.config.n_experts), ABSENT)
+    table_tLE = np.full(
+        (len(store.precisions), store.config.n_layers, store.config.n_experts), ABSENT
+    )
     for key in pool.resident():
         table_tLE[key] = pool.slot(key)
     on_device_UE = np.asarray(pool.table_UE)

@@ -1,6 +1,6 @@
-"""A program for `test_peers.py` that does what it is told: known logits, time, memory, failures.
+"""A program for `test_baselines.py` that does as told: known logits, time, memory, failures.
 
-Runs in the child processes of `hobbit_jax.peers`, which find it by PYTHONPATH. No JAX.
+Runs in the child processes of `hobbit_jax.baselines`, which find it by PYTHONPATH. No JAX.
 """
 
 import mmap

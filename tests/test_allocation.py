@@ -7,25 +7,29 @@ import numpy as np
 import pytest
 
 from hobbit_jax.experts.precision import SKIPPED, importance_score
-from hobbit_jax.signals.allocation import fit_in_bytes, selection_plan
-from hobbit_jax.signals.importance import RoutingProfile, static_scores_LE
+from hobbit_jax.importance.allocation import fit_in_bytes, selection_plan
+from hobbit_jax.importance.scores import RoutingProfile, static_scores_LE
 
-# Three tiers of two layers that differ in size, as Q4_K_M's do.
+# Three precisions of two layers that differ in size, as Q4_K_M's do.
 BYTES_NL = np.array([[150, 170], [110, 110], [84, 84]])
 
 
 def store(n_experts: int):
-    tiers = [[SimpleNamespace(expert_bytes=int(size)) for size in tier] for tier in BYTES_NL]
-    return SimpleNamespace(tiers=tiers, config=SimpleNamespace(n_layers=2, n_experts=n_experts))
+    precisions = [
+        [SimpleNamespace(expert_bytes=int(size)) for size in precision] for precision in BYTES_NL
+    ]
+    return SimpleNamespace(
+        precisions=precisions, config=SimpleNamespace(n_layers=2, n_experts=n_experts)
+    )
 
 
-def total_bytes(tier_LE: np.ndarray) -> int:
-    return int(BYTES_NL[tier_LE, np.arange(2)[:, None]].sum())
+def total_bytes(precision_LE: np.ndarray) -> int:
+    return int(BYTES_NL[precision_LE, np.arange(2)[:, None]].sum())
 
 
-def total_cost(cost_NLE: np.ndarray, tier_LE: np.ndarray) -> float:
-    layer, expert = np.indices(tier_LE.shape)
-    return float(cost_NLE[tier_LE, layer, expert].sum())
+def total_cost(cost_NLE: np.ndarray, precision_LE: np.ndarray) -> float:
+    layer, expert = np.indices(precision_LE.shape)
+    return float(cost_NLE[precision_LE, layer, expert].sum())
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -39,7 +43,7 @@ def test_knapsack_against_every_plan(seed):
     last = np.inf
     exact = 0
     for limit in range(sizes.min(), sizes.max() + 1, 13):
-        found = fit_in_bytes(cost_NLE, store(3), limit).tier_LE
+        found = fit_in_bytes(cost_NLE, store(3), limit).precision_LE
         size, cost = total_bytes(found), total_cost(cost_NLE, found)
         best = costs[sizes <= limit].min()
         assert size <= limit
@@ -49,14 +53,14 @@ def test_knapsack_against_every_plan(seed):
         assert cost <= last + cost_NLE[2].max()
         last = cost
     assert exact >= 8
-    everything = fit_in_bytes(cost_NLE, store(3), sizes.max()).tier_LE
+    everything = fit_in_bytes(cost_NLE, store(3), sizes.max()).precision_LE
     assert not everything.any()
 
 
 def test_knapsack_leaves_out_what_costs_more_and_is_larger():
-    """A middle tier above the line between its neighbours is never a resting place."""
+    """A middle precision above the line between its neighbours is never a resting place."""
     cost_NLE = np.array([0.0, 9.9, 10.0])[:, None, None] * np.ones((3, 2, 4))
-    found = fit_in_bytes(cost_NLE, store(4), 900).tier_LE
+    found = fit_in_bytes(cost_NLE, store(4), 900).precision_LE
     assert set(found.reshape(-1).tolist()) <= {0, 2}
 
 
@@ -80,13 +84,15 @@ def test_hobbits_shares(score):
     """67 % high, 30 % low and 3 % skipped, counted on the text they were derived from."""
     found = profile()
     plan = selection_plan(score, (0, 1, SKIPPED), (0.67, 0.30, 0.03), found)
-    tier_TK = plan.assign(0, np.zeros((500, 4), np.int32), found.weights_TK)
-    for tier, share, kept in zip((0, 1, SKIPPED), (0.67, 0.30, 0.03), plan.shares, strict=True):
-        assert (tier_TK == tier).mean() == pytest.approx(share, abs=1e-3)
-        assert kept == pytest.approx((tier_TK == tier).mean(), abs=1e-9)
+    precision_TK = plan.assign(0, np.zeros((500, 4), np.int32), found.weights_TK)
+    for precision, share, kept in zip(
+        (0, 1, SKIPPED), (0.67, 0.30, 0.03), plan.shares, strict=True
+    ):
+        assert (precision_TK == precision).mean() == pytest.approx(share, abs=1e-3)
+        assert kept == pytest.approx((precision_TK == precision).mean(), abs=1e-9)
     scores_TK = importance_score(score, found.weights_TK)
-    assert scores_TK[tier_TK == 0].max() <= scores_TK[tier_TK == 1].min()
-    assert scores_TK[tier_TK == 1].max() <= scores_TK[tier_TK == SKIPPED].min()
+    assert scores_TK[precision_TK == 0].max() <= scores_TK[precision_TK == 1].min()
+    assert scores_TK[precision_TK == 1].max() <= scores_TK[precision_TK == SKIPPED].min()
     with pytest.raises(ValueError, match="want a sum of 1"):
         selection_plan(score, (0, 1), (0.5, 0.4), found)
 

@@ -15,16 +15,16 @@ from tiny_models import write_model
 
 from hobbit_jax.evals import quality
 from hobbit_jax.evals.quality import Windows
+from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
 from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.experts.tiers import TierSpec, open_tier
+from hobbit_jax.importance import layer_inputs
+from hobbit_jax.importance.calibration import Calibration, calibrate
+from hobbit_jax.importance.scores import measure_errors
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.quantize import encode
 from hobbit_jax.quantize.methods import PRIOR_TOKENS, encode_matrix, moment, rarely_seen
-from hobbit_jax.signals import layer_inputs
-from hobbit_jax.signals.calibration import Calibration, calibrate
-from hobbit_jax.signals.importance import measure_errors
 
 CONTEXT = 24
 
@@ -194,9 +194,9 @@ def test_refusals(engine, windows, calibration, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"routing counts alone; .*--statistics=second_moment"):
         encode_matrix(weights_NK, "Q2_K", "importance", counts, *where)
     foreign = replace(calibration, model_sha256="0" * 64)
-    spec = TierSpec("Q2_K", "gptq", foreign)
+    spec = LowPrecisionSpec("Q2_K", "gptq", foreign)
     with pytest.raises(ValueError, match="made for another model"):
-        open_tier(engine.model.file, engine.config, spec, tmp_path)
+        open_low_precision(engine.model.file, engine.config, spec, tmp_path)
 
 
 class Unmet:
@@ -243,11 +243,11 @@ def test_an_expert_never_met_falls_back(calibration):
 
 @pytest.mark.slow
 def test_measured_errors_are_those_of_the_outputs(engine, windows, calibration, tmp_path):
-    """By NumPy on gguf-py's weights; and calibrated tiers lose less than plain ones."""
+    """By NumPy on gguf-py's weights; and calibrated precisions lose less than plain ones."""
     file, config = engine.model.file, engine.config
     lows = [
-        open_tier(file, config, spec, tmp_path)
-        for spec in (TierSpec("Q2_K"), TierSpec("Q2_K", "gptq", calibration))
+        open_low_precision(file, config, spec, tmp_path)
+        for spec in (LowPrecisionSpec("Q2_K"), LowPrecisionSpec("Q2_K", "gptq", calibration))
     ]
     store = HostExperts(config, file, lows)
     found = measure_errors(engine, store, windows)
@@ -262,8 +262,8 @@ def test_measured_errors_are_those_of_the_outputs(engine, windows, calibration, 
         gated = gate @ x
         return down @ (gated / (1 + np.exp(-gated)) * (up @ x))
 
-    def stored(tier):
-        experts = store.layer(tier, 1)
+    def stored(precision):
+        experts = store.layer(precision, 1)
         return [
             gguf.quants.dequantize(tensor.raw[expert], gguf.GGMLQuantizationType[tensor.format])
             for tensor in (experts.gate, experts.up, experts.down)
@@ -305,7 +305,7 @@ def test_scripts(two_banks_path, tmp_path):
     assert f"24 of 24 experts saw fewer than {PRIOR_TOKENS} tokens" in made.stderr
     assert "layer 2, 8 experts (expert: tokens): " in made.stderr
     source, file = open_gguf(two_banks_path), open_gguf(low)
-    assert file.metadata["hobbit.tier.method"] == "gptq"
+    assert file.metadata["hobbit.low_precision.method"] == "gptq"
     assert {t.format for n, t in file.tensors.items() if "_exps" in n} == {"Q2_K"}
     assert file.tensors.keys() == source.tensors.keys()
 

@@ -10,10 +10,10 @@ from lm_eval_oracles import EOS, Scripted, requests, scripted_lm, write_one_laye
 
 from hobbit_jax.evals import tasks as direct_tasks
 from hobbit_jax.evals.benchmarks import BenchmarkSettings, evaluate
-from hobbit_jax.minitasks import arithmetic
 from hobbit_jax.model_file.chat_template import ChatTemplate
 from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
+from hobbit_jax.synthetic_tasks import arithmetic
 
 CHATML = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}\n"

@@ -62,7 +62,7 @@ def test_endless_programs_end_in_time():
         "while True: print('x' * 10**6)",
         "import signal\nsignal.pthread_sigmask(0, range(1, 65))\nwhile True: pass",
         "10 ** 10 ** 9",  # inside one bytecode
-        LIBC + "libc.prctl(1, 0, 0, 0, 0)\nwhile True: pass",  # not to die with the warden
+        LIBC + "libc.prctl(1, 0, 0, 0, 0)\nwhile True: pass",  # not to die with the supervisor
     ):
         began = time.monotonic()
         assert run_code(source, timeout_s=0.5).status == "timed out", source
@@ -231,7 +231,7 @@ def children_of(process: int) -> list[int]:
 
 
 def test_nothing_outlives_a_killed_parent():
-    """SIGKILL on the parent: the warden's own timer ends the program."""
+    """SIGKILL on the parent: the supervisor's own timer ends the program."""
     code = """
 from hobbit_jax.code_runner import runner
 class Announcing(runner._Reader):
@@ -248,8 +248,8 @@ runner.run_code("import time; time.sleep(600)", timeout_s=5)
         text=True,
     ) as parent:
         assert parent.stdout is not None and parent.stdout.readline() == "runs\n"
-        wardens = children_of(parent.pid)
-        family = wardens + [c for warden in wardens for c in children_of(warden)]
+        supervisors = children_of(parent.pid)
+        family = supervisors + [c for supervisor in supervisors for c in children_of(supervisor)]
         parent.kill()
     assert len(family) == 2
     deadline = time.monotonic() + 60

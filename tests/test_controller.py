@@ -8,9 +8,11 @@ from hobbit_jax.cache.counter import Replay, RoutedStep
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import POLICIES, Step, policy_factory
 from hobbit_jax.cache.promotion import PromotionRule
-from hobbit_jax.experts import tiers
+from hobbit_jax.cache.trace import read_trace
+from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
+from hobbit_jax.inference.routing_recorder import RoutingRecorder
 from hobbit_jax.model.loading import load_model
 
 RULE = PromotionRule(after_uses=2, per_token=2)
@@ -25,7 +27,9 @@ def model(two_banks_path):
 @pytest.fixture(scope="module")
 def store(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("low")
-    low = tiers.open_tier(model.file, model.config, tiers.TierSpec("Q2_K"), folder)
+    low = low_precision.open_low_precision(
+        model.file, model.config, low_precision.LowPrecisionSpec("Q2_K"), folder
+    )
     return HostExperts(model.config, model.file, [low])
 
 
@@ -49,9 +53,9 @@ class Recorder(Observer):
 
 def run_live(model, store, mode: str, policy: str, devices: int):
     """Forced tokens on an engine: what was routed, what was decided, the slots of each device."""
-    all_low = store.tier_bytes(LOW) if MISS_MODES[mode].low_banks == "all" else 0
+    all_low = store.precision_bytes(LOW) if MISS_MODES[mode].low_banks == "all" else 0
     share = 0.6 if devices == 1 else 0.9  # a device's pool holds a whole step of its experts
-    budget_bytes = (all_low + int(share * store.tier_bytes(NATIVE))) // devices
+    budget_bytes = (all_low + int(share * store.precision_bytes(NATIVE))) // devices
     engine = Engine(
         model, store, budget_bytes, mode=mode, policy=policy, promotion=RULE, devices=devices
     )
@@ -77,8 +81,14 @@ def replay(store, routed, slots, mode: str, policy: str, devices: int):
     return recorder.events, replayed
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("mode", MISS_MODES)
+@pytest.mark.parametrize(
+    ("mode", "devices"),
+    [
+        *((mode, 1) for mode in MISS_MODES),
+        ("fetch_low", 4),
+        *(pytest.param(m, 4, marks=pytest.mark.slow) for m in MISS_MODES if m != "fetch_low"),
+    ],
+)
 def test_a_replay_makes_the_decisions_of_the_run(model, store, mode, devices):
     for policy in POLICIES:
         routed, events, slots, engine = run_live(model, store, mode, policy, devices)
@@ -87,7 +97,7 @@ def test_a_replay_makes_the_decisions_of_the_run(model, store, mode, devices):
         for live, counted in zip(events, replayed_events, strict=True):
             assert live == counted, policy
         assert replayed.tally.bytes_moved == engine.pool.stats.bytes_moved
-        assert replayed.tally.round_trips == engine.stats.exits
+        assert replayed.tally.round_trips == engine.stats.host_round_trips
         assert set(replayed.controller.resident()) == engine.pool.resident()
 
 
@@ -98,6 +108,23 @@ def test_a_planted_difference_is_seen(model, store):
     routed[0] = type(first)(first.layer, first.ids_TK[:, ::-1], first.weights_TK, first.valid_T)
     replayed_events, _ = replay(store, routed, slots, "fetch_low", "lru", 1)
     assert replayed_events != events
+
+
+def test_a_recorded_trace_is_what_replays_read(model, store, tmp_path):
+    """A prompt in chunks and decoded tokens: all that were fed, by the router's own choices."""
+    engine = Engine(model, store, chunk_tokens=4)
+    recorder, seen = RoutingRecorder(model.config.n_layers), []
+    with engine.watched_by(recorder), engine.watched_by(seen.append):
+        tokens = list(engine.generate([[5, 200, 17, 17, 99, 3]], 5))
+    n_tokens = recorder.write(tmp_path / "trace.npz")
+    assert n_tokens == 6 + len(tokens) - 1  # the last one drawn is fed to nobody
+    trace = read_trace(tmp_path / "trace.npz", model.config.n_experts)
+    assert trace.position_T.tolist() == list(range(n_tokens))
+    for layer in range(model.config.n_layers):
+        chosen = [r.ids_TK[r.valid_T] for r in seen if r.layer == layer]
+        np.testing.assert_array_equal(trace.ids_TLK[:, layer], np.concatenate(chosen))
+    with pytest.raises(ValueError, match=r"layers routed \[0\] tokens"):
+        RoutingRecorder(3).write(tmp_path / "none.npz")
 
 
 def test_observers_are_all_told_in_their_order(store):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hobbit_jax.cache.pool_sizing import demands
-from hobbit_jax.experts import tiers
+from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import SelectionPlan, StaticPlan, uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -31,8 +31,11 @@ def model(two_banks_path, request):
 
 @pytest.fixture(scope="module")
 def low_file(model, tmp_path_factory):
-    return tiers.open_tier(
-        model.file, model.config, tiers.TierSpec("Q2_K"), tmp_path_factory.mktemp("tiers")
+    return low_precision.open_low_precision(
+        model.file,
+        model.config,
+        low_precision.LowPrecisionSpec("Q2_K"),
+        tmp_path_factory.mktemp("precisions"),
     )
 
 
@@ -76,7 +79,7 @@ def run(engine: Engine, batches=(3,)) -> list[np.ndarray]:
         assert sum(cost.misses for _, cost in steps) == stats.misses.sum()
         assert sum(cost.hits for _, cost in steps) == stats.hits.sum()
         assert sum(cost.bytes_moved for _, cost in steps) == stats.bytes_moved
-        assert sum(cost.exits for _, cost in steps) == engine.stats.exits
+        assert sum(cost.host_round_trips for _, cost in steps) == engine.stats.host_round_trips
         decoded = len(prompts) * (NEW_TOKENS - 1)
         assert engine.stats.decoded_tokens == decoded
         assert sum(cost.tokens for _, cost in steps) == sum(map(len, prompts)) + decoded
@@ -102,20 +105,20 @@ def test_the_budget_changes_no_bit(model, store, name):
     results = run(roomy, batches)
     assert all(np.isfinite(result).all() for result in results)
     assert roomy.pool.stats.misses.sum() == 0 and roomy.pool.device_bytes == everything
-    assert roomy.stats.exits == 0
+    assert roomy.stats.host_round_trips == 0
     for budget in [least, (least + everything) // 2] if name == "native" else [least]:
         tight = Engine(model, store, budget, plan, chunk_tokens=CHUNK)
         for got, result in zip(run(tight, batches), results, strict=True):
             np.testing.assert_array_equal(got, result, strict=True)
         assert tight.pool.stats.misses.sum() > 0 and tight.pool.device_bytes <= budget
-        assert tight.stats.exits > 0
+        assert tight.stats.host_round_trips > 0
 
 
 @pytest.mark.parametrize("tokens_per_call", [1, 4])
 def test_the_host_is_asked_once_a_call(model, store, transfers, tokens_per_call):
     """And once more for every exit; several tokens a call are the same tokens."""
     results, new_tokens = [], 1 + 2 * 4
-    for budget in (None, store.tier_bytes(0) // 2):
+    for budget in (None, store.precision_bytes(0) // 2):
         engine = Engine(model, store, budget, chunk_tokens=CHUNK)
         list(engine.generate(PROMPTS, new_tokens, tokens_per_call=tokens_per_call))  # fills
         engine.reset_stats()
@@ -124,8 +127,8 @@ def test_the_host_is_asked_once_a_call(model, store, transfers, tokens_per_call)
         transfers[0] = 0
         rows += [ids_B for ids_B, _ in steps]
         calls = (new_tokens - 1) // tokens_per_call
-        assert transfers[0] == calls + engine.stats.exits
-        assert (engine.stats.exits > 0) == (budget is not None)
+        assert transfers[0] == calls + engine.stats.host_round_trips
+        assert (engine.stats.host_round_trips > 0) == (budget is not None)
         results.append(np.stack(rows).tolist())
         if tokens_per_call > 1:
             one_by_one = engine.generate(PROMPTS, new_tokens)
@@ -142,9 +145,9 @@ def score(model, store, plan=None, **options) -> np.ndarray:
 def test_static_plan_is_the_file_that_holds_those_tensors(
     model, store, low_file, tmp_path, low_layers
 ):
-    """All low is the tier file itself; one low layer is a file with that layer's experts."""
+    """All low is the precision file itself; one low layer is a file with that layer's experts."""
     plan = uniform_plan(store)
-    plan.tier_LE[list(low_layers)] = LOW
+    plan.precision_LE[list(low_layers)] = LOW
     path = low_file.paths[0]
     if low_layers != (0, 1, 2):
         spliced = tuple(f"blk.{layer}." for layer in low_layers)
@@ -159,7 +162,7 @@ def test_static_plan_is_the_file_that_holds_those_tensors(
     file_store = HostExperts(file_model.config, file_model.file)
     got = score(model, store, plan)
     np.testing.assert_array_equal(got, score(file_model, file_store))
-    assert np.abs(got - score(model, store)).max() > 0.01  # the tier is not the native one
+    assert np.abs(got - score(model, store)).max() > 0.01  # the precision is not the native one
 
 
 def test_router_weight_plan_at_its_ends(model, store):
@@ -181,8 +184,8 @@ def test_router_weight_plan_asks_for_the_tier_of_each_weight(model, store):
     for routed in seen:
         rows = zip(routed.ids_TK[routed.valid_T], routed.weights_TK[routed.valid_T], strict=True)
         choices = [choice for ids, weights in rows for choice in zip(ids, weights, strict=True)]
-        for tier, expert in {(int(weight < 0.4), expert) for expert, weight in choices}:
-            uses[tier, routed.layer, expert] += 1
+        for precision, expert in {(int(weight < 0.4), expert) for expert, weight in choices}:
+            uses[precision, routed.layer, expert] += 1
     chunks = -(-max(map(len, PROMPTS)) // (CHUNK // len(PROMPTS)))
     assert len(seen) == chunks * model.config.n_layers
     assert sum(int(routed.valid_T.sum()) for routed in seen if routed.layer == 0) == sum(

@@ -64,7 +64,9 @@ def test_script_writes_rows_and_tables(paths, tmp_path):
             # 48 low pairs of 300 bytes and a native step take more than 12 times 900.
             assert row["plan"] == "floor" and row["capacity"] == 12
             continue
-        held = sum(tier["slots"] * tier["expert_bytes"] for tier in row["tiers"])
+        held = sum(
+            precision["slots"] * precision["expert_bytes"] for precision in row["precisions"]
+        )
         if row["plan"] == "floor":
             held += LAYERS * EXPERTS * 300
         assert held <= row["capacity"] * 900

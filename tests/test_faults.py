@@ -21,7 +21,7 @@ PROMPT, NEW_TOKENS, CHUNK = [5, 200, 17, 17, 99, 3, 250, 11], 6, 8
 def engine_of(model, experts) -> Engine:
     """Slots for half of each layer's experts, so that every token misses."""
     store = HostExperts(model.config, experts)
-    return Engine(model, store, store.tier_bytes(0) // 2, chunk_tokens=CHUNK)
+    return Engine(model, store, store.precision_bytes(0) // 2, chunk_tokens=CHUNK)
 
 
 def tokens(engine) -> list[int]:

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from launch_harness import run_sweep
 
-from hobbit_jax.cells.frontier import FrontierCell
 from hobbit_jax.experts.store import NATIVE
 from hobbit_jax.record import (
     EvalSizes,
@@ -24,6 +23,7 @@ from hobbit_jax.record import (
 )
 from hobbit_jax.report.document import write_report
 from hobbit_jax.report.frontier import Frontier, overlap
+from hobbit_jax.sweep.quality_trial import QualityRun
 
 DESCRIPTION = {"title": "t", "question": "?", "command": "c", "config": {}, "rule": {}}
 TEXT = "Whenever it is a damp, drizzly November in my soul; whenever I find myself. "
@@ -33,13 +33,13 @@ SIZES = EvalSizes(windows=3, context=24, calibration_windows=3)
 FORMATS, SHIPPED = ("Q3_K", "Q2_K"), Inputs()
 
 
-def cell(plan, seed=0, inputs=SHIPPED) -> FrontierCell:
-    return FrontierCell(QualityTrial(plan, inputs, SIZES, seed))
+def cell(plan, seed=0, inputs=SHIPPED) -> QualityRun:
+    return QualityRun(QualityTrial(plan, inputs, SIZES, seed))
 
 
 @pytest.mark.slow
 def test_cells_on_an_engine(two_banks_path, tmp_path):
-    """Bytes within the limit, selections counted, tiers' errors; each cell a row."""
+    """Bytes within the limit, selections counted, precisions' errors; each cell a row."""
     for name in ("calibration", "evaluation"):
         (tmp_path / f"{name}.txt").write_text(f"{name}: {TEXT}" * 12)
     inputs = Inputs(
@@ -76,8 +76,11 @@ def test_cells_on_an_engine(two_banks_path, tmp_path):
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (MixedInBytes("loudest", 0.5, FORMATS), "signal is 'loudest'; want one of "),
-        (PerSelection("frequency", (0.5, 0.5), ("Q2_K",)), "signal is 'frequency'; want one of "),
+        (MixedInBytes("loudest", 0.5, FORMATS), "importance score is 'loudest'; want one of "),
+        (
+            PerSelection("frequency", (0.5, 0.5), ("Q2_K",)),
+            "importance score is 'frequency'; want one of ",
+        ),
         (Uniform("Q2_K", "best"), "method is 'best'; want one of rtn, "),
         (PerSelection("router_weight", (1.0,), ("Q2_K",)), r"1 formats with shares \(1.0,\)"),
     ],

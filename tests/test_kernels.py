@@ -17,11 +17,11 @@ from jax.sharding import AbstractMesh
 
 from pallas_kernels import linear as linear_module
 from pallas_kernels import matmul_triton
-from pallas_kernels.activations import DIGIT_BLOCK, LARGEST_INTEGER, digits
-from pallas_kernels.apart import apart
+from pallas_kernels.activations import INT8_SPLIT_BLOCK, LARGEST_INTEGER, int8_split
 from pallas_kernels.expert_ffn import expert_ffn, triton_expert_ffn
 from pallas_kernels.formats import FORMATS, get_format
 from pallas_kernels.linear import linear, triton_linear
+from pallas_kernels.materialize import apart
 from pallas_kernels.matmul_triton import Items, Tile, grouped_matmul
 from pallas_kernels.packed import PACKINGS, Floats
 from pallas_kernels.reference import Bank, Signature, Work
@@ -36,7 +36,7 @@ every_format = pytest.mark.parametrize("name", PACKINGS)
 # Largest allowed ||kernel - reference|| / ||reference||, and why. The reference is float32.
 TOLERANCE = {
     # Activations to 15 bits of a 256-block's largest: 2^-15 / sqrt(3) times max/rms of 3 to 4.
-    "digits": 2e-4,
+    "int8_split": 2e-4,
     # Weights and activations to bfloat16, 2^-9 / sqrt(3) each.
     "bfloat16": 5e-3,
     # TF32 on a GPU: 2^-11 / sqrt(3) each; plain float32 in the interpreter.
@@ -50,7 +50,7 @@ def tolerance(name, width):
     packing = PACKINGS[name]
     if isinstance(packing, Floats):
         return TOLERANCE["float32" if packing.operand_dtype == jnp.float32 else "bfloat16"]
-    return TOLERANCE["digits" if width <= matmul_triton.MOST_DIGIT_ROWS else "bfloat16"]
+    return TOLERANCE["int8_split" if width <= matmul_triton.MOST_INT8_SPLIT_ROWS else "bfloat16"]
 
 
 def random_planes(name, rows, columns, lead=(SLOTS,), scale=0.02):
@@ -174,15 +174,15 @@ def test_integer_sums_do_not_overflow(name):
 
 def test_digits_round_to_fifteen_bits():
     x = x_of(3, 1024) * np.float32([1e-3, 1.0, 1e4])[:, None]
-    d = digits(jnp.asarray(x), 16)
+    d = int8_split(jnp.asarray(x), 16)
     high, low = (np.asarray(plane).view(np.int8).astype(np.int32) for plane in d[:2])
     integer = 256 * high + low
-    scale = np.repeat(np.asarray(d.scale_TB), DIGIT_BLOCK, axis=1)
+    scale = np.repeat(np.asarray(d.scale_TB), INT8_SPLIT_BLOCK, axis=1)
     assert np.abs(integer).max() == LARGEST_INTEGER
     assert (np.abs(scale * integer - x) <= scale * 0.502).all()
     np.testing.assert_array_equal(np.asarray(d.sum_TP), integer.reshape(3, -1, 16).sum(-1))
     with jax.debug_nans(True):  # no zero times infinity on the way
-        assert not any(np.any(plane) for plane in digits(jnp.zeros((1, 256)), 16))
+        assert not any(np.any(plane) for plane in int8_split(jnp.zeros((1, 256)), 16))
 
 
 # --- the expert op ---------------------------------------------------------------------------

@@ -25,9 +25,6 @@ from launch_harness import (
 )
 
 from hobbit_jax import atomic
-from hobbit_jax.cells.frontier import FrontierCell
-from hobbit_jax.cells.sweep import Cell
-from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.launch import connect, parse_resources
 from hobbit_jax.launch.on_local import visible_gpus
 from hobbit_jax.launch.sweeping import map_tasks, task_graph
@@ -44,6 +41,9 @@ from hobbit_jax.record import (
     record_name,
     record_path,
 )
+from hobbit_jax.sweep.artifact_cache import ArtifactCache
+from hobbit_jax.sweep.quality_trial import QualityRun
+from hobbit_jax.sweep.trial import Cell
 
 LOCAL_WORKER = "multiprocessing.spawn"
 
@@ -84,12 +84,12 @@ def test_a_trial_names_all_artifacts_that_it_needs(workdir, monkeypatch):
     on = digest_trials.inputs(workdir), EvalSizes(2, 16, 2, 0, 4, 4, 1)
     trials = [
         Cell(CacheTrial(Mixed("sensitivity", 0.5, "Q2_K", "importance"), 2, *on)),
-        FrontierCell(QualityTrial(Uniform("Q3_K", "gptq"), *on, seed=1)),
-        FrontierCell(QualityTrial(Uniform("Q2_K", "rtn", ("Q4_0",)), *on)),
-        FrontierCell(QualityTrial(MixedInBytes("random", 0.8, ("Q2_K",), score_text="tasks"), *on)),
-        FrontierCell(QualityTrial(PerSelection("router_weight", (0.5, 0.5), ("Q2_K",)), *on)),
+        QualityRun(QualityTrial(Uniform("Q3_K", "gptq"), *on, seed=1)),
+        QualityRun(QualityTrial(Uniform("Q2_K", "rtn", ("Q4_0",)), *on)),
+        QualityRun(QualityTrial(MixedInBytes("random", 0.8, ("Q2_K",), score_text="tasks"), *on)),
+        QualityRun(QualityTrial(PerSelection("router_weight", (0.5, 0.5), ("Q2_K",)), *on)),
     ]
-    bench = Workbench(*on, workdir)
+    bench = ArtifactCache(*on, workdir)
 
     def made() -> set[str]:
         kept = [*workdir.glob("cache/*"), *workdir.glob("low_precision/*")]

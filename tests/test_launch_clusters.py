@@ -132,7 +132,7 @@ SMOKE = (
     "--config.eval.windows=2", "--config.eval.context=16", "--config.eval.calibration_windows=2",
     "--config.eval.task_problems=0", "--config.eval.decode_prompt_tokens=4",
     "--config.eval.decode_tokens=4", "--config.eval.decode_repeats=1",
-    "--config.cache.budget_mib=2", "--config.precision.signals=frequency",
+    "--config.cache.budget_mib=2", "--config.precision.scores=frequency",
 )  # fmt: skip
 
 

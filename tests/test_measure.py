@@ -104,7 +104,7 @@ def test_the_engines_counters(two_banks_path):
     """Token by token they add up to what the pool and the engine counted over the whole run."""
     model = load_model(two_banks_path, "xla")
     store = HostExperts(model.config, model.file)
-    engine = Engine(model, store, store.tier_bytes(0) // 2)
+    engine = Engine(model, store, store.precision_bytes(0) // 2)
     ids_RS = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 12), np.int32)
     program = EngineProgram(engine, 12)
     before = program.counts()
@@ -117,7 +117,7 @@ def test_the_engines_counters(two_banks_path):
     assert total.bytes_moved == stats.bytes_moved and total.native_uses == total.uses
     k, layers = model.config.experts_per_token, model.config.n_layers
     assert found.counts.uses == found.counts.selections == found.tokens * k * layers
-    size = sum(layer.expert_bytes for layer in store.tiers[0])
+    size = sum(layer.expert_bytes for layer in store.precisions[0])
     assert found.counts.bytes_read == found.tokens * k * size
     # What it says is most probable is what the logits say.
     assert [int(np.argmax(x)) for x in program.logits_BV] == list(turns[-1].chosen[1:])

@@ -104,7 +104,7 @@ def test_new_weights_are_not_described_by_the_old(format, file_type):
         "general.file_type": 15,
         "quantize.imatrix.file": "x.dat",
         "quantize.imatrix.chunks_count": 100,
-        "hobbit.tier.calibration_sha256": "0" * 64,
+        "hobbit.low_precision.calibration_sha256": "0" * 64,
         "general.license": "mit",
     }
     assert metadata_of_new_weights(old, format) == {

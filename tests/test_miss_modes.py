@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from pool_invariants import check_invariants
 
-from hobbit_jax.cache.budget import BankDemand, divide_tiers
+from hobbit_jax.cache.budget import BankDemand, divide_precisions
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, miss_mode
 from hobbit_jax.cache.promotion import Promoter, PromotionRule
-from hobbit_jax.experts import tiers
+from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -23,7 +23,7 @@ def test_what_serves_a_selection():
     """Every mode's rule, written out: residency (native, low) against weights .5 .3 .15 .05."""
     weights_TK = jnp.asarray([[0.5, 0.3, 0.15, 0.05]])  # heavier ones sum to 0 .5 .8 .95
     absent = {
-        "wait": [NATIVE] * 4,
+        "fetch": [NATIVE] * 4,
         "use_low_if_resident": [NATIVE] * 4,
         "fetch_low": [LOW] * 4,
         "hobbit": [NATIVE, NATIVE, LOW, SKIPPED],
@@ -39,13 +39,13 @@ def test_what_serves_a_selection():
             ([NATIVE] * 4, True, False),
             ([NATIVE] * 4, True, True),
         ]:
-            resident_tTK = jnp.stack([jnp.full((1, 4), native), jnp.full((1, 4), low)])
-            served_TK = mode.serve(native_TK, weights_TK, resident_tTK)
+            resident_pTK = jnp.stack([jnp.full((1, 4), native), jnp.full((1, 4), low)])
+            served_TK = mode.serve(native_TK, weights_TK, resident_pTK)
             assert served_TK.tolist() == [wanted], (name, native, low)
             # What the plan itself sends low, or nowhere, is no miss of native.
             for asked in (LOW, SKIPPED):
-                asked_TK = jnp.full((1, 4), asked, jnp.int32)
-                served_TK = mode.serve(asked_TK, weights_TK, resident_tTK)
+                requested_TK = jnp.full((1, 4), asked, jnp.int32)
+                served_TK = mode.serve(requested_TK, weights_TK, resident_pTK)
                 assert served_TK.tolist() == [[asked] * 4], (name, asked)
     with pytest.raises(ValueError, match="want one of wait, use_low_if_resident"):
         miss_mode("fast")
@@ -58,8 +58,11 @@ def model(two_banks_path):
 
 @pytest.fixture(scope="module")
 def store(model, tmp_path_factory):
-    low = tiers.open_tier(
-        model.file, model.config, tiers.TierSpec("Q2_K"), tmp_path_factory.mktemp("tiers")
+    low = low_precision.open_low_precision(
+        model.file,
+        model.config,
+        low_precision.LowPrecisionSpec("Q2_K"),
+        tmp_path_factory.mktemp("precisions"),
     )
     return HostExperts(model.config, model.file, [low])
 
@@ -81,10 +84,12 @@ def native(model, store):
 
 
 def engine_of(model, store, mode: str, share: float, **options) -> Engine:
-    """A budget of `share` of the native experts beyond the low tier, if that is all resident."""
-    budget = int(share * store.tier_bytes(NATIVE))
+    """A budget of `share` of the native experts beyond the low precision, if that is all
+    resident.
+    """
+    budget = int(share * store.precision_bytes(NATIVE))
     if MISS_MODES[mode].low_banks == "all":
-        budget += store.tier_bytes(LOW)
+        budget += store.precision_bytes(LOW)
     options = {"promotion": PromotionRule(after_uses=2, per_token=2), **options}
     return Engine(model, store, budget, mode=mode, chunk_tokens=CHUNK, **options)
 
@@ -104,18 +109,20 @@ def test_a_mode_is_deterministic_and_counted(model, store, native, mode):
     difference = np.abs(runs[0][0] - native).max(axis=(1, 2))
     assert difference.max() > 0.01  # degraded it is
     if mode == "floor":
-        assert stats.exits == 0 and engine.pool.stats.misses.sum() == 0
-        assert all(key._replace(tier=LOW) in resident for key in resident)
-        assert any(key.tier == NATIVE for key in resident)  # promoted
+        assert stats.host_round_trips == 0 and engine.pool.stats.misses.sum() == 0
+        assert all(key._replace(precision=LOW) in resident for key in resident)
+        assert any(key.precision == NATIVE for key in resident)  # promoted
     else:
-        assert stats.exits > 0
+        assert stats.host_round_trips > 0
 
 
 def test_low_copies_that_no_plan_asks_for_change_nothing(model, store, native):
-    """A store with a low tier, without a plan, is the native cache: bits, residents and bytes."""
-    plain = Engine(model, HostExperts(model.config, model.file), store.tier_bytes(0) // 2)
+    """A store with a low precision, without a plan, is the native cache: bits, residents and
+    bytes.
+    """
+    plain = Engine(model, HostExperts(model.config, model.file), store.precision_bytes(0) // 2)
     plain.chunk_tokens = CHUNK
-    both = engine_of(model, store, "wait", 0.5)
+    both = engine_of(model, store, "fetch", 0.5)
     np.testing.assert_array_equal(decode(plain), native)
     np.testing.assert_array_equal(decode(both), native)
     assert both.pool.resident() == plain.pool.resident() and both.pool.slots == plain.pool.slots
@@ -132,8 +139,8 @@ def test_a_mode_under_an_unlimited_budget_degrades_only_until_it_has_promoted(mo
 
 def test_a_mode_says_what_it_needs(model, store):
     with pytest.raises(ValueError, match="needs at least"):
-        Engine(model, store, store.tier_bytes(LOW) - 1, mode="floor")
-    with pytest.raises(ValueError, match="low tier"):
+        Engine(model, store, store.precision_bytes(LOW) - 1, mode="floor")
+    with pytest.raises(ValueError, match="low precision"):
         Engine(model, HostExperts(model.config, model.file), mode="floor")
     with pytest.raises(NotImplementedError, match="other formats"):
         Engine(model, HostExperts(model.config, model.file, [model.file]), mode="floor")
@@ -156,7 +163,7 @@ def test_divide_tiers_keeps_the_budget_and_the_share():
         native, low = demands[:cut], demands[cut:]
         needed = sum(d.expert_bytes * d.min_slots for d in demands)
         share, budget = float(rng.random()), needed + int(rng.integers(0, 40_000))
-        slots = divide_tiers(native, low, budget, share)
+        slots = divide_precisions(native, low, budget, share)
         taken = {d.signature: slots.get(d.signature, 0) for d in demands}
         assert sum(d.expert_bytes * taken[d.signature] for d in demands) <= budget
         assert all(d.min_slots <= taken[d.signature] <= d.n_experts for d in demands)
@@ -169,7 +176,7 @@ def test_divide_tiers_keeps_the_budget_and_the_share():
         assert not unfilled or room < min(unfilled)
         if needed:
             with pytest.raises(ValueError, match=f"needs at least {needed} bytes"):
-                divide_tiers(native, low, needed - 1, share)
+                divide_precisions(native, low, needed - 1, share)
 
 
 def test_promotion_takes_the_most_used_and_forgets():

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, dequantize
 from link_bench import upload_rates
-from links import Clock, Recorded, paced
+from links import Clock, Recorded, throttled
 from pool_invariants import check_invariants
 from prediction import prediction_accuracy
 
 import hobbit_jax.inference.moe as moe_module
 import hobbit_jax.inference.prefill as prefill_module
 from hobbit_jax.cache.controller import Decision, Use
-from hobbit_jax.cache.link import PacedLink
+from hobbit_jax.cache.link import ThrottledLink
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
 from hobbit_jax.evals.quality import Windows
@@ -42,7 +42,7 @@ def store(model):
 
 def engine_of(model, store, **options) -> Engine:
     """Slots for half of each layer's experts, so that every token misses."""
-    return Engine(model, store, store.tier_bytes(NATIVE) // 2, chunk_tokens=CHUNK, **options)
+    return Engine(model, store, store.precision_bytes(NATIVE) // 2, chunk_tokens=CHUNK, **options)
 
 
 def run(engine) -> tuple[list[int], np.ndarray]:
@@ -53,7 +53,7 @@ def run(engine) -> tuple[list[int], np.ndarray]:
 def test_paced_link_takes_its_time():
     """Each upload after the one before, whoever waits; computation meanwhile costs nothing."""
     clock = Clock()
-    link = PacedLink(gb_s=1e-3, latency_us=500.0, clock=clock, sleep=clock.sleep)  # 1 byte a us
+    link = ThrottledLink(gb_s=1e-3, latency_us=500.0, clock=clock, sleep=clock.sleep)  # 1 byte a us
     raw = tuple(np.zeros((1, n), np.uint8) for n in (100, 200, 1200))  # 1.5 ms and 0.5 of latency
     first, second = link.send(raw, None), link.send(raw, None)
     second.wait()
@@ -67,7 +67,7 @@ def test_paced_link_takes_its_time():
     assert clock() == pytest.approx(10.002)
     assert link.describe() == {"kind": "emulated", "gb_s": 1e-3, "latency_us": 500.0}
     with pytest.raises(ValueError, match="want gb_s > 0"):
-        PacedLink(0.0)
+        ThrottledLink(0.0)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_guesses_and_links_change_no_bit(model, store, reference, predictor, dis
     """Nor what is resident, nor how often decode leaves; what is staged stays within its bound."""
     (tokens, logits_BV), resident, stats = reference
     rule = PrefetchRule(predictor, distance) if predictor else None
-    for link in (Recorded(store), paced(store, 1e-3)[0]):
+    for link in (Recorded(store), throttled(store, 1e-3)[0]):
         engine = engine_of(model, store, link=link, prefetch=rule)
         sizes, send = [], link.send
 
@@ -171,7 +171,7 @@ def test_each_predictor_names_what_it_says():
 
 def test_a_demand_waits_for_the_rest_of_its_upload(model, store):
     """What was guessed is not sent again, and stands behind what is waited for."""
-    link, clock = paced(store, 1e-3)
+    link, clock = throttled(store, 1e-3)
     pool = engine_of(model, store, link=link).pool
     wanted, guess = ExpertKey(0, 0, 1), ExpertKey(0, 2, 4)
     seconds = store.expert_bytes(wanted) / 1e6 + 10e-6
@@ -188,7 +188,7 @@ def virtual_prefill(model, store, monkeypatch, run_s: float, **options):
 
     The device computes beside the link; the host waits for it where it reads the routing.
     """
-    link, clock = paced(store, 1e-3)
+    link, clock = throttled(store, 1e-3)
     busy_s, ran, device_get = [0.0], [0], jax.device_get
 
     def run_items(*args, run_items=moe_module._expert_ffn):
@@ -263,7 +263,7 @@ def test_accuracy_counts_what_was_foreseen(model, store):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("what", ["send", "wait"])
+@pytest.mark.parametrize("what", ["send", "fetch"])
 def test_an_upload_that_fails_on_its_way(model, store, reference, what, share):
     """Guessed, waited for, or between two rounds: one clear error, a whole pool, the same bits."""
     link = Recorded(store)

@@ -29,7 +29,7 @@ from hobbit_jax.model_file.presets import PRESETS
 from hobbit_jax.planner import candidates, check, routing, table
 from hobbit_jax.planner.check import fit
 from hobbit_jax.planner.cost_model import CONSTANTS, Machine, Traffic, token_time
-from hobbit_jax.planner.hardware import CARDS, find_card
+from hobbit_jax.planner.hardware import GPUS, find_gpu
 from hobbit_jax.planner.plan import divide_memory, make_plan, recorded_check
 from hobbit_jax.planner.records import check_record, plan_record
 from hobbit_jax.planner.shapes import open_model, preset_model
@@ -46,14 +46,14 @@ from hobbit_jax.synthetic.synthesize import synthesize
 
 CONTEXT = 512
 TINY = preset_model("tiny")
-NATIVE, LOW = candidates.NATIVE, Setting("low", "wait", "Q2_K", "low")
+NATIVE, LOW = candidates.NATIVE, Setting("low", "fetch", "Q2_K", "low")
 FLOOR = Setting("floor", "floor", "Q2_K")
 MODES = [s for s in candidates.settings() if s.low_format in (None, "Q2_K")]
 
 
 @pytest.fixture(scope="module")
-def made_up() -> Trace:
-    return routing.made_up(TINY.config).trace
+def synthetic_routing() -> Trace:
+    return routing.synthetic_routing(TINY.config).trace
 
 
 def shorter(trace: Trace, n_tokens: int) -> Trace:
@@ -110,21 +110,21 @@ def test_sizes_are_those_of_real_files(tmp_path: Path):
     assert open_model(tied).dense_read_bytes == open_model(tied).dense_bytes
 
 
-def test_residents_are_the_engines_own(tmp_path: Path, made_up: Trace):
+def test_residents_are_the_engines_own(tmp_path: Path, synthetic_routing: Trace):
     synthesize(PRESETS["tiny"], "tiny", tmp_path / "tiny.gguf")
     file = open_gguf(tmp_path / "tiny.gguf")
-    store, trace = HostExperts(TINY.config, file), shorter(made_up, 40)
+    store, trace = HostExperts(TINY.config, file), shorter(synthetic_routing, 40)
     for share in (0.1, 0.33, 0.7, 1.0, 2.0):
-        pool = int(share * store.tier_bytes(0))
-        slots, _ = pool_slots(uniform_plan(store), MISS_MODES["wait"], store, pool, 0.0)
+        pool = int(share * store.precision_bytes(0))
+        slots, _ = pool_slots(uniform_plan(store), MISS_MODES["fetch"], store, pool, 0.0)
         outcome = replay_setting(NATIVE, TINY, trace, pool, CONTEXT)
         assert outcome.residents == sum(slots.values())
         assert sorted(outcome.slots.values()) == sorted(slots.values())
 
 
 @pytest.mark.parametrize("setting", MODES, ids=lambda s: s.name)
-def test_more_memory_is_never_fewer_residents(setting: Setting, made_up: Trace):
-    trace, found = shorter(made_up, 60), []
+def test_more_memory_is_never_fewer_residents(setting: Setting, synthetic_routing: Trace):
+    trace, found = shorter(synthetic_routing, 60), []
     for share in (0.25, 0.4, 0.6, 0.8, 1.01, 2.0):
         try:
             pool = int(share * TINY.native_bytes)
@@ -143,8 +143,10 @@ def test_more_memory_is_never_fewer_residents(setting: Setting, made_up: Trace):
     assert last.exits == 0 and found[-1].hit_rate == 1
 
 
-def test_a_faster_link_or_device_is_never_slower(made_up: Trace):
-    traffic = replay_setting(NATIVE, TINY, shorter(made_up, 60), TINY.native_bytes // 3, CONTEXT)
+def test_a_faster_link_or_device_is_never_slower(synthetic_routing: Trace):
+    traffic = replay_setting(
+        NATIVE, TINY, shorter(synthetic_routing, 60), TINY.native_bytes // 3, CONTEXT
+    )
     for name in ("pcie_gb_s", "device_gb_s", "pcie_efficiency", "device_efficiency"):
         totals = [
             token_time(traffic.traffic, replace(Machine(100, 5), **{name: value})).total
@@ -155,7 +157,7 @@ def test_a_faster_link_or_device_is_never_slower(made_up: Trace):
 
 def test_a_replay_counts_as_a_plain_lru_does():
     """Misses, exits and bytes of uniform experts, by an LRU of twenty lines with the same start."""
-    trace = shorter(routing.made_up(TINY.config, seed=3).trace, 70)
+    trace = shorter(routing.synthetic_routing(TINY.config, seed=3).trace, 70)
     expert_bytes = TINY.store("Q2_K").layer(1, 0).expert_bytes
     n_slots = 9  # too few for a protected segment, so SLRU is LRU
     outcome = replay_setting(LOW, TINY, trace, n_slots * expert_bytes, CONTEXT)
@@ -189,32 +191,34 @@ def test_a_replay_counts_as_a_plain_lru_does():
     assert outcome.hit_rate == pytest.approx(1 - misses / counted / 32)
 
 
-def test_a_floor_never_waits_and_reads_both_tiers(made_up: Trace):
+def test_a_floor_never_waits_and_reads_both_precisions(synthetic_routing: Trace):
     low = TINY.store("Q2_K")
-    pool = low.tier_bytes(1) + TINY.native_bytes // 4
-    outcome = replay_setting(FLOOR, TINY, shorter(made_up, 120), pool, CONTEXT)
+    pool = low.precision_bytes(1) + TINY.native_bytes // 4
+    outcome = replay_setting(FLOOR, TINY, shorter(synthetic_routing, 120), pool, CONTEXT)
     assert outcome.traffic.exits == 0 and outcome.hit_rate == 1
     assert 0.1 < outcome.low_uses < 0.9
     native = TINY.native_bytes / 256 * 32
-    expected = outcome.low_uses * low.tier_bytes(1) / 256 * 32 + (1 - outcome.low_uses) * native
+    expected = (
+        outcome.low_uses * low.precision_bytes(1) / 256 * 32 + (1 - outcome.low_uses) * native
+    )
     assert outcome.traffic.expert_bytes == pytest.approx(expected, rel=0.03)
 
 
-def test_another_models_trace_is_scaled_and_named(made_up: Trace):
+def test_another_models_trace_is_scaled_and_named(synthetic_routing: Trace):
     """Half the layers, half the choices: each selection and each byte read counts for more."""
     half = replace(
-        made_up,
-        ids_TLK=made_up.ids_TLK[:, ::2, :2].copy(),
-        weights_TLK=made_up.weights_TLK[:, ::2, :2].copy(),
+        synthetic_routing,
+        ids_TLK=synthetic_routing.ids_TLK[:, ::2, :2].copy(),
+        weights_TLK=synthetic_routing.weights_TLK[:, ::2, :2].copy(),
     )
-    assert routing.recorded(made_up, TINY.config).extrapolates == ()
+    assert routing.recorded(synthetic_routing, TINY.config).extrapolates == ()
     (reason,) = routing.recorded(half, TINY.config).extrapolates
     assert "4 layers, 32 experts, top-2 instead of 8, 32, 4" in reason
     size = TINY.store("Q2_K").layer(1, 0).expert_bytes
     everything = replay_setting(LOW, TINY, shorter(half, 60), 256 * size, CONTEXT)
     assert everything.residents == 256 and everything.traffic.moved_bytes == 0
     assert everything.traffic.expert_bytes == pytest.approx(8 * 4 * size)
-    own = replay_setting(LOW, TINY, made_up, 128 * size, CONTEXT)
+    own = replay_setting(LOW, TINY, synthetic_routing, 128 * size, CONTEXT)
     others = replay_setting(LOW, TINY, half, 128 * size, CONTEXT)
     assert others.residents == own.residents == 128
     assert others.hit_rate == pytest.approx(own.hit_rate, abs=0.1)
@@ -224,12 +228,12 @@ def test_another_models_trace_is_scaled_and_named(made_up: Trace):
 def test_made_up_routing_is_like_recorded_routing():
     """By the figures that the module gives of DeepSeek-V2-Lite's texts."""
     shape = replace(PRESETS["tiny"], n_layers=26, n_experts=64, experts_per_token=6)
-    trace = routing.made_up(shape).trace
-    assert trace.share_of_favourites(0.25) == pytest.approx(0.489, abs=0.03)
+    trace = routing.synthetic_routing(shape).trace
+    assert trace.share_of_hot_experts(0.25) == pytest.approx(0.489, abs=0.03)
     for lag, overlap in ((1, 0.276), (2, 0.206), (5, 0.182), (20, 0.152)):
         assert trace.overlap(lag) == pytest.approx(overlap, abs=0.025)
-    np.testing.assert_array_equal(trace.ids_TLK, routing.made_up(shape).trace.ids_TLK)
-    assert (routing.made_up(shape, seed=1).trace.ids_TLK != trace.ids_TLK).any()
+    np.testing.assert_array_equal(trace.ids_TLK, routing.synthetic_routing(shape).trace.ids_TLK)
+    assert (routing.synthetic_routing(shape, seed=1).trace.ids_TLK != trace.ids_TLK).any()
 
 
 def test_a_profiles_favourites_are_kept():
@@ -244,8 +248,8 @@ def test_a_profiles_favourites_are_kept():
         routing.profiled(uses_LE[:, :31], TINY.config)
 
 
-def test_rivals_on_the_cpu(made_up: Trace):
-    per_layer = [layer.expert_bytes for layer in TINY.store().tiers[0]]
+def test_rivals_on_the_cpu(synthetic_routing: Trace):
+    per_layer = [layer.expert_bytes for layer in TINY.store().precisions[0]]
     everything = all_on_cpu(TINY, CONTEXT)
     assert (everything.expert_bytes, everything.host_layers) == (0, 8)
     assert everything.host_bytes == 4 * sum(per_layer)
@@ -253,11 +257,11 @@ def test_rivals_on_the_cpu(made_up: Trace):
     assert (layers_that_fit(TINY, three), layers_that_fit(TINY, three - 1)) == (3, 2)
     some = all_on_cpu(TINY, CONTEXT, 3)
     assert (some.expert_bytes, some.host_bytes) == (4 * sum(per_layer[-3:]), 4 * sum(per_layer[:5]))
-    hot, traffic = hot_on_device(TINY, made_up, TINY.native_bytes // 4, CONTEXT)
+    hot, traffic = hot_on_device(TINY, synthetic_routing, TINY.native_bytes // 4, CONTEXT)
     assert 0.35 < hot < 0.6  # of uses, by the most used quarter
     assert traffic.expert_bytes + traffic.host_bytes == pytest.approx(4 * sum(per_layer))
     assert 0 < traffic.host_layers < 8
-    assert hot_on_device(TINY, made_up, TINY.native_bytes, CONTEXT)[0] == 1
+    assert hot_on_device(TINY, synthetic_routing, TINY.native_bytes, CONTEXT)[0] == 1
 
 
 def test_the_choice_has_to_earn_what_it_degrades():
@@ -289,11 +293,11 @@ def test_constants_are_recovered_from_times():
 
 def test_what_is_refused():
     with pytest.raises(ValueError, match=r"RTX 9999.*RTX 4070"):
-        find_card("RTX 9999")
+        find_gpu("RTX 9999")
     with pytest.raises(ValueError, match="positive"):
-        find_card("500,0")
-    assert find_card("rtx4070") is find_card("NVIDIA GeForce RTX 4070") is CARDS["RTX 4070"]
-    assert find_card("500, 25").device_gb_s == 500
+        find_gpu("500,0")
+    assert find_gpu("rtx4070") is find_gpu("NVIDIA GeForce RTX 4070") is GPUS["RTX 4070"]
+    assert find_gpu("500, 25").device_gb_s == 500
     big = preset_model("mixtral-8x7b")
     with pytest.raises(ValueError, match=r"too small for mixtral-8x7b by \d+\.\d\d GiB: dense"):
         divide_memory(big, 2, 4096, 256, 0.75)
@@ -306,7 +310,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="qwen3-30b-a3b"):
         preset_model("qwen")
     with pytest.raises(ValueError, match="30 or more"):
-        routing.recorded(shorter(routing.made_up(TINY.config).trace, 12), TINY.config)
+        routing.recorded(shorter(routing.synthetic_routing(TINY.config).trace, 12), TINY.config)
     memory = divide_memory(big, 24, 4096, 256, 0.75)
     parts = memory.dense + memory.kv_cache + memory.scratch + memory.reserve
     assert memory.pool == 24 * 2**30 - parts > 0
@@ -316,10 +320,10 @@ def tiny_plan(pool_share: float) -> dict:
     pool = int(pool_share * TINY.native_bytes)
     memory = divide_memory(TINY, 1, CONTEXT, 256, 0)
     memory = replace(memory, vram=memory.vram - memory.pool + pool)
-    made = routing.made_up(TINY.config)
+    made = routing.synthetic_routing(TINY.config)
     made = replace(made, trace=shorter(made.trace, 100))
     machine = Machine(500, 30)
-    return make_plan(TINY, CARDS["RTX 4070"], machine, memory, CONTEXT, 256, made, {})
+    return make_plan(TINY, GPUS["RTX 4070"], machine, memory, CONTEXT, 256, made, {})
 
 
 def test_a_plan_says_what_it_rests_on(tmp_path: Path):
@@ -403,7 +407,9 @@ def test_a_check_of_a_machine_that_is_as_the_model_has_it(monkeypatch: pytest.Mo
         return found
 
     monkeypatch.setattr(check, "compare", bench)
-    monkeypatch.setattr(check, "record_routing", lambda *_: routing.made_up(model.config).trace)
+    monkeypatch.setattr(
+        check, "record_routing", lambda *_: routing.synthetic_routing(model.config).trace
+    )
     store = model.store("Q2_K")
     record = check.check(None, model, store, "Q2_K", np.zeros((3, 64), np.int32), 16, 0.1)
     for clock in check.CLOCKS:

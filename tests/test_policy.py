@@ -9,8 +9,8 @@ import pytest
 from hobbit_jax.cache.policies import POLICIES, Belady, PinnedStatic, Step, policy_factory
 from hobbit_jax.cache.policies.hobbit import Hobbit
 from hobbit_jax.cache.policies.lru import LRU
-from hobbit_jax.cache.policies.recall import Recall
-from hobbit_jax.cache.policies.recall_memory import HORIZON, LayerMemory
+from hobbit_jax.cache.policies.next_use import NextUse
+from hobbit_jax.cache.policies.next_use_memory import HORIZON, LayerMemory
 from hobbit_jax.cache.policies.slru import SLRU
 from hobbit_jax.cache.policies.w_tinylfu import WTinyLFU
 
@@ -19,7 +19,7 @@ KEYS = [(layer, expert) for layer in range(N_LAYERS) for expert in range(N_EXPER
 
 
 def random_walk(rng: np.random.Generator, n_tokens: int):
-    """Steps of a small model with changing favourites, each with its (key, weight, native)."""
+    """Steps of a small model with changing hot experts, each with its (key, weight, native)."""
     position = 0
     for token in range(n_tokens):
         if token % 40 == 0:
@@ -346,17 +346,17 @@ def phrases(rng: np.random.Generator, n_phrases: int):
             token += 1
 
 
-def test_recall_remembers_phrases():
+def test_next_use_remembers_phrases():
     walk = list(phrases(np.random.default_rng(0), 150))
-    misses = {name: misses_of(POLICIES[name](48), walk) for name in ("lru", "lfru", "recall")}
+    misses = {name: misses_of(POLICIES[name](48), walk) for name in ("lru", "lfru", "next_use")}
     bound = misses_of(Belady(48, [key for _, keys in walk for key in keys]), walk)
     others = min(misses["lru"], misses["lfru"])
-    assert others - misses["recall"] > 0.5 * (others - bound)
+    assert others - misses["next_use"] > 0.5 * (others - bound)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_recall_evicts_whom_it_expects_last(seed):
-    policy, evictions = Recall(9), 0
+def test_next_use_evicts_whom_it_expects_last(seed):
+    policy, evictions = NextUse(9), 0
     for step, uses in random_walk(np.random.default_rng(seed), 100):
         policy.begin_step(step)
         keys = [key for key, _, _ in uses]
@@ -371,10 +371,10 @@ def test_recall_evicts_whom_it_expects_last(seed):
     assert evictions > 100
 
 
-def test_recall_learns_from_steps_of_any_shape():
+def test_next_use_learns_from_steps_of_any_shape():
     """Steps without order: tokens that skip layers, unions of many keys, repeated rounds."""
     rng = np.random.default_rng(1)
-    policy, token = Recall(80), 0
+    policy, token = NextUse(80), 0
     for _ in range(400):
         token += int(rng.integers(0, 3)) * int(rng.choice([1, 1, 1, 50, 5000]))
         keys = [(int(rng.integers(3)), int(e)) for e in rng.permutation(150)[: rng.integers(1, 60)]]

@@ -161,7 +161,7 @@ def test_invariants_after_any_requests(store, slots, seed):
     assert stats.bytes_moved == link.sent_bytes and stats.dropped_bytes == dropped
     assert (stats.ahead_bytes > 0) == (pool.staging_bytes > 0)
     # Each upload is waited for once, or given up, or was reserved for a slot that it did not get.
-    waits = [expert for what, expert in link.events if what == "wait"]
+    waits = [expert for what, expert in link.events if what == "fetch"]
     sends = [expert for what, expert in link.events if what == "send"]
     assert not Counter(waits) - Counter(sends)
     assert stats.hit_rate == ((accesses - misses) / accesses if accesses else None)

@@ -28,11 +28,11 @@ def hobbit_tier(weights_K: list[float], index: int) -> int:
 def test_hobbit_thresholds(k):
     ids_TK, weights_TK = routing(200, k)
     plan = SelectionPlan("cumulative_weight", (T1, T2), (0, 1, SKIPPED), (0.5, 0.4, 0.1))
-    tier_TK = plan.assign(0, ids_TK, weights_TK)
+    precision_TK = plan.assign(0, ids_TK, weights_TK)
     wanted = [[hobbit_tier(row, i) for i in range(k)] for row in weights_TK.astype(float).tolist()]
-    np.testing.assert_array_equal(tier_TK, wanted)
-    assert {0, 1, SKIPPED} == set(tier_TK.reshape(-1).tolist())
-    assert (tier_TK[:, 0] == 0).all()
+    np.testing.assert_array_equal(precision_TK, wanted)
+    assert {0, 1, SKIPPED} == set(precision_TK.reshape(-1).tolist())
+    assert (precision_TK[:, 0] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,6 @@ def test_a_program_assigns_what_the_host_does(plan):
         np.testing.assert_array_equal(on_device, on_host)
 
 
-def test_refuses_thresholds_that_do_not_fit_their_tiers():
-    with pytest.raises(ValueError, match="2 thresholds with 2 tiers"):
+def test_refuses_thresholds_that_do_not_fit_their_precisions():
+    with pytest.raises(ValueError, match="2 thresholds with 2 precisions"):
         SelectionPlan("router_weight", (0.1, 0.2), (0, 1), (0.5, 0.5))

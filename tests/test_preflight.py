@@ -13,12 +13,13 @@ from conftest import REPOSITORY
 from hobbit_jax import resources
 from hobbit_jax.cache.miss_modes import miss_mode
 from hobbit_jax.cache.pool_sizing import least_bytes, pool_slots
-from hobbit_jax.cells import preflight as preflight_module
-from hobbit_jax.cells.preflight import all_low_mib, preflight
-from hobbit_jax.cells.sweep import Cell
+from hobbit_jax.experts.low_precision import (
+    LowPrecisionSpec,
+    open_low_precision,
+    planned_low_precision,
+)
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.experts.tiers import TierSpec, open_tier, planned_tier
 from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.record import (
@@ -30,6 +31,9 @@ from hobbit_jax.record import (
     Native,
     Uniform,
 )
+from hobbit_jax.sweep import preflight as preflight_module
+from hobbit_jax.sweep.preflight import all_low_mib, preflight
+from hobbit_jax.sweep.trial import Cell
 
 SIZES = EvalSizes(
     windows=2, context=32, calibration_windows=2, decode_prompt_tokens=4, decode_tokens=4,
@@ -45,14 +49,14 @@ def inputs(two_banks_path) -> Inputs:
 @pytest.fixture
 def cell(inputs):
     def make(
-        signal="native", fraction=0.0, low="", budget_mib=2.0, method="rtn", mode="wait",
+        score="native", fraction=0.0, low="", budget_mib=2.0, method="rtn", mode="fetch",
         sizes=SIZES, on=inputs,
     ) -> Cell:  # fmt: skip
         plan = {
             "native": lambda: Native(),
             "uniform": lambda: Uniform(low, method),
             "residency": lambda: MissModeTrial(mode, 0.0, low, method),
-        }.get(signal, lambda: Mixed(signal, fraction, low, method))()
+        }.get(score, lambda: Mixed(score, fraction, low, method))()
         return Cell(CacheTrial(plan, budget_mib, on, sizes, 0.1, 0))
 
     return make
@@ -102,18 +106,18 @@ def test_equal_cells_are_named_with_the_field_that_repeats(cell, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("signal", "fraction", "mode"),
+    ("score", "fraction", "mode"),
     [
-        ("uniform", 1.0, "wait"),
-        ("frequency", 0.5, "wait"),
-        ("router_weight", 0.25, "wait"),
+        ("uniform", 1.0, "fetch"),
+        ("frequency", 0.5, "fetch"),
+        ("router_weight", 0.25, "fetch"),
         ("residency", 0.0, "floor"),
         ("residency", 0.0, "fetch_low"),
     ],
 )
-def test_the_smallest_pool_is_what_an_engine_takes(cell, tmp_path, signal, fraction, mode):
+def test_the_smallest_pool_is_what_an_engine_takes(cell, tmp_path, score, fraction, mode):
     """At the budget that preflight asks for there are slots, and a byte below there are none."""
-    asked = cell(signal, fraction, "Q2_K", 0.2, mode=mode)
+    asked = cell(score, fraction, "Q2_K", 0.2, mode=mode)
     check = preflight_module._Check(
         preflight_module._opened(asked.inputs.model, {}, preflight_module.Preflight()),
         asked.inputs, SIZES, [asked], {}, tmp_path, preflight_module.Preflight(),
@@ -121,15 +125,15 @@ def test_the_smallest_pool_is_what_an_engine_takes(cell, tmp_path, signal, fract
     least = check.least_pool_bytes(check.needs[0])
     source = open_gguf(asked.inputs.model)
     config = read_config(source)
-    made = open_tier(source, config, TierSpec("Q2_K"), tmp_path)
-    planned = planned_tier(source, config, "Q2_K")
+    made = open_low_precision(source, config, LowPrecisionSpec("Q2_K"), tmp_path)
+    planned = planned_low_precision(source, config, "Q2_K")
     assert {n: t.nbytes for n, t in made.tensors.items()} == {
         n: t.nbytes for n, t in planned.tensors.items()
     }
     store = HostExperts(config, source, [made])
-    plan = uniform_plan(store, 1 if signal == "uniform" else 0)
-    if signal not in ("uniform", "residency"):
-        plan.tier_LE[:, : round(fraction * config.n_experts)] = 1
+    plan = uniform_plan(store, 1 if score == "uniform" else 0)
+    if score not in ("uniform", "residency"):
+        plan.precision_LE[:, : round(fraction * config.n_experts)] = 1
     assert least_bytes(plan, miss_mode(mode), store) == least
     pool_slots(plan, miss_mode(mode), store, least, 0.5)
     with pytest.raises(ValueError, match="needs at least"):
@@ -157,7 +161,9 @@ def test_memory_and_disk_are_held_against_what_is_free(cell, tmp_path, monkeypat
     assert elsewhere == disk
 
     source = open_gguf(gptq.inputs.model)
-    open_tier(source, read_config(source), TierSpec("Q2_K"), tmp_path / "cache" / "low_precision")
+    open_low_precision(
+        source, read_config(source), LowPrecisionSpec("Q2_K"), tmp_path / "cache" / "low_precision"
+    )
     plain = cell("uniform", 1.0, "Q2_K")
     assert tmp_path / "cache" / "low_precision" not in preflight([plain], CONFIG, tmp_path).disk
 

@@ -18,7 +18,7 @@ TOKENS, LAYERS, EXPERTS, K = 400, 4, 16, 3
 
 @pytest.fixture(scope="module")
 def trace_path(tmp_path_factory):
-    """Four layers of 16 experts with favourites."""
+    """Four layers of 16 experts with hot experts."""
     rng = np.random.default_rng(0)
     popularity_LE = rng.dirichlet(np.full(EXPERTS, 0.5), LAYERS) + 0.01
     popularity_LE /= popularity_LE.sum(axis=1, keepdims=True)
@@ -92,7 +92,7 @@ def test_a_policy_is_called_as_the_engine_calls_it(trace):
             wanted.append(Step(token, layer, token - began))
             weights = trace.weights_TLK[token, layer][served_K].tolist()
             for key, weight in zip(keys, weights, strict=True):
-                wanted.append(("access", key, round(weight, 6), bank.tier == "native"))
+                wanted.append(("access", key, round(weight, 6), bank.precision == "native"))
             for key in [key for key in keys if not resident.access(key)]:
                 wanted.append(("admit", key, sorted(keys)))
                 resident.admit(key, keys)
@@ -107,15 +107,15 @@ def test_selections_by_router_weight_have_two_banks(trace):
     assert layout.degraded_share == low.served_TLK.mean() == pytest.approx(0.4, abs=0.001)
     assert trace.weights_TLK[low.served_TLK].max() < layout.threshold
     row = replay(trace, "lru", layout, 24)
-    for tier, bank in zip(row["tiers"], layout.banks, strict=True):
+    for precision, bank in zip(row["precisions"], layout.banks, strict=True):
         keys, served = (a.reshape(-1, K).tolist() for a in (trace.keys_TLK, bank.served_TLK))
         steps = [
             [k for k, s in zip(*step, strict=True) if s] for step in zip(keys, served, strict=True)
         ]
-        assert tier["misses"] == sum(lru_misses(steps, bank.slots))
-        assert tier["bytes_moved"] == tier["misses"] * bank.expert_bytes
-    assert row["bytes_moved"] == sum(tier["bytes_moved"] for tier in row["tiers"])
-    # An expert may be there at both tiers; then it takes two slots and is one resident.
+        assert precision["misses"] == sum(lru_misses(steps, bank.slots))
+        assert precision["bytes_moved"] == precision["misses"] * bank.expert_bytes
+    assert row["bytes_moved"] == sum(precision["bytes_moved"] for precision in row["precisions"])
+    # An expert may be there at both precisions; then it takes two slots and is one resident.
     assert max(native.slots, low.slots) < row["residents"] < row["slots"]
 
 
@@ -220,7 +220,7 @@ def test_bad_settings_are_refused(trace):
         ((9, 0), "expert_bytes is 0"),
         ((9, 900, "floor", 900), "low_bytes is 900; want 1 to 899"),
         ((9, 900, "frequency", 300, 1.5), "low_share is 1.5"),
-        ((3, 900, "router_weight", 300), "one step at both tiers needs 4"),
+        ((3, 900, "router_weight", 300), "one step at both precisions needs 4"),
         ((24, 900, "floor", 300), "one native step need 25"),
         ((24, 900, "other", 300), "plan is 'other'; want one of native, router_weight"),
     ):
@@ -267,13 +267,13 @@ def test_real_routing(real_trace):
     layout = lay_out(trace, 416, 1)
     rates = {
         policy: replay(trace, policy, layout, 416)["hit_rate"]
-        for policy in ("lru", "slru", "decayed_lfu", "recall", "belady")
+        for policy in ("lru", "slru", "decayed_lfu", "next_use", "belady")
     }
     for policy in ("lru", "slru"):
         assert rates[policy] == pytest.approx(RECORDED[name, policy], abs=1e-6)
     best = max(rates[policy] for policy in ("lru", "slru", "decayed_lfu"))
-    assert rates["recall"] > best + 0.05
-    assert rates["recall"] - rates["lru"] > 0.3 * (rates["belady"] - rates["lru"])
+    assert rates["next_use"] > best + 0.05
+    assert rates["next_use"] - rates["lru"] > 0.3 * (rates["belady"] - rates["lru"])
 
 
 @pytest.mark.slow
@@ -283,9 +283,9 @@ def test_all_of_real_routing(real_trace, capacity):
     layout = lay_out(trace, capacity, 1)
     rates = {
         policy: replay(trace, policy, layout, capacity)["hit_rate"]
-        for policy in ("lru", "slru", "decayed_lfu", "recall", "belady")
+        for policy in ("lru", "slru", "decayed_lfu", "next_use", "belady")
     }
     assert rates["slru"] > rates["lru"] - 0.005
     best = max(rates[policy] for policy in ("lru", "slru", "decayed_lfu"))
-    assert rates["recall"] > best + 0.03
-    assert rates["recall"] - rates["lru"] > 0.2 * (rates["belady"] - rates["lru"])
+    assert rates["next_use"] > best + 0.03
+    assert rates["next_use"] - rates["lru"] > 0.2 * (rates["belady"] - rates["lru"])

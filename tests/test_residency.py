@@ -19,13 +19,13 @@ from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import low_share, pool_slots
 from hobbit_jax.cache.promotion import Promoter, PromotionRule
 from hobbit_jax.cache.warm_start import WarmStart
-from hobbit_jax.experts import tiers
+from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.inference.adaptive_split import CapacityTuner, SplitRule
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
-from hobbit_jax.signals.calibration import Calibration
 from pallas_kernels.reference import Signature
 
 RULE = PromotionRule(after_uses=2, per_token=2)
@@ -38,8 +38,11 @@ def model(two_banks_path):
 
 @pytest.fixture(scope="module")
 def store(model, tmp_path_factory):
-    low = tiers.open_tier(
-        model.file, model.config, tiers.TierSpec("Q2_K"), tmp_path_factory.mktemp("tiers")
+    low = low_precision.open_low_precision(
+        model.file,
+        model.config,
+        low_precision.LowPrecisionSpec("Q2_K"),
+        tmp_path_factory.mktemp("precisions"),
     )
     return HostExperts(model.config, model.file, [low])
 
@@ -52,8 +55,8 @@ def uses_LE(store):
 
 
 def budget(store, mode: str, share: float) -> int:
-    floor = store.tier_bytes(LOW) if MISS_MODES[mode].low_banks == "all" else 0
-    return floor + int(share * store.tier_bytes(NATIVE))
+    floor = store.precision_bytes(LOW) if MISS_MODES[mode].low_banks == "all" else 0
+    return floor + int(share * store.precision_bytes(NATIVE))
 
 
 def decode(engine, tokens: int, seed: int = 0) -> np.ndarray:
@@ -85,9 +88,9 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
     seen: list[RoutedStep] = []
 
     def watch(routed):
-        asked_TK = np.zeros(routed.ids_TK.shape, np.int32)
+        requested_TK = np.zeros(routed.ids_TK.shape, np.int32)
         seen.append(
-            RoutedStep(len(seen) // 3, routed.layer, routed.ids_TK, routed.weights_TK, asked_TK)
+            RoutedStep(len(seen) // 3, routed.layer, routed.ids_TK, routed.weights_TK, requested_TK)
         )
 
     size = budget(store, mode, 0.5)
@@ -122,14 +125,18 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
 
 def test_a_pool_divided_anew_keeps_whom_it_can(store):
     """After any divisions: within the budget, agreeing with the store, nobody lost for nothing."""
-    plan, mode, size = uniform_plan(store), MISS_MODES["fetch_low"], store.tier_bytes(NATIVE) // 2
+    plan, mode, size = (
+        uniform_plan(store),
+        MISS_MODES["fetch_low"],
+        store.precision_bytes(NATIVE) // 2,
+    )
     divisions = [pool_slots(plan, mode, store, size, share)[0] for share in (0.2, 0.5, 0.8)]
     pool = make_pool(store, divisions[0], size)
     rng = np.random.default_rng(0)
     for round_ in range(9):
         for _ in range(12):
-            tier, layer, expert = rng.integers((2, 3, 8)).tolist()
-            pool.load([ExpertKey(tier, layer, expert)])
+            precision, layer, expert = rng.integers((2, 3, 8)).tolist()
+            pool.load([ExpertKey(precision, layer, expert)])
         slots = divisions[rng.integers(3)]
         before, moved = pool.resident(), pool.stats.bytes_moved
         same = {s for s in slots if slots[s] == pool.slots[s]}
@@ -151,11 +158,18 @@ def test_a_pool_divided_anew_keeps_whom_it_can(store):
 
 
 def test_an_upload_that_fails_while_the_pool_is_divided_leaves_it_whole(store, monkeypatch):
-    plan, mode, size = uniform_plan(store), MISS_MODES["fetch_low"], store.tier_bytes(NATIVE) // 2
+    plan, mode, size = (
+        uniform_plan(store),
+        MISS_MODES["fetch_low"],
+        store.precision_bytes(NATIVE) // 2,
+    )
     first, second = (pool_slots(plan, mode, store, size, share)[0] for share in (0.2, 0.5))
     pool = make_pool(store, first, size)
     keys = [
-        ExpertKey(tier, layer, expert) for tier in (0, 1) for layer in (0, 1) for expert in (2, 5)
+        ExpertKey(precision, layer, expert)
+        for precision in (0, 1)
+        for layer in (0, 1)
+        for expert in (2, 5)
     ]
     for key in keys:
         pool.load([key])
@@ -177,12 +191,12 @@ def test_an_upload_that_fails_while_the_pool_is_divided_leaves_it_whole(store, m
     check_invariants(pool, store)
 
 
-def hottest(store, uses_LE, tier: int, signature, leave_out=()) -> list[ExpertKey]:
+def hottest(store, uses_LE, precision: int, signature, leave_out=()) -> list[ExpertKey]:
     """By hand: keys of a bank, the most used first."""
     keys = [
-        ExpertKey(tier, layer, expert)
+        ExpertKey(precision, layer, expert)
         for layer, expert in np.ndindex(uses_LE.shape)
-        if store.layer(tier, layer).signature == signature
+        if store.layer(precision, layer).signature == signature
         and ExpertKey(NATIVE, layer, expert) not in leave_out
     ]
     return sorted(keys, key=lambda key: -uses_LE[key.layer, key.expert])
@@ -192,10 +206,12 @@ def test_a_warm_pool_holds_the_most_used(model, store, uses_LE):
     engine = Engine(model, store, budget(store, "fetch_low", 0.5), mode="fetch_low",
                     warm=WarmStart(uses_LE, 0.25))  # fmt: skip
     pool, native = engine.pool, set()
-    for tier in (NATIVE, LOW):
-        for signature in {layer.signature for layer in store.tiers[tier]}:
+    for precision in (NATIVE, LOW):
+        for signature in {layer.signature for layer in store.precisions[precision]}:
             n_slots = pool.slots[signature]
-            ranked = hottest(store, uses_LE, tier, signature, native if tier == LOW else ())
+            ranked = hottest(
+                store, uses_LE, precision, signature, native if precision == LOW else ()
+            )
             wanted = ranked[:n_slots]
             assert {key for key in pool.resident() if store.signature(key) == signature} == set(
                 wanted
@@ -203,16 +219,16 @@ def test_a_warm_pool_holds_the_most_used(model, store, uses_LE):
             policy = pool.policies[signature]
             assert policy.pinned == set(ranked[: int(0.25 * n_slots)])
             assert policy.victim() == wanted[-1]  # the least used goes first
-        native |= {key for key in pool.resident() if key.tier == NATIVE}
+        native |= {key for key in pool.resident() if key.precision == NATIVE}
     check_invariants(pool, store)
 
 
 def test_a_warm_start_changes_no_bit(model, store, uses_LE):
-    size = store.tier_bytes(NATIVE) // 2
-    cold = Engine(model, store, size, mode="wait")
+    size = store.precision_bytes(NATIVE) // 2
+    cold = Engine(model, store, size, mode="fetch")
     logits = decode(cold, 12)
     for warm in (WarmStart(uses_LE), WarmStart(uses_LE, 0.5), WarmStart(uses_LE.max() - uses_LE)):
-        engine = Engine(model, store, size, mode="wait", warm=warm)
+        engine = Engine(model, store, size, mode="fetch", warm=warm)
         pinned = {key for policy in engine.pool.policies.values() for key in policy.pinned}
         assert bool(pinned) == bool(warm.pin_share)
         engine.pool.reset_stats()
@@ -223,7 +239,7 @@ def test_a_warm_start_changes_no_bit(model, store, uses_LE):
 
 
 def test_what_a_warm_start_refuses(model, store, uses_LE):
-    size = store.tier_bytes(NATIVE) // 2
+    size = store.precision_bytes(NATIVE) // 2
     with pytest.raises(ValueError, match=r"fewer than 2 of its \d+ slots to stream through"):
         Engine(model, store, size, warm=WarmStart(uses_LE, 0.9))
     with pytest.raises(ValueError, match="pin_share is 1; want 0 to below 1"):
@@ -265,7 +281,7 @@ def test_the_engine_divides_its_pool_anew_and_goes_on(model, store, uses_LE):
         check_invariants(engine.pool, store)
         runs.append((np.concatenate(logits), engine.stats, engine.pool.resident()))
     assert np.array_equal(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:]
-    fixed = Engine(model, store, mode="wait", low_share="adaptive")
+    fixed = Engine(model, store, mode="fetch", low_share="adaptive")
     assert fixed.split is None
 
 
@@ -281,16 +297,16 @@ DIVISIONS = {
 }
 
 
-def tokens(count: int, favourites: int, seed: int) -> list[list[RoutedStep]]:
-    """Two experts a layer; nine in ten selections among the favourites."""
-    rng, asked_TK = np.random.default_rng(seed), np.zeros((1, 2), np.int32)
+def tokens(count: int, hot_experts: int, seed: int) -> list[list[RoutedStep]]:
+    """Two experts a layer; nine in ten selections among the hot_experts."""
+    rng, requested_TK = np.random.default_rng(seed), np.zeros((1, 2), np.int32)
     popularity = np.full(EXPERTS, 0.1 / EXPERTS)
-    popularity[:favourites] += 0.9 / favourites
+    popularity[:hot_experts] += 0.9 / hot_experts
     return [
         [
             RoutedStep(
                 at, layer, rng.choice(EXPERTS, (1, 2), False, popularity),
-                np.asarray([[0.7, 0.3]]), asked_TK,
+                np.asarray([[0.7, 0.3]]), requested_TK,
             )
             for layer in range(LAYERS)
         ]
@@ -309,11 +325,11 @@ def moved(division: dict, part: list, mode: str, rule: PromotionRule = RULE) -> 
 
 
 @pytest.mark.parametrize("mode", ["use_low_if_resident", "fetch_low", "hobbit"])
-@pytest.mark.parametrize("favourites", [4, 16])
-def test_the_split_comes_to_the_best_fixed_one(mode, favourites):
+@pytest.mark.parametrize("hot_experts", [4, 16])
+def test_the_split_comes_to_the_best_fixed_one(mode, hot_experts):
     """From the worst, judged by every division replayed alone; nothing before its time."""
     rule = SplitRule(margin=0.05, window_tokens=80, first_tokens=60, most_tokens=120)
-    routed = tokens(600, favourites, 1)
+    routed = tokens(600, hot_experts, 1)
     bytes_of = {share: moved(division, routed, mode) for share, division in DIVISIONS.items()}
     worst = max(bytes_of, key=bytes_of.__getitem__)
     chooser = CapacityTuner(LAYOUT, DIVISIONS, worst, MISS_MODES[mode], LRU, RULE, rule)
@@ -330,7 +346,7 @@ def test_the_split_comes_to_the_best_fixed_one(mode, favourites):
 
 @pytest.mark.parametrize(("margin", "wanted"), [(0.05, 0.8), (1.0, 0.5)])
 def test_of_divisions_within_the_margin_the_least_degrading_is_taken(margin, wanted):
-    """fetch_low with few favourites: 0.8 moves fewest bytes, 0.5 hardly more and degrades less."""
+    """fetch_low with few hot_experts: 0.8 moves fewest bytes, 0.5 hardly more and degrades less."""
     rule = SplitRule(margin=margin, window_tokens=160, first_tokens=160)
     mode = MISS_MODES["fetch_low"]
     chooser = CapacityTuner(LAYOUT, DIVISIONS, 0.2, mode, LRU, RULE, rule)
@@ -388,7 +404,7 @@ def test_a_newcomer_must_be_used_more_than_whom_it_evicts():
 def test_two_experts_used_alike_do_not_take_turns():
     """One native slot, two experts: without a margin each promotion undoes the other."""
     ids = [np.asarray([[at % 2]]) for at in range(60)]
-    asked_TK, weight_TK = np.zeros((1, 1), np.int32), np.ones((1, 1))
+    requested_TK, weight_TK = np.zeros((1, 1), np.int32), np.ones((1, 1))
     counts = {}
     for margin in (0.0, 1.5):
         rule = PromotionRule(2, 1, 32, margin)
@@ -396,7 +412,7 @@ def test_two_experts_used_alike_do_not_take_turns():
         slots = {HIGH_BANK: 1, LOW_BANK: 2}
         replay = Replay(layout, slots, MISS_MODES["floor"], LRU, rule)
         for at, ids_TK in enumerate(ids):
-            replay.token(at, [RoutedStep(at, 0, ids_TK, weight_TK, asked_TK)])
+            replay.token(at, [RoutedStep(at, 0, ids_TK, weight_TK, requested_TK)])
         counts[margin] = replay.tally
     # Two at the start: the second was picked before the first had a slot.
     assert counts[0.0].promotions > 10 and counts[1.5].promotions == 2
@@ -462,7 +478,7 @@ def test_misses_of_the_first_tokens(model, uses_LE):
         for token in ids_S:
             engine.decode(np.asarray([token]))
             distinct_Rn[-1].append(len(chosen[-1]))
-    budget_bytes = native.tier_bytes(NATIVE)
+    budget_bytes = native.precision_bytes(NATIVE)
     cold = first_misses(model, native, budget_bytes, None, ids_RS)
     for n in FIRST_TOKENS:
         assert cold[f"misses_of_first_{n}"] == np.mean([row[n - 1] for row in distinct_Rn])

@@ -21,7 +21,7 @@ from hobbit_jax.cache.policies import Step, policy_factory
 from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.cache.sharded_pool import make_pool
-from hobbit_jax.experts import tiers
+from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import SKIPPED, SelectionPlan, StaticPlan, uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference import engine as engine_module
@@ -53,7 +53,9 @@ ONE_BANK = TinyModel(
 
 def with_low(path, folder):
     model = load_model(path, "xla")
-    low = tiers.open_tier(model.file, model.config, tiers.TierSpec("Q2_K"), folder)
+    low = low_precision.open_low_precision(
+        model.file, model.config, low_precision.LowPrecisionSpec("Q2_K"), folder
+    )
     return model, HostExperts(model.config, model.file, [low])
 
 
@@ -77,7 +79,7 @@ def two_banks(two_banks_path):
 
 @pytest.fixture(scope="module")
 def two_banks_and_low(two_banks_path, tmp_path_factory):
-    return with_low(two_banks_path, tmp_path_factory.mktemp("tiers"))
+    return with_low(two_banks_path, tmp_path_factory.mktemp("precisions"))
 
 
 def engine_of(opened, budget=None, plan=None, batch=3, **options) -> Engine:
@@ -127,7 +129,7 @@ def everything(engine: Engine, batch: int) -> list[np.ndarray]:
 def least_budget(plan, store, devices: int) -> int:
     """Read from the refusal, as a user does."""
     with pytest.raises(ValueError, match=r"needs at least (\d+) bytes") as refusal:
-        pool_slots(plan, MISS_MODES["wait"], store, 0, 0.5, devices)
+        pool_slots(plan, MISS_MODES["fetch"], store, 0, 0.5, devices)
     return int(str(refusal.value).split("at least ")[1].split()[0])
 
 
@@ -198,7 +200,7 @@ def two(two_banks):
 
 def test_two_devices_give_the_bits_of_one(two_banks, two, one_device):
     check_same_bits(two, 2, one_device(two_banks, "native", 3), 3)
-    assert two.stats.exits > 0
+    assert two.stats.host_round_trips > 0
 
 
 def test_four_devices_with_some_slots_to_spare(two_banks, one_device):
@@ -223,28 +225,32 @@ def test_every_plan_at_every_budget(two_banks_and_low, one_device, name, batch, 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Recorded:
-    """The plan that asks for the very tiers that served a run, found by the router's weights."""
+    """The plan that asks for the very precisions that served a run, found by the router's
+    weights.
+    """
 
     layer_N: np.ndarray
     expert_N: np.ndarray
     weight_N: np.ndarray
-    tier_N: np.ndarray
+    precision_N: np.ndarray
 
     def assign(self, layer, ids_TK, weights_TK):
-        layer_N, expert_N, weight_N, tier_N = (
+        layer_N, expert_N, weight_N, precision_N = (
             jnp.asarray(array)[None, None]
-            for array in (self.layer_N, self.expert_N, self.weight_N, self.tier_N)
+            for array in (self.layer_N, self.expert_N, self.weight_N, self.precision_N)
         )
         same = (layer_N == layer) & (ids_TK[..., None] == expert_N)
         same = same & (weights_TK[..., None] == weight_N)
-        return jnp.max(jnp.where(same, tier_N, -100), axis=-1).clip(SKIPPED).astype(jnp.int8)
+        return jnp.max(jnp.where(same, precision_N, -100), axis=-1).clip(SKIPPED).astype(jnp.int8)
 
-    def tier_shares_LE(self, store):
-        return [np.ones((store.config.n_layers, store.config.n_experts)) for _ in store.tiers]
+    def precision_shares_LE(self, store):
+        return [np.ones((store.config.n_layers, store.config.n_experts)) for _ in store.precisions]
 
 
 def record(engine: Engine, monkeypatch) -> dict:
-    """The tier that serves each (layer, expert, weight) of what the engine does from now on."""
+    """The precision that serves each (layer, expert, weight) of what the engine does from now
+    on.
+    """
     served_by, rows, k = [], {}, engine.config.experts_per_token
     count = engine._count
 
@@ -255,11 +261,11 @@ def record(engine: Engine, monkeypatch) -> dict:
     def watch(routed):
         served_TK = [served_by.pop(0) for _ in routed.ids_TK]
         for token in np.flatnonzero(routed.valid_T):
-            for expert, weight, tier in zip(
+            for expert, weight, precision in zip(
                 routed.ids_TK[token], routed.weights_TK[token], served_TK[token], strict=True
             ):
                 key = (routed.layer, int(expert), float(weight))
-                assert rows.setdefault(key, int(tier)) == int(tier)
+                assert rows.setdefault(key, int(precision)) == int(precision)
 
     monkeypatch.setattr(engine, "_count", counting)
     monkeypatch.setattr(engine, "watchers", [*engine.watchers, watch])
@@ -269,8 +275,8 @@ def record(engine: Engine, monkeypatch) -> dict:
 def recorded_plan(rows: dict) -> Recorded:
     layers, experts, weights = zip(*rows, strict=True)
     integers = (np.asarray(part, np.int32) for part in (layers, experts, list(rows.values())))
-    layer_N, expert_N, tier_N = integers
-    return Recorded(layer_N, expert_N, np.asarray(weights, np.float32), tier_N)
+    layer_N, expert_N, precision_N = integers
+    return Recorded(layer_N, expert_N, np.asarray(weights, np.float32), precision_N)
 
 
 def check_mode(opened, mode, devices, batch, plan, monkeypatch):
@@ -278,7 +284,7 @@ def check_mode(opened, mode, devices, batch, plan, monkeypatch):
     store = opened[1]
     budget = 5 * least_budget(mixed_plan(store), store, devices) // 4
     if MISS_MODES[mode].low_banks == "all":
-        budget = store.tier_bytes(NATIVE) // (2 * devices) + store.tier_bytes(LOW)
+        budget = store.precision_bytes(NATIVE) // (2 * devices) + store.precision_bytes(LOW)
     runs = []
     for _ in range(2):
         rule = PromotionRule(after_uses=2, per_token=2)
@@ -324,7 +330,7 @@ def test_the_host_is_asked_once_a_call_and_nothing_is_compiled_again(two, transf
     rows = [next(steps)[0]]  # the prefill, which does ask
     transfers[0] = 0
     rows += [ids_B for ids_B, _ in steps]
-    assert transfers[0] == STEPS + two.stats.exits and two.stats.exits > 0
+    assert transfers[0] == STEPS + two.stats.host_round_trips and two.stats.host_round_trips > 0
     assert not compiled
     jax.jit(lambda x: x * 3)(1.0)  # the listener does hear
     assert compiled
@@ -397,7 +403,7 @@ def test_pools_are_whole_after_any_requests(store, devices):
     """Random uses, pins and staged uploads, without an engine."""
     plan, mesh = uniform_plan(store), expert_mesh(devices)
     budget = 2 * least_budget(plan, store, devices)
-    slots, _ = pool_slots(plan, MISS_MODES["wait"], store, budget, 0.5, devices)
+    slots, _ = pool_slots(plan, MISS_MODES["fetch"], store, budget, 0.5, devices)
     controller = Controller(BankLayout.of_store(store, devices), slots, policy_factory("slru"))
     pool = make_pool(store, controller, budget, mesh=mesh)
     engine = type("Whole", (), {"pool": pool, "store": store, "config": store.config})
@@ -437,11 +443,11 @@ def test_equal_slots_hold_what_the_fullest_device_may_ask_for(store):
     for name in PLANS:
         for devices in (1, 2, 3, 5):
             plan = PLANS[name](store)
-            slots, total = pool_slots(plan, MISS_MODES["wait"], store, None, 0.5, devices)
+            slots, total = pool_slots(plan, MISS_MODES["fetch"], store, None, 0.5, devices)
             asked = {signature: np.zeros(devices, int) for signature in slots}
-            shares = plan.tier_shares_LE(store)
+            shares = plan.precision_shares_LE(store)
             for key in [*all_keys(store, NATIVE), *all_keys(store, LOW)]:
-                if shares[key.tier][key.layer, key.expert] > 0:
+                if shares[key.precision][key.layer, key.expert] > 0:
                     asked[store.signature(key)][owner(key.layer, key.expert, devices)] += 1
             assert slots == {signature: counts.max() for signature, counts in asked.items()}
             size = {store.signature(key): store.expert_bytes(key) for key in all_keys(store, LOW)}
@@ -485,7 +491,7 @@ def test_the_kernels_under_shard_map(one_bank):
     kernels = (replace(model, implementation="interpret"), store)
     results = []
     for devices in (1, 2):
-        engine = engine_of(kernels, store.tier_bytes(NATIVE) // (2 * devices), devices=devices)
+        engine = engine_of(kernels, store.precision_bytes(NATIVE) // (2 * devices), devices=devices)
         results.append(prefill_and_decode(engine, 3))
     for one, other in zip(*results, strict=True):
         np.testing.assert_array_equal(one, other, strict=True)

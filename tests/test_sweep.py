@@ -16,8 +16,9 @@ from launch_harness import record_files, run_sweep
 
 from hobbit_jax import reference
 from hobbit_jax.atomic import write_json
-from hobbit_jax.cells.sweep import Cell
 from hobbit_jax.evals.quality import cut_windows
+from hobbit_jax.importance.allocation import allocate
+from hobbit_jax.importance.scores import RoutingProfile
 from hobbit_jax.record import (
     CacheTrial,
     EvalSizes,
@@ -31,9 +32,8 @@ from hobbit_jax.record import (
     read_study,
     record_path,
 )
-from hobbit_jax.signals.allocation import allocate
-from hobbit_jax.signals.importance import RoutingProfile
 from hobbit_jax.statistics import bootstrap, share
+from hobbit_jax.sweep.trial import Cell
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOW = 1
@@ -225,7 +225,7 @@ SMALL = (
     "--config.eval.decode_tokens=4",
     "--config.eval.decode_repeats=1",
     "--config.cache.budget_mib=2",
-    "--config.precision.signals=frequency",
+    "--config.precision.scores=frequency",
 )
 
 
@@ -287,7 +287,7 @@ def broken(tmp_path) -> Path:
         (["--config.model={0}/foreign.gguf"], "foreign.gguf: "),
         (["--workdir={0}/file/w"], "--workdir: {0}/file/w is no folder to write to"),
         (["--config.cache.budgetmib=8"], "budgetmib"),
-        (["--config.precision.signals=loudest"], "signal is 'loudest'; want native, "),
+        (["--config.precision.scores=loudest"], "importance score is 'loudest'; want one of "),
         (["--config.precision.method=awq"], "method is 'awq'; want one of rtn, importance"),
     ],
 )
@@ -316,7 +316,7 @@ def test_static_signals_count_pairs(name):
     scores_LE = {"frequency": profile.selections_LE, "accumulated_weight": profile.weight_LE}
     below = np.zeros((3, 16), bool)
     for fraction in (0, 0.25, 0.3, 0.5, 0.9, 1):
-        low = allocate(name, fraction, LOW, profile, 0).tier_LE == LOW
+        low = allocate(name, fraction, LOW, profile, 0).precision_LE == LOW
         assert low.sum() == round(fraction * 48) and (low | ~below).all()  # nested
         if name in scores_LE and low.any() and not low.all():
             assert scores_LE[name][low].max() < scores_LE[name][~low].min()
@@ -326,11 +326,15 @@ def test_static_signals_count_pairs(name):
 def test_allocation_at_its_edges():
     profile = made_profile([[5, 5, 5, 5], [5, 5, 5, 5]])
     tied = allocate("frequency", 0.625, LOW, profile, 0)
-    assert tied.tier_LE.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
-    assert np.array_equal(allocate("frequency", 0.625, LOW, profile, 9).tier_LE, tied.tier_LE)
-    drawn = [allocate("random", 0.5, LOW, profile, seed).tier_LE.tobytes() for seed in range(8)]
+    assert tied.precision_LE.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0]]
+    assert np.array_equal(
+        allocate("frequency", 0.625, LOW, profile, 9).precision_LE, tied.precision_LE
+    )
+    drawn = [
+        allocate("random", 0.5, LOW, profile, seed).precision_LE.tobytes() for seed in range(8)
+    ]
     assert len(set(drawn)) > 4
-    assert drawn[3] == allocate("random", 0.5, LOW, profile, 3).tier_LE.tobytes()
+    assert drawn[3] == allocate("random", 0.5, LOW, profile, 3).precision_LE.tobytes()
     for signal_name, fraction in (("loudest", 0.5), ("random", 1.5), ("router_weight", -0.1)):
         with pytest.raises(ValueError, match=r"want (one of|0 to 1)"):
             allocate(signal_name, fraction, LOW, profile, 0)
@@ -341,9 +345,11 @@ def test_router_weight_counts_selections():
     weights_TK = profile.weights_TK
     ids_TK = np.zeros((50, 2), np.int32)
     for fraction in (0, 0.25, 0.5, 0.99, 1):
-        tiers = allocate("router_weight", fraction, LOW, profile, 0).assign(0, ids_TK, weights_TK)
-        assert (tiers == LOW).sum() == round(fraction * 100)
-        by_weight = tiers.reshape(-1)[np.argsort(weights_TK, axis=None)]
+        precisions = allocate("router_weight", fraction, LOW, profile, 0).assign(
+            0, ids_TK, weights_TK
+        )
+        assert (precisions == LOW).sum() == round(fraction * 100)
+        by_weight = precisions.reshape(-1)[np.argsort(weights_TK, axis=None)]
         assert (np.diff(by_weight) <= 0).all()  # the lightest go low
     # Lighter and heavier than any on the calibration text.
     nothing = allocate("router_weight", 0, LOW, profile, 0)

@@ -19,7 +19,7 @@ from hobbit_jax.model_file.architecture import read_config, tensor_shapes
 from hobbit_jax.model_file.gguf_file import check_finite_scales, open_gguf, write_gguf
 from hobbit_jax.model_file.presets import PRESETS
 from hobbit_jax.model_file.tokenizer import Tokenizer
-from hobbit_jax.quantize.type_mix import q4_k_m_format
+from hobbit_jax.quantize.quant_recipe import q4_k_m_format
 from hobbit_jax.synthetic import synthesize
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "synthesize.py"
@@ -196,7 +196,7 @@ def routed(tiny_path):
 
 def test_routing_is_like_real_routing(routed):
     """Ranges around the real traces' figures; `synthetic/synthesize.py` has the comparison."""
-    assert 0.42 < routed.share_of_favourites(1 / 4) < 0.60
+    assert 0.42 < routed.share_of_hot_experts(1 / 4) < 0.60
     overlaps = [routed.overlap(lag) for lag in (1, 2, 5)]
     assert 0.25 < overlaps[0] < 0.40 and overlaps == sorted(overlaps, reverse=True)
     assert overlaps[0] > 1.3 * overlaps[2]
@@ -206,16 +206,16 @@ def test_figures_of_a_trace():
     ids_TLK = np.array([[[0, 1]], [[1, 2]], [[2, 0]], [[1, 2]]])
     trace = Trace("t", ids_TLK, np.full(ids_TLK.shape, 0.5), np.array([0, 1, 2, 0]), 4)
     assert trace.overlap(1) == 0.5 and trace.overlap(2) == 0.5
-    assert trace.share_of_favourites(0.25) == 3 / 8
+    assert trace.share_of_hot_experts(0.25) == 3 / 8
 
 
 def test_real_routing_has_the_figures_we_compare_with(data_dir):
-    for name, favourites, overlaps in (
+    for name, hot_experts, overlaps in (
         ("intent", 0.530, (0.262, 0.196, 0.179)), ("law", 0.447, (0.290, 0.216, 0.184)),
     ):  # fmt: skip
         path = data_dir / "traces" / f"deepseek_v2_lite_{name}.npz"
         if not path.is_file():
             pytest.skip(f"no trace at {path}")
         trace = read_trace(path)
-        assert trace.share_of_favourites(1 / 4) == pytest.approx(favourites, abs=0.001)
+        assert trace.share_of_hot_experts(1 / 4) == pytest.approx(hot_experts, abs=0.001)
         assert [trace.overlap(lag) for lag in (1, 2, 5)] == pytest.approx(overlaps, abs=0.001)

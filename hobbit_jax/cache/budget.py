@@ -1,7 +1,7 @@
 """How the pool's bytes are divided into slots of its banks.
 
-Owns the division: between banks of one tier by expected use, and between the native banks and the
-low ones by a share.
+Owns the division: between banks of one precision by expected use, and between the native banks and
+the low ones by a share.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def divide_budget(demands: Sequence[BankDemand], budget_bytes: int) -> list[int]
     return slots
 
 
-def divide_tiers(
+def divide_precisions(
     native: Sequence[BankDemand],
     low: Sequence[BankDemand],
     budget_bytes: int,

@@ -93,10 +93,10 @@ class BankLayout:
         return cls(
             store.config.n_experts,
             store.config.experts_per_token,
-            [[experts.signature for experts in layers] for layers in store.tiers],
+            [[experts.signature for experts in layers] for layers in store.precisions],
             {
                 experts.signature: experts.expert_bytes
-                for layers in store.tiers
+                for layers in store.precisions
                 for experts in layers
             },
             n_devices,
@@ -162,7 +162,7 @@ class Controller:
         """The bank that may hold `key`; None where its signature has no slots."""
         n_devices = self.layout.n_devices
         device = 0 if n_devices == 1 else owner(key.layer, key.expert, n_devices)
-        return self._bank_dpL[device][key.tier][key.layer]
+        return self._bank_dpL[device][key.precision][key.layer]
 
     def bank(self, key: ExpertKey) -> Bank:
         """The bank that may hold `key`. KeyError if its signature has no slots."""
@@ -285,7 +285,9 @@ class Controller:
                 bank.policy.remove(key)
 
     def end_tokens(self, count: int) -> None:
-        """Ends `count` decoded tokens: observers may want copies loaded in the background."""
+        """EmbeddingAndHead `count` decoded tokens: observers may want copies loaded in the
+        background.
+        """
         for observer in self.observers:
             self._wanted += observer.after_tokens(count)
 
@@ -339,6 +341,6 @@ def uses_of(
             weight, native = max(weight, before.weight), native or before.native
         uses[key] = Use(key, weight, native)
         if served > requested:
-            wish = key._replace(tier=requested)
-            unmet[wish] = Use(wish, weight)
+            unmet_key = key._replace(precision=requested)
+            unmet[unmet_key] = Use(unmet_key, weight)
     return list(uses.values()), list(unmet.values())

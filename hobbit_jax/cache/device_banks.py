@@ -85,7 +85,7 @@ def empty_bank(
 class DeviceBanks:
     """The arrays of one pool; `banks` and `table_UE` are new objects after each write.
 
-    Row `tier * L + layer` of the table holds, for each expert, its slot in the bank of its
+    Row `precision * L + layer` of the table holds, for each expert, its slot in the bank of its
     signature, or `ABSENT`.
     """
 
@@ -102,7 +102,7 @@ class DeviceBanks:
         self.banks: dict[Signature, Bank] = {}
         for signature, n_slots in slots.items():
             self.renew(signature, n_slots)
-        shape = (len(store.tiers) * store.config.n_layers, store.config.n_experts)
+        shape = (len(store.precisions) * store.config.n_layers, store.config.n_experts)
         self.table_UE = jnp.full(shape, ABSENT, jnp.int32, device=device)
 
     @property
@@ -156,4 +156,4 @@ class DeviceBanks:
         if key is None:
             rows, columns = self.table_UE.shape
             return rows, columns
-        return key.tier * self._store.config.n_layers + key.layer, key.expert
+        return key.precision * self._store.config.n_layers + key.layer, key.expert

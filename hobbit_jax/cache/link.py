@@ -1,6 +1,6 @@
 """The way of an expert's bytes from host to device: who waits for it, and how long.
 
-Owns both links. The *direct* one is JAX's own copy. The *paced* one emulates a slower link, for
+Owns both links. The *direct* one is JAX's own copy. The *throttled* one emulates a slower link, for
 machines whose device is the CPU, where a copy costs next to nothing: uploads take their turn, as on
 a bus, and last as long as their bytes would. An upload occupies the link whether or not anybody
 waits for it, so one that nobody waits for runs beside the computation, and one that was wrong to
@@ -90,7 +90,7 @@ class DirectLink:
 
 
 @dataclass(frozen=True)
-class _Paced:
+class _Throttled:
     arrays: tuple[jax.Array, ...]
     arrives_s: float
     clock: Callable[[], float]
@@ -122,7 +122,7 @@ class ProcessorTime:
         self._waited_s += seconds
 
 
-class PacedLink:
+class ThrottledLink:
     """An emulated link: n bytes arrive at max(now, link free) + latency + n / bandwidth.
 
     What waits for them sleeps; the computation that was dispatched before goes on meanwhile.
@@ -155,7 +155,7 @@ class PacedLink:
         arrays = jax.device_put(raw, device)
         seconds = self.latency_us * 1e-6 + sum(part.nbytes for part in raw) / (self.gb_s * 1e9)
         self._free_s = max(self.clock(), self._free_s) + seconds
-        return _Paced(arrays, self._free_s, self.clock, self._sleep)
+        return _Throttled(arrays, self._free_s, self.clock, self._sleep)
 
     def describe(self) -> dict[str, Any]:
         """See `Link.describe`."""

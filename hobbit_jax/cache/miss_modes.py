@@ -1,9 +1,9 @@
 """What serves a selection whose copy is not resident: the miss modes, by name.
 
-Owns the rule per selection, as array code that sees which tiers of an expert are resident, and
+Owns the rule per selection, as array code that sees which precisions of an expert are resident, and
 what each mode needs of the pool. `serve` runs inside compiled programs (`inference/selection.py`);
-loading is the engine's, promotion `promotion.py`'s. Under every mode a resident copy of the tier
-that the plan asks for serves the selection.
+loading is the engine's, promotion `promotion.py`'s. Under every mode a resident copy of the
+precision that the plan asks for serves the selection.
 
 Sources: HOBBIT (arXiv 2411.01433, section 3.2) for thresholds on the weights of heavier choices.
 """
@@ -16,7 +16,7 @@ from typing import Literal
 from hobbit_jax.experts.precision import SKIPPED, Array, importance_score
 from hobbit_jax.experts.store import NATIVE
 
-# The one low tier that misses may be served from.
+# The one low precision that misses may be served from.
 LOW = 1
 
 LowBanks = Literal["none", "cache", "all"]
@@ -24,7 +24,7 @@ LowBanks = Literal["none", "cache", "all"]
 
 @dataclass(frozen=True)
 class MissMode:
-    """Waits for the tier that was asked for. The other modes override what differs.
+    """Waits for the precision that was asked for. The other modes override what differs.
 
     Attributes:
         low_banks: whether low copies serve misses, and then whether all of them are resident.
@@ -39,24 +39,24 @@ class MissMode:
     promotes: bool = False
     leaves_low: bool = False
 
-    def serve(self, asked_TK: Array, weights_TK: Array, resident_tTK: Array) -> Array:
-        """The tier that serves each selection, int32 [T, K]; `SKIPPED` for none.
+    def serve(self, requested_TK: Array, weights_TK: Array, resident_pTK: Array) -> Array:
+        """The precision that serves each selection, int32 [T, K]; `SKIPPED` for none.
 
         Runs on JAX arrays in compiled programs, and on NumPy's where routing is replayed.
 
         Args:
-            asked_TK: int32, the plan's tiers.
+            requested_TK: int32, the plan's precisions.
             weights_TK: float32, the router's weights, heaviest first.
-            resident_tTK: bool, whether each tier's copy of the chosen expert is resident.
+            resident_pTK: bool, whether each precision's copy of the chosen expert is resident.
         """
         if self.low_banks == "none":
-            return asked_TK
-        missed_TK = (asked_TK == NATIVE) & ~resident_tTK[NATIVE]
-        xp = asked_TK.__array_namespace__()
-        return xp.where(missed_TK, self._instead(weights_TK, resident_tTK), asked_TK)
+            return requested_TK
+        missed_TK = (requested_TK == NATIVE) & ~resident_pTK[NATIVE]
+        xp = requested_TK.__array_namespace__()
+        return xp.where(missed_TK, self._instead(weights_TK, resident_pTK), requested_TK)
 
-    def _instead(self, weights_TK: Array, resident_tTK: Array) -> Array:
-        """The tier that serves a selection whose native copy is missing."""
+    def _instead(self, weights_TK: Array, resident_pTK: Array) -> Array:
+        """The precision that serves a selection whose native copy is missing."""
         xp = weights_TK.__array_namespace__()
         return xp.full(weights_TK.shape, LOW, dtype=xp.int32)
 
@@ -69,9 +69,9 @@ class UseLowIfResident(MissMode):
     promotes: bool = True
     leaves_low: bool = True
 
-    def _instead(self, weights_TK: Array, resident_tTK: Array) -> Array:
+    def _instead(self, weights_TK: Array, resident_pTK: Array) -> Array:
         xp = weights_TK.__array_namespace__()
-        return xp.where(resident_tTK[LOW], xp.int32(LOW), xp.int32(NATIVE))
+        return xp.where(resident_pTK[LOW], xp.int32(LOW), xp.int32(NATIVE))
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ class FetchLow(MissMode):
 
 @dataclass(frozen=True)
 class Floor(MissMode):
-    """Every expert is resident at the low tier, so no token ever waits; hot ones become native."""
+    """Every expert is resident at the low precision, so no token ever waits; hot ones become
+    native.
+    """
 
     low_banks: LowBanks = "all"
     native_waits: bool = False
@@ -104,17 +106,17 @@ class Hobbit(MissMode):
     high: float = 0.6
     skip: float = 0.9
 
-    def _instead(self, weights_TK: Array, resident_tTK: Array) -> Array:
+    def _instead(self, weights_TK: Array, resident_pTK: Array) -> Array:
         score_TK = importance_score("cumulative_weight", weights_TK)
         xp = weights_TK.__array_namespace__()
         low_TK = xp.where(score_TK > self.skip, xp.int32(SKIPPED), xp.int32(LOW))
         return xp.where(score_TK > self.high, low_TK, xp.int32(NATIVE))
 
 
-WAIT = MissMode()
+FETCH = MissMode()
 
 MISS_MODES: dict[str, MissMode] = {
-    "wait": WAIT,
+    "fetch": FETCH,
     "use_low_if_resident": UseLowIfResident(),
     "fetch_low": FetchLow(),
     "hobbit": Hobbit(),

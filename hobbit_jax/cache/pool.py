@@ -32,7 +32,7 @@ from pallas_kernels.reference import Signature
 
 @dataclass
 class PoolStats:
-    """Counts since the last `reset`; arrays are [tiers, L, E]."""
+    """Counts since the last `reset`; arrays are [precisions, L, E]."""
 
     hits: np.ndarray
     misses: np.ndarray
@@ -55,14 +55,14 @@ def _named(key: ExpertKey, device: Any) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"the upload of expert {key.expert} of layer {key.layer}, tier {key.tier}, "
+            f"the upload of expert {key.expert} of layer {key.layer}, precision {key.precision}, "
             f"to {device or 'the device'} failed: {error}"
         ) from error
 
 
 def holds_all(store: HostExperts, slots: Mapping[Signature, int]) -> bool:
     """Whether every expert of every bank has a slot of its own."""
-    demanded = Counter(layer.signature for layers in store.tiers for layer in layers)
+    demanded = Counter(layer.signature for layers in store.precisions for layer in layers)
     return all(n >= demanded[s] * store.config.n_experts for s, n in slots.items())
 
 
@@ -106,7 +106,11 @@ class SlotPool:
             raise RuntimeError(f"banks take {self.device_bytes} of {budget_bytes} bytes")
 
     def _zero_stats(self) -> PoolStats:
-        shape = (len(self.store.tiers), self.store.config.n_layers, self.store.config.n_experts)
+        shape = (
+            len(self.store.precisions),
+            self.store.config.n_layers,
+            self.store.config.n_experts,
+        )
         return PoolStats(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
 
     @property
@@ -126,7 +130,9 @@ class SlotPool:
 
     @property
     def table_UE(self) -> jax.Array:
-        """The slot of each expert, by row `tier * L + layer`, for compiled programs to read."""
+        """The slot of each expert, by row `precision * L + layer`, for compiled programs to
+        read.
+        """
         return self._on_device.table_UE
 
     @property
@@ -235,11 +241,11 @@ class SlotPool:
             del self._prefetched[key]
             self.stats.dropped_bytes += self.store.expert_bytes(key)
 
-    def load_all(self, tier: int) -> None:
-        """Makes every expert of a tier resident, in a pool that has room for all of them."""
+    def load_all(self, precision: int) -> None:
+        """Makes every expert of a precision resident, in a pool that has room for all of them."""
         config = self.store.config
         for layer in range(config.n_layers):
-            self.load([ExpertKey(tier, layer, expert) for expert in range(config.n_experts)])
+            self.load([ExpertKey(precision, layer, expert) for expert in range(config.n_experts)])
 
     def reserve(self, key: ExpertKey) -> None:
         """Starts the upload of an expert that no token waits for; `promote` gives it a slot.
@@ -279,7 +285,7 @@ class SlotPool:
             raw = upload.wait()
         self.stats.wait_s += self.link.clock() - began_s
         # On a CPU an upload is the map itself, read only when the slot is written.
-        self.store.check_unchanged(key.tier)
+        self.store.check_unchanged(key.precision)
         free, victim = self._free[signature], self.controller.admit(key, keep)
         try:
             slot = free[-1] if victim is None else self._slot_of[victim]
@@ -353,7 +359,9 @@ class SlotPool:
     def _check_division(self, slots: Mapping[Signature, int]) -> None:
         if slots.keys() != self.slots.keys():
             raise ValueError(f"got slots for banks {list(slots)}; want {list(self.slots)}")
-        expert_bytes = {e.signature: e.expert_bytes for tier in self.store.tiers for e in tier}
+        expert_bytes = {
+            e.signature: e.expert_bytes for precision in self.store.precisions for e in precision
+        }
         needed = sum(expert_bytes[signature] * n for signature, n in slots.items())
         if needed > self.budget_bytes:
             raise ValueError(f"slots take {needed} bytes; the budget is {self.budget_bytes}")

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from hobbit_jax.cache.budget import BankDemand, divide_budget, divide_tiers
+from hobbit_jax.cache.budget import BankDemand, divide_budget, divide_precisions
 from hobbit_jax.cache.miss_modes import LOW, MissMode
 from hobbit_jax.experts.precision import PrecisionPlan, uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
@@ -50,8 +50,8 @@ def _total_bytes(wanted: Sequence[BankDemand]) -> int:
     return sum(demand.expert_bytes * demand.n_experts for demand in wanted)
 
 
-def _signatures(store: HostExperts, tier: int) -> set[Signature]:
-    return {layer.signature for layer in store.tiers[tier]}
+def _signatures(store: HostExperts, precision: int) -> set[Signature]:
+    return {layer.signature for layer in store.precisions[precision]}
 
 
 def demands(
@@ -60,8 +60,8 @@ def demands(
     """What each bank must be able to hold under `plan`, in order of first appearance.
 
     Args:
-        plan: who asks for which tier.
-        store: experts at every tier.
+        plan: who asks for which precision.
+        store: experts at every precision.
         owner_LE: the device of each expert, from 0. A bank's slots are the same on every device, so
             its demand is that of the device which has most to hold. None is one device.
     """
@@ -72,13 +72,13 @@ def demands(
     n_experts_N: dict[Signature, np.ndarray] = defaultdict(nobody_N.copy)
     widest: dict[Signature, int] = defaultdict(int)
     use: dict[Signature, float] = defaultdict(float)
-    shares = plan.tier_shares_LE(store)
+    shares = plan.precision_shares_LE(store)
     for layer in range(store.config.n_layers):
         in_layer_N: dict[Signature, np.ndarray] = defaultdict(nobody_N.copy)
-        for tier, share_LE in enumerate(shares):
+        for precision, share_LE in enumerate(shares):
             owners = owner_LE[layer][share_LE[layer] > 0]
             if len(owners):
-                experts = store.layer(tier, layer)
+                experts = store.layer(precision, layer)
                 expert_bytes[experts.signature] = experts.expert_bytes
                 in_layer_N[experts.signature] += np.bincount(owners, minlength=len(nobody_N))
                 use[experts.signature] += float(share_LE[layer].sum())
@@ -108,16 +108,16 @@ def pool_slots(
     """Slots per bank of each device, and its bytes that would hold all that anyone may ask for.
 
     Args:
-        plan: who asks for which tier.
+        plan: who asks for which precision.
         mode: whether low copies serve misses.
-        store: experts at every tier.
+        store: experts at every precision.
         budget_bytes: of each device's pool; None holds everything.
         low_share: of the budget for low copies (0-1), where the mode keeps some; a mode that keeps
             all of them takes what they need. "adaptive" begins at the default.
         n_devices: that divide the experts; their pools have equal slots (`demands`).
 
     Raises:
-        ValueError: the budget is too small (says what it needs), or the mode needs a low tier
+        ValueError: the budget is too small (says what it needs), or the mode needs a low precision
             that the store does not have.
         NotImplementedError: native and low experts of the same formats, which would share a bank.
     """
@@ -128,7 +128,7 @@ def pool_slots(
         return dict(zip((d.signature for d in native), slots, strict=True)), total
     total = _total_bytes([*native, *low])
     share = DEFAULT_LOW_SHARE if low_share == ADAPTIVE else low_share
-    slots = divide_tiers(native, low, total if budget_bytes is None else budget_bytes, share)
+    slots = divide_precisions(native, low, total if budget_bytes is None else budget_bytes, share)
     return slots, total
 
 
@@ -150,13 +150,13 @@ def _wanted(
     wanted = demands(plan, store, owner_LE)
     if mode.low_banks == "none":
         return wanted, []
-    if len(store.tiers) <= LOW:
-        raise ValueError(f"miss mode {type(mode).__name__} needs a store with a low tier")
+    if len(store.precisions) <= LOW:
+        raise ValueError(f"miss mode {type(mode).__name__} needs a store with a low precision")
     shared = _signatures(store, NATIVE) & _signatures(store, LOW)
     if shared:
         raise NotImplementedError(
             f"native and low experts both have formats {', '.join(map(str, shared))}; miss mode "
-            f"{type(mode).__name__} needs a low tier of other formats"
+            f"{type(mode).__name__} needs a low precision of other formats"
         )
     native = [d for d in wanted if d.signature in _signatures(store, NATIVE)]
     if not mode.native_waits:

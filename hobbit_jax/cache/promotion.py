@@ -77,7 +77,9 @@ class Promoter(Generic[Key]):
             self._served[key] = self._served.get(key, 0.0) + 1.0
 
     def pick(self, tokens: int, is_resident: Callable[[Key], bool]) -> list[Key]:
-        """Ends `tokens` tokens; the most used keys that are due, the latest first among equals."""
+        """EmbeddingAndHead `tokens` tokens; the most used keys that are due, the latest first among
+        equals.
+        """
         halvings = (self._tokens + tokens) // self.rule.halving_tokens
         halvings -= self._tokens // self.rule.halving_tokens
         self._tokens += tokens
@@ -135,7 +137,7 @@ class Promotion(Observer):
         if self._mode.leaves_low and not decision.prefill:
             missing = set(decision.missing)
             fetched = (key for batch in decision.batches for key in batch if key in missing)
-            promoter.note(k._replace(tier=LOW) for k in fetched if k.tier == NATIVE)
+            promoter.note(k._replace(precision=LOW) for k in fetched if k.precision == NATIVE)
 
     def after_tokens(self, count: int) -> list[ExpertKey]:
         """See `Observer.after_tokens`."""

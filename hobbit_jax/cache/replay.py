@@ -1,8 +1,8 @@
 """Replays recorded routing through a policy: what the cache would have done, without a model.
 
-Owns the walk over a trace, the two-tier plans at equal bytes, and the figures. The policies are the
-live engine's own classes, called as the engine calls them: a cold start, demand misses only, one
-token's experts of a layer resident at once.
+Owns the walk over a trace, the two-precision plans at equal bytes, and the figures. The policies
+are the live engine's own classes, called as the engine calls them: a cold start, demand misses
+only, one token's experts of a layer resident at once.
 
 Low-precision plans share the bytes of `capacity` native slots between a native bank and a low one:
 
@@ -11,7 +11,7 @@ Low-precision plans share the bytes of `capacity` native slots between a native 
 - `frequency`: the `low_share` of (layer, expert) pairs least used in the profile run low; with a
   share of 1 that is a uniformly smaller quant.
 - `random`: as many pairs, drawn by a seed: the control.
-- `floor`: every expert is resident at the low tier, the rest of the bytes hold hot experts
+- `floor`: every expert is resident at the low precision, the rest of the bytes hold hot experts
   natively; nobody waits, a native miss runs low while its promotion is under way.
 """
 
@@ -40,9 +40,9 @@ _CHUNK_TOKENS = 256
 
 @dataclass(frozen=True)
 class Bank:
-    """Slots of one tier, and the selections that it serves."""
+    """Slots of one precision, and the selections that it serves."""
 
-    tier: str
+    precision: str
     slots: int
     expert_bytes: int
     served_TLK: np.ndarray  # bool
@@ -55,7 +55,7 @@ class Layout:
 
     plan: str
     banks: list[Bank]
-    low_experts: int  # held at the low tier for good, outside the banks
+    low_experts: int  # held at the low precision for good, outside the banks
     degraded_share: float | None  # of selections run below native; None if the replay decides
     threshold: float | None = None  # router weight below which a selection runs low
 
@@ -126,23 +126,27 @@ def lay_out(
     else:
         raise ValueError(f"plan is {plan!r}; want one of {', '.join(PLANS)}")
     degraded = float(low_TLK.mean())
-    tiers = [
+    precisions = [
         ("native", ~low_TLK, n_native, expert_bytes, 1 - degraded),
         ("low", low_TLK, n_low, low_bytes, degraded),
     ]
-    tiers = [tier for tier in tiers if tier[1].any()]
+    precisions = [precision for precision in precisions if precision[1].any()]
     # The live pool's own rule, from what the plan expects of each bank.
     demands = [
-        BankDemand(Signature(tier, tier, tier), size, n, min(k, n), share * n_tokens / n)
-        for tier, _, n, size, share in tiers
+        BankDemand(
+            Signature(precision, precision, precision), size, n, min(k, n), share * n_tokens / n
+        )
+        for precision, _, n, size, share in precisions
     ]
     if sum(d.expert_bytes * d.min_slots for d in demands) > budget:
         needed = -(-sum(d.expert_bytes * d.min_slots for d in demands) // expert_bytes)
-        raise ValueError(f"capacity is {capacity}; one step at both tiers needs {needed}")
+        raise ValueError(f"capacity is {capacity}; one step at both precisions needs {needed}")
     slots_per_bank = divide_budget(demands, budget)
     banks = [
-        Bank(tier, slots, size, served_TLK)
-        for (tier, served_TLK, _, size, _), slots in zip(tiers, slots_per_bank, strict=True)
+        Bank(precision, slots, size, served_TLK)
+        for (precision, served_TLK, _, size, _), slots in zip(
+            precisions, slots_per_bank, strict=True
+        )
     ]
     return Layout(plan, banks, 0, degraded, threshold)
 
@@ -198,7 +202,7 @@ def walk(trace: Trace, policy: Policy[int], bank: Bank, label: str = "") -> Walk
     """Plays a bank's selections through its policy, as the engine would."""
     misses_L = [0] * trace.ids_TLK.shape[1]
     begin_step, access_all, admit = policy.begin_step, policy.access_all, policy.admit
-    native, seconds, cpu_seconds = bank.tier == "native", 0.0, 0.0
+    native, seconds, cpu_seconds = bank.precision == "native", 0.0, 0.0
     chunks, n_chunks = _steps(trace, bank.served_TLK), -(-len(trace.ids_TLK) // _CHUNK_TOKENS)
     with _no_collector():
         for steps in tqdm(chunks, total=n_chunks, desc=label, unit="chunk", disable=None):
@@ -236,24 +240,24 @@ def replay(
 ) -> dict[str, Any]:
     """Replays a trace through one policy per bank; the figures, ready for JSON.
 
-    `hit_rate` is of all selections, at the tier that the plan asked for; `wait_rate` is the share
-    of selections for which a token would have waited; `residents` are the experts that the device
-    holds at the end, at either tier or both. Speeds leave out reading the file; that per
-    second of CPU time does not depend on what else the machine does.
+    `hit_rate` is of all selections, at the precision that the plan asked for; `wait_rate` is the
+    share of selections for which a token would have waited; `residents` are the experts that the
+    device holds at the end, at either precision or both. Speeds leave out reading the file; that
+    per second of CPU time does not depend on what else the machine does.
     """
     accesses_L = np.zeros(trace.ids_TLK.shape[1], np.int64)
-    misses_L, waits, moved, tiers = np.zeros_like(accesses_L), 0, 0, []
+    misses_L, waits, moved, precisions = np.zeros_like(accesses_L), 0, 0, []
     seconds = cpu_seconds = 0.0
     resident_P = np.full(trace.uses_LE.size, layout.low_experts > 0)
     for bank in layout.banks:
-        label = name if len(layout.banks) == 1 else f"{name}, {bank.tier}"
+        label = name if len(layout.banks) == 1 else f"{name}, {bank.precision}"
         policy = make_policy(name, trace, bank, profile)
         walked = walk(trace, policy, bank, label)
         resident_P |= [key in policy for key in range(len(resident_P))]
         misses, accesses = int(walked.misses_L.sum()), int(bank.served_TLK.sum())
-        tiers.append(
+        precisions.append(
             {
-                "tier": bank.tier,
+                "precision": bank.precision,
                 "slots": bank.slots,
                 "expert_bytes": bank.expert_bytes,
                 "hits": accesses - misses,
@@ -284,7 +288,7 @@ def replay(
         "residents": int(resident_P.sum()),
         "degraded_share": degraded,
         "threshold": layout.threshold,
-        "tiers": tiers,
+        "precisions": precisions,
         "hit_rate_L": (1 - misses_L / np.maximum(accesses_L, 1)).tolist(),
         "accesses_per_s": accesses / max(seconds, 1e-9),
         "accesses_per_cpu_s": accesses / max(cpu_seconds, 1e-9),

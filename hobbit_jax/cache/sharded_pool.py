@@ -83,12 +83,14 @@ class ShardedPool:
 
     @property
     def table_UE(self) -> jax.Array:
-        """All devices' tables, [devices * tiers * L, E]."""
+        """All devices' tables, [devices * precisions * L, E]."""
         return self._global("table", [pool.table_UE for pool in self.pools])
 
     @property
     def held_UE(self) -> jax.Array:
-        """Replicated, [tiers * L, E]: not negative where an expert is resident on its device."""
+        """Replicated, [precisions * L, E]: not negative where an expert is resident on its
+        device.
+        """
         return self._global("held", [self.table_UE], lambda parts, mesh: _held(parts[0], mesh))
 
     @property
@@ -174,11 +176,11 @@ class ShardedPool:
         for pool in self.pools:
             pool.drop_prefetched()
 
-    def load_all(self, tier: int) -> None:
-        """Makes every expert of a tier resident, in pools that have room for all of them."""
+    def load_all(self, precision: int) -> None:
+        """Makes every expert of a precision resident, in pools that have room for all of them."""
         config = self.store.config
         for layer in range(config.n_layers):
-            self.load([ExpertKey(tier, layer, expert) for expert in range(config.n_experts)])
+            self.load([ExpertKey(precision, layer, expert) for expert in range(config.n_experts)])
 
     def reserve(self, key: ExpertKey) -> None:
         """See `SlotPool.reserve`."""

@@ -35,7 +35,7 @@ class Trace:
         shape = (self.ids_TLK.shape[1], self.n_experts)
         return np.bincount(self.keys_TLK.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
 
-    def share_of_favourites(self, fraction: float) -> float:
+    def share_of_hot_experts(self, fraction: float) -> float:
         """Share of selections that the most used `fraction` of a layer's experts have, mean."""
         ordered_LE = np.sort(self.uses_LE, axis=1)[:, ::-1]
         count = round(fraction * self.n_experts)

@@ -1,7 +1,7 @@
 """The pool before the first token: the experts that a profile found most used, and pins of them.
 
 This module owns which copies are loaded in which order, into a pool or a counter. A profile is
-`signals/calibration.py`'s (made by `scripts/routing_stats.py`); only its counts matter here.
+`importance/calibration.py`'s (made by `scripts/routing_stats.py`); only its counts matter here.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def rank(
     heat_pLE[LOW] += heat_pLE[NATIVE]
     for bank, keys in ranked.items():
         for key in keys[: bank.policy.capacity]:
-            if key.tier == NATIVE:
+            if key.precision == NATIVE:
                 heat_pLE[LOW, key.layer, key.expert] -= heat_pLE[key]
     everyone = np.argwhere(np.ones(uses_LE.shape, bool))
     return {**ranked, **by_bank(heat_pLE, np.insert(everyone, 0, LOW, axis=1))}

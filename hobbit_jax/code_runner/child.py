@@ -2,8 +2,8 @@
 
 A script, started as `python -I -S -B child.py` and never imported. It reads one Python literal
 from stdin and writes to the original stdout: first one line with the names of the protections
-that this machine refuses, then how the program ended. Two processes do this. The *warden* enters
-new namespaces, forks, and kills the fork at its deadline. The *candidate* (process 1 of its
+that this machine refuses, then how the program ended. Two processes do this. The *supervisor*
+enters new namespaces, forks, and kills the fork at its deadline. The *candidate* (process 1 of its
 namespace) gives up its rights and runs the program.
 
 Source of the manner: `reliability_guard` of HumanEval (Chen et al. 2021), which only removes
@@ -98,7 +98,7 @@ def _give_up_rights(libc) -> set[str]:
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     libc.capset(header, (ctypes.c_uint32 * 6)())
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    # The warden's death is the candidate's. A change of user would have reset this.
+    # The supervisor's death is the candidate's. A change of user would have reset this.
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     return missing
 
@@ -124,7 +124,7 @@ def _reach_library_by_descriptor() -> None:
 
 def _limit_resources(memory_bytes: int, wall_s: float) -> None:
     for limit, amount in (
-        (resource.RLIMIT_CPU, int(wall_s) + 2),  # should the warden be stopped
+        (resource.RLIMIT_CPU, int(wall_s) + 2),  # should the supervisor be stopped
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NOFILE, 64),

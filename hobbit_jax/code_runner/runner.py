@@ -81,23 +81,25 @@ def run_code(
         env={},
         bufsize=0,
         start_new_session=True,
-    ) as warden:
-        assert warden.stdin is not None and warden.stdout is not None
+    ) as supervisor:
+        assert supervisor.stdin is not None and supervisor.stdout is not None
         try:
             # A child that died at once has no answer, which the read below finds out.
-            with contextlib.suppress(BrokenPipeError), warden.stdin as stdin:
+            with contextlib.suppress(BrokenPipeError), supervisor.stdin as stdin:
                 stdin.write(job.encode())
-            answer = _Reader(warden.stdout.fileno())
+            answer = _Reader(supervisor.stdout.fileno())
             header = answer.line(time.monotonic() + _START_GRACE_S)
             if header is None or not header.startswith(f"{nonce} "):
-                raise RuntimeError(f"the code runner's child did not start: {_error_of(warden)}")
+                raise RuntimeError(
+                    f"the code runner's child did not start: {_error_of(supervisor)}"
+                )
             missing = tuple(filter(None, header.removeprefix(f"{nonce} ").split(",")))
             deadline = time.monotonic() + timeout_s + _END_GRACE_S
             text = answer.rest(deadline, most_bytes + len(nonce) + len(" finished "))
             if text is None:
                 return Outcome("too long", "", missing)
         finally:
-            status = _end(warden)
+            status = _end(supervisor)
     said, _, rest = text.partition(" ")
     kind, _, detail = rest.partition(" ")
     if said == nonce and kind in ("finished", "raised"):
@@ -111,21 +113,21 @@ def missing_protections() -> tuple[str, ...]:
     return run_code("", timeout_s=_START_GRACE_S).missing
 
 
-def _end(warden: subprocess.Popen) -> int:
-    """Has the warden kill the candidate and end; its exit status."""
-    warden.terminate()
+def _end(supervisor: subprocess.Popen) -> int:
+    """Has the supervisor kill the candidate and end; its exit status."""
+    supervisor.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        return warden.wait(_END_GRACE_S)
-    warden.kill()  # and the kernel the candidate
-    return warden.wait()
+        return supervisor.wait(_END_GRACE_S)
+    supervisor.kill()  # and the kernel the candidate
+    return supervisor.wait()
 
 
-def _error_of(warden: subprocess.Popen) -> str:
+def _error_of(supervisor: subprocess.Popen) -> str:
     """The end of what our own script wrote to stderr, on one line."""
-    _end(warden)
-    assert warden.stderr is not None
-    text = warden.stderr.read().decode(errors="replace")[-_MOST_ERROR_BYTES:]
-    return " / ".join(text.split("\n")[-3:]).strip(" /") or f"status {warden.returncode}"
+    _end(supervisor)
+    assert supervisor.stderr is not None
+    text = supervisor.stderr.read().decode(errors="replace")[-_MOST_ERROR_BYTES:]
+    return " / ".join(text.split("\n")[-3:]).strip(" /") or f"status {supervisor.returncode}"
 
 
 class _Reader:

@@ -69,8 +69,8 @@ def evaluate_engine(
 
     Args:
         engine: ready to run; its budget changes no score.
-        plan: names the engine's precision plan and tiers, as JSON: two engines on one file whose
-            answers may differ must differ here.
+        plan: names the engine's precision plan and precisions, as JSON: two engines on one file
+            whose answers may differ must differ here.
         data_dir: see `lm_eval_tasks.load_tasks`.
         responses_dir: where finished requests are kept; None keeps none.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hobbit_jax.cache.link import PacedLink, ProcessorTime
+from hobbit_jax.cache.link import ProcessorTime, ThrottledLink
 from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.policies import DEFAULT_POLICY
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare
@@ -81,7 +81,7 @@ class Decoded:
 
 def active_bytes(store: HostExperts) -> int:
     """Bytes of the native experts that one token uses."""
-    return store.config.experts_per_token * sum(layer.expert_bytes for layer in store.tiers[0])
+    return store.config.experts_per_token * sum(layer.expert_bytes for layer in store.precisions[0])
 
 
 def card_link(
@@ -111,14 +111,14 @@ def mode_settings(
     store: HostExperts, budget_bytes: int, low_shares: Iterable[LowShare]
 ) -> list[Setting]:
     """Native first; then the uniform rival, and each mode at each split that differs."""
-    listed, shares = [Setting("native", "wait", budget_bytes)], list(low_shares)
-    listed.append(Setting("uniform low", "wait", budget_bytes, plan=uniform_plan(store, 1)))
+    listed, shares = [Setting("native", "fetch", budget_bytes)], list(low_shares)
+    listed.append(Setting("uniform low", "fetch", budget_bytes, plan=uniform_plan(store, 1)))
     for name, mode in MISS_MODES.items():
         if mode.low_banks == "cache":
             listed += [
                 Setting(f"{name} {share}", name, budget_bytes, low_share=share) for share in shares
             ]
-    if store.tier_bytes(1) <= budget_bytes:
+    if store.precision_bytes(1) <= budget_bytes:
         listed.append(Setting("floor", "floor", budget_bytes))
     return listed
 
@@ -129,7 +129,7 @@ def prefetch_settings(store: HostExperts, budget_bytes: int) -> list[Setting]:
     What is staged is taken off the pool: one expert, or as many as a token has in a layer.
     """
     k, expert_bytes = store.config.experts_per_token, store.largest_expert_bytes
-    listed = [Setting("prefetch off", "wait", budget_bytes, options={"staging_bytes": 0})]
+    listed = [Setting("prefetch off", "fetch", budget_bytes, options={"staging_bytes": 0})]
     tried = [
         (PrefetchRule("layer_ahead", 1), 1),
         (PrefetchRule("layer_ahead", 1), k),
@@ -141,7 +141,7 @@ def prefetch_settings(store: HostExperts, budget_bytes: int) -> list[Setting]:
         name = f"{rule.predictor}, distance {rule.distance}, {n_staged} staged"
         staging_bytes = n_staged * expert_bytes
         options = {"staging_bytes": staging_bytes, "prefetch": rule}
-        listed.append(Setting(name, "wait", budget_bytes - staging_bytes, options=options))
+        listed.append(Setting(name, "fetch", budget_bytes - staging_bytes, options=options))
     return listed
 
 
@@ -181,7 +181,8 @@ def compare(
         Engine(
             model, store, s.budget_bytes, s.plan, policy, mode=s.mode, low_share=s.low_share,
             promotion=s.promotion, **s.options,
-            link=PacedLink(link_gb_s, clock=counted, sleep=counted.sleep) if link_gb_s else None,
+            link=ThrottledLink(link_gb_s, clock=counted, sleep=counted.sleep) if link_gb_s else
+            None,
         )
         for s in settings
     ]  # fmt: skip

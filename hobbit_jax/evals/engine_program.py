@@ -22,7 +22,7 @@ class EngineProgram:
         self.engine, self.context = engine, context
         self.logits_BV: list[jax.Array] = []  # of each token since the last prefill, B = 1
         self._expert_bytes_TL = np.array(
-            [[layer.expert_bytes for layer in tier] for tier in engine.store.tiers]
+            [[layer.expert_bytes for layer in precision] for precision in engine.store.precisions]
         )
 
     def prefill(self, ids_T: np.ndarray) -> int:
@@ -50,7 +50,7 @@ class EngineProgram:
             bytes_ahead=pool.ahead_bytes,
             bytes_dropped=pool.dropped_bytes,
             link_wait_s=pool.wait_s,
-            host_round_trips=engine.exits,
+            host_round_trips=engine.host_round_trips,
             selections=engine.selections,
             demoted=engine.degraded,
             skipped=engine.skipped,

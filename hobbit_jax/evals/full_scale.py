@@ -29,9 +29,9 @@ from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals.engine_program import EngineProgram
 from hobbit_jax.evals.measure import Counts, Turn, timed_turn
 from hobbit_jax.evals.process_memory import PeakWatch, read_resident
+from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
-from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import open_gguf
@@ -47,13 +47,13 @@ class Run:
     """What is decoded. The second half of the tokens repeats one token, so misses become rare.
 
     Attributes:
-        model: GGUF file; its low tier is made beside it, once.
+        model: GGUF file; its low precision is made beside it, once.
         budget_bytes: of the pool; None holds all that anyone may ask for.
         prompt_tokens: random ones.
         tokens: decoded after them.
         policy: of eviction.
         setting: "native", "uniform" (every expert at `low_format`), or a miss mode.
-        low_format: of the low tier, for every setting but native.
+        low_format: of the low precision, for every setting but native.
         seed: of the tokens.
     """
 
@@ -173,7 +173,7 @@ def decode_figures(turn: Turn) -> dict[str, Any]:
 def _fetch_ms(engine: Engine, seed: int, count: int = 48) -> dict[str, float] | None:
     """CPU milliseconds to give a slot to an absent expert, its pages of the file in the cache."""
     config, pool = engine.config, engine.pool
-    shape = (len(engine.store.tiers), config.n_layers, config.n_experts)
+    shape = (len(engine.store.precisions), config.n_layers, config.n_experts)
     everyone = (ExpertKey(*place) for place in np.ndindex(shape))
     wanted = (key for key in everyone if engine.store.signature(key) in pool.banks)
     absent = [key for key in wanted if key not in pool]
@@ -211,9 +211,9 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
             model = load_model(run.model)
         low = []
         if run.low_format is not None:
-            progress("low tier")
-            spec = TierSpec(run.low_format)
-            low.append(open_tier(model.file, model.config, spec, low_precision_folder()))
+            progress("low precision")
+            spec = LowPrecisionSpec(run.low_format)
+            low.append(open_low_precision(model.file, model.config, spec, low_precision_folder()))
         store = HostExperts(model.config, model.file, low)
         plan = uniform_plan(store, LOW if run.setting == "uniform" else NATIVE)
         mode = run.setting if run.setting in MISS_MODES else "wait"
@@ -237,7 +237,7 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
         "model": {
             "name": model.file.read("general.name", text(), None),
             "bytes": model.file.file_bytes,
-            "expert_bytes": store.tier_bytes(0),
+            "expert_bytes": store.precision_bytes(0),
             "dense_device_bytes": model.dense_device_bytes,
         },
         "run": {**vars(run), "model": run.model.name},
@@ -271,8 +271,8 @@ def table(records: Sequence[Mapping[str, Any]]) -> list[str]:
     budget, where the same tokens were decoded natively.
     """
     head = (
-        "GiB", "setting", "slots", "hit rate", "misses a token", "exits a token", "MB a token",
-        "degraded", "CPU s a token", "bytes against native",
+        "GiB", "setting", "slots", "hit rate", "misses a token", "round trips a token",
+        "MB a token", "degraded", "CPU s a token", "bytes against native",
     )  # fmt: skip
     natives = {
         _workload(record): _mean(record, "bytes_moved")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hobbit_jax.code_runner import run_code
 from hobbit_jax.evals.tasks import HELD_OUT_SEED, MAX_NEW_TOKENS
-from hobbit_jax.minitasks import arithmetic, execution, functions
+from hobbit_jax.synthetic_tasks import arithmetic, execution, functions
 
 # Where each of lm-eval's own tasks is defined, below its `tasks` folder.
 _DEFINITIONS = {

@@ -1,6 +1,6 @@
 """The miniature tasks, scored: worked arithmetic by its answer, functions by running them.
 
-Owns prompts, stop rules and verdicts. Problems are held-out ones (`hobbit_jax/minitasks`),
+Owns prompts, stop rules and verdicts. Problems are held-out ones (`hobbit_jax/synthetic_tasks`),
 completions greedy.
 """
 
@@ -12,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.minitasks import arithmetic, execution, functions
 from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.statistics import share
+from hobbit_jax.synthetic_tasks import arithmetic, execution, functions
 
 TaskName = Literal["arithmetic", "functions"]
 MAX_NEW_TOKENS = {"arithmetic": 64, "functions": 48}

@@ -1,9 +1,10 @@
-"""The precision plan: which tier each selected expert runs at.
+"""The precision plan: which precision each selected expert runs at.
 
-Owns the decision per selection, and what share of an expert's selections each tier may expect. A
-static plan gives each (layer, expert) pair one tier for good; a selection plan decides anew for
-each selection, as HOBBIT does (arXiv 2411.01433, section 3.2), and so may need several copies of an
-expert. Plans are pytrees, and `assign` runs on NumPy arrays and inside a compiled program alike.
+Owns the decision per selection, and what share of an expert's selections each precision may expect.
+A static plan gives each (layer, expert) pair one precision for good; a selection plan decides anew
+for each selection, as HOBBIT does (arXiv 2411.01433, section 3.2), and so may need several copies
+of an expert. Plans are pytrees, and `assign` runs on NumPy arrays and inside a compiled program
+alike.
 """
 
 from __future__ import annotations
@@ -25,31 +26,34 @@ Array = Any
 
 
 class PrecisionPlan(Protocol):
-    """Who gets which tier."""
+    """Who gets which precision."""
 
     def assign(self, layer: int | jax.Array, ids_TK: Array, weights_TK: Array) -> Array:
-        """Tier of each selection, int8 [T, K]; selections of a token stand heaviest first."""
+        """Precision of each selection, int8 [T, K]; selections of a token stand heaviest first."""
         ...
 
-    def tier_shares_LE(self, store: HostExperts) -> list[np.ndarray]:
-        """Per tier, the share (0-1) of each pair's selections it serves, float [L, E]."""
+    def precision_shares_LE(self, store: HostExperts) -> list[np.ndarray]:
+        """Per precision, the share (0-1) of each pair's selections it serves, float [L, E]."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StaticPlan:
-    """Each (layer, expert) pair has one tier."""
+    """Each (layer, expert) pair has one precision."""
 
-    tier_LE: Array
+    precision_LE: Array
 
     def assign(self, layer: int | jax.Array, ids_TK: Array, weights_TK: Array) -> Array:
         """See `PrecisionPlan.assign`."""
-        return self.tier_LE[layer][ids_TK].astype(np.int8)
+        return self.precision_LE[layer][ids_TK].astype(np.int8)
 
-    def tier_shares_LE(self, store: HostExperts) -> list[np.ndarray]:
-        """See `PrecisionPlan.tier_shares_LE`."""
-        return [(self.tier_LE == tier).astype(np.float64) for tier in range(len(store.tiers))]
+    def precision_shares_LE(self, store: HostExperts) -> list[np.ndarray]:
+        """See `PrecisionPlan.precision_shares_LE`."""
+        return [
+            (self.precision_LE == precision).astype(np.float64)
+            for precision in range(len(store.precisions))
+        ]
 
 
 def importance_score(score: str, weights_TK: Array) -> Array:
@@ -73,31 +77,32 @@ def importance_score(score: str, weights_TK: Array) -> Array:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("thresholds",),
-    meta_fields=("score", "tiers", "shares"),
+    meta_fields=("score", "precisions", "shares"),
 )
 @dataclass(frozen=True)
 class SelectionPlan:
-    """A selection runs at the tier between whose thresholds its score lies.
+    """A selection runs at the precision between whose thresholds its score lies.
 
-    HOBBIT's thresholds T1 and T2 are score "cumulative_weight", thresholds (T1, T2) and tiers
+    HOBBIT's thresholds T1 and T2 are score "cumulative_weight", thresholds (T1, T2) and precisions
     (NATIVE, low, SKIPPED).
 
     Attributes:
         score: one of SELECTION_SCORES, see `importance_score`.
-        thresholds: ascending; a score above the first n of them and no more runs at `tiers[n]`.
-        tiers: one more than thresholds; `SKIPPED` leaves the selection out, its weight unused.
-        shares: of the calibration text's selections, by entry of `tiers` (0-1).
+        thresholds: ascending; a score above the first n of them and no more runs at
+            `precisions[n]`.
+        precisions: one more than thresholds; `SKIPPED` leaves the selection out, its weight unused.
+        shares: of the calibration text's selections, by entry of `precisions` (0-1).
     """
 
     score: str
     thresholds: tuple[float, ...]
-    tiers: tuple[int, ...]
+    precisions: tuple[int, ...]
     shares: tuple[float, ...]
 
     def __post_init__(self):
-        if not len(self.tiers) == len(self.shares) == len(self.thresholds) + 1:
+        if not len(self.precisions) == len(self.shares) == len(self.thresholds) + 1:
             raise ValueError(
-                f"{len(self.thresholds)} thresholds with {len(self.tiers)} tiers and "
+                f"{len(self.thresholds)} thresholds with {len(self.precisions)} precisions and "
                 f"{len(self.shares)} shares; want one more of each than thresholds"
             )
 
@@ -105,21 +110,21 @@ class SelectionPlan:
         """See `PrecisionPlan.assign`."""
         score_TK = importance_score(self.score, weights_TK)
         xp = weights_TK.__array_namespace__()
-        tier_TK = xp.full(ids_TK.shape, self.tiers[0], dtype=np.int8)
-        for threshold, tier in zip(self.thresholds, self.tiers[1:], strict=True):
-            tier_TK = xp.where(score_TK > threshold, np.int8(tier), tier_TK)
-        return tier_TK
+        precision_TK = xp.full(ids_TK.shape, self.precisions[0], dtype=np.int8)
+        for threshold, precision in zip(self.thresholds, self.precisions[1:], strict=True):
+            precision_TK = xp.where(score_TK > threshold, np.int8(precision), precision_TK)
+        return precision_TK
 
-    def tier_shares_LE(self, store: HostExperts) -> list[np.ndarray]:
-        """See `PrecisionPlan.tier_shares_LE`."""
+    def precision_shares_LE(self, store: HostExperts) -> list[np.ndarray]:
+        """See `PrecisionPlan.precision_shares_LE`."""
         shape = (store.config.n_layers, store.config.n_experts)
-        shares = [np.zeros(shape) for _ in store.tiers]
-        for tier, share in zip(self.tiers, self.shares, strict=True):
-            if tier != SKIPPED:
-                shares[tier] += share
+        shares = [np.zeros(shape) for _ in store.precisions]
+        for precision, share in zip(self.precisions, self.shares, strict=True):
+            if precision != SKIPPED:
+                shares[precision] += share
         return shares
 
 
-def uniform_plan(store: HostExperts, tier: int = NATIVE) -> StaticPlan:
-    """Every expert at one tier."""
-    return StaticPlan(np.full((store.config.n_layers, store.config.n_experts), tier, np.int8))
+def uniform_plan(store: HostExperts, precision: int = NATIVE) -> StaticPlan:
+    """Every expert at one precision."""
+    return StaticPlan(np.full((store.config.n_layers, store.config.n_experts), precision, np.int8))

@@ -1,10 +1,10 @@
-"""The host expert store: every expert's bytes, by tier, layer and expert number.
+"""The host expert store: every expert's bytes, by precision, layer and expert number.
 
-Owns the view from (tier, layer, expert) to raw GGUF blocks. Nothing is copied
+Owns the view from (precision, layer, expert) to raw GGUF blocks. Nothing is copied
 or expanded: an expert is three read-only views into the memory-mapped file.
 The store never changes; the slot pool (`cache/pool.py`) reads from it, and
-nothing is ever written back. Tier 0 is native; further tiers are low-precision
-files made by `tiers.py`.
+nothing is ever written back. Precision 0 is native; further precisions are low-precision
+files made by `low_precision.py`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 
 
 class ExpertKey(NamedTuple):
-    """One expert at one precision; `tier` 0 is native."""
+    """One expert at one precision; `precision` 0 is native."""
 
-    tier: int
+    precision: int
     layer: int
     expert: int
 
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """One layer's experts at one tier: three stacked tensors [E, rows, columns]."""
+    """One layer's experts at one precision: three stacked tensors [E, rows, columns]."""
 
     gate: TensorInfo
     up: TensorInfo
@@ -52,31 +52,31 @@ class LayerExperts:
 
 
 class HostExperts:
-    """All experts of a model at every tier, immutable."""
+    """All experts of a model at every precision, immutable."""
 
     def __init__(self, config: ModelConfig, native: GGUFFile, low: Sequence[GGUFFile] = ()):
         self.config = config
-        self.tiers: list[list[LayerExperts]] = []
+        self.precisions: list[list[LayerExperts]] = []
         self._stamps = [file.stamps for file in (native, *low)]
         for file in (native, *low):
             layers = []
             for layer in range(config.n_layers):
                 names = layer_tensors(config, layer)
                 layers.append(LayerExperts(*(file.tensors[names[role]] for role in ROLES)))
-            self.tiers.append(layers)
+            self.precisions.append(layers)
         self._checked: set[ExpertKey] = set()
 
-    def layer(self, tier: int, layer: int) -> LayerExperts:
-        """The experts of `layer` at `tier`."""
-        return self.tiers[tier][layer]
+    def layer(self, precision: int, layer: int) -> LayerExperts:
+        """The experts of `layer` at `precision`."""
+        return self.precisions[precision][layer]
 
     def signature(self, key: ExpertKey) -> Signature:
         """Formats of one expert."""
-        return self.tiers[key.tier][key.layer].signature
+        return self.precisions[key.precision][key.layer].signature
 
     def expert_bytes(self, key: ExpertKey) -> int:
         """Bytes of one expert."""
-        return self.tiers[key.tier][key.layer].expert_bytes
+        return self.precisions[key.precision][key.layer].expert_bytes
 
     def raw(self, key: ExpertKey) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Raw blocks of gate, up and down: uint8 [rows, row_bytes] views into the file.
@@ -86,8 +86,8 @@ class HostExperts:
                 for, so that opening a file of many gigabytes does not read it.
             OSError: the file is gone, or another than the one that was opened.
         """
-        self.check_unchanged(key.tier)
-        layer = self.tiers[key.tier][key.layer]
+        self.check_unchanged(key.precision)
+        layer = self.precisions[key.precision][key.layer]
         tensors = (layer.gate, layer.up, layer.down)
         if key not in self._checked:
             for tensor in tensors:
@@ -101,20 +101,23 @@ class HostExperts:
             self._checked.add(key)
         return tensors[0].raw[key.expert], tensors[1].raw[key.expert], tensors[2].raw[key.expert]
 
-    def check_unchanged(self, tier: int) -> None:
-        """Refuses a tier whose file is gone or changed; see `FileStamp.check`. Some microseconds.
+    def check_unchanged(self, precision: int) -> None:
+        """Refuses a precision whose file is gone or changed; see `FileStamp.check`. Some
+        microseconds.
 
         Raises:
             OSError: what became of the file.
         """
-        for stamp in self._stamps[tier]:
+        for stamp in self._stamps[precision]:
             stamp.check()
 
     @property
     def largest_expert_bytes(self) -> int:
-        """Bytes of the largest expert of any tier."""
-        return max(layer.expert_bytes for layers in self.tiers for layer in layers)
+        """Bytes of the largest expert of any precision."""
+        return max(layer.expert_bytes for layers in self.precisions for layer in layers)
 
-    def tier_bytes(self, tier: int) -> int:
-        """Bytes of all experts at one tier."""
-        return sum(layer.expert_bytes for layer in self.tiers[tier]) * self.config.n_experts
+    def precision_bytes(self, precision: int) -> int:
+        """Bytes of all experts at one precision."""
+        return (
+            sum(layer.expert_bytes for layer in self.precisions[precision]) * self.config.n_experts
+        )

@@ -23,7 +23,7 @@ from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.experts.precision import PrecisionPlan
-from hobbit_jax.inference.prefill import RoutedLayer
+from hobbit_jax.inference.prefill import RouterOutput
 from pallas_kernels.reference import Signature
 
 Divisions = Mapping[float, Mapping[Signature, int]]  # slots per bank by share of the low copies
@@ -177,7 +177,7 @@ class AdaptiveSplit:
         """The share in force."""
         return self._tuner.share
 
-    def record(self, routed: RoutedLayer) -> None:
+    def record(self, routed: RouterOutput) -> None:
         """Remembers a layer of what is decoded; prompts are left out."""
         if routed.h_TD is not None or not routed.valid_T.any():
             return
@@ -200,7 +200,7 @@ class AdaptiveSplit:
             pool.controller.unpin(bank.policy.pinned)
         pool.resize(dict(self._tuner.divisions[share]))
         if self.warm is not None:
-            shares_pLE = np.stack(self.plan.tier_shares_LE(pool.store))
+            shares_pLE = np.stack(self.plan.precision_shares_LE(pool.store))
             self.warm.pin(pool, shares_pLE, self.mode)
         moved = pool.stats.bytes_moved - before
         self.history.append(Repartition(self._tuner.tokens, share, moved))

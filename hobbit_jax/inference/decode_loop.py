@@ -1,8 +1,9 @@
 """Decode as one compiled program that leaves only when an expert is missing.
 
-Owns the program: a loop over layers (and tokens) that attends, routes, assigns tiers, looks the
-slots up on the device, runs the experts from the banks and samples. It ends after `count` tokens,
-or in the layer whose experts are not all resident; the ones that are have run by then. The host
+Owns the program: a loop over layers (and tokens) that attends, routes, assigns precisions, looks
+the slots up on the device, runs the experts from the banks and samples. It ends after `count`
+tokens, or in the layer whose experts are not all resident; the ones that are have run by then. The
+host
 loads the others and enters again: the program runs them and goes on. So a layer may take any number
 of entries and never needs more slots at a time than one.
 
@@ -25,12 +26,12 @@ from jax.sharding import Mesh
 from hobbit_jax.cache.miss_modes import MissMode
 from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.inference.decode_report import LOG_FIELDS, log_entry, pack
-from hobbit_jax.inference.expert_kinds import ExpertKinds
+from hobbit_jax.inference.layer_groups import LayerGroups
 from hobbit_jax.inference.sampling import Sampling, sample
 from hobbit_jax.inference.selection import Selections, rows_of_layer, select
 from hobbit_jax.model import sharding
 from hobbit_jax.model.layers import LayerKinds, States
-from hobbit_jax.model.modules import KV_FORMATS, Ends, KVCache
+from hobbit_jax.model.modules import KV_FORMATS, EmbeddingAndHead, KVCache
 from hobbit_jax.model_file.architecture import ModelConfig
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import Bank, Signature, Work
@@ -42,8 +43,8 @@ class LoopSpec:
 
     config: ModelConfig
     layers: LayerKinds
-    ends: nnx.GraphDef[Ends]
-    experts: ExpertKinds
+    ends: nnx.GraphDef[EmbeddingAndHead]
+    experts: LayerGroups
     mode: MissMode
     sampling: Sampling
     most_tokens: int  # of one call
@@ -135,14 +136,14 @@ def item_width(batch: int, k: int, n_experts: int) -> int:
 
 def group(
     expert_A: jax.Array,
-    tier_A: jax.Array,
+    precision_A: jax.Array,
     slot_A: jax.Array,
     wanted_A: jax.Array,
     n_experts: int,
-    n_tiers: int,
+    n_precisions: int,
     width: int,
 ) -> list[Work]:
-    """Per tier, items of up to `width` wanted assignments of one expert each.
+    """Per precision, items of up to `width` wanted assignments of one expert each.
 
     The host does the same for prefill (`moe.Grouped`). Which rows an expert's items have depends on
     its own assignments alone.
@@ -150,12 +151,14 @@ def group(
     n_assignments = len(expert_A)
     assignment_A = jnp.arange(n_assignments, dtype=jnp.int32)
     if width == 1:
-        order_A = jnp.argsort(jnp.where(wanted_A, tier_A, n_tiers), stable=True).astype(jnp.int32)
+        order_A = jnp.argsort(jnp.where(wanted_A, precision_A, n_precisions), stable=True).astype(
+            jnp.int32
+        )
         slot_I, assignment_IC = slot_A[order_A], order_A[:, None]
-        is_of_At = wanted_A[:, None] & (tier_A[:, None] == jnp.arange(n_tiers)[None, :])
+        is_of_At = wanted_A[:, None] & (precision_A[:, None] == jnp.arange(n_precisions)[None, :])
         items_t = jnp.sum(is_of_At, axis=0, dtype=jnp.int32)
     else:
-        units, unit_A = n_tiers * n_experts, jnp.maximum(tier_A, 0) * n_experts + expert_A
+        units, unit_A = n_precisions * n_experts, jnp.maximum(precision_A, 0) * n_experts + expert_A
         n_items = min(n_assignments, units + n_assignments // width)
         is_of_AU = wanted_A[:, None] & (unit_A[:, None] == jnp.arange(units)[None, :])
         rank_A = jnp.sum(jnp.where(is_of_AU, jnp.cumsum(is_of_AU, axis=0) - 1, 0), axis=1)
@@ -169,21 +172,21 @@ def group(
         assignment_IC = jnp.broadcast_to(first_I[:, None], (n_items, width))
         assignment_IC = assignment_IC.at[item_A, column_A].set(assignment_A, mode="drop")
         slot_I = jnp.zeros(n_items, jnp.int32).at[item_A].set(slot_A, mode="drop")
-        items_t = jnp.sum(items_U.reshape(n_tiers, n_experts), axis=1)
+        items_t = jnp.sum(items_U.reshape(n_precisions, n_experts), axis=1)
     work, start = [], jnp.int32(0)
-    for tier in range(n_tiers):
-        # The items of a tier are neighbours; the kernels begin with the first.
+    for precision in range(n_precisions):
+        # The items of a precision are neighbours; the kernels begin with the first.
         rolled_I, rolled_IC = (
-            (array if tier == 0 else jnp.roll(array, -start, axis=0))
+            (array if precision == 0 else jnp.roll(array, -start, axis=0))
             for array in (slot_I, assignment_IC)
         )
-        work.append(Work(rolled_I, rolled_IC, items_t[tier]))
-        start = start + items_t[tier]
+        work.append(Work(rolled_I, rolled_IC, items_t[precision]))
+        start = start + items_t[precision]
     return work
 
 
 def _attend(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -> _Loop:
-    """Attention and routing of `layer`, and the tiers that serve its selections."""
+    """Attention and routing of `layer`, and the precisions that serve its selections."""
     carry, kinds = loop.carry, spec.layers
     layer, context = carry.layer, carry.caches.k_LBCGd.shape[2]
     positions_B1 = jnp.where(loop.active_B, loop.lengths_B, context)[:, None]
@@ -199,8 +202,8 @@ def _attend(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -
         return x_B1D[:, 0], h_B1D[:, 0], block.route(h_B1D[:, 0])
 
     x_BD, h_BD, routing = kinds.at(weights.layers, layer, add_and_route, x_B1D, mixed_B1N)
-    table_tE = rows_of_layer(held_UE, layer, spec.config.n_layers)
-    selections = select(weights.plan, spec.mode, table_tE, layer, routing, loop.active_B)
+    table_pE = rows_of_layer(held_UE, layer, spec.config.n_layers)
+    selections = select(weights.plan, spec.mode, table_pE, layer, routing, loop.active_B)
     carry = carry._replace(
         caches=caches,
         routed=jnp.array(True),
@@ -238,8 +241,8 @@ def _run_experts(
     )
     due_A = (slot_A >= 0) & ~carry.done_A  # here
     ready_A = (held_A >= 0) & ~carry.done_A  # on some device
-    n_tiers, width = len(experts.signatures[0]), item_width(batch, k, config.n_experts)
-    work_t = group(ids_A, served_A, slot_A, due_A, config.n_experts, n_tiers, width)
+    n_precisions, width = len(experts.signatures[0]), item_width(batch, k, config.n_experts)
+    work_t = group(ids_A, served_A, slot_A, due_A, config.n_experts, n_precisions, width)
 
     def branch(signatures: tuple[Signature | None, ...]) -> Callable[[jax.Array], jax.Array]:
         def run(y_AD: jax.Array) -> jax.Array:
@@ -277,17 +280,17 @@ def _run_experts(
 def _look_ahead(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -> jax.Array:
     """What later layers' routers choose of the stream where the program waits, int32 [P, 2, A].
 
-    Expert and tier of each selection; `SKIPPED` for layers past the last, and if nobody waits. The
-    stream has this layer's attention and not its experts.
+    Expert and precision of each selection; `SKIPPED` for layers past the last, and if nobody waits.
+    The stream has this layer's attention and not its experts.
     """
     n_layers, x_BD, here = spec.config.n_layers, loop.carry.x_BD, loop.carry.layer
 
     def choose(distance: jax.Array) -> jax.Array:
         layer = jnp.minimum(here + distance, n_layers - 1)
         routing = spec.layers.at(weights.layers, layer, lambda block, x: block.route_ahead(x), x_BD)
-        table_tE = rows_of_layer(held_UE, layer, n_layers)
+        table_pE = rows_of_layer(held_UE, layer, n_layers)
         valid_B = loop.active_B & (here + distance < n_layers)
-        chosen = select(weights.plan, spec.mode, table_tE, layer, routing, valid_B)
+        chosen = select(weights.plan, spec.mode, table_pE, layer, routing, valid_B)
         return jnp.stack([chosen.ids_TK.reshape(-1), chosen.served_TK.reshape(-1)])
 
     shape = (spec.look_ahead, 2, loop.carry.done_A.size)

@@ -17,10 +17,11 @@ import numpy as np
 from hobbit_jax.cache.controller import Use, uses_of
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import ExpertKey
-from hobbit_jax.inference.prefill import RoutedLayer
+from hobbit_jax.inference.prefill import RouterOutput
 from hobbit_jax.inference.selection import Selections
 
-# Of an entry of the log: expert, tier asked for, tier that serves it, bits of the router's weight.
+# Of an entry of the log: expert, precision asked for, precision that serves it, bits of the
+# router's weight.
 LOG_FIELDS = 4
 
 
@@ -28,7 +29,7 @@ def log_entry(selections: Selections) -> jax.Array:
     """One routed layer's line of the log, int32 [A, LOG_FIELDS]."""
     fields = [
         selections.ids_TK,
-        selections.asked_TK,
+        selections.requested_TK,
         selections.served_TK,
         jax.lax.bitcast_convert_type(selections.weights_TK, jnp.int32),
     ]
@@ -58,21 +59,21 @@ class LoggedLayer:
     token: int  # of the entry
     layer: int
     ids_A: np.ndarray
-    asked_A: np.ndarray
+    requested_A: np.ndarray
     served_A: np.ndarray
     weights_A: np.ndarray
 
-    def routed(self, k: int) -> RoutedLayer:
+    def routed(self, k: int) -> RouterOutput:
         """For watchers: `k` experts of each sequence, valid where it got a token."""
         shape = (-1, k)
-        valid_T = (self.asked_A.reshape(shape) != SKIPPED).any(axis=1)
-        return RoutedLayer(
+        valid_T = (self.requested_A.reshape(shape) != SKIPPED).any(axis=1)
+        return RouterOutput(
             self.layer, self.ids_A.reshape(shape), self.weights_A.reshape(shape), valid_T
         )
 
     def uses(self) -> tuple[list[Use], list[Use]]:
         """For the controller: see `uses_of`."""
-        return uses_of(self.layer, self.ids_A, self.weights_A, self.asked_A, self.served_A)
+        return uses_of(self.layer, self.ids_A, self.weights_A, self.requested_A, self.served_A)
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,11 @@ class Report:
     blocked: bool
     finite: bool  # all logits of sequences that got a token
     tokens_NB: np.ndarray  # the first `steps` rows are drawn
-    ahead_P2A: np.ndarray  # expert and tier that layer + 1, ... would choose of the stream as it is
+    ahead_P2A: (
+        np.ndarray
+    )  # expert and precision that layer + 1, ... would choose of the stream as it is
     ids_IA: np.ndarray  # of each routed layer, in turn
-    asked_IA: np.ndarray
+    requested_IA: np.ndarray
     served_IA: np.ndarray
     weights_IA: np.ndarray
 
@@ -107,7 +110,7 @@ class Report:
             tokens_NB=tokens.reshape(most_tokens, batch)[:steps],
             ahead_P2A=ahead.reshape(look_ahead, 2, batch * k),
             ids_IA=log_IAf[..., 0],
-            asked_IA=log_IAf[..., 1],
+            requested_IA=log_IAf[..., 1],
             served_IA=log_IAf[..., 2],
             weights_IA=np.ascontiguousarray(log_IAf[..., 3]).view(np.float32),
         )
@@ -119,7 +122,7 @@ class Report:
             yield LoggedLayer(
                 *divmod(entry, n_layers),
                 self.ids_IA[number],
-                self.asked_IA[number],
+                self.requested_IA[number],
                 self.served_IA[number],
                 self.weights_IA[number],
             )
@@ -127,9 +130,9 @@ class Report:
     def ahead(self) -> list[ExpertKey]:
         """The experts that the layers to come would choose, the nearest layer's first."""
         keys = [
-            ExpertKey(tier, self.layer + 1 + distance, expert)
-            for distance, (ids_A, tier_A) in enumerate(self.ahead_P2A.tolist())
-            for expert, tier in zip(ids_A, tier_A, strict=True)
-            if tier != SKIPPED
+            ExpertKey(precision, self.layer + 1 + distance, expert)
+            for distance, (ids_A, precision_A) in enumerate(self.ahead_P2A.tolist())
+            for expert, precision in zip(ids_A, precision_A, strict=True)
+            if precision != SKIPPED
         ]
         return list(dict.fromkeys(keys))

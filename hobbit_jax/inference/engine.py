@@ -38,8 +38,8 @@ from hobbit_jax.inference.decode_loop import (
     empty_carry,
 )
 from hobbit_jax.inference.decode_report import Report
-from hobbit_jax.inference.expert_kinds import ExpertKinds
-from hobbit_jax.inference.prefill import Prefill, RoutedLayer, logits, pad_tokens
+from hobbit_jax.inference.layer_groups import LayerGroups
+from hobbit_jax.inference.prefill import Prefill, RouterOutput, logits, pad_tokens
 from hobbit_jax.inference.sampling import Sampling, sample, seed_key
 from hobbit_jax.inference.selection import Selections
 from hobbit_jax.inference.step_stats import EngineStats, Meter, StepStats
@@ -55,9 +55,9 @@ class Engine:
 
     Args:
         model: the loaded dense part and configuration.
-        store: experts at every tier that `plan` uses.
+        store: experts at every precision that `plan` uses.
         budget_bytes: bytes of each device's expert pool; None holds every expert of the plan.
-        plan: who gets which tier; None is native throughout.
+        plan: who gets which precision; None is native throughout.
         policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
         mode: what serves a selection whose copy is missing, by name (`cache/miss_modes.py`) or as a
             setting.
@@ -85,7 +85,7 @@ class Engine:
         budget_bytes: int | None = None,
         plan: PrecisionPlan | None = None,
         policy: str | PolicyFactory = DEFAULT_POLICY,
-        mode: str | MissMode = "wait",
+        mode: str | MissMode = "fetch",
         low_share: LowShare = DEFAULT_LOW_SHARE,
         promotion: PromotionRule = DEFAULT_PROMOTION,
         warm: WarmStart | None = None,
@@ -93,7 +93,7 @@ class Engine:
         link: Link | None = None,
         staging_bytes: int | None = None,
         prefetch: PrefetchRule | None = None,
-        watch: Callable[[RoutedLayer], None] | None = None,
+        watch: Callable[[RouterOutput], None] | None = None,
         devices: int = 1,
         kv_format: str = "float32",
     ):
@@ -124,7 +124,7 @@ class Engine:
         if self.mode.low_banks == "all":
             self.pool.load_all(LOW)
         if warm is not None:
-            shares_pLE = np.stack(self.plan.tier_shares_LE(store))
+            shares_pLE = np.stack(self.plan.precision_shares_LE(store))
             warm.fill(self.pool, shares_pLE, self.mode)
         self.split = None
         if low_share == ADAPTIVE and self.mode.low_banks == "cache":
@@ -135,7 +135,7 @@ class Engine:
         device_plan = replicated(jax.device_put(self.plan), mesh)
         self._weights = Weights(self.model.layers.states, ends_state, device_plan)
         self._ends_graph = ends_graph
-        self._experts = ExpertKinds.of(self.pool, model.implementation)
+        self._experts = LayerGroups.of(self.pool, model.implementation)
         self._prefill = Prefill(self.model, self.pool, device_plan, self.mode)
         self._carry: Carry | None = None
         self._key = replicated(jax.random.key(0), mesh)
@@ -178,7 +178,7 @@ class Engine:
         return stats
 
     @contextmanager
-    def watched_by(self, watch: Callable[[RoutedLayer], None]) -> Iterator[None]:
+    def watched_by(self, watch: Callable[[RouterOutput], None]) -> Iterator[None]:
         """Tells `watch` of every layer's routing, beside whoever is told of it already."""
         self.watchers.append(watch)
         try:
@@ -186,10 +186,10 @@ class Engine:
         finally:
             self.watchers.remove(watch)
 
-    def _count(self, asked_TK: np.ndarray, served_TK: np.ndarray) -> None:
-        asked = asked_TK != SKIPPED
+    def _count(self, requested_TK: np.ndarray, served_TK: np.ndarray) -> None:
+        asked = requested_TK != SKIPPED
         self.stats.selections += int(asked.sum())
-        self.stats.degraded += int((asked & (served_TK > asked_TK)).sum())
+        self.stats.degraded += int((asked & (served_TK > requested_TK)).sum())
         self.stats.skipped += int((asked & (served_TK == SKIPPED)).sum())
 
     def _check_map(self) -> None:
@@ -198,8 +198,8 @@ class Engine:
         Past the end of a file that was cut short they would end the process.
         """
         if self.model.mapped_bytes:
-            for tier in range(len(self.store.tiers)):
-                self.store.check_unchanged(tier)
+            for precision in range(len(self.store.precisions)):
+                self.store.check_unchanged(precision)
 
     def _check_room(self, n_new_B: np.ndarray) -> None:
         self._check_map()
@@ -212,8 +212,8 @@ class Engine:
         """Appends the first `n_new_B` tokens of each row; residual stream [B, T, D]."""
         self._check_room(n_new_B)
 
-        def watch(routed: RoutedLayer, selections: Selections) -> None:
-            self._count(selections.asked_TK, selections.served_TK)
+        def watch(routed: RouterOutput, selections: Selections) -> None:
+            self._count(selections.requested_TK, selections.served_TK)
             for watcher in self.watchers:
                 watcher(routed)
 
@@ -354,7 +354,7 @@ class Engine:
                 self._check_finite(report.finite)
                 if not report.blocked:
                     break
-                self.stats.exits += 1
+                self.stats.host_round_trips += 1
                 if not batches:
                     raise RuntimeError(f"layer {report.layer} waits for experts that are resident")
                 self._load(batches.pop(0), report)
@@ -377,7 +377,7 @@ class Engine:
 
     def _account(self, report: Report) -> list[list[ExpertKey]]:
         """Has the controller decide what a call's layers used; batches to load for the last one."""
-        self._count(report.asked_IA, report.served_IA)
+        self._count(report.requested_IA, report.served_IA)
         longest = int(self._lengths_B.max())
         batches: list[list[ExpertKey]] = []
         for logged in report.logged(self.config.n_layers):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hobbit_jax.cache.budget import BankDemand, divide_tiers
+from hobbit_jax.cache.budget import BankDemand, divide_precisions
 from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.counter import Replay, RoutedStep, Tally
 from hobbit_jax.cache.miss_modes import MISS_MODES, MissMode
@@ -64,7 +64,9 @@ def _division(setting: ModeSetting, mode: MissMode, trace: Trace, share: float):
         least = pairs if mode.low_banks == "all" else k
         low = [BankDemand(_LOW, setting.low_bytes, pairs, least)]
     native = [BankDemand(_NATIVE, setting.expert_bytes, pairs, k if mode.native_waits else 0)]
-    return divide_tiers(native, low, setting.capacity * setting.expert_bytes, share if low else 0.0)
+    return divide_precisions(
+        native, low, setting.capacity * setting.expert_bytes, share if low else 0.0
+    )
 
 
 def routed_tokens(trace: Trace) -> Iterator[tuple[int, list[RoutedStep]]]:

@@ -81,10 +81,10 @@ class Grouped:
     assignments: dict[ExpertKey, np.ndarray]  # t * K + k, ascending
 
     @classmethod
-    def of(cls, layer: int, ids_TK: np.ndarray, tier_TK: np.ndarray) -> Grouped:
-        """Groups by (tier, expert); selections at tier `SKIPPED` belong to nobody."""
+    def of(cls, layer: int, ids_TK: np.ndarray, precision_TK: np.ndarray) -> Grouped:
+        """Groups by (precision, expert); selections at precision `SKIPPED` belong to nobody."""
         stride = int(ids_TK.max(initial=0)) + 1
-        unit_A = np.where(tier_TK == SKIPPED, -1, tier_TK * stride + ids_TK).reshape(-1)
+        unit_A = np.where(precision_TK == SKIPPED, -1, precision_TK * stride + ids_TK).reshape(-1)
         order_A = np.argsort(unit_A, kind="stable")
         units, starts = np.unique(unit_A[order_A], return_index=True)
         parts = np.split(order_A, starts[1:])
@@ -97,9 +97,12 @@ class Grouped:
 
     def uses(self, selections: Selections) -> list[Use]:
         """What the policies learn of each expert."""
-        weights_A, asked_A = selections.weights_TK.reshape(-1), selections.asked_TK.reshape(-1)
+        weights_A, requested_A = (
+            selections.weights_TK.reshape(-1),
+            selections.requested_TK.reshape(-1),
+        )
         return [
-            Use(key, float(weights_A[part].max()), bool((asked_A[part] == NATIVE).any()))
+            Use(key, float(weights_A[part].max()), bool((requested_A[part] == NATIVE).any()))
             for key, part in self.assignments.items()
         ]
 
@@ -163,7 +166,7 @@ def _split_batch(pool: ExpertPool, batch: list[ExpertKey]) -> list[list[ExpertKe
 
 def _unmet(layer: int, selections: Selections) -> list[Use]:
     """Native experts that were requested and served low."""
-    low_TK = (selections.asked_TK == NATIVE) & (selections.served_TK == LOW)
+    low_TK = (selections.requested_TK == NATIVE) & (selections.served_TK == LOW)
     experts = np.unique(selections.ids_TK[low_TK]).tolist()
     return [Use(ExpertKey(NATIVE, layer, expert)) for expert in experts]
 

@@ -34,7 +34,7 @@ Inspect = Callable[[Part, int, jax.Array], object]
 
 
 @dataclass(frozen=True)
-class RoutedLayer:
+class RouterOutput:
     """What one layer's router chose in one step, for those who watch (importance, traces)."""
 
     layer: int
@@ -101,17 +101,19 @@ def _attend_and_route(
     x_BTD, h_BTD = block.add_attention(x_BTD, mixed_BTN)
     h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
     n_layers = len(kinds.kind_L)
-    table_tE = rows_of_layer(table_UE, layer, n_layers)
+    table_pE = rows_of_layer(table_UE, layer, n_layers)
     valid_T = (positions_BT < context).reshape(-1)
-    selections = select(plan, mode, table_tE, layer, block.route(h_TD), valid_T)
+    selections = select(plan, mode, table_pE, layer, block.route(h_TD), valid_T)
     if next_kind is None:
         return x_BTD, h_TD, caches, selections, None
-    x_TD, table_tE = x_BTD.reshape(h_TD.shape), rows_of_layer(table_UE, layer + 1, n_layers)
+    x_TD, table_pE = x_BTD.reshape(h_TD.shape), rows_of_layer(table_UE, layer + 1, n_layers)
     routing = kinds.block(states, next_kind, next_index).route_ahead(x_TD)
-    ahead = select(plan, mode, table_tE, layer + 1, routing, valid_T)
-    tier_TK = jnp.where(ahead.served_TK == SKIPPED, len(table_tE), ahead.served_TK)
-    chosen_tE = jnp.zeros(table_tE.shape, bool).at[tier_TK, ahead.ids_TK].set(True, mode="drop")
-    return x_BTD, h_TD, caches, selections, chosen_tE
+    ahead = select(plan, mode, table_pE, layer + 1, routing, valid_T)
+    precision_TK = jnp.where(ahead.served_TK == SKIPPED, len(table_pE), ahead.served_TK)
+    chosen_pE = (
+        jnp.zeros(table_pE.shape, bool).at[precision_TK, ahead.ids_TK].set(True, mode="drop")
+    )
+    return x_BTD, h_TD, caches, selections, chosen_pE
 
 
 @partial(jax.jit, static_argnums=0)
@@ -138,7 +140,7 @@ class Prefill:
         lengths_B: np.ndarray,
         n_new_B: np.ndarray,
         token: int,
-        watch: Callable[[RoutedLayer, Selections], None],
+        watch: Callable[[RouterOutput, Selections], None],
         inspect: Inspect = lambda part, layer, x_BTD: None,
     ) -> tuple[jax.Array, KVCache]:
         """Appends the first `n_new_B` tokens of each row to sequences of `lengths_B`.
@@ -171,24 +173,24 @@ class Prefill:
         for layer, (kind, index) in enumerate(walk):
             last = layer == len(walk) - 1
             next_kind, next_index = walk[layer + 1] if looks_ahead and not last else (None, 0)
-            x_BTD, h_TD, caches, selections, chosen_tE = _attend_and_route(
+            x_BTD, h_TD, caches, selections, chosen_pE = _attend_and_route(
                 kinds, kind, next_kind, self.mode, model.layers.states, np.int32(index),
                 np.int32(next_index), np.int32(layer), self.plan, self.pool.held_UE, x_BTD,
                 positions_BT, caches,
             )  # fmt: skip
             inspect("attention", layer, x_BTD)
-            fields, chosen_tE = jax.device_get((selections, chosen_tE))
+            fields, chosen_pE = jax.device_get((selections, chosen_pE))
             on_host, valid_T = Selections(*fields), valid_BT.reshape(-1)
             watch(
-                RoutedLayer(
+                RouterOutput(
                     layer, on_host.ids_TK, on_host.weights_TK, valid_T, h_TD,
                     x_BTD.reshape(h_TD.shape),
                 ),
                 on_host,
             )  # fmt: skip
             # In the order in which the next layer will ask for them.
-            ahead = [] if chosen_tE is None else np.argwhere(chosen_tE).tolist()
-            upcoming = [ExpertKey(tier, layer + 1, expert) for tier, expert in ahead]
+            ahead = [] if chosen_pE is None else np.argwhere(chosen_pE).tolist()
+            upcoming = [ExpertKey(precision, layer + 1, expert) for precision, expert in ahead]
             step = Step(token, layer, int(lengths_B.max()))
             y_AD = apply_experts(
                 self.pool, step, h_TD, selections.weights_TK, on_host, model.implementation,

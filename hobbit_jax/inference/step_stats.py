@@ -15,9 +15,9 @@ class EngineStats:
     """Counts since the last `reset_stats`; selections are those of real tokens, not padding."""
 
     decoded_tokens: int = 0
-    exits: int = 0  # times that decode left the device because an expert was missing
+    host_round_trips: int = 0  # times that decode left the device because an expert was missing
     selections: int = 0
-    degraded: int = 0  # served below the tier that the plan asked for
+    degraded: int = 0  # served below the precision that the plan asked for
     skipped: int = 0  # asked for and not served at all
 
 
@@ -31,7 +31,7 @@ class StepStats:
     hits: int
     misses: int
     bytes_moved: int
-    exits: int
+    host_round_trips: int
 
     @classmethod
     def nothing(cls) -> StepStats:
@@ -57,7 +57,7 @@ class Meter:
     def _counts(engine: Counted) -> tuple[int, int, int, int]:
         stats = engine.pool.stats
         counts = int(stats.hits.sum()), int(stats.misses.sum()), stats.bytes_moved
-        return *counts, engine.stats.exits
+        return *counts, engine.stats.host_round_trips
 
     def lap(self, tokens: int) -> StepStats:
         """The cost of `tokens` that were fed."""

@@ -1,6 +1,6 @@
 """Running a sweep's trials on this machine, on Slurm or on Ray.
 
-A sweep is a map over trials, after the artifacts that they share (`cells/artifacts.py`). Owns the
+A sweep is a map over trials, after the artifacts that they share (`sweep/artifacts.py`). Owns the
 choice of an engine: a pool of processes (`on_local.py`), Ray's tasks (`on_ray.py`) or Slurm's
 arrays (`on_slurm.py`). Each runs `tasks.run_task`, which leaves a record that appears whole or not
 at all, so any process may be killed at any time, and any number of sweeps may share a folder.

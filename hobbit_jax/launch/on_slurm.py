@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hobbit_jax.cells.artifacts import Artifact
 from hobbit_jax.launch import worker_environment
 from hobbit_jax.launch.sweeping import Engine, Graph, Outcomes, death
 from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, Task, run_task
 from hobbit_jax.record import is_finished
+from hobbit_jax.sweep.artifacts import Artifact
 
 try:
     import submitit  # pyright: ignore[reportMissingImports]

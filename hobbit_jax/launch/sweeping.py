@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from hobbit_jax.cells.artifacts import Artifact
-from hobbit_jax.cells.sweep import Trial
 from hobbit_jax.launch.tasks import Outcome, Task
 from hobbit_jax.record import Study, is_finished, write_study
+from hobbit_jax.sweep.artifacts import Artifact
+from hobbit_jax.sweep.trial import Trial
 
 Graph = TopologicalSorter[Task]
 Outcomes = Generator[tuple[Task, Outcome]]

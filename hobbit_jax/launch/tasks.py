@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hobbit_jax.atomic import exclusive
-from hobbit_jax.cells.artifacts import Artifact
-from hobbit_jax.cells.sweep import Trial, failed_record, run_cell
-from hobbit_jax.cells.workbench import Workbench
 from hobbit_jax.record import is_finished, record_path, write_record
+from hobbit_jax.sweep.artifact_cache import ArtifactCache
+from hobbit_jax.sweep.artifacts import Artifact
+from hobbit_jax.sweep.trial import Trial, failed_record, run_cell
 
 Task = Artifact | Trial
 
@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 
 
 # The model is loaded by the first task of a process and kept for the next.
-_bench = functools.cache(Workbench)
+_bench = functools.cache(ArtifactCache)
 
 
 def run_task(task: Task, workdir: Path, wait: bool = True, death: str | None = None) -> Outcome:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hobbit_jax.model.modules import Block
-from pallas_kernels.apart import apart
+from pallas_kernels.materialize import apart
 
 Result = TypeVar("Result")
 States = tuple[Any, ...]  # per kind, the arrays of its blocks with a leading axis

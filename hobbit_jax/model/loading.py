@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hobbit_jax.model.layers import LayerStack
-from hobbit_jax.model.modules import Attention, Block, Ends, Linear, RMSNorm
+from hobbit_jax.model.modules import Attention, Block, EmbeddingAndHead, Linear, RMSNorm
 from hobbit_jax.model.sharding import replicated
 from hobbit_jax.model_file.architecture import (
     ModelConfig,
@@ -41,7 +41,7 @@ class LoadedModel:
     file: GGUFFile
     config: ModelConfig
     layers: LayerStack
-    ends: Ends
+    ends: EmbeddingAndHead
     implementation: Implementation  # of its matrix products, dense and expert alike
     mapped_bytes: int = 0  # of dense matrices that stay in the file's map, beyond their addresses
 
@@ -143,7 +143,7 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
         router = matrices.router(tensors["router"])
         blocks.append(Block(config, norms["attn_norm"], attention, norms["ffn_norm"], router))
     outer = {role: file.tensors[n] for role, n in global_tensors(config).items()}
-    ends = Ends(
+    ends = EmbeddingAndHead(
         embedding=matrices.linear(outer["token_embedding"]),
         final_norm=_norm(outer["output_norm"], config),
         head=matrices.linear(outer["output"]) if "output" in outer else None,

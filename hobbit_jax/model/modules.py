@@ -249,7 +249,7 @@ class Block(nnx.Module):
         return self.route(self.ffn_norm(x))
 
 
-class Ends(nnx.Module):
+class EmbeddingAndHead(nnx.Module):
     """What stands before the first layer and after the last: embedding, final norm, head.
 
     A tied head shares the embedding's planes; nothing is held twice.

@@ -51,7 +51,7 @@ def expert_mesh(n_devices: int) -> Mesh | None:
 
 
 def owner(layer: Any, expert: Any, n_devices: int) -> Any:
-    """The device of an expert, at every tier.
+    """The device of an expert, at every precision.
 
     In each layer no device has more than one expert above another, and as the rule moves on by one
     from layer to layer, all have the same number over `n_devices` layers in a row.

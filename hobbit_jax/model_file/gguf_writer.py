@@ -36,13 +36,13 @@ Tensor = tuple[str, str, tuple[int, ...], np.ndarray | Callable[[], np.ndarray]]
 
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # Keys that tell how the weights were made.
-_MADE_BY = ("quantize.", "hobbit.tier.")
+_MADE_BY = ("quantize.", "hobbit.low_precision.")
 
 
 def metadata_of_new_weights(metadata: Mapping[str, Any], format: str) -> dict[str, Any]:
     """`metadata` for other weights of the same model, most of them of `format`.
 
-    What tells how the old weights were made (an importance matrix, our tiers) is left out, and
+    What tells how the old weights were made (an importance matrix, our precisions) is left out, and
     `general.file_type` is set, as llama-quantize does.
     """
     kept = {k: v for k, v in metadata.items() if not k.startswith(_MADE_BY)}

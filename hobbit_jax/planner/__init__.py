@@ -3,5 +3,5 @@
 Read in this order: `hardware` (cards), `cost_model` (seconds of a token, and every constant's
 origin), `shapes` (what a model weighs), `routing` (what a text asks for), `traffic` (what a setting
 moves, by replay), `candidates` (settings and the rule of choice), `plan` (the record), `table`;
-`check` holds the model against measured decode, `public_figures` against what others report.
+`check` holds the model against measured decode, `published_benchmarks` against what others report.
 """

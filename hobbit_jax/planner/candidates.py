@@ -5,7 +5,7 @@ Owns the list and the rule of choice.
 The rule: begin with native experts, go through the settings by expected loss, and take the next
 one where it is at least `SPEEDUP_NEEDED` times as fast as what is held. A setting that degrades
 more has to earn it. The loss is a stand-in, since no plan has the model's weights: the share of
-selections that run low, times what the whole low tier cost the reference model. Degrading the
+selections that run low, times what the whole low precision cost the reference model. Degrading the
 lightest selections (hobbit) costs less than that; see WORKSPACE.md.
 """
 
@@ -23,14 +23,14 @@ REFERENCE_KL = {"Q3_K": 0.0088, "Q2_K": 0.0308}
 # By the rule of the decision document.
 SPEEDUP_NEEDED = 1.2
 
-NATIVE = Setting("native SLRU", "wait")
+NATIVE = Setting("native SLRU", "fetch")
 
 
 def settings() -> list[Setting]:
     """Native first, then the uniform quants, the floors, and what keeps copies of both kinds."""
     lowest = LOW_FORMATS[-1]
     listed = [NATIVE]
-    listed += [Setting(f"uniform {f}", "wait", f, asked="low") for f in LOW_FORMATS]
+    listed += [Setting(f"uniform {f}", "fetch", f, asked="low") for f in LOW_FORMATS]
     listed += [Setting(f"floor {f}", "floor", f) for f in LOW_FORMATS]
     listed += [
         Setting(f"{mode} {lowest}, split {share:g}", mode, lowest, low_share=share)
@@ -42,7 +42,7 @@ def settings() -> list[Setting]:
         for share in shares
     ]
     listed += [
-        Setting(f"{100 * pairs:g} % of pairs {lowest}", "wait", lowest, "frequency", pairs)
+        Setting(f"{100 * pairs:g} % of pairs {lowest}", "fetch", lowest, "frequency", pairs)
         for pairs in (0.5, 0.9)
     ]
     return listed

@@ -24,7 +24,7 @@ from hobbit_jax.evals.decode_bench import Setting as BenchSetting
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.inference.prefill import RoutedLayer
+from hobbit_jax.inference.prefill import RouterOutput
 from hobbit_jax.model.loading import LoadedModel
 from hobbit_jax.planner.cost_model import Machine, Traffic, token_time
 from hobbit_jax.planner.shapes import PlannedModel
@@ -55,8 +55,8 @@ class Case:
 
 def cases(low_format: str) -> list[Case]:
     """What is measured on the reference model: 7.3 MiB of experts natively, 3.9 in Q2_K."""
-    native = Setting("native", "wait")
-    uniform = Setting(f"uniform {low_format}", "wait", low_format, "low")
+    native = Setting("native", "fetch")
+    uniform = Setting(f"uniform {low_format}", "fetch", low_format, "low")
     fitted = [(native, None), (uniform, None), (native, 2), (native, 4), (uniform, 1)]
     others = [(native, 1), (native, 3), (native, 5), (uniform, 2), (uniform, 3)]
     for mode, share, budgets in (
@@ -74,8 +74,8 @@ def record_routing(
     model: LoadedModel, store: HostExperts, ids_RS: np.ndarray, prompt_tokens: int
 ) -> Trace:
     """The native routing of every token decoded after its prompt, row after row."""
-    seen: list[RoutedLayer] = []
-    engine = Engine(model, store, mode="wait", watch=seen.append)
+    seen: list[RouterOutput] = []
+    engine = Engine(model, store, mode="fetch", watch=seen.append)
     ids, weights, positions = [], [], []
     for ids_S in ids_RS:
         engine.start(1, len(ids_S))
@@ -93,12 +93,13 @@ def record_routing(
 
 
 def counted_traffic(case: Case, decoded: Decoded, model: PlannedModel, context: int) -> Traffic:
-    """What the engine counted, for the cost model; an expert's bytes are its tier's mean."""
+    """What the engine counted, for the cost model; an expert's bytes are its precision's mean."""
     config, store = model.config, model.store(case.setting.low_format)
     found, tokens = decoded.measurement.counts, decoded.measurement.tokens
     assert found is not None  # every case is an engine
     sizes = [
-        store.tier_bytes(t) / config.n_layers / config.n_experts for t in range(len(store.tiers))
+        store.precision_bytes(t) / config.n_layers / config.n_experts
+        for t in range(len(store.precisions))
     ]
     low = 1.0 if case.setting.asked == "low" else found.demoted / found.selections
     served = found.selections / tokens * (1 - found.skipped / found.selections)
@@ -154,7 +155,7 @@ def check(
         model: the loaded model.
         planned: the same as the planner sees it.
         low_store: its experts natively and at `low_format`.
-        low_format: of the low tier.
+        low_format: of the low precision.
         ids_RS: rows of tokens; the first warms up.
         prompt_tokens: of each row.
         link_gb_s: of an emulated link, with `seconds` by processor time and waits; None copies as

@@ -86,14 +86,14 @@ CONSTANTS: dict[str, Constant] = {
     "selection_us": Constant(
         "us",
         "assumed",
-        "telling a policy of one use, in Python: the 35 us that a layer of the hollow model took "
-        "in all (WORKSPACE.md), shared by 8",
+        "telling a policy of one use, in Python: the 35 us that a layer of the null-compute "
+        "model took in all (WORKSPACE.md), shared by 8",
     ),
     "exit_us": Constant(
         "us",
         "assumed",
-        "a third of what two loaded cores took on a hollow model: 1,183 us a layer with misses "
-        "against 35 without (WORKSPACE.md); a desktop's core is faster",
+        "a third of what two loaded cores took on a null-compute model: 1,183 us a layer with "
+        "misses against 35 without (WORKSPACE.md); a desktop's core is faster",
     ),
     "copies_per_expert": Constant("copies", "specification", "gate, up and down (cache/pool.py)"),
     "copy_latency_us": Constant("us", "assumed", "of one copy, beside its bytes"),

@@ -15,7 +15,7 @@ _LANE_GB_S = {3: 0.985, 4: 1.969, 5: 3.938}
 
 
 @dataclass(frozen=True)
-class Card:
+class GPU:
     """A card, or a machine given in figures.
 
     Attributes:
@@ -33,34 +33,34 @@ class Card:
     origin: str
 
 
-def _card(name: str, vram_gib: float, device_gb_s: float, generation: int, lanes: int) -> Card:
+def _gpu(name: str, vram_gib: float, device_gb_s: float, generation: int, lanes: int) -> GPU:
     origin = f"NVIDIA's specification; PCIe {generation}.0 x{lanes} (PCI-SIG)"
-    return Card(name, vram_gib, device_gb_s, round(lanes * _LANE_GB_S[generation], 2), origin)
+    return GPU(name, vram_gib, device_gb_s, round(lanes * _LANE_GB_S[generation], 2), origin)
 
 
-CARDS = {
+GPUS = {
     card.name: card
     for card in (
-        _card("RTX 2080", 8, 448, 3, 16),
-        _card("RTX 3060", 12, 360, 4, 16),
-        _card("RTX 3070", 8, 448, 4, 16),
-        _card("RTX 3090", 24, 936, 4, 16),
-        _card("RTX 4060", 8, 272, 4, 8),
-        _card("RTX 4060 Ti", 16, 288, 4, 8),
-        _card("RTX 4070", 12, 504, 4, 16),
-        _card("RTX 4080", 16, 717, 4, 16),
-        _card("RTX 4090", 24, 1008, 4, 16),
-        _card("RTX 5060 Ti", 16, 448, 5, 8),
-        _card("RTX 5070", 12, 672, 5, 16),
-        _card("RTX 5080", 16, 960, 5, 16),
-        _card("RTX 5090", 32, 1792, 5, 16),
-        _card("A100", 40, 1555, 4, 16),
-        _card("H200", 131, 4800, 5, 16),
+        _gpu("RTX 2080", 8, 448, 3, 16),
+        _gpu("RTX 3060", 12, 360, 4, 16),
+        _gpu("RTX 3070", 8, 448, 4, 16),
+        _gpu("RTX 3090", 24, 936, 4, 16),
+        _gpu("RTX 4060", 8, 272, 4, 8),
+        _gpu("RTX 4060 Ti", 16, 288, 4, 8),
+        _gpu("RTX 4070", 12, 504, 4, 16),
+        _gpu("RTX 4080", 16, 717, 4, 16),
+        _gpu("RTX 4090", 24, 1008, 4, 16),
+        _gpu("RTX 5060 Ti", 16, 448, 5, 8),
+        _gpu("RTX 5070", 12, 672, 5, 16),
+        _gpu("RTX 5080", 16, 960, 5, 16),
+        _gpu("RTX 5090", 32, 1792, 5, 16),
+        _gpu("A100", 40, 1555, 4, 16),
+        _gpu("H200", 131, 4800, 5, 16),
     )
 }
 
 
-def find_card(text: str) -> Card:
+def find_gpu(text: str) -> GPU:
     """A card by its name (case and blanks do not matter), or "device GB/s,PCIe GB/s" as one.
 
     Raises:
@@ -70,7 +70,7 @@ def find_card(text: str) -> Card:
     def plain(name: str) -> str:
         return "".join(name.lower().split()).removeprefix("nvidia").removeprefix("geforce")
 
-    for card in CARDS.values():
+    for card in GPUS.values():
         if plain(card.name) == plain(text):
             return card
     try:
@@ -78,9 +78,9 @@ def find_card(text: str) -> Card:
     except ValueError:
         raise ValueError(
             f"gpu is {text!r}; want figures 'device GB/s,PCIe GB/s' such as 504,31.5, or one of "
-            f"{', '.join(CARDS)}"
+            f"{', '.join(GPUS)}"
         ) from None
     if not (device_gb_s > 0 and pcie_gb_s > 0):
         raise ValueError(f"gpu is {text!r}; want two positive bandwidths in GB/s")
     name = f"{device_gb_s:g} GB/s, PCIe {pcie_gb_s:g} GB/s"
-    return Card(name, None, device_gb_s, pcie_gb_s, "given on the command line")
+    return GPU(name, None, device_gb_s, pcie_gb_s, "given on the command line")

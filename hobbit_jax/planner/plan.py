@@ -17,7 +17,7 @@ from hobbit_jax.cache.pool_sizing import demands
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.planner import candidates
 from hobbit_jax.planner.cost_model import Machine, Traffic, describe, token_time
-from hobbit_jax.planner.hardware import Card
+from hobbit_jax.planner.hardware import GPU
 from hobbit_jax.planner.routing import Routing
 from hobbit_jax.planner.shapes import PlannedModel
 from hobbit_jax.planner.traffic import (
@@ -87,7 +87,7 @@ def divide_memory(
 
 def make_plan(
     model: PlannedModel,
-    card: Card,
+    card: GPU,
     machine: Machine,
     memory: Memory,
     context: int,
@@ -170,7 +170,7 @@ def make_plan(
 
 def _low(model: PlannedModel, format: str) -> int | None:
     try:
-        return model.store(format).tier_bytes(1)
+        return model.store(format).precision_bytes(1)
     except NotImplementedError:
         return None
 

@@ -1,9 +1,9 @@
 """What a model weighs, by tensor, without reading or having its weights.
 
-Owns sizes: of the experts at any tier, of the dense part, of the KV cache and of what prefill needs
-beside them. A tier that was never made is a file of shapes: a real `HostExperts` over arrays that
-take no memory, so that the live sizing of the pool (`cache/pool_sizing.py`) can be asked as for
-real ones.
+Owns sizes: of the experts at any precision, of the dense part, of the KV cache and of what prefill
+needs beside them. A precision that was never made is a file of shapes: a real `HostExperts` over
+arrays that take no memory, so that the live sizing of the pool (`cache/pool_sizing.py`) can be
+asked as for real ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hobbit_jax.model_file.architecture import (
 )
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf
 from hobbit_jax.model_file.presets import PRESETS
-from hobbit_jax.quantize.type_mix import q4_k_m_format
+from hobbit_jax.quantize.quant_recipe import q4_k_m_format
 
 # Tokens of one prefill step, `Engine`'s default.
 CHUNK_TOKENS = 2048
@@ -50,7 +50,7 @@ class PlannedModel:
     @property
     def native_bytes(self) -> int:
         """Of all experts, natively."""
-        return self.store().tier_bytes(NATIVE)
+        return self.store().precision_bytes(NATIVE)
 
     @property
     def dense_bytes(self) -> int:
@@ -79,7 +79,7 @@ class PlannedModel:
         return [names[role] for names in layers for role in ROLES]
 
     def store(self, low_format: str | None = None) -> HostExperts:
-        """The experts natively and, with a format, at a low tier that is nothing but shapes.
+        """The experts natively and, with a format, at a low precision that is nothing but shapes.
 
         Raises:
             NotImplementedError: a width that is no multiple of the format's block.

@@ -40,8 +40,8 @@ class Setting:
     Attributes:
         name: in tables.
         mode: by its name (`cache/miss_modes.py`).
-        low_format: of the low tier; None without one.
-        asked: which tier the plan asks for: native throughout, low throughout, or low for the
+        low_format: of the low precision; None without one.
+        asked: which precision the plan asks for: native throughout, low throughout, or low for the
             `low_pairs` (0-1) of the pairs that a profile finds least used.
         low_share: of the pool's bytes for low copies, where the mode keeps some.
     """
@@ -62,7 +62,7 @@ class Outcome:
         slots: per bank, by its formats.
         residents: distinct (layer, expert) pairs on the device.
         hit_rate: 0-1 over expert uses, at the copy that served.
-        low_uses: 0-1 of selections that ran at the low tier.
+        low_uses: 0-1 of selections that ran at the low precision.
         skipped: 0-1 of selections that nothing served.
         traffic: of one token.
     """
@@ -104,37 +104,37 @@ def _model_layers(trace: Trace, model: PlannedModel) -> list[int]:
     return [layer * model.config.n_layers // n_layers for layer in range(n_layers)]
 
 
-def _tiers_LE(setting: Setting, uses_LE: np.ndarray) -> np.ndarray:
-    """The tier that each pair of the trace is asked for at."""
-    tier_LE = np.full(uses_LE.shape, LOW if setting.asked == "low" else NATIVE, np.int8)
+def _precisions_LE(setting: Setting, uses_LE: np.ndarray) -> np.ndarray:
+    """The precision that each pair of the trace is asked for at."""
+    precision_LE = np.full(uses_LE.shape, LOW if setting.asked == "low" else NATIVE, np.int8)
     if setting.asked == "frequency":
         least = np.argsort(uses_LE, axis=None, kind="stable")
-        tier_LE.ravel()[least[: round(setting.low_pairs * uses_LE.size)]] = LOW
-    return tier_LE
+        precision_LE.ravel()[least[: round(setting.low_pairs * uses_LE.size)]] = LOW
+    return precision_LE
 
 
-def _plan(model: PlannedModel, tier_lE: np.ndarray) -> StaticPlan:
+def _plan(model: PlannedModel, precision_lE: np.ndarray) -> StaticPlan:
     """The same for the model: its own pairs, or as many of each layer as the trace's layer has."""
     config = model.config
-    if tier_lE.shape == (config.n_layers, config.n_experts):
-        return StaticPlan(tier_lE)
-    n_layers = len(tier_lE)
-    tier_LE = np.zeros((config.n_layers, config.n_experts), np.int8)
+    if precision_lE.shape == (config.n_layers, config.n_experts):
+        return StaticPlan(precision_lE)
+    n_layers = len(precision_lE)
+    precision_LE = np.zeros((config.n_layers, config.n_experts), np.int8)
     for layer in range(config.n_layers):
-        share = float((tier_lE[layer * n_layers // config.n_layers] == LOW).mean())
-        tier_LE[layer, : round(share * config.n_experts)] = LOW
-    return StaticPlan(tier_LE)
+        share = float((precision_lE[layer * n_layers // config.n_layers] == LOW).mean())
+        precision_LE[layer, : round(share * config.n_experts)] = LOW
+    return StaticPlan(precision_LE)
 
 
 def _shrunk(
     slots: Mapping[Signature, int],
     store: HostExperts,
-    bank_tL: list[list[Signature]],
+    bank_pL: list[list[Signature]],
     n_experts: int,
 ) -> dict[Signature, int]:
     """The slots of each bank for as large a fraction of the trace's experts."""
-    ours = Counter(layer.signature for tier in store.tiers for layer in tier)
-    theirs = Counter(signature for tier in bank_tL for signature in tier)
+    ours = Counter(layer.signature for precision in store.precisions for layer in precision)
+    theirs = Counter(signature for precision in bank_pL for signature in precision)
     shrunk: dict[Signature, int] = {}
     for signature, n_slots in slots.items():
         if theirs[signature]:
@@ -144,10 +144,12 @@ def _shrunk(
     return shrunk
 
 
-def _layout(store: HostExperts, bank_tL: list[list[Signature]], trace: Trace) -> BankLayout:
+def _layout(store: HostExperts, bank_pL: list[list[Signature]], trace: Trace) -> BankLayout:
     """Banks of the trace's shape with the model's formats."""
-    expert_bytes = {layer.signature: layer.expert_bytes for tier in store.tiers for layer in tier}
-    return BankLayout(trace.n_experts, trace.ids_TLK.shape[2], bank_tL, expert_bytes)
+    expert_bytes = {
+        layer.signature: layer.expert_bytes for precision in store.precisions for layer in precision
+    }
+    return BankLayout(trace.n_experts, trace.ids_TLK.shape[2], bank_pL, expert_bytes)
 
 
 def replay_setting(
@@ -161,21 +163,25 @@ def replay_setting(
     """
     config, mode = model.config, MISS_MODES[setting.mode]
     store, parts = model.store(setting.low_format), _cut(trace)
-    tier_lE = _tiers_LE(setting, parts.uses_LE)
-    slots, _ = pool_slots(_plan(model, tier_lE), mode, store, pool_bytes, setting.low_share)
+    precision_lE = _precisions_LE(setting, parts.uses_LE)
+    slots, _ = pool_slots(_plan(model, precision_lE), mode, store, pool_bytes, setting.low_share)
     layers = _model_layers(trace, model)
-    bank_tL = [[store.layer(t, at).signature for at in layers] for t in range(len(store.tiers))]
-    layout = _layout(store, bank_tL, trace)
-    shrunk = _shrunk(slots, store, bank_tL, trace.n_experts)
+    bank_pL = [
+        [store.layer(t, at).signature for at in layers] for t in range(len(store.precisions))
+    ]
+    layout = _layout(store, bank_pL, trace)
+    shrunk = _shrunk(slots, store, bank_pL, trace.n_experts)
     policy = policy_factory(DEFAULT_POLICY)
     replay = Replay(layout, shrunk, mode, policy, DEFAULT_PROMOTION)
-    shares_tLE = np.stack([tier_lE == tier for tier in range(len(store.tiers))]).astype(np.float64)
-    WarmStart(parts.uses_LE).fill(replay.counter, shares_tLE, mode)
+    shares_pLE = np.stack(
+        [precision_lE == precision for precision in range(len(store.precisions))]
+    ).astype(np.float64)
+    WarmStart(parts.uses_LE).fill(replay.counter, shares_pLE, mode)
 
     order_TLK = np.argsort(-trace.weights_TLK, axis=-1, kind="stable")
     ids_TLK = np.take_along_axis(trace.ids_TLK, order_TLK, -1)
     weights_TLK = np.take_along_axis(trace.weights_TLK, order_TLK, -1)
-    asked_TLK = tier_lE[np.arange(ids_TLK.shape[1])[:, None], ids_TLK].astype(np.int32)
+    requested_TLK = precision_lE[np.arange(ids_TLK.shape[1])[:, None], ids_TLK].astype(np.int32)
     end = min(len(ids_TLK), TOKENS)
     before = replace(replay.tally)
     for token in range(parts.start, end):
@@ -184,7 +190,7 @@ def replay_setting(
         steps = [
             RoutedStep(
                 int(trace.position_T[token]), layer, ids_TLK[token, [layer]],
-                weights_TLK[token, [layer]], asked_TLK[token, [layer]],
+                weights_TLK[token, [layer]], requested_TLK[token, [layer]],
             )
             for layer in range(ids_TLK.shape[1])
         ]  # fmt: skip
@@ -206,7 +212,7 @@ def replay_setting(
         moved_experts=moved_experts * scale,
         moved_bytes=tally.bytes_moved * scale,
     )
-    asked_low = float((asked_TLK[parts.warm_end : end] == LOW).mean())
+    asked_low = float((requested_TLK[parts.warm_end : end] == LOW).mean())
     return Outcome(
         setting=setting,
         slots={"/".join(dict.fromkeys(signature)): n for signature, n in slots.items()},
@@ -239,7 +245,7 @@ def all_on_cpu(model: PlannedModel, context: int, resident_layers: int = 0) -> T
     The experts of the other layers are computed on the CPU, natively.
     """
     config, store = model.config, model.store()
-    sizes_L = [layer.expert_bytes * config.experts_per_token for layer in store.tiers[NATIVE]]
+    sizes_L = [layer.expert_bytes * config.experts_per_token for layer in store.precisions[NATIVE]]
     return Traffic(
         layers=config.n_layers,
         dense_bytes=model.dense_read_bytes,
@@ -253,7 +259,7 @@ def all_on_cpu(model: PlannedModel, context: int, resident_layers: int = 0) -> T
 def layers_that_fit(model: PlannedModel, pool_bytes: int) -> int:
     """Layers, from the last, whose native experts fit together."""
     fit, left = 0, pool_bytes
-    for layer in reversed(model.store().tiers[NATIVE]):
+    for layer in reversed(model.store().precisions[NATIVE]):
         left -= layer.expert_bytes * model.config.n_experts
         if left < 0:
             break
@@ -272,7 +278,11 @@ def hot_on_device(
     config, store, parts = model.config, model.store(), _cut(trace)
     setting = Setting("hot")
     slots, _ = pool_slots(
-        _plan(model, _tiers_LE(setting, parts.uses_LE)), MISS_MODES["wait"], store, pool_bytes, 0.0
+        _plan(model, _precisions_LE(setting, parts.uses_LE)),
+        MISS_MODES["fetch"],
+        store,
+        pool_bytes,
+        0.0,
     )
     layers = _model_layers(trace, model)
     bank_L = [store.layer(NATIVE, at).signature for at in layers]
@@ -280,7 +290,7 @@ def hot_on_device(
     shrunk = _shrunk(slots, store, [bank_L], trace.n_experts)
     native = np.ones((1, *parts.uses_LE.shape))
     controller = Controller(_layout(store, [bank_L], trace), shrunk, policy_factory(DEFAULT_POLICY))
-    for bank, keys in rank(parts.uses_LE, native, controller, MISS_MODES["wait"]).items():
+    for bank, keys in rank(parts.uses_LE, native, controller, MISS_MODES["fetch"]).items():
         for key in keys[: bank.policy.capacity]:
             hot_LE[key.layer, key.expert] = True
     end = min(len(trace.ids_TLK), TOKENS)

@@ -1,4 +1,4 @@
-"""Encode float32 weights as GGUF blocks: the lower tiers of an expert, whole exported tensors.
+"""Encode float32 weights as GGUF blocks: the lower precisions of an expert, whole exported tensors.
 
 Owns the checks, the chunking over cores, and which search and layout make which format. Scales are
 chosen in `scale_search` and `single_scale`, bytes laid out in `block_layouts`; decoding is

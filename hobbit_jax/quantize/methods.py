@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from hobbit_jax.quantize import encoder, ggml, hessian
+from hobbit_jax.quantize import encoder, ggml, gptq
 
 METHODS = ("rtn", "importance", "gptq", "ggml")
 NEEDED_STATISTICS = {
@@ -25,7 +25,7 @@ PRIOR_TOKENS = 200
 
 
 class CalibratedMoments(Protocol):
-    """What an encoder wants of a `hobbit_jax.signals.calibration.Calibration`.
+    """What an encoder wants of a `hobbit_jax.importance.calibration.Calibration`.
 
     That module runs an engine; this room must not.
     """
@@ -74,7 +74,7 @@ def check_method(format: str, method: str, columns: int) -> None:
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; want one of {', '.join(METHODS)}")
     if method == "gptq":
-        hessian.check_format(format)
+        gptq.check_format(format)
     if method == "ggml":
         ggml.library()
     encoder.check_shape(np.empty((0, columns), np.float32), format)
@@ -164,7 +164,7 @@ def encode_matrix(
         raise ValueError(f"method {method} needs a calibration; make one with scripts/calibrate.py")
     importance = moment(calibration, role, layer, expert, full=method == "gptq")
     if method == "gptq":
-        return hessian.encode(weights_NK, format, importance)
+        return gptq.encode(weights_NK, format, importance)
     if method == "importance":
         return encoder.encode(weights_NK, format, importance)
     return ggml.encode(weights_NK, format, importance.astype(np.float32))

@@ -22,10 +22,10 @@ import numpy as np
 from hobbit_jax.evals import quality, tasks
 from hobbit_jax.evals.logit_comparison import compare_in_float64
 from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.importance.calibration import count_routing
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel
 from hobbit_jax.reference_model.corpus import SourceFile
-from hobbit_jax.signals.calibration import count_routing
 
 CONTEXT = 512
 ROWS_PER_BATCH = 4
@@ -144,8 +144,8 @@ be reached. It stands in for a real model in method, not in ability.
 - Shape: {train["shape"]}; {train["parameters"] / 1e6:.1f}M parameters.
 - Training text: the sources of Python {train["python"]}'s standard library (tests left out; one
   file in twenty held out by a hash of its name), {train["source_tokens"] / 1e6:.2f}M tokens of it;
-  and generated tasks (`hobbit_jax/minitasks`, training split): worked arithmetic, drills, small
-  functions from docstrings.
+  and generated tasks (`hobbit_jax/synthetic_tasks`, training split): worked arithmetic, drills,
+  small functions from docstrings.
 - {train["steps"]} steps of {train["tokens_per_step"]} tokens
   ({train["steps"] * train["tokens_per_step"] / 1e6:.2f}M in all), Muon and Adam, float32,
   on {train["device"]}. {train["duration"]}

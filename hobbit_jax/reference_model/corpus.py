@@ -3,7 +3,7 @@
 Owns which text is trained on, which is held out, and the tokenizer made from the former. The
 library's sources are on every machine that can run this project; a file is held out by a hash of
 its module path, so it is the same file under every Python version. Generated tasks are split by
-their own content (`hobbit_jax/minitasks`).
+their own content (`hobbit_jax/synthetic_tasks`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from hobbit_jax.minitasks.documents import TaskMix, task_documents
+from hobbit_jax.synthetic_tasks.documents import TaskMix, task_documents
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_ONE_IN = 20
 EXCLUDED_DIRECTORIES = frozenset({"site-packages", "test", "tests", "idlelib", "__pycache__"})
-# Qwen2's pre-tokeniser: digits stand alone, which lets a small model do arithmetic.
+# Qwen2's pre-tokeniser: int8_split stand alone, which lets a small model do arithmetic.
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

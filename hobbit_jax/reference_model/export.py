@@ -13,10 +13,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hobbit_jax import quantize
-from hobbit_jax.experts.tiers import dequantize
+from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.model_file.architecture import ModelConfig, config_metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
-from hobbit_jax.quantize.type_mix import FILE_TYPE_F32, FILE_TYPE_Q4_K_M, q4_k_m_format
+from hobbit_jax.quantize.quant_recipe import FILE_TYPE_F32, FILE_TYPE_Q4_K_M, q4_k_m_format
 from hobbit_jax.reference_model.corpus import END_OF_TEXT
 from hobbit_jax.reference_model.trainer import TrainableModel
 

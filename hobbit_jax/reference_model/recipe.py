@@ -18,12 +18,12 @@ from tokenizers import Tokenizer
 
 from hobbit_jax import reference
 from hobbit_jax.atomic import write_json
-from hobbit_jax.minitasks.documents import EVEN_MIX, TaskMix
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.architecture import ModelConfig
 from hobbit_jax.record import machine
 from hobbit_jax.reference_model import card, corpus, export
 from hobbit_jax.reference_model.trainer import TrainConfig, Trainer
+from hobbit_jax.synthetic_tasks.documents import EVEN_MIX, TaskMix
 from pallas_kernels.backends import for_quality
 
 MODEL = ModelConfig(

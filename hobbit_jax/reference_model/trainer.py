@@ -24,7 +24,7 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
-from hobbit_jax.model.modules import Attention, Block, Ends, Linear, RMSNorm, attend
+from hobbit_jax.model.modules import Attention, Block, EmbeddingAndHead, Linear, RMSNorm, attend
 from hobbit_jax.model_file.architecture import ModelConfig
 from hobbit_jax.reference_model.corpus import Phase
 
@@ -141,7 +141,7 @@ class TrainableModel(nnx.Module):
             blocks.append(Block(config, norm(d), attention, norm(d), router))
         self.blocks = nnx.List(blocks)
         self.experts = nnx.List([DenseExperts(config, rngs) for _ in range(config.n_layers)])
-        self.ends = Ends(linear(config.vocab_size, d, 0.02), norm(d), head=None)
+        self.ends = EmbeddingAndHead(linear(config.vocab_size, d, 0.02), norm(d), head=None)
 
     def __call__(self, ids_BT: jax.Array, capacity_factor: float):
         """Returns float32 logits [B, T, V], the balance loss, and expert shares [L, E]."""

@@ -4,7 +4,7 @@ Owns how such a file is filled. Tensors, types, metadata and vocabulary size are
 model's Q4_K_M file; weights are random blocks, cut from a pool of a few megabytes per type, so that
 18 GB are written as fast as the disk takes them.
 
-Random weights would route every token to experts of its own. Real routing has favourites, and
+Random weights would route every token to experts of its own. Real routing has hot experts, and
 neighbouring tokens share experts, so a little structure is put in:
 
 - Every embedding has a direction in common. Routers are random, so an expert whose row lies along
@@ -47,7 +47,7 @@ from hobbit_jax.model_file.architecture import (
 )
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
 from hobbit_jax.model_file.metadata import integers, numbers, texts
-from hobbit_jax.quantize.type_mix import FILE_TYPE_Q4_K_M, q4_k_m_format
+from hobbit_jax.quantize.quant_recipe import FILE_TYPE_Q4_K_M, q4_k_m_format
 from pallas_kernels.formats import get_format
 
 _COMMON = 0.05  # of an embedding's square, what all tokens share

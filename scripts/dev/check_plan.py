@@ -14,11 +14,11 @@ from tqdm import tqdm
 from hobbit_jax import cli, reference
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals import quality
+from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
 from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.experts.tiers import TierSpec, open_tier
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.planner.check import cases, check, summarise
-from hobbit_jax.planner.public_figures import compare_reports
+from hobbit_jax.planner.published_benchmarks import compare_reports
 from hobbit_jax.planner.records import check_record
 from hobbit_jax.planner.shapes import open_model
 from hobbit_jax.record import machine, write_record
@@ -37,7 +37,9 @@ _LOW_FORMAT, _PROMPT = "Q2_K", 16
 def main(_):
     folder, model_path = cli.output_folder("out", _OUT.value), reference.model_path()
     model = load_model(model_path)
-    low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT), low_precision_folder())
+    low = open_low_precision(
+        model.file, model.config, LowPrecisionSpec(_LOW_FORMAT), low_precision_folder()
+    )
     store = HostExperts(model.config, model.file, [low])
     texts = reference.held_out_texts("evaluation")
     rows = _TURNS.value + 1

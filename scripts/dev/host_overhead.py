@@ -2,8 +2,8 @@
 
     python scripts/dev/host_overhead.py [--turns 24] [--tokens 64]
 
-The hollow model's layers compute next to nothing. To compare two revisions, run this in a checkout
-of each.
+The null-compute model's layers compute next to nothing. To compare two revisions, run this in a
+checkout of each.
 """
 
 import functools
@@ -26,12 +26,12 @@ from hobbit_jax.statistics import spread
 _TURNS = flags.DEFINE_integer("turns", 24, "Rows decoded with each pool, after a warm-up.", 1)
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Tokens decoded of each row.", 1)
 _PROMPT = 8
-HOLLOW_LAYERS = 24
+NULL_COMPUTE_LAYERS = 24
 WIDTH = 32  # of everything: a layer is a few thousand multiplications
 VOCAB = 64
 
 
-def write_hollow_model(path: Path, n_layers: int, n_experts: int = 8, k: int = 2) -> None:
+def write_null_compute_model(path: Path, n_layers: int, n_experts: int = 8, k: int = 2) -> None:
     """A `qwen3moe` file in F32 with random weights and as little arithmetic as there can be."""
     rng = np.random.default_rng(0)
     tensors = []
@@ -76,7 +76,7 @@ def main(_):
     ids_RS = rng.integers(0, VOCAB, (_TURNS.value + 1, _PROMPT + _TOKENS.value), np.int32)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "null_compute.gguf"
-        write_hollow_model(path, HOLLOW_LAYERS)
+        write_null_compute_model(path, NULL_COMPUTE_LAYERS)
         model = load_model(path)
         store = HostExperts(model.config, model.file)
         backends = {
@@ -86,7 +86,7 @@ def main(_):
             for name, budget_bytes in (("all resident", None), ("0.75 MiB", 3 << 18))
         }
         for name, found in measure(backends, ids_RS, _PROMPT).items():
-            us_per_layer = spread(1e6 / found.decode_tokens_per_s / HOLLOW_LAYERS)
+            us_per_layer = spread(1e6 / found.decode_tokens_per_s / NULL_COMPUTE_LAYERS)
             print(json.dumps({"pool": name, "us_per_layer": us_per_layer}))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from hobbit_jax.evals.quality import Windows, watch_windows
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.inference.prefill import RoutedLayer
+from hobbit_jax.inference.prefill import RouterOutput
 from hobbit_jax.model.layers import LayerKinds, States
 
 
@@ -36,7 +36,7 @@ class _Chosen:
         self.found: dict[int, dict[int, list[np.ndarray]]] = {d: {} for d in distances}
         self._guessed: dict[tuple[int, int], np.ndarray] = {}
 
-    def watch(self, routed: RoutedLayer) -> None:
+    def watch(self, routed: RouterOutput) -> None:
         kinds, valid_T = self._layers.kinds, routed.valid_T
         self.chosen.setdefault(routed.layer, []).append(routed.ids_TK[valid_T])
         for distance in self._distances:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hobbit_jax.cache.link import DirectLink, Link, PacedLink
+from hobbit_jax.cache.link import DirectLink, Link, ThrottledLink
 from hobbit_jax.evals.engine_program import EngineProgram
 from hobbit_jax.evals.measure import Measurement, TimedRow, measure, timed_turn
 from hobbit_jax.experts.store import HostExperts
@@ -53,8 +53,8 @@ def prefill_overlap(
     gb_s = _moved_bytes(alone)[-1] / (copy_to_compute * compute_s) / 1e9
     backends = {
         "compute_ms": computing,
-        "serial_ms": timed(PacedLink(gb_s), 0),
-        "overlapped_ms": timed(PacedLink(gb_s), staging_bytes),
+        "serial_ms": timed(ThrottledLink(gb_s), 0),
+        "overlapped_ms": timed(ThrottledLink(gb_s), staging_bytes),
     }
     found = measure(backends, ids_RS, prompt_tokens)
     values_R = {name: of_name.first_token_s * 1e3 for name, of_name in found.items()}
@@ -64,7 +64,7 @@ def prefill_overlap(
     last = found["overlapped_ms"].turns[-1].prefill
     assert last is not None  # an engine counts
     return {
-        "link": PacedLink(gb_s).describe(),
+        "link": ThrottledLink(gb_s).describe(),
         "tokens": prompt_tokens,
         "budget_bytes": budget_bytes,
         "staging_bytes": staging_bytes,

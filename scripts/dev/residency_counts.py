@@ -33,7 +33,7 @@ FIRST_TOKENS = (1, 16)
 def promotion_settings(store: HostExperts, budget_bytes: int) -> Iterator[Setting]:
     """Each mode that promotes and fits, with the newcomer's margin over whom it would evict."""
     for name, mode in MISS_MODES.items():
-        if mode.promotes and (mode.low_banks != "all" or store.tier_bytes(1) < budget_bytes):
+        if mode.promotes and (mode.low_banks != "all" or store.precision_bytes(1) < budget_bytes):
             for margin in MARGINS:
                 rule = PromotionRule(margin=margin)
                 label = f"{name}, margin {margin:g}"
@@ -119,7 +119,7 @@ def first_misses(
 
 def counts_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of Markdown for rows of `counts` with `text`, `budget_mib` and `setting`."""
-    head = ["text", "MiB", "setting", "residents", "hit rate", "MB a token", "exits a token"]
+    head = ["text", "MiB", "setting", "residents", "hit rate", "MB a token", "round trips a token"]
     lines = [
         [
             row["text"],

@@ -21,12 +21,12 @@ from hobbit_jax import cli, reference
 from hobbit_jax.atomic import replacing, write_json
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals import decode_bench, quality
+from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
 from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.experts.tiers import TierSpec, open_tier
+from hobbit_jax.importance.calibration import count_routing
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.record import machine
-from hobbit_jax.signals.calibration import count_routing
 from pallas_kernels.backends import for_quality
 
 _MODEL = flags.DEFINE_string(
@@ -46,11 +46,11 @@ _PARTS: tuple[reference.Part, ...] = ("calibration", "evaluation")
 _INTRODUCTION = """\
 # Promotion, the pool's division and a warm start, in counts
 
-The reference model on two held-out texts, {low} as its low tier, rows of {tokens} decoded tokens;
-nothing here is a time. Every setting of a budget has the same pool bytes and decodes the same
-tokens. *Residents* are (layer, expert) pairs with any copy on the device at the end, *degraded* the
-selections that a low copy served, KL is to the native model. Constants were chosen on
-"calibration".
+The reference model on two held-out texts, {low} as its low precision, rows of {tokens} decoded
+tokens; nothing here is a time. Every setting of a budget has the same pool bytes and decodes the
+same tokens. *Residents* are (layer, expert) pairs with any copy on the device at the end,
+*degraded* the selections that a low copy served, KL is to the native model. Constants were chosen
+on "calibration".
 
     python scripts/dev/residency_tables.py --budgets_mib {budgets} --out {out}
 """
@@ -88,7 +88,9 @@ def main(_):
     out = cli.output_file("out", str(_OUT.value))
     budgets_mib = cli.numbers(_BUDGETS_MIB, float, 2**-20, cli.MAX_MIB)
     model = load_model(_MODEL.value or reference.model_path(), for_quality(None))
-    low = open_tier(model.file, model.config, TierSpec(_LOW_FORMAT.value), low_precision_folder())
+    low = open_low_precision(
+        model.file, model.config, LowPrecisionSpec(_LOW_FORMAT.value), low_precision_folder()
+    )
     store = HostExperts(model.config, model.file, [low])
     native = HostExperts(model.config, model.file)
     settings = {"model_sha256": model.file.sha256(), "low": _LOW_FORMAT.value, "rows": _ROWS.value}

@@ -39,9 +39,9 @@ _INTRODUCTION = """\
 Replays of DeepSeek-V2-Lite's routing on two texts, cold start, demand misses, {policy}. Every row
 of a capacity has the bytes of that many native slots; a native expert has {native} bytes, a low one
 {low}. *Residents* are the (layer, expert) pairs on the device at the end, *hit rate* is of all
-selections at the tier that the plan asked for, *waits* are the selections a token would have waited
-for, *degraded* those that ran low. Under *floor* all pairs are low and the rest of the bytes holds
-hot ones natively; – where the bytes cannot hold it. The random control is the median of three
+selections at the precision that the plan asked for, *waits* are the selections a token would have
+waited for, *degraded* those that ran low. Under *floor* all pairs are low and the rest of the bytes
+holds hot ones natively; – where the bytes cannot hold it. The random control is the median of three
 draws, with their range. "Other text" counts uses on the other trace, "own text" on the replayed
 one, which nobody has beforehand.
 

@@ -10,7 +10,7 @@ from absl import flags
 from hobbit_jax import cli, reference
 from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
-from hobbit_jax.reference_model.symmetry import write_off_grid
+from hobbit_jax.reference_model.reparametrise import write_off_grid
 
 _MODEL = flags.DEFINE_string(
     "model", None, "GGUF file of the model; the shipped reference model by default."

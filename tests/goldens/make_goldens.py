@@ -7,7 +7,7 @@ Run by hand, in an environment of its own, when `tests/tiny_models.py` changes:
 
 Nothing of ours reads or computes here: the files are read by `gguf.GGUFReader`, dequantised by
 `gguf.quants`, and run by the classes of transformers. Which class and which place a tensor goes to
-is `hobbit_jax.peers.hugging_face`, as for every other comparison with PyTorch: a second copy of
+is `hobbit_jax.baselines.hugging_face`, as for every other comparison with PyTorch: a second copy of
 that mapping would prove nothing that the engine does not, which was written from llama.cpp's
 source and agrees with these goldens. The hyperparameters are read here, without `read_config`.
 Last made with torch 2.13.0 and transformers 5.23.0; 5.24.0 gives the same bits.
@@ -23,8 +23,8 @@ import gguf
 import numpy as np
 import torch
 
+from hobbit_jax.baselines.hugging_face import load
 from hobbit_jax.model_file.architecture import ModelConfig
-from hobbit_jax.peers.hugging_face import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

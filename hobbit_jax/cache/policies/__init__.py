@@ -15,9 +15,9 @@ from hobbit_jax.cache.policies.hobbit import Hobbit
 from hobbit_jax.cache.policies.interface import Policy, Step
 from hobbit_jax.cache.policies.lfru import LFRU
 from hobbit_jax.cache.policies.lru import LRU
+from hobbit_jax.cache.policies.next_use import NextUse
 from hobbit_jax.cache.policies.pinned_static import PinnedStatic
 from hobbit_jax.cache.policies.random_choice import RandomChoice
-from hobbit_jax.cache.policies.recall import Recall
 from hobbit_jax.cache.policies.slru import SLRU
 from hobbit_jax.cache.policies.w_tinylfu import WTinyLFU
 
@@ -46,7 +46,7 @@ POLICIES: dict[str, PolicyFactory] = {
     "apex": Apex,
     "w_tinylfu": WTinyLFU,
     "random": RandomChoice,
-    "recall": Recall,
+    "next_use": NextUse,
 }
 DEFAULT_POLICY = "slru"
 

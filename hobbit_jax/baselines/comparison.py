@@ -1,0 +1,251 @@
+"""Our engine and one baseline on the same tokens, in one run, in turns.
+
+Owns the order of things and the record that comes of it. Both programs are loaded at once, each in
+its own process and bound to the same cores, and never work at the same time. Windows are scored by
+one and then the other; decode rows are timed in turns (`evals/measure.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from hobbit_jax import reference
+from hobbit_jax.baselines.agreement import AgreementMeter
+from hobbit_jax.baselines.child import Child, environment
+from hobbit_jax.baselines.side import SideSpec
+from hobbit_jax.cache.policies import DEFAULT_POLICY
+from hobbit_jax.evals.measure import Measurement, measure
+from hobbit_jax.evals.process_memory import ResidentBytes
+from hobbit_jax.evals.quality import cut_windows
+from hobbit_jax.model_file.architecture import read_config
+from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.model_file.tokenizer import Tokenizer
+from hobbit_jax.record import Benchmark, Measured, Record, combined, measured
+from hobbit_jax.statistics import spread
+
+STUDY, SIDES = "baselines", ("ours", "baseline")
+OURS = "hobbit_jax.baselines.ours:Ours"
+# Baseline → its side, the packages it imports, and the extra that installs them.
+BASELINES = {
+    "torch": ("hobbit_jax.baselines.pytorch:PyTorch", ("torch", "transformers")),
+    "llama_cpp": ("hobbit_jax.baselines.llama:LlamaCpp", ("llama_cpp",)),
+}
+
+
+def baseline_factory(baseline: str) -> str:
+    """The side of a baseline whose library is installed.
+
+    Raises:
+        NotImplementedError: it is not; says how to install it.
+    """
+    factory, packages = BASELINES[baseline]
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise NotImplementedError(
+                f"--baseline {baseline} needs the package {package}, which is not installed: "
+                f"pip install -c constraints.txt -e '.[{baseline}]'"
+            )
+    return factory
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compare.
+
+    Attributes:
+        model: GGUF file.
+        baseline: of `BASELINES`.
+        text: held-out text; None is the shipped one.
+        budget_bytes: of our expert pool, and of llama.cpp's experts on a GPU; None is all of them.
+        implementation: of our matrix products; None is the device's fastest.
+        policy: of our cache.
+        torch_mode: of `pytorch.MODES`; None is its default for the device.
+        windows, context: scored for agreement.
+        turns, prompt_tokens, decode_tokens: timed; one more row warms up.
+        threads: processor cores of each program.
+    """
+
+    model: Path
+    baseline: str
+    text: Path | None
+    budget_bytes: int | None
+    implementation: str | None
+    torch_mode: str | None
+    windows: int
+    context: int
+    turns: int
+    prompt_tokens: int
+    decode_tokens: int
+    threads: int
+    policy: str = DEFAULT_POLICY
+
+
+def compare_model(request: Request) -> Record:
+    """The record of a comparison.
+
+    Raises:
+        NotImplementedError: the baseline's library is not installed, or what it cannot do.
+        ValueError: sizes that the model or the text do not allow, or another bad input.
+        OSError: a file, or a program that failed; says how.
+    """
+    factory = baseline_factory(request.baseline)
+    file = open_gguf(request.model)
+    config = read_config(file)
+    row_tokens = request.prompt_tokens + request.decode_tokens
+    longest = max(request.context, row_tokens)
+    if longest > config.context_length:
+        raise ValueError(
+            f"windows of {request.context} and rows of {row_tokens} tokens; want at most the "
+            f"model's context of {config.context_length}"
+        )
+    if request.text is None:
+        texts = reference.held_out_texts("evaluation")
+    else:
+        texts = [request.text.read_text(encoding="utf-8")]
+    tokenizer = Tokenizer.from_gguf(file)
+    windows = cut_windows(tokenizer, texts, request.windows, request.context)
+    rows = cut_windows(tokenizer, texts, request.turns + 1, row_tokens - 1, seed=1)
+    shared = {"model": str(request.model), "context": longest}
+    budget = {"budget_bytes": request.budget_bytes}
+    ours = SideSpec(
+        OURS,
+        {
+            **shared,
+            **budget,
+            "implementation": request.implementation,
+            "policy": request.policy,
+        },
+        request.threads,
+    )
+    options = {"mode": request.torch_mode} if request.baseline == "torch" else budget
+    baseline = SideSpec(factory, {**shared, **options}, request.threads)
+    began = time.monotonic()
+    found, here = compare(ours, baseline, windows.ids_WS, rows.ids_WS, request.prompt_tokens)
+    about = {
+        "model_bytes": file.file_bytes,
+        "architecture": config.arch,
+        "text": "shipped held-out text" if request.text is None else request.text.name,
+        "windows_begin_with_bos": "yes" if windows.begin_with_bos else "no",
+        "omp_wait_policy": environment()["OMP_WAIT_POLICY"],
+    }
+    hashes = {
+        "model": file.sha256(),
+        "text": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+    }
+    return Record(
+        study=STUDY,
+        asked=_asked(request),
+        **vars(combined(found, measured(about), Measured(file_sha256=hashes))),
+        **here,
+        seconds=round(time.monotonic() - began, 2),
+    )
+
+
+def _asked(request: Request) -> Benchmark:
+    setting = {
+        "model": request.model.name,
+        "baseline": request.baseline,
+        "threads": request.threads,
+        "budget_bytes": request.budget_bytes,
+        "windows": request.windows,
+        "context": request.context,
+        "turns": request.turns,
+        "prompt_tokens": request.prompt_tokens,
+        "decode_tokens": request.decode_tokens,
+    }
+    # Only where they were asked for: they are a part of the record's identity.
+    further = {"torch_mode": request.torch_mode, "implementation": request.implementation}
+    return Benchmark(STUDY, {**setting, **{k: v for k, v in further.items() if v is not None}})
+
+
+def compare(
+    ours: SideSpec,
+    baseline: SideSpec,
+    windows_WS: np.ndarray,
+    rows_RS: np.ndarray,
+    prompt_tokens: int,
+) -> tuple[Measured, dict[str, Any]]:
+    """Runs both; the measured part of a record, and the fields that say what it ran on.
+
+    Args:
+        ours: our side.
+        baseline: the other one.
+        windows_WS: int32 [windows, context + 1], scored for agreement.
+        rows_RS: int32 [turns + 1, prompt and decoded tokens].
+        prompt_tokens: of a row, prefilled.
+
+    Raises:
+        ValueError, NotImplementedError, OSError: what either program raised, after its name;
+            both have ended then.
+    """
+    load_before = os.getloadavg()[0]
+    with Child(ours, "ours") as own:
+        loaded_own = own.loaded()
+        with Child(baseline, "baseline") as other:
+            loaded = loaded_own, other.loaded()
+            agreement = _agreement(own, other, windows_WS)
+            found = measure(
+                dict(zip(SIDES, (own.turn, other.turn), strict=True)), rows_RS, prompt_tokens
+            )
+            facts = own.facts(), other.facts()
+            peaks = own.finish(), other.finish()
+    here = facts[0].pop("machine")
+    sides = {}
+    for name, start, fact, peak in zip(SIDES, loaded, facts, peaks, strict=True):
+        memory = {"before_model": start["before_model"], "peak": _as_dict(peak)}
+        counts = found[name].counts
+        rate = {"decode_hit_rate": counts and counts.hit_rate}
+        sides[name] = {**fact, **rate, "load_s": start["load_s"], "memory": memory}
+    # Of the machine, over a minute: 1 is what a comparison makes itself on one core.
+    sides["load_average"] = {"before": load_before, "after": os.getloadavg()[0]}
+    return combined(agreement, measured(_speed(found)), measured(sides)), here
+
+
+def _as_dict(resident: ResidentBytes | None) -> dict[str, int] | None:
+    return None if resident is None else dataclasses.asdict(resident)
+
+
+def _agreement(own: Child, other: Child, windows_WS: np.ndarray) -> Measured:
+    meter = AgreementMeter()
+    with tempfile.TemporaryDirectory() as directory:
+        passing = Path(directory) / "logits"
+        for ids_S in tqdm(windows_WS, desc="logits", unit="window", leave=False, disable=None):
+            ours_TV = own.score(ids_S[:-1], passing)
+            baseline_TV = other.score(ids_S[:-1], passing)
+            meter.add(ours_TV, baseline_TV, ids_S[1:])
+    found = meter.result()
+    apart = {
+        "windows": found.windows,
+        "logit_max_difference": found.logit_max_difference,
+        "logit_rms_difference": found.logit_rms_difference,
+        "logit_std": found.logit_std,
+        "perplexity_baseline": found.perplexity_baseline,
+        "perplexity_difference": found.perplexity_difference,
+    }
+    return combined(found.comparison.measured(), measured(apart))
+
+
+def _speed(found: Mapping[str, Measurement]) -> dict[str, Any]:
+    """Times of both, and ratios within a turn; the share of tokens on which both agree."""
+    sides = [found[name] for name in SIDES]
+
+    def both(name: str) -> dict[str, Any]:
+        own_R, other_R = (getattr(side, name) for side in sides)
+        spreads = (spread(own_R), spread(other_R), spread(own_R / other_R))
+        return dict(zip((*SIDES, "ratio"), spreads, strict=True))
+
+    own, other = (np.array([turn.chosen for turn in side.turns]) for side in sides)
+    timed = ("decode_tokens_per_s", "prefill_tokens_per_s", "first_token_s")
+    return {**{n: both(n) for n in timed}, "same_greedy_token": float((own == other).mean())}

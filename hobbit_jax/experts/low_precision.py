@@ -1,0 +1,219 @@
+"""Low-precision copies of a model's experts, written once as GGUF files.
+
+Owns where a low precision lives, when it is stale, and how it is made: each expert is decoded from
+its native blocks and encoded again (`quantize/methods.py`), the rest of the model is copied, so the
+file is a complete uniformly quantised model that llama.cpp opens as well. It is keyed by the
+source's hash, by the encoders' own source text and by the calibration, and reopened by memory map.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import gguf
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from hobbit_jax import quantize
+from hobbit_jax.atomic import check_space, exclusive, replacing
+from hobbit_jax.experts.store import ROLES
+from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors
+from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
+from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
+from hobbit_jax.model_file.metadata import text
+from hobbit_jax.quantize.methods import CalibratedMoments, check_method, encode_matrix
+from pallas_kernels.formats import Format, get_format
+
+SOURCE_KEY = "hobbit.low_precision.source_sha256"
+ENCODER_KEY = "hobbit.low_precision.encoder_sha256"
+METHOD_KEY = "hobbit.low_precision.method"
+CALIBRATION_KEY = "hobbit.low_precision.calibration_sha256"
+
+
+def encoder_sha256() -> str:
+    """Hash of the encoder's source, so that a better encoder never meets its old output."""
+    sources = sorted(Path(quantize.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
+@partial(jax.jit, static_argnames="format")
+def _unpack(raw: jax.Array, format: Format) -> jax.Array:
+    return format.unpack(format.split(raw))
+
+
+def decode(blocks: np.ndarray, format: str) -> np.ndarray:
+    """float32 weights of raw blocks, by the format's own unpack."""
+    return np.asarray(_unpack(blocks, get_format(format)))
+
+
+def dequantize(tensor: TensorInfo, index: int | slice = slice(None)) -> np.ndarray:
+    """float32 weights of `tensor.raw[index]`."""
+    return decode(tensor.raw[index], tensor.format)
+
+
+@dataclass(frozen=True)
+class LowPrecisionSpec:
+    """How a low precision is made.
+
+    `through` are formats that the weights pass through first, each encoded plainly: what a
+    quantised file would have done to them.
+    """
+
+    format: str
+    method: str = "rtn"
+    calibration: CalibratedMoments | None = None
+    through: tuple[str, ...] = ()
+
+    def key(self, source: GGUFFile) -> str:
+        """Identity of the precision's bytes: of the source, of the encoders, of the calibration."""
+        calibrated = f"-{self.calibration.sha256[:8]}" if self.calibration else ""
+        formats = "-".join([*self.through, self.format])
+        return f"{source.sha256()[:16]}-{encoder_sha256()[:8]}-{formats}-{self.method}{calibrated}"
+
+
+def _places(config: ModelConfig) -> dict[str, tuple[str, int]]:
+    """Role and layer of every expert tensor, by name."""
+    return {
+        layer_tensors(config, layer)[role]: (role, layer)
+        for layer in range(config.n_layers)
+        for role in ROLES
+    }
+
+
+def planned_low_precision(source: GGUFFile, config: ModelConfig, format: str) -> GGUFFile:
+    """The low precision in `format` with all its shapes and sizes, but no bytes behind its experts.
+
+    Raises:
+        NotImplementedError: a format that we cannot read.
+    """
+    get_format(format)
+    block_len, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format]]
+    tensors = dict(source.tensors)
+    for name in _places(config):
+        shape = tensors[name].shape
+        raw_shape = (*shape[:-1], shape[-1] // block_len * block_bytes)
+        raw = np.broadcast_to(np.uint8(0), raw_shape)
+        tensors[name] = replace(tensors[name], format=format, raw=raw)
+    return replace(source, tensors=tensors)
+
+
+def disk_bytes(source: GGUFFile, config: ModelConfig, format: str) -> int:
+    """Bytes that making a low precision takes on disk: the file, and its experts once more beside
+    it.
+    """
+    planned = planned_low_precision(source, config, format)
+    parts = sum(planned.tensors[name].nbytes for name in _places(config))
+    return parts + sum(tensor.nbytes for tensor in planned.tensors.values())
+
+
+def write_low_precision(
+    source: GGUFFile, config: ModelConfig, spec: LowPrecisionSpec, path: Path
+) -> None:
+    """Writes `source` with every expert encoded anew; atomic, and resumable by tensor.
+
+    Finished tensors wait in a folder beside `path` and are taken from there when the same precision
+    is asked for again after an interruption; it is removed in the end.
+    Memory: one tensor's blocks and one expert's float32 weights.
+
+    Raises:
+        ValueError: a weight is NaN or infinite, a width is no multiple of the block, or the
+            calibration is missing, lacks what the method needs, or is of another model.
+        NotImplementedError: no encoder for this format and method.
+        OSError: the disk has no room for it.
+    """
+    calibration = spec.calibration
+    if calibration is not None and calibration.model_sha256 != source.sha256():
+        raise ValueError(
+            f"the calibration was made for another model (sha256 {calibration.model_sha256[:16]}…, "
+            f"this one is {source.sha256()[:16]}…)"
+        )
+    places = _places(config)
+    for columns in sorted({source.tensors[name].shape[-1] for name in places}):
+        check_method(spec.format, spec.method, columns)
+    metadata = {
+        **metadata_of_new_weights(source.metadata, spec.format),
+        SOURCE_KEY: source.sha256(),
+        ENCODER_KEY: encoder_sha256(),
+        METHOD_KEY: spec.method,
+        "general.name": f"{source.read('general.name', text(), config.arch)} experts {spec.format}",
+    }
+    if calibration is not None:
+        metadata[CALIBRATION_KEY] = calibration.sha256
+    parts = path.with_name(f".{path.name}.{spec.key(source)}.parts")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    finished_bytes = sum(part.stat().st_size for part in parts.glob("*"))
+    check_space(path, disk_bytes(source, config, spec.format) - finished_bytes)
+    total = len(places) * config.n_experts
+    with tqdm(total=total, unit="matrix", desc=f"encoding {spec.format}", disable=None) as progress:
+
+        def encoded(tensor: TensorInfo) -> np.ndarray:
+            part = parts / f"{tensor.name}.npy"
+            if part.exists():
+                progress.update(config.n_experts)
+                return np.load(part, mmap_mode="r")
+            role, layer = places[tensor.name]
+            experts = []
+            for expert in range(config.n_experts):
+                weights_NK = dequantize(tensor, expert)
+                for name in spec.through:
+                    weights_NK = decode(quantize.encode(weights_NK, name), name)
+                experts.append(
+                    encode_matrix(
+                        weights_NK, spec.format, spec.method, calibration, role, layer, expert
+                    )
+                )
+                progress.update()
+            blocks = np.stack(experts)
+            parts.mkdir(exist_ok=True)
+            with replacing(part) as unfinished, unfinished.open("wb") as file:
+                np.save(file, blocks)
+            return blocks
+
+        def tensors() -> Iterable:
+            for name, tensor in source.tensors.items():
+                if name in places:
+                    yield name, spec.format, tensor.shape, partial(encoded, tensor)
+                else:
+                    yield name, tensor.format, tensor.shape, tensor.raw
+
+        write_gguf(path, metadata, tensors(), source.field_types)
+    # Also those of another recipe whose writer was killed. If another process wrote the same
+    # precision after all, it was the same bytes.
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.parts"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def low_precision_path(source: GGUFFile, spec: LowPrecisionSpec, directory: Path) -> Path:
+    """Where in `directory` the low precision of `source` by `spec` stands."""
+    return directory / f"{spec.key(source)}.gguf"
+
+
+def open_low_precision(
+    source: GGUFFile, config: ModelConfig, spec: LowPrecisionSpec, directory: Path
+) -> GGUFFile:
+    """The low precision of `source` by `spec`, made if it is not in `directory` yet; says which.
+
+    Of several processes one makes it and the others wait.
+
+    Raises:
+        OSError: `directory` cannot be written.
+        ValueError, NotImplementedError: see `write_low_precision`.
+    """
+    path = low_precision_path(source, spec, directory)
+    if path.exists():
+        print(f"low-precision experts: {path} was made before", file=sys.stderr)
+        return open_gguf(path)
+    print(f"low-precision experts: making {path}", file=sys.stderr)
+    directory.mkdir(parents=True, exist_ok=True)
+    with exclusive(path):
+        if not path.exists():
+            write_low_precision(source, config, spec, path)
+    return open_gguf(path)

@@ -1,0 +1,107 @@
+"""The same model with other weights: an original for one that exists only quantised.
+
+Owns a rewriting of a model that changes no logit but takes its weights off the blocks that they
+were encoded in: float32 weights that no K-quant has touched, where the trained ones are not kept.
+
+Three symmetries of the architecture, drawn at random: the channels of the residual stream are
+permuted throughout; each expert's hidden neurons are permuted; and each neuron's up row is
+multiplied by a factor in [1/2, 2) and its down column divided by it. After that the weights of one
+block come from many former blocks with grids of their own, and rounding them to a format costs
+what it costs any weights of that distribution. That is a harder one: the factors differ inside a
+block of down, so errors of plain rounding are some tenths above those of trained weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from hobbit_jax.experts.low_precision import dequantize
+from hobbit_jax.model_file.architecture import ModelConfig, global_tensors, layer_tensors
+from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
+from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
+from hobbit_jax.model_file.metadata import text
+
+# Where the residual stream's channels lie in each tensor: its first or its last axis.
+_AXIS = {
+    "token_embedding": -1,
+    "output": -1,
+    "output_norm": 0,
+    "attn_norm": 0,
+    "ffn_norm": 0,
+    "attn_q": -1,
+    "attn_k": -1,
+    "attn_v": -1,
+    "attn_output": 0,
+    "router": -1,
+    "ffn_gate_exps": -1,
+    "ffn_up_exps": -1,
+    "ffn_down_exps": -2,
+}
+
+
+def off_grid_weights(
+    source: GGUFFile, config: ModelConfig, seed: int = 0
+) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """Each tensor's name and a function that computes its float32 weights."""
+    rng = np.random.default_rng(seed)
+    channels_D = rng.permutation(config.d_model)
+    shape = (config.n_experts, config.d_expert)
+
+    def rewritten(name: str, role: str, neurons_EF: np.ndarray, factor_EF: np.ndarray):
+        def weights() -> np.ndarray:
+            values = dequantize(source.tensors[name])
+            if role in _AXIS:
+                values = np.take(values, channels_D, axis=_AXIS[role])
+            if role in ("ffn_gate_exps", "ffn_up_exps"):
+                values = np.take_along_axis(values, neurons_EF[:, :, None], axis=1)
+            if role == "ffn_up_exps":
+                values = values * factor_EF[:, :, None]
+            if role == "ffn_down_exps":
+                values = np.take_along_axis(values, neurons_EF[:, None, :], axis=2)
+                values = values / factor_EF[:, None, :]
+            return np.ascontiguousarray(values, np.float32)
+
+        return weights
+
+    none = np.zeros((0, 0))
+    places: dict[str, tuple[str, np.ndarray, np.ndarray]] = {
+        name: (role, none, none) for role, name in global_tensors(config).items()
+    }
+    for layer in range(config.n_layers):
+        neurons_EF = np.argsort(rng.random(shape), axis=1)
+        factor_EF = (2.0 ** rng.uniform(-1, 1, shape)).astype(np.float32)
+        for role, name in layer_tensors(config, layer).items():
+            places[name] = (role, neurons_EF, factor_EF)
+    for name in source.tensors:
+        yield name, rewritten(name, *places[name])
+
+
+def write_off_grid(
+    source: GGUFFile, config: ModelConfig, path: str | os.PathLike[str], seed: int = 0
+) -> None:
+    """Writes the rewritten model in float32.
+
+    Raises:
+        NotImplementedError: the residual stream meets a tensor that is not known here.
+    """
+    unknown = {
+        role
+        for layer in range(config.n_layers)
+        for role in layer_tensors(config, layer)
+        if role not in _AXIS and not role.endswith(("q_norm", "k_norm"))
+    }
+    if unknown:
+        raise NotImplementedError(
+            f"no symmetry is known of {', '.join(sorted(unknown))}; known are {', '.join(_AXIS)}"
+        )
+    weights = dict(off_grid_weights(source, config, seed))
+    name = f"{source.read('general.name', text(), config.arch)}, off its grid"
+    tensors = [
+        (key, "F32", tensor.shape, lambda key=key: weights[key]().view(np.uint8))
+        for key, tensor in source.tensors.items()
+    ]
+    metadata = {**metadata_of_new_weights(source.metadata, "F32"), "general.name": name}
+    write_gguf(path, metadata, tensors, source.field_types)

@@ -1,0 +1,213 @@
+"""What the cells of one model share, made when first asked for.
+
+Owns the loaded model, texts and windows, calibrations, precisions, measured errors and native
+logits,
+and where they are kept: low-precision copies in the cache folder; in the working directory what is
+made once for all cells (`cache/`), and the finished parts of unfinished cells (`parts/`). Of all
+processes one makes a thing and the others wait for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hobbit_jax import reference
+from hobbit_jax.atomic import exclusive, replacing, write_json
+from hobbit_jax.cache_folder import low_precision_folder
+from hobbit_jax.evals import quality
+from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
+from hobbit_jax.experts.store import NATIVE, HostExperts
+from hobbit_jax.importance.calibration import STATISTICS, Calibration, calibrate
+from hobbit_jax.importance.scores import MeasuredErrors, measure_errors
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model.loading import LoadedModel, load_model
+from hobbit_jax.model_file.gguf_file import GGUFFile
+from hobbit_jax.quantize.methods import NEEDED_STATISTICS
+from hobbit_jax.record import EvalSizes, Inputs, machine
+from hobbit_jax.resources import roomy_pool_bytes
+from hobbit_jax.sweep.texts import CODE_TEXT, calibration_documents, evaluation_documents
+from pallas_kernels.backends import for_quality
+
+
+class ArtifactCache:
+    """One model and one set of sizes, with a working directory."""
+
+    def __init__(self, inputs: Inputs, sizes: EvalSizes, workdir: Path):
+        self.inputs, self.sizes, self.workdir = inputs, sizes, workdir
+        path = inputs.model or reference.model_path()
+        self.model: LoadedModel = load_model(path, for_quality(inputs.implementation or None))
+        self.tokenizer = self.model.tokenizer()
+        self._calibrations: dict[tuple[str, int], Calibration] = {}
+        self._precisions: dict[str, GGUFFile] = {}
+
+    def _made(self, path: Path, make: Callable[[], object]) -> Path:
+        """`path`, which `make` makes if it is not there."""
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with exclusive(path):
+                if not path.exists():
+                    make()
+        return path
+
+    def part(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What `measure` returns, as JSON; kept, so that a cell that is begun again goes on here.
+
+        `name` says all that it depends on but the model, the texts and the device, which are added.
+        """
+        here = f"{self._what} {self.text_sha256}"
+        digest = hashlib.sha256(here.encode()).hexdigest()[:8]
+        path = self.workdir / "parts" / f"{name}-{digest}.json"
+        self._made(path, lambda: write_json(path, measure()))
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def calibration_texts(self, text: str) -> list[str]:
+        """Documents of a calibration text: a file, a named one, or "" for the sweep's own."""
+        return calibration_documents(text or self.inputs.calibration_text or CODE_TEXT)
+
+    @functools.cached_property
+    def evaluation_texts(self) -> list[str]:
+        """Documents of the evaluation text."""
+        return evaluation_documents(self.inputs.evaluation_text)
+
+    @functools.cached_property
+    def text_sha256(self) -> str:
+        """Hash of the sweep's own calibration and evaluation texts together."""
+        texts = [*self.calibration_texts(""), "\0", *self.evaluation_texts]
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+    @functools.cached_property
+    def windows(self) -> quality.Windows:
+        """Evaluation windows."""
+        sizes = self.sizes
+        return quality.cut_windows(
+            self.tokenizer, self.evaluation_texts, sizes.windows, sizes.context
+        )
+
+    def calibration_windows(self, seed: int = 0, text: str = "") -> quality.Windows:
+        """Calibration windows, drawn by `seed`; from other files than the evaluation's."""
+        sizes = self.sizes
+        texts = self.calibration_texts(text)
+        return quality.cut_windows(
+            self.tokenizer, texts, sizes.calibration_windows, sizes.context, seed
+        )
+
+    @functools.cached_property
+    def decode_ids_RS(self) -> np.ndarray:
+        """Token rows for the decode measurement, the first a warm-up."""
+        sizes = self.sizes
+        length = sizes.decode_prompt_tokens + sizes.decode_tokens
+        windows = quality.cut_windows(
+            self.tokenizer, self.evaluation_texts, sizes.decode_repeats + 1, length - 1, seed=1
+        )
+        return windows.ids_WS
+
+    @functools.cached_property
+    def _what(self) -> str:
+        """What is computed with what: results of two kinds of devices differ, if by roundings."""
+        return f"{self.model.file.sha256()} {self.inputs.implementation} {machine()['device']}"
+
+    def _key(self, windows: quality.Windows) -> str:
+        ids = np.ascontiguousarray(windows.ids_WS).tobytes()
+        return hashlib.sha256(self._what.encode() + ids).hexdigest()[:16]
+
+    def _native_engine(self) -> Engine:
+        pool_bytes = roomy_pool_bytes(self.native_store.precision_bytes(NATIVE))
+        return Engine(self.model, self.native_store, pool_bytes)
+
+    @functools.cached_property
+    def native_store(self) -> HostExperts:
+        """The native experts alone."""
+        return HostExperts(self.model.config, self.model.file)
+
+    def calibration(
+        self, statistics: str = "routing", seed: int = 0, text: str = ""
+    ) -> Calibration:
+        """A calibration that has at least `statistics`."""
+        windows = self.calibration_windows(seed, text)
+        key = (self._key(windows), STATISTICS.index(statistics))
+        if key not in self._calibrations:
+            path = self.workdir / "cache" / f"calibration-{key[0]}-{statistics}"
+            self._made(
+                Calibration.file(path),
+                lambda: calibrate(self._native_engine(), windows, statistics, path),
+            )
+            self._calibrations[key] = Calibration.load(path, self.model.file)
+        return self._calibrations[key]
+
+    @functools.cached_property
+    def native_logits_WTV(self) -> np.ndarray:
+        """Logits of the native model on the evaluation windows."""
+        path = self.workdir / "cache" / f"native-logits-{self._key(self.windows)}.npy"
+        self._made(
+            path, lambda: quality.write_native_logits(self._native_engine(), self.windows, path)
+        )
+        return np.load(path, mmap_mode="r")
+
+    def specs(
+        self, formats: Sequence[str], method: str, seed: int = 0, through: tuple[str, ...] = ()
+    ) -> list[LowPrecisionSpec]:
+        """Low precisions of these formats, encoded by `method` from the calibration text."""
+        needed = NEEDED_STATISTICS[method]
+        calibration = self.calibration(needed, seed) if needed else None
+        return [LowPrecisionSpec(name, method, calibration, through) for name in formats]
+
+    def benchmark_scores(
+        self, engine: Engine, answers_depend_on: dict[str, Any], batch: int | None
+    ) -> dict[str, dict[str, Any]]:
+        """lm-eval's shares of problems solved, as a row holds them; finished requests are kept.
+
+        Raises:
+            ModuleNotFoundError: lm-eval is not installed.
+        """
+        from hobbit_jax.evals import benchmarks
+
+        sizes = self.sizes
+        settings = benchmarks.BenchmarkSettings(
+            sizes.benchmarks, sizes.benchmark_problems or None, batch_size=batch or 8
+        )
+        data_dir = Path(self.inputs.data_dir) if self.inputs.data_dir else None
+        record = benchmarks.evaluate_engine(
+            engine, settings, answers_depend_on, data_dir, self.workdir / "responses", False
+        )
+        return benchmarks.shares(record)
+
+    def precision(self, spec: LowPrecisionSpec) -> GGUFFile:
+        """The low precision by `spec`."""
+        key = spec.key(self.model.file)
+        if key not in self._precisions:
+            file, config = self.model.file, self.model.config
+            self._precisions[key] = open_low_precision(file, config, spec, low_precision_folder())
+        return self._precisions[key]
+
+    def store(self, specs: Sequence[LowPrecisionSpec]) -> HostExperts:
+        """Native experts, and the low precisions in the order of `specs`."""
+        if not specs:
+            return self.native_store
+        return HostExperts(
+            self.model.config, self.model.file, [self.precision(spec) for spec in specs]
+        )
+
+    def errors(
+        self, specs: Sequence[LowPrecisionSpec], seed: int = 0, text: str = ""
+    ) -> MeasuredErrors:
+        """`measure_errors` of these precisions on calibration windows."""
+        windows = self.calibration_windows(seed, text)
+        names = " ".join(spec.key(self.model.file) for spec in specs)
+        digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+        path = self.workdir / "cache" / f"errors-{self._key(windows)}-{digest}.npz"
+
+        def measure() -> None:
+            found = measure_errors(self._native_engine(), self.store(specs), windows)
+            with replacing(path) as partial, partial.open("wb") as file:
+                np.savez(file, **vars(found))
+
+        self._made(path, measure)
+        with np.load(path) as arrays:
+            return MeasuredErrors(**{name: arrays[name] for name in arrays.files})

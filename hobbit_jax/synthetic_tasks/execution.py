@@ -1,0 +1,56 @@
+"""Runs completions of `functions` and decides which are right.
+
+Owns the cut of a completion and the verdict. The programs run in `hobbit_jax.code_runner`. The
+manner follows HumanEval's `check_correctness` (Chen et al. 2021), with one difference: the child is
+told the arguments but not the expected values, and the comparison happens here. Each candidate has
+a process of its own, so it cannot affect the verdict on another.
+"""
+
+from collections.abc import Callable, Sequence
+
+from hobbit_jax.code_runner import run_code
+from hobbit_jax.synthetic_tasks.functions import Problem
+
+
+def candidate_source(problem: Problem, completion: str) -> str:
+    """Prompt and completion, cut at the first line of it that starts at column 0."""
+    body = []
+    for line in completion.split("\n"):
+        if line and not line[0].isspace():
+            break
+        body.append(line)
+    return problem.prompt + "\n".join(body) + "\n"
+
+
+def score(problem: Problem, completion: str, timeout_s: float = 2.0) -> bool:
+    """Whether the completed function gives the expected value, by value and type, on every test.
+
+    Endless loops (after `timeout_s` seconds), exceptions, exits, too much memory and whatever
+    else the code runner refuses are all False.
+    """
+    source = candidate_source(problem, completion)
+    calls = [(problem.name, arguments) for arguments, _ in problem.tests]
+    expected = repr([value for _, value in problem.tests])
+    outcome = run_code(source, calls, timeout_s=timeout_s, most_bytes=len(expected.encode()))
+    return outcome.status == "finished" and outcome.detail == expected
+
+
+def run_candidates(
+    problems: Sequence[Problem],
+    completions: Sequence[str],
+    timeout_s: float = 2.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[bool]:
+    """The verdict on each completion (see `score`); `progress(done, total)` follows each.
+
+    Raises:
+      ValueError: not one completion per problem.
+    """
+    if len(problems) != len(completions):
+        raise ValueError(f"got {len(completions)} completions for {len(problems)} problems")
+    verdicts = []
+    for problem, completion in zip(problems, completions, strict=True):
+        verdicts.append(score(problem, completion, timeout_s))
+        if progress is not None:
+            progress(len(verdicts), len(problems))
+    return verdicts

@@ -1,0 +1,211 @@
+"""Low precisions on disk: what is in the file, when it is made again, and that it is whole or
+absent.
+"""
+
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import pytest
+from conftest import TWO_BANKS
+from tiny_models import write_model
+
+from hobbit_jax import quantize
+from hobbit_jax.experts import low_precision
+from hobbit_jax.experts.low_precision import LowPrecisionSpec
+from hobbit_jax.experts.store import ROLES
+from hobbit_jax.model_file.architecture import layer_tensors, read_config
+from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
+from hobbit_jax.quantize import encode
+from hobbit_jax.quantize.methods import encode_matrix
+
+
+@pytest.fixture(scope="module")
+def source(two_banks_path):
+    return open_gguf(two_banks_path)
+
+
+def test_contents(source, tmp_path):
+    config = read_config(source)
+    low = low_precision.open_low_precision(source, config, LowPrecisionSpec("Q2_K"), tmp_path)
+    assert read_config(low) == config
+    assert low.metadata[low_precision.SOURCE_KEY] == source.sha256()
+    assert source.metadata.items() <= low.metadata.items()
+
+    experts = {layer_tensors(config, i)[role] for i in range(config.n_layers) for role in ROLES}
+    reader = gguf.GGUFReader(low.paths[0])
+    assert [tensor.name for tensor in reader.tensors] == list(source.tensors)
+    for tensor in reader.tensors:
+        wanted = source.tensors[tensor.name]
+        assert tuple(reversed(tensor.shape.tolist())) == wanted.shape
+        if tensor.name not in experts:
+            assert tensor.tensor_type.name == wanted.format
+            assert tensor.data.tobytes() == wanted.raw.tobytes()
+            continue
+        assert tensor.tensor_type.name == "Q2_K"
+        kind = gguf.GGMLQuantizationType[wanted.format]
+        rows = gguf.quants.dequantize(wanted.raw, kind).reshape(-1, wanted.shape[-1])
+        assert tensor.data.tobytes() == encode(rows, "Q2_K").tobytes()
+
+
+def test_reused_until_the_source_or_an_encoder_changes(source, tmp_path, monkeypatch):
+    config = read_config(source)
+    made = low_precision.open_low_precision(
+        source, config, LowPrecisionSpec("Q8_0"), tmp_path
+    ).paths[0]
+    stamp = made.stat().st_mtime_ns, made.stat().st_ino
+    again = low_precision.open_low_precision(
+        source, config, LowPrecisionSpec("Q8_0"), tmp_path
+    ).paths[0]
+    assert again == made and (again.stat().st_mtime_ns, again.stat().st_ino) == stamp
+
+    write_model(replace(TWO_BANKS, seed=6), tmp_path / "other.gguf")
+    other = low_precision.open_low_precision(
+        open_gguf(tmp_path / "other.gguf"), config, LowPrecisionSpec("Q8_0"), tmp_path
+    ).paths[0]
+    assert other != made and made.exists()
+    for name in ("encoder.py", "scale_search.py", "hessian.py"):
+        room = tmp_path / f"better_{name}"
+        shutil.copytree(Path(quantize.__file__).parent, room)
+        with (room / name).open("a") as module:
+            module.write("# better\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(quantize, "__file__", str(room / "__init__.py"))
+            better = low_precision.open_low_precision(
+                source, config, LowPrecisionSpec("Q8_0"), tmp_path
+            ).paths[0]
+            assert better not in (made, other)
+
+
+def test_interrupted_writing_goes_on(source, tmp_path, monkeypatch):
+    """No precision is seen before it is whole, and finished tensors are not encoded again."""
+    config, calls = read_config(source), []
+
+    def encoding(*arguments):
+        if len(calls) == 2 * TWO_BANKS.n_experts + 1:
+            raise KeyboardInterrupt
+        calls.append(arguments[4:])
+        return encode_matrix(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(low_precision, "encode_matrix", encoding)
+        with pytest.raises(KeyboardInterrupt):
+            low_precision.open_low_precision(source, config, LowPrecisionSpec("Q8_0"), tmp_path)
+        assert not list(tmp_path.glob("*.gguf"))
+        done = set(calls[: 2 * TWO_BANKS.n_experts])
+        calls[:] = []
+        patch.setattr(
+            low_precision, "encode_matrix", lambda *a: calls.append(a[4:]) or encode_matrix(*a)
+        )
+        low = low_precision.open_low_precision(source, config, LowPrecisionSpec("Q8_0"), tmp_path)
+    assert len(calls) == (3 * config.n_layers - 2) * config.n_experts
+    assert done.isdisjoint(calls)
+    straight = low_precision.open_low_precision(
+        source, config, LowPrecisionSpec("Q8_0"), tmp_path / "straight"
+    )
+    assert low.paths[0].read_bytes() == straight.paths[0].read_bytes()
+    assert [path.suffix for path in tmp_path.iterdir() if path.is_file()] == [".gguf"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_that_was_given_up_leaves_nothing_behind(source, tmp_path, monkeypatch):
+    """Neither does the next one of that name, by another recipe."""
+    config, path = read_config(source), tmp_path / "low.gguf"
+
+    def interrupted(path, metadata, tensors, field_types):
+        next(raw for *_, raw in tensors if callable(raw))()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(low_precision, "write_gguf", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            low_precision.write_low_precision(source, config, LowPrecisionSpec("Q2_K"), path)
+    assert list(tmp_path.glob(".low.gguf.*.parts"))
+    low_precision.write_low_precision(source, config, LowPrecisionSpec("Q8_0"), path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_and_a_format_without_encoder_are_refused_first(source, tmp_path, monkeypatch):
+    config = read_config(source)
+    encoded = []
+    monkeypatch.setattr(low_precision, "encode_matrix", lambda *a: encoded.append(a))
+    usage = shutil.disk_usage(tmp_path)
+    with pytest.raises(NotImplementedError, match="no encoder for 'IQ4_XS'"):
+        low_precision.write_low_precision(
+            source, config, LowPrecisionSpec("IQ4_XS"), tmp_path / "low.gguf"
+        )
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    wanted = low_precision.disk_bytes(source, config, "Q2_K")
+    with pytest.raises(OSError, match=rf"low\.gguf wants {wanted} bytes, and 1000 are free"):
+        low_precision.write_low_precision(
+            source, config, LowPrecisionSpec("Q2_K"), tmp_path / "low.gguf"
+        )
+    assert not encoded
+
+
+def test_several_who_want_a_tier_make_it_once(source, tmp_path, monkeypatch):
+    config, made, write = read_config(source), [], low_precision.write_low_precision
+    monkeypatch.setattr(
+        low_precision, "write_low_precision", lambda *args: (made.append(args), write(*args))
+    )
+
+    def make() -> None:
+        file = low_precision.open_low_precision(source, config, LowPrecisionSpec("Q8_0"), tmp_path)
+        assert file.tensors.keys() == source.tensors.keys()
+
+    threads = [threading.Thread(target=make) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert [path.suffix for path in tmp_path.iterdir()] == [".gguf"]
+
+
+def test_through_another_format(source, tmp_path):
+    """What passes through Q4_K first is what Q4_K's own decoding encodes to."""
+    config = read_config(source)
+    low = low_precision.open_low_precision(
+        source, config, LowPrecisionSpec("Q2_K", through=("Q4_0",)), tmp_path
+    )
+    name = layer_tensors(config, 1)["ffn_down_exps"]
+    weights = low_precision.dequantize(source.tensors[name], 3)
+    middle = gguf.quants.dequantize(encode(weights, "Q4_0"), gguf.GGMLQuantizationType.Q4_0)
+    assert low.tensors[name].raw[3].tobytes() == encode(middle, "Q2_K").tobytes()
+
+
+def test_metadata_is_carried_over_but_for_what_is_no_longer_true(source, tmp_path):
+    carried = {
+        "general.tags": [],
+        "general.license": "mit",
+        "general.file_type": 15,
+        "quantize.imatrix.file": "imatrix.dat",
+        "quantize.imatrix.entries_count": 128,
+        low_precision.CALIBRATION_KEY: "0" * 64,
+    }
+    types = {"general.tags": (gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING)}
+    tensors = [(t.name, t.format, t.shape, t.raw) for t in source.tensors.values()]
+    write_gguf(tmp_path / "m.gguf", source.metadata | carried, tensors, types)
+    file = open_gguf(tmp_path / "m.gguf")
+    low = low_precision.open_low_precision(
+        file, read_config(file), LowPrecisionSpec("Q2_K"), tmp_path / "precisions"
+    )
+    kept = {k: v for k, v in file.metadata.items() if not k.startswith(("quantize.", "hobbit."))}
+    assert kept["general.tags"] == []
+    new = {"general.file_type": 10, "general.quantization_version": 2}  # MOSTLY_Q2_K in llama.h
+    new |= {low_precision.SOURCE_KEY: file.sha256(), low_precision.METHOD_KEY: "rtn"}
+    new |= {
+        low_precision.ENCODER_KEY: low_precision.encoder_sha256(),
+        "general.name": "qwen3moe experts Q2_K",
+    }
+    assert low.metadata == kept | new
+    assert low.field_types["general.tags"] == types["general.tags"]
+
+
+def test_a_write_that_fails_before_it_begins_leaves_nothing(source, tmp_path):
+    spec = LowPrecisionSpec("Q2_K", "importance")  # which needs a calibration
+    with pytest.raises(ValueError, match="needs a calibration"):
+        low_precision.write_low_precision(source, read_config(source), spec, tmp_path / "low.gguf")
+    assert list(tmp_path.iterdir()) == []

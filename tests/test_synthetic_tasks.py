@@ -1,0 +1,284 @@
+"""The mini tasks: true arithmetic, disjoint splits, reproducible text, and a fair judge."""
+
+import ast
+import hashlib
+import re
+import time
+
+import pytest
+
+from hobbit_jax.synthetic_tasks import arithmetic, execution, functions
+
+FAMILIES = pytest.mark.parametrize("family", [arithmetic, functions])
+SPLITS = pytest.mark.parametrize("split", ["train", "heldout"])
+
+_STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
+
+
+def assert_true_and_in_range(line: str) -> int:
+    match = _STEP.fullmatch(line)
+    assert match, line
+    left, op, right, result = int(match[1]), match[2], int(match[3]), int(match[4])
+    if op == "+":
+        assert left + right == result, line
+    elif op == "-":
+        assert left - right == result, line
+    elif op == "*":
+        assert left * right == result, line
+    else:
+        assert left == right * result, line
+    if op in "+-":
+        assert max(left, right) <= 99, line
+        assert 0 <= result <= 198, line
+    else:
+        small, large = sorted((left, right) if op == "*" else (right, result))
+        assert 2 <= small <= 9, line
+        assert large <= 12, line
+        assert op == "*" or right <= 9, line
+    return result
+
+
+@SPLITS
+def test_every_worked_step_is_true_and_uses_known_numbers(split):
+    for problem in arithmetic.generate(1, 2000, split):
+        document = problem.prompt + problem.solution
+        *lines, last = problem.solution.removeprefix(" ").removesuffix("\n").split("\n")
+        known = set(re.findall(r"\d+", problem.prompt))
+        if " cows " in problem.prompt:  # the one template with numbers that nobody says: legs
+            known |= {"4", "2"}
+        for line in lines:
+            assert set(re.findall(r"\d+", line.split("=")[0])) <= known, document
+            known.add(str(assert_true_and_in_range(line)))
+        assert 2 <= len(lines) <= 3, document
+        assert last == f"#### {problem.answer}", document
+        assert lines[-1].endswith(f"= {problem.answer}"), document
+        assert problem.prompt.startswith("Q: "), document
+        assert problem.prompt.endswith("?\nA:"), document
+
+
+def test_every_template_and_wording_occurs():
+    problems = arithmetic.generate(3, 3000, "train")
+    for template in arithmetic.TEMPLATES:
+        for text in template.texts:
+            pattern = re.sub(r"\\\{\w+\\\}", r"\\w+", re.escape(text))
+            assert any(re.fullmatch(f"Q: {pattern}\nA:", p.prompt) for p in problems), text
+
+
+@SPLITS
+def test_drills_are_true_and_cover_the_tables(split):
+    documents = arithmetic.drills(0, 400, split)
+    lines = [line for document in documents for line in document.splitlines()]
+    for line in lines:
+        if line[-1] != "=":
+            match = _STEP.fullmatch(line)
+            assert match, line
+            assert_true_and_in_range(line)
+    products = {line for line in lines if "*" in line or "/" in line}
+    wanted = {f"{a} * {b} = {a * b}" for a in range(2, 10) for b in range(2, 13)}
+    wanted |= {f"{a * b} / {a} = {b}" for a in range(2, 10) for b in range(2, 13)}
+    assert wanted <= products
+    assert len(documents) == len(set(documents)) == 400
+
+
+def test_arithmetic_score():
+    problem = next(p for p in arithmetic.generate(0, 50, "train") if p.answer > 9)
+    answer = problem.answer
+    right = [
+        problem.solution,
+        f"####{answer}",
+        f"x\n####  ${answer}.\n#### 1",
+        f" #### {answer}\nQ:",
+    ]
+    wrong = [
+        *("", str(answer), f"#### {answer}0", f"#### -{answer}", f"#### {answer + 1}"),
+        *(f"#### 1\n#### {answer}", f"Q: more\nA: #### {answer}", "#### ", f"### {answer}"),
+    ]
+    assert [arithmetic.score(problem, text) for text in right] == [True] * len(right)
+    assert [arithmetic.score(problem, text) for text in wrong] == [False] * len(wrong)
+
+
+@SPLITS
+def test_arithmetic_solutions_score(split):
+    assert all(arithmetic.score(p, p.solution) for p in arithmetic.generate(0, 200, split))
+
+
+@FAMILIES
+def test_splits_are_disjoint(family):
+    train = family.generate(0, 3000, "train")
+    heldout = family.generate(0, 500, "heldout")
+    for kind in ("prompt", "content"):
+        assert not {getattr(p, kind) for p in train} & {getattr(p, kind) for p in heldout}
+    assert not {p.solution for p in train} & {p.solution for p in heldout}
+    assert len({p.content for p in heldout}) == 500
+    assert len({p.prompt for p in train}) == 3000
+
+
+@FAMILIES
+def test_another_seed_gives_other_problems_of_the_same_split(family):
+    train = {p.content for seed in (1, 2) for p in family.generate(seed, 1000, "train")}
+    heldout = {p.content for seed in (3, 4) for p in family.generate(seed, 200, "heldout")}
+    assert not train & heldout
+    assert family.generate(1, 50, "train") != family.generate(2, 50, "train")
+
+
+@FAMILIES
+def test_unknown_split_is_an_error(family):
+    with pytest.raises(ValueError, match="'test'"):
+        family.generate(0, 1, "test")
+
+
+@pytest.mark.parametrize(
+    ("family", "digest"),
+    [
+        (arithmetic, "abeee4d031256823a26f88d6279f0f62"),
+        (functions, "d871eb35502a6dd30f2bc7ba6bc888b1"),
+    ],
+)
+def test_text_is_the_same_everywhere(family, digest):
+    """Recorded once; a change here means that a trained reference model no longer fits its split"""
+    text = repr(family.generate(0, 50, "train") + family.generate(0, 50, "heldout"))
+    assert hashlib.blake2b(text.encode(), digest_size=16).hexdigest() == digest
+
+
+@SPLITS
+def test_reference_solutions_score(split):
+    problems = functions.generate(2, 80, split)
+    assert execution.run_candidates(problems, [p.solution for p in problems]) == [True] * 80
+
+
+def test_functions_are_short_and_tested_well():
+    for problem in functions.generate(4, 8000, "train"):
+        document = problem.prompt + problem.solution
+        assert len(document) < 240, document
+        tree = ast.parse(document).body
+        assert len(tree) == 1, document
+        assert tree[0].name == problem.name, document
+        expected = [value for _, value in problem.tests]
+        assert len(expected) >= 5, document
+        assert any(value != expected[0] for value in expected), document
+
+
+def test_every_piece_occurs_in_training():
+    """Held-out tasks are new combinations of pieces that training has shown."""
+    text = "\n".join(p.prompt + p.solution for p in functions.generate(0, 8000, "train"))
+    steps = [*functions.INT_STEPS, *functions.STR_STEPS, *functions.LIST_STEPS]
+    checks = [*functions.INT_CHECKS, *functions.STR_CHECKS]
+    wordings = [step.text for step in steps] + [step.order for step in steps]
+    wordings += [check.text for check in checks] + [check.many for check in checks]
+    wordings += [words for _, words in functions.INT_PAIRS + functions.LIST_ENDS]
+    wordings += [words for _, words in functions.STR_COUNTS + functions.STR_FACTS]
+    for wording in wordings:
+        pattern = re.escape(wording)
+        for hole, sign in {"v": r".+", "0": r"\w+", "1": r"\w+", "d": "."}.items():
+            pattern = pattern.replace(rf"\{{{hole}\}}", sign)
+        # Every constant of the piece, not only some.
+        for hole, constants in {"k": "23456789", "n": "2345", "c": "abcde"}.items():
+            if rf"\{{{hole}\}}" in pattern:
+                for constant in constants:
+                    one = pattern.replace(rf"\{{{hole}\}}", constant)
+                    assert re.search(re.sub(r"\\\{\w\\\}", ".", one), text), (wording, constant)
+        assert re.search(re.sub(r"\\\{\w\\\}", ".", pattern), text), wording
+
+
+def test_a_changed_constant_is_noticed():
+    """Of all functions that differ in one digit, the few that pass are mostly equivalent ones."""
+    noticed = []
+    for problem in functions.generate(7, 1000, "heldout"):
+        for digit in re.finditer(r"(?<!\w)[2-9](?!\w)", problem.solution):
+            start, end = digit.span()
+            changed = problem.solution[:start] + str(int(digit[0]) + 1) + problem.solution[end:]
+            namespace = {}
+            exec(problem.prompt + changed, namespace)
+            try:
+                values = [namespace[problem.name](*args) for args, _ in problem.tests]
+            except IndexError:
+                values = None
+            noticed.append(values != [value for _, value in problem.tests])
+    assert len(noticed) > 1000
+    assert sum(noticed) / len(noticed) > 0.95
+
+
+def test_the_solution_of_another_problem_is_wrong():
+    """The tests tell programs apart, even those of one signature and similar meaning."""
+    by_prompt = {p.content: p for p in functions.generate(6, 1500, "train")}
+    problems = [p for p in by_prompt.values() if p.prompt.startswith(("def f(xs)", "def f(x)"))]
+    pairs = [(p, q) for p in problems[:10] for q in problems[:10] if p.prompt[:7] == q.prompt[:7]]
+    verdicts = execution.run_candidates([p for p, _ in pairs], [q.solution for _, q in pairs])
+    assert len(pairs) > 40
+    assert [(p.solution, q.solution) for (p, q), v in zip(pairs, verdicts, strict=True) if v] == [
+        (p.solution, p.solution) for p in problems[:10]
+    ]
+
+
+HOSTILE = {
+    "empty": "",
+    "syntax": "    return (\n",
+    "wrong": "    return x + 1\n",
+    "float": "    return float(x * 2)\n",
+    "loop": "    while True:\n        pass\n",
+    "exit": "    raise SystemExit(0)\n",
+    "os_exit": "    import os\n    os._exit(0)\n",
+    "raises": "    return 1 // 0\n",
+    "memory": "    room = bytes(10**9)\n    return x * 2\n",
+    "deep": "    return double(x)\n",
+    "long": "    return 'x' * 10**8\n",
+    "prints": "    print('[0, 2, 4]')\n    return 0\n",
+    "forges": "    import os\n    for fd in range(3, 50):\n        try:\n"
+    "            os.write(fd, b'[0, 2]')\n        except OSError:\n            pass\n"
+    "    os._exit(0)\n",
+    "forks": "    import os\n    os.fork()\n    return x * 2\n",
+    "kills_parent": "    import os\n    os.kill(os.getppid(), 9)\n    return x * 2\n",
+    "reads_stdin": "    return int(input()) + x * 2\n",
+    "opens": "    open('f', 'w').close()\n    return x * 2\n",
+    "sleeps": "    import time\n    time.sleep(30)\n    return x * 2\n",
+    "fills_disk": "    import os\n    fd = os.open('f', os.O_CREAT | os.O_WRONLY)\n"
+    "    os.write(fd, b'x')\n    return x * 2\n",
+    "equal_to_all": "    class Any(int):\n        __eq__ = lambda s, o: True\n    return Any(1)\n",
+    "nul": "    return '\0'\n",
+    "surrogate": "    return '\ud800'\n",
+}
+DOUBLE = functions.Problem(
+    prompt='def double(x):\n    """Return x times 2."""\n',
+    solution="    return x * 2\n",
+    name="double",
+    tests=tuple(((x,), 2 * x) for x in (0, 1, 2, -3, 50)),
+    content="return {0} * 2",
+)
+
+
+def test_hostile_candidates_are_wrong_and_harm_no_other():
+    completions = [text for bad in HOSTILE.values() for text in (bad, DOUBLE.solution)]
+    start = time.monotonic()
+    verdicts = execution.run_candidates([DOUBLE] * len(completions), completions, timeout_s=1.0)
+    assert time.monotonic() - start < 20  # two of them wait for the timeout, one would sleep 30 s
+    assert verdicts[1::2] == [True] * len(HOSTILE)
+    assert dict(zip(HOSTILE, verdicts[::2], strict=True)) == dict.fromkeys(HOSTILE, False)
+
+
+def test_a_completion_ends_where_its_body_ends():
+    extra = [
+        "\ndef other(y):\n    while True: pass\n",
+        "x = 1 / 0\n",
+        "\n\n# done\n!!",
+        "Q: Mia has",
+    ]
+    completions = [DOUBLE.solution + text for text in extra]
+    assert execution.run_candidates([DOUBLE] * len(extra), completions) == [True] * len(extra)
+    assert execution.score(DOUBLE, "\n    y = x + x\n\n    return y")
+    assert not execution.score(DOUBLE, "x = 1\n    return x * 2\n")
+
+
+def test_printing_does_not_spoil_a_right_answer():
+    assert execution.score(DOUBLE, "    print('noise', flush=True)\n    return x * 2\n")
+
+
+def test_a_hundred_candidates_take_seconds_and_report_progress():
+    seen = []
+    start = time.monotonic()
+    execution.run_candidates(
+        [DOUBLE] * 100, [DOUBLE.solution] * 100, progress=lambda *at: seen.append(at)
+    )
+    assert time.monotonic() - start < 30  # 1.5 s alone on a core
+    assert seen == [(done, 100) for done in range(1, 101)]
+    with pytest.raises(ValueError, match="2 completions for 1 problems"):
+        execution.run_candidates([DOUBLE], ["", ""])
