@@ -37,7 +37,7 @@ def test_every_path_that_a_document_names_exists(name):
     rooms = "scripts|configs|tests|docs|hobbit_jax|pallas_kernels"
     written = re.findall(rf"(?<![\w/])(?:{rooms})/[\w./-]*\w", text)
     assert written
-    assert not [path for path in {*linked, *written} if not (REPOSITORY / path).exists()]
+    assert [path for path in {*linked, *written} if not (REPOSITORY / path).exists()] == []
 
 
 @pytest.mark.parametrize("name", ["README.md", "WORKSPACE.md"])
@@ -45,7 +45,7 @@ def test_the_trees_have_every_room(name):
     text = (REPOSITORY / name).read_text(encoding="utf-8")
     rooms = [path.parent.name for path in REPOSITORY.glob("hobbit_jax/*/__init__.py")]
     assert len(rooms) > 10
-    assert not [room for room in rooms if not re.search(rf"(?<!\w){room}/", text)]
+    assert [room for room in rooms if not re.search(rf"(?<!\w){room}/", text)] == []
 
 
 def test_every_name_of_the_recipes_is_in_the_code():
@@ -55,4 +55,15 @@ def test_every_name_of_the_recipes_is_in_the_code():
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     written = set(re.findall(r"`([A-Za-z_]\w*)[`.(]", text))
     assert len(written) > 20
-    assert not written - set(re.findall(r"\w+", code)) - {"make"}
+    unknown = written - set(re.findall(r"\w+", code)) - {"make"}
+    assert unknown == set()
+
+
+def test_every_file_that_the_map_names_is_there():
+    text = (REPOSITORY / "WORKSPACE.md").read_text(encoding="utf-8")
+    rooms = [REPOSITORY / "hobbit_jax", REPOSITORY / "pallas_kernels"]
+    there = {path.name for room in rooms for path in room.rglob("*.py")}
+    named = set(re.findall(r"`([a-z_]+\.py)`", text))
+    assert len(named) > 10
+    absent = named - there
+    assert absent == set()
