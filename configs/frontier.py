@@ -1,21 +1,22 @@
-"""Which signal should choose who goes low, and does a mix beat a uniformly smaller quant?
+"""Which importance score should choose who is demoted, and does a mix beat a uniformly smaller
+quant?
 
 Question: at equal bytes of all experts, what do plans lose whose experts are encoded at 2 and 3
-bits with calibration, by which signal, and how much of that is the signal and how much the mere
-mixing, which a random choice has too?
+bits with calibration, by which importance score, and how much of that is the importance score and
+how much the mere mixing, which a random choice has too?
 
     python scripts/sweep.py --config configs/frontier.py --workdir out/frontier
     python scripts/report.py --workdir out/frontier
 
-Cells of the first calibration seed come first, so the document can be read before all have run.
+Trials of the first calibration seed come first, so the document can be read before all have run.
 `configs/frontier.py:ggml` adds llama.cpp's own encoder under its importance matrix as a rival; that
 needs GGML_BASE_LIB or llama-cpp-python. `--config.prose_text=F.txt` adds prose to the transfer
 check.
 
 Cost on 2 CPU cores: about an hour.
 Expected: calibrated 2-bit experts lose half of what plain ones lose, so that a mix has less left
-to win; measured sensitivity chooses best; frequency comes close. Open: whether any signal beats
-the random control by more than its interval where most experts are low.
+to win; measured sensitivity chooses best; frequency comes close. Open: whether any importance score
+beats the random control by more than its interval where most experts are low.
 """
 
 from dataclasses import replace
@@ -41,8 +42,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.title = "Reference model, quality frontier"
     config.question = (
-        "At equal bytes, which signal should decide who is stored below native precision, and "
-        "does such a mix beat a uniformly smaller quant?"
+        "At equal bytes, which importance score should decide who is stored below native precision,
+        and " "does such a mix beat a uniformly smaller quant?"
     )
     config.model = ""
     config.calibration_text = ""
@@ -69,7 +70,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def sweep(config: ConfigDict) -> list[QualityRun]:
-    """Rivals and mixes by every signal, seed by seed; then the transfer check."""
+    """Rivals and mixes by every importance score, seed by seed; then the transfer check."""
     inputs = Inputs(
         config.model, config.calibration_text, config.evaluation_text, config.implementation
     )
@@ -94,7 +95,7 @@ def sweep(config: ConfigDict) -> list[QualityRun]:
             for shares in config.shares
             for score in ("router_weight", "cumulative_weight")
         ]
-        # Encoders and signals that have seen the tasks as well as the text.
+        # Encoders and scores that have seen the tasks as well as the text.
         cells += [cell(Uniform(low, "gptq"), seed, 1, MIXED_TEXT) for low in formats]
         return cells + [
             cell(MixedInBytes(score, fraction, formats, "gptq"), seed, 1, MIXED_TEXT)

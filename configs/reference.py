@@ -2,13 +2,14 @@
 
 Question: at equal bytes of expert cache, does a mix of native (Q4_K_M) and
 2- or 3-bit experts beat the native SLRU cache, and does it beat a uniformly
-smaller quant? Which signal should choose who goes low: one measured beforehand, the router's
-weight at the moment, or residency, that is, who happens not to be in the cache when wanted?
+smaller quant? Which importance score should choose who is demoted: one measured beforehand, the
+router's weight at the moment, or residency, that is, who happens not to be in the cache when
+wanted?
 
     python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep
     python scripts/report.py --workdir out/reference_sweep
 
-`configs/reference.py:demo` is the same question in 14 small cells; `:qwen3-30b-a3b` and
+`configs/reference.py:demo` is the same question in 14 small trials; `:qwen3-30b-a3b` and
 `:mixtral-8x7b` ask it of models of full size, at the budgets of cards from 8 to 24 GB:
 
     python scripts/sweep.py --config configs/reference.py:qwen3-30b-a3b \\
@@ -19,14 +20,14 @@ Any field can be pinned, and an axis becomes that one value: `--config.cache.bud
 
 Low precisions are encoded against the second moments of a text of which half is source code and
 half
-generated problems: docs/decision.md, "Which signal", says why.
+generated problems: docs/decision.md, "Which importance score", says why.
 
 Cost on 2 CPU cores: about 3 minutes (demo), about an hour and a half (full). A model of full size
 wants a GPU, on which it has not run: reckoned, its precisions take a quarter of an hour of 2 cores,
-and its 100 cells decode up to 3 million tokens for the tasks of 46 plans.
+and its 100 trials decode up to 3 million tokens for the tasks of 46 plans.
 Expected: KL to native grows with the share of low experts and is far larger at
 2 bit than at 3 bit; bytes moved per token fall with the experts' size. Open:
-whether any signal beats the random control.
+whether any importance score beats the random control.
 """
 
 from ml_collections import ConfigDict
@@ -147,7 +148,7 @@ def get_config(arg: str = "full") -> ConfigDict:
 
 
 def sweep(config: ConfigDict) -> list[Cell]:
-    """Native and uniform rivals at every budget, then every signal, share and format."""
+    """Native and uniform rivals at every budget, then every importance score, share and format."""
     inputs = Inputs(
         config.model,
         config.calibration_text,

@@ -69,7 +69,7 @@ def report(engine: Engine, steps: list[StepStats]) -> dict[str, Any]:
         "hit rate": pool.stats.hit_rate,
         "bytes moved": pool.stats.bytes_moved,
         "host round trips per token": stats.host_round_trips / max(stats.decoded_tokens, 1),
-        "degraded selections": stats.degraded / max(stats.selections, 1),
+        "demoted selections": stats.degraded / max(stats.selections, 1),
         "pool bytes": pool.device_bytes,
         "pool budget bytes": pool.budget_bytes,
         "dense bytes": engine.model.dense_device_bytes,

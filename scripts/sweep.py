@@ -1,4 +1,4 @@
-"""Runs every cell of a config and writes one record each; finished cells are skipped.
+"""Runs every trial of a config and writes one record each; finished trials are skipped.
 
 Formats, encoders, budgets, texts, memory, disk and outputs are checked before anything runs, and
 all problems are said at once.
@@ -50,7 +50,7 @@ _RESOURCES = flags.DEFINE_list(
     "Resources of one worker, NAME=VALUE: submitit's parameters of Slurm jobs, or Ray's.",
 )
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Print the cells and the hours, memory and disk that they take, and exit."
+    "dry_run", False, "Print the trials and the hours, memory and disk that they take, and exit."
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -68,7 +68,7 @@ def _print_dry_run(cells: Sequence[Trial], found: Preflight, workdir: Path) -> N
     left = [cell for cell in cells if not is_finished(workdir, cell.name)]
     for cell in cells:
         print(f"{'to run  ' if cell in left else 'finished'}  {cell.name}")
-    print(f"cells   {len(cells)}, of which {len(cells) - len(left)} are finished")
+    print(f"trials  {len(cells)}, of which {len(cells) - len(left)} are finished")
     print(f"memory  {mib(found.device_bytes)} on the device of {mib(workers_device_bytes())} free")
     if found.host_bytes:
         print(f"        {mib(found.host_bytes)} for the encoder of {mib(host_bytes())} free")
@@ -105,7 +105,7 @@ def main(_) -> int:
     engine, default_workers = connect(_LAUNCHER.value, _RESOURCES.value)
     workers = _WORKERS.value or default_workers
     ran, skipped, failed = run_sweep(cells, description, workdir, engine, workers)
-    print(f"{ran - failed} cells done, {failed} failed, {skipped} were finished before")
+    print(f"{ran - failed} trials done, {failed} failed, {skipped} were finished before")
     print(f"next: python scripts/report.py --workdir {_WORKDIR.value}")
     return 1 if failed else 0
 

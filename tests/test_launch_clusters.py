@@ -173,7 +173,7 @@ def test_the_true_sweep_by_every_launcher(slurm, ray_installed, workdir):
         here = workdir.with_name(launcher)
         done = sweep(here, *arguments, more=found_by(slurm))
         assert done.returncode == 0, done.stderr[-3000:]
-        assert "4 cells done, 0 failed, 0 were finished before" in done.stdout
+        assert "4 trials done, 0 failed, 0 were finished before" in done.stdout
         records = read_records(here)
         assert not records.unreadable and all(record.seconds > 0 for record in records.found)
         found[launcher] = [untimed(record) for record in records.found]

@@ -243,7 +243,7 @@ def test_dry_run(two_banks_path, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert sum(line.startswith("to run    ") for line in lines) == 14
-    assert "cells   14, of which 0 are finished" in lines
+    assert "trials  14, of which 0 are finished" in lines
     assert any(f" in {tmp_path}/.cache/hobbit_jax/low_precision of " in line for line in lines)
     hours = next(line for line in lines if line.startswith("hours "))
     assert 0 < float(hours.split()[1]) < 3

@@ -255,7 +255,7 @@ def test_a_killed_sweep_goes_on(tmp_path):
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f"{4 - len(finished)} cells done, 0 failed, {len(finished)} were" in done.stdout
+    assert f"{4 - len(finished)} trials done, 0 failed, {len(finished)} were" in done.stdout
     assert sorted(path.name.split("-")[0] for path in record_files(tmp_path)) == [
         "mixed", "native", "uniform", "uniform",
     ]  # fmt: skip
