@@ -40,7 +40,7 @@ OURS = "hobbit_jax.baselines.ours:Ours"
 # Baseline → its side, the packages it imports, and the extra that installs them.
 BASELINES = {
     "torch": ("hobbit_jax.baselines.pytorch:PyTorch", ("torch", "transformers")),
-    "llama_cpp": ("hobbit_jax.baselines.llama:LlamaCpp", ("llama_cpp",)),
+    "llama_cpp": ("hobbit_jax.baselines.llama:LlamaCpp", ("xllamacpp",)),
 }
 
 
