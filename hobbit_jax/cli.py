@@ -72,6 +72,12 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     if flags.FLAGS["verbosity"].using_default_value:
         # absl would take INFO.
         logging.set_verbosity(logging.WARNING)
+    for level in (standard_logging.WARNING, standard_logging.ERROR, standard_logging.INFO):
+        standard_logging.addLevelName(level, standard_logging.getLevelName(level).lower())
+    # A user reads "warning: …" beside "error: …", not absl's thread number and line.
+    logging.get_absl_handler().setFormatter(
+        standard_logging.Formatter("%(levelname)s: %(message)s")
+    )
     if logging.get_verbosity() <= logging.DEBUG:
         for name in _TALKATIVE:
             standard_logging.getLogger(name).setLevel(standard_logging.WARNING)

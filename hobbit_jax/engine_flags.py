@@ -8,7 +8,8 @@ that it heeds: `ENGINE = EngineFlags("model", "budget_mib", …)`. A new engine 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.inference.engine import Engine
+from hobbit_jax.inference.routing_recorder import RoutingRecorder
 from hobbit_jax.model.loading import LoadedModel, load_model
 from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model_file.gguf_file import GGUFFile
@@ -145,6 +147,11 @@ _FLAGS: dict[str, _Flag] = {
         None,
         "Number of threads on a CPU; those that the process may use by default.",
     ),
+    "trace_out": _Flag(
+        _TEXT,
+        None,
+        "File, .npz, to record the routing of every token in, for replay.py and plan.py --trace.",
+    ),
     "kv_format": _Flag(
         _one_of(KV_FORMATS),
         "float32",
@@ -212,6 +219,8 @@ class EngineFlags:
 
     def load_model(self) -> LoadedModel:
         """The model, its dense part on the device."""
+        if self.value("trace_out") is not None:
+            cli.output_file("trace_out", self.value("trace_out"))
         if self.value("threads") is not None:
             set_threads(self.value("threads"))
         return load_model(self.path, self.value("implementation"))
@@ -249,6 +258,17 @@ class EngineFlags:
             uniform = self.low_format is not None and not self.keeps_low_copies
             engine.pool.load_all(LOW if uniform else NATIVE)
             engine.pool.reset_stats()
+
+    @contextmanager
+    def recorded_routing(self, engine: Engine) -> Iterator[None]:
+        """Writes what one sequence routes inside the block to --trace_out, where that is given."""
+        if self.value("trace_out") is None:
+            yield
+            return
+        recorder = RoutingRecorder(engine.config.n_layers)
+        with engine.watched_by(recorder):
+            yield
+        recorder.write(Path(self.value("trace_out")))
 
     def _warm_start(self, file: GGUFFile) -> WarmStart | None:
         profile, pin_share = self.value("profile"), self.value("pin_share")

@@ -31,6 +31,7 @@ from hobbit_jax.prompt_flags import PromptFlags
 ENGINE = EngineFlags(
     "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "low_format",
     "low_share", "profile", "pin_share", "chunk_tokens", "context", "threads", "kv_format",
+    "trace_out",
 )  # fmt: skip
 _PROMPT = PromptFlags()
 _IGNORE_EOS = flags.DEFINE_bool(
@@ -116,10 +117,11 @@ def main(_):
     ENGINE.load_all_that_fit(engine)
     steps: list[StepStats] = []
     pieces: list[str] = []
-    for piece in tokenizer.decode_stream(new_ids(engine, prompt, sampling, steps)):
-        pieces.append(piece)
-        if not _JSON.value:
-            print(piece, end="", flush=True)
+    with ENGINE.recorded_routing(engine):
+        for piece in tokenizer.decode_stream(new_ids(engine, prompt, sampling, steps)):
+            pieces.append(piece)
+            if not _JSON.value:
+                print(piece, end="", flush=True)
     facts = report(engine, steps)
     if _JSON.value:
         print(json.dumps({"text": "".join(pieces), "prompt_tokens": len(prompt), **facts}))

@@ -20,6 +20,7 @@ from hobbit_jax.model_file.architecture import ModelConfig
 ENGINE = EngineFlags(
     "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "low_format",
     "low_share", "profile", "pin_share", "chunk_tokens", "threads", "kv_format",
+    "trace_out",
 )  # fmt: skip
 _TOKENS = flags.DEFINE_string(
     "tokens", None, "Path of the token ids, a .npy file of int32 [T].", required=True
@@ -62,7 +63,10 @@ def main(_):
     out = cli.output_file("out", str(_OUT.value))
     model = ENGINE.load_model()
     ids_T = read_tokens(Path(str(_TOKENS.value)), model.config)
-    write_array(out, np.asarray(ENGINE.make_engine(model).score(ids_T[None])[0]))
+    engine = ENGINE.make_engine(model)
+    with ENGINE.recorded_routing(engine):
+        logits_TV = np.asarray(engine.score(ids_T[None])[0])
+    write_array(out, logits_TV)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from hobbit_jax.cache.counter import Replay, RoutedStep
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import POLICIES, Step, policy_factory
 from hobbit_jax.cache.promotion import PromotionRule
+from hobbit_jax.cache.trace import read_trace
 from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
+from hobbit_jax.inference.routing_recorder import RoutingRecorder
 from hobbit_jax.model.loading import load_model
 
 RULE = PromotionRule(after_uses=2, per_token=2)
@@ -79,8 +81,14 @@ def replay(store, routed, slots, mode: str, policy: str, devices: int):
     return recorder.events, replayed
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("mode", MISS_MODES)
+@pytest.mark.parametrize(
+    ("mode", "devices"),
+    [
+        *((mode, 1) for mode in MISS_MODES),
+        ("fetch_low", 4),
+        *(pytest.param(m, 4, marks=pytest.mark.slow) for m in MISS_MODES if m != "fetch_low"),
+    ],
+)
 def test_a_replay_makes_the_decisions_of_the_run(model, store, mode, devices):
     for policy in POLICIES:
         routed, events, slots, engine = run_live(model, store, mode, policy, devices)
@@ -100,6 +108,23 @@ def test_a_planted_difference_is_seen(model, store):
     routed[0] = type(first)(first.layer, first.ids_TK[:, ::-1], first.weights_TK, first.valid_T)
     replayed_events, _ = replay(store, routed, slots, "fetch_low", "lru", 1)
     assert replayed_events != events
+
+
+def test_a_recorded_trace_is_what_replays_read(model, store, tmp_path):
+    """A prompt in chunks and decoded tokens: all that were fed, by the router's own choices."""
+    engine = Engine(model, store, chunk_tokens=4)
+    recorder, seen = RoutingRecorder(model.config.n_layers), []
+    with engine.watched_by(recorder), engine.watched_by(seen.append):
+        tokens = list(engine.generate([[5, 200, 17, 17, 99, 3]], 5))
+    n_tokens = recorder.write(tmp_path / "trace.npz")
+    assert n_tokens == 6 + len(tokens) - 1  # the last one drawn is fed to nobody
+    trace = read_trace(tmp_path / "trace.npz", model.config.n_experts)
+    assert trace.position_T.tolist() == list(range(n_tokens))
+    for layer in range(model.config.n_layers):
+        chosen = [r.ids_TK[r.valid_T] for r in seen if r.layer == layer]
+        np.testing.assert_array_equal(trace.ids_TLK[:, layer], np.concatenate(chosen))
+    with pytest.raises(ValueError, match=r"layers routed \[0\] tokens"):
+        RoutingRecorder(3).write(tmp_path / "none.npz")
 
 
 def test_observers_are_all_told_in_their_order(store):
