@@ -49,7 +49,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # It is looked for and not imported: its ggml stays out of the processes that run ours.
 NEEDS_LLAMA_CPP = pytest.mark.skipif(
     importlib.util.find_spec("xllamacpp") is None,
-    reason="xllamacpp is missing: pip install -c constraints.txt -e '.[llama_cpp]'",
+    reason="xllamacpp is missing: pip install -c constraints.txt -e '.[llama-cpp]'",
 )
 
 

@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
+from typing import Self
 
 # Releases move the fields of the parameter structures; pyproject.toml has the same number.
 VERSION = "2026.10.11549"
@@ -116,7 +117,7 @@ _FUNCTIONS = {
 
 def _library_path() -> Path:
     spec = importlib.util.find_spec("xllamacpp")
-    how = "pip install -c constraints.txt -e '.[llama_cpp]'"
+    how = "pip install -c constraints.txt -e '.[llama-cpp]'"
     if spec is None or spec.origin is None:
         raise NotImplementedError(f"llama.cpp needs the package xllamacpp {VERSION}: {how}")
     # A build for a GPU has a suffix after a plus sign, and the same layout.
@@ -177,7 +178,7 @@ class Model:
             raise ValueError(f"llama.cpp does not load {path}: {errors}")
         self.vocab = library.llama_model_get_vocab(self.pointer)
 
-    def __enter__(self) -> Model:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
