@@ -47,7 +47,7 @@ def test_what_serves_a_selection():
                 requested_TK = jnp.full((1, 4), asked, jnp.int32)
                 served_TK = mode.serve(requested_TK, weights_TK, resident_pTK)
                 assert served_TK.tolist() == [[asked] * 4], (name, asked)
-    with pytest.raises(ValueError, match="want one of wait, use_low_if_resident"):
+    with pytest.raises(ValueError, match="want one of fetch, use_low_if_resident"):
         miss_mode("fast")
 
 

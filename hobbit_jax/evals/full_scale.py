@@ -216,7 +216,7 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
             low.append(open_low_precision(model.file, model.config, spec, low_precision_folder()))
         store = HostExperts(model.config, model.file, low)
         plan = uniform_plan(store, LOW if run.setting == "uniform" else NATIVE)
-        mode = run.setting if run.setting in MISS_MODES else "wait"
+        mode = run.setting if run.setting in MISS_MODES else "fetch"
         progress("pool")
         with watch.stretch("pool"):
             engine = Engine(model, store, run.budget_bytes, plan, run.policy, mode)

@@ -47,7 +47,7 @@ class Setting:
     """
 
     name: str
-    mode: str = "wait"
+    mode: str = "fetch"
     low_format: str | None = None
     asked: Literal["native", "low", "frequency"] = "native"
     low_pairs: float = 0.0
