@@ -70,12 +70,9 @@ gpudecode:  ## there, with README's packages: decode at Qwen3-30B-A3B's size, 4 
 	done
 	@PYTHONPATH=. $(GPU_PYTHON) scripts/bench_decode.py --out out/scale/link.json
 
-oracles: environment  ## tests against foreign code (llama.cpp, PyTorch); says what to install
+oracles: environment  ## tests against llama.cpp, ggml and PyTorch (2 minutes); says what to install
 	@echo "oracles: a test whose library is missing is skipped; to have them all:"
-	@echo "  PyTorch, transformers: $(BIN)/pip install -c constraints.txt -e '.[torch]'"
-	@echo "  llama.cpp's tokenizer: $(BIN)/pip install -c constraints.txt -e '.[oracles]'"
-	@echo "  llama.cpp's logits and tokenizer: $(BIN)/pip install -c constraints.txt xllamacpp"
-	@echo "  llama.cpp beside our engine: $(BIN)/pip install -e '.[llama_cpp]' (compiles for 10 minutes)"
+	@echo "  $(BIN)/pip install -c constraints.txt -e '.[torch,llama-cpp]'"
 	@$(BIN)/python -m pytest -q -m oracle $(PYTEST_ARGS)
 
 slow: environment  ## the tests that take minutes

@@ -9,9 +9,8 @@ how much the mere mixing, which a random choice has too?
     python scripts/report.py --workdir out/frontier
 
 Trials of the first calibration seed come first, so the document can be read before all have run.
-`configs/frontier.py:ggml` adds llama.cpp's own encoder under its importance matrix as a rival; that
-needs GGML_BASE_LIB or llama-cpp-python. `--config.prose_text=F.txt` adds prose to the transfer
-check.
+`configs/frontier.py:ggml` adds llama.cpp's own encoder under its importance matrix as a rival.
+`--config.prose_text=F.txt` adds prose to the transfer check.
 
 Cost on 2 CPU cores: about an hour.
 Expected: calibrated 2-bit experts lose half of what plain ones lose, so that a mix has less left
@@ -42,8 +41,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.title = "Reference model, quality frontier"
     config.question = (
-        "At equal bytes, which importance score should decide who is stored below native precision,
-        and " "does such a mix beat a uniformly smaller quant?"
+        "At equal bytes, which importance score should decide who is stored below native "
+        "precision, and does such a mix beat a uniformly smaller quant?"
     )
     config.model = ""
     config.calibration_text = ""

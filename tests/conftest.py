@@ -4,6 +4,7 @@ And one cache of compiled programs for a whole run: its workers and the scripts 
 need many of the same.
 """
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -45,6 +46,11 @@ def pytest_unconfigure(config):
 
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# It is looked for and not imported: its ggml stays out of the processes that run ours.
+NEEDS_LLAMA_CPP = pytest.mark.skipif(
+    importlib.util.find_spec("xllamacpp") is None,
+    reason="xllamacpp is missing: pip install -c constraints.txt -e '.[llama-cpp]'",
+)
 
 
 @pytest.fixture(scope="session")

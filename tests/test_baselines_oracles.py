@@ -5,6 +5,8 @@ our reading feeds the same module. Planted: without the q/k permutation Mixtral'
 more than 1, with gate and up exchanged all are.
 """
 
+import importlib.metadata
+import re
 import runpy
 import sys
 from dataclasses import replace
@@ -13,9 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-from conftest import REPOSITORY, TWO_BANKS
+from conftest import NEEDS_LLAMA_CPP, REPOSITORY, TWO_BANKS
 
-from hobbit_jax.baselines.comparison import Request, compare_model
+from hobbit_jax.baselines import llama_cpp_api
+from hobbit_jax.baselines.child import Child
+from hobbit_jax.baselines.comparison import BASELINES, Request, compare_model
+from hobbit_jax.baselines.llama import layers_on_cpu
+from hobbit_jax.baselines.side import SideSpec
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
@@ -110,8 +116,8 @@ def test_compare_with_torch(torch, paths, text, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "new"
     arguments = (
         f"--model={paths['mixtral']}", "--baseline=torch", f"--text={text}", f"--workdir={workdir}",
-        "--threads=1", "--windows=3", "--context=40", "--turns=2", "--prompt_tokens=16",
-        "--decode_tokens=8",
+        "--implementation=xla", "--threads=1", "--windows=3", "--context=40", "--turns=2",
+        "--prompt_tokens=16", "--decode_tokens=8",
     )  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -129,11 +135,6 @@ def test_compare_with_torch(torch, paths, text, tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def llama_cpp():
-    return pytest.importorskip("llama_cpp")
-
-
-@pytest.fixture(scope="module")
 def float_path(tmp_path_factory):
     """Two layers without quantisation, so that llama.cpp's activations are not quantised either."""
     model = replace(TWO_BANKS, experts=(("F32",) * 3,) * 2, dense=("F32",) * 7)
@@ -142,7 +143,8 @@ def float_path(tmp_path_factory):
     return path
 
 
-def test_compare_with_llama_cpp(llama_cpp, float_path, text):
+@NEEDS_LLAMA_CPP
+def test_compare_with_llama_cpp(float_path, text):
     record = compare_model(request(float_path, "llama_cpp", text=text))
     metrics = record.metrics
     # Its keys and values are in float16.
@@ -151,30 +153,81 @@ def test_compare_with_llama_cpp(llama_cpp, float_path, text):
     assert metrics["top1_agreement"] > 0.98
     assert metrics["same_greedy_token"] > 0.9
     assert metrics["ours_threads"] == metrics["baseline_threads"] == 1
+    assert record.notes["baseline_versions_xllamacpp"] == llama_cpp_api.VERSION
     assert "llama.cpp" in section([record])
 
 
-def test_experts_of_the_first_layers_stay_on_the_cpu(llama_cpp, float_path, capfd):
-    """The binding has no structure for the override: llama.cpp must see ours, and obey."""
-    from hobbit_jax.baselines.llama import LlamaCpp, layers_on_cpu
+def llama_cpp(path, **options):
+    """In a process of its own, as the comparison makes it."""
+    fixed = {"model": str(path), "context": 64, "budget_bytes": None}
+    return Child(SideSpec(BASELINES["llama_cpp"][0], fixed | options, 1), "llama.cpp")
 
+
+@NEEDS_LLAMA_CPP
+def test_llama_cpp_in_float32_is_our_float32(float_path, tmp_path):
+    """At once, in pieces and token by token; without float32 keys it is not as near."""
+    file, ids_T = open_gguf(float_path), np.arange(40, dtype=np.int32)
+    engine = Engine(load_model(float_path, "xla"), HostExperts(read_config(file), file))
+    wanted_TV = np.asarray(engine.score(ids_T[None])[0])
+
+    def difference(**options):
+        with llama_cpp(float_path, **options) as child:
+            got_TV = child.score(ids_T, tmp_path / "logits")
+            turn = child.turn(ids_T, 20)
+        assert list(turn.chosen) == wanted_TV[19:].argmax(axis=-1).tolist()
+        return np.abs(got_TV - wanted_TV).max()
+
+    assert difference(kv_format="float32") < 2e-5
+    assert difference(kv_format="float32", tokens_at_once=7) < 2e-5
+    assert difference(kv_format="float32", tokens_at_once=1) < 2e-5
+    assert difference() > 1e-4
+
+
+@NEEDS_LLAMA_CPP
+def test_experts_of_the_first_layers_stay_on_the_cpu(float_path, tmp_path):
+    """llama.cpp must see the override, and obey."""
     file = open_gguf(float_path)
     config = read_config(file)
     layer_bytes = HostExperts(config, file).precision_bytes(0) // config.n_layers
     cases = {0: 2, layer_bytes - 1: 2, layer_bytes: 1, 2 * layer_bytes - 1: 1, 2 * layer_bytes: 0}
     assert {budget: layers_on_cpu(file, config, budget) for budget in cases} == cases
 
-    ids_T = np.arange(20, dtype=np.int32)
     logits = {}
     for cpu_layers in (0, 1):
-        capfd.readouterr()
-        baseline = LlamaCpp(str(float_path), 1, 64, None, cpu_layers)
-        logits[cpu_layers] = baseline.score(ids_T)
-        overridden = "tensor overrides to CPU are used" in capfd.readouterr().err
-        assert overridden == bool(cpu_layers)
-        assert baseline.facts()["layers_with_experts_on_cpu"] == cpu_layers
+        with llama_cpp_api.Model(float_path, cpu_layers=cpu_layers) as model:
+            moved = re.findall(r"tensor (\S+) .*overridden to CPU", model.log)
+        roles = ("gate", "up", "down") if cpu_layers else ()
+        assert set(moved) == {f"blk.0.ffn_{role}_exps.weight" for role in roles}
+        with llama_cpp(float_path, cpu_layers=cpu_layers) as child:
+            logits[cpu_layers] = child.score(np.arange(20), tmp_path / "logits")
+            assert child.facts()["layers_with_experts_on_cpu"] == cpu_layers
     np.testing.assert_array_equal(logits[0], logits[1])
-    wanted_TV = Engine(load_model(float_path, "xla"), HostExperts(config, file)).score(ids_T[None])[
-        0
-    ]
-    np.testing.assert_allclose(logits[0], np.asarray(wanted_TV), atol=0.05)
+
+
+@NEEDS_LLAMA_CPP
+def test_a_file_that_llama_cpp_does_not_load(float_path, tmp_path):
+    """Its own words arrive as one line, through the child too."""
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(float_path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"^llama\.cpp does not load .*cut\.gguf: \S.*$"):
+        llama_cpp_api.Model(path)
+
+
+@NEEDS_LLAMA_CPP
+def test_another_build_of_the_wheel_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2027.1.1")
+    with pytest.raises(NotImplementedError, match=r"xllamacpp 2026\.\S+ installed is 2027\.1\.1: "):
+        llama_cpp_api.load_library.__wrapped__()
+
+
+@NEEDS_LLAMA_CPP
+def test_the_structures_are_laid_out_as_the_wheel_lays_them_out():
+    """llama.h's defaults stand where the binding has their fields."""
+    library = llama_cpp_api.load_library()
+    model, context = library.llama_model_default_params(), library.llama_context_default_params()
+    fields = ("tensor_buft_overrides", "n_gpu_layers", "split_mode", "load_mode", "vocab_only")
+    assert [getattr(model, name) for name in fields] == [None, -1, 1, -1, False]
+    assert list(model.further_flags)[:2] == [False, True]  # check_tensors, use_extra_bufts
+    fields = ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_threads", "flash_attn_type")
+    assert [getattr(context, name) for name in fields] == [512, 2048, 512, 1, 4, -1]
+    assert (context.type_k, context.type_v) == (1, 1)  # float16

@@ -1,18 +1,17 @@
 """The CPU backend `ggml`: its products against decoded weights, and what must not change a bit."""
 
-import importlib.util
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import NEEDS_LLAMA_CPP
 
 from hobbit_jax import reference
+from hobbit_jax.baselines.child import Child
+from hobbit_jax.baselines.side import SideSpec
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
@@ -280,23 +279,25 @@ def test_a_file_that_is_cut_short_is_an_error_and_no_crash(two_banks_path, tmp_p
 
 
 @pytest.mark.oracle
+@NEEDS_LLAMA_CPP
 def test_logits_are_as_near_to_llama_cpps_as_its_own_two_ways_are(model, tmp_path):
     """The arithmetic is the same; an ulp of attention decides how an activation is rounded.
 
     llama.cpp computes a text at once and token by token with a KL of 1.6e-4 between them on this
     small model, whose activations flip at such ulps as larger ones' do not.
     """
-    if importlib.util.find_spec("xllamacpp") is None:
-        pytest.skip("xllamacpp is missing: pip install xllamacpp")
     text = (reference.model_path().parent / "MODEL_CARD.md").read_text()
     ids_T = np.asarray(model.tokenizer().encode(text)[:400], np.int32)
-    np.save(tmp_path / "ids.npy", ids_T)
 
-    def logits(step):
-        files = [tmp_path / "ids.npy", str(step), tmp_path / f"{step}.npy"]
-        program = [sys.executable, Path(__file__).with_name("llama_cpp_logits.py")]
-        subprocess.run([*program, reference.model_path(), *files], check=True)
-        return np.load(files[-1])
+    def logits(tokens_at_once):
+        """In a process of its own: its ggml and ours do not share one."""
+        options = {
+            "model": str(reference.model_path()), "context": len(ids_T), "budget_bytes": None,
+            "kv_format": "float32", "tokens_at_once": tokens_at_once,
+        }  # fmt: skip
+        spec = SideSpec("hobbit_jax.baselines.llama:LlamaCpp", options, 1)
+        with Child(spec, "llama.cpp") as child:
+            return child.score(ids_T, tmp_path / "logits")
 
     engine = Engine(model, HostExperts(model.config, model.file))
     ours, whole, stepwise = (

@@ -3,18 +3,16 @@
 import random
 
 import pytest
-from test_tokenizer import byte_level_file
-
-pytest.importorskip("xllamacpp", reason="xllamacpp is missing: pip install -e '.[oracles]'")
-
+from conftest import NEEDS_LLAMA_CPP
 from llama_cpp_vocab import LlamaCppVocab
+from test_tokenizer import byte_level_file
 
 from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
 from hobbit_jax.model_file.sentencepiece import SPACE
 from hobbit_jax.model_file.special_tokens import _EOG_NAMES, _FIM_NAMES, _SHOWN_NAMES
 from hobbit_jax.model_file.tokenizer import _PRE_TOKENIZERS, Tokenizer
 
-pytestmark = pytest.mark.oracle
+pytestmark = [pytest.mark.oracle, NEEDS_LLAMA_CPP]
 KEY = "tokenizer.ggml.{}_token_id"
 
 

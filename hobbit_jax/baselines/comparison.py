@@ -37,10 +37,10 @@ from hobbit_jax.statistics import spread
 
 STUDY, SIDES = "baselines", ("ours", "baseline")
 OURS = "hobbit_jax.baselines.ours:Ours"
-# Baseline → its side, the packages it imports, and the extra that installs them.
+# Baseline → its side and the packages it imports; the extra that installs them has its name.
 BASELINES = {
     "torch": ("hobbit_jax.baselines.pytorch:PyTorch", ("torch", "transformers")),
-    "llama_cpp": ("hobbit_jax.baselines.llama:LlamaCpp", ("llama_cpp",)),
+    "llama_cpp": ("hobbit_jax.baselines.llama:LlamaCpp", ("xllamacpp",)),
 }
 
 
@@ -51,11 +51,12 @@ def baseline_factory(baseline: str) -> str:
         NotImplementedError: it is not; says how to install it.
     """
     factory, packages = BASELINES[baseline]
+    extra = baseline.replace("_", "-")  # pip before 23.3 finds no extra with an underscore
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise NotImplementedError(
                 f"--baseline {baseline} needs the package {package}, which is not installed: "
-                f"pip install -c constraints.txt -e '.[{baseline}]'"
+                f"pip install -c constraints.txt -e '.[{extra}]'"
             )
     return factory
 

@@ -1,0 +1,193 @@
+"""llama.cpp's C API in the wheel `xllamacpp`, through ctypes, so that nobody needs a compiler.
+
+This module owns the binding: the functions, the structures of the one build whose layout they
+have, and the loading of a model file. Both the baseline (`llama.py`) and the tokenizer's oracle in
+the tests use it. The wheel has a ggml of its own, which shares no process with our backend `ggml`.
+
+Source: llama.h at the commit of the wheel (`xllamacpp/_version.py` names it).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path
+from typing import Self
+
+# Releases move the fields of the parameter structures; pyproject.toml has the same number.
+VERSION = "2026.10.11549"
+_ERROR_LEVEL = 4  # of ggml_log_level
+_EXPERT_PATTERN = r"blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
+
+
+class _Override(ctypes.Structure):  # llama_model_tensor_buft_override
+    _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
+
+
+class _ModelParameters(ctypes.Structure):  # llama_model_params
+    _fields_ = [
+        ("devices", ctypes.c_void_p),
+        ("tensor_buft_overrides", ctypes.c_void_p),
+        ("n_gpu_layers", ctypes.c_int32),
+        ("split_mode", ctypes.c_int32),
+        ("load_mode", ctypes.c_int32),
+        ("lazy_mode", ctypes.c_int32),
+        ("main_gpu", ctypes.c_int32),
+        ("tensor_split", ctypes.c_void_p),
+        ("progress_callback", ctypes.c_void_p),
+        ("progress_callback_user_data", ctypes.c_void_p),
+        ("kv_overrides", ctypes.c_void_p),
+        ("vocab_only", ctypes.c_bool),
+        ("further_flags", ctypes.c_bool * 7),
+    ]
+
+
+class _ContextParameters(ctypes.Structure):  # llama_context_params
+    _fields_ = [
+        ("n_ctx", ctypes.c_uint32),
+        ("n_batch", ctypes.c_uint32),
+        ("n_ubatch", ctypes.c_uint32),
+        ("n_seq_max", ctypes.c_uint32),
+        ("n_rs_seq", ctypes.c_uint32),
+        ("n_outputs_max", ctypes.c_uint32),
+        ("n_outputs_max_per_seq", ctypes.c_uint32),
+        ("n_threads", ctypes.c_int32),
+        ("n_threads_batch", ctypes.c_int32),
+        ("ctx_type", ctypes.c_int32),
+        ("rope_scaling_type", ctypes.c_int32),
+        ("pooling_type", ctypes.c_int32),
+        ("attention_type", ctypes.c_int32),
+        ("flash_attn_type", ctypes.c_int32),
+        ("rope_and_yarn", ctypes.c_float * 6),
+        ("yarn_orig_ctx", ctypes.c_uint32),
+        ("defrag_thold", ctypes.c_float),
+        ("cb_eval", ctypes.c_void_p),
+        ("cb_eval_user_data", ctypes.c_void_p),
+        ("type_k", ctypes.c_int32),
+        ("type_v", ctypes.c_int32),
+        # More than there is: the structure is only ever passed whole.
+        ("rest", ctypes.c_uint64 * 16),
+    ]
+
+
+class _Batch(ctypes.Structure):  # llama_batch
+    _fields_ = [
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.POINTER(ctypes.c_float)),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    ]
+
+
+_POINTER, _TEXT, _INT, _BOOL = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_bool
+_IDS, _LOGITS = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_float)
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, _TEXT, _POINTER)
+# Name → result and arguments.
+_FUNCTIONS = {
+    "ggml_backend_cpu_buffer_type": (_POINTER, []),
+    "ggml_version": (_TEXT, []),
+    "llama_backend_init": (None, []),
+    "llama_batch_init": (_Batch, [_INT, _INT, _INT]),
+    "llama_context_default_params": (_ContextParameters, []),
+    "llama_decode": (_INT, [_POINTER, _Batch]),
+    "llama_get_logits": (_LOGITS, [_POINTER]),
+    "llama_get_memory": (_POINTER, [_POINTER]),
+    "llama_init_from_model": (_POINTER, [_POINTER, _ContextParameters]),
+    "llama_log_set": (None, [_LOG, _POINTER]),
+    "llama_memory_clear": (None, [_POINTER, _BOOL]),
+    "llama_model_default_params": (_ModelParameters, []),
+    "llama_model_free": (None, [_POINTER]),
+    "llama_model_get_vocab": (_POINTER, [_POINTER]),
+    "llama_model_load_from_file": (_POINTER, [_TEXT, _ModelParameters]),
+    "llama_n_threads": (_INT, [_POINTER]),
+    "llama_print_system_info": (_TEXT, []),
+    "llama_supports_gpu_offload": (_BOOL, []),
+    "llama_tokenize": (_INT, [_POINTER, _TEXT, _INT, _IDS, _INT, _BOOL, _BOOL]),
+    "llama_vocab_get_add_bos": (_BOOL, [_POINTER]),
+    "llama_vocab_is_eog": (_BOOL, [_POINTER, _INT]),
+    "llama_vocab_n_tokens": (_INT, [_POINTER]),
+}
+
+
+def _library_path() -> Path:
+    spec = importlib.util.find_spec("xllamacpp")
+    how = "pip install -c constraints.txt -e '.[llama-cpp]'"
+    if spec is None or spec.origin is None:
+        raise NotImplementedError(f"llama.cpp needs the package xllamacpp {VERSION}: {how}")
+    # A build for a GPU has a suffix after a plus sign, and the same layout.
+    found = importlib.metadata.version("xllamacpp")
+    if found.partition("+")[0] != VERSION:
+        raise NotImplementedError(
+            f"llama.cpp's structures are known for xllamacpp {VERSION}, installed is {found}: {how}"
+        )
+    return Path(spec.origin).parent / "xllamacpp.abi3.so"
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The library with its functions declared, in the names and types of llama.h.
+
+    Raises:
+        NotImplementedError: the wheel is not installed, or is another build than `VERSION`.
+    """
+    library = ctypes.CDLL(str(_library_path()))
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    library.llama_backend_init()
+    return library
+
+
+class Model:
+    """A model file as llama.cpp loads it; a context manager that frees it.
+
+    Attributes:
+        library: `load_library()`.
+        pointer: llama_model.
+        vocab: llama_vocab, of the model.
+        log: what llama.cpp logged while it loaded the file.
+    """
+
+    def __init__(self, path: str | Path, *, vocab_only: bool = False, cpu_layers: int = 0):
+        """Loads the vocabulary alone, or all; the experts of the first `cpu_layers` on the CPU.
+
+        Raises:
+            NotImplementedError: see `load_library`.
+            ValueError: llama.cpp cannot load the file; says what it logged.
+        """
+        self.library = library = load_library()
+        entries: list[tuple[int, str]] = []
+        log = _LOG(lambda level, text, _: entries.append((level, text.decode(errors="replace"))))
+        parameters = library.llama_model_default_params()
+        parameters.vocab_only = vocab_only
+        self._overrides = _expert_overrides(library, cpu_layers)  # llama.cpp keeps the pointer
+        if cpu_layers:
+            parameters.tensor_buft_overrides = ctypes.addressof(self._overrides)
+        library.llama_log_set(log, None)
+        self.pointer = library.llama_model_load_from_file(os.fsencode(path), parameters)
+        library.llama_log_set(_LOG(), None)  # from here on to standard error, as by default
+        self.log = "".join(text for _, text in entries)
+        if not self.pointer:
+            errors = "; ".join(text.strip() for level, text in entries if level == _ERROR_LEVEL)
+            raise ValueError(f"llama.cpp does not load {path}: {errors}")
+        self.vocab = library.llama_model_get_vocab(self.pointer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.library.llama_model_free(self.pointer)
+
+
+def _expert_overrides(library: ctypes.CDLL, cpu_layers: int) -> ctypes.Array:
+    """A list ended by an empty entry (`llm_add_n_cpu_ffn_overrides` in llama.cpp's common.h)."""
+    cpu = library.ggml_backend_cpu_buffer_type()
+    patterns = [_EXPERT_PATTERN.format(layer=layer).encode() for layer in range(cpu_layers)]
+    entries = [_Override(pattern, cpu) for pattern in patterns]
+    return (_Override * (cpu_layers + 1))(*entries, _Override(None, None))
