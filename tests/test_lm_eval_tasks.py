@@ -200,7 +200,9 @@ def test_miniature_tasks_by_hand(tokenizer, monkeypatch):
         expect(figures(tasks[f"mini_{name}"])["exact_match", "none"], correct, 10)
         # The same as the score that a sweep measures without lm-eval.
         direct = direct_tasks.evaluate(Scripted(tokenizer, answer), tokenizer, name, 10)
-        assert shares({"tasks": tasks})[f"mini_{name}"] == asdict(direct)
+        share = asdict(direct)
+        assert sum(share.pop("solved")) == correct
+        assert shares({"tasks": tasks})[f"mini_{name}"] == share
 
 
 def test_unknown_tasks_and_absent_data(tmp_path):
