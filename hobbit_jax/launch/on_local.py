@@ -103,7 +103,10 @@ class ProcessPool:
         return future
 
     def stop(self) -> None:
-        """Kills all processes; see `sweeping.Pool`."""
+        """Ends processes that are idle and kills the others; see `sweeping.Pool`."""
+        if all(future is None or future.done() for future in self._futures):
+            for executor in self._executors:  # they clean up behind themselves
+                executor.shutdown()
         self._own_end.close()
         for executor in self._executors:
             executor.shutdown(cancel_futures=True)
