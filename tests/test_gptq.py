@@ -78,7 +78,10 @@ def test_error_feedback_is_gptq(format):
     )
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format",
+    [pytest.param(f, marks=[] if f == "Q2_K" else pytest.mark.slow) for f in FORMATS],
+)
 def test_objective_falls_at_every_step(format):
     weights_NK, hessian_KK = weights(N, K), correlated(K)
     damped_KK = gptq._conditioned(hessian_KK, K)

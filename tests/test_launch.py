@@ -77,6 +77,7 @@ def test_resources_are_read():
     assert not visible_gpus({"CUDA_VISIBLE_DEVICES": "2,5", "JAX_PLATFORMS": "cpu"})
 
 
+@pytest.mark.slow
 def test_a_trial_names_all_artifacts_that_it_needs(workdir, monkeypatch):
     """Made in the graph's order, each from those before it; the trials then make no more."""
     (workdir.parent / "evaluation.txt").write_text("another text of some other words " * 50)

@@ -105,8 +105,9 @@ class Calibration:
         if not path.is_dir():
             raise FileNotFoundError(f"no calibration at {path}; make one with scripts/calibrate.py")
         try:
-            with np.load(path / _FILE) as file:
-                arrays = dict(file)
+            # Opened here: np.load leaves a file open that is no archive.
+            with (path / _FILE).open("rb") as stream:
+                arrays = dict(np.load(stream, allow_pickle=False))
             model_sha256, text_sha256, tokens, statistics, bos = arrays.pop("about").tolist()
             routing = RoutingProfile(**{f.name: arrays.pop(f.name) for f in fields(RoutingProfile)})
             loaded = cls(model_sha256, text_sha256, int(tokens), bos == "True", routing, **arrays)
