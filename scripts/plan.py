@@ -19,7 +19,7 @@ from tqdm import tqdm
 from hobbit_jax import cli
 from hobbit_jax.cache.trace import read_trace
 from hobbit_jax.importance.calibration import Calibration
-from hobbit_jax.model_file.presets import PRESETS
+from hobbit_jax.models.presets import PRESETS
 from hobbit_jax.planner import routing, table
 from hobbit_jax.planner.cost_model import Machine
 from hobbit_jax.planner.hardware import find_gpu

@@ -19,7 +19,7 @@ from hobbit_jax import cli
 from hobbit_jax.atomic import replacing, write_json
 from hobbit_jax.engine_flags import EngineFlags
 from hobbit_jax.evals import full_scale
-from hobbit_jax.model_file.presets import PRESETS
+from hobbit_jax.models.presets import PRESETS
 from hobbit_jax.record import machine
 from hobbit_jax.synthetic.synthesize import synthesize
 

@@ -16,8 +16,9 @@ from hobbit_jax import quantize
 from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.low_precision import LowPrecisionSpec
 from hobbit_jax.experts.store import ROLES
-from hobbit_jax.model_file.architecture import layer_tensors, read_config
 from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
+from hobbit_jax.models.config import layer_tensors
+from hobbit_jax.models.registry import read_config
 from hobbit_jax.quantize import encode
 from hobbit_jax.quantize.methods import encode_matrix
 

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import numpy as np
 
 from hobbit_jax.baselines.llama_cpp_api import VERSION, Model, load_library
-from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors, read_config
 from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
+from hobbit_jax.models.config import ModelConfig, layer_tensors
+from hobbit_jax.models.registry import read_config
 
 # The default, and float32 throughout: without flash attention, whose sums are in another order.
 KVFormat = Literal["float16", "float32"]

@@ -33,9 +33,9 @@ from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precisio
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.model_file.metadata import text
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.statistics import spread
 
 SETTINGS = ("native", "uniform", *(n for n, mode in MISS_MODES.items() if mode.low_banks != "none"))

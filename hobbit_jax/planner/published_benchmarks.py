@@ -7,11 +7,10 @@ so a miss stays a miss. All are of llama.cpp or a fork, whose launches and hand-
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from hobbit_jax.model_file.architecture import ModelConfig
-from hobbit_jax.model_file.presets import PRESETS
+from hobbit_jax.models.presets import PRESETS
 from hobbit_jax.planner.cost_model import Machine, Traffic, token_time
 from hobbit_jax.planner.hardware import GPUS
 from hobbit_jax.planner.plan import GIB
@@ -50,8 +49,8 @@ _CONTEXT = 4096
 
 def _qwen35() -> PlannedModel:
     """Experts of the right size, by the rule of Q4_K_M."""
-    qwen3 = vars(PRESETS["qwen3-30b-a3b"])
-    config = ModelConfig(**{**qwen3, "n_layers": 40, "n_experts": 256, "d_expert": 512})
+    qwen3 = PRESETS["qwen3-30b-a3b"]
+    config = replace(qwen3, blocks=qwen3.blocks[:40], n_experts=256, d_expert=512)
     return model_of_shapes("Qwen3.5-35B-A3B (experts)", config)
 
 

@@ -16,16 +16,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from hobbit_jax.experts.store import NATIVE, ROLES, HostExperts
-from hobbit_jax.model_file.architecture import (
-    TOKEN_EMBEDDING,
-    ModelConfig,
-    layer_tensors,
-    read_config,
-    tensor_shapes,
-)
+from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf
-from hobbit_jax.model_file.presets import PRESETS
+from hobbit_jax.models.caches import state_bytes
+from hobbit_jax.models.config import TOKEN_EMBEDDING, ModelConfig, layer_tensors, tensor_shapes
+from hobbit_jax.models.presets import PRESETS
+from hobbit_jax.models.registry import read_config
 from hobbit_jax.quantize.quant_recipe import q4_k_m_format
 
 # Tokens of one prefill step, `Engine`'s default.
@@ -54,7 +50,7 @@ class PlannedModel:
 
     @property
     def dense_bytes(self) -> int:
-        """Device bytes of everything but the experts, as `model/loading.py` uploads it."""
+        """Device bytes of everything but the experts, as `models/loading.py` uploads it."""
         return sum(self._dense().values())
 
     @property
@@ -76,7 +72,7 @@ class PlannedModel:
 
     def _expert_names(self) -> list[str]:
         layers = (layer_tensors(self.config, layer) for layer in range(self.config.n_layers))
-        return [names[role] for names in layers for role in ROLES]
+        return [name for names in layers for role, name in names.items() if "_exps" in role]
 
     def store(self, low_format: str | None = None) -> HostExperts:
         """The experts natively and, with a format, at a low precision that is nothing but shapes.
@@ -91,10 +87,8 @@ class PlannedModel:
         return HostExperts(self.config, self.native, [low])
 
     def kv_cache_bytes(self, context: int) -> int:
-        """Device bytes of one sequence's keys and values, float32 as in the decode loop."""
-        config = self.config
-        per_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * _FLOAT_BYTES
-        return per_token * context
+        """Device bytes of what is kept of one sequence, float32 as in the decode loop."""
+        return state_bytes(self.config, context)
 
     def scratch_bytes(self, context: int, chunk_tokens: int = CHUNK_TOKENS) -> int:
         """An estimate of what prefill of one sequence needs beside weights, cache and pool.
@@ -103,7 +97,7 @@ class PlannedModel:
         hidden rows of each token, a few residual streams and the logits, all float32.
         """
         config, tokens = self.config, min(chunk_tokens, context)
-        scores = 2 * config.n_heads * tokens * context
+        scores = 2 * config.most_heads * tokens * context
         rows = tokens * config.experts_per_token * (config.d_model + config.d_expert)
         return _FLOAT_BYTES * (scores + rows + 4 * tokens * config.d_model + config.vocab_size)
 

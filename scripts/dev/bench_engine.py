@@ -19,7 +19,7 @@ from hobbit_jax.atomic import write_json
 from hobbit_jax.evals.quality import Windows, cut_windows
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.record import machine
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")

@@ -16,7 +16,7 @@ from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals import quality
 from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
 from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.planner.check import cases, check, summarise
 from hobbit_jax.planner.published_benchmarks import compare_reports
 from hobbit_jax.planner.records import check_record

@@ -19,8 +19,8 @@ from hobbit_jax.evals.engine_program import EngineProgram
 from hobbit_jax.evals.measure import measure, timed_turn
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import write_gguf
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.statistics import spread
 
 _TURNS = flags.DEFINE_integer("turns", 24, "Rows decoded with each pool, after a warm-up.", 1)

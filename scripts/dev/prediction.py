@@ -14,7 +14,7 @@ import numpy as np
 from hobbit_jax.evals.quality import Windows, watch_windows
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.prefill import RouterOutput
-from hobbit_jax.model.layers import LayerKinds, States
+from hobbit_jax.models.layer import LayerKinds, States
 
 
 @jax.jit(static_argnums=(0, 1))
@@ -44,10 +44,11 @@ class _Chosen:
             if guessed_TK is not None:
                 found_T = _found(guessed_TK, routed.ids_TK)[valid_T]
                 self.found[distance].setdefault(routed.layer, []).append(found_T)
-            if (layer := routed.layer + distance) < len(kinds.kind_L):
+            if (layer := routed.layer + distance) < kinds.config.n_layers:
+                number = kinds.config.block_of_layer[layer]
                 self._guessed[distance, layer] = np.asarray(
                     _route_ahead(
-                        kinds, kinds.kind_L[layer], self._layers.states, kinds.index_L[layer],
+                        kinds, kinds.kind_N[number], self._layers.states, kinds.index_N[number],
                         routed.x_TD,
                     )
                 )  # fmt: skip

@@ -15,7 +15,7 @@ from hobbit_jax.evals.engine_program import EngineProgram
 from hobbit_jax.evals.measure import Measurement, TimedRow, measure, timed_turn
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import LoadedModel
+from hobbit_jax.models.loading import LoadedModel
 from hobbit_jax.statistics import spread
 
 

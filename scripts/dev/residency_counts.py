@@ -22,7 +22,7 @@ from hobbit_jax.evals.engine_program import EngineProgram
 from hobbit_jax.evals.measure import Counts
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import LoadedModel
+from hobbit_jax.models.loading import LoadedModel
 
 MARGINS = (0.0, 1.0, 1.5, 2.0, 4.0)
 SHARES: tuple[LowShare, ...] = (*CANDIDATE_SHARES[1::2], ADAPTIVE)

@@ -25,7 +25,7 @@ from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precisio
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.importance.calibration import count_routing
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.record import machine
 from pallas_kernels.backends import for_quality
 
