@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hobbit_jax.record import Benchmark, Record
+from hobbit_jax.record import Record
 from hobbit_jax.report.table import Column, ratio, table
 
 _MOVED = "bytes_moved_per_token"
 
 
-def _setting(record: Record) -> dict[str, Any]:
-    assert isinstance(record.asked, Benchmark)
-    return dict(record.asked.setting)
-
-
-def _workload(record: Record) -> dict[str, Any]:
-    """What must be equal where two settings are compared."""
-    return {k: v for k, v in _setting(record).items() if k not in ("setting", "low_format")}
+def _budget(record: Record) -> str:
+    n_bytes = record.setting["budget_bytes"]
+    return "all" if n_bytes is None else f"{n_bytes / 2**30:g}"
 
 
 def scale_table(records: Sequence[Record]) -> str:
@@ -28,30 +23,19 @@ def scale_table(records: Sequence[Record]) -> str:
     same budget.
     """
 
-    def order(record: Record) -> tuple[float, bool, str]:
-        setting = _setting(record)
-        budget = setting["budget_bytes"]
-        is_native = setting["setting"] == "native"
-        return budget or float("inf"), not is_native, str(setting["setting"])
+    def workload(record: Record) -> dict[str, Any]:
+        return {k: v for k, v in record.setting.items() if k not in ("setting", "low_format")}
 
     def of_native(record: Record) -> str | None:
-        same = (r for r in records if _workload(r) == _workload(record))
-        native = next((r for r in same if _setting(r)["setting"] == "native"), None)
-        if native is None or not native.metrics[_MOVED]:
-            return None
-        return ratio((record.metrics[_MOVED] or 0) / (native.metrics[_MOVED] or 1))
-
-    def budget(record: Record) -> str:
-        n_bytes = _setting(record)["budget_bytes"]
-        return "all" if n_bytes is None else f"{n_bytes / 2**30:g}"
-
-    def name(record: Record) -> str:
-        setting = _setting(record)
-        return " ".join(filter(None, (setting["setting"], setting["low_format"])))
+        for other in records:
+            base = other.metrics.get(_MOVED)
+            if other.setting["setting"] == "native" and workload(other) == workload(record):
+                return ratio((record.metrics[_MOVED] or 0) / base) if base else None
+        return None
 
     columns = [
-        Column("GiB", budget),
-        Column("setting", name),
+        Column("GiB", _budget),
+        Column("setting", lambda r: f"{r.setting['setting']} {r.setting['low_format'] or ''}"),
         Column("slots", "slots_total"),
         Column("hit rate", "hit_rate", ".3f"),
         Column("misses a token", "misses_per_token", ".0f"),
@@ -61,4 +45,5 @@ def scale_table(records: Sequence[Record]) -> str:
         Column("CPU s a token", "decode_cpu_s_per_token", ".2f", interval=True),
         Column("bytes against native", of_native),
     ]
-    return table(columns, sorted(records, key=order))
+    rows = sorted(records, key=lambda r: r.setting["setting"] != "native")
+    return table(columns, sorted(rows, key=lambda r: r.setting["budget_bytes"] or float("inf")))
