@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
 import numpy as np
 
 from hobbit_jax.experts.store import NATIVE, ROLES, HostExperts
@@ -27,6 +26,7 @@ from hobbit_jax.model_file.architecture import (
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf
 from hobbit_jax.model_file.presets import PRESETS
 from hobbit_jax.quantize.quant_recipe import q4_k_m_format
+from pallas_kernels.formats import get_format
 
 # Tokens of one prefill step, `Engine`'s default.
 CHUNK_TOKENS = 2048
@@ -136,12 +136,7 @@ def _file_of_shapes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> GGUFF
     """A file whose every byte is the same byte in memory."""
     found = {}
     for name, (format, shape) in tensors.items():
-        weights, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format]]
-        if shape[-1] % weights:
-            raise NotImplementedError(
-                f"{name} has rows of {shape[-1]} weights; {format} has blocks of {weights}"
-            )
-        raw_shape = (*shape[:-1], shape[-1] // weights * block_bytes)
+        raw_shape = (*shape[:-1], get_format(format).row_bytes(shape[-1]))
         raw = np.broadcast_to(np.zeros((), np.uint8), raw_shape)
         found[name] = TensorInfo(name, format, shape, raw)
     return GGUFFile((), {}, {}, found)
