@@ -6,8 +6,8 @@
 
 Method rtn needs no calibration, importance one with second moments, gptq one with Hessians
 (`scripts/calibrate.py`). Method ggml writes every type that ggml has; a calibration with second
-moments improves it, and some types demand one. Without --out the file is kept in --cache_dir, where sweeps and
-`--low_format` look for it too. An interrupted run goes on where it was when started again.
+moments improves it, and some types demand one. Without --out the file is kept in --cache_dir, where
+sweeps and `--low_format` look for it too. An interrupted run goes on where it was.
 """
 
 import sys

@@ -67,14 +67,12 @@ def _assert_same_bits(weights, wanted):
 
 @every_format
 @pytest.mark.parametrize(
-    ("lead", "jit"),
-    [((), jax.jit), ((2, 2), jax.jit), ((), lambda function: function)],
-    ids=["jit-0", "jit-2", "eager-0"],
+    ("lead", "jit"), [((2, 2), jax.jit), ((), lambda function: function)], ids=["jit-2", "eager-0"]
 )
 def test_unpack_equals_gguf_bit_for_bit(name, lead, jit):
     fmt = get_format(name)
     raw = _finite_raw(name, lead)
-    weights = jit(fmt.unpack)(jit(fmt.split)(raw))
+    weights = jit(lambda raw: fmt.unpack(fmt.split(raw)))(raw)  # fusion must change no bit either
     assert weights.dtype == jnp.float32
     assert weights.shape == (*lead, ROWS, BLOCKS * fmt.block_weights)
     _assert_same_bits(weights, dequantize(raw, name))
@@ -84,27 +82,18 @@ def test_unpack_equals_gguf_bit_for_bit(name, lead, jit):
 def test_encoded_weights_decode_to_what_was_encoded(name):
     """Blocks as ggml's encoder writes them, which random bytes never are."""
     fmt = get_format(name)
-    weights_RW = np.random.default_rng(3).standard_normal((ROWS, 512)).astype(np.float32)
-    raw = ggml.encode(weights_RW, name, np.ones(512, np.float32))
+    weights_RW = np.random.default_rng(3).standard_normal((2, 256)).astype(np.float32)
+    raw = ggml.encode(weights_RW, name, np.ones(256, np.float32))
     decoded = np.asarray(jax.jit(lambda raw: fmt.unpack(fmt.split(raw)))(raw))
     _assert_same_bits(decoded, dequantize(raw, name))
     assert np.mean((decoded - weights_RW) ** 2) < np.mean(weights_RW**2)  # better than zeros
 
 
 @every_format
-def test_unpack_fused_with_split_equals_gguf(name):
-    """One program for both, with one leading axis: fusion must change no bit either."""
-    fmt = get_format(name)
-    raw = _finite_raw(name, (2,))
-    weights = jax.jit(lambda raw: fmt.unpack(fmt.split(raw)))(raw)
-    _assert_same_bits(weights, dequantize(raw, name))
-
-
-@every_format
 @pytest.mark.parametrize(
     ("scales", "jit"),
-    [("any", jax.jit), ("nan", jax.jit), ("nan", lambda function: function)],
-    ids=["any", "nan", "nan-eager"],
+    [("nan", jax.jit), ("any", lambda function: function)],
+    ids=["nan", "any-eager"],
 )
 def test_join_inverts_split_on_any_bytes(name, scales, jit):
     fmt = get_format(name)
@@ -180,9 +169,9 @@ def test_pack_inverts_integers(name):
     fmt = get_format(name)
     raw_GP, _ = _random_raw(name)
     raw_GP = raw_GP.reshape(-1, fmt.block_bytes)
-    planes = fmt._elements(fmt.split(raw_GP))
-    integers = [np.asarray(part).reshape(len(raw_GP), -1) for part in fmt.integers(planes)]
-    floats = [np.asarray(planes[p.name])[:, 0, 0] for p in fmt.planes if p.dtype == np.float16]
+    integers = [np.asarray(part).reshape(len(raw_GP), -1) for part in fmt._read(raw_GP)]
+    planes = fmt.split(raw_GP)
+    floats = [np.asarray(planes[p.name])[:, 0] for p in fmt.planes if p.dtype == np.float16]
     np.testing.assert_array_equal(fmt.pack(integers, floats), raw_GP)
 
 

@@ -279,12 +279,9 @@ class Format:
 
         Found by reading blocks of which one bit is set, so that a layout is said only once.
         """
-        if self.integers is None:
-            raise RuntimeError(f"{self.name} has no encoder, and so nothing to pack")
         n_bits = 8 * self.block_bytes
         one_bit_each = np.packbits(np.eye(n_bits, dtype=np.uint8), axis=1, bitorder="little")
-        found = self.integers(self._elements(self.split(one_bit_each)))
-        parts = [np.asarray(part).reshape(n_bits, -1) for part in found]
+        parts = [np.asarray(part).reshape(n_bits, -1) for part in self._read(one_bit_each)]
         bits = np.unpackbits(np.concatenate(parts, axis=1), axis=1, bitorder="little")
         return bits.argmax(axis=1)
 
@@ -296,6 +293,14 @@ class Format:
                 f"want a multiple of {self.block_weights}"
             )
         return n_blocks
+
+    @functools.cached_property
+    def _read(self) -> Callable[[np.ndarray], tuple[jax.Array, ...]]:
+        """`integers` of raw blocks."""
+        if self.integers is None:
+            raise RuntimeError(f"{self.name} has no encoder, and so nothing to pack")
+        integers = self.integers
+        return jax.jit(lambda raw: integers(self._elements(self.split(raw))))
 
     def _elements(self, planes: Planes) -> dict[str, jax.Array]:
         """Planes [..., R, G*P] as [..., R, G, P] in the dtypes of their arithmetic, checked."""
