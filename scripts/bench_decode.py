@@ -9,6 +9,7 @@ timed by the processor's time and the waits for the link, so that other load doe
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 from absl import flags
@@ -103,17 +104,11 @@ def main(_):
         for listed in groups:
             total = (1 + len(listed)) * len(ids_RS)
             with tqdm(total=total, desc=f"{budget_mib:g} MiB", leave=False, disable=None) as bar:
+                settings = (replace(c, policy=ENGINE.value("policy")) for c in listed.values())
                 measured = decode_bench.compare(
-                    model,
-                    store,
-                    listed,
-                    ids_RS,
-                    _PROMPT,
-                    link_gb_s,
-                    bar.update,
-                    ENGINE.value("policy"),
+                    model, store, settings, ids_RS, _PROMPT, link_gb_s, bar.update
                 )
-            names = ["all resident", *(setting.name for setting in listed)]
+            names = ["all resident", *listed]
             for name, result in zip(names, measured, strict=True):
                 row = {"setting": name, "budget_mib": budget_mib, "link": link}
                 record({**row, **result.figures(measured[1])})

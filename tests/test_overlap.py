@@ -3,6 +3,7 @@
 In virtual time, so that no machine's load decides.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -16,10 +17,12 @@ from prediction import prediction_accuracy
 
 import hobbit_jax.inference.moe as moe_module
 import hobbit_jax.inference.prefill as prefill_module
-from hobbit_jax.cache.controller import Decision, Use
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import Decision, OnRouting, Use
 from hobbit_jax.cache.link import ThrottledLink
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
+from hobbit_jax.cache.sharded_pool import make_pool
 from hobbit_jax.evals.quality import Windows
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -40,9 +43,15 @@ def store(model):
     return HostExperts(model.config, model.file)
 
 
-def engine_of(model, store, **options) -> Engine:
+def engine_of(model, store, link=None, observers=(), **options) -> Engine:
     """Slots for half of each layer's experts, so that every token misses."""
-    return Engine(model, store, store.precision_bytes(NATIVE) // 2, chunk_tokens=CHUNK, **options)
+    return Engine(
+        model,
+        store,
+        CacheConfig(store.precision_bytes(NATIVE) // 2, chunk_tokens=CHUNK, **options),
+        partial(make_pool, link=link),
+        observers,
+    )
 
 
 def run(engine) -> tuple[list[int], np.ndarray]:
@@ -112,7 +121,7 @@ def test_layer_ahead_asks_the_layers_own_routers(model, store, monkeypatch):
         if routed.x_TD is not None:
             streams[routed.layer] = np.asarray(routed.x_TD)
 
-    engine = engine_of(model, store, watch=keep)
+    engine = engine_of(model, store, observers=[OnRouting(keep)])
     engine.start(1, len(PROMPT))
     engine.prefill([PROMPT])
     at_exit = Prefetcher.at_exit
@@ -245,7 +254,7 @@ def test_accuracy_counts_what_was_foreseen(model, store):
     ]
     engine, seen = engine_of(model, store), []
     figures = prediction_accuracy(engine, windows[0], windows[1])
-    engine.watchers.append(lambda routed: seen.append((routed.layer, routed.ids_TK)))
+    engine.controller.observe(OnRouting(lambda routed: seen.append((routed.layer, routed.ids_TK))))
     engine.score(windows[0].ids_WS[:, :-1])
     same = [
         len(set(ids_TK[t]) & set(ids_TK[t - 1]))

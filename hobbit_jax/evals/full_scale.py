@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from hobbit_jax import markdown
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals.engine_program import EngineProgram
@@ -219,7 +220,11 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
         mode = run.setting if run.setting in MISS_MODES else "fetch"
         progress("pool")
         with watch.stretch("pool"):
-            engine = Engine(model, store, run.budget_bytes, plan, run.policy, mode)
+            engine = Engine(
+                model,
+                store,
+                CacheConfig(run.budget_bytes, plan=plan, policy=run.policy, mode=mode),
+            )
             jax.block_until_ready(engine.pool.banks)
         ids = rng.integers(0, model.config.vocab_size, run.prompt_tokens + run.tokens)
         ids[run.prompt_tokens + run.tokens // 2 :] = ids[-1]

@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 
 from hobbit_jax import cli
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.evals.engine_program import EngineProgram
 from hobbit_jax.evals.measure import measure, timed_turn
 from hobbit_jax.experts.store import HostExperts
@@ -81,7 +82,8 @@ def main(_):
         store = HostExperts(model.config, model.file)
         backends = {
             name: functools.partial(
-                timed_turn, EngineProgram(Engine(model, store, budget_bytes), ids_RS.shape[1])
+                timed_turn,
+                EngineProgram(Engine(model, store, CacheConfig(budget_bytes)), ids_RS.shape[1]),
             )
             for name, budget_bytes in (("all resident", None), ("0.75 MiB", 3 << 18))
         }

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from hobbit_jax.cache.controller import Observer
+from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.evals.quality import Windows, watch_windows
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.inference.prefill import RouterOutput
 from hobbit_jax.model.layers import LayerKinds, States
 
 
@@ -27,7 +28,7 @@ def _found(guessed_TK: np.ndarray, chosen_TK: np.ndarray) -> np.ndarray:
     return (guessed_TK[:, :, None] == chosen_TK[:, None, :]).any(axis=1).sum(axis=1)
 
 
-class _Chosen:
+class _Chosen(Observer):
     """Every layer's choices over all tokens, and what each distance had guessed of them."""
 
     def __init__(self, engine: Engine, distances: tuple[int, ...]):
@@ -36,7 +37,7 @@ class _Chosen:
         self.found: dict[int, dict[int, list[np.ndarray]]] = {d: {} for d in distances}
         self._guessed: dict[tuple[int, int], np.ndarray] = {}
 
-    def watch(self, routed: RouterOutput) -> None:
+    def after_routing(self, routed: RouterOutput) -> None:
         kinds, valid_T = self._layers.kinds, routed.valid_T
         self.chosen.setdefault(routed.layer, []).append(routed.ids_TK[valid_T])
         for distance in self._distances:
@@ -67,9 +68,9 @@ def prediction_accuracy(
         `tokens`, `layers`, `chance`, and per distance the three shares, `layer_ahead` by layer too.
     """
     frequency = _Chosen(engine, ())
-    watch_windows(engine, profile, frequency.watch, "profile")
+    watch_windows(engine, profile, frequency, "profile")
     watched = _Chosen(engine, distances)
-    watch_windows(engine, windows, watched.watch, "prediction")
+    watch_windows(engine, windows, watched, "prediction")
     config = engine.config
     k, width = config.experts_per_token, windows.ids_WS.shape[1] - 1
     by_layer: dict[str, dict[int, float]] = {"frequency": {}, "previous_token": {}}

@@ -6,11 +6,14 @@ Owns the comparison, on an emulated link (`cache/link.py`), since a CPU has none
 from __future__ import annotations
 
 import functools
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.link import DirectLink, Link, ThrottledLink
+from hobbit_jax.cache.sharded_pool import make_pool
 from hobbit_jax.evals.engine_program import EngineProgram
 from hobbit_jax.evals.measure import Measurement, TimedRow, measure, timed_turn
 from hobbit_jax.experts.store import HostExperts
@@ -44,7 +47,12 @@ def prefill_overlap(
 
     def timed(link: Link, staging_bytes: int) -> TimedRow:
         budget = budget_bytes - staging_bytes
-        engine = Engine(model, store, budget, link=link, staging_bytes=staging_bytes)
+        engine = Engine(
+            model,
+            store,
+            CacheConfig(budget, staging_bytes=staging_bytes),
+            executor=partial(make_pool, link=link),
+        )
         return functools.partial(timed_turn, EngineProgram(engine, ids_RS.shape[1]))
 
     computing = timed(DirectLink(), staging_bytes)

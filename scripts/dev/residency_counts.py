@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from hobbit_jax import markdown
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.pool_sizing import ADAPTIVE, CANDIDATE_SHARES, LowShare
 from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.cache.warm_start import WarmStart
-from hobbit_jax.evals.decode_bench import Decoded, Setting
+from hobbit_jax.evals.decode_bench import Decoded
 from hobbit_jax.evals.engine_program import EngineProgram
 from hobbit_jax.evals.measure import Counts
 from hobbit_jax.experts.store import HostExperts
@@ -30,22 +31,28 @@ PIN_SHARES = (0.0, 0.5)
 FIRST_TOKENS = (1, 16)
 
 
-def promotion_settings(store: HostExperts, budget_bytes: int) -> Iterator[Setting]:
+def promotion_settings(store: HostExperts, budget_bytes: int) -> Iterator[tuple[str, CacheConfig]]:
     """Each mode that promotes and fits, with the newcomer's margin over whom it would evict."""
     for name, mode in MISS_MODES.items():
         if mode.promotes and (mode.low_banks != "all" or store.precision_bytes(1) < budget_bytes):
             for margin in MARGINS:
-                rule = PromotionRule(margin=margin)
-                label = f"{name}, margin {margin:g}"
-                yield Setting(label, name, budget_bytes, low_share=0.8, promotion=rule)
+                yield (
+                    f"{name}, margin {margin:g}",
+                    CacheConfig(
+                        budget_bytes,
+                        mode=name,
+                        low_share=0.8,
+                        promotion=PromotionRule(margin=margin),
+                    ),
+                )
 
 
-def split_settings(budget_bytes: int) -> Iterator[Setting]:
+def split_settings(budget_bytes: int) -> Iterator[tuple[str, CacheConfig]]:
     """Each mode whose low copies share the pool, under fixed shares and the adaptive one."""
     for name, mode in MISS_MODES.items():
         if mode.low_banks == "cache":
             for share in SHARES:
-                yield Setting(f"{name}, {share}", name, budget_bytes, low_share=share)
+                yield f"{name}, {share}", CacheConfig(budget_bytes, mode=name, low_share=share)
 
 
 def counts(decoded: Decoded) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def first_misses(
     missed_RS = np.zeros(ids_RS.shape)
     total = Counts()
     for row, ids_S in enumerate(ids_RS):
-        engine = Engine(model, store, budget_bytes, warm=warm)
+        engine = Engine(model, store, CacheConfig(budget_bytes, warm=warm))
         engine.start(1, len(ids_S))
         program, done = EngineProgram(engine, len(ids_S)), Counts()
         before = program.counts()

@@ -113,7 +113,7 @@ def main(_):
                 "split": residency_counts.split_settings(budget),
             }
             for group, listed in groups.items():
-                for setting in tqdm(
+                for name, setting in tqdm(
                     list(listed), f"{part}, {budget_mib:g} MiB, {group}", disable=None
                 ):
 
@@ -122,7 +122,7 @@ def main(_):
                         return residency_counts.counts(measured[1])
 
                     where = {"text": part, "budget_mib": budget_mib, "group": group}
-                    rows.need({**where, "setting": setting.name}, decode)
+                    rows.need({**where, "setting": name}, decode)
             starts = list(residency_counts.warm_starts(profiles, _SEEDS))
             for name, warm in tqdm(starts, f"{part}, {budget_mib:g} MiB, warm", disable=None):
 
