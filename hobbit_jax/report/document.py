@@ -183,7 +183,7 @@ def _decision(
         question=one_line(sweep.study.question),
         answers=answers.answers(sweep, rule, judged, frontier, studies.found),
         gpus=planner_tables.decision_table(plans),
-        routing=listed(sorted({plan.record.notes["routing_source"] for plan in plans})),
+        routing=listed(sorted({s for p in plans for s in p.record.samples["routing_source"]})),
         asked=answers.asked_items(sweep, studies.found),
         verdicts=sweep_tables.verdict_table(sweep, judged),
         preference=sweep_tables.preference(),
@@ -288,17 +288,20 @@ def _quality_section(frontier: Frontier, drawn: set[str]) -> Section:
 def _planner_sections(found: Records) -> list[Section]:
     records = found.of(planner_tables.STUDY)
     plans = planner_tables.plans(records)
-    checks = [
-        r
-        for r in records
-        if isinstance(r.asked, Benchmark) and r.asked.subject == planner_tables.CHECK
-    ]
     sections = []
     if plans:
         parts = [planner_tables.whole_table(plans), *planner_tables.reading(plans)]
         sections.append(Section("What the planner predicts", parts))
-    if checks:
-        parts = [planner_tables.check_section(check) for check in checks]
+    shown = {
+        planner_tables.CHECK: planner_tables.check_section,
+        planner_tables.REPORTS: planner_tables.reports_section,
+    }
+    parts = [
+        shown[r.asked.subject](r)
+        for r in records
+        if isinstance(r.asked, Benchmark) and r.asked.subject in shown
+    ]
+    if parts:
         sections.append(Section("How far off the planner is", parts, long=True))
     return sections
 
