@@ -68,7 +68,7 @@ gpudecode:  ## there, with README's packages: decode at Qwen3-30B-A3B's size, 4 
 				|| echo "gpudecode: no record of $$setting at $$budget MiB"; \
 		done; \
 	done
-	@PYTHONPATH=. $(GPU_PYTHON) scripts/bench_decode.py --out out/scale/link.json
+	@PYTHONPATH=. $(GPU_PYTHON) scripts/bench_decode.py --workdir out/scale
 
 oracles: environment  ## tests against llama.cpp, ggml and PyTorch (2 minutes); says what to install
 	@echo "oracles: a test whose library is missing is skipped; to have them all:"

@@ -1,27 +1,25 @@
-"""Miss modes and prefetch against the native cache at equal bytes.
+"""Times miss modes and prefetch against the native cache at equal bytes.
 
-    python scripts/bench_decode.py --out out/decode.json [--budgets_mib 1,2,4] [--link_gb_s card]
+    python scripts/bench_decode.py --workdir out/decode [--budgets_mib 1,2,4] [--link_gb_s card]
 
-Prints a table, with --json a line per setting, and writes all of them to --out. On a CPU a copy
-costs next to nothing; --link_gb_s emulates a slower link, and every row says so: decode is then
-timed by the processor's time and the waits for the link, so that other load does not show.
+Prints a line a setting and writes a record of each, which report.py reads. On a CPU a copy costs
+next to nothing; --link_gb_s emulates a slower link, and every record says so: decode is then timed
+by the processor's time and the waits for the link, so that other load does not show.
 """
 
-import json
 import math
-from typing import Any
 
 from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli, reference
-from hobbit_jax.atomic import write_json
 from hobbit_jax.cache.link import DirectLink, ThrottledLink
-from hobbit_jax.cache.pool_sizing import LowShare, low_share
+from hobbit_jax.cache.pool_sizing import low_share
 from hobbit_jax.engine_flags import EngineFlags, low_experts
 from hobbit_jax.evals import decode_bench, quality
 from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.record import machine
+from hobbit_jax.record import Benchmark, Record, machine, measured, write_record
+from hobbit_jax.report.table import Column, table
 
 ENGINE = EngineFlags(
     "model", "implementation", "threads", "policy", "low_format", low_format="Q2_K"
@@ -40,23 +38,16 @@ _LINK_GB_S = flags.DEFINE_string(
     None,
     "Bandwidth of an emulated link in GB/s, above 0; card makes copies as dear as on a 12 GB card.",
 )
-_PROMPT, _TOKENS = 32, 64
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.", required=True)
-_JSON = flags.DEFINE_bool("json", False, "Whether to print JSON lines instead of a table.")
-
-_HEAD = f"{'setting':<44} {'MiB':>6} {'hit rate':>8} {'kB/token':>9} {'KL nats':>9} {'speedup':>8}"
-
-
-def show(row: dict[str, Any]) -> str:
-    """A setting's row for people; other rows are lines of their figures."""
-    if "hit_rate" in row:
-        return (
-            f"{row['setting']:<44} {row['budget_mib']:>6g} {row['hit_rate']:>8.3f} "
-            f"{row['bytes_moved_per_token'] / 1e3:>9.1f} {row['kl_nats']:>9.5f} "
-            f"{row['speedup']['median']:>8.2f}"
-        )
-    figures = (f"{name} {value}" for name, value in row.items() if name != "setting")
-    return f"{row['setting']}: {', '.join(figures)}"
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the records.", required=True)
+_STUDY, _PROMPT, _TOKENS = "decode", 32, 64
+_COLUMNS = (
+    Column("setting", lambda r: r.asked.setting["setting"]),
+    Column("MiB", lambda r: r.asked.setting.get("budget_mib"), "g"),
+    Column("hit rate", "hit_rate", ".3f"),
+    Column("kB a token", "bytes_moved_per_token", ".1f", unit=1e3),
+    Column("KL", "kl_mean_nats", ".5f"),
+    Column("speedup", "speedup", ".2f", interval=True),
+)
 
 
 def link_bandwidth() -> float | None:
@@ -73,51 +64,45 @@ def link_bandwidth() -> float | None:
 
 
 def main(_):
-    out, link_gb_s = cli.output_file("out", str(_OUT.value)), link_bandwidth()
+    workdir, link_gb_s = cli.output_folder("workdir", str(_WORKDIR.value)), link_bandwidth()
     budgets_mib = cli.numbers(_BUDGETS_MIB, float, 2**-20, cli.MAX_MIB)
-    low_shares: list[LowShare] = [low_share(text) for text in _LOW_SHARES.value]
+    low_shares = [low_share(text) for text in _LOW_SHARES.value]
     model = ENGINE.load_model()
     low = low_experts(model, ENGINE.value("low_format"))
-    store = HostExperts(model.config, model.file, [low])
-    rows = []
+    store, records = HostExperts(model.config, model.file, [low]), []
 
-    def record(row):
-        rows.append(row)
-        print(json.dumps(row) if _JSON.value else show(row), flush=True)
+    def keep(setting, figures):
+        found = measured(figures)
+        records.append(Record(_STUDY, Benchmark(_STUDY, setting), **vars(found), **machine()))
+        write_record(workdir, records[-1])
 
     texts = reference.held_out_texts("evaluation")
     context = _PROMPT + _TOKENS - 1
     ids_RS = quality.cut_windows(model.tokenizer(), texts, _TURNS.value + 1, context, seed=1).ids_WS
     if _LINK_GB_S.value == "card":
         derived = decode_bench.card_link(model, store, ids_RS, _PROMPT)
-        record({"setting": "link", **derived})
+        keep({"setting": "link"}, derived)
         link_gb_s = derived["gb_s"]
     link = (DirectLink() if link_gb_s is None else ThrottledLink(link_gb_s)).describe()
-    if not _JSON.value:
-        print(_HEAD)
+    link = {f"link_{name}": value for name, value in link.items()}
     for budget_mib in budgets_mib:
         budget = int(budget_mib * 2**20)
-        groups = [decode_bench.mode_settings(store, budget, low_shares)]
+        groups = {"miss modes": decode_bench.mode_settings(store, budget, low_shares)}
         if link_gb_s is not None:
-            groups.append(decode_bench.prefetch_settings(store, budget))
-        for listed in groups:
-            total = (1 + len(listed)) * len(ids_RS)
+            groups["prefetch"] = decode_bench.prefetch_settings(store, budget)
+        for group, settings in groups.items():
+            total = (1 + len(settings)) * len(ids_RS)
             with tqdm(total=total, desc=f"{budget_mib:g} MiB", leave=False, disable=None) as bar:
-                measured = decode_bench.compare(
-                    model,
-                    store,
-                    listed,
-                    ids_RS,
-                    _PROMPT,
-                    link_gb_s,
-                    bar.update,
+                found = decode_bench.compare(
+                    model, store, settings, ids_RS, _PROMPT, link_gb_s, bar.update,
                     ENGINE.value("policy"),
-                )
-            names = ["all resident", *(setting.name for setting in listed)]
-            for name, result in zip(names, measured, strict=True):
-                row = {"setting": name, "budget_mib": budget_mib, "link": link}
-                record({**row, **result.figures(measured[1])})
-    write_json(out, {"machine": machine(), "rows": rows})
+                )  # fmt: skip
+            names = ["all resident", *(setting.name for setting in settings)]
+            for name, result in zip(names, found, strict=True):
+                where = {"beside": group} if name == "all resident" else {}
+                asked = {**where, "setting": name, "budget_mib": budget_mib, **link}
+                keep(asked, result.figures(found[1]))
+    print(table(_COLUMNS, records))
 
 
 if __name__ == "__main__":

@@ -4,23 +4,20 @@
         [--miss_mode fetch_low --low_format Q2_K]
 
 Writes the model into --workdir when it is not there (18.6 GB and some minutes for qwen3-30b-a3b;
-a write that was cut off starts again) and the record beside it, PRESET-BUDGET-SETTING.json;
-PRESET.md is a table of all records that are there. With --model another file is taken, real or
-synthetic; a low precision is made beside it, once. On a busy machine read the figures per CPU
-second.
+a write that was cut off starts again) and the record under it; prints a table of all records that
+are there. With --model another file is taken, real or synthetic. On a busy machine read the CPU
+seconds.
 """
-
-import json
 
 from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
-from hobbit_jax.atomic import replacing, write_json
 from hobbit_jax.engine_flags import EngineFlags
 from hobbit_jax.evals import full_scale
 from hobbit_jax.model_file.presets import PRESETS
-from hobbit_jax.record import machine
+from hobbit_jax.record import read_records, write_record
+from hobbit_jax.report.scale_tables import scale_table
 from hobbit_jax.synthetic.synthesize import synthesize
 
 _PRESET = flags.DEFINE_enum(
@@ -48,25 +45,14 @@ def main(_):
         model, ENGINE.budget_bytes, _PROMPT_TOKENS.value, _TOKENS.value, ENGINE.value("policy"),
         setting, ENGINE.low_format,
     )  # fmt: skip
-    here = machine()  # now: the checkout may be another by the end
-    with tqdm(desc="open", unit="step", disable=None) as bar:
+    with tqdm(desc="load", unit="step", disable=None) as bar:
 
         def progress(stage: str) -> None:
             bar.set_description(stage)
             bar.update()
 
-        record = {**full_scale.measure(run, progress), "machine": here}
-    name = "-".join(filter(None, (setting, ENGINE.low_format, ENGINE.value("policy"))))
-    mib = ENGINE.value("budget_mib")
-    out = workdir / f"{model.stem}-{'all' if mib is None else f'{mib:g}'}MiB-{name}.json"
-    write_json(out, record)
-    keys = ("open_s", "load_s", "compile_s", "prefill_tokens_per_s", "decode", "own_memory")
-    print(json.dumps({key: record[key] for key in keys}, indent=1))
-    paths = sorted(workdir.glob(f"{model.stem}-*MiB-*.json"))
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    with replacing(workdir / f"{model.stem}.md") as partial:
-        partial.write_text("\n".join([*full_scale.table(records), ""]), encoding="utf-8")
-    print(f"the record: {out}; the table: {workdir / f'{model.stem}.md'}")
+        path = write_record(workdir, full_scale.measure(run, progress))
+    print(f"{scale_table(read_records(workdir).of(full_scale.STUDY))}\nthe record: {path}")
 
 
 if __name__ == "__main__":

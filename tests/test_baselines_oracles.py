@@ -17,6 +17,7 @@ import pytest
 import tiny_models
 from conftest import NEEDS_LLAMA_CPP, REPOSITORY, TWO_BANKS
 
+from hobbit_jax import reference
 from hobbit_jax.baselines import llama_cpp_api
 from hobbit_jax.baselines.child import Child
 from hobbit_jax.baselines.comparison import BASELINES, Request, compare_model
@@ -231,3 +232,12 @@ def test_the_structures_are_laid_out_as_the_wheel_lays_them_out():
     fields = ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_threads", "flash_attn_type")
     assert [getattr(context, name) for name in fields] == [512, 2048, 512, 1, 4, -1]
     assert (context.type_k, context.type_v) == (1, 1)  # float16
+
+
+@NEEDS_LLAMA_CPP
+def test_without_repacking_the_weights_stay_in_the_map():
+    buffers = {}
+    for repack in (True, False):
+        with llama_cpp_api.Model(reference.model_path(), repack=repack) as model:
+            buffers[repack] = "CPU_REPACK model buffer" in model.log
+    assert buffers == {True: True, False: False}

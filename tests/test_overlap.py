@@ -12,7 +12,6 @@ from gguf import GGMLQuantizationType, dequantize
 from link_bench import upload_rates
 from links import Clock, Recorded, throttled
 from pool_invariants import check_invariants
-from prediction import prediction_accuracy
 
 import hobbit_jax.inference.moe as moe_module
 import hobbit_jax.inference.prefill as prefill_module
@@ -20,7 +19,6 @@ from hobbit_jax.cache.controller import Decision, Use
 from hobbit_jax.cache.link import ThrottledLink
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
-from hobbit_jax.evals.quality import Windows
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
@@ -234,32 +232,6 @@ def test_prefill_takes_its_copies_or_its_computation(model, store, monkeypatch):
     for layer, (start, end) in enumerate(pairwise(reads)):
         sent = [expert[1] for what, expert in events[start:end] if what == "send"]
         assert layer + 1 in sent and sent == sorted(sent)
-
-
-def test_accuracy_counts_what_was_foreseen(model, store):
-    """Against a count by hand of the same text's routing; a profile of itself beats chance."""
-    rng = np.random.default_rng(0)
-    windows = [
-        Windows(rng.integers(0, model.config.vocab_size, (1, 9)), np.ones((1, 8), int))
-        for _ in range(2)
-    ]
-    engine, seen = engine_of(model, store), []
-    figures = prediction_accuracy(engine, windows[0], windows[1])
-    engine.watchers.append(lambda routed: seen.append((routed.layer, routed.ids_TK)))
-    engine.score(windows[0].ids_WS[:, :-1])
-    same = [
-        len(set(ids_TK[t]) & set(ids_TK[t - 1]))
-        for layer, ids_TK in seen
-        for t in range(1, 8)
-        if layer > 0
-    ]
-    k, n_experts = model.config.experts_per_token, model.config.n_experts
-    assert figures["chance"] == k / n_experts and figures["tokens"] == 8
-    assert set(figures["by_distance"]) == {1, 2}  # of three layers
-    first = figures["by_distance"][1]
-    assert first["previous_token"] == pytest.approx(np.mean(same) / k)
-    assert set(first["layer_ahead_by_layer"]) == {1, 2}
-    assert all(0 <= first[name] <= 1 for name in ("layer_ahead", "frequency"))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])

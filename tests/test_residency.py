@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, TWO_BANKS
 from pool_invariants import check_invariants
-from residency_counts import FIRST_TOKENS, first_misses
 from tiny_models import write_model
 
 from hobbit_jax.cache.controller import BankLayout, Controller
@@ -458,31 +457,3 @@ def test_a_profile_is_written_read_and_refused(model, two_banks_path, tmp_path):
     biggest.write_bytes(biggest.read_bytes()[: biggest.stat().st_size // 2])
     with pytest.raises(ValueError, match="holds no calibration that can be read"):
         Calibration.load(path, model.file)
-
-
-def test_misses_of_the_first_tokens(model, uses_LE):
-    """With room for everyone a cold engine misses each expert once, a warm one none."""
-    native = HostExperts(model.config, model.file)
-    ids_RS = np.random.default_rng(6).integers(0, model.config.vocab_size, (2, 18))
-    chosen: list[set] = []
-
-    def watch(routed):
-        chosen[-1] |= {(routed.layer, int(expert)) for expert in routed.ids_TK.ravel()}
-
-    engine = Engine(model, native, watch=watch)
-    distinct_Rn = []
-    for ids_S in ids_RS:
-        chosen.append(set())
-        engine.start(1, len(ids_S))
-        distinct_Rn.append([])
-        for token in ids_S:
-            engine.decode(np.asarray([token]))
-            distinct_Rn[-1].append(len(chosen[-1]))
-    budget_bytes = native.precision_bytes(NATIVE)
-    cold = first_misses(model, native, budget_bytes, None, ids_RS)
-    for n in FIRST_TOKENS:
-        assert cold[f"misses_of_first_{n}"] == np.mean([row[n - 1] for row in distinct_Rn])
-    uses = ids_RS.size * model.config.experts_per_token * model.config.n_layers
-    assert cold["hit_rate"] == pytest.approx(1 - sum(row[-1] for row in distinct_Rn) / uses)
-    warm = first_misses(model, native, budget_bytes, WarmStart(uses_LE), ids_RS)
-    assert set(warm.values()) == {0.0, 1.0} and warm["hit_rate"] == 1.0

@@ -143,7 +143,7 @@ def test_text_is_the_same_everywhere(family, digest):
 @SPLITS
 def test_reference_solutions_score(split):
     problems = functions.generate(2, 80, split)
-    assert execution.run_candidates(problems, [p.solution for p in problems]) == [True] * 80
+    assert all(execution.score(p, p.solution) for p in problems)
 
 
 def test_functions_are_short_and_tested_well():
@@ -203,7 +203,7 @@ def test_the_solution_of_another_problem_is_wrong():
     by_prompt = {p.content: p for p in functions.generate(6, 1500, "train")}
     problems = [p for p in by_prompt.values() if p.prompt.startswith(("def f(xs)", "def f(x)"))]
     pairs = [(p, q) for p in problems[:10] for q in problems[:10] if p.prompt[:7] == q.prompt[:7]]
-    verdicts = execution.run_candidates([p for p, _ in pairs], [q.solution for _, q in pairs])
+    verdicts = [execution.score(p, q.solution) for p, q in pairs]
     assert len(pairs) > 40
     assert [(p.solution, q.solution) for (p, q), v in zip(pairs, verdicts, strict=True) if v] == [
         (p.solution, p.solution) for p in problems[:10]
@@ -249,7 +249,7 @@ DOUBLE = functions.Problem(
 def test_hostile_candidates_are_wrong_and_harm_no_other():
     completions = [text for bad in HOSTILE.values() for text in (bad, DOUBLE.solution)]
     start = time.monotonic()
-    verdicts = execution.run_candidates([DOUBLE] * len(completions), completions, timeout_s=1.0)
+    verdicts = [execution.score(DOUBLE, text, timeout_s=1.0) for text in completions]
     assert time.monotonic() - start < 20  # two of them wait for the timeout, one would sleep 30 s
     assert verdicts[1::2] == [True] * len(HOSTILE)
     assert dict(zip(HOSTILE, verdicts[::2], strict=True)) == dict.fromkeys(HOSTILE, False)
@@ -262,23 +262,10 @@ def test_a_completion_ends_where_its_body_ends():
         "\n\n# done\n!!",
         "Q: Mia has",
     ]
-    completions = [DOUBLE.solution + text for text in extra]
-    assert execution.run_candidates([DOUBLE] * len(extra), completions) == [True] * len(extra)
+    assert all(execution.score(DOUBLE, DOUBLE.solution + text) for text in extra)
     assert execution.score(DOUBLE, "\n    y = x + x\n\n    return y")
     assert not execution.score(DOUBLE, "x = 1\n    return x * 2\n")
 
 
 def test_printing_does_not_spoil_a_right_answer():
     assert execution.score(DOUBLE, "    print('noise', flush=True)\n    return x * 2\n")
-
-
-def test_a_hundred_candidates_take_seconds_and_report_progress():
-    seen = []
-    start = time.monotonic()
-    execution.run_candidates(
-        [DOUBLE] * 100, [DOUBLE.solution] * 100, progress=lambda *at: seen.append(at)
-    )
-    assert time.monotonic() - start < 30  # 1.5 s alone on a core
-    assert seen == [(done, 100) for done in range(1, 101)]
-    with pytest.raises(ValueError, match="2 completions for 1 problems"):
-        execution.run_candidates([DOUBLE], ["", ""])

@@ -2,8 +2,9 @@
 
 Owns one model and one context. Made in a child process (`side.py`). On a GPU, all layers are there
 and the experts of the first N layers are computed on the CPU, as with `--n-cpu-moe` of llama.cpp's
-programs, N being the fewest with which the other layers' experts fit the budget. Everything else
-is as llama.cpp has it by default: keys and values in float16, and on a CPU K-quant products with
+programs, N being the fewest with which the other layers' experts fit the budget. A file of more
+than half of the machine's memory is not repacked (`--no-repack`). Everything else is as llama.cpp
+has it by default: keys and values in float16, and on a CPU K-quant products with
 activations quantised to 8 bits (Q8_K), so its logits are not those of the file's weights in
 float32.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 
 from hobbit_jax.baselines.llama_cpp_api import VERSION, Model, load_library
 from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors, read_config
@@ -70,7 +72,9 @@ class LlamaCpp:
         if cpu_layers is None:
             counts = self._on_gpu and budget_bytes is not None
             cpu_layers = layers_on_cpu(file, config, budget_bytes or 0) if counts else 0
-        self._model = Model(model, cpu_layers=cpu_layers)
+        # Our own program maps the same file beside it.
+        self._repack = 2 * file.file_bytes <= psutil.virtual_memory().total
+        self._model = Model(model, cpu_layers=cpu_layers, repack=self._repack)
         self._cpu_layers, self._vocab, self._context = cpu_layers, config.vocab_size, context
         if (found := library.llama_vocab_n_tokens(self._model.vocab)) != config.vocab_size:
             raise RuntimeError(f"llama.cpp finds {found} tokens, we {config.vocab_size}")
@@ -138,6 +142,7 @@ class LlamaCpp:
             "precision": "the file's blocks; activations in 8 bits, "
             f"keys and values in {self._kv_format}",
             "layers_with_experts_on_cpu": self._cpu_layers,
+            "weights_repacked": self._repack,
             "system": library.llama_print_system_info().decode().strip(),
             "device_peak_bytes": None,  # the library does not say
         }

@@ -41,7 +41,9 @@ class _ModelParameters(ctypes.Structure):  # llama_model_params
         ("progress_callback_user_data", ctypes.c_void_p),
         ("kv_overrides", ctypes.c_void_p),
         ("vocab_only", ctypes.c_bool),
-        ("further_flags", ctypes.c_bool * 7),
+        ("check_tensors", ctypes.c_bool),
+        ("use_extra_bufts", ctypes.c_bool),
+        ("further_flags", ctypes.c_bool * 5),
     ]
 
 
@@ -154,8 +156,18 @@ class Model:
         log: what llama.cpp logged while it loaded the file.
     """
 
-    def __init__(self, path: str | Path, *, vocab_only: bool = False, cpu_layers: int = 0):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        vocab_only: bool = False,
+        cpu_layers: int = 0,
+        repack: bool = True,
+    ):
         """Loads the vocabulary alone, or all; the experts of the first `cpu_layers` on the CPU.
+
+        With `repack`, llama.cpp's default, weights that a CPU computes are copied in an order that
+        suits it, a second time in memory; without, as under `--no-repack`, the file's map is used.
 
         Raises:
             NotImplementedError: see `load_library`.
@@ -165,7 +177,7 @@ class Model:
         entries: list[tuple[int, str]] = []
         log = _LOG(lambda level, text, _: entries.append((level, text.decode(errors="replace"))))
         parameters = library.llama_model_default_params()
-        parameters.vocab_only = vocab_only
+        parameters.vocab_only, parameters.use_extra_bufts = vocab_only, repack
         self._overrides = _expert_overrides(library, cpu_layers)  # llama.cpp keeps the pointer
         if cpu_layers:
             parameters.tensor_buft_overrides = ctypes.addressof(self._overrides)

@@ -68,7 +68,7 @@ class Decoded:
             "resident_ratio": self.residents / native.residents,
             "pool_bytes": self.pool_bytes,
             **ours.counted_figures(),
-            "kl_nats": self.kl_nats,
+            "kl_mean_nats": self.kl_nats,
             "top1_agreement": self.top1_agreement,
             "link_wait_ms_per_token": found.link_wait_s * 1e3 / ours.tokens,
             "decode_tokens_per_s": spread(ours.decode_tokens_per_s),

@@ -84,7 +84,7 @@ def evaluate(
         programs = functions.generate(HELD_OUT_SEED, problems, "heldout")
         prompts = [p.prompt for p in programs]
         texts = complete(engine, tokenizer, prompts, MAX_NEW_TOKENS[task], batch)
-        verdicts = execution.run_candidates(programs, texts)
+        verdicts = [execution.score(p, text) for p, text in zip(programs, texts, strict=True)]
     interval = share(sum(verdicts), problems)
     solved = [bool(verdict) for verdict in verdicts]
     return TaskScore(problems, sum(solved), interval.value, interval.low, interval.high, solved)

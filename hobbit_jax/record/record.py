@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from hobbit_jax.record.asked import Asked, record_name
+from hobbit_jax.record.asked import Asked, Benchmark, record_name
 from hobbit_jax.statistics import Interval
 
 
@@ -52,6 +52,16 @@ class Record:
     def name(self) -> str:
         """See `record_name`."""
         return record_name(self.asked)
+
+    @property
+    def subject(self) -> str | None:
+        """Of a `Benchmark`; None of a trial."""
+        return self.asked.subject if isinstance(self.asked, Benchmark) else None
+
+    @property
+    def setting(self) -> Mapping[str, Any]:
+        """Of a `Benchmark`; empty of a trial."""
+        return self.asked.setting if isinstance(self.asked, Benchmark) else {}
 
     def interval(self, metric: str) -> Interval | None:
         """A metric with its two ends; None where any of the three was not measured."""

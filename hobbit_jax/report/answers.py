@@ -6,10 +6,10 @@ cell; whatever is open is called open.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from hobbit_jax.record import Benchmark, MissModeTrial, Record, Records, Uniform
+from hobbit_jax.record import MissModeTrial, Record, Records, Uniform
 from hobbit_jax.report.frontier import Frontier
 from hobbit_jax.report.sweep import Sweep, is_control, low_format, on_gpu, trial
 from hobbit_jax.report.sweep_tables import scores_below_control
@@ -19,10 +19,10 @@ from hobbit_jax.report.verdict import Judgement, Outcome, Rule, Verdict, limits
 SMALL_MODEL_BYTES = 2**30
 FEW_DRAWS = 20
 _TASK_NAMES = ("task_gsm8k", "task_humaneval")
+_MOVED = "bytes_moved_per_token"
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """A question of the first page."""
 
     question: str
@@ -32,19 +32,13 @@ class Answer:
     changes: str
 
 
-@dataclass(frozen=True)
-class UniformQuant:
+class UniformQuant(NamedTuple):
     """A uniform quant over all budgets. `status` is "yes", "no" or "open"."""
 
     format: str
     status: str
     why: str
     records: tuple[Record, ...]
-
-    @property
-    def kl(self) -> float:
-        """Mean KL, nats a token."""
-        return float(self.records[0].metrics.get("kl_mean_nats") or 0)
 
 
 def uniform_quants(sweep: Sweep, rule: Rule) -> list[UniformQuant]:
@@ -65,29 +59,25 @@ def uniform_quants(sweep: Sweep, rule: Rule) -> list[UniformQuant]:
         else:
             status, why = ("open", unsettled[0]) if unsettled else ("yes", "all limits are kept")
         found.append(UniformQuant(name, status, why, tuple(records)))
-    return sorted(found, key=lambda quant: quant.kl)
+    return sorted(found, key=lambda quant: quant.records[0].metrics.get("kl_mean_nats") or 0)
 
 
-def recommended(quants: Sequence[UniformQuant]) -> UniformQuant | None:
-    """The nearest to native of those that keep the limits, else of those that are open."""
-    for status in ("yes", "open"):
-        found = [quant for quant in quants if quant.status == status]
-        if found:
-            return found[0]
-    return None
+def headline(sweep: Sweep, rule: Rule, verdicts: Sequence[Verdict]) -> str:
+    """The finding in two sentences, then how far it can be trusted.
 
-
-def headline(sweep: Sweep, quants: Sequence[UniformQuant], verdicts: Sequence[Verdict]) -> str:
-    """The finding in two sentences, then how far it can be trusted."""
-    quant = recommended(quants)
-    if quant is None:
+    Of uniform quants it names the nearest to native that keeps the limits, else the nearest that
+    is open.
+    """
+    quants = uniform_quants(sweep, rule)
+    yes, unsettled = ([q.format for q in quants if q.status == s] for s in ("yes", "open"))
+    if yes:
+        first = f"Use a uniform {yes[0]} quant."
+    elif unsettled:
+        first = f"Lean to a uniform {unsettled[0]} quant; that is not settled."
+    elif quants:
         first = "Keep native experts: no uniform quant keeps the limits."
-        if not quants:
-            first = "Open: no uniform quant was measured."
-    elif quant.status == "yes":
-        first = f"Use a uniform {quant.format} quant."
     else:
-        first = f"Lean to a uniform {quant.format} quant; that is not settled."
+        first = "Open: no uniform quant was measured."
     return f"**{first} {_mixing(verdicts)}** {_trust(sweep)}"
 
 
@@ -109,13 +99,12 @@ def _trust(sweep: Sweep) -> str:
     parts = []
     if not any(map(on_gpu, sweep.records)):
         parts.append("no figure is from a GPU")
-    sizes = {r.metrics.get("native_bytes") for r in sweep.records} - {None}
-    if sizes and max(size or 0 for size in sizes) < SMALL_MODEL_BYTES:
-        mib = max(size or 0 for size in sizes) / 2**20
+    native_bytes = max((r.metrics.get("native_bytes") or 0 for r in sweep.records), default=0)
+    if 0 < native_bytes < SMALL_MODEL_BYTES:
+        mib = native_bytes / 2**20
         parts.append(f"the model's experts take {mib:.2f} MiB, so larger models may differ")
     if not sweep.is_finished:
-        absent = len(sweep.missing) + len(sweep.unreadable)
-        parts.append(f"{absent} of {len(sweep.study.trials)} records are absent")
+        parts.append(f"{sweep.n_absent} of {len(sweep.study.trials)} records are absent")
     return f"Confidence is low beyond this model: {'; '.join(parts)}." if parts else ""
 
 
@@ -123,11 +112,14 @@ def answers(
     sweep: Sweep, rule: Rule, verdicts: Sequence[Verdict], frontier: Frontier | None, found: Records
 ) -> list[Answer]:
     """The separate answers to separate questions."""
+    judged = [j for v in verdicts for j in v.judgements]
+    by_miss = [j for j in judged if isinstance(trial(j.record).plan, MissModeTrial)]
+    mixes = [j for j in judged if j not in by_miss]
     parts = [
         _smaller(sweep, rule),
-        _mixed(sweep, verdicts),
-        _score(sweep, verdicts),
-        _on_a_miss(sweep, verdicts, found),
+        _mixed(verdicts, mixes),
+        _score(sweep, mixes),
+        _on_a_miss(sweep, by_miss, found),
         _encoder(frontier, rule),
     ]
     return [part for part in parts if part]
@@ -151,18 +143,14 @@ def _smaller(sweep: Sweep, rule: Rule) -> Answer:
 
 
 def _costs(sweep: Sweep, quant: UniformQuant) -> str:
-    kl = quant.records[0].interval("kl_mean_nats")
-    moved, residents = [], []
-    for record in quant.records:
-        native = sweep.native(record)
-        for name, values in (("bytes_moved_per_token", moved), ("resident_experts", residents)):
-            own = record.metrics.get(name)
-            base = native.metrics.get(name) if native else None
-            values.append(ratio(own / base) if own is not None and base else "–")
+    moved, residents = (
+        ", ".join(ratio(sweep.over_native(r, metric)) for r in quant.records)
+        for metric in (_MOVED, "resident_experts")
+    )
     budgets = ", ".join(f"{trial(r).budget_mib:g}" for r in quant.records)
     return (
-        f"{quant.format}: KL {interval(kl, '.4f')}; at {budgets} MiB moves {', '.join(moved)} of "
-        f"native's bytes and holds {', '.join(residents)} as many experts"
+        f"{quant.format}: KL {interval(quant.records[0].interval('kl_mean_nats'), '.4f')}; at "
+        f"{budgets} MiB moves {moved} of native's bytes and holds {residents} as many experts"
     )
 
 
@@ -188,8 +176,7 @@ def _encoder(frontier: Frontier | None, rule: Rule) -> Answer | None:
     )
 
 
-def _mixed(sweep: Sweep, verdicts: Sequence[Verdict]) -> Answer:
-    judged = [j for v in verdicts for j in v.judgements if not _by_miss(j.record)]
+def _mixed(verdicts: Sequence[Verdict], judged: Sequence[Judgement]) -> Answer:
     counts = [(o.value, sum(v.outcome is o for v in verdicts)) for o in Outcome]
     answer = ", ".join(f"{name} in {n} of {len(verdicts)}" for name, n in counts if n)
     return Answer(
@@ -199,10 +186,6 @@ def _mixed(sweep: Sweep, verdicts: Sequence[Verdict]) -> Answer:
         "medium for this model and text; the best candidate was chosen on the text that judges it",
         "a mix whose KL is below the uniform line on a text that chose nothing",
     )
-
-
-def _by_miss(record: Record) -> bool:
-    return isinstance(trial(record).plan, MissModeTrial)
 
 
 def _by_format(judged: Sequence[Judgement]) -> str:
@@ -219,9 +202,8 @@ def _by_format(judged: Sequence[Judgement]) -> str:
     return "; ".join(parts)
 
 
-def _score(sweep: Sweep, verdicts: Sequence[Verdict]) -> Answer:
+def _score(sweep: Sweep, judged: Sequence[Judgement]) -> Answer:
     relations = scores_below_control(sweep)
-    judged = [j for v in verdicts for j in v.judgements if not _by_miss(j.record)]
     counts: dict[str, list[str]] = {"below": [], "above": [], "line": []}
     winners = []
     for score, found in relations.items():
@@ -237,18 +219,18 @@ def _score(sweep: Sweep, verdicts: Sequence[Verdict]) -> Answer:
     answer = "none of them pays"
     if winners:
         answer = f"{listed(winners)}, if any: better than random mostly, than uniform at times"
+    below, above, line = (", ".join(parts) for parts in counts.values())
     return Answer(
         "By which importance score?",
         answer if relations else "open: no score was measured",
-        f"Below every random draw: {', '.join(counts['below'])}. Above every one: "
-        f"{', '.join(counts['above'])}. Below the uniform line: {', '.join(counts['line'])}",
+        f"Below every random draw: {below}. Above every one: {above}. Below the uniform line: "
+        f"{line}",
         f"low: a static score describes the text that it was measured on{few}",
         "scores measured on the text that is served; more draws",
     )
 
 
-def _on_a_miss(sweep: Sweep, verdicts: Sequence[Verdict], found: Records) -> Answer | None:
-    judged = [j for v in verdicts for j in v.judgements if _by_miss(j.record)]
+def _on_a_miss(sweep: Sweep, judged: Sequence[Judgement], found: Records) -> Answer | None:
     small = _small_low_bank(found)
     if not judged and not small:
         return None
@@ -258,55 +240,46 @@ def _on_a_miss(sweep: Sweep, verdicts: Sequence[Verdict], found: Records) -> Ans
         for j in judged
         if j.outcome is Outcome.OPEN
     ]
-    answer = listed(worth, f"open for {listed(unsettled)}" if unsettled else "not in this sweep")
     evidence = f"Of {len(judged)} miss modes: {_by_format(judged)}" if judged else ""
     if small:
         evidence += f". HOBBIT with a small low bank saves bytes (another study): {small}"
-    windows = {len(j.record.samples["kl_nats_W"]) for j in judged}
+    windows = sorted({len(j.record.samples["kl_nats_W"]) for j in judged})
     return Answer(
         "Demote an expert only when it is missing?",
-        answer,
+        listed(worth, f"open for {listed(unsettled)}" if unsettled else "not in this sweep"),
         evidence,
-        f"low: {', '.join(map(str, sorted(windows))) or 'few'} windows of text, not timed on a GPU",
+        f"low: {', '.join(map(str, windows)) or 'few'} windows of text, not timed on a GPU",
         "the same at a small low bank, timed, on as many windows as the uniform quants",
     )
 
 
 def _small_low_bank(found: Records) -> str:
     """HOBBIT's bytes at its best split of the pool over native's on the same tokens."""
-    native: dict[float, float] = {}
-    for record in found.of("decode"):
-        setting, moved = _setting(record), record.metrics.get("bytes_moved_per_token")
-        if setting.get("setting") == "native" and moved:
-            native[float(setting["budget_mib"])] = float(moved)
-    parts = []
-    for budget, base in sorted(native.items()):
-        best = [
-            r
-            for r in found.of("residency")
-            if _setting(r).get("text") == "evaluation"
-            and _setting(r).get("budget_mib") == budget
-            and str(_setting(r).get("setting")) == "hobbit, adaptive"
-        ]
-        for record in best:
-            m = record.metrics
-            moved, kl = m.get("bytes_moved_per_token"), m.get("kl_mean_nats")
-            parts.append(f"{ratio((moved or 0) / base)} at {budget:g} MiB, KL {kl:.4f}")
-    return ", ".join(parts)
-
-
-def _setting(record: Record) -> dict:
-    return dict(record.asked.setting) if isinstance(record.asked, Benchmark) else {}
+    native = {
+        float(r.setting["budget_mib"]): r.metrics[_MOVED]
+        for r in found.of("decode")
+        if r.setting.get("setting") == "native" and r.metrics.get(_MOVED)
+    }
+    wanted = {"text": "evaluation", "setting": "hobbit, adaptive"}
+    return ", ".join(
+        f"{ratio((r.metrics.get(_MOVED) or 0) / (base or 1))} at {budget:g} MiB, KL "
+        f"{r.metrics.get('kl_mean_nats'):.4f}"
+        for budget, base in sorted(native.items())
+        for r in found.of("residency")
+        if {**wanted, "budget_mib": budget}.items() <= r.setting.items()
+    )
 
 
 def asked_items(sweep: Sweep, found: Records) -> list[tuple[str, str]]:
     """The four items that were asked for, each with what is done and what is not."""
     scored = {name for r in sweep.records for name in r.metrics if name in _TASK_NAMES}
     missing = [name.removeprefix("task_") for name in _TASK_NAMES if name not in scored]
-    gpu = [r.device for r in sweep.records if on_gpu(r)]
+    gpu = any(map(on_gpu, sweep.records))
     devices = sorted({r.device or "an unnamed device" for r in sweep.records})
     tasks = f"**not done:** {listed(missing)}" if missing else "GSM8K and HumanEval are scored"
-    speed = _emulated(found)
+    speed = "Speed is in the appendix."
+    if not gpu:
+        speed = f"**Not done:** speed on a GPU.{_emulated(found)}"
     return [
         (
             "Quality of 2 and 3 bits on top of the model's own quant",
@@ -319,32 +292,22 @@ def asked_items(sweep: Sweep, found: Records) -> list[tuple[str, str]]:
         ),
         (
             "Residents and decode speed against native SLRU",
-            "Residents and bytes are counted below. "
-            + ("Speed is in the appendix." if gpu else f"**Not done:** speed on a GPU.{speed}"),
+            f"Residents and bytes are counted below. {speed}",
         ),
     ]
 
 
 def _emulated(found: Records) -> str:
-    speedups = [
-        (name, float(speed))
-        for record in found.of("decode")
-        for name in ("fetch_low", "uniform low")
-        if str(_setting(record).get("setting")).startswith(name)
-        and (speed := record.metrics.get("speedup")) is not None
-    ]
-    parts = [
-        f"{name} {min(own):.2f} to {max(own):.2f}×"
-        for name in dict.fromkeys(name for name, _ in speedups)
-        if (own := [speed for other, speed in speedups if other == name])
-    ]
-    if not parts:
+    speedups: dict[str, list[float]] = {}
+    for record in found.of("decode"):
+        speed = record.metrics.get("speedup")
+        for name in ("fetch_low", "uniform low"):
+            if str(record.setting.get("setting")).startswith(name) and speed is not None:
+                speedups.setdefault(name, []).append(speed)
+    if not speedups:
         return ""
+    parts = [f"{name} {min(own):.2f} to {max(own):.2f}×" for name, own in speedups.items()]
     return (
         f" On an emulated link whose copies take a fixed multiple of compute, with plainly encoded "
-        f"copies: {_joined(parts)} of native; the ratio follows from that multiple."
+        f"copies: {', '.join(parts)} of native; the ratio follows from that multiple."
     )
-
-
-def _joined(parts: Iterable[str]) -> str:
-    return ", ".join(parts)

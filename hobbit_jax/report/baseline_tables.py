@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from hobbit_jax.record import Benchmark, Record
+from hobbit_jax.record import Record
 from hobbit_jax.report.table import MIB, Column, table
 
 STUDY = "baselines"
@@ -19,74 +18,58 @@ _ABOUT_SPEED = (
     "ratio is ours over the baseline's within a turn, above 1 where we are faster. A load average "
     "above the cores used means that others ran beside. Memory is the peak of a whole run, MiB."
 )
+_WHICH = (
+    Column("model", lambda r: r.setting.get("model")),
+    Column(
+        "baseline", lambda r: f"{r.notes['baseline_program']} {r.notes.get('baseline_mode', '')}"
+    ),
+    Column("cores", lambda r: r.setting.get("threads")),
+    Column("pool, MiB", lambda r: r.setting.get("budget_bytes"), ".0f", unit=MIB),
+)
+_AGREEMENT = (
+    Column("tokens", "evaluation_tokens", ","),
+    Column("logits differ by at most", "logit_max_difference", ".2g"),
+    Column("root mean square", "logit_rms_difference", ".2g"),
+    Column("of their σ", "logit_std", ".2g"),
+    Column("perplexity, ours", "perplexity", ".4f"),
+    Column("the baseline's", "perplexity_baseline", ".4f"),
+    Column("difference", "perplexity_difference", "+.2g", interval=True),
+    Column("KL mean", "kl_mean_nats", ".2g", interval=True),
+    Column("KL p99", "kl_p99_nats", ".2g", interval=True),
+    Column("top-1", "top1_agreement", ".4f", interval=True),
+)
 
 
-def _setting(name: str) -> Any:
-    def get(record: Record) -> Any:
-        assert isinstance(record.asked, Benchmark)
-        return record.asked.setting.get(name)
-
-    return get
-
-
-def _pair(title: str, metric: str, form: str, unit: float = 1) -> list[Column]:
+def _rates(title: str, metric: str, form: str) -> list[Column]:
     return [
-        Column(f"{title}, {side}", f"{metric}_{side}", form, unit=unit)
-        for side in ("ours", "baseline")
+        Column(f"{title}, ours", f"{metric}_ours", form, interval=True),
+        Column("the baseline's", f"{metric}_baseline", form, interval=True),
+        Column("ratio", f"{metric}_ratio", ".2f", interval=True),
     ]
 
 
-def _range(title: str, metric: str, form: str) -> list[Column]:
-    sides = [f"{metric}_{side}" for side in ("ours", "baseline", "ratio")]
-    heads = (f"{title}, ours", "the baseline's", "ratio")
-    return [Column(h, s, form if i < 2 else ".2f", interval=True)
-            for i, (h, s) in enumerate(zip(heads, sides, strict=True))]  # fmt: skip
+_SPEED = (
+    *_rates("decode tokens/s", "decode_tokens_per_s", ".1f"),
+    *_rates("prefill tokens/s", "prefill_tokens_per_s", ".0f"),
+    Column("first token, s, ours", "first_token_s_ours", ".3f"),
+    Column("first token, s, baseline", "first_token_s_baseline", ".3f"),
+    Column("load average before", "load_average_before", ".1f"),
+    Column("after", "load_average_after", ".1f"),
+)
+_PARTS = {"in no file": "anonymous", "pages of files": "file", "both": "total"}
+_MEMORY = tuple(
+    Column(f"{title}, {whose}", f"{side}_memory_peak_{part}", ".0f", unit=MIB)
+    for title, part in _PARTS.items()
+    for whose, side in (("ours", "ours"), ("the baseline's", "baseline"))
+)
 
 
 def section(records: Sequence[Record]) -> str:
     """Text and tables; empty without a record."""
-    which = [
-        Column("model", _setting("model")),
-        Column(
-            "baseline",
-            lambda r: f"{r.notes['baseline_program']} {r.notes.get('baseline_mode', '')}",
-        ),
-        Column("cores", _setting("threads")),
-        Column("pool, MiB", _setting("budget_bytes"), ".0f", unit=MIB),
-    ]
-    agreement = [
-        Column("tokens", "evaluation_tokens", ","),
-        Column("logits differ by at most", "logit_max_difference", ".2g"),
-        Column("root mean square", "logit_rms_difference", ".2g"),
-        Column("of their σ", "logit_std", ".2g"),
-        Column("perplexity, ours", "perplexity", ".4f"),
-        Column("the baseline's", "perplexity_baseline", ".4f"),
-        Column("difference", "perplexity_difference", "+.2g", interval=True),
-        Column("KL mean", "kl_mean_nats", ".2g", interval=True),
-        Column("KL p99", "kl_p99_nats", ".2g", interval=True),
-        Column("top-1", "top1_agreement", ".4f", interval=True),
-    ]
-    speed = [
-        *_range("decode tokens/s", "decode_tokens_per_s", ".1f"),
-        *_range("prefill tokens/s", "prefill_tokens_per_s", ".0f"),
-        *_pair("first token, s", "first_token_s", ".3f"),
-        Column("load average before", "load_average_before", ".1f"),
-        Column("after", "load_average_after", ".1f"),
-    ]
-    memory = [
-        column
-        for title, part in (
-            ("in no file", "anonymous"),
-            ("pages of files", "file"),
-            ("both", "total"),
-        )
-        for column in (
-            Column(f"{title}, ours", f"ours_memory_peak_{part}", ".0f", unit=MIB),
-            Column(f"{title}, the baseline's", f"baseline_memory_peak_{part}", ".0f", unit=MIB),
-        )
-    ]
     rows = sorted(records, key=lambda r: r.name)
     if not rows:
         return ""
-    tables = [table([*which, *columns], rows) for columns in (agreement, speed, memory)]
-    return "\n\n".join([_ABOUT, tables[0], _ABOUT_SPEED, *tables[1:]])
+    agreement, *others = (
+        table([*_WHICH, *columns], rows) for columns in (_AGREEMENT, _SPEED, _MEMORY)
+    )
+    return "\n\n".join([_ABOUT, agreement, _ABOUT_SPEED, *others])

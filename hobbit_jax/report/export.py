@@ -6,9 +6,7 @@ Lists of samples stay in the JSONL.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from hobbit_jax.atomic import replacing
 from hobbit_jax.record import Records
@@ -35,28 +33,19 @@ def export(found: Records, path: Path) -> int:
     rows = []
     for record in found.found:
         fields = plain(record)
-        row = {"study": record.study, "name": record.name, "status": record.status}
-        row |= _flat("asked", fields.pop("asked"))
-        for name in ("metrics", "notes"):
-            row |= fields.pop(name, {})
         fields.pop("samples", None)
-        rows.append(
-            row | {k: v for name, value in fields.items() for k, v in _flat(name, value).items()}
-        )
-    frame = pandas.DataFrame(rows).convert_dtypes()
-    mixed = [name for name in frame if len({type(v) for v in frame[name].dropna()}) > 1]
-    frame[mixed] = frame[mixed].astype("string")
+        own = fields.pop("metrics", {}) | fields.pop("notes", {})
+        rows.append({"name": record.name, "status": record.status, **fields, **own})
+    frame = pandas.json_normalize(rows).convert_dtypes(convert_string=False)
+    for name in frame:
+        values = frame[name].dropna()
+        if any(isinstance(value, list) for value in values):
+            frame[name] = frame[name].map(", ".join, na_action="ignore")
+        if len({type(value) for value in values}) > 1:
+            frame[name] = frame[name].astype("string")
     with replacing(path) as partial:
         if path.suffix == ".csv":
             frame.to_csv(partial, index=False)
         else:
             frame.to_parquet(partial, index=False)
     return len(frame)
-
-
-def _flat(name: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        return {
-            k: v for key, inner in value.items() for k, v in _flat(f"{name}.{key}", inner).items()
-        }
-    return {name: ", ".join(map(str, value)) if isinstance(value, list) else value}

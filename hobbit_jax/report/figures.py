@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 
 from hobbit_jax.record import MissModeTrial, Native, Record, Uniform
 from hobbit_jax.report.frontier import ENCODERS, Averaged, Frontier
-from hobbit_jax.report.sweep import RANDOM, Sweep, low_format, trial
+from hobbit_jax.report.sweep import RANDOM, Sweep, is_control, low_format, trial
 from hobbit_jax.report.table import MIB
 from hobbit_jax.statistics import Interval
 
@@ -39,6 +39,18 @@ _ENCODER_COLOURS: dict[str, str] = dict(
 _UNIFORM = _ENCODER_COLOURS[ENCODERS[-1]]
 _MARKERS = ("o", "s", "D", "^", "v")
 _KL_AXIS = "mean KL to native, nats a token"
+
+
+def of_sweep(sweep: Sweep, kl_limit: float, best: Sequence[Record]) -> dict[str, bytes | None]:
+    """Every figure of a sweep by its file's name; `best` are the candidates worth a line."""
+    plain = [r for r in sweep.records if isinstance(trial(r).plan, Native | Uniform)]
+    native = next((r for r in sweep.records if r.samples.get("selections_LE")), None)
+    shown = [r for r in (*plain, *best) if not is_control(r)]
+    return {
+        "kl_against_bytes_moved.png": kl_against_bytes_moved(sweep, kl_limit),
+        "moved_against_budget.png": moved_against_budget(sweep, shown),
+        "expert_use.png": expert_use(native),
+    }
 
 
 def _kind(record: Record) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import PurePath
 
 import numpy as np
 from scipy import stats
@@ -23,7 +22,9 @@ from hobbit_jax.record import (
     Records,
     Study,
     Uniform,
+    low_formats,
 )
+from hobbit_jax.report.paired import line_at
 from hobbit_jax.report.sweep import RANDOM
 from hobbit_jax.statistics import RESAMPLES, Interval
 
@@ -59,9 +60,7 @@ class Averaged:
     @property
     def formats(self) -> tuple[str, ...]:
         """Below native."""
-        if isinstance(self.plan, Native):
-            return ()
-        return (self.plan.format,) if isinstance(self.plan, Uniform) else self.plan.formats
+        return low_formats(self.plan)
 
     @property
     def encoder(self) -> str:
@@ -81,8 +80,7 @@ class Averaged:
     def mean(self, metric: str) -> float | None:
         """Over the seeds; None where any record lacks it."""
         values = [record.metrics.get(metric) for record in self.records]
-        known = [float(value) for value in values if value is not None]
-        return float(np.mean(known)) if len(known) == len(values) else None
+        return None if None in values else float(np.mean(values))  # pyright: ignore
 
     @property
     def bytes_of_native(self) -> float:
@@ -144,28 +142,12 @@ class Frontier:
             raise ValueError(f"the study {study.name} has no finished record; run the sweep first")
         plans = []
         for (plan, text), records in groups.items():
-            seeds = tuple(sorted(records))
-            kl_SW = np.array([records[seed].samples["kl_nats_W"] for seed in seeds])
-            ordered = tuple(records[seed] for seed in seeds)
+            seeds, ordered = zip(*sorted(records.items()), strict=True)
+            kl_SW = np.array([record.samples["kl_nats_W"] for record in ordered])
             plans.append(Averaged(plan, text, seeds, kl_SW, ordered))  # pyright: ignore
         failed = tuple(record for record in asked if record.status == "failed")
         missing = tuple(name for name in study.trials if name not in by_name)
         return cls(study, tuple(plans), failed, missing)
-
-    @property
-    def windows(self) -> int:
-        """Evaluation windows of every plan."""
-        return self.plans[0].kl_SW.shape[1]
-
-    @property
-    def tokens(self) -> int:
-        """Held-out tokens of every plan."""
-        return int(self.plans[0].records[0].metrics["evaluation_tokens"] or 0)
-
-    @property
-    def native(self) -> Averaged | None:
-        """The plan that demotes nothing."""
-        return next((p for p in self.plans if isinstance(p.plan, Native)), None)
 
     @cached_property
     def own_text(self) -> str:
@@ -190,20 +172,16 @@ class Frontier:
             p
             for p in self.plans
             if isinstance(p.plan, MixedInBytes)
-            and (p.formats, p.encoder) == (every, BEST_ENCODER)
+            and (p.formats, p.encoder, p.text) == (every, BEST_ENCODER, self.own_text)
             and not p.plan.score_text
-            and p.text == self.own_text
         ]
-        return tuple(sorted(found, key=lambda p: (p.limit or 0, _rank(p.score))))
+        last = len(_SCORES)
+        rank = {score: n for n, score in enumerate(_SCORES)} | {RANDOM: last + 1}
+        return tuple(sorted(found, key=lambda p: (p.limit or 0, rank.get(p.score, last))))
 
     def main_plan(self, score: str, limit: float | None) -> Averaged | None:
         """The plan of `mixed` by a score under a limit of bytes."""
         return next((p for p in self.mixed if (p.score, p.limit) == (score, limit)), None)
-
-    def own_text_twin(self, averaged: Averaged) -> Averaged | None:
-        """The same plan with experts encoded by the study's own text."""
-        wanted = averaged.plan, self.own_text
-        return next((other for other in self.plans if (other.plan, other.text) == wanted), None)
 
     def difference(self, left: Averaged | None, right: Averaged | None) -> Interval | None:
         """KL of `left` less that of `right`, in pairs; None without both or a seed in common.
@@ -228,29 +206,15 @@ class Frontier:
                 if pair is None:
                     return None
                 points.append((other.bytes_of_native, np.broadcast_to(pair[0], pair[1].shape)))
-        points.sort(key=lambda point: point[0])
-        at = averaged.bytes_of_native
-        if len(points) < 2 or not points[0][0] <= at <= points[-1][0]:
-            return None
-        right = next(i for i, (size, _) in enumerate(points) if size >= at)
-        (x0, y0), (x1, y1) = points[max(right - 1, 0)], points[right]
-        share = 0.0 if x1 == x0 else (at - x0) / (x1 - x0)
-        return replace(averaged, kl_SW=y0 + share * (y1 - y0))
+        kl_SW = line_at(averaged.bytes_of_native, points) if len(points) > 1 else None
+        return None if kl_SW is None else replace(averaged, kl_SW=kl_SW)
 
     def bytes_read(self, averaged: Averaged) -> float | None:
         """Bytes that one use of an expert reads, over native's."""
         own = averaged.mean("bytes_read_per_selection")
-        base = self.native.mean("bytes_read_per_selection") if self.native else None
+        native = next((p for p in self.plans if isinstance(p.plan, Native)), None)
+        base = native.mean("bytes_read_per_selection") if native else None
         return own / base if own and base else None
-
-
-def _rank(score: str) -> int:
-    return _SCORES.index(score) if score in _SCORES else len(_SCORES) + (score == RANDOM)
-
-
-def text_name(text: str) -> str:
-    """How a text is called in a table; it is given by its path, or empty for the shipped one."""
-    return PurePath(text).name or "the study's own"
 
 
 def _paired(left: Averaged, right: Averaged) -> tuple[np.ndarray, np.ndarray] | None:

@@ -1,20 +1,18 @@
-"""Tables of the studies of quality alone: encoders, scores, texts, compounding."""
+"""Tables of the studies of quality alone: encoders, scores, texts, compounding.
+
+Their titles and what a reader must know of them stand in `templates/frontier.md.j2`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import PurePath
 
 from hobbit_jax.record import MixedInBytes, Native, PerSelection, Uniform
-from hobbit_jax.report.frontier import (
-    BEST_ENCODER,
-    ENCODERS,
-    Averaged,
-    Frontier,
-    overlap,
-    text_name,
-)
+from hobbit_jax.report.frontier import ENCODERS, Averaged, Frontier, overlap
 from hobbit_jax.report.sweep import RANDOM
 from hobbit_jax.report.table import Column, percent, ratio, table
+from hobbit_jax.report.verdict import relation
 from hobbit_jax.statistics import Interval
 
 _KL = Column("KL", "kl", ".4f")
@@ -22,92 +20,59 @@ _TASKS = [
     Column("arithmetic", lambda p: p.task("arithmetic"), ".2f"),
     Column("functions", lambda p: p.task("functions"), ".2f"),
 ]
-_ERRORS = [
-    Column("weight error", lambda p: p.records[0].metrics.get("weight_error"), ".3f"),
-    Column("output error", lambda p: p.records[0].metrics.get("output_error"), ".3f"),
-]
 _LIMIT = Column("bytes", lambda p: percent(p.limit or 0))
 _SCORE = Column("score", "score")
-
-
-def relation(difference: Interval | None) -> str | None:
-    """Whether the interval of a difference lies below 0, above, or on both sides."""
-    if difference is None:
-        return None
-    if difference.high < 0:
-        return "less"
-    return "more" if difference.low > 0 else "not told apart"
+_STORED = Column("stored, of native", lambda p: ratio(p.bytes_of_native))
+_PERPLEXITY = Column("perplexity", lambda p: p.mean("perplexity"), ".3f")
 
 
 def _against(title: str, other: Callable[[Averaged], Interval | None]) -> list[Column]:
-    return [
-        Column(f"KL less {title}", other, "+.4f"),
-        Column("that is", lambda p: relation(other(p))),
-    ]
+    words = {"below": "less", "above": "more"}
+
+    def compared(averaged: Averaged) -> str | None:
+        found = other(averaged)
+        text = relation([found] if found else [])
+        return words.get(text or "", text)
+
+    return [Column(f"KL less {title}", other, "+.4f"), Column("that is", compared)]
 
 
-def sections(frontier: Frontier) -> list[tuple[str, str, str]]:
-    """(title, text, table) of what a frontier shows; those without a row are left out."""
-    if any(p.through for p in frontier.plans):
-        return [("Compounding error", _ABOUT_COMPOUNDING, _compounding(frontier))]
-    found = [
-        ("Encoders at the same bytes", _ABOUT_ENCODERS, _encoders(frontier)),
-        ("Importance scores at the same bytes", _ABOUT_SCORES, _scores(frontier)),
-        ("What the encoder and the middle format are worth", _ABOUT_ABLATION, _ablation(frontier)),
-        ("A precision for each selection", _ABOUT_SELECTIONS, _selections(frontier)),
-        ("Does a score transfer to another text?", _ABOUT_TRANSFER, _transfer(frontier)),
-        ("What to calibrate on", _ABOUT_TEXTS, _texts(frontier)),
-        ("How alike the scores are", _ABOUT_OVERLAP, _overlaps(frontier)),
-    ]
-    return [section for section in found if section[2]]
+def _of(frontier: Frontier, kind: type) -> Sequence[Averaged]:
+    return [p for p in frontier.plans if isinstance(p.plan, kind)]
 
 
-_ABOUT_ENCODERS = (
-    "`rtn` sees no calibration. `importance` weighs each column by its second moment, `ggml` is "
-    f"llama.cpp's encoder given the same, and `{BEST_ENCODER}` is GPTQ with refinement: it "
-    "minimises the error of the output under the whole second moment. Errors are roots of the "
-    "share of energy lost, of weights and of expert outputs times router weights."
-)
-
-
-def _encoders(frontier: Frontier) -> str:
-    native = [p for p in frontier.plans if isinstance(p.plan, Native)]
+def encoders(frontier: Frontier) -> str:
+    """Uniform quants by encoder."""
     columns = [
         Column("experts", lambda p: f"{p.formats[0]}, {p.encoder}" if p.formats else "native"),
-        Column("stored, of native", lambda p: ratio(p.bytes_of_native)),
+        _STORED,
         _KL,
         Column("top-1", lambda p: p.mean("top1_agreement"), ".3f"),
-        Column("perplexity", lambda p: p.mean("perplexity"), ".3f"),
-        *_ERRORS,
+        _PERPLEXITY,
+        Column("weight error", lambda p: p.records[0].metrics.get("weight_error"), ".3f"),
+        Column("output error", lambda p: p.records[0].metrics.get("output_error"), ".3f"),
         *_TASKS,
     ]
-    plans = [*native, *frontier.uniform]
+    plans = [*_of(frontier, Native), *frontier.uniform]
     plans.sort(key=lambda p: (-p.bytes_of_native, p.formats, ENCODERS.index(p.encoder)))
     return table(columns, plans)
 
 
-_ABOUT_SCORES = (
-    "Each score shares out native and the low formats under the same limit of bytes, by the same "
-    "solver and the same cost of a format. The uniform line joins native and the uniform quants "
-    f"of the same encoder ({BEST_ENCODER}). *Seeds* is the least and the largest KL over "
-    "calibration draws. *Read* is what one use of an expert reads, over native's: a score that "
-    "keeps much-used experts native saves storage and little traffic, so compare scores by it."
-)
-
-
-def _scores(frontier: Frontier) -> str:
-    def control(p: Averaged) -> Interval | None:
+def _control(frontier: Frontier) -> list[Column]:
+    def less_random(p: Averaged) -> Interval | None:
         return frontier.difference(p, frontier.main_plan(RANDOM, p.limit))
 
-    def line(p: Averaged) -> Interval | None:
-        return frontier.difference(p, frontier.line(p))
+    return _against("random", less_random)
 
+
+def scores(frontier: Frontier) -> str:
+    """Mixes by importance score."""
     columns = [
         _LIMIT,
         _SCORE,
         _KL,
-        *_against("random", control),
-        *_against("uniform line", line),
+        *_control(frontier),
+        *_against("uniform line", lambda p: frontier.difference(p, frontier.line(p))),
         Column("seeds", "seed_range"),
         Column("read, of native", lambda p: ratio(frontier.bytes_read(p))),
         *_TASKS[:1],
@@ -115,31 +80,27 @@ def _scores(frontier: Frontier) -> str:
     return table(columns, frontier.mixed)
 
 
-_ABOUT_ABLATION = (
-    "Ablation: the same limits with plainly encoded experts, and with the lowest format alone, "
-    "less the plan of the table above with the same score and seed."
-)
+def ablation(frontier: Frontier) -> str:
+    """Mixes without the calibrated encoder, or without the middle format."""
 
-
-def _ablation(frontier: Frontier) -> str:
     def twin(p: Averaged) -> Interval | None:
         return frontier.difference(p, frontier.main_plan(p.score, p.limit))
 
-    own = [p for p in frontier.plans if p.text == frontier.own_text and p not in frontier.mixed]
-    plans = [p for p in own if isinstance(p.plan, MixedInBytes) and not p.plan.score_text]
+    plans = [
+        p
+        for p in _of(frontier, MixedInBytes)
+        if p.text == frontier.own_text
+        and p not in frontier.mixed
+        and not getattr(p.plan, "score_text", "")
+    ]
     plans.sort(key=lambda p: (p.limit or 0, p.score, p.formats, p.encoder))
     formats = Column("formats", lambda p: f"{' and '.join(p.formats)}, {p.encoder}")
     return table([_LIMIT, _SCORE, formats, _KL, *_against("the whole plan", twin)], plans)
 
 
-_ABOUT_SELECTIONS = (
-    "HOBBIT's way: each selection gets its precision by its router weight, or by the sum of the "
-    "heavier weights of its token (cumulative_weight). Shares are native / low / skipped. Such a "
-    "plan stores both copies of every expert, so it competes for bytes read, not for bytes stored."
-)
+def selections(frontier: Frontier) -> str:
+    """Plans that give each selection its precision."""
 
-
-def _selections(frontier: Frontier) -> str:
     def native_share(p: Averaged) -> float:
         return sum(r.samples["precision_shares"][0] for r in p.records) / len(p.records)
 
@@ -149,97 +110,83 @@ def _selections(frontier: Frontier) -> str:
         Column("native", native_share, ".3f"),
         Column("skipped", lambda p: p.mean("skipped_share"), ".3f"),
         Column("read, of native", lambda p: ratio(frontier.bytes_read(p))),
-        Column("stored, of native", lambda p: ratio(p.bytes_of_native)),
+        _STORED,
         _KL,
     ]
-    return table(columns, [p for p in frontier.plans if isinstance(p.plan, PerSelection)])
-
-
-_ABOUT_TRANSFER = (
-    "The score was measured on another text; experts are encoded by the study's own text, and "
-    "quality is on its own evaluation text, which the other text does not resemble. *Alike* is "
-    "the share of experts at one precision and Spearman's correlation with the own text's plan."
-)
+    return table(columns, _of(frontier, PerSelection))
 
 
 def _alike(found: tuple[float, float] | None) -> str | None:
     return None if found is None else f"{found[0]:.2f}, {found[1]:.2f}"
 
 
-def _transfer(frontier: Frontier) -> str:
+def _text_name(text: str) -> str:
+    """How a text is called: it is given by its path, or empty for the shipped one."""
+    return PurePath(text).name or "the study's own"
+
+
+def transfer(frontier: Frontier) -> str:
+    """Mixes whose score was measured on another text."""
+
     def own(p: Averaged) -> Averaged | None:
         return frontier.main_plan(p.score, p.limit)
-
-    def control(p: Averaged) -> Interval | None:
-        return frontier.difference(p, frontier.main_plan(RANDOM, p.limit))
 
     columns = [
         _LIMIT,
         _SCORE,
-        Column("measured on", lambda p: text_name(p.plan.score_text)),
+        Column("measured on", lambda p: _text_name(p.plan.score_text)),
         _KL,
         Column("less own text's", lambda p: frontier.difference(p, own(p)), "+.4f"),
-        *_against("random", control),
+        *_control(frontier),
         Column("alike", lambda p: _alike(overlap(p, own(p)))),
     ]
     return table(columns, [p for p in frontier.plans if getattr(p.plan, "score_text", "")])
 
 
-_ABOUT_TEXTS = (
-    "Experts encoded, and scores measured, on the study's own text and on another one: *mixed* is "
-    "half source code, half problems of the tasks' training split. KL is on source code; the "
-    "tasks show what it does not see."
-)
+def texts(frontier: Frontier) -> str:
+    """Plans calibrated on another text, beside the same on the study's own."""
 
-
-def _texts(frontier: Frontier) -> str:
     def own(p: Averaged) -> Averaged | None:
-        return frontier.own_text_twin(p)
+        wanted = p.plan, frontier.own_text
+        return next((other for other in frontier.plans if (other.plan, other.text) == wanted), None)
 
-    def own_task(name: str) -> Callable[[Averaged], Interval | None]:
-        return lambda p: twin.task(name) if (twin := own(p)) else None
+    def tasks(name: str) -> list[Column]:
+        return [
+            Column(f"{name}, own text", lambda p: twin.task(name) if (twin := own(p)) else None,
+                   ".2f"),
+            Column(f"{name}, this text", lambda p: p.task(name), ".2f"),
+        ]  # fmt: skip
 
     columns = [
-        Column("stored, of native", lambda p: ratio(p.bytes_of_native)),
+        _STORED,
         Column("plan", lambda p: p.score if p.limit else f"uniform {p.formats[0]}"),
-        Column("text", lambda p: text_name(p.text)),
+        Column("text", lambda p: _text_name(p.text)),
         Column("KL, own text", lambda p: twin.kl if (twin := own(p)) else None, ".4f"),
         Column("KL, this text", "kl", ".4f"),
         Column("difference", lambda p: frontier.difference(p, own(p)), "+.4f"),
-        Column("arithmetic, own text", own_task("arithmetic"), ".2f"),
-        Column("arithmetic, this text", lambda p: p.task("arithmetic"), ".2f"),
-        Column("functions, own text", own_task("functions"), ".2f"),
-        Column("functions, this text", lambda p: p.task("functions"), ".2f"),
+        *tasks("arithmetic"),
+        *tasks("functions"),
     ]
     others = [p for p in frontier.plans if p.text != frontier.own_text]
     return table(columns, [p for p in others if not isinstance(p.plan, Native)])
 
 
-_ABOUT_OVERLAP = (
-    "At the middle limit of bytes: the share of (layer, expert) pairs that two scores put at the "
-    "same precision, and Spearman's correlation of the precisions."
-)
-
-
-def _overlaps(frontier: Frontier) -> str:
+def overlaps(frontier: Frontier) -> str:
+    """How alike the scores' plans are at the middle limit of bytes."""
     limits = sorted({p.limit or 0 for p in frontier.mixed})
     plans = [p for p in frontier.mixed if p.limit == limits[len(limits) // 2]]
 
-    def with_(other: Averaged) -> Callable[[Averaged], str | None]:
-        return lambda p: None if p is other else _alike(overlap(p, other))
+    def beside(other: Averaged) -> Column:
+        return Column(
+            other.score, lambda p: None if p is other else _alike(overlap(p, other))
+        )  # of itself there is nothing to say
 
-    return table([_SCORE, *(Column(other.score, with_(other)) for other in plans)], plans)
-
-
-_ABOUT_COMPOUNDING = (
-    "What it costs to quantise an already quantised expert. Errors, KL and differences are "
-    "against the original weights; formats on the way are encoded plainly. A calibrated encoder "
-    "works with calibration of the original."
-)
+    return table([_SCORE, *map(beside, plans)], plans)
 
 
-def _compounding(frontier: Frontier) -> str:
-    plans = [p for p in frontier.plans if isinstance(p.plan, Uniform)]
+def compounding(frontier: Frontier) -> str:
+    """Uniform quants straight from the original and by way of another format."""
+    plans = _of(frontier, Uniform)
 
     def straight(p: Averaged) -> Interval | None:
         if not p.through:
@@ -254,7 +201,7 @@ def _compounding(frontier: Frontier) -> str:
         Column("output error", lambda p: p.mean("output_error"), ".4f"),
         _KL,
         *_against("the straight way", straight),
-        Column("perplexity", lambda p: p.mean("perplexity"), ".3f"),
+        _PERPLEXITY,
         *_TASKS,
     ]
     return table(columns, plans)

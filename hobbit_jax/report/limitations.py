@@ -11,25 +11,31 @@ from hobbit_jax.report.table import MIB, listed
 from hobbit_jax.report.verdict import task_names
 
 
-def limitations(sweep: Sweep, found: Records) -> list[str]:
+def limitations(sweep: Sweep, found: Records) -> Iterator[str]:
     """One sentence or two for each limitation that applies."""
+    yield from _devices(sweep)
+    yield from _model(sweep)
+    yield from _sizes(sweep)
+    yield from _consistency(sweep)
     n_mixed = sum(map(is_candidate, sweep.per_plan()))
-    lines = [*_devices(sweep), *_model(sweep), *_sizes(sweep), *_consistency(sweep)]
-    lines += [
+    yield (
         f"The best candidate is chosen on the text that it is judged on, among {n_mixed} mixes. "
-        "Part of its lead may be luck.",
+        "Part of its lead may be luck."
+    )
+    yield (
         "Intervals resample the evaluation windows of one text. They do not cover another text, "
-        "another model, another training run or another draw of experts.",
-        "Bytes moved, hit rates and round trips are totals over the repeats and have no interval.",
+        "another model, another training run or another draw of experts."
+    )
+    yield "Bytes moved, hit rates and round trips are totals over the repeats and have no interval."
+    yield (
         "Computing a missed expert on the CPU at full precision is no part of this sweep. On a "
-        "desktop it may beat every plan here.",
-    ]
+        "desktop it may beat every plan here."
+    )
     if found.of("decode"):
-        lines.append(
+        yield (
             "Two things must not be read together: speeds on the emulated link were measured with "
             "plainly encoded low copies, the quality of this sweep with those of its own encoder."
         )
-    return lines
 
 
 def _devices(sweep: Sweep) -> Iterator[str]:
@@ -50,10 +56,8 @@ def _devices(sweep: Sweep) -> Iterator[str]:
 def _model(sweep: Sweep) -> Iterator[str]:
     sizes = {(r.metrics.get("experts"), r.metrics.get("native_bytes")) for r in sweep.records}
     for experts, native_bytes in sorted(size for size in sizes if all(size)):
-        text = (
-            f"The model has {experts} experts in all layers, {(native_bytes or 0) / MIB:.2f} MiB."
-        )
-        if (native_bytes or 0) < SMALL_MODEL_BYTES:
+        text = f"The model has {experts} experts in all layers, {native_bytes / MIB:.2f} MiB."
+        if native_bytes < SMALL_MODEL_BYTES:
             text += (
                 " That is a small model. Larger ones route over more experts, are trained longer "
                 "and may bear low precision better or worse: repeat the sweep on them."
@@ -63,22 +67,20 @@ def _model(sweep: Sweep) -> Iterator[str]:
 
 def _sizes(sweep: Sweep) -> Iterator[str]:
     def span(metric: str) -> str:
-        values = sorted({r.metrics[metric] or 0 for r in sweep.records if r.metrics.get(metric)})
-        return (
-            f"{values[0]} to {values[-1]}" if len(values) > 1 else f"{values[0] if values else 0}"
-        )
+        values = sorted({r.metrics[metric] for r in sweep.records if r.metrics.get(metric)})
+        return " to ".join(map(str, dict.fromkeys([*values[:1], *values[-1:]]))) or "0"
 
     tasks = sorted({name for record in sweep.records for name in task_names(record)})
+    scored = "".join(
+        f", {name.removeprefix('task_')} on {span(f'{name}_problems')} problems" for name in tasks
+    )
     yield (
         f"Quality was measured on {span('evaluation_tokens')} tokens and cost on "
-        f"{span('decode_tokens')} decoded tokens"
-        + "".join(f", {n.removeprefix('task_')} on {span(f'{n}_problems')} problems" for n in tasks)
-        + "."
+        f"{span('decode_tokens')} decoded tokens{scored}."
     )
     if not tasks:
         yield "No task was scored. KL can stay low where reasoning breaks."
-    scored = [r for r in sweep.records if task_names(r)]
-    if scored and not any(f"{tasks[0]}_solved" in r.samples for r in scored):
+    elif not any(f"{tasks[0]}_solved" in record.samples for record in sweep.records):
         yield (
             "These records do not say which problem was solved, so task scores are compared as "
             "independent shares, whose intervals are wider than paired ones."
@@ -92,18 +94,15 @@ def _sizes(sweep: Sweep) -> Iterator[str]:
 
 
 def _consistency(sweep: Sweep) -> Iterator[str]:
-    facts = {
-        "revision": {str(record.revision) for record in sweep.records},
-        "model": {record.file_sha256.get("model", "?") for record in sweep.records},
-        "text": {record.file_sha256.get("text", "?") for record in sweep.records},
-    }
-    for name in sorted({f for record in sweep.records if (f := low_format(record))}):
-        hashes = {
-            r.file_sha256.get(f"low_{name}", "?") for r in sweep.records if low_format(r) == name
-        }
-        facts[f"{name} file"] = hashes
+    facts: dict[str, set[str]] = {}
+    for record in sweep.records:
+        low = f"low_{low_format(record)}"
+        facts.setdefault("revision", set()).add(str(record.revision))
+        for name, shown in (("model", "model"), ("text", "text"), (low, f"{low[4:]} file")):
+            if name != "low_None":
+                facts.setdefault(shown, set()).add(record.file_sha256.get(name, "?"))
     for name, values in facts.items():
         if len(values) > 1:
             yield f"The records differ in {name}: {', '.join(sorted(values))}."
-    if any("+dirty" in revision for revision in facts["revision"]):
+    if any("+dirty" in revision for revision in facts.get("revision", ())):
         yield "Some records were made from a checkout with uncommitted changes."

@@ -72,9 +72,7 @@ def extent(values: Sequence[float], form: str) -> str:
 
 def plans(records: Sequence[Record]) -> list[Plan]:
     """Of a study's records those that are plans, by model and memory."""
-    found = [
-        Plan(r) for r in records if isinstance(r.asked, Benchmark) and r.asked.subject == STUDY
-    ]
+    found = [Plan(r) for r in records if r.subject == STUDY]
     return sorted(found, key=lambda p: (p.setting["model"], p.record.metrics["memory_vram"] or 0))
 
 

@@ -112,7 +112,12 @@ class Sweep:
     @property
     def is_finished(self) -> bool:
         """Whether every trial left a record that can be read."""
-        return not self.missing and not self.unreadable
+        return not self.n_absent
+
+    @property
+    def n_absent(self) -> int:
+        """Number of trials without a record that can be read."""
+        return len(self.missing) + len(self.unreadable)
 
     @property
     def model(self) -> str:
@@ -136,6 +141,12 @@ class Sweep:
     def native(self, record: Record) -> Record | None:
         """The native record to compare `record` with."""
         return next((r for r in self.beside(record) if isinstance(trial(r).plan, Native)), None)
+
+    def over_native(self, record: Record, metric: str) -> float | None:
+        """A metric over native's beside it; None where either is absent or native's is 0."""
+        native, own = self.native(record), record.metrics.get(metric)
+        base = native.metrics.get(metric) if native else None
+        return own / base if own is not None and base else None
 
     def uniform(self, record: Record) -> list[Record]:
         """Records of one precision below native, beside `record`."""

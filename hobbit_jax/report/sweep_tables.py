@@ -45,12 +45,6 @@ def _share(record: Record, part: str, whole: str) -> str | None:
 def cost(sweep: Sweep, budget_mib: float) -> str:
     """What each plan costs under one budget."""
 
-    def of_native(record: Record) -> str | None:
-        native = sweep.native(record)
-        moved = record.metrics.get("bytes_moved_per_token")
-        base = native.metrics.get("bytes_moved_per_token") if native else None
-        return ratio(moved / base) if moved is not None and base else None
-
     def resident(record: Record) -> str | None:
         here, all_of_them = (record.metrics.get(n) for n in ("resident_experts", "experts"))
         return None if here is None else f"{here}/{all_of_them}"
@@ -69,7 +63,7 @@ def cost(sweep: Sweep, budget_mib: float) -> str:
         Column("skipped share", "skipped_share", ".3f"),
         Column("host round trips a token", "host_round_trips_per_token", ".2f"),
         Column("MiB moved a token", "bytes_moved_per_token", ".3f", unit=MIB),
-        Column("of native", of_native),
+        Column("of native", lambda r: ratio(sweep.over_native(r, "bytes_moved_per_token"))),
         Column("MiB read a token", "bytes_read_per_token", ".3f", unit=MIB),
         Column("first token, s", "first_token_s", ".3f"),
     ]

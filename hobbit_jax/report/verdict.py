@@ -162,10 +162,8 @@ def verdicts(sweep: Sweep, rule: Rule) -> list[Verdict]:
 def _why_open(sweep: Sweep, record: Record, format_name: str) -> str | None:
     """What is absent of a budget and format; None where nothing is."""
     if not sweep.is_finished:
-        absent = len(sweep.missing) + len(sweep.unreadable)
-        return (
-            f"the sweep is not finished: {absent} of {len(sweep.study.trials)} records are absent"
-        )
+        total = len(sweep.study.trials)
+        return f"the sweep is not finished: {sweep.n_absent} of {total} records are absent"
     native = sweep.native(record)
     if native is None:
         return "native was not measured at this budget"

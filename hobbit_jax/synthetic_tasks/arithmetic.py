@@ -16,6 +16,7 @@ import operator
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from hobbit_jax.synthetic_tasks.split import Split, draw
 
@@ -48,239 +49,16 @@ class Template:
     texts: tuple[str, ...]
 
 
-TEMPLATES = (
-    Template(
-        ("a + b", "_ - c"),
-        (
-            "{N} has {a} {things}. {He} buys {b} more and gives {c} to {M}. "
-            "How many {things} does {N} have now?",
-            "{N} had {a} {things} and got {b} more from {M}. Then {he} lost {c}. "
-            "How many {things} are left?",
-        ),
-    ),
-    Template(
-        ("a - b", "_ + c"),
-        (
-            "{N} has {a} {things}. {He} sells {b} and then finds {c}. "
-            "How many {things} does {N} have now?",
-            "There are {a} {things} in a box. {N} takes {b} out and {M} puts {c} in. "
-            "How many {things} are in the box?",
-        ),
-    ),
-    Template(
-        ("a - b", "_ - c"),
-        (
-            "{N} had {a} {things}. {He} gave {b} to {M} and lost {c}. How many are left?",
-            "A shop has {a} {things}. It sells {b} on Monday and {c} on Tuesday. "
-            "How many {things} are left?",
-        ),
-    ),
-    Template(
-        ("a + b", "_ + c"),
-        (
-            "{N} has {a} {things}, {M} has {b} and {K} has {c}. How many do they have together?",
-            "{N} finds {a} {things} on Monday, {b} on Tuesday and {c} on Friday. "
-            "How many {things} did {he} find in total?",
-        ),
-    ),
-    Template(
-        ("p * u", "_ + a"),
-        (
-            "{N} has {a} {things}. {He} buys {p} {boxes} with {u} {things} each. "
-            "How many {things} does {N} have now?",
-            "{N} buys {p} {boxes} of {u} {things} and gets {a} more from {M}. "
-            "How many {things} does {he} have?",
-        ),
-    ),
-    Template(
-        ("p * u", "_ - h"),
-        (
-            "{N} has {p} {boxes} with {u} {things} in each. {He} gives {h} {things} to {M}. "
-            "How many {things} are left?",
-            "There are {p} rows of {u} chairs in a room. People sit on {h} chairs. "
-            "How many chairs are free?",
-        ),
-    ),
-    Template(
-        ("h + i", "_ / p"),
-        (
-            "{N} has {h} red and {i} green {things}. {He} shares them equally among {p} friends. "
-            "How many {things} does each friend get?",
-            "{N} and {M} bring {h} and {i} {things}. They put them equally into {p} {boxes}. "
-            "How many {things} are in each?",
-        ),
-    ),
-    Template(
-        ("a - h", "_ / p"),
-        (
-            "{N} has {a} {things}. {He} keeps {h} and shares the rest equally among {p} friends. "
-            "How many {things} does each friend get?",
-            "A cook has {a} eggs. {h} eggs break and the rest go equally into {p} {boxes}. "
-            "How many eggs are in each?",
-        ),
-    ),
-    Template(
-        ("p * u", "_ + a"),
-        (
-            "{N} buys {p} {goods} for ${u} each and a {one} for ${a}. How much does {he} pay?",
-            "A {one} costs ${a} and {goods} cost ${u} each. "
-            "How much are {p} {goods} and one {one} together?",
-        ),
-    ),
-    Template(
-        ("p * u", "a - _"),
-        (
-            "{N} has ${a}. {He} buys {p} {goods} for ${u} each. How much money is left?",
-            "{N} pays for {p} {goods} at ${u} each with ${a}. How much change does {he} get?",
-        ),
-    ),
-    Template(
-        ("p * u", "q * v", "_1 + _"),
-        (
-            "{N} has {p} {boxes} of {u} {things} and {M} has {q} {boxes} of {v} {things}. "
-            "How many {things} do they have together?",
-            "{N} buys {p} {goods} for ${u} each and {q} books for ${v} each. "
-            "How much does {he} pay?",
-        ),
-    ),
-    Template(
-        ("p * u", "q * v", "_1 - _"),
-        (
-            "{N} has {p} {boxes} of {u} {things}. {M} has {q} {boxes} of {v} {things}. "
-            "How many more {things} does {N} have than {M}?",
-            "{N} earns ${u} an hour for {p} hours. {He} buys {q} {goods} for ${v} each. "
-            "How much money is left?",
-        ),
-    ),
-    Template(
-        ("h + i", "_ - j"),
-        (
-            "{N} is {h} years old. {M} is {i} years older than {N}. "
-            "{K} is {j} years younger than {M}. How old is {K}?",
-        ),
-    ),
-    Template(
-        ("p * u", "_ + u"),
-        (
-            "{N} is {u} years old. {M} is {p} times as old. How old are they together?",
-            "{N} has {u} {things}. {M} has {p} times as many. How many do they have together?",
-        ),
-    ),
-    Template(
-        ("p * u", "_ - u"),
-        (
-            "{N} has {u} {things}. {M} has {p} times as many. "
-            "How many more {things} does {M} have than {N}?",
-            "{N} is {u} years old. {M} is {p} times as old. How many years older is {M}?",
-        ),
-    ),
-    Template(
-        ("p * u", "a - _"),
-        (
-            "A book has {a} pages. {N} reads {u} pages a day for {p} days. "
-            "How many pages are left?",
-            "{N} needs ${a} for a {one}. {He} saves ${u} a week for {p} weeks. "
-            "How much more does {he} need?",
-            "A road is {a} km long. {N} walks {u} km a day for {p} days. How many km are left?",
-        ),
-    ),
-    Template(
-        ("h + i", "h + _"),
-        (
-            "{N} reads {h} pages on Monday and {i} more pages on Tuesday than on Monday. "
-            "How many pages does {he} read in total?",
-            "{N} has {h} {things}. {M} has {i} more than {N}. How many do they have together?",
-        ),
-    ),
-    Template(
-        ("a - h", "a + _"),
-        (
-            "{N} has {a} {things}. {M} has {h} fewer than {N}. How many do they have together?",
-            "{N} runs {a} km in May and {h} km less in June. How many km is that in total?",
-        ),
-    ),
-    Template(
-        ("p * u", "_ + h"),
-        (
-            "{N} rides {u} km an hour for {p} hours and then walks {h} km. "
-            "How many km does {he} go in total?",
-            "{N} plants {p} rows of {u} trees and then {h} more trees. "
-            "How many trees does {he} plant?",
-        ),
-    ),
-    Template(
-        ("a - h", "_ + i", "_ - j"),
-        (
-            "A bus has {a} people. {h} get off and {i} get on. Then {j} get off. "
-            "How many people are on the bus?",
-            "{N} has ${a}. {He} spends ${h}, earns ${i} and then spends ${j}. "
-            "How much money does {he} have?",
-        ),
-    ),
-    Template(
-        ("p * u", "_ / q"),
-        (
-            "{N} bakes {p} trays of {u} cookies and puts them equally into {q} {boxes}. "
-            "How many cookies are in each?",
-            "{N} has {p} {boxes} of {u} {things} and shares them equally among {q} friends. "
-            "How many does each friend get?",
-        ),
-    ),
-    Template(
-        ("a / p", "_ * q"),
-        (
-            "{p} {goods} cost ${a}. How much do {q} {goods} cost?",
-            "{N} puts {a} {things} equally into {p} {boxes}. "
-            "How many {things} are in {q} of the {boxes}?",
-            "{N} walks {a} km in {p} days, the same each day. How many km are that in {q} days?",
-        ),
-    ),
-    Template(
-        ("a / p", "_ - q"),
-        (
-            "{N} shares {a} {things} equally among {p} friends. {M} is one of them and loses {q}. "
-            "How many does {M} have left?",
-            "{p} children share {a} {things} equally. {N} is one of them and loses {q}. "
-            "How many does {N} have now?",
-        ),
-    ),
-    Template(
-        ("a / p", "_ + h"),
-        (
-            "{N} and friends, {p} children in all, share {a} {things} equally. "
-            "{N} had {h} {things} before. How many does {he} have now?",
-        ),
-    ),
-    Template(
-        ("q + r", "p * _"),
-        (
-            "{N} earns ${p} an hour. {He} works {q} hours on Monday and {r} hours on Tuesday. "
-            "How much does {he} earn?",
-            "{N} buys {q} {goods} and {r} books for ${p} each. How much does {he} pay?",
-        ),
-    ),
-    Template(
-        ("u - q", "p * _"),
-        (
-            "A {one} costs ${u}, but today it is ${q} cheaper. How much do {p} of them cost today?",
-            "There are {p} {boxes} with {u} eggs each. {q} eggs in each of them are broken. "
-            "How many eggs are good?",
-        ),
-    ),
-    Template(
-        ("p * 4", "u * 2", "_1 + _"),
-        (
-            "A farm has {p} cows and {u} ducks. How many legs do they have together?",
-            "{N} sees {p} cars with 4 wheels and {u} bikes with 2 wheels. How many wheels is that?",
-        ),
-    ),
-    Template(
-        ("h + i", "_ - j", "_ / p"),
-        (
-            "{N} has {h} {things} and buys {i} more. {He} keeps {j} and shares the rest equally "
-            "among {p} friends. How many does each friend get?",
-        ),
-    ),
+# The templates of `word_problems.txt`: paragraphs of a line of steps and a line for each wording.
+TEMPLATES = tuple(
+    Template(tuple(steps.split("; ")), tuple(texts))
+    for steps, *texts in (
+        paragraph.splitlines()
+        for paragraph in Path(__file__)
+        .with_name("word_problems.txt")
+        .read_text(encoding="utf-8")
+        .split("\n\n")
+    )
 )
 
 
@@ -376,12 +154,6 @@ def score(problem: Problem, completion: str) -> bool:
 _DRILL_LINES = 12
 
 
-@dataclass(frozen=True)
-class _Drill:
-    prompt: str
-    content: str
-
-
 def _fact(rng: random.Random) -> str:
     op = rng.choice("++--*/")
     if op == "+":
@@ -409,8 +181,8 @@ def drills(seed: int, count: int, split: Split) -> list[str]:
       ValueError: unknown split.
     """
 
-    def make(rng: random.Random) -> _Drill:
+    def make(rng: random.Random) -> Problem:
         text = "".join(_fact(rng) for _ in range(_DRILL_LINES))
-        return _Drill(prompt=text, content=text)
+        return Problem(prompt=text, solution=text, answer=0)
 
     return [drill.prompt for drill in draw(make, seed, count, split)]

@@ -6,8 +6,6 @@ told the arguments but not the expected values, and the comparison happens here.
 a process of its own, so it cannot affect the verdict on another.
 """
 
-from collections.abc import Callable, Sequence
-
 from hobbit_jax.code_runner import run_code
 from hobbit_jax.synthetic_tasks.functions import Problem
 
@@ -33,24 +31,3 @@ def score(problem: Problem, completion: str, timeout_s: float = 2.0) -> bool:
     expected = repr([value for _, value in problem.tests])
     outcome = run_code(source, calls, timeout_s=timeout_s, most_bytes=len(expected.encode()))
     return outcome.status == "finished" and outcome.detail == expected
-
-
-def run_candidates(
-    problems: Sequence[Problem],
-    completions: Sequence[str],
-    timeout_s: float = 2.0,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[bool]:
-    """The verdict on each completion (see `score`); `progress(done, total)` follows each.
-
-    Raises:
-      ValueError: not one completion per problem.
-    """
-    if len(problems) != len(completions):
-        raise ValueError(f"got {len(completions)} completions for {len(problems)} problems")
-    verdicts = []
-    for problem, completion in zip(problems, completions, strict=True):
-        verdicts.append(score(problem, completion, timeout_s))
-        if progress is not None:
-            progress(len(verdicts), len(problems))
-    return verdicts

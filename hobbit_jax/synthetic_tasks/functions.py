@@ -15,6 +15,7 @@ import ast
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from hobbit_jax.synthetic_tasks.split import Split, draw
@@ -296,18 +297,6 @@ def _one_value(rng: random.Random, signature: str, steps: Sequence[Step]) -> _Pr
     return _Program(signature, f"return {_on(second.code, done)}", docs)
 
 
-def _int_steps(rng: random.Random) -> _Program:
-    return _one_value(rng, "int", INT_STEPS)
-
-
-def _str_steps(rng: random.Random) -> _Program:
-    return _one_value(rng, "str", STR_STEPS)
-
-
-def _list_steps(rng: random.Random) -> _Program:
-    return _one_value(rng, "list", LIST_STEPS)
-
-
 def _int_pair(rng: random.Random) -> _Program:
     """Two arguments combined, then perhaps a step; or a linear form."""
     code, text = rng.choice(INT_PAIRS)
@@ -421,14 +410,6 @@ def _folded(
     return _Program(signature, f"return {code.replace('{g}', generator)}", docs)
 
 
-def _number_fold(rng: random.Random) -> _Program:
-    return _folded(rng, "list", "x", "numbers", INT_CHECKS, INT_STEPS, NUMBER_FOLDS)
-
-
-def _word_fold(rng: random.Random) -> _Program:
-    return _folded(rng, "words", "w", "words", STR_CHECKS, STR_STEPS, WORD_FOLDS)
-
-
 def _quantified(rng: random.Random) -> _Program:
     """Count, any and all over a list of numbers or words."""
     signature, item, noun, checks = rng.choice(
@@ -450,11 +431,22 @@ def _quantified(rng: random.Random) -> _Program:
     return _Program(signature, f"return {body}", docs)
 
 
+_INT_STEPS = partial(_one_value, signature="int", steps=INT_STEPS)
+_STR_STEPS = partial(_one_value, signature="str", steps=STR_STEPS)
+_LIST_STEPS = partial(_one_value, signature="list", steps=LIST_STEPS)
+_NUMBER_FOLD = partial(
+    _folded, signature="list", item="x", plain="numbers",
+    checks=INT_CHECKS, steps=INT_STEPS, folds=NUMBER_FOLDS,
+)  # fmt: skip
+_WORD_FOLD = partial(
+    _folded, signature="words", item="w", plain="words",
+    checks=STR_CHECKS, steps=STR_STEPS, folds=WORD_FOLDS,
+)  # fmt: skip
 # A family occurs as often as it stands here.
 FAMILIES = (
-    *(_int_steps, _int_pair, _int_branch, _int_branch, _int_checks),
-    *(_str_steps, _str_steps, _str_measure, _list_steps, _list_measure),
-    *(_number_fold, _number_fold, _number_fold, _word_fold, _word_fold, _quantified),
+    *(_INT_STEPS, _int_pair, _int_branch, _int_branch, _int_checks),
+    *(_STR_STEPS, _STR_STEPS, _str_measure, _LIST_STEPS, _list_measure),
+    *(_NUMBER_FOLD, _NUMBER_FOLD, _NUMBER_FOLD, _WORD_FOLD, _WORD_FOLD, _quantified),
 )
 
 

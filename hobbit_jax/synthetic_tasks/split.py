@@ -8,29 +8,13 @@ has to be stored or shipped with a model.
 import hashlib
 import random
 from collections.abc import Callable
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 Split = Literal["train", "heldout"]
+ItemT = TypeVar("ItemT", bound=Any)
 
 _BUCKETS = 10
 _FRUITLESS_DRAWS = 20_000
-
-
-class Item(Protocol):
-    """What the drawing loop has to know of a problem."""
-
-    @property
-    def prompt(self) -> str:
-        """The text that the model completes."""
-        ...
-
-    @property
-    def content(self) -> str:
-        """What the item asks, without names or wording."""
-        ...
-
-
-ItemT = TypeVar("ItemT", bound=Item)
 
 
 def split_of(content: str) -> Split:
@@ -44,8 +28,9 @@ def draw(
 ) -> list[ItemT]:
     """`count` items of one split, drawn by calling `make(rng)`, where None means "try again".
 
-    No two held-out items share their content, so each one is a task of its own. Training items
-    only differ in their prompt: another wording of the same task is worth reading.
+    An item has a `prompt`, which the model completes, and a `content`. No two held-out items share
+    their content, so each one is a task of its own. Training items only differ in their prompt:
+    another wording of the same task is worth reading.
 
     Raises:
       ValueError: unknown split, or the grammar has fewer than `count` items for it.
@@ -53,19 +38,17 @@ def draw(
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
     rng = random.Random(seed)
-    items: list[ItemT] = []
-    seen: set[str] = set()
+    items: dict[str, ItemT] = {}
     fruitless = 0
     while len(items) < count:
         item = make(rng)
         if item is not None and split_of(item.content) == split:
             identity = item.content if split == "heldout" else item.prompt
-            if identity not in seen:
-                seen.add(identity)
-                items.append(item)
+            if identity not in items:
+                items[identity] = item
                 fruitless = 0
                 continue
         fruitless += 1
         if fruitless == _FRUITLESS_DRAWS:
             raise ValueError(f"wanted {count} {split} items, the grammar gave only {len(items)}")
-    return items
+    return list(items.values())

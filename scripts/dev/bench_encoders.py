@@ -1,10 +1,10 @@
 """Compares our encoders with ggml's in one run: error and speed per type and kind of weights.
 
-    python scripts/dev/bench_encoders.py --out out/encoders.json
+    python scripts/dev/bench_encoders.py --workdir out/encoders
 
-Needs ggml (libggml-python). Both use all cores, in turn, call by call; speeds
-are medians of --repeats calls and their ratio is the median of the ratios pair by pair. Writes the
-figures as JSON and, beside it, as a table in Markdown.
+Both use all cores, in turn, call by call; speeds are medians of --repeats calls, and their ratio is
+the median of the ratios pair by pair. Writes a record a case and prints the table of
+docs/encoders.md.
 """
 
 import os
@@ -14,22 +14,31 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from hobbit_jax import cli, markdown, reference
-from hobbit_jax.atomic import replacing, write_json
+from hobbit_jax import cli, reference
 from hobbit_jax.experts.low_precision import decode
 from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.quantize import encode, ggml
-from hobbit_jax.record import machine
+from hobbit_jax.record import Benchmark, Record, machine, measured, write_record
 from hobbit_jax.reference_model.reparametrise import off_grid_weights
+from hobbit_jax.report.table import Column, table
+from hobbit_jax.statistics import spread
 
 FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "Q4_0", "Q8_0")
-N, K = 4096, 2048
-
-_OUT = flags.DEFINE_string(
-    "out", None, "JSON file to write; a .md file goes beside it.", required=True
-)
+STUDY, N, K = "encoders", 4096, 2048
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the records.", required=True)
 _REPEATS = flags.DEFINE_integer("repeats", 9, "Number of timed pairs of calls.", 3, 10_000)
+_COLUMNS = (
+    Column("type", lambda r: r.asked.setting["format"]),
+    Column("weights", lambda r: r.asked.setting["data"]),
+    Column("importance", lambda r: "yes" if r.asked.setting["weighted"] else "no"),
+    Column("error", "error", ".5f"),
+    Column("ggml's", "ggml_error", ".5f"),
+    Column("ratio", "error_ratio", ".3f"),
+    Column("MB/s", "mb_s", ".0f"),
+    Column("ggml's", "ggml_mb_s", ".0f"),
+    Column("ratio", "speed_ratio", ".2f", interval=True),
+)
 
 
 def data() -> dict[str, np.ndarray]:
@@ -53,82 +62,41 @@ def weighted_rmse(weights_NK, blocks, format, importance_K) -> float:
     return float(np.sqrt(np.average(miss_K, weights=importance_K)))
 
 
-def time_once(call) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
 def measure(weights_NK: np.ndarray, format: str, importance_K: np.ndarray | None) -> dict:
     """Errors of both, MB of float32 per second of both, and the ratios ours / ggml's."""
-    threads = os.cpu_count() or 1
-
-    def ours():
-        return encode(weights_NK, format, importance_K)
-
-    def theirs():
-        return ggml.encode(weights_NK, format, importance_K, threads)
-
-    errors = [weighted_rmse(weights_NK, call(), format, importance_K) for call in (ours, theirs)]
-    seconds = np.array([(time_once(ours), time_once(theirs)) for _ in range(_REPEATS.value)])
-    speeds = weights_NK.nbytes / 1e6 / seconds
-    ratios = speeds[:, 0] / speeds[:, 1]
+    calls = (
+        lambda: encode(weights_NK, format, importance_K),
+        lambda: ggml.encode(weights_NK, format, importance_K, os.cpu_count() or 1),
+    )
+    errors = [weighted_rmse(weights_NK, call(), format, importance_K) for call in calls]
+    speeds = np.zeros((_REPEATS.value, 2))
+    for repeat, call in np.ndindex(speeds.shape):
+        began = time.perf_counter()
+        calls[call]()
+        speeds[repeat, call] = weights_NK.nbytes / 1e6 / (time.perf_counter() - began)
     return {
         "error": errors[0],
         "ggml_error": errors[1],
         "error_ratio": errors[0] / errors[1],
         "mb_s": float(np.median(speeds[:, 0])),
         "ggml_mb_s": float(np.median(speeds[:, 1])),
-        "speed_ratio": float(np.median(ratios)),
-        "speed_ratio_range": [float(ratios.min()), float(ratios.max())],
+        "speed_ratio": spread(speeds[:, 0] / speeds[:, 1]),
     }
 
 
-def table(rows: list[dict]) -> str:
-    head = (
-        "type", "weights", "importance", "error", "ggml's", "ratio", "MB/s", "ggml's", "ratio",
-    )  # fmt: skip
-    lines = markdown.table(
-        head,
-        [
-            (
-                r["format"], r["data"], "yes" if r["weighted"] else "no", f"{r['error']:.5f}",
-                f"{r['ggml_error']:.5f}", f"{r['error_ratio']:.3f}", f"{r['mb_s']:.0f}",
-                f"{r['ggml_mb_s']:.0f}",
-                "{:.2f} ({:.2f} to {:.2f})".format(r["speed_ratio"], *r["speed_ratio_range"]),
-            )
-            for r in rows
-        ],
-    )  # fmt: skip
-    return "\n".join(
-        [
-            "# Encoders beside ggml's",
-            "",
-            "Root-mean-square error, weighted where there is an importance, and MB of float32 per "
-            f"second with {os.cpu_count()} threads on {machine()['device']}, in turn in "
-            "one run (`scripts/dev/bench_encoders.py`). Ratios are ours over ggml's: an error "
-            "below 1 and a speed above 1 are better. The range is that of the pairs.",
-            "",
-            *lines,
-            "",
-        ]
-    )
-
-
 def main(_):
-    out = cli.output_file("out", str(_OUT.value))
-    ggml.library()
-    rows = []
+    workdir = cli.output_folder("workdir", str(_WORKDIR.value))
     importances = (None, np.random.default_rng(1).lognormal(0.0, 1.5, K).astype(np.float32))
     cases = [(f, d, i) for f in FORMATS for d in data().items() for i in importances]
+    records = []
     for format, (name, weights_NK), importance_K in tqdm(cases, disable=None):
         weighted = None if importance_K is None else importance_K[: weights_NK.shape[1]]
-        found = measure(weights_NK, format, weighted)
-        rows.append({"format": format, "data": name, "weighted": weighted is not None, **found})
-    write_json(out, {"machine": machine(), "repeats": _REPEATS.value, "rows": rows})
-    with replacing(out.with_suffix(".md")) as partial:
-        partial.write_text(table(rows), encoding="utf-8")
-    print(table(rows))
+        setting = {"format": format, "data": name, "weighted": weighted is not None}
+        found = measured(measure(weights_NK, format, weighted))
+        asked = Benchmark(STUDY, {**setting, "repeats": _REPEATS.value})
+        records.append(Record(STUDY, asked, **vars(found), **machine()))
+        write_record(workdir, records[-1])
+    print(table(_COLUMNS, records))
 
 
 if __name__ == "__main__":
