@@ -1,6 +1,7 @@
 """What to run on a GPU: residents, hit rate and tokens/s to expect of each setting.
 
     python scripts/plan.py --preset qwen3.6-35b-a3b --gpu "RTX 4070" [--context 4096]
+    python scripts/plan.py --model https://…/M.gguf --gpu "RTX 4070"
     python scripts/plan.py --model M.gguf --gpu 504,31.5 --vram_gib 12 --trace T.npz --out out/mine
 
 --gpu is a GPU's name or its bandwidths in GB/s, device memory and PCIe. Nothing is run: a small
@@ -21,6 +22,7 @@ from hobbit_jax.cache.trace import read_trace
 from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.model_file.remote import is_url
 from hobbit_jax.planner import routing, table
 from hobbit_jax.planner.cost_model import Machine
 from hobbit_jax.planner.hardware import find_gpu
@@ -31,7 +33,9 @@ from hobbit_jax.record import write_record
 
 DEFAULT_CONTEXT = 4096
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file of the model.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "GGUF file of the model, or a URL of one, of which only the header is read."
+)
 _PRESET = flags.DEFINE_enum(
     "preset", None, PRESET_NAMES, "Known model whose shapes are taken instead of a file's."
 )
@@ -89,11 +93,12 @@ def main(_):
     vram_gib = gpu.vram_gib if _VRAM_GIB.value is None else _VRAM_GIB.value
     if vram_gib is None:
         raise ValueError("a --gpu given in figures needs --vram_gib")
-    model = (
-        open_model(cli.input_file("model", _MODEL.value))
-        if _MODEL.value
-        else preset_model(str(_PRESET.value))
-    )
+    if _MODEL.value is None:
+        model = preset_model(str(_PRESET.value))
+    elif is_url(_MODEL.value):
+        model = open_model(_MODEL.value)
+    else:
+        model = open_model(cli.input_file("model", _MODEL.value))
     given = {"host_gb_s": _HOST_GB_S.value, "overlap_share": _OVERLAP.value}
     given = {name: value for name, value in given.items() if value is not None}
     machine = Machine(gpu.device_gb_s, gpu.pcie_gb_s, **given)

@@ -35,6 +35,7 @@ from hobbit_jax.model_file.architecture import (
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf
 from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required, integer, integers, text
 from hobbit_jax.model_file.presets import PRESETS
+from hobbit_jax.model_file.remote import open_remote
 from hobbit_jax.planner.presets import PLANNED, Preset
 from hobbit_jax.quantize.quant_recipe import q4_k_m_format
 
@@ -158,13 +159,14 @@ class PlannedModel:
         return _FLOAT_BYTES * (scores + rows + 4 * tokens * config.d_model + config.vocab_size)
 
 
-def open_model(path: Path) -> PlannedModel:
-    """A GGUF file's shapes.
+def open_model(place: str | Path) -> PlannedModel:
+    """The shapes of a GGUF file, by its path or its URL.
 
     Raises:
-        ValueError, NotImplementedError: see `open_gguf` and `model_of_header`.
+        ValueError, NotImplementedError: see `open_gguf`, `open_remote` and `model_of_header`.
     """
-    return model_of_header(path.name, open_gguf(path))
+    file = open_remote(place) if isinstance(place, str) else open_gguf(place)
+    return model_of_header(Path(place).name, file)
 
 
 def model_of_header(name: str, file: GGUFFile) -> PlannedModel:

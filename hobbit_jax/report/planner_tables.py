@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hobbit_jax.record import Benchmark, Record
+from hobbit_jax.record import Record
 from hobbit_jax.report.table import Column, listed, one_line, table
 
 STUDY, CHECK, REPORTS = "planner", "planner check", "planner reports"
@@ -21,12 +21,6 @@ class Plan:
     """The record of one model on one GPU."""
 
     record: Record
-
-    @property
-    def setting(self) -> Mapping[str, Any]:
-        """Model, gpu, context, policy."""
-        assert isinstance(self.record.asked, Benchmark)
-        return self.record.asked.setting
 
     @property
     def settings(self) -> Sequence[Mapping[str, Any]]:
@@ -73,14 +67,18 @@ def extent(values: Sequence[float], form: str) -> str:
 def plans(records: Sequence[Record]) -> list[Plan]:
     """Of a study's records those that are plans, by model and memory."""
     found = [Plan(r) for r in records if r.subject == STUDY]
-    return sorted(found, key=lambda p: (p.setting["model"], p.record.metrics["memory_vram"] or 0))
+    return sorted(
+        found, key=lambda p: (p.record.setting["model"], p.record.metrics["memory_vram"] or 0)
+    )
 
 
 def decision_table(found: Sequence[Plan]) -> str:
     """What to do on which GPU."""
     columns = [
-        Column("model", lambda p: p.setting["model"]),
-        Column("GPU", lambda p: f"{p.setting['gpu']}, {p.record.metrics['gpu_vram_gib']:g} GiB"),
+        Column("model", lambda p: p.record.setting["model"]),
+        Column(
+            "GPU", lambda p: f"{p.record.setting['gpu']}, {p.record.metrics['gpu_vram_gib']:g} GiB"
+        ),
         Column("do", "action"),
         Column("tokens/s", lambda p: p.speed("overall")),
         Column("in a compiled engine", lambda p: f"{p.chosen('compiled')}: {p.speed('compiled')}"),
@@ -109,8 +107,8 @@ def whole_table(found: Sequence[Plan]) -> str:
         return "; ".join(shown) or None
 
     columns = [
-        Column("model", lambda p: p.setting["model"]),
-        Column("GPU", lambda p: p.setting["gpu"]),
+        Column("model", lambda p: p.record.setting["model"]),
+        Column("GPU", lambda p: p.record.setting["gpu"]),
         Column("pool, GB", lambda p: p.record.metrics["memory_pool"], ".1f", unit=1e9),
         Column(
             "native: residents, hit rate",
@@ -136,7 +134,7 @@ def reading(found: Sequence[Plan]) -> list[str]:
     reasons = dict.fromkeys(r for p in found for r in p.record.samples["routing_extrapolates"])
     sources = dict.fromkeys(s for p in found for s in p.record.samples["routing_source"])
     lines = [
-        f"{found[0].setting['context']} tokens of context, "
+        f"{record.setting['context']} tokens of context, "
         f"{(record.metrics['memory_reserve'] or 0) / 2**30:g} GiB kept for the driver. The choice "
         "begins with the fastest that loses nothing and takes what is expected to lose more only "
         f"where it is {record.metrics['speedup_needed']:g}× as fast.",
