@@ -369,10 +369,11 @@ def test_rivals_on_the_cpu(synthetic_routing: Trace):
 
 def test_the_choice_has_to_earn_what_it_degrades():
     choose = candidates.choose
-    assert choose([10, 11.9, 11], [0, 0.1, 0.2]) == 0
-    assert choose([10, 12, 14], [0, 0.1, 0.2]) == 1  # 14 is not 1.2 times 12
-    assert choose([10, 14.5, 12], [0, 0.2, 0.1]) == 1  # by loss: 12, then 14.5
-    assert choose([10, 14.5, 13], [0, 0.1, 0]) == 2  # the fastest that loses nothing is 13
+    assert choose([10, 11.9, 11], [0, 0.01, 0.02]) == 0
+    assert choose([10, 12, 14], [0, 0.01, 0.02]) == 1  # 14 is not 1.2 times 12
+    assert choose([10, 14.5, 12], [0, 0.02, 0.01]) == 1  # by loss: 12, then 14.5
+    assert choose([10, 14.5, 13], [0, 0.01, 0]) == 2  # the fastest that loses nothing is 13
+    assert choose([10, 20], [0, 0.057]) == 0  # beyond the limit of the decision document
     assert candidates.expected_loss(LOW, 1.0, 0.0) > candidates.expected_loss(FLOOR, 0.5, 0.0) > 0
     assert candidates.expected_loss(NATIVE, 0.0, 0.0) == 0
 

@@ -226,6 +226,7 @@ def make_plan(
         "sensitivity": _one_by_one(base, varied, machines, assumed),
         "joint": _joint([base, *varied.values()], machines, assumed),
         "speedup_needed": candidates.SPEEDUP_NEEDED,
+        "most_loss": candidates.MOST_LOSS,
     }
 
 
