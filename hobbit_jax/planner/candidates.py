@@ -4,9 +4,10 @@ Owns the list and the rule of choice.
 
 The rule: begin with the fastest setting that loses nothing, go through the others by expected loss,
 and take the next one where it is at least `SPEEDUP_NEEDED` times as fast as what is held. A setting
-that degrades more has to earn it, and none may lose more than `MOST_LOSS`. The loss is a stand-in, since no plan has the model's weights:
-the share of selections that run low, times what the whole low precision cost the reference model.
-Degrading the lightest selections (hobbit) costs less than that; see WORKSPACE.md.
+that degrades more has to earn it, and none may lose more than `MOST_LOSS`. The loss is a stand-in,
+since no plan has the model's weights: the share of selections that run low, times what the whole
+low precision cost the reference model. Degrading the lightest selections (hobbit) costs less than
+that; see WORKSPACE.md.
 """
 
 from __future__ import annotations

@@ -108,8 +108,9 @@ def _choice(plan: dict[str, Any]) -> list[str]:
     )
     lines.append(
         "Rule: the fastest that loses nothing first, then by expected loss, each where it is "
-        f"{plan['speedup_needed']:g} times as fast, up to a loss of {plan['most_loss']:g}. The loss is the share of low uses times what "
-        "the format cost the reference model; measure it on yours (sweep.py)."
+        f"{plan['speedup_needed']:g} times as fast, up to a loss of {plan['most_loss']:g}. The "
+        "loss is the share of low uses times what the format cost the reference model; measure it "
+        "on yours (sweep.py)."
     )
     return lines
 
