@@ -12,6 +12,7 @@ from conftest import NEEDS_LLAMA_CPP
 from hobbit_jax import reference
 from hobbit_jax.baselines.child import Child
 from hobbit_jax.baselines.side import SideSpec
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
@@ -235,7 +236,7 @@ def test_neither_threads_nor_budget_nor_context_change_a_bit(model, ids_T):
     try:
         for threads, budget, context in ((1, None, 48), (4, None, 200), (2, 2 << 20, 48)):
             TABLE[THREADS] = threads
-            engine = Engine(model, store, budget)
+            engine = Engine(model, store, CacheConfig(budget))
             engine.start(1, context)
             logits = [engine.prefill([ids_T.tolist()])]
             logits += [engine.decode(ids_T[i : i + 1]) for i in range(4)]
@@ -252,7 +253,7 @@ def test_half_precision_keys_and_values_change_little(model, ids_T):
     store = HostExperts(model.config, model.file)
 
     def log_probabilities(kv_format):
-        engine = Engine(model, store, kv_format=kv_format)
+        engine = Engine(model, store, CacheConfig(kv_format=kv_format))
         logits = jax.nn.log_softmax(engine.score(ids_T[None])[0].astype(jnp.float32))
         return np.asarray(logits), engine.kv_cache_bytes
 
@@ -262,7 +263,7 @@ def test_half_precision_keys_and_values_change_little(model, ids_T):
         assert half * 2 == full
         assert 0 < (np.exp(wanted) * (wanted - got)).sum(-1).mean() < most
     with pytest.raises(ValueError, match="want one of float32, bfloat16, float16"):
-        Engine(model, store, kv_format="int8")
+        Engine(model, store, CacheConfig(kv_format="int8"))
 
 
 def test_a_file_that_is_cut_short_is_an_error_and_no_crash(two_banks_path, tmp_path):

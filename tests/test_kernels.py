@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractMesh
 
+from hobbit_jax.cache.config import CacheConfig
 from pallas_kernels import linear as linear_module
 from pallas_kernels import matmul_triton
 from pallas_kernels.activations import INT8_SPLIT_BLOCK, LARGEST_INTEGER, int8_split
@@ -447,7 +448,7 @@ def test_reference_model_through_the_kernels(implementation):
     def log_probabilities(implementation):
         model = load_model(reference.model_path(), implementation)
         prompt = model.tokenizer().encode("def add(a, b):\n    return a")
-        engine = Engine(model, HostExperts(model.config, model.file), budget_bytes=2 << 20)
+        engine = Engine(model, HostExperts(model.config, model.file), CacheConfig(2 << 20))
         engine.start(1, len(prompt) + 1)
         prefill_V = engine.prefill([prompt])[0]
         decode_V = engine.decode(np.array([int(jnp.argmax(prefill_V))]))[0]
