@@ -46,7 +46,7 @@ __all__ = [
 T = TypeVar("T")
 D = TypeVar("D")
 
-_SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MAX_PARTS = 99_999  # that five digits of a name can count
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
@@ -167,7 +167,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """
     path = Path(path)
     opened = _read_part(path)
-    name = _SPLIT_NAME.fullmatch(path.name)
+    name = SPLIT_NAME.fullmatch(path.name)
     name_count = int(name["count"]) if name else 1
     count = opened.read("split.count", integer(0, _MAX_PARTS), 1) or 1
     if count != name_count:

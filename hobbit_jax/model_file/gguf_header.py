@@ -68,18 +68,28 @@ class Header:
     tensors: dict[str, TensorEntry]  # in file order
 
 
-def parse(data: np.ndarray) -> Header:
-    """Parses the header of a whole file.
+class CutShortError(ValueError):
+    """The header goes on behind the bytes at hand; `needed` of the file's would be enough."""
+
+    def __init__(self, needed: int):
+        super().__init__(f"reads up to byte {needed}, which is not at hand")
+        self.needed = needed
+
+
+def parse(data: np.ndarray, file_bytes: int | None = None) -> Header:
+    """Parses the header of a file.
 
     Args:
-        data: uint8 [bytes of the file], whose first `PROLOGUE_BYTES` are known to be a
-            little-endian prologue.
+        data: uint8, the bytes of the file, or so many from its start; the first `PROLOGUE_BYTES`
+            are known to be a little-endian prologue.
+        file_bytes: of the whole file, where `data` is only its start.
 
     Raises:
+        CutShortError: the header needs more than `data`.
         ValueError: the header contradicts itself or the file's size. Lacks the path.
         NotImplementedError: a tensor type that we cannot decode, or an array of arrays.
     """
-    cursor = _Cursor(data)
+    cursor = _Cursor(data, data.size if file_bytes is None else file_bytes)
     n_tensors, n_keys = cursor.scalars("QQ", 8)
     for what, count, least in (
         ("keys", n_keys, _LEAST_KEY_BYTES),
@@ -128,9 +138,9 @@ def raw_shape(name: str, format: str, shape: tuple[int, ...]) -> tuple[int, ...]
 class _Cursor:
     """Reads a file's bytes from the front, and never past their end."""
 
-    def __init__(self, data: np.ndarray):
+    def __init__(self, data: np.ndarray, size: int):
         self.data = memoryview(data)  # pyright: ignore[reportArgumentType] (stubs before 3.12)
-        self.size = data.size
+        self.size = size
         self.at = 0
 
     def take(self, count: int) -> int:
@@ -140,6 +150,8 @@ class _Cursor:
             raise ValueError(
                 f"reads {count} bytes at byte {start} but the file has {self.size} bytes"
             )
+        if start + count > len(self.data):
+            raise CutShortError(start + count)
         self.at = start + count
         return start
 
@@ -205,10 +217,13 @@ class _Cursor:
         # As `string` does, without its calls: vocabularies have some hundred thousand.
         data, size, at, length_at = self.data, self.size, self.at, struct.Struct("<Q").unpack_from
         values = []
+        at_hand = len(data)
         for _ in range(count):
             begin = at + 8
-            at = begin + length_at(data, at)[0] if begin <= size else size + 1
-            if at > size:
+            at = begin + length_at(data, at)[0] if begin <= at_hand else begin
+            if at > at_hand:
+                if at <= size:
+                    raise CutShortError(at)
                 raise ValueError(f"a string up to byte {at} but the file has {size} bytes")
             values.append(str(data[begin:at], "utf-8", STRING_ERRORS))
         self.at = at
