@@ -12,6 +12,7 @@ interrupted run goes on where it was when started again.
 from absl import flags
 
 from hobbit_jax import cli, reference
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import STATISTICS, calibrate
@@ -58,7 +59,7 @@ def main(_):
     if count < (_WINDOWS.value or _DEFAULT_WINDOWS):
         print(f"the text has {count} windows of {context} + 1 tokens; all of them are used")
     store = HostExperts(model.config, model.file)
-    engine = Engine(model, store, roomy_pool_bytes(store.precision_bytes(NATIVE)))
+    engine = Engine(model, store, CacheConfig(roomy_pool_bytes(store.precision_bytes(NATIVE))))
     found = calibrate(engine, windows, _STATISTICS.value, out)
     rarest = int(found.selections_LE.min())
     print(f"{found.tokens} tokens; an expert saw {rarest} to {found.selections_LE.max()} of them")

@@ -75,9 +75,3 @@ def empty_caches(
         else:
             recurrent[name] = jnp.zeros((count, batch, *state.shape))
     return Caches(by_token, recurrent, context)
-
-
-def state_bytes(config: ModelConfig, context: int) -> int:
-    """Bytes of one sequence's states, keys and values in float32."""
-    shapes = jax.eval_shape(lambda: empty_caches(config, 1, context))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import Observer
+from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.evals import quality
 from hobbit_jax.experts.low_precision import LowPrecisionSpec, dequantize
 from hobbit_jax.experts.precision import SELECTION_SCORES, SKIPPED, PrecisionPlan, uniform_plan
@@ -19,7 +22,6 @@ from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.allocation import fit_in_bytes, selection_plan
 from hobbit_jax.importance.scores import STATIC_SCORES, static_scores_LE
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.inference.prefill import RouterOutput
 from hobbit_jax.record import (
     EvalSizes,
     Inputs,
@@ -138,11 +140,11 @@ class QualityRun:
         store = bench.store(specs)
         plan = self.plan(store, specs, bench)
         chunk_tokens = self.sizes.windows * self.sizes.context
-        engine = Engine(bench.model, store, plan=plan, chunk_tokens=chunk_tokens)
+        engine = Engine(bench.model, store, CacheConfig(plan=plan, chunk_tokens=chunk_tokens))
 
         def quality_and_uses() -> Measured:
             uses = UseCounter(store, plan)
-            with engine.watched_by(uses):
+            with engine.observed_by(uses):
                 found = quality.evaluate(engine, bench.windows, bench.native_logits_WTV)
             return combined(found.measured(), measured(uses.figures()))
 
@@ -174,8 +176,8 @@ def _formats(
     return tuple(plan.formats), ()
 
 
-class UseCounter:
-    """Watches an engine and counts which precision serves its selections, and the bytes of that."""
+class UseCounter(Observer):
+    """Counts which precision serves its selections, and the bytes of that."""
 
     def __init__(self, store: HostExperts, plan: PrecisionPlan):
         self.plan = plan
@@ -185,7 +187,7 @@ class UseCounter:
         self.count_NL = np.zeros(self.bytes_NL.shape, np.int64)
         self.skipped = 0
 
-    def __call__(self, routed: RouterOutput) -> None:
+    def after_routing(self, routed: RouterOutput) -> None:
         """Counts one layer of one step."""
         precision_TK = self.plan.assign(routed.layer, routed.ids_TK, routed.weights_TK)
         precisions = precision_TK[routed.valid_T].reshape(-1)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.policies import SLRU
 from hobbit_jax.evals import quality, tasks
@@ -171,9 +172,16 @@ class Cell:
         policy = functools.partial(SLRU, protected_fraction=asked.protected_fraction)
         by_miss = asked.plan if isinstance(asked.plan, MissModeTrial) else None
         engine = Engine(
-            bench.model, store, int(asked.budget_mib * 2**20), plan, policy,
-            by_miss.mode if by_miss else "fetch", by_miss.share if by_miss else 0.0,
-        )  # fmt: skip
+            bench.model,
+            store,
+            CacheConfig(
+                int(asked.budget_mib * 2**20),
+                plan=plan,
+                policy=policy,
+                mode=by_miss.mode if by_miss else "fetch",
+                low_share=by_miss.share if by_miss else 0.0,
+            ),
+        )
 
         def decode() -> Measured:
             ids_RS = bench.decode_ids_RS

@@ -71,7 +71,10 @@ class Memory(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """All of it in three arrays, for compiled code takes long over many arguments (`_order`, `_memory`)."""
+    """All of it in three arrays, for compiled code takes long over many arguments.
+
+    See `_order` and `_memory`.
+    """
 
     reals: np.ndarray  # float64
     integers: np.ndarray  # int64; the first two are the numbers of layers and of experts
