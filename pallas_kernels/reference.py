@@ -6,7 +6,7 @@ kernel is tested against it. Called through `expert_ffn.py`. All arithmetic is f
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from pallas_kernels.ggml.ops import RawMatrix
 from pallas_kernels.materialize import apart
 
 Planes = dict[str, jax.Array]
+ExpertFunction = Literal["swiglu", "clipped_swiglu", "geglu"]
 
 
 class Signature(NamedTuple):
@@ -68,10 +69,72 @@ class Work(NamedTuple):
     count: jax.Array
 
 
-def swiglu(x_CD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array):
-    """One expert, float32 [C, D]: down(silu(gate x) * up x)."""
-    hidden_CF = jax.nn.silu(_product(x_CD, gate_FD)) * _product(x_CD, up_FD)
-    return _product(hidden_CF, down_DF)
+class Biases(NamedTuple):
+    """Biases of the experts of all layers, float32, and whose each assignment takes.
+
+    They are small beside the matrices, so those of all experts stay on the device and are found by
+    expert and not by slot.
+    """
+
+    gate_RF: Any
+    up_RF: Any
+    down_RD: Any
+    row_A: Any  # int32
+
+
+class ExpertBias(NamedTuple):
+    """Those of one expert."""
+
+    gate_F: Any
+    up_F: Any
+    down_D: Any
+
+
+# gpt-oss clips both halves of its gated pair here, and has another slope in its sigmoid.
+CLIP, SLOPE = 7.0, 1.702
+
+
+def gated(function: ExpertFunction, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """The product between an expert's matrices, elementwise.
+
+    swiglu: silu(gate) * up. geglu: the same with GELU in its tanh form. clipped_swiglu: gate is
+    clipped from above and up from both sides, then gate * sigmoid(1.702 * gate) * (up + 1).
+
+    Source: llama.cpp, ggml/src/ggml-cpu/ops.cpp (swiglu_oai, geglu).
+    """
+    if function == "swiglu":
+        return jax.nn.silu(gate) * up
+    if function == "geglu":
+        return jax.nn.gelu(gate, approximate=True) * up
+    gate, up = jnp.minimum(gate, CLIP), jnp.clip(up, -CLIP, CLIP)
+    return gate * jax.nn.sigmoid(SLOPE * gate) * (up + 1)
+
+
+def hidden(
+    x_CD: jax.Array,
+    gate_FD: jax.Array,
+    up_FD: jax.Array,
+    function: ExpertFunction,
+    bias: ExpertBias | None = None,
+) -> jax.Array:
+    """What one expert's down matrix reads, float32 [C, F]."""
+    gate_CF, up_CF = _product(x_CD, gate_FD), _product(x_CD, up_FD)
+    if bias is not None:
+        gate_CF, up_CF = gate_CF + bias.gate_F[None, :], up_CF + bias.up_F[None, :]
+    return gated(function, gate_CF, up_CF)
+
+
+def run_expert(
+    x_CD: jax.Array,
+    gate_FD: jax.Array,
+    up_FD: jax.Array,
+    down_DF: jax.Array,
+    function: ExpertFunction,
+    bias: ExpertBias | None = None,
+) -> jax.Array:
+    """One expert, float32 [C, D]."""
+    y_CD = _product(hidden(x_CD, gate_FD, up_FD, function, bias), down_DF)
+    return y_CD if bias is None else y_CD + bias.down_D[None, :]
 
 
 def _product(x_CK: jax.Array, w_NK: jax.Array) -> jax.Array:
@@ -97,6 +160,8 @@ def expert_ffn(
     bank: Bank,
     signature: Signature,
     work: Work,
+    function: ExpertFunction = "swiglu",
+    biases: Biases | None = None,
 ) -> jax.Array:
     """The op of `pallas_kernels.expert_ffn`, one item after another."""
     k = y_AD.shape[0] // x_TD.shape[0]
@@ -106,7 +171,11 @@ def expert_ffn(
         assignment_C, slot = work.assignment_IC[item], work.slot_I[item]
         expert = apart(lambda slot: jax.tree.map(lambda plane: plane[slot], bank), slot)
         matrices = (format.unpack(planes) for format, planes in zip(formats, expert, strict=True))
-        y_CD = swiglu(x_TD[assignment_C // k], *matrices)
+        bias = None
+        if biases is not None:
+            row = biases.row_A[assignment_C[0]]
+            bias = ExpertBias(*(array[row] for array in biases[:3]))
+        y_CD = run_expert(x_TD[assignment_C // k], *matrices, function, bias)
         return y_AD.at[assignment_C].set(y_CD * weight_A[assignment_C][:, None])
 
     return jax.lax.fori_loop(jnp.int32(0), work.count, one_item, y_AD)
