@@ -20,10 +20,14 @@ def rotate(x_BTHd: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
     """Rotates the first `rope.dim` channels of each head by its position."""
     half = rope.dim // 2
     inverse_wavelength = rope.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if rope.yarn is not None:
+        inverse_wavelength *= rope.yarn.slowdown(rope.base, rope.dim)
     angle_BT1h = positions_BT.astype(jnp.float32)[:, :, None, None] * jnp.reshape(
         inverse_wavelength, (1, 1, 1, half)
     )
     cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
+    if rope.yarn is not None and rope.yarn.magnitude != 1:
+        cos, sin = cos * rope.yarn.magnitude, sin * rope.yarn.magnitude
     rotated, passed = x_BTHd[..., : rope.dim], x_BTHd[..., rope.dim :]
     if rope.style == "neox":
         a, b = rotated[..., :half], rotated[..., half:]

@@ -13,8 +13,11 @@ Source: llama.cpp, src/models/ (shapes, defaults); gguf.constants (names).
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 TOKEN_EMBEDDING = "token_embd.weight"
 OUTPUT_NORM = "output_norm.weight"
@@ -38,12 +41,44 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """Rotary frequencies for a context longer than the trained one, at every position.
+
+    Pairs that turn less than `beta_slow` times over the trained context turn `factor` times slower,
+    those that turn more than `beta_fast` times as before, and between them there is a ramp.
+
+    Source: arXiv 2309.00071; llama.cpp, ggml/src/ggml-cpu/ops.cpp (`rope_yarn`), which rounds the
+    ends of the ramp outwards to whole pairs.
+    """
+
+    factor: float
+    trained_context: int  # tokens
+    beta_fast: float
+    beta_slow: float
+    magnitude: float  # of cosines and sines
+
+    def slowdown(self, base: float, dim: int) -> np.ndarray:
+        """What multiplies each pair's frequency, float32 [dim / 2]."""
+
+        def pair(turns: float) -> float:
+            """The pair that turns so often, which need not be a whole number."""
+            wavelength = self.trained_context / (2 * math.pi * turns)
+            return dim * math.log(wavelength) / (2 * math.log(base))
+
+        low = max(0, math.floor(pair(self.beta_fast)))
+        high = min(dim - 1, math.ceil(pair(self.beta_slow)))
+        ramp = np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0, 1)
+        return (1 - ramp + ramp / self.factor).astype(np.float32)
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary position embedding of the first `dim` values of a head."""
 
     base: float
     dim: int
     style: Literal["neox", "norm"]  # pairs (i, i + dim/2), or (2i, 2i + 1)
+    yarn: Yarn | None = None
 
 
 @dataclass(frozen=True)
