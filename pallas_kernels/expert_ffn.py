@@ -111,9 +111,7 @@ def expert_ffn(
         implementation = "xla"
     chosen = implementation_for(signature, d_model, d_expert, implementation, function)
     if chosen == "xla":
-        return reference.expert_ffn(
-            x_TD, y_AD, weight_A, bank, signature, work, function, biases
-        )
+        return reference.expert_ffn(x_TD, y_AD, weight_A, bank, signature, work, function, biases)
     return triton_expert_ffn(
         x_TD, y_AD, weight_A, bank, signature, work, interpret=chosen == "interpret"
     )

@@ -94,7 +94,9 @@ class ExpertBias(NamedTuple):
 CLIP, SLOPE = 7.0, 1.702
 
 
-def gated(function: ExpertFunction, gate: jax.Array, up: jax.Array) -> jax.Array:
+def gated(
+    function: ExpertFunction, gate: jax.Array, up: jax.Array, bias: ExpertBias | None = None
+) -> jax.Array:
     """The product between an expert's matrices, elementwise.
 
     swiglu: silu(gate) * up. geglu: the same with GELU in its tanh form. clipped_swiglu: gate is
@@ -102,26 +104,14 @@ def gated(function: ExpertFunction, gate: jax.Array, up: jax.Array) -> jax.Array
 
     Source: llama.cpp, ggml/src/ggml-cpu/ops.cpp (swiglu_oai, geglu).
     """
+    if bias is not None:
+        gate, up = gate + bias.gate_F[None, :], up + bias.up_F[None, :]
     if function == "swiglu":
         return jax.nn.silu(gate) * up
     if function == "geglu":
         return jax.nn.gelu(gate, approximate=True) * up
     gate, up = jnp.minimum(gate, CLIP), jnp.clip(up, -CLIP, CLIP)
     return gate * jax.nn.sigmoid(SLOPE * gate) * (up + 1)
-
-
-def hidden(
-    x_CD: jax.Array,
-    gate_FD: jax.Array,
-    up_FD: jax.Array,
-    function: ExpertFunction,
-    bias: ExpertBias | None = None,
-) -> jax.Array:
-    """What one expert's down matrix reads, float32 [C, F]."""
-    gate_CF, up_CF = _product(x_CD, gate_FD), _product(x_CD, up_FD)
-    if bias is not None:
-        gate_CF, up_CF = gate_CF + bias.gate_F[None, :], up_CF + bias.up_F[None, :]
-    return gated(function, gate_CF, up_CF)
 
 
 def run_expert(
@@ -133,7 +123,8 @@ def run_expert(
     bias: ExpertBias | None = None,
 ) -> jax.Array:
     """One expert, float32 [C, D]."""
-    y_CD = _product(hidden(x_CD, gate_FD, up_FD, function, bias), down_DF)
+    hidden_CF = gated(function, _product(x_CD, gate_FD), _product(x_CD, up_FD), bias)
+    y_CD = _product(hidden_CF, down_DF)
     return y_CD if bias is None else y_CD + bias.down_D[None, :]
 
 
