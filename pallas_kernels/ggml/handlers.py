@@ -413,7 +413,7 @@ def _item_tokens(chosen, width):
 
 @njit
 def _experts(frame):
-    """Arguments: x [T, whole blocks of D], y [A,D], weight [A], gate, up, down, types [3], slot [I],
+    """Arguments: x [T, D filled up], y [A,D], weight [A], gate, up, down, types [3], slot [I],
     assignment [I,C], count []. Result: y."""
     x, weight, numbers = argument(frame, 0), argument(frame, 2), data(argument(frame, 6))
     slots, assignments = data(argument(frame, 7)), argument(frame, 8)
