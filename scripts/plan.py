@@ -6,9 +6,9 @@
 
 --gpu is a GPU's name or its bandwidths in GB/s, device memory and PCIe. Nothing is run: a small
 cost model (hobbit_jax/planner/cost_model.py) over replayed routing predicts, and says what it
-assumes. Routing is the model's own trace (--trace_out of generate.py) or profile (routing_stats.py)
-where one is given; otherwise the plan gives a range and says that it extrapolates. --out is a
-folder, which gets all of it as a record for report.py.
+assumes. Routing is the model's own trace (--trace_out of generate.py) where one is given; otherwise
+the plan gives a range and says that it extrapolates. --out is a folder, which gets all of it as a
+record for report.py.
 """
 
 import json
@@ -19,9 +19,7 @@ from tqdm import tqdm
 
 from hobbit_jax import cli
 from hobbit_jax.cache.trace import read_trace
-from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.model.modules import KV_FORMATS
-from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.model_file.remote import is_url
 from hobbit_jax.planner import routing, table
 from hobbit_jax.planner.cost_model import Machine
@@ -66,9 +64,6 @@ _OVERLAP = flags.DEFINE_float(
     "overlap_share", None, "Share of uploads that overlap computation, where measured.", 0.0, 1.0
 )
 _TRACE = flags.DEFINE_string("trace", None, "Recorded routing, an .npz file.")
-_PROFILE = flags.DEFINE_string(
-    "profile", None, "Folder of a calibration of --model (routing_stats.py)."
-)
 _OUT = flags.DEFINE_string("out", None, "Folder to keep the record in.")
 _JSON = flags.DEFINE_bool("json", False, "Whether to print the JSON instead of a table.")
 
@@ -76,12 +71,6 @@ _JSON = flags.DEFINE_bool("json", False, "Whether to print the JSON instead of a
 def _routings(model) -> list[routing.Routing]:
     if _TRACE.value:
         return [routing.recorded(read_trace(cli.input_file("trace", _TRACE.value)), model.config)]
-    if _PROFILE.value:
-        if not _MODEL.value:
-            raise ValueError("--profile is of one file's model; give that file as --model")
-        file = open_gguf(cli.input_file("model", _MODEL.value))
-        found = Calibration.load(cli.input_folder("profile", _PROFILE.value), file)
-        return routing.profiled(found.selections_LE, model.config)
     return routing.synthetic_routing(model.config)
 
 
