@@ -21,16 +21,17 @@ from pallas_kernels import matmul_triton
 from pallas_kernels.activations import INT8_SPLIT_BLOCK, LARGEST_INTEGER, int8_split
 from pallas_kernels.expert_ffn import expert_ffn, triton_expert_ffn
 from pallas_kernels.formats import FORMATS, get_format
+from pallas_kernels.formats.packing import Floats
 from pallas_kernels.linear import linear, triton_linear
 from pallas_kernels.materialize import apart
 from pallas_kernels.matmul_triton import Items, Tile, grouped_matmul
-from pallas_kernels.packed import PACKINGS, Floats
 from pallas_kernels.reference import Bank, Signature, Work
 from pallas_kernels.tiles import item_rows
 
 ON_GPU = jax.devices()[0].platform == "gpu"
 IMPLEMENTATIONS = ["interpret", *(["triton"] if ON_GPU else [])]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+PACKINGS = {fmt.name: fmt.packing for fmt in FORMATS.values() if fmt.packing}
 FLOATS = [name for name, packing in PACKINGS.items() if isinstance(packing, Floats)]
 every_format = pytest.mark.parametrize("name", PACKINGS)
 

@@ -16,12 +16,11 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from hobbit_jax.model_file.metadata import shown
-from pallas_kernels.formats import FORMATS, RAW_ONLY
+from pallas_kernels.formats import FORMATS
 
 # (type, element type of an array or None), as in the file: llama.cpp refuses a key of another type.
 FieldType = tuple[GGUFValueType, GGUFValueType | None]
@@ -122,19 +121,18 @@ def raw_shape(name: str, format: str, shape: tuple[int, ...]) -> tuple[int, ...]
         ValueError: rows that are no multiple of the format's blocks.
         NotImplementedError: a format that `pallas_kernels.formats` does not know.
     """
-    known = (*FORMATS, *RAW_ONLY)
-    if format not in known:
+    if format not in FORMATS:
         raise NotImplementedError(
-            f"tensor {shown(name)} has type {format}; supported are {', '.join(known)}: "
+            f"tensor {shown(name)} has type {format}; supported are {', '.join(FORMATS)}: "
             "use a file quantised to one of them"
         )
-    block_weights, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[format]]
+    block_weights = FORMATS[format].block_weights
     if shape[-1] % block_weights:
         raise ValueError(
             f"tensor {shown(name)} has rows of {shape[-1]} weights, expected a multiple of "
             f"{block_weights} for {format}"
         )
-    return (*(int(n) for n in shape[:-1]), shape[-1] // block_weights * block_bytes)
+    return (*(int(n) for n in shape[:-1]), int(FORMATS[format].row_bytes(shape[-1])))
 
 
 class _Cursor:
@@ -197,10 +195,10 @@ class _Cursor:
         if 0 in shape:
             raise ValueError(f"tensor {shown(name)} has shape {shape}, expected no empty axis")
         number, offset = self.scalars("IQ")
-        try:
-            format = GGMLQuantizationType(number).name
-        except ValueError:
-            format = f"number {number}"
+        format = next((fmt.name for fmt in FORMATS.values() if fmt.number == number), None)
+        if format is None:
+            unknown = {kind.value: kind.name for kind in GGMLQuantizationType}
+            format = unknown.get(number, f"number {number}")
         return name, TensorEntry(format, shape, offset, math.prod(raw_shape(name, format, shape)))
 
     def _type(self, key: str) -> GGUFValueType:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import gguf
 import numpy as np
 
 from hobbit_jax.experts.store import NATIVE, ROLES, HostExperts
@@ -38,6 +37,7 @@ from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required, integer, in
 from hobbit_jax.model_file.presets import PRESETS
 from hobbit_jax.model_file.remote import open_remote
 from hobbit_jax.quantize.quant_recipe import q4_k_m_format
+from pallas_kernels.formats import get_format
 
 # Bytes of a number in the KV cache, by the engine's own formats (`model/modules.py`).
 KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -361,12 +361,7 @@ def _file_of_shapes(tensors: Mapping[str, Stack]) -> GGUFFile:
     """A file whose every byte is the same byte in memory."""
     found = {}
     for name, (format, shape) in tensors.items():
-        weights, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format]]
-        if shape[-1] % weights:
-            raise NotImplementedError(
-                f"{name} has rows of {shape[-1]} weights; {format} has blocks of {weights}"
-            )
-        raw_shape = (*shape[:-1], shape[-1] // weights * block_bytes)
+        raw_shape = (*shape[:-1], get_format(format).row_bytes(shape[-1]))
         raw = np.broadcast_to(np.zeros((), np.uint8), raw_shape)
         found[name] = TensorInfo(name, format, shape, raw)
     return GGUFFile((), {}, {}, found)
