@@ -18,11 +18,13 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
+from hobbit_jax.cache.bandwidth import read_bandwidths
 from hobbit_jax.cache.trace import read_trace
+from hobbit_jax.experts.store import NATIVE
 from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model_file.remote import is_url
 from hobbit_jax.planner import routing, table
-from hobbit_jax.planner.cost_model import Machine
+from hobbit_jax.planner.cost_model import ENGINES, MEASURED, Machine, measured, of_engine
 from hobbit_jax.planner.hardware import find_gpu
 from hobbit_jax.planner.plan import Request, make_plan, recorded_check
 from hobbit_jax.planner.records import plan_record
@@ -60,6 +62,9 @@ _RESERVE = flags.DEFINE_float(
 _HOST_GB_S = flags.DEFINE_float(
     "host_gb_s", None, "Bandwidth of the host's memory in GB/s, nominal.", 0.001, 1e6
 )
+_BANDWIDTHS = flags.DEFINE_string(
+    "bandwidths", None, "File of bench_bandwidth.py, made on the machine that the plan is for."
+)
 _OVERLAP = flags.DEFINE_float(
     "overlap_share", None, "Share of uploads that overlap computation, where measured.", 0.0, 1.0
 )
@@ -91,18 +96,25 @@ def main(_):
     given = {"host_gb_s": _HOST_GB_S.value, "overlap_share": _OVERLAP.value}
     given = {name: value for name, value in given.items() if value is not None}
     machine = Machine(gpu.device_gb_s, gpu.pcie_gb_s, **given)
+    sources = dict.fromkeys(given, "the command line")
+    machines = {engine: of_engine(machine, engine) for engine in ENGINES}
+    if _BANDWIDTHS.value:
+        path = cli.input_file("bandwidths", _BANDWIDTHS.value)
+        native = model.store().layer(NATIVE, 0)
+        of_native = native.signature.gate, native.expert_bytes / 3
+        machines = measured(machines, read_bandwidths(path), gpu, *of_native)
+        sources |= dict.fromkeys(MEASURED, path.name)
     request = Request(
         vram_gib, _CONTEXT.value or min(DEFAULT_CONTEXT, model.config.context_length),
         _KV_FORMAT.value, _CHUNK.value, _RESERVE.value,
     )  # fmt: skip
-    sources = dict.fromkeys(given, "the command line")
     with tqdm(unit="setting", disable=None, leave=False) as bar:
 
         def progress(name: str) -> None:
             bar.set_description(name)
             bar.update()
 
-        plan = make_plan(model, gpu, machine, request, _routings(model), sources, progress)
+        plan = make_plan(model, gpu, machines, request, _routings(model), sources, progress)
     print(json.dumps(plan) if _JSON.value else table.render(plan, recorded_check()))
     if folder is not None:
         path = write_record(folder, plan_record(plan))

@@ -15,6 +15,7 @@ import pytest
 from tiny_models import MODELS, write_model
 
 from hobbit_jax import reference
+from hobbit_jax.cache.bandwidth import Bandwidths
 from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.cache.trace import Trace
@@ -32,8 +33,11 @@ from hobbit_jax.planner.cost_model import (
     COMPILED,
     CONSTANTS,
     ENGINES,
+    MEASURED,
     Machine,
     Traffic,
+    describe,
+    measured,
     of_engine,
     token_time,
 )
@@ -100,11 +104,24 @@ def test_a_token_by_hand():
     assert token_time(longer, machine).link == pytest.approx((5.8 + 0.6) * 0.75 - 3.0)
 
 
-def test_a_compiled_engine_keeps_what_was_given():
-    machine = Machine(500, 20, pcie_efficiency=0.6)
-    compiled = of_engine(machine, COMPILED)
-    assert {n: getattr(compiled, n) for n in ENGINES[COMPILED]} == ENGINES[COMPILED]
-    assert of_engine(machine, COMPILED, given=["pcie_efficiency"]).pcie_efficiency == 0.6
+def test_measured_bandwidths_take_the_place_of_assumed_ones():
+    found = Bandwidths(
+        "gpu: NVIDIA GeForce RTX 4070", "a CPU", {"Q4_K": {"4": 30.0}},
+        {"mapped": {"1048576": 11.0}, "pinned": {"1048576": 22.0}}, {"host": 1.0, "link": 1.0},
+    )  # fmt: skip
+    gpu = GPUS["RTX 4070"]
+    machines = {
+        engine: of_engine(Machine(gpu.device_gb_s, gpu.pcie_gb_s), engine) for engine in ENGINES
+    }
+    machines = measured(machines, found, gpu, "Q4_K", 900_000)
+    moved = Traffic(1, 0, 0, 0, moved_experts=5, moved_bytes=110e6, host_bytes=60e6)
+    for engine, milliseconds in (("hobbit_jax", 10), (COMPILED, 5)):
+        time = token_time(moved, machines[engine])
+        assert (time.link, time.cpu) == (pytest.approx(milliseconds), pytest.approx(2))
+    constants = describe(machines["hobbit_jax"], dict.fromkeys(MEASURED, "b.json"))
+    assert {c["name"] for c in constants if c["source"] == "b.json"} == set(MEASURED)
+    with pytest.raises(ValueError, match=r"RTX 4070, and the plan is for RTX 4080; measure there"):
+        measured(machines, found, GPUS["RTX 4080"], "Q4_K", 900_000)
 
 
 def test_every_constant_has_an_origin():
@@ -408,7 +425,8 @@ def tiny_plan(pool_share: float) -> dict:
         replace(made, trace=shorter(made.trace, 100))
         for made in routing.synthetic_routing(TINY.config)
     ]
-    return make_plan(TINY, GPUS["RTX 4070"], Machine(500, 30), request, made, {})
+    machines = {engine: of_engine(Machine(500, 30), engine) for engine in ENGINES}
+    return make_plan(TINY, GPUS["RTX 4070"], machines, request, made, {})
 
 
 def test_a_plan_says_what_it_rests_on(tmp_path: Path):
