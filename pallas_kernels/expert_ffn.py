@@ -46,14 +46,9 @@ def implementation_for(
         NotImplementedError, ValueError: the one asked for cannot do this, and why.
     """
 
-    def check_ggml() -> None:
-        for name in (signature.gate, signature.up):
-            ggml.check_matrix(name, d_model)
-        ggml.check_matrix(signature.down, d_expert)
-
     checks = {
         "triton": lambda: check_supported(signature, d_model, d_expert, function),
-        "ggml": check_ggml,
+        "ggml": lambda: ggml.check_formats(*signature),
     }
     return choose(implementation, checks)
 
@@ -81,7 +76,8 @@ def expert_ffn(
         x_TD: float32.
         y_AD: float32, A = T * K; donate it. Rows that `work` does not list keep their values,
             so that several banks can serve one layer in turn.
-        weight_A: float32.
+        weight_A: float32; or [A, 3], the factors of gate's, up's and down's products, where the
+            matrices of an expert have scales of their own (NVFP4): down's is then times the weight.
         bank: all slots of `signature`.
         signature: formats of gate, up and down.
         work: slots and assignments; data, not compiled in.
@@ -95,9 +91,14 @@ def expert_ffn(
         y_AD.
 
     Raises:
-        NotImplementedError: the implementation asked for does not cover this format or shape.
+        NotImplementedError: the implementation asked for does not cover this format or shape, or
+            there are both biases and scales of whole matrices.
         ValueError: there is no such implementation, or none on this device.
     """
+    if biases is not None and weight_A.ndim == 2:
+        raise NotImplementedError(
+            "these experts have biases and scales of whole matrices (NVFP4); supported is either"
+        )
     if isinstance(bank.gate, ggml.RawMatrix):
         if implementation not in (None, "ggml"):
             raise ValueError(
@@ -110,6 +111,8 @@ def expert_ffn(
     if implementation is None and jax.devices()[0].platform == "cpu":
         implementation = "xla"
     chosen = implementation_for(signature, d_model, d_expert, implementation, function)
+    if chosen != "xla" and weight_A.ndim == 2:
+        raise NotImplementedError("the Triton kernels know no scales of whole matrices; take 'xla'")
     if chosen == "xla":
         return reference.expert_ffn(x_TD, y_AD, weight_A, bank, signature, work, function, biases)
     return triton_expert_ffn(

@@ -121,17 +121,27 @@ def run_expert(
     down_DF: jax.Array,
     function: ExpertFunction,
     bias: ExpertBias | None = None,
+    factor_C3: jax.Array | None = None,
 ) -> jax.Array:
-    """One expert, float32 [C, D]."""
-    hidden_CF = gated(function, _product(x_CD, gate_FD), _product(x_CD, up_FD), bias)
-    y_CD = _product(hidden_CF, down_DF)
-    return y_CD if bias is None else y_CD + bias.down_D[None, :]
+    """One expert, float32 [C, D]; each product is multiplied by its factor."""
+    gate_CF, up_CF = _product(x_CD, gate_FD), _product(x_CD, up_FD)
+    if factor_C3 is None:
+        y_CD = _product(gated(function, gate_CF, up_CF, bias), down_DF)
+        return y_CD if bias is None else y_CD + bias.down_D[None, :]
+    gate_C1, up_C1, down_C1 = jnp.split(factor_C3, 3, axis=1)
+    return down_C1 * _product(gated(function, gate_C1 * gate_CF, up_C1 * up_CF), down_DF)
 
 
 def _product(x_CK: jax.Array, w_NK: jax.Array) -> jax.Array:
     """`x_CK @ w_NK.T`, said so that XLA on a CPU does not transpose what it unpacks: 5 times faster
-    for one row."""
-    return jnp.einsum("ck,nk->cn", x_CK, w_NK)
+    for one row. The rows of w may be filled up to a whole block."""
+    return jnp.einsum("ck,nk->cn", filled_up(x_CK, w_NK.shape[1]), w_NK)
+
+
+def filled_up(x_TK: jax.Array, columns: int) -> jax.Array:
+    """x with columns of zeros behind its own, [T, columns]."""
+    missing = columns - x_TK.shape[1]
+    return jnp.pad(x_TK, ((0, 0), (0, missing))) if missing else x_TK
 
 
 def gather_slots(bank: Bank, work: Work) -> tuple[Bank, Work]:
@@ -162,11 +172,14 @@ def expert_ffn(
         assignment_C, slot = work.assignment_IC[item], work.slot_I[item]
         expert = apart(lambda slot: jax.tree.map(lambda plane: plane[slot], bank), slot)
         matrices = (format.unpack(planes) for format, planes in zip(formats, expert, strict=True))
-        bias = None
+        x_CD, factors, bias = x_TD[assignment_C // k], weight_A[assignment_C], None
         if biases is not None:
             row = biases.row_A[assignment_C[0]]
             bias = ExpertBias(*(array[row] for array in biases[:3]))
-        y_CD = run_expert(x_TD[assignment_C // k], *matrices, function, bias)
-        return y_AD.at[assignment_C].set(y_CD * weight_A[assignment_C][:, None])
+        if weight_A.ndim == 2:
+            y_CD = run_expert(x_CD, *matrices, function, None, factors)
+        else:
+            y_CD = run_expert(x_CD, *matrices, function, bias) * factors[:, None]
+        return y_AD.at[assignment_C].set(y_CD)
 
     return jax.lax.fori_loop(jnp.int32(0), work.count, one_item, y_AD)
