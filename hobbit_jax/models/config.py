@@ -23,6 +23,7 @@ from pallas_kernels.reference import ExpertFunction
 
 TOKEN_EMBEDDING = "token_embd.weight"
 OUTPUT_NORM = "output_norm.weight"
+ROPE_DIVISORS = "rope_freqs.weight"
 OUTPUT = "output.weight"  # absent when the head is tied to the embedding
 
 Shapes = dict[str, tuple[int, ...]]  # row-major, by role
@@ -81,6 +82,7 @@ class Rope:
     dim: int
     style: Literal["neox", "norm"]  # pairs (i, i + dim/2), or (2i, 2i + 1)
     yarn: Yarn | None = None
+    divisors: tuple[float, ...] = ()  # of the pairs' frequencies, as `ROPE_DIVISORS` holds them
 
 
 @dataclass(frozen=True)
@@ -339,6 +341,9 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
         names = block_tensors(config, block)
         shapes |= {names[role]: shape for role, shape in block_shapes(config, block).items()}
     shapes[OUTPUT_NORM] = (config.d_model,)
+    divisors = (block.attention.rope.divisors for block in config.blocks)
+    if pairs := max(map(len, divisors), default=0):
+        shapes[ROPE_DIVISORS] = (pairs,)
     if not config.tied_head:
         shapes[OUTPUT] = (config.vocab_size, config.d_model)
     return shapes

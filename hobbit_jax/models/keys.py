@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 # Beyond these bounds float32 arithmetic gives zeros or NaN, not another model.
 _RMS_EPS = number(1e-30, 1.0)
-_ROPE_BASE = number(1.0, 1e30)
+ROPE_BASE = number(1.0, 1e30)
 _POSITIVE = number(1e-30, 1e30)
 _SOFTMAX, _SIGMOID = 1, 2  # gguf.ExpertGatingFuncType; 0 is "not said"
 _GATINGS: dict[int, Literal["softmax", "sigmoid"]] = {_SOFTMAX: "softmax", _SIGMOID: "sigmoid"}
@@ -156,7 +156,7 @@ def rotary(keys: Keys, dim: int, style: Literal["neox", "norm"]) -> Rope:
     Raises:
         ValueError: impossible numbers.
     """
-    base = keys.read("rope.freq_base", _ROPE_BASE, 10000.0)
+    base = keys.read("rope.freq_base", ROPE_BASE, 10000.0)
     factor = keys.unchecked("rope.scaling.factor", 1.0)
     if keys.unchecked("rope.scaling.type") != "yarn" or factor in (0.0, 1.0):  # 0 is "not said"
         return Rope(base, dim, style)

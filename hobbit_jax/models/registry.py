@@ -14,7 +14,7 @@ from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
 from hobbit_jax.model_file.metadata import shown
 from hobbit_jax.model_file.other_files import refuse_other_kinds
-from hobbit_jax.models import gpt_oss, llama, olmoe, qwen3moe
+from hobbit_jax.models import gemma4, gpt_oss, llama, olmoe, qwen3moe
 from hobbit_jax.models.config import ModelConfig, block_shapes, tensor_shapes
 from hobbit_jax.models.keys import Keys
 
@@ -44,6 +44,7 @@ FAMILIES: dict[str, Family] = {
     "llama": llama,
     "olmoe": olmoe,
     "gpt-oss": gpt_oss,
+    "gemma4": gemma4,
 }
 
 
