@@ -28,9 +28,15 @@ def check_supported(signature: Signature, d_model: int, d_expert: int) -> None:
 
 
 def implementation_for(
-    signature: Signature, d_model: int, d_expert: int, implementation: Implementation = None
+    signature: Signature,
+    d_model: int,
+    d_expert: int,
+    implementation: Implementation = None,
+    platform: str | None = None,
 ) -> str:
-    """What `implementation` comes to on this process's device; None takes the fastest that fits.
+    """What `implementation` comes to on this process's device, or on its CPU for `platform` "cpu".
+
+    None takes the fastest that fits.
 
     Raises:
         NotImplementedError, ValueError: the one asked for cannot do this, and why.
@@ -38,14 +44,14 @@ def implementation_for(
 
     def check_ggml() -> None:
         for name in (signature.gate, signature.up):
-            ggml.check_matrix(name, d_model)
-        ggml.check_matrix(signature.down, d_expert)
+            ggml.check_matrix(name, d_model, platform)
+        ggml.check_matrix(signature.down, d_expert, platform)
 
     checks = {
         "triton": lambda: check_supported(signature, d_model, d_expert),
         "ggml": check_ggml,
     }
-    return choose(implementation, checks)
+    return choose(implementation, checks, platform)
 
 
 def expert_ffn(

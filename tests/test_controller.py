@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from hobbit_jax.cache.config import CacheConfig
-from hobbit_jax.cache.controller import BankLayout, Controller, Observer, OnRouting, Use
+from hobbit_jax.cache.controller import BankLayout, Controller, Observer, OnRouting
 from hobbit_jax.cache.counter import Replay, RoutedStep
-from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
+from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, Use
 from hobbit_jax.cache.policies import POLICIES, Step, policy_factory
 from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.cache.trace import read_trace
@@ -152,6 +152,6 @@ def test_observers_are_all_told_in_their_order(store):
     key = ExpertKey(LOW, 1, 3)
     decision = controller.decide(Step(0, 1, 0), [Use(ExpertKey(NATIVE, 1, 3))])
     assert told == ["first attached", "second attached", "first", "second"]
-    assert decision.missing == [ExpertKey(NATIVE, 1, 3)] and decision.batches == [decision.missing]
+    assert decision.fetched == [ExpertKey(NATIVE, 1, 3)] and decision.batches == [decision.fetched]
     controller.end_tokens(1)
     assert controller.take_wanted() == [key] and controller.take_wanted() == []

@@ -39,6 +39,8 @@ class PoolStats:
     bytes_moved: int = 0  # sent to the device, also in vain
     ahead_bytes: int = 0  # of them, sent beside what was waited for: guesses, later batches
     dropped_bytes: int = 0  # of those, given up since the layer did not choose them
+    computed: int = 0  # misses that the CPU computed
+    host_bytes: int = 0  # read by the CPU for them
     wait_s: float = 0.0  # the host waited for uploads, by the link's clock
 
     @property
@@ -181,9 +183,11 @@ class SlotPool:
             self.drop_prefetched(
                 [k for k in self._prefetched if k.layer == decision.step.layer and k not in used]
             )
-        missing = set(decision.missing)
+        missing = set(decision.misses)
         for use in decision.uses:
             (self.stats.misses if use.key in missing else self.stats.hits)[use.key] += 1
+        self.stats.computed += len(decision.computed)
+        self.stats.host_bytes += sum(map(self.store.expert_bytes, decision.computed))
 
     def load(
         self,

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -126,6 +127,30 @@ def empty_carry(
         return carry
     y_AD = sharding.divided(jnp.zeros((mesh.size * batch * k, d)), mesh)
     return sharding.replicated(carry, mesh)._replace(y_AD=y_AD)
+
+
+@functools.partial(jax.jit, donate_argnames="carry", static_argnames="mesh")
+def with_outputs(
+    carry: Carry, assignment_H: np.ndarray, y_HD: np.ndarray, mesh: Mesh | None
+) -> Carry:
+    """A carry in which some assignments have run elsewhere; those outside of it are dropped.
+
+    Args:
+        carry: of a program that waits in a layer; donated.
+        assignment_H: int32.
+        y_HD: their experts' outputs times the routing weights, float32.
+        mesh: of several devices, of which the first holds them.
+    """
+
+    def put(y_AD: jax.Array) -> jax.Array:
+        here_H = assignment_H
+        if mesh is not None:
+            first = jax.lax.axis_index(sharding.AXIS) == 0
+            here_H = jnp.where(first, assignment_H, len(y_AD))
+        return y_AD.at[here_H].set(y_HD, mode="drop")
+
+    y_AD = sharding.on_each(put, mesh, (sharding.DIVIDED,), sharding.DIVIDED)(carry.y_AD)
+    return carry._replace(y_AD=y_AD, done_A=carry.done_A.at[assignment_H].set(True, mode="drop"))
 
 
 def item_width(batch: int, k: int, n_experts: int) -> int:

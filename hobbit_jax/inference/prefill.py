@@ -24,6 +24,7 @@ from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.experts.store import ExpertKey
+from hobbit_jax.inference.host_compute import HostCompute
 from hobbit_jax.inference.moe import add_experts, apply_experts
 from hobbit_jax.inference.selection import Selections, rows_of_layer, select
 from hobbit_jax.model.layers import LayerKinds, States
@@ -104,6 +105,7 @@ class Prefill:
     pool: ExpertPool
     plan: PrecisionPlan
     mode: MissMode
+    host: HostCompute
 
     def append(
         self,
@@ -166,7 +168,7 @@ class Prefill:
             step = Step(token, layer, int(lengths_B.max()))
             y_AD = apply_experts(
                 self.pool, step, h_TD, selections.weights_TK, on_host, model.implementation,
-                upcoming,
+                upcoming, self.host,
             )  # fmt: skip
             x_BTD = add_experts(x_BTD, y_AD)
             inspect("experts", layer, x_BTD)
