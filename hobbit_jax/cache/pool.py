@@ -65,7 +65,8 @@ def _named(key: ExpertKey, device: Any) -> Iterator[None]:
 def holds_all(store: HostExperts, slots: Mapping[Signature, int]) -> bool:
     """Whether every expert of every bank has a slot of its own."""
     demanded = Counter(layer.signature for layers in store.precisions for layer in layers)
-    return all(n >= demanded[s] * store.config.n_experts for s, n in slots.items())
+    full = (n >= demanded[s] * store.config.n_experts for s, n in slots.items())
+    return bool(slots) and all(full)
 
 
 class SlotPool:
@@ -177,9 +178,9 @@ class SlotPool:
         return self._slot_of[key]
 
     def begin(self, decision: Decision) -> None:
-        """Counts a step's uses; prefetches of its layer that it does not use are given up."""
+        """Counts a step's uses; prefetches of its layer that it does not load are given up."""
         if self._prefetched:
-            used = {use.key for use in decision.uses}
+            used = {use.key for use in decision.uses}.difference(decision.computed)
             self.drop_prefetched(
                 [k for k in self._prefetched if k.layer == decision.step.layer and k not in used]
             )

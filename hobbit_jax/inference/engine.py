@@ -353,7 +353,7 @@ class Engine:
                     raise RuntimeError(f"layer {report.layer} waits for experts that are resident")
                 if outputs is not None:
                     where_H, y_HD = outputs.wait()
-                    self._carry = with_outputs(self._started(), where_H, y_HD, mesh=self._mesh)
+                    self._carry = with_outputs(self._started(), where_H, y_HD, self._mesh)
                 fresh = False
         except BaseException:
             # The token is half done; what the pool holds is whole.

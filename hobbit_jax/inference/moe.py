@@ -203,8 +203,9 @@ def apply_experts(
     decision = controller.decide(step, grouped.uses(selections), unmet, prefill=True)
     pool.begin(decision)
     by_bank: dict[Signature, list[ExpertKey]] = defaultdict(list)
+    stay = set(decision.computed)
     for key in grouped.assignments:
-        if key not in decision.computed:
+        if key not in stay:
             by_bank[pool.store.signature(key)].append(key)
     parts = [
         (signature, batch, part)

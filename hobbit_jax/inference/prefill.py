@@ -143,7 +143,9 @@ class Prefill:
         inspect("embedding", 0, x_BTD)
         kinds = model.layers.kinds
         walk = list(zip(kinds.kind_L, kinds.index_L, strict=True))
-        looks_ahead = self.pool.staging_bytes > 0 and not self.pool.holds_all
+        # What the CPU computes need not go up.
+        uploads = not (self.pool.holds_all or self.mode.computes)
+        looks_ahead = self.pool.staging_bytes > 0 and uploads
         for layer, (kind, index) in enumerate(walk):
             last = layer == len(walk) - 1
             next_kind, next_index = walk[layer + 1] if looks_ahead and not last else (None, 0)
