@@ -42,14 +42,9 @@ def implementation_for(
         NotImplementedError, ValueError: the one asked for cannot do this, and why.
     """
 
-    def check_ggml() -> None:
-        for name in (signature.gate, signature.up):
-            ggml.check_matrix(name, d_model, platform)
-        ggml.check_matrix(signature.down, d_expert, platform)
-
     checks = {
         "triton": lambda: check_supported(signature, d_model, d_expert),
-        "ggml": check_ggml,
+        "ggml": lambda: ggml.check_formats(*signature, platform=platform),
     }
     return choose(implementation, checks, platform)
 

@@ -341,7 +341,7 @@ def test_smaller_files_are_llama_cpps():
     gemma = preset_model("gemma-4-26b-a4b").smaller_file("Q2_K")
     assert gemma is not None
     (gate, _, down) = gemma.experts[0]
-    assert (gate[0], down[0]) == ("Q2_K", "IQ4_NL")
+    assert (gate[0], down[0]) == ("Q2_K", "Q4_0")
 
 
 def test_rivals_on_the_cpu(synthetic_routing: Trace):

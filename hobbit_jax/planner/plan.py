@@ -203,7 +203,7 @@ def make_plan(
             "experts": config.n_experts,
             "experts_per_token": config.experts_per_token,
             "native_bytes": model.native_bytes,
-            "low_bytes": {f: size for f in candidates.LOW_FORMATS if (size := _low(model, f))},
+            "low_bytes": {f: model.store(f).precision_bytes(1) for f in candidates.LOW_FORMATS},
         },
         "gpu": asdict(gpu),
         "context": request.context,
@@ -245,13 +245,6 @@ def _other_requests(model: PlannedModel, request: Request) -> dict[str, Request]
         return asked != request
 
     return {label: asked for label, asked in found.items() if fits(asked)}
-
-
-def _low(model: PlannedModel, format: str) -> int | None:
-    try:
-        return model.store(format).precision_bytes(1)
-    except NotImplementedError:
-        return None
 
 
 def _options(

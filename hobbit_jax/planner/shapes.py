@@ -36,7 +36,7 @@ from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf
 from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required, integer, integers, text
 from hobbit_jax.model_file.presets import PRESETS
 from hobbit_jax.model_file.remote import open_remote
-from hobbit_jax.quantize.quant_recipe import q4_k_m_format
+from hobbit_jax.quantize.quant_recipe import format_in_a_file, q4_k_m_format
 from pallas_kernels.formats import get_format
 
 # Bytes of a number in the KV cache, by the engine's own formats (`model/modules.py`).
@@ -51,7 +51,6 @@ _FLOAT_BYTES = 4
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 _MOST_LAYERS = 10_000
 # What llama.cpp takes where rows are no multiple of 256.
-_FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 # Architectures whose other layers than every fourth are recurrent where the file does not say.
 _DELTA_NETS = ("qwen3next", "qwen35moe")
@@ -103,11 +102,7 @@ class PlannedModel:
         return self.store().precision_bytes(NATIVE)
 
     def store(self, low_format: str | None = None) -> HostExperts:
-        """The experts natively and, with a format, at a low precision.
-
-        Raises:
-            NotImplementedError: a width that is no multiple of the format's block.
-        """
+        """The experts natively and, with a format, at a low precision of our own."""
         if low_format is None:
             return HostExperts(self.config, self._file(self.experts))
         low = [[(low_format, shape) for _, shape in matrices] for matrices in self.experts]
@@ -130,7 +125,7 @@ class PlannedModel:
                 formats = ("Q3_K", "Q3_K", "Q5_K" if first else "Q4_K" if more else "Q3_K")
             smaller.append(
                 [
-                    (_FALLBACK[format] if shape[-1] % 256 else format, shape)
+                    (format_in_a_file(format, shape[-1]), shape)
                     for format, shape in zip(formats, (gate, up, down), strict=True)
                 ]
             )
