@@ -7,11 +7,9 @@ that the plan was given: a user's own trace is one, made-up routing is two (`rou
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,8 +38,6 @@ from hobbit_jax.planner.traffic import (
     replay_setting,
 )
 
-# The summary of `scripts/dev/check_plan.py`, as it was last recorded.
-CHECK = Path(__file__).with_name("check.json")
 GIB = 2**30
 LLAMA_CPP = "llama.cpp"
 # Joint perturbations of all assumed constants, each between half and double.
@@ -379,8 +375,3 @@ def _joint(
         who: [(name, count / DRAWS) for name, count in counter.most_common()]
         for who, counter in counts.items()
     }
-
-
-def recorded_check() -> dict[str, Any]:
-    """The model's error as last measured: where, on how many settings, and how large."""
-    return json.loads(CHECK.read_text(encoding="utf-8"))
