@@ -16,8 +16,8 @@ from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.models.loading import load_model
 
 PROMPTS, CONTEXT, CHUNK = [[5, 200, 17, 17, 99], [3], [101, 42, 7, 250, 11]], 24, 15
 RULE = PromotionRule(after_uses=2, per_token=1)
