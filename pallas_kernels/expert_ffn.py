@@ -36,14 +36,9 @@ def implementation_for(
         NotImplementedError, ValueError: the one asked for cannot do this, and why.
     """
 
-    def check_ggml() -> None:
-        for name in (signature.gate, signature.up):
-            ggml.check_matrix(name, d_model)
-        ggml.check_matrix(signature.down, d_expert)
-
     checks = {
         "triton": lambda: check_supported(signature, d_model, d_expert),
-        "ggml": check_ggml,
+        "ggml": lambda: ggml.check_formats(*signature),
     }
     return choose(implementation, checks)
 

@@ -76,8 +76,14 @@ def swiglu(x_CD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.A
 
 def _product(x_CK: jax.Array, w_NK: jax.Array) -> jax.Array:
     """`x_CK @ w_NK.T`, said so that XLA on a CPU does not transpose what it unpacks: 5 times faster
-    for one row."""
-    return jnp.einsum("ck,nk->cn", x_CK, w_NK)
+    for one row. The rows of w may be filled up to a whole block."""
+    return jnp.einsum("ck,nk->cn", filled_up(x_CK, w_NK.shape[1]), w_NK)
+
+
+def filled_up(x_TK: jax.Array, columns: int) -> jax.Array:
+    """x with columns of zeros behind its own, [T, columns]."""
+    missing = columns - x_TK.shape[1]
+    return jnp.pad(x_TK, ((0, 0), (0, missing))) if missing else x_TK
 
 
 def gather_slots(bank: Bank, work: Work) -> tuple[Bank, Work]:

@@ -68,6 +68,7 @@ from pallas_kernels.ggml.products import (
     rounded_bytes,
     row_bytes,
     tile,
+    whole_blocks,
 )
 
 _LINEAR, _EXPERTS, _ATTENTION = range(3)
@@ -185,14 +186,17 @@ def _gate_and_up(job, item, first, rows):
         if code:
             free(part)
             return code
-    hidden = U(get(job, E_HIDDEN)) + U(4 * get(item, I_FIRST) * d_expert)
+    stride = whole_blocks(get(job, E_TYPE + 2), d_expert)
+    hidden = U(get(job, E_HIDDEN)) + U(4 * get(item, I_FIRST) * stride)
     up = part + U(4 * padded(tokens) * rows)
     for token in range(tokens):
         gate_R = floats(part + U(4 * token * rows), rows)
         up_R = floats(up + U(4 * token * rows), rows)
-        out_R = floats(hidden + U(4 * (token * d_expert + first)), rows)
+        out_R = floats(hidden + U(4 * (token * stride + first)), rows)
         for row in range(rows):
             out_R[row] = gate_R[row] / (np.float32(1) + exp(-gate_R[row])) * up_R[row]
+        if first == 0:
+            floats(hidden + U(4 * (token * stride + d_expert)), stride - d_expert)[:] = 0
     free(part)
     return 0
 
@@ -203,9 +207,10 @@ def _round_hidden(job, item, d_expert):
     sources = malloc(U(8 * tokens))
     if sources == U(0):
         return NO_MEMORY
-    hidden = U(get(job, E_HIDDEN)) + U(4 * get(item, I_FIRST) * d_expert)
+    stride = whole_blocks(type_, d_expert)
+    hidden = U(get(job, E_HIDDEN)) + U(4 * get(item, I_FIRST) * stride)
     for token in range(tokens):
-        store_u64(sources + U(8 * token), hidden + U(4 * token * d_expert))
+        store_u64(sources + U(8 * token), hidden + U(4 * token * stride))
     way = interleaves(type_, tokens, get(job, E_D))
     code = round_tokens(type_, way, d_expert, sources, 0, tokens, U(get(item, I_ROUNDED_DOWN)))
     free(sources)
@@ -408,14 +413,15 @@ def _item_tokens(chosen, width):
 
 @njit
 def _experts(frame):
-    """Arguments: x [T,D], y [A,D], weight [A], gate, up, down, types [3], slot [I], assignment
-    [I,C], count []. Result: y."""
+    """Arguments: x [T, D filled up], y [A,D], weight [A], gate, up, down, types [3], slot [I],
+    assignment [I,C], count []. Result: y."""
     x, weight, numbers = argument(frame, 0), argument(frame, 2), data(argument(frame, 6))
     slots, assignments = data(argument(frame, 7)), argument(frame, 8)
     count = np.int64(load_i32(data(argument(frame, 9))))
     if count == 0:
         return NO_ERROR
-    width, d_model, y = size(assignments, 1), size(x, 1), result(frame, 0)
+    width, y = size(assignments, 1), result(frame, 0)
+    d_model, x_stride = size(y, 1), size(x, 1)
     d_expert = np.int64(load_i32(numbers + U(12)))
     per_token = size(y, 0) // size(x, 0)
     if count > size(assignments, 0):
@@ -432,8 +438,8 @@ def _experts(frame):
     # Both matrices read the same rounded activations where their types round alike.
     shared = kinds[0] == kinds[1]
     bytes_x, bytes_up = rounded_bytes(kinds[0], d_model), rounded_bytes(kinds[1], d_model)
-    bytes_h = rounded_bytes(kinds[2], d_expert)
-    needed = count * _ITEM_BYTES + total * (8 + bytes_x + 4 * d_expert + bytes_h)
+    bytes_h, h_stride = rounded_bytes(kinds[2], d_expert), whole_blocks(kinds[2], d_expert)
+    needed = count * _ITEM_BYTES + total * (8 + bytes_x + 4 * h_stride + bytes_h)
     scratch = malloc(U(needed + (0 if shared else total * bytes_up)))
     step_f, step_d = _chunk_rows(d_expert, count), _chunk_rows(d_model, count)
     n_f, n_d = -(-d_expert // step_f), -(-d_model // step_d)
@@ -444,7 +450,7 @@ def _experts(frame):
         return NO_MEMORY
     sources = scratch + U(count * _ITEM_BYTES)
     hidden = sources + U(8 * total)
-    rounded = hidden + U(4 * total * d_expert)
+    rounded = hidden + U(4 * total * h_stride)
     rounded_h = rounded + U(total * bytes_x)
     rounded_up = rounded if shared else rounded_h + U(total * bytes_h)
     first, code = 0, NO_ERROR
@@ -462,7 +468,7 @@ def _experts(frame):
             store_u64(item + U(8 * (I_GATE + matrix)), address)
         for token in range(tokens):
             row = np.int64(load_i32(chosen + U(4 * token))) // per_token
-            store_u64(sources + U(8 * (first + token)), data(x) + U(4 * row * d_model))
+            store_u64(sources + U(8 * (first + token)), data(x) + U(4 * row * x_stride))
         store_i64(item + U(8 * I_TOKENS), np.int64(tokens))
         store_i64(item + U(8 * I_FIRST), np.int64(first))
         store_u64(item + U(8 * I_SOURCES), sources + U(8 * first))
