@@ -28,9 +28,15 @@ def check_supported(signature: Signature, d_model: int, d_expert: int) -> None:
 
 
 def implementation_for(
-    signature: Signature, d_model: int, d_expert: int, implementation: Implementation = None
+    signature: Signature,
+    d_model: int,
+    d_expert: int,
+    implementation: Implementation = None,
+    platform: str | None = None,
 ) -> str:
-    """What `implementation` comes to on this process's device; None takes the fastest that fits.
+    """What `implementation` comes to on this process's device, or on its CPU for `platform` "cpu".
+
+    None takes the fastest that fits.
 
     Raises:
         NotImplementedError, ValueError: the one asked for cannot do this, and why.
@@ -38,9 +44,9 @@ def implementation_for(
 
     checks = {
         "triton": lambda: check_supported(signature, d_model, d_expert),
-        "ggml": lambda: ggml.check_formats(*signature),
+        "ggml": lambda: ggml.check_formats(*signature, platform=platform),
     }
-    return choose(implementation, checks)
+    return choose(implementation, checks, platform)
 
 
 def expert_ffn(
