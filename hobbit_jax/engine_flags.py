@@ -29,9 +29,9 @@ from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.routing_recorder import RoutingRecorder
-from hobbit_jax.model.loading import LoadedModel, load_model
-from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model_file.gguf_file import GGUFFile
+from hobbit_jax.models.caches import KV_FORMATS
+from hobbit_jax.models.loading import LoadedModel, load_model
 from hobbit_jax.quantize import FORMATS
 from pallas_kernels.backends import IMPLEMENTATIONS
 from pallas_kernels.ggml.ops import set_threads

@@ -17,7 +17,7 @@ from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import STATISTICS, calibrate
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.resources import roomy_pool_bytes
 from hobbit_jax.sweep.texts import MIXED_TEXT, NAMED_TEXTS, calibration_documents
 from pallas_kernels.backends import for_quality

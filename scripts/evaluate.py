@@ -22,7 +22,7 @@ from hobbit_jax.atomic import write_json
 from hobbit_jax.code_runner import PROTECTIONS
 from hobbit_jax.engine_flags import EngineFlags, low_experts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import LoadedModel
+from hobbit_jax.models.loading import LoadedModel
 
 try:
     from hobbit_jax.evals.benchmarks import BenchmarkSettings, evaluate_engine, table

@@ -15,7 +15,7 @@ from absl import flags
 from hobbit_jax import cli
 from hobbit_jax.atomic import replacing
 from hobbit_jax.engine_flags import EngineFlags
-from hobbit_jax.model_file.architecture import ModelConfig
+from hobbit_jax.models.config import ModelConfig
 
 ENGINE = EngineFlags(
     "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "low_format",

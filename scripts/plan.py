@@ -21,8 +21,8 @@ from hobbit_jax import cli
 from hobbit_jax.cache.bandwidth import read_bandwidths
 from hobbit_jax.cache.trace import read_trace
 from hobbit_jax.experts.store import NATIVE
-from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model_file.remote import is_url
+from hobbit_jax.models.caches import KV_FORMATS
 from hobbit_jax.planner import routing, table
 from hobbit_jax.planner.cost_model import ENGINES, MEASURED, Machine, measured, of_engine
 from hobbit_jax.planner.hardware import find_gpu

@@ -24,8 +24,8 @@ from hobbit_jax.experts.low_precision import (
     write_low_precision,
 )
 from hobbit_jax.importance.calibration import Calibration
-from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.models.registry import read_config
 from hobbit_jax.quantize.methods import METHODS, rarely_seen
 from pallas_kernels.formats import FORMATS
 

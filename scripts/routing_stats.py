@@ -20,7 +20,7 @@ from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.importance.calibration import calibrate
 from hobbit_jax.importance.routing_summary import table
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.models.loading import load_model
 from pallas_kernels.backends import for_quality
 
 _MODEL = flags.DEFINE_string(

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from hobbit_jax import cli
 from hobbit_jax.engine_flags import EngineFlags
 from hobbit_jax.evals import full_scale
-from hobbit_jax.model_file.presets import PRESETS
+from hobbit_jax.models.presets import PRESETS
 from hobbit_jax.record import read_records, write_record
 from hobbit_jax.report.scale_tables import scale_table
 from hobbit_jax.synthetic.synthesize import synthesize

@@ -14,7 +14,7 @@ from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.routing_recorder import RoutingRecorder
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.models.loading import load_model
 
 RULE = PromotionRule(after_uses=2, per_token=2)
 TOKENS = 24

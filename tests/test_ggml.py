@@ -15,7 +15,7 @@ from hobbit_jax.baselines.side import SideSpec
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.quantize import ggml
 from pallas_kernels.backends import choose
 from pallas_kernels.expert_ffn import expert_ffn, implementation_for

@@ -22,9 +22,10 @@ from hobbit_jax.experts.low_precision import LowPrecisionSpec
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import ROLES, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
-from hobbit_jax.model_file.architecture import layer_tensors, read_config
 from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
+from hobbit_jax.models.config import layer_tensors
+from hobbit_jax.models.loading import load_model
+from hobbit_jax.models.registry import read_config
 from hobbit_jax.quantize import encode
 from hobbit_jax.quantize.methods import encode_matrix
 from hobbit_jax.quantize.quant_recipe import format_in_a_file

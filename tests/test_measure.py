@@ -10,7 +10,7 @@ from hobbit_jax.evals.engine_program import EngineProgram
 from hobbit_jax.evals.measure import Counts, Measurement, Turn, measure, timed_turn
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.models.loading import load_model
 
 
 class Clock:

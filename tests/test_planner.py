@@ -20,10 +20,10 @@ from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.cache.trace import Trace
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.inference.decode_loop import empty_carry
-from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import open_gguf
-from hobbit_jax.model_file.presets import PRESETS
+from hobbit_jax.models.caches import empty_caches
+from hobbit_jax.models.loading import load_model
+from hobbit_jax.models.presets import PRESETS
 from hobbit_jax.planner import candidates, published_benchmarks, routing, table
 from hobbit_jax.planner.cost_model import (
     COMPILED,
@@ -138,8 +138,8 @@ def test_sizes_are_those_of_real_files(tmp_path: Path):
     for path in (tmp_path / "tiny.gguf", tied):
         model, loaded = open_model(path), load_model(path, "xla")
         assert model.dense_bytes == loaded.dense_device_bytes
-        cache = empty_carry(loaded.config, 1, CONTEXT).caches
-        assert model.kv_cache_bytes(CONTEXT) == sum(a.nbytes for a in cache)
+        caches = empty_caches(loaded.config, 1, CONTEXT)
+        assert model.kv_cache_bytes(CONTEXT) == caches.nbytes
     assert open_model(tied).dense_read_bytes == open_model(tied).dense_bytes
 
 
@@ -260,7 +260,8 @@ def test_another_models_trace_is_scaled_and_named(synthetic_routing: Trace):
 
 def test_made_up_routing_is_like_recorded_routing():
     """By the figures that the module gives of DeepSeek-V2-Lite and of Qwen3-30B-A3B."""
-    shape = replace(PRESETS["tiny"], n_layers=26, n_experts=64, experts_per_token=6)
+    blocks = PRESETS["tiny"].blocks[:1] * 26
+    shape = replace(PRESETS["tiny"], blocks=blocks, n_experts=64, experts_per_token=6)
     trace = routing.synthetic_routing(shape)[0].trace
     assert trace.share_of_hot_experts(0.25) == pytest.approx(0.489, abs=0.03)
     for lag, overlap in ((1, 0.276), (2, 0.206), (5, 0.182), (20, 0.152)):

@@ -24,7 +24,7 @@ from hobbit_jax.cache.policies import Policy, PolicyFactory, Step
 from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
-from hobbit_jax.model.sharding import owner
+from hobbit_jax.models.sharding import owner
 from pallas_kernels.reference import Signature
 
 

@@ -18,7 +18,7 @@ from hobbit_jax.cache.budget import BankDemand, divide_budget, divide_precisions
 from hobbit_jax.cache.miss_modes import LOW, MissMode
 from hobbit_jax.experts.precision import PrecisionPlan, uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
-from hobbit_jax.model.sharding import owners_LE
+from hobbit_jax.models.sharding import owners_LE
 from pallas_kernels.reference import Signature
 
 DEFAULT_LOW_SHARE = 0.5

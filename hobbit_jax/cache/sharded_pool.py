@@ -22,7 +22,7 @@ from hobbit_jax.cache.device_banks import Layout
 from hobbit_jax.cache.link import Link
 from hobbit_jax.cache.pool import PoolStats, SlotPool, holds_all
 from hobbit_jax.experts.store import ExpertKey, HostExperts
-from hobbit_jax.model.sharding import (
+from hobbit_jax.models.sharding import (
     DIVIDED,
     REPLICATED,
     assembled,

@@ -27,7 +27,7 @@ from hobbit_jax.evals.measure import Measurement, Turn, measure, timed_turn
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import LoadedModel
+from hobbit_jax.models.loading import LoadedModel
 from hobbit_jax.statistics import spread
 
 # Of a 12 GB card: Qwen3-30B-A3B at Q4_K_M reads 1.06 GB of active experts a token, 42 ms over a

@@ -29,7 +29,7 @@ from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.compile_clock import COMPILE_CLOCK
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.record import Benchmark, Record, machine, measured
 from hobbit_jax.statistics import spread
 

@@ -28,10 +28,10 @@ from tqdm import tqdm
 from hobbit_jax import quantize
 from hobbit_jax.atomic import check_space, exclusive, replacing
 from hobbit_jax.experts.store import ROLES
-from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
 from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
 from hobbit_jax.model_file.metadata import text
+from hobbit_jax.models.config import ModelConfig, layer_tensors
 from hobbit_jax.quantize.methods import CalibratedMoments, check_method, encode_matrix
 from hobbit_jax.quantize.quant_recipe import format_in_a_file
 from pallas_kernels import formats
@@ -86,11 +86,12 @@ class LowPrecisionSpec:
 
 
 def _places(config: ModelConfig) -> dict[str, tuple[str, int]]:
-    """Role and layer of every expert tensor, by name."""
+    """Role and layer of every expert tensor, by name; of a fused one, the role of its gate."""
     return {
-        layer_tensors(config, layer)[role]: (role, layer)
+        name: ("ffn_gate_exps" if role == "ffn_gate_up_exps" else role, layer)
         for layer in range(config.n_layers)
-        for role in ROLES
+        for role, name in layer_tensors(config, layer).items()
+        if role in (*ROLES, "ffn_gate_up_exps")
     }
 
 

@@ -43,8 +43,9 @@ from hobbit_jax.inference.prefill import Prefill, logits, pad_tokens
 from hobbit_jax.inference.sampling import Sampling, sample, seed_key
 from hobbit_jax.inference.selection import Selections
 from hobbit_jax.inference.step_stats import EngineStats, Meter, StepStats
-from hobbit_jax.model.loading import LoadedModel
-from hobbit_jax.model.sharding import expert_mesh, replicated
+from hobbit_jax.models.caches import empty_caches
+from hobbit_jax.models.loading import LoadedModel
+from hobbit_jax.models.sharding import expert_mesh, replicated
 
 GREEDY = Sampling()
 DEFAULT_CACHE = CacheConfig()
@@ -150,7 +151,7 @@ class Engine:
     @property
     def kv_cache_bytes(self) -> int:
         """Device bytes of the current sequences' keys and values."""
-        return 0 if self._carry is None else sum(a.nbytes for a in self._carry.caches)
+        return 0 if self._carry is None else self._carry.caches.nbytes
 
     def reset_stats(self) -> EngineStats:
         """Returns the counts so far and starts again from zero."""
@@ -183,7 +184,7 @@ class Engine:
 
     def _check_room(self, n_new_B: np.ndarray) -> None:
         self._check_map()
-        context = self._started().caches.k_LBCGd.shape[2]
+        context = self._started().caches.context
         longest = int((self._lengths_B + n_new_B).max(initial=0))
         if longest > context:
             raise ValueError(f"{longest} tokens exceed the {context} started with")
@@ -221,9 +222,8 @@ class Engine:
         if finite:
             return
         self._carry, longest = None, max(map(len, self._ids))
-        caches = empty_carry(
-            self.config, len(self._ids), longest, self._mesh, self.cache.kv_format
-        ).caches
+        caches = empty_caches(self.config, len(self._ids), longest, self.cache.kv_format)
+        caches = replicated(caches, self._mesh)
         chunk = max(1, self.cache.chunk_tokens // len(self._ids))
         raise ValueError(non_finite.describe(self._prefill, caches, self._ids, chunk))
 

@@ -27,7 +27,7 @@ from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, ExpertKey
 from hobbit_jax.inference.selection import Selections
-from hobbit_jax.model.sharding import DIVIDED, REPLICATED, divided, on_each, sum_of_parts
+from hobbit_jax.models.sharding import DIVIDED, REPLICATED, divided, on_each, sum_of_parts
 from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn, implementation_for
 from pallas_kernels.reference import Bank, Signature, Work, gather_slots

@@ -24,24 +24,25 @@ import numpy as np
 
 from hobbit_jax.experts.store import NATIVE, ROLES, HostExperts
 from hobbit_jax.model_file import metadata as checked
-from hobbit_jax.model_file.architecture import (
+from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf
+from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required, integer, integers, text
+from hobbit_jax.model_file.remote import open_remote
+from hobbit_jax.models.config import (
     OUTPUT,
     TOKEN_EMBEDDING,
+    BlockConfig,
     ModelConfig,
-    config_metadata,
     layer_tensors,
     tensor_shapes,
 )
-from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf
-from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required, integer, integers, text
-from hobbit_jax.model_file.presets import PRESETS
-from hobbit_jax.model_file.remote import open_remote
+from hobbit_jax.models.presets import PRESETS
+from hobbit_jax.models.registry import config_metadata
 from hobbit_jax.quantize.quant_recipe import format_in_a_file, q4_k_m_format
 from pallas_kernels.formats import get_format
 
-# Bytes of a number in the KV cache, by the engine's own formats (`model/modules.py`).
+# Bytes of a number in the KV cache, by the engine's own formats (`models/caches.py`).
 KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Models of the engine have their shapes from its configurations (`model_file/presets.py`). Of the
+# Models of the engine have their shapes from its configurations (`models/presets.py`). Of the
 # others there is a record each: metadata in GGUF's keys, without the architecture; what each token
 # reads beside routed experts, and an embedding that is not the head too, summed over the tensors
 # that config.json implies in llama.cpp's Q4_K_M types; and a published file's size beside it.
@@ -154,7 +155,7 @@ class PlannedModel:
         hidden rows of each token, a few residual streams and the logits, all float32.
         """
         config, tokens = self.config, min(chunk_tokens, context)
-        scores = 2 * config.n_heads * tokens * context
+        scores = 2 * config.most_heads * tokens * context
         rows = tokens * config.experts_per_token * (config.d_model + config.d_expert)
         return _FLOAT_BYTES * (scores + rows + 4 * tokens * config.d_model + config.vocab_size)
 
@@ -273,11 +274,13 @@ class _Keys:
         tokens = self.metadata.get("tokenizer.ggml.tokens")
         vocab_size = len(tokens) if tokens else self.read("vocab_size", integer(1))
         n_experts, d_expert, d_model = shape_EFD
+        preset = PRESETS["qwen3-30b-a3b"]
+        n_heads = max(self.by_layer("attention.head_count", layers_with_experts, 1))
+        attention = replace(preset.blocks[0].attention, n_heads=n_heads)
         return replace(
-            PRESETS["qwen3-30b-a3b"],
-            n_layers=layers_with_experts,
+            preset,
+            blocks=(BlockConfig(attention),) * layers_with_experts,
             d_model=d_model,
-            n_heads=max(self.by_layer("attention.head_count", layers_with_experts, 1)),
             n_experts=n_experts,
             experts_per_token=self.read("expert_used_count", integer(1, n_experts)),
             d_expert=d_expert,

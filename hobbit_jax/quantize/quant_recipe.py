@@ -7,7 +7,7 @@ an importance matrix.
 
 from __future__ import annotations
 
-from hobbit_jax.model_file.architecture import OUTPUT, TOKEN_EMBEDDING, ModelConfig
+from hobbit_jax.models.config import OUTPUT, TOKEN_EMBEDDING, ModelConfig
 from pallas_kernels.formats import get_format
 
 FILE_TYPE_F32, FILE_TYPE_Q4_K_M = 0, 15  # llama.cpp's llama_ftype
@@ -51,8 +51,8 @@ def q4_k_m_format(name: str, shape: tuple[int, ...], config: ModelConfig) -> str
     if name == OUTPUT or (config.tied_head and name == TOKEN_EMBEDDING):
         format = "Q8_0" if shape[-1] % 256 else "Q6_K"
     elif "attn_v.weight" in name or "ffn_down" in name:
-        layer, eighth = int(name.split(".")[1]), config.n_layers // 8
-        last = layer >= 7 * config.n_layers // 8
+        layer, eighth = int(name.split(".")[1]), config.n_blocks // 8
+        last = layer >= 7 * config.n_blocks // 8
         if layer < eighth or last or (layer - eighth) % 3 == 2:
             format = "Q6_K"
     if config.n_experts == 8:
