@@ -102,6 +102,11 @@ def test_experts_are_those_of_the_decoded_weights(signature, d_model, d_expert):
     tokens, k = 40, 2
     decoded, bank, in_place, planes, kept = bank_of(signature, 3, d_model, d_expert)
     x_TD, weight_A = random(tokens, d_model), random(tokens * k, seed=5)
+    if signature.gate == "NVFP4":  # whose matrices have scales of their own
+        weight_A = random(tokens * k, 3, seed=5)
+    factor_A3 = (
+        np.stack([np.ones(tokens * k)] * 2 + [weight_A], 1) if weight_A.ndim == 1 else weight_A
+    )
     # Expert 0 has every token's first choice, 30 in an item; expert 2 five of the second.
     chosen = {0: np.arange(30) * 2, 1: np.arange(30, 40) * 2, 2: np.arange(5) * 2 + 1}
     rows = [np.pad(a, (0, 32 - len(a)), constant_values=a[0]) for a in chosen.values()]
@@ -119,8 +124,10 @@ def test_experts_are_those_of_the_decoded_weights(signature, d_model, d_expert):
     for expert, assignments in chosen.items():
         gate, up, down = (matrix[expert].astype(np.float64) for matrix in decoded)
         x_RD = x_TD[assignments // k].astype(np.float64)
-        hidden = (x_RD @ gate.T) / (1 + np.exp(-(x_RD @ gate.T))) * (x_RD @ up.T)
-        want_AD[assignments] = hidden @ down.T * weight_A[assignments, None]
+        of_gate, of_up, of_down = factor_A3[assignments].T[..., None]
+        gated = of_gate * (x_RD @ gate.T)
+        hidden = gated / (1 + np.exp(-gated)) * of_up * (x_RD @ up.T)
+        want_AD[assignments] = hidden @ down.T * of_down
     written = np.concatenate(list(chosen.values()))
     assert relative_error(got_AD[written], want_AD[written]) < 0.03
     assert relative_error(result(planes, "xla")[written], want_AD[written]) < 1e-6

@@ -152,7 +152,8 @@ class ShardedPool:
         """See `SlotPool.begin`; each device counts its own experts."""
         for pool in self.pools:
             own = [use for use in decision.uses if self._pool(use.key) is pool]
-            pool.begin(decision._replace(uses=own))
+            computed = [key for key in decision.computed if self._pool(key) is pool]
+            pool.begin(decision._replace(uses=own, computed=computed))
 
     def load(
         self,

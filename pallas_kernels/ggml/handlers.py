@@ -85,8 +85,8 @@ L_SOURCES, L_WEIGHTS, L_OUT, L_TYPE, L_ROWS, L_COLUMNS, L_TOKENS, L_ROUNDED, L_C
 # Words of an expert job: three matrices' types and, per item, addresses in `E_ITEMS`.
 (
     E_TYPE, _, _, E_OUT, E_FACTORS, E_ITEMS, E_HIDDEN, E_D, E_F, E_CHUNK_F, E_CHUNK_D,
-    E_ASSIGNMENTS, E_WIDTH, E_N_F, E_N_D,
-) = range(ARGUMENTS, ARGUMENTS + 15)  # fmt: skip
+    E_ASSIGNMENTS, E_WIDTH, E_N_F, E_N_D, E_STRIDE,
+) = range(ARGUMENTS, ARGUMENTS + 16)  # fmt: skip
 # Words of an attention job; HEADS are the query heads of a key/value head.
 (
     A_Q, A_KEYS, A_VALUES, A_POSITIONS, A_OUT, A_TOKENS, A_HEADS, A_KV_HEADS, A_WIDTH, A_LENGTH,
@@ -169,6 +169,20 @@ def _round_item(job, item, d_model):
     return 0
 
 
+@njit
+def _assignment(job, item, token):
+    """Which assignment the token of an item is."""
+    number = (item - U(get(job, E_ITEMS))) // U(_ITEM_BYTES)
+    chosen = U(get(job, E_ASSIGNMENTS)) + U(4 * np.int64(number) * get(job, E_WIDTH))
+    return np.int64(load_i32(chosen + U(4 * token)))
+
+
+@njit
+def _factors(job, item, token):
+    """Where a token's factors are: of down, or of gate, up and down."""
+    return U(get(job, E_FACTORS)) + U(4 * get(job, E_STRIDE) * _assignment(job, item, token))
+
+
 @njit(fastmath={"contract", "arcp", "nsz"})
 def _gate_and_up(job, item, first, rows):
     """silu(gate x) * up x for some rows of F."""
@@ -193,6 +207,10 @@ def _gate_and_up(job, item, first, rows):
         gate_R = floats(part + U(4 * token * rows), rows)
         up_R = floats(up + U(4 * token * rows), rows)
         out_R = floats(hidden + U(4 * (token * stride + first)), rows)
+        if get(job, E_STRIDE) == 3:
+            factors = _factors(job, item, token)
+            gate_R *= load_f32(factors)
+            up_R *= load_f32(factors + U(4))
         for row in range(rows):
             out_R[row] = gate_R[row] / (np.float32(1) + exp(-gate_R[row])) * up_R[row]
         if first == 0:
@@ -229,13 +247,11 @@ def _down(job, item, first, rows):
         type_, interleaves(type_, tokens, d_model), d_expert, weights, rows,
         U(get(item, I_ROUNDED_DOWN)), tokens, part,
     )  # fmt: skip
-    number = (item - U(get(job, E_ITEMS))) // U(_ITEM_BYTES)
-    chosen = U(get(job, E_ASSIGNMENTS)) + U(4 * np.int64(number) * get(job, E_WIDTH))
     for token in range(tokens):
-        assignment = load_i32(chosen + U(4 * token))
-        factor = load_f32(U(get(job, E_FACTORS)) + U(4 * assignment))
+        assignment = _assignment(job, item, token)
+        factor = load_f32(_factors(job, item, token) + U(4 * (get(job, E_STRIDE) - 1)))
         part_R = floats(part + U(4 * token * rows), rows)
-        out_R = floats(U(get(job, E_OUT)) + U(4 * (np.int64(assignment) * d_model + first)), rows)
+        out_R = floats(U(get(job, E_OUT)) + U(4 * (assignment * d_model + first)), rows)
         for row in range(rows):
             out_R[row] = part_R[row] * factor
     free(part)
@@ -413,8 +429,8 @@ def _item_tokens(chosen, width):
 
 @njit
 def _experts(frame):
-    """Arguments: x [T, D filled up], y [A,D], weight [A], gate, up, down, types [3], slot [I],
-    assignment [I,C], count []. Result: y."""
+    """Arguments: x [T, D filled up], y [A,D], weight [A] or [A,3], gate, up, down, types [3],
+    slot [I], assignment [I,C], count []. Result: y."""
     x, weight, numbers = argument(frame, 0), argument(frame, 2), data(argument(frame, 6))
     slots, assignments = data(argument(frame, 7)), argument(frame, 8)
     count = np.int64(load_i32(data(argument(frame, 9))))
@@ -492,6 +508,7 @@ def _experts(frame):
     put(job, E_CHUNK_D, step_d)
     put(job, E_ASSIGNMENTS, data(assignments))
     put(job, E_WIDTH, width)
+    put(job, E_STRIDE, size(weight, 1) if rank(weight) == 2 else 1)
     put(job, E_N_F, n_f)
     put(job, E_N_D, n_d)
     code = _run(frame, job, total * d_model * d_expert * 3)
