@@ -134,7 +134,73 @@ class GroupedQuery:
         return tuple(State(f"{n}_{shape[0]}x{shape[1]}", shape, True) for n in ("keys", "values"))
 
 
-Attention = GroupedQuery
+@dataclass(frozen=True)
+class GatedDeltaNet:
+    """The recurrence of `delta_net.py` in the place of attention.
+
+    Attributes:
+        n_key_heads: of queries and keys alike.
+        n_value_heads: a multiple of them.
+        d_state: width of every head.
+        kernel: tokens that the convolution sees.
+        value_heads: which key head a value head uses, "tiled" v mod n_key_heads, "grouped" v div
+            their ratio. Grouped ones have the rows of decay and strength in one tensor.
+    """
+
+    n_key_heads: int
+    n_value_heads: int
+    d_state: int
+    kernel: int
+    value_heads: Literal["tiled", "grouped"]
+
+    @property
+    def n_heads(self) -> int:
+        """Heads that attend to tokens: none."""
+        return 0
+
+    @property
+    def key_width(self) -> int:
+        """Of all key heads."""
+        return self.n_key_heads * self.d_state
+
+    @property
+    def value_width(self) -> int:
+        """Of all value heads."""
+        return self.n_value_heads * self.d_state
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values."""
+        return 2 * self.key_width + self.value_width
+
+    def tensors(self, d_model: int) -> Shapes:
+        """Those of a block."""
+        heads = self.n_value_heads
+        tiled = {"ssm_alpha": (heads, d_model), "ssm_beta": (heads, d_model)}
+        return {
+            "attn_qkv": (self.channels, d_model),
+            "attn_gate": (self.value_width, d_model),
+            "ssm_conv1d": (self.channels, self.kernel),
+            "ssm_dt.bias": (heads,),
+            "ssm_a": (heads,),
+            **(tiled if self.value_heads == "tiled" else {"ssm_ba": (2 * heads, d_model)}),
+            "ssm_norm": (self.d_state,),
+            "ssm_out": (d_model, self.value_width),
+        }
+
+    @property
+    def passed_width(self) -> int:
+        """See `GroupedQuery.passed_width`: the output before its matrix."""
+        return self.value_width
+
+    def states(self) -> tuple[State, ...]:
+        """The last inputs of the convolution, and the matrices."""
+        window = (self.kernel - 1, self.channels)
+        matrix = (self.n_value_heads, self.d_state, self.d_state)
+        return State("delta_window", window, False), State("delta_matrix", matrix, False)
+
+
+Attention = GroupedQuery | GatedDeltaNet
 
 
 @dataclass(frozen=True)
@@ -149,6 +215,7 @@ class BlockConfig:
         attention_out_norm: role of a norm of what attention adds to the stream; "" for none.
         d_beside: width of a dense FFN whose input and output are normalised apart from those of
             the experts beside it (`layer.Beside`); 0 for none.
+        shared_gate: axes of the tensor whose sigmoid scales the shared expert; 0 for none.
     """
 
     attention: Attention
@@ -157,6 +224,7 @@ class BlockConfig:
     d_shared: int = 0
     attention_out_norm: str = ""
     d_beside: int = 0
+    shared_gate: Literal[0, 1, 2] = 0
 
     @property
     def has_experts(self) -> bool:
@@ -265,6 +333,7 @@ class ModelConfig:
 
 # Role → name in the file, where they differ. A role's suffix is "weight" where it has none.
 _STORED_AS = {"router": "ffn_gate_inp"}
+_WITHOUT_SUFFIX = ("ssm_a",)
 
 
 # Of a dense FFN's input and output, of the experts' output, and of the sum of both.
@@ -301,6 +370,8 @@ def block_shapes(config: ModelConfig, block: int) -> Shapes:
     if spec.d_beside:
         shapes |= dict.fromkeys(BESIDE_NORMS, (d,)) | _mlp("", d, spec.d_beside)
         shapes["layer_output_scale"] = (1,)
+    if spec.shared_gate:
+        shapes["ffn_gate_inp_shexp"] = (d,) if spec.shared_gate == 1 else (1, d)
     return shapes
 
 
@@ -319,6 +390,8 @@ def block_tensors(config: ModelConfig, block: int) -> dict[str, str]:
 
 def stored_name(role: str) -> str:
     """A role's name in the file, within its block."""
+    if role in _WITHOUT_SUFFIX:
+        return role
     base, _, suffix = role.partition(".")
     return f"{_STORED_AS.get(base, base)}.{suffix or 'weight'}"
 
@@ -341,7 +414,8 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
         names = block_tensors(config, block)
         shapes |= {names[role]: shape for role, shape in block_shapes(config, block).items()}
     shapes[OUTPUT_NORM] = (config.d_model,)
-    divisors = (block.attention.rope.divisors for block in config.blocks)
+    attentions = (block.attention for block in config.blocks)
+    divisors = (a.rope.divisors for a in attentions if isinstance(a, GroupedQuery))
     if pairs := max(map(len, divisors), default=0):
         shapes[ROPE_DIVISORS] = (pairs,)
     if not config.tied_head:

@@ -125,8 +125,9 @@ def _divisors(keys: Keys, pairs: int) -> tuple[float, ...]:
 def metadata(config: ModelConfig) -> dict[str, Any]:
     """See `registry.Family`."""
     keys = decoder_metadata(config, _WIDTH)
-    for block in config.blocks:
-        attention, kind = block.attention, _WINDOWED if block.attention.window else ""
+    of_blocks = [b.attention for b in config.blocks if isinstance(b.attention, GroupedQuery)]
+    for attention in of_blocks:
+        kind = _WINDOWED if attention.window else ""
         keys |= {
             f"attention.key_length{kind}": attention.head_dim,
             f"attention.value_length{kind}": attention.head_dim,
@@ -138,7 +139,7 @@ def metadata(config: ModelConfig) -> dict[str, Any]:
     return {
         **keys,
         "feed_forward_length": config.blocks[0].d_beside,
-        "attention.head_count_kv": [block.attention.n_kv_heads for block in config.blocks],
-        "attention.sliding_window_pattern": [block.attention.window > 0 for block in config.blocks],
+        "attention.head_count_kv": [a.n_kv_heads for a in of_blocks],
+        "attention.sliding_window_pattern": [a.window > 0 for a in of_blocks],
         "final_logit_softcapping": config.logit_softcap,
     }
