@@ -201,7 +201,7 @@ def _add_hybrid_block(
             values = (mean + std * rng.standard_normal(shape)).astype(np.float32)
             raw = values.view(np.uint8)
         else:
-            raw = _blocks(rng, format, shape, std)
+            raw = blocks(rng, format, shape, std)
         tensors[f"{block}.{name}"] = (format, shape, raw)
 
     def add_norm(name: str, width: int) -> None:
