@@ -33,7 +33,7 @@ from hobbit_jax.record import (
     record_path,
 )
 from hobbit_jax.statistics import bootstrap, share
-from hobbit_jax.sweep.trial import Cell
+from hobbit_jax.sweep.trial import Trial
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOW = 1
@@ -49,12 +49,12 @@ SIZES = EvalSizes(
 )
 
 
-def cell(plan, budget_mib: float = 2.0) -> Cell:
-    return Cell(CacheTrial(plan, budget_mib, Inputs(), SIZES))
+def cell(plan, budget_mib: float = 2.0) -> Trial:
+    return Trial(CacheTrial(plan, budget_mib, Inputs(), SIZES))
 
 
-def changed(made: Cell, **fields) -> Cell:
-    return Cell(replace(made.asked, **fields))
+def changed(made: Trial, **fields) -> Trial:
+    return Trial(replace(made.asked, **fields))
 
 
 NATIVE, UNIFORM = cell(Native()), cell(Uniform("Q2_K"))
