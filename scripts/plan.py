@@ -5,7 +5,7 @@
 
 --gpu is a card's name or its bandwidths in GB/s, device memory and PCIe. Nothing is run: a small
 cost model (hobbit_jax/planner/cost_model.py) over replayed routing predicts, and says what it
-assumes. Routing is the model's own trace (replay.py) or profile (routing_stats.py) where one is
+assumes. Routing is the model's own trace (replay.py) or profile (calibrate.py) where one is
 given; otherwise the plan says that it extrapolates. --out is a folder, which gets all of it as a
 record for report.py.
 """
@@ -59,7 +59,7 @@ _OVERLAP = flags.DEFINE_float(
 )
 _TRACE = flags.DEFINE_string("trace", None, "Recorded routing, an .npz file.")
 _PROFILE = flags.DEFINE_string(
-    "profile", None, "Folder of a calibration of --model (routing_stats.py)."
+    "profile", None, "Folder of a calibration of --model (calibrate.py)."
 )
 _OUT = flags.DEFINE_string("out", None, "Folder to keep the record in.")
 _JSON = flags.DEFINE_bool("json", False, "Whether to print the JSON instead of a table.")

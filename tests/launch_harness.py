@@ -123,7 +123,7 @@ class Killer(threading.Thread):
         draw = random.Random(0)
         rows = 0
         while not self.over.wait(draw.uniform(0.2, 1)):
-            if rows_written(self.workdir) >= rows + 12:
+            if rows_written(self.workdir) >= rows + 5:
                 rows = rows_written(self.workdir)
                 self.done += filter(None, [self.harm(draw)])
 
