@@ -88,12 +88,6 @@ def test_turns_go_round_and_a_program_may_count_nothing():
     assert found["b"].turns[0].tokens == () and found["b"].turns[0].prefill is None
 
 
-def test_a_turn_comes_back_from_another_process():
-    clock = Clock()
-    turn = timed_turn(Program(clock, 1.0), ROWS_RS[0], 3, clock)
-    assert Turn.from_json(turn.to_json()) == turn
-
-
 @pytest.mark.parametrize(("rows", "prompt"), [(1, 3), (4, 8), (4, 0)])
 def test_nothing_to_measure_is_refused(rows, prompt):
     with pytest.raises(ValueError, match=r"want more than 1 rows, longer than a prompt"):
