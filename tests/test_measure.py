@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hobbit_jax.evals.engine_program import EngineProgram
-from hobbit_jax.evals.measure import Counts, Measurement, Turn, measure, timed_turn
+from hobbit_jax.evals.measure import Counts, Measurement, measure, timed_turn
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
