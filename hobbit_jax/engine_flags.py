@@ -17,6 +17,7 @@ from typing import Any
 from absl import flags
 
 from hobbit_jax import cli, reference
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import DEFAULT_POLICY, POLICIES
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare, low_share
@@ -238,15 +239,17 @@ class EngineFlags:
         return Engine(
             model,
             store,
-            self.budget_bytes,
-            uniform_plan(store, LOW if uniform else NATIVE),
-            self.value("policy"),
-            self.value("miss_mode"),
-            self.value("low_share"),
-            warm=self._warm_start(model.file),
-            chunk_tokens=self.value("chunk_tokens"),
-            devices=self.value("devices"),
-            kv_format=self.value("kv_format"),
+            CacheConfig(
+                self.budget_bytes,
+                plan=uniform_plan(store, LOW if uniform else NATIVE),
+                policy=self.value("policy"),
+                mode=self.value("miss_mode"),
+                low_share=self.value("low_share"),
+                warm=self._warm_start(model.file),
+                chunk_tokens=self.value("chunk_tokens"),
+                devices=self.value("devices"),
+                kv_format=self.value("kv_format"),
+            ),
         )
 
     def load_all_that_fit(self, engine: Engine) -> None:
@@ -266,7 +269,7 @@ class EngineFlags:
             yield
             return
         recorder = RoutingRecorder(engine.config.n_layers)
-        with engine.watched_by(recorder):
+        with engine.observed_by(recorder):
             yield
         recorder.write(Path(self.value("trace_out")))
 

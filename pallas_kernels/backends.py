@@ -22,8 +22,7 @@ def choose(implementation: Implementation, checks: Mapping[str, Callable[[], Non
         implementation: one of `IMPLEMENTATIONS`, or None for the fastest that covers the case:
             "triton" on an NVIDIA GPU, "ggml" on a CPU, "xla" elsewhere and where these two do not
             cover it, which is then logged.
-        checks: of "xla", "triton" and "ggml": raises NotImplementedError where it does not cover
-            the case.
+        checks: of "triton" and "ggml": raises NotImplementedError where it does not cover the case.
 
     Raises:
         ValueError: no such implementation, or none for this process's device.
@@ -34,7 +33,6 @@ def choose(implementation: Implementation, checks: Mapping[str, Callable[[], Non
             f"implementation is {implementation!r}; want one of {', '.join(IMPLEMENTATIONS)}"
         )
     if implementation == "xla":
-        checks["xla"]()
         return "xla"
     device = jax.devices()[0]
     on_nvidia = device.platform == "gpu" and "nvidia" in device.device_kind.lower()
@@ -61,12 +59,10 @@ def for_quality(implementation: Implementation) -> Implementation:
 
 def _fastest(candidate: str, platform: str, checks: Mapping[str, Callable[[], None]]) -> str:
     if candidate == "ggml" and platform != "cpu":
-        checks["xla"]()
         return "xla"
     try:
         checks[candidate]()
     except NotImplementedError as error:
-        checks["xla"]()
         _say_once(f"slower matrix products of 'xla' are used: {error}")
         return "xla"
     return candidate

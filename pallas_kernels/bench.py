@@ -28,7 +28,8 @@ import numpy as np
 from pallas_kernels import bench_rivals, reference
 from pallas_kernels.expert_ffn import triton_expert_ffn
 from pallas_kernels.formats import get_format
-from pallas_kernels.packed import PACKINGS, Floats
+from pallas_kernels.formats.packing import Floats
+from pallas_kernels.matmul_triton import packing_of
 from pallas_kernels.reference import Bank, Signature, Work
 from pallas_kernels.tiles import INT8_SPLIT_ROWS, item_rows
 
@@ -208,7 +209,7 @@ def bf16_tflop_s() -> float:
 
 def tolerance(format_name: str, width: int) -> float:
     """The largest relative error of a format's kernels at this item width."""
-    packing = PACKINGS[format_name]
+    packing = packing_of(format_name)
     if isinstance(packing, Floats):
         return TOLERANCE["float32" if packing.operand_dtype == jnp.float32 else "bfloat16"]
     return TOLERANCE["int8_split" if width <= INT8_SPLIT_ROWS else "bfloat16"]

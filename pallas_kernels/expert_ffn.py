@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from pallas_kernels import reference
 from pallas_kernels.backends import Implementation, choose
-from pallas_kernels.formats import check_unpacks
 from pallas_kernels.ggml import ops as ggml
 from pallas_kernels.matmul_triton import Items, check_shape, grouped_matmul
 from pallas_kernels.reference import Bank, Signature, Work
@@ -43,7 +42,6 @@ def implementation_for(
         ggml.check_matrix(signature.down, d_expert)
 
     checks = {
-        "xla": lambda: check_unpacks(*signature),
         "triton": lambda: check_supported(signature, d_model, d_expert),
         "ggml": check_ggml,
     }

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.backends import Implementation, choose
-from pallas_kernels.formats import Format, check_unpacks, get_format
+from pallas_kernels.formats import Format, get_format
 from pallas_kernels.ggml import ops as ggml
 from pallas_kernels.materialize import apart
 from pallas_kernels.matmul_triton import Items, check_shape, grouped_matmul
@@ -30,7 +30,6 @@ def implementation_for(
         NotImplementedError, ValueError: the one asked for cannot do this, and why.
     """
     checks = {
-        "xla": lambda: check_unpacks(format_name),
         "triton": lambda: check_shape(format_name, rows, columns),
         "ggml": lambda: ggml.check_matrix(format_name, columns),
     }

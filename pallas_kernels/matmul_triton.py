@@ -4,7 +4,8 @@ Owns the loop that every format and every shape goes through: expert or dense, o
 pair, few rows or many.
 
 An *item* is a tile of up to C input rows that all multiply the matrix in one slot. A program takes
-one item and R rows of its matrix, and walks the row in groups (`packed.py`). Two ways to contract:
+one item and R rows of its matrix, and walks the row in groups (`formats/packing.py`). Two ways to
+contract:
 
 - few input rows: codes and activation int8_split are multiplied as bytes, four per instruction
   (`dp4a`), exactly; each group's sum is scaled and accumulated in float32. Reading the quants is
@@ -28,8 +29,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.activations import INT8_SPLIT_BLOCK, Int8Split, int8_split, lanes
-from pallas_kernels.formats import get_format
-from pallas_kernels.packed import PACKINGS, WORDS, Floats, Packing, lane
+from pallas_kernels.formats import FORMATS, get_format
+from pallas_kernels.formats.packing import WORDS, Floats, Packing, lane
 
 Planes = dict[str, jax.Array]
 
@@ -80,16 +81,22 @@ class Items(NamedTuple):
     count_1: jax.Array
 
 
+def packing_of(format_name: str) -> Packing | Floats:
+    """How these kernels read a format; NotImplementedError for one that they do not."""
+    packing = get_format(format_name).packing
+    if packing is None:
+        known = ", ".join(fmt.name for fmt in FORMATS.values() if fmt.packing)
+        raise NotImplementedError(f"the Triton kernels have no {format_name}; they have {known}")
+    return packing
+
+
 def check_shape(format_name: str, rows: int, columns: int) -> None:
     """Refuses what these kernels do not cover.
 
     Raises:
         NotImplementedError: names the format or the size, and what is supported.
     """
-    if format_name not in PACKINGS:
-        raise NotImplementedError(
-            f"the Triton kernels have no {format_name}; they have {', '.join(PACKINGS)}"
-        )
+    packing_of(format_name)
     if columns % _COLUMNS or rows % _ROWS:
         raise NotImplementedError(
             f"the Triton kernels take matrices of a multiple of {_ROWS} rows and {_COLUMNS} "
@@ -108,7 +115,7 @@ def _check_plane_sizes(format_name: str, planes: Planes) -> None:
 
 
 class _Matrix:
-    """The part of one matrix under a program: R rows of a slot, J groups (`packed.MatrixTile`)."""
+    """The part of one matrix under a program: R rows of a slot, J groups (`packing.MatrixTile`)."""
 
     def __init__(self, refs, slot, first_row, tile_rows: int, group_J):
         self._refs, self._slot, self.group_J = refs, slot, group_J
@@ -243,7 +250,7 @@ def _kernel(
 ):
     first_row, item = pl.program_id(0) * tile.rows, pl.program_id(1)
     integers = tile.tokens <= MOST_INT8_SPLIT_ROWS
-    packings = [PACKINGS[name] for name in formats]
+    packings = [packing_of(name) for name in formats]
     groups = [tile.columns // packing.group_columns for packing in packings]
 
     @pl.when(item < items.count_1[0])
@@ -334,7 +341,7 @@ def grouped_matmul(
         NotImplementedError: a format, shape or size without a kernel, named.
     """
     columns, n_rows = x_XK.shape[1], y_YN.shape[1]
-    packings = [PACKINGS[name] for name in formats]
+    packings = [packing_of(name) for name in formats]
     integers = tile.tokens <= MOST_INT8_SPLIT_ROWS
     inputs = []
     for name, planes, packing in zip(formats, matrices, packings, strict=True):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import jax
 
-from pallas_kernels.matmul_triton import FEWEST_DOT_ROWS, Tile
-from pallas_kernels.packed import PACKINGS, Floats, Packing
+from pallas_kernels.formats.packing import Packing
+from pallas_kernels.matmul_triton import FEWEST_DOT_ROWS, Tile, packing_of
 
 TUNING_PATH = Path(__file__).with_name("tuning.json")
 # Input rows of an item up to which products are taken in integers; from there on the tensor cores,
@@ -29,7 +29,7 @@ _DOT_GROUPS = 4  # sixteen columns of every lane, the least that a tensor core t
 def item_rows(mean_rows: int, formats: Sequence[str]) -> int:
     """Input rows of an item (a power of two) where an expert has `mean_rows` of them on average."""
     rows = 1 << max(0, mean_rows - 1).bit_length()
-    if rows <= INT8_SPLIT_ROWS and not any(isinstance(PACKINGS[name], Floats) for name in formats):
+    if rows <= INT8_SPLIT_ROWS and all(isinstance(packing_of(name), Packing) for name in formats):
         return rows
     return min(max(rows, FEWEST_DOT_ROWS), MOST_ITEM_ROWS)
 
@@ -51,7 +51,7 @@ def _divisor(number: int, most: int) -> int:
 
 def default_tile(formats: Sequence[str], rows: int, columns: int, item_rows: int) -> Tile:
     """The rule where nothing was measured."""
-    packings = [PACKINGS[name] for name in formats]
+    packings = [packing_of(name) for name in formats]
     if item_rows >= FEWEST_DOT_ROWS:
         step_columns = max(64, _DOT_GROUPS * min(packing.group_columns for packing in packings))
         # What fits the 99 KiB of shared memory of a desktop card, gated pair included.

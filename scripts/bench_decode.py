@@ -8,6 +8,7 @@ by the processor's time and the waits for the link, so that other load does not 
 """
 
 import math
+from dataclasses import replace
 
 from absl import flags
 from tqdm import tqdm
@@ -93,11 +94,11 @@ def main(_):
         for group, settings in groups.items():
             total = (1 + len(settings)) * len(ids_RS)
             with tqdm(total=total, desc=f"{budget_mib:g} MiB", leave=False, disable=None) as bar:
+                caches = (replace(c, policy=ENGINE.value("policy")) for c in settings.values())
                 found = decode_bench.compare(
-                    model, store, settings, ids_RS, _PROMPT, link_gb_s, bar.update,
-                    ENGINE.value("policy"),
-                )  # fmt: skip
-            names = ["all resident", *(setting.name for setting in settings)]
+                    model, store, caches, ids_RS, _PROMPT, link_gb_s, bar.update
+                )
+            names = ["all resident", *settings]
             for name, result in zip(names, found, strict=True):
                 where = {"beside": group} if name == "all resident" else {}
                 asked = {**where, "setting": name, "budget_mib": budget_mib, **link}

@@ -18,6 +18,7 @@ none is ever evicted.
 from absl import flags
 
 from hobbit_jax import cli, reference
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.miss_modes import FETCH
 from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.evals.quality import cut_windows
@@ -72,7 +73,7 @@ def main(_):
     )
     if len(windows.ids_WS) < wanted:
         print(f"the text has {len(windows.ids_WS)} windows of {context} + 1 tokens; all are used")
-    engine = Engine(model, store, roomy_pool_bytes(native_bytes))
+    engine = Engine(model, store, CacheConfig(roomy_pool_bytes(native_bytes)))
     found = calibrate(engine, windows, _STATISTICS.value, out)
     rarest, most = found.selections_LE.min(), found.selections_LE.max()
     print(f"{found.tokens} tokens; an expert saw {rarest} to {most} of them")

@@ -1,13 +1,14 @@
-"""What to run on a card: residents, hit rate and tokens/s to expect of each setting.
+"""What to run on a GPU: residents, hit rate and tokens/s to expect of each setting.
 
-    python scripts/plan.py --model M.gguf --gpu "RTX 4070" [--context 4096] [--trace T.npz]
-    python scripts/plan.py --preset qwen3-30b-a3b --gpu 504,31.5 --vram_gib 12 --out out/mine
+    python scripts/plan.py --preset qwen3.6-35b-a3b --gpu "RTX 4070" [--context 4096]
+    python scripts/plan.py --model https://…/M.gguf --gpu "RTX 4070"
+    python scripts/plan.py --model M.gguf --gpu 504,31.5 --vram_gib 12 --trace T.npz --out out/mine
 
---gpu is a card's name or its bandwidths in GB/s, device memory and PCIe. Nothing is run: a small
+--gpu is a GPU's name or its bandwidths in GB/s, device memory and PCIe. Nothing is run: a small
 cost model (hobbit_jax/planner/cost_model.py) over replayed routing predicts, and says what it
-assumes. Routing is the model's own trace (replay.py) or profile (calibrate.py) where one is
-given; otherwise the plan says that it extrapolates. --out is a folder, which gets all of it as a
-record for report.py.
+assumes. Routing is the model's own trace (--trace_out of generate.py) or profile (calibrate.py)
+where one is given; otherwise the plan gives a range and says that it extrapolates. --out is a
+folder, which gets all of it as a record for report.py.
 """
 
 import json
@@ -19,32 +20,39 @@ from tqdm import tqdm
 from hobbit_jax import cli
 from hobbit_jax.cache.trace import read_trace
 from hobbit_jax.importance.calibration import Calibration
-from hobbit_jax.model_file.presets import PRESETS
+from hobbit_jax.model.modules import KV_FORMATS
+from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.model_file.remote import is_url
 from hobbit_jax.planner import routing, table
 from hobbit_jax.planner.cost_model import Machine
 from hobbit_jax.planner.hardware import find_gpu
-from hobbit_jax.planner.plan import divide_memory, make_plan, recorded_check
+from hobbit_jax.planner.plan import Request, make_plan, recorded_check
 from hobbit_jax.planner.records import plan_record
-from hobbit_jax.planner.shapes import open_model, preset_model
+from hobbit_jax.planner.shapes import PRESET_NAMES, open_model, preset_model
 from hobbit_jax.record import write_record
 
 DEFAULT_CONTEXT = 4096
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file of the model.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "GGUF file of the model, or a URL of one, of which only the header is read."
+)
 _PRESET = flags.DEFINE_enum(
-    "preset", None, list(PRESETS), "Known model whose shapes are taken instead of a file's."
+    "preset", None, PRESET_NAMES, "Known model whose shapes are taken instead of a file's."
 )
 _GPU = flags.DEFINE_string(
-    "gpu", None, "Name of the card, or its device GB/s,PCIe GB/s.", required=True
+    "gpu", None, "Name of the GPU, or its device GB/s,PCIe GB/s.", required=True
 )
 _VRAM_GIB = flags.DEFINE_float(
-    "vram_gib", None, "Memory of the card in GiB; its own by default.", 0.0, 4096.0
+    "vram_gib", None, "Memory of the GPU in GiB; its own by default.", 0.0, 4096.0
 )
 _CONTEXT = flags.DEFINE_integer(
     "context", None,
     f"Number of tokens that the KV cache has room for; by default {DEFAULT_CONTEXT}, or the "
     "model's context if that is less.", 1, cli.MAX_COUNT,
 )  # fmt: skip
+_KV_FORMAT = flags.DEFINE_enum(
+    "kv_format", "float32", list(KV_FORMATS), "Format of keys and values."
+)
 _CHUNK = flags.DEFINE_integer(
     "chunk_tokens", 256, "Number of tokens of a prefill step, which need scratch.", 1, cli.MAX_COUNT
 )
@@ -65,13 +73,14 @@ _OUT = flags.DEFINE_string("out", None, "Folder to keep the record in.")
 _JSON = flags.DEFINE_bool("json", False, "Whether to print the JSON instead of a table.")
 
 
-def _routing(model):
+def _routings(model) -> list[routing.Routing]:
     if _TRACE.value:
-        return routing.recorded(read_trace(cli.input_file("trace", _TRACE.value)), model.config)
+        return [routing.recorded(read_trace(cli.input_file("trace", _TRACE.value)), model.config)]
     if _PROFILE.value:
         if not _MODEL.value:
             raise ValueError("--profile is of one file's model; give that file as --model")
-        found = Calibration.load(cli.input_folder("profile", _PROFILE.value), model.native)
+        file = open_gguf(cli.input_file("model", _MODEL.value))
+        found = Calibration.load(cli.input_folder("profile", _PROFILE.value), file)
         return routing.profiled(found.selections_LE, model.config)
     return routing.synthetic_routing(model.config)
 
@@ -80,30 +89,31 @@ def main(_):
     folder = cli.output_folder("out", _OUT.value) if _OUT.value else None
     if (_MODEL.value is None) == (_PRESET.value is None):
         raise ValueError("want one of --model and --preset")
-    card = find_gpu(str(_GPU.value))
-    vram_gib = card.vram_gib if _VRAM_GIB.value is None else _VRAM_GIB.value
+    gpu = find_gpu(str(_GPU.value))
+    vram_gib = gpu.vram_gib if _VRAM_GIB.value is None else _VRAM_GIB.value
     if vram_gib is None:
         raise ValueError("a --gpu given in figures needs --vram_gib")
-    model = (
-        open_model(cli.input_file("model", _MODEL.value))
-        if _MODEL.value
-        else preset_model(str(_PRESET.value))
-    )
+    if _MODEL.value is None:
+        model = preset_model(str(_PRESET.value))
+    elif is_url(_MODEL.value):
+        model = open_model(_MODEL.value)
+    else:
+        model = open_model(cli.input_file("model", _MODEL.value))
     given = {"host_gb_s": _HOST_GB_S.value, "overlap_share": _OVERLAP.value}
     given = {name: value for name, value in given.items() if value is not None}
-    machine = Machine(card.device_gb_s, card.pcie_gb_s, **given)
-    context = _CONTEXT.value or min(DEFAULT_CONTEXT, model.config.context_length)
-    memory = divide_memory(model, vram_gib, context, _CHUNK.value, _RESERVE.value)
+    machine = Machine(gpu.device_gb_s, gpu.pcie_gb_s, **given)
+    request = Request(
+        vram_gib, _CONTEXT.value or min(DEFAULT_CONTEXT, model.config.context_length),
+        _KV_FORMAT.value, _CHUNK.value, _RESERVE.value,
+    )  # fmt: skip
+    sources = dict.fromkeys(given, "the command line")
     with tqdm(unit="setting", disable=None, leave=False) as bar:
 
         def progress(name: str) -> None:
             bar.set_description(name)
             bar.update()
 
-        plan = make_plan(
-            model, card, machine, memory, context, _CHUNK.value, _routing(model), given,
-            progress,
-        )  # fmt: skip
+        plan = make_plan(model, gpu, machine, request, _routings(model), sources, progress)
     print(json.dumps(plan) if _JSON.value else table.render(plan, recorded_check()))
     if folder is not None:
         path = write_record(folder, plan_record(plan))

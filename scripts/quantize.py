@@ -5,8 +5,9 @@
         --out low.gguf
 
 Method rtn needs no calibration, importance one with second moments, gptq one with Hessians
-(`scripts/calibrate.py`). Without --out the file is kept in --cache_dir, where sweeps and
-`--low_format` look for it too. An interrupted run goes on where it was when started again.
+(`scripts/calibrate.py`). Method ggml writes every type that ggml has; a calibration with second
+moments improves it, and some types demand one. Without --out the file is kept in --cache_dir, where
+sweeps and `--low_format` look for it too. An interrupted run goes on where it was.
 """
 
 import sys
@@ -23,8 +24,8 @@ from hobbit_jax.experts.low_precision import (
 from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
-from hobbit_jax.quantize import FORMATS
 from hobbit_jax.quantize.methods import METHODS, rarely_seen
+from pallas_kernels.formats import FORMATS
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Format of the experts.", required=True)

@@ -13,6 +13,7 @@ import pytest
 from conftest import REPOSITORY, TWO_BANKS
 from tiny_models import write_model
 
+from hobbit_jax.cache.controller import OnRouting
 from hobbit_jax.evals import quality
 from hobbit_jax.evals.quality import Windows
 from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
@@ -62,11 +63,10 @@ def expert_matrices(engine, layer: int, expert: int) -> list[np.ndarray]:
 
 
 def test_sums_by_hand(engine, windows, calibration):
-    """Row by row in float64, from what the engine's watcher sees."""
+    """Row by row in float64, from what the engine's observer sees."""
     config, seen = engine.config, []
-    engine.watchers.append(seen.append)
-    engine.score(windows.ids_WS[:, :-1])
-    engine.watchers.clear()
+    with engine.observed_by(OnRouting(seen.append)):
+        engine.score(windows.ids_WS[:, :-1])
     selections_LE = np.zeros((config.n_layers, config.n_experts))
     inputs = np.zeros((config.n_layers, config.n_experts, config.d_model, config.d_model))
     hidden = np.zeros((config.n_layers, config.n_experts, config.d_expert, config.d_expert))
@@ -252,9 +252,8 @@ def test_measured_errors_are_those_of_the_outputs(engine, windows, calibration, 
     store = HostExperts(config, file, lows)
     found = measure_errors(engine, store, windows)
     seen = []
-    engine.watchers.append(seen.append)
-    engine.score(windows.ids_WS[:, :-1])
-    engine.watchers.clear()
+    with engine.observed_by(OnRouting(seen.append)):
+        engine.score(windows.ids_WS[:, :-1])
     routed, expert = seen[1], int(seen[1].ids_TK[0, 0])
 
     def output(matrices, x):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from hobbit_jax.cache.controller import BankLayout, Controller, Observer, Use
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import BankLayout, Controller, Observer, OnRouting, Use
 from hobbit_jax.cache.counter import Replay, RoutedStep
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import POLICIES, Step, policy_factory
@@ -57,10 +58,12 @@ def run_live(model, store, mode: str, policy: str, devices: int):
     share = 0.6 if devices == 1 else 0.9  # a device's pool holds a whole step of its experts
     budget_bytes = (all_low + int(share * store.precision_bytes(NATIVE))) // devices
     engine = Engine(
-        model, store, budget_bytes, mode=mode, policy=policy, promotion=RULE, devices=devices
+        model,
+        store,
+        CacheConfig(budget_bytes, mode=mode, policy=policy, promotion=RULE, devices=devices),
     )
     recorder, routed = Recorder(engine.controller), []
-    engine.watchers.append(routed.append)
+    engine.controller.observe(OnRouting(routed.append))
     engine.start(1, TOKENS)
     for token in np.random.default_rng(0).integers(0, model.config.vocab_size, TOKENS):
         engine.decode(np.asarray([token]))
@@ -112,9 +115,9 @@ def test_a_planted_difference_is_seen(model, store):
 
 def test_a_recorded_trace_is_what_replays_read(model, store, tmp_path):
     """A prompt in chunks and decoded tokens: all that were fed, by the router's own choices."""
-    engine = Engine(model, store, chunk_tokens=4)
+    engine = Engine(model, store, CacheConfig(chunk_tokens=4))
     recorder, seen = RoutingRecorder(model.config.n_layers), []
-    with engine.watched_by(recorder), engine.watched_by(seen.append):
+    with engine.observed_by(recorder), engine.observed_by(OnRouting(seen.append)):
         tokens = list(engine.generate([[5, 200, 17, 17, 99, 3]], 5))
     n_tokens = recorder.write(tmp_path / "trace.npz")
     assert n_tokens == 6 + len(tokens) - 1  # the last one drawn is fed to nobody

@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import OnRouting
 from hobbit_jax.cache.pool_sizing import demands
 from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import SelectionPlan, StaticPlan, uniform_plan
@@ -99,15 +101,15 @@ def test_the_budget_changes_no_bit(model, store, name):
     least = sum(d.expert_bytes * d.min_slots for d in wanted)
     everything = sum(d.expert_bytes * d.n_experts for d in wanted)
     with pytest.raises(ValueError, match=f"needs at least {least} bytes"):
-        Engine(model, store, least - 1, plan)
+        Engine(model, store, CacheConfig(least - 1, plan=plan))
     batches = (1, 3) if name == "native" else (3,)
-    roomy = Engine(model, store, None, plan, chunk_tokens=CHUNK)
+    roomy = Engine(model, store, CacheConfig(plan=plan, chunk_tokens=CHUNK))
     results = run(roomy, batches)
     assert all(np.isfinite(result).all() for result in results)
     assert roomy.pool.stats.misses.sum() == 0 and roomy.pool.device_bytes == everything
     assert roomy.stats.host_round_trips == 0
     for budget in [least, (least + everything) // 2] if name == "native" else [least]:
-        tight = Engine(model, store, budget, plan, chunk_tokens=CHUNK)
+        tight = Engine(model, store, CacheConfig(budget, plan=plan, chunk_tokens=CHUNK))
         for got, result in zip(run(tight, batches), results, strict=True):
             np.testing.assert_array_equal(got, result, strict=True)
         assert tight.pool.stats.misses.sum() > 0 and tight.pool.device_bytes <= budget
@@ -119,7 +121,7 @@ def test_the_host_is_asked_once_a_call(model, store, transfers, tokens_per_call)
     """And once more for every exit; several tokens a call are the same tokens."""
     results, new_tokens = [], 1 + 2 * 4
     for budget in (None, store.precision_bytes(0) // 2):
-        engine = Engine(model, store, budget, chunk_tokens=CHUNK)
+        engine = Engine(model, store, CacheConfig(budget, chunk_tokens=CHUNK))
         list(engine.generate(PROMPTS, new_tokens, tokens_per_call=tokens_per_call))  # fills
         engine.reset_stats()
         steps = engine.generate(PROMPTS, new_tokens, tokens_per_call=tokens_per_call)
@@ -137,7 +139,7 @@ def test_the_host_is_asked_once_a_call(model, store, transfers, tokens_per_call)
 
 
 def score(model, store, plan=None, **options) -> np.ndarray:
-    engine = Engine(model, store, None, plan, chunk_tokens=CHUNK, **options)
+    engine = Engine(model, store, CacheConfig(plan=plan, chunk_tokens=CHUNK, **options))
     return np.asarray(engine.score(score_ids(model, 3)))
 
 
@@ -177,7 +179,9 @@ def test_router_weight_plan_asks_for_the_tier_of_each_weight(model, store):
     """Counted from what the router said; padding asks for nothing."""
     seen = []
     plan = router_weight_plan(0.4, 0.3)
-    engine = Engine(model, store, None, plan, chunk_tokens=CHUNK, watch=seen.append)
+    engine = Engine(
+        model, store, CacheConfig(plan=plan, chunk_tokens=CHUNK), observers=[OnRouting(seen.append)]
+    )
     engine.start(len(PROMPTS), CONTEXT)
     engine.prefill(PROMPTS)
     uses = np.zeros_like(engine.pool.stats.hits)
@@ -202,7 +206,7 @@ def greedy(engine, prompts, stop_ids=(), **options) -> list[list[int]]:
 
 def test_sequences_do_not_meet_and_chunks_do_not_show(model, store):
     """A row of a batch is the sequence alone; a prompt in chunks is the prompt at once."""
-    engine = Engine(model, store, chunk_tokens=CHUNK)
+    engine = Engine(model, store, CacheConfig(chunk_tokens=CHUNK))
     engine.start(3, CONTEXT)
     prefilled = np.asarray(engine.prefill(PROMPTS))  # two chunks of 4
     decoded = np.asarray(engine.decode(np.asarray([9, 8, 7])))
@@ -216,7 +220,7 @@ def test_sequences_do_not_meet_and_chunks_do_not_show(model, store):
 
 
 def test_stop_tokens_end_their_own_sequence(model, store):
-    engine = Engine(model, store, chunk_tokens=CHUNK)
+    engine = Engine(model, store, CacheConfig(chunk_tokens=CHUNK))
     free = np.asarray(greedy(engine, PROMPTS))  # [step, sequence]
     assert free.shape == (NEW_TOKENS, 3) and free.tolist() == greedy(engine, PROMPTS)
     stop = free[1, 0]
@@ -230,7 +234,7 @@ def test_stop_tokens_end_their_own_sequence(model, store):
 
 
 def test_too_long_is_refused(model, store):
-    engine = Engine(model, store, chunk_tokens=CHUNK)
+    engine = Engine(model, store, CacheConfig(chunk_tokens=CHUNK))
     limit = model.config.context_length
     with pytest.raises(ValueError, match=f"{limit + 1} tokens exceed the model's context"):
         engine.start(1, limit + 1)
@@ -275,7 +279,7 @@ def test_sampling_follows_the_distribution():
 
 
 def test_sampling_is_a_function_of_its_seed(model, store):
-    engine = Engine(model, store, chunk_tokens=CHUNK)
+    engine = Engine(model, store, CacheConfig(chunk_tokens=CHUNK))
 
     def tokens(**options):
         steps = engine.generate(PROMPTS, NEW_TOKENS, Sampling(**options))

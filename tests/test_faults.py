@@ -10,6 +10,8 @@ import pytest
 from pool_invariants import check_invariants
 
 import hobbit_jax.cache.device_banks as device_banks
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import OnRouting
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
@@ -21,7 +23,7 @@ PROMPT, NEW_TOKENS, CHUNK = [5, 200, 17, 17, 99, 3, 250, 11], 6, 8
 def engine_of(model, experts) -> Engine:
     """Slots for half of each layer's experts, so that every token misses."""
     store = HostExperts(model.config, experts)
-    return Engine(model, store, store.precision_bytes(0) // 2, chunk_tokens=CHUNK)
+    return Engine(model, store, CacheConfig(store.precision_bytes(0) // 2, chunk_tokens=CHUNK))
 
 
 def tokens(engine) -> list[int]:
@@ -104,7 +106,7 @@ def test_an_interrupt_during_decode(engine, wanted):
         if len(seen) == 2 and routed.layer == 1:
             signal.raise_signal(signal.SIGINT)
 
-    with engine.watched_by(interrupt), pytest.raises(KeyboardInterrupt):
+    with engine.observed_by(OnRouting(interrupt)), pytest.raises(KeyboardInterrupt):
         for ids_B, _ in engine.generate([PROMPT], NEW_TOKENS):
             seen.append(int(ids_B[0]))
     signal.signal(signal.SIGINT, handler)

@@ -2,23 +2,24 @@
 
 from dataclasses import replace
 
-import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import NEEDS_LLAMA_CPP
+from gguf_oracle import dequantize
 
 from hobbit_jax import reference
 from hobbit_jax.baselines.child import Child
 from hobbit_jax.baselines.side import SideSpec
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
 from hobbit_jax.quantize import ggml
 from pallas_kernels.backends import choose
 from pallas_kernels.expert_ffn import expert_ffn, implementation_for
-from pallas_kernels.formats import FORMATS, RAW_ONLY
+from pallas_kernels.formats import FORMATS
 from pallas_kernels.ggml import ops
 from pallas_kernels.linear import linear
 from pallas_kernels.reference import Bank, Signature, Work
@@ -35,22 +36,6 @@ def encode(name: str, weights_NK: np.ndarray) -> np.ndarray:
     return ggml.encode(weights_NK, name, np.ones(weights_NK.shape[1], np.float32))
 
 
-def blocks_of(name: str, rows: int, columns: int) -> np.ndarray:
-    """Blocks of a type, uint8 [rows, row bytes]: encoded, or random bits with a sane scale."""
-    if name in FORMATS:
-        return encode(name, random(rows, columns))
-    format = RAW_ONLY[name]
-    shape = (rows, columns // format.block_weights, format.block_bytes)
-    raw = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    for offset, _, _ in format.float_fields:
-        raw[..., offset : offset + 2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-    if name == "NVFP4":
-        raw[..., :4] = 0x30  # 1/2 in E4M3
-    if name == "IQ1_M":
-        raw[..., -1] = 0x20 | raw[..., -1] & 0x0F  # the exponent of its scale
-    return raw.reshape(rows, -1)
-
-
 def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
@@ -64,17 +49,13 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-@pytest.mark.parametrize("name", [*FORMATS, *RAW_ONLY])
+@pytest.mark.parametrize("name", FORMATS)
 def test_products_are_those_of_the_decoded_weights(name):
-    raw = blocks_of(name, ROWS, COLUMNS)
+    raw = encode(name, random(ROWS, COLUMNS))
     matrix = mapped(raw, COLUMNS)
     ids = jnp.asarray([[3, 0], [ROWS - 1, 3]], jnp.int32)
     rows = np.asarray(ops.take_rows(ids, matrix, name))
-    if name == "Q1_0":  # which gguf-py does not decode: one bit a weight
-        weights_NK = np.asarray(ops.take_rows(jnp.arange(ROWS, dtype=jnp.int32), matrix, name))
-        assert set(np.unique(np.abs(weights_NK))) == {np.float32(np.float16(0.01))}
-    else:
-        weights_NK = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
+    weights_NK = dequantize(raw, name)
     np.testing.assert_allclose(rows, weights_NK[np.asarray(ids)], rtol=1e-6, atol=1e-30)
     in_place = replace(matrix, data=jnp.asarray(raw))
     for tokens in (1, 30):  # a dot product each, and where there is one the interleaved product
@@ -93,7 +74,7 @@ def bank_of(signature: Signature, slots: int, d_model: int, d_expert: int):
             [encode(name, random(rows, columns, seed=9 * seed + s)) for s in range(slots)]
         )
         kept.append(raw)
-        decoded.append(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name]))
+        decoded.append(dequantize(raw, name))
         addresses = jnp.asarray(np.stack([ops.address_of(matrix) for matrix in raw]))
         by_address.append(ops.RawMatrix(addresses, rows, columns, raw[0].nbytes))
         in_place.append(ops.RawMatrix(jnp.asarray(raw), rows, columns, raw[0].nbytes))
@@ -207,12 +188,14 @@ def test_none_takes_ggml_on_a_cpu_and_a_name_is_refused_with_its_reason(caplog):
     def refuse():
         raise NotImplementedError("no wheel here")
 
-    checks = {"ggml": refuse, "triton": refuse, "xla": lambda: None}
+    checks = {"ggml": refuse, "triton": refuse}
     assert choose(None, checks) == "xla" and "no wheel here" in caplog.text
     with pytest.raises(NotImplementedError, match="no wheel here"):
         choose("ggml", checks)
-    with pytest.raises(NotImplementedError, match="IQ2_XXS is computed by 'ggml' alone"):
-        implementation_for(Signature("Q4_K", "IQ2_XXS", "Q4_K"), 256, 256, "xla")
+    without_kernel = Signature("Q4_K", "IQ2_XXS", "Q4_K")
+    assert implementation_for(without_kernel, 256, 256, "xla") == "xla"
+    with pytest.raises(NotImplementedError, match="the Triton kernels have no IQ2_XXS"):
+        implementation_for(without_kernel, 256, 256, "interpret")
     with pytest.raises(NotImplementedError, match="multiple of 32 weights for Q8_0"):
         ops.check_matrix("Q8_0", 40)
 
@@ -235,7 +218,7 @@ def test_neither_threads_nor_budget_nor_context_change_a_bit(model, ids_T):
     try:
         for threads, budget, context in ((1, None, 48), (4, None, 200), (2, 2 << 20, 48)):
             TABLE[THREADS] = threads
-            engine = Engine(model, store, budget)
+            engine = Engine(model, store, CacheConfig(budget))
             engine.start(1, context)
             logits = [engine.prefill([ids_T.tolist()])]
             logits += [engine.decode(ids_T[i : i + 1]) for i in range(4)]
@@ -252,7 +235,7 @@ def test_half_precision_keys_and_values_change_little(model, ids_T):
     store = HostExperts(model.config, model.file)
 
     def log_probabilities(kv_format):
-        engine = Engine(model, store, kv_format=kv_format)
+        engine = Engine(model, store, CacheConfig(kv_format=kv_format))
         logits = jax.nn.log_softmax(engine.score(ids_T[None])[0].astype(jnp.float32))
         return np.asarray(logits), engine.kv_cache_bytes
 
@@ -262,7 +245,7 @@ def test_half_precision_keys_and_values_change_little(model, ids_T):
         assert half * 2 == full
         assert 0 < (np.exp(wanted) * (wanted - got)).sum(-1).mean() < most
     with pytest.raises(ValueError, match="want one of float32, bfloat16, float16"):
-        Engine(model, store, kv_format="int8")
+        Engine(model, store, CacheConfig(kv_format="int8"))
 
 
 def test_a_file_that_is_cut_short_is_an_error_and_no_crash(two_banks_path, tmp_path):

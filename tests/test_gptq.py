@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hobbit_jax.quantize import encode, gptq
-from hobbit_jax.quantize.scale_search import K_QUANTS
+from hobbit_jax.quantize.gptq import check_format
 
 # Of every test here: each further shape compiles for ten seconds. Two super-blocks a row.
 N, K = 8, 512
@@ -52,7 +52,7 @@ def obq(weights_NK: np.ndarray, hessian_KK: np.ndarray, levels_NKV: np.ndarray) 
 @pytest.mark.parametrize("format", ("Q2_K", "Q3_K"))
 def test_error_feedback_is_gptq(format):
     """Across the border of two super-blocks; the scales are taken as found."""
-    quant, weights_NK = K_QUANTS[format], weights(N, K)
+    quant, weights_NK = check_format(format), weights(N, K)
     hessian_KK = gptq._conditioned(correlated(K), K)
     blocks = gptq._feed_errors_forward(jnp.asarray(weights_NK.T), hessian_KK, quant)
     q_V = np.arange(quant.q_range[0], quant.q_range[1] + 1)
@@ -85,7 +85,7 @@ def test_error_feedback_is_gptq(format):
 def test_objective_falls_at_every_step(format):
     weights_NK, hessian_KK = weights(N, K), correlated(K)
     damped_KK = gptq._conditioned(hessian_KK, K)
-    quant = K_QUANTS[format]
+    quant = check_format(format)
     blocks = gptq._feed_errors_forward(jnp.asarray(weights_NK.T), damped_KK, quant)
     fed_NK = np.concatenate([np.asarray(gptq._decoded_WN(b, quant)).T for b in blocks], axis=1)
     refined = objective(
@@ -107,7 +107,7 @@ def test_hardly_a_quant_can_be_moved_to_gain(format):
     hessian_KK = gptq._conditioned(correlated(K), K)
     blocks_NP = gptq.encode(weights_NK, format, correlated(K))
     decoded_NK = decode(blocks_NP, format)
-    quant = K_QUANTS[format]
+    quant = check_format(format)
     # The step of a sub-block shows in the decoded weights: their smallest distance.
     gain_NK = (weights_NK - decoded_NK) @ hessian_KK
     for row in range(N):

@@ -15,21 +15,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractMesh
 
+from hobbit_jax.cache.config import CacheConfig
 from pallas_kernels import linear as linear_module
 from pallas_kernels import matmul_triton
 from pallas_kernels.activations import INT8_SPLIT_BLOCK, LARGEST_INTEGER, int8_split
 from pallas_kernels.expert_ffn import expert_ffn, triton_expert_ffn
 from pallas_kernels.formats import FORMATS, get_format
+from pallas_kernels.formats.packing import Floats
 from pallas_kernels.linear import linear, triton_linear
 from pallas_kernels.materialize import apart
 from pallas_kernels.matmul_triton import Items, Tile, grouped_matmul
-from pallas_kernels.packed import PACKINGS, Floats
 from pallas_kernels.reference import Bank, Signature, Work
 from pallas_kernels.tiles import item_rows
 
 ON_GPU = jax.devices()[0].platform == "gpu"
 IMPLEMENTATIONS = ["interpret", *(["triton"] if ON_GPU else [])]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+PACKINGS = {fmt.name: fmt.packing for fmt in FORMATS.values() if fmt.packing}
 FLOATS = [name for name, packing in PACKINGS.items() if isinstance(packing, Floats)]
 every_format = pytest.mark.parametrize("name", PACKINGS)
 
@@ -447,7 +449,7 @@ def test_reference_model_through_the_kernels(implementation):
     def log_probabilities(implementation):
         model = load_model(reference.model_path(), implementation)
         prompt = model.tokenizer().encode("def add(a, b):\n    return a")
-        engine = Engine(model, HostExperts(model.config, model.file), budget_bytes=2 << 20)
+        engine = Engine(model, HostExperts(model.config, model.file), CacheConfig(2 << 20))
         engine.start(1, len(prompt) + 1)
         prefill_V = engine.prefill([prompt])[0]
         decode_V = engine.decode(np.array([int(jnp.argmax(prefill_V))]))[0]

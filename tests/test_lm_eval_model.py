@@ -23,6 +23,7 @@ from lm_eval_oracles import (
     write_one_layer,
 )
 
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.evals.lm_eval_model import EngineLM
 from hobbit_jax.evals.responses import Responses
 from hobbit_jax.experts.store import HostExperts
@@ -43,7 +44,7 @@ def tokenizer(model) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def engine(model):
-    return Engine(model, HostExperts(model.config, model.file), chunk_tokens=64)
+    return Engine(model, HostExperts(model.config, model.file), CacheConfig(chunk_tokens=64))
 
 
 # Likelihoods on a real model

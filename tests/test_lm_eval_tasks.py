@@ -23,6 +23,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is missing: pip install -e '.[eva
 from lm_eval_oracles import Scripted, expected_rolling, scripted_lm, write_one_layer
 
 from hobbit_jax import reference
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.evals import tasks as direct_tasks
 from hobbit_jax.evals.benchmarks import (
     BenchmarkSettings,
@@ -229,7 +230,7 @@ def test_unknown_tasks_and_absent_data(tmp_path):
 @pytest.mark.slow
 def test_the_shipped_model_on_real_data(data_dir, tmp_path):
     model = load_model(reference.model_path(), "xla")
-    engine = Engine(model, HostExperts(model.config, model.file), 4 << 20)
+    engine = Engine(model, HostExperts(model.config, model.file), CacheConfig(4 << 20))
     settings = BenchmarkSettings(
         ("gsm8k", "humaneval", "wikitext"), 1, max_length=128, max_new_tokens=8, batch_size=1
     )

@@ -17,6 +17,7 @@ import pytest
 import tiny_models
 from conftest import REPOSITORY
 
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel, load_model
@@ -50,7 +51,7 @@ def engine_for(model: LoadedModel, slots_per_layer: int | None = None, **options
     """An engine whose pool holds so many of each layer's experts; None is all of them."""
     store, config = HostExperts(model.config, model.file), model.config
     share = 1.0 if slots_per_layer is None else slots_per_layer / config.n_experts
-    engine = Engine(model, store, int(store.precision_bytes(0) * share), **options)
+    engine = Engine(model, store, CacheConfig(int(store.precision_bytes(0) * share), **options))
     assert set(engine.pool.slots.values()) == {slots_per_layer or config.n_experts}
     return engine
 

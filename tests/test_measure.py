@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.evals.engine_program import EngineProgram
 from hobbit_jax.evals.measure import Counts, Measurement, measure, timed_turn
 from hobbit_jax.experts.store import HostExperts
@@ -98,7 +99,7 @@ def test_the_engines_counters(two_banks_path):
     """Token by token they add up to what the pool and the engine counted over the whole run."""
     model = load_model(two_banks_path, "xla")
     store = HostExperts(model.config, model.file)
-    engine = Engine(model, store, store.precision_bytes(0) // 2)
+    engine = Engine(model, store, CacheConfig(store.precision_bytes(0) // 2))
     ids_RS = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 12), np.int32)
     program = EngineProgram(engine, 12)
     before = program.counts()

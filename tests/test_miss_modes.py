@@ -6,6 +6,7 @@ import pytest
 from pool_invariants import check_invariants
 
 from hobbit_jax.cache.budget import BankDemand, divide_precisions
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, miss_mode
 from hobbit_jax.cache.promotion import Promoter, PromotionRule
 from hobbit_jax.experts import low_precision
@@ -80,7 +81,7 @@ def decode(engine) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def native(model, store):
-    return decode(Engine(model, store, chunk_tokens=CHUNK))
+    return decode(Engine(model, store, CacheConfig(chunk_tokens=CHUNK)))
 
 
 def engine_of(model, store, mode: str, share: float, **options) -> Engine:
@@ -91,7 +92,7 @@ def engine_of(model, store, mode: str, share: float, **options) -> Engine:
     if MISS_MODES[mode].low_banks == "all":
         budget += store.precision_bytes(LOW)
     options = {"promotion": PromotionRule(after_uses=2, per_token=2), **options}
-    return Engine(model, store, budget, mode=mode, chunk_tokens=CHUNK, **options)
+    return Engine(model, store, CacheConfig(budget, mode=mode, chunk_tokens=CHUNK, **options))
 
 
 @pytest.mark.parametrize("mode", ["use_low_if_resident", "fetch_low", "hobbit", "floor"])
@@ -120,8 +121,11 @@ def test_low_copies_that_no_plan_asks_for_change_nothing(model, store, native):
     """A store with a low precision, without a plan, is the native cache: bits, residents and
     bytes.
     """
-    plain = Engine(model, HostExperts(model.config, model.file), store.precision_bytes(0) // 2)
-    plain.chunk_tokens = CHUNK
+    plain = Engine(
+        model,
+        HostExperts(model.config, model.file),
+        CacheConfig(store.precision_bytes(0) // 2, chunk_tokens=CHUNK),
+    )
     both = engine_of(model, store, "fetch", 0.5)
     np.testing.assert_array_equal(decode(plain), native)
     np.testing.assert_array_equal(decode(both), native)
@@ -132,18 +136,20 @@ def test_low_copies_that_no_plan_asks_for_change_nothing(model, store, native):
 
 def test_a_mode_under_an_unlimited_budget_degrades_only_until_it_has_promoted(model, store, native):
     """With room for everything, use_low_if_resident never serves low: native came first."""
-    engine = Engine(model, store, mode="use_low_if_resident", chunk_tokens=CHUNK)
+    engine = Engine(model, store, CacheConfig(mode="use_low_if_resident", chunk_tokens=CHUNK))
     np.testing.assert_array_equal(decode(engine), native)
     assert engine.stats.degraded == 0
 
 
 def test_a_mode_says_what_it_needs(model, store):
     with pytest.raises(ValueError, match="needs at least"):
-        Engine(model, store, store.precision_bytes(LOW) - 1, mode="floor")
+        Engine(model, store, CacheConfig(store.precision_bytes(LOW) - 1, mode="floor"))
     with pytest.raises(ValueError, match="low precision"):
-        Engine(model, HostExperts(model.config, model.file), mode="floor")
+        Engine(model, HostExperts(model.config, model.file), CacheConfig(mode="floor"))
     with pytest.raises(NotImplementedError, match="other formats"):
-        Engine(model, HostExperts(model.config, model.file, [model.file]), mode="floor")
+        Engine(
+            model, HostExperts(model.config, model.file, [model.file]), CacheConfig(mode="floor")
+        )
 
 
 def test_divide_tiers_keeps_the_budget_and_the_share():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_models
 
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.sampling import Sampling, sample, seed_key
@@ -46,7 +47,11 @@ def poison(path: Path, huge: str | None = None, spike: int | None = None) -> Pat
 
 def engine_of(path: Path, budget_bytes: int | None = None) -> Engine:
     model = load_model(path)
-    return Engine(model, HostExperts(model.config, model.file), budget_bytes, chunk_tokens=16)
+    return Engine(
+        model,
+        HostExperts(model.config, model.file),
+        CacheConfig(budget_bytes, chunk_tokens=16),
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 In virtual time, so that no machine's load decides.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -15,10 +16,12 @@ from pool_invariants import check_invariants
 
 import hobbit_jax.inference.moe as moe_module
 import hobbit_jax.inference.prefill as prefill_module
-from hobbit_jax.cache.controller import Decision, Use
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import Decision, OnRouting, Use
 from hobbit_jax.cache.link import ThrottledLink
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
+from hobbit_jax.cache.sharded_pool import make_pool
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import load_model
@@ -38,9 +41,15 @@ def store(model):
     return HostExperts(model.config, model.file)
 
 
-def engine_of(model, store, **options) -> Engine:
+def engine_of(model, store, link=None, observers=(), **options) -> Engine:
     """Slots for half of each layer's experts, so that every token misses."""
-    return Engine(model, store, store.precision_bytes(NATIVE) // 2, chunk_tokens=CHUNK, **options)
+    return Engine(
+        model,
+        store,
+        CacheConfig(store.precision_bytes(NATIVE) // 2, chunk_tokens=CHUNK, **options),
+        partial(make_pool, link=link),
+        observers,
+    )
 
 
 def run(engine) -> tuple[list[int], np.ndarray]:
@@ -110,7 +119,7 @@ def test_layer_ahead_asks_the_layers_own_routers(model, store, monkeypatch):
         if routed.x_TD is not None:
             streams[routed.layer] = np.asarray(routed.x_TD)
 
-    engine = engine_of(model, store, watch=keep)
+    engine = engine_of(model, store, observers=[OnRouting(keep)])
     engine.start(1, len(PROMPT))
     engine.prefill([PROMPT])
     at_exit = Prefetcher.at_exit

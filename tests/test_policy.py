@@ -1,16 +1,22 @@
 """Eviction policies: what holds for all of them, and each against a slow model of its own rule."""
 
 from collections import defaultdict
-from itertools import combinations, pairwise
+from itertools import combinations
 
 import numpy as np
 import pytest
 
-from hobbit_jax.cache.policies import POLICIES, Belady, PinnedStatic, Step, policy_factory
+from hobbit_jax.cache.policies import (
+    POLICIES,
+    Belady,
+    PinnedStatic,
+    Step,
+    next_use_memory,
+    policy_factory,
+)
 from hobbit_jax.cache.policies.hobbit import Hobbit
 from hobbit_jax.cache.policies.lru import LRU
 from hobbit_jax.cache.policies.next_use import NextUse
-from hobbit_jax.cache.policies.next_use_memory import HORIZON, LayerMemory
 from hobbit_jax.cache.policies.slru import SLRU
 from hobbit_jax.cache.policies.w_tinylfu import WTinyLFU
 
@@ -363,7 +369,7 @@ def test_next_use_evicts_whom_it_expects_last(seed):
         missing = [key for key, weight, _ in uses if not policy.access(key, weight)]
         policy.begin_step(step)  # the uses are taken in; what it expects is up to date
         for key in missing:
-            next_use = {k: token for k, token in policy._resident.items() if k not in keys}
+            next_use = {k: policy.expected(k) for k in policy._resident if k not in keys}
             victim = policy.admit(key, keys)
             if victim is not None:
                 evictions += 1
@@ -384,32 +390,57 @@ def test_next_use_learns_from_steps_of_any_shape():
     assert len(policy) == 80
 
 
+def take_in_all(buffers, choices, n_experts):
+    """Lets one layer take in (token, ranked experts), and yields what it recalls at each."""
+    order = next_use_memory._order(*buffers)
+    memory = next_use_memory._memory(*buffers)
+    for token, ranked in choices:
+        yield next_use_memory.remember(order, memory, 0, token, np.array(ranked))
+        order.last_use_LE[0, ranked] = token
+    assert n_experts <= order.last_use_LE.shape[1]
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_layer_memory_knows_what_came_after(seed):
+def test_the_memory_knows_what_came_after(seed):
+    """Also after it has grown, and of two experts in different words of a bit set."""
     rng = np.random.default_rng(seed)
-    memory, chosen_at, token = LayerMemory(), {}, 0
-    for _ in range(300):
-        token += int(rng.choice([1, 1, 1, 2, 9, 40]))
-        ranked = rng.permutation(100)[:4].tolist()
-        for place, likeness in memory.remember(token, ranked):
-            assert place in chosen_at and place < token and likeness >= 1
-            assert set(chosen_at[place][:2]) == set(ranked[:2])
-        chosen_at[token] = ranked
+    buffers, chosen_at, token = next_use_memory.empty(1, 64), {}, 0
+    for n_experts in (64, 100):
+        choices = []
+        for _ in range(150):
+            token += int(rng.choice([1, 1, 1, 2, 9, 40]))
+            choices.append((token, rng.permutation(n_experts)[:4].tolist()))
+        recalled = list(take_in_all(buffers, choices, n_experts))
+        for (now, ranked), found_2p in zip(choices, recalled, strict=True):
+            for place, likeness in found_2p[found_2p[:, 0] > 0].tolist():
+                assert place - 1 in chosen_at and place - 1 < now and likeness >= 1
+                assert likeness < next_use_memory.LIKENESSES
+                assert set(chosen_at[place - 1][:2]) == set(ranked[:2])
+            chosen_at[now] = ranked
+        if n_experts == 64:
+            buffers = next_use_memory.grown(buffers, 2, 128)
+    memory = next_use_memory._memory(*buffers)
     for place in chosen_at:
-        distances = memory.distances(place)
-        for number in range(100):
-            after = [t - place for t, chosen in chosen_at.items() if t > place and number in chosen]
+        for expert in range(100):
+            after = [t - place for t, ids in chosen_at.items() if t > place and expert in ids]
             soonest = min(after, default=0)
-            assert distances[number] == (soonest if soonest <= HORIZON else 0)
-    assert memory.distances(token + 1) is None
+            wanted = soonest if soonest <= next_use_memory.HORIZON else 0
+            assert memory.soon_LME[0, place % next_use_memory.MEMORY, expert] == wanted
 
 
-def test_layer_memory_prefers_the_more_alike():
-    memory = LayerMemory()
+def test_the_memory_prefers_the_more_alike():
     histories = [([7, 8, 9], [0, 1, 2]), ([4, 5, 6], [0, 1, 3]), ([7, 8, 9], [1, 0, 2])]
-    for i, pair in enumerate(histories):
-        for j, ranked in enumerate(pair):
-            found = memory.remember(10 * i + j, ranked)
-    assert [place for place, _ in found] == [1, 11]
-    likenesses = [likeness for _, likeness in found]
-    assert all(a > b for a, b in pairwise(likenesses))
+    choices = [(10 * i + j, r) for i, pair in enumerate(histories) for j, r in enumerate(pair)]
+    *_, found_2p = take_in_all(next_use_memory.empty(1, 64), choices, 64)
+    assert found_2p[:, 0].tolist() == [1 + 1, 11 + 1]
+    assert found_2p[0, 1] > found_2p[1, 1]
+
+
+def test_a_step_spares_what_it_uses_while_others_are_resident():
+    policy = NextUse(3)
+    for token, key in enumerate("abc"):
+        policy.begin_step(Step(token, 0, token))
+        policy.access(key)
+        policy.admit(key)
+    assert policy.victim() in "ab"
+    assert policy.victim(keep="ab") == "c"

@@ -10,7 +10,8 @@ from conftest import REPOSITORY, TWO_BANKS
 from pool_invariants import check_invariants
 from tiny_models import write_model
 
-from hobbit_jax.cache.controller import BankLayout, Controller
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import BankLayout, Controller, OnRouting
 from hobbit_jax.cache.counter import Replay, RoutedStep
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import LRU, policy_factory
@@ -93,7 +94,12 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
         )
 
     size = budget(store, mode, 0.5)
-    engine = Engine(model, store, size, mode=mode, promotion=RULE, watch=watch)
+    engine = Engine(
+        model,
+        store,
+        CacheConfig(size, mode=mode, promotion=RULE),
+        observers=[OnRouting(watch)],
+    )
     layout = BankLayout.of_store(store)
     replay = Replay(layout, engine.pool.slots, MISS_MODES[mode], policy_factory("slru"), RULE)
     number = 0
@@ -202,8 +208,15 @@ def hottest(store, uses_LE, precision: int, signature, leave_out=()) -> list[Exp
 
 
 def test_a_warm_pool_holds_the_most_used(model, store, uses_LE):
-    engine = Engine(model, store, budget(store, "fetch_low", 0.5), mode="fetch_low",
-                    warm=WarmStart(uses_LE, 0.25))  # fmt: skip
+    engine = Engine(
+        model,
+        store,
+        CacheConfig(
+            budget(store, "fetch_low", 0.5),
+            mode="fetch_low",
+            warm=WarmStart(uses_LE, 0.25),
+        ),
+    )
     pool, native = engine.pool, set()
     for precision in (NATIVE, LOW):
         for signature in {layer.signature for layer in store.precisions[precision]}:
@@ -224,10 +237,10 @@ def test_a_warm_pool_holds_the_most_used(model, store, uses_LE):
 
 def test_a_warm_start_changes_no_bit(model, store, uses_LE):
     size = store.precision_bytes(NATIVE) // 2
-    cold = Engine(model, store, size, mode="fetch")
+    cold = Engine(model, store, CacheConfig(size, mode="fetch"))
     logits = decode(cold, 12)
     for warm in (WarmStart(uses_LE), WarmStart(uses_LE, 0.5), WarmStart(uses_LE.max() - uses_LE)):
-        engine = Engine(model, store, size, mode="fetch", warm=warm)
+        engine = Engine(model, store, CacheConfig(size, mode="fetch", warm=warm))
         pinned = {key for policy in engine.pool.policies.values() for key in policy.pinned}
         assert bool(pinned) == bool(warm.pin_share)
         engine.pool.reset_stats()
@@ -240,13 +253,13 @@ def test_a_warm_start_changes_no_bit(model, store, uses_LE):
 def test_what_a_warm_start_refuses(model, store, uses_LE):
     size = store.precision_bytes(NATIVE) // 2
     with pytest.raises(ValueError, match=r"fewer than 2 of its \d+ slots to stream through"):
-        Engine(model, store, size, warm=WarmStart(uses_LE, 0.9))
+        Engine(model, store, CacheConfig(size, warm=WarmStart(uses_LE, 0.9)))
     with pytest.raises(ValueError, match="pin_share is 1; want 0 to below 1"):
         WarmStart(uses_LE, 1)
     with pytest.raises(ValueError, match=r"\[3, 7\]; the model has \[3, 8\]"):
-        Engine(model, store, size, warm=WarmStart(uses_LE[:, :7]))
+        Engine(model, store, CacheConfig(size, warm=WarmStart(uses_LE[:, :7])))
     # Where everything fits nothing needs a pin.
-    full = Engine(model, store, warm=WarmStart(uses_LE, 0.9))
+    full = Engine(model, store, CacheConfig(warm=WarmStart(uses_LE, 0.9)))
     assert not any(policy.pinned for policy in full.pool.policies.values())
     assert len(full.pool.resident()) == uses_LE.size
 
@@ -256,9 +269,16 @@ def test_the_engine_divides_its_pool_anew_and_goes_on(model, store, uses_LE):
     runs = []
     for _ in range(2):
         engine = Engine(
-            model, store, budget(store, "use_low_if_resident", 0.7), mode="use_low_if_resident",
-            low_share="adaptive", promotion=RULE, warm=WarmStart(uses_LE, 0.25),
-        )  # fmt: skip
+            model,
+            store,
+            CacheConfig(
+                budget(store, "use_low_if_resident", 0.7),
+                mode="use_low_if_resident",
+                low_share="adaptive",
+                promotion=RULE,
+                warm=WarmStart(uses_LE, 0.25),
+            ),
+        )
         assert engine.split is not None and engine.split.low_share == 0.5
         logits = [decode(engine, 35, seed=0), decode(engine, 35, seed=1)]
         assert not engine.split.history  # it had 35 tokens to go by
@@ -280,7 +300,7 @@ def test_the_engine_divides_its_pool_anew_and_goes_on(model, store, uses_LE):
         check_invariants(engine.pool, store)
         runs.append((np.concatenate(logits), engine.stats, engine.pool.resident()))
     assert np.array_equal(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:]
-    fixed = Engine(model, store, mode="fetch", low_share="adaptive")
+    fixed = Engine(model, store, CacheConfig(mode="fetch", low_share="adaptive"))
     assert fixed.split is None
 
 

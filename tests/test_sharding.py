@@ -15,7 +15,8 @@ from pool_invariants import all_keys, check_invariants
 from tiny_models import TinyModel, write_model
 
 import hobbit_jax.cache.device_banks as device_banks
-from hobbit_jax.cache.controller import BankLayout, Controller, Use
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import BankLayout, Controller, OnRouting, Use
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import Step, policy_factory
 from hobbit_jax.cache.pool_sizing import pool_slots
@@ -83,7 +84,7 @@ def two_banks_and_low(two_banks_path, tmp_path_factory):
 
 
 def engine_of(opened, budget=None, plan=None, batch=3, **options) -> Engine:
-    return Engine(*opened, budget, plan, chunk_tokens=CHUNK * batch, **options)
+    return Engine(*opened, CacheConfig(budget, plan=plan, chunk_tokens=CHUNK * batch, **options))
 
 
 def mixed_plan(store):
@@ -268,7 +269,7 @@ def record(engine: Engine, monkeypatch) -> dict:
                 assert rows.setdefault(key, int(precision)) == int(precision)
 
     monkeypatch.setattr(engine, "_count", counting)
-    monkeypatch.setattr(engine, "watchers", [*engine.watchers, watch])
+    engine.controller.observe(OnRouting(watch))
     return rows
 
 

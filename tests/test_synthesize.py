@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from hobbit_jax import reference
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import OnRouting
 from hobbit_jax.cache.trace import Trace, read_trace
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -183,7 +185,9 @@ def routed(tiny_path):
     model = load_model(tiny_path, "xla")
     steps = []
     store = HostExperts(model.config, model.file)
-    engine = Engine(model, store, watch=steps.append, chunk_tokens=512)
+    engine = Engine(
+        model, store, CacheConfig(chunk_tokens=512), observers=[OnRouting(steps.append)]
+    )
     ids_T = np.asarray(model.tokenizer().encode(TEXT * 3)[:512], np.int32)
     logits_TV = np.asarray(engine.score(ids_T[None])[0])
     assert np.isfinite(logits_TV).all() and 0.3 < logits_TV.std() < 3

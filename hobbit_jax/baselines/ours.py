@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.evals.engine_program import EngineProgram
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -34,7 +35,7 @@ class Ours(EngineProgram):
         del threads  # XLA takes the cores that this process may use
         loaded = load_model(model, implementation)
         store = HostExperts(loaded.config, loaded.file)
-        super().__init__(Engine(loaded, store, budget_bytes, policy=policy), context)
+        super().__init__(Engine(loaded, store, CacheConfig(budget_bytes, policy=policy)), context)
 
     def score(self, ids_T: np.ndarray) -> np.ndarray:
         """See `Side.score`."""

@@ -7,13 +7,13 @@ bank of each device. An executor does what it decides: the slot pool (`pool.py`)
 device arrays, the counter (`counter.py`) with sums. So a recorded trace that is played to a
 controller with a counter is the run itself without the model, and a test holds the two together.
 
-Observers (`Observer`) are told of every decision: promotion, the adaptive split, recorders. None
-replaces another.
+Observers (`Observer`) are told of every decision and of what the routers chose: promotion, the
+adaptive split, recorders, calibration. None replaces another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hobbit_jax.cache.policies import Policy, PolicyFactory, Step
+from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.model.sharding import owner
@@ -61,12 +62,26 @@ class Observer:
     def attach(self, controller: Controller) -> None:
         """Once, before the first step: whose decisions it will hear."""
 
+    def after_routing(self, routed: RouterOutput) -> None:
+        """After each layer's router, before the decision; not in replays."""
+
     def after_step(self, decision: Decision) -> None:
         """After each layer's decision, before anything is loaded for it."""
 
     def after_tokens(self, count: int) -> Iterable[ExpertKey]:
         """After `count` decoded tokens; the copies to load in the background."""
         return ()
+
+
+class OnRouting(Observer):
+    """Calls a function with what every layer's router chose."""
+
+    def __init__(self, function: Callable[[RouterOutput], object]):
+        self._function = function
+
+    def after_routing(self, routed: RouterOutput) -> None:
+        """See `Observer.after_routing`."""
+        self._function(routed)
 
 
 @dataclass(frozen=True)
@@ -140,7 +155,7 @@ class Controller:
         policy: PolicyFactory,
         observers: Sequence[Observer] = (),
     ):
-        self.layout, self.observers = layout, list(observers)
+        self.layout, self.observers = layout, list[Observer]()
         self.banks = [
             Bank(device, signature, layout.expert_bytes[signature], policy(n_slots))
             for device in range(layout.n_devices)
@@ -155,8 +170,17 @@ class Controller:
             for device in range(layout.n_devices)
         ]
         self._wanted: list[ExpertKey] = []
-        for observer in self.observers:
-            observer.attach(self)
+        for observer in observers:
+            self.observe(observer)
+
+    def observe(self, observer: Observer) -> None:
+        """Tells `observer` of everything from now on, after those there are."""
+        self.observers.append(observer)
+        observer.attach(self)
+
+    def routing_observers(self) -> list[Observer]:
+        """The observers that heed `after_routing`, for which a run copies routing to the host."""
+        return [o for o in self.observers if type(o).after_routing is not Observer.after_routing]
 
     def find_bank(self, key: ExpertKey) -> Bank | None:
         """The bank that may hold `key`; None where its signature has no slots."""

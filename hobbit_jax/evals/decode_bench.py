@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.link import ProcessorTime, ThrottledLink
 from hobbit_jax.cache.miss_modes import MISS_MODES
-from hobbit_jax.cache.policies import DEFAULT_POLICY
-from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare
+from hobbit_jax.cache.pool_sizing import LowShare
 from hobbit_jax.cache.prefetch import PrefetchRule
-from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, PromotionRule
+from hobbit_jax.cache.sharded_pool import make_pool
 from hobbit_jax.evals.engine_program import EngineProgram
 from hobbit_jax.evals.logit_comparison import compare_logits
 from hobbit_jax.evals.measure import Measurement, Turn, measure, timed_turn
-from hobbit_jax.experts.precision import PrecisionPlan, uniform_plan
+from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model.loading import LoadedModel
@@ -33,19 +33,6 @@ from hobbit_jax.statistics import spread
 # Of a 12 GB card: Qwen3-30B-A3B at Q4_K_M reads 1.06 GB of active experts a token, 42 ms over a
 # PCIe that carries 25 GB/s, beside some 5 ms of computation on an RTX 4070. Reckoned, not measured.
 CARD_COPY_TO_COMPUTE = 8.0
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way of decoding under one budget."""
-
-    name: str
-    mode: str
-    budget_bytes: int | None
-    low_share: LowShare = DEFAULT_LOW_SHARE
-    promotion: PromotionRule = DEFAULT_PROMOTION
-    plan: PrecisionPlan | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # further ones of `Engine`
 
 
 @dataclass
@@ -109,27 +96,29 @@ def card_link(
 
 def mode_settings(
     store: HostExperts, budget_bytes: int, low_shares: Iterable[LowShare]
-) -> list[Setting]:
+) -> dict[str, CacheConfig]:
     """Native first; then the uniform rival, and each mode at each split that differs."""
-    listed, shares = [Setting("native", "fetch", budget_bytes)], list(low_shares)
-    listed.append(Setting("uniform low", "fetch", budget_bytes, plan=uniform_plan(store, 1)))
+    listed = {
+        "native": CacheConfig(budget_bytes),
+        "uniform low": CacheConfig(budget_bytes, uniform_plan(store, 1)),
+    }
+    shares = list(low_shares)
     for name, mode in MISS_MODES.items():
         if mode.low_banks == "cache":
-            listed += [
-                Setting(f"{name} {share}", name, budget_bytes, low_share=share) for share in shares
-            ]
+            for share in shares:
+                listed[f"{name} {share}"] = CacheConfig(budget_bytes, mode=name, low_share=share)
     if store.precision_bytes(1) <= budget_bytes:
-        listed.append(Setting("floor", "floor", budget_bytes))
+        listed["floor"] = CacheConfig(budget_bytes, mode="floor")
     return listed
 
 
-def prefetch_settings(store: HostExperts, budget_bytes: int) -> list[Setting]:
+def prefetch_settings(store: HostExperts, budget_bytes: int) -> dict[str, CacheConfig]:
     """The native cache without prefetch, and with each predictor, at equal bytes.
 
     What is staged is taken off the pool: one expert, or as many as a token has in a layer.
     """
     k, expert_bytes = store.config.experts_per_token, store.largest_expert_bytes
-    listed = [Setting("prefetch off", "fetch", budget_bytes, options={"staging_bytes": 0})]
+    listed = {"prefetch off": CacheConfig(budget_bytes, staging_bytes=0)}
     tried = [
         (PrefetchRule("layer_ahead", 1), 1),
         (PrefetchRule("layer_ahead", 1), k),
@@ -138,22 +127,21 @@ def prefetch_settings(store: HostExperts, budget_bytes: int) -> list[Setting]:
         (PrefetchRule("random", 1), 1),
     ]
     for rule, n_staged in tried:
-        name = f"{rule.predictor}, distance {rule.distance}, {n_staged} staged"
         staging_bytes = n_staged * expert_bytes
-        options = {"staging_bytes": staging_bytes, "prefetch": rule}
-        listed.append(Setting(name, "fetch", budget_bytes - staging_bytes, options=options))
+        listed[f"{rule.predictor}, distance {rule.distance}, {n_staged} staged"] = CacheConfig(
+            budget_bytes - staging_bytes, prefetch=rule, staging_bytes=staging_bytes
+        )
     return listed
 
 
 def compare(
     model: LoadedModel,
     store: HostExperts,
-    settings: Sequence[Setting],
+    settings: Iterable[CacheConfig],
     ids_RS: np.ndarray,
     prompt_tokens: int,
     link_gb_s: float | None = None,
     progress: Callable[[], object] = lambda: None,
-    policy: str = DEFAULT_POLICY,
 ) -> list[Decoded]:
     """Decodes rows of `ids_RS` [repeats + 1, S] under every setting, row by row in turns.
 
@@ -168,7 +156,6 @@ def compare(
         link_gb_s: of an emulated link, each setting's own, on which waits and processor time are
             counted; None copies as fast as can be and times by the wall clock.
         progress: called after each row of each setting.
-        policy: of eviction.
 
     Returns:
         All-resident native decode first, then one of each setting.
@@ -177,15 +164,9 @@ def compare(
     clock = time.perf_counter if link_gb_s is None else counted
     engines = [Engine(model, store)]
     engines[0].pool.load_all(0)
-    engines += [
-        Engine(
-            model, store, s.budget_bytes, s.plan, policy, mode=s.mode, low_share=s.low_share,
-            promotion=s.promotion, **s.options,
-            link=ThrottledLink(link_gb_s, clock=counted, sleep=counted.sleep) if link_gb_s else
-            None,
-        )
-        for s in settings
-    ]  # fmt: skip
+    for setting in settings:
+        link = ThrottledLink(link_gb_s, clock=counted, sleep=counted.sleep) if link_gb_s else None
+        engines.append(Engine(model, store, setting, functools.partial(make_pool, link=link)))
     programs = [EngineProgram(engine, ids_RS.shape[1]) for engine in engines]
     any_token_BT = np.zeros((1, 1), np.int32)  # its likelihood is not asked for
     kl_sums, agreed, waiting = [0.0] * len(programs), [0] * len(programs), len(programs)

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals.engine_program import EngineProgram
@@ -128,7 +129,7 @@ def measure(run: Run, progress: Callable[[str], object] = lambda stage: None) ->
     plan = uniform_plan(store, LOW if run.setting == "uniform" else NATIVE)
     mode = run.setting if run.setting in MISS_MODES else "fetch"
     progress("pool")
-    engine = Engine(model, store, run.budget_bytes, plan, run.policy, mode)
+    engine = Engine(model, store, CacheConfig(run.budget_bytes, plan, run.policy, mode))
     jax.block_until_ready(engine.pool.banks)
     rng = np.random.default_rng(run.seed)
     ids_S = rng.integers(0, model.config.vocab_size, run.prompt_tokens + run.tokens)

@@ -5,7 +5,7 @@ Owns evaluation windows and the cached native logits; the figures are `logit_com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax.atomic import replacing
+from hobbit_jax.cache.controller import Observer
 from hobbit_jax.evals.logit_comparison import Comparison, compare_logits, summarize
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.tokenizer import Tokenizer
@@ -101,9 +102,9 @@ def batches(windows: Windows, vocab_size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def watch_windows(engine: Engine, windows: Windows, watch: Callable, description: str) -> None:
-    """Scores `windows` for what `watch` sees of every layer's routing; the logits are dropped."""
-    with engine.watched_by(watch):
+def watch_windows(engine: Engine, windows: Windows, observer: Observer, description: str) -> None:
+    """Scores `windows` for what `observer` is told of them; the logits are dropped."""
+    with engine.observed_by(observer):
         for part in tqdm(
             batches(windows, engine.config.vocab_size), desc=description, leave=False, disable=None
         ):

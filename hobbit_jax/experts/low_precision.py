@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import gguf
 import jax
 import numpy as np
 from tqdm import tqdm
@@ -30,6 +29,7 @@ from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, wri
 from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
 from hobbit_jax.model_file.metadata import text
 from hobbit_jax.quantize.methods import CalibratedMoments, check_method, encode_matrix
+from pallas_kernels import formats
 from pallas_kernels.formats import Format, get_format
 
 SOURCE_KEY = "hobbit.low_precision.source_sha256"
@@ -39,8 +39,9 @@ CALIBRATION_KEY = "hobbit.low_precision.calibration_sha256"
 
 
 def encoder_sha256() -> str:
-    """Hash of the encoder's source, so that a better encoder never meets its old output."""
-    sources = sorted(Path(quantize.__file__).parent.glob("*.py"))
+    """Hash of the encoders' source, so that a better encoder never meets its old output."""
+    rooms = (Path(room.__file__).parent for room in (quantize, formats))
+    sources = [path for room in rooms for path in sorted(room.glob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
@@ -94,12 +95,10 @@ def planned_low_precision(source: GGUFFile, config: ModelConfig, format: str) ->
     Raises:
         NotImplementedError: a format that we cannot read.
     """
-    get_format(format)
-    block_len, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format]]
     tensors = dict(source.tensors)
     for name in _places(config):
         shape = tensors[name].shape
-        raw_shape = (*shape[:-1], shape[-1] // block_len * block_bytes)
+        raw_shape = (*shape[:-1], get_format(format).row_bytes(shape[-1]))
         raw = np.broadcast_to(np.uint8(0), raw_shape)
         tensors[name] = replace(tensors[name], format=format, raw=raw)
     return replace(source, tensors=tensors)
@@ -137,7 +136,7 @@ def write_low_precision(
         )
     places = _places(config)
     for columns in sorted({source.tensors[name].shape[-1] for name in places}):
-        check_method(spec.format, spec.method, columns)
+        check_method(spec.format, spec.method, columns, calibration is not None)
     metadata = {
         **metadata_of_new_weights(source.metadata, spec.format),
         SOURCE_KEY: source.sha256(),

@@ -21,12 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax.atomic import check_space, replacing
+from hobbit_jax.cache.controller import Observer
+from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.evals.quality import Windows, watch_windows
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.importance.layer_inputs import LayerInputs, record
 from hobbit_jax.importance.scores import RoutingProfile
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.inference.prefill import RouterOutput
 from hobbit_jax.model_file.architecture import ModelConfig, read_config
 from hobbit_jax.model_file.gguf_file import GGUFFile
 
@@ -165,7 +166,7 @@ def calibration_bytes(config: ModelConfig, statistics: str, tokens: int) -> int:
     return 2 * sums + config.n_layers * tokens * (4 * config.d_model + selection_bytes)
 
 
-class RoutingCounts:
+class RoutingCounts(Observer):
     """Sums over watched layers that make a `RoutingProfile`."""
 
     def __init__(self, config: ModelConfig):
@@ -173,7 +174,7 @@ class RoutingCounts:
         self.selections_LE, self.weight_LE = np.zeros(shape, np.int64), np.zeros(shape)
         self.weights: list[np.ndarray] = []
 
-    def add(self, routed: RouterOutput) -> None:
+    def after_routing(self, routed: RouterOutput) -> None:
         """Counts one layer of one step."""
         ids, weights = routed.ids_TK[routed.valid_T], routed.weights_TK[routed.valid_T]
         np.add.at(self.selections_LE[routed.layer], ids, 1)
@@ -219,7 +220,7 @@ def calibrate(engine: Engine, windows: Windows, statistics: str, path: Path) -> 
     inputs = LayerInputs(folder, engine.store, windows.targets)
     counts = RoutingCounts(engine.config)
     for routed in inputs.routed():
-        counts.add(routed)
+        counts.after_routing(routed)
     layers = tqdm(range(engine.config.n_layers), desc="second moments", disable=None, leave=False)
     input_LED, hidden_LEF = zip(*map(inputs.second_moments, layers), strict=True)
     found = Calibration(
@@ -242,5 +243,5 @@ def calibrate(engine: Engine, windows: Windows, statistics: str, path: Path) -> 
 def count_routing(engine: Engine, windows: Windows) -> RoutingCounts:
     """Runs `windows` through a native engine and counts who was chosen."""
     counts = RoutingCounts(engine.config)
-    watch_windows(engine, windows, counts.add, "calibrating")
+    watch_windows(engine, windows, counts, "calibrating")
     return counts

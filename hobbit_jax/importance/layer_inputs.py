@@ -20,11 +20,12 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax.atomic import replacing
+from hobbit_jax.cache.controller import OnRouting
+from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.evals.quality import Windows, batches
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.inference.prefill import RouterOutput
 
 _INPUTS, _ROUTING = ".inputs.npy", ".routing.npz"
 
@@ -46,7 +47,7 @@ def record(engine: Engine, windows: Windows, folder: Path) -> None:
                 (h_TD[valid_T], routed.ids_TK[valid_T], routed.weights_TK[valid_T])
             )
 
-        with engine.watched_by(keep):
+        with engine.observed_by(OnRouting(keep)):
             engine.score(windows.ids_WS[part, :-1])
         h_LTD, ids_LTK, weights_LTK = (
             np.stack([np.concatenate([step[field] for step in layer]) for layer in seen])

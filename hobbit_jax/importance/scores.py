@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hobbit_jax.cache.controller import OnRouting
+from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.evals.quality import Windows, watch_windows
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.inference.prefill import RouterOutput
 from pallas_kernels.reference import swiglu
 
 STATIC_SCORES = ("frequency", "accumulated_weight", "hybrid", "sensitivity", "random")
@@ -126,5 +127,5 @@ def measure_errors(engine: Engine, store: HostExperts, windows: Windows) -> Meas
             energy_LE[layer, expert] += float(energy)
             error_NLE[1:, layer, expert] += [float(error) for error in errors]
 
-    watch_windows(engine, windows, measure, "measuring errors")
+    watch_windows(engine, windows, OnRouting(measure), "measuring errors")
     return MeasuredErrors(error_NLE, energy_LE)

@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hobbit_jax.cache.controller import BankLayout
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import BankLayout, Observer
 from hobbit_jax.cache.counter import Replay, RoutedStep, Tally
-from hobbit_jax.cache.miss_modes import MissMode
-from hobbit_jax.cache.policies import PolicyFactory
+from hobbit_jax.cache.miss_modes import MissMode, miss_mode
+from hobbit_jax.cache.policies import PolicyFactory, policy_factory
 from hobbit_jax.cache.pool_sizing import CANDIDATE_SHARES, pool_slots
 from hobbit_jax.cache.promotion import PromotionRule
+from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.cache.sharded_pool import ExpertPool
-from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.experts.precision import PrecisionPlan
-from hobbit_jax.inference.prefill import RouterOutput
 from pallas_kernels.reference import Signature
 
 Divisions = Mapping[float, Mapping[Signature, int]]  # slots per bank by share of the low copies
@@ -135,29 +135,18 @@ class CapacityTuner:
         return shadow.tally.since(before)
 
 
-class AdaptiveSplit:
+class AdaptiveSplit(Observer):
     """The live pool's division.
 
     Args:
         pool: divided by `pool_slots` for one of the candidates.
         plan: its arrays NumPy's.
-        mode, policy, promotion: the engine's.
-        warm: whose pins hold under every division.
-        rule: see there.
+        cache: the engine's; its pins hold under every division.
     """
 
-    def __init__(
-        self,
-        pool: ExpertPool,
-        plan: PrecisionPlan,
-        mode: MissMode,
-        policy: PolicyFactory,
-        promotion: PromotionRule,
-        warm: WarmStart | None = None,
-        rule: SplitRule = DEFAULT_SPLIT,
-    ):
-        store = pool.store
-        self.pool, self.plan, self.mode, self.warm = pool, plan, mode, warm
+    def __init__(self, pool: ExpertPool, plan: PrecisionPlan, cache: CacheConfig):
+        store, mode, policy = pool.store, miss_mode(cache.mode), policy_factory(cache.policy)
+        self.pool, self.plan, self.mode, self.warm = pool, plan, mode, cache.warm
         self.history: list[Repartition] = []
         self._position = 0
         layout = pool.controller.layout
@@ -170,14 +159,16 @@ class AdaptiveSplit:
             if same_banks and slots not in divisions.values():
                 divisions[share] = slots
         share = next(s for s, slots in divisions.items() if slots == of_each)
-        self._tuner = CapacityTuner(layout, divisions, share, mode, policy, promotion, rule)
+        self._tuner = CapacityTuner(
+            layout, divisions, share, mode, policy, cache.promotion, DEFAULT_SPLIT
+        )
 
     @property
     def low_share(self) -> float:
         """The share in force."""
         return self._tuner.share
 
-    def record(self, routed: RouterOutput) -> None:
+    def after_routing(self, routed: RouterOutput) -> None:
         """Remembers a layer of what is decoded; prompts are left out."""
         if routed.h_TD is not None or not routed.valid_T.any():
             return

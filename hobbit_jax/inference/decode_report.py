@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hobbit_jax.cache.controller import Use, uses_of
+from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import ExpertKey
-from hobbit_jax.inference.prefill import RouterOutput
 from hobbit_jax.inference.selection import Selections
 
 # Of an entry of the log: expert, precision asked for, precision that serves it, bits of the
@@ -64,7 +64,7 @@ class LoggedLayer:
     weights_A: np.ndarray
 
     def routed(self, k: int) -> RouterOutput:
-        """For watchers: `k` experts of each sequence, valid where it got a token."""
+        """For observers: `k` experts of each sequence, valid where it got a token."""
         shape = (-1, k)
         valid_T = (self.requested_A.reshape(shape) != SKIPPED).any(axis=1)
         return RouterOutput(

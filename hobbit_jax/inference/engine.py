@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, Controller, Observer
-from hobbit_jax.cache.link import Link
-from hobbit_jax.cache.miss_modes import LOW, MissMode, miss_mode
-from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, Step, policy_factory
-from hobbit_jax.cache.pool_sizing import ADAPTIVE, DEFAULT_LOW_SHARE, LowShare, pool_slots
-from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
-from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, Promotion, PromotionRule
-from hobbit_jax.cache.sharded_pool import make_pool
-from hobbit_jax.cache.warm_start import WarmStart
-from hobbit_jax.experts.precision import SKIPPED, PrecisionPlan, uniform_plan
+from hobbit_jax.cache.miss_modes import LOW, miss_mode
+from hobbit_jax.cache.policies import Step, policy_factory
+from hobbit_jax.cache.pool_sizing import ADAPTIVE, pool_slots
+from hobbit_jax.cache.prefetch import Prefetcher
+from hobbit_jax.cache.promotion import Promotion
+from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.sharded_pool import ExpertPool, make_pool
+from hobbit_jax.experts.precision import SKIPPED, uniform_plan
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from hobbit_jax.inference import non_finite
 from hobbit_jax.inference.adaptive_split import AdaptiveSplit
@@ -39,40 +39,26 @@ from hobbit_jax.inference.decode_loop import (
 )
 from hobbit_jax.inference.decode_report import Report
 from hobbit_jax.inference.layer_groups import LayerGroups
-from hobbit_jax.inference.prefill import Prefill, RouterOutput, logits, pad_tokens
+from hobbit_jax.inference.prefill import Prefill, logits, pad_tokens
 from hobbit_jax.inference.sampling import Sampling, sample, seed_key
 from hobbit_jax.inference.selection import Selections
 from hobbit_jax.inference.step_stats import EngineStats, Meter, StepStats
 from hobbit_jax.model.loading import LoadedModel
-from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model.sharding import expert_mesh, replicated
 
 GREEDY = Sampling()
+DEFAULT_CACHE = CacheConfig()
 
 
 class Engine:
-    """A model, its experts, a precision plan and a pool, ready to run batches of sequences.
+    """A model, its experts and their cache, ready to run batches of sequences.
 
     Args:
         model: the loaded dense part and configuration.
-        store: experts at every precision that `plan` uses.
-        budget_bytes: bytes of each device's expert pool; None holds every expert of the plan.
-        plan: who gets which precision; None is native throughout.
-        policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
-        mode: what serves a selection whose copy is missing, by name (`cache/miss_modes.py`) or as a
-            setting.
-        low_share: share of the budget (0-1) for low copies, where the mode keeps some; "adaptive"
-            follows what is used, between sequences.
-        promotion: how eagerly a mode that promotes does so.
-        warm: which experts are resident before the first token, and which for good.
-        chunk_tokens: tokens of one prefill step, over all sequences.
-        link: the way to the device; None is JAX's own copy.
-        staging_bytes: device bytes beside the pool for uploads ahead of their use; None is as much
-            as one token's experts of a layer, 0 waits for each upload by itself.
-        prefetch: who guesses what later layers of a token need; None guesses nothing.
-        watch: called with every layer's routing, on the host.
-        devices: how many divide the experts among them; each holds all the rest.
-        kv_format: of keys and values, one of `KV_FORMATS`.
+        store: experts at every precision that the plan of `cache` uses.
+        cache: what is kept on the device, and what happens to a selection that is not.
+        executor: makes the pool; `partial(make_pool, link=...)` emulates a link.
+        observers: told of what routers choose and of every decision, after the cache's own.
 
     Raises:
         ValueError: the budget cannot hold one step's experts; says what it needs.
@@ -82,54 +68,18 @@ class Engine:
         self,
         model: LoadedModel,
         store: HostExperts,
-        budget_bytes: int | None = None,
-        plan: PrecisionPlan | None = None,
-        policy: str | PolicyFactory = DEFAULT_POLICY,
-        mode: str | MissMode = "fetch",
-        low_share: LowShare = DEFAULT_LOW_SHARE,
-        promotion: PromotionRule = DEFAULT_PROMOTION,
-        warm: WarmStart | None = None,
-        chunk_tokens: int = 2048,
-        link: Link | None = None,
-        staging_bytes: int | None = None,
-        prefetch: PrefetchRule | None = None,
-        watch: Callable[[RouterOutput], None] | None = None,
-        devices: int = 1,
-        kv_format: str = "float32",
+        cache: CacheConfig = DEFAULT_CACHE,
+        executor: Callable[..., ExpertPool] = make_pool,
+        observers: Sequence[Observer] = (),
     ):
-        if kv_format not in KV_FORMATS:
-            raise ValueError(
-                f"kv_format is {kv_format!r}; want one of {', '.join(KV_FORMATS)} (--kv_format)"
-            )
-        self._kv_format = kv_format
-        self._mesh = mesh = expert_mesh(devices)
+        self._mesh = mesh = expert_mesh(cache.devices)
         self.model, self.config, self.store = model.on(mesh), model.config, store
-        self.plan = uniform_plan(store) if plan is None else plan
-        self.mode, self.chunk_tokens = miss_mode(mode), chunk_tokens
-        self.watchers = [] if watch is None else [watch]
-        slots, total = pool_slots(self.plan, self.mode, store, budget_bytes, low_share, devices)
-        if staging_bytes is None:
-            staging_bytes = self.config.experts_per_token * store.largest_expert_bytes
-        n_layers, n_experts = self.config.n_layers, self.config.n_experts
-        self._prefetcher = Prefetcher(prefetch, n_layers, n_experts) if prefetch else None
-        self._look_ahead = prefetch.distance if prefetch and prefetch.asks_routers else 0
-        observers: list[Observer] = [Promotion(promotion, self.mode)] if self.mode.promotes else []
-        observers += [self._prefetcher] if self._prefetcher else []
-        layout, factory = BankLayout.of_store(store, devices), policy_factory(policy)
-        self.controller = Controller(layout, slots, factory, observers)
-        self.pool = make_pool(
-            store, self.controller, budget_bytes or total, link, staging_bytes, mesh,
-            model.implementation,
-        )  # fmt: skip
-        if self.mode.low_banks == "all":
-            self.pool.load_all(LOW)
-        if warm is not None:
-            shares_pLE = np.stack(self.plan.precision_shares_LE(store))
-            warm.fill(self.pool, shares_pLE, self.mode)
-        self.split = None
-        if low_share == ADAPTIVE and self.mode.low_banks == "cache":
-            self.split = AdaptiveSplit(self.pool, self.plan, self.mode, factory, promotion, warm)
-            self.watchers.append(self.split.record)
+        self.plan = uniform_plan(store) if cache.plan is None else cache.plan
+        self.cache, self.mode = cache, miss_mode(cache.mode)
+        self._prefetcher, self.split = None, None
+        self.controller, self.pool = self._make_pool(executor)
+        for observer in observers:
+            self.controller.observe(observer)
         self.stats = EngineStats()
         ends_graph, ends_state = nnx.split(self.model.ends)
         device_plan = replicated(jax.device_put(self.plan), mesh)
@@ -142,6 +92,36 @@ class Engine:
         self._lengths_B = np.zeros(0, np.int32)
         self._ids: list[list[int]] = []  # of each sequence so far
         self._tokens = 0  # decoded tokens and prefill chunks so far, for the policies
+
+    def _make_pool(self, executor: Callable[..., ExpertPool]) -> tuple[Controller, ExpertPool]:
+        """The controller and its pool, as warm as `cache` wants them."""
+        cache, mode, store, config = self.cache, self.mode, self.store, self.config
+        slots, total = pool_slots(
+            self.plan, mode, store, cache.budget_bytes, cache.low_share, cache.devices
+        )
+        staging_bytes = cache.staging_bytes
+        if staging_bytes is None:
+            staging_bytes = config.experts_per_token * store.largest_expert_bytes
+        controller = Controller(
+            BankLayout.of_store(store, cache.devices), slots, policy_factory(cache.policy)
+        )
+        if mode.promotes:
+            controller.observe(Promotion(cache.promotion, mode))
+        if cache.prefetch is not None:
+            self._prefetcher = Prefetcher(cache.prefetch, config.n_layers, config.n_experts)
+            controller.observe(self._prefetcher)
+        pool = executor(
+            store, controller, cache.budget_bytes or total, staging_bytes=staging_bytes,
+            mesh=self._mesh, implementation=self.model.implementation,
+        )  # fmt: skip
+        if mode.low_banks == "all":
+            pool.load_all(LOW)
+        if cache.warm is not None:
+            cache.warm.fill(pool, np.stack(self.plan.precision_shares_LE(store)), mode)
+        if cache.low_share == ADAPTIVE and mode.low_banks == "cache":
+            self.split = AdaptiveSplit(pool, self.plan, cache)
+            controller.observe(self.split)
+        return controller, pool
 
     def start(self, batch: int, context: int) -> None:
         """Forgets all sequences and makes room for `batch` new ones of up to `context` tokens.
@@ -156,7 +136,7 @@ class Engine:
         self.pool.drop_prefetched()
         if self.split is not None:
             self.split.begin_sequences()
-        self._carry = empty_carry(self.config, batch, context, self._mesh, self._kv_format)
+        self._carry = empty_carry(self.config, batch, context, self._mesh, self.cache.kv_format)
         self._lengths_B = np.zeros(batch, np.int32)
         self._ids = [[] for _ in range(batch)]
 
@@ -178,13 +158,13 @@ class Engine:
         return stats
 
     @contextmanager
-    def watched_by(self, watch: Callable[[RouterOutput], None]) -> Iterator[None]:
-        """Tells `watch` of every layer's routing, beside whoever is told of it already."""
-        self.watchers.append(watch)
+    def observed_by(self, observer: Observer) -> Iterator[None]:
+        """Tells `observer` too of what happens inside the block."""
+        self.controller.observe(observer)
         try:
             yield
         finally:
-            self.watchers.remove(watch)
+            self.controller.observers.remove(observer)
 
     def _count(self, requested_TK: np.ndarray, served_TK: np.ndarray) -> None:
         asked = requested_TK != SKIPPED
@@ -214,8 +194,8 @@ class Engine:
 
         def watch(routed: RouterOutput, selections: Selections) -> None:
             self._count(selections.requested_TK, selections.served_TK)
-            for watcher in self.watchers:
-                watcher(routed)
+            for observer in self.controller.routing_observers():
+                observer.after_routing(routed)
 
         # Until all layers are done there is no sequence to go on with.
         carry, self._carry = self._started(), None
@@ -242,9 +222,9 @@ class Engine:
             return
         self._carry, longest = None, max(map(len, self._ids))
         caches = empty_carry(
-            self.config, len(self._ids), longest, self._mesh, self._kv_format
+            self.config, len(self._ids), longest, self._mesh, self.cache.kv_format
         ).caches
-        chunk = max(1, self.chunk_tokens // len(self._ids))
+        chunk = max(1, self.cache.chunk_tokens // len(self._ids))
         raise ValueError(non_finite.describe(self._prefill, caches, self._ids, chunk))
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> jax.Array:
@@ -259,7 +239,7 @@ class Engine:
         ids_BT = np.zeros((len(prompts), longest), np.int32)
         for row, prompt in enumerate(prompts):
             ids_BT[row, : len(prompt)] = prompt
-        chunk = max(1, self.chunk_tokens // len(prompts))
+        chunk = max(1, self.cache.chunk_tokens // len(prompts))
         logits_BV: jax.Array | None = None
         for start in range(0, longest, chunk):
             part_BT = pad_tokens(ids_BT[:, start : start + chunk], chunk)
@@ -276,7 +256,7 @@ class Engine:
         """Teacher-forced float32 logits [B, T, V] of fresh sequences, all of length T."""
         batch, tokens = ids_BT.shape
         self.start(batch, tokens)
-        chunk = max(1, self.chunk_tokens // batch)
+        chunk = max(1, self.cache.chunk_tokens // batch)
         parts = []
         for start in range(0, tokens, chunk):
             part_BT = ids_BT[:, start : start + chunk]
@@ -317,7 +297,7 @@ class Engine:
         spec = LoopSpec(
             self.config, self.model.layers.kinds, self._ends_graph, self._experts, self.mode,
             # The seed is data: `key`.
-            replace(sampling, seed=0), most_tokens, self._look_ahead, self._mesh,
+            replace(sampling, seed=0), most_tokens, self._look_ahead(), self._mesh,
         )  # fmt: skip
         program, k = decode_program(spec), self.config.experts_per_token
         stops = np.asarray(stop_ids, np.int32)
@@ -339,7 +319,7 @@ class Engine:
                     self.pool.prefetch(self._prefetcher.at_token())
                 # The one transfer from the device in a call.
                 report = Report.unpack(
-                    np.asarray(packed), most_tokens, len(ids_B), k, self._look_ahead
+                    np.asarray(packed), most_tokens, len(ids_B), k, spec.look_ahead
                 )
                 batches = self._account(report) or batches
                 for drawn_B in report.tokens_NB:
@@ -367,6 +347,11 @@ class Engine:
         self.pool.promote()
         return _Decoded(np.stack(rows), logits_BV)
 
+    def _look_ahead(self) -> int:
+        """Layers whose routers a call asks when it leaves for an expert."""
+        rule = self.cache.prefetch
+        return rule.distance if rule is not None and rule.asks_routers else 0
+
     def _load(self, keys: list[ExpertKey], report: Report) -> None:
         """Loads a batch that a layer waits for, and what later layers may need behind it."""
         upcoming: list[ExpertKey] = []
@@ -380,9 +365,10 @@ class Engine:
         self._count(report.requested_IA, report.served_IA)
         longest = int(self._lengths_B.max())
         batches: list[list[ExpertKey]] = []
+        routing_observers = self.controller.routing_observers()
         for logged in report.logged(self.config.n_layers):
-            for watcher in self.watchers:
-                watcher(logged.routed(self.config.experts_per_token))
+            for observer in routing_observers:
+                observer.after_routing(logged.routed(self.config.experts_per_token))
             step = Step(self._tokens + logged.token, logged.layer, longest + logged.token)
             decision = self.controller.decide(step, *logged.uses())
             self.pool.begin(decision)

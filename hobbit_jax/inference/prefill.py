@@ -8,7 +8,7 @@ goes up, so that copies and computation overlap across layers too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -20,6 +20,7 @@ from flax import nnx
 
 from hobbit_jax.cache.miss_modes import MissMode
 from hobbit_jax.cache.policies import Step
+from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.experts.store import ExpertKey
@@ -31,35 +32,6 @@ from hobbit_jax.model.modules import KVCache
 
 Part = Literal["embedding", "attention", "experts"]
 Inspect = Callable[[Part, int, jax.Array], object]
-
-
-@dataclass(frozen=True)
-class RouterOutput:
-    """What one layer's router chose in one step, for those who watch (importance, traces)."""
-
-    layer: int
-    ids_TK: np.ndarray  # int32
-    weights_TK: np.ndarray  # float32
-    valid_T: np.ndarray  # bool; False is padding
-    # In prefill and scoring only, float32; the second during the call alone, for it is donated.
-    h_TD: jax.Array | None = None  # the experts' input
-    x_TD: jax.Array | None = None  # the stream that the router read, before its normalisation
-
-    def by_expert(self) -> Iterator[tuple[int, jax.Array, jax.Array]]:
-        """Each chosen expert with the tokens that chose it, int32 [R], and its weights, [R].
-
-        Padded to a power of two with weights of 0, so that few programs are compiled.
-        """
-        valid_TK = np.broadcast_to(self.valid_T[:, None], self.ids_TK.shape)
-        for expert in np.unique(self.ids_TK[valid_TK]).tolist():
-            token_R, choice_R = np.nonzero((self.ids_TK == expert) & valid_TK)
-            weight_R = self.weights_TK[token_R, choice_R]
-            padding = (0, (1 << (len(token_R) - 1).bit_length()) - len(token_R))
-            yield (
-                expert,
-                jnp.asarray(np.pad(token_R, padding), jnp.int32),
-                jnp.asarray(np.pad(weight_R, padding)),
-            )
 
 
 def pad_tokens(ids_BT: np.ndarray, chunk: int) -> np.ndarray:
@@ -126,7 +98,7 @@ def logits(graph, state, x_BTD: jax.Array, last_B: np.ndarray | None) -> jax.Arr
 
 @dataclass(frozen=True)
 class Prefill:
-    """Appends chunks of tokens to sequences. `watch` sees each layer's routing, on the host."""
+    """Appends chunks of tokens to sequences."""
 
     model: LoadedModel
     pool: ExpertPool

@@ -1,7 +1,7 @@
 """Records which experts one sequence chooses, in the format that replays read.
 
-This module owns the recorder, a watcher of the engine, and the writing of its file; the format and
-its checks are `cache/trace.py`'s.
+This module owns the recorder, an observer of the engine, and the writing of its file; the format
+and its checks are `cache/trace.py`'s.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 
 from hobbit_jax.atomic import replacing
-from hobbit_jax.inference.prefill import RouterOutput
+from hobbit_jax.cache.controller import Observer
+from hobbit_jax.cache.router_output import RouterOutput
 
 
-class RoutingRecorder:
+class RoutingRecorder(Observer):
     """Keeps the routing of every token of one sequence, prompt and generated text alike."""
 
     def __init__(self, n_layers: int):
         self._ids: list[list[np.ndarray]] = [[] for _ in range(n_layers)]
         self._weights: list[list[np.ndarray]] = [[] for _ in range(n_layers)]
 
-    def __call__(self, routed: RouterOutput) -> None:
+    def after_routing(self, routed: RouterOutput) -> None:
         """Keeps one layer's choices for the tokens of one step."""
         self._ids[routed.layer].append(routed.ids_TK[routed.valid_T])
         self._weights[routed.layer].append(routed.weights_TK[routed.valid_T])

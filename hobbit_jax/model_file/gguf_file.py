@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-import gguf
 import numpy as np
-from gguf import GGMLQuantizationType
 
 from hobbit_jax.model_file import gguf_header
 from hobbit_jax.model_file import metadata as checked
@@ -48,7 +46,7 @@ __all__ = [
 T = TypeVar("T")
 D = TypeVar("D")
 
-_SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _MAX_PARTS = 99_999  # that five digits of a name can count
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
@@ -169,7 +167,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """
     path = Path(path)
     opened = _read_part(path)
-    name = _SPLIT_NAME.fullmatch(path.name)
+    name = SPLIT_NAME.fullmatch(path.name)
     name_count = int(name["count"]) if name else 1
     count = opened.read("split.count", integer(0, _MAX_PARTS), 1) or 1
     if count != name_count:
@@ -189,27 +187,26 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 def check_finite_scales(tensor: TensorInfo) -> None:
     """Refuses a tensor in which a block scale or a float weight is NaN or infinite.
 
-    Looks at the f16 super-scales (d, dmin) of a quantised type, at the exponent byte of MXFP4
-    (0xFF is NaN there) and at every weight of a float type; the quants of a block cannot be
-    non-finite. Works in chunks of rows, about 16 MiB at a time.
+    Looks at every float of a block (`Format.float_fields`); its quants cannot be non-finite, nor
+    can NVFP4's scales. Works in chunks of rows, about 16 MiB at a time.
 
     Raises:
       ValueError: names the tensor and its first bad row.
     """
-    block_weights, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[tensor.format]]
+    format = get_format(tensor.format)
     row_bytes = tensor.raw.shape[-1]
     raw = tensor.raw.reshape(-1, row_bytes)
     step = max(1, (16 << 20) // row_bytes)
     for start in range(0, len(raw), step):
         rows = raw[start : start + step]
-        blocks = rows.reshape(len(rows), -1, block_bytes)
-        for offset, bits, mask in get_format(tensor.format).float_fields:
+        blocks = rows.reshape(len(rows), -1, format.block_bytes)
+        for offset, bits, mask in format.float_fields:
             field = np.ascontiguousarray(blocks[:, :, offset : offset + bits.itemsize]).view(bits)
             bad = ((field & mask) == mask).reshape(len(rows), -1)
             if bad.any():
                 row, block = (int(i[0]) for i in np.nonzero(bad))
                 index = tuple(int(i) for i in np.unravel_index(start + row, tensor.shape[:-1]))
-                what = "weight" if block_weights == 1 else f"{tensor.format} block scale"
+                what = "weight" if format.block_weights == 1 else f"{format.name} block scale"
                 raise ValueError(
                     f"tensor {tensor.name!r}: a NaN or infinite {what} in row {index}, "
                     f"block {block}, but finite values were expected; the file is damaged or was "

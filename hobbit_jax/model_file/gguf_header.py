@@ -16,12 +16,11 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from hobbit_jax.model_file.metadata import shown
-from pallas_kernels.formats import FORMATS, RAW_ONLY
+from pallas_kernels.formats import FORMATS
 
 # (type, element type of an array or None), as in the file: llama.cpp refuses a key of another type.
 FieldType = tuple[GGUFValueType, GGUFValueType | None]
@@ -69,18 +68,28 @@ class Header:
     tensors: dict[str, TensorEntry]  # in file order
 
 
-def parse(data: np.ndarray) -> Header:
-    """Parses the header of a whole file.
+class CutShortError(ValueError):
+    """The header goes on behind the bytes at hand; `needed` of the file's would be enough."""
+
+    def __init__(self, needed: int):
+        super().__init__(f"reads up to byte {needed}, which is not at hand")
+        self.needed = needed
+
+
+def parse(data: np.ndarray, file_bytes: int | None = None) -> Header:
+    """Parses the header of a file.
 
     Args:
-        data: uint8 [bytes of the file], whose first `PROLOGUE_BYTES` are known to be a
-            little-endian prologue.
+        data: uint8, the bytes of the file, or so many from its start; the first `PROLOGUE_BYTES`
+            are known to be a little-endian prologue.
+        file_bytes: of the whole file, where `data` is only its start.
 
     Raises:
+        CutShortError: the header needs more than `data`.
         ValueError: the header contradicts itself or the file's size. Lacks the path.
         NotImplementedError: a tensor type that we cannot decode, or an array of arrays.
     """
-    cursor = _Cursor(data)
+    cursor = _Cursor(data, data.size if file_bytes is None else file_bytes)
     n_tensors, n_keys = cursor.scalars("QQ", 8)
     for what, count, least in (
         ("keys", n_keys, _LEAST_KEY_BYTES),
@@ -112,27 +121,26 @@ def raw_shape(name: str, format: str, shape: tuple[int, ...]) -> tuple[int, ...]
         ValueError: rows that are no multiple of the format's blocks.
         NotImplementedError: a format that `pallas_kernels.formats` does not know.
     """
-    known = (*FORMATS, *RAW_ONLY)
-    if format not in known:
+    if format not in FORMATS:
         raise NotImplementedError(
-            f"tensor {shown(name)} has type {format}; supported are {', '.join(known)}: "
+            f"tensor {shown(name)} has type {format}; supported are {', '.join(FORMATS)}: "
             "use a file quantised to one of them"
         )
-    block_weights, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[format]]
+    block_weights = FORMATS[format].block_weights
     if shape[-1] % block_weights:
         raise ValueError(
             f"tensor {shown(name)} has rows of {shape[-1]} weights, expected a multiple of "
             f"{block_weights} for {format}"
         )
-    return (*(int(n) for n in shape[:-1]), shape[-1] // block_weights * block_bytes)
+    return (*(int(n) for n in shape[:-1]), int(FORMATS[format].row_bytes(shape[-1])))
 
 
 class _Cursor:
     """Reads a file's bytes from the front, and never past their end."""
 
-    def __init__(self, data: np.ndarray):
+    def __init__(self, data: np.ndarray, size: int):
         self.data = memoryview(data)  # pyright: ignore[reportArgumentType] (stubs before 3.12)
-        self.size = data.size
+        self.size = size
         self.at = 0
 
     def take(self, count: int) -> int:
@@ -142,6 +150,8 @@ class _Cursor:
             raise ValueError(
                 f"reads {count} bytes at byte {start} but the file has {self.size} bytes"
             )
+        if start + count > len(self.data):
+            raise CutShortError(start + count)
         self.at = start + count
         return start
 
@@ -185,10 +195,10 @@ class _Cursor:
         if 0 in shape:
             raise ValueError(f"tensor {shown(name)} has shape {shape}, expected no empty axis")
         number, offset = self.scalars("IQ")
-        try:
-            format = GGMLQuantizationType(number).name
-        except ValueError:
-            format = f"number {number}"
+        format = next((fmt.name for fmt in FORMATS.values() if fmt.number == number), None)
+        if format is None:
+            unknown = {kind.value: kind.name for kind in GGMLQuantizationType}
+            format = unknown.get(number, f"number {number}")
         return name, TensorEntry(format, shape, offset, math.prod(raw_shape(name, format, shape)))
 
     def _type(self, key: str) -> GGUFValueType:
@@ -207,10 +217,13 @@ class _Cursor:
         # As `string` does, without its calls: vocabularies have some hundred thousand.
         data, size, at, length_at = self.data, self.size, self.at, struct.Struct("<Q").unpack_from
         values = []
+        at_hand = len(data)
         for _ in range(count):
             begin = at + 8
-            at = begin + length_at(data, at)[0] if begin <= size else size + 1
-            if at > size:
+            at = begin + length_at(data, at)[0] if begin <= at_hand else begin
+            if at > at_hand:
+                if at <= size:
+                    raise CutShortError(at)
                 raise ValueError(f"a string up to byte {at} but the file has {size} bytes")
             values.append(str(data[begin:at], "utf-8", STRING_ERRORS))
         self.at = at

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
+from gguf import GGUFValueType, LlamaFileType
 
 from hobbit_jax.atomic import replacing
 from hobbit_jax.model_file.gguf_header import (
@@ -28,6 +28,7 @@ from hobbit_jax.model_file.gguf_header import (
     FieldType,
     raw_shape,
 )
+from pallas_kernels.formats import get_format
 
 _VERSION = 3
 # (name, format, shape, raw)
@@ -127,7 +128,7 @@ def _header(
     offset = 0
     for name, format, shape, _ in entries:
         nbytes = math.prod(raw_shape(name, format, shape))
-        kind = GGMLQuantizationType[format]
+        kind = get_format(format).number
         dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
         parts += [_string(name), dims, struct.pack("<IQ", kind, offset)]
         offset += nbytes + _padding(nbytes, alignment)

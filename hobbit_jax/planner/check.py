@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import OnRouting
+from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.cache.trace import Trace
 from hobbit_jax.evals.decode_bench import Decoded, compare
-from hobbit_jax.evals.decode_bench import Setting as BenchSetting
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.inference.prefill import RouterOutput
 from hobbit_jax.model.loading import LoadedModel
 from hobbit_jax.planner.cost_model import Machine, Traffic, token_time
 from hobbit_jax.planner.shapes import PlannedModel
@@ -75,7 +76,7 @@ def record_routing(
 ) -> Trace:
     """The native routing of every token decoded after its prompt, row after row."""
     seen: list[RouterOutput] = []
-    engine = Engine(model, store, mode="fetch", watch=seen.append)
+    engine = Engine(model, store, observers=[OnRouting(seen.append)])
     ids, weights, positions = [], [], []
     for ids_S in ids_RS:
         engine.start(1, len(ids_S))
@@ -240,10 +241,10 @@ def _compare_times(
     }
 
 
-def _bench_setting(case: Case, store: HostExperts) -> BenchSetting:
+def _bench_setting(case: Case, store: HostExperts) -> CacheConfig:
     budget = None if case.budget_mib is None else int(case.budget_mib * MIB)
     plan = uniform_plan(store, 1) if case.setting.asked == "low" else None
-    return BenchSetting(case.name, case.setting.mode, budget, case.setting.low_share, plan=plan)
+    return CacheConfig(budget, plan, mode=case.setting.mode, low_share=case.setting.low_share)
 
 
 def _ratios(traffic: Traffic, machines: Sequence[Machine], seconds_R: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Owns the model and its constants, with the origin of each.
 
-One sequence, one token at a time, nothing overlapped:
+One sequence, one token at a time, nothing overlapped unless the traffic says so:
 
     token = device + launches + host + exits + link + cpu
     device   = (dense + KV cache + expert bytes read) / (device_gb_s · device_efficiency)
@@ -15,12 +15,17 @@ One sequence, one token at a time, nothing overlapped:
 
 An exit is a token that leaves the decode program in a layer whose experts are not all resident
 (`inference/decode_loop.py`). Moved bytes are those waited for and those of promotions. The last
-line is for rivals that compute experts where they lie, on the host. Compute is taken to be free:
-every product of a single token is bound by memory (docs/kernels.md counts the instructions).
+line is for experts that are computed where they lie, on the host; where that goes on beside the
+uploads (a hybrid), only the longer of link and cpu counts. Arithmetic is taken to be free: every
+product of a single token is bound by memory (docs/kernels.md counts the instructions).
+
+Constants depend on the engine: ours is driven from Python and copies from a memory map, a compiled
+engine does neither (`ENGINES`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -103,6 +108,20 @@ CONSTANTS: dict[str, Constant] = {
     ),
 }
 
+OURS, COMPILED = "hobbit_jax", "compiled"
+# What differs in an engine of compiled code: copies from pinned memory, exits that are waits for an
+# event on a stream, policies that are no Python. Assumed, after a referee of this model and before
+# it was held against any report; nothing was changed since.
+ENGINES: dict[str, dict[str, float]] = {
+    OURS: {},
+    COMPILED: {"pcie_efficiency": 0.8, "exit_us": 100.0, "selection_us": 0.5},
+}
+
+
+def of_engine(machine: Machine, engine: str, given: Collection[str] = ()) -> Machine:
+    """The machine with an engine's constants, but for those that the user gave or measured."""
+    return replace(machine, **{k: v for k, v in ENGINES[engine].items() if k not in given})
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -118,6 +137,7 @@ class Traffic:
     moved_bytes: float = 0.0
     host_bytes: float = 0.0  # of experts that the CPU computes
     host_layers: float = 0.0  # in which it does
+    at_once: bool = False  # whether it does so while experts are uploaded
 
 
 @dataclass(frozen=True)
@@ -143,37 +163,31 @@ class TokenTime:
 
 
 def token_time(traffic: Traffic, machine: Machine) -> TokenTime:
-    """Milliseconds of a token, as the module says."""
+    """Milliseconds of a token, as the module says; of what goes on at once, the excess is shown."""
     read = traffic.dense_bytes + traffic.kv_bytes + traffic.expert_bytes
     bytes_ms = traffic.moved_bytes / (machine.pcie_gb_s * machine.pcie_efficiency * 1e6)
     copies = traffic.moved_experts * machine.copies_per_expert
-    host_gb_s = machine.host_gb_s * machine.host_efficiency
+    link = (bytes_ms + copies * machine.copy_latency_us * 1e-3) * (1 - machine.overlap_share)
+    cpu = traffic.host_bytes / (machine.host_gb_s * machine.host_efficiency * 1e6)
     return TokenTime(
         device=read / (machine.device_gb_s * machine.device_efficiency * 1e6),
         launches=traffic.layers * machine.launches_per_layer * machine.launch_us * 1e-3,
         host=(machine.token_us + traffic.selections * machine.selection_us) * 1e-3,
         exits=traffic.exits * machine.exit_us * 1e-3,
-        link=(bytes_ms + copies * machine.copy_latency_us * 1e-3) * (1 - machine.overlap_share),
-        cpu=traffic.host_bytes / (host_gb_s * 1e6)
-        + traffic.host_layers * machine.handover_us * 1e-3,
+        link=max(0.0, link - cpu) if traffic.at_once else link,
+        cpu=cpu + traffic.host_layers * machine.handover_us * 1e-3,
     )
 
 
-def describe(machine: Machine, given: dict[str, float]) -> list[dict[str, Any]]:
-    """Every constant with its value, unit, origin and source; `given` came from the user."""
-    described = []
-    for name, value in asdict(replace(machine, **given)).items():
-        constant = CONSTANTS[name]
-        origin, source = constant.origin, constant.source
-        if name in given:
-            origin, source = "given", "the command line"
-        described.append(
-            {
-                "name": name,
-                "value": value,
-                "unit": constant.unit,
-                "origin": origin,
-                "source": source,
-            }
-        )
-    return described
+def describe(machine: Machine, given: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Every constant with its value, unit, origin and source.
+
+    Args:
+        machine: the constants.
+        given: where those come from that the user gave or measured.
+    """
+    return [
+        {"name": name, "value": value, **asdict(CONSTANTS[name])}
+        | ({"origin": "given", "source": given[name]} if name in given else {})
+        for name, value in asdict(machine).items()
+    ]

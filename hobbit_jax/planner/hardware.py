@@ -2,7 +2,7 @@
 
 Owns the vendor's figures. Bandwidths are nominal; what of them decode reaches is `cost_model.py`'s.
 
-Source: NVIDIA's specification pages and data sheets of these cards (memory size and bandwidth,
+Source: NVIDIA's specification pages and data sheets of these GPUs (memory size and bandwidth,
 PCIe generation and lanes), from memory and not looked up again. A lane of PCIe 3.0, 4.0, 5.0
 carries .985, 1.969, 3.938 GB/s a direction after 128b/130b encoding (PCI-SIG).
 """
@@ -16,7 +16,7 @@ _LANE_GB_S = {3: 0.985, 4: 1.969, 5: 3.938}
 
 @dataclass(frozen=True)
 class GPU:
-    """A card, or a machine given in figures.
+    """A GPU by its name, or a machine given in figures.
 
     Attributes:
         name: as its vendor writes it.
@@ -39,8 +39,8 @@ def _gpu(name: str, vram_gib: float, device_gb_s: float, generation: int, lanes:
 
 
 GPUS = {
-    card.name: card
-    for card in (
+    gpu.name: gpu
+    for gpu in (
         _gpu("RTX 2080", 8, 448, 3, 16),
         _gpu("RTX 3060", 12, 360, 4, 16),
         _gpu("RTX 3070", 8, 448, 4, 16),
@@ -61,18 +61,18 @@ GPUS = {
 
 
 def find_gpu(text: str) -> GPU:
-    """A card by its name (case and blanks do not matter), or "device GB/s,PCIe GB/s" as one.
+    """A GPU by its name (case and blanks do not matter), or "device GB/s,PCIe GB/s" as one.
 
     Raises:
-        ValueError: neither; lists the cards that are known.
+        ValueError: neither; lists the GPUs that are known.
     """
 
     def plain(name: str) -> str:
         return "".join(name.lower().split()).removeprefix("nvidia").removeprefix("geforce")
 
-    for card in GPUS.values():
-        if plain(card.name) == plain(text):
-            return card
+    for gpu in GPUS.values():
+        if plain(gpu.name) == plain(text):
+            return gpu
     try:
         device_gb_s, pcie_gb_s = (float(part) for part in text.split(","))
     except ValueError:

@@ -1,26 +1,39 @@
-"""What to run on a card: what fits, what to expect of each setting, and what to choose.
+"""What to run on a GPU: what fits, what to expect of each setting, and what to choose.
 
 Owns the order of the questions and the record that answers them (JSON). `table.py` prints the
-record, `records.py` hands it on to the document.
+record, `records.py` hands it on to the document. Every prediction is a list, one for each routing
+that the plan was given: a user's own trace is one, made-up routing is two (`routing.py`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from hobbit_jax.cache.policies import DEFAULT_POLICY
 from hobbit_jax.cache.pool_sizing import demands
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.planner import candidates
-from hobbit_jax.planner.cost_model import Machine, Traffic, describe, token_time
+from hobbit_jax.planner.cost_model import (
+    COMPILED,
+    OURS,
+    Machine,
+    Traffic,
+    describe,
+    of_engine,
+    token_time,
+)
 from hobbit_jax.planner.hardware import GPU
 from hobbit_jax.planner.routing import Routing
 from hobbit_jax.planner.shapes import PlannedModel
 from hobbit_jax.planner.traffic import (
+    LLAMA_CPP_KV,
     Outcome,
     all_on_cpu,
     hot_on_device,
@@ -31,16 +44,33 @@ from hobbit_jax.planner.traffic import (
 # The summary of `scripts/dev/check_plan.py`, as it was last recorded.
 CHECK = Path(__file__).with_name("check.json")
 GIB = 2**30
-CPU_MOE, N_CPU_MOE, HOT_ON_DEVICE = (
-    "llama.cpp --cpu-moe",
-    "llama.cpp --n-cpu-moe",
-    "hot experts on the card, the others on the CPU",
-)
+LLAMA_CPP = "llama.cpp"
+# Joint perturbations of all assumed constants, each between half and double.
+DRAWS = 200
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the GPU's memory is for.
+
+    Attributes:
+        vram_gib: of the GPU.
+        context: tokens of the KV cache.
+        kv_format: of keys and values in our engine.
+        chunk_tokens: of one prefill step.
+        reserve_gib: for the driver and the display.
+    """
+
+    vram_gib: float
+    context: int = 4096
+    kv_format: str = "float32"
+    chunk_tokens: int = 256
+    reserve_gib: float = 0.75
 
 
 @dataclass(frozen=True)
 class Memory:
-    """How the card's memory is divided, in bytes."""
+    """How the GPU's memory is divided, in bytes."""
 
     vram: int
     dense: int
@@ -54,29 +84,77 @@ class Memory:
         return self.vram - self.dense - self.kv_cache - self.scratch - self.reserve
 
 
-def divide_memory(
-    model: PlannedModel, vram_gib: float, context: int, chunk_tokens: int, reserve_gib: float
-) -> Memory:
-    """The card's memory for a model and a context.
+@dataclass(frozen=True)
+class Option:
+    """A way of decoding under one routing: a setting of ours, or what llama.cpp would do.
+
+    Attributes:
+        loss: expected, nats a token.
+        outcome: of a setting of ours.
+        on_gpu: share (0-1) of the selections that llama.cpp computes on the GPU.
+        flag: what it is told, where that depends on the memory.
+    """
+
+    name: str
+    loss: float
+    traffic: Traffic
+    outcome: Outcome | None = None
+    on_gpu: float = 0.0
+    flag: str = ""
+
+
+@dataclass
+class _Options:
+    """All options under one routing in one division of the memory."""
+
+    found: list[Option] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def speeds(self, machines: Mapping[str, Machine], engine: str) -> list[float]:
+        """Tokens a second of each, with our settings in `engine`; llama.cpp is compiled."""
+        return [
+            token_time(o.traffic, machines[engine if o.outcome else COMPILED]).tokens_per_second
+            for o in self.found
+        ]
+
+    def choose(self, machines: Mapping[str, Machine], engine: str, ours: bool) -> str:
+        """The option that the rule takes, of all or of our settings."""
+        speeds = self.speeds(machines, engine)
+        at = [i for i, option in enumerate(self.found) if option.outcome or not ours]
+        losses = [self.found[i].loss for i in at]
+        return self.found[at[candidates.choose([speeds[i] for i in at], losses)]].name
+
+    def choices(self, machines: Mapping[str, Machine]) -> dict[str, str]:
+        """What to run in this engine; of all; and of all if this engine were compiled."""
+        return {
+            "here": self.choose(machines, OURS, ours=True),
+            "overall": self.choose(machines, OURS, ours=False),
+            "compiled": self.choose(machines, COMPILED, ours=False),
+        }
+
+
+def divide_memory(model: PlannedModel, request: Request) -> Memory:
+    """The GPU's memory for a model and a context.
 
     Raises:
         ValueError: too little for one step of native experts (says what is missing), or a context
             that the model was not made for.
     """
+    context = request.context
     if not 1 <= context <= model.config.context_length:
         raise ValueError(f"context is {context}; want 1 to {model.config.context_length}")
     memory = Memory(
-        vram=int(vram_gib * GIB),
+        vram=int(request.vram_gib * GIB),
         dense=model.dense_bytes,
-        kv_cache=model.kv_cache_bytes(context),
-        scratch=model.scratch_bytes(context, chunk_tokens),
-        reserve=int(reserve_gib * GIB),
+        kv_cache=model.kv_cache_bytes(context, request.kv_format),
+        scratch=model.scratch_bytes(context, request.chunk_tokens),
+        reserve=int(request.reserve_gib * GIB),
     )
     store = model.store()
     least = sum(d.expert_bytes * d.min_slots for d in demands(uniform_plan(store), store))
     if memory.pool < least:
         raise ValueError(
-            f"{vram_gib:g} GiB of VRAM are too small for {model.name} by "
+            f"{request.vram_gib:g} GiB of VRAM are too small for {model.name} by "
             f"{(least - memory.pool) / GIB:.2f} GiB: dense weights {memory.dense / GIB:.2f}, KV "
             f"cache of {context} tokens {memory.kv_cache / GIB:.2f}, scratch "
             f"{memory.scratch / GIB:.2f}, reserve {memory.reserve / GIB:.2f}, one step of native "
@@ -87,44 +165,38 @@ def divide_memory(
 
 def make_plan(
     model: PlannedModel,
-    card: GPU,
+    gpu: GPU,
     machine: Machine,
-    memory: Memory,
-    context: int,
-    chunk_tokens: int,
-    routing: Routing,
-    given: dict[str, float],
+    request: Request,
+    routings: Sequence[Routing],
+    given: Mapping[str, str],
     progress: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Any]:
     """The record of a plan, ready for JSON; speeds are predictions.
 
     Args:
         model: what shall run.
-        card: where.
+        gpu: where.
         machine: the constants of the cost model.
-        memory: `divide_memory`'s.
-        context: tokens of the KV cache.
-        chunk_tokens: of a prefill step, as in `memory`.
-        routing: what the replays run on.
-        given: constants that the user set, already in `machine`.
+        request: what its memory is for.
+        routings: what the replays run on, the least local first.
+        given: where those constants come from that the user gave or measured.
         progress: called with the name of each setting before it is replayed.
+
+    Raises:
+        ValueError: see `divide_memory`.
     """
-    config, pool = model.config, memory.pool
-    native_fits = model.native_bytes <= pool
-    listed = [candidates.NATIVE] if native_fits else candidates.settings()
-    outcomes: list[Outcome] = []
-    left_out: dict[str, str] = {}
-    for setting in listed:
-        progress(setting.name)
-        try:
-            outcomes.append(replay_setting(setting, model, routing.trace, pool, context))
-        except (ValueError, NotImplementedError) as error:
-            left_out[setting.name] = " ".join(str(error).split())
-    speeds = [token_time(o.traffic, machine).tokens_per_second for o in outcomes]
-    losses = [candidates.expected_loss(o.setting, o.low_uses, o.skipped) for o in outcomes]
-    chosen = outcomes[candidates.choose(speeds, losses)].setting.name
-    rivals = [] if native_fits else _rivals(model, routing, pool, context)
+    config, memory = model.config, divide_memory(model, request)
+    machines = {engine: of_engine(machine, engine, given) for engine in (OURS, COMPILED)}
+
+    def under(asked: Request) -> list[_Options]:
+        return [_options(model, routing, asked, progress) for routing in routings]
+
+    base = under(request)
     constants = describe(machine, given)
+    varied = {label: under(asked) for label, asked in _other_requests(model, request).items()}
+    assumed = [c["name"] for c in constants if c["origin"] == "assumed" and c["value"]]
+    first = base[0].found
     return {
         "kind": "plan",
         "model": {
@@ -135,37 +207,46 @@ def make_plan(
             "native_bytes": model.native_bytes,
             "low_bytes": {f: size for f in candidates.LOW_FORMATS if (size := _low(model, f))},
         },
-        "card": asdict(card),
-        "context": context,
-        "chunk_tokens": chunk_tokens,
-        "memory": {**asdict(memory), "pool": pool},
-        "routing": {"source": routing.source, "extrapolates": list(routing.extrapolates)},
+        "gpu": asdict(gpu),
+        "context": request.context,
+        "kv_format": request.kv_format,
+        "chunk_tokens": request.chunk_tokens,
+        "memory": {**asdict(memory), "pool": memory.pool},
+        "routing": {
+            "source": [routing.source for routing in routings],
+            "extrapolates": sorted({r for routing in routings for r in routing.extrapolates}),
+        },
         "policy": DEFAULT_POLICY,
         "constants": constants,
-        "assumed": [c["name"] for c in constants if c["origin"] == "assumed"],
-        "settings": [
-            {
-                **asdict(o.setting),
-                "slots": o.slots,
-                "residents": o.residents,
-                "hit_rate": o.hit_rate,
-                "low_uses": o.low_uses,
-                "skipped": o.skipped,
-                "expected_loss": loss,
-                **_predicted(o.traffic, machine),
-                "speedup": speed / speeds[0],
-            }
-            for o, speed, loss in zip(outcomes, speeds, losses, strict=True)
-        ],
-        "left_out": left_out,
-        "rivals": [
-            {"name": name, "on_card": share, **_predicted(traffic, machine)}
-            for name, share, traffic in rivals
-        ],
-        "choice": chosen,
-        "sensitivity": _sensitivity(outcomes, losses, machine, constants),
+        "assumed": assumed,
+        "settings": [_shown(o.name, base, machines) for o in first if o.outcome],
+        "left_out": base[0].left_out,
+        "rivals": [_shown(o.name, base, machines) for o in first if not o.outcome],
+        "choices": _by_routing(options.choices(machines) for options in base),
+        "sensitivity": _one_by_one(base, varied, machines, assumed),
+        "joint": _joint([base, *varied.values()], machines, assumed),
         "speedup_needed": candidates.SPEEDUP_NEEDED,
+        "most_loss": candidates.MOST_LOSS,
     }
+
+
+def _other_requests(model: PlannedModel, request: Request) -> dict[str, Request]:
+    """The same with another KV format and with a longer context, where they fit the GPU."""
+    other = "float16" if request.kv_format == "float32" else "float32"
+    longer = min(4 * request.context, model.config.context_length)
+    found = {
+        f"kv_format {other}": replace(request, kv_format=other),
+        f"context {longer}": replace(request, context=longer),
+    }
+
+    def fits(asked: Request) -> bool:
+        try:
+            divide_memory(model, asked)
+        except ValueError:
+            return False
+        return asked != request
+
+    return {label: asked for label, asked in found.items() if fits(asked)}
 
 
 def _low(model: PlannedModel, format: str) -> int | None:
@@ -175,65 +256,138 @@ def _low(model: PlannedModel, format: str) -> int | None:
         return None
 
 
-def _rivals(
-    model: PlannedModel, routing: Routing, pool_bytes: int, context: int
-) -> list[tuple[str, float, Traffic]]:
-    """Name, share of selections on the card (0-1), traffic."""
-    n_layers = model.config.n_layers
-    fit = layers_that_fit(model, pool_bytes)
-    hot, traffic = hot_on_device(model, routing.trace, pool_bytes, context)
-    return [
-        (CPU_MOE, 0.0, all_on_cpu(model, context)),
-        (f"{N_CPU_MOE} {n_layers - fit}", fit / n_layers, all_on_cpu(model, context, fit)),
-        (HOT_ON_DEVICE, hot, traffic),
-    ]
-
-
-def _sensitivity(
-    outcomes: Sequence[Outcome],
-    losses: Sequence[float],
-    machine: Machine,
-    constants: Sequence[dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """What the rule would choose with each assumed constant halved and doubled (a share: to 1)."""
-    found = []
-    for constant in constants:
-        name, value = constant["name"], constant["value"]
-        if constant["origin"] != "assumed" or not value:
-            continue
-        for factor in (0.5, 2.0):
-            most = 1.0 if constant["unit"] == "share" else factor * value
-            other = replace(machine, **{name: min(factor * value, most)})
-            speeds = [token_time(o.traffic, other).tokens_per_second for o in outcomes]
-            at = candidates.choose(speeds, losses)
-            found.append(
-                {
-                    "name": name,
-                    "value": min(factor * value, most),
-                    "choice": outcomes[at].setting.name,
-                    "tokens_per_second": speeds[at],
-                    "speedup": speeds[at] / speeds[0],
-                }
+def _options(
+    model: PlannedModel, routing: Routing, request: Request, progress: Callable[[str], object]
+) -> _Options:
+    options, pool = _Options(), divide_memory(model, request).pool
+    native_fits = model.native_bytes <= pool
+    for setting in [candidates.NATIVE] if native_fits else candidates.settings():
+        progress(setting.name)
+        try:
+            outcome = replay_setting(
+                setting, model, routing.trace, pool, request.context, request.kv_format
             )
-    return found
+        except (ValueError, NotImplementedError) as error:
+            options.left_out[setting.name] = " ".join(str(error).split())
+            continue
+        loss = candidates.expected_loss(setting, outcome.low_uses, outcome.skipped)
+        options.found.append(Option(setting.name, loss, outcome.traffic, outcome))
+    if not native_fits:
+        options.found += _rivals(model, routing, request)
+    return options
 
 
-def _predicted(traffic: Traffic, machine: Machine) -> dict[str, Any]:
-    time = token_time(traffic, machine)
+def _rivals(model: PlannedModel, routing: Routing, request: Request) -> list[Option]:
+    """llama.cpp on the same file and on smaller ones, and a fork of it with hot experts."""
+    n_layers, context = model.config.n_layers, request.context
+    # What llama.cpp has for experts: its keys and values are narrower than ours may be.
+    pool = divide_memory(model, replace(request, kv_format=LLAMA_CPP_KV)).pool
+    hot, traffic = hot_on_device(model, routing.trace, pool, context)
+    rivals = [
+        Option(f"{LLAMA_CPP} --cpu-moe", 0.0, all_on_cpu(model, context)),
+        Option("hot experts on the GPU, the others on the CPU", 0.0, traffic, on_gpu=hot),
+    ]
+    files = {"": (model, 0.0)}
+    for recipe, loss in candidates.SMALLER_FILES.items():
+        if smaller := model.smaller_file(recipe):
+            files[f", {recipe} file"] = (smaller, loss)
+    for label, (file, loss) in files.items():
+        fit = layers_that_fit(file, pool)
+        rivals.append(
+            Option(
+                f"{LLAMA_CPP} --n-cpu-moe{label}", loss, all_on_cpu(file, context, fit),
+                on_gpu=fit / n_layers, flag=f"--n-cpu-moe {n_layers - fit}: ",
+            )
+        )  # fmt: skip
+    return rivals
+
+
+def _shown(name: str, base: Sequence[_Options], machines: Mapping[str, Machine]) -> dict[str, Any]:
+    """An option's entry of the record, with a list of every prediction over the routings."""
+    found = [next(o for o in options.found if o.name == name) for options in base]
+    engine = OURS if found[0].outcome else COMPILED
+    times = [token_time(option.traffic, machines[engine]) for option in found]
+    shown: dict[str, Any] = {
+        "name": name,
+        "expected_loss": [option.loss for option in found],
+        "traffic": [asdict(option.traffic) for option in found],
+        "token_ms": [asdict(time) for time in times],
+        "tokens_per_second": [time.tokens_per_second for time in times],
+    }
+    outcomes = [option.outcome for option in found if option.outcome]
+    if not outcomes:
+        return {**shown, "on_gpu": [o.on_gpu for o in found], "flag": found[0].flag}
+    native = [token_time(options.found[0].traffic, machines[OURS]).total for options in base]
     return {
-        "traffic": asdict(traffic),
-        "token_ms": asdict(time),
-        "tokens_per_second": time.tokens_per_second,
+        **shown,
+        **asdict(outcomes[0].setting),
+        "slots": outcomes[0].slots,
+        "residents": outcomes[0].residents,
+        **{key: [getattr(o, key) for o in outcomes] for key in ("hit_rate", "low_uses", "skipped")},
+        "compiled_tokens_per_second": [
+            token_time(option.traffic, machines[COMPILED]).tokens_per_second for option in found
+        ],
+        "speedup": [n / time.total for n, time in zip(native, times, strict=True)],
     }
 
 
-def faster_rival(plan: dict[str, Any]) -> dict[str, Any] | None:
-    """The fastest rival of a record, which degrades nothing, where it beats the choice; or None."""
-    chosen = next(s for s in plan["settings"] if s["name"] == plan["choice"])
-    best = max(plan["rivals"], key=lambda rival: rival["tokens_per_second"], default=None)
-    if best is None or best["tokens_per_second"] <= chosen["tokens_per_second"]:
-        return None
-    return best
+def _by_routing(choices) -> dict[str, list[str]]:
+    """Who chose what, a list over the routings."""
+    listed: dict[str, list[str]] = {}
+    for choice in choices:
+        for who, name in choice.items():
+            listed.setdefault(who, []).append(name)
+    return listed
+
+
+def _scaled(machines: Mapping[str, Machine], factors: Mapping[str, float]) -> dict[str, Machine]:
+    """With constants multiplied; a share or an efficiency stays at 1 or below."""
+
+    def scaled(machine: Machine) -> Machine:
+        values = {name: factor * getattr(machine, name) for name, factor in factors.items()}
+        shares = ("share", "efficiency")
+        return replace(
+            machine, **{n: min(1.0, v) if n.endswith(shares) else v for n, v in values.items()}
+        )
+
+    return {engine: scaled(machine) for engine, machine in machines.items()}
+
+
+def _one_by_one(
+    base: Sequence[_Options],
+    varied: Mapping[str, Sequence[_Options]],
+    machines: Mapping[str, Machine],
+    assumed: Sequence[str],
+) -> list[dict[str, Any]]:
+    """What the rule chooses with each assumed constant halved and doubled (a share: to 1), and with
+    another KV format or context."""
+    found = []
+    for name in assumed:
+        for factor in (0.5, 2.0):
+            other = _scaled(machines, {name: factor})
+            label = f"{name} {getattr(other[OURS], name):g}"
+            found.append((label, _by_routing(options.choices(other) for options in base)))
+    for label, worlds in varied.items():
+        found.append((label, _by_routing(options.choices(machines) for options in worlds)))
+    return [{"changed": label, **choices} for label, choices in found]
+
+
+def _joint(
+    worlds: Sequence[Sequence[_Options]], machines: Mapping[str, Machine], assumed: Sequence[str]
+) -> dict[str, list[tuple[str, float]]]:
+    """How often (0-1) each choice is made when all assumed constants, the routing, the KV format
+    and the context vary together, most often first."""
+    rng = np.random.default_rng(0)
+    counts: dict[str, Counter[str]] = {}
+    for _ in range(DRAWS):
+        factors = dict(zip(assumed, 2.0 ** rng.uniform(-1, 1, len(assumed)), strict=True))
+        options = [o for world in worlds for o in world][rng.integers(sum(map(len, worlds)))]
+        for who, name in options.choices(_scaled(machines, factors)).items():
+            counts.setdefault(who, Counter())[name] += 1
+    return {
+        who: [(name, count / DRAWS) for name, count in counter.most_common()]
+        for who, counter in counts.items()
+    }
 
 
 def recorded_check() -> dict[str, Any]:

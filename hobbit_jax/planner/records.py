@@ -12,24 +12,29 @@ STUDY = "planner"
 
 def plan_record(plan: Mapping[str, Any]) -> Record:
     """The record of a plan that `plan.make_plan` made."""
-    of_plan = ("context", "policy", "chunk_tokens")
+    of_plan = ("context", "kv_format", "policy", "chunk_tokens")
     setting = {
         "model": plan["model"]["name"],
-        "gpu": plan["card"]["name"],
+        "gpu": plan["gpu"]["name"],
         **{name: plan[name] for name in of_plan},
     }
     found = measured({k: v for k, v in plan.items() if k not in (*of_plan, "kind")})
     return Record(STUDY, Benchmark(STUDY, setting), **vars(found), **machine())
 
 
-def check_record(
-    checked: Mapping[str, Any], summary: Mapping[str, Any], public: list[dict[str, Any]]
-) -> Record:
-    """The record of a check: of `check.check`, `check.summarise`, and the published figures."""
+def check_record(checked: Mapping[str, Any], summary: Mapping[str, Any]) -> Record:
+    """The record of a check: of `check.check` and `check.summarise`."""
     setting = {
         "device": summary["device"],
         "turns": checked["turns"],
         "link_gb_s": checked["link_gb_s"],
     }
-    found = measured({**checked, "summary": summary, "public": public})
+    found = measured({**checked, "summary": summary})
     return Record(STUDY, Benchmark(f"{STUDY} check", setting), **vars(found), **machine())
+
+
+def reports_record(compared: Mapping[str, Any]) -> Record:
+    """The record of `published_benchmarks.compare_reports`."""
+    setting = {"reports": len(compared["rows"])}
+    found = measured(compared)
+    return Record(STUDY, Benchmark(f"{STUDY} reports", setting), **vars(found), **machine())

@@ -5,10 +5,11 @@ Owns the wording.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hobbit_jax.cache.miss_modes import MISS_MODES
-from hobbit_jax.planner.plan import GIB, faster_rival
+from hobbit_jax.planner.plan import DRAWS, GIB
 
 
 def render(plan: dict[str, Any], check: dict[str, Any]) -> str:
@@ -19,8 +20,19 @@ def render(plan: dict[str, Any], check: dict[str, Any]) -> str:
         check: `plan.recorded_check`'s, if there is one.
     """
     return "\n".join(
-        [*_facts(plan), "", *_settings(plan), "", *_choice(plan), "", *_caveats(plan, check)]
+        [*_facts(plan), "", *_options(plan), "", *_choice(plan), "", *_caveats(plan, check)]
     )
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """What is predicted under each routing, from least to most, or one value if they are alike."""
+    low, high = (format(value, form) for value in (min(values), max(values)))
+    return low if low == high else f"{low}-{high}"
+
+
+def alternatives(names: Sequence[str]) -> str:
+    """The choices under each routing, the least local first."""
+    return " or ".join(dict.fromkeys(names))
 
 
 def _facts(plan: dict[str, Any]) -> list[str]:
@@ -33,7 +45,7 @@ def _facts(plan: dict[str, Any]) -> list[str]:
         for name in ("dense", "kv_cache", "scratch", "reserve")
     )
     lines = [
-        f"{model['name']} on {plan['card']['name']}: {pairs} experts "
+        f"{model['name']} on {plan['gpu']['name']}: {pairs} experts "
         f"({model['layers']} layers of {model['experts']}, {model['experts_per_token']} a token)",
     ]
     for name, size in sizes.items():
@@ -41,108 +53,120 @@ def _facts(plan: dict[str, Any]) -> list[str]:
         lines.append(f"  experts {name:<9} {size / 1e9:6.2f} GB  {fits}")
     lines.append(
         f"  pool for experts   {memory['pool'] / 1e9:6.2f} GB = {memory['vram'] / GIB:g} GiB less "
-        f"{parts} (GiB; {plan['context']} tokens of context, prefill by {plan['chunk_tokens']})"
+        f"{parts} (GiB; {plan['context']} tokens of context in {plan['kv_format']}, prefill by "
+        f"{plan['chunk_tokens']})"
     )
     return lines
 
 
-def _settings(plan: dict[str, Any]) -> list[str]:
+def _options(plan: dict[str, Any]) -> list[str]:
     widest = max(len(s["name"]) for s in [*plan["settings"], *plan["rivals"]])
     head = (
-        f"{'setting':<{widest}}  residents    hit  exits  moved MB  low uses  tokens/s  of native"
+        f"{'setting':<{widest}}  residents  hit rate   round trips     moved MB   below native  "
+        "loss    tokens/s   in a compiled engine"
     )
     lines = [head + "  (all predicted)", "-" * len(head)]
     for s in plan["settings"]:
-        traffic = s["traffic"]
+        exits = [traffic["exits"] for traffic in s["traffic"]]
+        moved = [traffic["moved_bytes"] / 1e6 for traffic in s["traffic"]]
         lines.append(
-            f"{s['name']:<{widest}}  {s['residents']:>9}  {s['hit_rate']:.3f}  "
-            f"{traffic['exits']:>5.1f}  {traffic['moved_bytes'] / 1e6:>8.1f}  "
-            f"{s['low_uses']:>8.2f}  {s['tokens_per_second']:>8.1f}  {s['speedup']:>8.2f}x"
+            f"{s['name']:<{widest}}  {s['residents']:>9}  {spread(s['hit_rate'], '.2f'):>9}  "
+            f"{spread(exits, '.1f'):>11}  {spread(moved, '.1f'):>12}  "
+            f"{spread(s['low_uses'], '.2f'):>12}  {max(s['expected_loss']):.3f}  "
+            f"{spread(s['tokens_per_second'], '.1f'):>9}  "
+            f"{spread(s['compiled_tokens_per_second'], '.1f'):>12}"
         )
-    native = plan["settings"][0]["tokens_per_second"]
     for s in plan["rivals"]:
+        on_gpu = f"{s['flag']}{spread(s['on_gpu'], '.0%')} of selections on the GPU, others on CPU"
         lines.append(
-            f"{s['name']:<{widest}}  {s['on_card']:>8.0%} on the card, the rest computed by the CPU"
-            f"{s['tokens_per_second']:>11.1f}  {s['tokens_per_second'] / native:>8.2f}x"
+            f"{s['name']:<{widest}}  {on_gpu:<63}  {max(s['expected_loss']):.3f}  "
+            f"{'':>9}  {spread(s['tokens_per_second'], '.1f'):>12}"
         )
     lines += [f"{name}: left out, {reason}" for name, reason in plan["left_out"].items()]
     return lines
 
 
 def _choice(plan: dict[str, Any]) -> list[str]:
-    chosen = next(s for s in plan["settings"] if s["name"] == plan["choice"])
+    choices = plan["choices"]
+    here = choices["here"]
+    options = {option["name"]: option for option in [*plan["settings"], *plan["rivals"]]}
     lines = [
-        f"Choice: {chosen['name']}, {chosen['tokens_per_second']:.1f} tokens/s predicted.",
-        f"Run it: {how_to_run(chosen, plan['memory']['pool'], plan['chunk_tokens'])}.",
+        f"Choice in this engine: {alternatives(here)}, "
+        f"{_speeds(options, here, 'tokens_per_second')} tokens/s predicted."
     ]
-    lines.append(
-        "Rule: least expected loss first, the next where it is "
-        f"{plan['speedup_needed']:g} times as fast. The loss is the share of low "
-        "uses times what the format cost the reference model; measure it on yours (sweep.py)."
-    )
-    speed = chosen["tokens_per_second"]
-    rivals = [plan["settings"][0], *_uniform(plan), *plan["rivals"]]
-    compared = [
-        f"{speed / s['tokens_per_second']:.2f}x {s['name']}"
-        for s in rivals
-        if s["name"] != chosen["name"]
+    lines += [
+        f"Run it: {how_to_run(options[name], plan)}." for name in dict.fromkeys(choices["here"])
     ]
-    if compared:
-        lines.append("Against: " + ", ".join(compared) + ".")
-    rival = faster_rival(plan)
-    if rival is not None:
+    if choices["overall"] != here:
         lines.append(
-            f"BETTER ELSEWHERE: {rival['name']} is predicted to be faster "
-            f"({rival['tokens_per_second']:.1f} tokens/s) and degrades nothing. hobbit_jax does "
-            "not compute on the CPU; llama.cpp does."
+            f"BETTER ELSEWHERE: {alternatives(choices['overall'])} "
+            f"({_speeds(options, choices['overall'], 'tokens_per_second')} tokens/s)."
         )
+    lines.append(
+        f"In a compiled engine with these modes: {alternatives(choices['compiled'])} "
+        f"({_speeds(options, choices['compiled'], 'compiled_tokens_per_second')} tokens/s)."
+    )
+    lines.append(
+        "Rule: the fastest that loses nothing first, then by expected loss, each where it is "
+        f"{plan['speedup_needed']:g} times as fast, up to a loss of {plan['most_loss']:g}. The "
+        "loss is the share of low uses times what the format cost the reference model; measure it "
+        "on yours (sweep.py)."
+    )
     return lines
 
 
-def how_to_run(setting: dict[str, Any], pool_bytes: int, chunk_tokens: int) -> str:
-    """The command, or what there is instead of one."""
-    run = f"generate.py --budget_mib {pool_bytes // 2**20} --chunk_tokens {chunk_tokens}"
+def _speeds(options: dict[str, Any], names: Sequence[str], key: str) -> str:
+    found = [
+        options[name].get(key, options[name]["tokens_per_second"])[at]
+        for at, name in enumerate(names)
+    ]
+    return spread(found, ".1f")
+
+
+def how_to_run(setting: dict[str, Any], plan: dict[str, Any]) -> str:
+    """The command of a setting of ours."""
+    run = (
+        f"generate.py --budget_mib {plan['memory']['pool'] // 2**20} --chunk_tokens "
+        f"{plan['chunk_tokens']} --kv_format {plan['kv_format']}"
+    )
+    low = setting["low_format"]
     if setting["asked"] == "low":
         return (
-            f"quantize.py --format {setting['low_format']} --out low.gguf, {run} --model low.gguf"
-        )
-    if setting["asked"] == "frequency":
-        return (
-            "a static plan (sweep.py with signal frequency, low_fraction "
-            f"{setting['low_pairs']:g}, low_format {setting['low_format']}); generate.py has no "
-            "flag for one"
+            f"quantize.py --format {low} --method gptq --calibration C --out low.gguf, {run} "
+            "--model low.gguf"
         )
     run += f" --miss_mode {setting['mode']}"
-    if setting["low_format"] is None:
+    if low is None:
         return run
-    run += f" --low_format {setting['low_format']}"
     cached = MISS_MODES[setting["mode"]].low_banks == "cache"
-    return f"{run} --low_share {setting['low_share']:g}" if cached else run
-
-
-def _uniform(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    return [s for s in plan["settings"] if s["asked"] == "low"]
+    share = f" --low_share {setting['low_share']:g}" if cached else ""
+    return f"{run} --low_format {low}{share}"
 
 
 def _caveats(plan: dict[str, Any], check: dict[str, Any]) -> list[str]:
-    lines = [f"Routing: {plan['routing']['source']}."]
+    sources = plan["routing"]["source"]
+    lines = [f"Routing: {' to '.join(sources)}."]
     lines += [f"EXTRAPOLATES: {reason}." for reason in plan["routing"]["extrapolates"]]
+    values = {c["name"]: c["value"] for c in plan["constants"]}
     lines.append(
         "Assumed and never measured on a GPU: "
-        + ", ".join(
-            f"{c['name']} {c['value']:g}" for c in plan["constants"] if c["name"] in plan["assumed"]
+        + ", ".join(f"{name} {values[name]:g}" for name in plan["assumed"])
+        + "."
+    )
+    moved: dict[str, list[str]] = {}
+    for entry in plan["sensitivity"]:
+        if entry["overall"] != plan["choices"]["overall"]:
+            moved.setdefault(alternatives(entry["overall"]), []).append(entry["changed"])
+    lines.append(
+        "One at a time, halved or doubled: "
+        + (
+            "; ".join(f"{name} with {', '.join(changes)}" for name, changes in moved.items())
+            or "the best choice stays"
         )
         + "."
     )
-    moved = [s for s in plan["sensitivity"] if s["choice"] != plan["choice"]]
-    if moved:
-        lines.append(
-            "The choice hangs on them: "
-            + "; ".join(f"{s['choice']} with {s['name']} {s['value']:g}" for s in moved)
-            + "."
-        )
-    elif plan["sensitivity"]:
-        lines.append("Halving or doubling any one of them leaves the choice as it is.")
+    often = ", ".join(f"{name} {share:.0%}" for name, share in plan["joint"]["overall"])
+    lines.append(f"All at once, with the routing, context and KV format ({DRAWS} draws): {often}.")
     ratio = check["time_ratio"]
     where = "a GPU" if check["on_gpu"] else f"{check['cpu_count']} CPU cores only, never on a GPU"
     lines.append(
@@ -152,7 +176,7 @@ def _caveats(plan: dict[str, Any], check: dict[str, Any]) -> list[str]:
         f"{ratio['low']:.2f} to {ratio['high']:.2f})."
     )
     lines.append(
-        "JAX takes 75 % of a card unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; prefill "
+        "JAX takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; prefill "
         "and the start are not predicted."
     )
     return lines

@@ -1,11 +1,10 @@
 """What each way of decoding would move, wait for and read, by replaying routing.
 
-Owns the step from a setting, a pool and a trace to a `Traffic`.
-Who is resident is decided by the live classes (`cache/pool_sizing.py`,
-`cache/controller.py`), warmed up from the trace's first tokens as a profile would
-(`cache/warm_start.py`), and counted on later ones. A trace of another shape is replayed in its own:
-each bank gets the same fraction of its experts, and the counts are scaled to the model's
-selections.
+Owns the step from a setting, a pool and a trace to a `Traffic`. Who is resident is decided by the
+live classes (`cache/pool_sizing.py`, `cache/controller.py`), warmed up from the trace's first
+tokens as a profile would (`cache/warm_start.py`), and counted on later ones (`cache/counter.py`). A
+trace of another shape is replayed in its own: each bank gets the same fraction of its experts, and
+the counts are scaled to the model's selections.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from typing import Literal
 
 import numpy as np
 
-from hobbit_jax.cache.controller import BankLayout, Controller
+from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.counter import Replay, RoutedStep
-from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
+from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.policies import DEFAULT_POLICY, policy_factory
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, pool_slots
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION
 from hobbit_jax.cache.trace import Trace
-from hobbit_jax.cache.warm_start import WarmStart, rank
-from hobbit_jax.experts.precision import StaticPlan
+from hobbit_jax.cache.warm_start import WarmStart
+from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.planner.cost_model import Traffic
 from hobbit_jax.planner.routing import PROFILE_TOKENS, TOKENS, WARM_TOKENS
@@ -41,17 +40,20 @@ class Setting:
         name: in tables.
         mode: by its name (`cache/miss_modes.py`).
         low_format: of the low precision; None without one.
-        asked: which precision the plan asks for: native throughout, low throughout, or low for the
-            `low_pairs` (0-1) of the pairs that a profile finds least used.
+        asked: whether every expert is asked for natively or at the low precision.
         low_share: of the pool's bytes for low copies, where the mode keeps some.
     """
 
     name: str
     mode: str = "fetch"
     low_format: str | None = None
-    asked: Literal["native", "low", "frequency"] = "native"
-    low_pairs: float = 0.0
+    asked: Literal["native", "low"] = "native"
     low_share: float = DEFAULT_LOW_SHARE
+
+    @property
+    def precision(self) -> int:
+        """What every selection asks for."""
+        return int(self.asked == "low")
 
 
 @dataclass(frozen=True)
@@ -77,53 +79,22 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """A trace cut in three: to learn from, to fill the cache, to count on."""
+class _Warm:
+    """A replay that was warmed up on a profile, and what is left of the trace.
 
-    uses_LE: np.ndarray
-    warm_end: int
+    Attributes:
+        replay: whose residents are the most used of the profile.
+        slots: of the model's banks, where the replay's are those of the trace's shape.
+        layers: of the model, for which each layer of the trace stands.
+        start: first token after the profile.
+        counted: first token whose costs count.
+    """
+
+    replay: Replay
+    slots: Mapping[Signature, int]
+    layers: list[int]
     start: int
-
-
-def _cut(trace: Trace) -> _Parts:
-    n_tokens = min(len(trace.ids_TLK), TOKENS)
-    learned = n_tokens * PROFILE_TOKENS // TOKENS
-    warm = learned + n_tokens * WARM_TOKENS // TOKENS
-    first = replace(
-        trace,
-        ids_TLK=trace.ids_TLK[:learned],
-        weights_TLK=trace.weights_TLK[:learned],
-        position_T=trace.position_T[:learned],
-    )
-    return _Parts(first.uses_LE, warm, learned)
-
-
-def _model_layers(trace: Trace, model: PlannedModel) -> list[int]:
-    """The layer of the model that each layer of the trace stands for."""
-    n_layers = trace.ids_TLK.shape[1]
-    return [layer * model.config.n_layers // n_layers for layer in range(n_layers)]
-
-
-def _precisions_LE(setting: Setting, uses_LE: np.ndarray) -> np.ndarray:
-    """The precision that each pair of the trace is asked for at."""
-    precision_LE = np.full(uses_LE.shape, LOW if setting.asked == "low" else NATIVE, np.int8)
-    if setting.asked == "frequency":
-        least = np.argsort(uses_LE, axis=None, kind="stable")
-        precision_LE.ravel()[least[: round(setting.low_pairs * uses_LE.size)]] = LOW
-    return precision_LE
-
-
-def _plan(model: PlannedModel, precision_lE: np.ndarray) -> StaticPlan:
-    """The same for the model: its own pairs, or as many of each layer as the trace's layer has."""
-    config = model.config
-    if precision_lE.shape == (config.n_layers, config.n_experts):
-        return StaticPlan(precision_lE)
-    n_layers = len(precision_lE)
-    precision_LE = np.zeros((config.n_layers, config.n_experts), np.int8)
-    for layer in range(config.n_layers):
-        share = float((precision_lE[layer * n_layers // config.n_layers] == LOW).mean())
-        precision_LE[layer, : round(share * config.n_experts)] = LOW
-    return StaticPlan(precision_LE)
+    counted: int
 
 
 def _shrunk(
@@ -144,16 +115,35 @@ def _shrunk(
     return shrunk
 
 
-def _layout(store: HostExperts, bank_pL: list[list[Signature]], trace: Trace) -> BankLayout:
-    """Banks of the trace's shape with the model's formats."""
-    expert_bytes = {
-        layer.signature: layer.expert_bytes for precision in store.precisions for layer in precision
-    }
-    return BankLayout(trace.n_experts, trace.ids_TLK.shape[2], bank_pL, expert_bytes)
+def _warmed_up(setting: Setting, model: PlannedModel, trace: Trace, pool_bytes: int) -> _Warm:
+    """Raises what `replay_setting` does."""
+    config, mode = model.config, MISS_MODES[setting.mode]
+    store = model.store(setting.low_format)
+    plan = uniform_plan(store, setting.precision)
+    slots, _ = pool_slots(plan, mode, store, pool_bytes, setting.low_share)
+    n_tokens, (n_layers, k) = min(len(trace.ids_TLK), TOKENS), trace.ids_TLK.shape[1:]
+    layers = [layer * config.n_layers // n_layers for layer in range(n_layers)]
+    bank_pL = [
+        [store.layer(p, at).signature for at in layers] for p in range(len(store.precisions))
+    ]
+    layout = BankLayout(trace.n_experts, k, bank_pL, BankLayout.of_store(store).expert_bytes)
+    shrunk = _shrunk(slots, store, bank_pL, trace.n_experts)
+    replay = Replay(layout, shrunk, mode, policy_factory(DEFAULT_POLICY), DEFAULT_PROMOTION)
+    start = n_tokens * PROFILE_TOKENS // TOKENS
+    shares_pLE = np.zeros((len(store.precisions), n_layers, trace.n_experts))
+    shares_pLE[setting.precision] = 1
+    profile = replace(trace, ids_TLK=trace.ids_TLK[:start])
+    WarmStart(profile.uses_LE).fill(replay.counter, shares_pLE, mode)
+    return _Warm(replay, slots, layers, start, start + n_tokens * WARM_TOKENS // TOKENS)
 
 
 def replay_setting(
-    setting: Setting, model: PlannedModel, trace: Trace, pool_bytes: int, context: int
+    setting: Setting,
+    model: PlannedModel,
+    trace: Trace,
+    pool_bytes: int,
+    context: int,
+    kv_format: str = "float32",
 ) -> Outcome:
     """Replays a setting in a pool of `pool_bytes`.
 
@@ -161,75 +151,48 @@ def replay_setting(
         ValueError: the pool cannot hold what one step needs.
         NotImplementedError: the low format does not fit the model's widths, or is native too.
     """
-    config, mode = model.config, MISS_MODES[setting.mode]
-    store, parts = model.store(setting.low_format), _cut(trace)
-    precision_lE = _precisions_LE(setting, parts.uses_LE)
-    slots, _ = pool_slots(_plan(model, precision_lE), mode, store, pool_bytes, setting.low_share)
-    layers = _model_layers(trace, model)
-    bank_pL = [
-        [store.layer(t, at).signature for at in layers] for t in range(len(store.precisions))
-    ]
-    layout = _layout(store, bank_pL, trace)
-    shrunk = _shrunk(slots, store, bank_pL, trace.n_experts)
-    policy = policy_factory(DEFAULT_POLICY)
-    replay = Replay(layout, shrunk, mode, policy, DEFAULT_PROMOTION)
-    shares_pLE = np.stack(
-        [precision_lE == precision for precision in range(len(store.precisions))]
-    ).astype(np.float64)
-    WarmStart(parts.uses_LE).fill(replay.counter, shares_pLE, mode)
-
+    config = model.config
+    warm = _warmed_up(setting, model, trace, pool_bytes)
+    replay, end = warm.replay, min(len(trace.ids_TLK), TOKENS)
     order_TLK = np.argsort(-trace.weights_TLK, axis=-1, kind="stable")
     ids_TLK = np.take_along_axis(trace.ids_TLK, order_TLK, -1)
     weights_TLK = np.take_along_axis(trace.weights_TLK, order_TLK, -1)
-    requested_TLK = precision_lE[np.arange(ids_TLK.shape[1])[:, None], ids_TLK].astype(np.int32)
-    end = min(len(ids_TLK), TOKENS)
+    n_layers, k = ids_TLK.shape[1:]
+    requested_TK = np.full((1, k), setting.precision, np.int32)
     before = replace(replay.tally)
-    for token in range(parts.start, end):
-        if token == parts.warm_end:
+    for token in range(warm.start, end):
+        if token == warm.counted:
             before = replace(replay.tally)
+        position = int(trace.position_T[token])
         steps = [
-            RoutedStep(
-                int(trace.position_T[token]), layer, ids_TLK[token, [layer]],
-                weights_TLK[token, [layer]], requested_TLK[token, [layer]],
-            )
-            for layer in range(ids_TLK.shape[1])
-        ]  # fmt: skip
+            RoutedStep(position, at, ids_TLK[token, [at]], weights_TLK[token, [at]], requested_TK)
+            for at in range(n_layers)
+        ]
         replay.token(token, steps)
     tally = replay.tally.since(before)
 
-    n_layers, k = ids_TLK.shape[1:]
     selections = config.n_layers * config.experts_per_token
     scale = selections / (n_layers * k) / tally.tokens
-    moved_experts = tally.misses + tally.promotions
-    traffic = Traffic(
-        layers=config.n_layers,
-        dense_bytes=model.dense_read_bytes,
-        kv_bytes=model.kv_cache_bytes(context),
-        expert_bytes=tally.bytes_used * scale,
-        selections=selections,
-        exits=_exits(tally.round_trips / (tally.tokens * n_layers), config.experts_per_token / k)
-        * config.n_layers,
-        moved_experts=moved_experts * scale,
-        moved_bytes=tally.bytes_moved * scale,
-    )
-    asked_low = float((requested_TLK[parts.warm_end : end] == LOW).mean())
+    exits = _exits(tally.round_trips / (tally.tokens * n_layers), config.experts_per_token / k)
+    pairs = config.n_layers * config.n_experts
+    cached = MISS_MODES[setting.mode].low_banks != "none"
     return Outcome(
         setting=setting,
-        slots={"/".join(dict.fromkeys(signature)): n for signature, n in slots.items()},
-        residents=_residents(setting, slots, config.n_layers * config.n_experts, replay),
+        slots={"/".join(dict.fromkeys(signature)): n for signature, n in warm.slots.items()},
+        # With low copies in a cache, both copies of an expert may be there.
+        residents=round(pairs * replay.resident_share()) if cached else sum(warm.slots.values()),
         hit_rate=tally.hits / max(1, tally.hits + tally.misses),
-        low_uses=asked_low + tally.degraded / tally.selections,
+        low_uses=setting.precision + tally.degraded / tally.selections,
         skipped=tally.skipped / tally.selections,
-        traffic=traffic,
+        traffic=replace(
+            _dense(model, context, kv_format),
+            expert_bytes=tally.bytes_used * scale,
+            selections=selections,
+            exits=exits * config.n_layers,
+            moved_experts=(tally.misses + tally.promotions) * scale,
+            moved_bytes=tally.bytes_moved * scale,
+        ),
     )
-
-
-def _residents(setting: Setting, slots: Mapping[Signature, int], pairs: int, replay: Replay) -> int:
-    mode = MISS_MODES[setting.mode]
-    if mode.low_banks == "none":
-        return sum(slots.values())
-    # Both copies of an expert may be there.
-    return round(pairs * replay.resident_share())
 
 
 def _exits(per_layer: float, selections_ratio: float) -> float:
@@ -239,20 +202,29 @@ def _exits(per_layer: float, selections_ratio: float) -> float:
     return 1 - (1 - per_layer) ** selections_ratio
 
 
+def _dense(model: PlannedModel, context: int, kv_format: str) -> Traffic:
+    """A token's traffic without routed experts, with keys and values of a full context."""
+    kv_bytes = model.kv_cache_bytes(context, kv_format)
+    return Traffic(model.n_layers, model.dense_read_bytes, kv_bytes, expert_bytes=0.0)
+
+
+# llama.cpp keeps keys and values in half precision unless it is told otherwise.
+LLAMA_CPP_KV = "float16"
+
+
 def all_on_cpu(model: PlannedModel, context: int, resident_layers: int = 0) -> Traffic:
     """llama.cpp's --cpu-moe, or --n-cpu-moe with some layers' experts on the device.
 
     The experts of the other layers are computed on the CPU, natively.
     """
-    config, store = model.config, model.store()
-    sizes_L = [layer.expert_bytes * config.experts_per_token for layer in store.precisions[NATIVE]]
-    return Traffic(
-        layers=config.n_layers,
-        dense_bytes=model.dense_read_bytes,
-        kv_bytes=model.kv_cache_bytes(context),
-        expert_bytes=sum(sizes_L[config.n_layers - resident_layers :]),
-        host_bytes=sum(sizes_L[: config.n_layers - resident_layers]),
-        host_layers=config.n_layers - resident_layers,
+    config, layers = model.config, model.store().precisions[NATIVE]
+    sizes_L = [layer.expert_bytes * config.experts_per_token for layer in layers]
+    on_host = config.n_layers - resident_layers
+    return replace(
+        _dense(model, context, LLAMA_CPP_KV),
+        expert_bytes=sum(sizes_L[on_host:]),
+        host_bytes=sum(sizes_L[:on_host]),
+        host_layers=on_host,
     )
 
 
@@ -275,38 +247,18 @@ def hot_on_device(
     Returns:
         (share of selections on the device 0-1, traffic of a token).
     """
-    config, store, parts = model.config, model.store(), _cut(trace)
-    setting = Setting("hot")
-    slots, _ = pool_slots(
-        _plan(model, _precisions_LE(setting, parts.uses_LE)),
-        MISS_MODES["fetch"],
-        store,
-        pool_bytes,
-        0.0,
-    )
-    layers = _model_layers(trace, model)
-    bank_L = [store.layer(NATIVE, at).signature for at in layers]
-    hot_LE = np.zeros(parts.uses_LE.shape, bool)
-    shrunk = _shrunk(slots, store, [bank_L], trace.n_experts)
-    native = np.ones((1, *parts.uses_LE.shape))
-    controller = Controller(_layout(store, [bank_L], trace), shrunk, policy_factory(DEFAULT_POLICY))
-    for bank, keys in rank(parts.uses_LE, native, controller, MISS_MODES["fetch"]).items():
-        for key in keys[: bank.policy.capacity]:
-            hot_LE[key.layer, key.expert] = True
-    end = min(len(trace.ids_TLK), TOKENS)
-    ids_TLK = trace.ids_TLK[parts.warm_end : end]
+    config, store = model.config, model.store()
+    warm = _warmed_up(Setting("hot"), model, trace, pool_bytes)
+    hot_LE = warm.replay.counter.resident_pLE[NATIVE]
+    ids_TLK = trace.ids_TLK[warm.counted : TOKENS]
     hot_TLK = hot_LE[np.arange(ids_TLK.shape[1])[:, None], ids_TLK]
-    k, n_layers = ids_TLK.shape[2], ids_TLK.shape[1]
-    sizes_L = np.array([store.layer(NATIVE, at).expert_bytes for at in layers], np.float64)
-    scale = config.n_layers * config.experts_per_token / (n_layers * k) / len(ids_TLK)
-    used = hot_TLK.sum(axis=(0, 2))
-    missed = (~hot_TLK).sum(axis=(0, 2))
+    n_tokens, n_layers, k = ids_TLK.shape
+    sizes_L = np.array([store.layer(NATIVE, at).expert_bytes for at in warm.layers], np.float64)
+    scale = config.n_layers * config.experts_per_token / (n_layers * k) / n_tokens
     touched = float((~hot_TLK).any(axis=2).mean())
-    return float(hot_TLK.mean()), Traffic(
-        layers=config.n_layers,
-        dense_bytes=model.dense_read_bytes,
-        kv_bytes=model.kv_cache_bytes(context),
-        expert_bytes=float((used * sizes_L).sum()) * scale,
-        host_bytes=float((missed * sizes_L).sum()) * scale,
+    return float(hot_TLK.mean()), replace(
+        _dense(model, context, LLAMA_CPP_KV),
+        expert_bytes=float((hot_TLK.sum(axis=(0, 2)) * sizes_L).sum()) * scale,
+        host_bytes=float(((~hot_TLK).sum(axis=(0, 2)) * sizes_L).sum()) * scale,
         host_layers=_exits(touched, config.experts_per_token / k) * config.n_layers,
     )

@@ -1,8 +1,7 @@
 """Encode float32 weights as GGUF blocks: the lower precisions of an expert, whole exported tensors.
 
-Owns the checks, the chunking over cores, and which search and layout make which format. Scales are
-chosen in `scale_search` and `single_scale`, bytes laid out in `block_layouts`; decoding is
-`pallas_kernels.formats`.
+Owns the checks, the chunking over cores, and which search serves which format. Scales are chosen
+in `scale_search` and `single_scale`; what a block can say, and where, is `pallas_kernels.formats`.
 
 Errors and speeds beside ggml's own: docs/encoders.md, which `scripts/dev/bench_encoders.py` makes.
 
@@ -16,9 +15,9 @@ import jax
 import numpy as np
 
 from hobbit_jax.quantize import single_scale
-from hobbit_jax.quantize.block_layouts import pack
-from hobbit_jax.quantize.scale_search import BLOCK_LEN, K_QUANTS, find_scales
-from pallas_kernels.formats import get_format
+from hobbit_jax.quantize.scale_search import BLOCK_LEN, Scales, find_scales
+from pallas_kernels.formats import FORMATS as ALL_FORMATS
+from pallas_kernels.formats import Cast, KQuant, Levels, get_format
 
 # What the most generous block, Q6_K, can say at all: d · scale · q.
 _LARGEST_WEIGHT = 65504.0 * 128 * 32
@@ -28,7 +27,7 @@ _CHUNK_BLOCKS = 1024
 # An importance below this fraction of its block's largest counts as this fraction: every
 # least-squares system stays solvable and no choice that matters changes.
 _IMPORTANCE_FLOOR = 2.0**-20
-FORMATS = (*K_QUANTS, "Q8_0", "Q4_0", "IQ4_NL", "F16", "F32")
+FORMATS = tuple(fmt.name for fmt in ALL_FORMATS.values() if fmt.encoder)
 
 
 def encode(
@@ -63,15 +62,12 @@ def encode(
     n, k = weights_NK.shape
     importance_K = None if importance_K is None else _checked_importance_K(importance_K, k)
 
-    if format == "F32":
-        _check_finite(weights_NK, 0, 1)
-        return np.ascontiguousarray(weights_NK).view(np.uint8)
-    if format == "F16":
-        _check_finite(weights_NK, 0, 1)
+    if isinstance(get_format(format).encoder, Cast):
+        check_finite(weights_NK, 0, 1)
         with np.errstate(over="ignore"):  # Reported below, with its row.
-            half_NK = weights_NK.astype(np.float16)
-        _check_no_overflow(np.all(np.isfinite(half_NK), axis=1), format, 0, 1)
-        return half_NK.view(np.uint8)
+            cast_NK = np.ascontiguousarray(weights_NK, get_format(format).planes[0].dtype)
+        _check_no_overflow(np.all(np.isfinite(cast_NK), axis=1), format, 0, 1)
+        return cast_NK.view(np.uint8)
     importance_GW = None if importance_K is None else block_importance_GW(importance_K, block_len)
     blocks_GP = _encode_chunks(weights_NK, format, block_len, importance_GW)
     return blocks_GP.reshape(n, get_format(format).row_bytes(k))
@@ -124,7 +120,7 @@ def block_importance_GW(importance_K: np.ndarray, block_len: int) -> np.ndarray:
     return np.maximum(importance_GW, _IMPORTANCE_FLOOR).astype(np.float32)
 
 
-def _check_finite(values_GW: np.ndarray, first: int, row_len: int) -> None:
+def check_finite(values_GW: np.ndarray, first: int, row_len: int) -> None:
     """Refuses NaN and infinity; `values_GW[0]` is piece `first`, with `row_len` pieces to a row."""
     finite_G = np.isfinite(values_GW).all(1)
     if not finite_G.all():
@@ -143,21 +139,42 @@ def _check_no_overflow(fits_G: np.ndarray, format: str, first: int, row_len: int
 
 
 def check_values(values_GW: np.ndarray, format: str, first: int, row_len: int) -> None:
-    """Refuses weights that are not finite or too large for any block, as `_check_finite` counts.
+    """Refuses weights that are not finite or too large for any block, as `check_finite` counts.
 
     Before a search, because squares of larger weights could overflow float32.
     """
     fits_GW = np.abs(values_GW) <= _LARGEST_WEIGHT  # nor is a NaN
     if not fits_GW.all():
-        _check_finite(values_GW, first, row_len)
+        check_finite(values_GW, first, row_len)
         _check_no_overflow(np.all(fits_GW, axis=1), format, first, row_len)
 
 
 def check_blocks(blocks_GP: np.ndarray, format: str, first: int, row_len: int) -> None:
-    """Refuses blocks of which a float16 field has overflowed, as `_check_finite` counts."""
+    """Refuses blocks of which a float16 field has overflowed, as `check_finite` counts."""
     for at, *_ in get_format(format).float_fields:  # too large weights overflow them
         half_G1 = np.ascontiguousarray(blocks_GP[:, at : at + 2]).view(np.float16)
         _check_no_overflow(np.isfinite(half_G1[:, 0]), format, first, row_len)
+
+
+def pack(q_GW: jax.Array, scales: Scales, format: str) -> np.ndarray:
+    """Blocks uint8 [G, P] of a K-quant's quants, uint8 [G, 256] counted from 0, and its scales."""
+    quant = get_format(format).encoder
+    assert isinstance(quant, KQuant)
+    d_G, dmin_G = np.asarray(scales.d_11G)[0, 0], np.asarray(scales.dmin_11G)[0, 0]
+    scale_GJ, offset_GJ = (np.asarray(s)[0].T for s in (scales.scale_1JG, scales.offset_1JG))
+    used_GJ = np.float32(d_G)[:, None] * scale_GJ != 0
+    if format == "Q3_K":  # stored from 0, where Q6_K's are int8
+        scale_GJ = scale_GJ - quant.scale_range[0]
+    integers = [np.asarray(q_GW), scale_GJ.astype(np.int8).view(np.uint8)]
+    floats = [d_G]
+    if quant.has_offsets:
+        used_GJ = used_GJ | (np.float32(dmin_G)[:, None] * offset_GJ != 0)
+        integers.append(offset_GJ.astype(np.uint8))
+        floats.append(dmin_G)
+    blocks_GP = get_format(format).pack(integers, floats)
+    # A block of zero steps decodes to zeros whatever else it says; like ggml, say nothing.
+    blocks_GP[~used_GJ.any(axis=1)] = 0
+    return blocks_GP
 
 
 def _encode_chunks(
@@ -178,11 +195,14 @@ def _encode_chunks(
         weight_GW = None
         if importance_GW is not None:
             weight_GW = importance_GW[(first + np.arange(chunk_blocks)) % row_blocks]
-        if format in K_QUANTS:
-            chunk_GP = pack(*find_scales(chunk_GW, weight_GW, K_QUANTS[format]), format)
+        quant = get_format(format).encoder
+        if isinstance(quant, KQuant):
+            chunk_GP = pack(*find_scales(chunk_GW, weight_GW, quant), format)[:count]
         else:
-            chunk_GP = single_scale.encode_blocks(chunk_GW, weight_GW, format)
-        chunk_GP = np.asarray(chunk_GP)[:count]
+            assert isinstance(quant, Levels)
+            codes_GW, d_G = single_scale.encode_blocks(chunk_GW, weight_GW, quant)
+            integers = (np.asarray(codes_GW)[:count],)
+            chunk_GP = get_format(format).pack(integers, (np.asarray(d_G)[:count],))
         check_blocks(chunk_GP, format, first, row_blocks)
         out_GP[first : first + count] = chunk_GP
 

@@ -1,4 +1,4 @@
-"""ggml's own encoder, for comparison; nothing that we ship is made with it.
+"""ggml's own encoders, of every type that it has.
 
 Owns the one call into it. Source: `ggml_quantize_chunk` of ggml.h.
 """
@@ -9,9 +9,10 @@ import ctypes
 import functools
 from concurrent.futures import ThreadPoolExecutor
 
-import gguf
 import numpy as np
 
+from hobbit_jax.quantize.encoder import check_finite
+from pallas_kernels.formats import get_format
 from pallas_kernels.ggml.library import base_library
 
 
@@ -29,7 +30,25 @@ def library() -> ctypes.CDLL:
         *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
     )
     found.ggml_quantize_init.argtypes = (ctypes.c_int,)
+    found.ggml_quantize_requires_imatrix.argtypes = (ctypes.c_int,)
+    found.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     return found
+
+
+def check_format(format: str, has_importance: bool) -> int:
+    """ggml's number of a format that it can encode so.
+
+    Raises:
+        ValueError: ggml demands an importance, and there is none.
+        NotImplementedError: no libggml, or a format that we do not know.
+    """
+    number = get_format(format).number
+    if not has_importance and library().ggml_quantize_requires_imatrix(number):
+        raise ValueError(
+            f"ggml encodes {format} only under an importance of the columns; give a calibration "
+            "with second moments (scripts/calibrate.py)"
+        )
+    return number
 
 
 def encode(
@@ -37,13 +56,19 @@ def encode(
 ) -> np.ndarray:
     """What `quantize.encode` returns, by ggml: uint8 [N, row_bytes] of float32 [N, K].
 
-    `importance_K` is a row of llama.cpp's importance matrix. Rows are shared out to `threads`.
+    `importance_K` is a row of llama.cpp's importance matrix, which some types demand and others
+    ignore. Rows are shared out to `threads`.
+
+    Raises:
+        ValueError: weights that are not finite, rows of no whole number of blocks, or no
+            importance where ggml demands one.
+        NotImplementedError: no libggml, or a format that we do not know.
     """
-    kind = gguf.GGMLQuantizationType[format]
+    kind = check_format(format, importance_K is not None)
     weights_NK = np.ascontiguousarray(weights_NK, np.float32)
     n, k = weights_NK.shape
-    block_len, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    out_NP = np.empty((n, k // block_len * block_bytes), np.uint8)
+    check_finite(weights_NK, 0, 1)  # ggml would end the process
+    out_NP = np.empty((n, get_format(format).row_bytes(k)), np.uint8)
     matrix_K = None if importance_K is None else np.ascontiguousarray(importance_K, np.float32)
     matrix = None if matrix_K is None else matrix_K.ctypes.data
     ggml = library()

@@ -33,15 +33,15 @@ import numpy as np
 import scipy.linalg
 from jax import Array, lax
 
-from hobbit_jax.quantize.block_layouts import pack
 from hobbit_jax.quantize.encoder import (
     block_importance_GW,
     check_blocks,
     check_shape,
     check_values,
+    pack,
 )
-from hobbit_jax.quantize.scale_search import BLOCK_LEN, K_QUANTS, KQuant, Scales, find_scales
-from pallas_kernels.formats import get_format
+from hobbit_jax.quantize.scale_search import BLOCK_LEN, Scales, find_scales
+from pallas_kernels.formats import FORMATS, KQuant, get_format
 
 # Added to the diagonal, as a share of its mean. Less fits the calibration text's noise: on the
 # reference model KL at Q2_K is .0299 at .01 and .0289 at .05.
@@ -75,11 +75,11 @@ def encode(weights_NK: np.ndarray, format: str, hessian_KK: np.ndarray) -> np.nd
             with a negative diagonal.
         NotImplementedError: a format that is no K-quant.
     """
-    check_format(format)
+    quant = check_format(format)
     weights_NK = np.asarray(weights_NK)
     check_shape(weights_NK, format)
     check_values(weights_NK, format, 0, 1)
-    quant, (n_rows, n_columns) = K_QUANTS[format], weights_NK.shape
+    n_rows, n_columns = weights_NK.shape
     hessian_KK = _conditioned(hessian_KK, n_columns)
     if n_rows == 0:
         return np.empty((0, get_format(format).row_bytes(n_columns)), np.uint8)
@@ -93,13 +93,14 @@ def encode(weights_NK: np.ndarray, format: str, hessian_KK: np.ndarray) -> np.nd
     return np.concatenate(packed, axis=1)
 
 
-def check_format(format: str) -> None:
-    """Refuses a format that is no K-quant with NotImplementedError."""
-    if format not in K_QUANTS:
+def check_format(format: str) -> KQuant:
+    """The numbers of a K-quant; refuses another format with NotImplementedError."""
+    quants = {f.name: f.encoder for f in FORMATS.values() if isinstance(f.encoder, KQuant)}
+    if format not in quants:
         raise NotImplementedError(
-            f"no Hessian-based encoder for {format!r}; the formats with one are "
-            f"{', '.join(K_QUANTS)}"
+            f"no Hessian-based encoder for {format!r}; the formats with one are {', '.join(quants)}"
         )
+    return quants[format]
 
 
 def _conditioned(hessian_KK: np.ndarray, n_columns: int) -> np.ndarray:
@@ -348,5 +349,5 @@ def _packed(blocks: _Blocks, format: str) -> np.ndarray:
         blocks.scale_JN[None],
         blocks.offset_JN[None],
     )
-    q_NW = (blocks.q_WN.T - K_QUANTS[format].q_range[0]).astype(jnp.uint8)
-    return np.asarray(pack(q_NW, scales, format))
+    q_NW = (blocks.q_WN.T - check_format(format).q_range[0]).astype(jnp.uint8)
+    return pack(q_NW, scales, format)

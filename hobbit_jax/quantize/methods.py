@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from hobbit_jax.quantize import encoder, ggml, gptq
+from pallas_kernels.formats import get_format
 
 METHODS = ("rtn", "importance", "gptq", "ggml")
 NEEDED_STATISTICS = {
@@ -64,19 +65,22 @@ class CalibratedMoments(Protocol):
         ...
 
 
-def check_method(format: str, method: str, columns: int) -> None:
+def check_method(format: str, method: str, columns: int, calibrated: bool = True) -> None:
     """Refuses what `encode_matrix` cannot encode, before anything is computed.
 
     Raises:
-        ValueError: an unknown method, or rows of `columns` weights that are no multiple of a block.
+        ValueError: an unknown method, rows of `columns` weights that are no multiple of a block, or
+            a type that ggml encodes only with a calibration, and there is none.
         NotImplementedError: `method` has no encoder for `format`, or ggml is not here.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; want one of {', '.join(METHODS)}")
+    if method == "ggml":
+        ggml.check_format(format, calibrated)
+        get_format(format).row_bytes(columns)
+        return
     if method == "gptq":
         gptq.check_format(format)
-    if method == "ggml":
-        ggml.library()
     encoder.check_shape(np.empty((0, columns), np.float32), format)
 
 
@@ -151,15 +155,18 @@ def encode_matrix(
 
     rtn: the best rounding of the weights alone (`encoder`). importance: weighted by the second
     moment of each input (`encoder`). gptq: against the whole second moment (`hessian`), for
-    K-quants. ggml: llama.cpp's encoder under the same importance, as a rival (`ggml`).
+    K-quants. ggml: llama.cpp's encoder, under the same importance if there is a calibration
+    (`ggml`).
 
     Raises:
         ValueError: an unknown method; no calibration, or one without the statistics that it needs.
         NotImplementedError: `method` has no encoder for `format`.
     """
-    check_method(format, method, weights_NK.shape[-1])
+    check_method(format, method, weights_NK.shape[-1], calibration is not None)
     if method == "rtn":
         return encoder.encode(weights_NK, format)
+    if method == "ggml" and calibration is None:
+        return ggml.encode(weights_NK, format)
     if calibration is None:
         raise ValueError(f"method {method} needs a calibration; make one with scripts/calibrate.py")
     importance = moment(calibration, role, layer, expert, full=method == "gptq")

@@ -1,7 +1,7 @@
 """Choose the scales and quants of a K-quant block: the part of encoding that decides the error.
 
-Owns the numbers of each K-quant and the search. It stands in for `make_qkx2_quants` and
-`make_qx_quants` of ggml-quants.c:
+Owns the search, over the numbers of each format's `KQuant`. It stands in for `make_qkx2_quants`
+and `make_qx_quants` of ggml-quants.c:
 
 1. Each sub-block is fitted by least squares from several guesses, as in ggml; but for the plain
    squared error (or importance · squared error), where ggml without an importance matrix weighs
@@ -25,7 +25,6 @@ I, XLA's CPU backend takes 50 times as long.)
 
 # Fields are arrays, and array names end in their shape letters.
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -36,64 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pallas_kernels.formats import KQuant
+
 BLOCK_LEN = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class KQuant:
-    """The numbers of one K-quant; ŵ = d·scale·q, minus dmin·offset if it has offsets."""
-
-    has_offsets: bool
-    sub_len: int
-    q_range: tuple[int, int]
-    scale_range: tuple[int, int]
-    # First guesses for a sub-block's real-valued scale. With offsets, (a, b): the lowest level lies
-    # at a·min(w, 0), the highest at b·max(w). Without, (a,): the weight of largest magnitude lies
-    # at q = a. Guesses that clip the extreme weights are the better ones at 2 and 3 bits.
-    guesses: tuple[tuple[float, ...], ...]
-    # One entry a pass: whether it tries integers nearby (step 2) before it fits the super-scales
-    # (step 3). At Q3_K step 2 costs a tenth of the time for 0.03 % of the error.
-    passes: tuple[bool, ...] = (True, True)
-
-
-K_QUANTS = {
-    "Q2_K": KQuant(
-        has_offsets=True,
-        sub_len=16,
-        q_range=(0, 3),
-        scale_range=(0, 15),
-        guesses=tuple(itertools.product((1.0, 0.8, 0.6), repeat=2)),
-    ),
-    "Q3_K": KQuant(
-        has_offsets=False,
-        sub_len=16,
-        q_range=(-4, 3),
-        scale_range=(-32, 31),
-        guesses=tuple((q,) for q in (-4.8, -4.3, -3.8, 3.0, 3.3, 3.7, 4.2)),
-        passes=(False,),
-    ),
-    "Q4_K": KQuant(
-        has_offsets=True,
-        sub_len=32,
-        q_range=(0, 15),
-        scale_range=(0, 63),
-        guesses=tuple(itertools.product((1.02, 0.97, 0.91), repeat=2)),
-    ),
-    "Q5_K": KQuant(
-        has_offsets=True,
-        sub_len=32,
-        q_range=(0, 31),
-        scale_range=(0, 63),
-        guesses=tuple(itertools.product((1.02, 0.985, 0.95), repeat=2)),
-    ),
-    "Q6_K": KQuant(
-        has_offsets=False,
-        sub_len=16,
-        q_range=(-32, 31),
-        scale_range=(-128, 127),
-        guesses=tuple((sign * halves / 2,) for halves in range(58, 66) for sign in (-1, 1)),
-    ),
-}
 
 
 class _Chunk(NamedTuple):

@@ -124,6 +124,7 @@ def _about(studies: Studies, sweep: Sweep) -> dict[str, object]:
         "warning": rule_warning(sweep.study),
         "plans": planner_tables.plans(planned),
         "checks": [r for r in planned if r.subject == planner_tables.CHECK],
+        "reports": [r for r in planned if r.subject == planner_tables.REPORTS],
         "baselines": baseline_tables.section(found.of(baseline_tables.STUDY)),
         "limitations": list(limitations(sweep, found)),
         "config": json.dumps(sweep.study.config, indent=1, sort_keys=True),

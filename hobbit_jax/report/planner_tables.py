@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hobbit_jax.record import Benchmark, Record
-from hobbit_jax.report.table import Column, listed, one_line, ratio, table
+from hobbit_jax.record import Record
+from hobbit_jax.report.table import Column, listed, one_line, table
 
-STUDY, CHECK = "planner", "planner check"
+STUDY, CHECK, REPORTS = "planner", "planner check", "planner reports"
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,6 @@ class Plan:
     """The record of one model on one GPU."""
 
     record: Record
-
-    @property
-    def setting(self) -> Mapping[str, Any]:
-        """Model, gpu, context, policy."""
-        assert isinstance(self.record.asked, Benchmark)
-        return self.record.asked.setting
 
     @property
     def settings(self) -> Sequence[Mapping[str, Any]]:
@@ -38,106 +32,93 @@ class Plan:
         """Native experts streamed under SLRU."""
         return self.settings[0]
 
-    @property
-    def choice(self) -> Mapping[str, Any]:
-        """What the planner would run in this engine."""
-        return next(s for s in self.settings if s["name"] == self.record.notes["choice"])
+    def chosen(self, who: str) -> str:
+        """What to run: "here", "overall" or in a "compiled" engine; under each routing."""
+        names = self.record.samples[f"choices_{who}"]
+        return " or ".join(dict.fromkeys(names))
 
-    @property
-    def faster_baseline(self) -> Mapping[str, Any] | None:
-        """The fastest baseline at native precision, where it beats the choice."""
-        baselines = self.record.samples["rivals"]
-        best = max(baselines, key=lambda b: b["tokens_per_second"], default=None)
-        slow = best is None or best["tokens_per_second"] <= self.choice["tokens_per_second"]
-        return None if slow else best
+    def speed(self, who: str) -> str:
+        """Tokens a second of `chosen`."""
+        options = {o["name"]: o for o in [*self.settings, *self.record.samples["rivals"]]}
+        key = "compiled_tokens_per_second" if who == "compiled" else "tokens_per_second"
+        names = self.record.samples[f"choices_{who}"]
+        return extent(
+            [
+                options[name].get(key, options[name]["tokens_per_second"])[at]
+                for at, name in enumerate(names)
+            ],
+            ".0f",
+        )
 
     @property
     def action(self) -> str:
         """What to do, in a few words."""
         if len(self.settings) == 1:
             return "keep native: all experts fit"
-        if self.faster_baseline:
-            return f"do not stream; {self.faster_baseline['name']}"
-        name = self.choice["name"]
-        return "stream native experts" if self.choice is self.native else name
+        return self.chosen("overall")
 
-    @property
-    def other_choices(self) -> list[str]:
-        """What is chosen where one assumed constant is halved or doubled."""
-        found = {s["choice"] for s in self.record.samples["sensitivity"]}
-        return sorted(found - {self.record.notes["choice"]})
+
+def extent(values: Sequence[float], form: str) -> str:
+    """From least to most of what is predicted under each routing."""
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"
 
 
 def plans(records: Sequence[Record]) -> list[Plan]:
     """Of a study's records those that are plans, by model and memory."""
-    found = [
-        Plan(r) for r in records if isinstance(r.asked, Benchmark) and r.asked.subject == STUDY
-    ]
-    return sorted(found, key=lambda p: (p.setting["model"], p.record.metrics["memory_vram"] or 0))
+    found = [Plan(r) for r in records if r.subject == STUDY]
+    return sorted(
+        found, key=lambda p: (p.record.setting["model"], p.record.metrics["memory_vram"] or 0)
+    )
 
 
 def decision_table(found: Sequence[Plan]) -> str:
     """What to do on which GPU."""
     columns = [
-        Column("model", lambda p: p.setting["model"]),
-        Column("GPU", lambda p: f"{p.setting['gpu']}, {p.record.metrics['card_vram_gib']:g} GiB"),
+        Column("model", lambda p: p.record.setting["model"]),
+        Column(
+            "GPU", lambda p: f"{p.record.setting['gpu']}, {p.record.metrics['gpu_vram_gib']:g} GiB"
+        ),
         Column("do", "action"),
-        Column("tokens/s", _speed, ".0f"),
+        Column("tokens/s", lambda p: p.speed("overall")),
+        Column("in a compiled engine", lambda p: f"{p.chosen('compiled')}: {p.speed('compiled')}"),
         Column("native SLRU: tokens/s, hit rate", _native),
-        Column("changes with one constant halved or doubled", _changes),
+        Column("chosen in, of joint draws", _joint),
     ]
     return table(columns, found)
 
 
-def _speed(plan: Plan) -> float:
-    return (plan.faster_baseline or plan.choice)["tokens_per_second"]
-
-
 def _native(plan: Plan) -> str:
-    return f"{plan.native['tokens_per_second']:.0f}, {plan.native['hit_rate']:.2f}"
+    native = plan.native
+    return f"{extent(native['tokens_per_second'], '.0f')}, {extent(native['hit_rate'], '.2f')}"
 
 
-def _changes(plan: Plan) -> str:
-    return listed(plan.other_choices, "no")
+def _joint(plan: Plan) -> str:
+    chosen = set(plan.record.samples["choices_overall"])
+    share = sum(share for name, share in plan.record.samples["joint_overall"] if name in chosen)
+    return f"{100 * share:.0f} %"
 
 
 def whole_table(found: Sequence[Plan]) -> str:
     """Every figure of the plans that the appendix shows."""
 
-    def named(asked: str, plan: Plan) -> str | None:
-        speeds = [f"{s['tokens_per_second']:.0f}" for s in plan.settings if s["asked"] == asked]
-        return " / ".join(speeds) or None
-
-    def baselines(plan: Plan) -> str | None:
-        found = plan.record.samples["rivals"]
-        return "; ".join(f"{b['name']} {b['tokens_per_second']:.0f}" for b in found) or None
-
-    def floor(plan: Plan) -> str | None:
-        found = [s for s in plan.settings if s["mode"] == "floor"]
-        best = max(found, key=lambda s: s["tokens_per_second"], default=None)
-        return f"{best['tokens_per_second']:.0f} ({best['low_format']})" if best else None
+    def speeds(options: Sequence[Mapping[str, Any]]) -> str | None:
+        shown = [f"{o['name']} {extent(o['tokens_per_second'], '.0f')}" for o in options]
+        return "; ".join(shown) or None
 
     columns = [
-        Column("model", lambda p: p.setting["model"]),
-        Column("GPU", lambda p: p.setting["gpu"]),
+        Column("model", lambda p: p.record.setting["model"]),
+        Column("GPU", lambda p: p.record.setting["gpu"]),
         Column("pool, GB", lambda p: p.record.metrics["memory_pool"], ".1f", unit=1e9),
-        Column("native: residents, hit rate", lambda p: _residents(p.native)),
-        Column("native tokens/s", lambda p: p.native["tokens_per_second"], ".0f"),
-        Column("uniform tokens/s", lambda p: named("low", p)),
-        Column("floor tokens/s", floor),
-        Column("baselines at native precision, tokens/s", baselines),
-        Column("choice", lambda p: p.choice["name"]),
-        Column("residents, hit rate", lambda p: _residents(p.choice)),
-        Column("host round trips a token", lambda p: p.choice["traffic"]["exits"], ".1f"),
-        Column("uses below native", lambda p: p.choice["low_uses"], ".2f"),
-        Column("tokens/s", lambda p: p.choice["tokens_per_second"], ".0f"),
-        Column("of native", lambda p: ratio(p.choice["speedup"])),
+        Column(
+            "native: residents, hit rate",
+            lambda p: f"{p.native['residents']}, {extent(p.native['hit_rate'], '.2f')}",
+        ),
+        Column("tokens/s in this engine", lambda p: speeds(p.settings)),
+        Column("tokens/s elsewhere", lambda p: speeds(p.record.samples["rivals"])),
+        Column("choice in this engine", lambda p: p.chosen("here")),
     ]
     return table(columns, found)
-
-
-def _residents(setting: Mapping[str, Any]) -> str:
-    return f"{setting['residents']}, {setting['hit_rate']:.2f}"
 
 
 def reading(found: Sequence[Plan]) -> list[str]:
@@ -151,14 +132,18 @@ def reading(found: Sequence[Plan]) -> list[str]:
         for name in record.samples["assumed"]
     ]
     reasons = dict.fromkeys(r for p in found for r in p.record.samples["routing_extrapolates"])
+    sources = dict.fromkeys(s for p in found for s in p.record.samples["routing_source"])
     lines = [
-        f"{found[0].setting['context']} tokens of context, "
+        f"{record.setting['context']} tokens of context, "
         f"{(record.metrics['memory_reserve'] or 0) / 2**30:g} GiB kept for the driver. The choice "
-        "begins at native and takes what is expected to lose more only where it is "
-        f"{record.metrics['speedup_needed']:g}× as fast. Nothing is assumed to overlap.",
-        f"Assumed, never measured on a GPU: {', '.join(assumed)}.",
-        "The baselines compute on the CPU at native precision; with a smaller quant they would be "
-        "faster too, and that like-for-like rival is not in the table.",
+        "begins with the fastest that loses nothing and takes what is expected to lose more only "
+        f"where it is {record.metrics['speedup_needed']:g}× as fast.",
+        f"A range is over routing: {'; '.join(sources)}.",
+        f"Assumed, never measured on a GPU: {', '.join(assumed)}. *Joint draws* are of all of them "
+        "at once between half and double, with the routing, another KV format and a longer "
+        "context; the share is of those that choose the same.",
+        "*Elsewhere* is llama.cpp on the same file and on its smaller ones, and a fork of it that "
+        "keeps hot experts on the GPU, all with a compiled engine's constants.",
     ]
     return lines + [f"It extrapolates: {one_line(reason)}." for reason in reasons]
 
@@ -194,16 +179,33 @@ def check_section(record: Record) -> str:
         *_both("host round trips", "exits", ".2f", 1),
         *_both("MB moved", "moved_bytes", ".3f", 1e6),
     ]
-    published = [
+    return "\n\n".join([text, table(columns, times)])
+
+
+def reports_section(record: Record) -> str:
+    """How far the cost model is from speeds that others report, misses included."""
+    m, wrong = record.metrics, record.samples["wrong_pairs"]
+    groups = {
+        name.removeprefix("median_errors_"): value
+        for name, value in m.items()
+        if name.startswith("median_errors_")
+    }
+    text = (
+        f"Nothing was tuned to these. The median error is {100 * (m['median_error'] or 0):.0f} % "
+        f"({listed([f'{name}: {100 * (value or 0):.0f} %' for name, value in groups.items()], '')})"
+        f". Of {m['pairs']} pairs of one model whose reports differ by more than a quarter, "
+        f"{m['pairs_in_order']} are forecast in their order. The others: {'; '.join(wrong)}."
+    )
+    columns = [
         Column("what", "what"),
         Column("reported tokens/s", "reported", ".1f"),
         Column("predicted", "predicted", ".1f"),
         Column("predicted over reported", "ratio", ".2f"),
         Column("host bandwidth", "host_bandwidth"),
+        Column("whose", "group"),
         Column("source", "source"),
     ]
-    parts = [text, table(columns, times), table(published, record.samples.get("public", ()))]
-    return "\n\n".join(filter(None, parts))
+    return f"{text}\n\n{table(columns, record.samples['rows'])}"
 
 
 _TIMES = ("measured_ms", "ratio_replayed", "ratio_counted")

@@ -20,6 +20,7 @@ import numpy as np
 
 from hobbit_jax import reference
 from hobbit_jax.atomic import exclusive, replacing, write_json
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals import quality
 from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
@@ -123,7 +124,7 @@ class ArtifactCache:
 
     def _native_engine(self) -> Engine:
         pool_bytes = roomy_pool_bytes(self.native_store.precision_bytes(NATIVE))
-        return Engine(self.model, self.native_store, pool_bytes)
+        return Engine(self.model, self.native_store, CacheConfig(pool_bytes))
 
     @functools.cached_property
     def native_store(self) -> HostExperts:

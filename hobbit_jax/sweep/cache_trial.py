@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.policies import SLRU
 from hobbit_jax.evals import quality, tasks
 from hobbit_jax.evals.engine_program import EngineProgram
@@ -51,10 +52,14 @@ def measure_trial(
     """
     policy = functools.partial(SLRU, protected_fraction=asked.protected_fraction)
     by_miss = asked.plan if isinstance(asked.plan, MissModeTrial) else None
-    engine = Engine(
-        bench.model, store, int(asked.budget_mib * 2**20), plan, policy,
-        by_miss.mode if by_miss else "fetch", by_miss.share if by_miss else 0.0,
-    )  # fmt: skip
+    config = CacheConfig(
+        int(asked.budget_mib * 2**20),
+        plan=plan,
+        policy=policy,
+        mode=by_miss.mode if by_miss else "fetch",
+        low_share=by_miss.share if by_miss else 0.0,
+    )
+    engine = Engine(bench.model, store, config)
     shared = of_quality(asked)
     name, batch = record_name(shared), 1 if by_miss else None
     sizes, native_WTV = asked.sizes, bench.native_logits_WTV

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from hobbit_jax import quantize, reference
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -106,7 +107,7 @@ def _timed(run: Callable[[], Any]) -> float:
 def _speeds(model: LoadedModel, context: int) -> tuple[float, float]:
     """Seconds of a window of `context` tokens, and of one decoded token."""
     store = HostExperts(model.config, model.file)
-    engine = Engine(model, store, roomy_pool_bytes(store.precision_bytes(NATIVE)))
+    engine = Engine(model, store, CacheConfig(roomy_pool_bytes(store.precision_bytes(NATIVE))))
     vocabulary = model.config.vocab_size
     ids_1T = np.random.default_rng(0).integers(0, vocabulary, (1, context), np.int32)
     window_s = _timed(lambda: engine.score(ids_1T))

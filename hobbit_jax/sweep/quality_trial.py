@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import Observer
+from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.evals import quality, tasks
 from hobbit_jax.experts.low_precision import LowPrecisionSpec, dequantize
 from hobbit_jax.experts.precision import SKIPPED, PrecisionPlan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.inference.prefill import RouterOutput
 from hobbit_jax.record import (
     Measured,
     QualityTrial,
@@ -33,11 +35,11 @@ def measure_trial(
 ) -> Measured:
     """Quality, tasks, and the bytes that selections use; of a uniform quant its errors too."""
     chunk_tokens = asked.sizes.windows * asked.sizes.context
-    engine = Engine(bench.model, store, plan=plan, chunk_tokens=chunk_tokens)
+    engine = Engine(bench.model, store, CacheConfig(plan=plan, chunk_tokens=chunk_tokens))
 
     def quality_and_uses() -> Measured:
         uses = UseCounter(store, plan)
-        with engine.watched_by(uses):
+        with engine.observed_by(uses):
             found = quality.evaluate(engine, bench.windows, bench.native_logits_WTV)
         return combined(found.measured(), measured(uses.figures()))
 
@@ -64,8 +66,8 @@ def measure_trial(
     )
 
 
-class UseCounter:
-    """Watches an engine and counts which precision serves its selections, and the bytes of that."""
+class UseCounter(Observer):
+    """Counts which precision serves its selections, and the bytes of that."""
 
     def __init__(self, store: HostExperts, plan: PrecisionPlan):
         self.plan = plan
@@ -75,7 +77,7 @@ class UseCounter:
         self.count_NL = np.zeros(self.bytes_NL.shape, np.int64)
         self.skipped = 0
 
-    def __call__(self, routed: RouterOutput) -> None:
+    def after_routing(self, routed: RouterOutput) -> None:
         """Counts one layer of one step."""
         precision_TK = self.plan.assign(routed.layer, routed.ids_TK, routed.weights_TK)
         precisions = precision_TK[routed.valid_T].reshape(-1)

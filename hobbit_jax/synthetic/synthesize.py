@@ -34,7 +34,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from tqdm import tqdm
 
@@ -123,8 +122,7 @@ def synthesize(
 
 
 def _raw_shape(format: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    block_weights, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format]]
-    return (*shape[:-1], shape[-1] // block_weights * block_bytes)
+    return (*shape[:-1], get_format(format).row_bytes(shape[-1]))
 
 
 class _Weights:
@@ -202,7 +200,7 @@ class _Weights:
     def _random_blocks(self, format: str, std: float) -> np.ndarray:
         """Blocks of random codes, uint8 [blocks, block_bytes], of weights with mean 0."""
         rng = self._rng(f"{format} {std}")
-        _, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format]]
+        block_bytes = get_format(format).block_bytes
         if format == "F16":
             values = rng.standard_normal(_POOL_BLOCKS, np.float32) * np.float32(std)
             return values.astype(np.float16).view(np.uint8).reshape(-1, 2)

@@ -1,27 +1,48 @@
-"""IQ4_NL, IQ4_XS and MXFP4: four bits a weight that index a table of 16 signed integers.
+"""IQ4_NL, IQ4_XS, MXFP4 and NVFP4: four bits a weight that index a table of 16 signed integers.
 
-Called through `pallas_kernels.formats`. Source: `block_iq4_nl`, `block_iq4_xs`, `block_mxfp4`,
-`kvalues_iq4nl`, `kvalues_mxfp4` and `ggml_e8m0_to_fp32_half` in ggml.
+Source: `block_iq4_nl`, `block_iq4_xs`, `block_mxfp4`, `block_nvfp4`, `kvalues_iq4nl`,
+`kvalues_mxfp4`, `ggml_e8m0_to_fp32_half` and `ggml_ue4m3_to_fp32` in ggml.
 Exact: d (11 significant bits), IQ4_XS's scale (at most 5, or the power of two -32) and a table
-value (7) add up to 23 of a float32's 24; MXFP4's scale is a power of two.
+value (7) add up to 23 of a float32's 24; MXFP4's scale is a power of two, NVFP4's has 4 bits.
 
 Planes: `d` f16; `exponents` E8M0 bytes (MXFP4); `scales_h` 8 little-endian 2-bit fields and
-`scales_l` 8 nibbles (IQ4_XS); `quants` two weights a byte, weight i low and i+16 high.
+`scales_l` 8 nibbles (IQ4_XS); `scales` unsigned E4M3 bytes, one for 16 weights (NVFP4); `quants`
+two weights a byte, weight i low and i+16 high (i+8 in NVFP4).
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.formats.base import Format, Plane, Planes, bit_fields, shifted_bits
+from pallas_kernels.formats.base import (
+    U8,
+    D,
+    Format,
+    Levels,
+    Plane,
+    Planes,
+    bit_fields,
+    byte_plane,
+    shifted_bits,
+)
+from pallas_kernels.formats.legacy import nibbles
+from pallas_kernels.formats.packing import (
+    MatrixTile,
+    Packing,
+    Scales,
+    Supers,
+    nibble_codes,
+    no_scales,
+    per_group,
+    supers,
+)
 
 IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-# E2M1 values, doubled to be integers: the scale is halved to match.
-MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-
-_U8 = jnp.dtype(jnp.uint8)
-_F16 = jnp.dtype(jnp.float16)
+# E2M1 values, doubled to be integers: scales are halved to match.
+E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 def look_up(values: tuple[int, ...], codes: jax.Array) -> jax.Array:
@@ -42,11 +63,11 @@ def look_up(values: tuple[int, ...], codes: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(byte_on_top, jnp.int32) >> 24
 
 
-def _codes(blocks: Planes) -> jax.Array:
-    """uint8 [..., R, G, J, 32] in 0..15."""
+def _codes(blocks: Planes, run: int = 16) -> jax.Array:
+    """uint8 [..., R, G, J, 2 * run] in 0..15."""
     *lead, n_bytes = blocks["quants"].shape
-    nibbles = bit_fields(blocks["quants"].reshape(*lead, n_bytes // 16, 16), 4)
-    return nibbles.reshape(*lead, n_bytes // 16, 32)
+    halves = bit_fields(blocks["quants"].reshape(*lead, n_bytes // run, run), 4)
+    return halves.reshape(*lead, n_bytes // run, 2 * run)
 
 
 def _unpack_iq4_nl(blocks: Planes) -> jax.Array:
@@ -72,7 +93,7 @@ def _unpack_mxfp4(blocks: Planes) -> jax.Array:
     value << (21 + exponent), which also hold up to 2^24.
     """
     exponent = blocks["exponents"].astype(jnp.int32)[..., None]
-    value = look_up(MXFP4_VALUES, _codes(blocks))
+    value = look_up(E2M1_VALUES, _codes(blocks))
     tiny = exponent < 2
     scale = lax.bitcast_convert_type(jnp.where(tiny, exponent + 1, exponent - 1) << 23, jnp.float32)
     product = scale * (value.astype(jnp.float32) * jnp.where(tiny, 0.25, 1.0).astype(jnp.float32))
@@ -84,20 +105,81 @@ def _unpack_mxfp4(blocks: Planes) -> jax.Array:
     )
 
 
-_D = Plane("d", _F16, 1)
+def _unpack_nvfp4(blocks: Planes) -> jax.Array:
+    """E4M3 without a sign: 0 and 0x7F are zero, and so is exponent 0's mantissa 0."""
+    byte = blocks["scales"].astype(jnp.int32)
+    exponent, mantissa = (byte >> 3) & 15, byte & 7
+    # mantissa / 8, with the leading 1 of a normal number; the exponent's bias is 7, and one more
+    # halves.
+    significand = (mantissa + jnp.where(exponent == 0, 0, 8)).astype(jnp.float32)
+    power = (jnp.maximum(exponent, 1) - 7 - 3 - 1 + 127) << 23
+    scale = significand * lax.bitcast_convert_type(power, jnp.float32)
+    scale = jnp.where(byte == 0x7F, 0.0, scale)
+    return scale[..., None] * look_up(E2M1_VALUES, _codes(blocks, 8)).astype(jnp.float32)
 
-IQ4_NL = Format("IQ4_NL", 32, 18, (_D, Plane("quants", _U8, 16)), _unpack_iq4_nl)
-IQ4_XS = Format(
-    "IQ4_XS",
-    256,
-    136,
-    (_D, Plane("scales_h", _U8, 2), Plane("scales_l", _U8, 4), Plane("quants", _U8, 128)),
-    _unpack_iq4_xs,
-)
-MXFP4 = Format(
-    "MXFP4",
-    32,
-    17,
-    (Plane("exponents", _U8, 1, e8m0=True), Plane("quants", _U8, 16)),
-    _unpack_mxfp4,
+
+# How kernels read them.
+
+
+def _from_table(values: tuple[int, ...]) -> Callable[[MatrixTile, int, int], jax.Array]:
+    def codes(tile: MatrixTile, field: int, part: int) -> jax.Array:
+        words = nibble_codes(tile, field, part)
+        packed = jnp.zeros_like(words)
+        for byte in range(4):
+            value = look_up(values, (words >> (8 * byte)) & 15)
+            packed |= (value & 255).astype(jnp.uint32) << (8 * byte)
+        return packed
+
+    return codes
+
+
+def _iq4_xs_scales(tile: MatrixTile, field: int) -> Scales:
+    block_J, sub_J = tile.group_J // 8, tile.group_J % 8
+    low = (tile.at("scales_l", block_J) >> per_group(4 * sub_J)) & 15
+    high = tile.at("scales_h", 2 * block_J + sub_J // 4).astype(jnp.uint32)
+    scale = low | (((high >> per_group(2 * (sub_J % 4))) & 3) << 4)
+    return scale.astype(jnp.int32) - 32, None
+
+
+def _mxfp4_supers(tile: MatrixTile) -> Supers:
+    """2^(exponent - 128). Two subnormal scales are flushed to zero, as a GPU may do anyway."""
+    exponent = tile.at("exponents", tile.group_J).astype(jnp.int32)
+    biased = jnp.maximum(exponent - 1, 0)
+    return lax.bitcast_convert_type(biased << 23, jnp.float32), None
+
+
+def _packing(values: tuple[int, ...], read=supers(1, "d"), scales=no_scales) -> Packing:  # noqa: B008
+    return Packing(2, 16, 1, _from_table(values), read, scales, signed=True)
+
+
+_QUANTS = byte_plane("quants", 16)
+
+FORMATS = (
+    Format(
+        "IQ4_NL",
+        20,
+        32,
+        (D, _QUANTS),
+        _unpack_iq4_nl,
+        nibbles,
+        Levels(IQ4_NL_VALUES),
+        _packing(IQ4_NL_VALUES),
+    ),
+    Format(
+        "IQ4_XS",
+        23,
+        256,
+        (D, byte_plane("scales_h", 2), byte_plane("scales_l", 4), byte_plane("quants", 128)),
+        _unpack_iq4_xs,
+        packing=_packing(IQ4_NL_VALUES, supers(8, "d"), _iq4_xs_scales),
+    ),
+    Format(
+        "MXFP4",
+        39,
+        32,
+        (Plane("exponents", U8, 1, e8m0=True), _QUANTS),
+        _unpack_mxfp4,
+        packing=_packing(E2M1_VALUES, _mxfp4_supers),
+    ),
+    Format("NVFP4", 40, 64, (byte_plane("scales", 4), byte_plane("quants", 32)), _unpack_nvfp4),
 )

@@ -1,30 +1,27 @@
 """F32, F16 and BF16: one plane, `weights`, in the file's own dtype.
 
-Called through `pallas_kernels.formats`. Source: `gguf.quants.dequantize`. Exact: a widening
-conversion of a finite value is, and F32 is returned as it is (training differentiates it).
+Source: `gguf.quants.dequantize`. Exact: a widening conversion of a finite value is, and F32 is
+returned as it is (training differentiates it).
 """
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.formats.base import Format, Plane, Planes
+from pallas_kernels.formats.base import Cast, Format, Plane, Planes
+from pallas_kernels.formats.packing import Floats
 
 
 def _unpack(blocks: Planes) -> jax.Array:
     return blocks["weights"].astype(jnp.float32)
 
 
-def _float_format(name: str, scalar_type: type) -> Format:
-    dtype = jnp.dtype(scalar_type)
-    return Format(
-        name=name,
-        block_weights=1,
-        block_bytes=dtype.itemsize,
-        planes=(Plane("weights", dtype, 1),),
-        unpack_blocks=_unpack,
-    )
+def _floats(name: str, number: int, dtype: type, operand: type, encoder: Cast | None) -> Format:
+    plane = Plane("weights", jnp.dtype(dtype), 1)
+    return Format(name, number, 1, (plane,), _unpack, encoder=encoder, packing=Floats(operand))
 
 
-F32 = _float_format("F32", jnp.float32)
-F16 = _float_format("F16", jnp.float16)
-BF16 = _float_format("BF16", jnp.bfloat16)
+FORMATS = (
+    _floats("F32", 0, jnp.float32, jnp.float32, Cast()),
+    _floats("F16", 1, jnp.float16, jnp.float32, Cast()),
+    _floats("BF16", 30, jnp.bfloat16, jnp.bfloat16, None),
+)

@@ -1,6 +1,6 @@
 """Q2_K to Q6_K: 256 weights in sub-blocks of 16 or 32, whose small scales share an f16 `d`.
 
-Called through `pallas_kernels.formats`. Source: `block_q2_K` to `block_q6_K` in ggml-common.h.
+Source: `block_q2_K` to `block_q6_K` in ggml-common.h.
 Exact: significant bits of d (11), the sub-block scale and the quant add up to at most 23
 (Q6_K: 11 + 7 + 5, as -128 and -32 are powers of two), so both products fit a float32's 24;
 subtracting dmin*min (11 + 6 bits) rounds once, with or without a fused multiply-add.
@@ -9,14 +9,39 @@ Planes: `d`, `dmin` f16; `scales` as ggml packs them (bytes; int8 in Q6_K); `qua
 4 bits of a weight, `high_bits` the rest. Sub-block scales are multiplied out only in float32.
 """
 
+import functools
+import itertools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from pallas_kernels.formats.base import Format, Plane, Planes, bit_fields, shifted_bits
+from pallas_kernels.formats.base import (
+    D,
+    Format,
+    KQuant,
+    Plane,
+    Planes,
+    bit_fields,
+    byte_plane,
+    shifted_bits,
+)
+from pallas_kernels.formats.packing import (
+    MatrixTile,
+    Packing,
+    Scales,
+    bits_of,
+    nibble_codes,
+    per_group,
+    quants_of,
+    supers,
+    two_bit_codes,
+)
 
-_U8 = jnp.dtype(jnp.uint8)
-_F16 = jnp.dtype(jnp.float16)
+# Quants, then scales and minima of the sub-blocks in order, all as they are stored.
+Integers = tuple[jax.Array, ...]
 
 
 def _axes(values_RGP: jax.Array, *axes: int) -> jax.Array:
@@ -24,9 +49,30 @@ def _axes(values_RGP: jax.Array, *axes: int) -> jax.Array:
     return values_RGP.reshape(*values_RGP.shape[:-1], *axes)
 
 
-def _sub_scales(d_RG1: jax.Array, scales_RGJ: jax.Array, *axes: int) -> jax.Array:
-    """f16 `d` times the small scales, float32 [..., R, G, *axes]."""
-    return _axes(d_RG1.astype(jnp.float32) * scales_RGJ.astype(jnp.float32), *axes)
+def _unpack(
+    integers: Callable[[Planes], Integers],
+    axes: tuple[int, ...],
+    zero: int,
+    scale_zero: int,
+    blocks: Planes,
+) -> jax.Array:
+    """d * (scale - scale_zero) * (quant - zero) - dmin * minimum.
+
+    `axes` are those of the sub-blocks and a last 1 for the weights in one. They are such that each
+    field is a broadcast of its plane and the result lies in weight order: a transpose or a change
+    between runs of 16 and 32 costs 2 to 4 times on XLA's CPU backend.
+    """
+    quants, scales_RGJ, *minima_RGJ = integers(blocks)
+
+    def multiplied(d_RG1: jax.Array, small_RGJ: jax.Array) -> jax.Array:
+        return _axes(d_RG1.astype(jnp.float32) * small_RGJ.astype(jnp.float32), *axes)
+
+    lead = scales_RGJ.shape[:-1]
+    quants = quants.reshape(*lead, *axes[:-1], -1).astype(jnp.int8) - zero
+    weights = multiplied(blocks["d"], scales_RGJ.astype(jnp.int8) - scale_zero) * quants.astype(
+        jnp.float32
+    )
+    return weights - multiplied(blocks["dmin"], minima_RGJ[0]) if minima_RGJ else weights
 
 
 def _six_bit_scales_and_mins(packed_RGP: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -43,88 +89,204 @@ def _six_bit_scales_and_mins(packed_RGP: jax.Array) -> tuple[jax.Array, jax.Arra
     return scales_RGJ, mins_RGJ
 
 
-def _affine_k(blocks: Planes, quants: jax.Array) -> jax.Array:
-    """Q4_K's and Q5_K's d*scale*quant - dmin*min; quants uint8 [..., R, G, 4, 2, 32]."""
-    scales_RGJ, mins_RGJ = _six_bit_scales_and_mins(blocks["scales"])
-    # Eight sub-blocks on one axis: Q4_K in less than half the time it takes on two (XLA, CPU).
-    quants_RGJI = quants.reshape(*quants.shape[:-3], 8, 32)
-    scaled = _sub_scales(blocks["d"], scales_RGJ, 8, 1) * quants_RGJI.astype(jnp.float32)
-    return scaled - _sub_scales(blocks["dmin"], mins_RGJ, 8, 1)
+def _two_bits(blocks: Planes) -> jax.Array:
+    """[..., half of 128 weights, 2-bit field, 16-weight sub-block of a run of 32, weight]."""
+    return bit_fields(_axes(blocks["quants"], 2, 2, 16), 2, run_axes=2)
 
 
-# In every unpack below, the axes after G are spelled so that each field is a broadcast of its
-# plane and the result lies in weight order. Reshaping between sub-blocks of 16 and runs of 32
-# inside the expression instead costs 2 to 4 times on XLA's CPU backend.
+def _q2_k(blocks: Planes) -> Integers:
+    return _two_bits(blocks), blocks["scales"] & 15, blocks["scales"] >> 4
 
 
-def _unpack_q2_k(blocks: Planes) -> jax.Array:
-    # half of 128 weights, 2-bit field, 16-weight sub-block of a run of 32, weight
-    quants = bit_fields(_axes(blocks["quants"], 2, 2, 16), 2, run_axes=2)
-    scale = _sub_scales(blocks["d"], blocks["scales"] & 15, 2, 4, 2, 1)
-    offset = _sub_scales(blocks["dmin"], blocks["scales"] >> 4, 2, 4, 2, 1)
-    return scale * quants.astype(jnp.float32) - offset
-
-
-def _unpack_q3_k(blocks: Planes) -> jax.Array:
-    # half of 128 weights, 2-bit field, 16-weight sub-block of a run of 32, weight
-    low = bit_fields(_axes(blocks["quants"], 2, 2, 16), 2, run_axes=2)
+def _q3_k(blocks: Planes) -> Integers:
     shifts = np.arange(8).reshape(2, 4, 1, 1)
     high = shifted_bits(_axes(blocks["high_bits"], 1, 1, 2, 16), shifts, 1)
-    # A set high bit means "no offset": ggml subtracts 4 where it is clear.
-    quants = (low | (high << 2)).astype(jnp.int8) - 4
     # Scale j: nibble of byte j mod 8, with two bits of byte 8 + j mod 4 above it.
     low_scales = bit_fields(_axes(blocks["scales"][..., :8], 2, 4), 4, run_axes=2)
     shifts = np.arange(0, 8, 2).reshape(2, 2, 1)
     high_scales = shifted_bits(_axes(blocks["scales"][..., 8:], 1, 1, 4), shifts, 2)
-    scales = (low_scales | (high_scales << 4)).astype(jnp.int8) - 32
-    scales_RGJ = scales.reshape(*scales.shape[:-3], 16)
-    return _sub_scales(blocks["d"], scales_RGJ, 2, 4, 2, 1) * quants.astype(jnp.float32)
+    scales = low_scales | (high_scales << 4)
+    # A set high bit means "no offset": ggml subtracts 4 where it is clear.
+    return _two_bits(blocks) | (high << 2), scales.reshape(*scales.shape[:-3], 16)
 
 
-def _unpack_q4_k(blocks: Planes) -> jax.Array:
+def _q4_k(blocks: Planes) -> Integers:
     # 64 weights, nibble, weight
-    return _affine_k(blocks, bit_fields(_axes(blocks["quants"], 4, 32), 4))
+    quants = bit_fields(_axes(blocks["quants"], 4, 32), 4)
+    return quants, *_six_bit_scales_and_mins(blocks["scales"])
 
 
-def _unpack_q5_k(blocks: Planes) -> jax.Array:
-    # 64 weights, nibble, weight
-    low = bit_fields(_axes(blocks["quants"], 4, 32), 4)
+def _q5_k(blocks: Planes) -> Integers:
+    low, *scales = _q4_k(blocks)
     shifts = np.arange(8).reshape(4, 2, 1)
     high = shifted_bits(_axes(blocks["high_bits"], 1, 1, 32), shifts, 1)
-    return _affine_k(blocks, low | (high << 4))
+    return low | (high << 4), *scales
 
 
-def _unpack_q6_k(blocks: Planes) -> jax.Array:
+def _q6_k(blocks: Planes) -> Integers:
     # half of 128 weights, nibble, run of 32 in its 64 bytes, 16-weight sub-block, weight
     low = bit_fields(_axes(blocks["quants"], 2, 2, 2, 16), 4, run_axes=3)
     shifts = np.arange(0, 8, 2).reshape(2, 2, 1, 1)
     high = shifted_bits(_axes(blocks["high_bits"], 2, 1, 1, 2, 16), shifts, 2)
-    quants = (low | (high << 4)).astype(jnp.int8) - 32
-    scale = _sub_scales(blocks["d"], blocks["scales"], 2, 2, 2, 2, 1)
-    return scale * quants.astype(jnp.float32)
+    return low | (high << 4), lax.bitcast_convert_type(blocks["scales"], jnp.uint8)
 
 
-_D = Plane("d", _F16, 1)
-_DMIN = Plane("dmin", _F16, 1)
-_SCALES_12 = Plane("scales", _U8, 12)
+# How kernels read Q2_K, Q3_K: runs of 32 bytes with four fields, two per block; sub-blocks of 16.
 
 
-def _quants(n_bytes: int) -> Plane:
-    return Plane("quants", _U8, n_bytes)
+def _two_bit_place(tile: MatrixTile) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Block, half of it, and half of the half's run, int32 [J] each."""
+    group_J = tile.group_J
+    return group_J // 4, group_J % 4 // 2, group_J % 2
 
 
-def _high_bits(n_bytes: int) -> Plane:
-    return Plane("high_bits", _U8, n_bytes)
+def _q2_k_scales(tile: MatrixTile, field: int) -> Scales:
+    block_J, half_J, part_J = _two_bit_place(tile)
+    word = tile.at("scales", 4 * block_J + 2 * half_J + field // 2) >> per_group(8 * part_J)
+    scale = (word >> (16 * (field % 2))) & 15
+    minimum = (word >> (16 * (field % 2) + 4)) & 15
+    return scale.astype(jnp.int32), minimum.astype(jnp.int32)
 
 
-Q2_K = Format("Q2_K", 256, 84, (Plane("scales", _U8, 16), _quants(64), _D, _DMIN), _unpack_q2_k)
-Q3_K = Format("Q3_K", 256, 110, (_high_bits(32), _quants(64), _SCALES_12, _D), _unpack_q3_k)
-Q4_K = Format("Q4_K", 256, 144, (_D, _DMIN, _SCALES_12, _quants(128)), _unpack_q4_k)
-Q5_K = Format("Q5_K", 256, 176, (_D, _DMIN, _SCALES_12, _high_bits(32), _quants(128)), _unpack_q5_k)
-Q6_K = Format(
-    "Q6_K",
-    256,
-    210,
-    (_quants(128), _high_bits(64), Plane("scales", jnp.dtype(jnp.int8), 16), _D),
-    _unpack_q6_k,
+def _q3_k_codes(tile: MatrixTile, field: int, part: int) -> jax.Array:
+    block_J, half_J, part_J = _two_bit_place(tile)
+    high = tile.words("high_bits", 8 * block_J + 4 * part_J) >> per_group(4 * half_J)
+    return two_bit_codes(tile, field, part) | bits_of(high, field, 1, to=2)
+
+
+def _q3_k_scales(tile: MatrixTile, field: int) -> Scales:
+    block_J, half_J, part_J = _two_bit_place(tile)
+    byte_J = 16 * (field % 2) + 8 * part_J
+    low = tile.at("scales", 3 * block_J + field // 2) >> per_group(byte_J + 4 * half_J)
+    high = tile.at("scales", 3 * block_J + 2) >> per_group(byte_J + 4 * half_J + 2 * (field // 2))
+    return ((low & 15) | ((high & 3) << 4)).astype(jnp.int32) - 32, None
+
+
+# How kernels read Q4_K, Q5_K: runs of 32 bytes with two fields, four per block; sub-blocks of 32.
+
+
+def _q4_k_codes(tile: MatrixTile, field: int, part: int) -> jax.Array:
+    return bits_of(quants_of(tile, 2, part), 4 * field, 4)
+
+
+def _q5_k_codes(tile: MatrixTile, field: int, part: int) -> jax.Array:
+    block_J, run_J = tile.group_J // 4, tile.group_J % 4
+    high = tile.words("high_bits", 8 * block_J + 4 * part) >> per_group(2 * run_J)
+    return _q4_k_codes(tile, field, part) | bits_of(high, field, 1, to=4)
+
+
+def _six_bit_scales(tile: MatrixTile, field: int) -> Scales:
+    """`get_scale_min_k4`: sub-blocks 0-3 and 4-7 of a block pack their six bits differently."""
+    block_J, sub_J = tile.group_J // 4, tile.group_J % 4 * 2 + field
+    byte_J = per_group(sub_J % 4 * 8)
+    first, second, third = (tile.at("scales", 3 * block_J + i) >> byte_J for i in range(3))
+    early = (sub_J < 4)[None, :, None]
+    scale = jnp.where(early, first & 63, (third & 15) | ((first >> 2) & 48))
+    minimum = jnp.where(early, second & 63, ((third >> 4) & 15) | ((second >> 2) & 48))
+    return scale.astype(jnp.int32), minimum.astype(jnp.int32)
+
+
+# How kernels read Q6_K: runs of 64 bytes with two fields, two per block; sub-blocks of 16.
+
+
+def _q6_k_place(tile: MatrixTile) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Block, half of it, and quarter of the half's run, int32 [J] each."""
+    group_J = tile.group_J
+    return group_J // 8, group_J % 8 // 4, group_J % 4
+
+
+def _q6_k_codes(tile: MatrixTile, field: int, part: int) -> jax.Array:
+    block_J, half_J, quarter_J = _q6_k_place(tile)
+    high = tile.words("high_bits", 16 * block_J + 8 * half_J + 4 * (quarter_J % 2))
+    high >>= per_group(2 * (quarter_J // 2))
+    return nibble_codes(tile, field, part) | bits_of(high, 4 * field, 2, to=4)
+
+
+def _q6_k_scales(tile: MatrixTile, field: int) -> Scales:
+    block_J, half_J, quarter_J = _q6_k_place(tile)
+    word = tile.at("scales", 4 * block_J + 2 * half_J + field)
+    return (word << per_group(24 - 8 * quarter_J)).astype(jnp.int32) >> 24, None  # int8
+
+
+def _k_quant(
+    name: str,
+    number: int,
+    planes: tuple[Plane, ...],
+    integers: Callable[[Planes], Integers],
+    axes: tuple[int, ...],
+    encoder: KQuant,
+    packing: Packing,
+) -> Format:
+    scale_zero = 32 if name == "Q3_K" else 0  # Q6_K's scales are int8
+    unpack = functools.partial(_unpack, integers, axes, -encoder.q_range[0], scale_zero)
+    return Format(name, number, 256, planes, unpack, integers, encoder, packing)
+
+
+_DMIN = Plane("dmin", np.dtype(np.float16), 1)
+_SCALES_12 = byte_plane("scales", 12)
+
+FORMATS = (
+    _k_quant(
+        "Q2_K",
+        10,
+        (byte_plane("scales", 16), byte_plane("quants", 64), D, _DMIN),
+        _q2_k,
+        (2, 4, 2, 1),
+        KQuant(True, 16, (0, 3), (0, 15), tuple(itertools.product((1.0, 0.8, 0.6), repeat=2))),
+        Packing(4, 32, 1, two_bit_codes, supers(4, "d", "dmin"), _q2_k_scales),
+    ),
+    _k_quant(
+        "Q3_K",
+        11,
+        (byte_plane("high_bits", 32), byte_plane("quants", 64), _SCALES_12, D),
+        _q3_k,
+        (2, 4, 2, 1),
+        KQuant(
+            has_offsets=False,
+            sub_len=16,
+            q_range=(-4, 3),
+            scale_range=(-32, 31),
+            guesses=tuple((q,) for q in (-4.8, -4.3, -3.8, 3.0, 3.3, 3.7, 4.2)),
+            passes=(False,),
+        ),
+        Packing(4, 32, 1, _q3_k_codes, supers(4, "d"), _q3_k_scales, zero=4),
+    ),
+    _k_quant(
+        "Q4_K",
+        12,
+        (D, _DMIN, _SCALES_12, byte_plane("quants", 128)),
+        _q4_k,
+        (8, 1),
+        KQuant(True, 32, (0, 15), (0, 63), tuple(itertools.product((1.02, 0.97, 0.91), repeat=2))),
+        Packing(2, 32, 2, _q4_k_codes, supers(4, "d", "dmin"), _six_bit_scales),
+    ),
+    _k_quant(
+        "Q5_K",
+        13,
+        (D, _DMIN, _SCALES_12, byte_plane("high_bits", 32), byte_plane("quants", 128)),
+        _q5_k,
+        (8, 1),
+        KQuant(True, 32, (0, 31), (0, 63), tuple(itertools.product((1.02, 0.985, 0.95), repeat=2))),
+        Packing(2, 32, 2, _q5_k_codes, supers(4, "d", "dmin"), _six_bit_scales),
+    ),
+    _k_quant(
+        "Q6_K",
+        14,
+        (
+            byte_plane("quants", 128),
+            byte_plane("high_bits", 64),
+            Plane("scales", np.dtype(np.int8), 16),
+            D,
+        ),
+        _q6_k,
+        (2, 2, 2, 2, 1),
+        KQuant(
+            has_offsets=False,
+            sub_len=16,
+            q_range=(-32, 31),
+            scale_range=(-128, 127),
+            guesses=tuple((sign * halves / 2,) for halves in range(58, 66) for sign in (-1, 1)),
+        ),
+        Packing(2, 64, 1, _q6_k_codes, supers(8, "d"), _q6_k_scales, zero=32),
+    ),
 )

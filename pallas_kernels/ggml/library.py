@@ -16,13 +16,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-# `enum ggml_type`.
-_NUMBERS = {
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10,
-    "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14, "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18,
-    "IQ1_S": 19, "IQ4_NL": 20, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23, "IQ1_M": 29, "BF16": 30,
-    "TQ1_0": 34, "TQ2_0": 35, "MXFP4": 39, "NVFP4": 40, "Q1_0": 41,
-}  # fmt: skip
+from pallas_kernels.formats import get_format
+
 # Types whose interleaved product ggml vectorises for AVX2 (arch/x86/repack.cpp), with the type of
 # their activations as ggml's template writes it.
 _INTERLEAVED = {
@@ -132,13 +127,6 @@ def _processor_flags() -> set[str]:
     return set(line.partition(":")[2].split())
 
 
-def type_number(name: str) -> int:
-    """ggml's number of a weight type. NotImplementedError for one that we do not read."""
-    if name not in _NUMBERS:
-        raise NotImplementedError(f"weight type {name} has no product of ggml's here; take 'xla'")
-    return _NUMBERS[name]
-
-
 def _address(library: ctypes.CDLL, name: str) -> int:
     function = getattr(library, name, None)
     return ctypes.cast(function, ctypes.c_void_p).value or 0 if function is not None else 0
@@ -169,7 +157,7 @@ def type_functions(name: str) -> TypeFunctions:
         NotImplementedError: no libggml, or no dot product for this type.
     """
     base, cpu = _libraries()
-    number = type_number(name)
+    number = get_format(name).number
     traits = base.ggml_get_type_traits(number).contents
     on_cpu = cpu.ggml_get_type_traits_cpu(number).contents
     rounded = base.ggml_get_type_traits(on_cpu.vec_dot_type).contents

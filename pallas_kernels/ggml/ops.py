@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.formats import get_format
 from pallas_kernels.ggml import library
 
 _THREADS_VARIABLE = "NPROC"
@@ -122,7 +123,7 @@ def _number(format_name: str) -> int:
     """ggml's number of a type, whose functions are then in the table."""
     from pallas_kernels.ggml import machine
 
-    number = library.type_number(format_name)
+    number = get_format(format_name).number
     words = [*astuple(library.type_functions(format_name)), _GEMM_TOKENS.get(format_name, 0)]
     start = machine.TYPES + machine.TYPE_WORDS * number
     machine.TABLE[start : start + len(words)] = words

@@ -20,7 +20,7 @@ from hobbit_jax import cli
 from hobbit_jax.atomic import write_json
 from hobbit_jax.record import machine
 from pallas_kernels import bench, tuning
-from pallas_kernels.packed import PACKINGS
+from pallas_kernels.formats import FORMATS
 
 ON_GPU = jax.devices()[0].platform == "gpu"
 RIVALS = ("jax_bf16", "torch_bf16")  # they have no quantised format
@@ -79,7 +79,7 @@ def cases() -> list[bench.Case]:
 
 def check_flags() -> None:
     for flag, known in (
-        (_FORMATS, PACKINGS),
+        (_FORMATS, [fmt.name for fmt in FORMATS.values() if fmt.packing]),
         (_SHAPES, bench.SHAPES),
         (_IMPLEMENTATIONS, ("triton", "interpret", "xla", *RIVALS)),
     ):

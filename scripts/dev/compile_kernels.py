@@ -22,15 +22,16 @@ from hobbit_jax import cli
 from hobbit_jax.atomic import write_json
 from pallas_kernels import ahead_of_time, bench
 from pallas_kernels.expert_ffn import triton_expert_ffn
+from pallas_kernels.formats import FORMATS
 from pallas_kernels.matmul_triton import Items, Tile, grouped_matmul
-from pallas_kernels.packed import PACKINGS
 from pallas_kernels.reference import Bank, Signature, Work
 from pallas_kernels.tiles import choose_tile, item_rows
 
+PACKED = [fmt.name for fmt in FORMATS.values() if fmt.packing]
 _TARGETS = flags.DEFINE_list(
     "targets", ["sm_80", "sm_90"], f"GPUs to compile for, of {list(ahead_of_time.TARGETS)}."
 )
-_FORMATS = flags.DEFINE_list("formats", list(PACKINGS), "Weight formats to compile.")
+_FORMATS = flags.DEFINE_list("formats", PACKED, "Weight formats to compile.")
 _MEAN_ROWS = flags.DEFINE_list("mean_rows", ["1", "16"], "Mean numbers of tokens of an expert.")
 _OUT = flags.DEFINE_string(
     "out", None, "JSON file to write, of registers, spills and shared memory."
@@ -107,11 +108,11 @@ def check_rejection(target: ahead_of_time.Target) -> str:
 
 def main(_) -> int:
     unknown = [name for name in _TARGETS.value if name not in ahead_of_time.TARGETS]
-    unknown += [name for name in _FORMATS.value if name not in PACKINGS]
+    unknown += [name for name in _FORMATS.value if name not in PACKED]
     if unknown:
         raise ValueError(
             f"unknown {', '.join(unknown)}; targets are {', '.join(ahead_of_time.TARGETS)}, "
-            f"formats {', '.join(PACKINGS)}"
+            f"formats {', '.join(PACKED)}"
         )
     if _OUT.value:
         cli.output_file("out", _OUT.value)

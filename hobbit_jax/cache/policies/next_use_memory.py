@@ -1,116 +1,429 @@
-"""What `next_use.py` remembers of one layer: past choices, and what came after each.
+"""What `next_use.py` remembers and estimates, as arrays under compiled code.
 
-Owns the ring of past tokens, the search for states like the present one, and the record of how soon
-every expert was used after a remembered token. Experts are numbers here, from 0, as the layer
-first saw them. Memory is bounded: about 200 bytes plus one per expert for each of the last `MEMORY`
-tokens.
+This module owns the past choices of every layer, the search for states like the present one, the
+record of how soon each expert was used after a remembered token, and the learned tables from which
+a next use is estimated. Layers and experts are rows and columns here, in the order in which the
+policy first saw them. Memory is bounded: about 60 bytes and one for each expert, for each of the
+last `MEMORY` tokens of a layer.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from math import exp, log
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
 
 MEMORY = 4096  # tokens
 HORIZON = 16  # tokens after a remembered one within which uses are recorded; below 256
 LIKENESSES = 8  # levels of likeness; 0 stands for no recollection
+RECOLLECTIONS = 4  # two of this layer, one of each of the two layers that ran before it
 _CHAIN = 16  # past tokens compared with the present one
-_BEST = 2  # recollections returned
-# A state is a bit set with seven bits per expert: four if it is chosen now, two if it was for the
-# token before, one if for that before it. Bits in common are the likeness of two states.
-_STRIDE, _NOW, _BEFORE, _LONG_BEFORE = 7, 0b0001111, 0b0110000, 0b1000000
-_ABSENT = -(MEMORY + HORIZON)  # earlier than anything remembered
+# What a common expert adds to the likeness of two states: chosen now, by the token before, and by
+# the one before that.
+_LIKENESS_OF = (4, 2, 1)
+_TOKEN, _SAME_PAIR, _SETS = 0, 1, 2  # places in a token's row
+_PAIRS = 1 << 16  # of the two heaviest experts; beyond 256 experts some share a place
+ABSENT = -(MEMORY + HORIZON)  # earlier than any token
+
+# How often an expert is used: a mix of three decayed frequencies, in units of 1 / _WHOLE.
+_TIME_CONSTANTS, _MIX = (3.0, 30.0, 400.0), (0.25, 0.35, 0.40)  # tokens; weights
+_WHOLE, _OLDEST = 4000, 2000  # the mix of one used at every token; ages above are taken as this
+# By age, for they are read together.
+_DECAY_af = np.exp(-np.arange(_OLDEST + 1)[:, None] / np.asarray(_TIME_CONSTANTS))
+_GAIN_f = _WHOLE * np.asarray(_MIX) * (1 - _DECAY_af[1])
+_RATES, _RATES_PER_E = 18, 3  # buckets of the mix, and how many to a factor of e
+_MIX_m = np.maximum(np.arange(_WHOLE + 2), 0.5) / _WHOLE
+_RATE_m = np.clip(-_RATES_PER_E * np.log(_MIX_m), 0, _RATES - 1).astype(np.int64)
+
+_LONGEST = 200  # tokens; a next use farther away is learned as this
+_PRIOR_COUNT, _MOST_COUNT = 8, 2000  # observations: what a first guess weighs, and the past at most
+_CELLS = (HORIZON + 1) * _RATES  # of one level of likeness
+_ALL_CELLS = LIKENESSES * _CELLS
 
 
-class LayerMemory:
-    """The last `MEMORY` choices of one layer."""
+class Order(NamedTuple):
+    """Who may be evicted, and when each is expected to be used again."""
 
-    def __init__(self):
-        self._width = 64
-        self._token = [_ABSENT] * MEMORY  # whose row it is
-        self._state = [0] * MEMORY
-        self._same_pair = [_ABSENT] * MEMORY  # the token before with the same two experts first
-        self._distances = [bytearray() for _ in range(MEMORY)]
-        self._latest: dict[int, int] = {}  # pair → the last token that had it
-        self._last_use: list[int] = []
-        self._present = _ABSENT
-        self._chosen = self._chosen_before = 0  # bit sets, the lowest bit of each seven
-        self._recent: deque[tuple[int, bytearray]] = deque(maxlen=HORIZON)
+    estimate_LE: np.ndarray  # float64, the token of the next use
+    evictable_LE: np.ndarray  # uint8: whether resident and not pinned
+    last_use_LE: np.ndarray  # int64, a token; `ABSENT` before the first
+    last_L: np.ndarray  # int64, of the evictable ones of a layer the farthest; -1 for none
+    present_2: np.ndarray  # int64, layer and token of the last step, whose experts are spared
 
-    def nothing(self) -> bytearray:
-        """The `distances` of a token after which nothing is known."""
-        return bytearray(self._width)
 
-    def distances(self, token: int) -> bytearray | None:
-        """By expert, how many tokens after `token` it was used; None if that is forgotten.
+class Memory(NamedTuple):
+    """What was used, and what came after it. Tokens are stored plus one, so that 0 is none."""
 
-        0 stands for not within `HORIZON`, or not yet.
-        """
-        row = token % MEMORY
-        return self._distances[row] if self._token[row] == token else None
+    frequency_LEf: np.ndarray  # float64, by time constant
+    watched_LE: np.ndarray  # int64, plus one: the token since which an expert is watched
+    cell_LER: np.ndarray  # int64, where the outcome of watching it belongs
+    present_L: np.ndarray  # int64, plus one: the last token taken in
+    # int64, a token's row: the token and the last one with the same two heaviest experts, both
+    # plus one, and bit sets: chosen now, by the token before, by the one before that.
+    row_LMw: np.ndarray
+    soon_LME: np.ndarray  # uint8, tokens until the next use; 0 for not within `HORIZON`
+    latest_LP: np.ndarray  # int64, plus one: the last token of a pair
+    before_2p: np.ndarray  # int64, (token plus one, likeness) of the two layers that ran before
+    log_tokens_RC: np.ndarray  # float64, mean log of tokens until the next use
+    count_RC: np.ndarray  # int64, observations behind it
 
-    def remember(self, token: int, ranked: Sequence[int]) -> list[tuple[int, int]]:
-        """Takes in a choice; returns up to two past tokens like it, the most alike first.
 
-        Args:
-            token: its number; of a repeated one the uses are noted, and nothing is recalled.
-            ranked: the experts, by descending router weight.
+class Buffers(NamedTuple):
+    """All of it in three arrays, for compiled code takes long over many arguments.
 
-        Returns:
-            (token, likeness from 1 to `LIKENESSES` - 1).
-        """
-        self._widen(max(ranked))
-        self._record_uses(token, ranked)
-        if token == self._present:
-            return []
-        chosen = 0
-        for number in ranked:
-            chosen |= 1 << _STRIDE * number
-        state = chosen * _NOW | self._chosen * _BEFORE | self._chosen_before * _LONG_BEFORE
-        self._chosen, self._chosen_before = chosen, self._chosen
-        pair = 1 << ranked[0] | 1 << ranked[min(1, len(ranked) - 1)]
-        latest = self._latest.get(pair, _ABSENT)
-        row, distances = token % MEMORY, bytearray(self._width)
-        found = self._search(token, state, latest)
-        self._token[row], self._state[row], self._same_pair[row] = token, state, latest
-        self._distances[row] = distances
-        self._recent.appendleft((token, distances))
-        self._latest[pair] = self._present = token
-        return found
+    See `_order` and `_memory`.
+    """
 
-    def _search(self, token: int, state: int, place: int) -> list[tuple[int, int]]:
-        """The past tokens of one chain that are most like the present one."""
-        states, tokens, same_pair = self._state, self._token, self._same_pair
-        scored = []
-        for _ in range(_CHAIN):
-            row = place % MEMORY
-            if tokens[row] != place or place <= token - MEMORY:
-                break
-            scored.append(((states[row] & state).bit_count(), place))
-            place = same_pair[row]
-        scored.sort(reverse=True)
-        most = state.bit_count() + 1
-        return [(place, 1 + score * (LIKENESSES - 1) // most) for score, place in scored[:_BEST]]
+    reals: np.ndarray  # float64
+    integers: np.ndarray  # int64; the first two are the numbers of layers and of experts
+    octets: np.ndarray  # uint8
 
-    def _record_uses(self, token: int, numbers: Sequence[int]) -> None:
-        """Notes at the tokens before how far away this use was, back to the last use."""
-        last_use, recent, horizon = self._last_use, self._recent, token - HORIZON
-        for number in numbers:
-            oldest = last_use[number]
-            if oldest < horizon:
-                oldest = horizon
-            for past, distances in recent:
-                if past < oldest:
-                    break
-                distances[number] = token - past
-            last_use[number] = token
 
-    def _widen(self, number: int) -> None:
-        """Makes room for a number seen for the first time."""
-        while len(self._last_use) <= number:
-            self._last_use.append(_ABSENT)
-        while number >= self._width:
-            for row in self._distances:
-                if row:  # those never written get their width when they are
-                    row.extend(bytes(self._width))
-            self._width *= 2
+_N_SETS, _N_CONSTANTS = len(_LIKENESS_OF), len(_TIME_CONSTANTS)
+
+
+def _order(reals: np.ndarray, integers: np.ndarray, octets: np.ndarray) -> Order:
+    layers, experts = integers[0], integers[1]
+    pairs = layers * experts
+    return Order(
+        estimate_LE=reals[:pairs].reshape(layers, experts),
+        evictable_LE=octets[:pairs].reshape(layers, experts),
+        last_use_LE=integers[4 : 4 + pairs].reshape(layers, experts),
+        last_L=integers[4 + pairs : 4 + pairs + layers],
+        present_2=integers[2:4],
+    )
+
+
+def _memory(reals: np.ndarray, integers: np.ndarray, octets: np.ndarray) -> Memory:
+    layers, experts = integers[0], integers[1]
+    pairs, width = layers * experts, _SETS + _N_SETS * (experts // 64)
+    tables, uses = RECOLLECTIONS * _ALL_CELLS, pairs * (1 + _N_CONSTANTS)
+    i = 4 + pairs + layers
+    count_RC, i = integers[i : i + tables], i + tables
+    before_2p, i = integers[i : i + 4], i + 4
+    present_L, i = integers[i : i + layers], i + layers
+    watched_LE, i = integers[i : i + pairs], i + pairs
+    cell_LER, i = integers[i : i + pairs * RECOLLECTIONS], i + pairs * RECOLLECTIONS
+    latest_LP, i = integers[i : i + layers * _PAIRS], i + layers * _PAIRS
+    return Memory(
+        frequency_LEf=reals[pairs:uses].reshape(layers, experts, _N_CONSTANTS),
+        watched_LE=watched_LE.reshape(layers, experts),
+        cell_LER=cell_LER.reshape(layers, experts, RECOLLECTIONS),
+        present_L=present_L,
+        row_LMw=integers[i:].reshape(layers, MEMORY, width),
+        soon_LME=octets[pairs:].reshape(layers, MEMORY, experts),
+        latest_LP=latest_LP.reshape(layers, _PAIRS),
+        before_2p=before_2p.reshape(2, 2),
+        log_tokens_RC=reals[uses:].reshape(RECOLLECTIONS, _ALL_CELLS),
+        count_RC=count_RC.reshape(RECOLLECTIONS, _ALL_CELLS),
+    )
+
+
+_compiled_order, _compiled_memory = njit(cache=True)(_order), njit(cache=True)(_memory)
+
+
+def empty(n_layers: int, n_experts: int) -> Buffers:
+    """Nothing has been used yet; `n_experts` is a multiple of 64."""
+    pairs, width = n_layers * n_experts, _SETS + _N_SETS * (n_experts // 64)
+    tables = RECOLLECTIONS * _ALL_CELLS
+    integers = 4 + pairs * (2 + RECOLLECTIONS) + 2 * n_layers + 4 + tables
+    integers += n_layers * (MEMORY * width + _PAIRS)
+    buffers = Buffers(
+        np.zeros(pairs * (1 + _N_CONSTANTS) + tables),
+        np.zeros(integers, np.int64),
+        np.zeros(pairs * (1 + MEMORY), np.uint8),
+    )
+    buffers.integers[:2] = n_layers, n_experts
+    order, memory = _order(*buffers), _memory(*buffers)
+    order.last_use_LE[:], order.last_L[:] = ABSENT, -1
+    # The first guess: what was recalled, as far as the likeness goes, or the usual time.
+    trust = (np.arange(LIKENESSES) / LIKENESSES)[:, None, None]
+    usual = (np.arange(_RATES) + 0.5) / _RATES_PER_E
+    distance = np.arange(HORIZON + 1)[:, None]
+    recalled = np.where(distance > 0, np.log(np.maximum(distance, 1)), usual)
+    memory.log_tokens_RC[:] = (trust * recalled + (1 - trust) * usual).ravel()
+    memory.count_RC[:] = _PRIOR_COUNT
+    return buffers
+
+
+def grown(buffers: Buffers, n_layers: int, n_experts: int) -> Buffers:
+    """The same with room for more layers and experts."""
+    larger = empty(n_layers, n_experts)
+    for views in (_order, _memory):
+        for before, after in zip(views(*buffers), views(*larger), strict=True):
+            after[tuple(slice(size) for size in before.shape)] = before
+    return larger
+
+
+@njit(cache=True)
+def _farthest(order: Order) -> int:
+    found, most = -1, -np.inf
+    for layer, expert in enumerate(order.last_L):
+        if expert >= 0 and order.estimate_LE[layer, expert] > most:
+            most = order.estimate_LE[layer, expert]
+            found = layer * order.estimate_LE.shape[1] + expert
+    return found
+
+
+@njit(cache=True)
+def _find_last(order: Order, layer: int) -> None:
+    last, spared = -1, order.present_2[1] if order.present_2[0] == layer else ABSENT - 1
+    for expert, evictable in enumerate(order.evictable_LE[layer]):
+        if not evictable or order.last_use_LE[layer, expert] == spared:
+            continue
+        if last < 0 or order.estimate_LE[layer, expert] > order.estimate_LE[layer, last]:
+            last = expert
+    order.last_L[layer] = last
+
+
+@njit(cache=True)
+def _enter(order: Order, layer: int, expert: int) -> None:
+    in_use = order.last_use_LE[layer, expert] == order.present_2[1]
+    if not in_use:  # loaded because a use is near
+        order.estimate_LE[layer, expert] = order.present_2[1] + 1
+    order.evictable_LE[layer, expert], last = 1, order.last_L[layer]
+    spared = in_use and order.present_2[0] == layer
+    if not spared and (
+        last < 0 or order.estimate_LE[layer, expert] > order.estimate_LE[layer, last]
+    ):
+        order.last_L[layer] = expert
+
+
+@njit(cache=True)
+def replace(
+    reals: np.ndarray, integers: np.ndarray, octets: np.ndarray, leaving: int, entering: int
+) -> int:
+    """Makes one expert not evictable and another one evictable; -1 for nobody.
+
+    One that no step has asked for since the last is expected at the next token.
+
+    Args:
+        reals: with the next two, `Buffers`.
+        integers: see there.
+        octets: see there.
+        leaving: layer * E + expert.
+        entering: likewise.
+
+    Returns:
+        The evictable expert whose next use is farthest, likewise. Those that the last step chose
+        are spared.
+    """
+    order = _compiled_order(reals, integers, octets)
+    width = integers[1]
+    if leaving >= 0:
+        layer, expert = leaving // width, leaving % width
+        order.evictable_LE[layer, expert] = 0
+        if order.last_L[layer] == expert:
+            _find_last(order, layer)
+    if entering >= 0:
+        _enter(order, entering // width, entering % width)
+    return _farthest(order)
+
+
+@njit(cache=True)
+def _bits(signed: int) -> int:
+    """How many bits are set."""
+    word = np.uint64(signed)
+    word = word - ((word >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    word = (word & np.uint64(0x3333333333333333)) + (
+        (word >> np.uint64(2)) & np.uint64(0x3333333333333333)
+    )
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return int((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
+
+
+@njit(cache=True)
+def _likeness(row_w: np.ndarray, other_w: np.ndarray) -> int:
+    total = 0
+    for w in range(_SETS, len(row_w), _N_SETS):
+        for s in range(_N_SETS):
+            total += _LIKENESS_OF[s] * _bits(row_w[w + s] & other_w[w + s])
+    return total
+
+
+@njit(cache=True)
+def _record_uses(
+    order: Order, memory: Memory, layer: int, token: int, ranked_K: np.ndarray
+) -> None:
+    """Notes at the tokens before how far away this use was, back to the last use."""
+    for expert in ranked_K:
+        since = min(HORIZON, token - order.last_use_LE[layer, expert])
+        for distance in range(1, since + 1):
+            row = (token - distance) % MEMORY
+            if memory.row_LMw[layer, row, _TOKEN] == token - distance + 1:
+                memory.soon_LME[layer, row, expert] = distance
+
+
+@njit(cache=True)
+def _conclude(memory: Memory, layer: int, expert: int, token: int) -> None:
+    """Averages an outcome into the cells from which it was to be told."""
+    outcome = log(min(token + 1 - memory.watched_LE[layer, expert], _LONGEST))
+    for r in range(RECOLLECTIONS):
+        cell = memory.cell_LER[layer, expert, r]
+        count = min(memory.count_RC[r, cell] + 1, _MOST_COUNT)
+        memory.count_RC[r, cell] = count
+        memory.log_tokens_RC[r, cell] += (outcome - memory.log_tokens_RC[r, cell]) / count
+    memory.watched_LE[layer, expert] = 0
+
+
+@njit(cache=True)
+def _count_use(order: Order, memory: Memory, layer: int, expert: int, token: int) -> None:
+    """Frequencies of an expert used now, and the outcome if it was watched."""
+    age = min(token - order.last_use_LE[layer, expert], _OLDEST)
+    for f in range(len(_GAIN_f)):
+        decayed = memory.frequency_LEf[layer, expert, f] * _DECAY_af[age, f]
+        memory.frequency_LEf[layer, expert, f] = decayed + _GAIN_f[f]
+    order.last_use_LE[layer, expert] = token
+    if 0 < memory.watched_LE[layer, expert] <= token:
+        _conclude(memory, layer, expert, token)
+
+
+@njit(cache=True)
+def remember(
+    order: Order, memory: Memory, layer: int, token: int, ranked_K: np.ndarray
+) -> np.ndarray:
+    """Takes in a choice; finds the two past tokens of the same heaviest pair that are most like it.
+
+    Args:
+        order: who was used when.
+        memory: changed in place.
+        layer: its row.
+        token: its number; of a repeated one the uses are noted, and nothing is recalled.
+        ranked_K: int64, the experts, by descending router weight.
+
+    Returns:
+        int64 [2, 2], each a token plus one and a likeness from 1 to `LIKENESSES` - 1, the more
+        alike first; zeros for none.
+    """
+    found_2p = np.zeros((2, 2), np.int64)
+    _record_uses(order, memory, layer, token, ranked_K)
+    before = memory.present_L[layer]
+    if before == token + 1:
+        return found_2p
+    row_Mw = memory.row_LMw[layer]
+    width = row_Mw.shape[1]
+    row_w = np.zeros(width, np.int64)
+    for expert in ranked_K:
+        row_w[_SETS + expert // 64 * _N_SETS] |= np.int64(1) << (expert % 64)
+    if before > 0:
+        last_w = row_Mw[(before - 1) % MEMORY]
+        for w in range(_SETS, width, _N_SETS):
+            for s in range(1, _N_SETS):
+                row_w[w + s] = last_w[w + s - 1]
+    first, second = ranked_K[0], ranked_K[min(1, len(ranked_K) - 1)]
+    pair = (min(first, second) * 256 + max(first, second)) % _PAIRS
+    latest = place = memory.latest_LP[layer, pair]
+    best_2 = np.full(2, -1)
+    for _ in range(_CHAIN):
+        other_w = row_Mw[(place - 1) % MEMORY]
+        if place <= max(0, token + 1 - MEMORY) or other_w[_TOKEN] != place:
+            break
+        score = _likeness(other_w, row_w)
+        if score > best_2[0]:
+            best_2[1], found_2p[1, 0] = best_2[0], found_2p[0, 0]
+            best_2[0], found_2p[0, 0] = score, place
+        elif score > best_2[1]:
+            best_2[1], found_2p[1, 0] = score, place
+        place = other_w[_SAME_PAIR]
+    most = _likeness(row_w, row_w) + 1
+    for i in range(2):
+        if found_2p[i, 0] > 0:
+            found_2p[i, 1] = 1 + best_2[i] * (LIKENESSES - 1) // most
+    row_w[_TOKEN], row_w[_SAME_PAIR] = token + 1, latest
+    row_Mw[token % MEMORY] = row_w
+    memory.soon_LME[layer, token % MEMORY] = 0
+    memory.latest_LP[layer, pair] = memory.present_L[layer] = token + 1
+    return found_2p
+
+
+@njit(cache=True)
+def _cells(
+    memory: Memory,
+    layer: int,
+    expert: int,
+    age: int,
+    row_R: np.ndarray,
+    likeness_R: np.ndarray,
+    cell_R: np.ndarray,
+) -> float:
+    """Where the tables tell of an expert, into `cell_R`; the tokens to its next use by them."""
+    mix = 0.0
+    for f in range(len(_GAIN_f)):
+        mix += memory.frequency_LEf[layer, expert, f] * _DECAY_af[age, f]
+    rate, total = _RATE_m[int(mix)], 0.0
+    for r in range(RECOLLECTIONS):
+        cell = rate
+        if row_R[r] >= 0:
+            cell += likeness_R[r] * _CELLS + memory.soon_LME[layer, row_R[r], expert] * _RATES
+        cell_R[r] = cell
+        total += memory.log_tokens_RC[r, cell]
+    return exp(total / RECOLLECTIONS)
+
+
+@njit(cache=True)
+def take_in(
+    reals: np.ndarray,
+    integers: np.ndarray,
+    octets: np.ndarray,
+    layer: int,
+    token: int,
+    chosen_K: np.ndarray,
+    weight_K: np.ndarray,
+    n_seen: int,
+    draw: float,
+) -> int:
+    """Learns from a step's choice, and estimates anew when the layer's experts are used next.
+
+    Args:
+        reals: with the next two, `Buffers`; changed in place.
+        integers: see there.
+        octets: see there.
+        layer: its row.
+        token: never decreases.
+        chosen_K: int64, the experts; the chosen get an estimate whether they are resident or not.
+        weight_K: float64, the router's.
+        n_seen: experts that the layer has seen.
+        draw: 0 to 1, chooses the expert that is watched from now on.
+
+    Returns:
+        As `replace`.
+    """
+    order = _compiled_order(reals, integers, octets)
+    memory = _compiled_memory(reals, integers, octets)
+    ranked_K = chosen_K[np.argsort(-weight_K, kind="mergesort")]
+    if token != order.present_2[1]:
+        memory.before_2p[:] = 0
+    found_2p = remember(order, memory, layer, token, ranked_K)
+    for expert in ranked_K:
+        _count_use(order, memory, layer, expert, token)
+    row_R, likeness_R = np.full(RECOLLECTIONS, -1), np.empty(RECOLLECTIONS, np.int64)
+    for r in range(RECOLLECTIONS):
+        place, likeness_R[r] = found_2p[r] if r < 2 else memory.before_2p[r - 2]
+        if place > 0 and memory.row_LMw[layer, (place - 1) % MEMORY, _TOKEN] == place:
+            row_R[r] = (place - 1) % MEMORY
+    memory.before_2p[1], memory.before_2p[0] = memory.before_2p[0], found_2p[0]
+    cell_R = np.empty(RECOLLECTIONS, np.int64)
+    concerned_n, n_concerned = np.empty(n_seen, np.int64), 0
+    for expert in range(n_seen):
+        age = min(token - order.last_use_LE[layer, expert], _OLDEST)
+        # A chosen one that is missing is about to be admitted.
+        if order.evictable_LE[layer, expert] or age == 0:
+            soon = _cells(memory, layer, expert, age, row_R, likeness_R, cell_R)
+            order.estimate_LE[layer, expert] = token + soon
+            concerned_n[n_concerned] = expert
+            n_concerned += 1
+    spared_before, order.present_2[0], order.present_2[1] = order.present_2[0], layer, token
+    _find_last(order, spared_before)
+    _find_last(order, layer)
+    watched = concerned_n[int(draw * n_concerned)]
+    since = memory.watched_LE[layer, watched]
+    if since > 0 and token + 1 - since >= _LONGEST:
+        _conclude(memory, layer, watched, token)
+    if memory.watched_LE[layer, watched] == 0:
+        age = min(token - order.last_use_LE[layer, watched], _OLDEST)
+        _cells(memory, layer, watched, age, row_R, likeness_R, cell_R)
+        memory.cell_LER[layer, watched] = cell_R
+        memory.watched_LE[layer, watched] = token + 1
+    return _farthest(order)

@@ -1,0 +1,61 @@
+"""The settings of an engine's expert cache, in one value that scripts, trials and tests pass on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hobbit_jax.cache.miss_modes import MissMode, miss_mode
+from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory
+from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare
+from hobbit_jax.cache.prefetch import PrefetchRule
+from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, PromotionRule
+from hobbit_jax.cache.warm_start import WarmStart
+from hobbit_jax.experts.precision import PrecisionPlan
+from hobbit_jax.model.modules import KV_FORMATS
+
+
+@dataclass(frozen=True, eq=False)
+class CacheConfig:
+    """What is kept on the device, and what happens to a selection that is not.
+
+    Attributes:
+        budget_bytes: bytes of each device's expert pool; None holds every expert of the plan.
+        plan: who gets which precision; None is native throughout.
+        policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
+        mode: what serves a selection whose copy is missing, by name (`cache/miss_modes.py`) or as a
+            setting.
+        low_share: share of the budget (0-1) for low copies, where the mode keeps some; "adaptive"
+            follows what is used, between sequences.
+        promotion: how eagerly a mode that promotes does so.
+        warm: which experts are resident before the first token, and which for good.
+        prefetch: who guesses what later layers of a token need; None guesses nothing.
+        staging_bytes: device bytes beside the pool for uploads ahead of their use; None is as much
+            as one token's experts of a layer, 0 waits for each upload by itself.
+        devices: how many divide the experts among them; each holds all the rest.
+        chunk_tokens: tokens of one prefill step, over all sequences.
+        kv_format: of keys and values, one of `KV_FORMATS`.
+
+    Raises:
+        ValueError: a mode or a format that there is not.
+    """
+
+    budget_bytes: int | None = None
+    plan: PrecisionPlan | None = None
+    policy: str | PolicyFactory = DEFAULT_POLICY
+    mode: str | MissMode = "fetch"
+    low_share: LowShare = DEFAULT_LOW_SHARE
+    promotion: PromotionRule = DEFAULT_PROMOTION
+    warm: WarmStart | None = None
+    prefetch: PrefetchRule | None = None
+    staging_bytes: int | None = None
+    devices: int = 1
+    chunk_tokens: int = 2048
+    kv_format: str = "float32"
+
+    def __post_init__(self):
+        if self.kv_format not in KV_FORMATS:
+            raise ValueError(
+                f"kv_format is {self.kv_format!r}; want one of {', '.join(KV_FORMATS)} "
+                "(--kv_format)"
+            )
+        miss_mode(self.mode)
