@@ -26,7 +26,6 @@ from hobbit_jax.planner.cost_model import (
     Machine,
     Traffic,
     describe,
-    of_engine,
     token_time,
 )
 from hobbit_jax.planner.hardware import GPU
@@ -166,7 +165,7 @@ def divide_memory(model: PlannedModel, request: Request) -> Memory:
 def make_plan(
     model: PlannedModel,
     gpu: GPU,
-    machine: Machine,
+    machines: Mapping[str, Machine],
     request: Request,
     routings: Sequence[Routing],
     given: Mapping[str, str],
@@ -177,7 +176,7 @@ def make_plan(
     Args:
         model: what shall run.
         gpu: where.
-        machine: the constants of the cost model.
+        machines: the constants of the cost model, by engine.
         request: what its memory is for.
         routings: what the replays run on, the least local first.
         given: where those constants come from that the user gave or measured.
@@ -187,13 +186,12 @@ def make_plan(
         ValueError: see `divide_memory`.
     """
     config, memory = model.config, divide_memory(model, request)
-    machines = {engine: of_engine(machine, engine, given) for engine in (OURS, COMPILED)}
 
     def under(asked: Request) -> list[_Options]:
         return [_options(model, routing, asked, progress) for routing in routings]
 
     base = under(request)
-    constants = describe(machine, given)
+    constants = describe(machines[OURS], given)
     varied = {label: under(asked) for label, asked in _other_requests(model, request).items()}
     assumed = [c["name"] for c in constants if c["origin"] == "assumed" and c["value"]]
     first = base[0].found
