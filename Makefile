@@ -59,7 +59,7 @@ gpu:  ## on a machine with an NVIDIA GPU: kernel tests there, then the bench, ou
 
 gpudecode:  ## there, with README's packages: decode at Qwen3-30B-A3B's size, 4 to 12 GiB, out/scale
 	@for budget in all 4096 6144 8192 10240 12288; do \
-		for setting in wait wait:Q3_K wait:Q2_K use_low_if_resident:Q2_K fetch_low:Q2_K \
+		for setting in fetch fetch:Q3_K fetch:Q2_K use_low_if_resident:Q2_K fetch_low:Q2_K \
 				hobbit:Q2_K floor:Q2_K; do \
 			low=$${setting#*:}; \
 			PYTHONPATH=. $(GPU_PYTHON) scripts/scale.py --workdir out/scale --budget_mib $$budget \
