@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST_ARGS ?=
 # A GPU machine has its own JAX with CUDA; `make gpu` installs nothing.
 GPU_PYTHON ?= python3
-GPU_OUT ?= out/gpu.json
+GPU_OUT ?= out/gpu
 GPU_ARGS ?=
 export PYTHON
 # pyright comes from PyPI with its own node; it shall not ask the network for a newer self.
@@ -52,10 +52,10 @@ morekernels: kernels  ## and for four more
 	@$(CUDA_COMPILER) $(BIN)/python scripts/dev/compile_kernels.py --out out/kernels_more.json \
 		--targets sm_86,sm_89,sm_100,sm_120 --formats Q2_K,Q3_K,Q4_K,Q6_K --mean_rows 1,64
 
-gpu:  ## on a machine with an NVIDIA GPU: kernel tests there, then the bench, out/gpu.json
+gpu:  ## on a machine with an NVIDIA GPU: kernel tests there, then the bench, out/gpu
 	@mkdir -p out
 	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -q --noconftest tests/test_kernels.py
-	@PYTHONPATH=. $(GPU_PYTHON) scripts/dev/bench_kernels.py --out $(GPU_OUT) $(GPU_ARGS)
+	@PYTHONPATH=. $(GPU_PYTHON) scripts/dev/bench_kernels.py --workdir $(GPU_OUT) $(GPU_ARGS)
 
 gpudecode:  ## there, with README's packages: decode at Qwen3-30B-A3B's size, 4 to 12 GiB, out/scale
 	@for budget in all 4096 6144 8192 10240 12288; do \

@@ -12,7 +12,6 @@ python scripts/sweep.py --config C --workdir W --launcher=slurm --workers=8 \\
 python scripts/sweep.py --config C --workdir W --launcher=ray --workers=8 --resources=CPU=4,GPU=1
 """
 
-import importlib.util
 import json
 import shlex
 import sys
@@ -23,6 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from hobbit_jax import cache_folder, cli
+from hobbit_jax.config_overrides import load_module
 from hobbit_jax.launch import LAUNCHERS, connect
 from hobbit_jax.launch.sweeping import run_sweep
 from hobbit_jax.record import is_finished
@@ -55,15 +55,6 @@ _DRY_RUN = flags.DEFINE_bool(
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def _trials(config_file: str):
-    """The config module's own expansion of the config into trials."""
-    spec = importlib.util.spec_from_file_location("sweep_config", config_file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.sweep(_CONFIG.value)
-
-
 def _print_dry_run(trials: Sequence[Trial], found: Preflight, workdir: Path) -> None:
     left = [trial for trial in trials if not is_finished(workdir, trial.name)]
     for trial in trials:
@@ -91,7 +82,7 @@ def main(_) -> int:
         "rule": config.rule.to_dict(),
     }
     workdir = cli.output_folder("workdir", str(_WORKDIR.value))
-    trials = _trials(config_file)
+    trials = load_module(config_file).sweep(config)
     here = _LAUNCHER.value == "local"
     found = preflight(trials, description["config"], workdir, here)
     for note in found.notes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hobbit_jax import reference
 from hobbit_jax.cache.miss_modes import FETCH, miss_mode
 from hobbit_jax.cache.pool_sizing import least_bytes
 from hobbit_jax.cache_folder import low_precision_folder
+from hobbit_jax.config_overrides import leaves
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.experts.low_precision import disk_bytes, encoder_sha256, planned_low_precision
 from hobbit_jax.experts.precision import StaticPlan
@@ -164,15 +165,6 @@ def _opened(
     except _REFUSALS as error:
         found.problems.append(f"{_at(config, 'model', model)}{error}")
         return None
-
-
-def leaves(config: dict[str, Any], path: str = "config") -> Iterator[tuple[str, Any]]:
-    """Fields of a config and its parts with their values, as `--config.a.b` names them."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{path}.{name}")
-        else:
-            yield f"{path}.{name}", value
 
 
 def _holds(value: Any, wanted: Any) -> bool:
