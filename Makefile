@@ -46,10 +46,10 @@ CUDA_COMPILER = PATH="$(CURDIR)/.venv/cuda/nvidia/cuda_nvcc/bin:$(CURDIR)/.venv/
 kernels: environment  ## compile the kernels for two GPUs, none of them here (2 minutes)
 	@sh scripts/dev/make_cuda_compiler.sh
 	@mkdir -p out
-	@$(CUDA_COMPILER) $(BIN)/python scripts/dev/compile_kernels.py --out out/kernels.json
+	@$(CUDA_COMPILER) $(BIN)/python scripts/dev/compile_kernels.py --workdir out/kernels
 
 morekernels: kernels  ## and for four more
-	@$(CUDA_COMPILER) $(BIN)/python scripts/dev/compile_kernels.py --out out/kernels_more.json \
+	@$(CUDA_COMPILER) $(BIN)/python scripts/dev/compile_kernels.py --workdir out/kernels \
 		--targets sm_86,sm_89,sm_100,sm_120 --formats Q2_K,Q3_K,Q4_K,Q6_K --mean_rows 1,64
 
 gpu:  ## on a machine with an NVIDIA GPU: kernel tests there, then the bench, out/gpu

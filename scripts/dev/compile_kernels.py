@@ -1,17 +1,15 @@
 """Compiles the kernels to machine code for GPUs that are not there, and says what they use.
 
     make kernels                        # installs the compiler beside .venv, then runs this
-    python scripts/dev/compile_kernels.py --targets sm_90 --formats Q4_K,Q2_K --out kernels.json
+    python scripts/dev/compile_kernels.py --targets sm_90 --formats Q4_K,Q2_K --workdir out/k
 
 Every format, at the sizes of Qwen3-30B-A3B's experts, one token and many, in the tiles that are in
 use. Fails if a kernel does not compile or spills registers to memory, and if a kernel that asks for
 more shared memory than there is *does* compile: a check that cannot fail checks nothing.
 """
 
-import dataclasses
 import functools
 import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +17,7 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
-from hobbit_jax.atomic import write_json
+from hobbit_jax.record import Benchmark, Record, machine, measured, write_record
 from pallas_kernels import ahead_of_time, bench
 from pallas_kernels.expert_ffn import triton_expert_ffn
 from pallas_kernels.formats import FORMATS
@@ -33,10 +31,11 @@ _TARGETS = flags.DEFINE_list(
 )
 _FORMATS = flags.DEFINE_list("formats", PACKED, "Weight formats to compile.")
 _MEAN_ROWS = flags.DEFINE_list("mean_rows", ["1", "16"], "Mean numbers of tokens of an expert.")
-_OUT = flags.DEFINE_string(
-    "out", None, "JSON file to write, of registers, spills and shared memory."
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "out/kernels", "Folder of the records of registers, spills and shared memory."
 )
 
+STUDY = "kernels"
 SHAPE, TOKENS = bench.SHAPES["qwen3-30b-a3b"], 8
 
 
@@ -80,8 +79,8 @@ def instructions_per_weight(
     return round(kernel.loop_instructions * 32 * tile.warps / weights, 3)
 
 
-def check_rejection(target: ahead_of_time.Target) -> str:
-    """Asks for more shared memory than any GPU has; returns the compiler's refusal.
+def check_rejection(target: ahead_of_time.Target) -> None:
+    """Asks for more shared memory than any GPU has.
 
     Raises:
         RuntimeError: it was accepted.
@@ -102,7 +101,7 @@ def check_rejection(target: ahead_of_time.Target) -> str:
     except Exception as error:
         if "memory" not in str(error):
             raise
-        return str(error).splitlines()[0]
+        return
     raise RuntimeError(f"{target.name}: a kernel far beyond its shared memory was accepted")
 
 
@@ -114,10 +113,9 @@ def main(_) -> int:
             f"unknown {', '.join(unknown)}; targets are {', '.join(ahead_of_time.TARGETS)}, "
             f"formats {', '.join(PACKED)}"
         )
-    if _OUT.value:
-        cli.output_file("out", _OUT.value)
+    workdir = cli.output_folder("workdir", _WORKDIR.value)
     ptxas = ahead_of_time.check_toolchain()
-    rows, failures = [], []
+    count, failures = 0, []
     cases = list(
         itertools.product(_TARGETS.value, _FORMATS.value, cli.numbers(_MEAN_ROWS, int, 1, 2**20))
     )
@@ -128,21 +126,21 @@ def main(_) -> int:
             ptx = compile_experts(target, name, mean_rows)
             for kernel in ahead_of_time.resources(target, ptx):
                 per_weight = instructions_per_weight(kernel, name, mean_rows)
-                row = {**case, **dataclasses.asdict(kernel), "instructions_per_weight": per_weight}
-                rows.append(row)
+                found = {**vars(kernel), "instructions_per_weight": per_weight, "ptxas": ptxas}
+                asked = Benchmark(STUDY, {**case, "name": found.pop("name")})
+                write_record(workdir, Record(STUDY, asked, **vars(measured(found)), **machine()))
+                count += 1
                 if kernel.spill_bytes:
                     failures.append(f"{target_name} {kernel.name}: spills {kernel.spill_bytes} B")
         except Exception as error:
             failures.append(f"{target_name} {name} {mean_rows}: {str(error).splitlines()[0]}")
-    refusals = {name: check_rejection(ahead_of_time.TARGETS[name]) for name in _TARGETS.value}
-    if _OUT.value:
-        record = {"jax": jax.__version__, "ptxas": ptxas, "kernels": rows, "refusals": refusals}
-        write_json(Path(_OUT.value), record)
+    for name in _TARGETS.value:
+        check_rejection(ahead_of_time.TARGETS[name])
     for failure in failures:
         print(f"FAILED {failure}")
-    print(f"{len(rows)} kernels compiled for {', '.join(_TARGETS.value)} with ptxas {ptxas}; "
+    print(f"{count} kernels compiled for {', '.join(_TARGETS.value)} with ptxas {ptxas}; "
           f"{len(failures)} failures; an impossible one was refused on each")  # fmt: skip
-    return 1 if failures or len(rows) < 2 * len(cases) else 0
+    return 1 if failures or count < 2 * len(cases) else 0
 
 
 if __name__ == "__main__":
