@@ -12,6 +12,7 @@ loaded at once.
 
 import os
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -49,14 +50,14 @@ def main(_):
     if _TEXT.value is not None:
         cli.input_text("text", _TEXT.value)
     asked = ("baseline", "torch_mode", "windows", "context", "turns", "prompt_tokens",
-             "decode_tokens", "threads")  # fmt: skip
+             "decode_tokens", "threads", "implementation", "policy")  # fmt: skip
+    given: dict[str, Any] = {name: flags.FLAGS[name].value for name in asked}
     record = compare_model(
         Request(
             model=ENGINE.path,
             text=Path(_TEXT.value) if _TEXT.value else None,
             budget_bytes=ENGINE.budget_bytes,
-            **{name: ENGINE.value(name) for name in ("implementation", "policy")},
-            **{name: flags.FLAGS[name].value for name in asked},
+            **given,
         )
     )
     written = write_record(workdir, record)
