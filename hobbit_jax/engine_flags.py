@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from absl import flags
 
 from hobbit_jax import cli, reference
 from hobbit_jax.cache.config import CacheConfig
-from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
+from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, Host, MissMode
 from hobbit_jax.cache.policies import DEFAULT_POLICY, POLICIES
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare, low_share
 from hobbit_jax.cache.warm_start import WarmStart
@@ -29,9 +29,9 @@ from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.routing_recorder import RoutingRecorder
-from hobbit_jax.model.loading import LoadedModel, load_model
-from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model_file.gguf_file import GGUFFile
+from hobbit_jax.models.caches import KV_FORMATS
+from hobbit_jax.models.loading import LoadedModel, load_model
 from hobbit_jax.quantize import FORMATS
 from pallas_kernels.backends import IMPLEMENTATIONS
 from pallas_kernels.ggml.ops import set_threads
@@ -108,6 +108,12 @@ _FLAGS: dict[str, _Flag] = {
         "fetch",
         "Rule that says what serves a selected expert that is not resident.\n"
         + _meanings(MISS_MODES, type),
+    ),
+    "link_to_host": _Flag(
+        flags.FloatParser(1e-3, 1e3),
+        None,
+        "Bandwidth of the link to the device over the rate at which the CPU reads experts that it "
+        "computes, for a --miss_mode that computes on the CPU.",
     ),
     "low_format": _Flag(
         _one_of(FORMATS),
@@ -243,7 +249,7 @@ class EngineFlags:
                 self.budget_bytes,
                 plan=uniform_plan(store, LOW if uniform else NATIVE),
                 policy=self.value("policy"),
-                mode=self.value("miss_mode"),
+                mode=self._miss_mode(),
                 low_share=self.value("low_share"),
                 warm=self._warm_start(model.file),
                 chunk_tokens=self.value("chunk_tokens"),
@@ -272,6 +278,22 @@ class EngineFlags:
         with engine.observed_by(recorder):
             yield
         recorder.write(Path(self.value("trace_out")))
+
+    def _miss_mode(self) -> MissMode:
+        """The mode, with what was measured of this machine.
+
+        Raises:
+            ValueError: a figure that the mode has no use for.
+        """
+        mode, link_to_host = MISS_MODES[self.value("miss_mode")], self.value("link_to_host")
+        if link_to_host is None:
+            return mode
+        if not isinstance(mode, Host):
+            raise ValueError(
+                f"--link_to_host is for a --miss_mode that computes on the CPU, and this one is "
+                f"{self.value('miss_mode')}; leave it out, or take host or hybrid"
+            )
+        return replace(mode, link_to_host=link_to_host)
 
     def _warm_start(self, file: GGUFFile) -> WarmStart | None:
         profile, pin_share = self.value("profile"), self.value("pin_share")

@@ -27,7 +27,7 @@ from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import STATISTICS, calibrate
 from hobbit_jax.importance.routing_summary import table
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.resources import roomy_pool_bytes
 from hobbit_jax.sweep.texts import MIXED_TEXT, NAMED_TEXTS, calibration_documents
 from pallas_kernels.backends import for_quality
@@ -72,7 +72,9 @@ def main(_):
         model.tokenizer(), documents, wanted, context, _SEED.value, fewer=_WINDOWS.value is None
     )
     if len(windows.ids_WS) < wanted:
-        print(f"the text has {len(windows.ids_WS)} windows of {context} + 1 tokens; all are used")
+        print(
+            f"the text has {len(windows.ids_WS)} windows of {context} + 1 tokens; all of them are used"
+        )
     engine = Engine(model, store, CacheConfig(roomy_pool_bytes(native_bytes)))
     found = calibrate(engine, windows, _STATISTICS.value, out)
     rarest, most = found.selections_LE.min(), found.selections_LE.max()

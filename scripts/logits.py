@@ -15,11 +15,11 @@ from absl import flags
 from hobbit_jax import cli
 from hobbit_jax.atomic import replacing
 from hobbit_jax.engine_flags import EngineFlags
-from hobbit_jax.model_file.architecture import ModelConfig
+from hobbit_jax.models.config import ModelConfig
 
 ENGINE = EngineFlags(
-    "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "low_format",
-    "low_share", "profile", "pin_share", "chunk_tokens", "threads", "kv_format",
+    "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "link_to_host",
+    "low_format", "low_share", "profile", "pin_share", "chunk_tokens", "threads", "kv_format",
     "trace_out",
 )  # fmt: skip
 _TOKENS = flags.DEFINE_string(

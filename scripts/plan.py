@@ -21,12 +21,13 @@ from hobbit_jax import cli
 from hobbit_jax.cache.bandwidth import read_bandwidths
 from hobbit_jax.cache.trace import read_trace
 from hobbit_jax.experts.store import NATIVE
-from hobbit_jax.model.modules import KV_FORMATS
 from hobbit_jax.model_file.remote import is_url
+from hobbit_jax.models.caches import KV_FORMATS
 from hobbit_jax.planner import routing, table
 from hobbit_jax.planner.cost_model import ENGINES, MEASURED, Machine, measured, of_engine
 from hobbit_jax.planner.hardware import find_gpu
-from hobbit_jax.planner.plan import Request, make_plan, recorded_check
+from hobbit_jax.planner.plan import Request, make_plan
+from hobbit_jax.planner.published_benchmarks import recorded_check
 from hobbit_jax.planner.records import plan_record
 from hobbit_jax.planner.shapes import PRESET_NAMES, open_model, preset_model
 from hobbit_jax.record import write_record

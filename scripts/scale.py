@@ -15,7 +15,7 @@ from tqdm import tqdm
 from hobbit_jax import cli
 from hobbit_jax.engine_flags import EngineFlags
 from hobbit_jax.evals import full_scale
-from hobbit_jax.model_file.presets import PRESETS
+from hobbit_jax.models.presets import PRESETS
 from hobbit_jax.record import read_records, write_record
 from hobbit_jax.report.scale_tables import scale_table
 from hobbit_jax.synthetic.synthesize import synthesize
@@ -39,7 +39,7 @@ def main(_):
     if ENGINE.value("model") is None and not model.is_file():
         synthesize(PRESETS[preset], preset, model)
     setting = "native" if ENGINE.low_format is None else "uniform"
-    if ENGINE.keeps_low_copies:
+    if ENGINE.value("miss_mode") != "fetch":
         setting = ENGINE.value("miss_mode")
     run = full_scale.Run(
         model, ENGINE.budget_bytes, _PROMPT_TOKENS.value, _TOKENS.value, ENGINE.value("policy"),

@@ -11,7 +11,7 @@ from absl import flags
 
 from hobbit_jax import cli
 from hobbit_jax.model_file.gguf_file import open_gguf
-from hobbit_jax.model_file.presets import PRESETS
+from hobbit_jax.models.presets import PRESETS
 from hobbit_jax.synthetic.synthesize import synthesize
 
 _PRESET = flags.DEFINE_enum(

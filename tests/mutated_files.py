@@ -17,13 +17,13 @@ import numpy as np
 from gguf import GGUFValueType
 
 from hobbit_jax.experts.store import ExpertKey, HostExperts
-from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.chat_template import ChatTemplate
 from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf, write_gguf
 from hobbit_jax.model_file.gguf_header import SCALAR_CODES
 from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
 from hobbit_jax.model_file.metadata import text
 from hobbit_jax.model_file.tokenizer import Tokenizer
+from hobbit_jax.models.registry import read_config
 
 _BYTES = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _ALPHABET = [chr(b) for b in _BYTES] + [chr(0x100 + i) for i in range(256 - len(_BYTES))]

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hobbit_jax.model_file.architecture import global_tensors, layer_tensors, read_config
 from hobbit_jax.model_file.gguf_file import FileStamp, GGUFFile, TensorInfo
+from hobbit_jax.models.config import Rope, global_tensors, layer_tensors
+from hobbit_jax.models.registry import read_config
 
 D, F, E, HEADS, KV_HEADS, VOCAB, LAYERS = 16, 12, 4, 4, 2, 10, 2
 
@@ -76,12 +77,13 @@ def model_file(arch="qwen3moe", head_dim=8, keys=(), drop=(), tensors=(), tied=F
 def test_families(arch, rope_style, qk_norm, renormalise):
     file = model_file(arch)
     config = read_config(file)
-    assert (config.rope_style, config.qk_norm) == (rope_style, qk_norm)
-    assert config.renormalise_topk is renormalise
+    attention = config.blocks[0].attention
+    assert (attention.rope.style, attention.qk_norm) == (rope_style, qk_norm)
+    assert config.router.renormalise is renormalise
     assert (config.n_layers, config.d_model, config.d_expert, config.n_experts) == (LAYERS, D, F, E)
-    assert (config.n_heads, config.head_dim, config.rope_dim) == (HEADS, 8, 8)
+    assert (attention.n_heads, attention.head_dim, attention.rope.dim) == (HEADS, 8, 8)
     assert (config.experts_per_token, config.vocab_size, config.context_length) == (2, VOCAB, 64)
-    assert (config.rope_base, config.rms_eps, config.tied_head) == (1e6, 1e-6, False)
+    assert (attention.rope.base, config.rms_eps, config.tied_head) == (1e6, 1e-6, False)
     named = {n for layer in range(LAYERS) for n in layer_tensors(config, layer).values()}
     assert named | set(global_tensors(config).values()) == set(file.tensors)
     assert layer_tensors(config, 1)["router"] == "blk.1.ffn_gate_inp.weight"
@@ -91,7 +93,8 @@ def test_defaults_of_the_format():
     """What llama.cpp assumes for absent keys; the head is tied when the file has no output."""
     optional = ("rope.freq_base", "attention.key_length", "attention.value_length")
     config = read_config(model_file("llama", head_dim=D // HEADS, drop=optional, tied=True))
-    assert (config.head_dim, config.rope_dim, config.rope_base) == (4, 4, 10000.0)
+    attention = config.blocks[0].attention
+    assert (attention.head_dim, attention.rope) == (4, Rope(10000.0, 4, "norm"))
     assert config.tied_head and "output" not in global_tensors(config)
     with pytest.raises(ValueError, match=r"'output\.weight' is missing"):
         read_config(model_file("olmoe", tied=True))

@@ -23,14 +23,13 @@ FOUND = Bandwidths(
 )
 
 
-def test_the_share_to_fetch_is_the_links_of_both(tmp_path: Path):
+def test_link_and_host_are_compared_while_both_work(tmp_path: Path):
     FOUND.write(tmp_path / "b.json")
     found = read_bandwidths(tmp_path / "b.json")
     assert found == FOUND
     assert found.host("Q4_K") == 40 and found.link(900_000) == 12 and found.link(1) == 5
     assert found.link(900_000, "pinned") == 24
-    # 6 GB/s over the link and 30 on the CPU end together when the link has a sixth.
-    assert found.fetch_share("Q4_K", 900_000) == pytest.approx(6 / 36)
+    assert found.link_to_host("Q4_K", 900_000) == pytest.approx(0.5 * 12 / (0.75 * 40))
     found.check_here(FOUND.device, FOUND.cpu)
 
 

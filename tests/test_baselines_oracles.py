@@ -25,9 +25,9 @@ from hobbit_jax.baselines.llama import layers_on_cpu
 from hobbit_jax.baselines.side import SideSpec
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
-from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.models.loading import load_model
+from hobbit_jax.models.registry import read_config
 from hobbit_jax.record import read_records
 from hobbit_jax.report.baseline_tables import section
 

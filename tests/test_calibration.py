@@ -22,8 +22,8 @@ from hobbit_jax.importance import layer_inputs
 from hobbit_jax.importance.calibration import Calibration, calibrate
 from hobbit_jax.importance.scores import measure_errors
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.quantize import encode
 from hobbit_jax.quantize.methods import PRIOR_TOKENS, encode_matrix, moment, rarely_seen
 

@@ -12,8 +12,8 @@ from hobbit_jax.experts.precision import SelectionPlan, StaticPlan, uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.sampling import Sampling, sample
-from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import write_gguf
+from hobbit_jax.models.loading import load_model
 
 LOW = 1
 # Few shapes, since a program is compiled for each: chunks of 4 tokens at batch 3, of 12 at 1.

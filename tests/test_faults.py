@@ -14,8 +14,8 @@ from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import OnRouting
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.models.loading import load_model
 
 PROMPT, NEW_TOKENS, CHUNK = [5, 200, 17, 17, 99, 3, 250, 11], 6, 8
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from mutated_files import ORIGINALS, judge, to_bytes
 
-from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.models.registry import read_config
 
 LIMIT_BYTES, LIMIT_S = 1 << 30, 10
 # Each was another kind of traceback, or a message without its file, when the fuzzer was written.

@@ -444,7 +444,7 @@ def test_reference_model_through_the_kernels(implementation):
     from hobbit_jax import reference
     from hobbit_jax.experts.store import HostExperts
     from hobbit_jax.inference.engine import Engine
-    from hobbit_jax.model.loading import load_model
+    from hobbit_jax.models.loading import load_model
 
     def log_probabilities(implementation):
         model = load_model(reference.model_path(), implementation)

@@ -28,8 +28,8 @@ from hobbit_jax.evals.lm_eval_model import EngineLM
 from hobbit_jax.evals.responses import Responses
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.tokenizer import Tokenizer
+from hobbit_jax.models.loading import load_model
 
 
 @pytest.fixture(scope="module")

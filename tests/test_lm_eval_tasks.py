@@ -36,9 +36,9 @@ from hobbit_jax.evals.benchmarks import (
 from hobbit_jax.evals.lm_eval_tasks import load_tasks, wikitext_pages
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.record import read_records
 from hobbit_jax.synthetic_tasks import arithmetic, functions
 

@@ -20,7 +20,7 @@ from conftest import REPOSITORY
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import LoadedModel, load_model
+from hobbit_jax.models.loading import LoadedModel, load_model
 
 GOLDENS = Path(__file__).parent / "goldens"
 # Another order of float32 sums, through three layers, on logits of standard deviation 1.7.

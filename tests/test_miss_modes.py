@@ -13,7 +13,7 @@ from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.models.loading import load_model
 from pallas_kernels.reference import Signature
 
 PROMPTS, CONTEXT, CHUNK = [[5, 200, 17, 17, 99], [3], [101, 42, 7, 250, 11]], 24, 15
@@ -29,6 +29,9 @@ def test_what_serves_a_selection():
         "fetch_low": [LOW] * 4,
         "hobbit": [NATIVE, NATIVE, LOW, SKIPPED],
         "floor": [LOW] * 4,
+        "host": [NATIVE] * 4,
+        "host_low": [LOW] * 4,
+        "hybrid": [NATIVE] * 4,
     }
     low_only = {**absent, "use_low_if_resident": [LOW] * 4}
     assert absent.keys() == MISS_MODES.keys()

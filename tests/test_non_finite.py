@@ -14,8 +14,8 @@ from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.sampling import Sampling, sample, seed_key
-from hobbit_jax.model.loading import load_model
 from hobbit_jax.model_file.gguf_file import write_gguf
+from hobbit_jax.models.loading import load_model
 
 # All of floats, so that any weight can be as large as a float gets.
 MODEL = replace(tiny_models.MODELS["olmoe"], experts=(("F32",) * 3,) * 2, dense=("F32",) * 7)

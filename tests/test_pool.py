@@ -18,8 +18,8 @@ from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import demands
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
-from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.models.registry import read_config
 from pallas_kernels.reference import Signature
 
 

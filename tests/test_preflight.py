@@ -20,8 +20,8 @@ from hobbit_jax.experts.low_precision import (
 )
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.models.registry import read_config
 from hobbit_jax.record import (
     CacheTrial,
     EvalSizes,

@@ -7,7 +7,7 @@ from tiny_models import MODELS, tokens, write_model
 from hobbit_jax.experts.low_precision import decode, dequantize
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.quantize import encode
 from hobbit_jax.reference_model.reparametrise import write_off_grid
 

@@ -25,7 +25,7 @@ from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.inference.adaptive_split import CapacityTuner, SplitRule
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.models.loading import load_model
 from pallas_kernels.reference import Signature
 
 RULE = PromotionRule(after_uses=2, per_token=2)

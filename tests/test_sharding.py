@@ -28,9 +28,9 @@ from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference import engine as engine_module
 from hobbit_jax.inference import moe
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model import sharding
-from hobbit_jax.model.loading import load_model
-from hobbit_jax.model.sharding import AXIS, expert_mesh, owner, owners_LE
+from hobbit_jax.models import sharding
+from hobbit_jax.models.loading import load_model
+from hobbit_jax.models.sharding import AXIS, expert_mesh, owner, owners_LE
 from pallas_kernels.reference import Signature
 
 pytestmark = pytest.mark.skipif(
@@ -362,7 +362,7 @@ def test_nothing_is_copied_between_devices(two, monkeypatch):
     for step in range(STEPS):
         two.decode(np.asarray([9, 8, 7]) + step)
     assert pointers(two._carry.caches) == caches and pointers(two.pool.banks) == banks
-    assert two._carry.caches.k_LBCGd.is_fully_replicated
+    assert all(array.is_fully_replicated for array in jax.tree.leaves(two._carry.caches))
     misses = [int(pool.stats.misses.sum()) for pool in two.pool.pools]
     assert [uploads.count(device) for device in jax.devices()[:2]] == misses and all(misses)
     assert len(uploads) == sum(misses)

@@ -16,11 +16,12 @@ from hobbit_jax.cache.controller import OnRouting
 from hobbit_jax.cache.trace import Trace, read_trace
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
-from hobbit_jax.model_file.architecture import read_config, tensor_shapes
 from hobbit_jax.model_file.gguf_file import check_finite_scales, open_gguf, write_gguf
-from hobbit_jax.model_file.presets import PRESETS
 from hobbit_jax.model_file.tokenizer import Tokenizer
+from hobbit_jax.models.config import tensor_shapes
+from hobbit_jax.models.loading import load_model
+from hobbit_jax.models.presets import PRESETS
+from hobbit_jax.models.registry import read_config
 from hobbit_jax.quantize.quant_recipe import q4_k_m_format
 from hobbit_jax.synthetic import synthesize
 

@@ -26,9 +26,9 @@ from hobbit_jax.baselines.side import SideSpec
 from hobbit_jax.cache.policies import DEFAULT_POLICY
 from hobbit_jax.evals.measure import Measurement, measure
 from hobbit_jax.evals.quality import cut_windows
-from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
+from hobbit_jax.models.registry import read_config
 from hobbit_jax.record import Benchmark, Measured, Record, combined, measured
 from hobbit_jax.statistics import spread
 

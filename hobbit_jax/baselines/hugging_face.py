@@ -17,7 +17,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 
-from hobbit_jax.model_file.architecture import (
+from hobbit_jax.models.config import (
     OUTPUT,
     OUTPUT_NORM,
     TOKEN_EMBEDDING,
@@ -49,27 +49,28 @@ def interleaved_to_halves(weights_NK: np.ndarray, n_heads: int) -> np.ndarray:
 
 
 def empty_model(
-    config: ModelConfig, attention: str = "sdpa", experts: str | None = None
+    config: ModelConfig, kernel: str = "sdpa", experts: str | None = None
 ) -> HuggingFaceModel:
     """The module without weights (on PyTorch's meta device), in float32.
 
     Args:
         config: of the file.
-        attention: transformers' `attn_implementation`.
+        kernel: of attention, transformers' `attn_implementation`.
         experts: its `experts_implementation`; None is its own choice.
     """
+    attention = config.blocks[0].attention
     shared = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
+        "num_attention_heads": attention.n_heads,
+        "num_key_value_heads": attention.n_kv_heads,
         "max_position_embeddings": config.context_length,
         "rms_norm_eps": config.rms_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+        "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope.base},
         "num_experts_per_tok": config.experts_per_token,
         "tie_word_embeddings": config.tied_head,
-        "attn_implementation": attention,
+        "attn_implementation": kernel,
         "experts_implementation": experts,
         "pad_token_id": None,
     }
@@ -77,16 +78,16 @@ def empty_model(
     if config.arch == "qwen3moe":
         made = library.Qwen3MoeConfig(
             **shared,
-            head_dim=config.head_dim,
+            head_dim=attention.head_dim,
             num_experts=config.n_experts,
             moe_intermediate_size=config.d_expert,
-            norm_topk_prob=config.renormalise_topk,
+            norm_topk_prob=config.router.renormalise,
         )
         kind = library.Qwen3MoeForCausalLM
     elif config.arch == "llama":
         made = library.MixtralConfig(
             **shared,
-            head_dim=config.head_dim,
+            head_dim=attention.head_dim,
             num_local_experts=config.n_experts,
             intermediate_size=config.d_expert,
         )
@@ -96,7 +97,7 @@ def empty_model(
             **shared,
             num_experts=config.n_experts,
             intermediate_size=config.d_expert,
-            norm_topk_prob=config.renormalise_topk,
+            norm_topk_prob=config.router.renormalise,
         )
         kind = library.OlmoeForCausalLM
     else:
@@ -121,14 +122,15 @@ def dense_weights(
     yield "model.norm.weight", tensor(OUTPUT_NORM)
     if not config.tied_head:
         yield "lm_head.weight", tensor(OUTPUT)
-    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+    attention = config.blocks[0].attention
+    heads = {"attn_q": attention.n_heads, "attn_k": attention.n_kv_heads}
     for layer in range(config.n_layers):
         names = layer_tensors(config, layer)
         for role, theirs in _LAYER_NAMES.items():
             if role not in names:
                 continue
             array = tensor(names[role])
-            if config.rope_style == "norm" and role in heads:
+            if attention.rope.style == "norm" and role in heads:
                 array = interleaved_to_halves(array, heads[role])
             yield f"model.layers.{layer}.{theirs}.weight", array
 

@@ -19,8 +19,9 @@ import numpy as np
 import psutil
 
 from hobbit_jax.baselines.llama_cpp_api import VERSION, Model, load_library
-from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors, read_config
 from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
+from hobbit_jax.models.config import ModelConfig, layer_tensors
+from hobbit_jax.models.registry import read_config
 
 # The default, and float32 throughout: without flash attention, whose sums are in another order.
 KVFormat = Literal["float16", "float32"]

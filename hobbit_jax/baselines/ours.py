@@ -15,7 +15,7 @@ from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.evals.engine_program import EngineProgram
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import load_model
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.record import machine
 from pallas_kernels.backends import Implementation
 

@@ -18,8 +18,8 @@ import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 
 from hobbit_jax.baselines.hugging_face import load
-from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
+from hobbit_jax.models.registry import read_config
 
 MODES = ("float32", "bfloat16")
 

@@ -1,8 +1,7 @@
 """What a machine's memory and its link to the device carry, as `scripts/bench_bandwidth.py` found.
 
-This module owns the file of measured bandwidths, and the share of missed bytes that is best fetched
-where the rest is computed on the CPU. The rates belong to one device and one CPU and are refused on
-others.
+This module owns the file of measured bandwidths, and the ratio by which missed bytes are divided
+between the link and the CPU. The rates belong to one device and one CPU and are refused on others.
 """
 
 from __future__ import annotations
@@ -55,10 +54,11 @@ class Bandwidths:
         rates = self.link_gb_s.get(source) or self.link_gb_s["mapped"]
         return rates[min(rates, key=lambda size: abs(math.log(float(size) / piece_bytes)))]
 
-    def fetch_share(self, format: str, piece_bytes: float) -> float:
-        """Share (0-1) of missed bytes to fetch so that fetching and computing end together."""
+    def link_to_host(self, format: str, piece_bytes: float) -> float:
+        """The link's rate over the host's while both work: bytes to fetch of missed ones, over
+        those to compute, so that both end together."""
         link = self.link(piece_bytes) * self.at_once["link"]
-        return link / (link + self.host(format) * self.at_once["host"])
+        return link / (self.host(format) * self.at_once["host"])
 
     def check_here(self, device: str, cpu: str) -> None:
         """Refuses the rates of another machine.

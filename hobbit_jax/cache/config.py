@@ -11,7 +11,7 @@ from hobbit_jax.cache.prefetch import PrefetchRule
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, PromotionRule
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.experts.precision import PrecisionPlan
-from hobbit_jax.model.modules import KV_FORMATS
+from hobbit_jax.models.caches import KV_FORMATS
 
 
 @dataclass(frozen=True, eq=False)

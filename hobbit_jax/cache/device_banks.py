@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hobbit_jax.experts.store import ExpertKey, HostExperts
-from hobbit_jax.model_file.architecture import ModelConfig
+from hobbit_jax.models.config import ModelConfig
 from pallas_kernels.formats import get_format
 from pallas_kernels.ggml.ops import RawMatrix
 from pallas_kernels.reference import Bank, Planes, Signature

@@ -22,7 +22,7 @@ from hobbit_jax.cache.device_banks import Layout
 from hobbit_jax.cache.link import Link
 from hobbit_jax.cache.pool import PoolStats, SlotPool, holds_all
 from hobbit_jax.experts.store import ExpertKey, HostExperts
-from hobbit_jax.model.sharding import (
+from hobbit_jax.models.sharding import (
     DIVIDED,
     REPLICATED,
     assembled,
@@ -152,7 +152,8 @@ class ShardedPool:
         """See `SlotPool.begin`; each device counts its own experts."""
         for pool in self.pools:
             own = [use for use in decision.uses if self._pool(use.key) is pool]
-            pool.begin(decision._replace(uses=own))
+            computed = [key for key in decision.computed if self._pool(key) is pool]
+            pool.begin(decision._replace(uses=own, computed=computed))
 
     def load(
         self,

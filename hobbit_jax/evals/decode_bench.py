@@ -27,7 +27,7 @@ from hobbit_jax.evals.measure import Measurement, Turn, measure, timed_turn
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import LoadedModel
+from hobbit_jax.models.loading import LoadedModel
 from hobbit_jax.statistics import spread
 
 # Of a 12 GB card: Qwen3-30B-A3B at Q4_K_M reads 1.06 GB of active experts a token, 42 ms over a
@@ -107,6 +107,8 @@ def mode_settings(
         if mode.low_banks == "cache":
             for share in shares:
                 listed[f"{name} {share}"] = CacheConfig(budget_bytes, mode=name, low_share=share)
+        if mode.computes:
+            listed[name] = CacheConfig(budget_bytes, mode=name)
     if store.precision_bytes(1) <= budget_bytes:
         listed["floor"] = CacheConfig(budget_bytes, mode="floor")
     return listed

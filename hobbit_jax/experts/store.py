@@ -9,14 +9,14 @@ files made by `low_precision.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from hobbit_jax.model_file.architecture import ModelConfig, layer_tensors
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, check_finite_scales
+from hobbit_jax.models.config import ModelConfig, layer_tensors
 from pallas_kernels.reference import Signature
 
 NATIVE = 0
@@ -38,6 +38,19 @@ class LayerExperts:
     gate: TensorInfo
     up: TensorInfo
     down: TensorInfo
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, TensorInfo]) -> LayerExperts:
+        """Of a layer's tensors by role; of a fused one, gate and up are the halves of its rows."""
+        fused = tensors.get("ffn_gate_up_exps")
+        if fused is None:
+            return cls(*(tensors[role] for role in ROLES))
+        n_experts, rows, columns = fused.shape
+        gate, up = (
+            replace(fused, shape=(n_experts, rows // 2, columns), raw=half)
+            for half in np.split(fused.raw, 2, axis=1)
+        )
+        return cls(gate, up, tensors["ffn_down_exps"])
 
     @property
     def signature(self) -> Signature:
@@ -61,8 +74,10 @@ class HostExperts:
         for file in (native, *low):
             layers = []
             for layer in range(config.n_layers):
-                names = layer_tensors(config, layer)
-                layers.append(LayerExperts(*(file.tensors[names[role]] for role in ROLES)))
+                names = layer_tensors(config, layer).items()
+                layers.append(
+                    LayerExperts.of({r: file.tensors[n] for r, n in names if "_exps" in r})
+                )
             self.precisions.append(layers)
         self._checked: set[ExpertKey] = set()
 

@@ -28,8 +28,9 @@ from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.importance.layer_inputs import LayerInputs, record
 from hobbit_jax.importance.scores import RoutingProfile
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model_file.architecture import ModelConfig, read_config
 from hobbit_jax.model_file.gguf_file import GGUFFile
+from hobbit_jax.models.config import ModelConfig
+from hobbit_jax.models.registry import read_config
 
 STATISTICS = ("routing", "second_moment", "hessian")
 _FILE = "calibration.npz"

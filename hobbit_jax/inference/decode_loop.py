@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -29,10 +30,11 @@ from hobbit_jax.inference.decode_report import LOG_FIELDS, log_entry, pack
 from hobbit_jax.inference.layer_groups import LayerGroups
 from hobbit_jax.inference.sampling import Sampling, sample
 from hobbit_jax.inference.selection import Selections, rows_of_layer, select
-from hobbit_jax.model import sharding
-from hobbit_jax.model.layers import LayerKinds, States
-from hobbit_jax.model.modules import KV_FORMATS, EmbeddingAndHead, KVCache
-from hobbit_jax.model_file.architecture import ModelConfig
+from hobbit_jax.models import sharding
+from hobbit_jax.models.caches import Caches, empty_caches
+from hobbit_jax.models.config import ModelConfig
+from hobbit_jax.models.layer import LayerKinds, States, attend_and_route
+from hobbit_jax.models.modules import EmbeddingAndHead
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import Bank, Signature, Work
 
@@ -63,13 +65,13 @@ class Weights(NamedTuple):
 class Carry(NamedTuple):
     """Where a token stands between two entries; on the device, donated to each."""
 
-    caches: KVCache
-    layer: jax.Array  # int32 scalar: whose experts are due, or which is attended next
-    routed: jax.Array  # bool scalar: attention and routing of `layer` have been done
+    caches: Caches
+    block: jax.Array  # int32 scalar: whose experts are due, or which is attended next
+    routed: jax.Array  # bool scalar: attention and routing of `block` have been done
     x_BD: jax.Array
     h_BD: jax.Array
     selections: Selections
-    done_A: jax.Array  # bool: selections of `layer` that have run, or that nobody serves
+    done_A: jax.Array  # bool: selections of `block` that have run, or that nobody serves
     y_AD: jax.Array  # of several devices, each one's part
 
 
@@ -107,14 +109,12 @@ def empty_carry(
     kv_format: str = "float32",
 ) -> Carry:
     """No sequence has any token yet."""
-    kv_dtype = KV_FORMATS[kv_format]
-    cache_shape = (config.n_layers, batch, context, config.n_kv_heads, config.head_dim)
     k, d = config.experts_per_token, config.d_model
     # Each its own buffer, for all of them are donated.
     integers = [jnp.full((batch, k), SKIPPED, jnp.int32) for _ in range(3)]
     carry = Carry(
-        caches=KVCache(jnp.zeros(cache_shape, kv_dtype), jnp.zeros(cache_shape, kv_dtype)),
-        layer=jnp.int32(0),
+        caches=empty_caches(config, batch, context, kv_format),
+        block=jnp.int32(0),
         routed=jnp.array(False),
         x_BD=jnp.zeros((batch, d)),
         h_BD=jnp.zeros((batch, d)),
@@ -126,6 +126,34 @@ def empty_carry(
         return carry
     y_AD = sharding.divided(jnp.zeros((mesh.size * batch * k, d)), mesh)
     return sharding.replicated(carry, mesh)._replace(y_AD=y_AD)
+
+
+def with_outputs(
+    carry: Carry, assignment_H: np.ndarray, y_HD: np.ndarray, mesh: Mesh | None
+) -> Carry:
+    """A carry in which some assignments have run elsewhere; numbers outside of it are dropped.
+
+    Args:
+        carry: of a program that waits in a layer; donated.
+        assignment_H: int32.
+        y_HD: their experts' outputs times the routing weights, float32.
+        mesh: of several devices, of which the first holds them.
+    """
+    y_AD, done_A = _put_outputs(carry.y_AD, carry.done_A, assignment_H, y_HD, mesh)
+    return carry._replace(y_AD=y_AD, done_A=done_A)
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=4)
+def _put_outputs(y_AD, done_A, assignment_H, y_HD, mesh):
+    def put(y_AD: jax.Array) -> jax.Array:
+        here_H = assignment_H
+        if mesh is not None:
+            first = jax.lax.axis_index(sharding.AXIS) == 0
+            here_H = jnp.where(first, assignment_H, len(y_AD))
+        return y_AD.at[here_H].set(y_HD, mode="drop")
+
+    y_AD = sharding.on_each(put, mesh, (sharding.DIVIDED,), sharding.DIVIDED)(y_AD)
+    return y_AD, done_A.at[assignment_H].set(True, mode="drop")
 
 
 def item_width(batch: int, k: int, n_experts: int) -> int:
@@ -185,38 +213,40 @@ def group(
     return work
 
 
+def layer_of(config: ModelConfig, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The layer of a block, or the next one's, and whether it is one: int32 and bool scalars."""
+    if config.n_layers == config.n_blocks:
+        return block, jnp.array(True)
+    is_layer_N = [spec.has_experts for spec in config.blocks]
+    before_N = np.cumsum([0, *is_layer_N])[: config.n_blocks]
+    layer = jnp.asarray(np.minimum(before_N, config.n_layers - 1), jnp.int32)[block]
+    return layer, jnp.asarray(is_layer_N)[block]
+
+
 def _attend(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -> _Loop:
-    """Attention and routing of `layer`, and the precisions that serve its selections."""
-    carry, kinds = loop.carry, spec.layers
-    layer, context = carry.layer, carry.caches.k_LBCGd.shape[2]
-    positions_B1 = jnp.where(loop.active_B, loop.lengths_B, context)[:, None]
-    x_B1D = carry.x_BD[:, None]
-    q, k, v = kinds.at(
-        weights.layers, layer, lambda block, x: block.project(x, positions_B1), x_B1D
-    )
-    caches = carry.caches.append(layer, positions_B1, k, v)
-    mixed_B1N = caches.attend(layer, q, positions_B1, kinds.attention)
-
-    def add_and_route(block, x_B1D, mixed_B1N):
-        x_B1D, h_B1D = block.add_attention(x_B1D, mixed_B1N)
-        return x_B1D[:, 0], h_B1D[:, 0], block.route(h_B1D[:, 0])
-
-    x_BD, h_BD, routing = kinds.at(weights.layers, layer, add_and_route, x_B1D, mixed_B1N)
-    table_pE = rows_of_layer(held_UE, layer, spec.config.n_layers)
-    selections = select(weights.plan, spec.mode, table_pE, layer, routing, loop.active_B)
+    """Attention and routing of `block`, and the precisions that serve its selections."""
+    carry, config = loop.carry, spec.config
+    positions_B1 = jnp.where(loop.active_B, loop.lengths_B, carry.caches.context)[:, None]
+    at = spec.layers.at(weights.layers, carry.block)
+    routed, caches = attend_and_route(at, carry.caches, carry.x_BD[:, None], positions_B1)
+    layer, is_layer = layer_of(config, carry.block)
+    table_pE = rows_of_layer(held_UE, layer, config.n_layers)
+    valid_B = loop.active_B & is_layer
+    selections = select(weights.plan, spec.mode, table_pE, layer, routed.routing, valid_B)
     carry = carry._replace(
         caches=caches,
         routed=jnp.array(True),
-        x_BD=x_BD,
-        h_BD=h_BD,
+        x_BD=routed.x_BTD[:, 0],
+        h_BD=routed.h_TD,
         selections=selections,
         done_A=selections.served_TK.reshape(-1) == SKIPPED,
         y_AD=jnp.zeros_like(carry.y_AD),
     )
     return loop._replace(
         carry=carry,
-        logged=loop.logged + 1,
-        log_IAf=loop.log_IAf.at[loop.logged].set(log_entry(selections)),
+        logged=loop.logged + is_layer.astype(jnp.int32),
+        # What a block without experts writes is written over by the next layer's.
+        log_IAf=loop.log_IAf.at[loop.logged].set(log_entry(selections), mode="drop"),
     )
 
 
@@ -235,8 +265,9 @@ def _run_experts(
     carry, config, experts = loop.carry, spec.config, spec.experts
     batch, k = carry.selections.ids_TK.shape
     ids_A, served_A = (a.reshape(-1) for a in (carry.selections.ids_TK, carry.selections.served_TK))
+    layer, _ = layer_of(config, carry.block)
     slot_A, held_A = (
-        rows_of_layer(rows_UE, carry.layer, config.n_layers)[jnp.maximum(served_A, 0), ids_A]
+        rows_of_layer(rows_UE, layer, config.n_layers)[jnp.maximum(served_A, 0), ids_A]
         for rows_UE in (table_UE, held_UE)
     )
     due_A = (slot_A >= 0) & ~carry.done_A  # here
@@ -261,14 +292,14 @@ def _run_experts(
 
         return run
 
-    kind = jnp.asarray(experts.kind_L, jnp.int32)[carry.layer]
+    kind = jnp.asarray(experts.kind_L, jnp.int32)[layer]
     y_AD = jax.lax.switch(kind, [branch(s) for s in experts.signatures], carry.y_AD)
     done_A = carry.done_A | ready_A
     complete = carry.routed & jnp.all(done_A)
     total_AD = sharding.sum_of_parts(y_AD, spec.mesh)
     x_BD = carry.x_BD + jnp.sum(total_AD.reshape(batch, k, -1), axis=1)
     carry = carry._replace(
-        layer=carry.layer + complete.astype(jnp.int32),
+        block=carry.block + complete.astype(jnp.int32),
         routed=carry.routed & ~complete,
         x_BD=jnp.where(complete, x_BD, carry.x_BD),
         done_A=done_A,
@@ -283,11 +314,13 @@ def _look_ahead(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loo
     Expert and precision of each selection; `SKIPPED` for layers past the last, and if nobody waits.
     The stream has this layer's attention and not its experts.
     """
-    n_layers, x_BD, here = spec.config.n_layers, loop.carry.x_BD, loop.carry.layer
+    config, x_BD = spec.config, loop.carry.x_BD
+    n_layers, (here, _) = config.n_layers, layer_of(config, loop.carry.block)
 
     def choose(distance: jax.Array) -> jax.Array:
         layer = jnp.minimum(here + distance, n_layers - 1)
-        routing = spec.layers.at(weights.layers, layer, lambda block, x: block.route_ahead(x), x_BD)
+        at = spec.layers.at(weights.layers, jnp.asarray(config.block_of_layer, jnp.int32)[layer])
+        routing = at.run(lambda block, x: block.route_ahead(x), x_BD)
         table_pE = rows_of_layer(held_UE, layer, n_layers)
         valid_B = loop.active_B & (here + distance < n_layers)
         chosen = select(weights.plan, spec.mode, table_pE, layer, routing, valid_B)
@@ -322,22 +355,22 @@ def _end_token(spec: LoopSpec, weights: Weights, inputs: Inputs, loop: _Loop) ->
             loop.active_B & ~stopped_B,
             loop.finite & jnp.all(finite_B | ~loop.active_B),
             loop.step + 1,
-            jnp.zeros_like(loop.carry.layer),
+            jnp.zeros_like(loop.carry.block),
         )
 
     def go_on(loop: _Loop):
         carry = loop.carry
         same = loop.logits_BV, carry.x_BD, loop.tokens_NB, loop.lengths_B, loop.active_B
-        return *same, loop.finite, loop.step, carry.layer
+        return *same, loop.finite, loop.step, carry.block
 
     # Without the caches, which a conditional would copy.
     small = loop._replace(carry=loop.carry._replace(caches=None), log_IAf=None)
-    ended = loop.carry.layer == spec.config.n_layers
-    logits_BV, x_BD, tokens_NB, lengths_B, active_B, finite, step, layer = jax.lax.cond(
+    ended = loop.carry.block == spec.config.n_blocks
+    logits_BV, x_BD, tokens_NB, lengths_B, active_B, finite, step, block = jax.lax.cond(
         ended, end, go_on, small
     )
     return loop._replace(
-        carry=loop.carry._replace(x_BD=x_BD, layer=layer),
+        carry=loop.carry._replace(x_BD=x_BD, block=block),
         step=step,
         lengths_B=lengths_B,
         active_B=active_B,
@@ -359,7 +392,7 @@ def _decode(
     batch = len(inputs.ids_B)
     x_BD = nnx.merge(spec.ends, weights.ends).embed(inputs.ids_B)
     carry = carry._replace(
-        layer=jnp.where(fresh, 0, carry.layer),
+        block=jnp.where(fresh, 0, carry.block),
         routed=carry.routed & ~fresh,
         done_A=carry.done_A | fresh,
         x_BD=jnp.where(fresh, x_BD, carry.x_BD),
@@ -385,7 +418,7 @@ def _decode(
 
     def may_go_on(loop: _Loop) -> jax.Array:
         # A token that was begun is ended, also when no sequence is left.
-        more = (loop.step < inputs.count) & ((loop.carry.layer > 0) | jnp.any(loop.active_B))
+        more = (loop.step < inputs.count) & ((loop.carry.block > 0) | jnp.any(loop.active_B))
         return more & ~loop.blocked
 
     # First what the last entry left over; at a token's beginning that is nothing.
@@ -395,8 +428,8 @@ def _decode(
     )
     ahead_P2A = _look_ahead(spec, weights, held_UE, loop)
     packed = pack(
-        loop.step, loop.carry.layer, loop.blocked, loop.finite, loop.logged, loop.tokens_NB,
-        ahead_P2A, loop.log_IAf,
+        loop.step, layer_of(config, loop.carry.block)[0], loop.blocked, loop.finite, loop.logged,
+        loop.tokens_NB, ahead_P2A, loop.log_IAf,
     )  # fmt: skip
     return loop.carry, packed, loop.logits_BV
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from hobbit_jax.cache.config import CacheConfig
-from hobbit_jax.cache.controller import BankLayout, Controller, Observer
+from hobbit_jax.cache.controller import BankLayout, Controller, Decision, Observer
 from hobbit_jax.cache.miss_modes import LOW, miss_mode
 from hobbit_jax.cache.policies import Step, policy_factory
 from hobbit_jax.cache.pool_sizing import ADAPTIVE, pool_slots
@@ -36,15 +36,20 @@ from hobbit_jax.inference.decode_loop import (
     Weights,
     decode_program,
     empty_carry,
+    item_width,
+    with_outputs,
 )
 from hobbit_jax.inference.decode_report import Report
+from hobbit_jax.inference.host_compute import HostCompute, HostOutputs
 from hobbit_jax.inference.layer_groups import LayerGroups
+from hobbit_jax.inference.moe import Grouped
 from hobbit_jax.inference.prefill import Prefill, logits, pad_tokens
 from hobbit_jax.inference.sampling import Sampling, sample, seed_key
 from hobbit_jax.inference.selection import Selections
 from hobbit_jax.inference.step_stats import EngineStats, Meter, StepStats
-from hobbit_jax.model.loading import LoadedModel
-from hobbit_jax.model.sharding import expert_mesh, replicated
+from hobbit_jax.models.caches import empty_caches
+from hobbit_jax.models.loading import LoadedModel
+from hobbit_jax.models.sharding import expert_mesh, replicated
 
 GREEDY = Sampling()
 DEFAULT_CACHE = CacheConfig()
@@ -86,7 +91,8 @@ class Engine:
         self._weights = Weights(self.model.layers.states, ends_state, device_plan)
         self._ends_graph = ends_graph
         self._experts = LayerGroups.of(self.pool, model.implementation)
-        self._prefill = Prefill(self.model, self.pool, device_plan, self.mode)
+        self._host = HostCompute(store, model.implementation)
+        self._prefill = Prefill(self.model, self.pool, device_plan, self.mode, self._host)
         self._carry: Carry | None = None
         self._key = replicated(jax.random.key(0), mesh)
         self._lengths_B = np.zeros(0, np.int32)
@@ -103,7 +109,10 @@ class Engine:
         if staging_bytes is None:
             staging_bytes = config.experts_per_token * store.largest_expert_bytes
         controller = Controller(
-            BankLayout.of_store(store, cache.devices), slots, policy_factory(cache.policy)
+            BankLayout.of_store(store, cache.devices),
+            slots,
+            policy_factory(cache.policy),
+            mode=mode,
         )
         if mode.promotes:
             controller.observe(Promotion(cache.promotion, mode))
@@ -111,7 +120,8 @@ class Engine:
             self._prefetcher = Prefetcher(cache.prefetch, config.n_layers, config.n_experts)
             controller.observe(self._prefetcher)
         pool = executor(
-            store, controller, cache.budget_bytes or total, staging_bytes=staging_bytes,
+            store, controller, total if cache.budget_bytes is None else cache.budget_bytes,
+            staging_bytes=staging_bytes,
             mesh=self._mesh, implementation=self.model.implementation,
         )  # fmt: skip
         if mode.low_banks == "all":
@@ -150,7 +160,7 @@ class Engine:
     @property
     def kv_cache_bytes(self) -> int:
         """Device bytes of the current sequences' keys and values."""
-        return 0 if self._carry is None else sum(a.nbytes for a in self._carry.caches)
+        return 0 if self._carry is None else self._carry.caches.nbytes
 
     def reset_stats(self) -> EngineStats:
         """Returns the counts so far and starts again from zero."""
@@ -183,7 +193,7 @@ class Engine:
 
     def _check_room(self, n_new_B: np.ndarray) -> None:
         self._check_map()
-        context = self._started().caches.k_LBCGd.shape[2]
+        context = self._started().caches.context
         longest = int((self._lengths_B + n_new_B).max(initial=0))
         if longest > context:
             raise ValueError(f"{longest} tokens exceed the {context} started with")
@@ -221,9 +231,8 @@ class Engine:
         if finite:
             return
         self._carry, longest = None, max(map(len, self._ids))
-        caches = empty_carry(
-            self.config, len(self._ids), longest, self._mesh, self.cache.kv_format
-        ).caches
+        caches = empty_caches(self.config, len(self._ids), longest, self.cache.kv_format)
+        caches = replicated(caches, self._mesh)
         chunk = max(1, self.cache.chunk_tokens // len(self._ids))
         raise ValueError(non_finite.describe(self._prefill, caches, self._ids, chunk))
 
@@ -321,7 +330,9 @@ class Engine:
                 report = Report.unpack(
                     np.asarray(packed), most_tokens, len(ids_B), k, spec.look_ahead
                 )
-                batches = self._account(report) or batches
+                decision = self._account(report)
+                if decision is not None:
+                    batches = list(decision.batches)
                 for drawn_B in report.tokens_NB:
                     for sequence, token, active in zip(self._ids, ids_B, active_B, strict=True):
                         if active:
@@ -335,9 +346,14 @@ class Engine:
                 if not report.blocked:
                     break
                 self.stats.host_round_trips += 1
-                if not batches:
+                outputs = self._compute(decision, report) if decision is not None else None
+                if batches:
+                    self._load(batches.pop(0), report)
+                elif outputs is None:
                     raise RuntimeError(f"layer {report.layer} waits for experts that are resident")
-                self._load(batches.pop(0), report)
+                if outputs is not None:
+                    where_H, y_HD = outputs.wait()
+                    self._carry = with_outputs(self._started(), where_H, y_HD, self._mesh)
                 fresh = False
         except BaseException:
             # The token is half done; what the pool holds is whole.
@@ -360,11 +376,28 @@ class Engine:
             upcoming = self._prefetcher.at_exit(report.layer, report.ahead(), resident)
         self.pool.load(keys, upcoming=upcoming)
 
-    def _account(self, report: Report) -> list[list[ExpertKey]]:
-        """Has the controller decide what a call's layers used; batches to load for the last one."""
+    def _compute(self, decision: Decision, report: Report) -> HostOutputs | None:
+        """Begins on the CPU what a decision leaves to it of the layer where a call stands."""
+        if not decision.computed:
+            return None
+        config, shape = self.config, (-1, self.config.experts_per_token)
+        arrays = (report.ids_IA[-1], report.served_IA[-1], report.weights_IA[-1])
+        ids_TK, served_TK, weights_TK = (array.reshape(shape) for array in arrays)
+        width = item_width(len(ids_TK), ids_TK.shape[1], config.n_experts)
+        return self._host.run(
+            decision.computed, Grouped.of(decision.step.layer, ids_TK, served_TK).assignments,
+            {self.store.signature(key): width for key in decision.computed},
+            self._started().h_BD, weights_TK,
+        )  # fmt: skip
+
+    def _account(self, report: Report) -> Decision | None:
+        """Has the controller decide what a call's layers used; the decision on the last of them.
+
+        None if the call routed no layer.
+        """
         self._count(report.requested_IA, report.served_IA)
         longest = int(self._lengths_B.max())
-        batches: list[list[ExpertKey]] = []
+        decision: Decision | None = None
         routing_observers = self.controller.routing_observers()
         for logged in report.logged(self.config.n_layers):
             for observer in routing_observers:
@@ -372,9 +405,8 @@ class Engine:
             step = Step(self._tokens + logged.token, logged.layer, longest + logged.token)
             decision = self.controller.decide(step, *logged.uses())
             self.pool.begin(decision)
-            batches = list(decision.batches)
         self._tokens += report.steps
-        return batches
+        return decision
 
     def generate(
         self,

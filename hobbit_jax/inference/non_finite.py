@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hobbit_jax.inference.prefill import Part, Prefill, pad_tokens
-from hobbit_jax.model.modules import KVCache
+from hobbit_jax.models.caches import Caches
 
 
 @jax.jit
@@ -22,7 +22,7 @@ def finite_BT(x_BTD: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(x_BTD), axis=-1)
 
 
-def describe(prefill: Prefill, caches: KVCache, ids: Sequence[Sequence[int]], chunk: int) -> str:
+def describe(prefill: Prefill, caches: Caches, ids: Sequence[Sequence[int]], chunk: int) -> str:
     """One line that names the part of the model where NaN or infinity began.
 
     The token is not named: attention multiplies what is masked by 0, and so hands NaN to all tokens

@@ -24,11 +24,12 @@ from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.experts.store import ExpertKey
+from hobbit_jax.inference.host_compute import HostCompute
 from hobbit_jax.inference.moe import add_experts, apply_experts
 from hobbit_jax.inference.selection import Selections, rows_of_layer, select
-from hobbit_jax.model.layers import LayerKinds, States
-from hobbit_jax.model.loading import LoadedModel
-from hobbit_jax.model.modules import KVCache
+from hobbit_jax.models.caches import Caches, Places
+from hobbit_jax.models.layer import LayerKinds, OneBlock, States, attend_and_route
+from hobbit_jax.models.loading import LoadedModel
 
 Part = Literal["embedding", "attention", "experts"]
 Inspect = Callable[[Part, int, jax.Array], object]
@@ -59,26 +60,25 @@ def _attend_and_route(
     states: States,
     index: Array,
     next_index: Array,
+    places: Places,
     layer: Array,
     plan: PrecisionPlan,
     table_UE: jax.Array,
     x_BTD: jax.Array,
     positions_BT: Array,
-    caches: KVCache,
-) -> tuple[jax.Array, jax.Array, KVCache, Selections, jax.Array | None]:
-    block, context = kinds.block(states, kind, index), caches.k_LBCGd.shape[2]
-    q_BTHd, k_BTGd, v_BTGd = block.project(x_BTD, positions_BT)
-    caches = caches.append(layer, positions_BT, k_BTGd, v_BTGd)
-    mixed_BTN = caches.attend(layer, q_BTHd, positions_BT, kinds.attention)
-    x_BTD, h_BTD = block.add_attention(x_BTD, mixed_BTN)
-    h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
-    n_layers = len(kinds.kind_L)
-    table_pE = rows_of_layer(table_UE, layer, n_layers)
-    valid_T = (positions_BT < context).reshape(-1)
-    selections = select(plan, mode, table_pE, layer, block.route(h_TD), valid_T)
+    caches: Caches,
+) -> tuple[jax.Array, jax.Array, Caches, Selections | None, jax.Array | None]:
+    block, config = kinds.block(states, kind, index), kinds.config
+    routed, caches = attend_and_route(OneBlock(block, places), caches, x_BTD, positions_BT)
+    x_BTD, h_TD = routed.x_BTD, routed.h_TD
+    table_pE = rows_of_layer(table_UE, layer, config.n_layers)
+    valid_T = (positions_BT < caches.context).reshape(-1)
+    selections = None
+    if block.spec.has_experts:
+        selections = select(plan, mode, table_pE, layer, routed.routing, valid_T)
     if next_kind is None:
         return x_BTD, h_TD, caches, selections, None
-    x_TD, table_pE = x_BTD.reshape(h_TD.shape), rows_of_layer(table_UE, layer + 1, n_layers)
+    x_TD, table_pE = x_BTD.reshape(h_TD.shape), rows_of_layer(table_UE, layer + 1, config.n_layers)
     routing = kinds.block(states, next_kind, next_index).route_ahead(x_TD)
     ahead = select(plan, mode, table_pE, layer + 1, routing, valid_T)
     precision_TK = jnp.where(ahead.served_TK == SKIPPED, len(table_pE), ahead.served_TK)
@@ -104,17 +104,18 @@ class Prefill:
     pool: ExpertPool
     plan: PrecisionPlan
     mode: MissMode
+    host: HostCompute
 
     def append(
         self,
-        caches: KVCache,
+        caches: Caches,
         ids_BT: np.ndarray,
         lengths_B: np.ndarray,
         n_new_B: np.ndarray,
         token: int,
         watch: Callable[[RouterOutput, Selections], None],
         inspect: Inspect = lambda part, layer, x_BTD: None,
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[jax.Array, Caches]:
         """Appends the first `n_new_B` tokens of each row to sequences of `lengths_B`.
 
         Args:
@@ -131,7 +132,7 @@ class Prefill:
             Residual stream [B, T, D] after the last layer, and the caches.
         """
         model, (batch, tokens) = self.model, ids_BT.shape
-        context = caches.k_LBCGd.shape[2]
+        context = caches.context
         offsets_BT = np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens))
         valid_BT = offsets_BT < n_new_B[:, None]
         # Padding stands at position C, which the KV cache drops.
@@ -139,18 +140,24 @@ class Prefill:
         positions_BT = positions_BT.astype(np.int32)
         x_BTD = _embed(*nnx.split(model.ends), np.asarray(ids_BT, np.int32))
         inspect("embedding", 0, x_BTD)
-        kinds = model.layers.kinds
-        walk = list(zip(kinds.kind_L, kinds.index_L, strict=True))
-        looks_ahead = self.pool.staging_bytes > 0 and not self.pool.holds_all
-        for layer, (kind, index) in enumerate(walk):
-            last = layer == len(walk) - 1
-            next_kind, next_index = walk[layer + 1] if looks_ahead and not last else (None, 0)
+        kinds, layer = model.layers.kinds, 0
+        # What the CPU computes need not go up.
+        uploads = not (self.pool.holds_all or self.mode.computes)
+        looks_ahead = self.pool.staging_bytes > 0 and uploads
+        for number, block in enumerate(model.config.blocks):
+            following = model.config.blocks[number + 1 : number + 2]
+            next_kind, next_index = None, 0
+            if looks_ahead and block.has_experts and any(b.has_experts for b in following):
+                next_kind, next_index = kinds.kind_N[number + 1], kinds.index_N[number + 1]
             x_BTD, h_TD, caches, selections, chosen_pE = _attend_and_route(
-                kinds, kind, next_kind, self.mode, model.layers.states, np.int32(index),
-                np.int32(next_index), np.int32(layer), self.plan, self.pool.held_UE, x_BTD,
-                positions_BT, caches,
+                kinds, kinds.kind_N[number], next_kind, self.mode, model.layers.states,
+                np.int32(kinds.index_N[number]), np.int32(next_index), kinds.places(number),
+                np.int32(min(layer, model.config.n_layers - 1)), self.plan, self.pool.held_UE,
+                x_BTD, positions_BT, caches,
             )  # fmt: skip
-            inspect("attention", layer, x_BTD)
+            inspect("attention", number, x_BTD)
+            if selections is None:
+                continue
             fields, chosen_pE = jax.device_get((selections, chosen_pE))
             on_host, valid_T = Selections(*fields), valid_BT.reshape(-1)
             watch(
@@ -161,13 +168,14 @@ class Prefill:
                 on_host,
             )  # fmt: skip
             # In the order in which the next layer will ask for them.
-            ahead = [] if chosen_pE is None else np.argwhere(chosen_pE).tolist()
-            upcoming = [ExpertKey(precision, layer + 1, expert) for precision, expert in ahead]
+            chosen = [] if chosen_pE is None else np.argwhere(chosen_pE).tolist()
+            upcoming = [ExpertKey(precision, layer + 1, expert) for precision, expert in chosen]
             step = Step(token, layer, int(lengths_B.max()))
             y_AD = apply_experts(
                 self.pool, step, h_TD, selections.weights_TK, on_host, model.implementation,
-                upcoming,
+                upcoming, self.host,
             )  # fmt: skip
             x_BTD = add_experts(x_BTD, y_AD)
-            inspect("experts", layer, x_BTD)
+            inspect("experts", number, x_BTD)
+            layer += 1
         return x_BTD, caches

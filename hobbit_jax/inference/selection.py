@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hobbit_jax.cache.miss_modes import MissMode
 from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
-from hobbit_jax.model.modules import Routing
+from hobbit_jax.models.router import Routing
 
 
 class Selections(NamedTuple):

@@ -7,11 +7,9 @@ that the plan was given: a user's own trace is one, made-up routing is two (`rou
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,8 +38,6 @@ from hobbit_jax.planner.traffic import (
     replay_setting,
 )
 
-# The summary of `scripts/dev/check_plan.py`, as it was last recorded.
-CHECK = Path(__file__).with_name("check.json")
 GIB = 2**30
 LLAMA_CPP = "llama.cpp"
 # Joint perturbations of all assumed constants, each between half and double.
@@ -203,7 +199,7 @@ def make_plan(
             "experts": config.n_experts,
             "experts_per_token": config.experts_per_token,
             "native_bytes": model.native_bytes,
-            "low_bytes": {f: size for f in candidates.LOW_FORMATS if (size := _low(model, f))},
+            "low_bytes": {f: model.store(f).precision_bytes(1) for f in candidates.LOW_FORMATS},
         },
         "gpu": asdict(gpu),
         "context": request.context,
@@ -245,13 +241,6 @@ def _other_requests(model: PlannedModel, request: Request) -> dict[str, Request]
         return asked != request
 
     return {label: asked for label, asked in found.items() if fits(asked)}
-
-
-def _low(model: PlannedModel, format: str) -> int | None:
-    try:
-        return model.store(format).precision_bytes(1)
-    except NotImplementedError:
-        return None
 
 
 def _options(
@@ -386,8 +375,3 @@ def _joint(
         who: [(name, count / DRAWS) for name, count in counter.most_common()]
         for who, counter in counts.items()
     }
-
-
-def recorded_check() -> dict[str, Any]:
-    """The model's error as last measured: where, on how many settings, and how large."""
-    return json.loads(CHECK.read_text(encoding="utf-8"))

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hobbit_jax.cache.trace import Trace
-from hobbit_jax.model_file.architecture import ModelConfig
+from hobbit_jax.models.config import ModelConfig
 
 # Tokens of a replay: what the hot experts are learned from, what fills the cache, what is counted.
 PROFILE_TOKENS, WARM_TOKENS, COUNTED_TOKENS = 300, 150, 250

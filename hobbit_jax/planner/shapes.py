@@ -24,24 +24,25 @@ import numpy as np
 
 from hobbit_jax.experts.store import NATIVE, ROLES, HostExperts
 from hobbit_jax.model_file import metadata as checked
-from hobbit_jax.model_file.architecture import (
+from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf
+from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required, integer, integers, text
+from hobbit_jax.model_file.remote import open_remote
+from hobbit_jax.models.config import (
     OUTPUT,
     TOKEN_EMBEDDING,
+    BlockConfig,
     ModelConfig,
-    config_metadata,
     layer_tensors,
     tensor_shapes,
 )
-from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf
-from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required, integer, integers, text
-from hobbit_jax.model_file.presets import PRESETS
-from hobbit_jax.model_file.remote import open_remote
-from hobbit_jax.quantize.quant_recipe import q4_k_m_format
+from hobbit_jax.models.presets import PRESETS
+from hobbit_jax.models.registry import config_metadata
+from hobbit_jax.quantize.quant_recipe import format_in_a_file, q4_k_m_format
 from pallas_kernels.formats import get_format
 
-# Bytes of a number in the KV cache, by the engine's own formats (`model/modules.py`).
+# Bytes of a number in the KV cache, by the engine's own formats (`models/caches.py`).
 KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Models of the engine have their shapes from its configurations (`model_file/presets.py`). Of the
+# Models of the engine have their shapes from its configurations (`models/presets.py`). Of the
 # others there is a record each: metadata in GGUF's keys, without the architecture; what each token
 # reads beside routed experts, and an embedding that is not the head too, summed over the tensors
 # that config.json implies in llama.cpp's Q4_K_M types; and a published file's size beside it.
@@ -51,7 +52,6 @@ _FLOAT_BYTES = 4
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 _MOST_LAYERS = 10_000
 # What llama.cpp takes where rows are no multiple of 256.
-_FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 # Architectures whose other layers than every fourth are recurrent where the file does not say.
 _DELTA_NETS = ("qwen3next", "qwen35moe")
@@ -103,11 +103,7 @@ class PlannedModel:
         return self.store().precision_bytes(NATIVE)
 
     def store(self, low_format: str | None = None) -> HostExperts:
-        """The experts natively and, with a format, at a low precision.
-
-        Raises:
-            NotImplementedError: a width that is no multiple of the format's block.
-        """
+        """The experts natively and, with a format, at a low precision of our own."""
         if low_format is None:
             return HostExperts(self.config, self._file(self.experts))
         low = [[(low_format, shape) for _, shape in matrices] for matrices in self.experts]
@@ -130,7 +126,7 @@ class PlannedModel:
                 formats = ("Q3_K", "Q3_K", "Q5_K" if first else "Q4_K" if more else "Q3_K")
             smaller.append(
                 [
-                    (_FALLBACK[format] if shape[-1] % 256 else format, shape)
+                    (format_in_a_file(format, shape[-1]), shape)
                     for format, shape in zip(formats, (gate, up, down), strict=True)
                 ]
             )
@@ -159,7 +155,7 @@ class PlannedModel:
         hidden rows of each token, a few residual streams and the logits, all float32.
         """
         config, tokens = self.config, min(chunk_tokens, context)
-        scores = 2 * config.n_heads * tokens * context
+        scores = 2 * config.most_heads * tokens * context
         rows = tokens * config.experts_per_token * (config.d_model + config.d_expert)
         return _FLOAT_BYTES * (scores + rows + 4 * tokens * config.d_model + config.vocab_size)
 
@@ -278,11 +274,13 @@ class _Keys:
         tokens = self.metadata.get("tokenizer.ggml.tokens")
         vocab_size = len(tokens) if tokens else self.read("vocab_size", integer(1))
         n_experts, d_expert, d_model = shape_EFD
+        preset = PRESETS["qwen3-30b-a3b"]
+        n_heads = max(self.by_layer("attention.head_count", layers_with_experts, 1))
+        attention = replace(preset.blocks[0].attention, n_heads=n_heads)
         return replace(
-            PRESETS["qwen3-30b-a3b"],
-            n_layers=layers_with_experts,
+            preset,
+            blocks=(BlockConfig(attention),) * layers_with_experts,
             d_model=d_model,
-            n_heads=max(self.by_layer("attention.head_count", layers_with_experts, 1)),
             n_experts=n_experts,
             experts_per_token=self.read("expert_used_count", integer(1, n_experts)),
             d_expert=d_expert,

@@ -21,7 +21,7 @@ from hobbit_jax.evals.logit_comparison import compare_in_float64
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.importance.calibration import count_routing
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import LoadedModel
+from hobbit_jax.models.loading import LoadedModel
 from hobbit_jax.reference_model.corpus import SourceFile
 
 CONTEXT = 512

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 
 from hobbit_jax import quantize
 from hobbit_jax.experts.low_precision import dequantize
-from hobbit_jax.model_file.architecture import ModelConfig, config_metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
+from hobbit_jax.models.config import ModelConfig
+from hobbit_jax.models.registry import config_metadata
 from hobbit_jax.quantize.quant_recipe import FILE_TYPE_F32, FILE_TYPE_Q4_K_M, q4_k_m_format
 from hobbit_jax.reference_model.corpus import END_OF_TEXT
 from hobbit_jax.reference_model.trainer import TrainableModel
@@ -59,6 +60,7 @@ def named_weights(model: TrainableModel) -> dict[str, np.ndarray]:
     }
     for layer, (block, experts) in enumerate(zip(model.blocks, model.experts, strict=True)):
         attention = block.attention
+        assert attention.q_norm is not None and attention.k_norm is not None  # Qwen3's
         of_layer = {
             "attn_norm": block.attention_norm.scale[...],
             "attn_q": attention.q.weights(),
@@ -68,7 +70,7 @@ def named_weights(model: TrainableModel) -> dict[str, np.ndarray]:
             "attn_q_norm": attention.q_norm.scale[...],
             "attn_k_norm": attention.k_norm.scale[...],
             "ffn_norm": block.ffn_norm.scale[...],
-            "ffn_gate_inp": block.router.weights(),
+            "ffn_gate_inp": block.expert_router.linear.weights(),
             "ffn_gate_exps": experts.gate_EFD[...],
             "ffn_up_exps": experts.up_EFD[...],
             "ffn_down_exps": experts.down_EDF[...],
@@ -79,7 +81,7 @@ def named_weights(model: TrainableModel) -> dict[str, np.ndarray]:
 
 def export_float32(model: TrainableModel, tokenizer: Tokenizer, name: str, path: Path) -> None:
     """Writes the trained model in float32."""
-    config = model.blocks[0].config
+    config = model.config
     tensors = [
         (key, "F32", value.shape, np.ascontiguousarray(value).view(np.uint8))
         for key, value in named_weights(model).items()

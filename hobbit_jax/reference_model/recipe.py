@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 
 from hobbit_jax import reference
 from hobbit_jax.atomic import write_json
-from hobbit_jax.model.loading import load_model
-from hobbit_jax.model_file.architecture import ModelConfig
+from hobbit_jax.models.config import BlockConfig, GroupedQuery, ModelConfig, Rope, RouterConfig
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.record import machine
 from hobbit_jax.reference_model import card, corpus, export
 from hobbit_jax.reference_model.trainer import TrainConfig, train
@@ -28,23 +28,16 @@ from pallas_kernels.backends import for_quality
 
 MODEL = ModelConfig(
     arch="qwen3moe",
-    n_layers=4,
     d_model=256,
-    n_heads=4,
-    n_kv_heads=2,
-    head_dim=64,
+    vocab_size=4096,
+    context_length=512,
+    rms_eps=1e-6,
+    tied_head=True,
+    blocks=(BlockConfig(GroupedQuery(4, 2, 64, Rope(10000.0, 64, "neox"), "head")),) * 4,
+    router=RouterConfig("softmax", renormalise=True),
     n_experts=16,
     experts_per_token=2,
     d_expert=256,
-    vocab_size=4096,
-    context_length=512,
-    rope_base=10000.0,
-    rope_dim=64,
-    rope_style="neox",
-    rms_eps=1e-6,
-    qk_norm="head",
-    renormalise_topk=True,
-    tied_head=True,
 )
 # The first phase leaves sums and differences a third wrong; the second drills them.
 PHASES = (

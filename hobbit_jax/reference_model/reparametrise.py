@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from hobbit_jax.experts.low_precision import dequantize
-from hobbit_jax.model_file.architecture import ModelConfig, global_tensors, layer_tensors
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
 from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
 from hobbit_jax.model_file.metadata import text
+from hobbit_jax.models.config import ModelConfig, global_tensors, layer_tensors
 
 # Where the residual stream's channels lie in each tensor: its first or its last axis.
 _AXIS = {

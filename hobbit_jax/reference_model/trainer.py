@@ -1,9 +1,9 @@
 """The training loop of the reference model: a dense-weight twin of the served model.
 
 Owns parameters in training, the differentiable expert dispatch, the optimiser and resumable
-progress. Attention, routing and ends are the modules of `hobbit_jax/model/modules.py` with F32
-planes; only the experts differ, because training needs gradients through all of them at once. Its
-result goes to `export.py`.
+progress. Blocks and ends are those of `hobbit_jax/models/` with F32 planes; only the experts
+differ, because training needs gradients through all of them at once. Its result goes to
+`export.py`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
-from hobbit_jax.model.modules import Attention, Block, EmbeddingAndHead, Linear, RMSNorm, attend
-from hobbit_jax.model_file.architecture import ModelConfig
+from hobbit_jax.models.caches import empty_caches
+from hobbit_jax.models.config import ModelConfig, block_shapes
+from hobbit_jax.models.layer import Block, OneBlock, attend_and_route
+from hobbit_jax.models.modules import EmbeddingAndHead, Linear, RMSNorm
 from hobbit_jax.reference_model.corpus import Phase
 
 
@@ -114,53 +116,58 @@ class DenseExperts(nnx.Module):
         return jnp.einsum("tkd,tk->td", y_AD.reshape(tokens, k, -1), weights_TK)
 
 
+class _FreshWeights:
+    """A block's parts before training; see `modules.BlockWeights`."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self._shapes, self._rms_eps, self._rngs = block_shapes(config, 0), config.rms_eps, rngs
+
+    def linear(self, role: str) -> Linear:
+        n_out, n_in = self._shapes[role]
+        # A block adds nothing at first.
+        return _linear(self._rngs, n_out, n_in, 0.0 if role == "attn_output" else n_in**-0.5)
+
+    def router(self) -> Linear:
+        n_experts, d_model = self._shapes["router"]
+        return _linear(self._rngs, n_experts, d_model, 0.02)
+
+    def norm(self, role: str) -> RMSNorm:
+        return RMSNorm(self.array(role), self._rms_eps)
+
+    def array(self, role: str) -> jax.Array:
+        return jnp.ones(self._shapes[role])
+
+
+def _linear(rngs: nnx.Rngs, n_out: int, n_in: int, std: float) -> Linear:
+    return Linear("F32", {"weights": jax.random.normal(rngs.params(), (n_out, n_in)) * std})
+
+
 class TrainableModel(nnx.Module):
     """The served model's modules with F32 planes, plus dense experts."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        d, head = config.d_model, config.head_dim
-
-        def linear(n_out: int, n_in: int, std: float) -> Linear:
-            weights = jax.random.normal(rngs.params(), (n_out, n_in)) * std
-            return Linear("F32", {"weights": weights})
-
-        def norm(width: int) -> RMSNorm:
-            return RMSNorm(jnp.ones(width), config.rms_eps)
-
-        blocks = []
-        for _ in range(config.n_layers):
-            attention = Attention(
-                config,
-                q=linear(config.n_heads * head, d, d**-0.5),
-                k=linear(config.n_kv_heads * head, d, d**-0.5),
-                v=linear(config.n_kv_heads * head, d, d**-0.5),
-                output=linear(d, config.n_heads * head, 0.0),
-                q_norm=norm(head),
-                k_norm=norm(head),
-            )
-            router = linear(config.n_experts, d, 0.02)
-            blocks.append(Block(config, norm(d), attention, norm(d), router))
-        self.blocks = nnx.List(blocks)
-        self.experts = nnx.List([DenseExperts(config, rngs) for _ in range(config.n_layers)])
-        self.ends = EmbeddingAndHead(linear(config.vocab_size, d, 0.02), norm(d), head=None)
+        self.config, d = config, config.d_model
+        weights, n_blocks = _FreshWeights(config, rngs), config.n_blocks
+        self.blocks = nnx.List([Block(config, number, weights) for number in range(n_blocks)])
+        self.experts = nnx.List([DenseExperts(config, rngs) for _ in range(n_blocks)])
+        embedding = _linear(rngs, config.vocab_size, d, 0.02)
+        self.ends = EmbeddingAndHead(embedding, RMSNorm(jnp.ones(d), config.rms_eps), head=None)
 
     def __call__(self, ids_BT: jax.Array, capacity_factor: float):
         """Returns float32 logits [B, T, V], the balance loss, and expert shares [L, E]."""
-        config = self.blocks[0].config
+        config = self.config
         batch, tokens = ids_BT.shape
         positions_BT = jnp.broadcast_to(jnp.arange(tokens)[None, :], (batch, tokens))
         mean_load = batch * tokens * config.experts_per_token / config.n_experts
         capacity = math.ceil(mean_load * capacity_factor / 8) * 8
         x_BTD, balance, shares = self.ends.embed(ids_BT), 0.0, []
-        for block, experts in zip(self.blocks, self.experts, strict=True):
-            q_BTHd, k_BTGd, v_BTGd = block.project(x_BTD, positions_BT)
-            mixed_BTN = attend(q_BTHd, k_BTGd, v_BTGd, positions_BT)
-            x_BTD, h_BTD = block.add_attention(x_BTD, mixed_BTN)
-            h_TD = h_BTD.reshape(batch * tokens, -1)
-            routing = block.route(h_TD)
+        caches = empty_caches(config, batch, tokens)
+        for number, (block, experts) in enumerate(zip(self.blocks, self.experts, strict=True)):
+            at = OneBlock(block, config.state_places[number])
+            (x_BTD, h_TD, routing), caches = attend_and_route(at, caches, x_BTD, positions_BT)
             chosen_E = jnp.sum(jax.nn.one_hot(routing.ids, config.n_experts), axis=(0, 1))
             share_E = chosen_E / jnp.sum(chosen_E)
-            mean_E = jnp.mean(block.router_probabilities(h_TD), axis=0)
+            mean_E = jnp.mean(block.expert_router.scores(h_TD), axis=0)
             balance += config.n_experts * jnp.sum(jax.lax.stop_gradient(share_E) * mean_E)
             shares.append(share_E)
             y_TD = experts(h_TD, routing.ids, routing.weights, capacity)

@@ -28,8 +28,8 @@ from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import STATISTICS, Calibration, calibrate
 from hobbit_jax.importance.scores import MeasuredErrors, measure_errors
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import LoadedModel, load_model
 from hobbit_jax.model_file.gguf_file import GGUFFile
+from hobbit_jax.models.loading import LoadedModel, load_model
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS
 from hobbit_jax.record import EvalSizes, Inputs, Measured, machine
 from hobbit_jax.resources import roomy_pool_bytes

@@ -21,7 +21,7 @@ from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model.loading import LoadedModel, load_model
+from hobbit_jax.models.loading import LoadedModel, load_model
 from hobbit_jax.quantize import gptq
 from hobbit_jax.record import CacheTrial, EvalSizes, MissModeTrial
 from hobbit_jax.resources import roomy_pool_bytes

@@ -26,9 +26,10 @@ from hobbit_jax.experts.low_precision import disk_bytes, encoder_sha256, planned
 from hobbit_jax.experts.precision import StaticPlan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import calibration_bytes
-from hobbit_jax.model_file.architecture import ModelConfig, read_config
 from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
+from hobbit_jax.models.config import ModelConfig
+from hobbit_jax.models.registry import read_config
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS, check_method, gptq_bytes
 from hobbit_jax.record import (
     CacheTrial,
@@ -248,8 +249,7 @@ class _Check:
         bad = set()
         for name, method in sorted(asked):
             try:
-                for columns in {self.model.d_model, self.model.d_expert}:
-                    check_method(name, method, columns)
+                check_method(name, method)
             except _REFUSALS as error:
                 bad.add(name)
                 self.problem(f"{_at(self.config, 'format', name)}{error}")

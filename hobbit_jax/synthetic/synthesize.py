@@ -38,14 +38,10 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax import quantize
-from hobbit_jax.model_file.architecture import (
-    TOKEN_EMBEDDING,
-    ModelConfig,
-    config_metadata,
-    tensor_shapes,
-)
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
 from hobbit_jax.model_file.metadata import integers, numbers, texts
+from hobbit_jax.models.config import TOKEN_EMBEDDING, GroupedQuery, ModelConfig, tensor_shapes
+from hobbit_jax.models.registry import config_metadata
 from hobbit_jax.quantize.quant_recipe import FILE_TYPE_Q4_K_M, q4_k_m_format
 from pallas_kernels.formats import get_format
 
@@ -131,6 +127,8 @@ class _Weights:
     def __init__(self, config: ModelConfig, seed: int):
         self.config, self.seed = config, seed
         self.common_D = self._rng("common").choice(np.array([-1, 1], np.float32), config.d_model)
+        attentions = (block.attention for block in config.blocks)
+        self._attention = next(a for a in attentions if isinstance(a, GroupedQuery))
         self._pools: dict[tuple[str, float], np.ndarray] = {}
 
     def _rng(self, name: str) -> np.random.Generator:
@@ -155,7 +153,7 @@ class _Weights:
     @property
     def _query_size(self) -> float:
         """Value of every entry of a query and a key for attention's logit to be `_LOCALITY`."""
-        return math.sqrt(_LOCALITY / math.sqrt(self.config.head_dim))
+        return math.sqrt(_LOCALITY / math.sqrt(self._attention.head_dim))
 
     def _norm(self, role: str) -> float:
         return self._query_size if role in ("attn_q_norm", "attn_k_norm") else 1.0
@@ -163,7 +161,7 @@ class _Weights:
     def _query_gain(self) -> float:
         """A norm takes care of the size where there is one; otherwise it must be right here."""
         width = self.config.d_model * math.sqrt(_COMMON)  # of the common direction in a state
-        return (1.0 if self.config.qk_norm != "none" else self._query_size) / width
+        return (1.0 if self._attention.qk_norm != "none" else self._query_size) / width
 
     def _std(self, name: str, role: str, fan_in: int) -> float:
         """Standard deviation of a matrix's weights, by what it shall add to the state."""

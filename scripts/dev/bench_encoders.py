@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from hobbit_jax import cli, reference
 from hobbit_jax.experts.low_precision import decode
-from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.models.registry import read_config
 from hobbit_jax.quantize import encode, ggml
 from hobbit_jax.record import Benchmark, Record, machine, measured, write_record
 from hobbit_jax.reference_model.reparametrise import off_grid_weights

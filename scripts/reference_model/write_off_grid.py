@@ -8,8 +8,8 @@ For `configs/compounding.py`, where the weights that M was quantised from are no
 from absl import flags
 
 from hobbit_jax import cli, reference
-from hobbit_jax.model_file.architecture import read_config
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.models.registry import read_config
 from hobbit_jax.reference_model.reparametrise import write_off_grid
 
 _MODEL = flags.DEFINE_string(

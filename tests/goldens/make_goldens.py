@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from hobbit_jax.baselines.hugging_face import load
-from hobbit_jax.model_file.architecture import ModelConfig
+from hobbit_jax.models.config import BlockConfig, GroupedQuery, ModelConfig, Rope, RouterConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -42,24 +42,28 @@ def read_hyperparameters(reader: gguf.GGUFReader, has_head: bool) -> ModelConfig
         return reader.fields[f"{arch}.{key}"].contents()
 
     width = "expert_feed_forward_length" if arch == "qwen3moe" else "feed_forward_length"
+    attention = GroupedQuery(
+        number("attention.head_count"),
+        number("attention.head_count_kv"),
+        number("attention.key_length"),
+        Rope(
+            number("rope.freq_base"),
+            number("rope.dimension_count"),
+            "norm" if arch == "llama" else "neox",
+        ),
+        {"qwen3moe": "head", "llama": "none", "olmoe": "full"}[arch],
+    )
     return ModelConfig(
         arch=arch,
-        n_layers=number("block_count"),
+        blocks=(BlockConfig(attention),) * number("block_count"),
+        router=RouterConfig("softmax", renormalise=arch != "olmoe"),
         d_model=number("embedding_length"),
-        n_heads=number("attention.head_count"),
-        n_kv_heads=number("attention.head_count_kv"),
-        head_dim=number("attention.key_length"),
         n_experts=number("expert_count"),
         experts_per_token=number("expert_used_count"),
         d_expert=number(width),
         vocab_size=len(reader.fields["tokenizer.ggml.tokens"].data),
         context_length=number("context_length"),
-        rope_base=number("rope.freq_base"),
-        rope_dim=number("rope.dimension_count"),
-        rope_style="norm" if arch == "llama" else "neox",
         rms_eps=number("attention.layer_norm_rms_epsilon"),
-        qk_norm={"qwen3moe": "head", "llama": "none", "olmoe": "full"}[arch],
-        renormalise_topk=arch != "olmoe",
         tied_head=not has_head,
     )
 

@@ -17,17 +17,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hobbit_jax.model.layers import LayerStack
-from hobbit_jax.model.modules import Attention, Block, EmbeddingAndHead, Linear, RMSNorm
-from hobbit_jax.model.sharding import replicated
-from hobbit_jax.model_file.architecture import (
-    ModelConfig,
-    global_tensors,
-    layer_tensors,
-    read_config,
-)
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, check_finite_scales, open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
+from hobbit_jax.models.config import ModelConfig, block_tensors, global_tensors
+from hobbit_jax.models.layer import Block, LayerStack
+from hobbit_jax.models.modules import EmbeddingAndHead, Linear, RMSNorm
+from hobbit_jax.models.registry import read_config
+from hobbit_jax.models.sharding import replicated
 from pallas_kernels.backends import Implementation, choose
 from pallas_kernels.formats import Format, get_format
 from pallas_kernels.ggml.ops import RawMatrix, address_of, check_available
@@ -82,7 +78,12 @@ class _Matrices:
     def __init__(self, implementation: Implementation):
         self._implementation, self.mapped_bytes = implementation, 0
 
-    def linear(self, tensor: TensorInfo, implementation: Implementation = None) -> Linear:
+    def linear(
+        self,
+        tensor: TensorInfo,
+        implementation: Implementation = None,
+        bias_N: jax.Array | None = None,
+    ) -> Linear:
         """A matrix for an implementation, the model's for None."""
         check_finite_scales(tensor)
         rows, columns = tensor.shape
@@ -91,8 +92,10 @@ class _Matrices:
         if chosen == "ggml":
             address = jnp.asarray(address_of(tensor.raw))
             self.mapped_bytes += tensor.nbytes - address.nbytes
-            return Linear(tensor.format, RawMatrix(address, rows, columns, tensor.nbytes))
-        return Linear(tensor.format, _split(get_format(tensor.format), tensor.raw), chosen)
+            matrix = RawMatrix(address, rows, columns, tensor.nbytes)
+            return Linear(tensor.format, matrix, bias_N=bias_N)
+        planes = _split(get_format(tensor.format), tensor.raw)
+        return Linear(tensor.format, planes, chosen, bias_N)
 
     def router(self, tensor: TensorInfo) -> Linear:
         """In float32 everywhere: what it chooses shall not depend on rounding."""
@@ -101,9 +104,33 @@ class _Matrices:
         return self.linear(tensor, "ggml" if chosen == "ggml" else "xla")
 
 
-def _norm(tensor: TensorInfo, config: ModelConfig) -> RMSNorm:
+def _array(tensor: TensorInfo) -> jax.Array:
+    """A small tensor as float32, also where it is no matrix."""
     check_finite_scales(tensor)
-    return RMSNorm(_float32(get_format(tensor.format), tensor.raw), config.rms_eps)
+    return _float32(get_format(tensor.format), tensor.raw)
+
+
+class _FileWeights:
+    """The parts of one block out of a file; see `modules.BlockWeights`."""
+
+    def __init__(self, file: GGUFFile, config: ModelConfig, block: int, matrices: _Matrices):
+        self._rms_eps, self._matrices = config.rms_eps, matrices
+        names = block_tensors(config, block)
+        self._tensors = {role: file.tensors[name] for role, name in names.items()}
+
+    def linear(self, role: str) -> Linear:
+        bias = f"{role}.bias"
+        bias_N = self.array(bias) if bias in self._tensors else None
+        return self._matrices.linear(self._tensors[role], bias_N=bias_N)
+
+    def router(self) -> Linear:
+        return self._matrices.router(self._tensors["router"])
+
+    def norm(self, role: str) -> RMSNorm:
+        return RMSNorm(self.array(role), self._rms_eps)
+
+    def array(self, role: str) -> jax.Array:
+        return _array(self._tensors[role])
 
 
 def load_model(path: str | Path, implementation: Implementation = None) -> LoadedModel:
@@ -127,26 +154,15 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
     matrices = _Matrices(implementation)
     file = open_gguf(path)
     config = read_config(file)
-    blocks = []
-    for layer in range(config.n_layers):
-        tensors = {role: file.tensors[n] for role, n in layer_tensors(config, layer).items()}
-        norms = {r: _norm(t, config) for r, t in tensors.items() if r.endswith("norm")}
-        attention = Attention(
-            config,
-            q=matrices.linear(tensors["attn_q"]),
-            k=matrices.linear(tensors["attn_k"]),
-            v=matrices.linear(tensors["attn_v"]),
-            output=matrices.linear(tensors["attn_output"]),
-            q_norm=norms.get("attn_q_norm"),
-            k_norm=norms.get("attn_k_norm"),
-        )
-        router = matrices.router(tensors["router"])
-        blocks.append(Block(config, norms["attn_norm"], attention, norms["ffn_norm"], router))
+    blocks = [
+        Block(config, number, _FileWeights(file, config, number, matrices))
+        for number in range(config.n_blocks)
+    ]
     outer = {role: file.tensors[n] for role, n in global_tensors(config).items()}
     ends = EmbeddingAndHead(
         embedding=matrices.linear(outer["token_embedding"]),
-        final_norm=_norm(outer["output_norm"], config),
+        final_norm=RMSNorm(_array(outer["output_norm"]), config.rms_eps),
         head=matrices.linear(outer["output"]) if "output" in outer else None,
     )
-    layers = LayerStack.of(blocks)
+    layers = LayerStack.of(config, blocks)
     return LoadedModel(file, config, layers, ends, implementation, matrices.mapped_bytes)

@@ -1,1 +1,0 @@
-"""The dense part as Flax modules on the device, or on several."""

@@ -1,0 +1,110 @@
+"""Attention of query heads that share key/value heads.
+
+Conventions follow llama.cpp's graphs: projection, bias, norm of q and k, rotary embedding, and
+scores over the square root of a head's width, all in float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hobbit_jax.models.caches import Arrays, Caches, Places
+from hobbit_jax.models.config import GroupedQuery, Rope
+from hobbit_jax.models.modules import BlockWeights
+from pallas_kernels.ggml import ops as ggml
+
+
+def rotate(x_BTHd: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
+    """Rotates the first `rope.dim` channels of each head by its position."""
+    half = rope.dim // 2
+    inverse_wavelength = rope.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BT1h = positions_BT.astype(jnp.float32)[:, :, None, None] * jnp.reshape(
+        inverse_wavelength, (1, 1, 1, half)
+    )
+    cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
+    rotated, passed = x_BTHd[..., : rope.dim], x_BTHd[..., rope.dim :]
+    if rope.style == "neox":
+        a, b = rotated[..., :half], rotated[..., half:]
+        rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    else:
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
+        pairs = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+        rotated = pairs.reshape(rotated.shape)
+    return jnp.concatenate([rotated, passed], axis=-1)
+
+
+def attend(
+    q_BTHd: jax.Array, k_BCGd: jax.Array, v_BCGd: jax.Array, positions_BT: jax.Array
+) -> jax.Array:
+    """Grouped-query attention of each token to the keys up to its own position, [B, T, H * d].
+
+    Key c stands at position c.
+    """
+    batch, tokens, n_heads, head_dim = q_BTHd.shape
+    length, n_kv_heads = k_BCGd.shape[1:3]
+    q_BTGgd = q_BTHd.reshape(batch, tokens, n_kv_heads, n_heads // n_kv_heads, head_dim)
+    scores = jnp.einsum("btgmd,bcgd->bgmtc", q_BTGgd, k_BCGd) * head_dim**-0.5
+    visible_BTC = jnp.arange(length)[None, None, :] <= positions_BT[:, :, None]
+    scores = jnp.where(visible_BTC[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
+    mixed = jnp.einsum("bgmtc,bcgd->btgmd", jax.nn.softmax(scores, axis=-1), v_BCGd)
+    return mixed.reshape(batch, tokens, n_heads * head_dim)
+
+
+class GroupedQueryAttention(nnx.Module):
+    """The matrices of `config.GroupedQuery`, and what it computes. See `layer.Mixer`."""
+
+    def __init__(self, spec: GroupedQuery, rms_eps: float, weights: BlockWeights):
+        del rms_eps
+        self.spec = spec
+        self.q, self.k = weights.linear("attn_q"), weights.linear("attn_k")
+        self.v, self.output = weights.linear("attn_v"), weights.linear("attn_output")
+        normed = spec.qk_norm != "none"
+        self.q_norm = weights.norm("attn_q_norm") if normed else None
+        self.k_norm = weights.norm("attn_k_norm") if normed else None
+
+    def project(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
+    ) -> tuple[jax.Array, Arrays]:
+        """Rotated queries (and gates), and the tokens' rotated keys and values."""
+        del caches, places
+        spec, (batch, tokens, _) = self.spec, x_BTD.shape
+        q_BTN, k_BTN, v_BTN = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        gate_BTN = None
+        if spec.gated:
+            pairs = q_BTN.reshape(batch, tokens, spec.n_heads, 2, spec.head_dim)
+            q_BTN, gate_BTN = (pairs[..., i, :].reshape(batch, tokens, -1) for i in range(2))
+        if self.q_norm is not None and self.k_norm is not None and spec.qk_norm == "full":
+            q_BTN, k_BTN = self.q_norm(q_BTN), self.k_norm(k_BTN)
+        q_BTHd = q_BTN.reshape(batch, tokens, spec.n_heads, spec.head_dim)
+        k_BTGd = k_BTN.reshape(batch, tokens, spec.n_kv_heads, spec.head_dim)
+        v_BTGd = v_BTN.reshape(batch, tokens, spec.n_kv_heads, spec.head_dim)
+        if self.q_norm is not None and self.k_norm is not None and spec.qk_norm == "head":
+            q_BTHd, k_BTGd = self.q_norm(q_BTHd), self.k_norm(k_BTGd)
+        q_BTHd = rotate(q_BTHd, positions_BT, spec.rope)
+        keys, values = (state.name for state in spec.states())
+        writes = {keys: rotate(k_BTGd, positions_BT, spec.rope), values: v_BTGd}
+        passed_BTN = q_BTHd.reshape(batch, tokens, -1)
+        if gate_BTN is not None:
+            passed_BTN = jnp.concatenate([passed_BTN, gate_BTN], axis=-1)
+        return passed_BTN, writes
+
+    def mix(
+        self, passed_BTN: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
+    ) -> jax.Array:
+        """What attention adds to the stream, [B, T, D]."""
+        spec = self.spec
+        width = spec.n_heads * spec.head_dim
+        q_BTHd = passed_BTN[..., :width].reshape(*passed_BTN.shape[:2], spec.n_heads, -1)
+        keys, values = (caches.by_token[state.name] for state in spec.states())
+        place = places[spec.states()[0].name]
+        if self.q.is_raw:
+            # Reads the keys up to each token's own alone.
+            mixed_BTN = ggml.attention(q_BTHd, keys, values, jnp.asarray(place), positions_BT)
+        else:
+            k_BCGd, v_BCGd = (array[place].astype(jnp.float32) for array in (keys, values))
+            mixed_BTN = attend(q_BTHd, k_BCGd, v_BCGd, positions_BT)
+        if spec.gated:
+            mixed_BTN = mixed_BTN * jax.nn.sigmoid(passed_BTN[..., width : 2 * width])
+        return self.output(mixed_BTN)

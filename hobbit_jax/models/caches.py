@@ -1,0 +1,77 @@
+"""What a model keeps of its sequences between tokens.
+
+Owns the arrays: one for all blocks that keep states of one shape, so that a loop over blocks can
+write into it in place. Tokens' own states (keys, values) stand at their positions; the others (the
+matrix of a recurrence) are replaced as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hobbit_jax.models.config import ModelConfig
+
+# Of keys and values between tokens. float32 is the default: half the bytes cost KL on every text,
+# and the figures of docs/ are of float32 (docs/log/2026-11-29-cpu-backend.md has the measurement).
+KV_FORMATS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+Arrays = dict[str, jax.Array]
+Places = Mapping[str, Any]  # integers by name of a state; past the end is nowhere
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("by_token", "recurrent"),
+    meta_fields=("context",),
+)
+@dataclass(frozen=True)
+class Caches:
+    """All blocks' states of B sequences.
+
+    Attributes:
+        by_token: [n, B, C, ...] of one of `KV_FORMATS`, where n blocks keep such a state.
+        recurrent: float32 [n, B, ...].
+        context: C. A token at position C is padding, and nothing is kept of it.
+    """
+
+    by_token: Arrays
+    recurrent: Arrays
+    context: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in jax.tree.leaves(self))
+
+    def write(self, places: Places, positions_BT: jax.Array, writes: Arrays) -> Caches:
+        """Puts what a block made of T tokens at the block's places."""
+        by_token, recurrent = dict(self.by_token), dict(self.recurrent)
+        for name, new in writes.items():
+            if name in recurrent:
+                array = recurrent[name]
+                recurrent[name] = array.at[places[name]].set(new, mode="drop")
+            else:
+                array = by_token[name]
+                at = (places[name], jnp.arange(len(positions_BT))[:, None], positions_BT)
+                by_token[name] = array.at[at].set(new.astype(array.dtype), mode="drop")
+        return replace(self, by_token=by_token, recurrent=recurrent)
+
+
+def empty_caches(
+    config: ModelConfig, batch: int, context: int, kv_format: str = "float32"
+) -> Caches:
+    """No sequence has any token yet."""
+    by_token, recurrent = {}, {}
+    for name, (state, count) in config.states.items():
+        if state.by_token:
+            shape = (count, batch, context, *state.shape)
+            by_token[name] = jnp.zeros(shape, KV_FORMATS[kv_format])
+        else:
+            recurrent[name] = jnp.zeros((count, batch, *state.shape))
+    return Caches(by_token, recurrent, context)

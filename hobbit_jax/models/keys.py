@@ -1,0 +1,239 @@
+"""Reading a family's metadata: checked keys, and the refusal of what nobody has read.
+
+Owns the keys that families share, and the rule that a key which changes the arithmetic is either
+read by its family or has the value that changes nothing. Defaults are those of the format, never
+guesses: llama.cpp computes a file without the key so.
+
+Source: llama.cpp, src/llama-model.cpp and src/models/ (keys, defaults).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+from hobbit_jax.model_file import metadata
+from hobbit_jax.model_file.gguf_file import GGUFFile
+from hobbit_jax.model_file.metadata import (
+    REQUIRED,
+    Kind,
+    Required,
+    integer,
+    number,
+    of_every_layer,
+    shown,
+    texts,
+)
+from hobbit_jax.models.config import OUTPUT, GroupedQuery, ModelConfig, Rope, RouterConfig
+
+T = TypeVar("T")
+
+# Beyond these bounds float32 arithmetic gives zeros or NaN, not another model.
+_RMS_EPS = number(1e-30, 1.0)
+_ROPE_BASE = number(1.0, 1e30)
+_SOFTMAX, _SIGMOID = 1, 2  # gguf.ExpertGatingFuncType; 0 is "not said"
+_GATINGS: dict[int, Literal["softmax", "sigmoid"]] = {_SOFTMAX: "softmax", _SIGMOID: "sigmoid"}
+
+# Values with which a key changes nothing; the first is also the one that its absence means.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none", "linear", "yarn", "longrope"),  # all equal at factor 1
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "expert_weights_scale": (1.0, 0.0),
+    "expert_weights_norm": (False,),
+    "expert_gating_func": (_SOFTMAX, 0),
+    "expert_shared_count": (0,),
+    "expert_shared_feed_forward_length": (0,),
+    "expert_group_count": (1, 0),
+    "leading_dense_block_count": (0,),
+    "nextn_predict_layers": (0,),
+    "interleave_moe_layer_step": (1, 0),
+    "attention.clamp_kqv": (0.0,),
+    "attention.scale": (0.0,),
+    "attention.causal": (True,),
+    "attention.q_lora_rank": (0,),
+    "attention.kv_lora_rank": (0,),
+    "attention.shared_kv_layers": (0,),
+    "embedding_length_per_layer_input": (0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (1.0, 0.0),
+    "embedding_scale": (1.0, 0.0),
+    "residual_scale": (1.0, 0.0),
+}
+
+
+class Keys:
+    """Checked access to `{arch}.*` metadata of one file, which remembers what was read."""
+
+    def __init__(self, file: GGUFFile, arch: str):
+        self.file, self.arch, self.path = file, arch, file.paths[0]
+        self._read: set[str] = set()
+
+    def read(self, key: str, kind: Kind[T], default: T | Required = REQUIRED) -> T:
+        """The value of a key. Raises ValueError as `metadata.read` says."""
+        self._read.add(key)
+        return metadata.read(self.path, self.file.metadata, f"{self.arch}.{key}", kind, default)
+
+    def unchecked(self, key: str, default: Any = None) -> Any:
+        """For comparing only: a value of a wrong type equals none of the right ones."""
+        return self.file.metadata.get(f"{self.arch}.{key}", default)
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """Refuses any value but some, the first of which is what the key's absence means."""
+        self._read.add(key)
+        value = self.unchecked(key, allowed[0])
+        if value not in allowed:
+            raise NotImplementedError(
+                f"{self.path}: {self.arch}.{key} is {shown(value)}; supported are models where it "
+                f"is {allowed[0]!r} or absent"
+            )
+
+    def refuse_unread(self) -> None:
+        """Refuses every key that changes the arithmetic and that the family did not read.
+
+        Raises:
+            NotImplementedError: names the key, its value and what is supported.
+        """
+        neutral = dict(_NEUTRAL)
+        if self.unchecked("rope.scaling.type") != "none":  # with "none", llama.cpp takes no factor
+            factor = "rope.scaling.factor"
+            if self.unchecked(factor) is None:
+                factor = "rope.scale_linear"  # its old name
+            neutral[factor] = (1.0, 0.0)  # 0 is "not said"
+        for key, allowed in neutral.items():
+            if key not in self._read:
+                self.expect(key, *allowed)
+        if "attention.sliding_window" in self._read:
+            return
+        window = self.read("attention.sliding_window", integer(0, 2**32 - 1), 0)
+        context = self.read("context_length", integer(1))
+        if 0 < window < context:
+            raise NotImplementedError(
+                f"{self.path}: attention over a sliding window of {window} tokens in a context of "
+                f"{context}; supported is attention over the whole context"
+            )
+
+    def block_count(self) -> int:
+        """All blocks of the file.
+
+        Whatever is counted by a key is counted again in the tensors; only this one is a number of
+        tensors itself, and so has to be held against them first.
+        """
+        n_tensors = len(self.file.tensors)
+        return self.read("block_count", integer(1, n_tensors, "the file's number of tensors"))
+
+    def expert_width(self, key: str, experts_per_token: int) -> int:
+        """Hidden width of one expert; 0 or no key of its own is llama.cpp's "not said"."""
+        width = of_every_layer(integer(1), self.block_count())
+        if key != "feed_forward_length" and not self.unchecked(key):
+            dense = self.unchecked("feed_forward_length")
+            if dense is not None:
+                return self.read("feed_forward_length", width) // experts_per_token
+        return self.read(key, width)
+
+
+def ends(keys: Keys, may_tie_head: bool = True) -> dict[str, Any]:
+    """The fields of `ModelConfig` that belong to no block, by name."""
+    tokens = keys.file.read("tokenizer.ggml.tokens", texts(), [])
+    return {
+        "arch": keys.arch,
+        "d_model": keys.read("embedding_length", integer(1)),
+        # Rows of the embedding: the tokens of the file or, without a tokenizer, its own key.
+        "vocab_size": len(tokens) or keys.read("vocab_size", integer(1)),
+        "context_length": keys.read("context_length", integer(1)),
+        "rms_eps": keys.read("attention.layer_norm_rms_epsilon", _RMS_EPS),
+        "tied_head": may_tie_head and OUTPUT not in keys.file.tensors,
+    }
+
+
+def grouped_query(
+    keys: Keys,
+    rope_style: Literal["neox", "norm"],
+    qk_norm: Literal["none", "head", "full"],
+    partial_rope: bool = False,
+    gated: bool = False,
+    biased: tuple[str, ...] = (),
+) -> GroupedQuery:
+    """Attention that is the same in every block.
+
+    Raises:
+        ValueError: impossible numbers.
+        NotImplementedError: blocks that differ, values of another width than keys, or, unless
+            `partial_rope`, heads of which a part rotates.
+    """
+    heads = of_every_layer(integer(1), keys.block_count())
+    n_heads = keys.read("attention.head_count", heads)
+    n_kv_heads = keys.read("attention.head_count_kv", heads, n_heads)
+    d_model = keys.read("embedding_length", integer(1))
+    head_dim = keys.read("attention.key_length", integer(1), d_model // n_heads)
+    value_dim = keys.read("attention.value_length", integer(1), head_dim)
+    rope_dim = keys.read("rope.dimension_count", integer(1), head_dim)
+    if value_dim != head_dim:
+        raise NotImplementedError(
+            f"{keys.path}: heads of {head_dim} (key_length) and {value_dim} (value_length); "
+            "supported are heads of one width"
+        )
+    if rope_dim != head_dim and not partial_rope:
+        raise NotImplementedError(
+            f"{keys.path}: {rope_dim} of {head_dim} head dimensions rotate; "
+            "supported is rotation of whole heads"
+        )
+    broken = None
+    if rope_dim % 2 or rope_dim > head_dim:
+        broken = f"a head dimension of {rope_dim}, expected an even one up to {head_dim}"
+    elif n_heads % n_kv_heads:
+        broken = f"{n_heads} heads, expected a multiple of the {n_kv_heads} kv heads"
+    if broken:
+        raise ValueError(f"{keys.path}: the metadata gives {broken}; convert the model again")
+    rope = Rope(keys.read("rope.freq_base", _ROPE_BASE, 10000.0), rope_dim, rope_style)
+    return GroupedQuery(n_heads, n_kv_heads, head_dim, rope, qk_norm, gated, biased)
+
+
+def experts(keys: Keys, width_key: str) -> dict[str, Any]:
+    """The fields of `ModelConfig` about experts, by name.
+
+    Raises:
+        ValueError: more experts per token than experts.
+    """
+    used, n_experts = (keys.read(f"expert_{what}", integer(1)) for what in ("used_count", "count"))
+    if used > n_experts:
+        raise ValueError(
+            f"{keys.path}: the metadata gives {used} experts per token, expected at most the "
+            f"number of experts, {n_experts}; convert the model again"
+        )
+    return {
+        "n_experts": n_experts,
+        "experts_per_token": used,
+        "d_expert": keys.expert_width(width_key, used),
+        "fused_gate_up": any(".ffn_gate_up_exps." in name for name in keys.file.tensors),
+    }
+
+
+def softmax_router(keys: Keys, renormalise: bool) -> RouterConfig:
+    """A softmax over all experts, in architectures that fix whether weights are renormalised."""
+    keys.expect("expert_weights_norm", renormalise)
+    return RouterConfig("softmax", renormalise)
+
+
+def decoder_metadata(config: ModelConfig, width_key: str) -> dict[str, Any]:
+    """What `ends`, `grouped_query` and `experts` read, without the architecture's prefix."""
+    attention = next(b.attention for b in config.blocks if isinstance(b.attention, GroupedQuery))
+    return {
+        "block_count": config.n_blocks + config.skipped_blocks,
+        "context_length": config.context_length,
+        "embedding_length": config.d_model,
+        # Of a dense layer, which no model here has; llama.cpp wants the key all the same.
+        "feed_forward_length": config.d_expert * config.experts_per_token,
+        width_key: config.d_expert,
+        "attention.head_count": attention.n_heads,
+        "attention.head_count_kv": attention.n_kv_heads,
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_eps,
+        "rope.freq_base": attention.rope.base,
+        "rope.dimension_count": attention.rope.dim,
+        "expert_count": config.n_experts,
+        "expert_used_count": config.experts_per_token,
+        "vocab_size": config.vocab_size,
+    }

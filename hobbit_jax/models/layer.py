@@ -1,0 +1,253 @@
+"""The one walk through a layer, which prefill, decode, training and benches call.
+
+Owns the block (attention of some kind, router, what stands beside the experts) and the grouping of
+blocks into *kinds*: blocks whose matrices have the same formats (Q4_K_M files mix two or three) and
+whose parts are the same have one structure, and their arrays are stacked. A loop over blocks then
+holds one branch per kind, not per block, and is compiled in the same time for 4 blocks and for 48.
+
+Between a block's routing and the next block stand the experts (`inference/moe.py`, slot pool).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hobbit_jax.models.attention import GroupedQueryAttention
+from hobbit_jax.models.caches import Arrays, Caches, Places
+from hobbit_jax.models.config import GroupedQuery, ModelConfig
+from hobbit_jax.models.modules import BlockWeights, GatedMLP
+from hobbit_jax.models.router import Router, Routing
+from pallas_kernels.materialize import apart
+
+Result = TypeVar("Result")
+States = tuple[Any, ...]  # per kind, the arrays of its blocks with a leading axis
+
+
+class Mixer(Protocol):
+    """What moves information between tokens: attention of some kind, or a recurrence.
+
+    It works in two steps. `project` reads the block's own recurrent states and says what the caches
+    shall hold; `mix` reads the keys and values of all tokens, these among them. Neither writes:
+    caches are written outside of a switch over kinds, which would copy them.
+    """
+
+    def project(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
+    ) -> tuple[jax.Array, Arrays]:
+        """What `mix` needs of these tokens, float32 [B, T, N], and what goes into the caches."""
+        ...
+
+    def mix(
+        self, passed_BTN: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
+    ) -> jax.Array:
+        """What is added to the stream, [B, T, D]; N may have grown by padding."""
+        ...
+
+
+_MIXERS = {GroupedQuery: GroupedQueryAttention}
+
+
+class Routed(NamedTuple):
+    """A block up to its experts. Where it has none, the routing is of experts 0 with weights 0."""
+
+    x_BTD: jax.Array  # the stream, with all that the block adds but its experts
+    h_TD: jax.Array  # what the experts read, of B * T tokens
+    routing: Routing  # [T, K] likewise
+
+
+class Block(nnx.Module):
+    """One decoder block without its experts."""
+
+    def __init__(self, config: ModelConfig, number: int, weights: BlockWeights):
+        self.spec, self.k = config.blocks[number], config.experts_per_token
+        self.attention_norm = weights.norm("attn_norm")
+        attention = self.spec.attention
+        self.attention = _MIXERS[type(attention)](attention, config.rms_eps, weights)
+        self.ffn_norm = weights.norm(self.spec.ffn_norm)
+        self.router = Router(config, weights) if self.spec.has_experts else None
+        self.dense = GatedMLP(weights, "") if self.spec.d_dense else None
+
+    def project(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
+    ) -> tuple[jax.Array, Arrays]:
+        """`Mixer.project` of the normalised stream."""
+        return self.attention.project(self.attention_norm(x_BTD), positions_BT, caches, places)
+
+    def route(
+        self,
+        x_BTD: jax.Array,
+        passed_BTN: jax.Array,
+        positions_BT: jax.Array,
+        caches: Caches,
+        places: Places,
+    ) -> Routed:
+        """Everything after the caches were written, up to the experts."""
+        x_BTD = x_BTD + self.attention.mix(passed_BTN, positions_BT, caches, places)
+        h_BTD = self.ffn_norm(x_BTD)
+        h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
+        if self.dense is not None:
+            x_BTD = x_BTD + self.dense(h_BTD)
+        if self.router is not None:
+            return Routed(x_BTD, h_TD, self.router(h_TD))
+        nobody_TK = jnp.zeros((len(h_TD), self.k))
+        return Routed(x_BTD, h_TD, Routing(nobody_TK.astype(jnp.int32), nobody_TK))
+
+    def route_ahead(self, x: jax.Array) -> Routing:
+        """The routing of an earlier layer's stream x [..., D]: a guess at what this one chooses."""
+        return self.expert_router(self.ffn_norm(x))
+
+    @property
+    def expert_router(self) -> Router:
+        """The router of a block that has one."""
+        if self.router is None:
+            raise RuntimeError("a block without experts was asked for its router")
+        return self.router
+
+
+class At(Protocol):
+    """A block that a walk is at: known when a program is traced, or by a number in it."""
+
+    @property
+    def places(self) -> Places:
+        """Of the block's states in the caches."""
+        ...
+
+    def run(self, function: Callable[..., Result], *operands: Any) -> Result:
+        """`function(block, *operands)`."""
+        ...
+
+    def uniform(self, passed_BTN: jax.Array, writes: Arrays) -> tuple[jax.Array, Arrays]:
+        """The same with what other kinds of block pass and write, so that all agree in shape."""
+        ...
+
+
+def attend_and_route(
+    at: At, caches: Caches, x_BTD: jax.Array, positions_BT: jax.Array
+) -> tuple[Routed, Caches]:
+    """One block up to its experts; tokens at position `caches.context` are padding."""
+
+    def project(block: Block, x_BTD: jax.Array, recurrent: Arrays, places: Places):
+        # Without the keys and values, which this step has no need of.
+        own = Caches({}, recurrent, caches.context)
+        return at.uniform(*block.project(x_BTD, positions_BT, own, places))
+
+    passed_BTN, writes = at.run(project, x_BTD, caches.recurrent, at.places)
+    caches = caches.write(at.places, positions_BT, writes)
+
+    def route(block: Block, x_BTD: jax.Array, passed_BTN: jax.Array, by_token: Arrays, places):
+        own = Caches(by_token, {}, caches.context)
+        return block.route(x_BTD, passed_BTN, positions_BT, own, places)
+
+    return at.run(route, x_BTD, passed_BTN, caches.by_token, at.places), caches
+
+
+@dataclass(frozen=True)
+class OneBlock:
+    """See `At`: a block that the program was traced for."""
+
+    block: Block
+    places: Places
+
+    def run(self, function: Callable[..., Result], *operands: Any) -> Result:
+        """See `At.run`."""
+        return function(self.block, *operands)
+
+    def uniform(self, passed_BTN: jax.Array, writes: Arrays) -> tuple[jax.Array, Arrays]:
+        """See `At.uniform`: there is no other kind."""
+        return passed_BTN, writes
+
+
+@dataclass(frozen=True, eq=False)
+class LayerKinds:
+    """The structure of a stack: static for a compiler, equal to itself only, without arrays."""
+
+    config: ModelConfig
+    graphs: tuple[nnx.GraphDef[Block], ...]
+    kind_N: tuple[int, ...]  # of each block
+    index_N: tuple[int, ...]  # of each block, within its kind
+
+    def block(self, states: States, kind: int, index: int | jax.Array) -> Block:
+        """The block at `index` of `kind`, which may be traced."""
+        state = apart(lambda i: jax.tree.map(lambda stacked: stacked[i], states[kind]), index)
+        return nnx.merge(self.graphs[kind], state)
+
+    def places(self, number: int) -> dict[str, np.int32]:
+        """Of a block's states in the caches, as data, so that no program is made for each block."""
+        return {n: np.int32(place) for n, place in self.config.state_places[number].items()}
+
+    def at(self, states: States, number: jax.Array) -> TracedBlock:
+        """The block of a traced number."""
+        return TracedBlock(self, states, number)
+
+
+@dataclass(frozen=True)
+class TracedBlock:
+    """See `At`: a block of a loop over blocks, one branch per kind."""
+
+    kinds: LayerKinds
+    states: States
+    number: jax.Array
+
+    @property
+    def places(self) -> Places:
+        """See `At.places`."""
+        of_blocks = self.kinds.config.state_places
+        return {
+            name: jnp.asarray([places[name] for places in of_blocks], jnp.int32)[self.number]
+            for name in self.kinds.config.states
+        }
+
+    def run(self, function: Callable[..., Result], *operands: Any) -> Result:
+        """See `At.run`."""
+        kinds = self.kinds
+        index = jnp.asarray(kinds.index_N, jnp.int32)[self.number]
+
+        def branch(kind: int) -> Callable[..., Result]:
+            return lambda *inputs: function(kinds.block(self.states, kind, index), *inputs)
+
+        branches = [branch(kind) for kind in range(len(kinds.graphs))]
+        return jax.lax.switch(
+            jnp.asarray(kinds.kind_N, jnp.int32)[self.number], branches, *operands
+        )
+
+    def uniform(self, passed_BTN: jax.Array, writes: Arrays) -> tuple[jax.Array, Arrays]:
+        """See `At.uniform`."""
+        (batch, tokens, width), config = passed_BTN.shape, self.kinds.config
+        widest = max(block.attention.passed_width for block in config.blocks)
+        passed_BTN = jnp.pad(passed_BTN, ((0, 0), (0, 0), (0, widest - width)))
+        padded = {}
+        for name, (state, _) in config.states.items():
+            lead = (batch, tokens) if state.by_token else (batch,)
+            padded[name] = writes[name] if name in writes else jnp.zeros((*lead, *state.shape))
+        return passed_BTN, padded
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStack:
+    """All blocks of a model: what they are, and their arrays."""
+
+    kinds: LayerKinds
+    states: States
+
+    @classmethod
+    def of(cls, config: ModelConfig, blocks: Sequence[Block]) -> LayerStack:
+        """Stacks `blocks` by kind, in order of first appearance."""
+        members: dict[nnx.GraphDef[Block], list[Any]] = {}
+        kind_N, index_N = [], []
+        for block in blocks:
+            graph, state = nnx.split(block)
+            of_kind = members.setdefault(graph, [])
+            kind_N.append(list(members).index(graph))
+            index_N.append(len(of_kind))
+            of_kind.append(state)
+        stacked = tuple(
+            jax.tree.map(lambda *arrays: jnp.stack(arrays), *states) for states in members.values()
+        )
+        return cls(LayerKinds(config, tuple(members), tuple(kind_N), tuple(index_N)), stacked)

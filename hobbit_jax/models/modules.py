@@ -1,0 +1,133 @@
+"""Parts of every model: a matrix in its GGUF format, a norm, a gated FFN, embedding and head.
+
+All arithmetic outside the matrix products is float32. A `BlockWeights` gives a block's parts by
+role: from a file (`loading.py`), or fresh ones for training.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.backends import Implementation
+from pallas_kernels.formats import get_format
+from pallas_kernels.ggml import ops as ggml
+from pallas_kernels.ggml.ops import RawMatrix
+from pallas_kernels.linear import linear
+
+
+class Linear(nnx.Module):
+    """A matrix [N, K] in its GGUF format, as planes or raw blocks; y = x @ W.T + b in float32."""
+
+    def __init__(
+        self,
+        format_name: str,
+        planes: dict[str, jax.Array] | RawMatrix,
+        implementation: Implementation = None,
+        bias_N: jax.Array | None = None,
+    ):
+        self.bias = None if bias_N is None else nnx.Param(bias_N)
+        self.format_name, self.implementation = format_name, implementation
+        if isinstance(planes, RawMatrix):
+            self.raw_shape = (planes.rows, planes.columns, planes.bytes)
+            planes = {"raw": planes.data}
+        else:
+            self.raw_shape = None
+        self.planes = nnx.Dict({name: nnx.Param(plane) for name, plane in planes.items()})
+
+    def weights(self) -> jax.Array:
+        """Unpacked float32 [N, K]."""
+        arrays = self._arrays()
+        if isinstance(arrays, RawMatrix):
+            return self.rows(jnp.arange(arrays.rows, dtype=jnp.int32))
+        return get_format(self.format_name).unpack(arrays)
+
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """Rows `ids` [...] unpacked to float32 [..., K]; only those rows are read."""
+        arrays = self._arrays()
+        if isinstance(arrays, RawMatrix):
+            return ggml.take_rows(ids, arrays, self.format_name)
+        return get_format(self.format_name).unpack({n: p[ids] for n, p in arrays.items()})
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., K] to x @ W.T + bias [..., N]."""
+        y = linear(x, self._arrays(), self.format_name, self.implementation)
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether it holds raw blocks, so that the device is a CPU with the backend `ggml`."""
+        return self.raw_shape is not None
+
+    def _arrays(self) -> dict[str, jax.Array] | RawMatrix:
+        if self.raw_shape is not None:
+            return RawMatrix(self.planes["raw"][...], *self.raw_shape)
+        return {name: plane[...] for name, plane in self.planes.items()}
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, float32."""
+
+    def __init__(self, scale: jax.Array, eps: float):
+        self.scale = nnx.Param(scale)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalised x, float32 of the same shape."""
+        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return jnp.multiply(x * inverse_rms, jnp.broadcast_to(self.scale[...], x.shape))
+
+
+class BlockWeights(Protocol):
+    """The parts of one block, by role (`config.block_shapes`)."""
+
+    def linear(self, role: str) -> Linear:
+        """A matrix, with its bias where the block has one."""
+        ...
+
+    def router(self) -> Linear:
+        """In float32 everywhere: what it chooses shall not depend on rounding."""
+        ...
+
+    def norm(self, role: str) -> RMSNorm:
+        """With a learned scale."""
+        ...
+
+    def array(self, role: str) -> jax.Array:
+        """A small tensor as float32."""
+        ...
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate x) * up x): a dense FFN (suffix ""), or a shared expert ("_shexp")."""
+
+    def __init__(self, weights: BlockWeights, suffix: str):
+        self.gate, self.up, self.down = (
+            weights.linear(f"ffn_{role}{suffix}") for role in ("gate", "up", "down")
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., D] to [..., D]."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class EmbeddingAndHead(nnx.Module):
+    """What stands before the first layer and after the last: embedding, final norm, head.
+
+    A tied head shares the embedding's planes; nothing is held twice.
+    """
+
+    def __init__(self, embedding: Linear, final_norm: RMSNorm, head: Linear | None):
+        self.embedding, self.final_norm, self.head = embedding, final_norm, head
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Token ids [...] to float32 [..., D]."""
+        return self.embedding.rows(ids)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Residual stream [..., D] to float32 logits [..., V]."""
+        head = self.embedding if self.head is None else self.head
+        return head(self.final_norm(x))

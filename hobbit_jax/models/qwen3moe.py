@@ -1,0 +1,36 @@
+"""Qwen3-MoE (`qwen3moe`): Qwen3-30B-A3B, Qwen3-235B-A22B, Qwen3-Coder-30B-A3B.
+
+Source: llama.cpp, src/models/qwen3moe.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hobbit_jax.models.config import BlockConfig, ModelConfig
+from hobbit_jax.models.keys import (
+    Keys,
+    decoder_metadata,
+    ends,
+    experts,
+    grouped_query,
+    softmax_router,
+)
+
+_WIDTH = "expert_feed_forward_length"
+
+
+def read(keys: Keys) -> ModelConfig:
+    """See `registry.Family`."""
+    block = BlockConfig(grouped_query(keys, rope_style="neox", qk_norm="head"))
+    return ModelConfig(
+        **ends(keys),
+        blocks=(block,) * keys.block_count(),
+        router=softmax_router(keys, renormalise=True),
+        **experts(keys, _WIDTH),
+    )
+
+
+def metadata(config: ModelConfig) -> dict[str, Any]:
+    """See `registry.Family`."""
+    return decoder_metadata(config, _WIDTH)

@@ -1,0 +1,132 @@
+"""Which families there are, and the decision whether we can run a file at all.
+
+`read_config` takes every number from the metadata and holds every tensor against it, so the store
+and the model may index without asking. A tensor that a family does not declare, and a key that
+changes the arithmetic and that it does not read, are refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Protocol
+
+from hobbit_jax.model_file import metadata
+from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
+from hobbit_jax.model_file.metadata import shown
+from hobbit_jax.model_file.other_files import refuse_other_kinds
+from hobbit_jax.models import llama, olmoe, qwen3moe
+from hobbit_jax.models.config import ModelConfig, block_shapes, tensor_shapes
+from hobbit_jax.models.keys import Keys
+
+
+class Family(Protocol):
+    """What a family's file has."""
+
+    @staticmethod
+    def read(keys: Keys) -> ModelConfig:
+        """The model of a file, from its metadata.
+
+        Raises:
+            ValueError: a missing or impossible key.
+            NotImplementedError: a feature that we do not compute.
+        """
+        ...
+
+    @staticmethod
+    def metadata(config: ModelConfig) -> dict[str, Any]:
+        """What `read` reads, for a file of this model; keys without the architecture's prefix."""
+        ...
+
+
+# By `general.architecture`.
+FAMILIES: dict[str, Family] = {
+    "qwen3moe": qwen3moe,
+    "llama": llama,
+    "olmoe": olmoe,
+}
+
+
+def read_config(file: GGUFFile) -> ModelConfig:
+    """Reads the hyperparameters and checks that all tensors fit them.
+
+    Raises:
+      ValueError: a missing or impossible key, a missing tensor, or one of the wrong shape.
+      NotImplementedError: another architecture, or a feature that we do not compute.
+    """
+    refuse_other_kinds(file)
+    arch = file.read("general.architecture", metadata.text())
+    if arch not in FAMILIES:
+        raise NotImplementedError(
+            f"{file.paths[0]}: architecture {shown(arch)}; supported are {', '.join(FAMILIES)} "
+            "(llama with experts)"
+        )
+    keys = Keys(file, arch)
+    config = FAMILIES[arch].read(keys)
+    keys.refuse_unread()
+    _check_tensors(file, config)
+    return config
+
+
+def config_metadata(config: ModelConfig) -> dict[str, Any]:
+    """What `read_config` reads: the metadata of a file of this model, without a tokenizer."""
+    keys = FAMILIES[config.arch].metadata(config)
+    of_arch = {f"{config.arch}.{key}": value for key, value in keys.items()}
+    return {"general.architecture": config.arch, **of_arch}
+
+
+# Tensors that change the arithmetic, by the sentence that refuses them; first match counts.
+_REFUSED_TENSORS = (
+    (r"rope_(freqs|factors_\w+)\.weight|.*\.rope_(freqs|factors_\w+)\.weight",
+     "scaled rotary frequencies; supported are plain ones"),
+    (r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight",
+     "one tensor per expert, as converters wrote before April 2024; supported are stacked "
+     "experts (ffn_gate_exps): convert the model again with a current llama.cpp"),
+    (r".*_shexp\..*", "shared experts; supported are models with routed experts only"),
+    (r".*\.attn_qkv\..*", "fused q, k and v; supported are separate ones"),
+    (r".*\.bias", "biases; supported are models without"),
+)  # fmt: skip
+
+
+def _divides_by_one(tensor: TensorInfo) -> bool:
+    """Whether this is `rope_freqs.weight` that leaves every frequency as it is."""
+    is_floats = tensor.name == "rope_freqs.weight" and tensor.format == "F32"
+    return is_floats and tensor.nbytes > 0 and bool((tensor.raw.view("<f4") == 1).all())
+
+
+def _is_skipped(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor belongs to a block that predicts a further token, which does not run."""
+    found = re.match(r"blk\.(\d+)\.", name)
+    return bool(found) and 0 <= int(found[1]) - config.n_blocks < config.skipped_blocks
+
+
+def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
+    wanted = tensor_shapes(config)
+    path = file.paths[0]
+    unknown = {
+        name
+        for name in file.tensors.keys() - wanted.keys()
+        if not _divides_by_one(file.tensors[name]) and not _is_skipped(name, config)
+    }
+    for name in unknown:
+        for pattern, what in _REFUSED_TENSORS:
+            if re.fullmatch(pattern, name):
+                raise NotImplementedError(f"{path}: tensor {shown(name)} means {what}")
+    # A foreign tensor is reported before a missing one: it says more about what the file is.
+    foreign = sorted(unknown)
+    if foreign:
+        roles = dict.fromkeys(r for n in range(config.n_blocks) for r in block_shapes(config, n))
+        raise NotImplementedError(
+            f"{path}: tensor {shown(foreign[0])} is no part of {config.arch} with "
+            f"{config.n_blocks} layers as we compute it; supported roles are {', '.join(roles)}"
+        )
+    for name, shape in wanted.items():
+        if name not in file.tensors:
+            raise ValueError(
+                f"{path}: tensor {name!r} is missing, expected shape {shape}; download or convert "
+                "the model again"
+            )
+        if file.tensors[name].shape != shape:
+            raise ValueError(
+                f"{path}: tensor {name!r} has shape {file.tensors[name].shape}, expected {shape} "
+                "from the metadata; convert the model again"
+            )

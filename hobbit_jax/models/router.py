@@ -1,0 +1,75 @@
+"""Which experts a token chooses, and with which weights.
+
+Owns the one router of all families, whose settings are `config.RouterConfig`. Everything is
+float32.
+
+Source: llama.cpp, src/llama-graph.cpp (`build_moe_ffn`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hobbit_jax.models.config import ModelConfig
+from hobbit_jax.models.modules import BlockWeights
+
+# llama.cpp's least divisor of a renormalisation: the smallest normal float16.
+_LEAST_SUM = 6.103515625e-5
+
+
+class Routing(NamedTuple):
+    """What the router chose: expert ids int32 and their weights float32, both [..., K].
+
+    Experts stand in descending order of weight.
+    """
+
+    ids: jax.Array
+    weights: jax.Array
+
+
+class Router(nnx.Module):
+    """The router of one block."""
+
+    def __init__(self, config: ModelConfig, weights: BlockWeights):
+        self.settings, self.k = config.router, config.experts_per_token
+        self.linear = weights.router()
+        biased = self.settings.selection_bias
+        self.bias = nnx.Param(weights.array("exp_probs_b.bias")) if biased else None
+
+    def scores(self, h: jax.Array) -> jax.Array:
+        """Every expert's score, float32 [..., E]."""
+        gates = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
+        return gates[self.settings.gating](self.linear(h))
+
+    def __call__(self, h: jax.Array) -> Routing:
+        """The K experts of each token of h [..., D], heaviest first."""
+        settings, scores = self.settings, self.scores(h)
+        if self.bias is None and settings.groups == 1:
+            weights, ids = jax.lax.top_k(scores, self.k)
+        else:
+            ids = jax.lax.top_k(self._selection_scores(scores), self.k)[1]
+            # What is chosen by another number than its weight is put in the order of weights.
+            weights, order = jax.lax.top_k(jnp.take_along_axis(scores, ids, axis=-1), self.k)
+            ids = jnp.take_along_axis(ids, order, axis=-1)
+        if settings.renormalise:
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            # The best K of a softmax never come near the bound.
+            weights /= total if settings.gating == "softmax" else jnp.maximum(total, _LEAST_SUM)
+        return Routing(ids, weights if settings.scale == 1 else weights * settings.scale)
+
+    def _selection_scores(self, scores: jax.Array) -> jax.Array:
+        """By what experts are chosen: biased, and -inf outside of the chosen groups."""
+        groups = self.settings.groups
+        if self.bias is not None:
+            scores = scores + jnp.broadcast_to(self.bias[...], scores.shape)
+        if groups == 1:
+            return scores
+        grouped = scores.reshape(*scores.shape[:-1], groups, -1)
+        best = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+        kept = jax.lax.top_k(best, self.settings.groups_used)[1]
+        is_kept = jnp.any(jax.nn.one_hot(kept, groups, dtype=jnp.bool_), axis=-2)
+        return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(scores.shape)
