@@ -71,10 +71,8 @@ def main(_):
     windows = cut_windows(
         model.tokenizer(), documents, wanted, context, _SEED.value, fewer=_WINDOWS.value is None
     )
-    if len(windows.ids_WS) < wanted:
-        print(
-            f"the text has {len(windows.ids_WS)} windows of {context} + 1 tokens; all of them are used"
-        )
+    if (count := len(windows.ids_WS)) < wanted:
+        print(f"the text has {count} windows of {context} + 1 tokens; all of them are used")
     engine = Engine(model, store, CacheConfig(roomy_pool_bytes(native_bytes)))
     found = calibrate(engine, windows, _STATISTICS.value, out)
     rarest, most = found.selections_LE.min(), found.selections_LE.max()
