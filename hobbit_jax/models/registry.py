@@ -14,7 +14,7 @@ from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
 from hobbit_jax.model_file.metadata import shown
 from hobbit_jax.model_file.other_files import refuse_other_kinds
-from hobbit_jax.models import llama, olmoe, qwen3moe
+from hobbit_jax.models import llama, olmoe, qwen3moe, qwen3next, qwen35moe
 from hobbit_jax.models.config import ModelConfig, block_shapes, tensor_shapes
 from hobbit_jax.models.keys import Keys
 
@@ -43,6 +43,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3moe": qwen3moe,
     "llama": llama,
     "olmoe": olmoe,
+    "qwen35moe": qwen35moe,
+    "qwen3next": qwen3next,
 }
 
 
@@ -82,6 +84,9 @@ _REFUSED_TENSORS = (
      "one tensor per expert, as converters wrote before April 2024; supported are stacked "
      "experts (ffn_gate_exps): convert the model again with a current llama.cpp"),
     (r".*_shexp\..*", "shared experts; supported are models with routed experts only"),
+    (r".*\.ssm_in\..*",
+     "a delta net whose q, k, v and z are tangled, as converters wrote first; supported are "
+     "attn_qkv and attn_gate: convert the model again with a current llama.cpp"),
     (r".*\.attn_qkv\..*", "fused q, k and v; supported are separate ones"),
     (r".*\.scale", "a scale of a whole NVFP4 matrix; supported are files where it is 1"),
     (r".*\.bias", "biases; supported are models without"),
