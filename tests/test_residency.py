@@ -458,7 +458,8 @@ def test_a_profile_is_written_read_and_refused(model, two_banks_path, tmp_path):
     text, path = tmp_path / "text.txt", tmp_path / "profile"
     text.write_text("the same words, over and over; " * 40, encoding="utf-8")
     done = run_script(
-        "routing_stats.py", "--model", two_banks_path, "--text", text, "--out", path,
+        "calibrate.py", "--model", two_banks_path, "--text", text, "--out", path,
+        "--statistics", "routing",
         "--windows", 4, "--context", 20, "--budget_mib", 1,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -466,8 +467,8 @@ def test_a_profile_is_written_read_and_refused(model, two_banks_path, tmp_path):
     assert profile.statistics == "routing" and profile.tokens == 80
     assert (profile.selections_LE.sum(axis=1) == 80 * 2).all()
     lines = done.stdout.splitlines()
-    assert len(lines) == 2 + 3 + 1 and lines[0].startswith("80 tokens; ")
-    for line, uses_E in zip(lines[2:5], profile.selections_LE, strict=True):
+    assert len(lines) == 3 + 3 + 1 and lines[0].startswith("80 tokens; ")
+    for line, uses_E in zip(lines[3:6], profile.selections_LE, strict=True):
         share_E = uses_E[uses_E > 0] / 160
         _, entropy, quarter, hits = map(float, line.split())
         assert entropy == pytest.approx(-(share_E * np.log2(share_E)).sum(), abs=0.006)
