@@ -69,9 +69,10 @@ class Router(nnx.Module):
             chosen_by = self._selection_scores(scores)
             if lift_E is not None:
                 best = jax.nn.one_hot(jnp.argmax(chosen_by, axis=-1), len(lift_E), dtype=jnp.bool_)
-                lift = jnp.broadcast_to(lift_E, scores.shape)
-                are_logits = settings.gating == "softmax_of_chosen"
-                lifted = scores + lift if are_logits else scores * jnp.exp(lift)
+                if settings.gating == "softmax_of_chosen":
+                    lifted = scores + jnp.broadcast_to(lift_E, scores.shape)
+                else:
+                    lifted = scores * jnp.broadcast_to(jnp.exp(lift_E), scores.shape)
                 chosen_by = jnp.where(best, jnp.inf, self._selection_scores(lifted))
             ids = jax.lax.top_k(chosen_by, self.k)[1]
             # What is chosen by another number than its weight is put in the order of weights.
