@@ -10,7 +10,7 @@ where the model does (--ignore_eos goes on). Text goes to stdout, the report to 
 prints both as one object on stdout. Without --budget_mib every expert is loaded before the first
 token. Several --devices divide the experts; each has a pool of --budget_mib and all the rest of the
 model. Low-precision experts are made once, in --cache_dir. A --profile is what
-scripts/routing_stats.py writes. Rates are those of a warm program: the time that went into
+scripts/calibrate.py writes. Rates are those of a warm program: the time that went into
 compiling stands on a line of its own.
 """
 
@@ -30,8 +30,8 @@ from hobbit_jax.prompt_flags import PromptFlags
 
 ENGINE = EngineFlags(
     "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "link_to_host",
-    "low_format", "low_share", "profile", "pin_share", "chunk_tokens", "context", "threads",
-    "kv_format", "trace_out",
+    "resident_lift", "low_format", "low_share", "profile", "pin_share", "chunk_tokens", "context",
+    "threads", "kv_format", "trace_out",
 )  # fmt: skip
 _PROMPT = PromptFlags()
 _IGNORE_EOS = flags.DEFINE_bool(

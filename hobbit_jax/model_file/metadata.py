@@ -96,6 +96,18 @@ def flag() -> Kind[bool]:
     return Kind("true or false", check)
 
 
+def flags(count: int) -> Kind[list[bool]]:
+    """A list of `count` values, true or false."""
+    element = flag()
+
+    def check(value: Any) -> list[bool]:
+        if len(_list(value, count)) != count:
+            raise Wrong(shown(value))
+        return [_element(element.check, v, i) for i, v in enumerate(value)]
+
+    return Kind(f"a list of {count} values, true or false", check)
+
+
 def integer(low: int = 0, high: int = INT32_MAX, why: str = "") -> Kind[int]:
     """An integer from `low` to `high`, both included; a float is none. `why` explains `high`."""
 

@@ -86,7 +86,73 @@ class GroupedQuery:
         return tuple(State(f"{n}_{shape[0]}x{shape[1]}", shape, True) for n in ("keys", "values"))
 
 
-Attention = GroupedQuery
+@dataclass(frozen=True)
+class GatedDeltaNet:
+    """The recurrence of `delta_net.py` in the place of attention.
+
+    Attributes:
+        n_key_heads: of queries and keys alike.
+        n_value_heads: a multiple of them.
+        d_state: width of every head.
+        kernel: tokens that the convolution sees.
+        value_heads: which key head a value head uses, "tiled" v mod n_key_heads, "grouped" v div
+            their ratio. Grouped ones have the rows of decay and strength in one tensor.
+    """
+
+    n_key_heads: int
+    n_value_heads: int
+    d_state: int
+    kernel: int
+    value_heads: Literal["tiled", "grouped"]
+
+    @property
+    def n_heads(self) -> int:
+        """Heads that attend to tokens: none."""
+        return 0
+
+    @property
+    def key_width(self) -> int:
+        """Of all key heads."""
+        return self.n_key_heads * self.d_state
+
+    @property
+    def value_width(self) -> int:
+        """Of all value heads."""
+        return self.n_value_heads * self.d_state
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values."""
+        return 2 * self.key_width + self.value_width
+
+    def tensors(self, d_model: int) -> Shapes:
+        """Those of a block."""
+        heads = self.n_value_heads
+        tiled = {"ssm_alpha": (heads, d_model), "ssm_beta": (heads, d_model)}
+        return {
+            "attn_qkv": (self.channels, d_model),
+            "attn_gate": (self.value_width, d_model),
+            "ssm_conv1d": (self.channels, self.kernel),
+            "ssm_dt.bias": (heads,),
+            "ssm_a": (heads,),
+            **(tiled if self.value_heads == "tiled" else {"ssm_ba": (2 * heads, d_model)}),
+            "ssm_norm": (self.d_state,),
+            "ssm_out": (d_model, self.value_width),
+        }
+
+    @property
+    def passed_width(self) -> int:
+        """See `GroupedQuery.passed_width`: the output before its matrix."""
+        return self.value_width
+
+    def states(self) -> tuple[State, ...]:
+        """The last inputs of the convolution, and the matrices."""
+        window = (self.kernel - 1, self.channels)
+        matrix = (self.n_value_heads, self.d_state, self.d_state)
+        return State("delta_window", window, False), State("delta_matrix", matrix, False)
+
+
+Attention = GroupedQuery | GatedDeltaNet
 
 
 @dataclass(frozen=True)
@@ -98,12 +164,14 @@ class BlockConfig:
         ffn_norm: role of the norm before the FFN.
         d_dense: width of a dense FFN in the place of experts; 0 where there are experts.
         d_shared: width of a shared expert, which runs for every token; 0 for none.
+        shared_gate: axes of the tensor whose sigmoid scales the shared expert; 0 for none.
     """
 
     attention: Attention
     ffn_norm: str = "ffn_norm"
     d_dense: int = 0
     d_shared: int = 0
+    shared_gate: Literal[0, 1, 2] = 0
 
     @property
     def has_experts(self) -> bool:
@@ -201,7 +269,7 @@ class ModelConfig:
 
 
 # Role → name in the file, where they differ. Roles with a suffix of their own have it there too.
-_STORED_AS = {"router": "ffn_gate_inp"}
+_STORED_AS = {"router": "ffn_gate_inp.weight", "ssm_a": "ssm_a"}
 
 
 def block_shapes(config: ModelConfig, block: int) -> Shapes:
@@ -221,6 +289,8 @@ def block_shapes(config: ModelConfig, block: int) -> Shapes:
     shapes["ffn_down_exps"] = (e, d, f)
     if spec.d_shared:
         shapes |= _mlp("_shexp", d, spec.d_shared)
+    if spec.shared_gate:
+        shapes["ffn_gate_inp_shexp"] = (d,) if spec.shared_gate == 1 else (1, d)
     return shapes
 
 
@@ -239,7 +309,7 @@ def block_tensors(config: ModelConfig, block: int) -> dict[str, str]:
 
 def stored_name(role: str) -> str:
     """A role's name in the file, within its block."""
-    return role if "." in role else f"{_STORED_AS.get(role, role)}.weight"
+    return role if "." in role else _STORED_AS.get(role, f"{role}.weight")
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> dict[str, str]:

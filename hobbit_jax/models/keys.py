@@ -23,7 +23,14 @@ from hobbit_jax.model_file.metadata import (
     shown,
     texts,
 )
-from hobbit_jax.models.config import OUTPUT, GroupedQuery, ModelConfig, Rope, RouterConfig
+from hobbit_jax.models.config import (
+    OUTPUT,
+    GatedDeltaNet,
+    GroupedQuery,
+    ModelConfig,
+    Rope,
+    RouterConfig,
+)
 
 T = TypeVar("T")
 
@@ -190,6 +197,30 @@ def grouped_query(
     return GroupedQuery(n_heads, n_kv_heads, head_dim, rope, qk_norm, gated, biased)
 
 
+def delta_net(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> GatedDeltaNet:
+    """The gated delta net of Qwen's hybrids.
+
+    Raises:
+        ValueError: numbers that do not fit each other.
+        NotImplementedError: value heads of another width than key heads.
+    """
+    key_heads, heads, d_state, inner, kernel = (
+        keys.read(f"ssm.{key}", integer(1, 2**20))
+        for key in ("group_count", "time_step_rank", "state_size", "inner_size", "conv_kernel")
+    )
+    if heads % key_heads:
+        raise ValueError(
+            f"{keys.path}: the metadata gives {heads} value heads (ssm.time_step_rank), expected a "
+            f"multiple of the {key_heads} key heads; convert the model again"
+        )
+    if inner != heads * d_state:
+        raise NotImplementedError(
+            f"{keys.path}: {keys.arch}.ssm.inner_size is {inner}; supported are {heads} value "
+            f"heads as wide as the key heads, {heads * d_state} in all"
+        )
+    return GatedDeltaNet(key_heads, heads, d_state, kernel, value_heads)
+
+
 def experts(keys: Keys, width_key: str) -> dict[str, Any]:
     """The fields of `ModelConfig` about experts, by name.
 
@@ -220,7 +251,7 @@ def decoder_metadata(config: ModelConfig, width_key: str) -> dict[str, Any]:
     """What `ends`, `grouped_query` and `experts` read, without the architecture's prefix."""
     attention = next(b.attention for b in config.blocks if isinstance(b.attention, GroupedQuery))
     return {
-        "block_count": config.n_blocks + config.skipped_blocks,
+        "block_count": config.n_blocks,
         "context_length": config.context_length,
         "embedding_length": config.d_model,
         # Of a dense layer, which no model here has; llama.cpp wants the key all the same.

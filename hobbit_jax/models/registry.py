@@ -14,7 +14,7 @@ from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
 from hobbit_jax.model_file.metadata import shown
 from hobbit_jax.model_file.other_files import refuse_other_kinds
-from hobbit_jax.models import llama, olmoe, qwen3moe
+from hobbit_jax.models import llama, olmoe, qwen3moe, qwen3next, qwen35moe
 from hobbit_jax.models.config import ModelConfig, block_shapes, tensor_shapes
 from hobbit_jax.models.keys import Keys
 
@@ -43,6 +43,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3moe": qwen3moe,
     "llama": llama,
     "olmoe": olmoe,
+    "qwen35moe": qwen35moe,
+    "qwen3next": qwen3next,
 }
 
 
@@ -82,15 +84,26 @@ _REFUSED_TENSORS = (
      "one tensor per expert, as converters wrote before April 2024; supported are stacked "
      "experts (ffn_gate_exps): convert the model again with a current llama.cpp"),
     (r".*_shexp\..*", "shared experts; supported are models with routed experts only"),
+    (r".*\.ssm_in\..*",
+     "a delta net whose q, k, v and z are tangled, as converters wrote first; supported are "
+     "attn_qkv and attn_gate: convert the model again with a current llama.cpp"),
     (r".*\.attn_qkv\..*", "fused q, k and v; supported are separate ones"),
+    (r".*\.scale", "a scale of a whole NVFP4 matrix; supported are files where it is 1"),
     (r".*\.bias", "biases; supported are models without"),
 )  # fmt: skip
 
 
-def _divides_by_one(tensor: TensorInfo) -> bool:
-    """Whether this is `rope_freqs.weight` that leaves every frequency as it is."""
-    is_floats = tensor.name == "rope_freqs.weight" and tensor.format == "F32"
-    return is_floats and tensor.nbytes > 0 and bool((tensor.raw.view("<f4") == 1).all())
+def _changes_nothing(tensor: TensorInfo) -> bool:
+    """Whether this leaves the arithmetic as it is.
+
+    `rope_freqs.weight` and the `.scale` of an NVFP4 matrix do where they are ones. `.input_scale`
+    is for backends that round activations to FP4, as llama.cpp does on some GPUs; none here does.
+    """
+    if tensor.name.endswith(".input_scale"):
+        return True
+    factor = tensor.name == "rope_freqs.weight" or tensor.name.endswith(".scale")
+    floats = factor and tensor.format == "F32" and tensor.nbytes > 0
+    return floats and bool((tensor.raw.view("<f4") == 1).all())
 
 
 def _is_skipped(name: str, config: ModelConfig) -> bool:
@@ -105,7 +118,7 @@ def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     unknown = {
         name
         for name in file.tensors.keys() - wanted.keys()
-        if not _divides_by_one(file.tensors[name]) and not _is_skipped(name, config)
+        if not _changes_nothing(file.tensors[name]) and not _is_skipped(name, config)
     }
     for name in unknown:
         for pattern, what in _REFUSED_TENSORS:
