@@ -92,8 +92,11 @@ def test_planted_errors_of_the_mapping_show(torch, paths, monkeypatch, name):
 
     def exchanged(*arguments):
         arrays = expert_weights(*arguments)
-        half = arrays["gate_up_proj"].shape[1] // 2
-        return {**arrays, "gate_up_proj": np.roll(arrays["gate_up_proj"], half, axis=1)}
+        half = arrays["experts.gate_up_proj"].shape[1] // 2
+        return {
+            **arrays,
+            "experts.gate_up_proj": np.roll(arrays["experts.gate_up_proj"], half, axis=1),
+        }
 
     monkeypatch.setattr(hugging_face, "expert_weights", exchanged)
     assert difference() > 1

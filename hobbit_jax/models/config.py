@@ -184,7 +184,8 @@ class RouterConfig:
     """How experts are chosen and weighted; see `router.py`.
 
     Attributes:
-        gating: from logits to scores.
+        gating: from logits to scores; with "always" there is one expert, a dense FFN, and no
+            router.
         renormalise: the weights of the chosen are divided by their sum.
         scale: of all weights.
         selection_bias: a bias is added to scores for the choice, and not to weights.
@@ -192,7 +193,7 @@ class RouterConfig:
         groups_used: of them remain.
     """
 
-    gating: Literal["softmax", "sigmoid"]
+    gating: Literal["softmax", "sigmoid", "always"]
     renormalise: bool
     scale: float = 1.0
     selection_bias: bool = False
@@ -217,6 +218,11 @@ class ModelConfig:
     d_expert: int  # hidden width of one expert
     fused_gate_up: bool = False  # gate and up of all experts are one tensor, gate rows first
     skipped_blocks: int = 0  # blocks at the end of the file that predict further tokens (NextN)
+
+    @property
+    def has_dense_ffn(self) -> bool:
+        """Whether every block's FFN is one expert that is always chosen."""
+        return self.router.gating == "always"
 
     @property
     def n_blocks(self) -> int:
@@ -279,6 +285,9 @@ def block_shapes(config: ModelConfig, block: int) -> Shapes:
     if spec.d_dense:
         return shapes | _mlp("", d, spec.d_dense)
     e, f = config.n_experts, config.d_expert
+    if config.has_dense_ffn:
+        # The only expert's, whose matrices have no axis of experts.
+        return shapes | {"ffn_gate_exps": (f, d), "ffn_up_exps": (f, d), "ffn_down_exps": (d, f)}
     shapes["router"] = (e, d)
     if config.router.selection_bias:
         shapes["exp_probs_b.bias"] = (e,)
@@ -304,11 +313,12 @@ def _mlp(suffix: str, d_model: int, width: int) -> Shapes:
 
 def block_tensors(config: ModelConfig, block: int) -> dict[str, str]:
     """Names of the tensors of one block, by role."""
-    return {role: f"blk.{block}.{stored_name(role)}" for role in block_shapes(config, block)}
+    return {role: f"blk.{block}.{_stored(config, role)}" for role in block_shapes(config, block)}
 
 
-def stored_name(role: str) -> str:
-    """A role's name in the file, within its block."""
+def _stored(config: ModelConfig, role: str) -> str:
+    if config.has_dense_ffn:
+        role = role.removesuffix("_exps")
     return role if "." in role else _STORED_AS.get(role, f"{role}.weight")
 
 

@@ -14,7 +14,17 @@ from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
 from hobbit_jax.model_file.metadata import shown
 from hobbit_jax.model_file.other_files import refuse_other_kinds
-from hobbit_jax.models import llama, olmoe, qwen3moe, qwen3next, qwen35moe
+from hobbit_jax.models import (
+    llama,
+    olmoe,
+    qwen2,
+    qwen2moe,
+    qwen3,
+    qwen3moe,
+    qwen3next,
+    qwen3vlmoe,
+    qwen35moe,
+)
 from hobbit_jax.models.config import ModelConfig, block_shapes, tensor_shapes
 from hobbit_jax.models.keys import Keys
 
@@ -43,6 +53,10 @@ FAMILIES: dict[str, Family] = {
     "qwen3moe": qwen3moe,
     "llama": llama,
     "olmoe": olmoe,
+    "qwen2": qwen2,
+    "qwen2moe": qwen2moe,
+    "qwen3": qwen3,
+    "qwen3vlmoe": qwen3vlmoe,
     "qwen35moe": qwen35moe,
     "qwen3next": qwen3next,
 }
@@ -59,8 +73,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
     arch = file.read("general.architecture", metadata.text())
     if arch not in FAMILIES:
         raise NotImplementedError(
-            f"{file.paths[0]}: architecture {shown(arch)}; supported are {', '.join(FAMILIES)} "
-            "(llama with experts)"
+            f"{file.paths[0]}: architecture {shown(arch)}; supported are {', '.join(FAMILIES)}"
         )
     keys = Keys(file, arch)
     config = FAMILIES[arch].read(keys)

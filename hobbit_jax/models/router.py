@@ -36,12 +36,14 @@ class Router(nnx.Module):
 
     def __init__(self, config: ModelConfig, weights: BlockWeights):
         self.settings, self.k = config.router, config.experts_per_token
-        self.linear = weights.router()
+        self.linear = None if self.settings.gating == "always" else weights.router()
         biased = self.settings.selection_bias
         self.bias = nnx.Param(weights.array("exp_probs_b.bias")) if biased else None
 
     def scores(self, h: jax.Array) -> jax.Array:
         """Every expert's score, float32 [..., E]."""
+        if self.linear is None:
+            return jnp.ones((*h.shape[:-1], 1))
         gates = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
         return gates[self.settings.gating](self.linear(h))
 
