@@ -6,6 +6,7 @@ kernel is tested against it. Called through `expert_ffn.py`. All arithmetic is f
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -69,6 +70,10 @@ class Work(NamedTuple):
     count: jax.Array
 
 
+# Biases of all experts' gate, up and down, [L * E, rows] each, or nothing where a model has none.
+BiasStacks = tuple[Any, Any, Any] | tuple[()]
+
+
 class Biases(NamedTuple):
     """Biases of the experts of all layers, float32, and whose each assignment takes.
 
@@ -116,14 +121,16 @@ def gated(
 
 def run_expert(
     x_CD: jax.Array,
-    gate_FD: jax.Array,
-    up_FD: jax.Array,
-    down_DF: jax.Array,
+    matrices: Iterable[jax.Array],
     function: ExpertFunction,
     bias: ExpertBias | None = None,
     factor_C3: jax.Array | None = None,
 ) -> jax.Array:
-    """One expert, float32 [C, D]; each product is multiplied by its factor."""
+    """One expert, float32 [C, D]; each product is multiplied by its factor.
+
+    `matrices` are gate and up [F, D] and down [D, F], float32.
+    """
+    gate_FD, up_FD, down_DF = matrices
     gate_CF, up_CF = _product(x_CD, gate_FD), _product(x_CD, up_FD)
     if factor_C3 is None:
         y_CD = _product(gated(function, gate_CF, up_CF, bias), down_DF)
@@ -177,9 +184,9 @@ def expert_ffn(
             row = biases.row_A[assignment_C[0]]
             bias = ExpertBias(*(array[row] for array in biases[:3]))
         if weight_A.ndim == 2:
-            y_CD = run_expert(x_CD, *matrices, function, None, factors)
+            y_CD = run_expert(x_CD, matrices, function, None, factors)
         else:
-            y_CD = run_expert(x_CD, *matrices, function, bias) * factors[:, None]
+            y_CD = run_expert(x_CD, matrices, function, bias) * factors[:, None]
         return y_AD.at[assignment_C].set(y_CD)
 
     return jax.lax.fori_loop(jnp.int32(0), work.count, one_item, y_AD)

@@ -17,7 +17,7 @@ import numpy as np
 
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, check_finite_scales
 from hobbit_jax.models.config import ModelConfig, layer_tensors
-from pallas_kernels.reference import ExpertBias, Signature
+from pallas_kernels.reference import BiasStacks, ExpertBias, Signature
 
 NATIVE = 0
 ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
@@ -72,14 +72,14 @@ class LayerExperts:
         return (self.gate.nbytes + self.up.nbytes + self.down.nbytes) // n_experts
 
 
-def _biases(config: ModelConfig, file: GGUFFile) -> tuple[np.ndarray, ...]:
+def _biases(config: ModelConfig, file: GGUFFile) -> BiasStacks:
     """Of gate, up and down, float32 [L * E, rows].
 
     Raises:
         ValueError: one is NaN or infinite.
         NotImplementedError: they are of another type.
     """
-    stacks = []
+    stacks: list[np.ndarray] = []
     for role in ROLES:
         layers = [
             file.tensors[layer_tensors(config, n)[f"{role}.bias"]] for n in range(config.n_layers)
@@ -93,13 +93,14 @@ def _biases(config: ModelConfig, file: GGUFFile) -> tuple[np.ndarray, ...]:
                 )
         rows = layers[0].shape[1]
         stacks.append(np.concatenate([t.raw.view("<f4").reshape(-1, rows) for t in layers]))
-    return tuple(stacks)
+    gate, up, down = stacks
+    return gate, up, down
 
 
 class HostExperts:
     """All experts of a model at every precision, immutable.
 
-    `biases` are float32 [L * E, rows] of gate, up and down, or nothing.
+    `biases` are float32.
     """
 
     def __init__(self, config: ModelConfig, native: GGUFFile, low: Sequence[GGUFFile] = ()):
@@ -114,7 +115,7 @@ class HostExperts:
                     LayerExperts.of({r: file.tensors[n] for r, n in names if r in STACKS})
                 )
             self.precisions.append(layers)
-        self.biases = _biases(config, native) if config.expert_biases else ()
+        self.biases: BiasStacks = _biases(config, native) if config.expert_biases else ()
         self._checked: set[ExpertKey] = set()
 
     def layer(self, precision: int, layer: int) -> LayerExperts:

@@ -91,12 +91,12 @@ class MeasuredErrors:
 @partial(jax.jit, static_argnames="function")
 def _output_energies(h_TD, token_R, weight_R, native, lows, function, bias) -> list[jax.Array]:
     x_RD = h_TD[token_R]
-    y_RD = run_expert(x_RD, *native, function, bias)
+    y_RD = run_expert(x_RD, native, function, bias)
 
     def energy(y_RD: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(y_RD * weight_R[:, None]))
 
-    low_RDs = (run_expert(x_RD, *low, function, bias) for low in lows)
+    low_RDs = (run_expert(x_RD, low, function, bias) for low in lows)
     return [energy(y_RD), *(energy(y_RD - low_RD) for low_RD in low_RDs)]
 
 

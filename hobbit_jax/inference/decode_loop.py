@@ -36,7 +36,7 @@ from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.layer import LayerKinds, States, attend_and_route
 from hobbit_jax.models.modules import EmbeddingAndHead
 from pallas_kernels.expert_ffn import expert_ffn
-from pallas_kernels.reference import Bank, Biases, Signature, Work
+from pallas_kernels.reference import Bank, Biases, BiasStacks, Signature, Work
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Weights(NamedTuple):
     layers: States
     ends: Any
     plan: PrecisionPlan
-    biases: tuple[jax.Array, ...] = ()  # `HostExperts.biases`
+    biases: BiasStacks = ()
 
 
 class Carry(NamedTuple):

@@ -23,7 +23,7 @@ from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn, implementation_for
 from pallas_kernels.formats import get_format
 from pallas_kernels.ggml.ops import RawMatrix, address_of
-from pallas_kernels.reference import Bank, Biases, Signature, Work
+from pallas_kernels.reference import Bank, Biases, BiasStacks, Signature, Work
 
 # Experts that XLA unpacks at a time.
 MAX_UNPACKED = 8
@@ -116,7 +116,7 @@ class HostCompute:
         )
 
     @cached_property
-    def _biases(self) -> tuple[jax.Array, ...]:
+    def _biases(self) -> BiasStacks:
         return jax.device_put(self._store.biases, self._device)
 
     def _biases_of(

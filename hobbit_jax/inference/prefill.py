@@ -30,7 +30,7 @@ from hobbit_jax.inference.selection import Selections, rows_of_layer, select
 from hobbit_jax.models.caches import Caches, Places
 from hobbit_jax.models.layer import LayerKinds, OneBlock, States, attend_and_route
 from hobbit_jax.models.loading import LoadedModel
-from pallas_kernels.reference import Biases
+from pallas_kernels.reference import Biases, BiasStacks
 
 Part = Literal["embedding", "attention", "experts"]
 Inspect = Callable[[Part, int, jax.Array], object]
@@ -116,7 +116,7 @@ class Prefill:
     plan: PrecisionPlan
     mode: MissMode
     host: HostCompute
-    biases: tuple[jax.Array, ...] = ()  # `HostExperts.biases`
+    biases: BiasStacks = ()
 
     def _biases(self, layer: int, ids_TK: np.ndarray) -> Biases | None:
         row_A = (layer * self.model.config.n_experts + ids_TK.reshape(-1)).astype(np.int32)

@@ -223,7 +223,7 @@ def attention(
     batch, tokens, heads, width = q_BTHd.shape
     result = jax.ShapeDtypeStruct((batch, tokens, heads * width), jnp.float32)
     call = jax.ffi.ffi_call("hobbit_jax_attention", result)
-    sinks_H = np.zeros(0, np.float32) if sinks_H is None else sinks_H
+    sinks = np.zeros(0, np.float32) if sinks_H is None else sinks_H
     factor = np.float32(1) / np.sqrt(np.float32(width)) if scale is None else scale
     about = np.asarray([factor], np.float32), np.asarray([window], np.int32)
-    return call(q_BTHd, k_LBCGd, v_LBCGd, layer.astype(jnp.int32), positions_BT, *about, sinks_H)
+    return call(q_BTHd, k_LBCGd, v_LBCGd, layer.astype(jnp.int32), positions_BT, *about, sinks)
