@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hobbit_jax.models.caches import Arrays, Caches, Places
@@ -44,7 +45,7 @@ def attend(
 ) -> jax.Array:
     """Grouped-query attention of each token to the keys up to its own position, [B, T, H * d].
 
-    Key c stands at position c.
+    Key c stands at position c. Values may be of another width d than queries and keys.
     """
     batch, tokens, n_heads, head_dim = q_BTHd.shape
     length, n_kv_heads = k_BCGd.shape[1:3]
@@ -53,7 +54,7 @@ def attend(
     visible_BTC = jnp.arange(length)[None, None, :] <= positions_BT[:, :, None]
     scores = jnp.where(visible_BTC[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
     mixed = jnp.einsum("bgmtc,bcgd->btgmd", jax.nn.softmax(scores, axis=-1), v_BCGd)
-    return mixed.reshape(batch, tokens, n_heads * head_dim)
+    return mixed.reshape(batch, tokens, n_heads * v_BCGd.shape[-1])
 
 
 class GroupedQueryAttention(nnx.Module):
@@ -62,8 +63,9 @@ class GroupedQueryAttention(nnx.Module):
     def __init__(self, spec: GroupedQuery, rms_eps: float, weights: BlockWeights):
         del rms_eps
         self.spec = spec
-        self.q, self.k = weights.linear("attn_q"), weights.linear("attn_k")
-        self.v, self.output = weights.linear("attn_v"), weights.linear("attn_output")
+        roles = ("attn_qkv",) if spec.fused else ("attn_q", "attn_k", "attn_v")
+        self.projections = nnx.List([weights.linear(role) for role in roles])
+        self.output = weights.linear("attn_output")
         normed = spec.qk_norm != "none"
         self.q_norm = weights.norm("attn_q_norm") if normed else None
         self.k_norm = weights.norm("attn_k_norm") if normed else None
@@ -74,7 +76,11 @@ class GroupedQueryAttention(nnx.Module):
         """Rotated queries (and gates), and the tokens' rotated keys and values."""
         del caches, places
         spec, (batch, tokens, _) = self.spec, x_BTD.shape
-        q_BTN, k_BTN, v_BTN = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        projected = [matrix(x_BTD) for matrix in self.projections]
+        if spec.fused:
+            ends = np.cumsum([spec.n_heads, spec.n_kv_heads]) * spec.head_dim
+            projected = jnp.split(projected[0], ends, axis=-1)
+        q_BTN, k_BTN, v_BTN = projected
         gate_BTN = None
         if spec.gated:
             pairs = q_BTN.reshape(batch, tokens, spec.n_heads, 2, spec.head_dim)
@@ -103,7 +109,7 @@ class GroupedQueryAttention(nnx.Module):
         q_BTHd = passed_BTN[..., :width].reshape(*passed_BTN.shape[:2], spec.n_heads, -1)
         keys, values = (caches.by_token[state.name] for state in spec.states())
         place = places[spec.states()[0].name]
-        if self.q.is_raw:
+        if self.output.is_raw:
             # Reads the keys up to each token's own alone.
             mixed_BTN = ggml.attention(q_BTHd, keys, values, jnp.asarray(place), positions_BT)
         else:

@@ -92,6 +92,7 @@ class GroupedQuery:
     qk_norm: Literal["none", "head", "full"] = "none"  # over nothing, a head, the projection
     gated: bool = False  # each head's query rows are followed by as many of a sigmoid gate
     biased: tuple[str, ...] = ()  # roles of the projections that have a bias
+    fused: bool = False  # queries, keys and values are rows of one matrix, in this order
 
     def tensors(self, d_model: int) -> Shapes:
         """Those of a block."""
@@ -107,6 +108,8 @@ class GroupedQuery:
             "attn_v": (kv, d_model),
             "attn_output": (d_model, q),
         }
+        if self.fused:
+            matrices = {"attn_qkv": (q + 2 * kv, d_model), "attn_output": (d_model, q)}
         biases = {f"{role}.bias": (matrices[role][0],) for role in self.biased}
         return {**matrices, **norms, **biases}
 
@@ -121,7 +124,69 @@ class GroupedQuery:
         return tuple(State(f"{n}_{shape[0]}x{shape[1]}", shape, True) for n in ("keys", "values"))
 
 
-Attention = GroupedQuery
+@dataclass(frozen=True)
+class LatentAttention:
+    """The attention of `latent_attention.py`.
+
+    Attributes:
+        n_heads: of queries.
+        d_latent: width of the vector from which all heads' keys and values follow.
+        d_query_latent: likewise of the queries; 0 where they are projected from the stream.
+        plain_dim: values of a head's query and key that do not rotate; the rotated ones follow.
+        value_dim: of a head.
+        rope: of the rotated values.
+    """
+
+    n_heads: int
+    d_latent: int
+    d_query_latent: int
+    plain_dim: int
+    value_dim: int
+    rope: Rope
+    log_multiplier: float = 0.0  # of the logarithm of YaRN's factor, in scores
+
+    @property
+    def score_scale(self) -> float:
+        """Of scores."""
+        factor = 1.0 if self.rope.yarn is None else self.rope.yarn.factor
+        stretch = 1 + self.log_multiplier * math.log(factor)
+        return stretch**2 / math.sqrt(self.plain_dim + self.rope.dim)
+
+    def tensors(self, d_model: int) -> Shapes:
+        """Those of a block."""
+        query, query_latent = self.n_heads * (self.plain_dim + self.rope.dim), self.d_query_latent
+        queries: Shapes = {"attn_q": (query, d_model)}
+        if query_latent:
+            queries = {
+                "attn_q_a": (query_latent, d_model),
+                "attn_q_a_norm": (query_latent,),
+                "attn_q_b": (query, query_latent),
+            }
+        return {
+            **queries,
+            "attn_kv_a_mqa": (self.row_width, d_model),
+            "attn_kv_a_norm": (self.d_latent,),
+            "attn_k_b": (self.n_heads, self.d_latent, self.plain_dim),
+            "attn_v_b": (self.n_heads, self.value_dim, self.d_latent),
+            "attn_output": (d_model, self.n_heads * self.value_dim),
+        }
+
+    @property
+    def row_width(self) -> int:
+        """Numbers that the cache keeps of a token: the latent vector and the rotated key."""
+        return self.d_latent + self.rope.dim
+
+    @property
+    def passed_width(self) -> int:
+        """See `GroupedQuery.passed_width`: queries, as wide as what they meet."""
+        return self.n_heads * self.row_width
+
+    def states(self) -> tuple[State, ...]:
+        """One row a token, which serves as the key and, without its end, as the value."""
+        return (State(f"latent_{self.d_latent}+{self.rope.dim}", (1, self.row_width), True),)
+
+
+Attention = GroupedQuery | LatentAttention
 
 
 @dataclass(frozen=True)
@@ -133,12 +198,14 @@ class BlockConfig:
         ffn_norm: role of the norm before the FFN.
         d_dense: width of a dense FFN in the place of experts; 0 where there are experts.
         d_shared: width of a shared expert, which runs for every token; 0 for none.
+        shared_gate: axes of the tensor whose sigmoid scales the shared expert; 0 for none.
     """
 
     attention: Attention
     ffn_norm: str = "ffn_norm"
     d_dense: int = 0
     d_shared: int = 0
+    shared_gate: Literal[0, 1, 2] = 0
 
     @property
     def has_experts(self) -> bool:
@@ -256,6 +323,8 @@ def block_shapes(config: ModelConfig, block: int) -> Shapes:
     shapes["ffn_down_exps"] = (e, d, f)
     if spec.d_shared:
         shapes |= _mlp("_shexp", d, spec.d_shared)
+    if spec.shared_gate:
+        shapes["ffn_gate_inp_shexp"] = (d,) if spec.shared_gate == 1 else (1, d)
     return shapes
 
 

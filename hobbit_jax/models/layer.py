@@ -21,7 +21,8 @@ from flax import nnx
 
 from hobbit_jax.models.attention import GroupedQueryAttention
 from hobbit_jax.models.caches import Arrays, Caches, Places
-from hobbit_jax.models.config import GroupedQuery, ModelConfig
+from hobbit_jax.models.config import BlockConfig, GroupedQuery, LatentAttention, ModelConfig
+from hobbit_jax.models.latent_attention import LatentMixer
 from hobbit_jax.models.modules import BlockWeights, GatedMLP
 from hobbit_jax.models.router import Router, Routing
 from pallas_kernels.materialize import apart
@@ -51,7 +52,7 @@ class Mixer(Protocol):
         ...
 
 
-_MIXERS = {GroupedQuery: GroupedQueryAttention}
+_MIXERS = {GroupedQuery: GroupedQueryAttention, LatentAttention: LatentMixer}
 
 
 class Routed(NamedTuple):
@@ -60,6 +61,22 @@ class Routed(NamedTuple):
     x_BTD: jax.Array  # the stream, with all that the block adds but its experts
     h_TD: jax.Array  # what the experts read, of B * T tokens
     routing: Routing  # [T, K] likewise
+
+
+class SharedExpert(nnx.Module):
+    """An expert that runs for every token beside the chosen ones, with a gate or without."""
+
+    def __init__(self, spec: BlockConfig, weights: BlockWeights):
+        self.mlp = GatedMLP(weights, "_shexp")
+        self.gate = nnx.Param(weights.array("ffn_gate_inp_shexp")) if spec.shared_gate else None
+
+    def __call__(self, h_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] to [B, T, D]."""
+        y_BTD = self.mlp(h_BTD)
+        if self.gate is None:
+            return y_BTD
+        gate_D = self.gate[...].reshape(-1)
+        return y_BTD * jax.nn.sigmoid(jnp.einsum("btd,d->bt", h_BTD, gate_D))[..., None]
 
 
 class Block(nnx.Module):
@@ -73,6 +90,7 @@ class Block(nnx.Module):
         self.ffn_norm = weights.norm(self.spec.ffn_norm)
         self.router = Router(config, weights) if self.spec.has_experts else None
         self.dense = GatedMLP(weights, "") if self.spec.d_dense else None
+        self.shared = SharedExpert(self.spec, weights) if self.spec.d_shared else None
 
     def project(
         self, x_BTD: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
@@ -94,6 +112,8 @@ class Block(nnx.Module):
         h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
         if self.dense is not None:
             x_BTD = x_BTD + self.dense(h_BTD)
+        if self.shared is not None:
+            x_BTD = x_BTD + self.shared(h_BTD)
         if self.router is not None:
             return Routed(x_BTD, h_TD, self.router(h_TD))
         nobody_TK = jnp.zeros((len(h_TD), self.k))

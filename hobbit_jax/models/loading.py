@@ -7,6 +7,7 @@ is no upload: matrices stay in the file's map.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -103,6 +104,12 @@ class _Matrices:
         chosen = implementation_for(tensor.format, rows, columns, self._implementation)
         return self.linear(tensor, "ggml" if chosen == "ggml" else "xla")
 
+    def of_heads(self, tensor: TensorInfo) -> Linear:
+        """Heads' matrices one below the other, which is how they lie."""
+        rows, raw = math.prod(tensor.shape[:-1]), tensor.raw
+        shape = (rows, tensor.shape[-1])
+        return self.router(replace(tensor, shape=shape, raw=raw.reshape(rows, -1)))
+
 
 def _array(tensor: TensorInfo) -> jax.Array:
     """A small tensor as float32, also where it is no matrix."""
@@ -125,6 +132,9 @@ class _FileWeights:
 
     def router(self) -> Linear:
         return self._matrices.router(self._tensors["router"])
+
+    def of_heads(self, role: str) -> Linear:
+        return self._matrices.of_heads(self._tensors[role])
 
     def norm(self, role: str) -> RMSNorm:
         return RMSNorm(self.array(role), self._rms_eps)
