@@ -36,14 +36,9 @@ def implementation_for(
         NotImplementedError, ValueError: the one asked for cannot do this, and why.
     """
 
-    def check_ggml() -> None:
-        for name in (signature.gate, signature.up):
-            ggml.check_matrix(name, d_model)
-        ggml.check_matrix(signature.down, d_expert)
-
     checks = {
         "triton": lambda: check_supported(signature, d_model, d_expert),
-        "ggml": check_ggml,
+        "ggml": lambda: ggml.check_formats(*signature),
     }
     return choose(implementation, checks)
 
@@ -69,7 +64,8 @@ def expert_ffn(
         x_TD: float32.
         y_AD: float32, A = T * K; donate it. Rows that `work` does not list keep their values,
             so that several banks can serve one layer in turn.
-        weight_A: float32.
+        weight_A: float32; or [A, 3], the factors of gate's, up's and down's products, where the
+            matrices of an expert have scales of their own (NVFP4): down's is then times the weight.
         bank: all slots of `signature`.
         signature: formats of gate, up and down.
         work: slots and assignments; data, not compiled in.
@@ -96,6 +92,8 @@ def expert_ffn(
     if implementation is None and jax.devices()[0].platform == "cpu":
         implementation = "xla"
     chosen = implementation_for(signature, d_model, d_expert, implementation)
+    if chosen != "xla" and weight_A.ndim == 2:
+        raise NotImplementedError("the Triton kernels know no scales of whole matrices; take 'xla'")
     if chosen == "xla":
         return reference.expert_ffn(x_TD, y_AD, weight_A, bank, signature, work)
     return triton_expert_ffn(

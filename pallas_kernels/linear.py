@@ -31,7 +31,7 @@ def implementation_for(
     """
     checks = {
         "triton": lambda: check_shape(format_name, rows, columns),
-        "ggml": lambda: ggml.check_matrix(format_name, columns),
+        "ggml": lambda: ggml.check_formats(format_name),
     }
     return choose(implementation, checks)
 

@@ -31,6 +31,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.activations import INT8_SPLIT_BLOCK, Int8Split, int8_split, lanes
 from pallas_kernels.formats import FORMATS, get_format
 from pallas_kernels.formats.packing import WORDS, Floats, Packing, lane
+from pallas_kernels.reference import filled_up
 
 Planes = dict[str, jax.Array]
 
@@ -97,11 +98,17 @@ def check_shape(format_name: str, rows: int, columns: int) -> None:
         NotImplementedError: names the format or the size, and what is supported.
     """
     packing_of(format_name)
+    columns = get_format(format_name).padded(columns)
     if columns % _COLUMNS or rows % _ROWS:
         raise NotImplementedError(
             f"the Triton kernels take matrices of a multiple of {_ROWS} rows and {_COLUMNS} "
             f"columns, got [{rows}, {columns}]"
         )
+
+
+def padded_columns(formats: Sequence[str], columns: int) -> int:
+    """Columns of the matrices with their last blocks filled up."""
+    return max(get_format(name).padded(columns) for name in formats)
 
 
 def _check_plane_sizes(format_name: str, planes: Planes) -> None:
@@ -340,7 +347,8 @@ def grouped_matmul(
     Raises:
         NotImplementedError: a format, shape or size without a kernel, named.
     """
-    columns, n_rows = x_XK.shape[1], y_YN.shape[1]
+    n_rows, columns = y_YN.shape[1], padded_columns(formats, x_XK.shape[1])
+    x_XK = filled_up(x_XK, columns)
     packings = [packing_of(name) for name in formats]
     integers = tile.tokens <= MOST_INT8_SPLIT_ROWS
     inputs = []

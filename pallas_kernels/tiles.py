@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from pallas_kernels.formats.packing import Packing
-from pallas_kernels.matmul_triton import FEWEST_DOT_ROWS, Tile, packing_of
+from pallas_kernels.matmul_triton import FEWEST_DOT_ROWS, Tile, packing_of, padded_columns
 
 TUNING_PATH = Path(__file__).with_name("tuning.json")
 # Input rows of an item up to which products are taken in integers; from there on the tensor cores,
@@ -65,6 +65,7 @@ def default_tile(formats: Sequence[str], rows: int, columns: int, item_rows: int
 
 def choose_tile(formats: Sequence[str], rows: int, columns: int, item_rows: int) -> Tile:
     """The recorded tile of this process's device, or the rule's."""
+    columns = padded_columns(formats, columns)
     device = jax.devices()[0].device_kind
     recorded = _table().get(device, {}).get(table_key(formats, rows, columns, item_rows))
     if recorded is None:

@@ -6,9 +6,9 @@
 
 --gpu is a GPU's name or its bandwidths in GB/s, device memory and PCIe. Nothing is run: a small
 cost model (hobbit_jax/planner/cost_model.py) over replayed routing predicts, and says what it
-assumes. Routing is the model's own trace (--trace_out of generate.py) or profile (routing_stats.py)
-where one is given; otherwise the plan gives a range and says that it extrapolates. --out is a
-folder, which gets all of it as a record for report.py.
+assumes. Routing is the model's own trace (--trace_out of generate.py) where one is given; otherwise
+the plan gives a range and says that it extrapolates. --out is a folder, which gets all of it as a
+record for report.py.
 """
 
 import json
@@ -18,15 +18,16 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
+from hobbit_jax.cache.bandwidth import read_bandwidths
 from hobbit_jax.cache.trace import read_trace
-from hobbit_jax.importance.calibration import Calibration
-from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.experts.store import NATIVE
 from hobbit_jax.model_file.remote import is_url
 from hobbit_jax.models.caches import KV_FORMATS
 from hobbit_jax.planner import routing, table
-from hobbit_jax.planner.cost_model import Machine
+from hobbit_jax.planner.cost_model import ENGINES, MEASURED, Machine, measured, of_engine
 from hobbit_jax.planner.hardware import find_gpu
-from hobbit_jax.planner.plan import Request, make_plan, recorded_check
+from hobbit_jax.planner.plan import Request, make_plan
+from hobbit_jax.planner.published_benchmarks import recorded_check
 from hobbit_jax.planner.records import plan_record
 from hobbit_jax.planner.shapes import PRESET_NAMES, open_model, preset_model
 from hobbit_jax.record import write_record
@@ -62,13 +63,13 @@ _RESERVE = flags.DEFINE_float(
 _HOST_GB_S = flags.DEFINE_float(
     "host_gb_s", None, "Bandwidth of the host's memory in GB/s, nominal.", 0.001, 1e6
 )
+_BANDWIDTHS = flags.DEFINE_string(
+    "bandwidths", None, "File of bench_bandwidth.py, made on the machine that the plan is for."
+)
 _OVERLAP = flags.DEFINE_float(
     "overlap_share", None, "Share of uploads that overlap computation, where measured.", 0.0, 1.0
 )
 _TRACE = flags.DEFINE_string("trace", None, "Recorded routing, an .npz file.")
-_PROFILE = flags.DEFINE_string(
-    "profile", None, "Folder of a calibration of --model (routing_stats.py)."
-)
 _OUT = flags.DEFINE_string("out", None, "Folder to keep the record in.")
 _JSON = flags.DEFINE_bool("json", False, "Whether to print the JSON instead of a table.")
 
@@ -76,12 +77,6 @@ _JSON = flags.DEFINE_bool("json", False, "Whether to print the JSON instead of a
 def _routings(model) -> list[routing.Routing]:
     if _TRACE.value:
         return [routing.recorded(read_trace(cli.input_file("trace", _TRACE.value)), model.config)]
-    if _PROFILE.value:
-        if not _MODEL.value:
-            raise ValueError("--profile is of one file's model; give that file as --model")
-        file = open_gguf(cli.input_file("model", _MODEL.value))
-        found = Calibration.load(cli.input_folder("profile", _PROFILE.value), file)
-        return routing.profiled(found.selections_LE, model.config)
     return routing.synthetic_routing(model.config)
 
 
@@ -102,18 +97,25 @@ def main(_):
     given = {"host_gb_s": _HOST_GB_S.value, "overlap_share": _OVERLAP.value}
     given = {name: value for name, value in given.items() if value is not None}
     machine = Machine(gpu.device_gb_s, gpu.pcie_gb_s, **given)
+    sources = dict.fromkeys(given, "the command line")
+    machines = {engine: of_engine(machine, engine) for engine in ENGINES}
+    if _BANDWIDTHS.value:
+        path = cli.input_file("bandwidths", _BANDWIDTHS.value)
+        native = model.store().layer(NATIVE, 0)
+        of_native = native.signature.gate, native.expert_bytes / 3
+        machines = measured(machines, read_bandwidths(path), gpu, *of_native)
+        sources |= dict.fromkeys(MEASURED, path.name)
     request = Request(
         vram_gib, _CONTEXT.value or min(DEFAULT_CONTEXT, model.config.context_length),
         _KV_FORMAT.value, _CHUNK.value, _RESERVE.value,
     )  # fmt: skip
-    sources = dict.fromkeys(given, "the command line")
     with tqdm(unit="setting", disable=None, leave=False) as bar:
 
         def progress(name: str) -> None:
             bar.set_description(name)
             bar.update()
 
-        plan = make_plan(model, gpu, machine, request, _routings(model), sources, progress)
+        plan = make_plan(model, gpu, machines, request, _routings(model), sources, progress)
     print(json.dumps(plan) if _JSON.value else table.render(plan, recorded_check()))
     if folder is not None:
         path = write_record(folder, plan_record(plan))

@@ -1,4 +1,4 @@
-"""Writes a model with all its experts at a lower precision; llama.cpp opens the result too.
+"""Writes a model with all its experts at a lower precision; llama.cpp opens --out too.
 
     python scripts/quantize.py --model M.gguf --format Q2_K
     python scripts/quantize.py --model M.gguf --format Q2_K --method gptq --calibration C \\
@@ -7,7 +7,9 @@
 Method rtn needs no calibration, importance one with second moments, gptq one with Hessians
 (`scripts/calibrate.py`). Method ggml writes every type that ggml has; a calibration with second
 moments improves it, and some types demand one. Without --out the file is kept in --cache_dir, where
-sweeps and `--low_format` look for it too. An interrupted run goes on where it was.
+sweeps and `--low_format` look for it too; rows that are no whole number of blocks are then filled
+up, where --out has another type for them, as llama.cpp does. An interrupted run goes on where it
+was.
 """
 
 import sys

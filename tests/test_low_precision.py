@@ -8,19 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 from conftest import TWO_BANKS
 from tiny_models import write_model
 
 from hobbit_jax import quantize
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.miss_modes import miss_mode
+from hobbit_jax.cache.pool_sizing import least_bytes
 from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.low_precision import LowPrecisionSpec
-from hobbit_jax.experts.store import ROLES
+from hobbit_jax.experts.precision import uniform_plan
+from hobbit_jax.experts.store import ROLES, ExpertKey, HostExperts
+from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
 from hobbit_jax.models.config import layer_tensors
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.models.registry import read_config
 from hobbit_jax.quantize import encode
 from hobbit_jax.quantize.methods import encode_matrix
+from hobbit_jax.quantize.quant_recipe import format_in_a_file
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +157,9 @@ def test_a_full_disk_and_a_format_without_encoder_are_refused_first(source, tmp_
 def test_several_who_want_a_tier_make_it_once(source, tmp_path, monkeypatch):
     config, made, write = read_config(source), [], low_precision.write_low_precision
     monkeypatch.setattr(
-        low_precision, "write_low_precision", lambda *args: (made.append(args), write(*args))
+        low_precision,
+        "write_low_precision",
+        lambda *args, **named: (made.append(args), write(*args, **named)),
     )
 
     def make() -> None:
@@ -210,3 +220,78 @@ def test_a_write_that_fails_before_it_begins_leaves_nothing(source, tmp_path):
     with pytest.raises(ValueError, match="needs a calibration"):
         low_precision.write_low_precision(source, read_config(source), spec, tmp_path / "low.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+# Rows of 224 weights, of which no K-quant has a whole number of blocks.
+NARROW = replace(TWO_BANKS, d_expert=224, experts=(("Q4_K", "Q4_K", "Q8_0"),) * 2)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    path = tmp_path_factory.mktemp("narrow") / "narrow.gguf"
+    write_model(NARROW, path)
+    return load_model(path, "xla")
+
+
+@pytest.mark.parametrize("backend", ["xla", "ggml"])
+def test_rows_are_filled_up_and_compute_what_they_say(narrow, tmp_path, backend):
+    """Logits against a file of the decoded experts in float32, at the least budget and without."""
+    source, config = narrow.file, narrow.config
+    low = low_precision.open_low_precision(source, config, LowPrecisionSpec("Q3_K"), tmp_path)
+    tensors = []
+    for name, tensor in source.tensors.items():
+        if tensor.raw.shape != low.tensors[name].raw.shape:  # an expert tensor
+            weights = low_precision.dequantize(low.tensors[name])[..., : tensor.shape[-1]]
+            tensors.append((name, "F32", tensor.shape, weights.copy().view(np.uint8)))
+        else:
+            tensors.append((name, tensor.format, tensor.shape, tensor.raw))
+    write_gguf(tmp_path / "float.gguf", source.metadata, tensors, source.field_types)
+    decoded = load_model(tmp_path / "float.gguf", "xla")
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, 8))
+    wanted = Engine(decoded, HostExperts(config, decoded.file), CacheConfig()).score(ids)
+
+    store = HostExperts(config, source, [low])
+    down_bytes = config.d_model * 110  # one block of 256 a row
+    assert store.expert_bytes(ExpertKey(1, 0, 0)) == 2 * 224 * 110 + down_bytes
+    plan, model = uniform_plan(store, 1), load_model(source.paths[0], backend)
+    roomy = Engine(model, store, CacheConfig(plan=plan)).score(ids)
+    least = least_bytes(plan, miss_mode("fetch"), store)
+    np.testing.assert_array_equal(
+        Engine(model, store, CacheConfig(least, plan=plan)).score(ids), roomy
+    )
+    error = np.abs(roomy - wanted).max() / wanted.std()
+    assert error < (1e-4 if backend == "xla" else 0.3)  # ggml rounds activations to 8 bits
+
+
+def test_a_padded_file_is_nobody_elses(narrow, tmp_path):
+    low = low_precision.open_low_precision(
+        narrow.file, narrow.config, LowPrecisionSpec("Q2_K"), tmp_path
+    )
+    name = layer_tensors(narrow.config, 1)["ffn_down_exps"]
+    assert low.tensors[name].shape == (8, 256, 256)
+    weights = low_precision.dequantize(narrow.file.tensors[name], 3)
+    filled = np.pad(weights, ((0, 0), (0, 32)))
+    assert low.tensors[name].raw[3].tobytes() == encode(filled, "Q2_K").tobytes()
+    with pytest.raises(NotImplementedError, match="qwen3moe-padded"):
+        read_config(low)
+
+
+def test_a_file_for_llama_cpp_falls_back_as_it_does(narrow, tmp_path, capsys):
+    path = tmp_path / "low.gguf"
+    spec = LowPrecisionSpec("Q3_K")
+    low_precision.write_low_precision(narrow.file, narrow.config, spec, path)
+    assert "ffn_down_exps: rows of 224 weights are no multiple of 256; Q4_0" in (
+        capsys.readouterr().err
+    )
+    low, names = open_gguf(path), layer_tensors(narrow.config, 0)
+    assert read_config(low) == narrow.config
+    assert [low.tensors[names[role]].format for role in ROLES] == ["Q3_K", "Q3_K", "Q4_0"]
+    for format, columns, wanted in (
+        ("Q4_K", 704, "Q5_0"),
+        ("IQ2_XS", 2880, "IQ4_NL"),
+        ("Q6_K", 40, "F16"),
+        ("Q2_0", 1408, "Q2_0"),
+    ):
+        assert format_in_a_file(format, columns) == wanted
+    with pytest.raises(NotImplementedError, match="rows of 96 weights in the place of Q1_0"):
+        format_in_a_file("Q1_0", 96)

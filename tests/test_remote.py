@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -17,6 +18,8 @@ from hobbit_jax.model_file import remote
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.model_file.remote import open_remote
 from hobbit_jax.planner.shapes import open_model
+
+SENT: Counter[str] = Counter()  # bytes of each file
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -35,7 +38,7 @@ class Handler(SimpleHTTPRequestHandler):
             return
         data, (first, last) = path.read_bytes(), map(int, wanted.groups())
         part = data[first : last + 1]
-        self.server.sent[path.name] = self.server.sent.get(path.name, 0) + len(part)
+        SENT[path.name] += len(part)
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
         self.end_headers()
@@ -43,18 +46,18 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Path, dict[str, int]]]:
+def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path)))
-    httpd.sent = {}
+    SENT.clear()
     Thread(target=httpd.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{httpd.server_port}", tmp_path, httpd.sent
+    yield f"http://127.0.0.1:{httpd.server_port}", tmp_path
     httpd.shutdown()
     httpd.server_close()
 
 
 @pytest.mark.parametrize("first_bytes", [64, 5000, 8 << 20])
 def test_a_header_behind_a_url_is_the_files(server, monkeypatch: pytest.MonkeyPatch, first_bytes):
-    url, folder, sent = server
+    url, folder = server
     monkeypatch.setattr(remote, "_FIRST_BYTES", first_bytes)
     for name in ("qwen3moe", "mixtral"):
         path = folder / f"{name}.gguf"
@@ -66,13 +69,13 @@ def test_a_header_behind_a_url_is_the_files(server, monkeypatch: pytest.MonkeyPa
         ]
         assert shapes[0] == shapes[1]
         size = path.stat().st_size
-        assert sent[path.name] <= size and (first_bytes > 5000 or sent[path.name] < size / 2)
+        assert SENT[path.name] <= size and (first_bytes > 5000 or SENT[path.name] < size / 2)
         planned = [open_model(path), open_model(f"{url}/{path.name}")]
         assert planned[0] == planned[1] and planned[0].native_bytes > 0
 
 
 def test_what_no_header_comes_from_is_refused_by_name(server):
-    url, folder, _ = server
+    url, folder = server
     path = folder / "whole.gguf"
     write_model(MODELS["qwen3moe"], path)
     with pytest.raises(ValueError, match=r"127\.0\.0\.1:\d+ \(SimpleHTTP.* sends whole files only"):
@@ -95,10 +98,10 @@ def test_what_no_header_comes_from_is_refused_by_name(server):
 
 
 def test_all_parts_of_a_split_are_asked(server):
-    url, folder, sent = server
+    url, folder = server
     names = [f"m-{part:05d}-of-00002.gguf" for part in (1, 2)]
     for name in names:
         write_model(MODELS["qwen3moe"], folder / name)  # which do not belong together
     with pytest.raises(ValueError, match=r"http://127.0.0.1:\d+/m-00002-of-00002\.gguf"):
         open_remote(f"{url}/{names[1]}")
-    assert sent.keys() == set(names)
+    assert SENT.keys() == set(names)

@@ -38,6 +38,7 @@ class TinyModel:
     experts: tuple[tuple[str, str, str], ...]  # per layer, the formats of gate, up and down
     dense: tuple[str, ...]  # formats of q, k, v, output, router, embedding and head, in turn
     tied: bool = False
+    d_expert: int = D_EXPERT
 
 
 # Each format stands somewhere; no two layers of a file share a bank.
@@ -140,9 +141,9 @@ def _tensors(model: TinyModel) -> dict[str, tuple[str, tuple[int, ...], np.ndarr
             add_norm(f"{block}.attn_k_norm", kv)
         add_norm(f"{block}.ffn_norm", D_MODEL)
         add(f"{block}.ffn_gate_inp", router_format, (model.n_experts, D_MODEL), 0.08)
-        add(f"{block}.ffn_gate_exps", gate, (model.n_experts, D_EXPERT, D_MODEL), 0.09)
-        add(f"{block}.ffn_up_exps", up, (model.n_experts, D_EXPERT, D_MODEL), 0.09)
-        add(f"{block}.ffn_down_exps", down, (model.n_experts, D_MODEL, D_EXPERT), 0.09)
+        add(f"{block}.ffn_gate_exps", gate, (model.n_experts, model.d_expert, D_MODEL), 0.09)
+        add(f"{block}.ffn_up_exps", up, (model.n_experts, model.d_expert, D_MODEL), 0.09)
+        add(f"{block}.ffn_down_exps", down, (model.n_experts, D_MODEL, model.d_expert), 0.09)
     return tensors
 
 
@@ -152,7 +153,7 @@ def _metadata(model: TinyModel) -> dict:
         "block_count": len(model.experts),
         "context_length": CONTEXT,
         "embedding_length": D_MODEL,
-        width: D_EXPERT,
+        width: model.d_expert,
         "attention.head_count": model.n_heads,
         "attention.head_count_kv": model.n_kv_heads,
         "attention.key_length": model.head_dim,

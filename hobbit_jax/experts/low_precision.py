@@ -4,6 +4,10 @@ Owns where a low precision lives, when it is stale, and how it is made: each exp
 its native blocks and encoded again (`quantize/methods.py`), the rest of the model is copied, so the
 file is a complete uniformly quantised model that llama.cpp opens as well. It is keyed by the
 source's hash, by the encoders' own source text and by the calibration, and reopened by memory map.
+
+GGUF has no type of 2 or 3 bits for rows that are no multiple of 256. A low precision of our own
+fills them up with zeros (`padded`): such a file names an architecture that llama.cpp does not know,
+so that nobody takes it for one of llama.cpp's. A file for llama.cpp falls back as llama.cpp does.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
 from hobbit_jax.model_file.metadata import text
 from hobbit_jax.models.config import ModelConfig, layer_tensors
 from hobbit_jax.quantize.methods import CalibratedMoments, check_method, encode_matrix
+from hobbit_jax.quantize.quant_recipe import format_in_a_file
 from pallas_kernels import formats
 from pallas_kernels.formats import Format, get_format
 
@@ -90,6 +95,11 @@ def _places(config: ModelConfig) -> dict[str, tuple[str, int]]:
     }
 
 
+def padded(shape: tuple[int, ...], format: str) -> tuple[int, ...]:
+    """A matrix's shape with its rows filled up to whole blocks."""
+    return (*shape[:-1], get_format(format).padded(shape[-1]))
+
+
 def planned_low_precision(source: GGUFFile, config: ModelConfig, format: str) -> GGUFFile:
     """The low precision in `format` with all its shapes and sizes, but no bytes behind its experts.
 
@@ -98,10 +108,9 @@ def planned_low_precision(source: GGUFFile, config: ModelConfig, format: str) ->
     """
     tensors = dict(source.tensors)
     for name in _places(config):
-        shape = tensors[name].shape
-        raw_shape = (*shape[:-1], get_format(format).row_bytes(shape[-1]))
-        raw = np.broadcast_to(np.uint8(0), raw_shape)
-        tensors[name] = replace(tensors[name], format=format, raw=raw)
+        shape = padded(tensors[name].shape, format)
+        raw = np.broadcast_to(np.uint8(0), (*shape[:-1], get_format(format).row_bytes(shape[-1])))
+        tensors[name] = replace(tensors[name], format=format, shape=shape, raw=raw)
     return replace(source, tensors=tensors)
 
 
@@ -115,18 +124,25 @@ def disk_bytes(source: GGUFFile, config: ModelConfig, format: str) -> int:
 
 
 def write_low_precision(
-    source: GGUFFile, config: ModelConfig, spec: LowPrecisionSpec, path: Path
+    source: GGUFFile,
+    config: ModelConfig,
+    spec: LowPrecisionSpec,
+    path: Path,
+    for_llama_cpp: bool = True,
 ) -> None:
     """Writes `source` with every expert encoded anew; atomic, and resumable by tensor.
+
+    Rows that are no whole number of blocks get llama.cpp's own type for such rows, encoded by ggml,
+    in a file that is for llama.cpp; otherwise they are filled up.
 
     Finished tensors wait in a folder beside `path` and are taken from there when the same precision
     is asked for again after an interruption; it is removed in the end.
     Memory: one tensor's blocks and one expert's float32 weights.
 
     Raises:
-        ValueError: a weight is NaN or infinite, a width is no multiple of the block, or the
-            calibration is missing, lacks what the method needs, or is of another model.
-        NotImplementedError: no encoder for this format and method.
+        ValueError: a weight is NaN or infinite, or the calibration is missing, lacks what the
+            method needs, or is of another model.
+        NotImplementedError: no encoder for this format and method, or llama.cpp has no type.
         OSError: the disk has no room for it.
     """
     calibration = spec.calibration
@@ -135,9 +151,20 @@ def write_low_precision(
             f"the calibration was made for another model (sha256 {calibration.model_sha256[:16]}…, "
             f"this one is {source.sha256()[:16]}…)"
         )
+    check_method(spec.format, spec.method, calibration is not None)
     places = _places(config)
-    for columns in sorted({source.tensors[name].shape[-1] for name in places}):
-        check_method(spec.format, spec.method, columns, calibration is not None)
+    formats = dict.fromkeys(places, spec.format)
+    if for_llama_cpp:
+        formats = {n: format_in_a_file(spec.format, source.tensors[n].shape[-1]) for n in places}
+        for role in sorted({places[n][0] for n in places if formats[n] != spec.format}):
+            name = layer_tensors(config, 0)[role]
+            print(
+                f"{role}: rows of {source.tensors[name].shape[-1]} weights are no multiple of "
+                f"{get_format(spec.format).block_weights}; {formats[name]} instead of "
+                f"{spec.format}, as in llama.cpp",
+                file=sys.stderr,
+            )
+    shapes = {name: padded(source.tensors[name].shape, formats[name]) for name in places}
     metadata = {
         **metadata_of_new_weights(source.metadata, spec.format),
         SOURCE_KEY: source.sha256(),
@@ -145,9 +172,12 @@ def write_low_precision(
         METHOD_KEY: spec.method,
         "general.name": f"{source.read('general.name', text(), config.arch)} experts {spec.format}",
     }
+    if any(shape != source.tensors[name].shape for name, shape in shapes.items()):
+        metadata["general.architecture"] = f"{config.arch}-padded"
     if calibration is not None:
         metadata[CALIBRATION_KEY] = calibration.sha256
-    parts = path.with_name(f".{path.name}.{spec.key(source)}.parts")
+    recipe = spec.key(source) + ("" if for_llama_cpp else "-own")
+    parts = path.with_name(f".{path.name}.{recipe}.parts")
     path.parent.mkdir(parents=True, exist_ok=True)
     finished_bytes = sum(part.stat().st_size for part in parts.glob("*"))
     check_space(path, disk_bytes(source, config, spec.format) - finished_bytes)
@@ -165,10 +195,10 @@ def write_low_precision(
                 weights_NK = dequantize(tensor, expert)
                 for name in spec.through:
                     weights_NK = decode(quantize.encode(weights_NK, name), name)
+                format = formats[tensor.name]
+                method = spec.method if format == spec.format else "ggml"
                 experts.append(
-                    encode_matrix(
-                        weights_NK, spec.format, spec.method, calibration, role, layer, expert
-                    )
+                    encode_matrix(weights_NK, format, method, calibration, role, layer, expert)
                 )
                 progress.update()
             blocks = np.stack(experts)
@@ -180,7 +210,7 @@ def write_low_precision(
         def tensors() -> Iterable:
             for name, tensor in source.tensors.items():
                 if name in places:
-                    yield name, spec.format, tensor.shape, partial(encoded, tensor)
+                    yield name, formats[name], shapes[name], partial(encoded, tensor)
                 else:
                     yield name, tensor.format, tensor.shape, tensor.raw
 
@@ -215,5 +245,5 @@ def open_low_precision(
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive(path):
         if not path.exists():
-            write_low_precision(source, config, spec, path)
+            write_low_precision(source, config, spec, path, for_llama_cpp=False)
     return open_gguf(path)

@@ -25,9 +25,12 @@ engine does neither (`ENGINES`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
+
+from hobbit_jax.cache.bandwidth import Bandwidths, Source
+from hobbit_jax.planner.hardware import GPU
 
 Origin = Literal["vendor", "specification", "assumed", "given"]
 
@@ -118,9 +121,46 @@ ENGINES: dict[str, dict[str, float]] = {
 }
 
 
-def of_engine(machine: Machine, engine: str, given: Collection[str] = ()) -> Machine:
-    """The machine with an engine's constants, but for those that the user gave or measured."""
-    return replace(machine, **{k: v for k, v in ENGINES[engine].items() if k not in given})
+def of_engine(machine: Machine, engine: str) -> Machine:
+    """The machine with an engine's constants."""
+    return replace(machine, **ENGINES[engine])
+
+
+def measured(
+    machines: Mapping[str, Machine], found: Bandwidths, gpu: GPU, format: str, piece_bytes: float
+) -> dict[str, Machine]:
+    """The machines with bandwidths as `scripts/bench_bandwidth.py` found them.
+
+    Args:
+        machines: by engine; ours copies from mapped memory, a compiled one from pinned.
+        found: by the machine that the plan is for.
+        gpu: of the plan.
+        format: of most expert bytes.
+        piece_bytes: of one copy.
+
+    Raises:
+        ValueError: the bandwidths are of another device, or not of this format.
+    """
+    if gpu.name not in found.device:
+        raise ValueError(
+            f"bandwidths of {found.device}, and the plan is for {gpu.name}; measure there "
+            "(bench_bandwidth.py)"
+        )
+    sources: dict[str, Source] = {OURS: "mapped", COMPILED: "pinned"}
+    return {
+        engine: replace(
+            machine,
+            host_gb_s=found.host(format),
+            host_efficiency=1.0,
+            pcie_gb_s=found.link(piece_bytes, sources[engine]),
+            pcie_efficiency=1.0,
+            copy_latency_us=0.0,
+        )
+        for engine, machine in machines.items()
+    }
+
+
+MEASURED = ("host_gb_s", "host_efficiency", "pcie_gb_s", "pcie_efficiency", "copy_latency_us")
 
 
 @dataclass(frozen=True)

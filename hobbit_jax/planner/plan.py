@@ -7,11 +7,9 @@ that the plan was given: a user's own trace is one, made-up routing is two (`rou
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +24,6 @@ from hobbit_jax.planner.cost_model import (
     Machine,
     Traffic,
     describe,
-    of_engine,
     token_time,
 )
 from hobbit_jax.planner.hardware import GPU
@@ -41,8 +38,6 @@ from hobbit_jax.planner.traffic import (
     replay_setting,
 )
 
-# The summary of `scripts/dev/check_plan.py`, as it was last recorded.
-CHECK = Path(__file__).with_name("check.json")
 GIB = 2**30
 LLAMA_CPP = "llama.cpp"
 # Joint perturbations of all assumed constants, each between half and double.
@@ -166,7 +161,7 @@ def divide_memory(model: PlannedModel, request: Request) -> Memory:
 def make_plan(
     model: PlannedModel,
     gpu: GPU,
-    machine: Machine,
+    machines: Mapping[str, Machine],
     request: Request,
     routings: Sequence[Routing],
     given: Mapping[str, str],
@@ -177,7 +172,7 @@ def make_plan(
     Args:
         model: what shall run.
         gpu: where.
-        machine: the constants of the cost model.
+        machines: the constants of the cost model, by engine.
         request: what its memory is for.
         routings: what the replays run on, the least local first.
         given: where those constants come from that the user gave or measured.
@@ -187,13 +182,12 @@ def make_plan(
         ValueError: see `divide_memory`.
     """
     config, memory = model.config, divide_memory(model, request)
-    machines = {engine: of_engine(machine, engine, given) for engine in (OURS, COMPILED)}
 
     def under(asked: Request) -> list[_Options]:
         return [_options(model, routing, asked, progress) for routing in routings]
 
     base = under(request)
-    constants = describe(machine, given)
+    constants = describe(machines[OURS], given)
     varied = {label: under(asked) for label, asked in _other_requests(model, request).items()}
     assumed = [c["name"] for c in constants if c["origin"] == "assumed" and c["value"]]
     first = base[0].found
@@ -205,7 +199,7 @@ def make_plan(
             "experts": config.n_experts,
             "experts_per_token": config.experts_per_token,
             "native_bytes": model.native_bytes,
-            "low_bytes": {f: size for f in candidates.LOW_FORMATS if (size := _low(model, f))},
+            "low_bytes": {f: model.store(f).precision_bytes(1) for f in candidates.LOW_FORMATS},
         },
         "gpu": asdict(gpu),
         "context": request.context,
@@ -247,13 +241,6 @@ def _other_requests(model: PlannedModel, request: Request) -> dict[str, Request]
         return asked != request
 
     return {label: asked for label, asked in found.items() if fits(asked)}
-
-
-def _low(model: PlannedModel, format: str) -> int | None:
-    try:
-        return model.store(format).precision_bytes(1)
-    except NotImplementedError:
-        return None
 
 
 def _options(
@@ -388,8 +375,3 @@ def _joint(
         who: [(name, count / DRAWS) for name, count in counter.most_common()]
         for who, counter in counts.items()
     }
-
-
-def recorded_check() -> dict[str, Any]:
-    """The model's error as last measured: where, on how many settings, and how large."""
-    return json.loads(CHECK.read_text(encoding="utf-8"))

@@ -22,17 +22,6 @@ def plan_record(plan: Mapping[str, Any]) -> Record:
     return Record(STUDY, Benchmark(STUDY, setting), **vars(found), **machine())
 
 
-def check_record(checked: Mapping[str, Any], summary: Mapping[str, Any]) -> Record:
-    """The record of a check: of `check.check` and `check.summarise`."""
-    setting = {
-        "device": summary["device"],
-        "turns": checked["turns"],
-        "link_gb_s": checked["link_gb_s"],
-    }
-    found = measured({**checked, "summary": summary})
-    return Record(STUDY, Benchmark(f"{STUDY} check", setting), **vars(found), **machine())
-
-
 def reports_record(compared: Mapping[str, Any]) -> Record:
     """The record of `published_benchmarks.compare_reports`."""
     setting = {"reports": len(compared["rows"])}

@@ -1,11 +1,8 @@
 """Which experts a text will ask for: recorded routing, or routing made up to resemble it.
 
 Owns the traces that a plan's replays run on, and the reasons why they are not the model's own.
-Three sources, the best first:
-
-- the model's own trace (`cache/trace.py`, --trace_out): nothing is extrapolated but the text;
-- its profile (a calibration's counts): the hot experts are its own, the order of tokens is made up;
-- nothing: hot experts and order are made up, with the statistics of recorded models below.
+The model's own trace (`cache/trace.py`, --trace_out of the scripts that run it) extrapolates
+nothing but the text. Without one, routing is made up with the statistics of recorded models below.
 
 How alike neighbouring tokens are decides a cache's hit rate and differs by model and by text, so
 what is made up is made up twice, at both ends of what is known, and a plan gives a range. A quarter
@@ -36,7 +33,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm
 
 from hobbit_jax.cache.trace import Trace
 from hobbit_jax.models.config import ModelConfig
@@ -125,28 +121,6 @@ def recorded(trace: Trace, config: ModelConfig) -> Routing:
     return Routing(part, f"recorded: {trace.name}", reasons)
 
 
-def profiled(uses_LE: np.ndarray, config: ModelConfig, seed: int = 0) -> list[Routing]:
-    """Made-up order of tokens around the hot experts of a profile, at both localities.
-
-    Raises:
-        ValueError: a profile of another shape.
-    """
-    wanted = (config.n_layers, config.n_experts)
-    if uses_LE.shape != wanted:
-        raise ValueError(
-            f"the profile has layers and experts {list(uses_LE.shape)}; the model {list(wanted)}"
-        )
-    uses_LE, k = uses_LE[:: -(-len(uses_LE) // LAYERS)], config.experts_per_token
-    return [
-        Routing(
-            make_up(_fit_hot_experts(uses_LE, k, skew), k, skew, seed),
-            f"hot experts of the model's own profile, {skew.source}",
-            ("the profile has hot experts only; how alike neighbouring tokens are is made up",),
-        )
-        for skew in (LEAST_LOCAL, MOST_LOCAL)
-    ]
-
-
 def synthetic_routing(config: ModelConfig, seed: int = 0) -> list[Routing]:
     """Routing of the model's shape with nothing of the model's own, at both localities."""
     return [
@@ -190,14 +164,3 @@ def make_up(
         odds_LK = np.exp(score_LK - score_LK[:, :1])
         ids_TLK[token], weights_TLK[token] = ids_LK, odds_LK / odds_LK.sum(axis=1, keepdims=True)
     return Trace("made up", ids_TLK, weights_TLK, np.arange(n_tokens), n_experts)
-
-
-def _fit_hot_experts(uses_LE: np.ndarray, k: int, skew: RoutingSkew) -> np.ndarray:
-    """Fixed scores that give a profile's shares: the quantile of each expert's share.
-
-    An expert is chosen when its score is above about the same bar as everybody's, so its mean score
-    is the bar less the bar's distance in standard deviations. Shares are met to a few per cent.
-    """
-    chosen_LE = k * (uses_LE + 0.5) / (uses_LE + 0.5).sum(axis=1, keepdims=True)
-    spread = np.sqrt(1 + skew.slow**2 + skew.fast**2)
-    return spread * norm.ppf(np.clip(chosen_LE, 1e-4, 1 - 1e-4))

@@ -11,6 +11,7 @@ Source: llama.cpp, src/llama-quant.cpp (types of smaller files), src/llama-hpara
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -36,18 +37,21 @@ from hobbit_jax.models.config import (
 )
 from hobbit_jax.models.presets import PRESETS
 from hobbit_jax.models.registry import config_metadata
-from hobbit_jax.planner.presets import PLANNED, Preset
-from hobbit_jax.quantize.quant_recipe import q4_k_m_format
+from hobbit_jax.quantize.quant_recipe import format_in_a_file, q4_k_m_format
 from pallas_kernels.formats import get_format
 
 # Bytes of a number in the KV cache, by the engine's own formats (`models/caches.py`).
 KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# Models of the engine have their shapes from its configurations (`models/presets.py`). Of the
+# others there is a record each: metadata in GGUF's keys, without the architecture; what each token
+# reads beside routed experts, and an embedding that is not the head too, summed over the tensors
+# that config.json implies in llama.cpp's Q4_K_M types; and a published file's size beside it.
+PLANNED = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
 PRESET_NAMES = (*(name for name in PRESETS if name != "tiny"), *PLANNED)
 _FLOAT_BYTES = 4
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 _MOST_LAYERS = 10_000
 # What llama.cpp takes where rows are no multiple of 256.
-_FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 # Architectures whose other layers than every fourth are recurrent where the file does not say.
 _DELTA_NETS = ("qwen3next", "qwen35moe")
@@ -99,11 +103,7 @@ class PlannedModel:
         return self.store().precision_bytes(NATIVE)
 
     def store(self, low_format: str | None = None) -> HostExperts:
-        """The experts natively and, with a format, at a low precision.
-
-        Raises:
-            NotImplementedError: a width that is no multiple of the format's block.
-        """
+        """The experts natively and, with a format, at a low precision of our own."""
         if low_format is None:
             return HostExperts(self.config, self._file(self.experts))
         low = [[(low_format, shape) for _, shape in matrices] for matrices in self.experts]
@@ -126,7 +126,7 @@ class PlannedModel:
                 formats = ("Q3_K", "Q3_K", "Q5_K" if first else "Q4_K" if more else "Q3_K")
             smaller.append(
                 [
-                    (_FALLBACK[format] if shape[-1] % 256 else format, shape)
+                    (format_in_a_file(format, shape[-1]), shape)
                     for format, shape in zip(formats, (gate, up, down), strict=True)
                 ]
             )
@@ -222,12 +222,10 @@ def preset_model(name: str) -> PlannedModel:
     return model_of_header(name, found)
 
 
-def _model_of_preset(name: str, preset: Preset) -> PlannedModel:
-    arch = preset.architecture
-    keys = _Keys(
-        name,
-        {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in preset.keys.items()}},
-    )
+def _model_of_preset(name: str, preset: Mapping[str, Any]) -> PlannedModel:
+    arch = preset["architecture"]
+    given = {f"{arch}.{key}": value for key, value in preset["keys"].items()}
+    keys = _Keys(name, {"general.architecture": arch, **given})
     count = integer(1)
     n_layers, d = keys.read("block_count", count), keys.read("embedding_length", count)
     e, f = keys.read("expert_count", count), keys.read("expert_feed_forward_length", count)
@@ -235,8 +233,8 @@ def _model_of_preset(name: str, preset: Preset) -> PlannedModel:
     config = keys.config(with_experts, (e, f, d))
 
     def format(layer: int, role: str, shape: tuple[int, ...]) -> str:
-        if preset.experts != "Q4_K_M":
-            return preset.experts
+        if preset["experts"] != "Q4_K_M":
+            return preset["experts"]
         return q4_k_m_format(layer_tensors(config, layer)[role], shape, config)
 
     shapes = dict(zip(ROLES, ((e, f, d), (e, f, d), (e, d, f)), strict=True))
@@ -244,8 +242,8 @@ def _model_of_preset(name: str, preset: Preset) -> PlannedModel:
         [(format(layer, role, shape), shape) for role, shape in shapes.items()]
         for layer in range(with_experts)
     ]
-    read = round(preset.dense_bytes)
-    return _planned(keys, n_layers, experts, read + round(preset.embedding_bytes), read)
+    read, embedding = (round(1e9 * preset[part]) for part in ("dense_gb", "embedding_gb"))
+    return _planned(keys, n_layers, experts, read + embedding, read)
 
 
 class _Keys:

@@ -5,7 +5,7 @@ Owns the wording.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hobbit_jax.cache.miss_modes import MISS_MODES
@@ -17,7 +17,7 @@ def render(plan: dict[str, Any], check: dict[str, Any]) -> str:
 
     Args:
         plan: `make_plan`'s record.
-        check: `plan.recorded_check`'s, if there is one.
+        check: `recorded_check`'s.
     """
     return "\n".join(
         [*_facts(plan), "", *_options(plan), "", *_choice(plan), "", *_caveats(plan, check)]
@@ -27,7 +27,7 @@ def render(plan: dict[str, Any], check: dict[str, Any]) -> str:
 def spread(values: Sequence[float], form: str) -> str:
     """What is predicted under each routing, from least to most, or one value if they are alike."""
     low, high = (format(value, form) for value in (min(values), max(values)))
-    return low if low == high else f"{low}-{high}"
+    return low if low == high else f"{low} to {high}"
 
 
 def alternatives(names: Sequence[str]) -> str:
@@ -87,25 +87,18 @@ def _options(plan: dict[str, Any]) -> list[str]:
 
 
 def _choice(plan: dict[str, Any]) -> list[str]:
-    choices = plan["choices"]
-    here = choices["here"]
-    options = {option["name"]: option for option in [*plan["settings"], *plan["rivals"]]}
-    lines = [
-        f"Choice in this engine: {alternatives(here)}, "
-        f"{_speeds(options, here, 'tokens_per_second')} tokens/s predicted."
-    ]
-    lines += [
-        f"Run it: {how_to_run(options[name], plan)}." for name in dict.fromkeys(choices["here"])
-    ]
-    if choices["overall"] != here:
-        lines.append(
-            f"BETTER ELSEWHERE: {alternatives(choices['overall'])} "
-            f"({_speeds(options, choices['overall'], 'tokens_per_second')} tokens/s)."
-        )
-    lines.append(
-        f"In a compiled engine with these modes: {alternatives(choices['compiled'])} "
-        f"({_speeds(options, choices['compiled'], 'compiled_tokens_per_second')} tokens/s)."
-    )
+    options, choices = [*plan["settings"], *plan["rivals"]], plan["choices"]
+    said = {
+        who: f"{alternatives(names)}, {speeds(options, names, who)} tokens/s predicted"
+        for who, names in choices.items()
+    }
+    lines = [f"Choice in this engine: {said['here']}."]
+    for setting in plan["settings"]:
+        if setting["name"] in choices["here"]:
+            lines.append(f"Run it: {how_to_run(setting, plan)}.")
+    if choices["overall"] != choices["here"]:
+        lines.append(f"BETTER ELSEWHERE: {said['overall']}.")
+    lines.append(f"In a compiled engine with these modes: {said['compiled']}.")
     lines.append(
         "Rule: the fastest that loses nothing first, then by expected loss, each where it is "
         f"{plan['speedup_needed']:g} times as fast, up to a loss of {plan['most_loss']:g}. The "
@@ -115,12 +108,15 @@ def _choice(plan: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _speeds(options: dict[str, Any], names: Sequence[str], key: str) -> str:
+def speeds(options: Sequence[Mapping[str, Any]], names: Sequence[str], who: str) -> str:
+    """Tokens a second of the options that `who` chose under each routing."""
+    by_name = {option["name"]: option for option in options}
+    key = "compiled_tokens_per_second" if who == "compiled" else "tokens_per_second"
     found = [
-        options[name].get(key, options[name]["tokens_per_second"])[at]
+        by_name[name].get(key, by_name[name]["tokens_per_second"])[at]
         for at, name in enumerate(names)
     ]
-    return spread(found, ".1f")
+    return spread(found, ".0f")
 
 
 def how_to_run(setting: dict[str, Any], plan: dict[str, Any]) -> str:
@@ -167,13 +163,10 @@ def _caveats(plan: dict[str, Any], check: dict[str, Any]) -> list[str]:
     )
     often = ", ".join(f"{name} {share:.0%}" for name, share in plan["joint"]["overall"])
     lines.append(f"All at once, with the routing, context and KV format ({DRAWS} draws): {often}.")
-    ratio = check["time_ratio"]
-    where = "a GPU" if check["on_gpu"] else f"{check['cpu_count']} CPU cores only, never on a GPU"
     lines.append(
-        f"Checked on {where} ({check['device']}): median error "
-        f"{100 * ratio['median_error']:.0f} % of the time of {check['settings']} "
-        f"settings that no constant was fitted to (predicted over measured "
-        f"{ratio['low']:.2f} to {ratio['high']:.2f})."
+        f"Checked against {check['reports']} public reports, and on no GPU here: median error "
+        f"{check['median_error']:.0%}, {check['pairs_in_order']} of {check['pairs']} pairs in "
+        "order."
     )
     lines.append(
         "JAX takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; prefill "

@@ -73,6 +73,15 @@ def encode(
     return blocks_GP.reshape(n, get_format(format).row_bytes(k))
 
 
+def check_format(format: str) -> None:
+    """Refuses a format without an encoder of ours with NotImplementedError."""
+    if format not in FORMATS:
+        raise NotImplementedError(
+            f"no encoder for {format!r}; the formats with one are {', '.join(FORMATS)}; --method "
+            "ggml encodes into every type"
+        )
+
+
 def check_shape(weights_NK: np.ndarray, format: str) -> int:
     """Refuses what no encoder takes; returns the weights of a block.
 
@@ -80,10 +89,7 @@ def check_shape(weights_NK: np.ndarray, format: str) -> int:
         ValueError: wrong rank, dtype or K.
         NotImplementedError: a format without an encoder.
     """
-    if format not in FORMATS:
-        raise NotImplementedError(
-            f"no encoder for {format!r}; the formats with one are {', '.join(FORMATS)}"
-        )
+    check_format(format)
     if weights_NK.ndim != 2:
         raise ValueError(f"wanted weights of rank 2 [N, K], got shape {weights_NK.shape}")
     if weights_NK.dtype != np.float32:

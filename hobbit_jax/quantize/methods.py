@@ -65,23 +65,21 @@ class CalibratedMoments(Protocol):
         ...
 
 
-def check_method(format: str, method: str, columns: int, calibrated: bool = True) -> None:
+def check_method(format: str, method: str, calibrated: bool = True) -> None:
     """Refuses what `encode_matrix` cannot encode, before anything is computed.
 
     Raises:
-        ValueError: an unknown method, rows of `columns` weights that are no multiple of a block, or
-            a type that ggml encodes only with a calibration, and there is none.
+        ValueError: an unknown method, or no calibration for a type that ggml encodes only with one.
         NotImplementedError: `method` has no encoder for `format`, or ggml is not here.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; want one of {', '.join(METHODS)}")
     if method == "ggml":
         ggml.check_format(format, calibrated)
-        get_format(format).row_bytes(columns)
-        return
-    if method == "gptq":
+    elif method == "gptq":
         gptq.check_format(format)
-    encoder.check_shape(np.empty((0, columns), np.float32), format)
+    else:
+        encoder.check_format(format)
 
 
 def gptq_bytes(columns: int) -> int:
@@ -151,7 +149,7 @@ def encode_matrix(
     layer: int,
     expert: int,
 ) -> np.ndarray:
-    """Blocks of one expert's matrix, uint8 [N, row_bytes].
+    """Blocks of one expert's matrix, uint8 [N, row_bytes], the last of a row filled up with zeros.
 
     rtn: the best rounding of the weights alone (`encoder`). importance: weighted by the second
     moment of each input (`encoder`). gptq: against the whole second moment (`hessian`), for
@@ -162,7 +160,9 @@ def encode_matrix(
         ValueError: an unknown method; no calibration, or one without the statistics that it needs.
         NotImplementedError: `method` has no encoder for `format`.
     """
-    check_method(format, method, weights_NK.shape[-1], calibration is not None)
+    check_method(format, method, calibration is not None)
+    filling = get_format(format).padded(weights_NK.shape[1]) - weights_NK.shape[1]
+    weights_NK = np.pad(weights_NK, ((0, 0), (0, filling)))
     if method == "rtn":
         return encoder.encode(weights_NK, format)
     if method == "ggml" and calibration is None:
@@ -170,6 +170,7 @@ def encode_matrix(
     if calibration is None:
         raise ValueError(f"method {method} needs a calibration; make one with scripts/calibrate.py")
     importance = moment(calibration, role, layer, expert, full=method == "gptq")
+    importance = np.pad(importance, (0, filling))  # what fills up a block may be anything
     if method == "gptq":
         return gptq.encode(weights_NK, format, importance)
     if method == "importance":

@@ -8,11 +8,33 @@ an importance matrix.
 from __future__ import annotations
 
 from hobbit_jax.models.config import OUTPUT, TOKEN_EMBEDDING, ModelConfig
+from pallas_kernels.formats import get_format
 
 FILE_TYPE_F32, FILE_TYPE_Q4_K_M = 0, 15  # llama.cpp's llama_ftype
 
-# For rows that are no multiple of 256; F16 where they are no multiple of 32 either.
+# For rows that are no whole number of blocks; F16 where they are no multiple of 32 either.
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FALLBACK |= dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0")
+_FALLBACK |= dict.fromkeys(
+    ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"
+)
+
+
+def format_in_a_file(format: str, columns: int) -> str:
+    """The type that llama.cpp gives rows of `columns` weights where `format` was asked for.
+
+    Raises:
+        NotImplementedError: llama.cpp has none for such rows.
+    """
+    block = get_format(format).block_weights
+    if columns % block == 0:
+        return format
+    if block > 32 and format not in _FALLBACK:
+        raise NotImplementedError(
+            f"llama.cpp has no type for rows of {columns} weights in the place of {format}, whose "
+            f"blocks have {block}; it has one for {', '.join(_FALLBACK)}"
+        )
+    return "F16" if columns % 32 else _FALLBACK[format]
 
 
 def q4_k_m_format(name: str, shape: tuple[int, ...], config: ModelConfig) -> str:
@@ -38,6 +60,4 @@ def q4_k_m_format(name: str, shape: tuple[int, ...], config: ModelConfig) -> str
             format = "Q8_0"
         elif "attn_output.weight" in name:
             format = "Q5_K"
-    if format in _FALLBACK and shape[-1] % 256:
-        format = _FALLBACK[format]
-    return "F16" if format != "F32" and shape[-1] % 32 else format
+    return format_in_a_file(format, shape[-1])

@@ -23,7 +23,7 @@ def machine() -> dict[str, Any]:
     A long study runs the code that it started with, whatever the checkout becomes meanwhile.
     """
     device = jax.devices()[0]
-    kind = _processor_name() if device.platform == "cpu" else device.device_kind
+    kind = processor_name() if device.platform == "cpu" else device.device_kind
     return {
         "revision": git_revision(),
         "device": f"{device.platform}: {kind}",
@@ -52,7 +52,8 @@ def git_revision() -> str | None:
         return None
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
+    """The model of this machine's CPU."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -123,7 +123,6 @@ def _about(studies: Studies, sweep: Sweep) -> dict[str, object]:
         "sweep": sweep,
         "warning": rule_warning(sweep.study),
         "plans": planner_tables.plans(planned),
-        "checks": [r for r in planned if r.subject == planner_tables.CHECK],
         "reports": [r for r in planned if r.subject == planner_tables.REPORTS],
         "baselines": baseline_tables.section(found.of(baseline_tables.STUDY)),
         "limitations": list(limitations(sweep, found)),

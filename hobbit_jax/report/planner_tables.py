@@ -1,7 +1,7 @@
 """What the planner predicts for GPUs: one line a model and GPU, and how far off the planner is.
 
-Owns what the document says of records of `scripts/plan.py` and `scripts/check_plan.py`. All of it
-is prediction; where the planner ran on no GPU the text says so.
+Owns what the document says of records of `scripts/plan.py` and `scripts/dev/check_plan.py`. All of
+it is prediction.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hobbit_jax.planner.table import alternatives, speeds, spread
 from hobbit_jax.record import Record
 from hobbit_jax.report.table import Column, listed, one_line, table
 
-STUDY, CHECK, REPORTS = "planner", "planner check", "planner reports"
+STUDY, REPORTS = "planner", "planner reports"
 
 
 @dataclass(frozen=True)
@@ -34,21 +35,12 @@ class Plan:
 
     def chosen(self, who: str) -> str:
         """What to run: "here", "overall" or in a "compiled" engine; under each routing."""
-        names = self.record.samples[f"choices_{who}"]
-        return " or ".join(dict.fromkeys(names))
+        return alternatives(self.record.samples[f"choices_{who}"])
 
     def speed(self, who: str) -> str:
         """Tokens a second of `chosen`."""
-        options = {o["name"]: o for o in [*self.settings, *self.record.samples["rivals"]]}
-        key = "compiled_tokens_per_second" if who == "compiled" else "tokens_per_second"
-        names = self.record.samples[f"choices_{who}"]
-        return extent(
-            [
-                options[name].get(key, options[name]["tokens_per_second"])[at]
-                for at, name in enumerate(names)
-            ],
-            ".0f",
-        )
+        options = [*self.settings, *self.record.samples["rivals"]]
+        return speeds(options, self.record.samples[f"choices_{who}"], who)
 
     @property
     def action(self) -> str:
@@ -56,12 +48,6 @@ class Plan:
         if len(self.settings) == 1:
             return "keep native: all experts fit"
         return self.chosen("overall")
-
-
-def extent(values: Sequence[float], form: str) -> str:
-    """From least to most of what is predicted under each routing."""
-    low, high = format(min(values), form), format(max(values), form)
-    return low if low == high else f"{low} to {high}"
 
 
 def plans(records: Sequence[Record]) -> list[Plan]:
@@ -90,7 +76,7 @@ def decision_table(found: Sequence[Plan]) -> str:
 
 def _native(plan: Plan) -> str:
     native = plan.native
-    return f"{extent(native['tokens_per_second'], '.0f')}, {extent(native['hit_rate'], '.2f')}"
+    return f"{spread(native['tokens_per_second'], '.0f')}, {spread(native['hit_rate'], '.2f')}"
 
 
 def _joint(plan: Plan) -> str:
@@ -102,8 +88,8 @@ def _joint(plan: Plan) -> str:
 def whole_table(found: Sequence[Plan]) -> str:
     """Every figure of the plans that the appendix shows."""
 
-    def speeds(options: Sequence[Mapping[str, Any]]) -> str | None:
-        shown = [f"{o['name']} {extent(o['tokens_per_second'], '.0f')}" for o in options]
+    def listed_speeds(options: Sequence[Mapping[str, Any]]) -> str | None:
+        shown = [f"{o['name']} {spread(o['tokens_per_second'], '.0f')}" for o in options]
         return "; ".join(shown) or None
 
     columns = [
@@ -112,10 +98,10 @@ def whole_table(found: Sequence[Plan]) -> str:
         Column("pool, GB", lambda p: p.record.metrics["memory_pool"], ".1f", unit=1e9),
         Column(
             "native: residents, hit rate",
-            lambda p: f"{p.native['residents']}, {extent(p.native['hit_rate'], '.2f')}",
+            lambda p: f"{p.native['residents']}, {spread(p.native['hit_rate'], '.2f')}",
         ),
-        Column("tokens/s in this engine", lambda p: speeds(p.settings)),
-        Column("tokens/s elsewhere", lambda p: speeds(p.record.samples["rivals"])),
+        Column("tokens/s in this engine", lambda p: listed_speeds(p.settings)),
+        Column("tokens/s elsewhere", lambda p: listed_speeds(p.record.samples["rivals"])),
         Column("choice in this engine", lambda p: p.chosen("here")),
     ]
     return table(columns, found)
@@ -148,53 +134,20 @@ def reading(found: Sequence[Plan]) -> list[str]:
     return lines + [f"It extrapolates: {one_line(reason)}." for reason in reasons]
 
 
-def check_section(record: Record) -> str:
-    """How far the planner was off on the machine that checked it, and on published figures."""
-    m, clock = record.metrics, record.notes["summary_clock"]
-    link = "" if not m["link_gb_s"] else f", an emulated link of {m['link_gb_s']:g} GB/s"
-    text = (
-        f"On {record.notes['summary_device']} with {m['summary_cpu_count']} cores"
-        f"{'' if m['summary_on_gpu'] else ' (no GPU)'}{link}: constants were fitted to five "
-        f"settings, {m['summary_settings']} others were predicted. Predicted over measured "
-        f"{_spread(m, 'summary_time_ratio')} with replayed routing and "
-        f"{_spread(m, 'summary_time_ratio_counted')} with the engine's own counts; median error "
-        f"{100 * (m['summary_time_ratio_median_error'] or 0):.0f} %. It says that counts and costs "
-        "add up as the model has it, and nothing of a GPU's constants."
-    )
-    times = [
-        {**row, "ms": ms["median"], "replayed": replayed["median"], "counted": counted["median"]}
-        for row, ms, replayed, counted in zip(
-            record.samples["rows"],
-            *(record.samples[f"times_{clock}_{name}"] for name in _TIMES),
-            strict=True,
-        )
-    ]
-    columns = [
-        Column("setting", "setting"),
-        Column("ms a token", "ms", ".1f"),
-        Column("predicted over measured, replayed", "replayed", ".2f"),
-        Column("the same, counted", "counted", ".2f"),
-        Column("fitted", lambda row: "yes" if row["calibrates"] else None),
-        *_both("hit rate", "hit_rate", ".3f", 1),
-        *_both("host round trips", "exits", ".2f", 1),
-        *_both("MB moved", "moved_bytes", ".3f", 1e6),
-    ]
-    return "\n\n".join([text, table(columns, times)])
-
-
 def reports_section(record: Record) -> str:
     """How far the cost model is from speeds that others report, misses included."""
-    m, wrong = record.metrics, record.samples["wrong_pairs"]
+    m = record.metrics
+    wrong, error = "; ".join(record.samples["wrong_pairs"]), m["summary_median_error"] or 0
     groups = {
         name.removeprefix("median_errors_"): value
         for name, value in m.items()
         if name.startswith("median_errors_")
     }
     text = (
-        f"Nothing was tuned to these. The median error is {100 * (m['median_error'] or 0):.0f} % "
+        f"Nothing was tuned to these. The median error is {100 * error:.0f} % "
         f"({listed([f'{name}: {100 * (value or 0):.0f} %' for name, value in groups.items()], '')})"
-        f". Of {m['pairs']} pairs of one model whose reports differ by more than a quarter, "
-        f"{m['pairs_in_order']} are forecast in their order. The others: {'; '.join(wrong)}."
+        f". Of {m['summary_pairs']} pairs of one model whose reports differ by more than a "
+        f"quarter, {m['summary_pairs_in_order']} are forecast in their order. The others: {wrong}."
     )
     columns = [
         Column("what", "what"),
@@ -206,17 +159,3 @@ def reports_section(record: Record) -> str:
         Column("source", "source"),
     ]
     return f"{text}\n\n{table(columns, record.samples['rows'])}"
-
-
-_TIMES = ("measured_ms", "ratio_replayed", "ratio_counted")
-
-
-def _spread(metrics: Mapping[str, Any], name: str) -> str:
-    return f"{metrics[name]:.2f} ({metrics[f'{name}_low']:.2f} to {metrics[f'{name}_high']:.2f})"
-
-
-def _both(title: str, field: str, form: str, unit: float) -> list[Column]:
-    return [
-        Column(title, field, form, unit=unit),
-        Column(f"{title}, replayed", f"{field}_replayed", form, unit=unit),
-    ]

@@ -292,8 +292,7 @@ class _Check:
         bad = set()
         for name, method in sorted(asked):
             try:
-                for columns in {self.model.d_model, self.model.d_expert}:
-                    check_method(name, method, columns)
+                check_method(name, method)
             except _REFUSALS as error:
                 bad.add(name)
                 self.problem(f"{_at(self.config, 'format', name)}{error}")

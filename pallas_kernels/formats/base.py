@@ -170,21 +170,23 @@ class Format:
             start += plane.block_bytes
         return tuple(found)
 
-    def row_bytes(self, n_weights: int) -> int:
-        """Bytes of a row of `n_weights` weights, in the file and on the device.
+    def padded(self, n_weights: int) -> int:
+        """Weights in the blocks of a row of `n_weights`: the last block is filled up.
 
-        Raises:
-            ValueError: `n_weights` is not a whole number of blocks.
+        A GGUF file has whole blocks only. Low precisions of our own fill the last one with zeros,
+        which meet activations of zero.
         """
-        return self._blocks(n_weights) * self.block_bytes
+        return -(-n_weights // self.block_weights) * self.block_weights
+
+    def row_bytes(self, n_weights: int) -> int:
+        """Bytes of a row of `n_weights` weights, its filling included: in a file, on the host and
+        on the device.
+        """
+        return self.padded(n_weights) // self.block_weights * self.block_bytes
 
     def plane_shapes(self, n_rows: int, n_weights: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the planes of an [n_rows, n_weights] matrix.
-
-        Raises:
-            ValueError: `n_weights` is not a whole number of blocks.
-        """
-        n_blocks = self._blocks(n_weights)
+        """Shapes and dtypes of the planes of an [n_rows, n_weights] matrix."""
+        n_blocks = self.padded(n_weights) // self.block_weights
         return {
             plane.name: jax.ShapeDtypeStruct(
                 (n_rows, n_blocks * plane.device_per_block), plane.device_dtype
@@ -284,15 +286,6 @@ class Format:
         parts = [np.asarray(part).reshape(n_bits, -1) for part in self._read(one_bit_each)]
         bits = np.unpackbits(np.concatenate(parts, axis=1), axis=1, bitorder="little")
         return bits.argmax(axis=1)
-
-    def _blocks(self, n_weights: int) -> int:
-        n_blocks, rest = divmod(n_weights, self.block_weights)
-        if rest:
-            raise ValueError(
-                f"{self.name}: a row has {n_weights} weights, "
-                f"want a multiple of {self.block_weights}"
-            )
-        return n_blocks
 
     @functools.cached_property
     def _read(self) -> Callable[[np.ndarray], tuple[jax.Array, ...]]:

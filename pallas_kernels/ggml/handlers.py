@@ -68,6 +68,7 @@ from pallas_kernels.ggml.products import (
     rounded_bytes,
     row_bytes,
     tile,
+    whole_blocks,
 )
 
 _LINEAR, _EXPERTS, _ATTENTION = range(3)
@@ -84,8 +85,8 @@ L_SOURCES, L_WEIGHTS, L_OUT, L_TYPE, L_ROWS, L_COLUMNS, L_TOKENS, L_ROUNDED, L_C
 # Words of an expert job: three matrices' types and, per item, addresses in `E_ITEMS`.
 (
     E_TYPE, _, _, E_OUT, E_FACTORS, E_ITEMS, E_HIDDEN, E_D, E_F, E_CHUNK_F, E_CHUNK_D,
-    E_ASSIGNMENTS, E_WIDTH, E_N_F, E_N_D,
-) = range(ARGUMENTS, ARGUMENTS + 15)  # fmt: skip
+    E_ASSIGNMENTS, E_WIDTH, E_N_F, E_N_D, E_STRIDE,
+) = range(ARGUMENTS, ARGUMENTS + 16)  # fmt: skip
 # Words of an attention job; HEADS are the query heads of a key/value head.
 (
     A_Q, A_KEYS, A_VALUES, A_POSITIONS, A_OUT, A_TOKENS, A_HEADS, A_KV_HEADS, A_WIDTH, A_LENGTH,
@@ -168,6 +169,20 @@ def _round_item(job, item, d_model):
     return 0
 
 
+@njit
+def _assignment(job, item, token):
+    """Which assignment the token of an item is."""
+    number = (item - U(get(job, E_ITEMS))) // U(_ITEM_BYTES)
+    chosen = U(get(job, E_ASSIGNMENTS)) + U(4 * np.int64(number) * get(job, E_WIDTH))
+    return np.int64(load_i32(chosen + U(4 * token)))
+
+
+@njit
+def _factors(job, item, token):
+    """Where a token's factors are: of down, or of gate, up and down."""
+    return U(get(job, E_FACTORS)) + U(4 * get(job, E_STRIDE) * _assignment(job, item, token))
+
+
 @njit(fastmath={"contract", "arcp", "nsz"})
 def _gate_and_up(job, item, first, rows):
     """silu(gate x) * up x for some rows of F."""
@@ -185,14 +200,21 @@ def _gate_and_up(job, item, first, rows):
         if code:
             free(part)
             return code
-    hidden = U(get(job, E_HIDDEN)) + U(4 * get(item, I_FIRST) * d_expert)
+    stride = whole_blocks(get(job, E_TYPE + 2), d_expert)
+    hidden = U(get(job, E_HIDDEN)) + U(4 * get(item, I_FIRST) * stride)
     up = part + U(4 * padded(tokens) * rows)
     for token in range(tokens):
         gate_R = floats(part + U(4 * token * rows), rows)
         up_R = floats(up + U(4 * token * rows), rows)
-        out_R = floats(hidden + U(4 * (token * d_expert + first)), rows)
+        out_R = floats(hidden + U(4 * (token * stride + first)), rows)
+        if get(job, E_STRIDE) == 3:
+            factors = _factors(job, item, token)
+            gate_R *= load_f32(factors)
+            up_R *= load_f32(factors + U(4))
         for row in range(rows):
             out_R[row] = gate_R[row] / (np.float32(1) + exp(-gate_R[row])) * up_R[row]
+        if first == 0:
+            floats(hidden + U(4 * (token * stride + d_expert)), stride - d_expert)[:] = 0
     free(part)
     return 0
 
@@ -203,9 +225,10 @@ def _round_hidden(job, item, d_expert):
     sources = malloc(U(8 * tokens))
     if sources == U(0):
         return NO_MEMORY
-    hidden = U(get(job, E_HIDDEN)) + U(4 * get(item, I_FIRST) * d_expert)
+    stride = whole_blocks(type_, d_expert)
+    hidden = U(get(job, E_HIDDEN)) + U(4 * get(item, I_FIRST) * stride)
     for token in range(tokens):
-        store_u64(sources + U(8 * token), hidden + U(4 * token * d_expert))
+        store_u64(sources + U(8 * token), hidden + U(4 * token * stride))
     way = interleaves(type_, tokens, get(job, E_D))
     code = round_tokens(type_, way, d_expert, sources, 0, tokens, U(get(item, I_ROUNDED_DOWN)))
     free(sources)
@@ -224,13 +247,11 @@ def _down(job, item, first, rows):
         type_, interleaves(type_, tokens, d_model), d_expert, weights, rows,
         U(get(item, I_ROUNDED_DOWN)), tokens, part,
     )  # fmt: skip
-    number = (item - U(get(job, E_ITEMS))) // U(_ITEM_BYTES)
-    chosen = U(get(job, E_ASSIGNMENTS)) + U(4 * np.int64(number) * get(job, E_WIDTH))
     for token in range(tokens):
-        assignment = load_i32(chosen + U(4 * token))
-        factor = load_f32(U(get(job, E_FACTORS)) + U(4 * assignment))
+        assignment = _assignment(job, item, token)
+        factor = load_f32(_factors(job, item, token) + U(4 * (get(job, E_STRIDE) - 1)))
         part_R = floats(part + U(4 * token * rows), rows)
-        out_R = floats(U(get(job, E_OUT)) + U(4 * (np.int64(assignment) * d_model + first)), rows)
+        out_R = floats(U(get(job, E_OUT)) + U(4 * (assignment * d_model + first)), rows)
         for row in range(rows):
             out_R[row] = part_R[row] * factor
     free(part)
@@ -408,14 +429,15 @@ def _item_tokens(chosen, width):
 
 @njit
 def _experts(frame):
-    """Arguments: x [T,D], y [A,D], weight [A], gate, up, down, types [3], slot [I], assignment
-    [I,C], count []. Result: y."""
+    """Arguments: x [T, D filled up], y [A,D], weight [A] or [A,3], gate, up, down, types [3],
+    slot [I], assignment [I,C], count []. Result: y."""
     x, weight, numbers = argument(frame, 0), argument(frame, 2), data(argument(frame, 6))
     slots, assignments = data(argument(frame, 7)), argument(frame, 8)
     count = np.int64(load_i32(data(argument(frame, 9))))
     if count == 0:
         return NO_ERROR
-    width, d_model, y = size(assignments, 1), size(x, 1), result(frame, 0)
+    width, y = size(assignments, 1), result(frame, 0)
+    d_model, x_stride = size(y, 1), size(x, 1)
     d_expert = np.int64(load_i32(numbers + U(12)))
     per_token = size(y, 0) // size(x, 0)
     if count > size(assignments, 0):
@@ -432,8 +454,8 @@ def _experts(frame):
     # Both matrices read the same rounded activations where their types round alike.
     shared = kinds[0] == kinds[1]
     bytes_x, bytes_up = rounded_bytes(kinds[0], d_model), rounded_bytes(kinds[1], d_model)
-    bytes_h = rounded_bytes(kinds[2], d_expert)
-    needed = count * _ITEM_BYTES + total * (8 + bytes_x + 4 * d_expert + bytes_h)
+    bytes_h, h_stride = rounded_bytes(kinds[2], d_expert), whole_blocks(kinds[2], d_expert)
+    needed = count * _ITEM_BYTES + total * (8 + bytes_x + 4 * h_stride + bytes_h)
     scratch = malloc(U(needed + (0 if shared else total * bytes_up)))
     step_f, step_d = _chunk_rows(d_expert, count), _chunk_rows(d_model, count)
     n_f, n_d = -(-d_expert // step_f), -(-d_model // step_d)
@@ -444,7 +466,7 @@ def _experts(frame):
         return NO_MEMORY
     sources = scratch + U(count * _ITEM_BYTES)
     hidden = sources + U(8 * total)
-    rounded = hidden + U(4 * total * d_expert)
+    rounded = hidden + U(4 * total * h_stride)
     rounded_h = rounded + U(total * bytes_x)
     rounded_up = rounded if shared else rounded_h + U(total * bytes_h)
     first, code = 0, NO_ERROR
@@ -462,7 +484,7 @@ def _experts(frame):
             store_u64(item + U(8 * (I_GATE + matrix)), address)
         for token in range(tokens):
             row = np.int64(load_i32(chosen + U(4 * token))) // per_token
-            store_u64(sources + U(8 * (first + token)), data(x) + U(4 * row * d_model))
+            store_u64(sources + U(8 * (first + token)), data(x) + U(4 * row * x_stride))
         store_i64(item + U(8 * I_TOKENS), np.int64(tokens))
         store_i64(item + U(8 * I_FIRST), np.int64(first))
         store_u64(item + U(8 * I_SOURCES), sources + U(8 * first))
@@ -486,6 +508,7 @@ def _experts(frame):
     put(job, E_CHUNK_D, step_d)
     put(job, E_ASSIGNMENTS, data(assignments))
     put(job, E_WIDTH, width)
+    put(job, E_STRIDE, size(weight, 1) if rank(weight) == 2 else 1)
     put(job, E_N_F, n_f)
     put(job, E_N_D, n_d)
     code = _run(frame, job, total * d_model * d_expert * 3)

@@ -84,21 +84,15 @@ def check_available() -> None:
     library.check_processor()
 
 
-def check_matrix(format_name: str, columns: int) -> None:
-    """Refuses a matrix that ggml has no product for.
+def check_formats(*format_names: str) -> None:
+    """Refuses types that ggml has no product for.
 
     Raises:
-        NotImplementedError: its type has none, or its rows are no whole number of the blocks in
-            which ggml rounds activations.
+        NotImplementedError: names the type.
     """
     check_available()
-    functions = library.type_functions(format_name)
-    block = max(functions.block_weights, functions.activation_block_weights)
-    if columns % block:
-        raise NotImplementedError(
-            f"backend 'ggml' takes rows of a multiple of {block} weights for {format_name}, and "
-            f"these have {columns}; take 'xla'"
-        )
+    for name in format_names:
+        library.type_functions(name)
 
 
 # From how many tokens of one matrix on the interleaved product is faster, by type: it begins with
@@ -189,6 +183,8 @@ def expert_ffn(
 ) -> jax.Array:
     """The op of `pallas_kernels.expert_ffn`; see there."""
     prepare(*formats)
+    columns = max(get_format(name).padded(x_TD.shape[1]) for name in formats[:2])
+    x_TD = jnp.pad(x_TD, ((0, 0), (0, columns - x_TD.shape[1])))
     about = np.asarray([*map(_number, formats), bank[0].rows], np.int32)
     result = jax.ShapeDtypeStruct(y_AD.shape, jnp.float32)
     call = jax.ffi.ffi_call("hobbit_jax_experts", result, input_output_aliases={1: 0})

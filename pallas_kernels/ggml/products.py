@@ -55,14 +55,22 @@ def function(type_, name):
 
 
 @njit
+def whole_blocks(type_, columns):
+    """Columns of a row of weights with its last block filled up."""
+    block = field(type_, BLOCK_WEIGHTS)
+    return (columns + block - 1) // block * block
+
+
+@njit
 def row_bytes(type_, columns):
     """Bytes of a row of weights."""
-    return columns // field(type_, BLOCK_WEIGHTS) * field(type_, BLOCK_BYTES)
+    return whole_blocks(type_, columns) // field(type_, BLOCK_WEIGHTS) * field(type_, BLOCK_BYTES)
 
 
 @njit
 def rounded_bytes(type_, columns):
     """Bytes of a row of activations as a type's products want them."""
+    columns = whole_blocks(type_, columns)
     return columns // field(type_, ROUNDED_WEIGHTS) * field(type_, ROUNDED_BYTES)
 
 
@@ -82,10 +90,12 @@ def padded(tokens):
 def round_tokens(type_, interleaved, columns, sources, first, tokens, target):
     """Rounds rows `sources[first:first + tokens]` (addresses), `first` a multiple of four.
 
+    Each row has floats for whole blocks of weights.
+
     `target` is room for all tokens in whole groups; missing rows of the last group are zeros.
     Returns an error's code.
     """
-    n_bytes = rounded_bytes(type_, columns)
+    n_bytes, columns = rounded_bytes(type_, columns), whole_blocks(type_, columns)
     if not interleaved:
         for token in range(first, first + tokens):
             source = load_u64(sources + U(8 * token))
@@ -119,6 +129,7 @@ def tile(type_, interleaved, columns, weights, rows, rounded, tokens, out):
     Returns an error's code.
     """
     weight_bytes, n_bytes = row_bytes(type_, columns), rounded_bytes(type_, columns)
+    columns = whole_blocks(type_, columns)
     if interleaved:
         return _interleaved_tile(type_, columns, weights, rows, rounded, tokens, out)
     dot, none = function(type_, VEC_DOT), U(0)

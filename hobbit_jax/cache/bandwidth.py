@@ -1,0 +1,104 @@
+"""What a machine's memory and its link to the device carry, as `scripts/bench_bandwidth.py` found.
+
+This module owns the file of measured bandwidths, and the ratio by which missed bytes are divided
+between the link and the CPU. The rates belong to one device and one CPU and are refused on others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from hobbit_jax.atomic import replacing
+
+Source = Literal["mapped", "pinned"]
+
+
+@dataclass(frozen=True)
+class Bandwidths:
+    """Rates in 1e9 bytes a second.
+
+    Attributes:
+        device: as a record names it.
+        cpu: its host's processor, and how many of them.
+        host_gb_s: of expert products on the CPU that read a mapped bank, by format and threads.
+        link_gb_s: of copies to the device, by the memory that they start in and bytes of a piece.
+        at_once: what is left (0-1) of "host" and "link" while both work.
+    """
+
+    device: str
+    cpu: str
+    host_gb_s: Mapping[str, Mapping[str, float]]
+    link_gb_s: Mapping[str, Mapping[str, float]]
+    at_once: Mapping[str, float]
+
+    def host(self, format: str) -> float:
+        """Of products in a format, with as many threads as are best.
+
+        Raises:
+            ValueError: the format was not measured; lists those that were.
+        """
+        if format not in self.host_gb_s:
+            raise ValueError(
+                f"no bandwidth of {format} was measured; there are {', '.join(self.host_gb_s)} "
+                "(bench_bandwidth.py --formats)"
+            )
+        return max(self.host_gb_s[format].values())
+
+    def link(self, piece_bytes: float, source: Source = "mapped") -> float:
+        """Of copies in pieces of about this size; the device may have no pinned memory."""
+        rates = self.link_gb_s.get(source) or self.link_gb_s["mapped"]
+        return rates[min(rates, key=lambda size: abs(math.log(float(size) / piece_bytes)))]
+
+    def link_to_host(self, format: str, piece_bytes: float) -> float:
+        """The link's rate over the host's while both work: bytes to fetch of missed ones, over
+        those to compute, so that both end together."""
+        link = self.link(piece_bytes) * self.at_once["link"]
+        return link / (self.host(format) * self.at_once["host"])
+
+    def check_here(self, device: str, cpu: str) -> None:
+        """Refuses the rates of another machine.
+
+        Raises:
+            ValueError: what they are of, and what is here.
+        """
+        if (device, cpu) != (self.device, self.cpu):
+            raise ValueError(
+                f"bandwidths of {self.device} with {self.cpu}, and this is {device} with {cpu}; "
+                "measure here (bench_bandwidth.py)"
+            )
+
+    def write(self, path: Path) -> None:
+        """As JSON, whole or not at all."""
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def read_bandwidths(path: Path) -> Bandwidths:
+    """Reads what `Bandwidths.write` wrote.
+
+    Raises:
+        ValueError: it is no such file, or a rate is no positive number.
+    """
+    try:
+        found = Bandwidths(**json.loads(path.read_text(encoding="utf-8")))
+        tables = [*found.host_gb_s.values(), *found.link_gb_s.values(), found.at_once]
+        rates = [rate for table in tables for rate in table.values()]
+        whole = bool(found.link_gb_s["mapped"]) and found.at_once.keys() == {"host", "link"}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        wanted = ", ".join(field.name for field in fields(Bandwidths))
+        raise ValueError(
+            f"{path}: no file of bandwidths ({error!r}), want JSON with {wanted}; make one with "
+            "bench_bandwidth.py"
+        ) from None
+
+    def positive(rate: Any) -> bool:
+        return isinstance(rate, int | float) and 0 < rate < math.inf
+
+    if not (rates and whole and all(map(positive, rates))):
+        raise ValueError(f"{path}: bandwidths are {rates}; want positive numbers of GB/s")
+    return found
