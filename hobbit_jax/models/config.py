@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from pallas_kernels.reference import ExpertFunction
+
 TOKEN_EMBEDDING = "token_embd.weight"
 OUTPUT_NORM = "output_norm.weight"
 OUTPUT = "output.weight"  # absent when the head is tied to the embedding
@@ -93,23 +95,37 @@ class GroupedQuery:
     gated: bool = False  # each head's query rows are followed by as many of a sigmoid gate
     biased: tuple[str, ...] = ()  # roles of the projections that have a bias
     fused: bool = False  # queries, keys and values are rows of one matrix, in this order
+    window: int = 0  # tokens that a query sees, itself among them; 0 for all before it
+    sinks: bool = False  # each head has one score more, which takes weight and has no value
+    score_scale: float | None = None  # of scores; None is 1 over the square root of `head_dim`
+    values_are_keys: bool = False  # before their norm and rotation
+    value_norm: bool = False  # over a head, without a learned scale
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Roles of the matrices of queries, keys and values."""
+        if self.fused:
+            return ("attn_qkv",)
+        return ("attn_q", "attn_k", *([] if self.values_are_keys else ["attn_v"]))
 
     def tensors(self, d_model: int) -> Shapes:
         """Those of a block."""
         q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        norms = {
+        norms: Shapes = {
             "none": {},
             "head": {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)},
             "full": {"attn_q_norm": (q,), "attn_k_norm": (kv,)},
         }[self.qk_norm]
-        matrices: Shapes = {
-            "attn_q": (q * (1 + self.gated), d_model),
-            "attn_k": (kv, d_model),
-            "attn_v": (kv, d_model),
-            "attn_output": (d_model, q),
+        rows = {
+            "attn_q": q * (1 + self.gated),
+            "attn_k": kv,
+            "attn_v": kv,
+            "attn_qkv": q + 2 * kv,
         }
-        if self.fused:
-            matrices = {"attn_qkv": (q + 2 * kv, d_model), "attn_output": (d_model, q)}
+        matrices: Shapes = {role: (rows[role], d_model) for role in self.projections}
+        matrices["attn_output"] = (d_model, q)
+        if self.sinks:
+            norms["attn_sinks"] = (self.n_heads,)
         biases = {f"{role}.bias": (matrices[role][0],) for role in self.biased}
         return {**matrices, **norms, **biases}
 
@@ -199,6 +215,9 @@ class BlockConfig:
         d_dense: width of a dense FFN in the place of experts; 0 where there are experts.
         d_shared: width of a shared expert, which runs for every token; 0 for none.
         shared_gate: axes of the tensor whose sigmoid scales the shared expert; 0 for none.
+        attention_out_norm: role of a norm of what attention adds to the stream; "" for none.
+        d_beside: width of a dense FFN whose input and output are normalised apart from those of
+            the experts beside it (`layer.Beside`); 0 for none.
     """
 
     attention: Attention
@@ -206,6 +225,8 @@ class BlockConfig:
     d_dense: int = 0
     d_shared: int = 0
     shared_gate: Literal[0, 1, 2] = 0
+    attention_out_norm: str = ""
+    d_beside: int = 0
 
     @property
     def has_experts(self) -> bool:
@@ -218,20 +239,26 @@ class RouterConfig:
     """How experts are chosen and weighted; see `router.py`.
 
     Attributes:
-        gating: from logits to scores.
+        gating: from logits to scores. "softmax_of_chosen" chooses by logits.
         renormalise: the weights of the chosen are divided by their sum.
         scale: of all weights.
         selection_bias: a bias is added to scores for the choice, and not to weights.
         groups: consecutive experts compete as so many groups first.
         groups_used: of them remain.
+        biased: logits have a bias.
+        own_input: it reads the stream, normalised and scaled apart from what experts read.
+        expert_scale: each expert's weight is multiplied by a factor of its own in the end.
     """
 
-    gating: Literal["softmax", "sigmoid"]
+    gating: Literal["softmax", "sigmoid", "softmax_of_chosen"]
     renormalise: bool
     scale: float = 1.0
     selection_bias: bool = False
     groups: int = 1
     groups_used: int = 1
+    biased: bool = False
+    own_input: bool = False
+    expert_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -251,6 +278,10 @@ class ModelConfig:
     d_expert: int  # hidden width of one expert
     fused_gate_up: bool = False  # gate and up of all experts are one tensor, gate rows first
     skipped_blocks: int = 0  # blocks at the end of the file that predict further tokens (NextN)
+    expert_function: ExpertFunction = "swiglu"  # of the dense FFNs too
+    expert_biases: bool = False
+    embedding_scale: float = 1.0
+    logit_softcap: float = 0.0  # c of c * tanh(logits / c); 0 for none
 
     @property
     def n_blocks(self) -> int:
@@ -302,20 +333,34 @@ class ModelConfig:
         return self._hash
 
 
-# Role → name in the file, where they differ. Roles with a suffix of their own have it there too.
+# Role → name in the file, where they differ. A role's suffix is "weight" where it has none.
 _STORED_AS = {"router": "ffn_gate_inp"}
+
+
+# Of a dense FFN's input and output, of the experts' output, and of the sum of both.
+BESIDE_NORMS = ("ffn_norm", "post_ffw_norm_1", "post_ffw_norm_2", "post_ffw_norm")
 
 
 def block_shapes(config: ModelConfig, block: int) -> Shapes:
     """Row-major shapes of the tensors of a block, by role."""
     spec, d = config.blocks[block], config.d_model
-    shapes: Shapes = {"attn_norm": (d,), **spec.attention.tensors(d), spec.ffn_norm: (d,)}
+    norms = ("attn_norm", spec.ffn_norm, *filter(None, [spec.attention_out_norm]))
+    shapes: Shapes = {**dict.fromkeys(norms, (d,)), **spec.attention.tensors(d)}
     if spec.d_dense:
         return shapes | _mlp("", d, spec.d_dense)
     e, f = config.n_experts, config.d_expert
     shapes["router"] = (e, d)
     if config.router.selection_bias:
         shapes["exp_probs_b.bias"] = (e,)
+    if config.router.biased:
+        shapes["router.bias"] = (e,)
+    if config.router.own_input:
+        shapes["router.scale"] = (d,)
+    if config.router.expert_scale:
+        shapes["ffn_down_exps.scale"] = (e,)
+    if config.expert_biases:
+        shapes |= {"ffn_gate_exps.bias": (e, f), "ffn_up_exps.bias": (e, f)}
+        shapes["ffn_down_exps.bias"] = (e, d)
     if config.fused_gate_up:
         shapes["ffn_gate_up_exps"] = (e, 2 * f, d)
     else:
@@ -325,6 +370,9 @@ def block_shapes(config: ModelConfig, block: int) -> Shapes:
         shapes |= _mlp("_shexp", d, spec.d_shared)
     if spec.shared_gate:
         shapes["ffn_gate_inp_shexp"] = (d,) if spec.shared_gate == 1 else (1, d)
+    if spec.d_beside:
+        shapes |= dict.fromkeys(BESIDE_NORMS, (d,)) | _mlp("", d, spec.d_beside)
+        shapes["layer_output_scale"] = (1,)
     return shapes
 
 
@@ -343,7 +391,8 @@ def block_tensors(config: ModelConfig, block: int) -> dict[str, str]:
 
 def stored_name(role: str) -> str:
     """A role's name in the file, within its block."""
-    return role if "." in role else f"{_STORED_AS.get(role, role)}.weight"
+    base, _, suffix = role.partition(".")
+    return f"{_STORED_AS.get(base, base)}.{suffix or 'weight'}"
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> dict[str, str]:

@@ -63,8 +63,6 @@ class LatentMixer(nnx.Module):
         turned_BTHZ = jnp.einsum("bthn,hzn->bthz", q_BTHd[..., : spec.plain_dim], keys_HZN)
         rotated_BTHd = rotate(q_BTHd[..., spec.plain_dim :], positions_BT, spec.rope)
         q_BTHR = jnp.concatenate([turned_BTHZ, rotated_BTHd], axis=-1)
-        # Attention divides by the root of the width that it sees.
-        q_BTHR *= spec.score_scale * spec.row_width**0.5
         row_BTR = self.to_row(x_BTD)
         latent_BT1Z = self.latent_norm(row_BTR[..., : spec.d_latent])[:, :, None]
         key_BT1d = rotate(row_BTR[:, :, None, spec.d_latent :], positions_BT, spec.rope)
@@ -81,10 +79,13 @@ class LatentMixer(nnx.Module):
         rows, place = caches.by_token[name], places[name]
         if self.output.is_raw:
             # Mixes the rotated keys too, of which nothing is made.
-            mixed_BTN = ggml.attention(q_BTHR, rows, rows, jnp.asarray(place), positions_BT)
+            mixed_BTN = ggml.attention(
+                q_BTHR, rows, rows, jnp.asarray(place), positions_BT, spec.score_scale
+            )
         else:
             row_BC1R = rows[place].astype(jnp.float32)
-            mixed_BTN = attend(q_BTHR, row_BC1R, row_BC1R[..., : spec.d_latent], positions_BT)
+            latent_BC1Z = row_BC1R[..., : spec.d_latent]
+            mixed_BTN = attend(q_BTHR, row_BC1R, latent_BC1Z, positions_BT, spec.score_scale)
         mixed_BTHZ = mixed_BTN.reshape(batch, tokens, spec.n_heads, -1)[..., : spec.d_latent]
         values_HVZ = self.values.weights().reshape(spec.n_heads, spec.value_dim, spec.d_latent)
         value_BTHV = jnp.einsum("bthz,hvz->bthv", mixed_BTHZ, values_HVZ)

@@ -14,7 +14,7 @@ from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
 from hobbit_jax.model_file.metadata import shown
 from hobbit_jax.model_file.other_files import refuse_other_kinds
-from hobbit_jax.models import bailingmoe2, deepseek2, glm4moe, llama, olmoe, qwen3moe
+from hobbit_jax.models import bailingmoe2, deepseek2, glm4moe, gpt_oss, llama, olmoe, qwen3moe
 from hobbit_jax.models.config import ModelConfig, block_shapes, tensor_shapes
 from hobbit_jax.models.keys import Keys
 
@@ -46,6 +46,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek2": deepseek2,
     "glm4moe": glm4moe,
     "bailingmoe2": bailingmoe2,
+    "gpt-oss": gpt_oss,
 }
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hobbit_jax.models.config import ModelConfig
-from hobbit_jax.models.modules import BlockWeights
+from hobbit_jax.models.modules import BlockWeights, rms_normalised
 
 # llama.cpp's least divisor of a renormalisation: the smallest normal float16.
 _LEAST_SUM = 6.103515625e-5
@@ -39,14 +39,26 @@ class Router(nnx.Module):
         self.linear = weights.router()
         biased = self.settings.selection_bias
         self.bias = nnx.Param(weights.array("exp_probs_b.bias")) if biased else None
+        self.rms_eps, self.input_scale, self.expert_scale = config.rms_eps, None, None
+        if self.settings.own_input:
+            self.input_scale = nnx.Param(weights.array("router.scale") * config.d_model**-0.5)
+        if self.settings.expert_scale:
+            self.expert_scale = nnx.Param(weights.array("ffn_down_exps.scale"))
 
     def scores(self, h: jax.Array) -> jax.Array:
         """Every expert's score, float32 [..., E]."""
+        if self.input_scale is not None:
+            normalised = rms_normalised(h, self.rms_eps)
+            h = normalised * jnp.broadcast_to(self.input_scale[...], h.shape)
         gates = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
-        return gates[self.settings.gating](self.linear(h))
+        gate = gates.get(self.settings.gating)
+        return self.linear(h) if gate is None else gate(self.linear(h))
 
     def __call__(self, h: jax.Array) -> Routing:
-        """The K experts of each token of h [..., D], heaviest first."""
+        """The K experts of each token, heaviest first.
+
+        h [..., D] is what the experts read, or the stream for a router with an input of its own.
+        """
         settings, scores = self.settings, self.scores(h)
         if self.bias is None and settings.groups == 1:
             weights, ids = jax.lax.top_k(scores, self.k)
@@ -55,11 +67,17 @@ class Router(nnx.Module):
             # What is chosen by another number than its weight is put in the order of weights.
             weights, order = jax.lax.top_k(jnp.take_along_axis(scores, ids, axis=-1), self.k)
             ids = jnp.take_along_axis(ids, order, axis=-1)
+        if settings.gating == "softmax_of_chosen":
+            weights = jax.nn.softmax(weights)
         if settings.renormalise:
             total = jnp.sum(weights, axis=-1, keepdims=True)
             # The best K of a softmax never come near the bound.
             weights /= total if settings.gating == "softmax" else jnp.maximum(total, _LEAST_SUM)
-        return Routing(ids, weights if settings.scale == 1 else weights * settings.scale)
+        weights = weights if settings.scale == 1 else weights * settings.scale
+        if self.expert_scale is not None:
+            weights, order = jax.lax.top_k(weights * self.expert_scale[...][ids], self.k)
+            ids = jnp.take_along_axis(ids, order, axis=-1)
+        return Routing(ids, weights)
 
     def _selection_scores(self, scores: jax.Array) -> jax.Array:
         """By what experts are chosen: biased, and -inf outside of the chosen groups."""

@@ -1,9 +1,10 @@
-"""Makes the goldens of `tests/test_logits.py`: logits of Hugging Face's models in float32.
+"""Makes the goldens of `tests/test_logits.py` and `tests/test_families.py`.
 
-Run by hand, in an environment of its own, when `tests/tiny_models.py` changes:
+They are logits of Hugging Face's models in float32. Run by hand, in an environment of its own, when
+`tests/tiny_models.py` or a file of `tests/families/` changes; names limit it to some goldens:
 
     python3 -m venv torch-env && torch-env/bin/pip install torch transformers gguf numpy
-    PYTHONPATH=. torch-env/bin/python tests/goldens/make_goldens.py
+    PYTHONPATH=. torch-env/bin/python tests/goldens/make_goldens.py gpt_oss
 
 Nothing of ours reads or computes here: the files are read by `gguf.GGUFReader`, dequantised by
 `gguf.quants`, and run by the classes of transformers. Which class and which place a tensor goes to
@@ -29,6 +30,7 @@ from hobbit_jax.models.config import BlockConfig, GroupedQuery, ModelConfig, Rop
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny_models
+from families import FAMILIES
 
 # A choice of experts closer than this could fall the other way under another rounding.
 LEAST_ROUTER_MARGIN = 1e-3
@@ -85,8 +87,53 @@ def golden_logits(path: Path, ids_T: np.ndarray) -> tuple[np.ndarray, float]:
     return output.logits[0].numpy().astype(np.float32), min(margins)
 
 
+def margin(scores_TE: torch.Tensor, k: int) -> float:
+    """The least distance between the last of the best k and the next."""
+    best_TE = scores_TE.sort(descending=True).values
+    return float((best_TE[:, k - 1] - best_TE[:, k]).min())
+
+
+@torch.no_grad()
+def make_family_golden(name: str) -> None:
+    """Of a model of `tests/families/`, whose file knows Hugging Face's class itself."""
+    family = FAMILIES[name]
+    model, ids_T, margins = family.hugging_face(family.weights()), family.tokens(), []
+    k = family.keys["expert_used_count"]
+
+    def watch(router, inputs, output):
+        scores_TE, bias_E = output[0], getattr(router, "e_score_correction_bias", None)
+        if bias_E is not None:
+            scores_TE = scores_TE.sigmoid() + bias_E
+            if router.num_group > 1:
+                grouped = scores_TE.unflatten(1, (router.num_group, -1))
+                best_TG = grouped.topk(2).values.sum(-1)
+                margins.append(margin(best_TG, router.topk_group))
+                kept_TG = best_TG >= best_TG.topk(router.topk_group).values[:, -1:]
+                scores_TE = torch.where(kept_TG[..., None], grouped, -torch.inf).flatten(1)
+        margins.append(margin(scores_TE, k))
+
+    for path, module in model.named_modules():
+        if path.endswith(family.routers):
+            module.register_forward_hook(watch)
+    logits_TV = model(torch.from_numpy(ids_T[None].astype(np.int64))).logits[0].numpy()
+    print(f"{name}: standard deviation {logits_TV.std():.2f}, router margin {min(margins):.1e}")
+    if min(margins) < LEAST_ROUTER_MARGIN:
+        raise SystemExit(f"{name}: a router margin of {min(margins)}; take another seed")
+    np.savez_compressed(
+        Path(__file__).with_name(f"{name}.npz"),
+        tokens_T=ids_T,
+        logits_TV=logits_TV.astype(np.float32),
+        weights_sha256=family.sha256(),
+    )
+
+
 def main():
+    wanted = sys.argv[1:] or [*tiny_models.MODELS, *FAMILIES]
+    for name in FAMILIES.keys() & set(wanted):
+        make_family_golden(name)
     for name, model in tiny_models.MODELS.items():
+        if name not in wanted:
+            continue
         ids_T = tiny_models.tokens(model)
         print(name)
         with tempfile.TemporaryDirectory() as directory:
