@@ -10,19 +10,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from hobbit_jax import cli, reference
+from hobbit_jax.cache.bandwidth import read_bandwidths
 from hobbit_jax.cache.config import CacheConfig
-from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
+from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, Host, MissMode
 from hobbit_jax.cache.policies import DEFAULT_POLICY, POLICIES
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare, low_share
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.cache_folder import low_precision_folder
+from hobbit_jax.evals.bandwidth import here
 from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
@@ -49,6 +51,21 @@ class _Budget(flags.FloatParser):
 
     def parse(self, argument: Any) -> float | None:
         return None if argument == ALL else super().parse(argument)
+
+
+class _LinkToHost(flags.FloatParser):
+    """A ratio of bandwidths, or a file of measured ones."""
+
+    def __init__(self):
+        super().__init__(1e-3, 1e3)
+        self.syntactic_help = "a number from 0.001 to 1000, or a file of bench_bandwidth.py"
+
+    def parse(self, argument: Any) -> float | Path:
+        try:
+            float(argument)
+        except ValueError:
+            return cli.input_file("link_to_host", argument)
+        return super().parse(argument)
 
 
 class _Share(flags.ArgumentParser):
@@ -108,6 +125,12 @@ _FLAGS: dict[str, _Flag] = {
         "fetch",
         "Rule that says what serves a selected expert that is not resident.\n"
         + _meanings(MISS_MODES, type),
+    ),
+    "link_to_host": _Flag(
+        _LinkToHost(),
+        None,
+        "Bandwidth of the link to the device over the rate at which the CPU reads experts that it "
+        "computes, for a --miss_mode that computes on the CPU, or a file of bench_bandwidth.py.",
     ),
     "low_format": _Flag(
         _one_of(FORMATS),
@@ -243,7 +266,7 @@ class EngineFlags:
                 self.budget_bytes,
                 plan=uniform_plan(store, LOW if uniform else NATIVE),
                 policy=self.value("policy"),
-                mode=self.value("miss_mode"),
+                mode=self._miss_mode(store),
                 low_share=self.value("low_share"),
                 warm=self._warm_start(model.file),
                 chunk_tokens=self.value("chunk_tokens"),
@@ -272,6 +295,27 @@ class EngineFlags:
         with engine.observed_by(recorder):
             yield
         recorder.write(Path(self.value("trace_out")))
+
+    def _miss_mode(self, store: HostExperts) -> MissMode:
+        """The mode, with what was measured of this machine.
+
+        Raises:
+            ValueError: a figure that the mode has no use for, or of another machine.
+        """
+        mode, link_to_host = MISS_MODES[self.value("miss_mode")], self.value("link_to_host")
+        if link_to_host is None:
+            return mode
+        if not isinstance(mode, Host):
+            raise ValueError(
+                f"--link_to_host is for a --miss_mode that computes on the CPU, and this one is "
+                f"{self.value('miss_mode')}; leave it out, or take host or hybrid"
+            )
+        if isinstance(link_to_host, Path):
+            found = read_bandwidths(link_to_host)
+            found.check_here(*here())
+            experts = store.layer(NATIVE, 0)  # one copy is of one of its three matrices
+            link_to_host = found.link_to_host(experts.signature.gate, experts.expert_bytes / 3)
+        return replace(mode, link_to_host=link_to_host)
 
     def _warm_start(self, file: GGUFFile) -> WarmStart | None:
         profile, pin_share = self.value("profile"), self.value("pin_share")

@@ -15,7 +15,11 @@ IMPLEMENTATIONS = ("xla", "ggml", "triton", "interpret")
 Implementation = str | None
 
 
-def choose(implementation: Implementation, checks: Mapping[str, Callable[[], None]]) -> str:
+def choose(
+    implementation: Implementation,
+    checks: Mapping[str, Callable[[], None]],
+    platform: str | None = None,
+) -> str:
     """The implementation to run.
 
     Args:
@@ -23,6 +27,7 @@ def choose(implementation: Implementation, checks: Mapping[str, Callable[[], Non
             "triton" on an NVIDIA GPU, "ggml" on a CPU, "xla" elsewhere and where these two do not
             cover it, which is then logged.
         checks: of "triton" and "ggml": raises NotImplementedError where it does not cover the case.
+        platform: where it runs; None is this process's device.
 
     Raises:
         ValueError: no such implementation, or none for this process's device.
@@ -34,7 +39,7 @@ def choose(implementation: Implementation, checks: Mapping[str, Callable[[], Non
         )
     if implementation == "xla":
         return "xla"
-    device = jax.devices()[0]
+    device = jax.devices(platform)[0]
     on_nvidia = device.platform == "gpu" and "nvidia" in device.device_kind.lower()
     if implementation == "triton" and not on_nvidia:
         raise ValueError(

@@ -38,9 +38,12 @@ def implementation_for(
     d_model: int,
     d_expert: int,
     implementation: Implementation = None,
+    platform: str | None = None,
     function: ExpertFunction = "swiglu",
 ) -> str:
-    """What `implementation` comes to on this process's device; None takes the fastest that fits.
+    """What `implementation` comes to on this process's device, or on its CPU for `platform` "cpu".
+
+    None takes the fastest that fits.
 
     Raises:
         NotImplementedError, ValueError: the one asked for cannot do this, and why.
@@ -48,9 +51,9 @@ def implementation_for(
 
     checks = {
         "triton": lambda: check_supported(signature, d_model, d_expert, function),
-        "ggml": lambda: ggml.check_formats(*signature),
+        "ggml": lambda: ggml.check_formats(*signature, platform=platform),
     }
-    return choose(implementation, checks)
+    return choose(implementation, checks, platform)
 
 
 def expert_ffn(
@@ -110,7 +113,7 @@ def expert_ffn(
         raise ValueError("'ggml' computes on a bank of raw blocks, and this one holds planes")
     if implementation is None and jax.devices()[0].platform == "cpu":
         implementation = "xla"
-    chosen = implementation_for(signature, d_model, d_expert, implementation, function)
+    chosen = implementation_for(signature, d_model, d_expert, implementation, function=function)
     if chosen != "xla" and weight_A.ndim == 2:
         raise NotImplementedError("the Triton kernels know no scales of whole matrices; take 'xla'")
     if chosen == "xla":

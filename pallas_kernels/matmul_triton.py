@@ -38,7 +38,7 @@ Planes = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is cut: what a tuning table records.
+    """How a kernel is cut.
 
     Attributes:
         rows: matrix rows of a program (R); a power of two.

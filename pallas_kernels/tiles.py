@@ -1,21 +1,12 @@
-"""How each kernel is cut on each device: a recorded table, and a rule where it has no row.
-
-Owns `tuning.json`, which `scripts/dev/bench_kernels.py --tune` fills from measurements.
-"""
+"""How each kernel is cut: a rule, which no GPU has yet confirmed."""
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Sequence
-from pathlib import Path
-
-import jax
 
 from pallas_kernels.formats.packing import Packing
 from pallas_kernels.matmul_triton import FEWEST_DOT_ROWS, Tile, packing_of, padded_columns
 
-TUNING_PATH = Path(__file__).with_name("tuning.json")
 # Input rows of an item up to which products are taken in integers; from there on the tensor cores,
 # which compute 16 rows anyway, do less.
 INT8_SPLIT_ROWS = 4
@@ -34,23 +25,14 @@ def item_rows(mean_rows: int, formats: Sequence[str]) -> int:
     return min(max(rows, FEWEST_DOT_ROWS), MOST_ITEM_ROWS)
 
 
-def table_key(formats: Sequence[str], rows: int, columns: int, item_rows: int) -> str:
-    """How a row of the table is called."""
-    return f"{'+'.join(formats)} {rows}x{columns} {item_rows}"
-
-
-@functools.cache
-def _table() -> dict[str, dict[str, dict[str, int]]]:
-    return json.loads(TUNING_PATH.read_text())
-
-
 def _divisor(number: int, most: int) -> int:
     """The largest power of two, `most` at most, that divides `number`."""
     return min(most, number & -number)
 
 
-def default_tile(formats: Sequence[str], rows: int, columns: int, item_rows: int) -> Tile:
-    """The rule where nothing was measured."""
+def choose_tile(formats: Sequence[str], rows: int, columns: int, item_rows: int) -> Tile:
+    """The tile of a kernel."""
+    columns = padded_columns(formats, columns)
     packings = [packing_of(name) for name in formats]
     if item_rows >= FEWEST_DOT_ROWS:
         step_columns = max(64, _DOT_GROUPS * min(packing.group_columns for packing in packings))
@@ -61,18 +43,3 @@ def default_tile(formats: Sequence[str], rows: int, columns: int, item_rows: int
     tile_rows = _WORDS_OF_STEP // (_ROW_WORDS_OF_STEP * len(formats))
     step_columns = _divisor(columns, 4 * fields * _ROW_WORDS_OF_STEP)
     return Tile(_divisor(rows, tile_rows), step_columns, item_rows)
-
-
-def choose_tile(formats: Sequence[str], rows: int, columns: int, item_rows: int) -> Tile:
-    """The recorded tile of this process's device, or the rule's."""
-    columns = padded_columns(formats, columns)
-    device = jax.devices()[0].device_kind
-    recorded = _table().get(device, {}).get(table_key(formats, rows, columns, item_rows))
-    if recorded is None:
-        return default_tile(formats, rows, columns, item_rows)
-    return Tile(tokens=item_rows, **recorded)
-
-
-def forget() -> None:
-    """Reads the table anew at the next trace."""
-    _table.cache_clear()

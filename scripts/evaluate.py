@@ -35,7 +35,7 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 ENGINE = EngineFlags(
     "model", "implementation", "threads", "kv_format", "devices", "budget_mib", "policy",
-    "miss_mode", "low_format", "low_share", "profile", "pin_share", "chunk_tokens",
+    "miss_mode", "link_to_host", "low_format", "low_share", "profile", "pin_share", "chunk_tokens",
 )  # fmt: skip
 _TASKS = flags.DEFINE_list("tasks", None, f"Tasks to run, of {', '.join(TASKS)}.", required=True)
 _DATA_DIR = flags.DEFINE_string(

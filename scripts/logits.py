@@ -18,8 +18,8 @@ from hobbit_jax.engine_flags import EngineFlags
 from hobbit_jax.models.config import ModelConfig
 
 ENGINE = EngineFlags(
-    "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "low_format",
-    "low_share", "profile", "pin_share", "chunk_tokens", "threads", "kv_format",
+    "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "link_to_host",
+    "low_format", "low_share", "profile", "pin_share", "chunk_tokens", "threads", "kv_format",
     "trace_out",
 )  # fmt: skip
 _TOKENS = flags.DEFINE_string(

@@ -39,7 +39,7 @@ def main(_):
     if ENGINE.value("model") is None and not model.is_file():
         synthesize(PRESETS[preset], preset, model)
     setting = "native" if ENGINE.low_format is None else "uniform"
-    if ENGINE.keeps_low_copies:
+    if ENGINE.value("miss_mode") != "fetch":
         setting = ENGINE.value("miss_mode")
     run = full_scale.Run(
         model, ENGINE.budget_bytes, _PROMPT_TOKENS.value, _TOKENS.value, ENGINE.value("policy"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,7 +12,10 @@ import numpy as np
 import pytest
 
 from hobbit_jax.cache.bandwidth import Bandwidths, read_bandwidths
+from hobbit_jax.cache.miss_modes import Hybrid
+from hobbit_jax.engine_flags import EngineFlags, _LinkToHost
 from hobbit_jax.evals import bandwidth
+from hobbit_jax.planner.shapes import preset_model
 from pallas_kernels.formats import get_format
 
 FOUND = Bandwidths(
@@ -82,3 +86,30 @@ def test_rates_are_bytes_over_seconds(tmp_path: Path, monkeypatch: pytest.Monkey
     for source, once in bandwidth.uploads(path, 1 << 16).items():
         assert source in ("mapped", "pinned")
         assert 1e-4 < bandwidth._rate(once, 0.02) < 1e3
+
+
+def test_an_engine_takes_the_ratio_of_this_machine(tmp_path: Path):
+    """Of the native format and the size of one matrix; a file of another machine is refused."""
+    path, store = tmp_path / "b.json", preset_model("tiny").store()
+    matrix_bytes = store.layer(0, 0).expert_bytes / 3
+    rates = {"mapped": {"1024": 1.0, str(round(matrix_bytes)): 2.0}}
+    mine = Bandwidths(*bandwidth.here(), {"Q4_K": {"2": 8.0}}, rates, {"host": 1.0, "link": 1.0})
+    given = {"miss_mode": "hybrid", "link_to_host": path}
+
+    class Given(EngineFlags):
+        def __init__(self):
+            pass  # defines no flags of absl
+
+        def value(self, name: str):
+            return given[name]
+
+    for found in (mine, replace(mine, cpu="another CPU")):
+        found.write(path)
+        if found is mine:
+            assert Given()._miss_mode(store) == Hybrid(link_to_host=0.25)
+        else:
+            with pytest.raises(ValueError, match="another CPU, and this is"):
+                Given()._miss_mode(store)
+    assert _LinkToHost().parse("0.5") == 0.5 and _LinkToHost().parse(str(path)) == path
+    with pytest.raises(ValueError, match="cannot be read"):
+        _LinkToHost().parse(str(tmp_path / "absent.json"))

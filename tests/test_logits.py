@@ -98,7 +98,9 @@ def test_prefill_and_decode(loaded, name):
         assert_close(engine.decode(ids_T[t : t + 1])[0], wanted_TV[t], f"{name} token {t}")
 
 
-@pytest.mark.parametrize("name", ["qwen3moe", pytest.param("mixtral", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["qwen3moe", "qwen35moe", pytest.param("mixtral", marks=pytest.mark.slow)]
+)
 def test_batch_of_different_lengths(loaded, name):
     """Padding changes nothing: each sequence of a batch is what it is alone.
 

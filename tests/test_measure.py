@@ -40,8 +40,8 @@ class Program:
     def decode(self, token):
         self.clock.now += self.step_s
         self.done += Counts(
-            hits=3, misses=1, native_uses=2, bytes_read=40, bytes_moved=10, bytes_ahead=4,
-            bytes_dropped=1, host_round_trips=2, selections=5, demoted=2, skipped=1,
+            hits=3, misses=1, native_uses=2, bytes_read=40, bytes_computed=7, bytes_moved=10,
+            bytes_ahead=4, bytes_dropped=1, host_round_trips=2, selections=5, demoted=2, skipped=1,
         )  # fmt: skip
         return token + 1
 
@@ -71,7 +71,8 @@ def test_times_and_counts_by_hand():
     assert found.counted_figures() == {
         "hit_rate": 0.75, "demoted_share": 0.5, "demoted_selection_share": 0.4,
         "skipped_share": 0.2, "host_round_trips_per_token": 2.0, "bytes_moved_per_token": 10.0,
-        "bytes_read_per_token": 40.0, "bytes_ahead_per_token": 4.0, "bytes_ahead_used_share": 0.75,
+        "bytes_read_per_token": 40.0, "bytes_computed_per_token": 7.0,
+        "bytes_ahead_per_token": 4.0, "bytes_ahead_used_share": 0.75,
     }  # fmt: skip
 
 

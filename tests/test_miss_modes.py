@@ -29,6 +29,9 @@ def test_what_serves_a_selection():
         "fetch_low": [LOW] * 4,
         "hobbit": [NATIVE, NATIVE, LOW, SKIPPED],
         "floor": [LOW] * 4,
+        "host": [NATIVE] * 4,
+        "host_low": [LOW] * 4,
+        "hybrid": [NATIVE] * 4,
     }
     low_only = {**absent, "use_low_if_resident": [LOW] * 4}
     assert absent.keys() == MISS_MODES.keys()

@@ -57,7 +57,7 @@ CONTEXT = 512
 TINY = preset_model("tiny")
 NATIVE, LOW = candidates.NATIVE, Setting("low", "fetch", "Q2_K", "low")
 FLOOR = Setting("floor", "floor", "Q2_K")
-MODES = [s for s in candidates.settings() if s.low_format in (None, "Q2_K")]
+MODES = [s for s in candidates.settings(0.41) if s.low_format in (None, "Q2_K")]
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +235,29 @@ def test_a_floor_never_waits_and_reads_both_precisions(synthetic_routing: Trace)
         outcome.low_uses * low.precision_bytes(1) / 256 * 32 + (1 - outcome.low_uses) * native
     )
     assert outcome.traffic.expert_bytes == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("mode", ["host", "hybrid", "host_low"])
+def test_what_the_cpu_computes_is_not_read_by_the_device(mode: str, synthetic_routing: Trace):
+    """Every selection is read once, natively or low, and what is missing is not waited for."""
+    low = "Q2_K" if mode == "host_low" else None
+    setting = Setting(mode, mode, low, link_to_host=1.0)
+    trace, pool = shorter(synthetic_routing, 120), TINY.native_bytes // 3
+    outcome = replay_setting(setting, TINY, trace, pool, CONTEXT)
+    traffic = outcome.traffic
+    native, computed = TINY.native_bytes / 256 * 32, TINY.native_bytes / 256 * 32
+    if low:
+        computed = TINY.store(low).precision_bytes(1) / 256 * 32
+    assert 0.3 < outcome.hit_rate < 0.95 and traffic.at_once
+    share = traffic.host_bytes / computed
+    assert traffic.expert_bytes / native + share == pytest.approx(1, rel=0.02)
+    missed = 1 - outcome.hit_rate
+    if mode == "hybrid":  # as fast over the link as on the CPU, so it fetches about a half
+        assert 0.2 * missed < share < 0.8 * missed
+        assert traffic.moved_bytes / native + share == pytest.approx(missed, rel=0.02)
+    else:
+        assert share == pytest.approx(missed, rel=0.02)
+        assert outcome.low_uses == pytest.approx(missed if low else 0, rel=0.02)
 
 
 def test_another_models_trace_is_scaled_and_named(synthetic_routing: Trace):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hobbit_jax.quantize import encode, ggml
+from hobbit_jax.quantize.methods import check_method
 
 SEARCHED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "IQ4_NL")
 SHORT_BLOCKS = ("Q4_0", "IQ4_NL")  # of 32 weights, where K-quants have 256
@@ -375,8 +376,31 @@ def test_refuses_wrong_importance(format):
 
 
 def test_refuses_unknown_format():
-    with pytest.raises(NotImplementedError, match=r"Q5_1.* Q2_K, Q3_K, .* Q8_0, Q4_0, IQ4_NL, F16"):
+    with pytest.raises(NotImplementedError, match=r"Q5_1.* F32, F16, .* IQ4_NL; --method ggml"):
         encode(np.zeros((1, 256), np.float32), "Q5_1")
+
+
+@pytest.mark.parametrize("format", ["IQ2_XXS", "IQ2_XS", "IQ1_S"])
+def test_ggml_says_which_types_demand_an_importance(format):
+    with pytest.raises(ValueError, match=f"ggml encodes {format} only under an importance"):
+        ggml.encode(data("normal")[:1], format)
+    check_method("IQ3_XXS", "ggml", calibrated=False)
+    with pytest.raises(ValueError, match="second moments"):
+        check_method(format, "ggml", calibrated=False)
+
+
+def test_ggml_weighs_errors_by_importance_and_refuses_nan():
+    """Half of the columns count; ggml would end the process at a NaN."""
+    weights_NK, importance_K = data("normal")[:4, :512], np.ones(512, np.float32)
+    importance_K[::2] = 1e-3
+    weighted, plain = (
+        rmse(weights_NK, ggml.encode(weights_NK, "IQ3_S", given), "IQ3_S", importance_K)
+        for given in (importance_K, np.ones(512, np.float32))
+    )
+    assert weighted < 0.95 * plain
+    weights_NK[3, 7] = np.nan
+    with pytest.raises(ValueError, match="got nan in row 3"):
+        ggml.encode(weights_NK, "IQ3_S", importance_K)
 
 
 @pytest.mark.oracle

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
@@ -20,6 +20,20 @@ from hobbit_jax.model_file.gguf_file import write_gguf
 D_MODEL = D_EXPERT = 256  # one super-block of a K-quant
 CONTEXT = 64
 VOCAB = 258  # 256 bytes, one merged token, end of text
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """What a model of Qwen's hybrids has beside the others: every `interval`-th block attends."""
+
+    interval: int
+    key_heads: int
+    value_heads: int
+    d_state: int
+    d_shared: int
+    rope_dim: int
+    fused: bool  # gate and up are one tensor
+    skipped: int  # blocks at the end that predict further tokens
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,9 @@ class TinyModel:
     experts: tuple[tuple[str, str, str], ...]  # per layer, the formats of gate, up and down
     dense: tuple[str, ...]  # formats of q, k, v, output, router, embedding and head, in turn
     tied: bool = False
-    d_expert: int = D_EXPERT
+    # In `weights_sha256` by their tensors alone.
+    hybrid: Hybrid | None = field(default=None, repr=False)
+    d_expert: int = field(default=D_EXPERT, repr=False)
 
 
 # Each format stands somewhere; no two layers of a file share a bank.
@@ -63,6 +79,19 @@ MODELS = {
         "olmoe", 4, 4, 2, 64, 8, 4, 1e4, 1e-5,
         experts=(("Q4_K", "Q4_K", "Q8_0"), ("F16", "BF16", "F32")),
         dense=("Q5_K", "Q4_K", "Q5_1", "Q4_1", "F32", "F16", "Q5_K"),
+    ),
+    # Three value heads to a key head: with two, both orders of them are each other's inverse.
+    "qwen35moe": TinyModel(
+        "qwen35moe", 6, 4, 2, 64, 8, 3, 1e7, 1e-6,
+        experts=(("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q5_K"), ("Q8_0", "Q8_0", "Q8_0")),
+        dense=("Q8_0", "Q4_K", "Q8_0", "Q8_0", "F32", "Q4_K", "Q6_K"),
+        hybrid=Hybrid(2, 2, 6, 32, 128, rope_dim=16, fused=True, skipped=1),
+    ),
+    "qwen3next": TinyModel(
+        "qwen3next", 7, 4, 1, 64, 8, 3, 5e6, 1e-6,
+        experts=(("Q4_K", "Q4_K", "Q4_K"), ("Q5_K", "Q5_K", "Q6_K"), ("Q4_K", "Q4_K", "Q6_K")),
+        dense=("Q8_0", "Q5_K", "Q8_0", "Q8_0", "F32", "Q8_0", "Q8_0"),
+        hybrid=Hybrid(2, 2, 6, 32, 128, rope_dim=32, fused=False, skipped=0),
     ),
 }  # fmt: skip
 
@@ -136,6 +165,9 @@ def _tensors(model: TinyModel) -> dict[str, tuple[str, tuple[int, ...], np.ndarr
     if not model.tied:
         add("output", ends[1], (VOCAB, D_MODEL), 0.1)
     for layer, (gate, up, down) in enumerate(model.experts):
+        if model.hybrid is not None:
+            _add_hybrid_block(model, model.hybrid, layer, tensors, rng)
+            continue
         block = f"blk.{layer}"
         add_norm(f"{block}.attn_norm", D_MODEL)
         add(f"{block}.attn_q", q_format, (q, D_MODEL), 0.09)
@@ -156,8 +188,90 @@ def _tensors(model: TinyModel) -> dict[str, tuple[str, tuple[int, ...], np.ndarr
     return tensors
 
 
+def _add_hybrid_block(
+    model: TinyModel, hybrid: Hybrid, layer: int, tensors: dict, rng: np.random.Generator
+) -> None:
+    """The tensors of a block of `qwen35moe` or `qwen3next`, as their converter writes them."""
+    block, (gate, up, down) = f"blk.{layer}", model.experts[layer]
+    n_blocks, e, f = len(model.experts), model.n_experts, model.d_expert
+    q_format, k_format, v_format, output_format, router_format, *_ = model.dense
+
+    def add(name: str, format: str, shape: tuple[int, ...], std: float, mean: float = 0) -> None:
+        if format == "F32":
+            values = (mean + std * rng.standard_normal(shape)).astype(np.float32)
+            raw = values.view(np.uint8)
+        else:
+            raw = blocks(rng, format, shape, std)
+        tensors[f"{block}.{name}"] = (format, shape, raw)
+
+    def add_norm(name: str, width: int) -> None:
+        add(f"{name}.weight", "F32", (width,), 0.2, 1)
+
+    add_norm("attn_norm", D_MODEL)
+    if layer >= n_blocks - hybrid.skipped or (layer + 1) % hybrid.interval == 0:
+        q, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
+        # A head's gate rows follow its query rows.
+        add("attn_q.weight", q_format, (2 * q, D_MODEL), 0.09)
+        add("attn_k.weight", k_format, (kv, D_MODEL), 0.09)
+        add("attn_v.weight", v_format, (kv, D_MODEL), 0.1)
+        add("attn_output.weight", output_format, (D_MODEL, q), 1.5 / math.sqrt(q))
+        add_norm("attn_q_norm", model.head_dim)
+        add_norm("attn_k_norm", model.head_dim)
+    else:
+        heads, value = hybrid.value_heads, hybrid.value_heads * hybrid.d_state
+        channels = 2 * hybrid.key_heads * hybrid.d_state + value
+        add("attn_qkv.weight", q_format, (channels, D_MODEL), 0.09)
+        add("attn_gate.weight", k_format, (value, D_MODEL), 0.09)
+        add("ssm_conv1d.weight", "F32", (channels, 4), 0.5)
+        add("ssm_dt.bias", "F32", (heads,), 1, -2)
+        rates = -rng.uniform(0.1, 4, heads).astype(np.float32)
+        tensors[f"{block}.ssm_a"] = ("F32", (heads,), rates.view(np.uint8))
+        if model.arch == "qwen35moe":
+            add("ssm_alpha.weight", "F32", (heads, D_MODEL), 0.06)
+            add("ssm_beta.weight", "F32", (heads, D_MODEL), 0.06)
+        else:
+            add("ssm_ba.weight", "F32", (2 * heads, D_MODEL), 0.06)
+        add_norm("ssm_norm", hybrid.d_state)
+        add("ssm_out.weight", output_format, (D_MODEL, value), 1.5 / math.sqrt(value))
+    add_norm("post_attention_norm", D_MODEL)
+    add("ffn_gate_inp.weight", router_format, (e, D_MODEL), 0.08)
+    if hybrid.fused:
+        add("ffn_gate_up_exps.weight", gate, (e, 2 * f, D_MODEL), 0.09)
+    else:
+        add("ffn_gate_exps.weight", gate, (e, f, D_MODEL), 0.09)
+        add("ffn_up_exps.weight", up, (e, f, D_MODEL), 0.09)
+    add("ffn_down_exps.weight", down, (e, D_MODEL, f), 0.09)
+    shape = (D_MODEL,) if hybrid.fused else (1, D_MODEL)  # converters wrote either
+    add("ffn_gate_inp_shexp.weight", "F32", shape, 0.06)
+    add("ffn_gate_shexp.weight", "Q8_0", (hybrid.d_shared, D_MODEL), 0.09)
+    add("ffn_up_shexp.weight", "Q8_0", (hybrid.d_shared, D_MODEL), 0.09)
+    add("ffn_down_shexp.weight", "Q8_0", (D_MODEL, hybrid.d_shared), 0.09)
+    if layer >= n_blocks - hybrid.skipped:
+        add("nextn.eh_proj.weight", "Q8_0", (D_MODEL, 2 * D_MODEL), 0.05)
+        for name in ("enorm", "hnorm", "shared_head_norm"):
+            add_norm(f"nextn.{name}", D_MODEL)
+
+
+def _hybrid_keys(hybrid: Hybrid | None) -> dict:
+    if hybrid is None:
+        return {}
+    return {
+        "rope.dimension_count": hybrid.rope_dim,
+        "rope.dimension_sections": [3, 3, 2, 0],
+        "expert_shared_feed_forward_length": hybrid.d_shared,
+        "full_attention_interval": hybrid.interval,
+        "nextn_predict_layers": hybrid.skipped,
+        "ssm.conv_kernel": 4,
+        "ssm.state_size": hybrid.d_state,
+        "ssm.group_count": hybrid.key_heads,
+        "ssm.time_step_rank": hybrid.value_heads,
+        "ssm.inner_size": hybrid.value_heads * hybrid.d_state,
+    }
+
+
 def _metadata(model: TinyModel) -> dict:
-    width = "expert_feed_forward_length" if model.arch == "qwen3moe" else "feed_forward_length"
+    derived = model.arch in ("llama", "olmoe")
+    width = "feed_forward_length" if derived else "expert_feed_forward_length"
     keys = {
         "block_count": len(model.experts),
         "context_length": CONTEXT,
@@ -172,6 +286,7 @@ def _metadata(model: TinyModel) -> dict:
         "rope.dimension_count": model.head_dim,
         "expert_count": model.n_experts,
         "expert_used_count": model.experts_per_token,
+        **_hybrid_keys(model.hybrid),
     }
     return {
         "general.architecture": model.arch,

@@ -21,7 +21,10 @@ from hobbit_jax.models.config import (
     OUTPUT,
     OUTPUT_NORM,
     TOKEN_EMBEDDING,
+    GatedDeltaNet,
+    GroupedQuery,
     ModelConfig,
+    block_tensors,
     layer_tensors,
 )
 
@@ -48,6 +51,12 @@ def interleaved_to_halves(weights_NK: np.ndarray, n_heads: int) -> np.ndarray:
     return weights_NK.reshape(n_heads, n // n_heads // 2, 2, k).swapaxes(1, 2).reshape(n, k)
 
 
+def _attention(config: ModelConfig) -> GroupedQuery:
+    """Of the blocks that attend, which are alike in all these architectures."""
+    attentions = (block.attention for block in config.blocks)
+    return next(a for a in attentions if isinstance(a, GroupedQuery))
+
+
 def empty_model(
     config: ModelConfig, kernel: str = "sdpa", experts: str | None = None
 ) -> HuggingFaceModel:
@@ -58,7 +67,7 @@ def empty_model(
         kernel: of attention, transformers' `attn_implementation`.
         experts: its `experts_implementation`; None is its own choice.
     """
-    attention = config.blocks[0].attention
+    attention = _attention(config)
     shared = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -74,6 +83,8 @@ def empty_model(
         "experts_implementation": experts,
         "pad_token_id": None,
     }
+    if config.arch in _HYBRIDS:
+        return _empty(*_hybrid_class(config, shared))
     library: Any = transformers  # its classes take what their types do not say
     if config.arch == "qwen3moe":
         made = library.Qwen3MoeConfig(
@@ -102,6 +113,10 @@ def empty_model(
         kind = library.OlmoeForCausalLM
     else:
         raise NotImplementedError(f"architecture {config.arch!r} has no Hugging Face module here")
+    return _empty(kind, made)
+
+
+def _empty(kind: Any, made: Any) -> HuggingFaceModel:
     with torch.device("meta"):
         model = kind(made)
     # Its frequencies are no weights: nothing would fill them.
@@ -118,11 +133,17 @@ def dense_weights(
         config: of the file.
         tensor: dequantised float32 by its name in the file.
     """
+    # Norms of the hybrids are stored with the 1 that transformers adds.
+    added = 1 if config.arch in _HYBRIDS else 0
     yield "model.embed_tokens.weight", tensor(TOKEN_EMBEDDING)
-    yield "model.norm.weight", tensor(OUTPUT_NORM)
+    yield "model.norm.weight", tensor(OUTPUT_NORM) - np.float32(added)
     if not config.tied_head:
         yield "lm_head.weight", tensor(OUTPUT)
-    attention = config.blocks[0].attention
+    if added:
+        for block in range(config.n_blocks):
+            yield from _hybrid_block(config, tensor, block)
+        return
+    attention = _attention(config)
     heads = {"attn_q": attention.n_heads, "attn_k": attention.n_kv_heads}
     for layer in range(config.n_layers):
         names = layer_tensors(config, layer)
@@ -135,14 +156,117 @@ def dense_weights(
             yield f"model.layers.{layer}.{theirs}.weight", array
 
 
+_HYBRIDS = ("qwen35moe", "qwen3next")
+# Role of a hybrid's block → theirs; where a norm has 1 added, and where nothing else happens.
+_HYBRID_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+_HYBRID_NAMES = {
+    "attn_q": "self_attn.q_proj.weight",
+    "attn_k": "self_attn.k_proj.weight",
+    "attn_v": "self_attn.v_proj.weight",
+    "attn_output": "self_attn.o_proj.weight",
+    "router": "mlp.gate.weight",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj.weight",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj.weight",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj.weight",
+    "ssm_norm": "linear_attn.norm.weight",
+}
+
+
+def _hybrid_class(config: ModelConfig, shared: dict[str, Any]) -> tuple[Any, Any]:
+    """Class and configuration of transformers."""
+    library: Any = transformers
+    attentions, attention = [block.attention for block in config.blocks], _attention(config)
+    delta = next(a for a in attentions if isinstance(a, GatedDeltaNet))
+    rope = shared["rope_parameters"] | {
+        "partial_rotary_factor": attention.rope.dim / attention.head_dim,
+    }
+    settings = shared | {
+        "head_dim": attention.head_dim,
+        "rope_parameters": rope,
+        "linear_key_head_dim": delta.d_state,
+        "linear_value_head_dim": delta.d_state,
+        "linear_num_key_heads": delta.n_key_heads,
+        "linear_num_value_heads": delta.n_value_heads,
+        "linear_conv_kernel_dim": delta.kernel,
+        "num_experts": config.n_experts,
+        "moe_intermediate_size": config.d_expert,
+        "shared_expert_intermediate_size": config.blocks[0].d_shared,
+        "layer_types": [
+            "full_attention" if isinstance(a, GroupedQuery) else "linear_attention"
+            for a in attentions
+        ],
+    }
+    if config.arch == "qwen3next":
+        made = library.Qwen3NextConfig(**settings, norm_topk_prob=config.router.renormalise)
+        return library.Qwen3NextForCausalLM, made
+    rope["mrope_section"] = [attention.rope.dim // 2, 0, 0]  # a text has one position for all
+    return library.Qwen3_5MoeForCausalLM, library.Qwen3_5MoeTextConfig(**settings)
+
+
+def _tiled_to_grouped(array: np.ndarray, delta: GatedDeltaNet, axis: int = 0) -> np.ndarray:
+    """Value heads in the order of their key heads, along an axis that has one after another."""
+    ratio = delta.n_value_heads // delta.n_key_heads
+    moved = np.moveaxis(array, axis, 0)
+    parts = moved.reshape(ratio, delta.n_key_heads, -1, *moved.shape[1:])
+    return np.moveaxis(parts.swapaxes(0, 1).reshape(moved.shape), 0, axis)
+
+
+def _hybrid_block(
+    config: ModelConfig, tensor: Callable[[str], np.ndarray], block: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """As `dense_weights`, of one block."""
+    roles, to = block_tensors(config, block), f"model.layers.{block}."
+
+    def read(role: str) -> np.ndarray:
+        return tensor(roles[role])
+
+    for role, theirs in _HYBRID_NORMS.items():
+        if role in roles:
+            yield f"{to}{theirs}.weight", read(role) - np.float32(1)
+    for role, theirs in _HYBRID_NAMES.items():
+        if role in roles:
+            yield to + theirs, read(role)
+    yield f"{to}mlp.shared_expert_gate.weight", read("ffn_gate_inp_shexp").reshape(1, -1)
+    delta = config.blocks[block].attention
+    if not isinstance(delta, GatedDeltaNet):
+        return
+    keys, to = 2 * delta.key_width, f"{to}linear_attn."
+    qkv, z, conv, out = (read(r) for r in ("attn_qkv", "attn_gate", "ssm_conv1d", "ssm_out"))
+    rate, bias = read("ssm_a"), read("ssm_dt.bias")
+    if delta.value_heads == "tiled":
+        qkv, conv = (
+            np.concatenate([a[:keys], _tiled_to_grouped(a[keys:], delta)]) for a in (qkv, conv)
+        )
+        z, rate, bias = (_tiled_to_grouped(a, delta) for a in (z, rate, bias))
+        out = _tiled_to_grouped(out, delta, axis=1)
+        yield f"{to}in_proj_qkv.weight", qkv
+        yield f"{to}in_proj_z.weight", z
+        yield f"{to}in_proj_b.weight", _tiled_to_grouped(read("ssm_beta"), delta)
+        yield f"{to}in_proj_a.weight", _tiled_to_grouped(read("ssm_alpha"), delta)
+    else:  # theirs is by key head: its rows of q, k, v and z
+        parts = (*np.split(qkv, [keys // 2, keys]), z)
+        by_head = [a.reshape(delta.n_key_heads, -1, a.shape[1]) for a in parts]
+        yield f"{to}in_proj_qkvz.weight", np.concatenate(by_head, 1).reshape(-1, qkv.shape[1])
+        yield f"{to}in_proj_ba.weight", read("ssm_ba")
+    yield f"{to}conv1d.weight", conv[:, None]
+    yield f"{to}A_log", np.log(-rate)
+    yield f"{to}dt_bias", bias
+    yield f"{to}out_proj.weight", out
+
+
 def expert_weights(
     config: ModelConfig, tensor: Callable[[str], np.ndarray], layer: int
 ) -> dict[str, np.ndarray]:
     """The experts of a layer: gate_up_proj [E, 2F, D] and down_proj [E, D, F], float32."""
     names = layer_tensors(config, layer)
-    gate_EFD, up_EFD = tensor(names["ffn_gate_exps"]), tensor(names["ffn_up_exps"])
+    stacks = ["ffn_gate_up_exps"] if config.fused_gate_up else ["ffn_gate_exps", "ffn_up_exps"]
     return {
-        "gate_up_proj": np.concatenate([gate_EFD, up_EFD], axis=1),
+        "gate_up_proj": np.concatenate([tensor(names[role]) for role in stacks], axis=1),
         "down_proj": tensor(names["ffn_down_exps"]),
     }
 

@@ -1,11 +1,12 @@
 """The cache controller: what happens to every selection that a router makes.
 
 This module owns the decision and has no arrays: which copies run because they are resident, which
-are fetched, which expert gives up its slot, in which batches the rest of a layer runs where a bank
-has fewer slots than the layer needs. The eviction policies (`policies/`) belong to it, one for each
-bank of each device. An executor does what it decides: the slot pool (`pool.py`) with copies and
-device arrays, the counter (`counter.py`) with sums. So a recorded trace that is played to a
-controller with a counter is the run itself without the model, and a test holds the two together.
+are fetched and which the CPU computes where they lie (`Action`), which expert gives up its slot, in
+which batches the rest of a layer runs where a bank has fewer slots than the layer needs. The
+eviction policies (`policies/`) belong to it, one for each bank of each device. An executor does
+what it decides: the slot pool (`pool.py`) with copies and device arrays, the counter (`counter.py`)
+with sums. So a recorded trace that is played to a controller with a counter is the run itself
+without the model, and a test holds the two together.
 
 Observers (`Observer`) are told of every decision and of what the routers chose: promotion, the
 adaptive split, recorders, calibration. None replaces another.
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hobbit_jax.cache.miss_modes import FETCH, Action, MissMode, Use
 from hobbit_jax.cache.policies import Policy, PolicyFactory, Step
 from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.experts.precision import SKIPPED
@@ -28,32 +30,37 @@ from hobbit_jax.models.sharding import owner
 from pallas_kernels.reference import Signature
 
 
-class Use(NamedTuple):
-    """One copy's use in one step of one layer, for the policies."""
-
-    key: ExpertKey
-    weight: float = 1.0  # its largest router weight among the step's tokens
-    native: bool = True  # whether native precision was requested
-
-
 class Decision(NamedTuple):
     """What one step of one layer comes to.
 
     Attributes:
         step: where in the model and in the text.
-        uses: the copies that serve, whether resident or to be fetched.
+        uses: the copies that serve, whether resident or not.
         unmet: copies that were requested and that another precision stands in for.
-        missing: the copies to fetch, in the order of `uses`.
-        batches: what runs together, all of `uses`; empty where nothing is missing.
+        fetched: the copies to fetch, in the order of `uses`.
+        computed: the copies that the CPU computes, in the order of `uses`.
+        batches: what runs together, all of `uses` that the CPU does not compute; empty where
+            nothing is fetched.
         prefill: whether the step is a chunk of a prompt.
     """
 
     step: Step
     uses: Sequence[Use]
     unmet: Sequence[Use]
-    missing: Sequence[ExpertKey]
+    fetched: list[ExpertKey]
+    computed: list[ExpertKey]
     batches: list[list[ExpertKey]]
     prefill: bool = False
+
+    @property
+    def misses(self) -> list[ExpertKey]:
+        """The copies that are not resident."""
+        return self.fetched + self.computed
+
+    @property
+    def round_trips(self) -> int:
+        """How often decode leaves the device for it."""
+        return max(len(self.batches), int(bool(self.computed)))
 
 
 class Observer:
@@ -122,6 +129,10 @@ class BankLayout:
         """Layers of the model."""
         return len(self.signature_pL[NATIVE])
 
+    def copy_bytes(self, key: ExpertKey) -> int:
+        """Bytes of one copy."""
+        return self.expert_bytes[self.signature_pL[key.precision][key.layer]]
+
 
 @dataclass(eq=False)
 class Bank:
@@ -146,6 +157,7 @@ class Controller:
         slots: of each device's bank, by signature; a signature that is not there has no bank.
         policy: of each bank.
         observers: told of every decision, in this order.
+        mode: says what happens to a missing copy.
     """
 
     def __init__(
@@ -154,8 +166,9 @@ class Controller:
         slots: Mapping[Signature, int],
         policy: PolicyFactory,
         observers: Sequence[Observer] = (),
+        mode: MissMode = FETCH,
     ):
-        self.layout, self.observers = layout, list[Observer]()
+        self.mode, self.layout, self.observers = mode, layout, list[Observer]()
         self.banks = [
             Bank(device, signature, layout.expert_bytes[signature], policy(n_slots))
             for device in range(layout.n_devices)
@@ -226,19 +239,26 @@ class Controller:
         """
         for bank in self.banks:
             bank.policy.begin_step(step)
-        missing = [
-            key
-            for key, weight, native in uses
-            if not self.bank(key).policy.access(key, weight, native)
-        ]
-        for key, weight, native in () if prefill else unmet:
-            if (bank := self.find_bank(key)) is not None:
-                bank.policy.access(key, weight, native)
-        batches = self.batches(use.key for use in uses) if missing else []
-        decision = Decision(step, uses, unmet, missing, batches, prefill)
+        missing = [use for use in uses if not self._access(use)]
+        for use in () if prefill else unmet:
+            self._access(use)
+        fetched, computed, batches = [], [], []
+        if missing:
+            for use, action in zip(missing, self.mode.act(missing), strict=True):
+                stays = self.mode.computes and self.find_bank(use.key) is None
+                (computed if stays or action is Action.HOST else fetched).append(use.key)
+            if fetched:
+                stay = set(computed)
+                batches = self.batches(use.key for use in uses if use.key not in stay)
+        decision = Decision(step, uses, unmet, fetched, computed, batches, prefill)
         for observer in self.observers:
             observer.after_step(decision)
         return decision
+
+    def _access(self, use: Use) -> bool:
+        """Tells a copy's policy of its use; whether it is resident."""
+        bank = self.find_bank(use.key)
+        return bank is not None and bank.policy.access(use.key, use.weight, use.native)
 
     def batches(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
         """Splits one step's copies into batches that fit the slots of every bank together.
@@ -309,9 +329,7 @@ class Controller:
                 bank.policy.remove(key)
 
     def end_tokens(self, count: int) -> None:
-        """EmbeddingAndHead `count` decoded tokens: observers may want copies loaded in the
-        background.
-        """
+        """Ends `count` decoded tokens: observers may want copies loaded in the background."""
         for observer in self.observers:
             self._wanted += observer.after_tokens(count)
 
@@ -360,10 +378,11 @@ def uses_of(
             continue
         key = ExpertKey(served, layer, expert)
         before = uses.get(key)
-        native = requested == NATIVE
+        native, rows = requested == NATIVE, 1
         if before is not None:
             weight, native = max(weight, before.weight), native or before.native
-        uses[key] = Use(key, weight, native)
+            rows += before.rows
+        uses[key] = Use(key, weight, native, rows)
         if served > requested:
             unmet_key = key._replace(precision=requested)
             unmet[unmet_key] = Use(unmet_key, weight)

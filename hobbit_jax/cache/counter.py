@@ -44,7 +44,9 @@ class Tally:
     misses: int = 0
     promotions: int = 0
     bytes_moved: int = 0
-    bytes_used: int = 0  # of the copies that served, as the device reads them
+    bytes_used: int = 0  # of the copies that served on the device, as it reads them
+    computed: int = 0  # misses that the CPU computed
+    host_bytes: int = 0  # read by the CPU for them
     round_trips: int = 0  # of the decode program: device calls after a token's first
 
     def since(self, before: Tally) -> Tally:
@@ -65,10 +67,13 @@ class Counter:
 
     def begin(self, decision: Decision) -> None:
         """Counts a step's uses."""
-        tally, bank = self.tally, self.controller.bank
-        tally.hits += len(decision.uses) - len(decision.missing)
-        tally.misses += len(decision.missing)
-        tally.bytes_used += sum(bank(use.key).expert_bytes for use in decision.uses)
+        tally, sizes = self.tally, self.controller.layout.copy_bytes
+        misses, host_bytes = decision.misses, sum(map(sizes, decision.computed))
+        tally.hits += len(decision.uses) - len(misses)
+        tally.misses += len(misses)
+        tally.computed += len(decision.computed)
+        tally.host_bytes += host_bytes
+        tally.bytes_used += sum(sizes(use.key) for use in decision.uses) - host_bytes
 
     def load(self, keys: Iterable[ExpertKey], keep: Sequence[ExpertKey] | None = None) -> None:
         """Makes all of `keys` resident; none of `keep`, by default `keys`, is evicted for them."""
@@ -140,7 +145,7 @@ class Replay:
     ):
         promotes = [Promotion(promotion, mode)] if mode.promotes else []
         self.mode = mode
-        self.controller = Controller(layout, slots, policy, [*promotes, *observers])
+        self.controller = Controller(layout, slots, policy, [*promotes, *observers], mode)
         self.counter = Counter(self.controller)
         if mode.low_banks == "all":
             for layer, expert in np.ndindex(layout.n_layers, layout.n_experts):
@@ -181,7 +186,7 @@ class Replay:
         counter.begin(decision)
         for batch in decision.batches:
             counter.load(batch)
-        tally.round_trips += len(decision.batches)
+        tally.round_trips += decision.round_trips
 
     def copies(self) -> int:
         """How many are resident, of all precisions."""

@@ -1,25 +1,46 @@
-"""What serves a selection whose copy is not resident: the miss modes, by name.
+"""What happens to a selection whose copy is not resident: the miss modes, by name.
 
-Owns the rule per selection, as array code that sees which precisions of an expert are resident, and
-what each mode needs of the pool. `serve` runs inside compiled programs (`inference/selection.py`);
-loading is the engine's, promotion `promotion.py`'s. Under every mode a resident copy of the
-precision that the plan asks for serves the selection.
+Owns both halves of that rule, and what each mode needs of the pool. `serve` gives the precision
+that serves each selection, as array code inside compiled programs (`inference/selection.py`);
+`act` gives the action for each copy that then is missing, in the controller. Loading and computing
+are the executors', promotion is `promotion.py`'s. Under every mode a resident copy of the precision
+that the plan asks for serves the selection.
 
-Sources: HOBBIT (arXiv 2411.01433, section 3.2) for thresholds on the weights of heavier choices.
+Sources: HOBBIT (arXiv 2411.01433, section 3.2) for thresholds on the weights of heavier choices;
+llama.cpp's pull request 27861, FreeToken and KTransformers for misses computed on the CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from enum import Enum
+from typing import Literal, NamedTuple
 
 from hobbit_jax.experts.precision import SKIPPED, Array, importance_score
-from hobbit_jax.experts.store import NATIVE
+from hobbit_jax.experts.store import NATIVE, ExpertKey
 
 # The one low precision that misses may be served from.
 LOW = 1
 
-LowBanks = Literal["none", "cache", "all"]
+LowBanks = Literal["none", "cache", "all", "host"]
+
+
+class Action(Enum):
+    """What happens to a copy that serves selections."""
+
+    RUN = "run"  # it is resident
+    FETCH = "fetch"  # it gets a slot, and somebody may lose one
+    HOST = "host"  # the CPU computes it from the file's map; nobody loses a slot
+
+
+class Use(NamedTuple):
+    """One copy's use in one step of one layer."""
+
+    key: ExpertKey
+    weight: float = 1.0  # its largest router weight among the step's tokens
+    native: bool = True  # whether native precision was requested
+    rows: int = 1  # the step's selections that it serves
 
 
 @dataclass(frozen=True)
@@ -27,17 +48,20 @@ class MissMode:
     """Waits for the precision that was asked for. The other modes override what differs.
 
     Attributes:
-        low_banks: whether low copies serve misses, and then whether all of them are resident.
+        low_banks: whether low copies serve misses, and then whether all of them are resident, or
+            none, for the CPU computes them.
         native_waits: whether a selection can wait for its native copy, so that native banks need
             slots for a whole step.
         promotes: whether native copies are loaded in the background for experts served low.
         leaves_low: whether low copies are loaded in the background for experts waited for.
+        computes: whether the CPU may compute a missing copy, so that a bank may have no slot.
     """
 
     low_banks: LowBanks = "none"
     native_waits: bool = True
     promotes: bool = False
     leaves_low: bool = False
+    computes: bool = False
 
     def serve(self, requested_TK: Array, weights_TK: Array, resident_pTK: Array) -> Array:
         """The precision that serves each selection, int32 [T, K]; `SKIPPED` for none.
@@ -59,6 +83,10 @@ class MissMode:
         """The precision that serves a selection whose native copy is missing."""
         xp = weights_TK.__array_namespace__()
         return xp.full(weights_TK.shape, LOW, dtype=xp.int32)
+
+    def act(self, missing: Sequence[Use]) -> list[Action]:
+        """What happens to each of one layer's missing copies, all of about the same size."""
+        return [Action.FETCH] * len(missing)
 
 
 @dataclass(frozen=True)
@@ -113,6 +141,72 @@ class Hobbit(MissMode):
         return xp.where(score_TK > self.high, low_TK, xp.int32(NATIVE))
 
 
+# Rows of a step that the CPU computes in the time of one: until then it waits for the weights. From
+# there on the time grows with the rows. Reckoned from 62.5 GB/s and 0.5 TFLOP/s, not measured.
+ROWS_AT_ONCE = 2
+# The link's bandwidth over the rate at which the CPU reads what it computes: 25.6 and 62.5 GB/s.
+LINK_TO_HOST = 0.41
+
+
+@dataclass(frozen=True)
+class Host(MissMode):
+    """Missing experts are computed on the CPU, and loaded in the background if they prove hot.
+
+    What many tokens of a step share is fetched, once that takes less time (in prefill).
+
+    Attributes:
+        link_to_host: the link's bandwidth over the rate at which the CPU reads what it computes.
+    """
+
+    native_waits: bool = False
+    promotes: bool = True
+    computes: bool = True
+    link_to_host: float = LINK_TO_HOST
+
+    def __post_init__(self):
+        if not self.link_to_host > 0:
+            raise ValueError(f"link_to_host is {self.link_to_host}; want more than 0")
+
+    def _host_time(self, use: Use) -> float:
+        """Of one copy, in the time of reading it once."""
+        return max(1.0, use.rows / ROWS_AT_ONCE)
+
+    def act(self, missing: Sequence[Use]) -> list[Action]:
+        """See `MissMode.act`."""
+        fetch_time = 1 / self.link_to_host
+        return [Action.HOST if self._host_time(u) <= fetch_time else Action.FETCH for u in missing]
+
+
+@dataclass(frozen=True)
+class HostLow(Host):
+    """Misses are computed on the CPU from the low copy; the device keeps native ones alone."""
+
+    low_banks: LowBanks = "host"
+
+
+@dataclass(frozen=True)
+class Hybrid(Host):
+    """Each miss is fetched or computed on the CPU, so that both finish together.
+
+    The most used are fetched first. Of many misses link_to_host / (1 + link_to_host) are fetched.
+    """
+
+    promotes: bool = False
+
+    def act(self, missing: Sequence[Use]) -> list[Action]:
+        """See `MissMode.act`."""
+        actions, link_free, host_free = [Action.HOST] * len(missing), 0.0, 0.0
+        order = sorted(range(len(missing)), key=lambda i: (-missing[i].rows, -missing[i].weight))
+        for i in order:
+            fetched = link_free + 1 / self.link_to_host
+            computed = host_free + self._host_time(missing[i])
+            if fetched < computed:
+                actions[i], link_free = Action.FETCH, fetched
+            else:
+                host_free = computed
+        return actions
+
+
 FETCH = MissMode()
 
 MISS_MODES: dict[str, MissMode] = {
@@ -121,6 +215,9 @@ MISS_MODES: dict[str, MissMode] = {
     "fetch_low": FetchLow(),
     "hobbit": Hobbit(),
     "floor": Floor(),
+    "host": Host(),
+    "host_low": HostLow(),
+    "hybrid": Hybrid(),
 }
 
 

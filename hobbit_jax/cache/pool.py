@@ -39,6 +39,8 @@ class PoolStats:
     bytes_moved: int = 0  # sent to the device, also in vain
     ahead_bytes: int = 0  # of them, sent beside what was waited for: guesses, later batches
     dropped_bytes: int = 0  # of those, given up since the layer did not choose them
+    computed: int = 0  # misses that the CPU computed
+    host_bytes: int = 0  # read by the CPU for them
     wait_s: float = 0.0  # the host waited for uploads, by the link's clock
 
     @property
@@ -63,7 +65,8 @@ def _named(key: ExpertKey, device: Any) -> Iterator[None]:
 def holds_all(store: HostExperts, slots: Mapping[Signature, int]) -> bool:
     """Whether every expert of every bank has a slot of its own."""
     demanded = Counter(layer.signature for layers in store.precisions for layer in layers)
-    return all(n >= demanded[s] * store.config.n_experts for s, n in slots.items())
+    full = (n >= demanded[s] * store.config.n_experts for s, n in slots.items())
+    return bool(slots) and all(full)
 
 
 class SlotPool:
@@ -175,15 +178,17 @@ class SlotPool:
         return self._slot_of[key]
 
     def begin(self, decision: Decision) -> None:
-        """Counts a step's uses; prefetches of its layer that it does not use are given up."""
+        """Counts a step's uses; prefetches of its layer that it does not load are given up."""
         if self._prefetched:
-            used = {use.key for use in decision.uses}
+            used = {use.key for use in decision.uses}.difference(decision.computed)
             self.drop_prefetched(
                 [k for k in self._prefetched if k.layer == decision.step.layer and k not in used]
             )
-        missing = set(decision.missing)
+        missing = set(decision.misses)
         for use in decision.uses:
             (self.stats.misses if use.key in missing else self.stats.hits)[use.key] += 1
+        self.stats.computed += len(decision.computed)
+        self.stats.host_bytes += sum(map(self.store.expert_bytes, decision.computed))
 
     def load(
         self,

@@ -125,7 +125,7 @@ def pool_slots(
     if not low:
         total = _total_bytes(native)
         slots = divide_budget(native, total if budget_bytes is None else budget_bytes)
-        return dict(zip((d.signature for d in native), slots, strict=True)), total
+        return {d.signature: n for d, n in zip(native, slots, strict=True) if n}, total
     total = _total_bytes([*native, *low])
     share = DEFAULT_LOW_SHARE if low_share == ADAPTIVE else low_share
     slots = divide_precisions(native, low, total if budget_bytes is None else budget_bytes, share)
@@ -148,10 +148,14 @@ def _wanted(
     """What the banks of the plan must hold, and those that a miss mode keeps low copies in."""
     owner_LE = owners_LE(store.config.n_layers, store.config.n_experts, n_devices)
     wanted = demands(plan, store, owner_LE)
+    if not mode.native_waits:
+        wanted = [replace(demand, min_slots=0) for demand in wanted]
     if mode.low_banks == "none":
         return wanted, []
     if len(store.precisions) <= LOW:
         raise ValueError(f"miss mode {type(mode).__name__} needs a store with a low precision")
+    if mode.low_banks == "host":
+        return wanted, []
     shared = _signatures(store, NATIVE) & _signatures(store, LOW)
     if shared:
         raise NotImplementedError(
@@ -159,8 +163,6 @@ def _wanted(
             f"{type(mode).__name__} needs a low precision of other formats"
         )
     native = [d for d in wanted if d.signature in _signatures(store, NATIVE)]
-    if not mode.native_waits:
-        native = [replace(demand, min_slots=0) for demand in native]
     low = demands(uniform_plan(store, LOW), store, owner_LE)
     if mode.low_banks == "all":
         low = [replace(demand, min_slots=demand.n_experts) for demand in low]

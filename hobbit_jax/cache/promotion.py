@@ -1,10 +1,10 @@
-"""Which experts that were served low are worth loading natively, and when.
+"""Which experts that were served low, or by the CPU, are worth loading, and when.
 
 This module owns the choice (`Promoter`) and the observer that feeds it with a controller's
 decisions (`Promotion`), in a live run and in a replay alike. A promotion moves as many bytes as the
-miss that the low copy spared, and evicts an expert that may have to be promoted again: so a
-newcomer must have been used `after_uses` times, and `margin` times as often as the expert that its
-arrival would evict. Uses are halved every `halving_tokens`, so that old ones fade.
+miss that the low copy or the CPU spared, and evicts an expert that may have to be promoted again:
+so a newcomer must have been used `after_uses` times, and `margin` times as often as the expert that
+its arrival would evict. Uses are halved every `halving_tokens`, so that old ones fade.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ class Promoter(Generic[Key]):
             self._served[key] = self._served.get(key, 0.0) + 1.0
 
     def pick(self, tokens: int, is_resident: Callable[[Key], bool]) -> list[Key]:
-        """EmbeddingAndHead `tokens` tokens; the most used keys that are due, the latest first among
-        equals.
-        """
+        """Ends `tokens` tokens; the most used keys that are due, the latest first among equals."""
         halvings = (self._tokens + tokens) // self.rule.halving_tokens
         halvings -= self._tokens // self.rule.halving_tokens
         self._tokens += tokens
@@ -126,19 +124,20 @@ class Promotion(Observer):
 
     def attach(self, controller: Controller) -> None:
         """See `Observer.attach`."""
-        self._is_resident = controller.__contains__
+        self._controller = controller
         self._promoter = Promoter[ExpertKey](self._rule, controller.evicted_for)
 
     def after_step(self, decision: Decision) -> None:
         """See `Observer.after_step`."""
         promoter = self._promoter
-        promoter.note_served(use.key for use in decision.uses)
+        computed, waited_for = set(decision.computed), set(decision.fetched)
+        promoter.note_served(use.key for use in decision.uses if use.key not in computed)
         promoter.note(use.key for use in decision.unmet)
+        promoter.note(key for key in decision.computed if self._controller.find_bank(key))
         if self._mode.leaves_low and not decision.prefill:
-            missing = set(decision.missing)
-            fetched = (key for batch in decision.batches for key in batch if key in missing)
+            fetched = (key for batch in decision.batches for key in batch if key in waited_for)
             promoter.note(k._replace(precision=LOW) for k in fetched if k.precision == NATIVE)
 
     def after_tokens(self, count: int) -> list[ExpertKey]:
         """See `Observer.after_tokens`."""
-        return self._promoter.pick(count, self._is_resident)
+        return self._promoter.pick(count, self._controller.__contains__)

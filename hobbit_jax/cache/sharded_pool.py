@@ -152,7 +152,8 @@ class ShardedPool:
         """See `SlotPool.begin`; each device counts its own experts."""
         for pool in self.pools:
             own = [use for use in decision.uses if self._pool(use.key) is pool]
-            pool.begin(decision._replace(uses=own))
+            computed = [key for key in decision.computed if self._pool(key) is pool]
+            pool.begin(decision._replace(uses=own, computed=computed))
 
     def load(
         self,
@@ -227,7 +228,7 @@ def make_pool(
         s: "mapped" if stay else "blocks"
         for s in slots
         if implementation_for(
-            s, config.d_model, config.d_expert, implementation, config.expert_function
+            s, config.d_model, config.d_expert, implementation, function=config.expert_function
         )
         == "ggml"
     }

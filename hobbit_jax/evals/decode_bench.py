@@ -107,6 +107,8 @@ def mode_settings(
         if mode.low_banks == "cache":
             for share in shares:
                 listed[f"{name} {share}"] = CacheConfig(budget_bytes, mode=name, low_share=share)
+        if mode.computes:
+            listed[name] = CacheConfig(budget_bytes, mode=name)
     if store.precision_bytes(1) <= budget_bytes:
         listed["floor"] = CacheConfig(budget_bytes, mode="floor")
     return listed

@@ -46,6 +46,7 @@ class EngineProgram:
             misses=int(pool.misses.sum()),
             native_uses=int(uses_TL[NATIVE].sum()),
             bytes_read=int((uses_TL * self._expert_bytes_TL).sum()),
+            bytes_computed=pool.host_bytes,
             bytes_moved=pool.bytes_moved,
             bytes_ahead=pool.ahead_bytes,
             bytes_dropped=pool.dropped_bytes,

@@ -34,7 +34,7 @@ from hobbit_jax.record import Benchmark, Record, machine, measured
 from hobbit_jax.statistics import spread
 
 STUDY = "scale"
-SETTINGS = ("native", "uniform", *(n for n, mode in MISS_MODES.items() if mode.low_banks != "none"))
+SETTINGS = ("native", "uniform", *(name for name in MISS_MODES if name != "fetch"))
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Run:
         tokens: decoded after them.
         policy: of eviction.
         setting: "native", "uniform" (every expert at `low_format`), or a miss mode.
-        low_format: of the low precision, for every setting but native.
+        low_format: of the low precision, for settings that have one.
         seed: of the tokens.
     """
 
@@ -66,7 +66,9 @@ class Run:
             raise ValueError(f"tokens is {self.tokens}; want at least 3, as the first compiles")
         if self.setting not in SETTINGS:
             raise ValueError(f"setting is {self.setting!r}; want one of {', '.join(SETTINGS)}")
-        if (self.setting == "native") != (self.low_format is None):
+        mode = MISS_MODES.get(self.setting)
+        needs_low = mode.low_banks != "none" if mode else self.setting == "uniform"
+        if needs_low == (self.low_format is None):
             raise ValueError(f"setting {self.setting} with low_format {self.low_format}")
 
     @property

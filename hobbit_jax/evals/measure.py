@@ -30,6 +30,7 @@ class Counts:
         hits, misses: uses whose copy was resident, and others.
         native_uses: of both, those of native copies.
         bytes_read: of the copies used.
+        bytes_computed: of them, by the CPU where it computed a miss.
         bytes_moved: sent to the device, also in vain.
         bytes_ahead: of them, sent beside what was waited for (guesses, later batches).
         bytes_dropped: of those, given up unused.
@@ -44,6 +45,7 @@ class Counts:
     misses: int = 0
     native_uses: int = 0
     bytes_read: int = 0
+    bytes_computed: int = 0
     bytes_moved: int = 0
     bytes_ahead: int = 0
     bytes_dropped: int = 0
@@ -229,6 +231,7 @@ class Measurement:
             "host_round_trips_per_token": found.host_round_trips / tokens,
             "bytes_moved_per_token": found.bytes_moved / tokens,
             "bytes_read_per_token": found.bytes_read / tokens,
+            "bytes_computed_per_token": found.bytes_computed / tokens,
             "bytes_ahead_per_token": found.bytes_ahead / tokens,
             "bytes_ahead_used_share": ahead,
         }

@@ -129,6 +129,34 @@ def empty_carry(
     return sharding.replicated(carry, mesh)._replace(y_AD=y_AD)
 
 
+def with_outputs(
+    carry: Carry, assignment_H: np.ndarray, y_HD: np.ndarray, mesh: Mesh | None
+) -> Carry:
+    """A carry in which some assignments have run elsewhere; numbers outside of it are dropped.
+
+    Args:
+        carry: of a program that waits in a layer; donated.
+        assignment_H: int32.
+        y_HD: their experts' outputs times the routing weights, float32.
+        mesh: of several devices, of which the first holds them.
+    """
+    y_AD, done_A = _put_outputs(carry.y_AD, carry.done_A, assignment_H, y_HD, mesh)
+    return carry._replace(y_AD=y_AD, done_A=done_A)
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnums=4)
+def _put_outputs(y_AD, done_A, assignment_H, y_HD, mesh):
+    def put(y_AD: jax.Array) -> jax.Array:
+        here_H = assignment_H
+        if mesh is not None:
+            first = jax.lax.axis_index(sharding.AXIS) == 0
+            here_H = jnp.where(first, assignment_H, len(y_AD))
+        return y_AD.at[here_H].set(y_HD, mode="drop")
+
+    y_AD = sharding.on_each(put, mesh, (sharding.DIVIDED,), sharding.DIVIDED)(y_AD)
+    return y_AD, done_A.at[assignment_H].set(True, mode="drop")
+
+
 def item_width(batch: int, k: int, n_experts: int) -> int:
     """Rows of an item in decode: twice an expert's mean load, and no more than there are tokens."""
     mean = -(-batch * k // min(batch * k, n_experts))

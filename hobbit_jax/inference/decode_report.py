@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hobbit_jax.cache.controller import Use, uses_of
+from hobbit_jax.cache.controller import uses_of
+from hobbit_jax.cache.miss_modes import Use
 from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import ExpertKey

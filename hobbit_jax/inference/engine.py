@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from hobbit_jax.cache.config import CacheConfig
-from hobbit_jax.cache.controller import BankLayout, Controller, Observer
+from hobbit_jax.cache.controller import BankLayout, Controller, Decision, Observer
 from hobbit_jax.cache.miss_modes import LOW, miss_mode
 from hobbit_jax.cache.policies import Step, policy_factory
 from hobbit_jax.cache.pool_sizing import ADAPTIVE, pool_slots
@@ -36,9 +36,13 @@ from hobbit_jax.inference.decode_loop import (
     Weights,
     decode_program,
     empty_carry,
+    item_width,
+    with_outputs,
 )
 from hobbit_jax.inference.decode_report import Report
+from hobbit_jax.inference.host_compute import HostCompute, HostOutputs
 from hobbit_jax.inference.layer_groups import LayerGroups
+from hobbit_jax.inference.moe import Grouped
 from hobbit_jax.inference.prefill import Prefill, logits, pad_tokens
 from hobbit_jax.inference.sampling import Sampling, sample, seed_key
 from hobbit_jax.inference.selection import Selections
@@ -88,7 +92,8 @@ class Engine:
         self._weights = Weights(self.model.layers.states, ends_state, device_plan, biases)
         self._ends_graph = ends_graph
         self._experts = LayerGroups.of(self.pool, model.implementation)
-        self._prefill = Prefill(self.model, self.pool, device_plan, self.mode, biases)
+        self._host = HostCompute(store, model.implementation)
+        self._prefill = Prefill(self.model, self.pool, device_plan, self.mode, self._host, biases)
         self._carry: Carry | None = None
         self._key = replicated(jax.random.key(0), mesh)
         self._lengths_B = np.zeros(0, np.int32)
@@ -105,7 +110,10 @@ class Engine:
         if staging_bytes is None:
             staging_bytes = config.experts_per_token * store.largest_expert_bytes
         controller = Controller(
-            BankLayout.of_store(store, cache.devices), slots, policy_factory(cache.policy)
+            BankLayout.of_store(store, cache.devices),
+            slots,
+            policy_factory(cache.policy),
+            mode=mode,
         )
         if mode.promotes:
             controller.observe(Promotion(cache.promotion, mode))
@@ -113,7 +121,8 @@ class Engine:
             self._prefetcher = Prefetcher(cache.prefetch, config.n_layers, config.n_experts)
             controller.observe(self._prefetcher)
         pool = executor(
-            store, controller, cache.budget_bytes or total, staging_bytes=staging_bytes,
+            store, controller, total if cache.budget_bytes is None else cache.budget_bytes,
+            staging_bytes=staging_bytes,
             mesh=self._mesh, implementation=self.model.implementation,
         )  # fmt: skip
         if mode.low_banks == "all":
@@ -322,7 +331,9 @@ class Engine:
                 report = Report.unpack(
                     np.asarray(packed), most_tokens, len(ids_B), k, spec.look_ahead
                 )
-                batches = self._account(report) or batches
+                decision = self._account(report)
+                if decision is not None:
+                    batches = list(decision.batches)
                 for drawn_B in report.tokens_NB:
                     for sequence, token, active in zip(self._ids, ids_B, active_B, strict=True):
                         if active:
@@ -336,9 +347,14 @@ class Engine:
                 if not report.blocked:
                     break
                 self.stats.host_round_trips += 1
-                if not batches:
+                outputs = self._compute(decision, report) if decision is not None else None
+                if batches:
+                    self._load(batches.pop(0), report)
+                elif outputs is None:
                     raise RuntimeError(f"layer {report.layer} waits for experts that are resident")
-                self._load(batches.pop(0), report)
+                if outputs is not None:
+                    where_H, y_HD = outputs.wait()
+                    self._carry = with_outputs(self._started(), where_H, y_HD, self._mesh)
                 fresh = False
         except BaseException:
             # The token is half done; what the pool holds is whole.
@@ -361,11 +377,28 @@ class Engine:
             upcoming = self._prefetcher.at_exit(report.layer, report.ahead(), resident)
         self.pool.load(keys, upcoming=upcoming)
 
-    def _account(self, report: Report) -> list[list[ExpertKey]]:
-        """Has the controller decide what a call's layers used; batches to load for the last one."""
+    def _compute(self, decision: Decision, report: Report) -> HostOutputs | None:
+        """Begins on the CPU what a decision leaves to it of the layer where a call stands."""
+        if not decision.computed:
+            return None
+        config, shape = self.config, (-1, self.config.experts_per_token)
+        arrays = (report.ids_IA[-1], report.served_IA[-1], report.weights_IA[-1])
+        ids_TK, served_TK, weights_TK = (array.reshape(shape) for array in arrays)
+        width = item_width(len(ids_TK), ids_TK.shape[1], config.n_experts)
+        return self._host.run(
+            decision.computed, Grouped.of(decision.step.layer, ids_TK, served_TK).assignments,
+            {self.store.signature(key): width for key in decision.computed},
+            self._started().h_BD, weights_TK,
+        )  # fmt: skip
+
+    def _account(self, report: Report) -> Decision | None:
+        """Has the controller decide what a call's layers used; the decision on the last of them.
+
+        None if the call routed no layer.
+        """
         self._count(report.requested_IA, report.served_IA)
         longest = int(self._lengths_B.max())
-        batches: list[list[ExpertKey]] = []
+        decision: Decision | None = None
         routing_observers = self.controller.routing_observers()
         for logged in report.logged(self.config.n_layers):
             for observer in routing_observers:
@@ -373,9 +406,8 @@ class Engine:
             step = Step(self._tokens + logged.token, logged.layer, longest + logged.token)
             decision = self.controller.decide(step, *logged.uses())
             self.pool.begin(decision)
-            batches = list(decision.batches)
         self._tokens += report.steps
-        return batches
+        return decision
 
     def generate(
         self,

@@ -35,7 +35,8 @@ class LayerGroups:
         by_layer = []
         for layer in range(config.n_layers):
             signatures = (
-                store.layer(precision, layer).signature for precision in range(max(used) + 1)
+                store.layer(precision, layer).signature
+                for precision in range(max(used, default=0) + 1)
             )
             by_layer.append(tuple(s if s in pool.banks else None for s in signatures))
         kinds = tuple(dict.fromkeys(by_layer))
@@ -47,7 +48,7 @@ class LayerGroups:
                     config.d_model,
                     config.d_expert,
                     implementation,
-                    config.expert_function,
+                    function=config.expert_function,
                 ),
             )
             for signature in pool.banks

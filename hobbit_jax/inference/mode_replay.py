@@ -60,7 +60,7 @@ def _division(setting: ModeSetting, mode: MissMode, trace: Trace, share: float):
     """Slots per bank, as `pool_sizing.pool_slots` divides them."""
     pairs, k = trace.uses_LE.size, trace.ids_TLK.shape[2]
     low = []
-    if mode.low_banks != "none":
+    if mode.low_banks in ("cache", "all"):
         least = pairs if mode.low_banks == "all" else k
         low = [BankDemand(_LOW, setting.low_bytes, pairs, least)]
     native = [BankDemand(_NATIVE, setting.expert_bytes, pairs, k if mode.native_waits else 0)]

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from hobbit_jax.cache.controller import Use
-from hobbit_jax.cache.miss_modes import LOW
+from hobbit_jax.cache.miss_modes import LOW, Use
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, ExpertKey
+from hobbit_jax.inference.host_compute import HostCompute, HostOutputs, items
 from hobbit_jax.inference.selection import Selections
 from hobbit_jax.models.sharding import DIVIDED, REPLICATED, divided, on_each, sum_of_parts
 from pallas_kernels.backends import Implementation
@@ -82,6 +82,11 @@ def _sum_of_parts(y_AD: jax.Array, mesh: Mesh) -> jax.Array:
     return on_each(partial(sum_of_parts, mesh=mesh), mesh, DIVIDED, REPLICATED)(y_AD)
 
 
+@partial(jax.jit, donate_argnums=0)
+def _add_outputs(y_AD: jax.Array, assignment_H: np.ndarray, y_HD: np.ndarray) -> jax.Array:
+    return y_AD.at[assignment_H].set(y_HD, mode="drop")
+
+
 @dataclass(frozen=True)
 class Grouped:
     """One layer's selections, grouped by the expert that serves them."""
@@ -110,7 +115,12 @@ class Grouped:
             selections.requested_TK.reshape(-1),
         )
         return [
-            Use(key, float(weights_A[part].max()), bool((requested_A[part] == NATIVE).any()))
+            Use(
+                key,
+                float(weights_A[part].max()),
+                bool((requested_A[part] == NATIVE).any()),
+                len(part),
+            )
             for key, part in self.assignments.items()
         ]
 
@@ -122,29 +132,16 @@ class Grouped:
         return item_rows(-(-sum(counts) // max(1, len(counts))), signature)
 
 
-def _items(
-    pool: ExpertPool, keys: Sequence[ExpertKey], grouped: Grouped, width: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Slots [I] and assignments [I, width] of `keys`, short items padded with their first."""
-    slots, rows = [], []
-    for key in keys:
-        assignments = grouped.assignments[key]
-        for start in range(0, len(assignments), width):
-            part = assignments[start : start + width]
-            rows.append(np.pad(part, (0, width - len(part)), constant_values=part[0]))
-            slots.append(pool.slot(key))
-    return np.asarray(slots, np.int32), np.asarray(rows, np.int32).reshape(-1, width)
-
-
 def _calls(
     pool: ExpertPool, keys: Sequence[ExpertKey], grouped: Grouped, width: int, most_items: int
 ) -> Iterator[Work]:
     """The items of one batch, `most_items` to a call and device, padded to as many."""
-    items = [_items(pool, share, grouped, width) for share in pool.by_device(keys)]
+    shares = [{key: pool.slot(key) for key in share} for share in pool.by_device(keys)]
+    parts_of = [items(slots, grouped.assignments, width) for slots in shares]
     place = jnp.asarray if pool.mesh is None else partial(divided, mesh=pool.mesh)
-    for start in range(0, max(len(slot_I) for slot_I, _ in items), most_items):
+    for start in range(0, max(len(slot_I) for slot_I, _ in parts_of), most_items):
         slots, assignments, counts = [], [], []
-        for parts in items:
+        for parts in parts_of:
             slot_I, assignment_IC = (part[start : start + most_items] for part in parts)
             padding = (0, most_items - len(slot_I))
             slots.append(np.pad(slot_I, padding))
@@ -187,9 +184,10 @@ def apply_experts(
     selections: Selections,
     implementation: Implementation = None,
     upcoming: Sequence[ExpertKey] = (),
+    host: HostCompute | None = None,
     biases: Biases | None = None,
 ) -> jax.Array:
-    """Runs every selected expert of a layer, loading what is missing.
+    """Runs every selected expert of a layer, loading what is missing or computing it on the CPU.
 
     While some of them run, the next ones are on their way, and at the end those of `upcoming`.
 
@@ -201,6 +199,7 @@ def apply_experts(
         selections: NumPy arrays.
         implementation: of the products.
         upcoming: what the next layer may need.
+        host: computes what the controller leaves to the CPU; needed where it leaves any.
         biases: of the experts.
 
     Returns:
@@ -210,18 +209,28 @@ def apply_experts(
     ids_TK, mesh, config = selections.ids_TK, pool.mesh, pool.store.config
     n_assignments, n_experts = ids_TK.size, config.n_experts
     grouped = Grouped.of(step.layer, ids_TK, selections.served_TK)
+    controller, unmet = pool.controller, _unmet(step.layer, selections)
+    decision = controller.decide(step, grouped.uses(selections), unmet, prefill=True)
+    pool.begin(decision)
     by_bank: dict[Signature, list[ExpertKey]] = defaultdict(list)
+    stay = set(decision.computed)
     for key in grouped.assignments:
-        by_bank[pool.store.signature(key)].append(key)
-    controller = pool.controller
+        if key not in stay:
+            by_bank[pool.store.signature(key)].append(key)
     parts = [
         (signature, batch, part)
         for signature, keys in by_bank.items()
         for batch in controller.batches(keys)
         for part in _split_batch(pool, batch)
     ]
-    unmet = _unmet(step.layer, selections)
-    pool.begin(controller.decide(step, grouped.uses(selections), unmet, prefill=True))
+    outputs: HostOutputs | None = None
+    if decision.computed:
+        assert host is not None
+        signatures = {pool.store.signature(key) for key in decision.computed}
+        widths = {s: grouped.item_rows(s, host.implementation(s)) for s in signatures}
+        outputs = host.run(
+            decision.computed, grouped.assignments, widths, h_TD, selections.weights_TK
+        )
 
     n_parts, layout = (1, None) if mesh is None else (mesh.size, NamedSharding(mesh, DIVIDED))
     y_AD = jnp.zeros((n_parts * n_assignments, h_TD.shape[1]), jnp.float32, device=layout)
@@ -229,7 +238,11 @@ def apply_experts(
         later = [key for *_, following in parts[index + 1 :] for key in following]
         pool.load(part, keep=batch, upcoming=[*later, *upcoming])
         chosen = implementation_for(
-            signature, config.d_model, config.d_expert, implementation, config.expert_function
+            signature,
+            config.d_model,
+            config.d_expert,
+            implementation,
+            function=config.expert_function,
         )
         width = grouped.item_rows(signature, chosen)
         # Bounds that the shapes alone decide, so that few programs are compiled.
@@ -244,4 +257,6 @@ def apply_experts(
                 h_TD, y_AD, weights_TK.reshape(-1), bank, work, signature, chosen, mesh,
                 config.expert_function, biases,
             )  # fmt: skip
-    return y_AD if mesh is None else _sum_of_parts(y_AD, mesh)
+    if mesh is not None:
+        y_AD = _sum_of_parts(y_AD, mesh)
+    return y_AD if outputs is None else _add_outputs(y_AD, *outputs.wait())

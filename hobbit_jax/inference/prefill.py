@@ -24,6 +24,7 @@ from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.experts.store import ExpertKey
+from hobbit_jax.inference.host_compute import HostCompute
 from hobbit_jax.inference.moe import apply_experts
 from hobbit_jax.inference.selection import Selections, rows_of_layer, select
 from hobbit_jax.models.caches import Caches, Places
@@ -114,6 +115,7 @@ class Prefill:
     pool: ExpertPool
     plan: PrecisionPlan
     mode: MissMode
+    host: HostCompute
     biases: tuple[jax.Array, ...] = ()  # `HostExperts.biases`
 
     def _biases(self, layer: int, ids_TK: np.ndarray) -> Biases | None:
@@ -155,7 +157,9 @@ class Prefill:
         x_BTD = _embed(*nnx.split(model.ends), np.asarray(ids_BT, np.int32))
         inspect("embedding", 0, x_BTD)
         kinds, layer = model.layers.kinds, 0
-        looks_ahead = self.pool.staging_bytes > 0 and not self.pool.holds_all
+        # What the CPU computes need not go up.
+        uploads = not (self.pool.holds_all or self.mode.computes)
+        looks_ahead = self.pool.staging_bytes > 0 and uploads
         for number, block in enumerate(model.config.blocks):
             following = model.config.blocks[number + 1 : number + 2]
             next_kind, next_index = None, 0
@@ -185,7 +189,7 @@ class Prefill:
             step = Step(token, layer, int(lengths_B.max()))
             y_AD = apply_experts(
                 self.pool, step, h_TD, selections.weights_TK, on_host, model.implementation,
-                upcoming, self._biases(layer, on_host.ids_TK),
+                upcoming, self.host, self._biases(layer, on_host.ids_TK),
             )  # fmt: skip
             x_BTD = _add_experts(
                 kinds, kinds.kind_N[number], model.layers.states,

@@ -21,6 +21,8 @@ def rotate(x_BTHd: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
     """Rotates the first `rope.dim` channels of each head by its position."""
     half = rope.dim // 2
     inverse_wavelength = rope.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if rope.divisors:
+        inverse_wavelength /= jnp.asarray(rope.divisors, jnp.float32)
     if rope.yarn is not None:
         inverse_wavelength *= rope.yarn.slowdown(rope.base, rope.dim)
     angle_BT1h = positions_BT.astype(jnp.float32)[:, :, None, None] * jnp.reshape(

@@ -23,6 +23,7 @@ from pallas_kernels.reference import ExpertFunction
 
 TOKEN_EMBEDDING = "token_embd.weight"
 OUTPUT_NORM = "output_norm.weight"
+ROPE_DIVISORS = "rope_freqs.weight"
 OUTPUT = "output.weight"  # absent when the head is tied to the embedding
 
 Shapes = dict[str, tuple[int, ...]]  # row-major, by role
@@ -81,6 +82,7 @@ class Rope:
     dim: int
     style: Literal["neox", "norm"]  # pairs (i, i + dim/2), or (2i, 2i + 1)
     yarn: Yarn | None = None
+    divisors: tuple[float, ...] = ()  # of the pairs' frequencies, as `ROPE_DIVISORS` holds them
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,73 @@ class LatentAttention:
         return (State(f"latent_{self.d_latent}+{self.rope.dim}", (1, self.row_width), True),)
 
 
-Attention = GroupedQuery | LatentAttention
+@dataclass(frozen=True)
+class GatedDeltaNet:
+    """The recurrence of `delta_net.py` in the place of attention.
+
+    Attributes:
+        n_key_heads: of queries and keys alike.
+        n_value_heads: a multiple of them.
+        d_state: width of every head.
+        kernel: tokens that the convolution sees.
+        value_heads: which key head a value head uses, "tiled" v mod n_key_heads, "grouped" v div
+            their ratio. Grouped ones have the rows of decay and strength in one tensor.
+    """
+
+    n_key_heads: int
+    n_value_heads: int
+    d_state: int
+    kernel: int
+    value_heads: Literal["tiled", "grouped"]
+
+    @property
+    def n_heads(self) -> int:
+        """Heads that attend to tokens: none."""
+        return 0
+
+    @property
+    def key_width(self) -> int:
+        """Of all key heads."""
+        return self.n_key_heads * self.d_state
+
+    @property
+    def value_width(self) -> int:
+        """Of all value heads."""
+        return self.n_value_heads * self.d_state
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values."""
+        return 2 * self.key_width + self.value_width
+
+    def tensors(self, d_model: int) -> Shapes:
+        """Those of a block."""
+        heads = self.n_value_heads
+        tiled = {"ssm_alpha": (heads, d_model), "ssm_beta": (heads, d_model)}
+        return {
+            "attn_qkv": (self.channels, d_model),
+            "attn_gate": (self.value_width, d_model),
+            "ssm_conv1d": (self.channels, self.kernel),
+            "ssm_dt.bias": (heads,),
+            "ssm_a": (heads,),
+            **(tiled if self.value_heads == "tiled" else {"ssm_ba": (2 * heads, d_model)}),
+            "ssm_norm": (self.d_state,),
+            "ssm_out": (d_model, self.value_width),
+        }
+
+    @property
+    def passed_width(self) -> int:
+        """See `GroupedQuery.passed_width`: the output before its matrix."""
+        return self.value_width
+
+    def states(self) -> tuple[State, ...]:
+        """The last inputs of the convolution, and the matrices."""
+        window = (self.kernel - 1, self.channels)
+        matrix = (self.n_value_heads, self.d_state, self.d_state)
+        return State("delta_window", window, False), State("delta_matrix", matrix, False)
+
+
+Attention = GroupedQuery | LatentAttention | GatedDeltaNet
 
 
 @dataclass(frozen=True)
@@ -335,6 +403,7 @@ class ModelConfig:
 
 # Role → name in the file, where they differ. A role's suffix is "weight" where it has none.
 _STORED_AS = {"router": "ffn_gate_inp"}
+_WITHOUT_SUFFIX = ("ssm_a",)
 
 
 # Of a dense FFN's input and output, of the experts' output, and of the sum of both.
@@ -391,6 +460,8 @@ def block_tensors(config: ModelConfig, block: int) -> dict[str, str]:
 
 def stored_name(role: str) -> str:
     """A role's name in the file, within its block."""
+    if role in _WITHOUT_SUFFIX:
+        return role
     base, _, suffix = role.partition(".")
     return f"{_STORED_AS.get(base, base)}.{suffix or 'weight'}"
 
@@ -413,6 +484,10 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
         names = block_tensors(config, block)
         shapes |= {names[role]: shape for role, shape in block_shapes(config, block).items()}
     shapes[OUTPUT_NORM] = (config.d_model,)
+    attentions = (block.attention for block in config.blocks)
+    divisors = (a.rope.divisors for a in attentions if isinstance(a, GroupedQuery))
+    if pairs := max(map(len, divisors), default=0):
+        shapes[ROPE_DIVISORS] = (pairs,)
     if not config.tied_head:
         shapes[OUTPUT] = (config.vocab_size, config.d_model)
     return shapes

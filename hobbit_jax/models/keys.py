@@ -29,6 +29,7 @@ from hobbit_jax.models.config import (
     OUTPUT,
     Attention,
     BlockConfig,
+    GatedDeltaNet,
     GroupedQuery,
     ModelConfig,
     Rope,
@@ -40,7 +41,7 @@ T = TypeVar("T")
 
 # Beyond these bounds float32 arithmetic gives zeros or NaN, not another model.
 _RMS_EPS = number(1e-30, 1.0)
-_ROPE_BASE = number(1.0, 1e30)
+ROPE_BASE = number(1.0, 1e30)
 _POSITIVE = number(1e-30, 1e30)
 _SOFTMAX, _SIGMOID = 1, 2  # gguf.ExpertGatingFuncType; 0 is "not said"
 _GATINGS: dict[int, Literal["softmax", "sigmoid"]] = {_SOFTMAX: "softmax", _SIGMOID: "sigmoid"}
@@ -168,7 +169,7 @@ def rotary(keys: Keys, dim: int, style: Literal["neox", "norm"]) -> Rope:
     Raises:
         ValueError: impossible numbers.
     """
-    base = keys.read("rope.freq_base", _ROPE_BASE, 10000.0)
+    base = keys.read("rope.freq_base", ROPE_BASE, 10000.0)
     factor = keys.unchecked("rope.scaling.factor", 1.0)
     if keys.unchecked("rope.scaling.type") != "yarn" or factor in (0.0, 1.0):  # 0 is "not said"
         return Rope(base, dim, style)
@@ -245,6 +246,30 @@ def grouped_query(
         raise ValueError(f"{keys.path}: the metadata gives {broken}; convert the model again")
     rope = rotary(keys, rope_dim, rope_style)
     return GroupedQuery(n_heads, n_kv_heads, head_dim, rope, qk_norm, gated, biased, fused)
+
+
+def delta_net(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> GatedDeltaNet:
+    """The gated delta net of Qwen's hybrids.
+
+    Raises:
+        ValueError: numbers that do not fit each other.
+        NotImplementedError: value heads of another width than key heads.
+    """
+    key_heads, heads, d_state, inner, kernel = (
+        keys.read(f"ssm.{key}", integer(1, 2**20))
+        for key in ("group_count", "time_step_rank", "state_size", "inner_size", "conv_kernel")
+    )
+    if heads % key_heads:
+        raise ValueError(
+            f"{keys.path}: the metadata gives {heads} value heads (ssm.time_step_rank), expected a "
+            f"multiple of the {key_heads} key heads; convert the model again"
+        )
+    if inner != heads * d_state:
+        raise NotImplementedError(
+            f"{keys.path}: {keys.arch}.ssm.inner_size is {inner}; supported are {heads} value "
+            f"heads as wide as the key heads, {heads * d_state} in all"
+        )
+    return GatedDeltaNet(key_heads, heads, d_state, kernel, value_heads)
 
 
 def experts(keys: Keys, width_key: str) -> dict[str, Any]:
@@ -373,7 +398,7 @@ def decoder_metadata(config: ModelConfig, width_key: str) -> dict[str, Any]:
     """What `ends`, `grouped_query` and `experts` read, without the architecture's prefix."""
     attention = next(b.attention for b in config.blocks if isinstance(b.attention, GroupedQuery))
     return {
-        "block_count": config.n_blocks + config.skipped_blocks,
+        "block_count": config.n_blocks,
         "context_length": config.context_length,
         "embedding_length": config.d_model,
         # Of a dense layer, which no model here has; llama.cpp wants the key all the same.

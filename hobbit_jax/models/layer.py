@@ -24,10 +24,12 @@ from hobbit_jax.models.caches import Arrays, Caches, Places
 from hobbit_jax.models.config import (
     BESIDE_NORMS,
     BlockConfig,
+    GatedDeltaNet,
     GroupedQuery,
     LatentAttention,
     ModelConfig,
 )
+from hobbit_jax.models.delta_net import DeltaNetMixer
 from hobbit_jax.models.latent_attention import LatentMixer
 from hobbit_jax.models.modules import BlockWeights, GatedMLP
 from hobbit_jax.models.router import Router, Routing
@@ -58,7 +60,11 @@ class Mixer(Protocol):
         ...
 
 
-_MIXERS = {GroupedQuery: GroupedQueryAttention, LatentAttention: LatentMixer}
+_MIXERS = {
+    GroupedQuery: GroupedQueryAttention,
+    LatentAttention: LatentMixer,
+    GatedDeltaNet: DeltaNetMixer,
+}
 
 
 class Routed(NamedTuple):

@@ -14,7 +14,18 @@ from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
 from hobbit_jax.model_file.metadata import shown
 from hobbit_jax.model_file.other_files import refuse_other_kinds
-from hobbit_jax.models import bailingmoe2, deepseek2, glm4moe, gpt_oss, llama, olmoe, qwen3moe
+from hobbit_jax.models import (
+    bailingmoe2,
+    deepseek2,
+    gemma4,
+    glm4moe,
+    gpt_oss,
+    llama,
+    olmoe,
+    qwen3moe,
+    qwen3next,
+    qwen35moe,
+)
 from hobbit_jax.models.config import ModelConfig, block_shapes, tensor_shapes
 from hobbit_jax.models.keys import Keys
 
@@ -46,7 +57,10 @@ FAMILIES: dict[str, Family] = {
     "deepseek2": deepseek2,
     "glm4moe": glm4moe,
     "bailingmoe2": bailingmoe2,
+    "qwen35moe": qwen35moe,
+    "qwen3next": qwen3next,
     "gpt-oss": gpt_oss,
+    "gemma4": gemma4,
 }
 
 
@@ -86,6 +100,9 @@ _REFUSED_TENSORS = (
      "one tensor per expert, as converters wrote before April 2024; supported are stacked "
      "experts (ffn_gate_exps): convert the model again with a current llama.cpp"),
     (r".*_shexp\..*", "shared experts; supported are models with routed experts only"),
+    (r".*\.ssm_in\..*",
+     "a delta net whose q, k, v and z are tangled, as converters wrote first; supported are "
+     "attn_qkv and attn_gate: convert the model again with a current llama.cpp"),
     (r".*\.attn_qkv\..*", "fused q, k and v; supported are separate ones"),
     (r".*\.bias", "biases; supported are models without"),
 )  # fmt: skip

@@ -39,11 +39,11 @@ class Router(nnx.Module):
         self.linear = weights.router()
         biased = self.settings.selection_bias
         self.bias = nnx.Param(weights.array("exp_probs_b.bias")) if biased else None
-        self.rms_eps, self.input_scale, self.expert_scale = config.rms_eps, None, None
-        if self.settings.own_input:
-            self.input_scale = nnx.Param(weights.array("router.scale") * config.d_model**-0.5)
-        if self.settings.expert_scale:
-            self.expert_scale = nnx.Param(weights.array("ffn_down_exps.scale"))
+        self.rms_eps, settings = config.rms_eps, self.settings
+        own = weights.array("router.scale") * config.d_model**-0.5 if settings.own_input else None
+        self.input_scale = None if own is None else nnx.Param(own)
+        scaled = settings.expert_scale
+        self.expert_scale = nnx.Param(weights.array("ffn_down_exps.scale")) if scaled else None
 
     def scores(self, h: jax.Array) -> jax.Array:
         """Every expert's score, float32 [..., E]."""

@@ -29,10 +29,23 @@ SPEEDUP_NEEDED, MOST_LOSS = 1.2, 0.05
 NATIVE = Setting("native SLRU", "fetch")
 
 
-def settings() -> list[Setting]:
-    """Native first, then the uniform quants, the floors, and what keeps copies of both kinds."""
+def settings(link_to_host: float) -> list[Setting]:
+    """Native first, then what computes misses on the CPU, the uniform quants, the floors, and what
+    keeps copies of both kinds.
+
+    Args:
+        link_to_host: the link's bandwidth over the rate at which the CPU reads what it computes.
+    """
     lowest = LOW_FORMATS[-1]
     listed = [NATIVE]
+    listed += [
+        Setting(name, mode, low, link_to_host=link_to_host)
+        for name, mode, low in (
+            ("misses on the CPU", "host", None),
+            ("misses on both", "hybrid", None),
+            (f"misses on the CPU in {lowest}", "host_low", lowest),
+        )
+    ]
     listed += [Setting(f"uniform {f}", "fetch", f, asked="low") for f in LOW_FORMATS]
     listed += [Setting(f"floor {f}", "floor", f) for f in LOW_FORMATS]
     listed += [

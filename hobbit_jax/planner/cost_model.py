@@ -160,6 +160,12 @@ def measured(
     }
 
 
+def link_to_host(machine: Machine) -> float:
+    """The link's bandwidth over the rate at which the CPU reads what it computes."""
+    link = machine.pcie_gb_s * machine.pcie_efficiency
+    return link / (machine.host_gb_s * machine.host_efficiency)
+
+
 MEASURED = ("host_gb_s", "host_efficiency", "pcie_gb_s", "pcie_efficiency", "copy_latency_us")
 
 

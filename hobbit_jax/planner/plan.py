@@ -24,6 +24,7 @@ from hobbit_jax.planner.cost_model import (
     Machine,
     Traffic,
     describe,
+    link_to_host,
     token_time,
 )
 from hobbit_jax.planner.hardware import GPU
@@ -32,6 +33,7 @@ from hobbit_jax.planner.shapes import PlannedModel
 from hobbit_jax.planner.traffic import (
     LLAMA_CPP_KV,
     Outcome,
+    Setting,
     all_on_cpu,
     hot_on_device,
     layers_that_fit,
@@ -183,8 +185,10 @@ def make_plan(
     """
     config, memory = model.config, divide_memory(model, request)
 
+    listed = candidates.settings(link_to_host(machines[OURS]))
+
     def under(asked: Request) -> list[_Options]:
-        return [_options(model, routing, asked, progress) for routing in routings]
+        return [_options(model, listed, routing, asked, progress) for routing in routings]
 
     base = under(request)
     constants = describe(machines[OURS], given)
@@ -244,11 +248,15 @@ def _other_requests(model: PlannedModel, request: Request) -> dict[str, Request]
 
 
 def _options(
-    model: PlannedModel, routing: Routing, request: Request, progress: Callable[[str], object]
+    model: PlannedModel,
+    listed: Sequence[Setting],
+    routing: Routing,
+    request: Request,
+    progress: Callable[[str], object],
 ) -> _Options:
     options, pool = _Options(), divide_memory(model, request).pool
     native_fits = model.native_bytes <= pool
-    for setting in [candidates.NATIVE] if native_fits else candidates.settings():
+    for setting in listed[:1] if native_fits else listed:
         progress(setting.name)
         try:
             outcome = replay_setting(

@@ -51,8 +51,6 @@ PRESET_NAMES = (*(name for name in PRESETS if name != "tiny"), *PLANNED)
 _FLOAT_BYTES = 4
 _EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 _MOST_LAYERS = 10_000
-# What llama.cpp takes where rows are no multiple of 256.
-
 # Architectures whose other layers than every fourth are recurrent where the file does not say.
 _DELTA_NETS = ("qwen3next", "qwen35moe")
 

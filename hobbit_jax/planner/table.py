@@ -131,12 +131,11 @@ def how_to_run(setting: dict[str, Any], plan: dict[str, Any]) -> str:
             f"quantize.py --format {low} --method gptq --calibration C --out low.gguf, {run} "
             "--model low.gguf"
         )
+    mode = MISS_MODES[setting["mode"]]
     run += f" --miss_mode {setting['mode']}"
-    if low is None:
-        return run
-    cached = MISS_MODES[setting["mode"]].low_banks == "cache"
-    share = f" --low_share {setting['low_share']:g}" if cached else ""
-    return f"{run} --low_format {low}{share}"
+    run += f" --link_to_host {setting['link_to_host']:.2g}" if mode.computes else ""
+    run += f" --low_format {low}" if low else ""
+    return run + (f" --low_share {setting['low_share']:g}" if mode.low_banks == "cache" else "")
 
 
 def _caveats(plan: dict[str, Any], check: dict[str, Any]) -> list[str]:

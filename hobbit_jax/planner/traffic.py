@@ -18,7 +18,7 @@ import numpy as np
 
 from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.counter import Replay, RoutedStep
-from hobbit_jax.cache.miss_modes import MISS_MODES
+from hobbit_jax.cache.miss_modes import LINK_TO_HOST, MISS_MODES, Host, MissMode
 from hobbit_jax.cache.policies import DEFAULT_POLICY, policy_factory
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, pool_slots
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION
@@ -42,6 +42,7 @@ class Setting:
         low_format: of the low precision; None without one.
         asked: whether every expert is asked for natively or at the low precision.
         low_share: of the pool's bytes for low copies, where the mode keeps some.
+        link_to_host: the link's bandwidth over the CPU's, for modes that compute misses there.
     """
 
     name: str
@@ -49,6 +50,13 @@ class Setting:
     low_format: str | None = None
     asked: Literal["native", "low"] = "native"
     low_share: float = DEFAULT_LOW_SHARE
+    link_to_host: float = LINK_TO_HOST
+
+    @property
+    def rule(self) -> MissMode:
+        """What the mode does with a miss."""
+        mode = MISS_MODES[self.mode]
+        return replace(mode, link_to_host=self.link_to_host) if isinstance(mode, Host) else mode
 
     @property
     def precision(self) -> int:
@@ -117,7 +125,7 @@ def _shrunk(
 
 def _warmed_up(setting: Setting, model: PlannedModel, trace: Trace, pool_bytes: int) -> _Warm:
     """Raises what `replay_setting` does."""
-    config, mode = model.config, MISS_MODES[setting.mode]
+    config, mode = model.config, setting.rule
     store = model.store(setting.low_format)
     plan = uniform_plan(store, setting.precision)
     slots, _ = pool_slots(plan, mode, store, pool_bytes, setting.low_share)
@@ -175,7 +183,8 @@ def replay_setting(
     scale = selections / (n_layers * k) / tally.tokens
     exits = _exits(tally.round_trips / (tally.tokens * n_layers), config.experts_per_token / k)
     pairs = config.n_layers * config.n_experts
-    cached = MISS_MODES[setting.mode].low_banks != "none"
+    mode = setting.rule
+    cached = mode.low_banks in ("cache", "all")
     return Outcome(
         setting=setting,
         slots={"/".join(dict.fromkeys(signature)): n for signature, n in warm.slots.items()},
@@ -189,8 +198,10 @@ def replay_setting(
             expert_bytes=tally.bytes_used * scale,
             selections=selections,
             exits=exits * config.n_layers,
-            moved_experts=(tally.misses + tally.promotions) * scale,
+            moved_experts=(tally.misses - tally.computed + tally.promotions) * scale,
             moved_bytes=tally.bytes_moved * scale,
+            host_bytes=tally.host_bytes * scale,  # after an exit, which is the hand-over too
+            at_once=mode.computes,
         ),
     )
 

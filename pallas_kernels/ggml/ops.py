@@ -66,16 +66,20 @@ def address_of(raw: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def check_available() -> None:
+def check_available(platform: str | None = None) -> None:
     """Refuses where the backend cannot run at all.
+
+    Args:
+        platform: where it is to run; None is this process's device.
 
     Raises:
         NotImplementedError: no CPU device, no numba, no libggml, or a processor without AVX2.
     """
-    if jax.devices()[0].platform != "cpu":
+    device = jax.devices(platform)[0]
+    if device.platform != "cpu":
         raise NotImplementedError(
-            f"backend 'ggml' computes on a CPU, and this process has "
-            f"{jax.devices()[0].device_kind}; set JAX_PLATFORMS=cpu, or take 'triton' or 'xla'"
+            f"backend 'ggml' computes on a CPU, and this process has {device.device_kind}; set "
+            "JAX_PLATFORMS=cpu, or take 'triton' or 'xla'"
         )
     if importlib.util.find_spec("numba") is None:
         raise NotImplementedError(
@@ -84,13 +88,13 @@ def check_available() -> None:
     library.check_processor()
 
 
-def check_formats(*format_names: str) -> None:
-    """Refuses types that ggml has no product for.
+def check_formats(*format_names: str, platform: str | None = None) -> None:
+    """Refuses types that ggml has no product for, on `platform` or this process's device.
 
     Raises:
         NotImplementedError: names the type.
     """
-    check_available()
+    check_available(platform)
     for name in format_names:
         library.type_functions(name)
 

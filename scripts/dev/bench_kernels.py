@@ -2,12 +2,10 @@
 
     make gpu    # everything, on a machine with a GPU
     python scripts/dev/bench_kernels.py --shapes tiny --tokens 1,16 --formats Q4_K --out bench.json
-    python scripts/dev/bench_kernels.py --tune --formats Q4_K,Q2_K
 
 Without a GPU the implementations are xla and interpret, and the figures only show that it runs.
 """
 
-import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,11 +17,11 @@ from tqdm import tqdm
 from hobbit_jax import cli
 from hobbit_jax.atomic import write_json
 from hobbit_jax.record import machine
-from pallas_kernels import bench, tuning
+from pallas_kernels import bench
 from pallas_kernels.formats import FORMATS
 
 ON_GPU = jax.devices()[0].platform == "gpu"
-RIVALS = ("jax_bf16", "torch_bf16")  # they have no quantised format
+RIVAL = "jax_bf16"  # it has no quantised format
 
 _FORMATS = flags.DEFINE_list(
     "formats",
@@ -52,24 +50,21 @@ _SHAPES = flags.DEFINE_list(
 _TOKENS = flags.DEFINE_list("tokens", ["1", "4", "16", "64", "512"], "Numbers of tokens of a step.")
 _IMPLEMENTATIONS = flags.DEFINE_list(
     "implementations",
-    ["triton", "xla", *RIVALS] if ON_GPU else ["xla", "interpret"],
-    "Implementations to time, of triton, interpret, xla, jax_bf16, torch_bf16; xla beyond one "
+    ["triton", "xla", RIVAL] if ON_GPU else ["xla", "interpret"],
+    "Implementations to time, of triton, interpret, xla, jax_bf16; xla beyond one "
     "token only in four formats.",
 )
 _SECONDS = flags.DEFINE_float("seconds", 0.25, "Seconds spent on timing a case.", 0.01, 3600.0)
 _OUT = flags.DEFINE_string(
     "out", None, "JSON file to write; rows are in it as soon as they are measured."
 )
-_TUNE = flags.DEFINE_bool(
-    "tune", False, "Whether to try tiles first and record the best for this device."
-)
 
 
 def cases() -> list[bench.Case]:
     tokens = cli.numbers(_TOKENS, int, 1, 2**20)
     chosen = list(itertools.product(_SHAPES.value, _FORMATS.value, tokens, _IMPLEMENTATIONS.value))
-    quantised = [c for c in chosen if c[3] not in RIVALS]
-    rivals = [c for c in chosen if c[3] in RIVALS and c[1] == _FORMATS.value[0]]
+    quantised = [c for c in chosen if c[3] != RIVAL]
+    rivals = [c for c in chosen if c[3] == RIVAL and c[1] == _FORMATS.value[0]]
     few = ("Q2_K", "Q4_K", "Q6_K", "Q8_0")  # unpacking every expert in XLA takes long
     quantised = [c for c in quantised if c[3] != "xla" or c[2] == 1 or c[1] in few or not ON_GPU]
     return [bench.Case(*c) for c in quantised] + [
@@ -81,7 +76,7 @@ def check_flags() -> None:
     for flag, known in (
         (_FORMATS, [fmt.name for fmt in FORMATS.values() if fmt.packing]),
         (_SHAPES, bench.SHAPES),
-        (_IMPLEMENTATIONS, ("triton", "interpret", "xla", *RIVALS)),
+        (_IMPLEMENTATIONS, ("triton", "interpret", "xla", RIVAL)),
     ):
         unknown = [name for name in flag.value if name not in known]
         if unknown:
@@ -92,10 +87,6 @@ def main(_) -> int:
     check_flags()
     if _OUT.value:
         cli.output_file("out", _OUT.value)
-    if _TUNE.value:
-        tuning.tune(
-            _FORMATS.value, _SHAPES.value, functools.partial(tqdm, desc="tuning", disable=None)
-        )
     record = {"machine": machine(), "copy_gb_s": bench.copy_gb_s()}
     record |= {"bf16_tflop_s": bench.bf16_tflop_s(), "rows": []}
     print(f"copy {record['copy_gb_s']:.0f} GB/s, bfloat16 {record['bf16_tflop_s']:.1f} TFLOP/s")

@@ -34,7 +34,7 @@ class Add(Protocol):
         shape: tuple[int, ...],
         format: str = "F32",
         std: float = 0.15,
-        mean: float = 0.0,
+        mean: float | np.ndarray = 0.0,
     ) -> None: ...
 
 

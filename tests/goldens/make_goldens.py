@@ -4,7 +4,7 @@ They are logits of Hugging Face's models in float32. Run by hand, in an environm
 `tests/tiny_models.py` or a file of `tests/families/` changes; names limit it to some goldens:
 
     python3 -m venv torch-env && torch-env/bin/pip install torch transformers gguf numpy
-    PYTHONPATH=. torch-env/bin/python tests/goldens/make_goldens.py gpt_oss
+    PYTHONPATH=. torch-env/bin/python tests/goldens/make_goldens.py [NAME ...]
 
 Nothing of ours reads or computes here: the files are read by `gguf.GGUFReader`, dequantised by
 `gguf.quants`, and run by the classes of transformers. Which class and which place a tensor goes to
@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Container
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -25,7 +27,14 @@ import numpy as np
 import torch
 
 from hobbit_jax.baselines.hugging_face import load
-from hobbit_jax.models.config import BlockConfig, GroupedQuery, ModelConfig, Rope, RouterConfig
+from hobbit_jax.models.config import (
+    BlockConfig,
+    GatedDeltaNet,
+    GroupedQuery,
+    ModelConfig,
+    Rope,
+    RouterConfig,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,16 +43,18 @@ from families import FAMILIES
 
 # A choice of experts closer than this could fall the other way under another rounding.
 LEAST_ROUTER_MARGIN = 1e-3
+HYBRIDS = ("qwen35moe", "qwen3next")
 
 
-def read_hyperparameters(reader: gguf.GGUFReader, has_head: bool) -> ModelConfig:
+def read_hyperparameters(reader: gguf.GGUFReader, names: Container[str]) -> ModelConfig:
     """What the mapping needs, straight from the file; what llama.cpp has in code, by hand."""
     arch = reader.fields["general.architecture"].contents()
 
     def number(key: str):
         return reader.fields[f"{arch}.{key}"].contents()
 
-    width = "expert_feed_forward_length" if arch == "qwen3moe" else "feed_forward_length"
+    derived = arch in ("llama", "olmoe")
+    width = "feed_forward_length" if derived else "expert_feed_forward_length"
     attention = GroupedQuery(
         number("attention.head_count"),
         number("attention.head_count_kv"),
@@ -53,11 +64,33 @@ def read_hyperparameters(reader: gguf.GGUFReader, has_head: bool) -> ModelConfig
             number("rope.dimension_count"),
             "norm" if arch == "llama" else "neox",
         ),
-        {"qwen3moe": "head", "llama": "none", "olmoe": "full"}[arch],
+        {"llama": "none", "olmoe": "full"}.get(arch, "head"),
+        gated=arch in HYBRIDS,
     )
+    block = BlockConfig(attention)
+    blocks = (block,) * number("block_count")
+    if arch in HYBRIDS:
+        delta = GatedDeltaNet(
+            number("ssm.group_count"),
+            number("ssm.time_step_rank"),
+            number("ssm.state_size"),
+            number("ssm.conv_kernel"),
+            "tiled" if arch == "qwen35moe" else "grouped",
+        )
+        block = BlockConfig(
+            attention,
+            "post_attention_norm",
+            d_shared=number("expert_shared_feed_forward_length"),
+            shared_gate=2,
+        )
+        interval, count = number("full_attention_interval"), len(blocks)
+        blocks = tuple(
+            block if (i + 1) % interval == 0 else replace(block, attention=delta)
+            for i in range(count - number("nextn_predict_layers"))
+        )
     return ModelConfig(
         arch=arch,
-        blocks=(BlockConfig(attention),) * number("block_count"),
+        blocks=blocks,
         router=RouterConfig("softmax", renormalise=arch != "olmoe"),
         d_model=number("embedding_length"),
         n_experts=number("expert_count"),
@@ -66,7 +99,8 @@ def read_hyperparameters(reader: gguf.GGUFReader, has_head: bool) -> ModelConfig
         vocab_size=len(reader.fields["tokenizer.ggml.tokens"].data),
         context_length=number("context_length"),
         rms_eps=number("attention.layer_norm_rms_epsilon"),
-        tied_head=not has_head,
+        tied_head="output.weight" not in names,
+        fused_gate_up="blk.0.ffn_gate_up_exps.weight" in names,
     )
 
 
@@ -75,7 +109,7 @@ def golden_logits(path: Path, ids_T: np.ndarray) -> tuple[np.ndarray, float]:
     """float32 [T, V] of the model in `path`, and the least router margin met."""
     reader = gguf.GGUFReader(path)
     weights = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
-    config = read_hyperparameters(reader, "output.weight" in weights)
+    config = read_hyperparameters(reader, weights)
     model = load(config, weights.__getitem__, attention="eager")
     output = model(torch.from_numpy(ids_T[None].astype(np.int64)), output_router_logits=True)
     margins, chosen, k = [], [], config.experts_per_token
@@ -128,12 +162,11 @@ def make_family_golden(name: str) -> None:
 
 
 def main():
-    wanted = sys.argv[1:] or [*tiny_models.MODELS, *FAMILIES]
-    for name in FAMILIES.keys() & set(wanted):
-        make_family_golden(name)
-    for name, model in tiny_models.MODELS.items():
-        if name not in wanted:
+    for name in sys.argv[1:] or [*tiny_models.MODELS, *FAMILIES]:
+        if name in FAMILIES:
+            make_family_golden(name)
             continue
+        model = tiny_models.MODELS[name]
         ids_T = tiny_models.tokens(model)
         print(name)
         with tempfile.TemporaryDirectory() as directory:

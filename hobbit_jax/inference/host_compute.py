@@ -1,0 +1,230 @@
+"""Experts computed on the CPU, from the blocks in the file's map, whatever the device is.
+
+Owns the way there and back: the rows that chose these experts go to the CPU, the same expert op
+runs on them there, and its outputs return as data. Nothing is copied into a pool. With ggml's
+products the op reads the map itself; XLA unpacks a few experts at a time. A row's result depends on
+its expert and the width of an item alone, as on the device, so on a CPU both give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hobbit_jax.experts.store import ExpertKey, HostExperts
+from pallas_kernels.backends import Implementation
+from pallas_kernels.expert_ffn import expert_ffn, implementation_for
+from pallas_kernels.formats import get_format
+from pallas_kernels.ggml.ops import RawMatrix, address_of
+from pallas_kernels.reference import Bank, Biases, Signature, Work
+
+# Experts that XLA unpacks at a time.
+MAX_UNPACKED = 8
+
+
+@dataclass(frozen=True)
+class HostOutputs:
+    """One layer's outputs of experts that the CPU computes meanwhile; H is a power of two.
+
+    Attributes:
+        assignment_H: t * K + k of each row, int32; T * K for padding.
+        y_HD: the expert's output times the routing weight, float32, on the CPU.
+        what: whose, for messages.
+    """
+
+    assignment_H: np.ndarray
+    y_HD: jax.Array
+    what: str
+
+    def wait(self) -> tuple[np.ndarray, np.ndarray]:
+        """The assignments and outputs, when they are computed.
+
+        Raises:
+            RuntimeError: the computation failed.
+        """
+        with _named(self.what):
+            return self.assignment_H, np.asarray(self.y_HD)
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Says whose computation failed."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"computing {what} on the CPU failed: {error}") from error
+
+
+@partial(jax.jit, static_argnums=2)
+def _rows(h_TD: jax.Array, assignment_H: np.ndarray, k: int) -> jax.Array:
+    return h_TD[assignment_H // k]
+
+
+@partial(jax.jit, static_argnums=1)
+def _unpacked(raw: Bank, signature: Signature) -> Bank:
+    parts = zip(signature, raw, strict=True)
+    return Bank(*(jax.vmap(get_format(name).split)(blocks) for name, blocks in parts))
+
+
+@partial(
+    jax.jit, static_argnames=("signature", "implementation", "function"), donate_argnames="y_HD"
+)
+def _expert_ffn(x_HD, y_HD, weight_H, bank, work, signature, implementation, function, biases):
+    return expert_ffn(x_HD, y_HD, weight_H, bank, signature, work, implementation, function, biases)
+
+
+class HostCompute:
+    """The CPU of one engine.
+
+    Args:
+        store: whose map it reads.
+        implementation: of the device's products; the CPU takes the same where it is the device.
+    """
+
+    def __init__(self, store: HostExperts, implementation: Implementation):
+        on_cpu = jax.devices()[0].platform == "cpu"
+        self._store, self._implementation = store, implementation if on_cpu else None
+        self._mapped_bank = cache(self._make_mapped_bank)
+
+    @property
+    def _device(self) -> Any:  # a jax.Device
+        try:
+            return jax.devices("cpu")[0]
+        except RuntimeError as error:
+            raise RuntimeError(
+                "a miss mode that computes on the CPU needs JAX's CPU device, and this process has "
+                f"none; put cpu into JAX_PLATFORMS ({error})"
+            ) from error
+
+    def implementation(self, signature: Signature) -> str:
+        """How experts of one signature are computed on the CPU."""
+        config = self._store.config
+        return implementation_for(
+            signature,
+            config.d_model,
+            config.d_expert,
+            self._implementation,
+            platform="cpu",
+            function=config.expert_function,
+        )
+
+    @cached_property
+    def _biases(self) -> tuple[jax.Array, ...]:
+        return jax.device_put(self._store.biases, self._device)
+
+    def _biases_of(
+        self, keys: Sequence[ExpertKey], assignments: Mapping[ExpertKey, np.ndarray], padding: int
+    ) -> Biases | None:
+        """Of the rows of `run`, which are padded with those of some expert."""
+        if not self._biases:
+            return None
+        n_experts = self._store.config.n_experts
+        rows = [np.full(len(assignments[key]), key.layer * n_experts + key.expert) for key in keys]
+        return Biases(*self._biases, np.pad(np.concatenate(rows), (0, padding)).astype(np.int32))
+
+    def run(
+        self,
+        keys: Sequence[ExpertKey],
+        assignments: Mapping[ExpertKey, np.ndarray],
+        widths: Mapping[Signature, int],
+        h_TD: jax.Array,
+        weights_TK: np.ndarray,
+    ) -> HostOutputs:
+        """Begins to compute experts of one layer on all rows that chose them.
+
+        Args:
+            keys: the experts.
+            assignments: t * K + k of each one's rows, ascending.
+            widths: rows of an item, by signature, as on the device.
+            h_TD: what the experts read, float32, on the device.
+            weights_TK: the router's weights, float32.
+
+        Raises:
+            ValueError: an expert's scales are damaged.
+            OSError: its file is gone or changed.
+            RuntimeError: it could not be begun.
+        """
+        # All are checked before the first address is read.
+        raws = {key: self._store.raw(key) for key in keys}
+        count, k = weights_TK.size, weights_TK.shape[1]
+        assignment_N = np.concatenate([assignments[key] for key in keys]).astype(np.int32)
+        padding = (1 << (len(assignment_N) - 1).bit_length()) - len(assignment_N)
+        assignment_H = np.pad(assignment_N, (0, padding), constant_values=count)
+        ends = np.cumsum([len(assignments[key]) for key in keys])
+        rows = dict(zip(keys, np.split(np.arange(len(assignment_N)), ends[:-1]), strict=True))
+        weight_H = np.append(weights_TK.reshape(-1), np.float32(0))[assignment_H]
+        local_TD = h_TD.addressable_data(0)  # of several devices each has all
+        function = self._store.config.expert_function
+        biases = self._biases_of(keys, assignments, padding)
+        what = f"{len(keys)} experts of layer {keys[0].layer}"
+        with _named(what), jax.default_device(self._device):
+            x_HD = _rows(local_TD, np.minimum(assignment_H, count - 1), k)
+            x_HD = jax.device_put(x_HD, self._device)
+            y_HD = jnp.zeros(x_HD.shape, jnp.float32)
+            for bank, work, signature, chosen in self._calls(raws, rows, widths):
+                y_HD = _expert_ffn(
+                    x_HD, y_HD, weight_H, bank, work, signature, chosen, function, biases
+                )
+        return HostOutputs(assignment_H, y_HD, what)
+
+    def _calls(self, raws, rows, widths):
+        """The calls of the op: bank, work, signature and implementation of each."""
+        by_precision: dict[int, list[ExpertKey]] = {}
+        for key in rows:
+            by_precision.setdefault(key.precision, []).append(key)
+        for keys in by_precision.values():
+            signature = self._store.signature(keys[0])
+            chosen, width = self.implementation(signature), widths[signature]
+            if chosen == "ggml":
+                slots = {key: key.expert for key in keys}
+                bank = self._mapped_bank(keys[0].precision, keys[0].layer)
+                yield bank, _work(slots, rows, width), signature, chosen
+                continue
+            for start in range(0, len(keys), MAX_UNPACKED):
+                some = keys[start : start + MAX_UNPACKED]
+                slots = {key: slot for slot, key in enumerate(some)}
+                # A power of two of experts, so that few programs are compiled.
+                some = some + some[:1] * ((1 << (len(some) - 1).bit_length()) - len(some))
+                blocks = Bank(*map(np.stack, zip(*(raws[key] for key in some), strict=True)))
+                yield _unpacked(blocks, signature), _work(slots, rows, width), signature, chosen
+
+    def _make_mapped_bank(self, precision: int, layer: int) -> Bank:
+        """All of one layer's experts as addresses in the map."""
+        experts = self._store.layer(precision, layer)
+        matrices = []
+        for tensor in (experts.gate, experts.up, experts.down):
+            addresses_E2 = np.stack([address_of(raw) for raw in tensor.raw])
+            _, n_rows, n_columns = tensor.shape
+            matrices.append(RawMatrix(addresses_E2, n_rows, n_columns, tensor.raw[0].nbytes))
+        return Bank(*matrices)
+
+
+def _work(slots: Mapping[ExpertKey, int], rows: Mapping[ExpertKey, np.ndarray], width: int) -> Work:
+    """Items of up to `width` rows of one expert; a power of two of them."""
+    slot_I, row_IC = items(slots, rows, width)
+    padding = (1 << (len(slot_I) - 1).bit_length()) - len(slot_I)
+    return Work(
+        jnp.asarray(np.pad(slot_I, (0, padding))),
+        jnp.asarray(np.pad(row_IC, ((0, padding), (0, 0)))),
+        jnp.int32(len(slot_I)),
+    )
+
+
+def items(
+    slots: Mapping[ExpertKey, int], assignments: Mapping[ExpertKey, np.ndarray], width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slots [I] and assignments [I, width] of experts, short items padded with their first."""
+    slot_I, rows = [], []
+    for key, slot in slots.items():
+        for start in range(0, len(assignments[key]), width):
+            part = assignments[key][start : start + width]
+            rows.append(np.pad(part, (0, width - len(part)), constant_values=part[0]))
+            slot_I.append(slot)
+    return np.asarray(slot_I, np.int32), np.asarray(rows, np.int32).reshape(-1, width)

@@ -1,0 +1,196 @@
+"""The gated delta net: a recurrence in the place of attention (Qwen3-Next, Qwen3.5 and 3.6).
+
+Each value head keeps a matrix S, from keys to values. A token decays it, corrects what it says of
+the token's key towards the token's value, and reads it with the token's query:
+
+    S ← e^g·S;  u = β·(v − Sᵀk);  S ← S + k uᵀ;  o = Sᵀq
+
+Queries, keys and values pass a short causal convolution before. Many tokens are computed 64 at a
+time: within a chunk the corrections are the solution of a triangular system.
+
+Letters here: J key heads, H value heads, d the width of a head, W the window of the convolution, X
+its channels, I a chunk's tokens.
+
+Source: llama.cpp, src/models/{qwen3next,qwen35moe}.cpp and delta-net-base.cpp; arXiv 2412.06464
+(the recurrence and its chunks).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hobbit_jax.models.caches import Arrays, Caches, Places
+from hobbit_jax.models.config import GatedDeltaNet
+from hobbit_jax.models.modules import BlockWeights, RMSNorm
+
+CHUNK_TOKENS = 64
+_LEAST_SQUARE = 1e-6  # added to a key's or query's square before the root, as transformers does
+
+
+class DeltaNetMixer(nnx.Module):
+    """The matrices of `config.GatedDeltaNet`, and what it computes. See `layer.Mixer`."""
+
+    def __init__(self, spec: GatedDeltaNet, rms_eps: float, weights: BlockWeights):
+        self.spec = spec
+        self.qkv, self.gate = weights.linear("attn_qkv"), weights.linear("attn_gate")
+        tiled = spec.value_heads == "tiled"
+        self.decay = weights.linear("ssm_alpha") if tiled else None
+        self.strength = weights.linear("ssm_beta" if tiled else "ssm_ba")
+        self.kernel_XW = nnx.Param(weights.array("ssm_conv1d"))
+        self.decay_bias_H = nnx.Param(weights.array("ssm_dt.bias"))
+        self.decay_rate_H = nnx.Param(weights.array("ssm_a"))  # negative
+        self.norm, self.output = (
+            RMSNorm(weights.array("ssm_norm"), rms_eps),
+            weights.linear("ssm_out"),
+        )
+
+    def project(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
+    ) -> tuple[jax.Array, Arrays]:
+        """The gated output, before its matrix, and the states after these tokens."""
+        spec, (batch, tokens, _) = self.spec, x_BTD.shape
+        window, matrix = (state.name for state in spec.states())
+        valid_BT = positions_BT < caches.context
+        mixed_BTX, window_BWX = self._convolve(
+            self.qkv(x_BTD), caches.recurrent[window][places[window]], valid_BT
+        )
+        q_BTJd, k_BTJd, v_BTHd = (
+            part.reshape(batch, tokens, -1, spec.d_state)
+            for part in jnp.split(mixed_BTX, [spec.key_width, 2 * spec.key_width], axis=-1)
+        )
+        q_BTHd, k_BTHd = (self._of_value_heads(_normalised(a)) for a in (q_BTJd, k_BTJd))
+        log_decay_BTH, strength_BTH = self._gates(x_BTD)
+        # Padding neither decays nor corrects.
+        log_decay_BTH = jnp.where(valid_BT[..., None], log_decay_BTH, 0.0)
+        strength_BTH = jnp.where(valid_BT[..., None], strength_BTH, 0.0)
+        state_BHdd = caches.recurrent[matrix][places[matrix]]
+        run = _one_token if tokens == 1 else _in_chunks
+        o_BTHd, state_BHdd = run(
+            q_BTHd * spec.d_state**-0.5, k_BTHd, v_BTHd, log_decay_BTH, strength_BTH, state_BHdd
+        )
+        gated_BTV = self.norm(o_BTHd).reshape(batch, tokens, -1) * jax.nn.silu(self.gate(x_BTD))
+        return gated_BTV, {window: window_BWX, matrix: state_BHdd}
+
+    def mix(
+        self, passed_BTN: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
+    ) -> jax.Array:
+        """What is added to the stream, [B, T, D]."""
+        del positions_BT, caches, places
+        return self.output(passed_BTN[..., : self.spec.value_width])
+
+    def _convolve(
+        self, new_BTX: jax.Array, window_BWX: jax.Array, valid_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Convolved and activated inputs, and the last inputs of each sequence."""
+        kernel_XW, tokens = self.kernel_XW[...], new_BTX.shape[1]
+        inputs = jnp.concatenate([window_BWX, new_BTX], axis=1)
+        sums = jnp.zeros_like(new_BTX)
+        for j in range(self.spec.kernel):
+            weight_11X = kernel_XW[None, None, :, j]
+            sums += jnp.broadcast_to(weight_11X, new_BTX.shape) * inputs[:, j : j + tokens]
+        # Valid tokens come first.
+        kept_BW = jnp.sum(valid_BT, axis=1)[:, None] + jnp.arange(self.spec.kernel - 1)[None, :]
+        return jax.nn.silu(sums), jnp.take_along_axis(inputs, kept_BW[..., None], axis=1)
+
+    def _of_value_heads(self, x_BTJd: jax.Array) -> jax.Array:
+        """Each value head's key head."""
+        ratio = self.spec.n_value_heads // self.spec.n_key_heads
+        if self.spec.value_heads == "tiled":
+            return jnp.tile(x_BTJd, (1, 1, ratio, 1))
+        return jnp.repeat(x_BTJd, ratio, axis=2)
+
+    def _gates(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """g, the logarithm of the decay, and β of every value head."""
+        strength_BTN = self.strength(x_BTD)
+        if self.decay is not None:
+            decay_BTH, strength_BTH = self.decay(x_BTD), strength_BTN
+        else:  # one matrix; its rows are by key head: β of its value heads, then their decays
+            lead = strength_BTN.shape[:2]
+            pairs = strength_BTN.reshape(*lead, self.spec.n_key_heads, 2, -1)
+            strength_BTH, decay_BTH = (pairs[..., i, :].reshape(*lead, -1) for i in range(2))
+        rate_BTH, bias_BTH = (
+            jnp.broadcast_to(a[...], decay_BTH.shape)
+            for a in (self.decay_rate_H, self.decay_bias_H)
+        )
+        return rate_BTH * jax.nn.softplus(decay_BTH + bias_BTH), jax.nn.sigmoid(strength_BTH)
+
+
+def _normalised(x_BTJd: jax.Array) -> jax.Array:
+    square = jnp.sum(jnp.square(x_BTJd), axis=-1, keepdims=True)
+    return x_BTJd * jax.lax.rsqrt(square + _LEAST_SQUARE)
+
+
+def _one_token(
+    q_B1Hd: jax.Array,
+    k_B1Hd: jax.Array,
+    v_B1Hd: jax.Array,
+    log_decay_B1H: jax.Array,
+    strength_B1H: jax.Array,
+    state_BHde: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The recurrence itself. State is [B, H, key, value]."""
+    q_BHd, k_BHd, v_BHe = q_B1Hd[:, 0], k_B1Hd[:, 0], v_B1Hd[:, 0]
+    state_BHde = state_BHde * jnp.exp(log_decay_B1H[:, 0])[..., None, None]
+    known_BHe = jnp.sum(state_BHde * k_BHd[..., None], axis=-2)
+    correction_BHe = (v_BHe - known_BHe) * strength_B1H[:, 0][..., None]
+    state_BHde = state_BHde + k_BHd[..., None] * correction_BHe[..., None, :]
+    return jnp.sum(state_BHde * q_BHd[..., None], axis=-2)[:, None], state_BHde
+
+
+def _in_chunks(
+    q_BTHd: jax.Array,
+    k_BTHd: jax.Array,
+    v_BTHd: jax.Array,
+    log_decay_BTH: jax.Array,
+    strength_BTH: jax.Array,
+    state_BHde: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The same for T tokens, `CHUNK_TOKENS` at a time."""
+    tokens = q_BTHd.shape[1]
+    size = min(CHUNK_TOKENS, tokens)
+    padding = -tokens % size
+
+    def chunked(array: jax.Array) -> jax.Array:
+        """[B, T, H, ...] to [chunks, B, H, I, ...]."""
+        array = jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
+        array = array.reshape(array.shape[0], -1, size, *array.shape[2:])
+        return jnp.moveaxis(jnp.moveaxis(array, 1, 0), 3, 2)
+
+    parts = tuple(map(chunked, (q_BTHd, k_BTHd, v_BTHd, log_decay_BTH, strength_BTH)))
+    state_BHde, o_NBHIe = jax.lax.scan(_chunk, state_BHde, parts)
+    o_BNIHe = jnp.moveaxis(jnp.moveaxis(o_NBHIe, 2, 3), 0, 1)
+    batch, _, _, heads, width = o_BNIHe.shape
+    return o_BNIHe.reshape(batch, -1, heads, width)[:, :tokens], state_BHde
+
+
+def _chunk(state_BHde: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """One chunk: the state after it, and its outputs [B, H, I, e].
+
+    With G the sums of log decays up to each token, token i finds Σ_j<i e^(G_i - G_j)(k_j·k_i)u_j of
+    the tokens before it and e^G_i Sᵀk_i of the state before the chunk.
+    """
+    q_BHId, k_BHId, v_BHIe, log_decay_BHI, strength_BHI = part
+    size = q_BHId.shape[2]
+    total_BHI = jnp.cumsum(log_decay_BHI, axis=-1)
+    before_II = jnp.tril(jnp.ones((size, size), bool))
+    difference_BHIJ = total_BHI[..., :, None] - total_BHI[..., None, :]
+    visible = jnp.broadcast_to(before_II, difference_BHIJ.shape)
+    decay_BHIJ = jnp.where(visible, jnp.exp(jnp.where(visible, difference_BHIJ, 0.0)), 0.0)
+    from_start_BHI1 = jnp.exp(total_BHI)[..., None]
+    strength_BHI1 = strength_BHI[..., None]
+    overlap_BHIJ = jnp.einsum("bhid,bhjd->bhij", k_BHId, k_BHId) * decay_BHIJ * strength_BHI1
+    known_BHIe = jnp.einsum("bhid,bhde->bhie", k_BHId * from_start_BHI1, state_BHde)
+    # (1 + strictly lower part) u = β (v - what the state says); the solver takes the diagonal as 1.
+    u_BHIe = jax.scipy.linalg.solve_triangular(
+        overlap_BHIJ, strength_BHI1 * (v_BHIe - known_BHIe), lower=True, unit_diagonal=True
+    )
+    scores_BHIJ = jnp.einsum("bhid,bhjd->bhij", q_BHId, k_BHId) * decay_BHIJ
+    o_BHIe = jnp.einsum("bhid,bhde->bhie", q_BHId * from_start_BHI1, state_BHde)
+    o_BHIe = o_BHIe + jnp.einsum("bhij,bhje->bhie", scores_BHIJ, u_BHIe)
+    to_end_BHI1 = jnp.exp(total_BHI[..., -1:] - total_BHI)[..., None]
+    state_BHde = state_BHde * from_start_BHI1[..., -1:, :] + jnp.einsum(
+        "bhid,bhie->bhde", k_BHId * to_end_BHI1, u_BHIe
+    )
+    return state_BHde, o_BHIe

@@ -1,0 +1,80 @@
+"""Qwen3.5 and Qwen3.6 with experts (`qwen35moe`): Qwen3.6-35B-A3B, Qwen3.5-122B-A10B, -397B-A17B.
+
+Three of four blocks are gated delta nets, the others gated attention; a shared expert stands beside
+the others behind a gate. Blocks for multi-token prediction at the end of a file are not run.
+Sections of the rotary embedding matter for images only: a text has one position for all.
+
+Source: llama.cpp, src/models/qwen35moe.cpp and conversion/qwen.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from hobbit_jax.model_file.metadata import flags, integer
+from hobbit_jax.models.config import BlockConfig, GatedDeltaNet, ModelConfig
+from hobbit_jax.models.keys import (
+    Keys,
+    decoder_metadata,
+    delta_net,
+    ends,
+    experts,
+    grouped_query,
+    softmax_router,
+)
+
+_WIDTH = "expert_feed_forward_length"
+_SHARED_WIDTH = "expert_shared_feed_forward_length"
+_INTERVAL = "full_attention_interval"
+
+
+def read(keys: Keys) -> ModelConfig:
+    """See `registry.Family`."""
+    return read_hybrid(keys, "tiled")
+
+
+def read_hybrid(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> ModelConfig:
+    """The model, whose value heads stand in one of two orders (`config.GatedDeltaNet`)."""
+    n_blocks = keys.block_count()
+    skipped = keys.read("nextn_predict_layers", integer(0, n_blocks - 1), 0)
+    interval = keys.read(_INTERVAL, integer(1), 4)
+    by_interval = [(block + 1) % interval != 0 for block in range(n_blocks)]
+    recurrent = keys.read("attention.recurrent_layers", flags(n_blocks), by_interval)
+    gate = keys.file.tensors.get("blk.0.ffn_gate_inp_shexp.weight")
+
+    def block(attention) -> BlockConfig:
+        return BlockConfig(
+            attention,
+            ffn_norm="post_attention_norm",
+            d_shared=keys.read(_SHARED_WIDTH, integer(1)),
+            shared_gate=1 if gate is not None and len(gate.shape) == 1 else 2,
+        )
+
+    attends = block(
+        grouped_query(keys, rope_style="neox", qk_norm="head", partial_rope=True, gated=True)
+    )
+    recurs = block(delta_net(keys, value_heads))
+    return ModelConfig(
+        **ends(keys),
+        blocks=tuple(recurs if r else attends for r in recurrent[: n_blocks - skipped]),
+        router=softmax_router(keys, renormalise=True),
+        **experts(keys, _WIDTH),
+        skipped_blocks=skipped,
+    )
+
+
+def metadata(config: ModelConfig) -> dict[str, Any]:
+    """See `registry.Family`."""
+    attentions = [block.attention for block in config.blocks]
+    recurs = [isinstance(attention, GatedDeltaNet) for attention in attentions]
+    delta = next(a for a in attentions if isinstance(a, GatedDeltaNet))
+    return {
+        **decoder_metadata(config, _WIDTH),
+        _SHARED_WIDTH: config.blocks[0].d_shared,
+        _INTERVAL: recurs.index(False) + 1,
+        "ssm.conv_kernel": delta.kernel,
+        "ssm.state_size": delta.d_state,
+        "ssm.group_count": delta.n_key_heads,
+        "ssm.time_step_rank": delta.n_value_heads,
+        "ssm.inner_size": delta.value_width,
+    }
