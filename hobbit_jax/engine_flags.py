@@ -18,7 +18,7 @@ from absl import flags
 
 from hobbit_jax import cli, reference
 from hobbit_jax.cache.bandwidth import read_bandwidths
-from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.config import MAX_RESIDENT_LIFT, CacheConfig
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, Host, MissMode
 from hobbit_jax.cache.policies import DEFAULT_POLICY, POLICIES
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare, low_share
@@ -131,6 +131,12 @@ _FLAGS: dict[str, _Flag] = {
         None,
         "Bandwidth of the link to the device over the rate at which the CPU reads experts that it "
         "computes, for a --miss_mode that computes on the CPU, or a file of bench_bandwidth.py.",
+    ),
+    "resident_lift": _Flag(
+        flags.FloatParser(0.0, MAX_RESIDENT_LIFT),
+        0.0,
+        "Amount by which the logarithms of the router's scores of resident experts are raised for "
+        "the choice in decode; 0 routes as the model does, 10 and more takes residents first.",
     ),
     "low_format": _Flag(
         _one_of(FORMATS),
@@ -267,6 +273,7 @@ class EngineFlags:
                 plan=uniform_plan(store, LOW if uniform else NATIVE),
                 policy=self.value("policy"),
                 mode=self._miss_mode(store),
+                resident_lift=self.value("resident_lift"),
                 low_share=self.value("low_share"),
                 warm=self._warm_start(model.file),
                 chunk_tokens=self.value("chunk_tokens"),

@@ -30,8 +30,8 @@ from hobbit_jax.prompt_flags import PromptFlags
 
 ENGINE = EngineFlags(
     "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "link_to_host",
-    "low_format", "low_share", "profile", "pin_share", "chunk_tokens", "context", "threads",
-    "kv_format", "trace_out",
+    "resident_lift", "low_format", "low_share", "profile", "pin_share", "chunk_tokens", "context",
+    "threads", "kv_format", "trace_out",
 )  # fmt: skip
 _PROMPT = PromptFlags()
 _IGNORE_EOS = flags.DEFINE_bool(

@@ -210,15 +210,24 @@ def test_the_width_of_an_expert_may_be_derived():
     assert read_config(model_file(**absent)).d_expert == F
 
 
-@pytest.mark.parametrize("value", [1.0, 2.0])
-def test_rotary_frequencies_may_be_divided_by_one(value):
+@pytest.mark.parametrize(
+    ("name", "value", "refusal"),
+    [
+        ("rope_freqs.weight", 1.0, None),
+        ("rope_freqs.weight", 2.0, "rotary frequencies"),
+        ("blk.0.ffn_up_exps.scale", 1.0, None),
+        ("blk.0.ffn_up_exps.scale", 0.5, "a scale of a whole NVFP4 matrix"),
+        ("blk.0.ffn_up_exps.input_scale", 0.5, None),
+    ],
+)
+def test_factors_of_one_change_nothing(name, value, refusal):
     file = model_file()
     raw = np.full(4, value, np.float32).view(np.uint8)
-    file.tensors["rope_freqs.weight"] = TensorInfo("rope_freqs.weight", "F32", (4,), raw)
-    if value == 1.0:
+    file.tensors[name] = TensorInfo(name, "F32", (4,), raw)
+    if refusal is None:
         assert read_config(file) == read_config(model_file())
     else:
-        with pytest.raises(NotImplementedError, match="rotary frequencies"):
+        with pytest.raises(NotImplementedError, match=refusal):
             read_config(file)
 
 

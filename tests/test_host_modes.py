@@ -139,6 +139,40 @@ def test_who_is_fetched_and_who_is_computed():
         assert found <= 1.5 * min(all_ways)  # the bound of list scheduling on two machines
 
 
+def test_the_router_prefers_what_is_resident(two_banks_path, model, store, resident):
+    """By NumPy on one router; and in decode the same bits where all are resident."""
+    router = load_model(two_banks_path, "xla").layers.kinds.block(model.layers.states, 0, 0).router
+    rng = np.random.default_rng(4)
+    h_TD = rng.normal(size=(64, model.config.d_model)).astype(np.float32)
+    resident_E = np.arange(model.config.n_experts) % 3 == 0
+    scores_TE, k = np.asarray(router.scores(h_TD), np.float64), model.config.experts_per_token
+    for lift in (0.0, 0.7, 50.0):
+        found = router(h_TD, np.where(resident_E, np.float32(lift), np.float32(0)))
+        for scores_E, ids_K, weights_K in zip(scores_TE, *map(np.asarray, found), strict=True):
+            first = int(scores_E.argmax())
+            by_E = np.log(scores_E) + lift * resident_E
+            others = [e for e in np.argsort(-by_E) if e != first][: k - 1]
+            assert set(ids_K.tolist()) == {first, *others}
+            wanted_K = np.sort(scores_E[[first, *others]])[::-1]
+            wanted_K = wanted_K / (wanted_K.sum() if router.settings.renormalise else 1)
+            np.testing.assert_allclose(weights_K, wanted_K, rtol=1e-5)
+    everyone = CacheConfig(resident_lift=3.0, chunk_tokens=CHUNK)
+    engine = Engine(model, store, everyone)
+    engine.pool.load_all(NATIVE)
+    np.testing.assert_array_equal(decode(engine), resident)
+    misses = []
+    for lift in (0.0, 50.0):
+        cache = CacheConfig(
+            store.precision_bytes(NATIVE) // 2, resident_lift=lift, chunk_tokens=CHUNK
+        )
+        engine = Engine(model, store, cache)
+        decode(engine)
+        misses.append(int(engine.pool.stats.misses.sum()))
+    assert misses[1] < misses[0]
+    with pytest.raises(ValueError, match=r"resident_lift is -1; want 0 to 50"):
+        CacheConfig(resident_lift=-1)
+
+
 def test_the_cpu_fails(model, store, monkeypatch):
     """In prefill and in decode: one clear line, a whole pool, and the same tokens afterwards."""
     engine = engine_of(model, store, "host", 0.3)

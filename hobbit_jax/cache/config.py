@@ -13,6 +13,8 @@ from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.experts.precision import PrecisionPlan
 from hobbit_jax.models.caches import KV_FORMATS
 
+MAX_RESIDENT_LIFT = 50.0  # e to it times a score is far from float32's greatest number
+
 
 @dataclass(frozen=True, eq=False)
 class CacheConfig:
@@ -24,6 +26,10 @@ class CacheConfig:
         policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
         mode: what serves a selection whose copy is missing, by name (`cache/miss_modes.py`) or as a
             setting.
+        resident_lift: raises the logarithms of the router's scores of experts that are resident, at
+            any precision, for the choice in decode (arXiv 2412.00099); their weights stay. A
+            token's best expert stays chosen. 0 routes as the model does; from about 10 on a missing
+            expert is substituted by a resident one wherever there is one.
         low_share: share of the budget (0-1) for low copies, where the mode keeps some; "adaptive"
             follows what is used, between sequences.
         promotion: how eagerly a mode that promotes does so.
@@ -36,13 +42,14 @@ class CacheConfig:
         kv_format: of keys and values, one of `KV_FORMATS`.
 
     Raises:
-        ValueError: a mode or a format that there is not.
+        ValueError: a mode or a format that there is not, or a lift outside its range.
     """
 
     budget_bytes: int | None = None
     plan: PrecisionPlan | None = None
     policy: str | PolicyFactory = DEFAULT_POLICY
     mode: str | MissMode = "fetch"
+    resident_lift: float = 0.0
     low_share: LowShare = DEFAULT_LOW_SHARE
     promotion: PromotionRule = DEFAULT_PROMOTION
     warm: WarmStart | None = None
@@ -57,5 +64,10 @@ class CacheConfig:
             raise ValueError(
                 f"kv_format is {self.kv_format!r}; want one of {', '.join(KV_FORMATS)} "
                 "(--kv_format)"
+            )
+        if not 0 <= self.resident_lift <= MAX_RESIDENT_LIFT:
+            raise ValueError(
+                f"resident_lift is {self.resident_lift}; want 0 to {MAX_RESIDENT_LIFT:g} "
+                "(--resident_lift)"
             )
         miss_mode(self.mode)

@@ -33,6 +33,8 @@ from hobbit_jax.statistics import spread
 # Of a 12 GB card: Qwen3-30B-A3B at Q4_K_M reads 1.06 GB of active experts a token, 42 ms over a
 # PCIe that carries 25 GB/s, beside some 5 ms of computation on an RTX 4070. Reckoned, not measured.
 CARD_COPY_TO_COMPUTE = 8.0
+# Of the logarithms of resident experts' scores (`CacheConfig`); the last substitutes what it can.
+LIFTS = (0.5, 1.0, 2.0, 50.0)
 
 
 @dataclass
@@ -97,7 +99,8 @@ def card_link(
 def mode_settings(
     store: HostExperts, budget_bytes: int, low_shares: Iterable[LowShare]
 ) -> dict[str, CacheConfig]:
-    """Native first; then the uniform rival, and each mode at each split that differs."""
+    """Native first; then the uniform rival, each mode at each split that differs, and the
+    router raised toward what is resident."""
     listed = {
         "native": CacheConfig(budget_bytes),
         "uniform low": CacheConfig(budget_bytes, uniform_plan(store, 1)),
@@ -109,6 +112,8 @@ def mode_settings(
                 listed[f"{name} {share}"] = CacheConfig(budget_bytes, mode=name, low_share=share)
         if mode.computes:
             listed[name] = CacheConfig(budget_bytes, mode=name)
+    for lift in LIFTS:
+        listed[f"residents first by {lift:g}"] = CacheConfig(budget_bytes, resident_lift=lift)
     if store.precision_bytes(1) <= budget_bytes:
         listed["floor"] = CacheConfig(budget_bytes, mode="floor")
     return listed

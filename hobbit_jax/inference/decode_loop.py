@@ -52,6 +52,7 @@ class LoopSpec:
     most_tokens: int  # of one call
     look_ahead: int = 0  # layers whose routers are asked when the program leaves for an expert
     mesh: Mesh | None = None  # of several devices that divide the experts
+    resident_lift: float = 0.0  # see `CacheConfig`
 
 
 class Weights(NamedTuple):
@@ -229,9 +230,13 @@ def _attend(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -
     carry, config = loop.carry, spec.config
     positions_B1 = jnp.where(loop.active_B, loop.lengths_B, carry.caches.context)[:, None]
     at = spec.layers.at(weights.layers, carry.block)
-    routed, caches = attend_and_route(at, carry.caches, carry.x_BD[:, None], positions_B1)
     layer, is_layer = layer_of(config, carry.block)
     table_pE = rows_of_layer(held_UE, layer, config.n_layers)
+    lift_E = None
+    if spec.resident_lift:
+        resident_E = jnp.any(table_pE >= 0, axis=0)
+        lift_E = jnp.where(resident_E, jnp.float32(spec.resident_lift), jnp.float32(0))
+    routed, caches = attend_and_route(at, carry.caches, carry.x_BD[:, None], positions_B1, lift_E)
     valid_B = loop.active_B & is_layer
     selections = select(weights.plan, spec.mode, table_pE, layer, routed.routing, valid_B)
     carry = carry._replace(

@@ -308,6 +308,7 @@ class Engine:
             self.config, self.model.layers.kinds, self._ends_graph, self._experts, self.mode,
             # The seed is data: `key`.
             replace(sampling, seed=0), most_tokens, self._look_ahead(), self._mesh,
+            self.cache.resident_lift,
         )  # fmt: skip
         program, k = decode_program(spec), self.config.experts_per_token
         stops = np.asarray(stop_ids, np.int32)

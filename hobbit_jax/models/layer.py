@@ -135,8 +135,9 @@ class Block(nnx.Module):
         positions_BT: jax.Array,
         caches: Caches,
         places: Places,
+        lift_E: jax.Array | None = None,
     ) -> Routed:
-        """Everything after the caches were written, up to the experts."""
+        """Everything after the caches were written, up to the experts; `lift_E` is `Router`'s."""
         mixed_BTD = self.attention.mix(passed_BTN, positions_BT, caches, places)
         if self.attention_out_norm is not None:
             mixed_BTD = self.attention_out_norm(mixed_BTD)
@@ -149,7 +150,7 @@ class Block(nnx.Module):
             x_BTD = x_BTD + self.shared(h_BTD)
         if self.router is not None:
             own_input = self.router.settings.own_input
-            routing = self.router(x_BTD.reshape(h_TD.shape) if own_input else h_TD)
+            routing = self.router(x_BTD.reshape(h_TD.shape) if own_input else h_TD, lift_E)
             return Routed(x_BTD, h_TD, routing)
         nobody_TK = jnp.zeros((len(h_TD), self.k))
         return Routed(x_BTD, h_TD, Routing(nobody_TK.astype(jnp.int32), nobody_TK))
@@ -189,9 +190,16 @@ class At(Protocol):
 
 
 def attend_and_route(
-    at: At, caches: Caches, x_BTD: jax.Array, positions_BT: jax.Array
+    at: At,
+    caches: Caches,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    lift_E: jax.Array | None = None,
 ) -> tuple[Routed, Caches]:
-    """One block up to its experts; tokens at position `caches.context` are padding."""
+    """One block up to its experts; tokens at position `caches.context` are padding.
+
+    `lift_E` raises experts' scores for the choice, as in `Router`.
+    """
 
     def project(block: Block, x_BTD: jax.Array, recurrent: Arrays, places: Places):
         # Without the keys and values, which this step has no need of.
@@ -201,11 +209,11 @@ def attend_and_route(
     passed_BTN, writes = at.run(project, x_BTD, caches.recurrent, at.places)
     caches = caches.write(at.places, positions_BT, writes)
 
-    def route(block: Block, x_BTD: jax.Array, passed_BTN: jax.Array, by_token: Arrays, places):
+    def route(block: Block, x_BTD, passed_BTN, by_token: Arrays, places: Places, lift_E):
         own = Caches(by_token, {}, caches.context)
-        return block.route(x_BTD, passed_BTN, positions_BT, own, places)
+        return block.route(x_BTD, passed_BTN, positions_BT, own, places, lift_E)
 
-    return at.run(route, x_BTD, passed_BTN, caches.by_token, at.places), caches
+    return at.run(route, x_BTD, passed_BTN, caches.by_token, at.places, lift_E), caches
 
 
 @dataclass(frozen=True)

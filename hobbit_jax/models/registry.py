@@ -104,14 +104,22 @@ _REFUSED_TENSORS = (
      "a delta net whose q, k, v and z are tangled, as converters wrote first; supported are "
      "attn_qkv and attn_gate: convert the model again with a current llama.cpp"),
     (r".*\.attn_qkv\..*", "fused q, k and v; supported are separate ones"),
+    (r".*\.scale", "a scale of a whole NVFP4 matrix; supported are files where it is 1"),
     (r".*\.bias", "biases; supported are models without"),
 )  # fmt: skip
 
 
-def _divides_by_one(tensor: TensorInfo) -> bool:
-    """Whether this is `rope_freqs.weight` that leaves every frequency as it is."""
-    is_floats = tensor.name == "rope_freqs.weight" and tensor.format == "F32"
-    return is_floats and tensor.nbytes > 0 and bool((tensor.raw.view("<f4") == 1).all())
+def _changes_nothing(tensor: TensorInfo) -> bool:
+    """Whether this leaves the arithmetic as it is.
+
+    `rope_freqs.weight` and the `.scale` of an NVFP4 matrix do where they are ones. `.input_scale`
+    is for backends that round activations to FP4, as llama.cpp does on some GPUs; none here does.
+    """
+    if tensor.name.endswith(".input_scale"):
+        return True
+    factor = tensor.name == "rope_freqs.weight" or tensor.name.endswith(".scale")
+    floats = factor and tensor.format == "F32" and tensor.nbytes > 0
+    return floats and bool((tensor.raw.view("<f4") == 1).all())
 
 
 def _is_skipped(name: str, config: ModelConfig) -> bool:
@@ -126,7 +134,7 @@ def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     unknown = {
         name
         for name in file.tensors.keys() - wanted.keys()
-        if not _divides_by_one(file.tensors[name]) and not _is_skipped(name, config)
+        if not _changes_nothing(file.tensors[name]) and not _is_skipped(name, config)
     }
     for name in unknown:
         for pattern, what in _REFUSED_TENSORS:

@@ -54,16 +54,26 @@ class Router(nnx.Module):
         gate = gates.get(self.settings.gating)
         return self.linear(h) if gate is None else gate(self.linear(h))
 
-    def __call__(self, h: jax.Array) -> Routing:
+    def __call__(self, h: jax.Array, lift_E: jax.Array | None = None) -> Routing:
         """The K experts of each token, heaviest first.
 
-        h [..., D] is what the experts read, or the stream for a router with an input of its own.
+        Args:
+            h: [..., D], what the experts read, or the stream for a router with an input of its own.
+            lift_E: float32, by which the logarithms of scores are raised for the choice, and for
+                the choice alone. Each token's best expert stays chosen.
         """
         settings, scores = self.settings, self.scores(h)
-        if self.bias is None and settings.groups == 1:
+        if self.bias is None and settings.groups == 1 and lift_E is None:
             weights, ids = jax.lax.top_k(scores, self.k)
         else:
-            ids = jax.lax.top_k(self._selection_scores(scores), self.k)[1]
+            chosen_by = self._selection_scores(scores)
+            if lift_E is not None:
+                best = jax.nn.one_hot(jnp.argmax(chosen_by, axis=-1), len(lift_E), dtype=jnp.bool_)
+                by_logits = settings.gating == "softmax_of_chosen"
+                raised_E = jnp.broadcast_to(lift_E if by_logits else jnp.exp(lift_E), scores.shape)
+                lifted = scores + raised_E if by_logits else scores * raised_E
+                chosen_by = jnp.where(best, jnp.inf, self._selection_scores(lifted))
+            ids = jax.lax.top_k(chosen_by, self.k)[1]
             # What is chosen by another number than its weight is put in the order of weights.
             weights, order = jax.lax.top_k(jnp.take_along_axis(scores, ids, axis=-1), self.k)
             ids = jnp.take_along_axis(ids, order, axis=-1)
