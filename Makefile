@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTEST_ARGS ?=
 # A GPU machine has its own JAX with CUDA; `make gpu` installs nothing.
 GPU_PYTHON ?= python3
-GPU_OUT ?= out/gpu.json
+GPU_OUT ?= out/gpu
 GPU_ARGS ?=
 export PYTHON
 # pyright comes from PyPI with its own node; it shall not ask the network for a newer self.
@@ -46,20 +46,20 @@ CUDA_COMPILER = PATH="$(CURDIR)/.venv/cuda/nvidia/cuda_nvcc/bin:$(CURDIR)/.venv/
 kernels: environment  ## compile the kernels for two GPUs, none of them here (2 minutes)
 	@sh scripts/dev/make_cuda_compiler.sh
 	@mkdir -p out
-	@$(CUDA_COMPILER) $(BIN)/python scripts/dev/compile_kernels.py --out out/kernels.json
+	@$(CUDA_COMPILER) $(BIN)/python scripts/dev/compile_kernels.py --workdir out/kernels
 
 morekernels: kernels  ## and for four more
-	@$(CUDA_COMPILER) $(BIN)/python scripts/dev/compile_kernels.py --out out/kernels_more.json \
+	@$(CUDA_COMPILER) $(BIN)/python scripts/dev/compile_kernels.py --workdir out/kernels \
 		--targets sm_86,sm_89,sm_100,sm_120 --formats Q2_K,Q3_K,Q4_K,Q6_K --mean_rows 1,64
 
-gpu:  ## on a machine with an NVIDIA GPU: kernel tests there, then the bench, out/gpu.json
+gpu:  ## on a machine with an NVIDIA GPU: kernel tests there, then the bench, out/gpu
 	@mkdir -p out
 	@PYTHONPATH=. $(GPU_PYTHON) -m pytest -q --noconftest tests/test_kernels.py
-	@PYTHONPATH=. $(GPU_PYTHON) scripts/dev/bench_kernels.py --out $(GPU_OUT) $(GPU_ARGS)
+	@PYTHONPATH=. $(GPU_PYTHON) scripts/dev/bench_kernels.py --workdir $(GPU_OUT) $(GPU_ARGS)
 
 gpudecode:  ## there, with README's packages: decode at Qwen3-30B-A3B's size, 4 to 12 GiB, out/scale
 	@for budget in all 4096 6144 8192 10240 12288; do \
-		for setting in wait wait:Q3_K wait:Q2_K use_low_if_resident:Q2_K fetch_low:Q2_K \
+		for setting in fetch fetch:Q3_K fetch:Q2_K use_low_if_resident:Q2_K fetch_low:Q2_K \
 				hobbit:Q2_K floor:Q2_K; do \
 			low=$${setting#*:}; \
 			PYTHONPATH=. $(GPU_PYTHON) scripts/scale.py --workdir out/scale --budget_mib $$budget \

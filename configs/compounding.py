@@ -17,7 +17,7 @@ Expected: the errors of two roundings add up as if independent, so Q4_K on the w
 from ml_collections import ConfigDict
 
 from hobbit_jax.record import EvalSizes, Inputs, Native, QualityTrial, Uniform
-from hobbit_jax.sweep.quality_trial import QualityRun
+from hobbit_jax.sweep.trial import Trial
 
 
 def get_config() -> ConfigDict:
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     return config
 
 
-def sweep(config: ConfigDict) -> list[QualityRun]:
+def sweep(config: ConfigDict) -> list[Trial]:
     """Each format alone, then each low format straight and through each larger one."""
     inputs = Inputs(
         config.model, config.calibration_text, config.evaluation_text, config.implementation
@@ -47,7 +47,7 @@ def sweep(config: ConfigDict) -> list[QualityRun]:
     sizes = EvalSizes(**config.eval)
 
     def cell(plan):
-        return QualityRun(QualityTrial(plan, inputs, sizes, config.seed), "compounding")
+        return Trial(QualityTrial(plan, inputs, sizes, config.seed), "compounding")
 
     cells = [cell(Native())]
     cells += [cell(Uniform(name)) for name in config.through]

@@ -31,8 +31,8 @@ from hobbit_jax.record import (
     QualityTrial,
     Uniform,
 )
-from hobbit_jax.sweep.quality_trial import QualityRun
 from hobbit_jax.sweep.texts import MIXED_TEXT, TASKS_TEXT
+from hobbit_jax.sweep.trial import Trial
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -68,7 +68,7 @@ def get_config(arg: str = "") -> ConfigDict:
     return config
 
 
-def sweep(config: ConfigDict) -> list[QualityRun]:
+def sweep(config: ConfigDict) -> list[Trial]:
     """Rivals and mixes by every importance score, seed by seed; then the transfer check."""
     inputs = Inputs(
         config.model, config.calibration_text, config.evaluation_text, config.implementation
@@ -79,7 +79,7 @@ def sweep(config: ConfigDict) -> list[QualityRun]:
     def cell(plan, seed, problems=0, text=None):
         sizes = {**config.eval, "task_problems": config.eval.task_problems if problems else 0}
         on = inputs if text is None else replace(inputs, calibration_text=text)
-        return QualityRun(QualityTrial(plan, on, EvalSizes(**sizes), seed))
+        return Trial(QualityTrial(plan, on, EvalSizes(**sizes), seed), "frontier")
 
     def first_seed_only(seed):
         # Without calibrated encoding, and without the middle precision: what each of them is worth.

@@ -43,7 +43,7 @@ from hobbit_jax.record import (
 )
 from hobbit_jax.sweep.preflight import all_low_mib
 from hobbit_jax.sweep.texts import MIXED_TEXT
-from hobbit_jax.sweep.trial import Cell
+from hobbit_jax.sweep.trial import Trial
 
 # Budgets of cards from 8 to 24 GB.
 FULL_SIZE = {
@@ -147,7 +147,7 @@ def get_config(arg: str = "full") -> ConfigDict:
     return config
 
 
-def sweep(config: ConfigDict) -> list[Cell]:
+def sweep(config: ConfigDict) -> list[Trial]:
     """Native and uniform rivals at every budget, then every importance score, share and format."""
     inputs = Inputs(
         config.model,
@@ -163,7 +163,7 @@ def sweep(config: ConfigDict) -> list[Cell]:
         asked = CacheTrial(
             plan, float(budget_mib), inputs, sizes, config.cache.protected_fraction, seed
         )
-        return Cell(asked)
+        return Trial(asked)
 
     cells = [cell(Native(), budget) for budget in budgets]
     # Both uniform models are rivals, also when only one format is mixed in.

@@ -1,7 +1,9 @@
 """What `--config FILE --config.field=value` may say, told in one line where it says something else.
 
-Owns the comparison of overrides with the config as its file makes it: ml_collections names a field
-that does not exist by a bare KeyError, and takes any text for an element of a tuple.
+Owns the loading of a config's module, its fields by their paths, and the comparison of overrides
+with the config as its file makes it: ml_collections names a field that does not exist by a bare
+KeyError, and takes any text for an element of a tuple. It is not imported here, for machines that
+only run kernels.
 """
 
 from __future__ import annotations
@@ -11,10 +13,10 @@ import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
 
 NAME = "config"
 
@@ -33,7 +35,7 @@ def check(argv: Sequence[str]) -> None:
     given = _value(words, argv)
     if NAME not in flags.FLAGS or given is None:
         return
-    fields = dict(_leaves(_load(given)))
+    fields = dict(leaves(_config(given), ""))
     for word in words:
         path, is_set, text = word.removeprefix(f"{NAME}.").partition("=")
         if not word.startswith(f"{NAME}.") or not is_set:
@@ -45,6 +47,24 @@ def check(argv: Sequence[str]) -> None:
             raise ValueError(f"--{NAME}.{path} is {text!r}; want {wanted}, as {fields[path]} is")
 
 
+def load_module(path: str) -> ModuleType:
+    """The module of a config file."""
+    spec = importlib.util.spec_from_file_location("given_config", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def leaves(config: Any, prefix: str = f"{NAME}.") -> Iterator[tuple[str, Any]]:
+    """Fields of a config and its parts with their values, as `--config.a.b` names them."""
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def _value(words: Sequence[str], argv: Sequence[str]) -> str | None:
     for word, following in zip(words, [*argv[1:], None], strict=True):
         if word == NAME:
@@ -54,29 +74,17 @@ def _value(words: Sequence[str], argv: Sequence[str]) -> str | None:
     return None
 
 
-def _load(given: str) -> ConfigDict:
+def _config(given: str) -> Any:
     path, _, argument = given.partition(":")
     if not Path(path).is_file() or not path.endswith(".py"):
         raise ValueError(f"--{NAME}: {path} is no config file; want one of Python, configs/NAME.py")
-    spec = importlib.util.spec_from_file_location("given_config", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        return module.get_config(*([argument] if argument else []))
+        return load_module(path).get_config(*([argument] if argument else []))
     except ValueError:
         raise
     except Exception as error:  # whatever the user's own Python raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"--{NAME}: {path} gives no config ({reason})") from error
-
-
-def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _nearest(path: str, fields: Mapping[str, Any]) -> str:

@@ -333,10 +333,6 @@ class EngineFlags:
         folder = cli.input_folder("profile", profile)
         return WarmStart(Calibration.load(folder, file).selections_LE, pin_share)
 
-    def record(self) -> dict[str, Any]:
-        """The flags' values, for JSON."""
-        return {name: holder.value for name, holder in self._holders.items()}
-
 
 def low_experts(model: LoadedModel, low_format: str) -> GGUFFile:
     """Every expert of `model` in `low_format`, from the cache folder or made anew."""

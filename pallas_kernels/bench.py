@@ -339,18 +339,3 @@ def measure(prepared: Prepared, budget_s: float) -> dict[str, Any]:
         "gb_s": row["weight_bytes"] / median / 1e9,
         "tflop_s": row["flops"] / median / 1e12,
     }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as text, times in microseconds."""
-    lines = [f"{'shape':14} {'format':7} {'tokens':>6} {'implementation':14} {'us':>10} "
-             f"{'GB/s':>7} {'copy':>5} {'bf16':>5}"]  # fmt: skip
-    for row in rows:
-        start = f"{row['shape']:14} {row['format']:7} {row['tokens']:6} {row['implementation']:14} "
-        if row["status"] == "ok":
-            start += f"{row['median_s'] * 1e6:10.1f} {row['gb_s']:7.1f} "
-            start += f"{row['fraction_of_copy']:5.2f} {row['fraction_of_bf16']:5.2f}"
-        else:
-            start += f"{row['status']}: {row.get('error', row.get('relative_error'))}"
-        lines.append(start)
-    return "\n".join(lines)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hobbit_jax import cli, reference
 from hobbit_jax.cache.link import DirectLink, ThrottledLink
-from hobbit_jax.cache.pool_sizing import low_share
+from hobbit_jax.cache.pool_sizing import LowShare, low_share
 from hobbit_jax.engine_flags import EngineFlags, low_experts
 from hobbit_jax.evals import decode_bench, quality
 from hobbit_jax.experts.store import HostExperts
@@ -67,7 +67,7 @@ def link_bandwidth() -> float | None:
 def main(_):
     workdir, link_gb_s = cli.output_folder("workdir", str(_WORKDIR.value)), link_bandwidth()
     budgets_mib = cli.numbers(_BUDGETS_MIB, float, 2**-20, cli.MAX_MIB)
-    low_shares = [low_share(text) for text in _LOW_SHARES.value]
+    low_shares: list[LowShare] = [low_share(text) for text in _LOW_SHARES.value]
     model = ENGINE.load_model()
     low = low_experts(model, ENGINE.value("low_format"))
     store, records = HostExperts(model.config, model.file, [low]), []

@@ -1,21 +1,31 @@
-"""Runs a text through a model and keeps what quantisation and allocation want to know of it.
+"""Runs a text through a model and keeps what quantisation, allocation and caching want to know.
 
     python scripts/calibrate.py --model M.gguf --out C [--text T.txt --windows 48 --context 512]
+    python scripts/calibrate.py --model M.gguf --out P --statistics=routing --budget_mib 4
+    python scripts/generate.py --model M.gguf --profile P --budget_mib 4 --prompt "def fib(n):"
 
 C is a folder: how often each expert was chosen and with which router weight, the second moments of
 its inputs, and with `--statistics=hessian` (the default, for method gptq) the inputs themselves,
 from which an encoder makes one expert's Hessian at a time. `--statistics=second_moment` (for method
 importance) keeps no inputs when it is done, `--statistics=routing` nothing but the counts. An
 interrupted run goes on where it was when started again.
+
+The table says what caching can hope for: the entropy of each layer's choice, the share of its most
+used quarter, and the hit rate on this text of the best experts that --budget_mib holds, of which
+none is ever evicted.
 """
 
 from absl import flags
 
 from hobbit_jax import cli, reference
 from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.miss_modes import FETCH
+from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.evals.quality import cut_windows
+from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import STATISTICS, calibrate
+from hobbit_jax.importance.routing_summary import table
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.loading import load_model
 from hobbit_jax.resources import roomy_pool_bytes
@@ -31,6 +41,10 @@ _TEXT = flags.DEFINE_string(
 )
 _OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
 _STATISTICS = flags.DEFINE_enum("statistics", "hessian", STATISTICS, "What to keep.")
+_BUDGET_MIB = flags.DEFINE_float(
+    "budget_mib", None, "Static cache of the table in MiB; a quarter of all experts by default.",
+    0.0, cli.MAX_MIB,
+)  # fmt: skip
 _WINDOWS = flags.DEFINE_integer(
     "windows", None, "Windows to draw from the text; by default 48, or as many as it has.", 1
 )
@@ -46,23 +60,25 @@ def main(_):
     named = text in NAMED_TEXTS
     documents = calibration_documents(text) if named else [cli.input_text("text", text)]
     model = load_model(_MODEL.value or reference.model_path(), for_quality(None))
+    store = HostExperts(model.config, model.file)
+    native_bytes = store.precision_bytes(NATIVE)
+    budget_bytes = native_bytes // 4
+    if _BUDGET_MIB.value is not None:
+        budget_bytes = int(_BUDGET_MIB.value * 2**20)
+    slots, _ = pool_slots(uniform_plan(store), FETCH, store, budget_bytes, 0.0)
+    wanted = _WINDOWS.value or _DEFAULT_WINDOWS
     context = _CONTEXT.value or min(_DEFAULT_CONTEXT, model.config.context_length)
     windows = cut_windows(
-        model.tokenizer(),
-        documents,
-        _WINDOWS.value or _DEFAULT_WINDOWS,
-        context,
-        _SEED.value,
-        fewer=_WINDOWS.value is None,
+        model.tokenizer(), documents, wanted, context, _SEED.value, fewer=_WINDOWS.value is None
     )
-    count = len(windows.ids_WS)
-    if count < (_WINDOWS.value or _DEFAULT_WINDOWS):
+    if (count := len(windows.ids_WS)) < wanted:
         print(f"the text has {count} windows of {context} + 1 tokens; all of them are used")
-    store = HostExperts(model.config, model.file)
-    engine = Engine(model, store, CacheConfig(roomy_pool_bytes(store.precision_bytes(NATIVE))))
+    engine = Engine(model, store, CacheConfig(roomy_pool_bytes(native_bytes)))
     found = calibrate(engine, windows, _STATISTICS.value, out)
-    rarest = int(found.selections_LE.min())
-    print(f"{found.tokens} tokens; an expert saw {rarest} to {found.selections_LE.max()} of them")
+    rarest, most = found.selections_LE.min(), found.selections_LE.max()
+    print(f"{found.tokens} tokens; an expert saw {rarest} to {most} of them")
+    print(f"{sum(slots.values())} experts in {budget_bytes / 2**20:g} MiB")
+    print(table(found.selections_LE, store, slots))
     method = {"hessian": "gptq", "second_moment": "importance"}.get(found.statistics)
     if method is not None:
         print(f"next: python scripts/quantize.py --calibration {out} --method {method} …")

@@ -12,6 +12,7 @@ loaded at once.
 
 import os
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -22,33 +23,25 @@ from hobbit_jax.record import write_record
 from hobbit_jax.report.baseline_tables import section
 
 ENGINE = EngineFlags("model", "implementation", "budget_mib", "policy")
-_BASELINE = flags.DEFINE_enum(
-    "baseline", None, BASELINES, "Program to compare with.", required=True
-)
+flags.DEFINE_enum("baseline", None, BASELINES, "Program to compare with.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the record.", required=True)
 _TEXT = flags.DEFINE_string(
     "text", None, "UTF-8 text to score; the shipped held-out files by default."
 )
-_TORCH_MODE = flags.DEFINE_enum(
+flags.DEFINE_enum(
     "torch_mode", None, ("float32", "bfloat16"), "Precision of PyTorch; see above for the default."
 )
-_WINDOWS = flags.DEFINE_integer(
-    "windows", 32, "Number of windows scored for agreement.", 2, cli.MAX_COUNT
-)
-_CONTEXT = flags.DEFINE_integer("context", 256, "Number of tokens of a window.", 1, cli.MAX_COUNT)
-_TURNS = flags.DEFINE_integer(
+flags.DEFINE_integer("windows", 32, "Number of windows scored for agreement.", 2, cli.MAX_COUNT)
+flags.DEFINE_integer("context", 256, "Number of tokens of a window.", 1, cli.MAX_COUNT)
+flags.DEFINE_integer(
     "turns", 10, "Number of timed rows of each program, after a warm-up.", 1, cli.MAX_COUNT
 )
-_PROMPT_TOKENS = flags.DEFINE_integer(
+flags.DEFINE_integer(
     "prompt_tokens", 128, "Number of tokens prefilled in a turn.", 1, cli.MAX_COUNT
 )
-_DECODE_TOKENS = flags.DEFINE_integer(
-    "decode_tokens", 64, "Number of tokens decoded in a turn.", 1, cli.MAX_COUNT
-)
+flags.DEFINE_integer("decode_tokens", 64, "Number of tokens decoded in a turn.", 1, cli.MAX_COUNT)
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-_THREADS = flags.DEFINE_integer(
-    "threads", _CORES, "Number of processor cores of each program.", 1, 4096
-)
+flags.DEFINE_integer("threads", _CORES, "Number of processor cores of each program.", 1, 4096)
 _JSON = flags.DEFINE_bool("json", False, "Whether to print the JSON instead of tables.")
 
 
@@ -56,21 +49,15 @@ def main(_):
     workdir = cli.output_folder("workdir", str(_WORKDIR.value))
     if _TEXT.value is not None:
         cli.input_text("text", _TEXT.value)
+    asked = ("baseline", "torch_mode", "windows", "context", "turns", "prompt_tokens",
+             "decode_tokens", "threads", "implementation", "policy")  # fmt: skip
+    given: dict[str, Any] = {name: flags.FLAGS[name].value for name in asked}
     record = compare_model(
         Request(
             model=ENGINE.path,
-            baseline=_BASELINE.value,
             text=Path(_TEXT.value) if _TEXT.value else None,
             budget_bytes=ENGINE.budget_bytes,
-            implementation=ENGINE.value("implementation"),
-            policy=ENGINE.value("policy"),
-            torch_mode=_TORCH_MODE.value,
-            windows=_WINDOWS.value,
-            context=_CONTEXT.value,
-            turns=_TURNS.value,
-            prompt_tokens=_PROMPT_TOKENS.value,
-            decode_tokens=_DECODE_TOKENS.value,
-            threads=_THREADS.value,
+            **given,
         )
     )
     written = write_record(workdir, record)

@@ -10,7 +10,7 @@ where the model does (--ignore_eos goes on). Text goes to stdout, the report to 
 prints both as one object on stdout. Without --budget_mib every expert is loaded before the first
 token. Several --devices divide the experts; each has a pool of --budget_mib and all the rest of the
 model. Low-precision experts are made once, in --cache_dir. A --profile is what
-scripts/routing_stats.py writes. Rates are those of a warm program: the time that went into
+scripts/calibrate.py writes. Rates are those of a warm program: the time that went into
 compiling stands on a line of its own.
 """
 

@@ -1,4 +1,4 @@
-"""Replays recorded routing through eviction policies; one line each.
+"""Replays recorded routing through eviction policies, and prints a row for each.
 
     python scripts/replay.py --trace T.npz --capacity 416 --policy lru,slru,next_use
     python scripts/replay.py --trace T.npz --capacity 416 --policy slru --plan frequency \\
@@ -14,7 +14,6 @@ figures, a JSON line for each policy.
 """
 
 import json
-from typing import Any
 
 from absl import flags
 
@@ -24,6 +23,7 @@ from hobbit_jax.cache.pool_sizing import ADAPTIVE, low_share
 from hobbit_jax.cache.replay import PLANS, REPLAY_POLICIES, lay_out, replay
 from hobbit_jax.cache.trace import read_trace
 from hobbit_jax.inference.mode_replay import ModeSetting, replay_mode
+from hobbit_jax.report.table import Column, table
 
 # Defaults are an expert of DeepSeek-V2-Lite, three matrices of 2048 x 1408, at 4.5 and 2.625 bits.
 _WEIGHTS = 3 * 2048 * 1408
@@ -66,29 +66,14 @@ _PROFILE = flags.DEFINE_string(
 )
 _JSON = flags.DEFINE_bool("json", False, "Whether to print JSON lines instead of a table.")
 
-# Column → its width and format.
-_COLUMNS = {
-    "policy": (14, "{}"),
-    "hit_rate": (9, "{:.4f}"),
-    "misses": (11, "{}"),
-    "residents": (10, "{}"),
-    "bytes_moved_per_token": (22, "{:.0f}"),
-    "accesses_per_s": (15, "{:.0f}"),
-}
-
-
-def show(row: dict[str, Any], first: bool) -> None:
-    """Prints the row of one policy as soon as it is there."""
-    if _JSON.value:
-        print(json.dumps(row), flush=True)
-        return
-    if first:
-        print(" ".join(f"{name:>{width}}" for name, (width, _) in _COLUMNS.items()))
-    cells = (
-        f"{form.format(row[name]) if name in row else '-':>{width}}"
-        for name, (width, form) in _COLUMNS.items()
-    )
-    print(" ".join(cells), flush=True)
+_COLUMNS = (
+    Column("policy", "policy"),
+    Column("hit rate", lambda row: row.get("hit_rate"), ".4f"),
+    Column("misses", lambda row: row.get("misses"), "d"),
+    Column("residents", lambda row: row.get("residents"), "d"),
+    Column("bytes moved a token", lambda row: row.get("bytes_moved_per_token"), ".0f"),
+    Column("accesses/s", lambda row: row.get("accesses_per_s"), ".0f"),
+)
 
 
 def main(_):
@@ -109,20 +94,20 @@ def main(_):
     expert_bytes, low_bytes = _EXPERT_BYTES.value, _LOW_BYTES.value
     share = low_share(_LOW_SHARE.value)
     if _MISS_MODE.value is not None:
-        for name in names:
-            setting = ModeSetting(
-                _MISS_MODE.value, name, capacity, expert_bytes, low_bytes, share, _PIN_SHARE.value
-            )
-            uses_LE = None if profile is None else profile.uses_LE
-            show(replay_mode(trace, setting, uses_LE), name == names[0])
-        return
-    if share == ADAPTIVE or _PIN_SHARE.value:
+        uses_LE = None if profile is None else profile.uses_LE
+        of_mode = (capacity, expert_bytes, low_bytes, share, _PIN_SHARE.value)
+        rows = (
+            replay_mode(trace, ModeSetting(_MISS_MODE.value, name, *of_mode), uses_LE)
+            for name in names
+        )
+    elif share == ADAPTIVE or _PIN_SHARE.value:
         raise ValueError("an adaptive low_share and a pin_share need a --miss_mode")
-    layout = lay_out(
-        trace, capacity, expert_bytes, _PLAN.value, low_bytes, share, profile, _SEED.value
-    )
-    for name in names:
-        show(replay(trace, name, layout, capacity, profile), name == names[0])
+    else:
+        layout = lay_out(
+            trace, capacity, expert_bytes, _PLAN.value, low_bytes, share, profile, _SEED.value
+        )
+        rows = (replay(trace, name, layout, capacity, profile) for name in names)
+    print("\n".join(map(json.dumps, rows)) if _JSON.value else table(_COLUMNS, rows))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ python scripts/sweep.py --config C --workdir W --launcher=slurm --workers=8 \\
 python scripts/sweep.py --config C --workdir W --launcher=ray --workers=8 --resources=CPU=4,GPU=1
 """
 
-import importlib.util
 import json
 import shlex
 import sys
@@ -23,6 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from hobbit_jax import cache_folder, cli
+from hobbit_jax.config_overrides import load_module
 from hobbit_jax.launch import LAUNCHERS, connect
 from hobbit_jax.launch.sweeping import run_sweep
 from hobbit_jax.record import is_finished
@@ -55,20 +55,11 @@ _DRY_RUN = flags.DEFINE_bool(
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def _cells(config_file: str):
-    """The config module's own expansion of the config into cells."""
-    spec = importlib.util.spec_from_file_location("sweep_config", config_file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.sweep(_CONFIG.value)
-
-
-def _print_dry_run(cells: Sequence[Trial], found: Preflight, workdir: Path) -> None:
-    left = [cell for cell in cells if not is_finished(workdir, cell.name)]
-    for cell in cells:
-        print(f"{'to run  ' if cell in left else 'finished'}  {cell.name}")
-    print(f"trials  {len(cells)}, of which {len(cells) - len(left)} are finished")
+def _print_dry_run(trials: Sequence[Trial], found: Preflight, workdir: Path) -> None:
+    left = [trial for trial in trials if not is_finished(workdir, trial.name)]
+    for trial in trials:
+        print(f"{'to run  ' if trial in left else 'finished'}  {trial.name}")
+    print(f"trials  {len(trials)}, of which {len(trials) - len(left)} are finished")
     print(f"memory  {mib(found.device_bytes)} on the device of {mib(workers_device_bytes())} free")
     if found.host_bytes:
         print(f"        {mib(found.host_bytes)} for the encoder of {mib(host_bytes())} free")
@@ -91,20 +82,20 @@ def main(_) -> int:
         "rule": config.rule.to_dict(),
     }
     workdir = cli.output_folder("workdir", str(_WORKDIR.value))
-    cells = _cells(config_file)
+    trials = load_module(config_file).sweep(config)
     here = _LAUNCHER.value == "local"
-    found = preflight(cells, description["config"], workdir, here)
+    found = preflight(trials, description["config"], workdir, here)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     if _DRY_RUN.value:
-        _print_dry_run(cells, found, workdir)
+        _print_dry_run(trials, found, workdir)
     found.refuse()
     if _DRY_RUN.value:
         return 0
     cache_folder.export()
     engine, default_workers = connect(_LAUNCHER.value, _RESOURCES.value)
     workers = _WORKERS.value or default_workers
-    ran, skipped, failed = run_sweep(cells, description, workdir, engine, workers)
+    ran, skipped, failed = run_sweep(trials, description, workdir, engine, workers)
     print(f"{ran - failed} trials done, {failed} failed, {skipped} were finished before")
     print(f"next: python scripts/report.py --workdir {_WORKDIR.value}")
     return 1 if failed else 0

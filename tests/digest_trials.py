@@ -20,7 +20,7 @@ from hobbit_jax import launch
 from hobbit_jax.launch.sweeping import run_sweep
 from hobbit_jax.record import Benchmark, EvalSizes, Inputs, Measured, record_name
 from hobbit_jax.sweep.artifact_cache import ArtifactCache
-from hobbit_jax.sweep.artifacts import Artifact, CalibrationRun, NativeLogits
+from hobbit_jax.sweep.artifacts import Artifact, calibration_run, native_logits
 
 DESCRIPTION = {"title": "t", "question": "", "command": "", "config": {}, "rule": {}}
 PARTS = 3
@@ -48,7 +48,7 @@ class DigestTrial:
 
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
-        return NativeLogits(self.inputs, self.sizes), CalibrationRun(self.inputs, self.sizes)
+        return native_logits(self.inputs, self.sizes), calibration_run(self.inputs, self.sizes)
 
     def run(self, bench: ArtifactCache) -> Measured:
         note(f"run {self.asked.subject} {id(bench)}")

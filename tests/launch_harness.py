@@ -19,7 +19,7 @@ from hobbit_jax.launch import on_local, sweeping
 from hobbit_jax.record import Record, read_records
 from hobbit_jax.record.files import DESCRIPTION, FOLDER
 from hobbit_jax.sweep.artifact_cache import ArtifactCache
-from hobbit_jax.sweep.trial import run_cell
+from hobbit_jax.sweep.trial import run_trial
 
 TESTS = Path(__file__).resolve().parent
 _started: list[subprocess.Popen] = []
@@ -123,7 +123,7 @@ class Killer(threading.Thread):
         draw = random.Random(0)
         rows = 0
         while not self.over.wait(draw.uniform(0.2, 1)):
-            if rows_written(self.workdir) >= rows + 12:
+            if rows_written(self.workdir) >= rows + 5:
                 rows = rows_written(self.workdir)
                 self.done += filter(None, [self.harm(draw)])
 
@@ -167,7 +167,7 @@ def serial_rows(workdir: Path, count: int, monkeypatch) -> dict[str, Record]:
     monkeypatch.setenv("TRIAL_LOG", str(aside.with_suffix(".log")))
     made = digest_trials.trials(workdir, count)
     bench = ArtifactCache(made[0].inputs, made[0].sizes, aside)
-    return {trial.name: run_cell(trial, bench) for trial in made}
+    return {trial.name: run_trial(trial, bench) for trial in made}
 
 
 def check_rows(workdir: Path, expected: dict[str, Record]) -> None:

@@ -74,8 +74,8 @@ def run_live(model, store, mode: str, policy: str, devices: int):
 
 
 def replay(store, routed, slots, mode: str, policy: str, devices: int):
-    layout, factory = BankLayout.of_store(store, devices), policy_factory(policy)
-    replayed = Replay(layout, slots, MODES[mode], factory, RULE)
+    layout = BankLayout.of_store(store, devices)
+    replayed = Replay(layout, slots, CacheConfig(mode=MODES[mode], policy=policy, promotion=RULE))
     recorder, n_layers = Recorder(replayed.controller), layout.n_layers
     for token in range(TOKENS):
         steps = [

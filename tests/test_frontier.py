@@ -23,7 +23,7 @@ from hobbit_jax.record import (
 )
 from hobbit_jax.report.document import write_report
 from hobbit_jax.report.frontier import Frontier, overlap
-from hobbit_jax.sweep.quality_trial import QualityRun
+from hobbit_jax.sweep.trial import Trial
 
 DESCRIPTION = {"title": "t", "question": "?", "command": "c", "config": {}, "rule": {}}
 TEXT = "Whenever it is a damp, drizzly November in my soul; whenever I find myself. "
@@ -33,8 +33,8 @@ SIZES = EvalSizes(windows=3, context=24, calibration_windows=3)
 FORMATS, SHIPPED = ("Q3_K", "Q2_K"), Inputs()
 
 
-def cell(plan, seed=0, inputs=SHIPPED) -> QualityRun:
-    return QualityRun(QualityTrial(plan, inputs, SIZES, seed))
+def cell(plan, seed=0, inputs=SHIPPED) -> Trial:
+    return Trial(QualityTrial(plan, inputs, SIZES, seed), "frontier")
 
 
 @pytest.mark.slow

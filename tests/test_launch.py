@@ -42,8 +42,7 @@ from hobbit_jax.record import (
     record_path,
 )
 from hobbit_jax.sweep.artifact_cache import ArtifactCache
-from hobbit_jax.sweep.quality_trial import QualityRun
-from hobbit_jax.sweep.trial import Cell
+from hobbit_jax.sweep.trial import Trial
 
 LOCAL_WORKER = "multiprocessing.spawn"
 
@@ -84,11 +83,11 @@ def test_a_trial_names_all_artifacts_that_it_needs(workdir, monkeypatch):
     monkeypatch.setenv("HOBBIT_CACHE_DIR", str(workdir))
     on = digest_trials.inputs(workdir), EvalSizes(2, 16, 2, 0, 4, 4, 1)
     trials = [
-        Cell(CacheTrial(Mixed("sensitivity", 0.5, "Q2_K", "importance"), 2, *on)),
-        QualityRun(QualityTrial(Uniform("Q3_K", "gptq"), *on, seed=1)),
-        QualityRun(QualityTrial(Uniform("Q2_K", "rtn", ("Q4_0",)), *on)),
-        QualityRun(QualityTrial(MixedInBytes("random", 0.8, ("Q2_K",), score_text="tasks"), *on)),
-        QualityRun(QualityTrial(PerSelection("router_weight", (0.5, 0.5), ("Q2_K",)), *on)),
+        Trial(CacheTrial(Mixed("sensitivity", 0.5, "Q2_K", "importance"), 2, *on)),
+        Trial(QualityTrial(Uniform("Q3_K", "gptq"), *on, seed=1)),
+        Trial(QualityTrial(Uniform("Q2_K", "rtn", ("Q4_0",)), *on)),
+        Trial(QualityTrial(MixedInBytes("random", 0.8, ("Q2_K",), score_text="tasks"), *on)),
+        Trial(QualityTrial(PerSelection("router_weight", (0.5, 0.5), ("Q2_K",)), *on)),
     ]
     bench = ArtifactCache(*on, workdir)
 

@@ -122,7 +122,7 @@ def test_ray_200_trials_under_fire(ray_installed, workdir, monkeypatch):
         200,
         excuse="Ray does not start here",  # within its own 30 s, on a busy machine
     )
-    assert len(done) >= 4, done
+    assert len(done) >= 6, done
     check_rows(workdir, expected)
     runs = digest_trials.notes(workdir, "run")
     assert len({(pid, bench) for pid, _, _, bench in runs}) == len({pid for pid, *_ in runs})

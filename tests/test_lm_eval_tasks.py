@@ -27,10 +27,11 @@ from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.evals import tasks as direct_tasks
 from hobbit_jax.evals.benchmarks import (
     BenchmarkSettings,
+    as_record,
     evaluate,
     evaluate_engine,
+    rows,
     shares,
-    table,
 )
 from hobbit_jax.evals.lm_eval_tasks import load_tasks, wikitext_pages
 from hobbit_jax.experts.store import HostExperts
@@ -38,6 +39,7 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.models.loading import load_model
+from hobbit_jax.record import read_records
 from hobbit_jax.synthetic_tasks import arithmetic, functions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -237,7 +239,6 @@ def test_the_shipped_model_on_real_data(data_dir, tmp_path):
     assert record["requests"]["generated"] == 2 and record["requests"]["truncated_contexts"] >= 1
     assert all(record["tasks"][name]["problems"] == 1 for name in settings.tasks)
     assert record["model"]["model_sha256"] == model.file.sha256()
-    assert set(record["provenance"]["versions"]) >= {"lm_eval", "jax"}
     # lm-eval's perplexity, once more, in float64.
     tokenizer = model.tokenizer()
     task = load_tasks(["wikitext"], data_dir)["wikitext"]
@@ -251,7 +252,9 @@ def test_the_shipped_model_on_real_data(data_dir, tmp_path):
     assert again["requests"]["reused"] == 3 and again["requests"]["scored"] == 0
     assert again["tasks"] == record["tasks"]
     assert json.loads(json.dumps(record)) == record
-    assert len(table(record).splitlines()) == 1 + 2 + 1 + 3
+    kept = as_record(record, {}, 1.0)
+    assert set(kept.versions) >= {"lm_eval", "jax"}
+    assert sum(name.endswith("_stderr") for name in kept.metrics) == len(rows(record)) == 2 + 1 + 3
     assert set(shares(record)) == {"gsm8k", "humaneval"}
     assert {score["problems"] for score in shares(record).values()} == {1}
 
@@ -267,8 +270,9 @@ def test_the_script(model, tmp_path):
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "HOME": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "out" / "evaluate" / "evaluation.json").read_text())
-    assert record["tasks"]["mini_functions"]["value"] == 0.0 and "mini_functions" in done.stdout
-    assert record["model"]["plan"]["low_format"] == "Q2_K"
-    assert record["budget_bytes"] == 8 << 20 and record["missing_protections"] is not None
+    (record,) = read_records(tmp_path / "out" / "evaluate").found
+    assert record.interval("mini_functions_exact_match").value == 0.0
+    assert "| mini_functions | exact_match |" in done.stdout
+    assert record.setting["low_format"] == "Q2_K" and record.setting["budget_mib"] == 8
+    assert "missing_protections" in record.notes
     assert not list(tmp_path.glob(".*"))  # no data set and no cache at home

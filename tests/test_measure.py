@@ -7,7 +7,7 @@ import pytest
 
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.evals.engine_program import EngineProgram
-from hobbit_jax.evals.measure import Counts, Measurement, Turn, measure, timed_turn
+from hobbit_jax.evals.measure import Counts, Measurement, measure, timed_turn
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.loading import load_model
@@ -88,12 +88,6 @@ def test_turns_go_round_and_a_program_may_count_nothing():
     assert list(found) == list("abc") and len(found["a"].warm_up) == len(found["a"].turns) == 2
     assert found["b"].counts is None and found["b"].counted_figures() == {}
     assert found["b"].turns[0].tokens == () and found["b"].turns[0].prefill is None
-
-
-def test_a_turn_comes_back_from_another_process():
-    clock = Clock()
-    turn = timed_turn(Program(clock, 1.0), ROWS_RS[0], 3, clock)
-    assert Turn.from_json(turn.to_json()) == turn
 
 
 @pytest.mark.parametrize(("rows", "prompt"), [(1, 3), (4, 8), (4, 0)])

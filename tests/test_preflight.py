@@ -33,7 +33,7 @@ from hobbit_jax.record import (
 )
 from hobbit_jax.sweep import preflight as preflight_module
 from hobbit_jax.sweep.preflight import all_low_mib, preflight
-from hobbit_jax.sweep.trial import Cell
+from hobbit_jax.sweep.trial import Trial
 
 SIZES = EvalSizes(
     windows=2, context=32, calibration_windows=2, decode_prompt_tokens=4, decode_tokens=4,
@@ -51,13 +51,13 @@ def cell(inputs):
     def make(
         score="native", fraction=0.0, low="", budget_mib=2.0, method="rtn", mode="fetch",
         sizes=SIZES, on=inputs,
-    ) -> Cell:  # fmt: skip
+    ) -> Trial:  # fmt: skip
         plan = {
             "native": lambda: Native(),
             "uniform": lambda: Uniform(low, method),
             "residency": lambda: MissModeTrial(mode, 0.0, low, method),
         }.get(score, lambda: Mixed(score, fraction, low, method))()
-        return Cell(CacheTrial(plan, budget_mib, on, sizes, 0.1, 0))
+        return Trial(CacheTrial(plan, budget_mib, on, sizes, 0.1, 0))
 
     return make
 
@@ -101,7 +101,7 @@ def test_equal_cells_are_named_with_the_field_that_repeats(cell, tmp_path):
     low = cell("frequency", 0.5, "Q2_K")
     found = preflight([cell(), low, low], CONFIG, tmp_path)
     (problem,) = found.problems
-    assert problem.startswith(f"cell 3 is cell 2 again ({low.name}), since ")
+    assert problem.startswith(f"trial 3 is trial 2 again ({low.name}), since ")
     assert "config.precision.low_fraction has 0.5 twice" in problem
 
 
@@ -122,7 +122,7 @@ def test_the_smallest_pool_is_what_an_engine_takes(cell, tmp_path, score, fracti
         preflight_module._opened(asked.inputs.model, {}, preflight_module.Preflight()),
         asked.inputs, SIZES, [asked], {}, tmp_path, preflight_module.Preflight(),
     )  # fmt: skip
-    least = check.least_pool_bytes(check.needs[0])
+    least = check.least_pool_bytes(asked.asked.plan)
     source = open_gguf(asked.inputs.model)
     config = read_config(source)
     made = open_low_precision(source, config, LowPrecisionSpec("Q2_K"), tmp_path)

@@ -172,10 +172,10 @@ def test_script_prints_a_line_per_policy(trace_path):
 
 def test_script_prints_a_table_for_people(trace_path):
     done = run_script("--trace", trace_path, "--capacity", 24, "--policy", "lru,slru")
-    head, *rows = (line.split() for line in done.stdout.splitlines())
+    head, _, *rows = (line.strip("| ").split(" | ") for line in done.stdout.splitlines())
     assert (done.returncode, done.stderr) == (0, "")
     assert [row[0] for row in rows] == ["lru", "slru"]
-    assert all(0 < float(row[head.index("hit_rate")]) < 1 for row in rows)
+    assert all(0 < float(row[head.index("hit rate")]) < 1 for row in rows)
 
 
 def spoil(trace_path, path, **changes):

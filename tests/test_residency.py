@@ -14,7 +14,7 @@ from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, Controller, OnRouting
 from hobbit_jax.cache.counter import Replay, RoutedStep
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
-from hobbit_jax.cache.policies import LRU, policy_factory
+from hobbit_jax.cache.policies import LRU
 from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import low_share, pool_slots
 from hobbit_jax.cache.promotion import Promoter, PromotionRule
@@ -66,6 +66,11 @@ def decode(engine, tokens: int, seed: int = 0) -> np.ndarray:
     return np.stack([np.asarray(engine.decode(ids_S[[at]])) for at in range(tokens)])
 
 
+def cache_of(mode, promotion) -> CacheConfig:
+    """Settings of a replay."""
+    return CacheConfig(mode=mode, policy=LRU, promotion=promotion)
+
+
 def make_pool(store, slots, budget_bytes: int, policy=LRU) -> SlotPool:
     controller = Controller(BankLayout.of_store(store), slots, policy)
     return SlotPool(store, controller, budget_bytes)
@@ -101,7 +106,7 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
         observers=[OnRouting(watch)],
     )
     layout = BankLayout.of_store(store)
-    replay = Replay(layout, engine.pool.slots, MISS_MODES[mode], policy_factory("slru"), RULE)
+    replay = Replay(layout, engine.pool.slots, CacheConfig(mode=mode, promotion=RULE))
     number = 0
     for part in range(2):
         decode(engine, 20, seed=part)
@@ -335,7 +340,7 @@ def tokens(count: int, hot_experts: int, seed: int) -> list[list[RoutedStep]]:
 
 def moved(division: dict, part: list, mode: str, rule: PromotionRule = RULE) -> int:
     """Bytes of the second half of `part`."""
-    replay = Replay(LAYOUT, division, MISS_MODES[mode], LRU, rule)
+    replay = Replay(LAYOUT, division, cache_of(mode, rule))
     tallies = []
     for number, steps in enumerate(part):
         tallies.append(replace(replay.tally))
@@ -351,7 +356,7 @@ def test_the_split_comes_to_the_best_fixed_one(mode, hot_experts):
     routed = tokens(600, hot_experts, 1)
     bytes_of = {share: moved(division, routed, mode) for share, division in DIVISIONS.items()}
     worst = max(bytes_of, key=bytes_of.__getitem__)
-    chooser = CapacityTuner(LAYOUT, DIVISIONS, worst, MISS_MODES[mode], LRU, RULE, rule)
+    chooser = CapacityTuner(LAYOUT, DIVISIONS, worst, cache_of(mode, RULE), rule)
     for number, steps in enumerate(routed, 1):
         for step in steps:
             chooser.record(step)
@@ -368,7 +373,7 @@ def test_of_divisions_within_the_margin_the_least_degrading_is_taken(margin, wan
     """fetch_low with few hot_experts: 0.8 moves fewest bytes, 0.5 hardly more and degrades less."""
     rule = SplitRule(margin=margin, window_tokens=160, first_tokens=160)
     mode = MISS_MODES["fetch_low"]
-    chooser = CapacityTuner(LAYOUT, DIVISIONS, 0.2, mode, LRU, RULE, rule)
+    chooser = CapacityTuner(LAYOUT, DIVISIONS, 0.2, cache_of(mode, RULE), rule)
     for steps in tokens(160, 4, 1):
         for step in steps:
             chooser.record(step)
@@ -387,7 +392,7 @@ def test_no_division_is_judged_while_it_fills():
     assert min(begun, key=begun.__getitem__) != best
     for most_growth, wanted in ((np.inf, [0.2, best]), (0.1, [])):
         rule = SplitRule(most_growth=most_growth, first_tokens=24, window_tokens=64)
-        chooser = CapacityTuner(LAYOUT, DIVISIONS, best, MISS_MODES[mode], LRU, slow, rule)
+        chooser = CapacityTuner(LAYOUT, DIVISIONS, best, cache_of(mode, slow), rule)
         changes = []
         for steps in routed:
             for step in steps:
@@ -429,7 +434,7 @@ def test_two_experts_used_alike_do_not_take_turns():
         rule = PromotionRule(2, 1, 32, margin)
         layout = BankLayout(2, 1, [[HIGH_BANK], [LOW_BANK]], {HIGH_BANK: 3, LOW_BANK: 2})
         slots = {HIGH_BANK: 1, LOW_BANK: 2}
-        replay = Replay(layout, slots, MISS_MODES["floor"], LRU, rule)
+        replay = Replay(layout, slots, cache_of("floor", rule))
         for at, ids_TK in enumerate(ids):
             replay.token(at, [RoutedStep(at, 0, ids_TK, weight_TK, requested_TK)])
         counts[margin] = replay.tally
@@ -453,7 +458,8 @@ def test_a_profile_is_written_read_and_refused(model, two_banks_path, tmp_path):
     text, path = tmp_path / "text.txt", tmp_path / "profile"
     text.write_text("the same words, over and over; " * 40, encoding="utf-8")
     done = run_script(
-        "routing_stats.py", "--model", two_banks_path, "--text", text, "--out", path,
+        "calibrate.py", "--model", two_banks_path, "--text", text, "--out", path,
+        "--statistics", "routing",
         "--windows", 4, "--context", 20, "--budget_mib", 1,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -461,8 +467,8 @@ def test_a_profile_is_written_read_and_refused(model, two_banks_path, tmp_path):
     assert profile.statistics == "routing" and profile.tokens == 80
     assert (profile.selections_LE.sum(axis=1) == 80 * 2).all()
     lines = done.stdout.splitlines()
-    assert len(lines) == 2 + 3 + 1 and lines[0].startswith("80 tokens; ")
-    for line, uses_E in zip(lines[2:5], profile.selections_LE, strict=True):
+    assert len(lines) == 3 + 3 + 1 and lines[0].startswith("80 tokens; ")
+    for line, uses_E in zip(lines[3:6], profile.selections_LE, strict=True):
         share_E = uses_E[uses_E > 0] / 160
         _, entropy, quarter, hits = map(float, line.split())
         assert entropy == pytest.approx(-(share_E * np.log2(share_E)).sum(), abs=0.006)

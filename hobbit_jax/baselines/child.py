@@ -7,8 +7,9 @@ the user's says otherwise.
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -44,47 +45,42 @@ def environment() -> dict[str, str]:
 
 
 class Child:
-    """A running `Side`; a context manager that ends it."""
+    """A running `Side`; a context manager that ends it.
+
+    Every method waits for the model first, and raises the program's own ValueError,
+    NotImplementedError or OSError after its name, or a ChildProcessError with the end of its log.
+    """
 
     def __init__(self, spec: SideSpec, name: str):
         self.name = name
         # Closed by `_end`: it lives as long as the process.
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hobbit_jax.baselines.side", spec.to_json()],
+            [sys.executable, "-m", "hobbit_jax.baselines.side"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            text=True,
             env=environment(),
         )
         self._watch = PeakWatch(self._process.pid)
-        self._loaded: dict[str, Any] | None = None
+        self._send(spec)
 
+    @functools.cached_property
     def loaded(self) -> dict[str, Any]:
-        """Waits for the model: seconds of loading, and the process's memory before it.
+        """Seconds of loading, and the process's memory before it."""
+        return self._receive()
 
-        Raises:
-            ValueError, NotImplementedError, OSError: as the program raised it.
-            ChildProcessError: it raised something else, or ended.
-        """
-        if self._loaded is None:
-            self._loaded = self._receive()
-        return self._loaded
-
-    def score(self, ids_T: np.ndarray, out: Path) -> np.ndarray:
-        """float32 logits [T, V]; `out` is a file to pass them in."""
-        shape = self._ask({"do": "score", "ids": ids_T.tolist(), "out": str(out)})
-        return np.fromfile(out, np.float32).reshape(shape)
+    def score(self, ids_T: np.ndarray) -> np.ndarray:
+        """See `Side.score`."""
+        return self._ask("score", ids_T)
 
     def turn(self, ids_S: np.ndarray, prompt_tokens: int) -> Turn:
         """See `measure.timed_turn`."""
-        request = {"do": "turn", "ids": ids_S.tolist(), "prompt_tokens": prompt_tokens}
-        return Turn.from_json(self._ask(request))
+        return self._ask("turn", ids_S, prompt_tokens)
 
     def facts(self) -> dict[str, Any]:
         """See `Side.facts`."""
-        return self._ask({"do": "facts"})
+        return self._ask("facts")
 
     def finish(self) -> ResidentBytes | None:
         """Peak memory of the whole run; the process is over then."""
@@ -92,29 +88,33 @@ class Child:
         self._end()
         return peak
 
-    def _ask(self, request: dict[str, Any]) -> Any:
-        self.loaded()
+    def _send(self, request: Any) -> None:
         assert self._process.stdin is not None
         # A child that has ended breaks the pipe; what it said last tells why.
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-        return self._receive()["answer"]
+            pickle.dump(request, self._process.stdin, protocol=5)
+            self._process.stdin.flush()
 
-    def _receive(self) -> dict[str, Any]:
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        _ = self.loaded
+        self._send((method, arguments))
+        return self._receive()
+
+    def _receive(self) -> Any:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
+        try:
+            kind, value = pickle.load(self._process.stdout)
+        except (EOFError, pickle.UnpicklingError):
             status = self._process.wait()
             how = f"by signal {-status}" if status < 0 else f"with status {status}"
-            raise ChildProcessError(f"{self.name} ended {how}: {self._log_tail()}")
-        reply = json.loads(line)
-        if "error" not in reply:
-            return reply
-        kind, text = _KEPT_ERRORS.get(reply["error"]), f"{self.name}: {reply['text']}"
-        if kind is None:
-            self._process.wait()
-            raise ChildProcessError(f"{text} ({reply['error']}; {self._log_tail()})")
-        raise kind(text)
+            raise ChildProcessError(f"{self.name} ended {how}: {self._log_tail()}") from None
+        if kind == "answer":
+            return value
+        text = f"{self.name}: {value}"
+        if kind in _KEPT_ERRORS:
+            raise _KEPT_ERRORS[kind](text)
+        self._process.wait()
+        raise ChildProcessError(f"{text} ({kind}; {self._log_tail()})")
 
     def _log_tail(self) -> str:
         self._log.seek(0)
@@ -123,8 +123,8 @@ class Child:
 
     def _end(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
-        with self._process.stdin, self._process.stdout:
-            pass
+        with contextlib.suppress(BrokenPipeError), self._process.stdout:
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:

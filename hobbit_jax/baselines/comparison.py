@@ -7,11 +7,9 @@ one and then the other; decode rows are timed in turns (`evals/measure.py`).
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.util
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +25,6 @@ from hobbit_jax.baselines.child import Child, environment
 from hobbit_jax.baselines.side import SideSpec
 from hobbit_jax.cache.policies import DEFAULT_POLICY
 from hobbit_jax.evals.measure import Measurement, measure
-from hobbit_jax.evals.process_memory import ResidentBytes
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
@@ -155,20 +152,17 @@ def compare_model(request: Request) -> Record:
 
 
 def _asked(request: Request) -> Benchmark:
-    setting = {
-        "model": request.model.name,
-        "baseline": request.baseline,
-        "threads": request.threads,
-        "budget_bytes": request.budget_bytes,
-        "windows": request.windows,
-        "context": request.context,
-        "turns": request.turns,
-        "prompt_tokens": request.prompt_tokens,
-        "decode_tokens": request.decode_tokens,
-    }
+    setting = {**vars(request), "model": request.model.name}
     # Only where they were asked for: they are a part of the record's identity.
-    further = {"torch_mode": request.torch_mode, "implementation": request.implementation}
-    return Benchmark(STUDY, {**setting, **{k: v for k, v in further.items() if v is not None}})
+    for name, default in (
+        ("torch_mode", None),
+        ("implementation", None),
+        ("policy", DEFAULT_POLICY),
+    ):
+        if setting[name] == default:
+            del setting[name]
+    del setting["text"]  # its hash is in the record
+    return Benchmark(STUDY, setting)
 
 
 def compare(
@@ -193,9 +187,9 @@ def compare(
     """
     load_before = os.getloadavg()[0]
     with Child(ours, "ours") as own:
-        loaded_own = own.loaded()
+        loaded_own = own.loaded
         with Child(baseline, "baseline") as other:
-            loaded = loaded_own, other.loaded()
+            loaded = loaded_own, other.loaded
             agreement = _agreement(own, other, windows_WS)
             found = measure(
                 dict(zip(SIDES, (own.turn, other.turn), strict=True)), rows_RS, prompt_tokens
@@ -205,7 +199,7 @@ def compare(
     here = facts[0].pop("machine")
     sides = {}
     for name, start, fact, peak in zip(SIDES, loaded, facts, peaks, strict=True):
-        memory = {"before_model": start["before_model"], "peak": _as_dict(peak)}
+        memory = {"before_model": start["before_model"], "peak": peak}
         counts = found[name].counts
         rate = {"decode_hit_rate": counts and counts.hit_rate}
         sides[name] = {**fact, **rate, "load_s": start["load_s"], "memory": memory}
@@ -214,28 +208,12 @@ def compare(
     return combined(agreement, measured(_speed(found)), measured(sides)), here
 
 
-def _as_dict(resident: ResidentBytes | None) -> dict[str, int] | None:
-    return None if resident is None else dataclasses.asdict(resident)
-
-
 def _agreement(own: Child, other: Child, windows_WS: np.ndarray) -> Measured:
     meter = AgreementMeter()
-    with tempfile.TemporaryDirectory() as directory:
-        passing = Path(directory) / "logits"
-        for ids_S in tqdm(windows_WS, desc="logits", unit="window", leave=False, disable=None):
-            ours_TV = own.score(ids_S[:-1], passing)
-            baseline_TV = other.score(ids_S[:-1], passing)
-            meter.add(ours_TV, baseline_TV, ids_S[1:])
-    found = meter.result()
-    apart = {
-        "windows": found.windows,
-        "logit_max_difference": found.logit_max_difference,
-        "logit_rms_difference": found.logit_rms_difference,
-        "logit_std": found.logit_std,
-        "perplexity_baseline": found.perplexity_baseline,
-        "perplexity_difference": found.perplexity_difference,
-    }
-    return combined(found.comparison.measured(), measured(apart))
+    for ids_S in tqdm(windows_WS, desc="logits", unit="window", leave=False, disable=None):
+        meter.add(own.score(ids_S[:-1]), other.score(ids_S[:-1]), ids_S[1:])
+    apart = vars(meter.result())
+    return combined(apart.pop("comparison").measured(), measured(apart))
 
 
 def _speed(found: Mapping[str, Measurement]) -> dict[str, Any]:

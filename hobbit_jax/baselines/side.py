@@ -1,22 +1,20 @@
 """What a program must do to be compared, and the child process in which it does it.
 
-Owns the interface and the line protocol between the comparison and its children; every program is
-timed by `evals/measure.py`. Run as `python -m hobbit_jax.baselines.side SPEC` by
-`child.py`. A child of its own for each program keeps their memory, threads and libraries apart.
-The child ends when its input does, so none survives the comparison.
+Owns the interface and the child's end of the pipe; every program is timed by `evals/measure.py`.
+Run as `python -m hobbit_jax.baselines.side` by `child.py`. A child of its own for each program
+keeps their memory, threads and libraries apart. It ends when its input does, so none survives the
+comparison.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import json
 import os
+import pickle
+import pkgutil
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -42,17 +40,13 @@ class SideSpec:
 
     Attributes:
         factory: "module:callable", called in the child with `options`; returns a `Side`.
-        options: keyword arguments, as JSON.
+        options: keyword arguments.
         threads: processor cores that the child may use; libraries are told the same number.
     """
 
     factory: str
     options: dict[str, Any]
     threads: int
-
-    def to_json(self) -> str:
-        """For the child's command line."""
-        return json.dumps(dataclasses.asdict(self))
 
 
 def restrict_threads(threads: int) -> None:
@@ -69,55 +63,40 @@ def restrict_threads(threads: int) -> None:
     os.sched_setaffinity(0, cores[:threads])
 
 
-def _answer(side: Side, request: dict[str, Any]) -> Any:
-    match request:
-        case {"do": "score", "ids": ids, "out": out}:
-            logits_TV = np.ascontiguousarray(side.score(np.asarray(ids, np.int32)), np.float32)
-            # Written, not mapped: pages of the result would count as the program's memory.
-            with Path(out).open("wb") as file:
-                file.write(logits_TV.data)
-            return list(logits_TV.shape)
-        case {"do": "turn", "ids": ids, "prompt_tokens": prompt_tokens}:
-            return timed_turn(side, np.asarray(ids, np.int32), prompt_tokens).to_json()
-        case {"do": "facts"}:
-            return side.facts()
-    raise RuntimeError(f"the comparison asked for {request!r}")
+def serve(requests: BinaryIO, replies: BinaryIO) -> None:
+    """Loads a program, says what its process took before the model, and answers till the end.
 
+    The first request is a `SideSpec`, the others are names of methods with their arguments.
+    """
 
-def serve(spec: SideSpec, requests: IO[str], replies: IO[str]) -> None:
-    """Loads a program, says what its process took before the model, and answers till the end."""
-
-    def reply(value: Any) -> None:
-        print(json.dumps(value), file=replies, flush=True)
+    def reply(kind: str, value: Any) -> None:
+        pickle.dump((kind, value), replies, protocol=5)
+        replies.flush()
 
     try:
+        spec: SideSpec = pickle.load(requests)
         restrict_threads(spec.threads)
-        module, _, name = spec.factory.partition(":")
-        make = getattr(importlib.import_module(module), name)
-        before = read_resident(os.getpid())
-        began = time.perf_counter()
+        make = pkgutil.resolve_name(spec.factory)
+        before, began = read_resident(os.getpid()), time.perf_counter()
         side: Side = make(threads=spec.threads, **spec.options)
-        reply(
-            {
-                "load_s": time.perf_counter() - began,
-                "before_model": None if before is None else dataclasses.asdict(before),
-            }
-        )
-        for line in requests:
-            reply({"answer": _answer(side, json.loads(line))})
+        reply("answer", {"load_s": time.perf_counter() - began, "before_model": before})
+        while True:
+            try:
+                name, arguments = pickle.load(requests)
+            except EOFError:
+                return
+            if name == "turn":
+                reply("answer", timed_turn(side, *arguments))
+            else:
+                reply("answer", getattr(side, name)(*arguments))
     except Exception as error:
         # Its name and text go to the parent, which raises the same; the rest is in the log.
-        reply({"error": type(error).__name__, "text": str(error)})
+        reply(type(error).__name__, str(error))
         raise
 
 
-def main(argv: list[str]) -> None:
-    """The child: `argv[1]` is a `SideSpec` in JSON."""
-    # Whatever a library prints goes to the log, not between our lines.
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    serve(SideSpec(**json.loads(argv[1])), sys.stdin, replies)
-
-
 if __name__ == "__main__":
-    main(sys.argv)
+    # Whatever a library prints goes to the log, not between our answers.
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    serve(sys.stdin.buffer, replies)

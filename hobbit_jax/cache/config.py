@@ -1,17 +1,20 @@
-"""The settings of an engine's expert cache, in one value that scripts, trials and tests pass on."""
+"""The settings of an expert cache, in one value that engines, replays and scripts pass on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hobbit_jax.cache.controller import BankLayout, Controller, Observer
 from hobbit_jax.cache.miss_modes import MissMode, miss_mode
-from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory
+from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, policy_factory
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare
 from hobbit_jax.cache.prefetch import PrefetchRule
-from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, PromotionRule
+from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, Promotion, PromotionRule
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.experts.precision import PrecisionPlan
 from hobbit_jax.models.caches import KV_FORMATS
+from pallas_kernels.reference import Signature
 
 MAX_RESIDENT_LIFT = 50.0  # e to it times a score is far from float32's greatest number
 
@@ -71,3 +74,18 @@ class CacheConfig:
                 "(--resident_lift)"
             )
         miss_mode(self.mode)
+
+    def controller(
+        self, layout: BankLayout, slots: Mapping[Signature, int], observers: Sequence[Observer] = ()
+    ) -> Controller:
+        """What decides by these settings, in a live engine and in a replay.
+
+        Args:
+            layout: which bank holds which copies.
+            slots: of each device's bank; a signature that is not there has no bank.
+            observers: told of every decision, after promotion.
+        """
+        mode = miss_mode(self.mode)
+        promotion = [Promotion(self.promotion, mode)] if mode.promotes else []
+        policy = policy_factory(self.policy)
+        return Controller(layout, slots, policy, [*promotion, *observers], mode)

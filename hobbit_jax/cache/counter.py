@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import Bank, BankLayout, Controller, Decision, Observer, uses_of
-from hobbit_jax.cache.miss_modes import LOW, MissMode
-from hobbit_jax.cache.policies import PolicyFactory, Step
-from hobbit_jax.cache.promotion import Promotion, PromotionRule
+from hobbit_jax.cache.miss_modes import LOW, miss_mode
+from hobbit_jax.cache.policies import Step
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import ExpertKey
 from pallas_kernels.reference import Signature
@@ -128,9 +128,7 @@ class Replay:
     Args:
         layout: which bank holds which copies.
         slots: per bank; a signature that is not there has no bank.
-        mode: what serves a miss.
-        policy: of each bank.
-        promotion: for modes that promote.
+        cache: mode, policy and promotion; the rest describes an engine.
         observers: told of every decision, after promotion.
     """
 
@@ -138,16 +136,13 @@ class Replay:
         self,
         layout: BankLayout,
         slots: Mapping[Signature, int],
-        mode: MissMode,
-        policy: PolicyFactory,
-        promotion: PromotionRule,
+        cache: CacheConfig,
         observers: Sequence[Observer] = (),
     ):
-        promotes = [Promotion(promotion, mode)] if mode.promotes else []
-        self.mode = mode
-        self.controller = Controller(layout, slots, policy, [*promotes, *observers], mode)
+        self.mode = miss_mode(cache.mode)
+        self.controller = cache.controller(layout, slots, observers)
         self.counter = Counter(self.controller)
-        if mode.low_banks == "all":
+        if self.mode.low_banks == "all":
             for layer, expert in np.ndindex(layout.n_layers, layout.n_experts):
                 self.counter.load([ExpertKey(LOW, layer, expert)])
 

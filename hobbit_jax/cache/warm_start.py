@@ -1,7 +1,7 @@
 """The pool before the first token: the experts that a profile found most used, and pins of them.
 
 This module owns which copies are loaded in which order, into a pool or a counter. A profile is
-`importance/calibration.py`'s (made by `scripts/routing_stats.py`); only its counts matter here.
+`importance/calibration.py`'s (made by `scripts/calibrate.py`); only its counts matter here.
 """
 
 from __future__ import annotations

@@ -24,10 +24,11 @@ from hobbit_jax.evals.lm_eval_tasks import check_names, load_tasks
 from hobbit_jax.evals.responses import Responses
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.chat_template import ChatTemplate
-from hobbit_jax.record import machine
+from hobbit_jax.record import Benchmark, Measured, Record, combined, machine, measured
 from hobbit_jax.statistics import Interval, bootstrap, share
 
 _RUNNING_CODE = ("humaneval", "mini_functions")
+STUDY = "benchmarks"
 _PACKAGES = ("lm_eval", "datasets", "jinja2")
 
 
@@ -99,7 +100,6 @@ def evaluate_engine(
     return {
         "model": {"name": file.paths[0].name, **answers_depend_on},
         **evaluate(lm, settings, data_dir, progress),
-        "provenance": {**machine(), "versions": _versions()},
     }
 
 
@@ -197,19 +197,33 @@ def shares(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def table(record: Mapping[str, Any]) -> str:
-    """The scores of a record as lines of text, one metric each."""
-    rows = [("task", "metric", "filter", "problems", "value", "95 % interval", "stderr")]
-    for name, task in record["tasks"].items():
-        for m in task["metrics"]:
-            interval = f"{m['low']:.4f} to {m['high']:.4f}"
-            stderr = "" if m["stderr"] is None else f"{m['stderr']:.4f}"
-            score = f"{m['value']:.4f}"
-            rows.append(
-                (name, m["metric"], m["filter"], str(task["problems"]), score, interval, stderr)
-            )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+def rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every metric of every task of what `evaluate` found, with its interval."""
+    return [
+        {**m, "task": name, "problems": task["problems"],
+         "interval": Interval(m["value"], m["low"], m["high"])}
+        for name, task in found["tasks"].items()
+        for m in task["metrics"]
+    ]  # fmt: skip
+
+
+def as_record(found: Mapping[str, Any], setting: Mapping[str, Any], seconds: float) -> Record:
+    """The record of what `evaluate_engine` found under `setting`."""
+    metrics = {
+        "_".join([row["task"], row["metric"], row["filter"]]).removesuffix("_none"): {
+            "value": row["interval"], "stderr": row["stderr"], "problems": row["problems"]
+        }
+        for row in rows(found)
+    }  # fmt: skip
+    verdicts = {
+        name: task["verdicts"] for name, task in found["tasks"].items() if "verdicts" in task
+    }
+    kept = measured({**metrics, "requests": found["requests"], "verdicts": verdicts})
+    missing = {"missing_protections": ", ".join(found["missing_protections"] or ())}
+    kept = combined(kept, Measured(notes=missing))
+    here = {**machine(), "versions": _versions()}
+    hashes = {"model": found["model"]["model_sha256"]}
+    return Record(
+        STUDY, Benchmark(STUDY, setting), **vars(kept) | {"file_sha256": hashes}, **here,
+        seconds=round(seconds, 2),
+    )  # fmt: skip

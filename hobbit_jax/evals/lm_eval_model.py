@@ -8,10 +8,10 @@ counted.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from hobbit_jax.evals.continuation import Continuation
 from hobbit_jax.evals.responses import Responses
+from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.sampling import Sampling
-from hobbit_jax.inference.step_stats import StepStats
 from hobbit_jax.model_file.chat_template import ChatTemplate
 from hobbit_jax.model_file.tokenizer import Tokenizer
 
@@ -35,29 +35,6 @@ _DEFAULT_NEW_TOKENS = 256  # lm-eval's, for tasks that say nothing
 _KNOWN_OPTIONS = {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}
 
 Pair = tuple[list[int], list[int]]  # context and continuation
-
-
-class TextEngine(Protocol):
-    """What this module needs of an `Engine`."""
-
-    @property
-    def config(self) -> Any:
-        """`context_length` and `vocab_size`."""
-        ...
-
-    def score(self, ids_BT: np.ndarray) -> jax.Array:
-        """Logits [B, T, V] of fresh sequences."""
-        ...
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        sampling: Sampling,
-        stop_ids: Sequence[int],
-    ) -> Iterator[tuple[np.ndarray, StepStats]]:
-        """Ids [B] per step, -1 for sequences that have ended."""
-        ...
 
 
 @dataclass
@@ -107,7 +84,7 @@ class EngineLM(TemplateLM):
 
     def __init__(
         self,
-        engine: TextEngine,
+        engine: Engine,
         tokenizer: Tokenizer,
         responses: Responses | None = None,
         *,
@@ -177,32 +154,41 @@ class EngineLM(TemplateLM):
         """Ids of `string`; BOS in front where the file wants it and the text has none yet."""
         return self._text.encode(string, add_bos=add_special_tokens)
 
-    # Likelihoods
+    def _answered(
+        self,
+        kind: str,
+        asked: Sequence[tuple[Any, ...]],
+        solve: Callable[[list[int]], Iterator[dict[int, Any]]],
+        is_kept: Callable[..., bool] = lambda *_: True,
+    ) -> list[Any]:
+        """Answers to the requests `asked`; what is not remembered `solve` gives, batch by batch.
 
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = False
-    ) -> list[tuple[float, bool]]:
-        """Log probability (nats) of each continuation, and whether greedy decoding writes it."""
-        distinct = {request.args: request for request in requests}
-        answers = {args: self._responses.find("loglikelihood", *args) for args in distinct}
-        missing = [request for args, request in distinct.items() if answers[args] is None]
-        fresh = super().loglikelihood(missing, disable_tqdm=True)
-        answers |= {request.args: answer for request, answer in zip(missing, fresh, strict=True)}
-        ordered: list[Any] = [answers[request.args] for request in requests]
-        return [(float(log_p), bool(greedy)) for log_p, greedy in ordered]
+        `is_kept` says whether a request's answer may be remembered.
+        """
+        answers = [self._responses.find(kind, *one) if is_kept(*one) else None for one in asked]
+        for batch in solve([index for index, answer in enumerate(answers) if answer is None]):
+            for index, answer in batch.items():
+                answers[index] = answer
+                if is_kept(*asked[index]):
+                    self._responses.add(answer, kind, *asked[index])
+            self._responses.flush()
+        return answers
+
+    # Likelihoods
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
-        answers: dict[int, tuple[float, bool]] = {}
-        pairs = [(requests[i][1], requests[i][2]) for i in order]
-        for batch in self._score(pairs, "loglikelihood"):
-            for position, answer in batch:
-                answers[order[position]] = answer
-                self._responses.add(answer, "loglikelihood", *requests[order[position]][0])
-            self._responses.flush()
-        return [answers[i] for i in range(len(requests))]
+        """Log probability (nats) of each continuation, and whether greedy decoding writes it."""
+
+        def solve(missing: list[int]) -> Iterator[dict[int, Any]]:
+            order = sorted(missing, key=lambda i: -len(requests[i][1] + requests[i][2]))
+            pairs = [(requests[i][1], requests[i][2]) for i in order]
+            for start, scores in self._score(pairs, "loglikelihood"):
+                yield dict(zip(order[start:], scores, strict=False))
+
+        texts = [request[0] for request in requests]
+        return [(p, greedy) for p, greedy in self._answered("loglikelihood", texts, solve)]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -211,47 +197,40 @@ class EngineLM(TemplateLM):
 
         The text itself gets no BOS: it is the prefix, and no token that the model has to guess.
         """
-        totals: dict[str, float] = {}
-        pairs: list[Pair] = []
-        owners: list[str] = []
-        for (text,) in dict.fromkeys(request.args for request in requests):
-            known = self._responses.find("loglikelihood_rolling", text)
-            totals[text] = 0.0 if known is None else known
-            if known is not None:
-                continue
-            ids = self.tok_encode(text, add_special_tokens=False)
-            windows = get_rolling_token_windows(
-                token_list=ids[1:] if ids[:1] == [self._prefix_id] else ids,
-                prefix_token=self._prefix_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            new = [make_disjoint_window(window) for window in windows]
-            pairs += new
-            owners += [text] * len(new)
-        left = defaultdict(int)
-        for text in owners:
-            left[text] += 1
-        for batch in self._score(pairs, "rolling windows"):
-            for position, (log_p, _) in batch:
-                text = owners[position]
-                totals[text] += log_p
-                left[text] -= 1
-                if not left[text]:
-                    self._responses.add(totals[text], "loglikelihood_rolling", text)
-            self._responses.flush()
-        return [totals[request.args[0]] for request in requests]
+        asked: list[Any] = [request.args for request in requests]
+
+        def solve(missing: list[int]) -> Iterator[dict[int, float]]:
+            owned = [(index, pair) for index in missing for pair in self._windows(*asked[index])]
+            left = Counter(index for index, _ in owned)
+            totals = dict.fromkeys(missing, 0.0)
+            yield {index: 0.0 for index in missing if not left[index]}
+            for start, scores in self._score([pair for _, pair in owned], "rolling windows"):
+                for (index, _), (log_p, _) in zip(owned[start:], scores, strict=False):
+                    totals[index] += log_p
+                    left[index] -= 1
+                yield {i: totals.pop(i) for i in list(totals) if not left[i]}
+
+        return self._answered("loglikelihood_rolling", asked, solve)
+
+    def _windows(self, text: str) -> Iterator[Pair]:
+        ids = self.tok_encode(text, add_special_tokens=False)
+        windows = get_rolling_token_windows(
+            token_list=ids[1:] if ids[:1] == [self._prefix_id] else ids,
+            prefix_token=self._prefix_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        return map(make_disjoint_window, windows)
 
     def _score(
         self, pairs: Sequence[Pair], what: str
-    ) -> Iterator[list[tuple[int, tuple[float, bool]]]]:
-        """Yields, batch by batch, (position, (log probability, greedy)) of the pairs in order."""
+    ) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
+        """Yields, batch by batch, its place and (log probability, greedy) of the pairs in order."""
         with self._bar(len(pairs), what) as bar:
             start = 0
             while start < len(pairs):
                 end = start + self._rows_at_once(pairs[start : start + self._batch_size])
-                answers = self._score_batch(pairs[start:end])
-                yield list(zip(range(start, end), answers, strict=True))
+                yield start, self._score_batch(pairs[start:end])
                 self.counts.scored += end - start
                 bar.update(end - start)
                 start = end
@@ -294,32 +273,24 @@ class EngineLM(TemplateLM):
         Raises:
             NotImplementedError: options of generation other than those listed.
         """
-        asked: list[tuple[str, dict[str, Any]]] = [_asked(request) for request in requests]
-        texts: dict[int, str] = {}
-        groups: dict[str, list[int]] = defaultdict(list)
-        for index, (context, options) in enumerate(asked):
-            known = None
-            if not _is_sampled(options):
-                known = self._responses.find("generate_until", context, options)
-            if known is None:
-                groups[repr(options)].append(index)
-            else:
-                texts[index] = known
-        with self._bar(len(requests) - len(texts), "generate_until") as bar:
-            for group in groups.values():
-                prompts = {index: self.tok_encode(asked[index][0]) for index in group}
-                group.sort(key=lambda index: -len(prompts[index]))
-                for start in range(0, len(group), self._batch_size):
-                    batch = group[start : start + self._batch_size]
-                    options = asked[batch[0]][1]
-                    new = self._generate_batch([prompts[i] for i in batch], options, batch[0])
-                    for index, text in zip(batch, new, strict=True):
-                        texts[index] = text
-                        if not _is_sampled(options):
-                            self._responses.add(text, "generate_until", *asked[index])
-                    self._responses.flush()
-                    bar.update(len(batch))
-        return [texts[index] for index in range(len(requests))]
+        asked: list[Any] = [request.args for request in requests]
+
+        def solve(missing: list[int]) -> Iterator[dict[int, str]]:
+            groups: dict[str, list[int]] = defaultdict(list)
+            for index in missing:
+                groups[repr(asked[index][1])].append(index)
+            with self._bar(len(missing), "generate_until") as bar:
+                for group in groups.values():
+                    prompts = {index: self.tok_encode(asked[index][0]) for index in group}
+                    group.sort(key=lambda index: -len(prompts[index]))
+                    for start in range(0, len(group), self._batch_size):
+                        batch = group[start : start + self._batch_size]
+                        rows, options = [prompts[index] for index in batch], asked[batch[0]][1]
+                        texts = self._generate_batch(rows, options, batch[0])
+                        yield dict(zip(batch, texts, strict=True))
+                        bar.update(len(batch))
+
+        return self._answered("generate_until", asked, solve, _is_greedy)
 
     def _generate_batch(
         self, prompts: Sequence[list[int]], options: dict[str, Any], number: int
@@ -383,11 +354,6 @@ class EngineLM(TemplateLM):
         )
 
 
-def _asked(request: Instance) -> Any:
-    """Context and options; lm-eval's type says less."""
-    return request.args
-
-
-def _is_sampled(options: dict[str, Any]) -> bool:
+def _is_greedy(_: str, options: dict[str, Any]) -> bool:
     asked = options.get("do_sample")
-    return bool(options.get("temperature") if asked is None else asked)
+    return not (options.get("temperature") if asked is None else asked)

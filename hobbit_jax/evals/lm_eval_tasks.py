@@ -29,22 +29,20 @@ from hobbit_jax.code_runner import run_code
 from hobbit_jax.evals.tasks import HELD_OUT_SEED, MAX_NEW_TOKENS
 from hobbit_jax.synthetic_tasks import arithmetic, execution, functions
 
-# Where each of lm-eval's own tasks is defined, below its `tasks` folder.
-_DEFINITIONS = {
-    "gsm8k": "gsm8k/gsm8k.yaml",
-    "gsm8k_cot": "gsm8k/gsm8k-cot.yaml",
-    "humaneval": "humaneval/humaneval.yaml",
-    "wikitext": "wikitext/wikitext.yaml",
-}
-# What a data folder holds of them.
-_FILES = {
-    "gsm8k": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"),
-    "gsm8k_cot": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"),
-    "humaneval": ("humaneval/HumanEval.jsonl.gz",),
-    "wikitext": ("wikitext2/valid.txt", "wikitext2/test.txt"),
+_GSM8K = {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"}
+# Where each of lm-eval's own tasks is defined, below its `tasks` folder, and what a data folder
+# holds of its splits.
+_OWN = {
+    "gsm8k": ("gsm8k/gsm8k.yaml", _GSM8K),
+    "gsm8k_cot": ("gsm8k/gsm8k-cot.yaml", _GSM8K),
+    "humaneval": ("humaneval/humaneval.yaml", {"test": "humaneval/HumanEval.jsonl.gz"}),
+    "wikitext": (
+        "wikitext/wikitext.yaml",
+        {"validation": "wikitext2/valid.txt", "test": "wikitext2/test.txt"},
+    ),
 }
 _MINIATURES = ("mini_arithmetic", "mini_functions")
-TASKS = (*_DEFINITIONS, *_MINIATURES)
+TASKS = (*_OWN, *_MINIATURES)
 
 MINIATURE_PROBLEMS = 200  # unless a limit asks for another number
 # As in the metric that lm-eval fetches (`code_eval`).
@@ -82,10 +80,10 @@ def load_tasks(
             count = MINIATURE_PROBLEMS if limit is None else limit
             configs.append(_mini_arithmetic(count) if "arith" in name else _mini_functions(count))
             continue
-        config = _definition(_DEFINITIONS[name])
+        definition, files = _OWN[name]
+        config = _definition(definition)
         if data_dir is not None:
-            _check_files(name, data_dir)
-            config["custom_dataset"] = _documents(name, data_dir)
+            config["custom_dataset"] = _documents(name, files, data_dir)
             if name == "wikitext":  # it names a training split, and never uses it
                 config["training_split"] = None
         if name == "humaneval":
@@ -147,40 +145,28 @@ def _imported_late(folder: Path, reference: str) -> Callable[..., Any]:
 # Documents
 
 
-def _check_files(name: str, data_dir: Path) -> None:
-    missing = [file for file in _FILES[name] if not (data_dir / file).is_file()]
+def _documents(name: str, files: dict[str, str], data_dir: Path) -> Callable[..., Splits]:
+    """What lm-eval calls for a task's documents, with metadata that does not matter here."""
+    missing = [file for file in files.values() if not (data_dir / file).is_file()]
     if missing:
         raise FileNotFoundError(
             f"{data_dir} has no {' and no '.join(missing)}, which the task {name} reads; name the "
             "folder that has it (--data_dir, or data_dir in a config)"
         )
+    return lambda **_: {split: _dataset(_read(data_dir / file)) for split, file in files.items()}
 
 
-def _documents(name: str, data_dir: Path) -> Callable[..., Splits]:
-    """What lm-eval calls for a task's documents, with metadata that does not matter here."""
-    read = {"gsm8k": _gsm8k, "gsm8k_cot": _gsm8k, "humaneval": _humaneval, "wikitext": _wikitext}
-    return lambda **_: read[name](data_dir)
-
-
-def _gsm8k(data_dir: Path) -> Splits:
-    return {
-        split: _dataset(_json_lines(data_dir / "gsm8k" / f"{split}.jsonl"))
-        for split in ("train", "test")
-    }
-
-
-def _humaneval(data_dir: Path) -> Splits:
-    return {"test": _dataset(_json_lines(data_dir / "humaneval" / "HumanEval.jsonl.gz"))}
-
-
-def _wikitext(data_dir: Path) -> Splits:
-    files = {"validation": "valid.txt", "test": "test.txt"}
-    return {
-        split: _dataset(
-            {"page": page} for page in wikitext_pages(_text(data_dir, "wikitext2", file))
-        )
-        for split, file in files.items()
-    }
+def _read(path: Path) -> Iterable[dict[str, Any]]:
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+        if path.suffix == ".txt":
+            return [{"page": page} for page in wikitext_pages(text)]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        kind = "UTF-8 text" if path.suffix == ".txt" else "JSON lines"
+        raise ValueError(f"{path} is not the {kind} it should be: {error}") from error
 
 
 def wikitext_pages(text: str) -> list[str]:
@@ -194,23 +180,6 @@ def wikitext_pages(text: str) -> list[str]:
         lines.append(line)
     pages.append("\n".join(lines))
     return [page for page in pages if page.strip()]
-
-
-def _text(*parts: str | Path) -> str:
-    path = Path(*parts)
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not the UTF-8 text that it should be: {error}") from error
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is not the JSON lines it should be: {error}") from error
 
 
 def _dataset(documents: Iterable[dict[str, Any]]) -> datasets.Dataset:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -100,18 +100,6 @@ class Turn:
     def decode_s(self) -> float:
         """Seconds of all decoded tokens."""
         return sum(self.token_s)
-
-    def to_json(self) -> dict[str, Any]:
-        """For another process."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Turn:
-        """What `to_json` gave."""
-        seconds, cpu_s, chosen = (tuple(found[k]) for k in ("token_s", "token_cpu_s", "chosen"))
-        prefill = None if found["prefill"] is None else Counts(**found["prefill"])
-        tokens = tuple(Counts(**counts) for counts in found["tokens"])
-        return cls(found["first_token_s"], seconds, cpu_s, chosen, prefill, tokens)
 
 
 class Program(Protocol):

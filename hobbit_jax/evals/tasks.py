@@ -59,11 +59,9 @@ def complete(
 
 def evaluate_all(
     engine: Engine, tokenizer: Tokenizer, problems: int, batch: int | None = None
-) -> dict[str, dict[str, Any]] | None:
-    """Scores of both tasks as a row holds them; None where `problems` is 0."""
-    names: tuple[TaskName, ...] = ("arithmetic", "functions")
-    if not problems:
-        return None
+) -> dict[str, dict[str, Any]]:
+    """Scores of both tasks as a record holds them; none where `problems` is 0."""
+    names: tuple[TaskName, ...] = ("arithmetic", "functions") if problems else ()
     return {task: asdict(evaluate(engine, tokenizer, task, problems, batch)) for task in names}
 
 

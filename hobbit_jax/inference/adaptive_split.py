@@ -17,10 +17,8 @@ import numpy as np
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, Observer
 from hobbit_jax.cache.counter import Replay, RoutedStep, Tally
-from hobbit_jax.cache.miss_modes import MissMode, miss_mode
-from hobbit_jax.cache.policies import PolicyFactory, policy_factory
+from hobbit_jax.cache.miss_modes import miss_mode
 from hobbit_jax.cache.pool_sizing import CANDIDATE_SHARES, pool_slots
-from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.experts.precision import PrecisionPlan
@@ -71,9 +69,7 @@ class CapacityTuner:
         layout: of the pool.
         divisions: the candidates, all of the same banks.
         share: the candidate that is in force.
-        mode: what serves a miss.
-        policy: of each bank.
-        promotion: for modes that promote.
+        cache: mode, policy and promotion.
         rule: see there.
     """
 
@@ -82,16 +78,13 @@ class CapacityTuner:
         layout: BankLayout,
         divisions: Divisions,
         share: float,
-        mode: MissMode,
-        policy: PolicyFactory,
-        promotion: PromotionRule,
+        cache: CacheConfig,
         rule: SplitRule,
     ):
         self.divisions, self.share, self.rule = divisions, share, rule
-        self._promoted_per_token = promotion.per_token if mode.promotes else None
-        self._shadows = {
-            s: Replay(layout, slots, mode, policy, promotion) for s, slots in divisions.items()
-        }
+        promotes = miss_mode(cache.mode).promotes
+        self._promoted_per_token = cache.promotion.per_token if promotes else None
+        self._shadows = {s: Replay(layout, slots, cache) for s, slots in divisions.items()}
         self.tokens = 0
         self._wait, self._decided_at = rule.first_tokens, 0
         self._recent: deque[list[RoutedStep]] = deque(maxlen=rule.window_tokens)
@@ -145,7 +138,7 @@ class AdaptiveSplit(Observer):
     """
 
     def __init__(self, pool: ExpertPool, plan: PrecisionPlan, cache: CacheConfig):
-        store, mode, policy = pool.store, miss_mode(cache.mode), policy_factory(cache.policy)
+        store, mode = pool.store, miss_mode(cache.mode)
         self.pool, self.plan, self.mode, self.warm = pool, plan, mode, cache.warm
         self.history: list[Repartition] = []
         self._position = 0
@@ -159,9 +152,7 @@ class AdaptiveSplit(Observer):
             if same_banks and slots not in divisions.values():
                 divisions[share] = slots
         share = next(s for s, slots in divisions.items() if slots == of_each)
-        self._tuner = CapacityTuner(
-            layout, divisions, share, mode, policy, cache.promotion, DEFAULT_SPLIT
-        )
+        self._tuner = CapacityTuner(layout, divisions, share, cache, DEFAULT_SPLIT)
 
     @property
     def low_share(self) -> float:

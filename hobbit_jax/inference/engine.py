@@ -19,10 +19,9 @@ from flax import nnx
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, Controller, Decision, Observer
 from hobbit_jax.cache.miss_modes import LOW, miss_mode
-from hobbit_jax.cache.policies import Step, policy_factory
+from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.pool_sizing import ADAPTIVE, pool_slots
 from hobbit_jax.cache.prefetch import Prefetcher
-from hobbit_jax.cache.promotion import Promotion
 from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.cache.sharded_pool import ExpertPool, make_pool
 from hobbit_jax.experts.precision import SKIPPED, uniform_plan
@@ -109,14 +108,7 @@ class Engine:
         staging_bytes = cache.staging_bytes
         if staging_bytes is None:
             staging_bytes = config.experts_per_token * store.largest_expert_bytes
-        controller = Controller(
-            BankLayout.of_store(store, cache.devices),
-            slots,
-            policy_factory(cache.policy),
-            mode=mode,
-        )
-        if mode.promotes:
-            controller.observe(Promotion(cache.promotion, mode))
+        controller = cache.controller(BankLayout.of_store(store, cache.devices), slots)
         if cache.prefetch is not None:
             self._prefetcher = Prefetcher(cache.prefetch, config.n_layers, config.n_experts)
             controller.observe(self._prefetcher)

@@ -14,10 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax.cache.budget import BankDemand, divide_precisions
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.counter import Replay, RoutedStep, Tally
 from hobbit_jax.cache.miss_modes import MISS_MODES, MissMode
-from hobbit_jax.cache.policies import policy_factory
 from hobbit_jax.cache.pool_sizing import ADAPTIVE, CANDIDATE_SHARES, DEFAULT_LOW_SHARE, LowShare
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, PromotionRule
 from hobbit_jax.cache.trace import Trace
@@ -105,20 +105,21 @@ def replay_mode(
     mode, k = MISS_MODES[setting.mode], trace.ids_TLK.shape[2]
     adaptive = setting.low_share == ADAPTIVE and mode.low_banks == "cache"
     share = DEFAULT_LOW_SHARE if setting.low_share == ADAPTIVE else setting.low_share
-    slots, policy = _division(setting, mode, trace, share), policy_factory(setting.policy)
+    slots = _division(setting, mode, trace, share)
+    cache = CacheConfig(mode=mode, policy=setting.policy, promotion=setting.promotion)
     layout = BankLayout(
         trace.n_experts,
         k,
         [[bank] * trace.ids_TLK.shape[1] for bank in (_NATIVE, _LOW)],
         {_NATIVE: setting.expert_bytes, _LOW: setting.low_bytes},
     )
-    replay = Replay(layout, slots, mode, policy, setting.promotion)
+    replay = Replay(layout, slots, cache)
     if uses_LE is not None:
         requested_pLE = np.stack([np.ones(uses_LE.shape), np.zeros(uses_LE.shape)])
         WarmStart(uses_LE, setting.pin_share).fill(replay.counter, requested_pLE, mode)
     divisions = {s: _division(setting, mode, trace, s) for s in CANDIDATE_SHARES if adaptive}
     divisions = {s: found for s, found in divisions.items() if found.keys() == slots.keys()}
-    tuner = CapacityTuner(layout, divisions, share, mode, policy, setting.promotion, rule)
+    tuner = CapacityTuner(layout, divisions, share, cache, rule)
     began, changes, first_misses = replace(replay.tally), [], {}
     tokens = tqdm(routed_tokens(trace), total=len(trace.ids_TLK), unit="token", disable=None)
     for number, (position, steps) in enumerate(tokens):

@@ -15,7 +15,7 @@ from hobbit_jax.atomic import exclusive
 from hobbit_jax.record import is_finished, record_path, write_record
 from hobbit_jax.sweep.artifact_cache import ArtifactCache
 from hobbit_jax.sweep.artifacts import Artifact
-from hobbit_jax.sweep.trial import Trial, failed_record, run_cell
+from hobbit_jax.sweep.trial import Trial, failed_record, run_trial
 
 Task = Artifact | Trial
 
@@ -61,7 +61,7 @@ def run_task(task: Task, workdir: Path, wait: bool = True, death: str | None = N
             if death is not None:
                 record = failed_record(task, death)
             else:
-                record = run_cell(task, _bench(task.inputs, task.sizes, workdir))
+                record = run_trial(task, _bench(task.inputs, task.sizes, workdir))
             write_record(workdir, record)
         return Outcome(record.status, record.error)
     except (ValueError, NotImplementedError, OSError, EOFError) as error:

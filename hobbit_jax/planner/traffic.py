@@ -16,12 +16,11 @@ from typing import Literal
 
 import numpy as np
 
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.counter import Replay, RoutedStep
 from hobbit_jax.cache.miss_modes import LINK_TO_HOST, MISS_MODES, Host, MissMode
-from hobbit_jax.cache.policies import DEFAULT_POLICY, policy_factory
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, pool_slots
-from hobbit_jax.cache.promotion import DEFAULT_PROMOTION
 from hobbit_jax.cache.trace import Trace
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.experts.precision import uniform_plan
@@ -136,7 +135,7 @@ def _warmed_up(setting: Setting, model: PlannedModel, trace: Trace, pool_bytes: 
     ]
     layout = BankLayout(trace.n_experts, k, bank_pL, BankLayout.of_store(store).expert_bytes)
     shrunk = _shrunk(slots, store, bank_pL, trace.n_experts)
-    replay = Replay(layout, shrunk, mode, policy_factory(DEFAULT_POLICY), DEFAULT_PROMOTION)
+    replay = Replay(layout, shrunk, CacheConfig(mode=mode))
     start = n_tokens * PROFILE_TOKENS // TOKENS
     shares_pLE = np.zeros((len(store.precisions), n_layers, trace.n_experts))
     shares_pLE[setting.precision] = 1

@@ -22,7 +22,7 @@ from hobbit_jax.models.config import BlockConfig, GroupedQuery, ModelConfig, Rop
 from hobbit_jax.models.loading import load_model
 from hobbit_jax.record import machine
 from hobbit_jax.reference_model import card, corpus, export
-from hobbit_jax.reference_model.trainer import TrainConfig, Trainer
+from hobbit_jax.reference_model.trainer import TrainConfig, train
 from hobbit_jax.synthetic_tasks.documents import EVEN_MIX, TaskMix
 from pallas_kernels.backends import for_quality
 
@@ -66,17 +66,14 @@ def run(workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     files = corpus.standard_library()
     tokenizer = _tokenizer(files, workdir / "tokenizer.json")
-    train = TrainConfig(MODEL, PHASES)
+    config = TrainConfig(MODEL, PHASES)
     batches = corpus.Batches(
-        tokenizer, files, PHASES, batch=train.batch, context=train.context, seed=train.seed
+        tokenizer, files, PHASES, batch=config.batch, context=config.context, seed=config.seed
     )
-    watched = corpus.held_out_windows(tokenizer, files, train.context, HELD_OUT_WINDOWS)
-    trainer = Trainer(train, batches, watched, workdir)
-    trainer.restore()
-    trainer.run()
+    watched = corpus.held_out_windows(tokenizer, files, config.context, HELD_OUT_WINDOWS)
+    model = train(config, batches, watched, workdir)
 
     float32_path, q4_path = workdir / "reference-f32.gguf", workdir / reference.MODEL_NAME
-    model = nnx.merge(trainer.graph, trainer.params)
     export.export_float32(model, tokenizer, "hobbit_jax reference", float32_path)
     source = load_model(float32_path, "xla")
     export.export_q4_k_m(source.file, source.config, q4_path)
@@ -105,12 +102,12 @@ def run(workdir: Path) -> None:
             f"{MODEL.d_expert} with {MODEL.experts_per_token} per token, context "
             f"{MODEL.context_length}, tied head"
         ),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(trainer.params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))),
         "vocab_size": MODEL.vocab_size,
         "source_tokens": len(batches.source_stream),
-        "steps": train.steps,
+        "steps": config.steps,
         "phases": [asdict(phase) for phase in PHASES],
-        "tokens_per_step": train.batch * train.context,
+        "tokens_per_step": config.batch * config.context,
         "python": platform.python_version(),
         "device": machine()["device"],
         "duration": f"Wall time of the training steps: {seconds / 60:.0f} minutes.",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -214,83 +215,66 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Mean negative log-likelihood in nats per token."""
-    chosen = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits_BTV, axis=-1) - chosen)
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT).mean()
 
 
-class Trainer:
-    """Runs `TrainConfig` to its end, from the newest checkpoint in `workdir` if there is one."""
+def train(
+    config: TrainConfig,
+    batches: Callable[[int], np.ndarray],
+    held_out_ids: np.ndarray,
+    workdir: Path,
+) -> TrainableModel:
+    """Runs `config` to its end, from the newest checkpoint in `workdir` if there is one.
 
-    def __init__(self, train: TrainConfig, batches, held_out_ids: np.ndarray, workdir: Path):
-        self.train, self.batches, self.workdir = train, batches, Path(workdir).resolve()
-        self.held_out_ids = held_out_ids
-        self.optimizer = make_optimizer(train)
-        model = TrainableModel(train.model, nnx.Rngs(params=train.seed))
-        self.graph, self.params = nnx.split(model)
-        self.opt_state = self.optimizer.init(self.params)
-        self.step = 0
-        self.manager = ocp.CheckpointManager(
-            self.workdir / "checkpoints",
-            options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
-        )
+    Loss rows go to `workdir`/loss.jsonl, one JSON object a line.
 
-    def restore(self) -> bool:
-        """Loads the newest checkpoint; False when there is none."""
-        latest = self.manager.latest_step()
-        if latest is None:
-            return False
-        target = {"params": self.params, "opt_state": self.opt_state}
-        restored = self.manager.restore(latest, args=ocp.args.StandardRestore(target))
-        self.params, self.opt_state, self.step = restored["params"], restored["opt_state"], latest
-        return True
+    Args:
+        config: what to run.
+        batches: of a step, int32 [batch, context + 1].
+        held_out_ids: int32 [windows, context + 1], watched.
+        workdir: of checkpoints and losses.
+    """
+    optimizer = make_optimizer(config)
+    graph, params = nnx.split(TrainableModel(config.model, nnx.Rngs(params=config.seed)))
+    state = {"params": params, "opt_state": optimizer.init(params)}
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    manager = ocp.CheckpointManager(workdir.resolve() / "checkpoints", options=options)
+    first = manager.latest_step() or 0
+    if first:
+        state = manager.restore(first, args=ocp.args.StandardRestore(state))
 
-    def run(self) -> None:
-        """Trains to `steps`; loss rows go to `workdir/loss.jsonl`, one JSON object a line."""
+    def loss(params, ids_BS):
+        logits, balance, shares = nnx.merge(graph, params)(ids_BS[:, :-1], config.capacity_factor)
+        nll = cross_entropy(logits, ids_BS[:, 1:])
+        return nll + config.balance_weight * balance, (nll, shares)
 
-        def loss(params, ids_BS):
-            model = nnx.merge(self.graph, params)
-            logits, balance, shares = model(ids_BS[:, :-1], self.train.capacity_factor)
-            nll = cross_entropy(logits, ids_BS[:, 1:])
-            return nll + self.train.balance_weight * balance, (nll, shares)
+    @partial(jax.jit, donate_argnums=0)
+    def update(state, ids_BS):
+        (_, (nll, _)), grads = jax.value_and_grad(loss, has_aux=True)(state["params"], ids_BS)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "opt_state": opt_state}, nll
 
-        @partial(jax.jit, donate_argnums=(0, 1))
-        def update(params, opt_state, ids_BS):
-            (_, (nll, _)), grads = jax.value_and_grad(loss, has_aux=True)(params, ids_BS)
-            updates, opt_state = self.optimizer.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state, nll
-
-        evaluate = jax.jit(lambda params, ids_BS: loss(params, ids_BS)[1])
-        started_at = self.step
-        log = (self.workdir / "loss.jsonl").open("a")
-        progress = tqdm(
-            total=self.train.steps, initial=self.step, unit="step", desc="training", disable=None
-        )
-        began = time.monotonic()
-        while self.step < self.train.steps:
-            ids_BS = self.batches(self.step)
-            self.params, self.opt_state, nll = update(self.params, self.opt_state, ids_BS)
-            self.step += 1
-            row = {"step": self.step, "nats_per_token": round(float(nll), 4)}
+    evaluate = jax.jit(lambda params, ids_BS: loss(params, ids_BS)[1])
+    began, last = time.monotonic(), config.steps
+    steps = tqdm(
+        range(first + 1, last + 1), initial=first, total=last, desc="training", disable=None
+    )
+    with (workdir / "loss.jsonl").open("a") as log:
+        for step in steps:
+            state, nll = update(state, batches(step - 1))
+            row = {"step": step, "nats_per_token": round(float(nll), 4)}
             row["elapsed_s"] = round(time.monotonic() - began, 1)
-            row["steps_this_run"] = self.step - started_at
-            if self.step % self.train.evaluate_every == 0 or self.step == self.train.steps:
-                rows = [
-                    evaluate(self.params, batch)
-                    for batch in np.split(self.held_out_ids, len(self.held_out_ids) // 8)
-                ]
-                row["held_out_nats_per_token"] = round(float(np.mean([r[0] for r in rows])), 4)
-                share_LE = np.mean([r[1] for r in rows], axis=0)
-                row["expert_share_min_max"] = [
-                    round(float(share_LE.min()), 4),
-                    round(float(share_LE.max()), 4),
-                ]
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            if self.step % self.train.checkpoint_every == 0 or self.step == self.train.steps:
-                state = {"params": self.params, "opt_state": self.opt_state}
-                self.manager.save(self.step, args=ocp.args.StandardSave(state))
-            progress.set_postfix(nats=f"{float(nll):.3f}", refresh=False)
-            progress.update()
-        progress.close()
-        self.manager.wait_until_finished()
-        log.close()
+            row["steps_this_run"] = step - first
+            if step % config.evaluate_every == 0 or step == last:
+                parts = np.split(held_out_ids, len(held_out_ids) // 8)
+                found = [evaluate(state["params"], batch) for batch in parts]
+                row["held_out_nats_per_token"] = round(float(np.mean([f[0] for f in found])), 4)
+                share_LE = np.mean([f[1] for f in found], axis=0)
+                ends = (share_LE.min(), share_LE.max())
+                row["expert_share_min_max"] = [round(float(end), 4) for end in ends]
+            print(json.dumps(row), file=log, flush=True)
+            if step % config.checkpoint_every == 0 or step == last:
+                manager.save(step, args=ocp.args.StandardSave(state))
+    manager.wait_until_finished()
+    return nnx.merge(graph, state["params"])

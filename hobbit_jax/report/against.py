@@ -10,7 +10,7 @@ from dataclasses import fields
 
 from hobbit_jax.record import Record
 from hobbit_jax.report import paired
-from hobbit_jax.report.sweep import Sweep, trial
+from hobbit_jax.report.sweep import Sweep, at, trial
 from hobbit_jax.report.table import MIB, Column, table
 from hobbit_jax.statistics import Interval
 
@@ -48,7 +48,7 @@ def render(ours: Sweep, other: Sweep, names: tuple[str, str]) -> str:
         )
     columns = [
         Column("plan", lambda pair: ours.label(pair[0])),
-        Column("budget", lambda pair: ours.at(pair[0])),
+        Column("budget", lambda pair: at(pair[0])),
         *(
             Column(f"{title}, {name}", lambda pair, m=metric, i=i: pair[i].metrics.get(m), form,
                    unit=unit)

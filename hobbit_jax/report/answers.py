@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from hobbit_jax.record import MissModeTrial, Record, Records, Uniform
 from hobbit_jax.report.frontier import Frontier
-from hobbit_jax.report.sweep import Sweep, is_control, low_format, on_gpu, trial
+from hobbit_jax.report.sweep import Sweep, at, is_control, low_format, on_gpu, trial
 from hobbit_jax.report.sweep_tables import scores_below_control
 from hobbit_jax.report.table import interval, listed, ratio
 from hobbit_jax.report.verdict import Judgement, Outcome, Rule, Verdict, limits
@@ -236,9 +236,7 @@ def _on_a_miss(sweep: Sweep, judged: Sequence[Judgement], found: Records) -> Ans
         return None
     worth = [sweep.label(j.record) for j in judged if j.outcome is Outcome.WORTH_IT]
     unsettled = [
-        f"{sweep.label(j.record)} at {sweep.at(j.record)}"
-        for j in judged
-        if j.outcome is Outcome.OPEN
+        f"{sweep.label(j.record)} at {at(j.record)}" for j in judged if j.outcome is Outcome.OPEN
     ]
     evidence = f"Of {len(judged)} miss modes: {_by_format(judged)}" if judged else ""
     if small:

@@ -58,6 +58,11 @@ def _kind(record: Record) -> str:
     return "miss mode" if isinstance(plan, MissModeTrial) else getattr(plan, "score", "")
 
 
+def _moved(record: Record) -> float:
+    """MiB a token."""
+    return (record.metrics["bytes_moved_per_token"] or 0) / MIB
+
+
 def kl_against_bytes_moved(sweep: Sweep, kl_limit: float) -> bytes | None:
     """KL against bytes moved a token, a panel a budget; None without a mixed plan."""
     shown = [
@@ -69,6 +74,7 @@ def kl_against_bytes_moved(sweep: Sweep, kl_limit: float) -> bytes | None:
     if not mixed:
         return None
     formats = sorted({low_format(r) or "" for r in mixed})
+    markers = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(formats)}
     kinds = list(dict.fromkeys(map(_kind, mixed)))
     budgets = sorted({trial(r).budget_mib for r in shown})
 
@@ -76,19 +82,18 @@ def kl_against_bytes_moved(sweep: Sweep, kl_limit: float) -> bytes | None:
         panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
         for axes, budget in zip(panels, budgets, strict=True):
             here = [r for r in shown if trial(r).budget_mib == budget]
-            line = [r for r in here if isinstance(trial(r).plan, Native | Uniform)]
-            line.sort(key=lambda r: r.metrics["bytes_moved_per_token"] or 0)
-            xs = [(r.metrics["bytes_moved_per_token"] or 0) / MIB for r in line]
-            ys = [r.metrics["kl_mean_nats"] or 0 for r in line]
+            line = sorted((r for r in here if r not in mixed), key=_moved)
+            xs, ys = [_moved(r) for r in line], [r.metrics["kl_mean_nats"] or 0 for r in line]
             axes.plot(xs, ys, "*", color=_UNIFORM, markersize=12, zorder=5)
             # Straight in KL, so curved on this axis: drawn as what mixes are compared with.
             between = np.linspace(min(xs, default=0), max(xs, default=0), 200)
             if line:
                 axes.plot(between, np.interp(between, xs, ys), "--", color=_UNIFORM, zorder=1)
             for record in here:
-                if record not in line:
-                    marker = "x" if _kind(record) == RANDOM else _marker(formats, record)
-                    _mark(axes, record, marker)
+                if (kl := record.interval("kl_mean_nats")) and record in mixed:
+                    kind, low = _kind(record), low_format(record) or ""
+                    marker = "x" if kind == RANDOM else markers[low]
+                    _bars(axes, [(_moved(record), kl)], marker, _colour(kind), 5)
             axes.axhline(kl_limit, color="#AA0000", linestyle=":", linewidth=1)
             axes.set_title(f"pool of {budget:g} MiB", fontsize=9)
             axes.set_yscale("symlog", linthresh=1e-3)
@@ -96,26 +101,15 @@ def kl_against_bytes_moved(sweep: Sweep, kl_limit: float) -> bytes | None:
             axes.set_xlabel("MiB moved a token")
             axes.grid(alpha=0.25)
         panels[0].set_ylabel(_KL_AXIS)
-        handles = [handle(_colour(k), "x" if k == RANDOM else "o", k) for k in kinds]
-        handles += [handle("#999999", _MARKERS[i % 5], f) for i, f in enumerate(formats)]
-        handles.append(handle(_UNIFORM, "*", "native and uniform quants, and their line"))
+        handles = [_handle(_colour(k), "x" if k == RANDOM else "o", k) for k in kinds]
+        handles += [_handle("#999999", marker, name) for name, marker in markers.items()]
+        handles.append(_handle(_UNIFORM, "*", "native and uniform quants, and their line"))
         handles.append(Line2D([], [], color="#AA0000", linestyle=":", label="the rule's limit"))
         figure.legend(
             handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False
         )
 
-    return png(draw, (9.6, 4.0))
-
-
-def _marker(formats: Sequence[str], record: Record) -> str:
-    return _MARKERS[formats.index(low_format(record) or "") % len(_MARKERS)]
-
-
-def _mark(axes: Axes, record: Record, marker: str) -> None:
-    kl = record.interval("kl_mean_nats")
-    assert kl is not None
-    x = (record.metrics["bytes_moved_per_token"] or 0) / MIB
-    _bars(axes, [(x, kl)], marker, _colour(_kind(record)), 5)
+    return _png(draw, (9.6, 4.0))
 
 
 def frontier(study: Frontier) -> bytes | None:
@@ -145,13 +139,13 @@ def frontier(study: Frontier) -> bytes | None:
         axes.set_ylabel(_KL_AXIS)
         axes.set_ylim(bottom=0.0)
         axes.grid(alpha=0.25)
-        handles = [handle(_ENCODER_COLOURS[e], "*", f"uniform, {e}") for e in encoders]
+        handles = [_handle(_ENCODER_COLOURS[e], "*", f"uniform, {e}") for e in encoders]
         if others:
-            handles.append(handle(_UNIFORM, "P", f"uniform, {ENCODERS[-1]}, other text"))
-        handles += [handle(_colour(s), "x" if s == RANDOM else "o", s) for s in scores]
+            handles.append(_handle(_UNIFORM, "P", f"uniform, {ENCODERS[-1]}, other text"))
+        handles += [_handle(_colour(s), "x" if s == RANDOM else "o", s) for s in scores]
         figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
 
-    return png(draw, (8.6, 4.4))
+    return _png(draw, (8.6, 4.4))
 
 
 def moved_against_budget(sweep: Sweep, shown: Sequence[Record]) -> bytes | None:
@@ -163,18 +157,19 @@ def moved_against_budget(sweep: Sweep, shown: Sequence[Record]) -> bytes | None:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for plan, label in plans:
-            same = [r for r in sweep.records if trial(r).plan == plan]
-            same = [r for r in same if r.metrics.get("bytes_moved_per_token") is not None]
-            xs = [trial(r).budget_mib for r in same]
-            ys = [(r.metrics["bytes_moved_per_token"] or 0) / MIB for r in same]
-            axes.plot(xs, ys, "-o", label=label, linewidth=1.4)
+            same = [
+                (trial(r).budget_mib, _moved(r))
+                for r in sweep.records
+                if trial(r).plan == plan and r.metrics.get("bytes_moved_per_token") is not None
+            ]
+            axes.plot(*zip(*same, strict=True), "-o", label=label, linewidth=1.4)
         axes.set_xlabel("pool budget, MiB")
         axes.set_ylabel("MiB moved a decoded token")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8, frameon=False)
 
-    return png(draw, (6.4, 3.6))
+    return _png(draw, (6.4, 3.6))
 
 
 def expert_use(native: Record | None) -> bytes | None:
@@ -200,10 +195,10 @@ def expert_use(native: Record | None) -> bytes | None:
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8, frameon=False)
 
-    return png(draw, (5.2, 3.6))
+    return _png(draw, (5.2, 3.6))
 
 
-def png(draw, size_inches: tuple[float, float]) -> bytes:
+def _png(draw, size_inches: tuple[float, float]) -> bytes:
     """The picture that `draw(figure)` makes, without anything of today or of this machine."""
     with mpl.rc_context():
         mpl.rcdefaults()
@@ -219,7 +214,7 @@ def _colour(kind: str) -> str:
     return _COLOURS.get(kind, "#882255")
 
 
-def handle(colour: str, marker: str, label: str) -> Line2D:
+def _handle(colour: str, marker: str, label: str) -> Line2D:
     """An entry of a legend."""
     return Line2D([], [], color=colour, marker=marker, linestyle="none", label=label)
 
@@ -227,13 +222,11 @@ def handle(colour: str, marker: str, label: str) -> Line2D:
 def _bars(
     axes: Axes, points: Sequence[tuple[float, Interval]], marker: str, colour: str, size: int
 ) -> None:
+    ends = [(kl.value - kl.low, kl.high - kl.value) for _, kl in points]
     axes.errorbar(
         [x for x, _ in points],
         [kl.value for _, kl in points],
-        yerr=[
-            [max(0.0, kl.value - kl.low) for _, kl in points],
-            [max(0.0, kl.high - kl.value) for _, kl in points],
-        ],
+        yerr=np.maximum(np.reshape(ends, (-1, 2)).T, 0.0),
         fmt=marker,
         color=colour,
         markersize=size,

@@ -54,7 +54,8 @@ def _devices(sweep: Sweep) -> Iterator[str]:
 
 
 def _model(sweep: Sweep) -> Iterator[str]:
-    sizes = {(r.metrics.get("experts"), r.metrics.get("native_bytes")) for r in sweep.records}
+    names = ("experts", "native_bytes")
+    sizes = {tuple(r.metrics.get(name) or 0 for name in names) for r in sweep.records}
     for experts, native_bytes in sorted(size for size in sizes if all(size)):
         text = f"The model has {experts} experts in all layers, {native_bytes / MIB:.2f} MiB."
         if native_bytes < SMALL_MODEL_BYTES:
@@ -67,7 +68,7 @@ def _model(sweep: Sweep) -> Iterator[str]:
 
 def _sizes(sweep: Sweep) -> Iterator[str]:
     def span(metric: str) -> str:
-        values = sorted({r.metrics[metric] for r in sweep.records if r.metrics.get(metric)})
+        values = sorted({r.metrics.get(metric) or 0 for r in sweep.records} - {0})
         return " to ".join(map(str, dict.fromkeys([*values[:1], *values[-1:]]))) or "0"
 
     tasks = sorted({name for record in sweep.records for name in task_names(record)})

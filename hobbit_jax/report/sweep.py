@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 import numpy as np
 
@@ -61,6 +61,11 @@ def is_candidate(record: Record) -> bool:
     return isinstance(trial(record).plan, Mixed | MissModeTrial) and not is_control(record)
 
 
+def at(record: Record) -> str:
+    """The budget in words."""
+    return f"{trial(record).budget_mib:g} MiB"
+
+
 def order(record: Record) -> tuple:
     """Sort key: native, uniform, miss modes, scores, the random control last; then the budget."""
     asked = trial(record)
@@ -70,7 +75,7 @@ def order(record: Record) -> tuple:
     rank = _SCORES.index(score) if score in _SCORES else len(_SCORES) + (score == RANDOM)
     return (
         kinds.index(type(plan)), rank, score, low_format(record) or "", getattr(plan, "share", 0),
-        asked.seed, asked.budget_mib, asked.protected_fraction,
+        asked.seed, asked.budget_mib,
     )  # fmt: skip
 
 
@@ -121,9 +126,9 @@ class Sweep:
 
     @property
     def model(self) -> str:
-        """The name of the model, or models."""
-        names = {trial(r).inputs.model for r in (*self.records, *self.failed)}
-        return ", ".join(sorted(PurePath(n).stem or "the reference model" for n in names))
+        """The name of the model."""
+        path = trial((*self.records, *self.failed)[0]).inputs.model
+        return PurePath(path).stem or "the reference model"
 
     @cached_property
     def budgets(self) -> list[float]:
@@ -191,16 +196,6 @@ class Sweep:
         seeds = {trial(r).seed for r in self.records if trial(r).plan == plan}
         seed = f" (seed {asked.seed})" if len(seeds) > 1 else ""
         return f"{plan.score} {percent(plan.share)} {plan.format}{seed}"
-
-    def at(self, record: Record) -> str:
-        """The budget in words; the policy and the model only where the sweep has several."""
-        asked = trial(record)
-        text = f"{asked.budget_mib:g} MiB"
-        if len({trial(r).protected_fraction for r in self.records}) > 1:
-            text += f", {percent(asked.protected_fraction)} protected"
-        if len({trial(r).inputs for r in self.records}) > 1:
-            text += f", {Path(asked.inputs.model).stem or 'the reference model'}"
-        return text
 
     def envelope(self, record: Record) -> list[tuple[float, np.ndarray]]:
         """(bytes moved a token, KL of windows) of native and the uniform quants beside `record`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hobbit_jax.record import Record
-from hobbit_jax.report.sweep import RANDOM, Sweep, is_candidate, on_gpu, order, trial
+from hobbit_jax.report.sweep import RANDOM, Sweep, at, is_candidate, on_gpu, order, trial
 from hobbit_jax.report.table import MIB, Column, interval, number, percent, ratio, table
 from hobbit_jax.report.verdict import PREFERENCE, Verdict, against_draws, relation, task_names
 
@@ -33,8 +33,7 @@ def quality(sweep: Sweep) -> str:
 
 
 def _budget_of_miss_mode(record: Record) -> str | None:
-    asked = trial(record)
-    return f"{asked.budget_mib:g} MiB" if hasattr(asked.plan, "mode") else None
+    return at(record) if hasattr(trial(record).plan, "mode") else None
 
 
 def _share(record: Record, part: str, whole: str) -> str | None:
@@ -77,7 +76,7 @@ def candidates(sweep: Sweep, found: Sequence[Verdict]) -> str:
     judged = [judgement for verdict in found for judgement in verdict.judgements]
     clauses = [clause.name for clause in judged[0].clauses] if judged else []
     columns = [
-        Column("budget", lambda j: sweep.at(j.record)),
+        Column("budget", lambda j: at(j.record)),
         Column("plan", lambda j: sweep.label(j.record)),
         *(Column(name, lambda j, i=i: j.clauses[i].mark) for i, name in enumerate(clauses)),
         Column("KL less the uniform line", lambda j: j.gap, "+.4f"),
@@ -98,7 +97,7 @@ def verdict_table(sweep: Sweep, found: Sequence[Verdict]) -> str:
         return verdict.why_open or "; ".join(c.text for c in verdict.best.decisive)
 
     columns = [
-        Column("budget", lambda v: sweep.at(v.best.record)),
+        Column("budget", lambda v: at(v.best.record)),
         Column("low format", "low_format"),
         Column("mixing is", lambda v: v.outcome.value),
         Column("best candidate", lambda v: sweep.label(v.best.record)),

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 
 import numpy as np
 
-from hobbit_jax.record import CacheTrial, MissModeTrial, Record
+from hobbit_jax.record import MissModeTrial, Record
 from hobbit_jax.report import paired
 from hobbit_jax.report.sweep import Sweep, is_candidate, low_format, on_gpu, order, trial
 from hobbit_jax.report.table import MIB, number, ratio
@@ -122,7 +122,6 @@ class Verdict:
     `why_open` says what is absent; then nothing else can decide.
     """
 
-    setting: CacheTrial
     low_format: str
     outcome: Outcome
     judgements: tuple[Judgement, ...]
@@ -138,23 +137,17 @@ class Verdict:
 
 def verdicts(sweep: Sweep, rule: Rule) -> list[Verdict]:
     """One verdict for each (budget, low format) that has a candidate."""
-    groups: dict[tuple[float, float, str, str], list[Record]] = {}
+    groups: dict[tuple[float, str], list[Record]] = {}
     for record in filter(is_candidate, sweep.records):
-        asked = trial(record)
-        key = (
-            asked.budget_mib,
-            asked.protected_fraction,
-            asked.inputs.model,
-            low_format(record) or "",
-        )
+        key = trial(record).budget_mib, low_format(record) or ""
         groups.setdefault(key, []).append(record)
     found = []
-    for (*_, format_name), records in sorted(groups.items()):
+    for (_, format_name), records in sorted(groups.items()):
         judgements = tuple(judge(record, sweep, rule) for record in records)
         why = _why_open(sweep, records[0], format_name)
-        verdict = Verdict(trial(records[0]), format_name, Outcome.OPEN, judgements, why)
+        verdict = Verdict(format_name, Outcome.OPEN, judgements, why)
         if why is None:
-            verdict = Verdict(verdict.setting, format_name, verdict.best.outcome, judgements)
+            verdict = replace(verdict, outcome=verdict.best.outcome)
         found.append(verdict)
     return found
 
@@ -167,10 +160,8 @@ def _why_open(sweep: Sweep, record: Record, format_name: str) -> str | None:
     native = sweep.native(record)
     if native is None:
         return "native was not measured at this budget"
-    here = trial(record)
     for failed in sweep.failed:
-        asked = trial(failed)
-        same = asked.budget_mib == here.budget_mib and asked.inputs == here.inputs
+        same = trial(failed).budget_mib == trial(record).budget_mib
         if same and low_format(failed) in (format_name, None):
             return f"a trial failed: {sweep.label(failed)}"
     return None

@@ -1,1 +1,1 @@
-"""One cell of a sweep: what it asks, what cells share, and the row that it leaves."""
+"""One trial of a sweep: what it asks, what trials share, and the record that it leaves."""

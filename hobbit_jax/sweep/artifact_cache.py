@@ -1,10 +1,9 @@
-"""What the cells of one model share, made when first asked for.
+"""What the trials of one model share, made when first asked for.
 
 Owns the loaded model, texts and windows, calibrations, precisions, measured errors and native
-logits,
-and where they are kept: low-precision copies in the cache folder; in the working directory what is
-made once for all cells (`cache/`), and the finished parts of unfinished cells (`parts/`). Of all
-processes one makes a thing and the others wait for it.
+logits, and where they are kept: low-precision copies in the cache folder; in the working directory
+what is made once for all trials (`cache/`), and the finished parts of unfinished trials (`parts/`).
+Of all processes one makes a thing and the others wait for it.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.models.loading import LoadedModel, load_model
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS
-from hobbit_jax.record import EvalSizes, Inputs, machine
+from hobbit_jax.record import EvalSizes, Inputs, Measured, machine
 from hobbit_jax.resources import roomy_pool_bytes
 from hobbit_jax.sweep.texts import CODE_TEXT, calibration_documents, evaluation_documents
 from pallas_kernels.backends import for_quality
@@ -58,7 +58,7 @@ class ArtifactCache:
         return path
 
     def part(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What `measure` returns, as JSON; kept, so that a cell that is begun again goes on here.
+        """What `measure` returns, as JSON; kept, so that a trial that is begun again goes on here.
 
         `name` says all that it depends on but the model, the texts and the device, which are added.
         """
@@ -67,6 +67,10 @@ class ArtifactCache:
         path = self.workdir / "parts" / f"{name}-{digest}.json"
         self._made(path, lambda: write_json(path, measure()))
         return json.loads(path.read_text(encoding="utf-8"))
+
+    def measured_part(self, name: str, measure: Callable[[], Measured]) -> Measured:
+        """`part` of a record."""
+        return Measured(**self.part(name, lambda: asdict(measure())))
 
     def calibration_texts(self, text: str) -> list[str]:
         """Documents of a calibration text: a file, a named one, or "" for the sweep's own."""
@@ -142,14 +146,18 @@ class ArtifactCache:
             self._calibrations[key] = Calibration.load(path, self.model.file)
         return self._calibrations[key]
 
-    @functools.cached_property
-    def native_logits_WTV(self) -> np.ndarray:
-        """Logits of the native model on the evaluation windows."""
+    def native_logits(self) -> np.ndarray:
+        """Logits of the native model on the evaluation windows, [W, T, V]."""
         path = self.workdir / "cache" / f"native-logits-{self._key(self.windows)}.npy"
         self._made(
             path, lambda: quality.write_native_logits(self._native_engine(), self.windows, path)
         )
         return np.load(path, mmap_mode="r")
+
+    @functools.cached_property
+    def native_logits_WTV(self) -> np.ndarray:
+        """`native_logits`, mapped once."""
+        return self.native_logits()
 
     def specs(
         self, formats: Sequence[str], method: str, seed: int = 0, through: tuple[str, ...] = ()
@@ -158,6 +166,12 @@ class ArtifactCache:
         needed = NEEDED_STATISTICS[method]
         calibration = self.calibration(needed, seed) if needed else None
         return [LowPrecisionSpec(name, method, calibration, through) for name in formats]
+
+    def low_precision(
+        self, format: str, method: str, seed: int = 0, through: tuple[str, ...] = ()
+    ) -> GGUFFile:
+        """The file of one low precision."""
+        return self.precision(*self.specs([format], method, seed, through))
 
     def benchmark_scores(
         self, engine: Engine, answers_depend_on: dict[str, Any], batch: int | None
@@ -174,10 +188,10 @@ class ArtifactCache:
             sizes.benchmarks, sizes.benchmark_problems or None, batch_size=batch or 8
         )
         data_dir = Path(self.inputs.data_dir) if self.inputs.data_dir else None
-        record = benchmarks.evaluate_engine(
-            engine, settings, answers_depend_on, data_dir, self.workdir / "responses", False
+        folder = self.workdir / "responses"
+        return benchmarks.shares(
+            benchmarks.evaluate_engine(engine, settings, answers_depend_on, data_dir, folder, False)
         )
-        return benchmarks.shares(record)
 
     def precision(self, spec: LowPrecisionSpec) -> GGUFFile:
         """The low precision by `spec`."""
@@ -196,9 +210,15 @@ class ArtifactCache:
         )
 
     def errors(
-        self, specs: Sequence[LowPrecisionSpec], seed: int = 0, text: str = ""
+        self,
+        formats: Sequence[str],
+        method: str,
+        seed: int = 0,
+        through: tuple[str, ...] = (),
+        text: str = "",
     ) -> MeasuredErrors:
         """`measure_errors` of these precisions on calibration windows."""
+        specs = self.specs(formats, method, seed, through)
         windows = self.calibration_windows(seed, text)
         names = " ".join(spec.key(self.model.file) for spec in specs)
         digest = hashlib.sha256(names.encode()).hexdigest()[:16]

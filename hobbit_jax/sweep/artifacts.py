@@ -6,8 +6,9 @@ itself (`artifact_cache.py`), so running them first saves time and changes no re
 
 from __future__ import annotations
 
-import abc
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS
 from hobbit_jax.record import EvalSizes, Inputs
@@ -15,86 +16,64 @@ from hobbit_jax.sweep.artifact_cache import ArtifactCache
 
 
 @dataclass(frozen=True)
-class Artifact(abc.ABC):
-    """A file that trials with these inputs and sizes read."""
+class Artifact:
+    """A file that trials with these inputs and sizes read.
+
+    Attributes:
+        inputs, sizes: of the trials.
+        maker: method of `ArtifactCache` that makes the file unless it exists.
+        arguments: of that method.
+        artifacts: those that it is made of.
+    """
 
     inputs: Inputs
     sizes: EvalSizes
+    maker: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    artifacts: tuple[Artifact, ...] = ()
 
-    @property
-    def artifacts(self) -> tuple[Artifact, ...]:
-        """The artifacts that this one is made of."""
-        return ()
-
-    @abc.abstractmethod
     def make(self, bench: ArtifactCache) -> None:
-        """Makes the file unless it exists.
+        """Makes the file.
 
         Raises:
             Exception: whatever a trial would meet that makes it.
         """
+        self.maker(bench, *self.arguments)
 
 
-@dataclass(frozen=True)
-class NativeLogits(Artifact):
+def native_logits(inputs: Inputs, sizes: EvalSizes) -> Artifact:
     """The native model's logits on the evaluation windows."""
-
-    def make(self, bench: ArtifactCache) -> None:
-        """See `Artifact`."""
-        _ = bench.native_logits_WTV
+    return Artifact(inputs, sizes, ArtifactCache.native_logits)
 
 
-@dataclass(frozen=True)
-class CalibrationRun(Artifact):
-    """What a text does to the experts; see `ArtifactCache.calibration`."""
-
-    statistics: str = "routing"
-    seed: int = 0
-    text: str = ""
-
-    def make(self, bench: ArtifactCache) -> None:
-        """See `Artifact`."""
-        bench.calibration(self.statistics, self.seed, self.text)
+def calibration_run(
+    inputs: Inputs, sizes: EvalSizes, statistics: str = "routing", seed: int = 0, text: str = ""
+) -> Artifact:
+    """What a text does to the experts."""
+    return Artifact(inputs, sizes, ArtifactCache.calibration, (statistics, seed, text))
 
 
-@dataclass(frozen=True)
-class LowPrecisionFile(Artifact):
-    """A copy of the model with all experts in one lower format; see `ArtifactCache.precision`."""
-
-    format: str
-    method: str
-    seed: int = 0
-    through: tuple[str, ...] = ()
-
-    @property
-    def artifacts(self) -> tuple[Artifact, ...]:
-        """The calibration that the encoder needs."""
-        needed = NEEDED_STATISTICS[self.method]
-        return (CalibrationRun(self.inputs, self.sizes, needed, self.seed),) if needed else ()
-
-    def make(self, bench: ArtifactCache) -> None:
-        """See `Artifact`."""
-        for spec in bench.specs((self.format,), self.method, self.seed, self.through):
-            bench.precision(spec)
+def low_precision_file(
+    inputs: Inputs, sizes: EvalSizes, format: str, method: str, seed: int, through: tuple[str, ...]
+) -> Artifact:
+    """A copy of the model with all experts in one lower format, after its encoder's calibration."""
+    statistics = NEEDED_STATISTICS[method]
+    needed = (calibration_run(inputs, sizes, statistics, seed),) if statistics else ()
+    how = (format, method, seed, through)
+    return Artifact(inputs, sizes, ArtifactCache.low_precision, how, needed)
 
 
-@dataclass(frozen=True)
-class ExpertErrors(Artifact):
-    """What each expert loses in lower formats; see `ArtifactCache.errors`."""
+def expert_errors(
+    inputs: Inputs, sizes: EvalSizes, formats: tuple[str, ...], method: str, seed: int,
+    through: tuple[str, ...], text: str,
+) -> Artifact:  # fmt: skip
+    """What each expert loses in lower formats, after the files in these formats."""
+    how = (method, seed, through)
+    files = tuple(low_precision_file(inputs, sizes, name, *how) for name in formats)
+    return Artifact(inputs, sizes, ArtifactCache.errors, (formats, *how, text), files)
 
-    formats: tuple[str, ...]
-    method: str
-    seed: int = 0
-    text: str = ""
-    through: tuple[str, ...] = ()
 
-    @property
-    def artifacts(self) -> tuple[Artifact, ...]:
-        """The files in these formats."""
-        how = (self.method, self.seed, self.through)
-        return tuple(LowPrecisionFile(self.inputs, self.sizes, f, *how) for f in self.formats)
-
-    def make(self, bench: ArtifactCache) -> None:
-        """See `Artifact`."""
-        specs = bench.specs(self.formats, self.method, self.seed, self.through)
-        bench.errors(specs, self.seed, self.text)
+def all_artifacts(tasks: Iterable[Any]) -> list[Artifact]:
+    """Artifacts of trials, and those that they are made of, each once."""
+    found = list(dict.fromkeys(artifact for task in tasks for artifact in task.artifacts))
+    return found and list(dict.fromkeys([*all_artifacts(found), *found]))

@@ -1,12 +1,13 @@
 """How long a sweep will take on this machine, from short measurements on its own model.
 
-Owns the measurements and the sums over cells. One window, some decoded tokens and one encoded
+Owns the measurements and the sums over trials. One window, some decoded tokens and one encoded
 expert of each recipe are measured, so that the forecast follows whatever backend runs. It leaves
-out that cells differ: a small pool decodes slower than the one measured, and plans compile anew.
+out that trials differ: a small pool decodes slower than the one measured, and plans compile anew.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +23,9 @@ from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.loading import LoadedModel, load_model
 from hobbit_jax.quantize import gptq
+from hobbit_jax.record import CacheTrial, EvalSizes, MissModeTrial
 from hobbit_jax.resources import roomy_pool_bytes
-from hobbit_jax.sweep.preflight import Needs, needs
+from hobbit_jax.sweep.cache_trial import of_quality
 from hobbit_jax.sweep.trial import Trial
 from pallas_kernels.backends import for_quality
 
@@ -34,53 +36,51 @@ _BENCHMARK_PROBLEMS = 500  # where all of a benchmark are asked
 
 
 def forecast_hours(
-    cells: Sequence[Trial], to_encode: Mapping[tuple[str, str, str], int]
+    trials: Sequence[Trial], to_encode: Mapping[tuple[str, str, str], int]
 ) -> dict[str, float]:
-    """Hours of one worker by kind of work; what cells share is counted once.
+    """Hours of one worker by kind of work; what trials share is counted once.
 
     Args:
-        cells: those that are not finished.
+        trials: those that are not finished.
         to_encode: how many low-precision copies are not there yet, by (model, format, method).
     """
-    hours: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)
     shared: dict[tuple, float] = {}
     by_sizes: dict[tuple, list[Trial]] = defaultdict(list)
-    for cell in cells:
-        by_sizes[cell.inputs, cell.sizes].append(cell)
-    models: dict[tuple[str, str], tuple[LoadedModel, dict[int, tuple[float, float]]]] = {}
+    for trial in trials:
+        by_sizes[trial.inputs, trial.sizes].append(trial)
+
+    @functools.cache
+    def model_of(path: str, implementation: str) -> LoadedModel:
+        return load_model(path or reference.model_path(), for_quality(implementation or None))
+
+    @functools.cache
+    def speeds_of(path: str, implementation: str, context: int) -> tuple[float, float]:
+        return _speeds(model_of(path, implementation), context)
+
     for (inputs, sizes), group in by_sizes.items():
-        key = (inputs.model, inputs.implementation)
-        if key not in models:
-            path = inputs.model or reference.model_path()
-            models[key] = load_model(path, for_quality(inputs.implementation or None)), {}
-        model, speeds = models[key]
-        if sizes.context not in speeds:
-            speeds[sizes.context] = _speeds(model, sizes.context)
-        window_s, token_s = speeds[sizes.context]
-        wanted = [needs(cell) for cell in group]
+        window_s, token_s = speeds_of(inputs.model, inputs.implementation, sizes.context)
         shared[inputs, sizes.windows, sizes.calibration_windows, sizes.context] = window_s
-        for name, seconds in _cells_s(wanted, sizes, window_s, token_s).items():
-            hours[name] += seconds / 3600
+        for name, value in _trials_s(group, sizes, window_s, token_s).items():
+            seconds[name] += value
     for (_, windows, calibration_windows, _), window_s in shared.items():
         # The inputs of a calibration are summed up in about the time that they take to compute.
-        seconds = (windows + 2 * calibration_windows) * window_s
-        hours["native logits and calibration"] += seconds / 3600
-    for (name, format, method), count in to_encode.items():
-        model = next(model for (path, _), (model, _) in models.items() if path == name)
-        hours["encoding"] += count * _encode_s(model, format, method) / 3600
-    return dict(hours)
+        seconds["native logits and calibration"] += (windows + 2 * calibration_windows) * window_s
+    implementations = {trial.inputs.model: trial.inputs.implementation for trial in trials}
+    for (path, format, method), count in to_encode.items():
+        model = model_of(path, implementations[path])
+        seconds["encoding"] += count * _encode_s(model, format, method)
+    return {name: value / 3600 for name, value in seconds.items()}
 
 
-def _cells_s(
-    wanted: Sequence[Needs], sizes: Any, window_s: float, token_s: float
+def _trials_s(
+    trials: Sequence[Trial], sizes: EvalSizes, window_s: float, token_s: float
 ) -> dict[str, float]:
-    """Seconds that the cells of one size measure, by kind."""
-    in_windows = [need for need in wanted if need.mode.low_banks == "none"]
-    decoding = [need for need in wanted if need.mode.low_banks != "none"]
-    plans = {(n.formats, n.method, n.through, n.low_share) for n in in_windows}
-    # Plans of one share differ by score as well: no fewer than cells over budgets.
-    budgets = {need.budget_mib for need in wanted}
-    n_plans = max(len(plans), len(in_windows) // len(budgets))
+    """Seconds that the trials of one size measure, by kind."""
+    asked = [trial.asked for trial in trials]
+    by_miss = sum(isinstance(one.plan, MissModeTrial) for one in asked)
+    with_pool = [one for one in asked if isinstance(one, CacheTrial)]
+    n_plans = len(asked) - len(with_pool) + len(set(map(of_quality, with_pool))) - by_miss
     # The miniature tasks' problems are answered all at a time, or by a miss mode one by one.
     tasks = 2 * _TASK_TOKENS if sizes.task_problems else 0
     together_s = tasks * (token_s + sizes.task_problems * window_s / sizes.context)
@@ -90,9 +90,9 @@ def _cells_s(
     decoded = (sizes.decode_repeats + 1) * (sizes.decode_prompt_tokens + sizes.decode_tokens)
     return {
         "quality": window_s * sizes.windows * n_plans
-        + token_s * sizes.decoded_windows * sizes.context * len(decoding),
-        "decoding": token_s * decoded * sum(need.budget_mib is not None for need in wanted),
-        "tasks": (together_s + benchmarks_s) * n_plans + (singly_s + benchmarks_s) * len(decoding),
+        + token_s * sizes.decoded_windows * sizes.context * by_miss,
+        "decoding": token_s * decoded * len(with_pool),
+        "tasks": (together_s + benchmarks_s) * n_plans + (singly_s + benchmarks_s) * by_miss,
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from hobbit_jax import reference
-from hobbit_jax.cache.miss_modes import FETCH, MissMode, miss_mode
+from hobbit_jax.cache.miss_modes import FETCH, miss_mode
 from hobbit_jax.cache.pool_sizing import least_bytes
 from hobbit_jax.cache_folder import low_precision_folder
+from hobbit_jax.config_overrides import leaves
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.experts.low_precision import disk_bytes, encoder_sha256, planned_low_precision
-from hobbit_jax.experts.precision import StaticPlan, uniform_plan
+from hobbit_jax.experts.precision import StaticPlan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import calibration_bytes
 from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
@@ -31,63 +32,23 @@ from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.registry import read_config
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS, check_method, gptq_bytes
 from hobbit_jax.record import (
-    Benchmark,
     CacheTrial,
     EvalSizes,
     Inputs,
     MissModeTrial,
-    MixedInBytes,
+    Mixed,
     Native,
-    PerSelection,
     Uniform,
+    low_formats,
 )
 from hobbit_jax.resources import free_disk_bytes, host_bytes, mib, workers_device_bytes
+from hobbit_jax.sweep.artifact_cache import ArtifactCache
+from hobbit_jax.sweep.artifacts import all_artifacts
 from hobbit_jax.sweep.texts import CODE_TEXT, calibration_documents, evaluation_documents
 from hobbit_jax.sweep.trial import Trial
 
 # What the checks that libraries do raise for bad input.
 _REFUSALS = (ValueError, NotImplementedError, OSError)
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What one cell asks of the machine.
-
-    Attributes:
-        formats: of its low-precision files.
-        method: how they are encoded.
-        through: formats that their weights pass through first.
-        budget_mib: of its pool; None without one.
-        mode: its miss mode.
-        low_share: share (0-1) of selections or experts that go low.
-        seed: of the calibration windows.
-    """
-
-    formats: tuple[str, ...]
-    method: str
-    through: tuple[str, ...] = ()
-    budget_mib: float | None = None
-    mode: MissMode = FETCH
-    low_share: float = 0.0
-    seed: int = 0
-
-
-def needs(cell: Trial) -> Needs:
-    """What `cell` asks of the machine; nothing that is known of a cell of another kind."""
-    asked = cell.asked
-    if isinstance(asked, Benchmark):
-        return Needs((), "rtn")
-    plan = asked.plan
-    budget_mib = asked.budget_mib if isinstance(asked, CacheTrial) else None
-    if isinstance(plan, Native):
-        return Needs((), "rtn", budget_mib=budget_mib, seed=asked.seed)
-    formats = plan.formats if isinstance(plan, MixedInBytes | PerSelection) else (plan.format,)
-    through = plan.through if isinstance(plan, Uniform) else ()
-    low_share = 1.0 if isinstance(plan, Uniform) else getattr(plan, "share", 0.0)
-    mode = FETCH
-    if isinstance(plan, MissModeTrial):
-        mode, low_share = miss_mode(plan.mode), 0.0
-    return Needs(formats, plan.encoder, through, budget_mib, mode, low_share, asked.seed)
 
 
 @dataclass(frozen=True)
@@ -111,7 +72,7 @@ class Preflight:
     Attributes:
         problems: each a reason why the sweep cannot run, and what to do about it.
         notes: what it means where that is not plain.
-        device_bytes: most that one cell has on the device: its pool and the rest of the model.
+        device_bytes: most that one trial has on the device: its pool and the rest of the model.
         host_bytes: most that an encoder needs beside that.
         wanted: what tells files of a kind apart, by kind; those that are there already among them.
     """
@@ -154,21 +115,21 @@ class Preflight:
 
 
 def preflight(
-    cells: Sequence[Trial], config: dict[str, Any], workdir: Path, here: bool = True
+    trials: Sequence[Trial], config: dict[str, Any], workdir: Path, here: bool = True
 ) -> Preflight:
-    """Checks all that `cells` need to run.
+    """Checks all that `trials` need to run.
 
     Args:
-        cells: of the sweep.
+        trials: of the sweep.
         config: what they were expanded from.
         workdir: that they run in.
         here: whether they run on this machine, so that its memory counts.
     """
     found = Preflight()
-    found.problems += _equal_cells(cells, config)
+    found.problems += _equal_trials(trials, config)
     by_inputs: dict[tuple[Inputs, EvalSizes], list[Trial]] = defaultdict(list)
-    for cell in cells:
-        by_inputs[cell.inputs, cell.sizes].append(cell)
+    for trial in trials:
+        by_inputs[trial.inputs, trial.sizes].append(trial)
     models: dict[str, tuple[GGUFFile, ModelConfig] | None] = {}
     for (inputs, sizes), group in by_inputs.items():
         if inputs.model not in models:
@@ -176,7 +137,7 @@ def preflight(
         model = models[inputs.model]
         if model is not None:
             _Check(model, inputs, sizes, group, config, workdir, found).all(here)
-    # Cells of several sizes share model and files, and so what is wrong with them.
+    # Trials of several sizes share model and files, and so what is wrong with them.
     found.problems = list(dict.fromkeys(found.problems))
     found.notes = list(dict.fromkeys(found.notes))
     _check_disk(found)
@@ -207,15 +168,6 @@ def _opened(
         return None
 
 
-def leaves(config: dict[str, Any], path: str = "config") -> Iterator[tuple[str, Any]]:
-    """Fields of a config and its parts with their values, as `--config.a.b` names them."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{path}.{name}")
-        else:
-            yield f"{path}.{name}", value
-
-
 def _holds(value: Any, wanted: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_holds(item, wanted) for item in value)
@@ -230,14 +182,14 @@ def _at(config: dict[str, Any], name: str, wanted: Any) -> str:
     return ""
 
 
-def _equal_cells(cells: Sequence[Trial], config: dict[str, Any]) -> list[str]:
-    """Names cells that stand in the sweep twice, and the fields that make them equal."""
+def _equal_trials(trials: Sequence[Trial], config: dict[str, Any]) -> list[str]:
+    """Names trials that stand in the sweep twice, and the fields that make them equal."""
     first: dict[str, int] = {}
     pairs = []
-    for number, cell in enumerate(cells, 1):
-        if cell.name in first:
-            pairs.append(f"cell {number} is cell {first[cell.name]} again ({cell.name})")
-        first.setdefault(cell.name, number)
+    for number, trial in enumerate(trials, 1):
+        if trial.name in first:
+            pairs.append(f"trial {number} is trial {first[trial.name]} again ({trial.name})")
+        first.setdefault(trial.name, number)
     if not pairs:
         return []
     repeated = [
@@ -248,7 +200,7 @@ def _equal_cells(cells: Sequence[Trial], config: dict[str, Any]) -> list[str]:
     ]
     why = ", since " + " and ".join(repeated) if repeated else "; no field tells them apart"
     more = f", and so are {len(pairs) - 1} more" if len(pairs) > 1 else ""
-    return [f"{pairs[0]}{more}{why}; every cell of a sweep must differ"]
+    return [f"{pairs[0]}{more}{why}; every trial of a sweep must differ"]
 
 
 def _repeated(values: Sequence[Any]) -> list[Any]:
@@ -256,27 +208,29 @@ def _repeated(values: Sequence[Any]) -> list[Any]:
 
 
 class _Check:
-    """The checks of cells that share one model, texts and sizes."""
+    """The checks of trials that share one model, texts and sizes."""
 
     def __init__(
         self,
         model: tuple[GGUFFile, ModelConfig],
         inputs: Inputs,
         sizes: EvalSizes,
-        cells: Sequence[Trial],
+        trials: Sequence[Trial],
         config: dict[str, Any],
         workdir: Path,
         found: Preflight,
     ):
         (self.source, self.model), self.inputs, self.sizes = model, inputs, sizes
         self.config, self.workdir, self.found = config, workdir, found
-        self.needs = [needs(cell) for cell in cells]
+        self.trials = trials
+        budgets = (getattr(trial.asked, "budget_mib", None) for trial in trials)
+        self.budgets_mib = sorted({budget_mib for budget_mib in budgets if budget_mib is not None})
         self.native = HostExperts(self.model, self.source)
 
     def all(self, here: bool) -> None:
         """Every check; what they find stands in `found`."""
         encodable = self.formats()
-        self.budgets(encodable)
+        self.pools(encodable)
         self.texts()
         self.benchmarks()
         self.memory(here)
@@ -287,8 +241,11 @@ class _Check:
 
     def formats(self) -> set[str]:
         """Formats that can be made, by every method that they are asked for with."""
-        asked = {(f, n.method) for n in self.needs for f in n.formats}
-        asked |= {(f, "rtn") for n in self.needs for f in n.through}
+        asked = set()
+        for trial in self.trials:
+            method, _, through = trial.encoding
+            asked |= {(name, method) for name in low_formats(trial.asked.plan)}
+            asked |= {(name, "rtn") for name in through}
         bad = set()
         for name, method in sorted(asked):
             try:
@@ -298,47 +255,49 @@ class _Check:
                 self.problem(f"{_at(self.config, 'format', name)}{error}")
         return {name for name, _ in asked} - bad
 
-    def budgets(self, encodable: set[str]) -> None:
-        """Each cell's budget against the smallest pool that works."""
+    def pools(self, encodable: set[str]) -> None:
+        """Each trial's budget against the smallest pool that works."""
         least: dict[float, list[int]] = defaultdict(list)
-        for need in set(self.needs):
-            if need.budget_mib is None or not encodable.issuperset(need.formats):
+        asked = {t.asked for t in self.trials if isinstance(t.asked, CacheTrial)}
+        for plan, budget_mib in {(one.plan, one.budget_mib) for one in asked}:
+            formats = low_formats(plan)
+            if not encodable.issuperset(formats):
                 continue
             try:
-                needed = self.least_pool_bytes(need)
+                needed = self.least_pool_bytes(plan)
             except _REFUSALS as error:
-                self.problem(f"{_at(self.config, 'format', need.formats[0])}{error}")
+                self.problem(f"{_at(self.config, 'format', formats[0])}{error}")
                 continue
-            if need.budget_mib * 2**20 < needed:
-                least[need.budget_mib].append(needed)
+            if budget_mib * 2**20 < needed:
+                least[budget_mib].append(needed)
         for budget_mib, needed in sorted(least.items()):
             low, high = (np.ceil(n / 2**20 * 1000) / 1000 for n in (min(needed), max(needed)))
-            span = f"{high:g}" if low == high else f"{low:g} to {high:g}, by cell,"
+            span = f"{high:g}" if low == high else f"{low:g} to {high:g}, by trial,"
             self.problem(
                 f"{_at(self.config, 'budget', budget_mib)}the experts that one token needs of a "
                 f"layer take a pool of {span} MiB; give {high:g} or more"
             )
         native_mib = self.native.precision_bytes(NATIVE) / 2**20
-        for budget_mib in sorted({n.budget_mib for n in self.needs if n.budget_mib is not None}):
+        for budget_mib in self.budgets_mib:
             if budget_mib >= native_mib:
                 self.found.notes.append(
                     f"{_at(self.config, 'budget', budget_mib)}all experts fit natively "
                     f"({native_mib:.1f} MiB), so that nothing is ever missing"
                 )
 
-    def least_pool_bytes(self, need: Needs) -> int:
-        """The smallest pool in which a cell's experts of one token and layer have slots.
+    def least_pool_bytes(self, plan: Native | Uniform | Mixed | MissModeTrial) -> int:
+        """The smallest pool in which a plan's experts of one token and layer have slots.
 
-        Which experts a score sends low is not known yet; here each layer has its share of them.
+        Which experts a score demotes is not known yet; here each layer has its share of them.
         """
-        lows = [planned_low_precision(self.source, self.model, name) for name in need.formats]
+        lows = [planned_low_precision(self.source, self.model, f) for f in low_formats(plan)]
         store = HostExperts(self.model, self.source, lows)
-        plan = uniform_plan(store, NATIVE)
-        assert isinstance(plan.precision_LE, np.ndarray)
-        plan.precision_LE[
-            :, self.model.n_experts - round(need.low_share * self.model.n_experts) :
-        ] = 1
-        return least_bytes(StaticPlan(plan.precision_LE), need.mode, store)
+        precision_LE = np.zeros((self.model.n_layers, self.model.n_experts), np.int8)
+        by_miss = isinstance(plan, MissModeTrial)
+        share = 0.0 if by_miss else getattr(plan, "share", float(isinstance(plan, Uniform)))
+        precision_LE[:, self.model.n_experts - round(share * self.model.n_experts) :] = 1
+        mode = miss_mode(plan.mode) if by_miss else FETCH
+        return least_bytes(StaticPlan(precision_LE), mode, store)
 
     def texts(self) -> None:
         """Whether the texts have the windows, and the model the context, that are asked for."""
@@ -396,17 +355,16 @@ class _Check:
         """Whether the largest pool beside the model, and the encoder, fit."""
         dense = sum(t.nbytes for n, t in self.source.tensors.items() if "_exps." not in n)
         all_bytes = self.native.precision_bytes(NATIVE)
-        pools = {n.budget_mib: int(n.budget_mib * 2**20) for n in self.needs if n.budget_mib}
-        free = workers_device_bytes()
-        largest = min(max(pools.values(), default=all_bytes), 2 * all_bytes)
+        budget_mib, free = max(self.budgets_mib, default=None), workers_device_bytes()
+        largest = all_bytes if budget_mib is None else min(int(budget_mib * 2**20), 2 * all_bytes)
         self.found.device_bytes = max(self.found.device_bytes, dense + largest)
         if here and dense + largest > free:
-            where = _at(self.config, "budget", max(pools, default=None))
+            where = _at(self.config, "budget", budget_mib)
             self.problem(
                 f"{where}a pool of {mib(largest)} beside the rest of the model ({mib(dense)}) does "
                 f"not fit the device, which has {mib(free)} free"
             )
-        if any(n.method == "gptq" for n in self.needs):
+        if any(trial.encoding[0] == "gptq" for trial in self.trials):
             columns = max(self.model.d_model, self.model.d_expert)
             working, free = gptq_bytes(columns), host_bytes()
             self.found.host_bytes = max(self.found.host_bytes, working)
@@ -421,30 +379,44 @@ class _Check:
             )
 
     def disk(self, encodable: set[str]) -> None:
-        """Adds the files that are made; cells that share one add it once."""
-        inputs, sizes, cache = self.inputs, self.sizes, self.workdir / "cache"
-        folder, sha256 = low_precision_folder(), self.source.sha256()[:16]
-        calibrated = (inputs.model, inputs.calibration_text, sizes.calibration_windows)
-        for need in self.needs:
-            statistics = NEEDED_STATISTICS[need.method]
-            sees = (calibrated, sizes.context, need.seed) if statistics else (inputs.model,)
-            for name in encodable.intersection(need.formats):
-                formats = "-".join([*need.through, name])
-                glob = f"{sha256}-{encoder_sha256()[:8]}-{formats}-{need.method}*.gguf"
-                n_bytes = disk_bytes(self.source, self.model, name)
-                kind = Kind(folder, glob, n_bytes, (inputs.model, name, need.method))
-                self.found.wanted[kind].add(sees)
-            statistics = statistics or "routing"
-            tokens = sizes.calibration_windows * sizes.context
-            kind = Kind(
-                cache,
-                f"calibration-*-{statistics}/calibration.npz",
-                calibration_bytes(self.model, statistics, tokens),
-            )
-            self.found.wanted[kind].add((calibrated, sizes.context, need.seed))
+        """Adds the files that are made; trials that share one add it once."""
+        for artifact in all_artifacts(self.trials):
+            if artifact.maker is ArtifactCache.low_precision:
+                if artifact.arguments[0] in encodable:
+                    self.low_precision_file(*artifact.arguments)
+            elif artifact.maker is ArtifactCache.calibration:
+                self.calibration(*artifact.arguments)
+        sizes = self.sizes
         logits = 4 * sizes.windows * sizes.context * self.model.vocab_size
-        kind = Kind(cache, "native-logits-*.npy", logits)
-        self.found.wanted[kind].add((inputs.model, inputs.evaluation_text))
+        kind = Kind(self.workdir / "cache", "native-logits-*.npy", logits)
+        self.found.wanted[kind].add((self.inputs.model, self.inputs.evaluation_text))
+
+    def low_precision_file(
+        self, name: str, method: str, seed: int, through: tuple[str, ...]
+    ) -> None:
+        """Adds a file; of an encoder without calibration all trials of the model share it."""
+        prefix = f"{self.source.sha256()[:16]}-{encoder_sha256()[:8]}"
+        glob = f"{prefix}-{'-'.join([*through, name])}-{method}*.gguf"
+        n_bytes = disk_bytes(self.source, self.model, name)
+        recipe = (self.inputs.model, name, method)
+        kind = Kind(low_precision_folder(), glob, n_bytes, recipe)
+        calibrated = self.calibrated(seed) if NEEDED_STATISTICS[method] else recipe
+        self.found.wanted[kind].add(calibrated)
+
+    def calibration(self, statistics: str, seed: int, text: str) -> None:
+        """Adds what a calibration keeps."""
+        tokens = self.sizes.calibration_windows * self.sizes.context
+        n_bytes = calibration_bytes(self.model, statistics, tokens)
+        glob = f"calibration-*-{statistics}/calibration.npz"
+        self.found.wanted[Kind(self.workdir / "cache", glob, n_bytes)].add(
+            self.calibrated(seed, text)
+        )
+
+    def calibrated(self, seed: int, text: str = "") -> tuple:
+        """What tells calibrations apart."""
+        inputs, sizes = self.inputs, self.sizes
+        text = text or inputs.calibration_text
+        return inputs.model, text, sizes.calibration_windows, sizes.context, seed
 
 
 def _check_disk(found: Preflight) -> None:

@@ -1,22 +1,22 @@
 """Times the expert kernels, for one format, shape or implementation, or for all of them.
 
     make gpu    # everything, on a machine with a GPU
-    python scripts/dev/bench_kernels.py --shapes tiny --tokens 1,16 --formats Q4_K --out bench.json
+    python scripts/dev/bench_kernels.py --shapes tiny --tokens 1,16 --formats Q4_K --workdir out/k
 
 Without a GPU the implementations are xla and interpret, and the figures only show that it runs.
 """
 
+import dataclasses
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
-from hobbit_jax.atomic import write_json
-from hobbit_jax.record import machine
+from hobbit_jax.record import Benchmark, Record, machine, measured, write_record
+from hobbit_jax.report.table import Column, table
 from pallas_kernels import bench
 from pallas_kernels.formats import FORMATS
 
@@ -55,8 +55,8 @@ _IMPLEMENTATIONS = flags.DEFINE_list(
     "token only in four formats.",
 )
 _SECONDS = flags.DEFINE_float("seconds", 0.25, "Seconds spent on timing a case.", 0.01, 3600.0)
-_OUT = flags.DEFINE_string(
-    "out", None, "JSON file to write; rows are in it as soon as they are measured."
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "out/kernels", "Folder of the records, one a case as soon as it is measured."
 )
 
 
@@ -83,29 +83,48 @@ def check_flags() -> None:
             raise ValueError(f"--{flag.name}: no {', '.join(unknown)}; want {', '.join(known)}")
 
 
+STUDY = "kernel times"
+COLUMNS = (
+    *(
+        Column(f.name, lambda r, name=f.name: r.setting[name])
+        for f in dataclasses.fields(bench.Case)
+    ),
+    Column("us", "median_s", ".1f", unit=1e-6),
+    Column("GB/s", "gb_s", ".1f"),
+    Column("of a copy", "fraction_of_copy", ".2f"),
+    Column("of bfloat16", "fraction_of_bf16", ".2f"),
+    Column("relative error", "relative_error", ".2g"),
+    Column("error", lambda r: r.error),
+)
+
+
 def main(_) -> int:
     check_flags()
-    if _OUT.value:
-        cli.output_file("out", _OUT.value)
-    record = {"machine": machine(), "copy_gb_s": bench.copy_gb_s()}
-    record |= {"bf16_tflop_s": bench.bf16_tflop_s(), "rows": []}
-    print(f"copy {record['copy_gb_s']:.0f} GB/s, bfloat16 {record['bf16_tflop_s']:.1f} TFLOP/s")
+    workdir, records = cli.output_folder("workdir", _WORKDIR.value), []
+    device = {"copy_gb_s": bench.copy_gb_s(), "bf16_tflop_s": bench.bf16_tflop_s()}
     wanted = cases()
     with ThreadPoolExecutor(8 if ON_GPU else 1) as pool:  # XLA compiles outside the GIL
         futures = [pool.submit(bench.prepare, case) for case in wanted]
         for case, future in zip(tqdm(wanted, desc="cases", disable=None), futures, strict=True):
+            row, setting = dict(device), vars(case)
             try:
-                row = bench.measure(future.result(), _SECONDS.value)
-            except Exception as error:
-                row = {**vars(case), "status": "failed", "error": str(error)[:500]}
-            if row["status"] == "ok":
-                row["fraction_of_copy"] = row["gb_s"] / record["copy_gb_s"]
-                row["fraction_of_bf16"] = row["tflop_s"] / record["bf16_tflop_s"]
-            record["rows"].append(row)
-            if _OUT.value:
-                write_json(Path(_OUT.value), record)
-    print(bench.table(record["rows"]))
-    return 1 if any(row["status"] != "ok" for row in record["rows"]) else 0
+                found = bench.measure(future.result(), _SECONDS.value)
+                row |= {name: value for name, value in found.items() if name not in setting}
+                error = None if row.pop("status") == "ok" else "its result is wrong"
+            except Exception as failure:
+                error = str(failure)[:500]
+            if error is None:
+                row["fraction_of_copy"] = row["gb_s"] / device["copy_gb_s"]
+                row["fraction_of_bf16"] = row["tflop_s"] / device["bf16_tflop_s"]
+            record = Record(
+                STUDY, Benchmark(STUDY, setting), **vars(measured(row)), **machine(),
+                status="failed" if error else "ok", error=error,
+            )  # fmt: skip
+            records.append(record)
+            write_record(workdir, record)
+    print(f"copy {device['copy_gb_s']:.0f} GB/s, bfloat16 {device['bf16_tflop_s']:.1f} TFLOP/s")
+    print(table(COLUMNS, records))
+    return 1 if any(record.error for record in records) else 0
 
 
 if __name__ == "__main__":

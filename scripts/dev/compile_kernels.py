@@ -1,7 +1,7 @@
 """Compiles the kernels to machine code for GPUs that are not there, and says what they use.
 
     make kernels                        # installs the compiler beside .venv, then runs this
-    python scripts/dev/compile_kernels.py --targets sm_90 --formats Q4_K,Q2_K --out kernels.json
+    python scripts/dev/compile_kernels.py --targets sm_90 --formats Q4_K,Q2_K --workdir out/k
 
 Every format, at the sizes of Qwen3-30B-A3B's experts, one token and many, in the tiles that are in
 use. Fails if a kernel does not compile or spills registers to memory, and if a kernel that asks for
@@ -10,7 +10,6 @@ compiler needs neither driver nor device, but JAX's CUDA plugin of jaxlib's vers
 `nvdisasm` on PATH.
 """
 
-import dataclasses
 import functools
 import itertools
 import re
@@ -38,7 +37,7 @@ from jax.sharding import (
 from tqdm import tqdm
 
 from hobbit_jax import cli
-from hobbit_jax.atomic import write_json
+from hobbit_jax.record import Benchmark, Record, machine, measured, write_record
 from pallas_kernels import bench
 from pallas_kernels.expert_ffn import triton_expert_ffn
 from pallas_kernels.formats import FORMATS
@@ -226,10 +225,11 @@ _TARGETS = flags.DEFINE_list(
 )
 _FORMATS = flags.DEFINE_list("formats", PACKED, "Weight formats to compile.")
 _MEAN_ROWS = flags.DEFINE_list("mean_rows", ["1", "16"], "Mean numbers of tokens of an expert.")
-_OUT = flags.DEFINE_string(
-    "out", None, "JSON file to write, of registers, spills and shared memory."
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "out/kernels", "Folder of the records of registers, spills and shared memory."
 )
 
+STUDY = "kernels"
 SHAPE, TOKENS = bench.SHAPES["qwen3-30b-a3b"], 8
 
 
@@ -271,8 +271,8 @@ def instructions_per_weight(kernel: KernelResources, name: str, mean_rows: int) 
     return round(kernel.loop_instructions * 32 * tile.warps / weights, 3)
 
 
-def check_rejection(target: Target) -> str:
-    """Asks for more shared memory than any GPU has; returns the compiler's refusal.
+def check_rejection(target: Target) -> None:
+    """Asks for more shared memory than any GPU has.
 
     Raises:
         RuntimeError: it was accepted.
@@ -293,7 +293,7 @@ def check_rejection(target: Target) -> str:
     except Exception as error:
         if "memory" not in str(error):
             raise
-        return str(error).splitlines()[0]
+        return
     raise RuntimeError(f"{target.name}: a kernel far beyond its shared memory was accepted")
 
 
@@ -305,10 +305,9 @@ def main(_) -> int:
             f"unknown {', '.join(unknown)}; targets are {', '.join(TARGETS)}, "
             f"formats {', '.join(PACKED)}"
         )
-    if _OUT.value:
-        cli.output_file("out", _OUT.value)
+    workdir = cli.output_folder("workdir", _WORKDIR.value)
     ptxas = check_toolchain()
-    rows, failures = [], []
+    count, failures = 0, []
     cases = list(
         itertools.product(_TARGETS.value, _FORMATS.value, cli.numbers(_MEAN_ROWS, int, 1, 2**20))
     )
@@ -319,21 +318,21 @@ def main(_) -> int:
             ptx = compile_experts(target, name, mean_rows)
             for kernel in resources(target, ptx):
                 per_weight = instructions_per_weight(kernel, name, mean_rows)
-                row = {**case, **dataclasses.asdict(kernel), "instructions_per_weight": per_weight}
-                rows.append(row)
+                found = {**vars(kernel), "instructions_per_weight": per_weight, "ptxas": ptxas}
+                asked = Benchmark(STUDY, {**case, "name": found.pop("name")})
+                write_record(workdir, Record(STUDY, asked, **vars(measured(found)), **machine()))
+                count += 1
                 if kernel.spill_bytes:
                     failures.append(f"{target_name} {kernel.name}: spills {kernel.spill_bytes} B")
         except Exception as error:
             failures.append(f"{target_name} {name} {mean_rows}: {str(error).splitlines()[0]}")
-    refusals = {name: check_rejection(TARGETS[name]) for name in _TARGETS.value}
-    if _OUT.value:
-        record = {"jax": jax.__version__, "ptxas": ptxas, "kernels": rows, "refusals": refusals}
-        write_json(Path(_OUT.value), record)
+    for name in _TARGETS.value:
+        check_rejection(TARGETS[name])
     for failure in failures:
         print(f"FAILED {failure}")
-    print(f"{len(rows)} kernels compiled for {', '.join(_TARGETS.value)} with ptxas {ptxas}; "
+    print(f"{count} kernels compiled for {', '.join(_TARGETS.value)} with ptxas {ptxas}; "
           f"{len(failures)} failures; an impossible one was refused on each")  # fmt: skip
-    return 1 if failures or len(rows) < 2 * len(cases) else 0
+    return 1 if failures or count < 2 * len(cases) else 0
 
 
 if __name__ == "__main__":

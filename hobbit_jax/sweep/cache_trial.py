@@ -1,0 +1,105 @@
+"""What a plan costs under a pool budget, and what it loses there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.policies import SLRU
+from hobbit_jax.evals import quality, tasks
+from hobbit_jax.evals.engine_program import EngineProgram
+from hobbit_jax.evals.measure import measure, timed_turn
+from hobbit_jax.experts.low_precision import LowPrecisionSpec
+from hobbit_jax.experts.precision import PrecisionPlan
+from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference.engine import Engine
+from hobbit_jax.record import (
+    CacheTrial,
+    Measured,
+    MissModeTrial,
+    Native,
+    combined,
+    measured,
+    record_name,
+)
+from hobbit_jax.sweep.artifact_cache import ArtifactCache
+
+
+def of_quality(asked: CacheTrial) -> CacheTrial:
+    """What trials have in common whose quality and scores are the same.
+
+    Logits of a plan are the same bits at every budget (tests/test_engine.py), so trials that differ
+    in the pool alone share them, unless the pool decides who serves.
+    """
+    if isinstance(asked.plan, MissModeTrial):
+        return asked
+    return replace(asked, budget_mib=0.0, protected_fraction=0.0)
+
+
+def measure_trial(
+    asked: CacheTrial,
+    bench: ArtifactCache,
+    store: HostExperts,
+    plan: PrecisionPlan,
+    specs: Sequence[LowPrecisionSpec],
+) -> Measured:
+    """Cost at the budget, and quality and tasks once per plan.
+
+    With a miss mode quality is that of decoding, one sequence at a time, and tasks are answered one
+    by one: what serves misses depends on what was decoded before.
+    """
+    policy = functools.partial(SLRU, protected_fraction=asked.protected_fraction)
+    by_miss = asked.plan if isinstance(asked.plan, MissModeTrial) else None
+    config = CacheConfig(
+        int(asked.budget_mib * 2**20),
+        plan=plan,
+        policy=policy,
+        mode=by_miss.mode if by_miss else "fetch",
+        low_share=by_miss.share if by_miss else 0.0,
+    )
+    engine = Engine(bench.model, store, config)
+    shared = of_quality(asked)
+    name, batch = record_name(shared), 1 if by_miss else None
+    sizes, native_WTV = asked.sizes, bench.native_logits_WTV
+
+    def losses() -> Measured:
+        if not by_miss:
+            return quality.evaluate(engine, bench.windows, native_WTV).measured()
+        windows = bench.windows.first(sizes.decoded_windows)
+        return quality.evaluate_decoding(engine, windows, native_WTV).measured()
+
+    def scores() -> Measured:
+        found = measured(
+            tasks.evaluate_all(engine, bench.tokenizer, sizes.task_problems, batch), "task"
+        )
+        if not sizes.benchmarks:
+            return found
+        files = [bench.precision(spec).sha256() for spec in specs]
+        depends = {**asdict(shared), "low_precision_sha256": files}
+        return combined(found, measured(bench.benchmark_scores(engine, depends, batch), "task"))
+
+    def decode() -> Measured:
+        ids_RS = bench.decode_ids_RS
+        ours = functools.partial(timed_turn, EngineProgram(engine, ids_RS.shape[1]))
+        found = measure({"ours": ours}, ids_RS, sizes.decode_prompt_tokens)["ours"]
+        pool = engine.pool
+        residents = {
+            "pool_budget_bytes": pool.budget_bytes,
+            "pool_device_bytes": pool.device_bytes,
+            "slots": {str(signature): n for signature, n in pool.slots.items()},
+            "slots_total": sum(pool.slots.values()),
+            "resident_experts": len({(key.layer, key.expert) for key in pool.resident()}),
+            "dense_device_bytes": engine.model.dense_device_bytes,
+            "kv_cache_bytes": engine.kv_cache_bytes,
+        }
+        return measured({**found.figures(), **residents})
+
+    routing_LE = bench.calibration().selections_LE.tolist()
+    return combined(
+        bench.measured_part(f"quality-{name}", losses),
+        bench.measured_part(f"tasks-{name}", scores),
+        bench.measured_part(f"decode-{record_name(asked)}", decode),
+        measured({"selections_LE": routing_LE} if isinstance(asked.plan, Native) else {}),
+    )
