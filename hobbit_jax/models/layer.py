@@ -150,8 +150,8 @@ class Block(nnx.Module):
             x_BTD = x_BTD + self.shared(h_BTD)
         if self.router is not None:
             own_input = self.router.settings.own_input
-            routing = self.router(x_BTD.reshape(h_TD.shape) if own_input else h_TD, lift_E)
-            return Routed(x_BTD, h_TD, routing)
+            read_TD = x_BTD.reshape(h_TD.shape) if own_input else h_TD
+            return Routed(x_BTD, h_TD, self.router(read_TD, lift_E))
         nobody_TK = jnp.zeros((len(h_TD), self.k))
         return Routed(x_BTD, h_TD, Routing(nobody_TK.astype(jnp.int32), nobody_TK))
 

@@ -58,7 +58,7 @@ class Router(nnx.Module):
         """The K experts of each token, heaviest first.
 
         Args:
-            h: [..., D], what the experts read, or the stream for a router with an input of its own.
+            h: [..., D]; what the experts read, or the stream for a router with an input of its own.
             lift_E: float32, by which the logarithms of scores are raised for the choice, and for
                 the choice alone. Each token's best expert stays chosen.
         """
@@ -69,9 +69,10 @@ class Router(nnx.Module):
             chosen_by = self._selection_scores(scores)
             if lift_E is not None:
                 best = jax.nn.one_hot(jnp.argmax(chosen_by, axis=-1), len(lift_E), dtype=jnp.bool_)
-                by_logits = settings.gating == "softmax_of_chosen"
-                raised_E = jnp.broadcast_to(lift_E if by_logits else jnp.exp(lift_E), scores.shape)
-                lifted = scores + raised_E if by_logits else scores * raised_E
+                if settings.gating == "softmax_of_chosen":
+                    lifted = scores + jnp.broadcast_to(lift_E, scores.shape)
+                else:
+                    lifted = scores * jnp.broadcast_to(jnp.exp(lift_E), scores.shape)
                 chosen_by = jnp.where(best, jnp.inf, self._selection_scores(lifted))
             ids = jax.lax.top_k(chosen_by, self.k)[1]
             # What is chosen by another number than its weight is put in the order of weights.
