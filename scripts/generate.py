@@ -68,6 +68,7 @@ def report(engine: Engine, steps: list[StepStats]) -> dict[str, Any]:
     return {
         "hit rate": pool.stats.hit_rate,
         "bytes moved": pool.stats.bytes_moved,
+        **({"bytes computed": pool.stats.host_bytes} if engine.mode.computes else {}),
         "host round trips per token": stats.host_round_trips / max(stats.decoded_tokens, 1),
         "demoted selections": stats.degraded / max(stats.selections, 1),
         "pool bytes": pool.device_bytes,

@@ -146,7 +146,6 @@ def test_every_missing_or_misshapen_tensor_is_named():
     ("arguments", "error", "match"),
     [
         ({"arch": "gemma3"}, NotImplementedError, "'gemma3'.*qwen3moe, llama, olmoe"),
-        ({"arch": "llama", "drop": ("expert_count",)}, NotImplementedError, "dense llama"),
         ({"keys": {"rope.scaling.type": "dynamic"}}, NotImplementedError, "'dynamic'"),
         ({"keys": {"rope.scaling.factor": 4.0}}, NotImplementedError, r"4\.0"),
         ({"keys": {**YARN, "rope.scaling.factor": 0.5}}, ValueError, r"scaling\.factor is 0\.5"),

@@ -364,7 +364,7 @@ def test_smaller_files_are_llama_cpps():
     assert (gate[0], down[0]) == ("Q2_K", "Q4_0")
 
 
-def test_rivals_on_the_cpu(synthetic_routing: Trace):
+def test_baselines_on_the_cpu(synthetic_routing: Trace):
     per_layer = [layer.expert_bytes for layer in TINY.store().precisions[0]]
     everything = all_on_cpu(TINY, CONTEXT)
     assert (everything.expert_bytes, everything.host_layers) == (0, 8)
@@ -453,11 +453,11 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path):
     for shares in plan["joint"].values():
         assert sum(share for _, share in shares) == pytest.approx(1)
 
-    rivals = [rival["name"] for rival in plan["rivals"]]
+    baselines = [baseline["name"] for baseline in plan["baselines"]]
     assert {f"llama.cpp --n-cpu-moe{file}" for file in ("", ", Q3_K_M file", ", Q2_K file")} <= {
-        *rivals
+        *baselines
     }
-    options = [*settings, *plan["rivals"]]
+    options = [*settings, *plan["baselines"]]
     for at in range(2):
         speeds = [option["tokens_per_second"][at] for option in options]
         losses = [option["expected_loss"][at] for option in options]
@@ -469,7 +469,7 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path):
     assert ("BETTER ELSEWHERE" in text) == (plan["choices"]["overall"] != plan["choices"]["here"])
 
     fits = tiny_plan(1.0)
-    assert [s["name"] for s in fits["settings"]] == ["native SLRU"] and not fits["rivals"]
+    assert [s["name"] for s in fits["settings"]] == ["native SLRU"] and not fits["baselines"]
     assert fits["settings"][0]["traffic"][0]["moved_bytes"] == 0
     assert "natively" in table.render(fits, summary) and "all fit" in table.render(fits, summary)
 

@@ -19,6 +19,7 @@ from hobbit_jax.model_file.gguf_file import write_gguf
 
 D_MODEL = D_EXPERT = 256  # one super-block of a K-quant
 CONTEXT = 64
+D_SHARED = 128  # width of qwen2moe's shared expert
 VOCAB = 258  # 256 bytes, one merged token, end of text
 
 
@@ -92,6 +93,23 @@ MODELS = {
         experts=(("Q4_K", "Q4_K", "Q4_K"), ("Q5_K", "Q5_K", "Q6_K"), ("Q4_K", "Q4_K", "Q6_K")),
         dense=("Q8_0", "Q5_K", "Q8_0", "Q8_0", "F32", "Q8_0", "Q8_0"),
         hybrid=Hybrid(2, 2, 6, 32, 128, rope_dim=32, fused=False, skipped=0),
+    ),
+    "qwen2moe": TinyModel(
+        "qwen2moe", 8001, 4, 2, 64, 8, 3, 1e6, 1e-6,
+        experts=(("Q4_K", "Q4_K", "Q6_K"), ("Q8_0", "Q8_0", "Q8_0")),
+        dense=("Q8_0", "Q4_K", "Q8_0", "Q8_0", "F32", "Q4_K", "Q6_K"),
+    ),
+    # Without a router: each layer's one expert is its FFN.
+    "qwen2": TinyModel(
+        "qwen2", 9, 4, 2, 64, 1, 1, 1e6, 1e-6,
+        experts=(("Q4_K", "Q4_K", "Q6_K"), ("Q5_K", "Q5_K", "Q8_0"), ("Q4_K", "Q4_K", "Q4_K")),
+        dense=("Q8_0", "Q4_K", "Q6_K", "Q5_0", "F32", "Q8_0"),
+        tied=True,
+    ),
+    "llama": TinyModel(
+        "llama", 10, 8, 2, 32, 1, 1, 5e5, 1e-5,
+        experts=(("Q4_K", "Q4_K", "Q6_K"), ("Q4_K", "Q4_K", "Q4_K")),
+        dense=("Q4_K", "Q6_K", "Q8_0", "Q4_K", "F32", "Q4_K", "Q6_K"),
     ),
 }  # fmt: skip
 
@@ -181,6 +199,20 @@ def _tensors(model: TinyModel) -> dict[str, tuple[str, tuple[int, ...], np.ndarr
             add_norm(f"{block}.attn_q_norm", q)
             add_norm(f"{block}.attn_k_norm", kv)
         add_norm(f"{block}.ffn_norm", D_MODEL)
+        if model.arch in ("qwen2", "qwen2moe"):
+            for name, width in (("q", q), ("k", kv), ("v", kv)):
+                bias = (0.3 * rng.standard_normal(width)).astype(np.float32)
+                tensors[f"{block}.attn_{name}.bias"] = ("F32", (width,), bias.view(np.uint8))
+        if model.n_experts == 1:
+            add(f"{block}.ffn_gate", gate, (model.d_expert, D_MODEL), 0.09)
+            add(f"{block}.ffn_up", up, (model.d_expert, D_MODEL), 0.09)
+            add(f"{block}.ffn_down", down, (D_MODEL, model.d_expert), 0.09)
+            continue
+        if model.arch == "qwen2moe":
+            add(f"{block}.ffn_gate_inp_shexp", "F32", (1, D_MODEL), 0.06)
+            add(f"{block}.ffn_gate_shexp", "Q8_0", (D_SHARED, D_MODEL), 0.09)
+            add(f"{block}.ffn_up_shexp", "Q8_0", (D_SHARED, D_MODEL), 0.09)
+            add(f"{block}.ffn_down_shexp", "Q8_0", (D_MODEL, D_SHARED), 0.09)
         add(f"{block}.ffn_gate_inp", router_format, (model.n_experts, D_MODEL), 0.08)
         add(f"{block}.ffn_gate_exps", gate, (model.n_experts, model.d_expert, D_MODEL), 0.09)
         add(f"{block}.ffn_up_exps", up, (model.n_experts, model.d_expert, D_MODEL), 0.09)
@@ -270,7 +302,7 @@ def _hybrid_keys(hybrid: Hybrid | None) -> dict:
 
 
 def _metadata(model: TinyModel) -> dict:
-    derived = model.arch in ("llama", "olmoe")
+    derived = model.arch in ("llama", "olmoe", "qwen2")
     width = "feed_forward_length" if derived else "expert_feed_forward_length"
     keys = {
         "block_count": len(model.experts),
@@ -288,6 +320,10 @@ def _metadata(model: TinyModel) -> dict:
         "expert_used_count": model.experts_per_token,
         **_hybrid_keys(model.hybrid),
     }
+    if model.arch == "qwen2moe":
+        keys["expert_shared_feed_forward_length"] = D_SHARED
+    if model.n_experts == 1:
+        del keys["expert_count"], keys["expert_used_count"]
     return {
         "general.architecture": model.arch,
         **{f"{model.arch}.{key}": value for key, value in keys.items()},

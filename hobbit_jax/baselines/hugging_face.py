@@ -42,6 +42,10 @@ _LAYER_NAMES = {
     "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "router": "mlp.gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
 
 
@@ -49,6 +53,10 @@ def interleaved_to_halves(weights_NK: np.ndarray, n_heads: int) -> np.ndarray:
     """Undoes llama.cpp's permutation of q or k rows: rotary pairs (2i, 2i + 1) to (i, i + d/2)."""
     n, k = weights_NK.shape
     return weights_NK.reshape(n_heads, n // n_heads // 2, 2, k).swapaxes(1, 2).reshape(n, k)
+
+
+# Dense models, by the beginning of their classes' names.
+_DENSE = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
 
 
 def _attention(config: ModelConfig) -> GroupedQuery:
@@ -95,6 +103,20 @@ def empty_model(
             norm_topk_prob=config.router.renormalise,
         )
         kind = library.Qwen3MoeForCausalLM
+    elif config.has_dense_ffn and config.arch in _DENSE:
+        made = getattr(library, f"{_DENSE[config.arch]}Config")(
+            **shared, head_dim=attention.head_dim, intermediate_size=config.d_expert
+        )
+        kind = getattr(library, f"{_DENSE[config.arch]}ForCausalLM")
+    elif config.arch == "qwen2moe":
+        made = library.Qwen2MoeConfig(
+            **shared,
+            num_experts=config.n_experts,
+            moe_intermediate_size=config.d_expert,
+            shared_expert_intermediate_size=config.blocks[0].d_shared,
+            norm_topk_prob=config.router.renormalise,
+        )
+        kind = library.Qwen2MoeForCausalLM
     elif config.arch == "llama":
         made = library.MixtralConfig(
             **shared,
@@ -154,6 +176,8 @@ def dense_weights(
             if attention.rope.style == "norm" and role in heads:
                 array = interleaved_to_halves(array, heads[role])
             yield f"model.layers.{layer}.{theirs}.weight", array
+            if (bias := f"{role}.bias") in names:
+                yield f"model.layers.{layer}.{theirs}.bias", tensor(names[bias])
 
 
 _HYBRIDS = ("qwen35moe", "qwen3next")
@@ -262,12 +286,18 @@ def _hybrid_block(
 def expert_weights(
     config: ModelConfig, tensor: Callable[[str], np.ndarray], layer: int
 ) -> dict[str, np.ndarray]:
-    """The experts of a layer: gate_up_proj [E, 2F, D] and down_proj [E, D, F], float32."""
+    """The experts of a layer by their place in its `mlp`, float32.
+
+    gate_up_proj is [E, 2F, D] and down_proj [E, D, F]; a dense FFN's matrices are apart.
+    """
     names = layer_tensors(config, layer)
+    if config.has_dense_ffn:
+        parts = ("gate", "up", "down")
+        return {f"{part}_proj.weight": tensor(names[f"ffn_{part}_exps"]) for part in parts}
     stacks = ["ffn_gate_up_exps"] if config.fused_gate_up else ["ffn_gate_exps", "ffn_up_exps"]
     return {
-        "gate_up_proj": np.concatenate([tensor(names[role]) for role in stacks], axis=1),
-        "down_proj": tensor(names["ffn_down_exps"]),
+        "experts.gate_up_proj": np.concatenate([tensor(names[role]) for role in stacks], axis=1),
+        "experts.down_proj": tensor(names["ffn_down_exps"]),
     }
 
 
@@ -318,7 +348,7 @@ def load(
     model = empty_model(config, attention, experts)
     fill(model, dense_weights(config, tensor), dtype, device)
     for layer in range(config.n_layers):
-        to = f"model.layers.{layer}.mlp.experts."
+        to = f"model.layers.{layer}.mlp."
         arrays = expert_weights(config, tensor, layer)
         fill(model, ((to + name, array) for name, array in arrays.items()), dtype, device)
     return finish(model, device)

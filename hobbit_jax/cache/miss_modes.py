@@ -188,10 +188,11 @@ class HostLow(Host):
 class Hybrid(Host):
     """Each miss is fetched or computed on the CPU, so that both finish together.
 
+    What is computed may be promoted as under `Host`: where one token misses little, nothing else
+    would bring hot experts in.
+
     The most used are fetched first. Of many misses link_to_host / (1 + link_to_host) are fetched.
     """
-
-    promotes: bool = False
 
     def act(self, missing: Sequence[Use]) -> list[Action]:
         """See `MissMode.act`."""

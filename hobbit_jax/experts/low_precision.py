@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hobbit_jax import quantize
 from hobbit_jax.atomic import check_space, exclusive, replacing
-from hobbit_jax.experts.store import STACKS
+from hobbit_jax.experts.store import STACKS, stacked
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
 from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
 from hobbit_jax.model_file.metadata import text
@@ -157,7 +157,7 @@ def write_low_precision(
     if for_llama_cpp:
         formats = {n: format_in_a_file(spec.format, source.tensors[n].shape[-1]) for n in places}
         for role in sorted({places[n][0] for n in places if formats[n] != spec.format}):
-            name = layer_tensors(config, 0)[role]
+            name = next(name for name, place in places.items() if place[0] == role)
             print(
                 f"{role}: rows of {source.tensors[name].shape[-1]} weights are no multiple of "
                 f"{get_format(spec.format).block_weights}; {formats[name]} instead of "
@@ -192,7 +192,7 @@ def write_low_precision(
             role, layer = places[tensor.name]
             experts = []
             for expert in range(config.n_experts):
-                weights_NK = dequantize(tensor, expert)
+                weights_NK = dequantize(stacked(tensor), expert)
                 for name in spec.through:
                     weights_NK = decode(quantize.encode(weights_NK, name), name)
                 format = formats[tensor.name]
@@ -201,7 +201,7 @@ def write_low_precision(
                     encode_matrix(weights_NK, format, method, calibration, role, layer, expert)
                 )
                 progress.update()
-            blocks = np.stack(experts)
+            blocks = np.stack(experts).reshape(*shapes[tensor.name][:-1], -1)
             parts.mkdir(exist_ok=True)
             with replacing(part) as unfinished, unfinished.open("wb") as file:
                 np.save(file, blocks)

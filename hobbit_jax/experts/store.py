@@ -32,6 +32,13 @@ class ExpertKey(NamedTuple):
     expert: int
 
 
+def stacked(tensor: TensorInfo) -> TensorInfo:
+    """An expert tensor with its axis of experts, which a dense FFN's has not in the file."""
+    if len(tensor.shape) == 3:
+        return tensor
+    return replace(tensor, shape=(1, *tensor.shape), raw=tensor.raw[None])
+
+
 @dataclass(frozen=True)
 class LayerExperts:
     """One layer's experts at one precision: three stacked tensors [E, rows, columns]."""
@@ -45,7 +52,7 @@ class LayerExperts:
         """Of a layer's tensors by role; of a fused one, gate and up are the halves of its rows."""
         fused = tensors.get("ffn_gate_up_exps")
         if fused is None:
-            return cls(*(tensors[role] for role in ROLES))
+            return cls(*(stacked(tensors[role]) for role in ROLES))
         n_experts, rows, columns = fused.shape
         gate, up = (
             replace(fused, shape=(n_experts, rows // 2, columns), raw=half)

@@ -307,7 +307,8 @@ class RouterConfig:
     """How experts are chosen and weighted; see `router.py`.
 
     Attributes:
-        gating: from logits to scores. "softmax_of_chosen" chooses by logits.
+        gating: from logits to scores. "softmax_of_chosen" chooses by logits; with "always" there is
+            one expert, a dense FFN, and no router.
         renormalise: the weights of the chosen are divided by their sum.
         scale: of all weights.
         selection_bias: a bias is added to scores for the choice, and not to weights.
@@ -318,7 +319,7 @@ class RouterConfig:
         expert_scale: each expert's weight is multiplied by a factor of its own in the end.
     """
 
-    gating: Literal["softmax", "sigmoid", "softmax_of_chosen"]
+    gating: Literal["softmax", "sigmoid", "softmax_of_chosen", "always"]
     renormalise: bool
     scale: float = 1.0
     selection_bias: bool = False
@@ -350,6 +351,11 @@ class ModelConfig:
     expert_biases: bool = False
     embedding_scale: float = 1.0
     logit_softcap: float = 0.0  # c of c * tanh(logits / c); 0 for none
+
+    @property
+    def has_dense_ffn(self) -> bool:
+        """Whether every block's FFN is one expert that is always chosen."""
+        return self.router.gating == "always"
 
     @property
     def n_blocks(self) -> int:
@@ -418,6 +424,9 @@ def block_shapes(config: ModelConfig, block: int) -> Shapes:
     if spec.d_dense:
         return shapes | _mlp("", d, spec.d_dense)
     e, f = config.n_experts, config.d_expert
+    if config.has_dense_ffn:
+        # The only expert's, whose matrices have no axis of experts.
+        return shapes | {"ffn_gate_exps": (f, d), "ffn_up_exps": (f, d), "ffn_down_exps": (d, f)}
     shapes["router"] = (e, d)
     if config.router.selection_bias:
         shapes["exp_probs_b.bias"] = (e,)
@@ -455,14 +464,15 @@ def _mlp(suffix: str, d_model: int, width: int) -> Shapes:
 
 def block_tensors(config: ModelConfig, block: int) -> dict[str, str]:
     """Names of the tensors of one block, by role."""
-    return {role: f"blk.{block}.{stored_name(role)}" for role in block_shapes(config, block)}
+    return {role: f"blk.{block}.{_stored(config, role)}" for role in block_shapes(config, block)}
 
 
-def stored_name(role: str) -> str:
-    """A role's name in the file, within its block."""
+def _stored(config: ModelConfig, role: str) -> str:
     if role in _WITHOUT_SUFFIX:
         return role
     base, _, suffix = role.partition(".")
+    if config.has_dense_ffn:
+        base = base.removesuffix("_exps")
     return f"{_STORED_AS.get(base, base)}.{suffix or 'weight'}"
 
 

@@ -60,6 +60,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_shared_feed_forward_length": (0,),
     "expert_group_count": (1, 0),
     "leading_dense_block_count": (0,),
+    "expert_count": (0,),
     "nextn_predict_layers": (0,),
     "interleave_moe_layer_step": (1, 0),
     "attention.clamp_kqv": (0.0,),
@@ -292,6 +293,27 @@ def experts(keys: Keys, width_key: str) -> dict[str, Any]:
     }
 
 
+def shared_expert(keys: Keys) -> dict[str, Any]:
+    """The fields of `BlockConfig` about a shared expert behind a gate, by name."""
+    gate = keys.file.tensors.get("blk.0.ffn_gate_inp_shexp.weight")
+    return {
+        "d_shared": keys.read("expert_shared_feed_forward_length", integer(1)),
+        # Converters wrote either shape.
+        "shared_gate": 1 if gate is not None and len(gate.shape) == 1 else 2,
+    }
+
+
+def dense_ffn(keys: Keys) -> dict[str, Any]:
+    """The fields of `ModelConfig` of a model without experts: each block's FFN is its only one."""
+    width = of_every_layer(integer(1), keys.block_count())
+    return {
+        "router": RouterConfig("always", renormalise=False),
+        "n_experts": 1,
+        "experts_per_token": 1,
+        "d_expert": keys.read("feed_forward_length", width),
+    }
+
+
 def softmax_router(keys: Keys, renormalise: bool) -> RouterConfig:
     """A softmax over all experts, in architectures that fix whether weights are renormalised."""
     keys.expect("expert_weights_norm", renormalise)
@@ -396,6 +418,10 @@ def dense_then_experts_metadata(config: ModelConfig) -> dict[str, Any]:
 
 def decoder_metadata(config: ModelConfig, width_key: str) -> dict[str, Any]:
     """What `ends`, `grouped_query` and `experts` read, without the architecture's prefix."""
+    counts = {
+        "expert_count": config.n_experts,
+        "expert_used_count": config.experts_per_token,
+    }
     attention = next(b.attention for b in config.blocks if isinstance(b.attention, GroupedQuery))
     return {
         "block_count": config.n_blocks,
@@ -410,7 +436,6 @@ def decoder_metadata(config: ModelConfig, width_key: str) -> dict[str, Any]:
         "attention.value_length": attention.head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_eps,
         **rotary_metadata(attention.rope),
-        "expert_count": config.n_experts,
-        "expert_used_count": config.experts_per_token,
+        **({} if config.has_dense_ffn else counts),
         "vocab_size": config.vocab_size,
     }

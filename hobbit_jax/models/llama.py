@@ -1,4 +1,4 @@
-"""Mixtral, whose files are of the architecture `llama` with experts.
+"""Llama 2 and 3, Mistral, and Mixtral with its experts (`llama`).
 
 The converter permutes rows of q and k for interleaved rotary pairs.
 
@@ -14,6 +14,7 @@ from hobbit_jax.models.config import BlockConfig, ModelConfig
 from hobbit_jax.models.keys import (
     Keys,
     decoder_metadata,
+    dense_ffn,
     ends,
     experts,
     grouped_query,
@@ -24,19 +25,13 @@ _WIDTH = "feed_forward_length"
 
 
 def read(keys: Keys) -> ModelConfig:
-    """See `registry.Family`. Raises NotImplementedError for a dense model."""
-    if not keys.read("expert_count", integer(), 0):
-        raise NotImplementedError(
-            f"{keys.path}: a dense llama model (llama.expert_count is 0); supported are llama "
-            "models with experts, such as Mixtral"
-        )
+    """See `registry.Family`."""
     block = BlockConfig(grouped_query(keys, rope_style="norm", qk_norm="none"))
-    return ModelConfig(
-        **ends(keys),
-        blocks=(block,) * keys.block_count(),
-        router=softmax_router(keys, renormalise=True),
-        **experts(keys, _WIDTH),
-    )
+    if keys.read("expert_count", integer(), 0):
+        ffn = {"router": softmax_router(keys, renormalise=True), **experts(keys, _WIDTH)}
+    else:
+        ffn = dense_ffn(keys)
+    return ModelConfig(**ends(keys), blocks=(block,) * keys.block_count(), **ffn)
 
 
 def metadata(config: ModelConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Source: llama.cpp, src/models/qwen35moe.cpp and conversion/qwen.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from hobbit_jax.model_file.metadata import flags, integer
@@ -20,11 +21,11 @@ from hobbit_jax.models.keys import (
     ends,
     experts,
     grouped_query,
+    shared_expert,
     softmax_router,
 )
 
 _WIDTH = "expert_feed_forward_length"
-_SHARED_WIDTH = "expert_shared_feed_forward_length"
 _INTERVAL = "full_attention_interval"
 
 
@@ -40,20 +41,12 @@ def read_hybrid(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> ModelCo
     interval = keys.read(_INTERVAL, integer(1), 4)
     by_interval = [(block + 1) % interval != 0 for block in range(n_blocks)]
     recurrent = keys.read("attention.recurrent_layers", flags(n_blocks), by_interval)
-    gate = keys.file.tensors.get("blk.0.ffn_gate_inp_shexp.weight")
-
-    def block(attention) -> BlockConfig:
-        return BlockConfig(
-            attention,
-            ffn_norm="post_attention_norm",
-            d_shared=keys.read(_SHARED_WIDTH, integer(1)),
-            shared_gate=1 if gate is not None and len(gate.shape) == 1 else 2,
-        )
-
-    attends = block(
-        grouped_query(keys, rope_style="neox", qk_norm="head", partial_rope=True, gated=True)
+    attends = BlockConfig(
+        grouped_query(keys, rope_style="neox", qk_norm="head", partial_rope=True, gated=True),
+        ffn_norm="post_attention_norm",
+        **shared_expert(keys),
     )
-    recurs = block(delta_net(keys, value_heads))
+    recurs = replace(attends, attention=delta_net(keys, value_heads))
     return ModelConfig(
         **ends(keys),
         blocks=tuple(recurs if r else attends for r in recurrent[: n_blocks - skipped]),
@@ -70,7 +63,7 @@ def metadata(config: ModelConfig) -> dict[str, Any]:
     delta = next(a for a in attentions if isinstance(a, GatedDeltaNet))
     return {
         **decoder_metadata(config, _WIDTH),
-        _SHARED_WIDTH: config.blocks[0].d_shared,
+        "expert_shared_feed_forward_length": config.blocks[0].d_shared,
         _INTERVAL: recurs.index(False) + 1,
         "ssm.conv_kernel": delta.kernel,
         "ssm.state_size": delta.d_state,

@@ -23,8 +23,12 @@ from hobbit_jax.models import (
     gpt_oss,
     llama,
     olmoe,
+    qwen2,
+    qwen2moe,
+    qwen3,
     qwen3moe,
     qwen3next,
+    qwen3vlmoe,
     qwen35moe,
 )
 from hobbit_jax.models.config import ModelConfig, block_shapes, tensor_shapes
@@ -59,6 +63,10 @@ FAMILIES: dict[str, Family] = {
     "glm4moe": glm4moe,
     "bailingmoe2": bailingmoe2,
     "ernie4_5-moe": ernie4_5_moe,
+    "qwen2": qwen2,
+    "qwen2moe": qwen2moe,
+    "qwen3": qwen3,
+    "qwen3vlmoe": qwen3vlmoe,
     "qwen35moe": qwen35moe,
     "qwen3next": qwen3next,
     "gpt-oss": gpt_oss,
@@ -77,8 +85,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
     arch = file.read("general.architecture", metadata.text())
     if arch not in FAMILIES:
         raise NotImplementedError(
-            f"{file.paths[0]}: architecture {shown(arch)}; supported are {', '.join(FAMILIES)} "
-            "(llama with experts)"
+            f"{file.paths[0]}: architecture {shown(arch)}; supported are {', '.join(FAMILIES)}"
         )
     keys = Keys(file, arch)
     config = FAMILIES[arch].read(keys)

@@ -36,7 +36,7 @@ class Router(nnx.Module):
 
     def __init__(self, config: ModelConfig, weights: BlockWeights):
         self.settings, self.k = config.router, config.experts_per_token
-        self.linear = weights.router()
+        self.linear = None if self.settings.gating == "always" else weights.router()
         biased = self.settings.selection_bias
         self.bias = nnx.Param(weights.array("exp_probs_b.bias")) if biased else None
         self.rms_eps, settings = config.rms_eps, self.settings
@@ -47,6 +47,8 @@ class Router(nnx.Module):
 
     def scores(self, h: jax.Array) -> jax.Array:
         """Every expert's score, float32 [..., E]."""
+        if self.linear is None:
+            return jnp.ones((*h.shape[:-1], 1))
         if self.input_scale is not None:
             normalised = rms_normalised(h, self.rms_eps)
             h = normalised * jnp.broadcast_to(self.input_scale[...], h.shape)

@@ -219,7 +219,7 @@ def make_plan(
         "assumed": assumed,
         "settings": [_shown(o.name, base, machines) for o in first if o.outcome],
         "left_out": base[0].left_out,
-        "rivals": [_shown(o.name, base, machines) for o in first if not o.outcome],
+        "baselines": [_shown(o.name, base, machines) for o in first if not o.outcome],
         "choices": _by_routing(options.choices(machines) for options in base),
         "sensitivity": _one_by_one(base, varied, machines, assumed),
         "joint": _joint([base, *varied.values()], machines, assumed),
@@ -268,17 +268,17 @@ def _options(
         loss = candidates.expected_loss(setting, outcome.low_uses, outcome.skipped)
         options.found.append(Option(setting.name, loss, outcome.traffic, outcome))
     if not native_fits:
-        options.found += _rivals(model, routing, request)
+        options.found += _baselines(model, routing, request)
     return options
 
 
-def _rivals(model: PlannedModel, routing: Routing, request: Request) -> list[Option]:
+def _baselines(model: PlannedModel, routing: Routing, request: Request) -> list[Option]:
     """llama.cpp on the same file and on smaller ones, and a fork of it with hot experts."""
     n_layers, context = model.config.n_layers, request.context
     # What llama.cpp has for experts: its keys and values are narrower than ours may be.
     pool = divide_memory(model, replace(request, kv_format=LLAMA_CPP_KV)).pool
     hot, traffic = hot_on_device(model, routing.trace, pool, context)
-    rivals = [
+    baselines = [
         Option(f"{LLAMA_CPP} --cpu-moe", 0.0, all_on_cpu(model, context)),
         Option("hot experts on the GPU, the others on the CPU", 0.0, traffic, on_gpu=hot),
     ]
@@ -288,13 +288,13 @@ def _rivals(model: PlannedModel, routing: Routing, request: Request) -> list[Opt
             files[f", {recipe} file"] = (smaller, loss)
     for label, (file, loss) in files.items():
         fit = layers_that_fit(file, pool)
-        rivals.append(
+        baselines.append(
             Option(
                 f"{LLAMA_CPP} --n-cpu-moe{label}", loss, all_on_cpu(file, context, fit),
                 on_gpu=fit / n_layers, flag=f"--n-cpu-moe {n_layers - fit}: ",
             )
         )  # fmt: skip
-    return rivals
+    return baselines
 
 
 def _shown(name: str, base: Sequence[_Options], machines: Mapping[str, Machine]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def _facts(plan: dict[str, Any]) -> list[str]:
 
 
 def _options(plan: dict[str, Any]) -> list[str]:
-    widest = max(len(s["name"]) for s in [*plan["settings"], *plan["rivals"]])
+    widest = max(len(s["name"]) for s in [*plan["settings"], *plan["baselines"]])
     head = (
         f"{'setting':<{widest}}  residents  hit rate   round trips     moved MB   below native  "
         "loss    tokens/s   in a compiled engine"
@@ -76,7 +76,7 @@ def _options(plan: dict[str, Any]) -> list[str]:
             f"{spread(s['tokens_per_second'], '.1f'):>9}  "
             f"{spread(s['compiled_tokens_per_second'], '.1f'):>12}"
         )
-    for s in plan["rivals"]:
+    for s in plan["baselines"]:
         on_gpu = f"{s['flag']}{spread(s['on_gpu'], '.0%')} of selections on the GPU, others on CPU"
         lines.append(
             f"{s['name']:<{widest}}  {on_gpu:<63}  {max(s['expected_loss']):.3f}  "
@@ -87,7 +87,7 @@ def _options(plan: dict[str, Any]) -> list[str]:
 
 
 def _choice(plan: dict[str, Any]) -> list[str]:
-    options, choices = [*plan["settings"], *plan["rivals"]], plan["choices"]
+    options, choices = [*plan["settings"], *plan["baselines"]], plan["choices"]
     said = {
         who: f"{alternatives(names)}, {speeds(options, names, who)} tokens/s predicted"
         for who, names in choices.items()

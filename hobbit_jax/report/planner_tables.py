@@ -39,7 +39,7 @@ class Plan:
 
     def speed(self, who: str) -> str:
         """Tokens a second of `chosen`."""
-        options = [*self.settings, *self.record.samples["rivals"]]
+        options = [*self.settings, *self.record.samples["baselines"]]
         return speeds(options, self.record.samples[f"choices_{who}"], who)
 
     @property
@@ -101,7 +101,7 @@ def whole_table(found: Sequence[Plan]) -> str:
             lambda p: f"{p.native['residents']}, {spread(p.native['hit_rate'], '.2f')}",
         ),
         Column("tokens/s in this engine", lambda p: listed_speeds(p.settings)),
-        Column("tokens/s elsewhere", lambda p: listed_speeds(p.record.samples["rivals"])),
+        Column("tokens/s elsewhere", lambda p: listed_speeds(p.record.samples["baselines"])),
         Column("choice in this engine", lambda p: p.chosen("here")),
     ]
     return table(columns, found)

@@ -53,7 +53,8 @@ def read_hyperparameters(reader: gguf.GGUFReader, names: Container[str]) -> Mode
     def number(key: str):
         return reader.fields[f"{arch}.{key}"].contents()
 
-    derived = arch in ("llama", "olmoe")
+    is_dense = "blk.0.ffn_gate.weight" in names
+    derived = is_dense or arch in ("llama", "olmoe")
     width = "feed_forward_length" if derived else "expert_feed_forward_length"
     attention = GroupedQuery(
         number("attention.head_count"),
@@ -64,10 +65,14 @@ def read_hyperparameters(reader: gguf.GGUFReader, names: Container[str]) -> Mode
             number("rope.dimension_count"),
             "norm" if arch == "llama" else "neox",
         ),
-        {"llama": "none", "olmoe": "full"}.get(arch, "head"),
+        {"olmoe": "full", "qwen3moe": "head"}.get(arch, "head" if arch in HYBRIDS else "none"),
         gated=arch in HYBRIDS,
+        biased=("attn_q", "attn_k", "attn_v") if arch in ("qwen2", "qwen2moe") else (),
     )
     block = BlockConfig(attention)
+    if arch == "qwen2moe":
+        d_shared = number("expert_shared_feed_forward_length")
+        block = BlockConfig(attention, d_shared=d_shared, shared_gate=2)
     blocks = (block,) * number("block_count")
     if arch in HYBRIDS:
         delta = GatedDeltaNet(
@@ -91,10 +96,10 @@ def read_hyperparameters(reader: gguf.GGUFReader, names: Container[str]) -> Mode
     return ModelConfig(
         arch=arch,
         blocks=blocks,
-        router=RouterConfig("softmax", renormalise=arch != "olmoe"),
+        router=RouterConfig("always" if is_dense else "softmax", arch not in ("olmoe", "qwen2moe")),
         d_model=number("embedding_length"),
-        n_experts=number("expert_count"),
-        experts_per_token=number("expert_used_count"),
+        n_experts=1 if is_dense else number("expert_count"),
+        experts_per_token=1 if is_dense else number("expert_used_count"),
         d_expert=number(width),
         vocab_size=len(reader.fields["tokenizer.ggml.tokens"].data),
         context_length=number("context_length"),
@@ -111,14 +116,15 @@ def golden_logits(path: Path, ids_T: np.ndarray) -> tuple[np.ndarray, float]:
     weights = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     config = read_hyperparameters(reader, weights)
     model = load(config, weights.__getitem__, attention="eager")
-    output = model(torch.from_numpy(ids_T[None].astype(np.int64)), output_router_logits=True)
+    routed = {} if config.has_dense_ffn else {"output_router_logits": True}
+    output = model(torch.from_numpy(ids_T[None].astype(np.int64)), **routed)
     margins, chosen, k = [], [], config.experts_per_token
-    for router_TE in output.router_logits:
+    for router_TE in output.router_logits if routed else ():
         best_TE = router_TE.sort(descending=True).values
         margins.append(float((best_TE[:, k - 1] - best_TE[:, k]).min()))
         chosen.append(torch.bincount(router_TE.topk(k).indices.flatten()).tolist())
     print(f"  selections per expert: {chosen}")
-    return output.logits[0].numpy().astype(np.float32), min(margins)
+    return output.logits[0].numpy().astype(np.float32), min(margins, default=np.inf)
 
 
 def margin(scores_TE: torch.Tensor, k: int) -> float:

@@ -1,0 +1,24 @@
+"""Qwen2 and Qwen2.5 (`qwen2`), dense: Qwen2.5-Coder-1.5B and others.
+
+Source: llama.cpp, src/models/qwen2.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hobbit_jax.models.config import BlockConfig, ModelConfig
+from hobbit_jax.models.keys import Keys, decoder_metadata, dense_ffn, ends, grouped_query
+
+BIASED = ("attn_q", "attn_k", "attn_v")
+
+
+def read(keys: Keys) -> ModelConfig:
+    """See `registry.Family`."""
+    block = BlockConfig(grouped_query(keys, "neox", "none", biased=BIASED))
+    return ModelConfig(**ends(keys), blocks=(block,) * keys.block_count(), **dense_ffn(keys))
+
+
+def metadata(config: ModelConfig) -> dict[str, Any]:
+    """See `registry.Family`."""
+    return decoder_metadata(config, "feed_forward_length")
