@@ -10,7 +10,7 @@ from tiny_models import VOCAB
 
 from families import Add, Weights, gated_mlp, load
 
-D, F, DENSE, KV_HEADS, WIDTH, K = 64, 32, 96, 2, 32, 3
+D, F, DENSE, KV_HEADS, WIDTH, K = 128, 32, 96, 2, 32, 3
 KEYS = {
     "block_count": 3,
     "context_length": 512,

@@ -44,4 +44,4 @@ def hugging_face(weights: Weights) -> Any:
     return _glm.hugging_face(KEYS, NORM, True, weights, state)
 
 
-FAMILY = Family("bailingmoe2", 5, KEYS, draw, hugging_face, "mlp.gate")
+FAMILY = Family("bailingmoe2", 1, KEYS, draw, hugging_face, "mlp.gate")

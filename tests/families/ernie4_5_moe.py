@@ -8,7 +8,7 @@ from tiny_models import VOCAB
 
 from families import Add, Family, Weights, gated_mlp, load
 
-LAYERS, D, F, DENSE, E, K, HEADS, KV_HEADS, WIDTH = 3, 64, 32, 96, 8, 3, 4, 2, 32
+LAYERS, D, F, DENSE, E, K, HEADS, KV_HEADS, WIDTH = 3, 64, 32, 128, 8, 3, 4, 2, 32
 KEYS = {
     "block_count": LAYERS,
     "context_length": 512,

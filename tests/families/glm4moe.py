@@ -26,6 +26,8 @@ def draw(add: Add) -> None:
             add(f"blk.{layer}.attn_{role}.weight", (heads * WIDTH, D), "Q8_0")
             add(f"blk.{layer}.attn_{role}.bias", (heads * WIDTH,), std=0.5)
     add(f"blk.{layer}.nextn.eh_proj.weight", (D, 2 * D), "Q8_0")
+    for norm in ("enorm", "hnorm"):
+        add(f"blk.{layer}.nextn.{norm}.weight", (D,), mean=1.0)
 
 
 def hugging_face(weights: Weights) -> Any:
