@@ -12,16 +12,22 @@ from pallas_kernels import reference
 from pallas_kernels.backends import Implementation, choose
 from pallas_kernels.ggml import ops as ggml
 from pallas_kernels.matmul_triton import Items, check_shape, grouped_matmul
-from pallas_kernels.reference import Bank, Signature, Work
+from pallas_kernels.reference import Bank, Biases, ExpertFunction, Signature, Work
 from pallas_kernels.tiles import choose_tile
 
 
-def check_supported(signature: Signature, d_model: int, d_expert: int) -> None:
+def check_supported(
+    signature: Signature, d_model: int, d_expert: int, function: ExpertFunction = "swiglu"
+) -> None:
     """Refuses what the Triton kernels do not cover.
 
     Raises:
-        NotImplementedError: names the format or size, and what is supported.
+        NotImplementedError: names the function, format or size, and what is supported.
     """
+    if function != "swiglu":
+        raise NotImplementedError(
+            f"the Triton kernels compute the expert function swiglu, and this model has {function}"
+        )
     for name in (signature.gate, signature.up):
         check_shape(name, d_expert, d_model)
     check_shape(signature.down, d_model, d_expert)
@@ -33,6 +39,7 @@ def implementation_for(
     d_expert: int,
     implementation: Implementation = None,
     platform: str | None = None,
+    function: ExpertFunction = "swiglu",
 ) -> str:
     """What `implementation` comes to on this process's device, or on its CPU for `platform` "cpu".
 
@@ -43,7 +50,7 @@ def implementation_for(
     """
 
     checks = {
-        "triton": lambda: check_supported(signature, d_model, d_expert),
+        "triton": lambda: check_supported(signature, d_model, d_expert, function),
         "ggml": lambda: ggml.check_formats(*signature, platform=platform),
     }
     return choose(implementation, checks, platform)
@@ -57,11 +64,13 @@ def expert_ffn(
     signature: Signature,
     work: Work,
     implementation: Implementation = None,
+    function: ExpertFunction = "swiglu",
+    biases: Biases | None = None,
 ) -> jax.Array:
     """Runs experts on their tokens, each times its routing weight.
 
     For every assignment a = t * K + k in `work`, with e the expert in its slot:
-    y[a] = weight[a] * down_e(silu(gate_e x[t]) * up_e x[t]).
+    y[a] = weight[a] * down_e(gated(gate_e x[t], up_e x[t])), where each matrix adds its bias.
 
     A row's result depends neither on the slot that holds its expert nor on the other
     items, so it is the same bits for every size of the pool.
@@ -78,30 +87,37 @@ def expert_ffn(
         implementation: "xla" (float32 throughout), "ggml" (CPUs, on a bank of `RawMatrix`; rounds
             as `ggml/ops.py` says), "triton" (NVIDIA GPUs; rounds as `matmul_triton.py` says),
             "interpret" (the same kernels, anywhere, slowly), or None.
+        function: see `reference.gated`.
+        biases: of the three matrices, where the model has them.
 
     Returns:
         y_AD.
 
     Raises:
-        NotImplementedError: the implementation asked for does not cover this format or shape.
+        NotImplementedError: the implementation asked for does not cover this format or shape, or
+            there are both biases and scales of whole matrices.
         ValueError: there is no such implementation, or none on this device.
     """
+    if biases is not None and weight_A.ndim == 2:
+        raise NotImplementedError(
+            "these experts have biases and scales of whole matrices (NVFP4); supported is either"
+        )
     if isinstance(bank.gate, ggml.RawMatrix):
         if implementation not in (None, "ggml"):
             raise ValueError(
                 f"a bank of raw blocks is for 'ggml', and {implementation!r} was asked"
             )
-        return ggml.expert_ffn(x_TD, y_AD, weight_A, bank, signature, *work)
+        return ggml.expert_ffn(x_TD, y_AD, weight_A, bank, signature, work, function, biases)
     d_model, d_expert = x_TD.shape[1], bank.gate_rows
     if implementation == "ggml":
         raise ValueError("'ggml' computes on a bank of raw blocks, and this one holds planes")
     if implementation is None and jax.devices()[0].platform == "cpu":
         implementation = "xla"
-    chosen = implementation_for(signature, d_model, d_expert, implementation)
+    chosen = implementation_for(signature, d_model, d_expert, implementation, function=function)
     if chosen != "xla" and weight_A.ndim == 2:
         raise NotImplementedError("the Triton kernels know no scales of whole matrices; take 'xla'")
     if chosen == "xla":
-        return reference.expert_ffn(x_TD, y_AD, weight_A, bank, signature, work)
+        return reference.expert_ffn(x_TD, y_AD, weight_A, bank, signature, work, function, biases)
     return triton_expert_ffn(
         x_TD, y_AD, weight_A, bank, signature, work, interpret=chosen == "interpret"
     )

@@ -6,7 +6,7 @@ kernel is tested against it. Called through `expert_ffn.py`. All arithmetic is f
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from pallas_kernels.ggml.ops import RawMatrix
 from pallas_kernels.materialize import apart
 
 Planes = dict[str, jax.Array]
+ExpertFunction = Literal["swiglu", "clipped_swiglu", "geglu"]
 
 
 class Signature(NamedTuple):
@@ -68,20 +69,67 @@ class Work(NamedTuple):
     count: jax.Array
 
 
-def swiglu(
+class Biases(NamedTuple):
+    """Biases of the experts of all layers, float32, and whose each assignment takes.
+
+    They are small beside the matrices, so those of all experts stay on the device and are found by
+    expert and not by slot.
+    """
+
+    gate_RF: Any
+    up_RF: Any
+    down_RD: Any
+    row_A: Any  # int32
+
+
+class ExpertBias(NamedTuple):
+    """Those of one expert."""
+
+    gate_F: Any
+    up_F: Any
+    down_D: Any
+
+
+# gpt-oss clips both halves of its gated pair here, and has another slope in its sigmoid.
+CLIP, SLOPE = 7.0, 1.702
+
+
+def gated(
+    function: ExpertFunction, gate: jax.Array, up: jax.Array, bias: ExpertBias | None = None
+) -> jax.Array:
+    """The product between an expert's matrices, elementwise.
+
+    swiglu: silu(gate) * up. geglu: the same with GELU in its tanh form. clipped_swiglu: gate is
+    clipped from above and up from both sides, then gate * sigmoid(1.702 * gate) * (up + 1).
+
+    Source: llama.cpp, ggml/src/ggml-cpu/ops.cpp (swiglu_oai, geglu).
+    """
+    if bias is not None:
+        gate, up = gate + bias.gate_F[None, :], up + bias.up_F[None, :]
+    if function == "swiglu":
+        return jax.nn.silu(gate) * up
+    if function == "geglu":
+        return jax.nn.gelu(gate, approximate=True) * up
+    gate, up = jnp.minimum(gate, CLIP), jnp.clip(up, -CLIP, CLIP)
+    return gate * jax.nn.sigmoid(SLOPE * gate) * (up + 1)
+
+
+def run_expert(
     x_CD: jax.Array,
     gate_FD: jax.Array,
     up_FD: jax.Array,
     down_DF: jax.Array,
+    function: ExpertFunction,
+    bias: ExpertBias | None = None,
     factor_C3: jax.Array | None = None,
-):
-    """One expert, float32 [C, D]: down(silu(gate x) * up x), each product times its factor."""
-    gated_CF, up_CF = _product(x_CD, gate_FD), _product(x_CD, up_FD)
+) -> jax.Array:
+    """One expert, float32 [C, D]; each product is multiplied by its factor."""
+    gate_CF, up_CF = _product(x_CD, gate_FD), _product(x_CD, up_FD)
     if factor_C3 is None:
-        return _product(jax.nn.silu(gated_CF) * up_CF, down_DF)
+        y_CD = _product(gated(function, gate_CF, up_CF, bias), down_DF)
+        return y_CD if bias is None else y_CD + bias.down_D[None, :]
     gate_C1, up_C1, down_C1 = jnp.split(factor_C3, 3, axis=1)
-    hidden_CF = jax.nn.silu(gate_C1 * gated_CF) * (up_C1 * up_CF)
-    return down_C1 * _product(hidden_CF, down_DF)
+    return down_C1 * _product(gated(function, gate_C1 * gate_CF, up_C1 * up_CF), down_DF)
 
 
 def _product(x_CK: jax.Array, w_NK: jax.Array) -> jax.Array:
@@ -113,6 +161,8 @@ def expert_ffn(
     bank: Bank,
     signature: Signature,
     work: Work,
+    function: ExpertFunction = "swiglu",
+    biases: Biases | None = None,
 ) -> jax.Array:
     """The op of `pallas_kernels.expert_ffn`, one item after another."""
     k = y_AD.shape[0] // x_TD.shape[0]
@@ -122,11 +172,14 @@ def expert_ffn(
         assignment_C, slot = work.assignment_IC[item], work.slot_I[item]
         expert = apart(lambda slot: jax.tree.map(lambda plane: plane[slot], bank), slot)
         matrices = (format.unpack(planes) for format, planes in zip(formats, expert, strict=True))
-        x_CD, factors = x_TD[assignment_C // k], weight_A[assignment_C]
+        x_CD, factors, bias = x_TD[assignment_C // k], weight_A[assignment_C], None
+        if biases is not None:
+            row = biases.row_A[assignment_C[0]]
+            bias = ExpertBias(*(array[row] for array in biases[:3]))
         if weight_A.ndim == 2:
-            y_CD = swiglu(x_CD, *matrices, factors)
+            y_CD = run_expert(x_CD, *matrices, function, None, factors)
         else:
-            y_CD = swiglu(x_CD, *matrices) * factors[:, None]
+            y_CD = run_expert(x_CD, *matrices, function, bias) * factors[:, None]
         return y_AD.at[assignment_C].set(y_CD)
 
     return jax.lax.fori_loop(jnp.int32(0), work.count, one_item, y_AD)

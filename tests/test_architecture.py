@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hobbit_jax.model_file.gguf_file import FileStamp, GGUFFile, TensorInfo
-from hobbit_jax.models.config import Rope, global_tensors, layer_tensors
+from hobbit_jax.models.config import Rope, Yarn, global_tensors, layer_tensors
 from hobbit_jax.models.registry import read_config
 
 D, F, E, HEADS, KV_HEADS, VOCAB, LAYERS = 16, 12, 4, 4, 2, 10, 2
@@ -100,6 +100,18 @@ def test_defaults_of_the_format():
         read_config(model_file("olmoe", tied=True))
 
 
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+
+
+def test_yarn_is_read():
+    """The ends of the ramp and the context may be absent."""
+    wanted = Yarn(4.0, 64, 32.0, 1.0, 1 + 0.1 * math.log(4))
+    assert read_config(model_file(keys=YARN)).blocks[0].attention.rope.yarn == wanted
+    more = {"rope.scaling.original_context_length": 16, "rope.scaling.yarn_beta_slow": 2.0}
+    wanted = Yarn(4.0, 16, 32.0, 2.0, 1 + 0.1 * math.log(4))
+    assert read_config(model_file(keys=YARN | more)).blocks[0].attention.rope.yarn == wanted
+
+
 REQUIRED = (
     "block_count",
     "context_length",
@@ -136,6 +148,9 @@ def test_every_missing_or_misshapen_tensor_is_named():
         ({"arch": "gemma3"}, NotImplementedError, "'gemma3'.*qwen3moe, llama, olmoe"),
         ({"keys": {"rope.scaling.type": "dynamic"}}, NotImplementedError, "'dynamic'"),
         ({"keys": {"rope.scaling.factor": 4.0}}, NotImplementedError, r"4\.0"),
+        ({"keys": {**YARN, "rope.scaling.factor": 0.5}}, ValueError, r"scaling\.factor is 0\.5"),
+        ({"keys": {**YARN, "rope.scaling.yarn_log_multiplier": 0.1}}, NotImplementedError, "log_m"),
+        ({"keys": {**YARN, "rope.freq_base": 1.0}}, ValueError, "freq_base is 1"),
         ({"keys": {"rope.dimension_count": 4}}, NotImplementedError, "4 of 8"),
         ({"keys": {"attention.sliding_window": 32}}, NotImplementedError, "32 tokens.*64"),
         ({"keys": {"attention.value_length": 4}}, NotImplementedError, "one width"),

@@ -113,6 +113,17 @@ MODELS = {
     ),
 }  # fmt: skip
 
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_ALPHABET = [chr(b) for b in _PRINTABLE] + [chr(0x100 + i) for i in range(256 - len(_PRINTABLE))]
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": [*_ALPHABET, "he", "<|end|>"],
+    "tokenizer.ggml.token_type": [1] * 257 + [3],
+    "tokenizer.ggml.merges": ["h e"],
+    "tokenizer.ggml.eos_token_id": 257,
+}
+
 # Of a block with random codes: byte offset of d, its weights' standard deviation when d is 1,
 # and, where there is a second field, its offset and the multiple of d that makes the mean 0.
 _SCALES: dict[str, tuple[int, float, tuple[int, float] | None]] = {
@@ -131,9 +142,7 @@ _SCALES: dict[str, tuple[int, float, tuple[int, float] | None]] = {
 }
 
 
-def _blocks(
-    rng: np.random.Generator, format: str, shape: tuple[int, ...], std: float
-) -> np.ndarray:
+def blocks(rng: np.random.Generator, format: str, shape: tuple[int, ...], std: float) -> np.ndarray:
     """Raw uint8 [*shape[:-1], row_bytes] of weights with mean 0 and about the wanted spread."""
     if format in ("F32", "F16", "BF16"):
         values = rng.standard_normal(shape, np.float32) * np.float32(std)
@@ -161,7 +170,7 @@ def _tensors(model: TinyModel) -> dict[str, tuple[str, tuple[int, ...], np.ndarr
     tensors = {}
 
     def add(name: str, format: str, shape: tuple[int, ...], std: float) -> None:
-        tensors[f"{name}.weight"] = (format, shape, _blocks(rng, format, shape, std))
+        tensors[f"{name}.weight"] = (format, shape, blocks(rng, format, shape, std))
 
     def add_norm(name: str, width: int) -> None:
         scale = rng.uniform(0.5, 1.5, width).astype(np.float32)
@@ -224,7 +233,7 @@ def _add_hybrid_block(
             values = (mean + std * rng.standard_normal(shape)).astype(np.float32)
             raw = values.view(np.uint8)
         else:
-            raw = _blocks(rng, format, shape, std)
+            raw = blocks(rng, format, shape, std)
         tensors[f"{block}.{name}"] = (format, shape, raw)
 
     def add_norm(name: str, width: int) -> None:
@@ -315,17 +324,10 @@ def _metadata(model: TinyModel) -> dict:
         keys["expert_shared_feed_forward_length"] = D_SHARED
     if model.n_experts == 1:
         del keys["expert_count"], keys["expert_used_count"]
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = [chr(b) for b in printable] + [chr(0x100 + i) for i in range(256 - len(printable))]
     return {
         "general.architecture": model.arch,
         **{f"{model.arch}.{key}": value for key, value in keys.items()},
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": [*alphabet, "he", "<|end|>"],
-        "tokenizer.ggml.token_type": [1] * 257 + [3],
-        "tokenizer.ggml.merges": ["h e"],
-        "tokenizer.ggml.eos_token_id": 257,
+        **TOKENIZER,
     }
 
 

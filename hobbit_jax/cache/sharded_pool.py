@@ -227,7 +227,10 @@ def make_pool(
     layouts: dict[Signature, Layout] = {
         s: "mapped" if stay else "blocks"
         for s in slots
-        if implementation_for(s, config.d_model, config.d_expert, implementation) == "ggml"
+        if implementation_for(
+            s, config.d_model, config.d_expert, implementation, function=config.expert_function
+        )
+        == "ggml"
     }
     if mesh is None:
         return SlotPool(store, controller, budget_bytes, link, staging_bytes, layouts=layouts)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hobbit_jax import quantize
 from hobbit_jax.atomic import check_space, exclusive, replacing
-from hobbit_jax.experts.store import ROLES, stacked
+from hobbit_jax.experts.store import STACKS, stacked
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
 from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
 from hobbit_jax.model_file.metadata import text
@@ -91,7 +91,7 @@ def _places(config: ModelConfig) -> dict[str, tuple[str, int]]:
         name: ("ffn_gate_exps" if role == "ffn_gate_up_exps" else role, layer)
         for layer in range(config.n_layers)
         for role, name in layer_tensors(config, layer).items()
-        if role in (*ROLES, "ffn_gate_up_exps")
+        if role in STACKS
     }
 
 

@@ -17,10 +17,11 @@ import numpy as np
 
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, check_finite_scales
 from hobbit_jax.models.config import ModelConfig, layer_tensors
-from pallas_kernels.reference import Signature
+from pallas_kernels.reference import ExpertBias, Signature
 
 NATIVE = 0
 ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+STACKS = (*ROLES, "ffn_gate_up_exps")  # tensors that hold experts' matrices
 
 
 class ExpertKey(NamedTuple):
@@ -71,8 +72,35 @@ class LayerExperts:
         return (self.gate.nbytes + self.up.nbytes + self.down.nbytes) // n_experts
 
 
+def _biases(config: ModelConfig, file: GGUFFile) -> tuple[np.ndarray, ...]:
+    """Of gate, up and down, float32 [L * E, rows].
+
+    Raises:
+        ValueError: one is NaN or infinite.
+        NotImplementedError: they are of another type.
+    """
+    stacks = []
+    for role in ROLES:
+        layers = [
+            file.tensors[layer_tensors(config, n)[f"{role}.bias"]] for n in range(config.n_layers)
+        ]
+        for tensor in layers:
+            check_finite_scales(tensor)
+            if tensor.format != "F32":
+                raise NotImplementedError(
+                    f"{file.paths[0]}: tensor {tensor.name!r} is {tensor.format}; supported are "
+                    "biases of experts in F32"
+                )
+        rows = layers[0].shape[1]
+        stacks.append(np.concatenate([t.raw.view("<f4").reshape(-1, rows) for t in layers]))
+    return tuple(stacks)
+
+
 class HostExperts:
-    """All experts of a model at every precision, immutable."""
+    """All experts of a model at every precision, immutable.
+
+    `biases` are float32 [L * E, rows] of gate, up and down, or nothing.
+    """
 
     def __init__(self, config: ModelConfig, native: GGUFFile, low: Sequence[GGUFFile] = ()):
         self.config = config
@@ -83,14 +111,20 @@ class HostExperts:
             for layer in range(config.n_layers):
                 names = layer_tensors(config, layer).items()
                 layers.append(
-                    LayerExperts.of({r: file.tensors[n] for r, n in names if "_exps" in r})
+                    LayerExperts.of({r: file.tensors[n] for r, n in names if r in STACKS})
                 )
             self.precisions.append(layers)
+        self.biases = _biases(config, native) if config.expert_biases else ()
         self._checked: set[ExpertKey] = set()
 
     def layer(self, precision: int, layer: int) -> LayerExperts:
         """The experts of `layer` at `precision`."""
         return self.precisions[precision][layer]
+
+    def bias(self, layer: int, expert: int) -> ExpertBias | None:
+        """Biases of one expert, the same at every precision."""
+        row = layer * self.config.n_experts + expert
+        return ExpertBias(*(array[row] for array in self.biases)) if self.biases else None
 
     def signature(self, key: ExpertKey) -> Signature:
         """Formats of one expert."""

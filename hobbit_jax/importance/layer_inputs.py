@@ -26,6 +26,7 @@ from hobbit_jax.evals.quality import Windows, batches
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
+from pallas_kernels.reference import ExpertBias, ExpertFunction, gated
 
 _INPUTS, _ROUTING = ".inputs.npy", ".routing.npz"
 
@@ -139,11 +140,12 @@ class LayerInputs:
         return h_TD, np.pad(token_R, padding), jnp.asarray(np.pad(weight_R, padding))
 
     def _rows(self, layer: int, expert: int) -> tuple:
-        """One expert's inputs [R, D], their weights [R], and its gate and up [F, D], float32."""
+        """One expert's function, inputs [R, D], their weights [R], gate and up [F, D], biases."""
         h_TD, token_R, weight_R = self._selected(layer, expert)
         experts = self._native.layer(NATIVE, layer)
         gate_FD, up_FD = (dequantize(tensor, expert) for tensor in (experts.gate, experts.up))
-        return h_TD[token_R], weight_R, gate_FD, up_FD
+        function, bias = self._native.config.expert_function, self._native.bias(layer, expert)
+        return function, h_TD[token_R], weight_R, gate_FD, up_FD, bias
 
 
 @jax.jit
@@ -152,22 +154,29 @@ def _hessian_DD(x_RD: jax.Array, weight_R: jax.Array) -> jax.Array:
     return rows.T @ rows
 
 
-def _hidden_RF(x_RD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array) -> jax.Array:
-    return jax.nn.silu(x_RD @ gate_FD.T) * (x_RD @ up_FD.T)
-
-
-@jax.jit
+@functools.partial(jax.jit, static_argnums=0)
 def _hidden_hessian_FF(
-    x_RD: jax.Array, weight_R: jax.Array, gate_FD: jax.Array, up_FD: jax.Array
+    function: ExpertFunction,
+    x_RD: jax.Array,
+    weight_R: jax.Array,
+    gate_FD: jax.Array,
+    up_FD: jax.Array,
+    bias: ExpertBias | None,
 ) -> jax.Array:
-    return _hessian_DD(_hidden_RF(x_RD, gate_FD, up_FD), weight_R)
+    hidden_RF = gated(function, x_RD @ gate_FD.T, x_RD @ up_FD.T, bias)
+    return _hessian_DD(hidden_RF, weight_R)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnums=0)
 def _second_moments(
-    x_RD: jax.Array, weight_R: jax.Array, gate_FD: jax.Array, up_FD: jax.Array
+    function: ExpertFunction,
+    x_RD: jax.Array,
+    weight_R: jax.Array,
+    gate_FD: jax.Array,
+    up_FD: jax.Array,
+    bias: ExpertBias | None,
 ) -> tuple[jax.Array, jax.Array]:
-    hidden_RF = _hidden_RF(x_RD, gate_FD, up_FD)
+    hidden_RF = gated(function, x_RD @ gate_FD.T, x_RD @ up_FD.T, bias)
     input_D, hidden_F = (
         jnp.sum(jnp.square(rows * weight_R[:, None]), axis=0) for rows in (x_RD, hidden_RF)
     )

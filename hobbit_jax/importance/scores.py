@@ -8,6 +8,7 @@ precision. A score says what an error in that expert would cost; the scores of s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from hobbit_jax.evals.quality import Windows, watch_windows
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from pallas_kernels.reference import swiglu
+from pallas_kernels.reference import run_expert
 
 STATIC_SCORES = ("frequency", "accumulated_weight", "hybrid", "sensitivity", "random")
 
@@ -87,15 +88,16 @@ class MeasuredErrors:
     energy_LE: np.ndarray
 
 
-@jax.jit
-def _output_energies(h_TD, token_R, weight_R, native, lows) -> list[jax.Array]:
+@partial(jax.jit, static_argnames="function")
+def _output_energies(h_TD, token_R, weight_R, native, lows, function, bias) -> list[jax.Array]:
     x_RD = h_TD[token_R]
-    y_RD = swiglu(x_RD, *native)
+    y_RD = run_expert(x_RD, *native, function, bias)
 
     def energy(y_RD: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(y_RD * weight_R[:, None]))
 
-    return [energy(y_RD), *(energy(y_RD - swiglu(x_RD, *low)) for low in lows)]
+    low_RDs = (run_expert(x_RD, *low, function, bias) for low in lows)
+    return [energy(y_RD), *(energy(y_RD - low_RD) for low_RD in low_RDs)]
 
 
 def measure_errors(engine: Engine, store: HostExperts, windows: Windows) -> MeasuredErrors:
@@ -123,7 +125,10 @@ def measure_errors(engine: Engine, store: HostExperts, windows: Windows) -> Meas
             native, *lows = (
                 matrices(precision, layer, expert) for precision in range(len(store.precisions))
             )
-            energy, *errors = _output_energies(routed.h_TD, token_R, weight_R, native, lows)
+            energy, *errors = _output_energies(
+                routed.h_TD, token_R, weight_R, native, lows, config.expert_function,
+                store.bias(layer, expert),
+            )  # fmt: skip
             energy_LE[layer, expert] += float(energy)
             error_NLE[1:, layer, expert] += [float(error) for error in errors]
 

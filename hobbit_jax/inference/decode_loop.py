@@ -36,7 +36,7 @@ from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.layer import LayerKinds, States, attend_and_route
 from hobbit_jax.models.modules import EmbeddingAndHead
 from pallas_kernels.expert_ffn import expert_ffn
-from pallas_kernels.reference import Bank, Signature, Work
+from pallas_kernels.reference import Bank, Biases, Signature, Work
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Weights(NamedTuple):
     layers: States
     ends: Any
     plan: PrecisionPlan
+    biases: tuple[jax.Array, ...] = ()  # `HostExperts.biases`
 
 
 class Carry(NamedTuple):
@@ -257,6 +258,7 @@ def _attend(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -
 
 def _run_experts(
     spec: LoopSpec,
+    weights: Weights,
     banks: dict[Signature, Bank],
     table_UE: jax.Array,
     held_UE: jax.Array,
@@ -280,6 +282,10 @@ def _run_experts(
     n_precisions, width = len(experts.signatures[0]), item_width(batch, k, config.n_experts)
     work_t = group(ids_A, served_A, slot_A, due_A, config.n_experts, n_precisions, width)
 
+    biases = None
+    if weights.biases:
+        biases = Biases(*weights.biases, layer * config.n_experts + ids_A)
+
     def branch(signatures: tuple[Signature | None, ...]) -> Callable[[jax.Array], jax.Array]:
         def run(y_AD: jax.Array) -> jax.Array:
             for signature, work in zip(signatures, work_t, strict=True):
@@ -292,6 +298,8 @@ def _run_experts(
                         signature,
                         work,
                         dict(experts.implementations)[signature],
+                        config.expert_function,
+                        biases,
                     )
             return y_AD
 
@@ -302,11 +310,20 @@ def _run_experts(
     done_A = carry.done_A | ready_A
     complete = carry.routed & jnp.all(done_A)
     total_AD = sharding.sum_of_parts(y_AD, spec.mesh)
-    x_BD = carry.x_BD + jnp.sum(total_AD.reshape(batch, k, -1), axis=1)
+    sum_BD = jnp.sum(total_AD.reshape(batch, k, -1), axis=1)
+    if any(block.d_beside for block in config.blocks):
+        at = spec.layers.at(weights.layers, jnp.minimum(carry.block, config.n_blocks - 1))
+        x_BD = jax.lax.cond(
+            complete,
+            lambda: at.run(lambda block, x, y: block.add_experts(x, y), carry.x_BD, sum_BD),
+            lambda: carry.x_BD,
+        )
+    else:
+        x_BD = jnp.where(complete, carry.x_BD + sum_BD, carry.x_BD)
     carry = carry._replace(
         block=carry.block + complete.astype(jnp.int32),
         routed=carry.routed & ~complete,
-        x_BD=jnp.where(complete, x_BD, carry.x_BD),
+        x_BD=x_BD,
         done_A=done_A,
         y_AD=y_AD,
     )
@@ -418,7 +435,7 @@ def _decode(
     )
 
     def finish_layer(loop: _Loop) -> _Loop:
-        loop = _run_experts(spec, banks, table_UE, held_UE, loop)
+        loop = _run_experts(spec, weights, banks, table_UE, held_UE, loop)
         return _end_token(spec, weights, inputs, loop)
 
     def may_go_on(loop: _Loop) -> jax.Array:

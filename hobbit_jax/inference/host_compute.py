@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn, implementation_for
 from pallas_kernels.formats import get_format
 from pallas_kernels.ggml.ops import RawMatrix, address_of
-from pallas_kernels.reference import Bank, Signature, Work
+from pallas_kernels.reference import Bank, Biases, Signature, Work
 
 # Experts that XLA unpacks at a time.
 MAX_UNPACKED = 8
@@ -73,9 +73,11 @@ def _unpacked(raw: Bank, signature: Signature) -> Bank:
     return Bank(*(jax.vmap(get_format(name).split)(blocks) for name, blocks in parts))
 
 
-@partial(jax.jit, static_argnames=("signature", "implementation"), donate_argnames="y_HD")
-def _expert_ffn(x_HD, y_HD, weight_H, bank, work, signature, implementation):
-    return expert_ffn(x_HD, y_HD, weight_H, bank, signature, work, implementation)
+@partial(
+    jax.jit, static_argnames=("signature", "implementation", "function"), donate_argnames="y_HD"
+)
+def _expert_ffn(x_HD, y_HD, weight_H, bank, work, signature, implementation, function, biases):
+    return expert_ffn(x_HD, y_HD, weight_H, bank, signature, work, implementation, function, biases)
 
 
 class HostCompute:
@@ -105,8 +107,27 @@ class HostCompute:
         """How experts of one signature are computed on the CPU."""
         config = self._store.config
         return implementation_for(
-            signature, config.d_model, config.d_expert, self._implementation, platform="cpu"
+            signature,
+            config.d_model,
+            config.d_expert,
+            self._implementation,
+            platform="cpu",
+            function=config.expert_function,
         )
+
+    @cached_property
+    def _biases(self) -> tuple[jax.Array, ...]:
+        return jax.device_put(self._store.biases, self._device)
+
+    def _biases_of(
+        self, keys: Sequence[ExpertKey], assignments: Mapping[ExpertKey, np.ndarray], padding: int
+    ) -> Biases | None:
+        """Of the rows of `run`, which are padded with those of some expert."""
+        if not self._biases:
+            return None
+        n_experts = self._store.config.n_experts
+        rows = [np.full(len(assignments[key]), key.layer * n_experts + key.expert) for key in keys]
+        return Biases(*self._biases, np.pad(np.concatenate(rows), (0, padding)).astype(np.int32))
 
     def run(
         self,
@@ -140,13 +161,17 @@ class HostCompute:
         rows = dict(zip(keys, np.split(np.arange(len(assignment_N)), ends[:-1]), strict=True))
         weight_H = np.append(weights_TK.reshape(-1), np.float32(0))[assignment_H]
         local_TD = h_TD.addressable_data(0)  # of several devices each has all
+        function = self._store.config.expert_function
+        biases = self._biases_of(keys, assignments, padding)
         what = f"{len(keys)} experts of layer {keys[0].layer}"
         with _named(what), jax.default_device(self._device):
             x_HD = _rows(local_TD, np.minimum(assignment_H, count - 1), k)
             x_HD = jax.device_put(x_HD, self._device)
             y_HD = jnp.zeros(x_HD.shape, jnp.float32)
             for bank, work, signature, chosen in self._calls(raws, rows, widths):
-                y_HD = _expert_ffn(x_HD, y_HD, weight_H, bank, work, signature, chosen)
+                y_HD = _expert_ffn(
+                    x_HD, y_HD, weight_H, bank, work, signature, chosen, function, biases
+                )
         return HostOutputs(assignment_H, y_HD, what)
 
     def _calls(self, raws, rows, widths):

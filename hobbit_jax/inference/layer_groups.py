@@ -41,7 +41,16 @@ class LayerGroups:
             by_layer.append(tuple(s if s in pool.banks else None for s in signatures))
         kinds = tuple(dict.fromkeys(by_layer))
         implementations = tuple(
-            (s, implementation_for(s, config.d_model, config.d_expert, implementation))
-            for s in pool.banks
+            (
+                signature,
+                implementation_for(
+                    signature,
+                    config.d_model,
+                    config.d_expert,
+                    implementation,
+                    function=config.expert_function,
+                ),
+            )
+            for signature in pool.banks
         )
         return cls(kinds, tuple(kinds.index(kind) for kind in by_layer), implementations)

@@ -30,7 +30,14 @@ from hobbit_jax.inference.selection import Selections
 from hobbit_jax.models.sharding import DIVIDED, REPLICATED, divided, on_each, sum_of_parts
 from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn, implementation_for
-from pallas_kernels.reference import Bank, Signature, Work, gather_slots
+from pallas_kernels.reference import (
+    Bank,
+    Biases,
+    ExpertFunction,
+    Signature,
+    Work,
+    gather_slots,
+)
 from pallas_kernels.tiles import item_rows
 
 # Experts that an XLA program gathers from their slots at a time: what bounds its scratch beside the
@@ -43,7 +50,11 @@ def _gather_slots(bank: Bank, work: Work, mesh: Mesh | None) -> tuple[Bank, Work
     return on_each(gather_slots, mesh, DIVIDED, DIVIDED)(bank, work)
 
 
-@partial(jax.jit, static_argnames=("signature", "implementation", "mesh"), donate_argnames="y_AD")
+@partial(
+    jax.jit,
+    static_argnames=("signature", "implementation", "mesh", "function"),
+    donate_argnames="y_AD",
+)
 def _expert_ffn(
     h_TD: jax.Array,
     y_AD: jax.Array,
@@ -53,13 +64,17 @@ def _expert_ffn(
     signature: Signature,
     implementation: str,
     mesh: Mesh | None,
+    function: ExpertFunction = "swiglu",
+    biases: Biases | None = None,
 ) -> jax.Array:
-    def run(h_TD, y_AD, weight_A, bank, work):
+    def run(h_TD, y_AD, weight_A, bank, work, biases):
         work = work._replace(count=work.count.reshape(()))
-        return expert_ffn(h_TD, y_AD, weight_A, bank, signature, work, implementation)
+        return expert_ffn(
+            h_TD, y_AD, weight_A, bank, signature, work, implementation, function, biases
+        )
 
-    specs = (REPLICATED, DIVIDED, REPLICATED, DIVIDED, DIVIDED)
-    return on_each(run, mesh, specs, DIVIDED)(h_TD, y_AD, weight_A, bank, work)
+    specs = (REPLICATED, DIVIDED, REPLICATED, DIVIDED, DIVIDED, REPLICATED)
+    return on_each(run, mesh, specs, DIVIDED)(h_TD, y_AD, weight_A, bank, work, biases)
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -70,13 +85,6 @@ def _sum_of_parts(y_AD: jax.Array, mesh: Mesh) -> jax.Array:
 @partial(jax.jit, donate_argnums=0)
 def _add_outputs(y_AD: jax.Array, assignment_H: np.ndarray, y_HD: np.ndarray) -> jax.Array:
     return y_AD.at[assignment_H].set(y_HD, mode="drop")
-
-
-@partial(jax.jit, donate_argnums=0)
-def add_experts(x_BTD: jax.Array, y_AD: jax.Array) -> jax.Array:
-    """Residual stream plus the experts' weighted outputs, in the order of the selections."""
-    y_TKD = y_AD.reshape(x_BTD.size // x_BTD.shape[-1], -1, x_BTD.shape[-1])
-    return x_BTD + jnp.sum(y_TKD, axis=1).reshape(x_BTD.shape)
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,7 @@ def apply_experts(
     implementation: Implementation = None,
     upcoming: Sequence[ExpertKey] = (),
     host: HostCompute | None = None,
+    biases: Biases | None = None,
 ) -> jax.Array:
     """Runs every selected expert of a layer, loading what is missing or computing it on the CPU.
 
@@ -191,13 +200,14 @@ def apply_experts(
         implementation: of the products.
         upcoming: what the next layer may need.
         host: computes what the controller leaves to the CPU; needed where it leaves any.
+        biases: of the experts.
 
     Returns:
         y_AD, float32 [T * K, D]: each selection's expert output times its routing weight;
         zero for skipped selections.
     """
-    ids_TK, mesh = selections.ids_TK, pool.mesh
-    n_assignments, n_experts = ids_TK.size, pool.store.config.n_experts
+    ids_TK, mesh, config = selections.ids_TK, pool.mesh, pool.store.config
+    n_assignments, n_experts = ids_TK.size, config.n_experts
     grouped = Grouped.of(step.layer, ids_TK, selections.served_TK)
     controller, unmet = pool.controller, _unmet(step.layer, selections)
     decision = controller.decide(step, grouped.uses(selections), unmet, prefill=True)
@@ -228,7 +238,11 @@ def apply_experts(
         later = [key for *_, following in parts[index + 1 :] for key in following]
         pool.load(part, keep=batch, upcoming=[*later, *upcoming])
         chosen = implementation_for(
-            signature, pool.store.config.d_model, pool.store.config.d_expert, implementation
+            signature,
+            config.d_model,
+            config.d_expert,
+            implementation,
+            function=config.expert_function,
         )
         width = grouped.item_rows(signature, chosen)
         # Bounds that the shapes alone decide, so that few programs are compiled.
@@ -240,8 +254,9 @@ def apply_experts(
             if chosen == "xla":
                 bank, work = _gather_slots(bank, work, mesh)
             y_AD = _expert_ffn(
-                h_TD, y_AD, weights_TK.reshape(-1), bank, work, signature, chosen, mesh
-            )
+                h_TD, y_AD, weights_TK.reshape(-1), bank, work, signature, chosen, mesh,
+                config.expert_function, biases,
+            )  # fmt: skip
     if mesh is not None:
         y_AD = _sum_of_parts(y_AD, mesh)
     return y_AD if outputs is None else _add_outputs(y_AD, *outputs.wait())

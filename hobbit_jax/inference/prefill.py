@@ -25,11 +25,12 @@ from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.experts.store import ExpertKey
 from hobbit_jax.inference.host_compute import HostCompute
-from hobbit_jax.inference.moe import add_experts, apply_experts
+from hobbit_jax.inference.moe import apply_experts
 from hobbit_jax.inference.selection import Selections, rows_of_layer, select
 from hobbit_jax.models.caches import Caches, Places
 from hobbit_jax.models.layer import LayerKinds, OneBlock, States, attend_and_route
 from hobbit_jax.models.loading import LoadedModel
+from pallas_kernels.reference import Biases
 
 Part = Literal["embedding", "attention", "experts"]
 Inspect = Callable[[Part, int, jax.Array], object]
@@ -88,6 +89,16 @@ def _attend_and_route(
     return x_BTD, h_TD, caches, selections, chosen_pE
 
 
+@partial(jax.jit, static_argnames=("kinds", "kind"), donate_argnames="x_BTD")
+def _add_experts(
+    kinds: LayerKinds, kind: int, states: States, index: Array, x_BTD: jax.Array, y_AD: jax.Array
+) -> jax.Array:
+    """The stream after a block; a token's outputs are summed in the order of its selections."""
+    y_TKD = y_AD.reshape(x_BTD.size // x_BTD.shape[-1], -1, x_BTD.shape[-1])
+    y_BTD = jnp.sum(y_TKD, axis=1).reshape(x_BTD.shape)
+    return kinds.block(states, kind, index).add_experts(x_BTD, y_BTD)
+
+
 @partial(jax.jit, static_argnums=0)
 def logits(graph, state, x_BTD: jax.Array, last_B: np.ndarray | None) -> jax.Array:
     """Logits of every token, or of token `last_B` of each sequence."""
@@ -105,6 +116,11 @@ class Prefill:
     plan: PrecisionPlan
     mode: MissMode
     host: HostCompute
+    biases: tuple[jax.Array, ...] = ()  # `HostExperts.biases`
+
+    def _biases(self, layer: int, ids_TK: np.ndarray) -> Biases | None:
+        row_A = (layer * self.model.config.n_experts + ids_TK.reshape(-1)).astype(np.int32)
+        return Biases(*self.biases, row_A) if self.biases else None
 
     def append(
         self,
@@ -173,9 +189,12 @@ class Prefill:
             step = Step(token, layer, int(lengths_B.max()))
             y_AD = apply_experts(
                 self.pool, step, h_TD, selections.weights_TK, on_host, model.implementation,
-                upcoming, self.host,
+                upcoming, self.host, self._biases(layer, on_host.ids_TK),
             )  # fmt: skip
-            x_BTD = add_experts(x_BTD, y_AD)
+            x_BTD = _add_experts(
+                kinds, kinds.kind_N[number], model.layers.states,
+                np.int32(kinds.index_N[number]), x_BTD, y_AD,
+            )  # fmt: skip
             inspect("experts", number, x_BTD)
             layer += 1
         return x_BTD, caches

@@ -170,26 +170,38 @@ def numbers() -> Kind[list[float]]:
     )
 
 
-def of_every_layer(kind: Kind[T], n_layers: int) -> Kind[T]:
-    """One value for the model, or one for each layer that is the same in all of them.
+def per_layer(kind: Kind[T], n_layers: int) -> Kind[list[T]]:
+    """One value for the model, or one for each layer: a list with that of each.
 
     Source: llama.cpp, `get_key_or_arr`.
+    """
+
+    def check(value: Any) -> list[T]:
+        if not isinstance(value, list):
+            return [kind.check(value)] * n_layers
+        if len(value) != n_layers:
+            raise Wrong(shown(value))
+        return [_element(kind.check, v, i) for i, v in enumerate(value)]
+
+    return Kind(f"{kind.wanted}, or a list of {n_layers}, one for each layer", check)
+
+
+def of_every_layer(kind: Kind[T], n_layers: int) -> Kind[T]:
+    """`per_layer` where it is the same in all of them.
 
     Raises:
         NotImplementedError: when it is read and the layers differ.
     """
 
+    of_each = per_layer(kind, n_layers)
+
     def check(value: Any) -> T:
-        if not isinstance(value, list):
-            return kind.check(value)
-        if len(value) != n_layers:
-            raise Wrong(shown(value))
-        of_layers = [_element(kind.check, v, i) for i, v in enumerate(value)]
+        of_layers = of_each.check(value)
         if any(other != of_layers[0] for other in of_layers):
             raise UnequalLayers
         return of_layers[0]
 
-    return Kind(f"{kind.wanted}, or a list of {n_layers}, one for each layer", check)
+    return Kind(of_each.wanted, check)
 
 
 def _text(value: Any) -> str:

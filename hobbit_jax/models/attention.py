@@ -12,7 +12,7 @@ from flax import nnx
 
 from hobbit_jax.models.caches import Arrays, Caches, Places
 from hobbit_jax.models.config import GroupedQuery, Rope
-from hobbit_jax.models.modules import BlockWeights
+from hobbit_jax.models.modules import BlockWeights, rms_normalised
 from pallas_kernels.ggml import ops as ggml
 
 
@@ -20,10 +20,16 @@ def rotate(x_BTHd: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
     """Rotates the first `rope.dim` channels of each head by its position."""
     half = rope.dim // 2
     inverse_wavelength = rope.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if rope.divisors:
+        inverse_wavelength /= jnp.asarray(rope.divisors, jnp.float32)
+    if rope.yarn is not None:
+        inverse_wavelength *= rope.yarn.slowdown(rope.base, rope.dim)
     angle_BT1h = positions_BT.astype(jnp.float32)[:, :, None, None] * jnp.reshape(
         inverse_wavelength, (1, 1, 1, half)
     )
     cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
+    if rope.yarn is not None and rope.yarn.magnitude != 1:
+        cos, sin = cos * rope.yarn.magnitude, sin * rope.yarn.magnitude
     rotated, passed = x_BTHd[..., : rope.dim], x_BTHd[..., rope.dim :]
     if rope.style == "neox":
         a, b = rotated[..., :half], rotated[..., half:]
@@ -36,7 +42,12 @@ def rotate(x_BTHd: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
 
 
 def attend(
-    q_BTHd: jax.Array, k_BCGd: jax.Array, v_BCGd: jax.Array, positions_BT: jax.Array
+    q_BTHd: jax.Array,
+    k_BCGd: jax.Array,
+    v_BCGd: jax.Array,
+    positions_BT: jax.Array,
+    spec: GroupedQuery,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Grouped-query attention of each token to the keys up to its own position, [B, T, H * d].
 
@@ -45,10 +56,19 @@ def attend(
     batch, tokens, n_heads, head_dim = q_BTHd.shape
     length, n_kv_heads = k_BCGd.shape[1:3]
     q_BTGgd = q_BTHd.reshape(batch, tokens, n_kv_heads, n_heads // n_kv_heads, head_dim)
-    scores = jnp.einsum("btgmd,bcgd->bgmtc", q_BTGgd, k_BCGd) * head_dim**-0.5
-    visible_BTC = jnp.arange(length)[None, None, :] <= positions_BT[:, :, None]
+    scale = head_dim**-0.5 if spec.score_scale is None else spec.score_scale
+    scores = jnp.einsum("btgmd,bcgd->bgmtc", q_BTGgd, k_BCGd) * scale
+    age_BTC = positions_BT[:, :, None] - jnp.arange(length)[None, None, :]
+    visible_BTC = age_BTC >= 0
+    if spec.window:
+        visible_BTC &= age_BTC < spec.window
     scores = jnp.where(visible_BTC[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    mixed = jnp.einsum("bgmtc,bcgd->btgmd", jax.nn.softmax(scores, axis=-1), v_BCGd)
+    if sinks_H is not None:
+        sinks = sinks_H.reshape(1, n_kv_heads, -1, 1, 1)
+        sinks = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, sinks], axis=-1)
+    shares = jax.nn.softmax(scores, axis=-1)[..., :length]
+    mixed = jnp.einsum("bgmtc,bcgd->btgmd", shares, v_BCGd)
     return mixed.reshape(batch, tokens, n_heads * head_dim)
 
 
@@ -56,10 +76,11 @@ class GroupedQueryAttention(nnx.Module):
     """The matrices of `config.GroupedQuery`, and what it computes. See `layer.Mixer`."""
 
     def __init__(self, spec: GroupedQuery, rms_eps: float, weights: BlockWeights):
-        del rms_eps
-        self.spec = spec
+        self.spec, self.rms_eps = spec, rms_eps
         self.q, self.k = weights.linear("attn_q"), weights.linear("attn_k")
-        self.v, self.output = weights.linear("attn_v"), weights.linear("attn_output")
+        self.v = None if spec.values_are_keys else weights.linear("attn_v")
+        self.output = weights.linear("attn_output")
+        self.sinks = nnx.Param(weights.array("attn_sinks")) if spec.sinks else None
         normed = spec.qk_norm != "none"
         self.q_norm = weights.norm("attn_q_norm") if normed else None
         self.k_norm = weights.norm("attn_k_norm") if normed else None
@@ -70,7 +91,8 @@ class GroupedQueryAttention(nnx.Module):
         """Rotated queries (and gates), and the tokens' rotated keys and values."""
         del caches, places
         spec, (batch, tokens, _) = self.spec, x_BTD.shape
-        q_BTN, k_BTN, v_BTN = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        q_BTN, k_BTN = self.q(x_BTD), self.k(x_BTD)
+        v_BTN = k_BTN if self.v is None else self.v(x_BTD)
         gate_BTN = None
         if spec.gated:
             pairs = q_BTN.reshape(batch, tokens, spec.n_heads, 2, spec.head_dim)
@@ -80,6 +102,8 @@ class GroupedQueryAttention(nnx.Module):
         q_BTHd = q_BTN.reshape(batch, tokens, spec.n_heads, spec.head_dim)
         k_BTGd = k_BTN.reshape(batch, tokens, spec.n_kv_heads, spec.head_dim)
         v_BTGd = v_BTN.reshape(batch, tokens, spec.n_kv_heads, spec.head_dim)
+        if spec.value_norm:
+            v_BTGd = rms_normalised(v_BTGd, self.rms_eps)
         if self.q_norm is not None and self.k_norm is not None and spec.qk_norm == "head":
             q_BTHd, k_BTGd = self.q_norm(q_BTHd), self.k_norm(k_BTGd)
         q_BTHd = rotate(q_BTHd, positions_BT, spec.rope)
@@ -99,12 +123,16 @@ class GroupedQueryAttention(nnx.Module):
         q_BTHd = passed_BTN[..., :width].reshape(*passed_BTN.shape[:2], spec.n_heads, -1)
         keys, values = (caches.by_token[state.name] for state in spec.states())
         place = places[spec.states()[0].name]
+        sinks_H = None if self.sinks is None else self.sinks[...]
         if self.q.is_raw:
-            # Reads the keys up to each token's own alone.
-            mixed_BTN = ggml.attention(q_BTHd, keys, values, jnp.asarray(place), positions_BT)
+            # Reads the keys of each token's window alone.
+            mixed_BTN = ggml.attention(
+                q_BTHd, keys, values, jnp.asarray(place), positions_BT, spec.score_scale,
+                spec.window, sinks_H,
+            )  # fmt: skip
         else:
             k_BCGd, v_BCGd = (array[place].astype(jnp.float32) for array in (keys, values))
-            mixed_BTN = attend(q_BTHd, k_BCGd, v_BCGd, positions_BT)
+            mixed_BTN = attend(q_BTHd, k_BCGd, v_BCGd, positions_BT, spec, sinks_H)
         if spec.gated:
             mixed_BTN = mixed_BTN * jax.nn.sigmoid(passed_BTN[..., width : 2 * width])
         return self.output(mixed_BTN)

@@ -13,11 +13,17 @@ Source: llama.cpp, src/models/ (shapes, defaults); gguf.constants (names).
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
+
+from pallas_kernels.reference import ExpertFunction
+
 TOKEN_EMBEDDING = "token_embd.weight"
 OUTPUT_NORM = "output_norm.weight"
+ROPE_DIVISORS = "rope_freqs.weight"
 OUTPUT = "output.weight"  # absent when the head is tied to the embedding
 
 Shapes = dict[str, tuple[int, ...]]  # row-major, by role
@@ -38,12 +44,45 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """Rotary frequencies for a context longer than the trained one, at every position.
+
+    Pairs that turn less than `beta_slow` times over the trained context turn `factor` times slower,
+    those that turn more than `beta_fast` times as before, and between them there is a ramp.
+
+    Source: arXiv 2309.00071; llama.cpp, ggml/src/ggml-cpu/ops.cpp (`rope_yarn`), which rounds the
+    ends of the ramp outwards to whole pairs.
+    """
+
+    factor: float
+    trained_context: int  # tokens
+    beta_fast: float
+    beta_slow: float
+    magnitude: float  # of cosines and sines
+
+    def slowdown(self, base: float, dim: int) -> np.ndarray:
+        """What multiplies each pair's frequency, float32 [dim / 2]."""
+
+        def pair(turns: float) -> float:
+            """The pair that turns so often, which need not be a whole number."""
+            wavelength = self.trained_context / (2 * math.pi * turns)
+            return dim * math.log(wavelength) / (2 * math.log(base))
+
+        low = max(0, math.floor(pair(self.beta_fast)))
+        high = min(dim - 1, math.ceil(pair(self.beta_slow)))
+        ramp = np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0, 1)
+        return (1 - ramp + ramp / self.factor).astype(np.float32)
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary position embedding of the first `dim` values of a head."""
 
     base: float
     dim: int
     style: Literal["neox", "norm"]  # pairs (i, i + dim/2), or (2i, 2i + 1)
+    yarn: Yarn | None = None
+    divisors: tuple[float, ...] = ()  # of the pairs' frequencies, as `ROPE_DIVISORS` holds them
 
 
 @dataclass(frozen=True)
@@ -57,11 +96,16 @@ class GroupedQuery:
     qk_norm: Literal["none", "head", "full"] = "none"  # over nothing, a head, the projection
     gated: bool = False  # each head's query rows are followed by as many of a sigmoid gate
     biased: tuple[str, ...] = ()  # roles of the projections that have a bias
+    window: int = 0  # tokens that a query sees, itself among them; 0 for all before it
+    sinks: bool = False  # each head has one score more, which takes weight and has no value
+    score_scale: float | None = None  # of scores; None is 1 over the square root of `head_dim`
+    values_are_keys: bool = False  # before their norm and rotation
+    value_norm: bool = False  # over a head, without a learned scale
 
     def tensors(self, d_model: int) -> Shapes:
         """Those of a block."""
         q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        norms = {
+        norms: Shapes = {
             "none": {},
             "head": {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)},
             "full": {"attn_q_norm": (q,), "attn_k_norm": (kv,)},
@@ -72,6 +116,10 @@ class GroupedQuery:
             "attn_v": (kv, d_model),
             "attn_output": (d_model, q),
         }
+        if self.values_are_keys:
+            del matrices["attn_v"]
+        if self.sinks:
+            norms["attn_sinks"] = (self.n_heads,)
         biases = {f"{role}.bias": (matrices[role][0],) for role in self.biased}
         return {**matrices, **norms, **biases}
 
@@ -164,6 +212,9 @@ class BlockConfig:
         ffn_norm: role of the norm before the FFN.
         d_dense: width of a dense FFN in the place of experts; 0 where there are experts.
         d_shared: width of a shared expert, which runs for every token; 0 for none.
+        attention_out_norm: role of a norm of what attention adds to the stream; "" for none.
+        d_beside: width of a dense FFN whose input and output are normalised apart from those of
+            the experts beside it (`layer.Beside`); 0 for none.
         shared_gate: axes of the tensor whose sigmoid scales the shared expert; 0 for none.
     """
 
@@ -171,6 +222,8 @@ class BlockConfig:
     ffn_norm: str = "ffn_norm"
     d_dense: int = 0
     d_shared: int = 0
+    attention_out_norm: str = ""
+    d_beside: int = 0
     shared_gate: Literal[0, 1, 2] = 0
 
     @property
@@ -184,21 +237,27 @@ class RouterConfig:
     """How experts are chosen and weighted; see `router.py`.
 
     Attributes:
-        gating: from logits to scores; with "always" there is one expert, a dense FFN, and no
-            router.
+        gating: from logits to scores. "softmax_of_chosen" chooses by logits; with "always" there is
+            one expert, a dense FFN, and no router.
         renormalise: the weights of the chosen are divided by their sum.
         scale: of all weights.
         selection_bias: a bias is added to scores for the choice, and not to weights.
         groups: consecutive experts compete as so many groups first.
         groups_used: of them remain.
+        biased: logits have a bias.
+        own_input: it reads the stream, normalised and scaled apart from what experts read.
+        expert_scale: each expert's weight is multiplied by a factor of its own in the end.
     """
 
-    gating: Literal["softmax", "sigmoid", "always"]
+    gating: Literal["softmax", "sigmoid", "softmax_of_chosen", "always"]
     renormalise: bool
     scale: float = 1.0
     selection_bias: bool = False
     groups: int = 1
     groups_used: int = 1
+    biased: bool = False
+    own_input: bool = False
+    expert_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -218,6 +277,10 @@ class ModelConfig:
     d_expert: int  # hidden width of one expert
     fused_gate_up: bool = False  # gate and up of all experts are one tensor, gate rows first
     skipped_blocks: int = 0  # blocks at the end of the file that predict further tokens (NextN)
+    expert_function: ExpertFunction = "swiglu"  # of the dense FFNs too
+    expert_biases: bool = False
+    embedding_scale: float = 1.0
+    logit_softcap: float = 0.0  # c of c * tanh(logits / c); 0 for none
 
     @property
     def has_dense_ffn(self) -> bool:
@@ -274,14 +337,20 @@ class ModelConfig:
         return self._hash
 
 
-# Role → name in the file, where they differ. Roles with a suffix of their own have it there too.
-_STORED_AS = {"router": "ffn_gate_inp.weight", "ssm_a": "ssm_a"}
+# Role → name in the file, where they differ. A role's suffix is "weight" where it has none.
+_STORED_AS = {"router": "ffn_gate_inp"}
+_WITHOUT_SUFFIX = ("ssm_a",)
+
+
+# Of a dense FFN's input and output, of the experts' output, and of the sum of both.
+BESIDE_NORMS = ("ffn_norm", "post_ffw_norm_1", "post_ffw_norm_2", "post_ffw_norm")
 
 
 def block_shapes(config: ModelConfig, block: int) -> Shapes:
     """Row-major shapes of the tensors of a block, by role."""
     spec, d = config.blocks[block], config.d_model
-    shapes: Shapes = {"attn_norm": (d,), **spec.attention.tensors(d), spec.ffn_norm: (d,)}
+    norms = ("attn_norm", spec.ffn_norm, *filter(None, [spec.attention_out_norm]))
+    shapes: Shapes = {**dict.fromkeys(norms, (d,)), **spec.attention.tensors(d)}
     if spec.d_dense:
         return shapes | _mlp("", d, spec.d_dense)
     e, f = config.n_experts, config.d_expert
@@ -291,6 +360,15 @@ def block_shapes(config: ModelConfig, block: int) -> Shapes:
     shapes["router"] = (e, d)
     if config.router.selection_bias:
         shapes["exp_probs_b.bias"] = (e,)
+    if config.router.biased:
+        shapes["router.bias"] = (e,)
+    if config.router.own_input:
+        shapes["router.scale"] = (d,)
+    if config.router.expert_scale:
+        shapes["ffn_down_exps.scale"] = (e,)
+    if config.expert_biases:
+        shapes |= {"ffn_gate_exps.bias": (e, f), "ffn_up_exps.bias": (e, f)}
+        shapes["ffn_down_exps.bias"] = (e, d)
     if config.fused_gate_up:
         shapes["ffn_gate_up_exps"] = (e, 2 * f, d)
     else:
@@ -298,6 +376,9 @@ def block_shapes(config: ModelConfig, block: int) -> Shapes:
     shapes["ffn_down_exps"] = (e, d, f)
     if spec.d_shared:
         shapes |= _mlp("_shexp", d, spec.d_shared)
+    if spec.d_beside:
+        shapes |= dict.fromkeys(BESIDE_NORMS, (d,)) | _mlp("", d, spec.d_beside)
+        shapes["layer_output_scale"] = (1,)
     if spec.shared_gate:
         shapes["ffn_gate_inp_shexp"] = (d,) if spec.shared_gate == 1 else (1, d)
     return shapes
@@ -317,9 +398,12 @@ def block_tensors(config: ModelConfig, block: int) -> dict[str, str]:
 
 
 def _stored(config: ModelConfig, role: str) -> str:
+    if role in _WITHOUT_SUFFIX:
+        return role
+    base, _, suffix = role.partition(".")
     if config.has_dense_ffn:
-        role = role.removesuffix("_exps")
-    return role if "." in role else _STORED_AS.get(role, f"{role}.weight")
+        base = base.removesuffix("_exps")
+    return f"{_STORED_AS.get(base, base)}.{suffix or 'weight'}"
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> dict[str, str]:
@@ -340,6 +424,10 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
         names = block_tensors(config, block)
         shapes |= {names[role]: shape for role, shape in block_shapes(config, block).items()}
     shapes[OUTPUT_NORM] = (config.d_model,)
+    attentions = (block.attention for block in config.blocks)
+    divisors = (a.rope.divisors for a in attentions if isinstance(a, GroupedQuery))
+    if pairs := max(map(len, divisors), default=0):
+        shapes[ROPE_DIVISORS] = (pairs,)
     if not config.tied_head:
         shapes[OUTPUT] = (config.vocab_size, config.d_model)
     return shapes

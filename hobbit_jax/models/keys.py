@@ -9,6 +9,7 @@ Source: llama.cpp, src/llama-model.cpp and src/models/ (keys, defaults).
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, TypeVar
 
 from hobbit_jax.model_file import metadata
@@ -30,13 +31,15 @@ from hobbit_jax.models.config import (
     ModelConfig,
     Rope,
     RouterConfig,
+    Yarn,
 )
 
 T = TypeVar("T")
 
 # Beyond these bounds float32 arithmetic gives zeros or NaN, not another model.
 _RMS_EPS = number(1e-30, 1.0)
-_ROPE_BASE = number(1.0, 1e30)
+ROPE_BASE = number(1.0, 1e30)
+_POSITIVE = number(1e-30, 1e30)
 _SOFTMAX, _SIGMOID = 1, 2  # gguf.ExpertGatingFuncType; 0 is "not said"
 _GATINGS: dict[int, Literal["softmax", "sigmoid"]] = {_SOFTMAX: "softmax", _SIGMOID: "sigmoid"}
 
@@ -45,6 +48,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.type": ("none", "linear", "yarn", "longrope"),  # all equal at factor 1
     "rope.scaling.attn_factor": (1.0,),
     "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),  # of the ramp; -1 is "not said"
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "expert_weights_scale": (1.0, 0.0),
     "expert_weights_norm": (False,),
@@ -155,6 +159,47 @@ def ends(keys: Keys, may_tie_head: bool = True) -> dict[str, Any]:
     }
 
 
+def rotary(keys: Keys, dim: int, style: Literal["neox", "norm"]) -> Rope:
+    """Rotation of `dim` values, slowed down where the file says so.
+
+    Raises:
+        ValueError: impossible numbers.
+    """
+    base = keys.read("rope.freq_base", ROPE_BASE, 10000.0)
+    factor = keys.unchecked("rope.scaling.factor", 1.0)
+    if keys.unchecked("rope.scaling.type") != "yarn" or factor in (0.0, 1.0):  # 0 is "not said"
+        return Rope(base, dim, style)
+    factor = keys.read("rope.scaling.factor", number(1.0, 1e6))
+    if base == 1.0:
+        raise ValueError(f"{keys.path}: {keys.arch}.rope.freq_base is 1; YaRN wants more")
+    yarn = Yarn(
+        factor,
+        keys.read(
+            "rope.scaling.original_context_length",
+            integer(1),
+            keys.read("context_length", integer(1)),
+        ),
+        keys.read("rope.scaling.yarn_beta_fast", _POSITIVE, 32.0),
+        keys.read("rope.scaling.yarn_beta_slow", _POSITIVE, 1.0),
+        1 + 0.1 * math.log(factor),
+    )
+    return Rope(base, dim, style, yarn)
+
+
+def rotary_metadata(rope: Rope) -> dict[str, Any]:
+    """What `rotary` reads, without the architecture's prefix."""
+    found: dict[str, Any] = {"rope.freq_base": rope.base, "rope.dimension_count": rope.dim}
+    if rope.yarn is not None:
+        found |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": rope.yarn.factor,
+            "rope.scaling.original_context_length": rope.yarn.trained_context,
+            "rope.scaling.yarn_beta_fast": rope.yarn.beta_fast,
+            "rope.scaling.yarn_beta_slow": rope.yarn.beta_slow,
+        }
+    return found
+
+
 def grouped_query(
     keys: Keys,
     rope_style: Literal["neox", "norm"],
@@ -194,7 +239,7 @@ def grouped_query(
         broken = f"{n_heads} heads, expected a multiple of the {n_kv_heads} kv heads"
     if broken:
         raise ValueError(f"{keys.path}: the metadata gives {broken}; convert the model again")
-    rope = Rope(keys.read("rope.freq_base", _ROPE_BASE, 10000.0), rope_dim, rope_style)
+    rope = rotary(keys, rope_dim, rope_style)
     return GroupedQuery(n_heads, n_kv_heads, head_dim, rope, qk_norm, gated, biased)
 
 
@@ -288,8 +333,7 @@ def decoder_metadata(config: ModelConfig, width_key: str) -> dict[str, Any]:
         "attention.key_length": attention.head_dim,
         "attention.value_length": attention.head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_eps,
-        "rope.freq_base": attention.rope.base,
-        "rope.dimension_count": attention.rope.dim,
+        **rotary_metadata(attention.rope),
         **({} if config.has_dense_ffn else counts),
         "vocab_size": config.vocab_size,
     }

@@ -21,7 +21,13 @@ from flax import nnx
 
 from hobbit_jax.models.attention import GroupedQueryAttention
 from hobbit_jax.models.caches import Arrays, Caches, Places
-from hobbit_jax.models.config import BlockConfig, GatedDeltaNet, GroupedQuery, ModelConfig
+from hobbit_jax.models.config import (
+    BESIDE_NORMS,
+    BlockConfig,
+    GatedDeltaNet,
+    GroupedQuery,
+    ModelConfig,
+)
 from hobbit_jax.models.delta_net import DeltaNetMixer
 from hobbit_jax.models.modules import BlockWeights, GatedMLP
 from hobbit_jax.models.router import Router, Routing
@@ -79,6 +85,21 @@ class SharedExpert(nnx.Module):
         return y_BTD * jax.nn.sigmoid(jnp.einsum("btd,d->bt", h_BTD, gate_D))[..., None]
 
 
+class Beside(nnx.Module):
+    """A dense FFN beside the experts, and how their outputs become one (Gemma 4)."""
+
+    def __init__(self, config: ModelConfig, weights: BlockWeights):
+        self.dense = GatedMLP(weights, "", config.expert_function)
+        self.norms = nnx.List([weights.norm(role) for role in BESIDE_NORMS])
+        self.output_scale = nnx.Param(weights.array("layer_output_scale"))
+
+    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The stream [..., D] after the block, from that before its FFNs and the experts' sum."""
+        before, after, after_experts, after_both = self.norms
+        both = after(self.dense(before(x))) + after_experts(y)
+        return (x + after_both(both)) * jnp.broadcast_to(self.output_scale[...], x.shape)
+
+
 class Block(nnx.Module):
     """One decoder block without its experts."""
 
@@ -91,6 +112,9 @@ class Block(nnx.Module):
         self.router = Router(config, weights) if self.spec.has_experts else None
         self.dense = GatedMLP(weights, "") if self.spec.d_dense else None
         self.shared = SharedExpert(self.spec, weights) if self.spec.d_shared else None
+        out_norm = self.spec.attention_out_norm
+        self.attention_out_norm = weights.norm(out_norm) if out_norm else None
+        self.beside = Beside(config, weights) if self.spec.d_beside else None
 
     def project(
         self, x_BTD: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
@@ -108,7 +132,10 @@ class Block(nnx.Module):
         lift_E: jax.Array | None = None,
     ) -> Routed:
         """Everything after the caches were written, up to the experts; `lift_E` is `Router`'s."""
-        x_BTD = x_BTD + self.attention.mix(passed_BTN, positions_BT, caches, places)
+        mixed_BTD = self.attention.mix(passed_BTN, positions_BT, caches, places)
+        if self.attention_out_norm is not None:
+            mixed_BTD = self.attention_out_norm(mixed_BTD)
+        x_BTD = x_BTD + mixed_BTD
         h_BTD = self.ffn_norm(x_BTD)
         h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
         if self.dense is not None:
@@ -116,13 +143,20 @@ class Block(nnx.Module):
         if self.shared is not None:
             x_BTD = x_BTD + self.shared(h_BTD)
         if self.router is not None:
-            return Routed(x_BTD, h_TD, self.router(h_TD, lift_E))
+            own_input = self.router.settings.own_input
+            read_TD = x_BTD.reshape(h_TD.shape) if own_input else h_TD
+            return Routed(x_BTD, h_TD, self.router(read_TD, lift_E))
         nobody_TK = jnp.zeros((len(h_TD), self.k))
         return Routed(x_BTD, h_TD, Routing(nobody_TK.astype(jnp.int32), nobody_TK))
 
     def route_ahead(self, x: jax.Array) -> Routing:
         """The routing of an earlier layer's stream x [..., D]: a guess at what this one chooses."""
-        return self.expert_router(self.ffn_norm(x))
+        router = self.expert_router
+        return router(x if router.settings.own_input else self.ffn_norm(x))
+
+    def add_experts(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The stream after the block, from `Routed.x_BTD` and the experts' sum, both [..., D]."""
+        return x + y if self.beside is None else self.beside(x, y)
 
     @property
     def expert_router(self) -> Router:

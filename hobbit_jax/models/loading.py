@@ -97,11 +97,11 @@ class _Matrices:
         planes = _split(get_format(tensor.format), tensor.raw)
         return Linear(tensor.format, planes, chosen, bias_N)
 
-    def router(self, tensor: TensorInfo) -> Linear:
+    def router(self, tensor: TensorInfo, bias_N: jax.Array | None) -> Linear:
         """In float32 everywhere: what it chooses shall not depend on rounding."""
         rows, columns = tensor.shape
         chosen = implementation_for(tensor.format, rows, columns, self._implementation)
-        return self.linear(tensor, "ggml" if chosen == "ggml" else "xla")
+        return self.linear(tensor, "ggml" if chosen == "ggml" else "xla", bias_N)
 
 
 def _array(tensor: TensorInfo) -> jax.Array:
@@ -119,12 +119,13 @@ class _FileWeights:
         self._tensors = {role: file.tensors[name] for role, name in names.items()}
 
     def linear(self, role: str) -> Linear:
-        bias = f"{role}.bias"
-        bias_N = self.array(bias) if bias in self._tensors else None
-        return self._matrices.linear(self._tensors[role], bias_N=bias_N)
+        return self._matrices.linear(self._tensors[role], bias_N=self._bias(role))
 
     def router(self) -> Linear:
-        return self._matrices.router(self._tensors["router"])
+        return self._matrices.router(self._tensors["router"], self._bias("router"))
+
+    def _bias(self, role: str) -> jax.Array | None:
+        return self.array(f"{role}.bias") if f"{role}.bias" in self._tensors else None
 
     def norm(self, role: str) -> RMSNorm:
         return RMSNorm(self.array(role), self._rms_eps)
@@ -163,6 +164,8 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
         embedding=matrices.linear(outer["token_embedding"]),
         final_norm=RMSNorm(_array(outer["output_norm"]), config.rms_eps),
         head=matrices.linear(outer["output"]) if "output" in outer else None,
+        embedding_scale=config.embedding_scale,
+        logit_softcap=config.logit_softcap,
     )
     layers = LayerStack.of(config, blocks)
     return LoadedModel(file, config, layers, ends, implementation, matrices.mapped_bytes)

@@ -17,6 +17,7 @@ from pallas_kernels.formats import get_format
 from pallas_kernels.ggml import ops as ggml
 from pallas_kernels.ggml.ops import RawMatrix
 from pallas_kernels.linear import linear
+from pallas_kernels.reference import ExpertFunction, gated
 
 
 class Linear(nnx.Module):
@@ -68,6 +69,11 @@ class Linear(nnx.Module):
         return {name: plane[...] for name, plane in self.planes.items()}
 
 
+def rms_normalised(x: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last axis, float32."""
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, float32."""
 
@@ -77,8 +83,8 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalised x, float32 of the same shape."""
-        inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return jnp.multiply(x * inverse_rms, jnp.broadcast_to(self.scale[...], x.shape))
+        normalised = rms_normalised(x, self.eps)
+        return jnp.multiply(normalised, jnp.broadcast_to(self.scale[...], x.shape))
 
 
 class BlockWeights(Protocol):
@@ -102,32 +108,45 @@ class BlockWeights(Protocol):
 
 
 class GatedMLP(nnx.Module):
-    """down(silu(gate x) * up x): a dense FFN (suffix ""), or a shared expert ("_shexp")."""
+    """A dense FFN (suffix ""), or a shared expert ("_shexp"); see `reference.gated`."""
 
-    def __init__(self, weights: BlockWeights, suffix: str):
+    def __init__(self, weights: BlockWeights, suffix: str, function: ExpertFunction = "swiglu"):
+        self.function: ExpertFunction = function
         self.gate, self.up, self.down = (
             weights.linear(f"ffn_{role}{suffix}") for role in ("gate", "up", "down")
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] to [..., D]."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(gated(self.function, self.gate(x), self.up(x)))
 
 
 class EmbeddingAndHead(nnx.Module):
     """What stands before the first layer and after the last: embedding, final norm, head.
 
-    A tied head shares the embedding's planes; nothing is held twice.
+    A tied head shares the embedding's planes; nothing is held twice. `embedding_scale` and
+    `logit_softcap` are those of `config.ModelConfig`.
     """
 
-    def __init__(self, embedding: Linear, final_norm: RMSNorm, head: Linear | None):
+    def __init__(
+        self,
+        embedding: Linear,
+        final_norm: RMSNorm,
+        head: Linear | None,
+        embedding_scale: float = 1.0,
+        logit_softcap: float = 0.0,
+    ):
         self.embedding, self.final_norm, self.head = embedding, final_norm, head
+        self.embedding_scale, self.logit_softcap = embedding_scale, logit_softcap
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Token ids [...] to float32 [..., D]."""
-        return self.embedding.rows(ids)
+        x = self.embedding.rows(ids)
+        return x if self.embedding_scale == 1 else x * self.embedding_scale
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Residual stream [..., D] to float32 logits [..., V]."""
         head = self.embedding if self.head is None else self.head
-        return head(self.final_norm(x))
+        y = head(self.final_norm(x))
+        cap = self.logit_softcap
+        return jnp.tanh(y / cap) * cap if cap else y

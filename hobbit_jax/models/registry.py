@@ -15,6 +15,8 @@ from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
 from hobbit_jax.model_file.metadata import shown
 from hobbit_jax.model_file.other_files import refuse_other_kinds
 from hobbit_jax.models import (
+    gemma4,
+    gpt_oss,
     llama,
     olmoe,
     qwen2,
@@ -59,6 +61,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3vlmoe": qwen3vlmoe,
     "qwen35moe": qwen35moe,
     "qwen3next": qwen3next,
+    "gpt-oss": gpt_oss,
+    "gemma4": gemma4,
 }
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hobbit_jax.models.config import ModelConfig
-from hobbit_jax.models.modules import BlockWeights
+from hobbit_jax.models.modules import BlockWeights, rms_normalised
 
 # llama.cpp's least divisor of a renormalisation: the smallest normal float16.
 _LEAST_SUM = 6.103515625e-5
@@ -39,19 +39,28 @@ class Router(nnx.Module):
         self.linear = None if self.settings.gating == "always" else weights.router()
         biased = self.settings.selection_bias
         self.bias = nnx.Param(weights.array("exp_probs_b.bias")) if biased else None
+        self.rms_eps, settings = config.rms_eps, self.settings
+        own = weights.array("router.scale") * config.d_model**-0.5 if settings.own_input else None
+        self.input_scale = None if own is None else nnx.Param(own)
+        scaled = settings.expert_scale
+        self.expert_scale = nnx.Param(weights.array("ffn_down_exps.scale")) if scaled else None
 
     def scores(self, h: jax.Array) -> jax.Array:
         """Every expert's score, float32 [..., E]."""
         if self.linear is None:
             return jnp.ones((*h.shape[:-1], 1))
+        if self.input_scale is not None:
+            normalised = rms_normalised(h, self.rms_eps)
+            h = normalised * jnp.broadcast_to(self.input_scale[...], h.shape)
         gates = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
-        return gates[self.settings.gating](self.linear(h))
+        gate = gates.get(self.settings.gating)
+        return self.linear(h) if gate is None else gate(self.linear(h))
 
     def __call__(self, h: jax.Array, lift_E: jax.Array | None = None) -> Routing:
         """The K experts of each token, heaviest first.
 
         Args:
-            h: [..., D].
+            h: [..., D]; what the experts read, or the stream for a router with an input of its own.
             lift_E: float32, by which the logarithms of scores are raised for the choice, and for
                 the choice alone. Each token's best expert stays chosen.
         """
@@ -62,17 +71,26 @@ class Router(nnx.Module):
             chosen_by = self._selection_scores(scores)
             if lift_E is not None:
                 best = jax.nn.one_hot(jnp.argmax(chosen_by, axis=-1), len(lift_E), dtype=jnp.bool_)
-                lifted = scores * jnp.broadcast_to(jnp.exp(lift_E), scores.shape)
+                if settings.gating == "softmax_of_chosen":
+                    lifted = scores + jnp.broadcast_to(lift_E, scores.shape)
+                else:
+                    lifted = scores * jnp.broadcast_to(jnp.exp(lift_E), scores.shape)
                 chosen_by = jnp.where(best, jnp.inf, self._selection_scores(lifted))
             ids = jax.lax.top_k(chosen_by, self.k)[1]
             # What is chosen by another number than its weight is put in the order of weights.
             weights, order = jax.lax.top_k(jnp.take_along_axis(scores, ids, axis=-1), self.k)
             ids = jnp.take_along_axis(ids, order, axis=-1)
+        if settings.gating == "softmax_of_chosen":
+            weights = jax.nn.softmax(weights)
         if settings.renormalise:
             total = jnp.sum(weights, axis=-1, keepdims=True)
             # The best K of a softmax never come near the bound.
             weights /= total if settings.gating == "softmax" else jnp.maximum(total, _LEAST_SUM)
-        return Routing(ids, weights if settings.scale == 1 else weights * settings.scale)
+        weights = weights if settings.scale == 1 else weights * settings.scale
+        if self.expert_scale is not None:
+            weights, order = jax.lax.top_k(weights * self.expert_scale[...][ids], self.k)
+            ids = jnp.take_along_axis(ids, order, axis=-1)
+        return Routing(ids, weights)
 
     def _selection_scores(self, scores: jax.Array) -> jax.Array:
         """By what experts are chosen: biased, and -inf outside of the chosen groups."""

@@ -77,6 +77,7 @@ F16_TYPE, F32_TYPE = 10, 11
 _LEAST_ROWS, _MOST_ROWS = 16, 256  # of a chunk; multiples of 8, as the interleaved product wants
 _CHUNKS = 16  # of a phase, at least, where the rows allow it
 _TOKENS_ROUNDED = 16  # in a chunk
+_NO_SINK = np.float32(-1e30)
 
 # Words of a linear job.
 L_SOURCES, L_WEIGHTS, L_OUT, L_TYPE, L_ROWS, L_COLUMNS, L_TOKENS, L_ROUNDED, L_CHUNK, L_WAY = range(
@@ -85,18 +86,22 @@ L_SOURCES, L_WEIGHTS, L_OUT, L_TYPE, L_ROWS, L_COLUMNS, L_TOKENS, L_ROUNDED, L_C
 # Words of an expert job: three matrices' types and, per item, addresses in `E_ITEMS`.
 (
     E_TYPE, _, _, E_OUT, E_FACTORS, E_ITEMS, E_HIDDEN, E_D, E_F, E_CHUNK_F, E_CHUNK_D,
-    E_ASSIGNMENTS, E_WIDTH, E_N_F, E_N_D, E_STRIDE,
-) = range(ARGUMENTS, ARGUMENTS + 16)  # fmt: skip
+    E_ASSIGNMENTS, E_WIDTH, E_N_F, E_N_D, E_STRIDE, E_FUNCTION, E_BIASED, E_BIAS_GATE, E_BIAS_UP,
+    E_BIAS_DOWN,
+) = range(ARGUMENTS, ARGUMENTS + 21)  # fmt: skip
+_CLIPPED, _GELU = 1, 2  # of E_FUNCTION, as `ops.py` numbers them
 # Words of an attention job; HEADS are the query heads of a key/value head.
 (
     A_Q, A_KEYS, A_VALUES, A_POSITIONS, A_OUT, A_TOKENS, A_HEADS, A_KV_HEADS, A_WIDTH, A_LENGTH,
-    A_KIND,
-) = range(ARGUMENTS, ARGUMENTS + 11)  # fmt: skip
-# Words of an item: tokens, the first row of its hidden activations, then addresses.
-I_TOKENS, I_FIRST, I_GATE, I_UP, I_DOWN, I_SOURCES, I_ROUNDED, I_ROUNDED_UP, I_ROUNDED_DOWN = range(
-    9
-)
-_ITEM_BYTES = 8 * 9
+    A_KIND, A_SCALE, A_WINDOW, A_SINKS,
+) = range(ARGUMENTS, ARGUMENTS + 14)  # fmt: skip
+# Words of an item: tokens, the first row of its hidden activations, its row of biases, then
+# addresses.
+(
+    I_TOKENS, I_FIRST, I_BIAS, I_GATE, I_UP, I_DOWN, I_SOURCES, I_ROUNDED, I_ROUNDED_UP,
+    I_ROUNDED_DOWN,
+) = range(10)  # fmt: skip
+_ITEM_BYTES = 8 * 10
 
 
 @njit
@@ -184,8 +189,32 @@ def _factors(job, item, token):
 
 
 @njit(fastmath={"contract", "arcp", "nsz"})
+def _gated(function, gate_R, up_R, out_R):
+    """See `reference.gated`; x * sigmoid(2 z) is GELU in its tanh form."""
+    one, clip = np.float32(1), np.float32(7)
+    if function == _CLIPPED:
+        for row in range(len(out_R)):
+            gate, up = min(gate_R[row], clip), min(max(up_R[row], -clip), clip)
+            out_R[row] = gate / (one + exp(np.float32(-1.702) * gate)) * (up + one)
+    elif function == _GELU:
+        for row in range(len(out_R)):
+            gate = gate_R[row]
+            z = np.float32(0.7978845608) * gate * (one + np.float32(0.044715) * gate * gate)
+            out_R[row] = gate / (one + exp(np.float32(-2) * z)) * up_R[row]
+    else:
+        for row in range(len(out_R)):
+            out_R[row] = gate_R[row] / (one + exp(-gate_R[row])) * up_R[row]
+
+
+@njit
+def _add(out_R, bias_R):
+    for row in range(len(out_R)):
+        out_R[row] += bias_R[row]
+
+
+@njit
 def _gate_and_up(job, item, first, rows):
-    """silu(gate x) * up x for some rows of F."""
+    """What the down matrix reads, for some rows of F."""
     d_model, d_expert, tokens = get(job, E_D), get(job, E_F), get(item, I_TOKENS)
     part = malloc(U(8 * padded(tokens) * rows))
     if part == U(0):
@@ -211,8 +240,11 @@ def _gate_and_up(job, item, first, rows):
             factors = _factors(job, item, token)
             gate_R *= load_f32(factors)
             up_R *= load_f32(factors + U(4))
-        for row in range(rows):
-            out_R[row] = gate_R[row] / (np.float32(1) + exp(-gate_R[row])) * up_R[row]
+        if get(job, E_BIASED):
+            at = U(4 * (get(item, I_BIAS) * d_expert + first))
+            _add(gate_R, floats(U(get(job, E_BIAS_GATE)) + at, rows))
+            _add(up_R, floats(U(get(job, E_BIAS_UP)) + at, rows))
+        _gated(get(job, E_FUNCTION), gate_R, up_R, out_R)
         if first == 0:
             floats(hidden + U(4 * (token * stride + d_expert)), stride - d_expert)[:] = 0
     free(part)
@@ -251,6 +283,9 @@ def _down(job, item, first, rows):
         assignment = _assignment(job, item, token)
         factor = load_f32(_factors(job, item, token) + U(4 * (get(job, E_STRIDE) - 1)))
         part_R = floats(part + U(4 * token * rows), rows)
+        if get(job, E_BIASED):
+            at = U(4 * (get(item, I_BIAS) * d_model + first))
+            _add(part_R, floats(U(get(job, E_BIAS_DOWN)) + at, rows))
         out_R = floats(U(get(job, E_OUT)) + U(4 * (assignment * d_model + first)), rows)
         for row in range(rows):
             out_R[row] = part_R[row] * factor
@@ -288,21 +323,21 @@ def _add_scaled(out_d, factor, row_d):
 
 
 @njit(fastmath={"reassoc", "contract", "nsz"})
-def _softmax(scores_C):
-    """In place, not divided by the sum, which is returned."""
-    most, total = scores_C[0], np.float32(0)
+def _softmax(scores_C, sink):
+    """In place, not divided by the sum, which is returned; it has `sink` as one score more."""
+    most, total = max(scores_C[0], sink), np.float32(0)
     for i in range(len(scores_C)):
         most = max(most, scores_C[i])
     for i in range(len(scores_C)):
         scores_C[i] = exp(scores_C[i] - most)
     for i in range(len(scores_C)):
         total += scores_C[i]
-    return total
+    return total + exp(sink - most) if sink > _NO_SINK else total
 
 
 @njit
 def _attention_chunk(job, chunk):
-    """One token and key/value head: its query heads attend to the keys up to the token's own."""
+    """One token and key/value head: its query heads attend to the keys of the token's window."""
     kv_heads, group, width = get(job, A_KV_HEADS), get(job, A_HEADS), get(job, A_WIDTH)
     token, kv_head = chunk // kv_heads, chunk % kv_heads
     length, kind = get(job, A_LENGTH), get(job, A_KIND)
@@ -312,13 +347,14 @@ def _attention_chunk(job, chunk):
     position = np.int64(load_i32(U(get(job, A_POSITIONS)) + U(4 * token)))
     if position < 0 or position >= length:
         return NO_ERROR
-    count, query = position + 1, U(get(job, A_Q)) + U(4 * first)
+    count, query = min(position + 1, get(job, A_WINDOW)), U(get(job, A_Q)) + U(4 * first)
     n_bytes = width * (4 if kind == F32_TYPE else 2)
-    start = U((token // get(job, A_TOKENS) * length * kv_heads + kv_head) * n_bytes)
+    oldest = token // get(job, A_TOKENS) * length + position + 1 - count
+    start = U((oldest * kv_heads + kv_head) * n_bytes)
     scratch = malloc(U(4 * (group * count + width)))
     if scratch == U(0):
         return NO_MEMORY
-    row_d, scale = floats(scratch, width), np.float32(1) / np.sqrt(np.float32(width))
+    row_d, scale = floats(scratch, width), load_f32(U(get(job, A_SCALE)))
     scores = scratch + U(4 * width)
     for c in range(count):
         _read_row(U(get(job, A_KEYS)) + start + U(c * kv_heads * n_bytes), kind, row_d)
@@ -327,7 +363,10 @@ def _attention_chunk(job, chunk):
             floats(scores + U(4 * (head * count + c)), 1)[0] = score
     for head in range(group):
         scores_C = floats(scores + U(4 * head * count), count)
-        total = _softmax(scores_C)
+        sink = _NO_SINK
+        if get(job, A_SINKS):
+            sink = load_f32(U(get(job, A_SINKS)) + U(4 * (kv_head * group + head)))
+        total = _softmax(scores_C, sink)
         for c in range(count):
             scores_C[c] /= total
     for c in range(count):
@@ -429,8 +468,9 @@ def _item_tokens(chosen, width):
 
 @njit
 def _experts(frame):
-    """Arguments: x [T, D filled up], y [A,D], weight [A] or [A,3], gate, up, down, types [3],
-    slot [I], assignment [I,C], count []. Result: y."""
+    """Arguments: x [T, D filled up], y [A,D], weight [A] or [A,3], gate, up, down, numbers [6]
+    (three types, F, the function, whether there are biases), slot [I], assignment [I,C], count [],
+    biases [R,F], [R,F] and [R,D], row [A]. Result: y."""
     x, weight, numbers = argument(frame, 0), argument(frame, 2), data(argument(frame, 6))
     slots, assignments = data(argument(frame, 7)), argument(frame, 8)
     count = np.int64(load_i32(data(argument(frame, 9))))
@@ -439,6 +479,7 @@ def _experts(frame):
     width, y = size(assignments, 1), result(frame, 0)
     d_model, x_stride = size(y, 1), size(x, 1)
     d_expert = np.int64(load_i32(numbers + U(12)))
+    biased = load_i32(numbers + U(20)) != 0
     per_token = size(y, 0) // size(x, 0)
     if count > size(assignments, 0):
         return NO_SLOT
@@ -475,6 +516,12 @@ def _experts(frame):
         chosen = data(assignments) + U(4 * number * width)
         tokens = _item_tokens(chosen, width)
         slot = np.int64(load_i32(slots + U(4 * number)))
+        row_of_bias = np.int64(0)
+        if biased:
+            row_of_bias = np.int64(load_i32(data(argument(frame, 13)) + U(4 * load_i32(chosen))))
+            if row_of_bias < 0 or row_of_bias >= size(argument(frame, 10), 0):
+                code = max(code, NO_SLOT)
+        store_i64(item + U(8 * I_BIAS), row_of_bias)
         for matrix in range(3):
             rows, columns = (d_model, d_expert) if matrix == 2 else (d_expert, d_model)
             n_bytes = rows * row_bytes(kinds[matrix], columns)
@@ -511,6 +558,10 @@ def _experts(frame):
     put(job, E_STRIDE, size(weight, 1) if rank(weight) == 2 else 1)
     put(job, E_N_F, n_f)
     put(job, E_N_D, n_d)
+    put(job, E_FUNCTION, np.int64(load_i32(numbers + U(16))))
+    put(job, E_BIASED, 1 if biased else 0)
+    for matrix in range(3):
+        put(job, E_BIAS_GATE + matrix, data(argument(frame, 10 + matrix)))
     code = _run(frame, job, total * d_model * d_expert * 3)
     free(scratch)
     return code
@@ -541,7 +592,8 @@ def _rows(frame):
 
 @njit
 def _attention(frame):
-    """Arguments: q [B,T,H,d], keys and values [L,B,C,G,d], layer [], positions [B,T].
+    """Arguments: q [B,T,H,d], keys and values [L,B,C,G,d], layer [], positions [B,T], scale [1],
+    window [1] (0 for none), sinks [H] or [0].
 
     Result: float32 [B,T,H*d]; zeros for a position of C or more.
     """
@@ -554,11 +606,14 @@ def _attention(frame):
     kind = load_i32(keys + U(16))  # XLA_FFI_DataType
     n_bytes = 4 if kind == F32_TYPE else 2
     layer_bytes = batch * length * kv_heads * width * n_bytes
+    window = np.int64(load_i32(data(argument(frame, 6))))
+    if window <= 0:
+        window = length
     longest = 0
     for i in range(batch * tokens):
         position = load_i32(data(positions) + U(4 * i))
         if position >= 0 and position < length:
-            longest = max(longest, position + 1)
+            longest = max(longest, min(position + 1, window))
     job = new_job(_ATTENTION, batch * tokens * kv_heads, 0, 0, 0)
     if job == U(0):
         return NO_MEMORY
@@ -573,6 +628,9 @@ def _attention(frame):
     put(job, A_WIDTH, width)
     put(job, A_LENGTH, length)
     put(job, A_KIND, kind)
+    put(job, A_SCALE, data(argument(frame, 5)))
+    put(job, A_WINDOW, window)
+    put(job, A_SINKS, data(argument(frame, 7)) if size(argument(frame, 7), 0) > 0 else U(0))
     return _run(frame, job, 2 * batch * tokens * heads * width * longest)
 
 

@@ -102,6 +102,8 @@ def check_formats(*format_names: str, platform: str | None = None) -> None:
 # From how many tokens of one matrix on the interleaved product is faster, by type: it begins with
 # interleaving the matrix (docs/log/2026-11-29-cpu-backend.md).
 _GEMM_TOKENS = {"Q4_K": 24, "Q4_0": 4, "IQ4_NL": 4}
+# Numbers by which the handlers know the functions of `reference.gated`.
+_FUNCTIONS = {"swiglu": 0, "clipped_swiglu": 1, "geglu": 2}
 
 
 @functools.cache
@@ -181,20 +183,22 @@ def expert_ffn(
     weight_A: jax.Array,
     bank: tuple[RawMatrix, RawMatrix, RawMatrix],
     formats: tuple[str, str, str],
-    slot_I: jax.Array,
-    assignment_IC: jax.Array,
-    count: jax.Array,
+    work: tuple[jax.Array, jax.Array, jax.Array],
+    function: str,
+    biases: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None,
 ) -> jax.Array:
     """The op of `pallas_kernels.expert_ffn`; see there."""
     prepare(*formats)
+    slot_I, assignment_IC, count = work
     columns = max(get_format(name).padded(x_TD.shape[1]) for name in formats[:2])
     x_TD = jnp.pad(x_TD, ((0, 0), (0, columns - x_TD.shape[1])))
-    about = np.asarray([*map(_number, formats), bank[0].rows], np.int32)
+    about = [*map(_number, formats), bank[0].rows, _FUNCTIONS[function], biases is not None]
+    nobodys = (*[np.zeros((0, 0), np.float32)] * 3, np.zeros(0, np.int32))
     result = jax.ShapeDtypeStruct(y_AD.shape, jnp.float32)
     call = jax.ffi.ffi_call("hobbit_jax_experts", result, input_output_aliases={1: 0})
     return call(
-        x_TD, y_AD, weight_A, *(matrix.data for matrix in bank), about, slot_I, assignment_IC,
-        count.reshape(()),
+        x_TD, y_AD, weight_A, *(matrix.data for matrix in bank), np.asarray(about, np.int32),
+        slot_I, assignment_IC, count.reshape(()), *(biases or nobodys),
     )  # fmt: skip
 
 
@@ -204,15 +208,22 @@ def attention(
     v_LBCGd: jax.Array,
     layer: jax.Array,
     positions_BT: jax.Array,
+    scale: float | None = None,
+    window: int = 0,
+    sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Grouped-query attention of each token to the keys up to its own position, [B, T, H * d].
 
-    Reads no key behind them, so its time does not grow with C, and neither do its bits depend on
-    it. Keys and values are float32, float16 or bfloat16; sums are float32. Key c stands at
-    position c; a token at C or behind gets zeros.
+    Reads no key behind them and none before the window, so its time does not grow with C, and
+    neither do its bits depend on it. Keys and values are float32, float16 or bfloat16; sums are
+    float32. Key c stands at position c; a token at C or behind gets zeros. `scale` (None: 1 over
+    the square root of d), `window` and sinks are as in `models.config.GroupedQuery`.
     """
     _ready()
     batch, tokens, heads, width = q_BTHd.shape
     result = jax.ShapeDtypeStruct((batch, tokens, heads * width), jnp.float32)
     call = jax.ffi.ffi_call("hobbit_jax_attention", result)
-    return call(q_BTHd, k_LBCGd, v_LBCGd, layer.astype(jnp.int32), positions_BT)
+    sinks_H = np.zeros(0, np.float32) if sinks_H is None else sinks_H
+    factor = np.float32(1) / np.sqrt(np.float32(width)) if scale is None else scale
+    about = np.asarray([factor], np.float32), np.asarray([window], np.int32)
+    return call(q_BTHd, k_LBCGd, v_LBCGd, layer.astype(jnp.int32), positions_BT, *about, sinks_H)

@@ -1,6 +1,7 @@
-"""Makes the goldens of `tests/test_logits.py`: logits of Hugging Face's models in float32.
+"""Makes the goldens of `tests/test_logits.py` and `tests/test_families.py`.
 
-Run by hand, in an environment of its own, when `tests/tiny_models.py` changes:
+They are logits of Hugging Face's models in float32. Run by hand, in an environment of its own, when
+`tests/tiny_models.py` or a file of `tests/families/` changes; names limit it to some goldens:
 
     python3 -m venv torch-env && torch-env/bin/pip install torch transformers gguf numpy
     PYTHONPATH=. torch-env/bin/python tests/goldens/make_goldens.py [NAME ...]
@@ -38,6 +39,7 @@ from hobbit_jax.models.config import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny_models
+from families import FAMILIES
 
 # A choice of experts closer than this could fall the other way under another rounding.
 LEAST_ROUTER_MARGIN = 1e-3
@@ -125,8 +127,37 @@ def golden_logits(path: Path, ids_T: np.ndarray) -> tuple[np.ndarray, float]:
     return output.logits[0].numpy().astype(np.float32), min(margins, default=np.inf)
 
 
+@torch.no_grad()
+def make_family_golden(name: str) -> None:
+    """Of a model of `tests/families/`, whose file knows Hugging Face's class itself."""
+    family = FAMILIES[name]
+    model, ids_T, margins = family.hugging_face(family.weights()), family.tokens(), []
+    k = family.keys["expert_used_count"]
+
+    def watch(router, inputs, output):
+        best_TE = output[0].sort(descending=True).values
+        margins.append(float((best_TE[:, k - 1] - best_TE[:, k]).min()))
+
+    for path, module in model.named_modules():
+        if path.endswith(family.routers):
+            module.register_forward_hook(watch)
+    logits_TV = model(torch.from_numpy(ids_T[None].astype(np.int64))).logits[0].numpy()
+    print(f"{name}: standard deviation {logits_TV.std():.2f}, router margin {min(margins):.1e}")
+    if min(margins) < LEAST_ROUTER_MARGIN:
+        raise SystemExit(f"{name}: a router margin of {min(margins)}; take another seed")
+    np.savez_compressed(
+        Path(__file__).with_name(f"{name}.npz"),
+        tokens_T=ids_T,
+        logits_TV=logits_TV.astype(np.float32),
+        weights_sha256=family.sha256(),
+    )
+
+
 def main():
-    for name in sys.argv[1:] or tiny_models.MODELS:
+    for name in sys.argv[1:] or [*tiny_models.MODELS, *FAMILIES]:
+        if name in FAMILIES:
+            make_family_golden(name)
+            continue
         model = tiny_models.MODELS[name]
         ids_T = tiny_models.tokens(model)
         print(name)

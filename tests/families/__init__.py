@@ -1,0 +1,116 @@
+"""Tiny random models, one file a family: what is in the GGUF file, and Hugging Face's model of it.
+
+`goldens/make_goldens.py` makes the goldens of `test_families.py` from them. A family's file draws
+its tensors by their names in the file, and its `hugging_face` undoes by hand what the converter of
+llama.cpp does: nothing of `hobbit_jax.models` is asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import gguf
+import numpy as np
+import tiny_models
+from tiny_models import VOCAB
+
+from hobbit_jax.model_file.gguf_file import write_gguf
+
+TOKENS = 40  # of a golden; more than any sliding window here
+Weights = Mapping[str, np.ndarray]  # float32 by name in the file
+
+
+class Add(Protocol):
+    """Draws a tensor of normal numbers, or of random codes of a format."""
+
+    def __call__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        format: str = "F32",
+        std: float = 0.15,
+        mean: float | np.ndarray = 0.0,
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """One tiny model.
+
+    Attributes:
+        arch: of the file.
+        seed: of weights and tokens.
+        keys: metadata, without the architecture's prefix.
+        draw: adds all tensors.
+        hugging_face: transformers' model with these weights. Imports its library itself.
+        routers: how the names of its router modules end, which return a score of every expert
+            first.
+    """
+
+    arch: str
+    seed: int
+    keys: Mapping[str, Any]
+    draw: Callable[[Add], None]
+    hugging_face: Callable[[Weights], Any]
+    routers: str
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...], np.ndarray]]:
+        """(format, shape, raw bytes) by name."""
+        rng, found = np.random.default_rng(self.seed), {}
+
+        def add(name, shape, format="F32", std=0.15, mean=0.0) -> None:
+            if format == "F32":
+                values = mean + std * rng.standard_normal(shape)
+                raw = np.asarray(values, np.float32).view(np.uint8)
+            else:
+                raw = tiny_models.blocks(rng, format, shape, std)
+            found[name] = (format, shape, raw)
+
+        self.draw(add)
+        return found
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """What a reader of the file sees, float32."""
+        return {
+            name: np.asarray(
+                gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[format]), np.float32
+            ).reshape(shape)
+            for name, (format, shape, raw) in self.tensors().items()
+        }
+
+    def write(self, path: Path, as_float32: bool = False) -> None:
+        """Writes the file, or one of the same weights as float32."""
+        tensors = self.tensors()
+        if as_float32:
+            raws = {name: w.view(np.uint8) for name, w in self.weights().items()}
+            tensors = {name: ("F32", tensors[name][1], raw) for name, raw in raws.items()}
+        metadata = {
+            "general.architecture": self.arch,
+            **{f"{self.arch}.{key}": value for key, value in self.keys.items()},
+            **tiny_models.TOKENIZER,
+        }
+        write_gguf(path, metadata, [(name, *tensor) for name, tensor in tensors.items()])
+
+    def tokens(self) -> np.ndarray:
+        """Random token ids, int32 [TOKENS]."""
+        return np.random.default_rng(100 + self.seed).integers(0, VOCAB, TOKENS, np.int32)
+
+    def sha256(self) -> str:
+        """Digest of the metadata and of every tensor."""
+        digest = hashlib.sha256(repr(sorted(self.keys.items())).encode())
+        for name, (format, shape, raw) in self.tensors().items():
+            digest.update(f"{name} {format} {shape}\n".encode())
+            digest.update(np.ascontiguousarray(raw).data)
+        return digest.hexdigest()
+
+
+# By the name of its file here and of its golden.
+FAMILIES: dict[str, Family] = {
+    path.stem: importlib.import_module(f"families.{path.stem}").FAMILY
+    for path in sorted(Path(__file__).parent.glob("[!_]*.py"))
+}

@@ -1,0 +1,124 @@
+"""gpt-oss: no width is a multiple of 256, four layers with a window on the first and third."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tiny_models import VOCAB
+
+from families import Add, Family, Weights
+
+LAYERS, D, F, E, K, HEADS, KV_HEADS, WIDTH, WINDOW = 3, 96, 160, 6, 2, 4, 2, 32, 12
+KEYS = {
+    "block_count": LAYERS,
+    "context_length": 512,
+    "embedding_length": D,
+    "feed_forward_length": F,
+    "expert_feed_forward_length": F,
+    "attention.head_count": HEADS,
+    "attention.head_count_kv": KV_HEADS,
+    "attention.key_length": WIDTH,
+    "attention.value_length": WIDTH,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "attention.sliding_window": WINDOW,
+    "expert_count": E,
+    "expert_used_count": K,
+    "rope.freq_base": 150000.0,
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 8.0,
+    "rope.scaling.original_context_length": 64,
+}
+_PROJECTIONS = {
+    "q": (HEADS * WIDTH, D),
+    "k": (KV_HEADS * WIDTH, D),
+    "v": (KV_HEADS * WIDTH, D),
+    "output": (D, HEADS * WIDTH),
+}
+
+
+def draw(add: Add) -> None:
+    """See `Family`."""
+    add("token_embd.weight", (VOCAB, D), "Q8_0", 1.0)
+    add("output_norm.weight", (D,), mean=1.0)
+    add("output.weight", (VOCAB, D), "Q8_0", 0.2)
+    for layer in range(LAYERS):
+        block = f"blk.{layer}"
+        for norm in ("attn_norm", "post_attention_norm"):
+            add(f"{block}.{norm}.weight", (D,), mean=1.0)
+        for role, shape in _PROJECTIONS.items():
+            add(f"{block}.attn_{role}.weight", shape, "Q8_0", 0.12)
+            add(f"{block}.attn_{role}.bias", shape[:1], std=0.3)
+        add(f"{block}.attn_sinks.weight", (HEADS,), std=1.0, mean=1.0)
+        add(f"{block}.ffn_gate_inp.weight", (E, D))
+        add(f"{block}.ffn_gate_inp.bias", (E,), std=0.3)
+        # Wide enough that some of both are clipped at 7.
+        for role, shape, std in (
+            ("gate", (F, D), 0.4),
+            ("up", (F, D), 0.4),
+            ("down", (D, F), 0.02),
+        ):
+            add(f"{block}.ffn_{role}_exps.weight", (E, *shape), "MXFP4", std)
+            add(f"{block}.ffn_{role}_exps.bias", (E, shape[0]), std=0.3)
+
+
+def hugging_face(weights: Weights) -> Any:
+    """See `Family`. Rows of gate and up alternate in transformers."""
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    config = transformers.GptOssConfig(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        intermediate_size=F,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=WIDTH,
+        num_local_experts=E,
+        num_experts_per_tok=K,
+        sliding_window=WINDOW,
+        layer_types=["full_attention" if n % 2 else "sliding_attention" for n in range(LAYERS)],
+        rms_norm_eps=KEYS["attention.layer_norm_rms_epsilon"],
+        max_position_embeddings=KEYS["context_length"],
+        attn_implementation="eager",
+        experts_implementation="eager",
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": KEYS["rope.freq_base"],
+            "factor": KEYS["rope.scaling.factor"],
+            "original_max_position_embeddings": KEYS["rope.scaling.original_context_length"],
+            "truncate": True,  # as llama.cpp does, and the checkpoint's own code does not
+        },
+    )
+    state = {
+        "model.embed_tokens.weight": weights["token_embd.weight"],
+        "model.norm.weight": weights["output_norm.weight"],
+        "lm_head.weight": weights["output.weight"],
+    }
+    for layer in range(LAYERS):
+        ours, theirs = f"blk.{layer}", f"model.layers.{layer}"
+        state[f"{theirs}.input_layernorm.weight"] = weights[f"{ours}.attn_norm.weight"]
+        norm = weights[f"{ours}.post_attention_norm.weight"]
+        state[f"{theirs}.post_attention_layernorm.weight"] = norm
+        state[f"{theirs}.self_attn.sinks"] = weights[f"{ours}.attn_sinks.weight"]
+        for kind in ("weight", "bias"):
+            for role in _PROJECTIONS:
+                name = f"{theirs}.self_attn.{role[0]}_proj.{kind}"
+                state[name] = weights[f"{ours}.attn_{role}.{kind}"]
+            state[f"{theirs}.mlp.router.{kind}"] = weights[f"{ours}.ffn_gate_inp.{kind}"]
+            gate, up, down = (
+                weights[f"{ours}.ffn_{role}_exps.{kind}"] for role in ("gate", "up", "down")
+            )
+            pairs = np.stack([gate, up], axis=2).reshape(E, 2 * F, *gate.shape[2:])
+            if kind == "weight":
+                pairs, down = pairs.swapaxes(1, 2), down.swapaxes(1, 2)
+            suffix = "" if kind == "weight" else "_bias"
+            state[f"{theirs}.mlp.experts.gate_up_proj{suffix}"] = pairs
+            state[f"{theirs}.mlp.experts.down_proj{suffix}"] = down
+    model = transformers.GptOssForCausalLM(config)
+    model.load_state_dict({n: torch.tensor(np.ascontiguousarray(w)) for n, w in state.items()})
+    return model.eval()
+
+
+FAMILY = Family("gpt-oss", 1, KEYS, draw, hugging_face, "mlp.router")
