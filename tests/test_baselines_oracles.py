@@ -189,14 +189,15 @@ def test_llama_cpp_in_float32_is_our_float32(float_path, tmp_path):
 
 
 @NEEDS_LLAMA_CPP
-@pytest.mark.parametrize("name", FAMILIES)
+# llama.cpp takes deepseek2 without attention.q_lora_rank only with 26 or 27 blocks.
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "deepseek2_lite"])
 def test_llama_cpp_in_float32_is_the_golden_of_a_family(name, tmp_path):
     """So the golden belongs to the file's layout, and not to our reading of it."""
     FAMILIES[name].write(tmp_path / "model.gguf", as_float32=True)
     with np.load(GOLDENS / f"{name}.npz") as file:
         ids_T, wanted_TV = file["tokens_T"], file["logits_TV"]
     with llama_cpp(tmp_path / "model.gguf", kv_format="float32") as child:
-        difference = np.abs(child.score(ids_T, tmp_path / "logits") - wanted_TV).max()
+        difference = np.abs(child.score(ids_T) - wanted_TV).max()
     print(f"{name}: llama.cpp differs by {difference:.1e}")
     # ggml takes GELU from a table in half precision.
     assert difference < (3e-2 if name == "gemma4" else 1e-4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hobbit_jax.models.caches import Arrays, Caches, Places
@@ -46,22 +47,23 @@ def attend(
     k_BCGd: jax.Array,
     v_BCGd: jax.Array,
     positions_BT: jax.Array,
-    spec: GroupedQuery,
+    scale: float | None = None,
+    window: int = 0,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """Grouped-query attention of each token to the keys up to its own position, [B, T, H * d].
 
-    Key c stands at position c.
+    Key c stands at position c. Values may be of another width d than queries and keys.
     """
     batch, tokens, n_heads, head_dim = q_BTHd.shape
     length, n_kv_heads = k_BCGd.shape[1:3]
     q_BTGgd = q_BTHd.reshape(batch, tokens, n_kv_heads, n_heads // n_kv_heads, head_dim)
-    scale = head_dim**-0.5 if spec.score_scale is None else spec.score_scale
-    scores = jnp.einsum("btgmd,bcgd->bgmtc", q_BTGgd, k_BCGd) * scale
+    scores = jnp.einsum("btgmd,bcgd->bgmtc", q_BTGgd, k_BCGd)
+    scores *= head_dim**-0.5 if scale is None else scale
     age_BTC = positions_BT[:, :, None] - jnp.arange(length)[None, None, :]
     visible_BTC = age_BTC >= 0
-    if spec.window:
-        visible_BTC &= age_BTC < spec.window
+    if window:
+        visible_BTC &= age_BTC < window
     scores = jnp.where(visible_BTC[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
     if sinks_H is not None:
         sinks = sinks_H.reshape(1, n_kv_heads, -1, 1, 1)
@@ -69,7 +71,7 @@ def attend(
         scores = jnp.concatenate([scores, sinks], axis=-1)
     shares = jax.nn.softmax(scores, axis=-1)[..., :length]
     mixed = jnp.einsum("bgmtc,bcgd->btgmd", shares, v_BCGd)
-    return mixed.reshape(batch, tokens, n_heads * head_dim)
+    return mixed.reshape(batch, tokens, n_heads * v_BCGd.shape[-1])
 
 
 class GroupedQueryAttention(nnx.Module):
@@ -77,8 +79,7 @@ class GroupedQueryAttention(nnx.Module):
 
     def __init__(self, spec: GroupedQuery, rms_eps: float, weights: BlockWeights):
         self.spec, self.rms_eps = spec, rms_eps
-        self.q, self.k = weights.linear("attn_q"), weights.linear("attn_k")
-        self.v = None if spec.values_are_keys else weights.linear("attn_v")
+        self.projections = nnx.List([weights.linear(role) for role in spec.projections])
         self.output = weights.linear("attn_output")
         self.sinks = nnx.Param(weights.array("attn_sinks")) if spec.sinks else None
         normed = spec.qk_norm != "none"
@@ -91,8 +92,12 @@ class GroupedQueryAttention(nnx.Module):
         """Rotated queries (and gates), and the tokens' rotated keys and values."""
         del caches, places
         spec, (batch, tokens, _) = self.spec, x_BTD.shape
-        q_BTN, k_BTN = self.q(x_BTD), self.k(x_BTD)
-        v_BTN = k_BTN if self.v is None else self.v(x_BTD)
+        projected = [matrix(x_BTD) for matrix in self.projections]
+        if spec.fused:
+            ends = np.cumsum([spec.n_heads, spec.n_kv_heads]) * spec.head_dim
+            projected = jnp.split(projected[0], ends, axis=-1)
+        # Values that are keys are those before norm and rotation.
+        q_BTN, k_BTN, v_BTN = projected[0], projected[1], projected[-1]
         gate_BTN = None
         if spec.gated:
             pairs = q_BTN.reshape(batch, tokens, spec.n_heads, 2, spec.head_dim)
@@ -123,16 +128,14 @@ class GroupedQueryAttention(nnx.Module):
         q_BTHd = passed_BTN[..., :width].reshape(*passed_BTN.shape[:2], spec.n_heads, -1)
         keys, values = (caches.by_token[state.name] for state in spec.states())
         place = places[spec.states()[0].name]
-        sinks_H = None if self.sinks is None else self.sinks[...]
-        if self.q.is_raw:
+        how = spec.score_scale, spec.window, None if self.sinks is None else self.sinks[...]
+        if self.output.is_raw:
             # Reads the keys of each token's window alone.
-            mixed_BTN = ggml.attention(
-                q_BTHd, keys, values, jnp.asarray(place), positions_BT, spec.score_scale,
-                spec.window, sinks_H,
-            )  # fmt: skip
+            place = jnp.asarray(place)
+            mixed_BTN = ggml.attention(q_BTHd, keys, values, place, positions_BT, *how)
         else:
             k_BCGd, v_BCGd = (array[place].astype(jnp.float32) for array in (keys, values))
-            mixed_BTN = attend(q_BTHd, k_BCGd, v_BCGd, positions_BT, spec, sinks_H)
+            mixed_BTN = attend(q_BTHd, k_BCGd, v_BCGd, positions_BT, *how)
         if spec.gated:
             mixed_BTN = mixed_BTN * jax.nn.sigmoid(passed_BTN[..., width : 2 * width])
         return self.output(mixed_BTN)

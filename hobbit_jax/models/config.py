@@ -96,11 +96,19 @@ class GroupedQuery:
     qk_norm: Literal["none", "head", "full"] = "none"  # over nothing, a head, the projection
     gated: bool = False  # each head's query rows are followed by as many of a sigmoid gate
     biased: tuple[str, ...] = ()  # roles of the projections that have a bias
+    fused: bool = False  # queries, keys and values are rows of one matrix, in this order
     window: int = 0  # tokens that a query sees, itself among them; 0 for all before it
     sinks: bool = False  # each head has one score more, which takes weight and has no value
     score_scale: float | None = None  # of scores; None is 1 over the square root of `head_dim`
     values_are_keys: bool = False  # before their norm and rotation
     value_norm: bool = False  # over a head, without a learned scale
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Roles of the matrices of queries, keys and values."""
+        if self.fused:
+            return ("attn_qkv",)
+        return ("attn_q", "attn_k", *([] if self.values_are_keys else ["attn_v"]))
 
     def tensors(self, d_model: int) -> Shapes:
         """Those of a block."""
@@ -110,14 +118,14 @@ class GroupedQuery:
             "head": {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)},
             "full": {"attn_q_norm": (q,), "attn_k_norm": (kv,)},
         }[self.qk_norm]
-        matrices: Shapes = {
-            "attn_q": (q * (1 + self.gated), d_model),
-            "attn_k": (kv, d_model),
-            "attn_v": (kv, d_model),
-            "attn_output": (d_model, q),
+        rows = {
+            "attn_q": q * (1 + self.gated),
+            "attn_k": kv,
+            "attn_v": kv,
+            "attn_qkv": q + 2 * kv,
         }
-        if self.values_are_keys:
-            del matrices["attn_v"]
+        matrices: Shapes = {role: (rows[role], d_model) for role in self.projections}
+        matrices["attn_output"] = (d_model, q)
         if self.sinks:
             norms["attn_sinks"] = (self.n_heads,)
         biases = {f"{role}.bias": (matrices[role][0],) for role in self.biased}
@@ -132,6 +140,68 @@ class GroupedQuery:
         """Keys and values; blocks with heads of equal number and width share arrays."""
         shape = (self.n_kv_heads, self.head_dim)
         return tuple(State(f"{n}_{shape[0]}x{shape[1]}", shape, True) for n in ("keys", "values"))
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """The attention of `latent_attention.py`.
+
+    Attributes:
+        n_heads: of queries.
+        d_latent: width of the vector from which all heads' keys and values follow.
+        d_query_latent: likewise of the queries; 0 where they are projected from the stream.
+        plain_dim: values of a head's query and key that do not rotate; the rotated ones follow.
+        value_dim: of a head.
+        rope: of the rotated values.
+    """
+
+    n_heads: int
+    d_latent: int
+    d_query_latent: int
+    plain_dim: int
+    value_dim: int
+    rope: Rope
+    log_multiplier: float = 0.0  # of the logarithm of YaRN's factor, in scores
+
+    @property
+    def score_scale(self) -> float:
+        """Of scores."""
+        factor = 1.0 if self.rope.yarn is None else self.rope.yarn.factor
+        stretch = 1 + self.log_multiplier * math.log(factor)
+        return stretch**2 / math.sqrt(self.plain_dim + self.rope.dim)
+
+    def tensors(self, d_model: int) -> Shapes:
+        """Those of a block."""
+        query, query_latent = self.n_heads * (self.plain_dim + self.rope.dim), self.d_query_latent
+        queries: Shapes = {"attn_q": (query, d_model)}
+        if query_latent:
+            queries = {
+                "attn_q_a": (query_latent, d_model),
+                "attn_q_a_norm": (query_latent,),
+                "attn_q_b": (query, query_latent),
+            }
+        return {
+            **queries,
+            "attn_kv_a_mqa": (self.row_width, d_model),
+            "attn_kv_a_norm": (self.d_latent,),
+            "attn_k_b": (self.n_heads, self.d_latent, self.plain_dim),
+            "attn_v_b": (self.n_heads, self.value_dim, self.d_latent),
+            "attn_output": (d_model, self.n_heads * self.value_dim),
+        }
+
+    @property
+    def row_width(self) -> int:
+        """Numbers that the cache keeps of a token: the latent vector and the rotated key."""
+        return self.d_latent + self.rope.dim
+
+    @property
+    def passed_width(self) -> int:
+        """See `GroupedQuery.passed_width`: queries, as wide as what they meet."""
+        return self.n_heads * self.row_width
+
+    def states(self) -> tuple[State, ...]:
+        """One row a token, which serves as the key and, without its end, as the value."""
+        return (State(f"latent_{self.d_latent}+{self.rope.dim}", (1, self.row_width), True),)
 
 
 @dataclass(frozen=True)
@@ -200,7 +270,7 @@ class GatedDeltaNet:
         return State("delta_window", window, False), State("delta_matrix", matrix, False)
 
 
-Attention = GroupedQuery | GatedDeltaNet
+Attention = GroupedQuery | LatentAttention | GatedDeltaNet
 
 
 @dataclass(frozen=True)
@@ -212,19 +282,19 @@ class BlockConfig:
         ffn_norm: role of the norm before the FFN.
         d_dense: width of a dense FFN in the place of experts; 0 where there are experts.
         d_shared: width of a shared expert, which runs for every token; 0 for none.
+        shared_gate: axes of the tensor whose sigmoid scales the shared expert; 0 for none.
         attention_out_norm: role of a norm of what attention adds to the stream; "" for none.
         d_beside: width of a dense FFN whose input and output are normalised apart from those of
             the experts beside it (`layer.Beside`); 0 for none.
-        shared_gate: axes of the tensor whose sigmoid scales the shared expert; 0 for none.
     """
 
     attention: Attention
     ffn_norm: str = "ffn_norm"
     d_dense: int = 0
     d_shared: int = 0
+    shared_gate: Literal[0, 1, 2] = 0
     attention_out_norm: str = ""
     d_beside: int = 0
-    shared_gate: Literal[0, 1, 2] = 0
 
     @property
     def has_experts(self) -> bool:
@@ -376,11 +446,11 @@ def block_shapes(config: ModelConfig, block: int) -> Shapes:
     shapes["ffn_down_exps"] = (e, d, f)
     if spec.d_shared:
         shapes |= _mlp("_shexp", d, spec.d_shared)
+    if spec.shared_gate:
+        shapes["ffn_gate_inp_shexp"] = (d,) if spec.shared_gate == 1 else (1, d)
     if spec.d_beside:
         shapes |= dict.fromkeys(BESIDE_NORMS, (d,)) | _mlp("", d, spec.d_beside)
         shapes["layer_output_scale"] = (1,)
-    if spec.shared_gate:
-        shapes["ffn_gate_inp_shexp"] = (d,) if spec.shared_gate == 1 else (1, d)
     return shapes
 
 

@@ -18,6 +18,7 @@ from hobbit_jax.model_file.metadata import (
     REQUIRED,
     Kind,
     Required,
+    flag,
     integer,
     number,
     of_every_layer,
@@ -26,6 +27,8 @@ from hobbit_jax.model_file.metadata import (
 )
 from hobbit_jax.models.config import (
     OUTPUT,
+    Attention,
+    BlockConfig,
     GatedDeltaNet,
     GroupedQuery,
     ModelConfig,
@@ -62,6 +65,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "interleave_moe_layer_step": (1, 0),
     "attention.clamp_kqv": (0.0,),
     "attention.scale": (0.0,),
+    "attention.temperature_scale": (0.0,),
+    "attention.temperature_length": (0,),
     "attention.causal": (True,),
     "attention.q_lora_rank": (0,),
     "attention.kv_lora_rank": (0,),
@@ -207,6 +212,7 @@ def grouped_query(
     partial_rope: bool = False,
     gated: bool = False,
     biased: tuple[str, ...] = (),
+    fused: bool = False,
 ) -> GroupedQuery:
     """Attention that is the same in every block.
 
@@ -240,7 +246,7 @@ def grouped_query(
     if broken:
         raise ValueError(f"{keys.path}: the metadata gives {broken}; convert the model again")
     rope = rotary(keys, rope_dim, rope_style)
-    return GroupedQuery(n_heads, n_kv_heads, head_dim, rope, qk_norm, gated, biased)
+    return GroupedQuery(n_heads, n_kv_heads, head_dim, rope, qk_norm, gated, biased, fused)
 
 
 def delta_net(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> GatedDeltaNet:
@@ -312,6 +318,102 @@ def softmax_router(keys: Keys, renormalise: bool) -> RouterConfig:
     """A softmax over all experts, in architectures that fix whether weights are renormalised."""
     keys.expect("expert_weights_norm", renormalise)
     return RouterConfig("softmax", renormalise)
+
+
+def dense_then_experts(
+    keys: Keys, attention: Attention, d_expert: int, ffn_norm: str = "ffn_norm"
+) -> dict[str, Any]:
+    """The fields of `ModelConfig` about blocks, of which the first have a dense FFN.
+
+    The others may have a shared expert without a gate. Blocks at the end that predict further
+    tokens (NextN) are left out.
+
+    Raises:
+        ValueError: more blocks of either kind than there are.
+    """
+    skipped = keys.read("nextn_predict_layers", integer(), 0)
+    leading = keys.read("leading_dense_block_count", integer(), 0)
+    n_blocks = keys.block_count() - skipped
+    if leading >= n_blocks:
+        raise ValueError(
+            f"{keys.path}: the metadata gives {leading} leading dense blocks "
+            f"(leading_dense_block_count) of {n_blocks}, expected fewer; convert the model again"
+        )
+    dense, width = (), of_every_layer(integer(1), keys.block_count())
+    if leading:
+        d_dense = keys.read("feed_forward_length", width)
+        dense = (BlockConfig(attention, ffn_norm, d_dense=d_dense),) * leading
+    d_shared = d_expert * keys.read("expert_shared_count", integer(0, 2**10), 0)
+    own_width = keys.read("expert_shared_feed_forward_length", integer(), 0)
+    stored = keys.file.tensors.get(f"blk.{leading}.ffn_gate_shexp.weight")
+    if (d_shared or own_width) and stored is not None and stored.shape[0]:
+        d_shared = stored.shape[0]  # families differ in what the two keys mean
+    block = BlockConfig(attention, ffn_norm, d_shared=d_shared)
+    return {"blocks": (*dense, *[block] * (n_blocks - leading)), "skipped_blocks": skipped}
+
+
+def any_router(keys: Keys, gating: Literal["softmax", "sigmoid"]) -> RouterConfig:
+    """A router of which the file says everything; `gating` is what it means by saying nothing.
+
+    Raises:
+        ValueError: impossible numbers.
+        NotImplementedError: another gating.
+    """
+    code = keys.read("expert_gating_func", integer(), 0)
+    if code and code not in _GATINGS:
+        raise NotImplementedError(
+            f"{keys.path}: {keys.arch}.expert_gating_func is {code}; supported are "
+            + ", ".join(f"{known} ({name})" for known, name in _GATINGS.items())
+        )
+    n_experts = keys.read("expert_count", integer(1))
+    groups = max(1, keys.read("expert_group_count", integer(0, n_experts), 0))
+    used = keys.read("expert_group_used_count", integer(0, groups), 0) if groups > 1 else 1
+    chosen = keys.read("expert_used_count", integer(1))
+    if groups > 1 and (n_experts % groups or n_experts < 2 * groups):
+        raise ValueError(
+            f"{keys.path}: the metadata gives {n_experts} experts in {groups} groups "
+            "(expert_group_count), expected equal groups of two or more; convert the model again"
+        )
+    if chosen > used * (n_experts // groups):
+        raise ValueError(
+            f"{keys.path}: the metadata gives {chosen} experts per token out of {used} groups of "
+            f"{n_experts // groups} (expert_group_used_count); convert the model again"
+        )
+    return RouterConfig(
+        gating=_GATINGS.get(code, gating),
+        renormalise=keys.read("expert_weights_norm", flag(), False),
+        scale=keys.read("expert_weights_scale", number(0.0, 1e6), 1.0) or 1.0,  # 0 is "not said"
+        selection_bias=any(name.endswith(".exp_probs_b.bias") for name in keys.file.tensors),
+        groups=groups,
+        groups_used=used,
+    )
+
+
+def router_metadata(router: RouterConfig) -> dict[str, Any]:
+    """What `any_router` reads, without the architecture's prefix."""
+    codes = {name: code for code, name in _GATINGS.items()}
+    return {
+        "expert_gating_func": codes[router.gating],
+        "expert_weights_norm": router.renormalise,
+        "expert_weights_scale": router.scale,
+        "expert_group_count": router.groups,
+        "expert_group_used_count": router.groups_used,
+    }
+
+
+def dense_then_experts_metadata(config: ModelConfig) -> dict[str, Any]:
+    """What `dense_then_experts` reads, without the architecture's prefix.
+
+    NextN blocks, of which we know no shapes, are not part of it.
+    """
+    leading = [block.d_dense for block in config.blocks if block.d_dense]
+    d_shared = max(block.d_shared for block in config.blocks)
+    return {
+        "block_count": config.n_blocks,
+        "leading_dense_block_count": len(leading),
+        "feed_forward_length": leading[0] if leading else config.d_expert,
+        "expert_shared_count": -(-d_shared // config.d_expert),
+    }
 
 
 def decoder_metadata(config: ModelConfig, width_key: str) -> dict[str, Any]:

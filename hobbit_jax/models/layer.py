@@ -26,9 +26,11 @@ from hobbit_jax.models.config import (
     BlockConfig,
     GatedDeltaNet,
     GroupedQuery,
+    LatentAttention,
     ModelConfig,
 )
 from hobbit_jax.models.delta_net import DeltaNetMixer
+from hobbit_jax.models.latent_attention import LatentMixer
 from hobbit_jax.models.modules import BlockWeights, GatedMLP
 from hobbit_jax.models.router import Router, Routing
 from pallas_kernels.materialize import apart
@@ -58,7 +60,11 @@ class Mixer(Protocol):
         ...
 
 
-_MIXERS = {GroupedQuery: GroupedQueryAttention, GatedDeltaNet: DeltaNetMixer}
+_MIXERS = {
+    GroupedQuery: GroupedQueryAttention,
+    LatentAttention: LatentMixer,
+    GatedDeltaNet: DeltaNetMixer,
+}
 
 
 class Routed(NamedTuple):

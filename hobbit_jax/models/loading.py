@@ -7,6 +7,7 @@ is no upload: matrices stay in the file's map.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -97,11 +98,17 @@ class _Matrices:
         planes = _split(get_format(tensor.format), tensor.raw)
         return Linear(tensor.format, planes, chosen, bias_N)
 
-    def router(self, tensor: TensorInfo, bias_N: jax.Array | None) -> Linear:
+    def router(self, tensor: TensorInfo, bias_N: jax.Array | None = None) -> Linear:
         """In float32 everywhere: what it chooses shall not depend on rounding."""
         rows, columns = tensor.shape
         chosen = implementation_for(tensor.format, rows, columns, self._implementation)
         return self.linear(tensor, "ggml" if chosen == "ggml" else "xla", bias_N)
+
+    def of_heads(self, tensor: TensorInfo) -> Linear:
+        """Heads' matrices one below the other, which is how they lie."""
+        rows, raw = math.prod(tensor.shape[:-1]), tensor.raw
+        shape = (rows, tensor.shape[-1])
+        return self.router(replace(tensor, shape=shape, raw=raw.reshape(rows, -1)))
 
 
 def _array(tensor: TensorInfo) -> jax.Array:
@@ -126,6 +133,9 @@ class _FileWeights:
 
     def _bias(self, role: str) -> jax.Array | None:
         return self.array(f"{role}.bias") if f"{role}.bias" in self._tensors else None
+
+    def of_heads(self, role: str) -> Linear:
+        return self._matrices.of_heads(self._tensors[role])
 
     def norm(self, role: str) -> RMSNorm:
         return RMSNorm(self.array(role), self._rms_eps)

@@ -98,6 +98,10 @@ class BlockWeights(Protocol):
         """In float32 everywhere: what it chooses shall not depend on rounding."""
         ...
 
+    def of_heads(self, role: str) -> Linear:
+        """A matrix for every head [H, N, K], as one of H * N rows that is not multiplied whole."""
+        ...
+
     def norm(self, role: str) -> RMSNorm:
         """With a learned scale."""
         ...

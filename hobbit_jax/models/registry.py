@@ -15,7 +15,10 @@ from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
 from hobbit_jax.model_file.metadata import shown
 from hobbit_jax.model_file.other_files import refuse_other_kinds
 from hobbit_jax.models import (
+    bailingmoe2,
+    deepseek2,
     gemma4,
+    glm4moe,
     gpt_oss,
     llama,
     olmoe,
@@ -55,6 +58,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3moe": qwen3moe,
     "llama": llama,
     "olmoe": olmoe,
+    "deepseek2": deepseek2,
+    "glm4moe": glm4moe,
+    "bailingmoe2": bailingmoe2,
     "qwen2": qwen2,
     "qwen2moe": qwen2moe,
     "qwen3": qwen3,

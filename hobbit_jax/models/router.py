@@ -85,7 +85,8 @@ class Router(nnx.Module):
         if settings.renormalise:
             total = jnp.sum(weights, axis=-1, keepdims=True)
             # The best K of a softmax never come near the bound.
-            weights /= total if settings.gating == "softmax" else jnp.maximum(total, _LEAST_SUM)
+            are_best = settings.gating == "softmax" and self.bias is None
+            weights /= total if are_best else jnp.maximum(total, _LEAST_SUM)
         weights = weights if settings.scale == 1 else weights * settings.scale
         if self.expert_scale is not None:
             weights, order = jax.lax.top_k(weights * self.expert_scale[...][ids], self.k)

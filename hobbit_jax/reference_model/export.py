@@ -60,12 +60,13 @@ def named_weights(model: TrainableModel) -> dict[str, np.ndarray]:
     }
     for layer, (block, experts) in enumerate(zip(model.blocks, model.experts, strict=True)):
         attention = block.attention
+        query, key, value = attention.projections
         assert attention.q_norm is not None and attention.k_norm is not None  # Qwen3's
         of_layer = {
             "attn_norm": block.attention_norm.scale[...],
-            "attn_q": attention.q.weights(),
-            "attn_k": attention.k.weights(),
-            "attn_v": attention.v.weights(),
+            "attn_q": query.weights(),
+            "attn_k": key.weights(),
+            "attn_v": value.weights(),
             "attn_output": attention.output.weights(),
             "attn_q_norm": attention.q_norm.scale[...],
             "attn_k_norm": attention.k_norm.scale[...],

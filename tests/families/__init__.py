@@ -109,6 +109,44 @@ class Family:
         return digest.hexdigest()
 
 
+def gated_mlp(add: Add, block: str, suffix: str, d: int, width: int, experts: int = 0) -> None:
+    """Draws gate, up and down of a block, for all experts where there are some."""
+    lead = (experts,) if experts else ()
+    for role, rows, columns in (("gate", width, d), ("up", width, d), ("down", d, width)):
+        name, std = f"{block}.ffn_{role}{suffix}.weight", 1.2 * columns**-0.5
+        add(name, (*lead, rows, columns), "Q8_0" if role == "down" else "Q5_0", std)
+
+
+def load(model: Any, weights: Weights, state: dict[str, np.ndarray]) -> Any:
+    """A model of transformers with weights `state`, with ends and FFNs as DeepSeek's classes have.
+
+    Every parameter must be given, and no other may be.
+    """
+    import torch  # pyright: ignore[reportMissingImports]
+
+    state["model.embed_tokens.weight"] = weights["token_embd.weight"]
+    state["model.norm.weight"] = weights["output_norm.weight"]
+    state["lm_head.weight"] = weights["output.weight"]
+    roles = ("gate", "up", "down")
+    for layer in range(model.config.num_hidden_layers):
+        ours, mlp = f"blk.{layer}.ffn_", f"model.layers.{layer}.mlp"
+        for suffix, part in {"": "", "_shexp": ".shared_experts"}.items():
+            for role in roles:
+                if f"{ours}{role}{suffix}.weight" in weights:
+                    name = f"{mlp}{part}.{role}_proj.weight"
+                    state[name] = weights[f"{ours}{role}{suffix}.weight"]
+        if f"{ours}gate_inp.weight" in weights:
+            state[f"{mlp}.gate.weight"] = weights[f"{ours}gate_inp.weight"]
+            gate, up, down = (weights[f"{ours}{role}_exps.weight"] for role in roles)
+            state[f"{mlp}.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+            state[f"{mlp}.experts.down_proj"] = down
+        if f"blk.{layer}.exp_probs_b.bias" in weights:
+            bias_E = weights[f"blk.{layer}.exp_probs_b.bias"]
+            state[f"{mlp}.gate.e_score_correction_bias"] = bias_E
+    model.load_state_dict({n: torch.tensor(np.ascontiguousarray(w)) for n, w in state.items()})
+    return model.eval()
+
+
 # By the name of its file here and of its golden.
 FAMILIES: dict[str, Family] = {
     path.stem: importlib.import_module(f"families.{path.stem}").FAMILY

@@ -127,6 +127,12 @@ def golden_logits(path: Path, ids_T: np.ndarray) -> tuple[np.ndarray, float]:
     return output.logits[0].numpy().astype(np.float32), min(margins, default=np.inf)
 
 
+def margin(scores_TE: torch.Tensor, k: int) -> float:
+    """The least distance between the last of the best k and the next."""
+    best_TE = scores_TE.sort(descending=True).values
+    return float((best_TE[:, k - 1] - best_TE[:, k]).min())
+
+
 @torch.no_grad()
 def make_family_golden(name: str) -> None:
     """Of a model of `tests/families/`, whose file knows Hugging Face's class itself."""
@@ -135,8 +141,16 @@ def make_family_golden(name: str) -> None:
     k = family.keys["expert_used_count"]
 
     def watch(router, inputs, output):
-        best_TE = output[0].sort(descending=True).values
-        margins.append(float((best_TE[:, k - 1] - best_TE[:, k]).min()))
+        scores_TE, bias_E = output[0], getattr(router, "e_score_correction_bias", None)
+        if bias_E is not None:
+            scores_TE = scores_TE.sigmoid() + bias_E
+            if router.num_group > 1:
+                grouped = scores_TE.unflatten(1, (router.num_group, -1))
+                best_TG = grouped.topk(2).values.sum(-1)
+                margins.append(margin(best_TG, router.topk_group))
+                kept_TG = best_TG >= best_TG.topk(router.topk_group).values[:, -1:]
+                scores_TE = torch.where(kept_TG[..., None], grouped, -torch.inf).flatten(1)
+        margins.append(margin(scores_TE, k))
 
     for path, module in model.named_modules():
         if path.endswith(family.routers):
