@@ -17,6 +17,7 @@ from hobbit_jax.model_file.other_files import refuse_other_kinds
 from hobbit_jax.models import (
     bailingmoe2,
     deepseek2,
+    ernie4_5_moe,
     gemma4,
     glm4moe,
     gpt_oss,
@@ -61,6 +62,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek2": deepseek2,
     "glm4moe": glm4moe,
     "bailingmoe2": bailingmoe2,
+    "ernie4_5-moe": ernie4_5_moe,
     "qwen2": qwen2,
     "qwen2moe": qwen2moe,
     "qwen3": qwen3,

@@ -117,8 +117,15 @@ def gated_mlp(add: Add, block: str, suffix: str, d: int, width: int, experts: in
         add(name, (*lead, rows, columns), "Q8_0" if role == "down" else "Q5_0", std)
 
 
-def load(model: Any, weights: Weights, state: dict[str, np.ndarray]) -> Any:
+def load(
+    model: Any,
+    weights: Weights,
+    state: dict[str, np.ndarray],
+    bias: str = "gate.e_score_correction_bias",
+) -> Any:
     """A model of transformers with weights `state`, with ends and FFNs as DeepSeek's classes have.
+
+    `bias` is the name of the router's within an FFN.
 
     Every parameter must be given, and no other may be.
     """
@@ -142,7 +149,7 @@ def load(model: Any, weights: Weights, state: dict[str, np.ndarray]) -> Any:
             state[f"{mlp}.experts.down_proj"] = down
         if f"blk.{layer}.exp_probs_b.bias" in weights:
             bias_E = weights[f"blk.{layer}.exp_probs_b.bias"]
-            state[f"{mlp}.gate.e_score_correction_bias"] = bias_E
+            state[f"{mlp}.{bias}"] = bias_E.reshape(model.state_dict()[f"{mlp}.{bias}"].shape)
     model.load_state_dict({n: torch.tensor(np.ascontiguousarray(w)) for n, w in state.items()})
     return model.eval()
 

@@ -142,6 +142,8 @@ def make_family_golden(name: str) -> None:
 
     def watch(router, inputs, output):
         scores_TE, bias_E = output[0], getattr(router, "e_score_correction_bias", None)
+        if hasattr(router, "moe_statics"):  # ERNIE biases a softmax
+            scores_TE = router.moe_statics(scores_TE.softmax(-1))
         if bias_E is not None:
             scores_TE = scores_TE.sigmoid() + bias_E
             if router.num_group > 1:
