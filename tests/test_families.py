@@ -31,7 +31,20 @@ def golden(name: str) -> tuple[np.ndarray, np.ndarray]:
         return file["tokens_T"], file["logits_TV"]
 
 
-@pytest.fixture(scope="module", params=[(n, b) for n in FAMILIES for b in ("xla", "ggml")], ids=str)
+# The others' parts are those of these two, and of models in test_logits.py.
+QUICK_ON_GGML = ("gpt_oss", "gemma4")
+CASES = [
+    pytest.param(
+        (name, backend),
+        id=f"{name}-{backend}",
+        marks=pytest.mark.slow if backend == "ggml" and name not in QUICK_ON_GGML else (),
+    )
+    for name in FAMILIES
+    for backend in ("xla", "ggml")
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory) -> tuple[str, str, LoadedModel]:
     name, implementation = request.param
     path = tmp_path_factory.mktemp("families") / f"{name}.gguf"
@@ -58,6 +71,7 @@ def test_score(case):
     assert_close(engine_for(model, None, 64).score(ids_T[None])[0], wanted_TV, what)
 
 
+@pytest.mark.slow  # a family takes about 20 seconds on each backend, most of them compilation
 def test_prefill_and_decode_in_a_batch_at_every_budget(case):
     """Prompts of different lengths in pieces, then token by token; one sequence pauses."""
     name, what, model = case

@@ -73,6 +73,7 @@ def test_the_cpu_computes_the_bits_of_the_device(model, store, resident, mode, s
     check_invariants(engine.pool, store)
 
 
+@pytest.mark.slow
 def test_four_devices_share_one_cpu(model, store, resident):
     engine = engine_of(model, store, "hybrid", 0.5, devices=4)
     np.testing.assert_array_equal(decode(engine), resident)

@@ -26,6 +26,12 @@ GOLDENS = Path(__file__).parent / "goldens"
 # Another order of float32 sums, through three layers, on logits of standard deviation 1.7.
 TOLERANCE = 1e-4
 NAMES = tuple(tiny_models.MODELS)
+# Of the others one way is quick enough for every run; `make slow` has the rest.
+QUICK = ("qwen3moe", "mixtral", "olmoe", "qwen35moe")
+
+
+def slow_unless(quick: bool, *values):
+    return pytest.param(*values, marks=() if quick else pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -71,8 +77,14 @@ def test_weights_are_those_of_the_golden(name):
     )
 
 
-@pytest.mark.parametrize(("rounds", "chunk_tokens"), [(1, 2048), (2, 2048), (1, 20)])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "rounds", "chunk_tokens"),
+    [
+        slow_unless(name in QUICK[:3] or rounds == 2, name, rounds, chunk_tokens)
+        for name in NAMES
+        for rounds, chunk_tokens in [(1, 2048), (2, 2048), (1, 20)]
+    ],
+)
 def test_score(loaded, name, rounds, chunk_tokens):
     """All experts resident, or half of each layer's: two rounds. Cold, then warm."""
     ids_T, wanted_TV = golden(name)
@@ -87,7 +99,7 @@ def test_score(loaded, name, rounds, chunk_tokens):
     assert engine.pool.stats.misses.any() == (slots < n_experts)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [slow_unless(name in QUICK, name) for name in NAMES])
 def test_prefill_and_decode(loaded, name):
     """A prompt in uneven chunks, then token by token, under the smallest budget there is."""
     ids_T, wanted_TV = golden(name)

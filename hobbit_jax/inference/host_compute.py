@@ -62,21 +62,21 @@ def _named(what: str) -> Iterator[None]:
         raise RuntimeError(f"computing {what} on the CPU failed: {error}") from error
 
 
-@partial(jax.jit, static_argnums=2)
-def _rows(h_TD: jax.Array, assignment_H: np.ndarray, k: int) -> jax.Array:
-    return h_TD[assignment_H // k]
-
-
 @partial(jax.jit, static_argnums=1)
 def _unpacked(raw: Bank, signature: Signature) -> Bank:
     parts = zip(signature, raw, strict=True)
     return Bank(*(jax.vmap(get_format(name).split)(blocks) for name, blocks in parts))
 
 
+# One program a call: starting three takes longer than the products of a token's experts.
 @partial(
     jax.jit, static_argnames=("signature", "implementation", "function"), donate_argnames="y_HD"
 )
-def _expert_ffn(x_HD, y_HD, weight_H, bank, work, signature, implementation, function, biases):
+def _expert_ffn(
+    h_TD, row_H, y_HD, weight_H, bank, work, signature, implementation, function, biases
+):
+    x_HD = h_TD[row_H]
+    y_HD = jnp.zeros_like(x_HD) if y_HD is None else y_HD
     return expert_ffn(x_HD, y_HD, weight_H, bank, signature, work, implementation, function, biases)
 
 
@@ -165,13 +165,13 @@ class HostCompute:
         biases = self._biases_of(keys, assignments, padding)
         what = f"{len(keys)} experts of layer {keys[0].layer}"
         with _named(what), jax.default_device(self._device):
-            x_HD = _rows(local_TD, np.minimum(assignment_H, count - 1), k)
-            x_HD = jax.device_put(x_HD, self._device)
-            y_HD = jnp.zeros(x_HD.shape, jnp.float32)
+            local_TD, y_HD = jax.device_put(local_TD, self._device), None
+            row_H = np.minimum(assignment_H, count - 1) // k
             for bank, work, signature, chosen in self._calls(raws, rows, widths):
                 y_HD = _expert_ffn(
-                    x_HD, y_HD, weight_H, bank, work, signature, chosen, function, biases
+                    local_TD, row_H, y_HD, weight_H, bank, work, signature, chosen, function, biases
                 )
+            assert y_HD is not None
         return HostOutputs(assignment_H, y_HD, what)
 
     def _calls(self, raws, rows, widths):
@@ -211,9 +211,9 @@ def _work(slots: Mapping[ExpertKey, int], rows: Mapping[ExpertKey, np.ndarray], 
     slot_I, row_IC = items(slots, rows, width)
     padding = (1 << (len(slot_I) - 1).bit_length()) - len(slot_I)
     return Work(
-        jnp.asarray(np.pad(slot_I, (0, padding))),
-        jnp.asarray(np.pad(row_IC, ((0, padding), (0, 0)))),
-        jnp.int32(len(slot_I)),
+        np.pad(slot_I, (0, padding)),
+        np.pad(row_IC, ((0, padding), (0, 0))),
+        np.int32(len(slot_I)),
     )
 
 

@@ -108,13 +108,13 @@ _REFUSED_TENSORS = (
     (r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight",
      "one tensor per expert, as converters wrote before April 2024; supported are stacked "
      "experts (ffn_gate_exps): convert the model again with a current llama.cpp"),
-    (r".*_shexp\..*", "shared experts; supported are models with routed experts only"),
+    (r".*_shexp\..*", "shared experts, which we do not compute for this architecture"),
     (r".*\.ssm_in\..*",
      "a delta net whose q, k, v and z are tangled, as converters wrote first; supported are "
      "attn_qkv and attn_gate: convert the model again with a current llama.cpp"),
-    (r".*\.attn_qkv\..*", "fused q, k and v; supported are separate ones"),
+    (r".*\.attn_qkv\..*", "fused q, k and v, which we do not compute for this architecture"),
     (r".*\.scale", "a scale of a whole NVFP4 matrix; supported are files where it is 1"),
-    (r".*\.bias", "biases; supported are models without"),
+    (r".*\.bias", "biases, which we do not compute for this architecture"),
 )  # fmt: skip
 
 
