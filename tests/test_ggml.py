@@ -184,7 +184,7 @@ def test_a_token_outside_of_the_vocabulary_is_an_error():
 @pytest.mark.parametrize("slot", [3, -1])
 def test_a_slot_outside_of_the_bank_is_an_error(slot):
     signature = Signature("Q8_0", "Q8_0", "Q8_0")
-    _, bank, in_place, kept = bank_of(signature, 3, 64, 64)
+    _, bank, in_place, _, kept = bank_of(signature, 3, 64, 64)
     run = jax.jit(expert_ffn, static_argnames="signature")
     work = Work(jnp.asarray([slot], jnp.int32), jnp.zeros((1, 1), jnp.int32), jnp.int32(1))
     for matrices in (bank, in_place):

@@ -210,11 +210,13 @@ def _work(slots: Mapping[ExpertKey, int], rows: Mapping[ExpertKey, np.ndarray], 
     """Items of up to `width` rows of one expert; a power of two of them."""
     slot_I, row_IC = items(slots, rows, width)
     padding = (1 << (len(slot_I) - 1).bit_length()) - len(slot_I)
-    return Work(
+    # NumPy's arrays go to the device with the program that takes them.
+    work: tuple[Any, ...] = (
         np.pad(slot_I, (0, padding)),
         np.pad(row_IC, ((0, padding), (0, 0))),
         np.int32(len(slot_I)),
     )
+    return Work(*work)
 
 
 def items(

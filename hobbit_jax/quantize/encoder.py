@@ -168,13 +168,13 @@ def pack(q_GW: jax.Array, scales: Scales, format: str) -> np.ndarray:
     assert isinstance(quant, KQuant)
     d_G, dmin_G = np.asarray(scales.d_11G)[0, 0], np.asarray(scales.dmin_11G)[0, 0]
     scale_GJ, offset_GJ = (np.asarray(s)[0].T for s in (scales.scale_1JG, scales.offset_1JG))
-    used_GJ = np.float32(d_G)[:, None] * scale_GJ != 0
+    used_GJ = d_G.astype(np.float32)[:, None] * scale_GJ != 0
     if format == "Q3_K":  # stored from 0, where Q6_K's are int8
         scale_GJ = scale_GJ - quant.scale_range[0]
     integers = [np.asarray(q_GW), scale_GJ.astype(np.int8).view(np.uint8)]
     floats = [d_G]
     if quant.has_offsets:
-        used_GJ = used_GJ | (np.float32(dmin_G)[:, None] * offset_GJ != 0)
+        used_GJ = used_GJ | (dmin_G.astype(np.float32)[:, None] * offset_GJ != 0)
         integers.append(offset_GJ.astype(np.uint8))
         floats.append(dmin_G)
     blocks_GP = get_format(format).pack(integers, floats)

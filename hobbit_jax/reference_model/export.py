@@ -61,6 +61,7 @@ def named_weights(model: TrainableModel) -> dict[str, np.ndarray]:
     for layer, (block, experts) in enumerate(zip(model.blocks, model.experts, strict=True)):
         attention = block.attention
         query, key, value = attention.projections
+        assert value is not None  # only Gemma takes values from keys
         assert attention.q_norm is not None and attention.k_norm is not None  # Qwen3's
         of_layer = {
             "attn_norm": block.attention_norm.scale[...],

@@ -131,6 +131,9 @@ class _FreshWeights:
         n_experts, d_model = self._shapes["router"]
         return _linear(self._rngs, n_experts, d_model, 0.02)
 
+    def of_heads(self, role: str) -> Linear:
+        raise NotImplementedError(f"{role}: supported is training of grouped-query attention")
+
     def norm(self, role: str) -> RMSNorm:
         return RMSNorm(self.array(role), self._rms_eps)
 
