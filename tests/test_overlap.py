@@ -165,9 +165,11 @@ def test_each_predictor_names_what_it_says():
     before = Prefetcher(PrefetchRule("previous_token", 2), 4, 8)
     for keys in ([ExpertKey(0, 0, 6)], routed[:2], routed[2:]):
         uses = [Use(key) for key in keys]
-        before.after_step(Decision(Step(0, keys[0].layer, 0), uses, [], [], []))
+        before.after_step(Decision(Step(0, keys[0].layer, 0), uses, [], [], [], []))
         ignored = [Use(ExpertKey(0, keys[0].layer, 5))]
-        before.after_step(Decision(Step(0, keys[0].layer, 0), ignored, [], [], [], prefill=True))
+        before.after_step(
+            Decision(Step(0, keys[0].layer, 0), ignored, [], [], [], [], prefill=True)
+        )
     assert before.at_token() == [ExpertKey(0, 0, 6), *routed[:2]]
     assert before.at_exit(0, [], resident.__contains__) == routed[1:]
     assert before.at_exit(3, [], resident.__contains__) == []

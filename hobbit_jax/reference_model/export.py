@@ -61,6 +61,8 @@ def named_weights(model: TrainableModel) -> dict[str, np.ndarray]:
     for layer, (block, experts) in enumerate(zip(model.blocks, model.experts, strict=True)):
         attention = block.attention
         query, key, value = attention.projections
+        router = block.expert_router.linear
+        assert router is not None
         assert value is not None  # only Gemma takes values from keys
         assert attention.q_norm is not None and attention.k_norm is not None  # Qwen3's
         of_layer = {
@@ -72,7 +74,7 @@ def named_weights(model: TrainableModel) -> dict[str, np.ndarray]:
             "attn_q_norm": attention.q_norm.scale[...],
             "attn_k_norm": attention.k_norm.scale[...],
             "ffn_norm": block.ffn_norm.scale[...],
-            "ffn_gate_inp": block.expert_router.linear.weights(),
+            "ffn_gate_inp": router.weights(),
             "ffn_gate_exps": experts.gate_EFD[...],
             "ffn_up_exps": experts.up_EFD[...],
             "ffn_down_exps": experts.down_EDF[...],
