@@ -516,7 +516,7 @@ def test_the_expert_op_lowers_for_two_gpus():
 
     with use_abstract_mesh(mesh), pytest.MonkeyPatch.context() as patch:
         # There is no GPU, and `choose` would say so.
-        patch.setattr("pallas_kernels.expert_ffn.implementation_for", lambda *_: "triton")
+        patch.setattr("pallas_kernels.expert_ffn.implementation_for", lambda *_, **__: "triton")
         text = jax.jit(run).trace(*abstract).lower(lowering_platforms=("cuda",)).as_text()
     assert "matmul_Q4_K" in text and "matmul_Q6_K" in text
 
