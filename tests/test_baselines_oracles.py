@@ -70,7 +70,8 @@ def golden(name):
 def test_torch_in_float32_is_the_golden(torch, paths, name):
     ids_T, wanted_TV = golden(name)
     baseline = side(torch, paths[name], "float32")
-    np.testing.assert_allclose(baseline.score(ids_T), wanted_TV, atol=2e-5, rtol=0)
+    # As near as `test_logits.py` asks of ours: two machines' sums differ by 3e-5.
+    np.testing.assert_allclose(baseline.score(ids_T), wanted_TV, atol=1e-4, rtol=0)
     # Prefill and decode go on with the cache: the same most probable tokens.
     chosen = [baseline.prefill(ids_T[:20])] + [baseline.decode(int(token)) for token in ids_T[20:]]
     assert chosen == wanted_TV[19:].argmax(axis=-1).tolist()
@@ -93,11 +94,12 @@ def test_planted_errors_of_the_mapping_show(torch, paths, monkeypatch, name):
 
     def exchanged(*arguments):
         arrays = expert_weights(*arguments)
-        half = arrays["experts.gate_up_proj"].shape[1] // 2
-        return {
-            **arrays,
-            "experts.gate_up_proj": np.roll(arrays["experts.gate_up_proj"], half, axis=1),
-        }
+        if (stack := arrays.get("experts.gate_up_proj")) is not None:
+            swapped = {"experts.gate_up_proj": np.roll(stack, stack.shape[1] // 2, axis=1)}
+        else:  # a dense FFN
+            gate, up = "gate_proj.weight", "up_proj.weight"
+            swapped = {gate: arrays[up], up: arrays[gate]}
+        return arrays | swapped
 
     monkeypatch.setattr(hugging_face, "expert_weights", exchanged)
     assert difference() > 1
@@ -247,7 +249,7 @@ def test_the_structures_are_laid_out_as_the_wheel_lays_them_out():
     model, context = library.llama_model_default_params(), library.llama_context_default_params()
     fields = ("tensor_buft_overrides", "n_gpu_layers", "split_mode", "load_mode", "vocab_only")
     assert [getattr(model, name) for name in fields] == [None, -1, 1, -1, False]
-    assert list(model.further_flags)[:2] == [False, True]  # check_tensors, use_extra_bufts
+    assert (model.check_tensors, model.use_extra_bufts) == (False, True)
     fields = ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_threads", "flash_attn_type")
     assert [getattr(context, name) for name in fields] == [512, 2048, 512, 1, 4, -1]
     assert (context.type_k, context.type_v) == (1, 1)  # float16
