@@ -29,7 +29,7 @@ demo: environment  ## the question in small, on the shipped model: out/demo/deci
 test: environment  ## ruff, then every test but the slow and the oracle ones
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet || { echo "error: unformatted files; run make format" >&2; exit 1; }
-	@$(BIN)/python -m pytest -q -n 2 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: environment  ## ruff and pyright
 	@$(BIN)/ruff check

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 RESAMPLES = 1000
 
@@ -34,6 +33,8 @@ def bootstrap(
         n_units: windows or problems; of a single one the interval is the figure alone.
         seed: of the draws.
     """
+    from scipy import stats  # takes most of a second, which scripts without intervals save
+
     value = float(statistic(np.arange(n_units)))
     if n_units == 1:
         return Interval(value, value, value)
@@ -57,6 +58,8 @@ def share(correct: int, total: int) -> Interval:
     """
     if total < 1:
         raise ValueError(f"a share of {total} trials; want at least one")
+    from scipy import stats
+
     ends = stats.binomtest(correct, total).proportion_ci(0.95, method="wilson")
     p = correct / total
     # Rounding may push a bound past p itself, at 0 and at 1.

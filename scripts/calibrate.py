@@ -36,8 +36,9 @@ _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference mo
 _TEXT = flags.DEFINE_string(
     "text",
     MIXED_TEXT,
-    f"UTF-8 text file, or one of {', '.join(NAMED_TEXTS)}, which ship with the package: source "
-    "code, generated problems, and as much of either.",
+    f"UTF-8 text or .jsonl file, or one of {', '.join(NAMED_TEXTS)}, which ship with the package: "
+    "source code, generated problems, and as much of either. Several with commas between give as "
+    "many characters of each.",
 )
 _OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
 _STATISTICS = flags.DEFINE_enum("statistics", "hessian", STATISTICS, "What to keep.")
@@ -56,9 +57,11 @@ _DEFAULT_WINDOWS, _DEFAULT_CONTEXT = 48, 512
 
 
 def main(_):
-    out, text = cli.output_folder("out", str(_OUT.value)), str(_TEXT.value)
-    named = text in NAMED_TEXTS
-    documents = calibration_documents(text) if named else [cli.input_text("text", text)]
+    out = cli.output_folder("out", str(_OUT.value))
+    try:
+        documents = calibration_documents(str(_TEXT.value))
+    except ValueError as error:
+        raise ValueError(f"--text: {error}") from error
     model = load_model(_MODEL.value or reference.model_path(), for_quality(None))
     store = HostExperts(model.config, model.file)
     native_bytes = store.precision_bytes(NATIVE)

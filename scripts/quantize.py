@@ -19,6 +19,7 @@ from absl import flags
 from hobbit_jax import cli, reference
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.experts.low_precision import (
+    ROLES,
     LowPrecisionSpec,
     open_low_precision,
     write_low_precision,
@@ -32,6 +33,10 @@ from pallas_kernels.formats import FORMATS
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Format of the experts.", required=True)
 _METHOD = flags.DEFINE_enum("method", "rtn", METHODS, "How experts are encoded.")
+_ROLES = flags.DEFINE_multi_enum(
+    "roles", [], ROLES, "Matrices of an expert to encode; by default all, the others stay as they "
+    "are. May be given several times.",
+)  # fmt: skip
 _CALIBRATION = flags.DEFINE_string("calibration", None, "Folder that scripts/calibrate.py wrote.")
 _OUT = flags.DEFINE_string("out", None, "GGUF file to write; by default one in --cache_dir.")
 
@@ -46,7 +51,9 @@ def main(_):
     if _CALIBRATION.value:
         folder = cli.input_folder("calibration", _CALIBRATION.value)
         calibration = Calibration.load(folder, source)
-    spec = LowPrecisionSpec(_FORMAT.value, _METHOD.value, calibration)
+    spec = LowPrecisionSpec(
+        _FORMAT.value, _METHOD.value, calibration, roles=tuple(sorted(set(_ROLES.value)))
+    )
     if calibration is not None and spec.method != "rtn":
         for line in rarely_seen(calibration.selections_LE):
             print(f"warning: {line}", file=sys.stderr)

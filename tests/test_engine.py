@@ -62,32 +62,29 @@ def score_ids(model, batch: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, model.config.vocab_size, (3, 8))[:batch]
 
 
-def run(engine: Engine, batches=(3,)) -> list[np.ndarray]:
+def run(engine: Engine) -> list[np.ndarray]:
     """Logits of score, prefill and decode, and tokens; the prompts of different lengths."""
-    results = [engine.score(score_ids(engine.model, batch)) for batch in batches]
-    for prompts in [PROMPTS[-batch:] for batch in batches]:
-        engine.start(len(prompts), CONTEXT)
-        results.append(engine.prefill(prompts))
-        for step in range(NEW_TOKENS):
-            ids_B = np.asarray([9, 8, 7]) + step
-            active_B = np.asarray([True, step != 1, True])  # one sequence pauses
-            logits_BV = engine.decode(ids_B[-len(prompts) :], active_B[-len(prompts) :])
-            results.append(np.asarray(logits_BV)[active_B[-len(prompts) :]])
-        engine.pool.reset_stats()
-        engine.reset_stats()
-        steps = list(engine.generate(prompts, NEW_TOKENS))
-        results.append(np.stack([ids_B for ids_B, _ in steps]))
-        stats = engine.pool.stats
-        assert sum(cost.misses for _, cost in steps) == stats.misses.sum()
-        assert sum(cost.hits for _, cost in steps) == stats.hits.sum()
-        assert sum(cost.bytes_moved for _, cost in steps) == stats.bytes_moved
-        assert sum(cost.host_round_trips for _, cost in steps) == engine.stats.host_round_trips
-        decoded = len(prompts) * (NEW_TOKENS - 1)
-        assert engine.stats.decoded_tokens == decoded
-        assert sum(cost.tokens for _, cost in steps) == sum(map(len, prompts)) + decoded
-        uses = (sum(map(len, prompts)) + decoded) * engine.config.n_layers
-        assert engine.stats.selections == uses * engine.config.experts_per_token
-        assert engine.stats.degraded == engine.stats.skipped == 0
+    results = [engine.score(score_ids(engine.model, len(PROMPTS)))]
+    engine.start(len(PROMPTS), CONTEXT)
+    results.append(engine.prefill(PROMPTS))
+    for step in range(NEW_TOKENS):
+        active_B = np.asarray([True, step != 1, True])  # one sequence pauses
+        results.append(np.asarray(engine.decode(np.asarray([9, 8, 7]) + step, active_B))[active_B])
+    engine.pool.reset_stats()
+    engine.reset_stats()
+    steps = list(engine.generate(PROMPTS, NEW_TOKENS))
+    results.append(np.stack([ids_B for ids_B, _ in steps]))
+    stats = engine.pool.stats
+    assert sum(cost.misses for _, cost in steps) == stats.misses.sum()
+    assert sum(cost.hits for _, cost in steps) == stats.hits.sum()
+    assert sum(cost.bytes_moved for _, cost in steps) == stats.bytes_moved
+    assert sum(cost.host_round_trips for _, cost in steps) == engine.stats.host_round_trips
+    decoded = len(PROMPTS) * (NEW_TOKENS - 1)
+    assert engine.stats.decoded_tokens == decoded
+    assert sum(cost.tokens for _, cost in steps) == sum(map(len, PROMPTS)) + decoded
+    uses = (sum(map(len, PROMPTS)) + decoded) * engine.config.n_layers
+    assert engine.stats.selections == uses * engine.config.experts_per_token
+    assert engine.stats.degraded == engine.stats.skipped == 0
     return [np.asarray(result) for result in results]
 
 
@@ -102,21 +99,20 @@ def test_the_budget_changes_no_bit(model, store, name):
     everything = sum(d.expert_bytes * d.n_experts for d in wanted)
     with pytest.raises(ValueError, match=f"needs at least {least} bytes"):
         Engine(model, store, CacheConfig(least - 1, plan=plan))
-    batches = (1, 3) if name == "native" else (3,)
     roomy = Engine(model, store, CacheConfig(plan=plan, chunk_tokens=CHUNK))
-    results = run(roomy, batches)
+    results = run(roomy)
     assert all(np.isfinite(result).all() for result in results)
     assert roomy.pool.stats.misses.sum() == 0 and roomy.pool.device_bytes == everything
     assert roomy.stats.host_round_trips == 0
     for budget in [least, (least + everything) // 2] if name == "native" else [least]:
         tight = Engine(model, store, CacheConfig(budget, plan=plan, chunk_tokens=CHUNK))
-        for got, result in zip(run(tight, batches), results, strict=True):
+        for got, result in zip(run(tight), results, strict=True):
             np.testing.assert_array_equal(got, result, strict=True)
         assert tight.pool.stats.misses.sum() > 0 and tight.pool.device_bytes <= budget
         assert tight.stats.host_round_trips > 0
 
 
-@pytest.mark.parametrize("tokens_per_call", [1, 4])
+@pytest.mark.parametrize("tokens_per_call", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_the_host_is_asked_once_a_call(model, store, transfers, tokens_per_call):
     """And once more for every exit; several tokens a call are the same tokens."""
     results, new_tokens = [], 1 + 2 * 4

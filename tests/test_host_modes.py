@@ -60,7 +60,10 @@ def resident(model, store):
     return decode(Engine(model, store, CacheConfig(chunk_tokens=CHUNK)))
 
 
-@pytest.mark.parametrize(("mode", "share"), [("host", 0.0), ("host", 0.3), ("hybrid", 0.5)])
+@pytest.mark.parametrize(
+    ("mode", "share"),
+    [("host", 0.0), ("hybrid", 0.5), pytest.param("host", 0.3, marks=pytest.mark.slow)],
+)
 def test_the_cpu_computes_the_bits_of_the_device(model, store, resident, mode, share):
     """Without any slot too; what many tokens of a prompt share is fetched where it has a slot."""
     engine = engine_of(model, store, mode, share)
@@ -89,6 +92,7 @@ def test_ggml_reads_the_map_for_both(two_banks_path, store):
         np.testing.assert_array_equal(decode(engine_of(model, store, "host", share)), wanted)
 
 
+@pytest.mark.slow
 def test_low_copies_on_the_cpu_are_the_low_precision(model, store):
     """With no slot all is served low, bit for bit; with some, hot experts become native."""
     low = CacheConfig(plan=uniform_plan(store, LOW), chunk_tokens=CHUNK)

@@ -33,7 +33,15 @@ IMPLEMENTATIONS = ["interpret", *(["triton"] if ON_GPU else [])]
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 PACKINGS = {fmt.name: fmt.packing for fmt in FORMATS.values() if fmt.packing}
 FLOATS = [name for name, packing in PACKINGS.items() if isinstance(packing, Floats)]
-every_format = pytest.mark.parametrize("name", PACKINGS)
+# One format of each kind of packing is quick enough for every run; `make slow` has the rest.
+QUICK = ("Q2_K", "Q4_K", "Q6_K", "IQ4_XS", "Q8_0", "F16")
+
+
+def slow_unless(quick: bool, *values):
+    return pytest.param(*values, marks=() if quick else pytest.mark.slow)
+
+
+every_format = pytest.mark.parametrize("name", [slow_unless(n in QUICK, n) for n in PACKINGS])
 
 # Largest allowed ||kernel - reference|| / ||reference||, and why. The reference is float32.
 TOLERANCE = {
@@ -107,7 +115,10 @@ def test_every_kernel_is_of_a_format():
 
 
 @every_implementation
-@pytest.mark.parametrize(("name", "width"), [(name, w) for name in PACKINGS for w in widths(name)])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [slow_unless(name in QUICK, name, w) for name in PACKINGS for w in widths(name)],
+)
 def test_product_equals_reference(name, width, implementation):
     planes, x = random_planes(name, N, K), x_of(5, K)
     wanted = x @ np.asarray(get_format(name).unpack(planes)[1]).T
@@ -130,7 +141,9 @@ def test_each_weight_stands_where_it_should(name, implementation):
 
 @every_implementation
 @pytest.mark.parametrize("scale", [0.0, 6e-8, 3e4], ids=["zero", "subnormal", "largest"])
-@pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "Q6_K", "Q8_0", "Q5_1"])
+@pytest.mark.parametrize(
+    "name", [slow_unless(n in QUICK[:3], n) for n in ("Q2_K", "Q4_K", "Q6_K", "Q8_0", "Q5_1")]
+)
 def test_extreme_scales(name, scale, implementation):
     """Every d (and dmin, m) the same float16: zero, its smallest, and nearly its largest."""
     planes, x = random_planes(name, N, K), x_of(3, K)
@@ -253,8 +266,14 @@ ROUTINGS = {
 
 
 @pytest.mark.parametrize("implementation", ["xla", *IMPLEMENTATIONS])
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("signature", SIGNATURES)
+@pytest.mark.parametrize(
+    ("signature", "routing"),
+    [
+        slow_unless(s == "q4_k_m" or r in ("one token", "ragged"), s, r)
+        for s in SIGNATURES
+        for r in ROUTINGS
+    ],
+)
 def test_expert_ffn(signature, routing, implementation):
     formats, slot_A = SIGNATURES[signature], ROUTINGS[routing]
     rng = np.random.default_rng(1)
@@ -304,8 +323,8 @@ def test_slot_and_company_change_no_bit(implementation):
 
 
 @every_implementation
-@pytest.mark.parametrize("tokens", [1, 3, 21])
-@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "F16"])
+@pytest.mark.parametrize("tokens", [1, 21, slow_unless(False, 3)])
+@pytest.mark.parametrize("name", [slow_unless(n != "Q8_0", n) for n in QUICK[1:] if n[0] != "I"])
 def test_linear(name, tokens, implementation):
     planes = random_planes(name, 48, K, lead=())
     x = x_of(tokens, K)
@@ -393,7 +412,12 @@ def abstract(tree):
 
 @pytest.mark.parametrize(
     ("name", "width"),
-    [(n, w) for n in PACKINGS for w in (1, 4, 16, 64) if w >= 16 or n not in FLOATS],
+    [
+        slow_unless(n in QUICK and w in (1, 64), n, w)
+        for n in PACKINGS
+        for w in (1, 4, 16, 64)
+        if w >= 16 or n not in FLOATS
+    ],
 )
 def test_every_kernel_lowers_for_cuda(name, width):
     signature = Signature(name, name, name)

@@ -27,7 +27,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE = 1e-4
 NAMES = tuple(tiny_models.MODELS)
 # Of the others one way is quick enough for every run; `make slow` has the rest.
-QUICK = ("qwen3moe", "mixtral", "olmoe", "qwen35moe")
+QUICK = ("qwen3moe", "qwen35moe")
 
 
 def slow_unless(quick: bool, *values):
@@ -80,7 +80,7 @@ def test_weights_are_those_of_the_golden(name):
 @pytest.mark.parametrize(
     ("name", "rounds", "chunk_tokens"),
     [
-        slow_unless(name in QUICK[:3] or rounds == 2, name, rounds, chunk_tokens)
+        slow_unless(name == "qwen3moe" or rounds == 2, name, rounds, chunk_tokens)
         for name in NAMES
         for rounds, chunk_tokens in [(1, 2048), (2, 2048), (1, 20)]
     ],
@@ -112,7 +112,8 @@ def test_prefill_and_decode(loaded, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3moe", "qwen35moe", pytest.param("mixtral", marks=pytest.mark.slow)]
+    "name",
+    [slow_unless(name == "qwen35moe", name) for name in ("qwen3moe", "qwen35moe", "mixtral")],
 )
 def test_batch_of_different_lengths(loaded, name):
     """Padding changes nothing: each sequence of a batch is what it is alone.

@@ -233,7 +233,7 @@ def narrow(tmp_path_factory):
     return load_model(path, "xla")
 
 
-@pytest.mark.parametrize("backend", ["xla", "ggml"])
+@pytest.mark.parametrize("backend", ["ggml", pytest.param("xla", marks=pytest.mark.slow)])
 def test_rows_are_filled_up_and_compute_what_they_say(narrow, tmp_path, backend):
     """Logits against a file of the decoded experts in float32, at the least budget and without."""
     source, config = narrow.file, narrow.config

@@ -98,7 +98,15 @@ def engine_of(model, store, mode: str, share: float, **options) -> Engine:
     return Engine(model, store, CacheConfig(budget, mode=mode, chunk_tokens=CHUNK, **options))
 
 
-@pytest.mark.parametrize("mode", ["use_low_if_resident", "fetch_low", "hobbit", "floor"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("use_low_if_resident", marks=pytest.mark.slow),
+        pytest.param("fetch_low", marks=pytest.mark.slow),
+        "hobbit",
+        "floor",
+    ],
+)
 def test_a_mode_is_deterministic_and_counted(model, store, native, mode):
     """Twice the same bits and the same counts; the pool is whole after every token."""
     runs = []

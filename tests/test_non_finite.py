@@ -59,8 +59,8 @@ def engine_of(path: Path, budget_bytes: int | None = None) -> Engine:
     [
         ("blk.0.ffn_gate_exps", "the experts of layer 0"),
         ("blk.1.attn_v", "the attention of layer 1"),
-        ("blk.1.ffn_gate_inp", "the experts of layer 1"),
-        ("blk.1.ffn_down_exps", "the experts of layer 1"),
+        pytest.param("blk.1.ffn_gate_inp", "the experts of layer 1", marks=pytest.mark.slow),
+        pytest.param("blk.1.ffn_down_exps", "the experts of layer 1", marks=pytest.mark.slow),
         ("output", "the output norm or the output matrix"),
     ],
 )

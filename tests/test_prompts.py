@@ -71,6 +71,7 @@ def test_a_generation_ends_and_goes_on(cases):
     assert run("generate.py", *shared, "--ignore_eos")[1] == "bcxyz\n"
 
 
+@pytest.mark.slow
 def test_a_console_that_lacks_a_character_shows_another(cases):
     model = f"--model={cases / 'double_bos' / 'model.gguf'}"
     shared = ("generate.py", model, "--prompt=<s>[INST] hi [/INST]", "--max_new_tokens=3")

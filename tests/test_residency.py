@@ -79,7 +79,7 @@ def make_pool(store, slots, budget_bytes: int, policy=LRU) -> SlotPool:
 @pytest.mark.parametrize(
     "mode",
     [
-        "use_low_if_resident",
+        pytest.param("use_low_if_resident", marks=pytest.mark.slow),
         "fetch_low",
         pytest.param("hobbit", marks=pytest.mark.slow),
         pytest.param("floor", marks=pytest.mark.slow),

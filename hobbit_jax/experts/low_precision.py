@@ -37,6 +37,7 @@ from hobbit_jax.quantize.quant_recipe import format_in_a_file
 from pallas_kernels import formats
 from pallas_kernels.formats import Format, get_format
 
+ROLES = ("gate", "up", "down")
 SOURCE_KEY = "hobbit.low_precision.source_sha256"
 ENCODER_KEY = "hobbit.low_precision.encoder_sha256"
 METHOD_KEY = "hobbit.low_precision.method"
@@ -70,29 +71,45 @@ class LowPrecisionSpec:
     """How a low precision is made.
 
     `through` are formats that the weights pass through first, each encoded plainly: what a
-    quantised file would have done to them.
+    quantised file would have done to them. `roles` are the matrices that are encoded, of `ROLES`;
+    the others stay as they are, and none named are all.
     """
 
     format: str
     method: str = "rtn"
     calibration: CalibratedMoments | None = None
     through: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if unknown := set(self.roles) - set(ROLES):
+            raise ValueError(f"roles {sorted(unknown)}; want some of {', '.join(ROLES)}")
 
     def key(self, source: GGUFFile) -> str:
         """Identity of the precision's bytes: of the source, of the encoders, of the calibration."""
         calibrated = f"-{self.calibration.sha256[:8]}" if self.calibration else ""
-        formats = "-".join([*self.through, self.format])
+        formats = "-".join([*self.through, self.format, *self.roles])
         return f"{source.sha256()[:16]}-{encoder_sha256()[:8]}-{formats}-{self.method}{calibrated}"
 
 
-def _places(config: ModelConfig) -> dict[str, tuple[str, int]]:
-    """Role and layer of every expert tensor, by name; of a fused one, the role of its gate."""
-    return {
+def _places(config: ModelConfig, roles: tuple[str, ...] = ()) -> dict[str, tuple[str, int]]:
+    """Role and layer of every expert tensor, by name; of a fused one, the role of its gate.
+
+    Raises:
+        NotImplementedError: `roles` name one half of a fused matrix.
+    """
+    if config.fused_gate_up and len({"gate", "up"} & set(roles)) == 1:
+        raise NotImplementedError(
+            f"{config.arch} stores gate and up as one matrix; name both roles or neither"
+        )
+    chosen = {f"ffn_{role}_exps" for role in roles or ROLES}
+    places = {
         name: ("ffn_gate_exps" if role == "ffn_gate_up_exps" else role, layer)
         for layer in range(config.n_layers)
         for role, name in layer_tensors(config, layer).items()
         if role in STACKS
     }
+    return {name: place for name, place in places.items() if place[0] in chosen}
 
 
 def padded(shape: tuple[int, ...], format: str) -> tuple[int, ...]:
@@ -152,7 +169,7 @@ def write_low_precision(
             f"this one is {source.sha256()[:16]}…)"
         )
     check_method(spec.format, spec.method, calibration is not None)
-    places = _places(config)
+    places = _places(config, spec.roles)
     formats = dict.fromkeys(places, spec.format)
     if for_llama_cpp:
         formats = {n: format_in_a_file(spec.format, source.tensors[n].shape[-1]) for n in places}

@@ -29,11 +29,16 @@ class Native:
 @member("uniform")
 @dataclass(frozen=True)
 class Uniform:
-    """Every expert in one low format; `through` are formats that it was rounded to before."""
+    """Every expert in one low format.
+
+    `through` are formats that it was rounded to before. `roles` are the matrices that are encoded,
+    of "gate", "up" and "down", the others staying native; none named are all.
+    """
 
     format: str
     encoder: str = "rtn"
     through: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
 
 
 @member("mixed")

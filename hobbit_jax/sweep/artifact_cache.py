@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,11 +30,23 @@ from hobbit_jax.importance.scores import MeasuredErrors, measure_errors
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.models.loading import LoadedModel, load_model
-from hobbit_jax.quantize.methods import NEEDED_STATISTICS
+from hobbit_jax.quantize.methods import METHODS, NEEDED_STATISTICS
 from hobbit_jax.record import EvalSizes, Inputs, Measured, machine
 from hobbit_jax.resources import roomy_pool_bytes
 from hobbit_jax.sweep.texts import CODE_TEXT, calibration_documents, evaluation_documents
 from pallas_kernels.backends import for_quality
+
+
+class Encoding(NamedTuple):
+    """How the low precisions of a trial are made; the rest of it is a `LowPrecisionSpec`'s.
+
+    `seed` draws the calibration windows.
+    """
+
+    method: str = METHODS[0]
+    seed: int = 0
+    through: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
 
 
 class ArtifactCache:
@@ -159,19 +171,16 @@ class ArtifactCache:
         """`native_logits`, mapped once."""
         return self.native_logits()
 
-    def specs(
-        self, formats: Sequence[str], method: str, seed: int = 0, through: tuple[str, ...] = ()
-    ) -> list[LowPrecisionSpec]:
-        """Low precisions of these formats, encoded by `method` from the calibration text."""
-        needed = NEEDED_STATISTICS[method]
-        calibration = self.calibration(needed, seed) if needed else None
-        return [LowPrecisionSpec(name, method, calibration, through) for name in formats]
+    def specs(self, formats: Sequence[str], how: Encoding) -> list[LowPrecisionSpec]:
+        """Low precisions of these formats, encoded from the calibration text."""
+        needed = NEEDED_STATISTICS[how.method]
+        calibration = self.calibration(needed, how.seed) if needed else None
+        rest = how.through, how.roles
+        return [LowPrecisionSpec(name, how.method, calibration, *rest) for name in formats]
 
-    def low_precision(
-        self, format: str, method: str, seed: int = 0, through: tuple[str, ...] = ()
-    ) -> GGUFFile:
+    def low_precision(self, format: str, how: Encoding) -> GGUFFile:
         """The file of one low precision."""
-        return self.precision(*self.specs([format], method, seed, through))
+        return self.precision(*self.specs([format], how))
 
     def benchmark_scores(
         self, engine: Engine, answers_depend_on: dict[str, Any], batch: int | None
@@ -209,17 +218,10 @@ class ArtifactCache:
             self.model.config, self.model.file, [self.precision(spec) for spec in specs]
         )
 
-    def errors(
-        self,
-        formats: Sequence[str],
-        method: str,
-        seed: int = 0,
-        through: tuple[str, ...] = (),
-        text: str = "",
-    ) -> MeasuredErrors:
+    def errors(self, formats: Sequence[str], how: Encoding, text: str = "") -> MeasuredErrors:
         """`measure_errors` of these precisions on calibration windows."""
-        specs = self.specs(formats, method, seed, through)
-        windows = self.calibration_windows(seed, text)
+        specs = self.specs(formats, how)
+        windows = self.calibration_windows(how.seed, text)
         names = " ".join(spec.key(self.model.file) for spec in specs)
         digest = hashlib.sha256(names.encode()).hexdigest()[:16]
         path = self.workdir / "cache" / f"errors-{self._key(windows)}-{digest}.npz"

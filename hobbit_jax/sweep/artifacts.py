@@ -12,7 +12,7 @@ from typing import Any
 
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS
 from hobbit_jax.record import EvalSizes, Inputs
-from hobbit_jax.sweep.artifact_cache import ArtifactCache
+from hobbit_jax.sweep.artifact_cache import ArtifactCache, Encoding
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,19 @@ def calibration_run(
     return Artifact(inputs, sizes, ArtifactCache.calibration, (statistics, seed, text))
 
 
-def low_precision_file(
-    inputs: Inputs, sizes: EvalSizes, format: str, method: str, seed: int, through: tuple[str, ...]
-) -> Artifact:
+def low_precision_file(inputs: Inputs, sizes: EvalSizes, format: str, how: Encoding) -> Artifact:
     """A copy of the model with all experts in one lower format, after its encoder's calibration."""
-    statistics = NEEDED_STATISTICS[method]
-    needed = (calibration_run(inputs, sizes, statistics, seed),) if statistics else ()
-    how = (format, method, seed, through)
-    return Artifact(inputs, sizes, ArtifactCache.low_precision, how, needed)
+    statistics = NEEDED_STATISTICS[how.method]
+    needed = (calibration_run(inputs, sizes, statistics, how.seed),) if statistics else ()
+    return Artifact(inputs, sizes, ArtifactCache.low_precision, (format, how), needed)
 
 
 def expert_errors(
-    inputs: Inputs, sizes: EvalSizes, formats: tuple[str, ...], method: str, seed: int,
-    through: tuple[str, ...], text: str,
-) -> Artifact:  # fmt: skip
+    inputs: Inputs, sizes: EvalSizes, formats: tuple[str, ...], how: Encoding, text: str
+) -> Artifact:
     """What each expert loses in lower formats, after the files in these formats."""
-    how = (method, seed, through)
-    files = tuple(low_precision_file(inputs, sizes, name, *how) for name in formats)
-    return Artifact(inputs, sizes, ArtifactCache.errors, (formats, *how, text), files)
+    files = tuple(low_precision_file(inputs, sizes, name, how) for name in formats)
+    return Artifact(inputs, sizes, ArtifactCache.errors, (formats, how, text), files)
 
 
 def all_artifacts(tasks: Iterable[Any]) -> list[Artifact]:

@@ -42,7 +42,7 @@ from hobbit_jax.record import (
     low_formats,
 )
 from hobbit_jax.resources import free_disk_bytes, host_bytes, mib, workers_device_bytes
-from hobbit_jax.sweep.artifact_cache import ArtifactCache
+from hobbit_jax.sweep.artifact_cache import ArtifactCache, Encoding
 from hobbit_jax.sweep.artifacts import all_artifacts
 from hobbit_jax.sweep.texts import CODE_TEXT, calibration_documents, evaluation_documents
 from hobbit_jax.sweep.trial import Trial
@@ -243,9 +243,9 @@ class _Check:
         """Formats that can be made, by every method that they are asked for with."""
         asked = set()
         for trial in self.trials:
-            method, _, through = trial.encoding
-            asked |= {(name, method) for name in low_formats(trial.asked.plan)}
-            asked |= {(name, "rtn") for name in through}
+            how = trial.encoding
+            asked |= {(name, how.method) for name in low_formats(trial.asked.plan)}
+            asked |= {(name, "rtn") for name in how.through}
         bad = set()
         for name, method in sorted(asked):
             try:
@@ -364,7 +364,7 @@ class _Check:
                 f"{where}a pool of {mib(largest)} beside the rest of the model ({mib(dense)}) does "
                 f"not fit the device, which has {mib(free)} free"
             )
-        if any(trial.encoding[0] == "gptq" for trial in self.trials):
+        if any(trial.encoding.method == "gptq" for trial in self.trials):
             columns = max(self.model.d_model, self.model.d_expert)
             working, free = gptq_bytes(columns), host_bytes()
             self.found.host_bytes = max(self.found.host_bytes, working)
@@ -391,16 +391,14 @@ class _Check:
         kind = Kind(self.workdir / "cache", "native-logits-*.npy", logits)
         self.found.wanted[kind].add((self.inputs.model, self.inputs.evaluation_text))
 
-    def low_precision_file(
-        self, name: str, method: str, seed: int, through: tuple[str, ...]
-    ) -> None:
+    def low_precision_file(self, name: str, how: Encoding) -> None:
         """Adds a file; of an encoder without calibration all trials of the model share it."""
         prefix = f"{self.source.sha256()[:16]}-{encoder_sha256()[:8]}"
-        glob = f"{prefix}-{'-'.join([*through, name])}-{method}*.gguf"
+        glob = f"{prefix}-{'-'.join([*how.through, name, *how.roles])}-{how.method}*.gguf"
         n_bytes = disk_bytes(self.source, self.model, name)
-        recipe = (self.inputs.model, name, method)
+        recipe = (self.inputs.model, name, how.method)
         kind = Kind(low_precision_folder(), glob, n_bytes, recipe)
-        calibrated = self.calibrated(seed) if NEEDED_STATISTICS[method] else recipe
+        calibrated = self.calibrated(how.seed) if NEEDED_STATISTICS[how.method] else recipe
         self.found.wanted[kind].add(calibrated)
 
     def calibration(self, statistics: str, seed: int, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import Observer
 from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.evals import quality, tasks
-from hobbit_jax.experts.low_precision import LowPrecisionSpec, dequantize
+from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.experts.precision import SKIPPED, PrecisionPlan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -23,7 +22,7 @@ from hobbit_jax.record import (
     measured,
     record_name,
 )
-from hobbit_jax.sweep.artifact_cache import ArtifactCache
+from hobbit_jax.sweep.artifact_cache import ArtifactCache, Encoding
 
 
 def measure_trial(
@@ -31,7 +30,7 @@ def measure_trial(
     bench: ArtifactCache,
     store: HostExperts,
     plan: PrecisionPlan,
-    specs: Sequence[LowPrecisionSpec],
+    how: Encoding,
 ) -> Measured:
     """Quality, tasks, and the bytes that selections use; of a uniform quant its errors too."""
     chunk_tokens = asked.sizes.windows * asked.sizes.context
@@ -51,8 +50,7 @@ def measure_trial(
         """Roots of the share of energy lost: of weights, and of outputs."""
         if not isinstance(asked.plan, Uniform):
             return Measured()
-        (spec,) = specs
-        found = bench.errors([spec.format], spec.method, asked.seed, asked.plan.through)
+        found = bench.errors([asked.plan.format], how)
         output_error = float((found.error_NLE[1].sum() / found.energy_LE.sum()) ** 0.5)
         return measured({"weight_error": _weight_error(store), "output_error": output_error})
 

@@ -1,13 +1,16 @@
-"""Which text a model is calibrated on, by name or from a file.
+"""Which text a model is calibrated or evaluated on, by name or from files.
 
 Owns the named texts: "code" (held-out source files that ship with the package), "tasks" (generated
-problems, none of them held out), and "mixed", as many characters of either. What is calibrated on
-code alone loses the problems: GPTQ at Q2_K then solves 0.68 of the arithmetic, plain rounding 0.82,
-so "mixed" is the default of `scripts/calibrate.py`.
+problems, none of them held out), and "mixed", which is "code,tasks". Names and files that are
+joined by commas give as many characters of each. What is calibrated on code alone loses the
+problems: GPTQ at Q2_K then solves 0.68 of the arithmetic, plain rounding 0.82, so "mixed" is the
+default of `scripts/calibrate.py`.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,45 +23,72 @@ NAMED_TEXTS = (CODE_TEXT, TASKS_TEXT, MIXED_TEXT)
 
 
 def calibration_documents(text: str) -> list[str]:
-    """Documents of a calibration text: one of `NAMED_TEXTS`, or the path of a UTF-8 file.
+    """Documents of a calibration text: some of `NAMED_TEXTS` and paths of files, with commas.
+
+    Each part gives as many characters as the shortest has, in whole documents drawn from it.
 
     Raises:
-        ValueError: there is no such file, or it is not UTF-8.
+        ValueError: a file is missing, not UTF-8, or not what its name says.
     """
-    if text == CODE_TEXT:
-        return reference.held_out_texts("calibration")
-    if text == TASKS_TEXT:
-        return task_documents(seed=0, count=4000)
     if text == MIXED_TEXT:
-        sources = reference.held_out_texts("calibration")
-        problems = task_documents(seed=0, count=4000)
-        order = np.random.default_rng(0).permutation(len(problems))
-        ends = np.cumsum([len(problems[index]) for index in order])
-        kept = order[ends <= sum(map(len, sources))]
-        return [*sources, *(problems[index] for index in kept)]
-    return [read_text(Path(text))]
+        text = f"{CODE_TEXT},{TASKS_TEXT}"
+    parts = [_documents(name.strip()) for name in text.split(",")]
+    length = min(sum(map(len, part)) for part in parts)
+    return [document for part in parts for document in _first(part, length)]
 
 
 def evaluation_documents(text: str) -> list[str]:
-    """Documents of an evaluation text: the path of a UTF-8 file, or "" for held-out source files.
+    """Documents of an evaluation text: the path of a file, or "" for held-out source files.
 
     Raises:
-        ValueError: there is no such file, or it is not UTF-8.
+        ValueError: the file is missing, not UTF-8, or not what its name says.
     """
-    return [read_text(Path(text))] if text else reference.held_out_texts("evaluation")
+    return read_documents(Path(text)) if text else reference.held_out_texts("evaluation")
 
 
-def read_text(path: Path) -> str:
-    """The text of a file.
+def _documents(name: str) -> list[str]:
+    if name == CODE_TEXT:
+        return reference.held_out_texts("calibration")
+    if name == TASKS_TEXT:
+        return task_documents(seed=0, count=4000)
+    return read_documents(Path(name))
+
+
+def _first(documents: list[str], length: int) -> list[str]:
+    """`length` characters of `documents`, drawn whole unless there is only one."""
+    if sum(map(len, documents)) <= length:
+        return documents
+    if len(documents) == 1:
+        return [documents[0][:length]]
+    order = np.random.default_rng(0).permutation(len(documents))
+    ends = np.cumsum([len(documents[index]) for index in order])
+    return [documents[index] for index in order[ends <= length]]
+
+
+def read_documents(path: Path) -> list[str]:
+    """The text of a file; of a .jsonl file, a document a line: the strings of its object.
 
     Raises:
-        ValueError: there is none, or it is not UTF-8.
+        ValueError: there is no such file, it is not UTF-8, or a line is no object of JSON.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is no UTF-8 text (byte {error.start}); want a text file"
         ) from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    if path.suffix != ".jsonl":
+        return [text]
+    return [_line(path, at, line) for at, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _line(path: Path, at: int, line: str) -> str:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {at} is no JSON ({error}); want an object") from error
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{path}, line {at} is {type(found).__name__}; want an object of JSON")
+    return "\n".join(value for value in found.values() if isinstance(value, str))

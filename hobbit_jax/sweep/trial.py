@@ -47,7 +47,7 @@ from hobbit_jax.record import (
     record_name,
 )
 from hobbit_jax.sweep import cache_trial, quality_trial
-from hobbit_jax.sweep.artifact_cache import ArtifactCache
+from hobbit_jax.sweep.artifact_cache import ArtifactCache, Encoding
 from hobbit_jax.sweep.artifacts import (
     Artifact,
     calibration_run,
@@ -91,25 +91,29 @@ class Trial:
         return record_name(self.asked)
 
     @property
-    def encoding(self) -> tuple[str, int, tuple[str, ...]]:
-        """Encoder, seed of the calibration windows, formats that weights pass through before."""
-        seed = self.asked.seed if isinstance(self.asked, QualityTrial) else 0
+    def encoding(self) -> Encoding:
+        """How its low precisions are made."""
         plan = self.asked.plan
-        return getattr(plan, "encoder", METHODS[0]), seed, getattr(plan, "through", ())
+        method, seed = getattr(plan, "encoder", METHODS[0]), getattr(self.asked, "seed", 0)
+        if not isinstance(self.asked, QualityTrial):
+            seed = 0  # it draws the random control alone
+        if isinstance(plan, Uniform):
+            return Encoding(method, seed, plan.through, plan.roles)
+        return Encoding(method, seed)
 
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
         """What it shares with other trials, and is worth making before any of them runs."""
         plan, on, how = self.asked.plan, (self.inputs, self.sizes), self.encoding
         text, formats = getattr(plan, "score_text", ""), low_formats(plan)
-        found = [native_logits(*on), calibration_run(*on, "routing", how[1])]
-        found += [low_precision_file(*on, name, *how) for name in formats]
+        found = [native_logits(*on), calibration_run(*on, "routing", how.seed)]
+        found += [low_precision_file(*on, name, how) for name in formats]
         if text:
-            found.append(calibration_run(*on, "routing", how[1], text))
+            found.append(calibration_run(*on, "routing", how.seed, text))
         by_error = isinstance(plan, Mixed) and plan.score == "sensitivity"
         alone = isinstance(plan, Uniform) and isinstance(self.asked, QualityTrial)
         if by_error or alone or isinstance(plan, MixedInBytes):
-            found.append(expert_errors(*on, formats, *how, text))
+            found.append(expert_errors(*on, formats, how, text))
         return tuple(found)
 
     def run(self, bench: ArtifactCache) -> Measured:
@@ -123,23 +127,23 @@ class Trial:
                 a limit of bytes, or too little text.
             NotImplementedError: a method without an encoder for a format.
         """
-        asked, (_, seed, _) = self.asked, self.encoding
-        specs = bench.specs(low_formats(asked.plan), *self.encoding)
+        asked = self.asked
+        specs = bench.specs(low_formats(asked.plan), self.encoding)
         store = bench.store(specs)
         plan = self.plan(store, bench)
         if isinstance(asked, CacheTrial):
             found = cache_trial.measure_trial(asked, bench, store, plan, specs)
         else:
-            found = quality_trial.measure_trial(asked, bench, store, plan, specs)
+            found = quality_trial.measure_trial(asked, bench, store, plan, self.encoding)
         low = {f"low_{spec.format}": bench.precision(spec).sha256() for spec in specs}
-        calibration = bench.calibration("routing", seed).sha256
+        calibration = bench.calibration("routing", self.encoding.seed).sha256
         hashes = Measured(file_sha256={**low, "calibration": calibration})
         by_miss = isinstance(asked.plan, MissModeTrial)
         return combined(found, measured(store_figures(store, plan, by_miss)), hashes)
 
     def plan(self, store: HostExperts, bench: ArtifactCache) -> PrecisionPlan:
         """Who gets which precision."""
-        plan, (_, seed, _) = self.asked.plan, self.encoding
+        plan, seed = self.asked.plan, self.encoding.seed
         if isinstance(plan, Native | MissModeTrial):
             return uniform_plan(store, NATIVE)
         if isinstance(plan, Uniform):
@@ -151,7 +155,7 @@ class Trial:
             return selection_plan(plan.score, precisions, plan.shares, profile)
         error_NLE = None
         if plan.score == "sensitivity" or isinstance(plan, MixedInBytes):
-            error_NLE = bench.errors(low_formats(plan), *self.encoding, text).error_NLE
+            error_NLE = bench.errors(low_formats(plan), self.encoding, text).error_NLE
         if isinstance(plan, Mixed):
             error_LE = None if error_NLE is None else error_NLE[LOW]
             return allocate(plan.score, plan.share, LOW, profile, self.asked.seed, error_LE)
