@@ -8,10 +8,8 @@ protection that this machine lacks is named. Writes a record and prints its tabl
 stay in --workdir, where an interrupted run goes on. Mixed plans are trials of a sweep.
 """
 
-import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -23,15 +21,13 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.loading import LoadedModel
 from hobbit_jax.record import write_record
 from hobbit_jax.report.table import Column, table
+from hobbit_jax.sweep.texts import DATA_VARIABLE, data_folder
 
 try:
     from hobbit_jax.evals.benchmarks import BenchmarkSettings, as_record, evaluate_engine, rows
     from hobbit_jax.evals.lm_eval_tasks import TASKS
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; pip install -c constraints.txt -e '.[eval]'")
-
-DATA_VARIABLE = "HOBBIT_DATA_DIR"
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 ENGINE = EngineFlags(
     "model", "implementation", "threads", "kv_format", "devices", "budget_mib", "policy",
@@ -74,19 +70,6 @@ _COLUMNS = (
 )
 
 
-def data_folder() -> Path | None:
-    """Where the data sets are; None leaves them to lm-eval.
-
-    Raises:
-        ValueError: the folder that was named is not there.
-    """
-    if _DATA_DIR.value:
-        return cli.input_folder("data_dir", _DATA_DIR.value)
-    if os.environ.get(DATA_VARIABLE):
-        return cli.input_folder(f"data_dir (${DATA_VARIABLE})", os.environ[DATA_VARIABLE])
-    return SHARED_DATA if SHARED_DATA.is_dir() else None
-
-
 def plan_of(model: LoadedModel, engine: Engine) -> dict[str, Any]:
     """What the answers depend on besides the model."""
     plan = {"kv_format": ENGINE.value("kv_format"), "low_format": ENGINE.low_format}
@@ -109,7 +92,9 @@ def main(_):
         max_new_tokens=_MAX_NEW_TOKENS.value,
         chat_template=_CHAT_TEMPLATE.value,
     )
-    data, workdir = data_folder(), cli.output_folder("workdir", str(_WORKDIR.value))
+    named = _DATA_DIR.value
+    data = cli.input_folder("data_dir", named) if named else data_folder()  # or lm-eval's own
+    workdir = cli.output_folder("workdir", str(_WORKDIR.value))
     began, model = time.monotonic(), ENGINE.load_model()
     engine = ENGINE.make_engine(model)
     plan = plan_of(model, engine)

@@ -21,7 +21,7 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.tokenizer import Tokenizer
 
 # Logits of a batch of windows; beside them the comparison needs a few times as much.
-_LOGIT_BYTES = 128 * 2**20
+_LOGIT_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)

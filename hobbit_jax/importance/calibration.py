@@ -67,6 +67,13 @@ class Calibration:
             return "routing"
         return "second_moment" if self.inputs is None else "hessian"
 
+    def only(self, statistics: str) -> Calibration:
+        """What a calibration for no more than `statistics` would be."""
+        dropped: dict[str, None] = {} if statistics == "hessian" else {"inputs": None}
+        if statistics == "routing":
+            dropped |= {"input_moments": None, "hidden_moments": None}
+        return replace(self, **dropped)
+
     @property
     def selections_LE(self) -> np.ndarray:
         """How often each expert was chosen."""

@@ -57,7 +57,7 @@ class ArtifactCache:
         path = inputs.model or reference.model_path()
         self.model: LoadedModel = load_model(path, for_quality(inputs.implementation or None))
         self.tokenizer = self.model.tokenizer()
-        self._calibrations: dict[tuple[str, int], Calibration] = {}
+        self._calibrations: dict[tuple[str, str], Calibration] = {}
         self._precisions: dict[str, GGUFFile] = {}
 
     def _made(self, path: Path, make: Callable[[], object]) -> Path:
@@ -146,16 +146,20 @@ class ArtifactCache:
     def calibration(
         self, statistics: str = "routing", seed: int = 0, text: str = ""
     ) -> Calibration:
-        """A calibration that has at least `statistics`."""
+        """The calibration with `statistics`, part of one with more where that has been made."""
         windows = self.calibration_windows(seed, text)
-        key = (self._key(windows), STATISTICS.index(statistics))
+        key = (self._key(windows), statistics)
         if key not in self._calibrations:
-            path = self.workdir / "cache" / f"calibration-{key[0]}-{statistics}"
+            cache = self.workdir / "cache"
+            at_least = STATISTICS[STATISTICS.index(statistics) :]
+            paths = [cache / f"calibration-{key[0]}-{name}" for name in at_least]
+            made = [path for path in paths if Calibration.file(path).exists()]
+            path = made[0] if made else paths[0]
             self._made(
                 Calibration.file(path),
                 lambda: calibrate(self._native_engine(), windows, statistics, path),
             )
-            self._calibrations[key] = Calibration.load(path, self.model.file)
+            self._calibrations[key] = Calibration.load(path, self.model.file).only(statistics)
         return self._calibrations[key]
 
     def native_logits(self) -> np.ndarray:

@@ -1,15 +1,17 @@
 """Which text a model is calibrated or evaluated on, by name or from files.
 
 Owns the named texts: "code" (held-out source files that ship with the package), "tasks" (generated
-problems, none of them held out), and "mixed", which is "code,tasks". Names and files that are
-joined by commas give as many characters of each. What is calibrated on code alone loses the
-problems: GPTQ at Q2_K then solves 0.68 of the arithmetic, plain rounding 0.82, so "mixed" is the
-default of `scripts/calibrate.py`.
+problems, none of them held out), "mixed", which is "code,tasks", and two of the data sets that
+README names, "wikitext" and "gsm8k", whose training halves calibrate and whose test halves
+evaluate. Names and files that are joined by commas give as many characters of each. What is
+calibrated on code alone loses the problems: GPTQ at Q2_K then solves 0.68 of the arithmetic, plain
+rounding 0.82, so "mixed" is the default of `scripts/calibrate.py`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,10 +22,29 @@ from hobbit_jax.synthetic_tasks.documents import task_documents
 
 CODE_TEXT, TASKS_TEXT, MIXED_TEXT = "code", "tasks", "mixed"
 NAMED_TEXTS = (CODE_TEXT, TASKS_TEXT, MIXED_TEXT)
+# Name → files below the folder of the data sets that calibrate and evaluate.
+DATA_TEXTS = {
+    "wikitext": ("wikitext2/valid.txt", "wikitext2/test.txt"),
+    "gsm8k": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"),
+}
+DATA_VARIABLE = "HOBBIT_DATA_DIR"
+
+
+def data_folder() -> Path | None:
+    """The folder of the data sets: $HOBBIT_DATA_DIR, or ../shared/data beside this checkout.
+
+    Raises:
+        ValueError: the variable names no folder.
+    """
+    named = os.environ.get(DATA_VARIABLE)
+    folder = Path(named or Path(__file__).resolve().parents[3] / "shared" / "data")
+    if named and not folder.is_dir():
+        raise ValueError(f"${DATA_VARIABLE} is {named}; want the folder of the data sets")
+    return folder if folder.is_dir() else None
 
 
 def calibration_documents(text: str) -> list[str]:
-    """Documents of a calibration text: some of `NAMED_TEXTS` and paths of files, with commas.
+    """Documents of a calibration text: named texts and paths of files, with commas between.
 
     Each part gives as many characters as the shortest has, in whole documents drawn from it.
 
@@ -38,12 +59,15 @@ def calibration_documents(text: str) -> list[str]:
 
 
 def evaluation_documents(text: str) -> list[str]:
-    """Documents of an evaluation text: the path of a file, or "" for held-out source files.
+    """Documents of an evaluation text: one of `DATA_TEXTS`, the path of a file, or "" for held-out
+    source files.
 
     Raises:
         ValueError: the file is missing, not UTF-8, or not what its name says.
     """
-    return read_documents(Path(text)) if text else reference.held_out_texts("evaluation")
+    if not text:
+        return reference.held_out_texts("evaluation")
+    return read_documents(_path(text, calibrates=False))
 
 
 def _documents(name: str) -> list[str]:
@@ -51,7 +75,19 @@ def _documents(name: str) -> list[str]:
         return reference.held_out_texts("calibration")
     if name == TASKS_TEXT:
         return task_documents(seed=0, count=4000)
-    return read_documents(Path(name))
+    return read_documents(_path(name, calibrates=True))
+
+
+def _path(name: str, calibrates: bool) -> Path:
+    if name not in DATA_TEXTS:
+        return Path(name)
+    folder = data_folder()
+    if folder is None:
+        raise ValueError(
+            f"the text {name} is one of the data sets of README; set ${DATA_VARIABLE} to their "
+            "folder"
+        )
+    return folder / DATA_TEXTS[name][0 if calibrates else 1]
 
 
 def _first(documents: list[str], length: int) -> list[str]:
