@@ -22,7 +22,7 @@ from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.loading import LoadedModel, load_model
-from hobbit_jax.quantize import gptq
+from hobbit_jax.quantize import ggml, gptq
 from hobbit_jax.record import CacheTrial, EvalSizes, MissModeTrial
 from hobbit_jax.resources import roomy_pool_bytes
 from hobbit_jax.sweep.cache_trial import of_quality
@@ -128,8 +128,11 @@ def _encode_s(model: LoadedModel, format: str, method: str) -> float:
             if method == "gptq":
                 rows = rng.standard_normal((columns + 1, columns), np.float32)
                 gptq.encode(weights_NK, format, rows.T @ rows)
+                continue
+            importance_K = None if method == "rtn" else rng.uniform(1, 2, columns)
+            if method == "ggml":
+                ggml.encode(weights_NK, format, importance_K)
             else:
-                importance_K = None if method == "rtn" else rng.uniform(1, 2, columns)
                 quantize.encode(weights_NK, format, importance_K)
 
     return _timed(encode) * config.n_layers * config.n_experts
