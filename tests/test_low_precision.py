@@ -295,3 +295,20 @@ def test_a_file_for_llama_cpp_falls_back_as_it_does(narrow, tmp_path, capsys):
         assert format_in_a_file(format, columns) == wanted
     with pytest.raises(NotImplementedError, match="rows of 96 weights in the place of Q1_0"):
         format_in_a_file("Q1_0", 96)
+
+
+def test_some_matrices_only(two_banks_path, tmp_path):
+    source = open_gguf(two_banks_path)
+    config = read_config(source)
+    spec = LowPrecisionSpec("Q2_K", roles=("down",))
+    low = low_precision.open_low_precision(source, config, spec, tmp_path)
+    for name, tensor in source.tensors.items():
+        if "ffn_down_exps" in name:
+            assert low.tensors[name].format == "Q2_K"
+        else:
+            np.testing.assert_array_equal(low.tensors[name].raw, tensor.raw)
+    every = low_precision.open_low_precision(source, config, LowPrecisionSpec("Q2_K"), tmp_path)
+    for name in (n for n in source.tensors if "ffn_down_exps" in n):
+        np.testing.assert_array_equal(low.tensors[name].raw, every.tensors[name].raw)
+    with pytest.raises(ValueError, match=r"roles .*'router'.*; want some of gate, up, down"):
+        LowPrecisionSpec("Q2_K", roles=("router",))

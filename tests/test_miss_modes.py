@@ -104,7 +104,7 @@ def engine_of(model, store, mode: str, share: float, **options) -> Engine:
         pytest.param("use_low_if_resident", marks=pytest.mark.slow),
         pytest.param("fetch_low", marks=pytest.mark.slow),
         "hobbit",
-        "floor",
+        pytest.param("floor", marks=pytest.mark.slow),
     ],
 )
 def test_a_mode_is_deterministic_and_counted(model, store, native, mode):

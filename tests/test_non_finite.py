@@ -106,6 +106,7 @@ def test_a_generation_ends_at_the_first_token_that_cannot_be_drawn(tmp_path, tok
     assert seen == drawn[: len(seen)] and len(seen) <= target + 1
 
 
+@pytest.mark.slow
 def test_generate_script(tmp_path):
     path = poison(tmp_path / "m.gguf", "blk.1.ffn_up_exps")
     flags = (f"--model={path}", "--prompt=ab", "--max_new_tokens=4")

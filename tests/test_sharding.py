@@ -204,6 +204,7 @@ def test_two_devices_give_the_bits_of_one(two_banks, two, one_device):
     assert two.stats.host_round_trips > 0
 
 
+@pytest.mark.slow
 def test_four_devices_with_some_slots_to_spare(two_banks, one_device):
     budget = 3 * least_budget(uniform_plan(two_banks[1]), two_banks[1], 4) // 2
     engine = engine_of(two_banks, budget, devices=4)

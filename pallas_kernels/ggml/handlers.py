@@ -27,6 +27,7 @@ from pallas_kernels.ggml.jobs import (
     put,
     release,
     wait_until_done,
+    work_here,
 )
 from pallas_kernels.ggml.machine import (
     NO_ERROR,
@@ -398,7 +399,7 @@ def _work(job):
 def _run(frame, job, products):
     """Does a job with helpers; returns an error's code."""
     call_helpers(frame, job, products)
-    _work(job)
+    work_here(job)
     wait_until_done(job, get(job, PHASE + 4))
     code = get(job, ERROR)
     release(job)

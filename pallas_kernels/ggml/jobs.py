@@ -21,6 +21,7 @@ from pallas_kernels.ggml.machine import (
     U,
     add_i64,
     call_api,
+    call_task,
     free,
     load_i64,
     load_u64,
@@ -111,6 +112,16 @@ def release(job):
     """Gives up a reference to a job."""
     if add_i64(job + U(8 * REFERENCES), np.int64(-1)) == 1:
         free(job)
+
+
+@njit
+def work_here(job):
+    """Works at a job until no chunk is left.
+
+    By the task's address, since linked into every handler it would be compiled as many times.
+    """
+    add_i64(job + U(8 * REFERENCES), np.int64(1))
+    call_task(load_u64(table() + U(8 * TASK)), job)
 
 
 @njit

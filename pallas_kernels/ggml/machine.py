@@ -231,6 +231,12 @@ def call_gemm(_, function, n, out, stride, rows, columns, n_columns, n_rows):
 
 
 @intrinsic
+def call_task(_, function, job):
+    """The task of a helper."""
+    return _call(types.void, _u)
+
+
+@intrinsic
 def call_api(_, function, arguments):
     """A function of XLA_FFI_Api."""
     return _call(_u, _u)
