@@ -10,11 +10,10 @@ encoder keeps most at equal bytes, ggml's best types included; and which matrice
 
 A dense model is one whose only expert is always chosen. Texts "wikitext" and "gsm8k" are data sets
 of README; encoders are calibrated on their training halves and on source code, as much of each, and
-judged on the test halves. `configs/real_weights.py:full` adds the grids that ggml encodes slowly
-and GPTQ at 3 bits.
+judged on the test halves. `configs/real_weights.py:full` adds GPTQ and the grids of ggml, which
+take longest to encode, and what plain Q2_K loses after another format on the way.
 
-Cost on 2 CPU cores, for 1.5 billion weights: about 5 minutes a plan, of which GPTQ takes half an
-hour more and a type of ggml's grids a quarter.
+Cost on 2 CPU cores, for 1.5 billion weights: about 7 minutes a plan.
 Expected: KL at plain Q3_K 0.075 and at plain Q2_K 0.35 on code and prose, as a first look with
 llama.cpp found; calibration lowers Q2_K's by a third or more. Written before the first run of this
 config: at 2 bits an encoder of ours is worth its calibration if its KL is at most 0.75 of that of
@@ -40,12 +39,12 @@ def get_config(arg: str = "") -> ConfigDict:
     # ggml's products, as llama.cpp computes them: float32 takes several times as long.
     config.implementation = "ggml"
     config.uniform = (
-        ("Q3_K", "rtn"), ("Q2_K", "rtn"), ("Q2_K", "ggml"), ("Q3_K", "ggml"),
-        ("Q2_K", "importance"), ("IQ2_S", "ggml"), ("Q2_K", "gptq"),
-        *((("IQ3_XXS", "ggml"), ("IQ2_XS", "ggml"), ("IQ2_XXS", "ggml"), ("IQ3_S", "ggml"),
-           ("Q3_K", "gptq")) if arg == "full" else ()),
+        ("Q3_K", "ggml"), ("Q2_K", "ggml"), ("Q2_K", "importance"), ("Q2_K", "rtn"),
+        ("Q3_K", "importance"), ("Q3_K", "rtn"),
+        *((("Q2_K", "gptq"), ("IQ2_S", "ggml"), ("IQ3_XXS", "ggml"), ("IQ2_XS", "ggml"),
+           ("IQ2_XXS", "ggml"), ("IQ3_S", "ggml"), ("Q3_K", "gptq")) if arg == "full" else ()),
     )  # fmt: skip
-    # Which matrices are encoded, the others staying native; and what they pass through before.
+    # Which matrices are Q2_K, the others staying native; what plain Q2_K passes through before.
     config.roles = (("gate", "up"), ("down",))
     config.through = ("Q8_0", "Q5_K") if arg == "full" else ()
     config.seed = 0

@@ -27,7 +27,7 @@ from launch_harness import (
 from hobbit_jax import atomic
 from hobbit_jax.launch import connect, parse_resources
 from hobbit_jax.launch.on_local import visible_gpus
-from hobbit_jax.launch.sweeping import map_tasks, task_graph
+from hobbit_jax.launch.sweeping import Graph, map_tasks
 from hobbit_jax.record import (
     Benchmark,
     CacheTrial,
@@ -42,6 +42,7 @@ from hobbit_jax.record import (
     record_path,
 )
 from hobbit_jax.sweep.artifact_cache import ArtifactCache
+from hobbit_jax.sweep.artifacts import all_artifacts
 from hobbit_jax.sweep.trial import Trial
 
 LOCAL_WORKER = "multiprocessing.spawn"
@@ -95,7 +96,10 @@ def test_a_trial_names_all_artifacts_that_it_needs(workdir, monkeypatch):
         kept = [*workdir.glob("cache/*"), *workdir.glob("low_precision/*")]
         return {path.name for path in kept if not path.name.startswith(".")}
 
-    graph, count = task_graph(trials), 0
+    graph, count = Graph(trials), 0
+    for task, rank in graph.rank.items():
+        needing = [i for i, t in enumerate(trials) if task is t or task in all_artifacts([t])]
+        assert rank == needing[0]
     while ready := [task for task in graph.get_ready() if task not in trials]:
         before = made()
         for artifact in ready:
@@ -122,7 +126,7 @@ def test_workers_that_never_start_end_the_sweep(workdir):
             self.submitted = -self.submitted
 
     pool = DeadPool()
-    graph = task_graph(digest_trials.trials(workdir, 2))
+    graph = Graph(digest_trials.trials(workdir, 2))
     with pytest.raises(RuntimeError, match="workers end before they begin; last: no such interp"):
         list(map_tasks(pool, graph, workdir, 1))
     assert pool.submitted == -6

@@ -7,9 +7,11 @@ take one task at a time, and the progress bar. It computes nothing and may be ki
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import shutil
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from graphlib import TopologicalSorter
@@ -23,7 +25,28 @@ from hobbit_jax.record import Study, is_finished, write_study
 from hobbit_jax.sweep.artifacts import Artifact
 from hobbit_jax.sweep.trial import Trial
 
-Graph = TopologicalSorter[Task]
+
+class Graph(TopologicalSorter[Task]):
+    """Trials after their artifacts, and those after theirs.
+
+    `rank` of a task is the place of the first trial that needs it. Whoever takes the least first
+    finishes trials in their order, and makes no file long before it is read.
+    """
+
+    def __init__(self, trials: Sequence[Trial]):
+        super().__init__()
+        self.rank: dict[Task, int] = {}
+        for place, trial in enumerate(trials):
+            found: list[Task] = [trial]
+            while found:
+                task = found.pop()
+                if task not in self.rank:
+                    self.rank[task] = place
+                    self.add(task, *task.artifacts)
+                    found.extend(task.artifacts)
+        self.prepare()
+
+
 Outcomes = Generator[tuple[Task, Outcome]]
 # Runs a graph in a working directory, so many tasks at a time, and yields each when it is done.
 # It ends whatever it has started when it is closed.
@@ -59,7 +82,7 @@ def run_sweep(
     before, settled, failed, shared = len(trials) - len(left), 0, 0, 0
     with (
         tqdm(total=len(trials), initial=before, unit="trial") as progress,
-        contextlib.closing(engine(task_graph(left), workdir, workers)) as outcomes,
+        contextlib.closing(engine(Graph(left), workdir, workers)) as outcomes,
     ):
         try:
             for task, outcome in outcomes:
@@ -80,19 +103,6 @@ def run_sweep(
             raise
     _tidy(workdir)
     return len(left), before, failed
-
-
-def task_graph(trials: Sequence[Trial]) -> Graph:
-    """Trials after their artifacts, and those after theirs."""
-    graph, known, found = TopologicalSorter(), set(), deque[Task](trials)
-    while found:
-        task = found.popleft()
-        if task not in known:
-            known.add(task)
-            graph.add(task, *task.artifacts)
-            found.extend(task.artifacts)
-    graph.prepare()
-    return graph
 
 
 class Pool(Protocol):
@@ -118,20 +128,27 @@ class Pool(Protocol):
 
 
 def map_tasks(pool: Pool, graph: Graph, workdir: Path, workers: int) -> Outcomes:
-    """An `Engine` of a pool: submits each task when those that it needs are done.
+    """An `Engine` of a pool: submits each task when those that it needs are done, least rank first.
 
     Raises:
         RuntimeError: processes die even where nothing is left to do but to write a record.
     """
-    waiting: deque[tuple[Task, bool]] = deque()
+    # Whether another sweep is at it, rank, a number that tells equal ones apart, whether to wait.
+    waiting: list[tuple[bool, int, int, Task, bool]] = []
+    numbers = itertools.count()
+
+    def enqueue(task: Task, patient: bool, last: bool = False) -> None:
+        heapq.heappush(waiting, (last, graph.rank[task], next(numbers), task, patient))
+
     running: dict[Future[Outcome], Task] = {}
     deaths: Counter[Task] = Counter()
     given_up: dict[Task, str] = {}
     try:
         while graph.is_active():
-            waiting.extend((task, False) for task in graph.get_ready())
+            for task in graph.get_ready():
+                enqueue(task, patient=False)
             while waiting and len(running) < workers:
-                task, patient = waiting.popleft()
+                *_, task, patient = heapq.heappop(waiting)
                 future = pool.submit(task, workdir, patient, given_up.get(task))
                 running[future] = task
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -142,10 +159,10 @@ def map_tasks(pool: Pool, graph: Graph, workdir: Path, workers: int) -> Outcomes
                     deaths[task] += 1
                     if deaths[task] >= pool.attempts:
                         given_up[task] = death(error, deaths[task], pool.attempts)
-                    waiting.appendleft((task, True))
+                    enqueue(task, patient=True)
                     continue
                 if outcome.status == "busy":  # a process of another sweep is at it: last, then
-                    waiting.append((task, True))
+                    enqueue(task, patient=True, last=True)
                     continue
                 graph.done(task)
                 yield task, outcome
