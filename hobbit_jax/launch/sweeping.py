@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import itertools
 import shutil
 import sys
 from collections import Counter
@@ -29,19 +28,19 @@ from hobbit_jax.sweep.trial import Trial
 class Graph(TopologicalSorter[Task]):
     """Trials after their artifacts, and those after theirs.
 
-    `rank` of a task is the place of the first trial that needs it. Whoever takes the least first
+    `rank` counts a trial, then what it needs, then the next trial. Whoever takes the least first
     finishes trials in their order, and makes no file long before it is read.
     """
 
     def __init__(self, trials: Sequence[Trial]):
         super().__init__()
         self.rank: dict[Task, int] = {}
-        for place, trial in enumerate(trials):
+        for trial in trials:
             found: list[Task] = [trial]
             while found:
                 task = found.pop()
                 if task not in self.rank:
-                    self.rank[task] = place
+                    self.rank[task] = len(self.rank)
                     self.add(task, *task.artifacts)
                     found.extend(task.artifacts)
         self.prepare()
@@ -133,12 +132,11 @@ def map_tasks(pool: Pool, graph: Graph, workdir: Path, workers: int) -> Outcomes
     Raises:
         RuntimeError: processes die even where nothing is left to do but to write a record.
     """
-    # Whether another sweep is at it, rank, a number that tells equal ones apart, whether to wait.
-    waiting: list[tuple[bool, int, int, Task, bool]] = []
-    numbers = itertools.count()
+    # Whether another sweep is at it, rank (which no other has), and whether to wait for its lock.
+    waiting: list[tuple[bool, int, Task, bool]] = []
 
     def enqueue(task: Task, patient: bool, last: bool = False) -> None:
-        heapq.heappush(waiting, (last, graph.rank[task], next(numbers), task, patient))
+        heapq.heappush(waiting, (last, graph.rank[task], task, patient))
 
     running: dict[Future[Outcome], Task] = {}
     deaths: Counter[Task] = Counter()
