@@ -102,11 +102,19 @@ class Trial:
         return Encoding(method, seed)
 
     @property
+    def reads_routing(self) -> bool:
+        """Whether it asks which experts the calibration text chose."""
+        asked = self.asked
+        return isinstance(asked, CacheTrial) or not isinstance(asked.plan, Native | Uniform)
+
+    @property
     def artifacts(self) -> tuple[Artifact, ...]:
         """What it shares with other trials, and is worth making before any of them runs."""
         plan, on, how = self.asked.plan, (self.inputs, self.sizes), self.encoding
         text, formats = getattr(plan, "score_text", ""), low_formats(plan)
-        found = [native_logits(*on), calibration_run(*on, "routing", how.seed)]
+        found = [native_logits(*on)]
+        if self.reads_routing:
+            found.append(calibration_run(*on, "routing", how.seed))
         found += [low_precision_file(*on, name, how) for name in formats]
         if text:
             found.append(calibration_run(*on, "routing", how.seed, text))
@@ -136,10 +144,13 @@ class Trial:
         else:
             found = quality_trial.measure_trial(asked, bench, store, plan, self.encoding)
         low = {f"low_{spec.format}": bench.precision(spec).sha256() for spec in specs}
-        calibration = bench.calibration("routing", self.encoding.seed).sha256
-        hashes = Measured(file_sha256={**low, "calibration": calibration})
+        hashes = low
+        if self.reads_routing:
+            hashes |= {"calibration": bench.calibration("routing", self.encoding.seed).sha256}
         by_miss = isinstance(asked.plan, MissModeTrial)
-        return combined(found, measured(store_figures(store, plan, by_miss)), hashes)
+        return combined(
+            found, measured(store_figures(store, plan, by_miss)), Measured(file_sha256=hashes)
+        )
 
     def plan(self, store: HostExperts, bench: ArtifactCache) -> PrecisionPlan:
         """Who gets which precision."""
