@@ -9,8 +9,9 @@ wanted?
     python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep
     python scripts/report.py --workdir out/reference_sweep
 
-`configs/reference.py:demo` is the same question in 14 small trials; `:qwen3-30b-a3b` and
-`:mixtral-8x7b` ask it of models of full size, at the budgets of cards from 8 to 24 GB:
+`configs/reference.py:demo` is the same question in 14 small trials; `:qwen3.6-35b-a3b`,
+`:qwen3-30b-a3b`, `:gpt-oss-20b` and `:mixtral-8x7b` ask it of models of full size, at the budgets
+of cards from 8 to 24 GB:
 
     python scripts/sweep.py --config configs/reference.py:qwen3-30b-a3b \\
         --config.model=Qwen3-30B-A3B-Q4_K_M.gguf --workdir out/qwen3
@@ -47,7 +48,9 @@ from hobbit_jax.sweep.trial import Trial
 
 # Budgets of cards from 8 to 24 GB.
 FULL_SIZE = {
+    "qwen3.6-35b-a3b": (4096.0, 8192.0, 11264.0, 20480.0),
     "qwen3-30b-a3b": (4096.0, 8192.0, 11264.0),
+    "gpt-oss-20b": (4096.0, 6144.0, 8192.0),
     "mixtral-8x7b": (8192.0, 11264.0, 20480.0),
 }
 

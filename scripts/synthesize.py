@@ -3,8 +3,9 @@
     python scripts/synthesize.py --preset qwen3-30b-a3b --out F.gguf [--vocab V.gguf]
 
 Shapes, types (llama.cpp's Q4_K_M mix) and metadata are the real model's, and routing has
-hot_experts and repeats itself from token to token as real routing does. The text such a model
-writes means nothing. 18.6 GB for qwen3-30b-a3b, 28.4 GB for mixtral-8x7b, 4.2 GB for olmoe-1b-7b.
+hot experts and repeats itself from token to token as real routing does. The text such a model
+writes means nothing. 21.2 GB for qwen3.6-35b-a3b, 18.6 GB for qwen3-30b-a3b, 28.4 GB for
+mixtral-8x7b, 4.2 GB for olmoe-1b-7b.
 """
 
 from absl import flags

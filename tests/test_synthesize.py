@@ -67,6 +67,21 @@ def test_types_of_qwen3():
     assert of["token_embd.weight"] == "Q4_K" and of["output.weight"] == "Q6_K"
 
 
+def test_qwen36_runs_in_small(tmp_path):
+    """Four blocks, one of them attention, with fewer experts and words: read back, and decoded."""
+    whole = PRESETS["qwen3.6-35b-a3b"]
+    assert file_bytes("qwen3.6-35b-a3b") == pytest.approx(21.2e9, rel=0.02)
+    config = replace(whole, blocks=whole.blocks[:4], n_experts=16, vocab_size=2048)
+    synthesize.synthesize(config, "small", tmp_path / "m.gguf")
+    model = load_model(tmp_path / "m.gguf", "ggml")
+    assert model.config == replace(config, rms_eps=float(np.float32(1e-6)))
+    store = HostExperts(model.config, model.file)
+    engine = Engine(model, store, CacheConfig(store.precision_bytes(0) // 2))
+    tokens = [ids_B for ids_B, _ in engine.generate([[1, 2, 3]], 4)]
+    assert len(tokens) == 4 and np.isfinite(engine.score(np.asarray([[5, 6, 7]]))).all()
+    assert engine.pool.stats.misses.sum() > 0
+
+
 def test_types_of_eight_experts_and_of_odd_widths():
     of = {name: format for name, (format, _) in formats("mixtral-8x7b").items()}
     assert {of[f"blk.{layer}.attn_v.weight"] for layer in range(32)} == {"Q8_0"}

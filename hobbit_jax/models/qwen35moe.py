@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from hobbit_jax.model_file.metadata import flags, integer
-from hobbit_jax.models.config import BlockConfig, GatedDeltaNet, ModelConfig
+from hobbit_jax.models.config import BlockConfig, GatedDeltaNet, GroupedQuery, ModelConfig
 from hobbit_jax.models.keys import (
     Keys,
     decoder_metadata,
@@ -58,6 +58,14 @@ def read_hybrid(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> ModelCo
 
 def metadata(config: ModelConfig) -> dict[str, Any]:
     """See `registry.Family`."""
+    attends = next(b.attention for b in config.blocks if isinstance(b.attention, GroupedQuery))
+    third, left = divmod(attends.rope.dim // 2, 3)
+    sections = [third + (left > 0), third + (left > 1), third, 0]  # which llama.cpp wants
+    return {**hybrid_metadata(config), "rope.dimension_sections": sections}
+
+
+def hybrid_metadata(config: ModelConfig) -> dict[str, Any]:
+    """What `read_hybrid` reads."""
     attentions = [block.attention for block in config.blocks]
     recurs = [isinstance(attention, GatedDeltaNet) for attention in attentions]
     delta = next(a for a in attentions if isinstance(a, GatedDeltaNet))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.keys import Keys
-from hobbit_jax.models.qwen35moe import metadata, read_hybrid
+from hobbit_jax.models.qwen35moe import hybrid_metadata as metadata
+from hobbit_jax.models.qwen35moe import read_hybrid
 
 __all__ = ["metadata", "read"]
 

@@ -141,9 +141,12 @@ class _Weights:
         role = name.removesuffix(".weight").split(".")[-1]
         if role.endswith("_norm"):
             return np.full(shape, self._norm(role), np.float32).view(np.uint8)
-        if role == "ffn_gate_inp":
+        if role == "ssm_a":  # the rate at which a state of a delta net decays
+            return self._rng(name).uniform(-1, 0, shape).astype(np.float32).view(np.uint8)
+        if format == "F32":
+            gain = _ROUTER if role == "ffn_gate_inp" else 1.0
             values = self._rng(name).standard_normal(shape, np.float32)
-            return (values * np.float32(_ROUTER / math.sqrt(shape[-1]))).view(np.uint8)
+            return (values * np.float32(gain / math.sqrt(shape[-1]))).view(np.uint8)
         if role in ("attn_q", "attn_k"):
             row_1D = self.common_D[None] * np.float32(self._query_gain())
             raw = quantize.encode(row_1D, format)
@@ -166,7 +169,7 @@ class _Weights:
     def _std(self, name: str, role: str, fan_in: int) -> float:
         """Standard deviation of a matrix's weights, by what it shall add to the state."""
         n_later = max(1, self.config.n_layers - 1)
-        if role == "attn_output":
+        if role in ("attn_output", "ssm_out"):
             first = name.startswith("blk.0.")
             gain = _FIRST_ATTENTION if first else _ATTENTION / math.sqrt(n_later)
         elif role == "ffn_down_exps":
