@@ -54,7 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def sweep(config: ConfigDict) -> list[Trial]:
-    """Native first, then a plan on every text before the next plan."""
+    """Every plan on one text before the next text."""
     sizes = EvalSizes(**config.eval)
     plans = [Native()]
     plans += [Uniform(name, method) for name, method in config.uniform]
@@ -70,6 +70,6 @@ def sweep(config: ConfigDict) -> list[Trial]:
             ),
             "real_weights",
         )
-        for plan in plans
         for text in config.evaluation_texts
+        for plan in plans
     ]
