@@ -58,17 +58,10 @@ gpu:  ## on a machine with an NVIDIA GPU: kernel tests there, then the bench, ou
 	@PYTHONPATH=. $(GPU_PYTHON) scripts/dev/bench_kernels.py --workdir $(GPU_OUT) $(GPU_ARGS)
 
 gpudecode:  ## there, with README's packages: decode at Qwen3-30B-A3B's size, 4 to 12 GiB, out/scale
-	@for budget in all 4096 6144 8192 10240 12288; do \
-		for setting in fetch fetch:Q3_K fetch:Q2_K use_low_if_resident:Q2_K fetch_low:Q2_K \
-				hobbit:Q2_K floor:Q2_K; do \
-			low=$${setting#*:}; \
-			PYTHONPATH=. $(GPU_PYTHON) scripts/scale.py --workdir out/scale --budget_mib $$budget \
-				--prompt_tokens 128 --tokens 64 --miss_mode $${setting%:*} \
-				$$(test $$low = $$setting || echo --low_format $$low) \
-				|| echo "gpudecode: no record of $$setting at $$budget MiB"; \
-		done; \
-	done
-	@PYTHONPATH=. $(GPU_PYTHON) scripts/bench_decode.py --workdir out/scale
+	@PYTHONPATH=. $(GPU_PYTHON) scripts/bench_decode.py --workdir out/scale --preset qwen3-30b-a3b \
+		--budgets_mib all,4096,6144,8192,10240,12288 --prompt_tokens 128 \
+		--settings fetch:Q3_K,fetch:Q2_K,use_low_if_resident,fetch_low,hobbit,floor,host,hybrid
+	@PYTHONPATH=. $(GPU_PYTHON) scripts/bench_decode.py --workdir out/decode
 
 oracles: environment  ## tests against llama.cpp, ggml and PyTorch (2 minutes); says what to install
 	@echo "oracles: a test whose library is missing is skipped; to have them all:"
@@ -95,7 +88,8 @@ frontier: environment  ## quality against bytes, by encoder and signal (about an
 	@$(BIN)/python scripts/report.py --workdir out/frontier
 
 scale: environment  ## a decode at Qwen3-30B-A3B's size under 4 GiB of experts (19 GB of disk, out/scale)
-	@$(BIN)/python scripts/scale.py --preset qwen3-30b-a3b --budget_mib 4096 --workdir out/scale
+	@$(BIN)/python scripts/bench_decode.py --workdir out/scale --preset qwen3-30b-a3b \
+		--budgets_mib 4096 --settings fetch --prompt_tokens 16 --tokens 16 --repeats 1
 
 clean:  ## remove .venv and caches; out/ stays
 	@rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info

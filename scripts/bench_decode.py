@@ -1,109 +1,171 @@
-"""Times miss modes and prefetch against the native cache at equal bytes.
+"""Times miss modes, uniform quants and prefetch against native experts at equal bytes.
 
-    python scripts/bench_decode.py --workdir out/decode [--budgets_mib 1,2,4] [--link_gb_s card]
+    python scripts/bench_decode.py --workdir out/decode [--model M.gguf] [--budgets_mib 1,2,all] \\
+        [--settings fetch:Q2_K,fetch_low:Q2_K:0.8,floor]
+    python scripts/bench_decode.py --workdir out/scale --preset qwen3-30b-a3b --budgets_mib 4096
 
-Prints a line a setting and writes a record of each, which report.py reads. On a CPU a copy costs
-next to nothing; --link_gb_s emulates a slower link, and every record says so: decode is then timed
-by the processor's time and the waits for the link, so that other load does not show.
+A setting is MISS_MODE, MISS_MODE:FORMAT or MISS_MODE:FORMAT:SHARE, as --miss_mode, --low_format and
+--low_share of generate.py have them; native experts under fetch come first at every budget. Writes
+a record of each setting, which report.py reads, and prints a table of all that are in --workdir. A
+setting that does not fit is named and left out.
+
+A --preset is a synthetic model of a real one's size, written into --workdir when it is not there
+(18.6 GB for qwen3-30b-a3b); it decodes random tokens. On a CPU a copy costs next to nothing:
+--link_gb_s emulates a slower link, and every record says so. Decode is then timed by the
+processor's time and the waits for the link, so that other load does not show.
 """
 
-import math
+import functools
+import sys
+import time
 from dataclasses import replace
 
 from absl import flags
 from tqdm import tqdm
 
-from hobbit_jax import cli, reference
-from hobbit_jax.cache.link import DirectLink, ThrottledLink
-from hobbit_jax.cache.pool_sizing import LowShare, low_share
-from hobbit_jax.engine_flags import EngineFlags, low_experts
-from hobbit_jax.evals import decode_bench, quality
-from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.record import Benchmark, Record, machine, measured, write_record
+from hobbit_jax import cli
+from hobbit_jax.cache.link import DirectLink, ProcessorTime, ThrottledLink
+from hobbit_jax.cache.miss_modes import MISS_MODES
+from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, low_share
+from hobbit_jax.cache.sharded_pool import make_pool
+from hobbit_jax.engine_flags import ALL, EngineOptions, Parsed, budget_mib, engine_flags
+from hobbit_jax.evals.decode_bench import decode, token_rows
+from hobbit_jax.models.presets import PRESETS
+from hobbit_jax.quantize import FORMATS
+from hobbit_jax.record import Benchmark, Record, machine, measured, read_records, write_record
 from hobbit_jax.report.table import Column, table
+from hobbit_jax.synthetic.synthesize import synthesize
 
-ENGINE = EngineFlags(
-    "model", "implementation", "threads", "policy", "low_format", low_format="Q2_K"
-)
-_BUDGETS_MIB = flags.DEFINE_list(
-    "budgets_mib", ["1", "2", "4", "5"], "Sizes of the expert pool in MiB, above 0."
-)
-_LOW_SHARES = flags.DEFINE_list(
-    "low_shares", ["0.5", "0.8"], "Shares of the pool for low copies: 0 to 1, or adaptive."
-)
-_TURNS = flags.DEFINE_integer(
-    "turns", 6, "Number of rows decoded under each setting, after a warm-up.", 2, 10_000
-)
-_LINK_GB_S = flags.DEFINE_string(
-    "link_gb_s",
-    None,
-    "Bandwidth of an emulated link in GB/s, above 0; card makes copies as dear as on a 12 GB card.",
+STUDY = "decode"
+# Of a setting that cannot be measured; another exception is a bug.
+_EXPECTED = (ValueError, NotImplementedError, RuntimeError, MemoryError)
+
+
+def settings(text: str) -> list[EngineOptions]:
+    """The miss modes with their low precision that --settings lists.
+
+    Raises:
+        ValueError: no such mode, format or share.
+    """
+    found = []
+    for setting in text.split(","):
+        mode, *low = setting.split(":")
+        if mode not in MISS_MODES or len(low) > 2 or not set(FORMATS).issuperset(low[:1]):
+            raise ValueError(f"got {setting!r}; want MISS_MODE[:FORMAT[:SHARE]]")
+        share = low_share(low[1]) if low[1:] else DEFAULT_LOW_SHARE
+        low_format = low[0] if low else None
+        found.append(EngineOptions(miss_mode=mode, low_format=low_format, low_share=share))
+    return found
+
+
+ENGINE = engine_flags(
+    "model", "implementation", "threads", "policy", "link_to_host", "resident_lift", "prefetch",
+    "chunk_tokens", "kv_format",
+)  # fmt: skip
+_PRESET = flags.DEFINE_enum(
+    "preset", None, list(PRESETS), "Model of which a synthetic file is taken, without --model."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the records.", required=True)
-_STUDY, _PROMPT, _TOKENS = "decode", 32, 64
+_BUDGETS_MIB = flags.DEFINE(
+    Parsed(lambda text: [budget_mib(one) for one in text.split(",")], "numbers, or all"),
+    "budgets_mib", "1,2,4,5", "Sizes of the expert pool in MiB.",
+)  # fmt: skip
+_SETTINGS = flags.DEFINE(
+    Parsed(settings, "MISS_MODE[:FORMAT[:SHARE]], …"),
+    "settings", ",".join(["fetch:Q2_K", *MISS_MODES]), "Settings to measure; see above.",
+)  # fmt: skip
+_PROMPT_TOKENS = flags.DEFINE_integer(
+    "prompt_tokens", 32, "Number of tokens to prefill.", 1, cli.MAX_COUNT
+)
+_TOKENS = flags.DEFINE_integer("tokens", 64, "Number of tokens to decode.", 1, cli.MAX_COUNT)
+_REPEATS = flags.DEFINE_integer("repeats", 6, "Number of rows, after a warm-up.", 1, 10_000)
+_LINK_GB_S = flags.DEFINE_float(
+    "link_gb_s", None, "Bandwidth of an emulated link in GB/s.", 1e-6, 1e6
+)
 _COLUMNS = (
-    Column("setting", lambda r: r.asked.setting["setting"]),
-    Column("MiB", lambda r: r.asked.setting.get("budget_mib"), "g"),
+    Column("MiB", lambda r: r.setting.get("budget_mib") or "all", "g"),
+    Column("setting", lambda r: r.setting["setting"]),
+    Column("format", lambda r: r.setting.get("low_format")),
+    Column("slots", "slots_total"),
     Column("hit rate", "hit_rate", ".3f"),
-    Column("kB a token", "bytes_moved_per_token", ".1f", unit=1e3),
+    Column("round trips a token", "host_round_trips_per_token", ".1f"),
+    Column("MB a token", "bytes_moved_per_token", ".3f", unit=1e6),
+    Column("demoted", "demoted_selection_share", ".3f"),
     Column("KL", "kl_mean_nats", ".5f"),
+    Column("tokens/s", "decode_tokens_per_s", ".1f", interval=True),
     Column("speedup", "speedup", ".2f", interval=True),
 )
 
 
-def link_bandwidth() -> float | None:
-    """What --link_gb_s says in figures; None for card and for no link."""
-    if _LINK_GB_S.value in (None, "card"):
-        return None
-    try:
-        gb_s = float(_LINK_GB_S.value)
-    except ValueError:
-        gb_s = math.nan
-    if not 1e-6 <= gb_s <= 1e6:
-        raise ValueError(f"--link_gb_s is {_LINK_GB_S.value!r}; want card, or 1e-06 to 1e+06")
-    return gb_s
+def named(options: EngineOptions) -> str:
+    """What a setting is called in records."""
+    if options.miss_mode == "fetch":
+        name = "uniform low" if options.low else "native"
+    else:
+        caches = MISS_MODES[options.miss_mode].low_banks == "cache"
+        name = f"{options.miss_mode} {options.low_share}" if caches else options.miss_mode
+    if options.prefetch:
+        name += f", {options.prefetch.predictor}, distance {options.prefetch.distance}"
+    return name + (f", residents first by {options.resident_lift:g}" * bool(options.resident_lift))
 
 
-def main(_):
-    workdir, link_gb_s = cli.output_folder("workdir", str(_WORKDIR.value)), link_bandwidth()
-    budgets_mib = cli.numbers(_BUDGETS_MIB, float, 2**-20, cli.MAX_MIB)
-    low_shares: list[LowShare] = [low_share(text) for text in _LOW_SHARES.value]
-    model = ENGINE.load_model()
-    low = low_experts(model, ENGINE.value("low_format"))
-    store, records = HostExperts(model.config, model.file, [low]), []
-
-    def keep(setting, figures):
-        found = measured(figures)
-        records.append(Record(_STUDY, Benchmark(_STUDY, setting), **vars(found), **machine()))
-        write_record(workdir, records[-1])
-
-    texts = reference.held_out_texts("evaluation")
-    context = _PROMPT + _TOKENS - 1
-    ids_RS = quality.cut_windows(model.tokenizer(), texts, _TURNS.value + 1, context, seed=1).ids_WS
-    if _LINK_GB_S.value == "card":
-        derived = decode_bench.card_link(model, store, ids_RS, _PROMPT)
-        keep({"setting": "link"}, derived)
-        link_gb_s = derived["gb_s"]
-    link = (DirectLink() if link_gb_s is None else ThrottledLink(link_gb_s)).describe()
-    link = {f"link_{name}": value for name, value in link.items()}
-    for budget_mib in budgets_mib:
-        budget = int(budget_mib * 2**20)
-        groups = {"miss modes": decode_bench.mode_settings(store, budget, low_shares)}
-        if link_gb_s is not None:
-            groups["prefetch"] = decode_bench.prefetch_settings(store, budget)
-        for group, settings in groups.items():
-            total = (1 + len(settings)) * len(ids_RS)
-            with tqdm(total=total, desc=f"{budget_mib:g} MiB", leave=False, disable=None) as bar:
-                caches = (replace(c, policy=ENGINE.value("policy")) for c in settings.values())
-                found = decode_bench.compare(
-                    model, store, caches, ids_RS, _PROMPT, link_gb_s, bar.update
+def asked_settings(given: EngineOptions) -> list[EngineOptions]:
+    """All settings of every budget, each once, native experts first."""
+    plain = replace(given, link_to_host=None, resident_lift=0.0, prefetch=None)
+    found = []
+    for budget in _BUDGETS_MIB.value:
+        found.append(replace(plain, budget_mib=budget))
+        for setting in _SETTINGS.value:
+            computes = MISS_MODES[setting.miss_mode].computes
+            found.append(
+                replace(
+                    given, budget_mib=budget, miss_mode=setting.miss_mode,
+                    low_format=setting.low_format, low_share=setting.low_share,
+                    link_to_host=given.link_to_host if computes else None,
                 )
-            names = ["all resident", *settings]
-            for name, result in zip(names, found, strict=True):
-                where = {"beside": group} if name == "all resident" else {}
-                asked = {**where, "setting": name, "budget_mib": budget_mib, **link}
-                keep(asked, result.figures(found[1]))
-    print(table(_COLUMNS, records))
+            )  # fmt: skip
+    return list(dict.fromkeys(found))
+
+
+def main(_) -> int:
+    workdir, given = cli.output_folder("workdir", str(_WORKDIR.value)), ENGINE()
+    made_up = given.model is None and _PRESET.value is not None
+    if made_up:
+        path = workdir / f"{_PRESET.value}.gguf"
+        if not path.is_file():
+            synthesize(PRESETS[str(_PRESET.value)], str(_PRESET.value), path)
+        given = replace(given, model=str(path))
+    model, sizes = given.load_model(), (_PROMPT_TOKENS.value, _TOKENS.value)
+    ids_RS = token_rows(model, _REPEATS.value + 1, sum(sizes), made_up)
+    wanted, native, written = asked_settings(given), None, 0
+    for options in tqdm(wanted, unit="setting", leave=False, disable=None):
+        link, clock = None, time.perf_counter
+        if _LINK_GB_S.value is not None:
+            clock = ProcessorTime()
+            link = ThrottledLink(_LINK_GB_S.value, clock=clock, sleep=clock.sleep)
+        asked = {
+            "setting": named(options), "model": given.path.stem, "budget_mib": options.budget_mib,
+            "policy": options.policy, "low_format": options.low,
+            **dict(zip(("prompt_tokens", "tokens"), sizes, strict=True)),
+            **{f"link_{k}": v for k, v in (link or DirectLink()).describe().items()},
+        }  # fmt: skip
+        executor = functools.partial(make_pool, link=link)
+        make_engine = functools.partial(options.make_engine, model, executor)
+        if asked["setting"] == "native":  # of this budget
+            native = None
+        try:
+            found = decode(make_engine, ids_RS, sizes[0], clock)
+        except _EXPECTED as error:
+            where = f"{asked['setting']} {options.low or ''} at {options.budget_mib or ALL} MiB"
+            print(f"not measured: {where}: {error}", file=sys.stderr)
+            continue
+        if asked["setting"] == "native":
+            native = found
+        figures = measured(found.figures | (found.beside(native) if native else {}))
+        write_record(workdir, Record(STUDY, Benchmark(STUDY, asked), **vars(figures), **machine()))
+        written += 1
+    print(table(_COLUMNS, read_records(workdir).of(STUDY)))
+    return 0 if written else 1
 
 
 if __name__ == "__main__":

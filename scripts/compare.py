@@ -10,56 +10,50 @@ on a GPU llama.cpp leaves those layers' experts to the CPU that do not fit it. B
 loaded at once.
 """
 
-import os
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
 from hobbit_jax import cli
 from hobbit_jax.baselines.comparison import BASELINES, Request, compare_model
-from hobbit_jax.engine_flags import EngineFlags
+from hobbit_jax.engine_flags import engine_flags
 from hobbit_jax.record import write_record
 from hobbit_jax.report.baseline_tables import section
 
-ENGINE = EngineFlags("model", "implementation", "budget_mib", "policy")
-flags.DEFINE_enum("baseline", None, BASELINES, "Program to compare with.", required=True)
+ENGINE = engine_flags("model", "implementation", "budget_mib", "policy", "threads")
+_BASELINE = flags.DEFINE_enum(
+    "baseline", None, BASELINES, "Program to compare with.", required=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the record.", required=True)
 _TEXT = flags.DEFINE_string(
     "text", None, "UTF-8 text to score; the shipped held-out files by default."
 )
-flags.DEFINE_enum(
+_TORCH_MODE = flags.DEFINE_enum(
     "torch_mode", None, ("float32", "bfloat16"), "Precision of PyTorch; see above for the default."
 )
-flags.DEFINE_integer("windows", 32, "Number of windows scored for agreement.", 2, cli.MAX_COUNT)
-flags.DEFINE_integer("context", 256, "Number of tokens of a window.", 1, cli.MAX_COUNT)
-flags.DEFINE_integer(
-    "turns", 10, "Number of timed rows of each program, after a warm-up.", 1, cli.MAX_COUNT
-)
-flags.DEFINE_integer(
-    "prompt_tokens", 128, "Number of tokens prefilled in a turn.", 1, cli.MAX_COUNT
-)
-flags.DEFINE_integer("decode_tokens", 64, "Number of tokens decoded in a turn.", 1, cli.MAX_COUNT)
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-flags.DEFINE_integer("threads", _CORES, "Number of processor cores of each program.", 1, 4096)
+_SIZES = {
+    name: flags.DEFINE_integer(name, default, text, least, cli.MAX_COUNT)
+    for name, default, text, least in (
+        ("windows", 32, "Number of windows scored for agreement.", 2),
+        ("context", 256, "Number of tokens of a window.", 1),
+        ("turns", 10, "Number of timed rows of each program, after a warm-up.", 1),
+        ("prompt_tokens", 128, "Number of tokens prefilled in a turn.", 1),
+        ("decode_tokens", 64, "Number of tokens decoded in a turn.", 1),
+    )
+}
 _JSON = flags.DEFINE_bool("json", False, "Whether to print the JSON instead of tables.")
 
 
 def main(_):
     workdir = cli.output_folder("workdir", str(_WORKDIR.value))
-    if _TEXT.value is not None:
-        cli.input_text("text", _TEXT.value)
-    asked = ("baseline", "torch_mode", "windows", "context", "turns", "prompt_tokens",
-             "decode_tokens", "threads", "implementation", "policy")  # fmt: skip
-    given: dict[str, Any] = {name: flags.FLAGS[name].value for name in asked}
-    record = compare_model(
-        Request(
-            model=ENGINE.path,
-            text=Path(_TEXT.value) if _TEXT.value else None,
-            budget_bytes=ENGINE.budget_bytes,
-            **given,
-        )
+    text = Path(_TEXT.value) if _TEXT.value else None
+    if text is not None:
+        cli.input_text("text", text)
+    sizes = {name: flag.value for name, flag in _SIZES.items()}
+    request = Request(
+        ENGINE(), str(_BASELINE.value), **sizes, text=text, torch_mode=_TORCH_MODE.value
     )
+    record = compare_model(request)
     written = write_record(workdir, record)
     if _JSON.value:
         print(written.read_text(encoding="utf-8"), end="")

@@ -16,9 +16,8 @@ from absl import flags
 
 from hobbit_jax import cli
 from hobbit_jax.code_runner import PROTECTIONS
-from hobbit_jax.engine_flags import EngineFlags, low_experts
+from hobbit_jax.engine_flags import EngineOptions, engine_flags
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.models.loading import LoadedModel
 from hobbit_jax.record import write_record
 from hobbit_jax.report.table import Column, table
 from hobbit_jax.sweep.texts import DATA_VARIABLE, data_folder
@@ -29,7 +28,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error}; pip install -c constraints.txt -e '.[eval]'")
 
-ENGINE = EngineFlags(
+ENGINE = engine_flags(
     "model", "implementation", "threads", "kv_format", "devices", "budget_mib", "policy",
     "miss_mode", "link_to_host", "low_format", "low_share", "profile", "pin_share", "chunk_tokens",
 )  # fmt: skip
@@ -70,14 +69,14 @@ _COLUMNS = (
 )
 
 
-def plan_of(model: LoadedModel, engine: Engine) -> dict[str, Any]:
+def plan_of(options: EngineOptions, engine: Engine) -> dict[str, Any]:
     """What the answers depend on besides the model."""
-    plan = {"kv_format": ENGINE.value("kv_format"), "low_format": ENGINE.low_format}
-    if ENGINE.low_format is not None:
-        plan["low_sha256"] = low_experts(model, ENGINE.low_format).sha256()
-    if ENGINE.keeps_low_copies:
+    plan = {"kv_format": options.kv_format, "low_format": options.low}
+    if options.low is not None:
+        plan["low_sha256"] = options.low_experts(engine.model)[0].sha256()
+    if options.keeps_low_copies:
         names = ("miss_mode", "low_share", "policy", "pin_share", "profile")
-        plan |= {name: ENGINE.value(name) for name in names}
+        plan |= {name: getattr(options, name) for name in names}
         plan |= {"budget_bytes": engine.pool.budget_bytes, "batch_size": _BATCH_SIZE.value}
     return plan
 
@@ -95,12 +94,12 @@ def main(_):
     named = _DATA_DIR.value
     data = cli.input_folder("data_dir", named) if named else data_folder()  # or lm-eval's own
     workdir = cli.output_folder("workdir", str(_WORKDIR.value))
-    began, model = time.monotonic(), ENGINE.load_model()
-    engine = ENGINE.make_engine(model)
-    plan = plan_of(model, engine)
+    began, options = time.monotonic(), ENGINE()
+    engine = options.make_engine(options.load_model())
+    plan = plan_of(options, engine)
     found = evaluate_engine(engine, settings, plan, data, workdir / "responses")
-    setting = {**vars(settings), "tasks": ",".join(settings.tasks), "model": ENGINE.path.name}
-    setting |= {name: ENGINE.value(name) for name in ("implementation", "budget_mib")} | plan
+    setting = {**vars(settings), "tasks": ",".join(settings.tasks), "model": options.path.name}
+    setting |= {name: getattr(options, name) for name in ("implementation", "budget_mib")} | plan
     path = write_record(workdir, as_record(found, setting, time.monotonic() - began))
     for name in found["missing_protections"] or ():
         print(f"warning: generated code ran with {PROTECTIONS[name]} ({name})", file=sys.stderr)

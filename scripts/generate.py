@@ -22,13 +22,13 @@ from typing import Any
 from absl import flags
 
 from hobbit_jax import cli
-from hobbit_jax.engine_flags import EngineFlags
+from hobbit_jax.engine_flags import engine_flags
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.sampling import MAX_SEED, MAX_TEMPERATURE, Sampling
 from hobbit_jax.inference.step_stats import StepStats
 from hobbit_jax.prompt_flags import PromptFlags
 
-ENGINE = EngineFlags(
+ENGINE = engine_flags(
     "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "link_to_host",
     "resident_lift", "low_format", "low_share", "profile", "pin_share", "chunk_tokens", "context",
     "threads", "kv_format", "trace_out",
@@ -88,11 +88,14 @@ def lines(facts: dict[str, Any]) -> list[str]:
 
 
 def new_ids(
-    engine: Engine, prompt: list[int], sampling: Sampling, steps: list[StepStats]
+    engine: Engine,
+    prompt: list[int],
+    context: int | None,
+    sampling: Sampling,
+    steps: list[StepStats],
 ) -> Iterator[int]:
     """Token ids as they are drawn; `steps` gets their costs."""
     stop_ids = () if _IGNORE_EOS.value else engine.model.tokenizer().eog_ids
-    context = ENGINE.value("context")
     wanted = len(prompt) + _MAX_NEW_TOKENS.value
     room = engine.config.context_length if context is None else context
     if wanted > room:
@@ -109,17 +112,19 @@ def new_ids(
 
 
 def main(_):
-    sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
+    options, sampling = ENGINE(), Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
     text = _PROMPT.text()
-    model = ENGINE.load_model()
+    model = options.load_model()
     tokenizer = model.tokenizer()
     prompt = _PROMPT.encode(text, model.file, tokenizer)
-    engine = ENGINE.make_engine(model)
-    ENGINE.load_all_that_fit(engine)
+    engine = options.make_engine(model)
+    options.load_all_that_fit(engine)
     steps: list[StepStats] = []
     pieces: list[str] = []
-    with ENGINE.recorded_routing(engine):
-        for piece in tokenizer.decode_stream(new_ids(engine, prompt, sampling, steps)):
+    with options.recorded_routing(engine):
+        for piece in tokenizer.decode_stream(
+            new_ids(engine, prompt, options.context, sampling, steps)
+        ):
             pieces.append(piece)
             if not _JSON.value:
                 print(piece, end="", flush=True)

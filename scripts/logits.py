@@ -14,10 +14,10 @@ from absl import flags
 
 from hobbit_jax import cli
 from hobbit_jax.atomic import replacing
-from hobbit_jax.engine_flags import EngineFlags
+from hobbit_jax.engine_flags import engine_flags
 from hobbit_jax.models.config import ModelConfig
 
-ENGINE = EngineFlags(
+ENGINE = engine_flags(
     "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "link_to_host",
     "low_format", "low_share", "profile", "pin_share", "chunk_tokens", "threads", "kv_format",
     "trace_out",
@@ -60,11 +60,11 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def main(_):
-    out = cli.output_file("out", str(_OUT.value))
-    model = ENGINE.load_model()
+    out, options = cli.output_file("out", str(_OUT.value)), ENGINE()
+    model = options.load_model()
     ids_T = read_tokens(Path(str(_TOKENS.value)), model.config)
-    engine = ENGINE.make_engine(model)
-    with ENGINE.recorded_routing(engine):
+    engine = options.make_engine(model)
+    with options.recorded_routing(engine):
         logits_TV = np.asarray(engine.score(ids_T[None])[0])
     write_array(out, logits_TV)
 

@@ -13,7 +13,7 @@ import pytest
 
 from hobbit_jax.cache.bandwidth import Bandwidths, read_bandwidths
 from hobbit_jax.cache.miss_modes import Hybrid
-from hobbit_jax.engine_flags import EngineFlags, _LinkToHost
+from hobbit_jax.engine_flags import EngineOptions, _link_to_host
 from hobbit_jax.evals import bandwidth
 from hobbit_jax.planner.shapes import preset_model
 from pallas_kernels.formats import get_format
@@ -94,22 +94,14 @@ def test_an_engine_takes_the_ratio_of_this_machine(tmp_path: Path):
     matrix_bytes = store.layer(0, 0).expert_bytes / 3
     rates = {"mapped": {"1024": 1.0, str(round(matrix_bytes)): 2.0}}
     mine = Bandwidths(*bandwidth.here(), {"Q4_K": {"2": 8.0}}, rates, {"host": 1.0, "link": 1.0})
-    given = {"miss_mode": "hybrid", "link_to_host": path}
-
-    class Given(EngineFlags):
-        def __init__(self):
-            pass  # defines no flags of absl
-
-        def value(self, name: str):
-            return given[name]
-
+    options = EngineOptions(miss_mode="hybrid", link_to_host=path)
     for found in (mine, replace(mine, cpu="another CPU")):
         found.write(path)
         if found is mine:
-            assert Given()._miss_mode(store) == Hybrid(link_to_host=0.25)
+            assert options.mode(store) == Hybrid(link_to_host=0.25)
         else:
             with pytest.raises(ValueError, match="another CPU, and this is"):
-                Given()._miss_mode(store)
-    assert _LinkToHost().parse("0.5") == 0.5 and _LinkToHost().parse(str(path)) == path
+                options.mode(store)
+    assert _link_to_host("0.5") == 0.5 and _link_to_host(str(path)) == path
     with pytest.raises(ValueError, match="cannot be read"):
-        _LinkToHost().parse(str(tmp_path / "absent.json"))
+        _link_to_host(str(tmp_path / "absent.json"))

@@ -27,6 +27,7 @@ from hobbit_jax.baselines.comparison import (
     compare_model,
 )
 from hobbit_jax.baselines.side import SideSpec
+from hobbit_jax.engine_flags import EngineOptions
 from hobbit_jax.evals.process_memory import read_resident
 from hobbit_jax.record import read_records, write_record
 from hobbit_jax.report.baseline_tables import section
@@ -233,7 +234,7 @@ def test_a_missing_library_says_how_to_install_it(monkeypatch, baseline):
 
 def test_rows_longer_than_the_context(monkeypatch, two_banks_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    request = Request(two_banks_path, "torch", None, None, None, None, 2, 32, 2, 40, 30, 1)
+    request = Request(EngineOptions(str(two_banks_path), threads=1), "torch", 2, 32, 2, 40, 30)
     with pytest.raises(ValueError, match="rows of 70 tokens; want at most the model's context"):
         compare_model(request)
 
@@ -245,9 +246,8 @@ def test_our_side(monkeypatch, tmp_path, two_banks_path):
     text = tmp_path / "letters.txt"
     text.write_text("the quick brown fox " * 20)
     budget_bytes = 2**20
-    record = compare_model(
-        Request(two_banks_path, "torch", text, budget_bytes, None, "float32", 2, 20, 2, 12, 4, 1)
-    )
+    options = EngineOptions(str(two_banks_path), budget_mib=1.0, threads=1)
+    record = compare_model(Request(options, "torch", 2, 20, 2, 12, 4, text, "float32"))
     metrics, notes = record.metrics, record.notes
     assert metrics["perplexity_baseline"] == pytest.approx(258, rel=1e-6)
     assert metrics["logit_std"] == 0 < metrics["logit_rms_difference"]

@@ -24,6 +24,7 @@ from hobbit_jax.baselines.child import Child
 from hobbit_jax.baselines.comparison import BASELINES, Request, compare_model
 from hobbit_jax.baselines.llama import layers_on_cpu
 from hobbit_jax.baselines.side import SideSpec
+from hobbit_jax.engine_flags import EngineOptions
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import open_gguf
@@ -105,11 +106,6 @@ def test_planted_errors_of_the_mapping_show(torch, paths, monkeypatch, name):
     assert difference() > 1
 
 
-def request(path, baseline, **changed):
-    fixed = Request(path, baseline, None, None, None, None, 3, 40, 2, 16, 8, 1)
-    return replace(fixed, **changed)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "letters.txt"
@@ -152,7 +148,8 @@ def float_path(tmp_path_factory):
 
 @NEEDS_LLAMA_CPP
 def test_compare_with_llama_cpp(float_path, text):
-    record = compare_model(request(float_path, "llama_cpp", text=text))
+    options = EngineOptions(str(float_path), threads=1)
+    record = compare_model(Request(options, "llama_cpp", 3, 40, 2, 16, 8, text))
     metrics = record.metrics
     # Its keys and values are in float16.
     assert metrics["logit_max_difference"] < 0.05

@@ -59,11 +59,9 @@ def test_times_and_counts_by_hand():
     program = Program(clock, 0.5)
     ours = functools.partial(timed_turn, program, clock=clock)
     (found,) = measure({"ours": ours}, ROWS_RS, 3).values()
-    assert [turn.first_token_s for turn in found.warm_up] == [13.0]
     assert found.first_token_s.tolist() == [3.0] * 3 and found.tokens == 15
     assert found.decode_s.tolist() == [2.5] * 3
     assert found.turns[0].chosen == tuple(range(11, 17))
-    assert found.turns[0].prefill == Counts(misses=100, bytes_moved=7)
     figures = found.figures()
     assert figures["decode_tokens_per_s"]["median"] == 2.0
     assert figures["prefill_tokens_per_s"]["low"] == 1.0
@@ -82,17 +80,17 @@ def test_turns_go_round_and_a_program_may_count_nothing():
     programs["b"].counts = lambda: None
     backends = {n: functools.partial(timed_turn, p, clock=clock) for n, p in programs.items()}
     seen = []
-    found = measure(backends, ROWS_RS, 3, 2, lambda row, name, turn: seen.append((row, name)))
+    found = measure(backends, ROWS_RS, 3, lambda row, name, turn: seen.append((row, name)))
     assert "".join(log) == "abccbaabccba"
     assert seen == [(i // 3, name) for i, name in enumerate(log)]
-    assert list(found) == list("abc") and len(found["a"].warm_up) == len(found["a"].turns) == 2
+    assert list(found) == list("abc") and len(found["a"].turns) == 3
     assert found["b"].counts is None and found["b"].counted_figures() == {}
-    assert found["b"].turns[0].tokens == () and found["b"].turns[0].prefill is None
+    assert found["b"].turns[0].tokens == ()
 
 
 @pytest.mark.parametrize(("rows", "prompt"), [(1, 3), (4, 8), (4, 0)])
 def test_nothing_to_measure_is_refused(rows, prompt):
-    with pytest.raises(ValueError, match=r"want more than 1 rows, longer than a prompt"):
+    with pytest.raises(ValueError, match=r"want at least 2 rows, longer than a prompt"):
         measure({}, ROWS_RS[:rows], prompt)
 
 
@@ -102,12 +100,20 @@ def test_the_engines_counters(two_banks_path):
     store = HostExperts(model.config, model.file)
     engine = Engine(model, store, CacheConfig(store.precision_bytes(0) // 2))
     ids_RS = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 12), np.int32)
-    program = EngineProgram(engine, 12)
-    before = program.counts()
+    prompts = []
+
+    class Watched(EngineProgram):
+        def prefill(self, ids_T):
+            before = self.counts()
+            token = super().prefill(ids_T)
+            prompts.append(self.counts() - before)
+            return token
+
+    program = Watched(engine, 12)
     turns = [timed_turn(program, ids_S, 4) for ids_S in ids_RS]
-    found = Measurement(4, (), tuple(turns))
-    total = sum((turn.prefill for turn in turns), found.counts)
-    assert total == program.counts() - before
+    found = Measurement(4, tuple(turns))
+    total = sum(prompts, found.counts)
+    assert total == program.counts()
     stats = engine.pool.stats
     assert total.hits == stats.hits.sum() > 0 and total.misses == stats.misses.sum() > 0
     assert total.bytes_moved == stats.bytes_moved and total.native_uses == total.uses

@@ -23,7 +23,7 @@ from hobbit_jax import reference
 from hobbit_jax.baselines.agreement import AgreementMeter
 from hobbit_jax.baselines.child import Child, environment
 from hobbit_jax.baselines.side import SideSpec
-from hobbit_jax.cache.policies import DEFAULT_POLICY
+from hobbit_jax.engine_flags import EngineOptions
 from hobbit_jax.evals.measure import Measurement, measure
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.model_file.gguf_file import open_gguf
@@ -31,6 +31,7 @@ from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.models.registry import read_config
 from hobbit_jax.record import Benchmark, Measured, Record, combined, measured
 from hobbit_jax.statistics import spread
+from pallas_kernels.ggml.ops import default_threads
 
 STUDY, SIDES = "baselines", ("ours", "baseline")
 OURS = "hobbit_jax.baselines.ours:Ours"
@@ -63,31 +64,44 @@ class Request:
     """What to compare.
 
     Attributes:
-        model: GGUF file.
+        options: of our engine. The baseline has the same file and threads, and on a GPU llama.cpp
+            has the same budget for experts.
         baseline: of `BASELINES`.
         text: held-out text; None is the shipped one.
-        budget_bytes: of our expert pool, and of llama.cpp's experts on a GPU; None is all of them.
-        implementation: of our matrix products; None is the device's fastest.
-        policy: of our cache.
         torch_mode: of `pytorch.MODES`; None is its default for the device.
         windows, context: scored for agreement.
         turns, prompt_tokens, decode_tokens: timed; one more row warms up.
-        threads: processor cores of each program.
     """
 
-    model: Path
+    options: EngineOptions
     baseline: str
-    text: Path | None
-    budget_bytes: int | None
-    implementation: str | None
-    torch_mode: str | None
     windows: int
     context: int
     turns: int
     prompt_tokens: int
     decode_tokens: int
-    threads: int
-    policy: str = DEFAULT_POLICY
+    text: Path | None = None
+    torch_mode: str | None = None
+
+    @property
+    def threads(self) -> int:
+        """Processor cores of each program."""
+        return self.options.threads or default_threads()
+
+    @property
+    def asked(self) -> Benchmark:
+        """What identifies the record; options at their default are no part of it."""
+        given = vars(self.options).items() - vars(EngineOptions()).items()
+        sizes = ("windows", "context", "turns", "prompt_tokens", "decode_tokens", "threads")
+        setting = {
+            **{k: v for k, v in given if k != "budget_mib"},
+            "model": self.options.path.name,
+            "baseline": self.baseline,
+            "budget_bytes": self.options.budget_bytes,
+            **{name: getattr(self, name) for name in sizes},
+        }
+        mode = {"torch_mode": self.torch_mode} if self.torch_mode else {}
+        return Benchmark(STUDY, setting | mode)
 
 
 def compare_model(request: Request) -> Record:
@@ -98,8 +112,8 @@ def compare_model(request: Request) -> Record:
         ValueError: sizes that the model or the text do not allow, or another bad input.
         OSError: a file, or a program that failed; says how.
     """
-    factory = baseline_factory(request.baseline)
-    file = open_gguf(request.model)
+    factory, options = baseline_factory(request.baseline), request.options
+    file = open_gguf(options.path)
     config = read_config(file)
     row_tokens = request.prompt_tokens + request.decode_tokens
     longest = max(request.context, row_tokens)
@@ -115,22 +129,16 @@ def compare_model(request: Request) -> Record:
     tokenizer = Tokenizer.from_gguf(file)
     windows = cut_windows(tokenizer, texts, request.windows, request.context)
     rows = cut_windows(tokenizer, texts, request.turns + 1, row_tokens - 1, seed=1)
-    shared = {"model": str(request.model), "context": longest}
-    budget = {"budget_bytes": request.budget_bytes}
-    ours = SideSpec(
-        OURS,
-        {
-            **shared,
-            **budget,
-            "implementation": request.implementation,
-            "policy": request.policy,
-        },
-        request.threads,
+    by_program = {"budget_bytes": options.budget_bytes}
+    if request.baseline == "torch":
+        by_program = {"mode": request.torch_mode}
+    other = {"model": str(options.path), "context": longest, **by_program}
+    sides = (
+        SideSpec(OURS, {"options": options, "context": longest}, request.threads),
+        SideSpec(factory, other, request.threads),
     )
-    options = {"mode": request.torch_mode} if request.baseline == "torch" else budget
-    baseline = SideSpec(factory, {**shared, **options}, request.threads)
     began = time.monotonic()
-    found, here = compare(ours, baseline, windows.ids_WS, rows.ids_WS, request.prompt_tokens)
+    found, here = compare(*sides, windows.ids_WS, rows.ids_WS, request.prompt_tokens)
     about = {
         "model_bytes": file.file_bytes,
         "architecture": config.arch,
@@ -138,31 +146,15 @@ def compare_model(request: Request) -> Record:
         "windows_begin_with_bos": "yes" if windows.begin_with_bos else "no",
         "omp_wait_policy": environment()["OMP_WAIT_POLICY"],
     }
-    hashes = {
-        "model": file.sha256(),
-        "text": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
-    }
+    text_sha256 = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    hashes = Measured(file_sha256={"model": file.sha256(), "text": text_sha256})
     return Record(
         study=STUDY,
-        asked=_asked(request),
-        **vars(combined(found, measured(about), Measured(file_sha256=hashes))),
+        asked=request.asked,
+        **vars(combined(found, measured(about), hashes)),
         **here,
         seconds=round(time.monotonic() - began, 2),
     )
-
-
-def _asked(request: Request) -> Benchmark:
-    setting = {**vars(request), "model": request.model.name}
-    # Only where they were asked for: they are a part of the record's identity.
-    for name, default in (
-        ("torch_mode", None),
-        ("implementation", None),
-        ("policy", DEFAULT_POLICY),
-    ):
-        if setting[name] == default:
-            del setting[name]
-    del setting["text"]  # its hash is in the record
-    return Benchmark(STUDY, setting)
 
 
 def compare(

@@ -6,36 +6,24 @@ Owns nothing but the adapter. Made in a child process (`side.py`).
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.engine_flags import EngineOptions
 from hobbit_jax.evals.engine_program import EngineProgram
-from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.inference.engine import Engine
-from hobbit_jax.models.loading import load_model
 from hobbit_jax.record import machine
-from pallas_kernels.backends import Implementation
 
 
 class Ours(EngineProgram):
-    """The engine in native precision, with all experts resident or under a budget."""
+    """The engine, with all experts resident or under a budget."""
 
-    def __init__(
-        self,
-        model: str,
-        threads: int,
-        context: int,
-        budget_bytes: int | None,
-        implementation: Implementation,
-        policy: str,
-    ):
-        del threads  # XLA takes the cores that this process may use
-        loaded = load_model(model, implementation)
-        store = HostExperts(loaded.config, loaded.file)
-        super().__init__(Engine(loaded, store, CacheConfig(budget_bytes, policy=policy)), context)
+    def __init__(self, options: EngineOptions, threads: int, context: int):
+        # XLA takes the cores that this process may use, and ggml as many threads.
+        made = replace(options, threads=threads)
+        super().__init__(made.make_engine(made.load_model()), context)
 
     def score(self, ids_T: np.ndarray) -> np.ndarray:
         """See `Side.score`."""

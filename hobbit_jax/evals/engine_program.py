@@ -1,11 +1,15 @@
-"""Our engine as a program that `measure.py` can time: what its counters say, and its logits."""
+"""Our engine as a program that `measure.py` can time: what its counters and its pool say."""
 
 from __future__ import annotations
+
+import functools
+import time
+from typing import Any
 
 import jax
 import numpy as np
 
-from hobbit_jax.evals.measure import Counts
+from hobbit_jax.evals.measure import Clock, Counts, Measurement, measure, timed_turn
 from hobbit_jax.experts.store import NATIVE
 from hobbit_jax.inference.engine import Engine
 
@@ -56,3 +60,44 @@ class EngineProgram:
             demoted=engine.degraded,
             skipped=engine.skipped,
         )
+
+
+def measure_engine(
+    engine: Engine, ids_RS: np.ndarray, prompt_tokens: int, clock: Clock = time.perf_counter
+) -> tuple[Measurement, list[np.ndarray]]:
+    """Decodes rows with an engine alone; the first warms up.
+
+    Args:
+        engine: its pool stays as the last row leaves it.
+        ids_RS: int32 [repeats + 1, prompt and decoded tokens].
+        prompt_tokens: of each row, prefilled.
+        clock: of the turns.
+
+    Returns:
+        The measurement, and the logits of each row that counts, float32 [tokens, V].
+    """
+    program = EngineProgram(engine, ids_RS.shape[1])
+    logits: list[np.ndarray] = []
+
+    def keep(row: int, _name: str, _turn: object) -> None:
+        if row:
+            logits.append(np.concatenate([np.asarray(token_BV) for token_BV in program.logits_BV]))
+
+    turn = functools.partial(timed_turn, program, clock=clock)
+    (found,) = measure({"ours": turn}, ids_RS, prompt_tokens, after=keep).values()
+    return found, logits
+
+
+def pool_figures(engine: Engine) -> dict[str, Any]:
+    """What an engine has on each device, for its record; bytes, slots by bank, and pairs of
+    layer and expert with any copy there."""
+    pool = engine.pool
+    return {
+        "pool_budget_bytes": pool.budget_bytes,
+        "pool_device_bytes": pool.device_bytes,
+        "slots": {str(signature): n for signature, n in pool.slots.items()},
+        "slots_total": sum(pool.slots.values()),
+        "resident_experts": len({(key.layer, key.expert) for key in pool.resident()}),
+        "dense_device_bytes": engine.model.dense_device_bytes,
+        "kv_cache_bytes": engine.kv_cache_bytes,
+    }

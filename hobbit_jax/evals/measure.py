@@ -3,9 +3,9 @@
 Owns the clock of a row (a prompt is prefilled, the rest of the row is decoded, forced, so that
 every program meets the same text), what is counted of each token, and what repeats come to.
 Backends take turns row by row, in an order that is turned round in every other one, so that a busy
-machine slows all of them alike and a ratio is taken within a row. Rows that warm up (compile, fill
-pools) are told apart and count in nothing. No JAX here: baselines run these lines in processes of
-their own; our engine is `engine_program.py`.
+machine slows all of them alike and a ratio is taken within a row. The first row warms up (compiles,
+fills pools) and counts in nothing. No JAX here: baselines run these lines in processes of their
+own; our engine is `engine_program.py`.
 """
 
 from __future__ import annotations
@@ -85,15 +85,13 @@ class Turn:
         token_s, token_cpu_s: seconds of each decoded token by the turn's clock, and of all
             processors of the process.
         chosen: most probable next token after the prompt and after each decoded token.
-        prefill: counts of the prompt; None for a program that counts nothing.
-        tokens: counts of each decoded token; empty for such a program.
+        tokens: counts of each decoded token; empty for a program that counts nothing.
     """
 
     first_token_s: float
     token_s: tuple[float, ...]
     token_cpu_s: tuple[float, ...]
     chosen: tuple[int, ...]
-    prefill: Counts | None = None
     tokens: tuple[Counts, ...] = ()
 
     @property
@@ -123,17 +121,14 @@ def timed_turn(
     ids_S: np.ndarray,
     prompt_tokens: int,
     clock: Clock = time.perf_counter,
-    progress: Callable[[], object] = lambda: None,
 ) -> Turn:
     """Prefills the first `prompt_tokens` of a row and decodes the rest, forced.
 
-    Counting happens between tokens and is not timed. `progress` is called after each token.
+    Counting happens between tokens and is not timed.
     """
-    before = program.counts()
     began = clock()
     chosen = [program.prefill(ids_S[:prompt_tokens])]
     first_token_s, last = clock() - began, program.counts()
-    prefill = None if before is None or last is None else last - before
     token_s, token_cpu_s, tokens = [], [], []
     for token in ids_S[prompt_tokens:]:
         began, cpu_began = clock(), time.process_time()
@@ -144,18 +139,14 @@ def timed_turn(
         if now is not None and last is not None:
             tokens.append(now - last)
         last = now
-        progress()
-    return Turn(
-        first_token_s, tuple(token_s), tuple(token_cpu_s), tuple(chosen), prefill, tuple(tokens)
-    )
+    return Turn(first_token_s, tuple(token_s), tuple(token_cpu_s), tuple(chosen), tuple(tokens))
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """All turns of one backend: those that warmed up, and those that count."""
+    """All turns of one backend that count."""
 
     prompt_tokens: int
-    warm_up: tuple[Turn, ...]
     turns: tuple[Turn, ...]
 
     @property
@@ -195,15 +186,23 @@ class Measurement:
         return self.prompt_tokens / self.first_token_s
 
     def figures(self) -> dict[str, Any]:
-        """Names and units of a record's; shares are 0-1, times have their spread over turns."""
-        return {
+        """Names and units of a record's; shares are 0-1, times have their spread over turns.
+
+        CPU seconds are of all processors of the process.
+        """
+        per_turn = self.tokens / len(self.turns)
+        found = {
             "decode_tokens": self.tokens,
             "decode_tokens_per_s": spread(self.decode_tokens_per_s),
             "prefill_tokens_per_s": spread(self.prefill_tokens_per_s),
             "first_token_s": spread(self.first_token_s),
             "repeat_s": [round(seconds, 6) for seconds in self.decode_s.tolist()],
+            "decode_cpu_s_per_token": spread(self.decode_cpu_s / per_turn),
             **self.counted_figures(),
         }
+        if self.counts is not None:
+            found["link_wait_s_per_token"] = self.counts.link_wait_s / self.tokens
+        return found
 
     def counted_figures(self) -> dict[str, float | None]:
         """What does not depend on the machine's speed; none for a program without counts."""
@@ -232,7 +231,6 @@ def measure(
     backends: Mapping[str, TimedRow],
     ids_RS: np.ndarray,
     prompt_tokens: int,
-    warm_up: int = 1,
     after: Callable[[int, str, Turn], object] = lambda row, name, turn: None,
 ) -> dict[str, Measurement]:
     """Decodes every row with every backend, in turns.
@@ -240,17 +238,16 @@ def measure(
     Args:
         backends: by name, what times one row: `functools.partial(timed_turn, program)`, or a child
             process's.
-        ids_RS: int32 [warm_up + repeats, prompt and decoded tokens].
+        ids_RS: int32 [repeats + 1, prompt and decoded tokens]; the first row warms up.
         prompt_tokens: of each row, prefilled.
-        warm_up: first rows that count in nothing.
         after: called with row, backend and turn when a backend is done with a row.
 
     Raises:
         ValueError: no row to count, or none longer than the prompt.
     """
-    if len(ids_RS) <= warm_up or not 0 < prompt_tokens < ids_RS.shape[1]:
+    if len(ids_RS) < 2 or not 0 < prompt_tokens < ids_RS.shape[1]:
         raise ValueError(
-            f"got rows {ids_RS.shape} and a prompt of {prompt_tokens}; want more than {warm_up} "
+            f"got rows {ids_RS.shape} and a prompt of {prompt_tokens}; want at least 2 "
             "rows, longer than a prompt of at least one token"
         )
     turns: dict[str, list[Turn]] = {name: [] for name in backends}
@@ -259,7 +256,4 @@ def measure(
             turn = backends[name](ids_S, prompt_tokens)
             turns[name].append(turn)
             after(row, name, turn)
-    return {
-        name: Measurement(prompt_tokens, tuple(found[:warm_up]), tuple(found[warm_up:]))
-        for name, found in turns.items()
-    }
+    return {name: Measurement(prompt_tokens, tuple(found[1:])) for name, found in turns.items()}

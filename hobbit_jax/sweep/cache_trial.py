@@ -9,8 +9,7 @@ from dataclasses import asdict, replace
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.policies import SLRU
 from hobbit_jax.evals import quality, tasks
-from hobbit_jax.evals.engine_program import EngineProgram
-from hobbit_jax.evals.measure import measure, timed_turn
+from hobbit_jax.evals.engine_program import measure_engine, pool_figures
 from hobbit_jax.experts.low_precision import LowPrecisionSpec
 from hobbit_jax.experts.precision import PrecisionPlan
 from hobbit_jax.experts.store import HostExperts
@@ -81,20 +80,8 @@ def measure_trial(
         return combined(found, measured(bench.benchmark_scores(engine, depends, batch), "task"))
 
     def decode() -> Measured:
-        ids_RS = bench.decode_ids_RS
-        ours = functools.partial(timed_turn, EngineProgram(engine, ids_RS.shape[1]))
-        found = measure({"ours": ours}, ids_RS, sizes.decode_prompt_tokens)["ours"]
-        pool = engine.pool
-        residents = {
-            "pool_budget_bytes": pool.budget_bytes,
-            "pool_device_bytes": pool.device_bytes,
-            "slots": {str(signature): n for signature, n in pool.slots.items()},
-            "slots_total": sum(pool.slots.values()),
-            "resident_experts": len({(key.layer, key.expert) for key in pool.resident()}),
-            "dense_device_bytes": engine.model.dense_device_bytes,
-            "kv_cache_bytes": engine.kv_cache_bytes,
-        }
-        return measured({**found.figures(), **residents})
+        found, _ = measure_engine(engine, bench.decode_ids_RS, sizes.decode_prompt_tokens)
+        return measured({**found.figures(), **pool_figures(engine)})
 
     routing_LE = bench.calibration().selections_LE.tolist()
     return combined(
