@@ -9,14 +9,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
-import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -116,14 +114,14 @@ def replacing(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
             raise _disk_full(path, wanted, free_bytes) from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON, so that a reader sees all of it or nothing.
+def write_text(path: Path, text: str) -> None:
+    """Writes a text, so that a reader sees all of it or nothing, also after the power fails."""
+    with replacing(path) as partial:
+        _write_through(partial, text)
 
-    Raises:
-        ValueError: a number that is not finite.
-    """
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+
+def _write_through(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -138,10 +136,7 @@ def place_first(path: Path, text: str) -> bool:
         Whether it was this writer; the file of another stays as it is.
     """
     with _partial(path) as partial:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_through(partial, text)
         try:
             os.link(partial, path)
         except FileExistsError:

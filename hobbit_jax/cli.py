@@ -1,7 +1,7 @@
 """What every script does at its edges.
 
 Owns the start of absl, the exit status, the shape of error messages, and the checks of what flags
-name: files to read, files and folders to write, lists of numbers. The library raises exceptions and
+name: files to read, files and folders to write. The library raises exceptions and
 never exits.
 """
 
@@ -13,7 +13,8 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -95,33 +96,40 @@ def _check_numbers() -> None:
             _fail(f"--{name} is {value}; want a finite number")
 
 
-def numbers(
-    flag: flags.FlagHolder, kind: type[int] | type[float], lower: float, upper: float
-) -> list[Any]:
-    """The values of a flag that lists numbers.
+class Parsed(flags.ArgumentParser):
+    """Of a flag whose value is what a function makes of the text."""
+
+    def __init__(self, parse: Callable[[str], Any], syntactic_help: str):
+        self._read, self.syntactic_help = parse, syntactic_help
+
+    def parse(self, argument: Any) -> Any:
+        """See `flags.ArgumentParser.parse`."""
+        return self._read(str(argument))
+
+
+def define_list(
+    name: str, parse: Callable[[str], Any], default: str | None, text: str
+) -> flags.FlagHolder[Any]:
+    """Defines a flag of the script that lists values, separated by commas.
 
     Args:
-        flag: of a list of strings.
-        kind: int or float.
-        lower: the least that is allowed.
-        upper: the most.
-
-    Raises:
-        ValueError: one of them is no number, or out of range; or there is none.
+        name: of the flag.
+        parse: makes a value of its text, or raises ValueError.
+        default: as on a command line; None is no list.
+        text: the help.
     """
-    found = []
-    for text in flag.value:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not lower <= value <= upper:
-            noun = "whole numbers" if kind is int else "numbers"
-            raise ValueError(f"--{flag.name} has {text!r}; want {noun} from {lower:g} to {upper:g}")
-        found.append(value)
-    if not found:
-        raise ValueError(f"--{flag.name} is empty; want at least one number")
-    return found
+    parser = Parsed(lambda listed: [parse(one) for one in listed.split(",")], "a list with commas")
+    return flags.DEFINE(parser, name, default, text, module_name=sys.argv[0])
+
+
+@contextmanager
+def _naming(flag: str, path: str | os.PathLike, what: str) -> Iterator[None]:
+    """Refuses with the flag and the path what the file system refuses."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # the latter of a zero byte
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ValueError(f"--{flag}: {path} cannot be {what} ({reason})") from error
 
 
 def input_file(flag: str, path: str | os.PathLike) -> Path:
@@ -130,14 +138,9 @@ def input_file(flag: str, path: str | os.PathLike) -> Path:
     Raises:
         ValueError: it is not, or it is a folder; names the flag.
     """
-    file = Path(path)
-    if file.is_dir():
-        raise ValueError(f"--{flag}: {file} is a folder; want a file")
-    try:
-        file.open("rb").close()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--{flag}: {file} cannot be read ({_reason(error)})") from error
-    return file
+    with _naming(flag, path, "read"):
+        Path(path).open("rb").close()
+    return Path(path)
 
 
 def input_folder(flag: str, path: str | os.PathLike) -> Path:
@@ -146,32 +149,32 @@ def input_folder(flag: str, path: str | os.PathLike) -> Path:
     Raises:
         ValueError: it is not, or it is a file; names the flag.
     """
-    folder = Path(path)
-    try:
-        os.listdir(folder)
-    except NotADirectoryError as error:
-        raise ValueError(f"--{flag}: {folder} is a file; want a folder") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--{flag}: {folder} cannot be read ({_reason(error)})") from error
-    return folder
+    with _naming(flag, path, "read"):
+        os.listdir(path)
+    return Path(path)
 
 
 def input_text(flag: str, path: str | os.PathLike) -> str:
     """The UTF-8 text of a file.
 
     Raises:
-        ValueError: no such file, or it holds no text; names the flag.
+        ValueError: no such file, or it is no text; names the flag.
     """
-    file = input_file(flag, path)
+    with _naming(flag, path, "read"):
+        data = Path(path).read_bytes()
+    return utf8(data, f"--{flag}: {path}")
+
+
+def utf8(data: bytes, name: str) -> str:
+    """The text of some bytes.
+
+    Raises:
+        ValueError: they are none; begins with `name`.
+    """
     try:
-        text = file.read_text(encoding="utf-8")
+        return data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--{flag}: {file} is no UTF-8 text (byte {error.start}); want a text file"
-        ) from error
-    if not text.strip():
-        raise ValueError(f"--{flag}: {file} holds no text")
-    return text
+        raise ValueError(f"{name} is no UTF-8 text (byte {error.start})") from None
 
 
 def output_file(flag: str, path: str | os.PathLike) -> Path:
@@ -183,11 +186,12 @@ def output_file(flag: str, path: str | os.PathLike) -> Path:
         ValueError: it names a folder or a device, or the place cannot be written; names the flag.
     """
     file = Path(path)
-    if str(path).endswith(os.sep) or (_exists(flag, file) and file.is_dir()):
-        raise ValueError(f"--{flag}: {path} is a folder; want the name of a file")
-    if _exists(flag, file) and not file.is_file():
-        raise ValueError(f"--{flag}: {file} is no ordinary file, and would be replaced by one")
-    _make_writable(flag, file.parent, file)
+    with _naming(flag, path, "written"):
+        if str(path).endswith(os.sep) or file.is_dir():
+            raise IsADirectoryError("a folder; want the name of a file")
+        if file.exists() and not file.is_file():
+            raise OSError("no ordinary file, and would be replaced by one")
+        _try_file(file.parent, file.name)
     return file
 
 
@@ -199,43 +203,20 @@ def output_folder(flag: str, path: str | os.PathLike) -> Path:
     Raises:
         ValueError: it names a file, or the place cannot be written; names the flag.
     """
-    folder = Path(path)
-    if _exists(flag, folder) and not folder.is_dir():
-        raise ValueError(f"--{flag}: {folder} is a file; want the name of a folder")
-    _make_writable(flag, folder, folder)
-    return folder
+    with _naming(flag, path, "written"):
+        _try_file(Path(path), "")
+    return Path(path)
 
 
-def _reason(error: OSError | ValueError) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)  # a zero byte
+def _try_file(folder: Path, name: str) -> None:
+    """Makes `folder` and a file in it: permissions alone do not tell of a read-only disk.
 
-
-def _exists(flag: str, path: Path) -> bool:
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--{flag}: {path} cannot be written ({_reason(error)})") from error
-    return True
-
-
-def _make_writable(flag: str, folder: Path, path: Path) -> None:
-    """Makes `folder` and tries a file in it: permissions alone do not tell of a read-only disk.
-
-    The probe is as long as the temporary name of `path` will be, in case the name is too long.
+    The file's name is as long as the temporary one of `name` will be, in case that is too long.
     """
-    probe = folder / f".{path.name}.{secrets.token_hex(6)}.partial"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"--{flag}: {folder} is no folder to write to") from error
-    except OSError as error:
-        raise ValueError(
-            f"--{flag}: {path} cannot be written ({_reason(error)}); give another place"
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".{name}.{secrets.token_hex(6)}.partial"
+    probe.touch()
+    probe.unlink()
 
 
 def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:

@@ -190,17 +190,6 @@ class EngineOptions:
         return WarmStart(Calibration.load(folder, file).selections_LE, self.pin_share)
 
 
-class Parsed(flags.ArgumentParser):
-    """Of a flag whose value is what a function makes of the text."""
-
-    def __init__(self, parse: Callable[[str], Any], syntactic_help: str):
-        self._read, self.syntactic_help = parse, syntactic_help
-
-    def parse(self, argument: Any) -> Any:
-        """See `flags.ArgumentParser.parse`."""
-        return self._read(str(argument))
-
-
 def budget_mib(text: str) -> float | None:
     """A pool's size in MiB; None for `ALL`, which is no bound, as without the flag.
 
@@ -253,7 +242,7 @@ _FLAGS: dict[str, tuple[flags.ArgumentParser, str]] = {
     ),
     "devices": (flags.IntegerParser(1, 4096), "Number of devices to shard experts over."),
     "budget_mib": (
-        Parsed(budget_mib, _MIB_OR_ALL),
+        cli.Parsed(budget_mib, _MIB_OR_ALL),
         f"Size of each device's expert pool in MiB; {ALL}, the default, has room for every expert.",
     ),
     "policy": (
@@ -266,7 +255,7 @@ _FLAGS: dict[str, tuple[flags.ArgumentParser, str]] = {
         + _meanings(MISS_MODES, type),
     ),
     "link_to_host": (
-        Parsed(_link_to_host, "a number from 0.001 to 1000, or a file of bench_bandwidth.py"),
+        cli.Parsed(_link_to_host, "a number from 0.001 to 1000, or a file of bench_bandwidth.py"),
         "Bandwidth of the link to the device over the rate at which the CPU reads experts that it "
         "computes, for a --miss_mode that computes on the CPU, or a file of bench_bandwidth.py.",
     ),
@@ -282,12 +271,12 @@ _FLAGS: dict[str, tuple[flags.ArgumentParser, str]] = {
         "format.",
     ),
     "low_share": (
-        Parsed(low_share, "a number from 0 to 1, or adaptive"),
+        cli.Parsed(low_share, "a number from 0 to 1, or adaptive"),
         "Share of the pool for low copies, under a --miss_mode that caches some; adaptive follows "
         "what is used.",
     ),
     "prefetch": (
-        Parsed(_prefetch, "PREDICTOR or PREDICTOR:DISTANCE"),
+        cli.Parsed(_prefetch, "PREDICTOR or PREDICTOR:DISTANCE"),
         "Predictor of the experts that later layers need, and how many layers ahead it looks: "
         f"{', '.join(get_args(PredictorName))}. Nothing is prefetched by default.",
     ),

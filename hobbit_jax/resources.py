@@ -52,9 +52,12 @@ def roomy_pool_bytes(all_bytes: int) -> int | None:
     return None if all_bytes <= half else half
 
 
+def existing(path: Path) -> Path:
+    """`path` or, as long as it is not there, the nearest folder above it that is."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
 def free_disk_bytes(path: Path) -> int:
     """Free bytes of the disk that `path` is on or, as long as it is not there, will be on."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(existing(path)).free

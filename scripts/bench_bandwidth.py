@@ -18,7 +18,10 @@ from hobbit_jax.evals.bandwidth import default_thread_counts, measure_bandwidths
 
 _OUT = flags.DEFINE_string("out", None, "File to write.", required=True)
 _FORMATS = flags.DEFINE_list("formats", ["Q4_K", "Q6_K", "Q3_K", "Q2_K"], "Formats of experts.")
-_THREADS = flags.DEFINE_list("threads", [], "Numbers of threads; half and all of them by default.")
+_THREADS = cli.define_list(
+    "threads", flags.IntegerParser(1, 4096).parse, None,
+    "Numbers of threads; half and all of them by default.",
+)  # fmt: skip
 _BANK_MIB = flags.DEFINE_integer(
     "bank_mib", 512, "Size of a bank in MiB, beyond the processor's caches.", 1, cli.MAX_COUNT
 )
@@ -27,7 +30,7 @@ _SECONDS = flags.DEFINE_float("seconds", 1.0, "Length of each measurement.", 0.0
 
 def main(_):
     path = cli.output_file("out", _OUT.value)
-    threads = [int(count) for count in _THREADS.value] or default_thread_counts()
+    threads = _THREADS.value or default_thread_counts()
     with TemporaryDirectory() as folder, tqdm(disable=None, leave=False) as bar:
 
         def progress(name: str) -> None:

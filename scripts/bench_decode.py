@@ -28,7 +28,7 @@ from hobbit_jax.cache.link import DirectLink, ProcessorTime, ThrottledLink
 from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, low_share
 from hobbit_jax.cache.sharded_pool import make_pool
-from hobbit_jax.engine_flags import ALL, EngineOptions, Parsed, budget_mib, engine_flags
+from hobbit_jax.engine_flags import ALL, EngineOptions, budget_mib, engine_flags
 from hobbit_jax.evals.decode_bench import decode, token_rows
 from hobbit_jax.models.presets import PRESETS
 from hobbit_jax.quantize import FORMATS
@@ -41,21 +41,17 @@ STUDY = "decode"
 _EXPECTED = (ValueError, NotImplementedError, RuntimeError, MemoryError)
 
 
-def settings(text: str) -> list[EngineOptions]:
-    """The miss modes with their low precision that --settings lists.
+def setting(text: str) -> EngineOptions:
+    """One of --settings: a miss mode with its low precision.
 
     Raises:
         ValueError: no such mode, format or share.
     """
-    found = []
-    for setting in text.split(","):
-        mode, *low = setting.split(":")
-        if mode not in MISS_MODES or len(low) > 2 or not set(FORMATS).issuperset(low[:1]):
-            raise ValueError(f"got {setting!r}; want MISS_MODE[:FORMAT[:SHARE]]")
-        share = low_share(low[1]) if low[1:] else DEFAULT_LOW_SHARE
-        low_format = low[0] if low else None
-        found.append(EngineOptions(miss_mode=mode, low_format=low_format, low_share=share))
-    return found
+    mode, *low = text.split(":")
+    if mode not in MISS_MODES or len(low) > 2 or not set(FORMATS).issuperset(low[:1]):
+        raise ValueError(f"got {text!r}; want MISS_MODE[:FORMAT[:SHARE]]")
+    share = low_share(low[1]) if low[1:] else DEFAULT_LOW_SHARE
+    return EngineOptions(miss_mode=mode, low_format=low[0] if low else None, low_share=share)
 
 
 ENGINE = engine_flags(
@@ -66,14 +62,12 @@ _PRESET = flags.DEFINE_enum(
     "preset", None, list(PRESETS), "Model of which a synthetic file is taken, without --model."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the records.", required=True)
-_BUDGETS_MIB = flags.DEFINE(
-    Parsed(lambda text: [budget_mib(one) for one in text.split(",")], "numbers, or all"),
-    "budgets_mib", "1,2,4,5", "Sizes of the expert pool in MiB.",
-)  # fmt: skip
-_SETTINGS = flags.DEFINE(
-    Parsed(settings, "MISS_MODE[:FORMAT[:SHARE]], …"),
-    "settings", ",".join(["fetch:Q2_K", *MISS_MODES]), "Settings to measure; see above.",
-)  # fmt: skip
+_BUDGETS_MIB = cli.define_list(
+    "budgets_mib", budget_mib, "1,2,4,5", "Sizes of the expert pool in MiB, or all."
+)
+_SETTINGS = cli.define_list(
+    "settings", setting, ",".join(["fetch:Q2_K", *MISS_MODES]), "Settings to measure; see above."
+)
 _PROMPT_TOKENS = flags.DEFINE_integer(
     "prompt_tokens", 32, "Number of tokens to prefill.", 1, cli.MAX_COUNT
 )
@@ -115,12 +109,12 @@ def asked_settings(given: EngineOptions) -> list[EngineOptions]:
     found = []
     for budget in _BUDGETS_MIB.value:
         found.append(replace(plain, budget_mib=budget))
-        for setting in _SETTINGS.value:
-            computes = MISS_MODES[setting.miss_mode].computes
+        for chosen in _SETTINGS.value:
+            computes = MISS_MODES[chosen.miss_mode].computes
             found.append(
                 replace(
-                    given, budget_mib=budget, miss_mode=setting.miss_mode,
-                    low_format=setting.low_format, low_share=setting.low_share,
+                    given, budget_mib=budget, miss_mode=chosen.miss_mode,
+                    low_format=chosen.low_format, low_share=chosen.low_share,
                     link_to_host=given.link_to_host if computes else None,
                 )
             )  # fmt: skip

@@ -21,19 +21,18 @@ from typing import Any
 
 from absl import flags
 
-from hobbit_jax import cli
+from hobbit_jax import cli, prompt_flags
 from hobbit_jax.engine_flags import engine_flags
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.sampling import MAX_SEED, MAX_TEMPERATURE, Sampling
 from hobbit_jax.inference.step_stats import StepStats
-from hobbit_jax.prompt_flags import PromptFlags
 
 ENGINE = engine_flags(
     "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "link_to_host",
     "resident_lift", "low_format", "low_share", "profile", "pin_share", "chunk_tokens", "context",
     "threads", "kv_format", "trace_out",
 )  # fmt: skip
-_PROMPT = PromptFlags()
+flags.adopt_module_key_flags(prompt_flags)
 _IGNORE_EOS = flags.DEFINE_bool(
     "ignore_eos", False, "Whether to go on past the tokens that end a generation."
 )
@@ -113,10 +112,10 @@ def new_ids(
 
 def main(_):
     options, sampling = ENGINE(), Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
-    text = _PROMPT.text()
+    text = prompt_flags.prompt_text()
     model = options.load_model()
     tokenizer = model.tokenizer()
-    prompt = _PROMPT.encode(text, model.file, tokenizer)
+    prompt = prompt_flags.prompt_ids(text, model.file, tokenizer)
     engine = options.make_engine(model)
     options.load_all_that_fit(engine)
     steps: list[StepStats] = []

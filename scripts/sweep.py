@@ -85,8 +85,6 @@ def main(_) -> int:
     trials = load_module(config_file).sweep(config)
     here = _LAUNCHER.value == "local"
     found = preflight(trials, description["config"], workdir, here)
-    for note in found.notes:
-        print(f"note: {note}", file=sys.stderr)
     if _DRY_RUN.value:
         _print_dry_run(trials, found, workdir)
     found.refuse()

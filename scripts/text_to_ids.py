@@ -12,21 +12,20 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from hobbit_jax import cli, reference
+from hobbit_jax import cli, prompt_flags, reference
 from hobbit_jax.atomic import replacing
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
-from hobbit_jax.prompt_flags import PromptFlags
 
-_PROMPT = PromptFlags()
+flags.adopt_module_key_flags(prompt_flags)
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")
 _OUT = flags.DEFINE_string("out", None, "File for the ids (.npy); printed by default.")
 
 
 def main(_):
-    text = _PROMPT.text()
+    text = prompt_flags.prompt_text()
     file = open_gguf(_MODEL.value or reference.model_path())
-    ids = _PROMPT.encode(text, file, Tokenizer.from_gguf(file))
+    ids = prompt_flags.prompt_ids(text, file, Tokenizer.from_gguf(file))
     if _OUT.value is None:
         print(",".join(map(str, ids)))
         return

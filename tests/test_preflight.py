@@ -118,10 +118,8 @@ def test_equal_cells_are_named_with_the_field_that_repeats(cell, tmp_path):
 def test_the_smallest_pool_is_what_an_engine_takes(cell, tmp_path, score, fraction, mode):
     """At the budget that preflight asks for there are slots, and a byte below there are none."""
     asked = cell(score, fraction, "Q2_K", 0.2, mode=mode)
-    check = preflight_module._Check(
-        preflight_module._opened(asked.inputs.model, {}, preflight_module.Preflight()),
-        asked.inputs, SIZES, [asked], {}, tmp_path, preflight_module.Preflight(),
-    )  # fmt: skip
+    found = preflight_module.Preflight({})
+    check = preflight_module._Check(open_gguf(asked.inputs.model), [asked], tmp_path, found)
     least = check.least_pool_bytes(asked.asked.plan)
     source = open_gguf(asked.inputs.model)
     config = read_config(source)

@@ -1,20 +1,16 @@
 """Resident memory of a process, its own told apart from the pages of files.
 
-Owns what is read of /proc and how peaks are found. Linux counts a process's highest resident size
-exactly (VmHWM), but not the highest of its parts, so those are sampled; a peak shorter than the
-period can be missed there.
+Owns how peaks are found: by samples, so a peak shorter than the period can be missed.
 """
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from pathlib import Path
+
+import psutil
 
 PERIOD_S = 0.02
-
-_PARTS = ("VmRSS", "RssAnon", "RssFile")  # in the order of `ResidentBytes`
-_HIGHEST_TOTAL = "VmHWM"
 
 
 @dataclass(frozen=True)
@@ -22,8 +18,8 @@ class ResidentBytes:
     """Bytes of one process in memory.
 
     `anonymous` has no file behind it: the heap, device buffers on a CPU, copies of weights. `file`
-    are pages of mapped files: the model's and the libraries'. Memory shared with other processes
-    is in `total` only.
+    are pages of mapped files (the model's and the libraries'), and of memory shared with other
+    processes.
     """
 
     total: int
@@ -31,21 +27,13 @@ class ResidentBytes:
     file: int
 
 
-def _status(pid: int) -> dict[str, int]:
-    """Bytes by field of /proc/PID/status; empty without /proc, such a process, or its memory."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    pairs = (line.partition(":")[::2] for line in lines)
-    wanted = {*_PARTS, _HIGHEST_TOTAL}
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs if name in wanted}
-
-
 def read_resident(pid: int) -> ResidentBytes | None:
-    """Of a process now; None where it cannot be read."""
-    status = _status(pid)
-    return ResidentBytes(*(status[name] for name in _PARTS)) if status else None
+    """Of a process now; None of one that is gone, and where the parts are not told (not Linux)."""
+    try:
+        found = psutil.Process(pid).memory_info()
+        return ResidentBytes(found.rss, found.rss - found.shared, found.shared)
+    except (psutil.Error, AttributeError):
+        return None
 
 
 class PeakWatch:
@@ -53,7 +41,7 @@ class PeakWatch:
 
     def __init__(self, pid: int):
         self._pid = pid
-        self._highest: dict[str, int] = {}
+        self._highest = ResidentBytes(0, 0, 0)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -63,15 +51,13 @@ class PeakWatch:
             self._sample()
 
     def _sample(self) -> None:
-        for name, value in _status(self._pid).items():
-            self._highest[name] = max(value, self._highest.get(name, 0))
+        if (now := read_resident(self._pid)) is not None:
+            pairs = zip(vars(now).values(), vars(self._highest).values(), strict=True)
+            self._highest = ResidentBytes(*map(max, pairs))
 
     def stop(self) -> ResidentBytes | None:
         """The highest bytes, each part for itself; None if no sample could be taken."""
         self._ended.set()
         self._thread.join()
         self._sample()
-        found = self._highest
-        if not found:
-            return None
-        return ResidentBytes(found[_HIGHEST_TOTAL], found["RssAnon"], found["RssFile"])
+        return self._highest if self._highest.total else None

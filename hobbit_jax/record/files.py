@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hobbit_jax.atomic import place_first, replacing
+from hobbit_jax.atomic import place_first, write_text
 from hobbit_jax.record.record import Record
 from hobbit_jax.record.typed_json import plain, typed
 
@@ -49,8 +48,7 @@ def write_record(folder: Path, record: Record) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     line = _line(record)
     if not place_first(path, line) and not is_finished(folder, record.name):
-        with replacing(path) as partial:
-            _write_through(partial, line)
+        write_text(path, line)
     return path
 
 
@@ -100,16 +98,8 @@ def merge_records(folder: Path, records: Iterable[Record], study: str) -> Path:
     path = folder / FOLDER / f"{study}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [_line(r) for r in sorted(records, key=lambda r: r.name) if r.study == study]
-    with replacing(path) as partial:
-        _write_through(partial, "".join(lines))
+    write_text(path, "".join(lines))
     return path
-
-
-def _write_through(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _line(record: Record) -> str:

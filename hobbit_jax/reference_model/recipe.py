@@ -17,7 +17,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from hobbit_jax import reference
-from hobbit_jax.atomic import write_json
+from hobbit_jax.atomic import write_text
 from hobbit_jax.models.config import BlockConfig, GroupedQuery, ModelConfig, Rope, RouterConfig
 from hobbit_jax.models.loading import load_model
 from hobbit_jax.record import machine
@@ -112,7 +112,8 @@ def run(workdir: Path) -> None:
         "device": machine()["device"],
         "duration": f"Wall time of the training steps: {seconds / 60:.0f} minutes.",
     }
-    write_json(workdir / "card.json", {"training": description, "figures": figures})
+    found = {"training": description, "figures": figures}
+    write_text(workdir / "card.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
     card.write_card(workdir / "MODEL_CARD.md", description, figures)
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hobbit_jax import reference
-from hobbit_jax.atomic import exclusive, replacing, write_json
+from hobbit_jax.atomic import exclusive, replacing, write_text
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals import quality
@@ -77,7 +77,7 @@ class ArtifactCache:
         here = f"{self._what} {self.text_sha256}"
         digest = hashlib.sha256(here.encode()).hexdigest()[:8]
         path = self.workdir / "parts" / f"{name}-{digest}.json"
-        self._made(path, lambda: write_json(path, measure()))
+        self._made(path, lambda: write_text(path, json.dumps(measure(), allow_nan=False)))
         return json.loads(path.read_text(encoding="utf-8"))
 
     def measured_part(self, name: str, measure: Callable[[], Measured]) -> Measured:

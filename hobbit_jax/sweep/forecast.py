@@ -10,14 +10,13 @@ from __future__ import annotations
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import jax
 import numpy as np
 
 from hobbit_jax import quantize, reference
 from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.evals.engine_program import measure_engine
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -96,24 +95,16 @@ def _trials_s(
     }
 
 
-def _timed(run: Callable[[], Any]) -> float:
-    """Seconds of the second run; the first compiles."""
-    run()
-    began = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - began
-
-
 def _speeds(model: LoadedModel, context: int) -> tuple[float, float]:
     """Seconds of a window of `context` tokens, and of one decoded token."""
     store = HostExperts(model.config, model.file)
     engine = Engine(model, store, CacheConfig(roomy_pool_bytes(store.precision_bytes(NATIVE))))
-    vocabulary = model.config.vocab_size
-    ids_1T = np.random.default_rng(0).integers(0, vocabulary, (1, context), np.int32)
-    window_s = _timed(lambda: engine.score(ids_1T))
-    engine.start(1, context)
-    decode_s = _timed(lambda: [engine.decode(ids_1T[0, :1]) for _ in range(_DECODED)][-1])
-    return window_s, decode_s / _DECODED
+    prompt = max(1, context - _DECODED)
+    rows = (2, prompt + _DECODED)
+    ids_RS = np.random.default_rng(0).integers(0, model.config.vocab_size, rows, np.int32)
+    found, _ = measure_engine(engine, ids_RS, prompt)
+    window_s = float(found.first_token_s[0]) * context / prompt
+    return window_s, float(found.decode_s[0]) / _DECODED
 
 
 def _encode_s(model: LoadedModel, format: str, method: str) -> float:
@@ -122,7 +113,9 @@ def _encode_s(model: LoadedModel, format: str, method: str) -> float:
     layer = HostExperts(config, model.file).layer(NATIVE, config.n_layers // 2)
     matrices = [dequantize(tensor, 0) for tensor in (layer.gate, layer.up, layer.down)]
 
-    def encode() -> None:
+    began = 0.0
+    for _ in range(2):  # the first time compiles
+        began = time.perf_counter()
         for weights_NK in matrices:
             columns = weights_NK.shape[1]
             if method == "gptq":
@@ -134,5 +127,4 @@ def _encode_s(model: LoadedModel, format: str, method: str) -> float:
                 ggml.encode(weights_NK, format, importance_K)
             else:
                 quantize.encode(weights_NK, format, importance_K)
-
-    return _timed(encode) * config.n_layers * config.n_experts
+    return (time.perf_counter() - began) * config.n_layers * config.n_experts

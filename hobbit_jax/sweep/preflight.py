@@ -8,8 +8,9 @@ the value in question.
 from __future__ import annotations
 
 import importlib.util
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import calibration_bytes
 from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
-from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.registry import read_config
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS, check_method, gptq_bytes
 from hobbit_jax.record import (
@@ -41,8 +41,8 @@ from hobbit_jax.record import (
     Uniform,
     low_formats,
 )
-from hobbit_jax.resources import free_disk_bytes, host_bytes, mib, workers_device_bytes
-from hobbit_jax.sweep.artifact_cache import ArtifactCache, Encoding
+from hobbit_jax.resources import existing, free_disk_bytes, host_bytes, mib, workers_device_bytes
+from hobbit_jax.sweep.artifact_cache import ArtifactCache
 from hobbit_jax.sweep.artifacts import all_artifacts
 from hobbit_jax.sweep.texts import CODE_TEXT, calibration_documents, evaluation_documents
 from hobbit_jax.sweep.trial import Trial
@@ -70,18 +70,41 @@ class Preflight:
     """What was found.
 
     Attributes:
+        config: what the trials were expanded from.
         problems: each a reason why the sweep cannot run, and what to do about it.
-        notes: what it means where that is not plain.
         device_bytes: most that one trial has on the device: its pool and the rest of the model.
         host_bytes: most that an encoder needs beside that.
         wanted: what tells files of a kind apart, by kind; those that are there already among them.
     """
 
+    config: Mapping[str, Any]
     problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     device_bytes: int = 0
     host_bytes: int = 0
     wanted: dict[Kind, set[tuple]] = field(default_factory=lambda: defaultdict(set))
+
+    def problem(self, text: str, name: str = "", value: Any = None) -> None:
+        """Adds a problem, once.
+
+        Args:
+            text: what is wrong.
+            name: a part of the name of the field where it can be mended, if there is one.
+            value: that the field has.
+        """
+        for path, found in leaves(self.config) if name else ():
+            if name in path.rsplit(".", 1)[1] and _holds(found, value):
+                text = f"{path}={value}: {text}"
+                break
+        if text not in self.problems:
+            self.problems.append(text)
+
+    @contextmanager
+    def trying(self, name: str = "", value: Any = None) -> Iterator[None]:
+        """Adds what the block is refused for; see `problem`."""
+        try:
+            yield
+        except _REFUSALS as error:
+            self.problem(str(error), name, value)
 
     def missing(self) -> dict[Kind, int]:
         """How many files of each kind are still to be made."""
@@ -91,19 +114,18 @@ class Preflight:
     @property
     def disk(self) -> dict[Path, int]:
         """Bytes of the files that are still to be made, by folder."""
-        folders: dict[Path, int] = defaultdict(int)
+        folders = Counter()
         for kind, count in self.missing().items():
             folders[kind.folder] += count * kind.bytes_each
-        return {folder: n_bytes for folder, n_bytes in folders.items() if n_bytes}
+        return dict(+folders)
 
     @property
     def to_encode(self) -> dict[tuple[str, str, str], int]:
         """How many low-precision copies are to be made, by (model, format, method)."""
-        found: dict[tuple[str, str, str], int] = defaultdict(int)
+        found = Counter()
         for kind, count in self.missing().items():
-            if kind.recipe is not None:
-                found[kind.recipe] += count
-        return found
+            found[kind.recipe] += count
+        return {recipe: count for recipe, count in found.items() if recipe is not None}
 
     def refuse(self) -> None:
         """Raises a ValueError with all problems, if there are any, in one line."""
@@ -125,21 +147,21 @@ def preflight(
         workdir: that they run in.
         here: whether they run on this machine, so that its memory counts.
     """
-    found = Preflight()
-    found.problems += _equal_trials(trials, config)
+    found = Preflight(config)
+    _check_repeats(trials, found)
     by_inputs: dict[tuple[Inputs, EvalSizes], list[Trial]] = defaultdict(list)
     for trial in trials:
         by_inputs[trial.inputs, trial.sizes].append(trial)
-    models: dict[str, tuple[GGUFFile, ModelConfig] | None] = {}
-    for (inputs, sizes), group in by_inputs.items():
-        if inputs.model not in models:
-            models[inputs.model] = _opened(inputs.model, config, found)
-        model = models[inputs.model]
+    models: dict[str, GGUFFile] = {}
+    for name in dict.fromkeys(inputs.model for inputs, _ in by_inputs):
+        with found.trying("model", name):
+            source = open_gguf(name or reference.model_path())
+            read_config(source)
+            models[name] = source
+    for group in by_inputs.values():
+        model = models.get(group[0].inputs.model)
         if model is not None:
-            _Check(model, inputs, sizes, group, config, workdir, found).all(here)
-    # Trials of several sizes share model and files, and so what is wrong with them.
-    found.problems = list(dict.fromkeys(found.problems))
-    found.notes = list(dict.fromkeys(found.notes))
+            _Check(model, group, workdir, found).all(here)
     _check_disk(found)
     return found
 
@@ -157,133 +179,82 @@ def all_low_mib(model: str, format: str) -> float:
     return store.precision_bytes(1) / 2**20
 
 
-def _opened(
-    model: str, config: dict[str, Any], found: Preflight
-) -> tuple[GGUFFile, ModelConfig] | None:
-    try:
-        source = open_gguf(model or reference.model_path())
-        return source, read_config(source)
-    except _REFUSALS as error:
-        found.problems.append(f"{_at(config, 'model', model)}{error}")
-        return None
-
-
 def _holds(value: Any, wanted: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_holds(item, wanted) for item in value)
     return type(value) is not bool and value == wanted
 
 
-def _at(config: dict[str, Any], name: str, wanted: Any) -> str:
-    """ "config.a.b=value: " of the field whose name has `name` and that holds `wanted`, or ""."""
-    for path, value in leaves(config):
-        if name in path.rsplit(".", 1)[1] and _holds(value, wanted):
-            return f"{path}={wanted}: "
-    return ""
-
-
-def _equal_trials(trials: Sequence[Trial], config: dict[str, Any]) -> list[str]:
-    """Names trials that stand in the sweep twice, and the fields that make them equal."""
+def _check_repeats(trials: Sequence[Trial], found: Preflight) -> None:
+    """Names a trial that stands in the sweep twice, and the fields that make it so."""
     first: dict[str, int] = {}
-    pairs = []
     for number, trial in enumerate(trials, 1):
-        if trial.name in first:
-            pairs.append(f"trial {number} is trial {first[trial.name]} again ({trial.name})")
-        first.setdefault(trial.name, number)
-    if not pairs:
-        return []
-    repeated = [
-        f"{path} has {item} twice"
-        for path, value in leaves(config)
-        if isinstance(value, list | tuple)
-        for item in _repeated(value)
-    ]
-    why = ", since " + " and ".join(repeated) if repeated else "; no field tells them apart"
-    more = f", and so are {len(pairs) - 1} more" if len(pairs) > 1 else ""
-    return [f"{pairs[0]}{more}{why}; every trial of a sweep must differ"]
-
-
-def _repeated(values: Sequence[Any]) -> list[Any]:
-    return [value for index, value in enumerate(values) if value in values[:index]]
+        if first.setdefault(trial.name, number) == number:
+            continue
+        repeated = [
+            f"{path} has {item} twice"
+            for path, value in leaves(found.config)
+            if isinstance(value, list | tuple)
+            for item in dict.fromkeys(item for item in value if value.count(item) > 1)
+        ]
+        why = f"since {' and '.join(repeated)}" if repeated else "and no field tells them apart"
+        found.problem(
+            f"trial {number} is trial {first[trial.name]} again ({trial.name}), {why}; every trial "
+            "of a sweep must differ"
+        )
+        return
 
 
 class _Check:
     """The checks of trials that share one model, texts and sizes."""
 
-    def __init__(
-        self,
-        model: tuple[GGUFFile, ModelConfig],
-        inputs: Inputs,
-        sizes: EvalSizes,
-        trials: Sequence[Trial],
-        config: dict[str, Any],
-        workdir: Path,
-        found: Preflight,
-    ):
-        (self.source, self.model), self.inputs, self.sizes = model, inputs, sizes
-        self.config, self.workdir, self.found = config, workdir, found
-        self.trials = trials
-        budgets = (getattr(trial.asked, "budget_mib", None) for trial in trials)
-        self.budgets_mib = sorted({budget_mib for budget_mib in budgets if budget_mib is not None})
-        self.native = HostExperts(self.model, self.source)
+    def __init__(self, source: GGUFFile, trials: Sequence[Trial], workdir: Path, found: Preflight):
+        self.source, self.model = source, read_config(source)
+        self.trials, self.workdir, self.found = trials, workdir, found
+        self.inputs, self.sizes = trials[0].inputs, trials[0].sizes
+        self.cached = {trial.asked for trial in trials if isinstance(trial.asked, CacheTrial)}
+        self.native = HostExperts(self.model, source)
 
     def all(self, here: bool) -> None:
         """Every check; what they find stands in `found`."""
         encodable = self.formats()
-        self.pools(encodable)
+        self.pools({name for name, _ in encodable})
         self.texts()
         self.benchmarks()
         self.memory(here)
         self.disk(encodable)
 
-    def problem(self, text: object) -> None:
-        self.found.problems.append(str(text))
-
-    def formats(self) -> set[str]:
-        """Formats that can be made, by every method that they are asked for with."""
+    def formats(self) -> set[tuple[str, str]]:
+        """Formats and methods that are asked for and can be made."""
         asked = set()
         for trial in self.trials:
             how = trial.encoding
             asked |= {(name, how.method) for name in low_formats(trial.asked.plan)}
             asked |= {(name, "rtn") for name in how.through}
-        bad = set()
+        encodable = set()
         for name, method in sorted(asked):
-            try:
+            with self.found.trying("format", name):
                 check_method(name, method)
-            except _REFUSALS as error:
-                bad.add(name)
-                self.problem(f"{_at(self.config, 'format', name)}{error}")
-        return {name for name, _ in asked} - bad
+                encodable.add((name, method))
+        return encodable
 
     def pools(self, encodable: set[str]) -> None:
         """Each trial's budget against the smallest pool that works."""
         least: dict[float, list[int]] = defaultdict(list)
-        asked = {t.asked for t in self.trials if isinstance(t.asked, CacheTrial)}
-        for plan, budget_mib in {(one.plan, one.budget_mib) for one in asked}:
+        for plan, budget_mib in {(one.plan, one.budget_mib) for one in self.cached}:
             formats = low_formats(plan)
-            if not encodable.issuperset(formats):
-                continue
-            try:
-                needed = self.least_pool_bytes(plan)
-            except _REFUSALS as error:
-                self.problem(f"{_at(self.config, 'format', formats[0])}{error}")
-                continue
-            if budget_mib * 2**20 < needed:
-                least[budget_mib].append(needed)
+            if encodable.issuperset(formats):
+                with self.found.trying("format", "".join(formats)):
+                    least[budget_mib].append(self.least_pool_bytes(plan))
         for budget_mib, needed in sorted(least.items()):
-            low, high = (np.ceil(n / 2**20 * 1000) / 1000 for n in (min(needed), max(needed)))
-            span = f"{high:g}" if low == high else f"{low:g} to {high:g}, by trial,"
-            self.problem(
-                f"{_at(self.config, 'budget', budget_mib)}the experts that one token needs of a "
-                f"layer take a pool of {span} MiB; give {high:g} or more"
-            )
-        native_mib = self.native.precision_bytes(NATIVE) / 2**20
-        for budget_mib in self.budgets_mib:
-            if budget_mib >= native_mib:
-                self.found.notes.append(
-                    f"{_at(self.config, 'budget', budget_mib)}all experts fit natively "
-                    f"({native_mib:.1f} MiB), so that nothing is ever missing"
-                )
+            needed = [n_bytes for n_bytes in needed if n_bytes > budget_mib * 2**20]
+            if needed:
+                low, high = (np.ceil(n / 2**20 * 1000) / 1000 for n in (min(needed), max(needed)))
+                span = f"{high:g}" if low == high else f"{low:g} to {high:g}, by trial,"
+                self.found.problem(
+                    f"the experts that one token needs of a layer take a pool of {span} MiB; give "
+                    f"{high:g} or more", "budget", budget_mib,
+                )  # fmt: skip
 
     def least_pool_bytes(self, plan: Native | Uniform | Mixed | MissModeTrial) -> int:
         """The smallest pool in which a plan's experts of one token and layer have slots.
@@ -301,31 +272,20 @@ class _Check:
 
     def texts(self) -> None:
         """Whether the texts have the windows, and the model the context, that are asked for."""
-        sizes, model = self.sizes, self.model
+        sizes, inputs, found = self.sizes, self.inputs, self.found
         decoded = sizes.decode_prompt_tokens + sizes.decode_tokens
         for name, tokens in (("context", sizes.context), ("decode_tokens", decoded)):
-            if tokens > model.context_length:
-                where = _at(self.config, name, getattr(sizes, name))
-                self.problem(f"{where}{tokens} tokens; the model has {model.context_length}")
-        inputs = self.inputs
-        try:
+            if tokens > (most := self.model.context_length):
+                found.problem(f"{tokens} tokens; the model has {most}", name, getattr(sizes, name))
+        tokenizer = None
+        evaluated: list[str] = []
+        calibrated: list[str] = []
+        with found.trying():
             tokenizer = Tokenizer.from_gguf(self.source)
-        except _REFUSALS as error:
-            self.problem(error)
-            return
-        documents = {}
-        for name, read in (
-            ("evaluation_text", evaluation_documents),
-            ("calibration_text", lambda text: calibration_documents(text or CODE_TEXT)),
-        ):
-            text = getattr(inputs, name)
-            try:
-                documents[name] = read(text)
-            except _REFUSALS as error:
-                self.problem(f"{_at(self.config, name, text)}{error}")
-        if len(documents) < 2:
-            return
-        evaluated, calibrated = documents["evaluation_text"], documents["calibration_text"]
+        with found.trying("evaluation_text", inputs.evaluation_text):
+            evaluated = evaluation_documents(inputs.evaluation_text)
+        with found.trying("calibration_text", inputs.calibration_text):
+            calibrated = calibration_documents(inputs.calibration_text or CODE_TEXT)
         wanted = [
             ("windows", evaluated, sizes.windows, sizes.context),
             ("calibration_windows", calibrated, sizes.calibration_windows, sizes.context),
@@ -333,101 +293,89 @@ class _Check:
         if decoded:
             wanted.append(("decode_repeats", evaluated, sizes.decode_repeats + 1, decoded - 1))
         for name, texts, count, context in wanted:
-            try:
-                cut_windows(tokenizer, texts, count, context)
-            except ValueError as error:
-                self.problem(f"{_at(self.config, name, getattr(sizes, name))}{error}")
+            if tokenizer is not None and texts:
+                with found.trying(name, getattr(sizes, name)):
+                    cut_windows(tokenizer, texts, count, context)
 
     def benchmarks(self) -> None:
         """Whether lm-eval is here and its data where they are said to be."""
         if not self.sizes.benchmarks:
             return
         if importlib.util.find_spec("lm_eval") is None:
-            self.problem(
-                f"{_at(self.config, 'benchmarks', self.sizes.benchmarks[0])}lm-eval is not "
-                "installed; pip install -e '.[eval]', or set config.eval.benchmarks=()"
-            )
+            self.found.problem(
+                "lm-eval is not installed; pip install -e '.[eval]', or set "
+                "config.eval.benchmarks=()", "benchmarks", self.sizes.benchmarks[0],
+            )  # fmt: skip
         folder = self.inputs.data_dir
         if folder and not Path(folder).is_dir():
-            self.problem(f"{_at(self.config, 'data_dir', folder)}there is no such folder")
+            self.found.problem("there is no such folder", "data_dir", folder)
 
     def memory(self, here: bool) -> None:
         """Whether the largest pool beside the model, and the encoder, fit."""
+        found = self.found
         dense = sum(t.nbytes for n, t in self.source.tensors.items() if "_exps." not in n)
-        all_bytes = self.native.precision_bytes(NATIVE)
-        budget_mib, free = max(self.budgets_mib, default=None), workers_device_bytes()
-        largest = all_bytes if budget_mib is None else min(int(budget_mib * 2**20), 2 * all_bytes)
-        self.found.device_bytes = max(self.found.device_bytes, dense + largest)
-        if here and dense + largest > free:
-            where = _at(self.config, "budget", budget_mib)
-            self.problem(
-                f"{where}a pool of {mib(largest)} beside the rest of the model ({mib(dense)}) does "
-                f"not fit the device, which has {mib(free)} free"
-            )
+        pool = self.native.precision_bytes(NATIVE)
+        budget_mib = max((one.budget_mib for one in self.cached), default=None)
+        if budget_mib is not None:
+            pool = min(int(budget_mib * 2**20), 2 * pool)
+        found.device_bytes = max(found.device_bytes, dense + pool)
+        if here and dense + pool > (free := workers_device_bytes()):
+            found.problem(
+                f"a pool of {mib(pool)} beside the rest of the model ({mib(dense)}) does not fit "
+                f"the device, which has {mib(free)} free", "budget", budget_mib,
+            )  # fmt: skip
         if any(trial.encoding.method == "gptq" for trial in self.trials):
             columns = max(self.model.d_model, self.model.d_expert)
-            working, free = gptq_bytes(columns), host_bytes()
-            self.found.host_bytes = max(self.found.host_bytes, working)
-            where = _at(self.config, "method", "gptq")
-            if here and working > free:
-                self.problem(
-                    f"{where}a Hessian of {columns} columns takes {mib(working)} with its factors, "
-                    f"and {mib(free)} are free; method importance needs none"
-                )
-            self.found.notes.append(
-                f"{where}its Hessians are made one at a time, in {mib(working)}"
-            )
+            working = gptq_bytes(columns)
+            found.host_bytes = max(found.host_bytes, working)
+            if here and working > (free := host_bytes()):
+                found.problem(
+                    f"a Hessian of {columns} columns takes {mib(working)} with its factors, and "
+                    f"{mib(free)} are free; method importance needs none", "method", "gptq",
+                )  # fmt: skip
 
-    def disk(self, encodable: set[str]) -> None:
+    def disk(self, encodable: set[tuple[str, str]]) -> None:
         """Adds the files that are made; trials that share one add it once."""
-        for artifact in all_artifacts(self.trials):
-            if artifact.maker is ArtifactCache.low_precision:
-                if artifact.arguments[0] in encodable:
-                    self.low_precision_file(*artifact.arguments)
-            elif artifact.maker is ArtifactCache.calibration:
-                self.calibration(*artifact.arguments)
-        sizes = self.sizes
+        sizes, inputs, cache = self.sizes, self.inputs, self.workdir / "cache"
         logits = 4 * sizes.windows * sizes.context * self.model.vocab_size
-        kind = Kind(self.workdir / "cache", "native-logits-*.npy", logits)
-        self.found.wanted[kind].add((self.inputs.model, self.inputs.evaluation_text))
+        kind = Kind(cache, "native-logits-*.npy", logits)
+        self.found.wanted[kind].add((inputs.model, inputs.evaluation_text))
 
-    def low_precision_file(self, name: str, how: Encoding) -> None:
-        """Adds a file; of an encoder without calibration all trials of the model share it."""
-        prefix = f"{self.source.sha256()[:16]}-{encoder_sha256()[:8]}"
-        glob = f"{prefix}-{'-'.join([*how.through, name, *how.roles])}-{how.method}*.gguf"
-        n_bytes = disk_bytes(self.source, self.model, name)
-        recipe = (self.inputs.model, name, how.method)
-        kind = Kind(low_precision_folder(), glob, n_bytes, recipe)
-        calibrated = self.calibrated(how.seed) if NEEDED_STATISTICS[how.method] else recipe
-        self.found.wanted[kind].add(calibrated)
+        def calibrated(seed: int, text: str = "") -> tuple:
+            """What tells calibrations apart."""
+            text = text or inputs.calibration_text
+            return inputs.model, text, sizes.calibration_windows, sizes.context, seed
 
-    def calibration(self, statistics: str, seed: int, text: str) -> None:
-        """Adds what a calibration keeps."""
-        tokens = self.sizes.calibration_windows * self.sizes.context
-        n_bytes = calibration_bytes(self.model, statistics, tokens)
-        glob = f"calibration-*-{statistics}/calibration.npz"
-        self.found.wanted[Kind(self.workdir / "cache", glob, n_bytes)].add(
-            self.calibrated(seed, text)
-        )
-
-    def calibrated(self, seed: int, text: str = "") -> tuple:
-        """What tells calibrations apart."""
-        inputs, sizes = self.inputs, self.sizes
-        text = text or inputs.calibration_text
-        return inputs.model, text, sizes.calibration_windows, sizes.context, seed
+        for artifact in all_artifacts(self.trials):
+            if artifact.maker is ArtifactCache.calibration:
+                statistics, seed, text = artifact.arguments
+                tokens = sizes.calibration_windows * sizes.context
+                n_bytes = calibration_bytes(self.model, statistics, tokens)
+                kind = Kind(cache, f"calibration-*-{statistics}/calibration.npz", n_bytes)
+                self.found.wanted[kind].add(calibrated(seed, text))
+            elif artifact.maker is ArtifactCache.low_precision:
+                name, how = artifact.arguments
+                if (name, how.method) not in encodable:
+                    continue
+                prefix = f"{self.source.sha256()[:16]}-{encoder_sha256()[:8]}"
+                glob = f"{prefix}-{'-'.join([*how.through, name, *how.roles])}-{how.method}*.gguf"
+                recipe = (inputs.model, name, how.method)
+                n_bytes = disk_bytes(self.source, self.model, name)
+                # Of an encoder without calibration all trials of the model share a file.
+                key = calibrated(how.seed) if NEEDED_STATISTICS[how.method] else recipe
+                self.found.wanted[Kind(low_precision_folder(), glob, n_bytes, recipe)].add(key)
 
 
 def _check_disk(found: Preflight) -> None:
     """What is made in several folders of one disk must fit it together."""
     by_disk: dict[int, dict[Path, int]] = defaultdict(dict)
     for folder, wanted in found.disk.items():
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        by_disk[there.stat().st_dev][folder] = wanted
+        by_disk[existing(folder).stat().st_dev][folder] = wanted
     for folders in by_disk.values():
         wanted, free = sum(folders.values()), free_disk_bytes(next(iter(folders)))
         if wanted > free:
             each = ", ".join(f"{path} {size} bytes" for path, size in folders.items())
-            found.problems.append(
+            found.problem(
                 f"the disk has {free} bytes ({mib(free)}) free and the sweep wants {wanted} "
                 f"({mib(wanted)}): {each}; free some, or take another --workdir or --cache_dir"
             )

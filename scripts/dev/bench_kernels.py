@@ -47,7 +47,9 @@ _SHAPES = flags.DEFINE_list(
     ["qwen3-30b-a3b", "mixtral-8x7b"] if ON_GPU else ["tiny"],
     f"Shapes to time, of {list(bench.SHAPES)}.",
 )
-_TOKENS = flags.DEFINE_list("tokens", ["1", "4", "16", "64", "512"], "Numbers of tokens of a step.")
+_TOKENS = cli.define_list(
+    "tokens", flags.IntegerParser(1, 2**20).parse, "1,4,16,64,512", "Numbers of tokens of a step."
+)
 _IMPLEMENTATIONS = flags.DEFINE_list(
     "implementations",
     ["triton", "xla", RIVAL] if ON_GPU else ["xla", "interpret"],
@@ -61,7 +63,7 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def cases() -> list[bench.Case]:
-    tokens = cli.numbers(_TOKENS, int, 1, 2**20)
+    tokens: list[int] = _TOKENS.value
     chosen = list(itertools.product(_SHAPES.value, _FORMATS.value, tokens, _IMPLEMENTATIONS.value))
     quantised = [c for c in chosen if c[3] != RIVAL]
     rivals = [c for c in chosen if c[3] == RIVAL and c[1] == _FORMATS.value[0]]

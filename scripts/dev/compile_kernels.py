@@ -224,7 +224,9 @@ _TARGETS = flags.DEFINE_list(
     "targets", ["sm_80", "sm_90"], f"GPUs to compile for, of {list(TARGETS)}."
 )
 _FORMATS = flags.DEFINE_list("formats", PACKED, "Weight formats to compile.")
-_MEAN_ROWS = flags.DEFINE_list("mean_rows", ["1", "16"], "Mean numbers of tokens of an expert.")
+_MEAN_ROWS = cli.define_list(
+    "mean_rows", flags.IntegerParser(1, 2**20).parse, "1,16", "Mean numbers of tokens of an expert."
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir", "out/kernels", "Folder of the records of registers, spills and shared memory."
 )
@@ -308,9 +310,8 @@ def main(_) -> int:
     workdir = cli.output_folder("workdir", _WORKDIR.value)
     ptxas = check_toolchain()
     count, failures = 0, []
-    cases = list(
-        itertools.product(_TARGETS.value, _FORMATS.value, cli.numbers(_MEAN_ROWS, int, 1, 2**20))
-    )
+    mean_row_counts: list[int] = _MEAN_ROWS.value
+    cases = list(itertools.product(_TARGETS.value, _FORMATS.value, mean_row_counts))
     for target_name, name, mean_rows in tqdm(cases, desc="kernels", disable=None):
         target = TARGETS[target_name]
         case = {"target": target_name, "format": name, "mean_rows": mean_rows}
