@@ -116,33 +116,10 @@ def replacing(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text, so that a reader sees all of it or nothing, also after the power fails."""
-    with replacing(path) as partial:
-        _write_through(partial, text)
-
-
-def _write_through(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def place_first(path: Path, text: str) -> bool:
-    """Writes `text` as a new file `path`, whole; of several writers one succeeds.
-
-    By a hard link, which is atomic on local and network file systems alike.
-
-    Returns:
-        Whether it was this writer; the file of another stays as it is.
-    """
-    with _partial(path) as partial:
-        _write_through(partial, text)
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            # NFS repeats a request whose answer was lost, and then finds its own link.
-            return partial.stat().st_nlink == 2
-        return True
 
 
 @contextmanager

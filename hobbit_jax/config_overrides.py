@@ -8,6 +8,8 @@ only run kernels.
 
 from __future__ import annotations
 
+import argparse
+import ast
 import difflib
 import importlib.util
 import math
@@ -31,14 +33,16 @@ def check(argv: Sequence[str]) -> None:
         ValueError: no such file, no config in it, no such field (names the nearest), or a value of
             another kind than the file's own.
     """
-    words = [word.lstrip("-") if word.startswith("-") else "" for word in argv]
-    given = _value(words, argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{NAME}", nargs="?")
+    known, words = parser.parse_known_args(argv)
+    given = getattr(known, NAME)
     if NAME not in flags.FLAGS or given is None:
         return
     fields = dict(leaves(_config(given), ""))
     for word in words:
-        path, is_set, text = word.removeprefix(f"{NAME}.").partition("=")
-        if not word.startswith(f"{NAME}.") or not is_set:
+        path, is_set, text = word.removeprefix(f"--{NAME}.").partition("=")
+        if not word.startswith(f"--{NAME}.") or not is_set:
             continue
         if path not in fields and not any(field.startswith(f"{path}.") for field in fields):
             raise ValueError(f"--{NAME}.{path}: {given} has no such field{_nearest(path, fields)}")
@@ -65,15 +69,6 @@ def leaves(config: Any, prefix: str = f"{NAME}.") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _value(words: Sequence[str], argv: Sequence[str]) -> str | None:
-    for word, following in zip(words, [*argv[1:], None], strict=True):
-        if word == NAME:
-            return following
-        if word.startswith(f"{NAME}="):
-            return word.partition("=")[2]
-    return None
-
-
 def _config(given: str) -> Any:
     path, _, argument = given.partition(":")
     if not Path(path).is_file() or not path.endswith(".py"):
@@ -95,13 +90,12 @@ def _nearest(path: str, fields: Mapping[str, Any]) -> str:
 
 def _parsed(text: str) -> Any:
     try:
-        return tuple(float(part) for part in text.strip("()[]").split(",") if part.strip())
-    except ValueError:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
         return text
 
 
 def _are_numbers(value: Any) -> bool:
-    values = value if isinstance(value, tuple) else (value,)
-    return bool(values) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values
-    )
+    values = value if isinstance(value, tuple | list) else (value,)
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    return bool(values) and len(numbers) == len(values) and all(map(math.isfinite, numbers))

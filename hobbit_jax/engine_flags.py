@@ -24,7 +24,6 @@ from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, Host, MissMode
 from hobbit_jax.cache.policies import DEFAULT_POLICY, POLICIES
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare, low_share
 from hobbit_jax.cache.prefetch import PredictorName, PrefetchRule
-from hobbit_jax.cache.sharded_pool import ExpertPool, make_pool
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals.bandwidth import here
@@ -115,9 +114,7 @@ class EngineOptions:
         spec = LowPrecisionSpec(self.low)
         return [open_low_precision(model.file, model.config, spec, low_precision_folder())]
 
-    def make_engine(
-        self, model: LoadedModel, executor: Callable[..., ExpertPool] = make_pool
-    ) -> Engine:
+    def make_engine(self, model: LoadedModel) -> Engine:
         """An engine on `model`; low-precision experts are made first, once.
 
         Raises:
@@ -138,7 +135,7 @@ class EngineOptions:
             devices=self.devices,
             kv_format=self.kv_format,
         )
-        return Engine(model, store, config, executor)
+        return Engine(model, store, config)
 
     def load_all_that_fit(self, engine: Engine) -> None:
         """Loads every expert that the plan asks for, if the pool can hold all of them.

@@ -10,24 +10,20 @@ a record of each setting, which report.py reads, and prints a table of all that 
 setting that does not fit is named and left out.
 
 A --preset is a synthetic model of a real one's size, written into --workdir when it is not there
-(18.6 GB for qwen3-30b-a3b); it decodes random tokens. On a CPU a copy costs next to nothing:
---link_gb_s emulates a slower link, and every record says so. Decode is then timed by the
-processor's time and the waits for the link, so that other load does not show.
+(18.6 GB for qwen3-30b-a3b); it decodes random tokens. On a CPU a copy costs next to nothing, so
+that counts and KL say more there than seconds.
 """
 
 import functools
 import sys
-import time
 from dataclasses import replace
 
 from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
-from hobbit_jax.cache.link import DirectLink, ProcessorTime, ThrottledLink
 from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, low_share
-from hobbit_jax.cache.sharded_pool import make_pool
 from hobbit_jax.engine_flags import ALL, EngineOptions, budget_mib, engine_flags
 from hobbit_jax.evals.decode_bench import decode, token_rows
 from hobbit_jax.models.presets import PRESETS
@@ -73,9 +69,6 @@ _PROMPT_TOKENS = flags.DEFINE_integer(
 )
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Number of tokens to decode.", 1, cli.MAX_COUNT)
 _REPEATS = flags.DEFINE_integer("repeats", 6, "Number of rows, after a warm-up.", 1, 10_000)
-_LINK_GB_S = flags.DEFINE_float(
-    "link_gb_s", None, "Bandwidth of an emulated link in GB/s.", 1e-6, 1e6
-)
 _COLUMNS = (
     Column("MiB", lambda r: r.setting.get("budget_mib") or "all", "g"),
     Column("setting", lambda r: r.setting["setting"]),
@@ -133,22 +126,16 @@ def main(_) -> int:
     ids_RS = token_rows(model, _REPEATS.value + 1, sum(sizes), made_up)
     wanted, native, written = asked_settings(given), None, 0
     for options in tqdm(wanted, unit="setting", leave=False, disable=None):
-        link, clock = None, time.perf_counter
-        if _LINK_GB_S.value is not None:
-            clock = ProcessorTime()
-            link = ThrottledLink(_LINK_GB_S.value, clock=clock, sleep=clock.sleep)
         asked = {
             "setting": named(options), "model": given.path.stem, "budget_mib": options.budget_mib,
             "policy": options.policy, "low_format": options.low,
             **dict(zip(("prompt_tokens", "tokens"), sizes, strict=True)),
-            **{f"link_{k}": v for k, v in (link or DirectLink()).describe().items()},
         }  # fmt: skip
-        executor = functools.partial(make_pool, link=link)
-        make_engine = functools.partial(options.make_engine, model, executor)
+        make_engine = functools.partial(options.make_engine, model)
         if asked["setting"] == "native":  # of this budget
             native = None
         try:
-            found = decode(make_engine, ids_RS, sizes[0], clock)
+            found = decode(make_engine, ids_RS, sizes[0])
         except _EXPECTED as error:
             where = f"{asked['setting']} {options.low or ''} at {options.budget_mib or ALL} MiB"
             print(f"not measured: {where}: {error}", file=sys.stderr)

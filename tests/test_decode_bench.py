@@ -76,10 +76,10 @@ def test_a_mistake_is_one_line(tmp_path, flag, message):
 
 @pytest.mark.slow
 def test_the_whole_in_small(tmp_path):
-    """A budget of a quarter of the experts on a slow link; what does not fit is named."""
+    """A budget of a quarter of the experts; what does not fit is named."""
     arguments = (
         "--preset", "tiny", "--workdir", tmp_path, "--budgets_mib", "8", "--prompt_tokens", 5,
-        "--tokens", 8, "--repeats", 2, "--link_gb_s", 0.01,
+        "--tokens", 8, "--repeats", 2,
     )  # fmt: skip
     done = run_script(*arguments, "--settings", "fetch:Q2_K,fetch_low:Q2_K:0.8,floor:Q2_K")
     assert done.returncode == 0, done.stderr
@@ -95,7 +95,5 @@ def test_the_whole_in_small(tmp_path):
     assert all(f"| {name} |" in done.stdout for name in found)
     moved = {name: record.metrics["bytes_moved_per_token"] for name, record in found.items()}
     assert 0 < moved["uniform low"] < 0.7 * moved["native"] <= moved[ahead]
-    assert found["uniform low"].metrics["speedup"] > 1
     assert found["native"].metrics["kl_mean_nats"] == found[ahead].metrics["kl_mean_nats"] == 0
-    assert found["fetch_low 0.8"].setting["link_kind"] == "emulated"
     assert found[ahead].metrics["bytes_ahead_per_token"] > 0

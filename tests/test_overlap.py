@@ -10,14 +10,13 @@ import jax
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, dequantize
-from links import Clock, Recorded, throttled
+from links import Clock, Recorded, ThrottledLink, throttled
 from pool_invariants import check_invariants
 
 import hobbit_jax.inference.moe as moe_module
 import hobbit_jax.inference.prefill as prefill_module
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import Decision, OnRouting, Use
-from hobbit_jax.cache.link import ThrottledLink
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
 from hobbit_jax.cache.sharded_pool import make_pool
@@ -59,7 +58,7 @@ def run(engine) -> tuple[list[int], np.ndarray]:
 def test_paced_link_takes_its_time():
     """Each upload after the one before, whoever waits; computation meanwhile costs nothing."""
     clock = Clock()
-    link = ThrottledLink(gb_s=1e-3, latency_us=500.0, clock=clock, sleep=clock.sleep)  # 1 byte a us
+    link = ThrottledLink(gb_s=1e-3, latency_us=500.0, clock=clock)  # 1 byte a us
     raw = tuple(np.zeros((1, n), np.uint8) for n in (100, 200, 1200))  # 1.5 ms and 0.5 of latency
     first, second = link.send(raw, None), link.send(raw, None)
     second.wait()
@@ -71,9 +70,6 @@ def test_paced_link_takes_its_time():
     clock.now_s += 0.5e-3  # computing
     np.testing.assert_array_equal(third.wait()[2], raw[2])
     assert clock() == pytest.approx(10.002)
-    assert link.describe() == {"kind": "emulated", "gb_s": 1e-3, "latency_us": 500.0}
-    with pytest.raises(ValueError, match="want gb_s > 0"):
-        ThrottledLink(0.0)
 
 
 @pytest.fixture(scope="module")

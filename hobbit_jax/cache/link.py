@@ -1,10 +1,7 @@
-"""The way of an expert's bytes from host to device: who waits for it, and how long.
+"""The way of an expert's bytes from host to device.
 
-Owns both links. The *direct* one is JAX's own copy. The *throttled* one emulates a slower link, for
-machines whose device is the CPU, where a copy costs next to nothing: uploads take their turn, as on
-a bus, and last as long as their bytes would. An upload occupies the link whether or not anybody
-waits for it, so one that nobody waits for runs beside the computation, and one that was wrong to
-start delays those behind it.
+Owns what a pool asks of a link, and JAX's own copy. Tests have a slower link in virtual time, where
+an upload that nobody waits for runs beside the computation.
 """
 
 from __future__ import annotations
@@ -51,10 +48,6 @@ class Link(Protocol):
         """
         ...
 
-    def describe(self) -> dict[str, Any]:
-        """What a row of measurements says of the link, so that nobody takes one for another."""
-        ...
-
 
 @dataclass(frozen=True)
 class _Direct:
@@ -83,80 +76,3 @@ class DirectLink:
     def send(self, raw: Raw, device: Any) -> Upload:
         """See `Link.send`."""
         return _Direct(jax.device_put(raw, device))
-
-    def describe(self) -> dict[str, Any]:
-        """See `Link.describe`."""
-        return {"kind": "direct"}
-
-
-@dataclass(frozen=True)
-class _Throttled:
-    arrays: tuple[jax.Array, ...]
-    arrives_s: float
-    clock: Callable[[], float]
-    sleep: Callable[[float], object]
-
-    def wait(self) -> tuple[jax.Array, ...]:
-        while (left_s := self.arrives_s - self.clock()) > 0:
-            self.sleep(left_s)
-        return self.arrays
-
-
-class ProcessorTime:
-    """Seconds in which this process computes, and those in which it waits for an upload.
-
-    Nobody sleeps: a wait is only counted. So other load on the machine neither shows nor hides
-    behind the link, and it is right where nothing else of this process runs during a wait, as in
-    decode. Two threads that compute at once count twice.
-    """
-
-    def __init__(self):
-        self._waited_s = 0.0
-
-    def __call__(self) -> float:
-        """Seconds so far."""
-        return time.process_time() + self._waited_s
-
-    def sleep(self, seconds: float) -> None:
-        """Counts a wait."""
-        self._waited_s += seconds
-
-
-class ThrottledLink:
-    """An emulated link: n bytes arrive at max(now, link free) + latency + n / bandwidth.
-
-    What waits for them sleeps; the computation that was dispatched before goes on meanwhile.
-
-    Args:
-        gb_s: bandwidth in 1e9 bytes a second.
-        latency_us: of every expert.
-        clock: seconds, as `time.perf_counter` counts them.
-        sleep: waits so many seconds.
-
-    Raises:
-        ValueError: a bandwidth that is not positive, or a negative latency.
-    """
-
-    def __init__(
-        self,
-        gb_s: float,
-        latency_us: float = 10.0,
-        clock: Callable[[], float] = time.perf_counter,
-        sleep: Callable[[float], object] = time.sleep,
-    ):
-        if not gb_s > 0 or latency_us < 0:
-            raise ValueError(f"got {gb_s} GB/s and {latency_us} us; want gb_s > 0, latency_us >= 0")
-        self.gb_s, self.latency_us = gb_s, latency_us
-        self.clock, self._sleep = clock, sleep
-        self._free_s = 0.0
-
-    def send(self, raw: Raw, device: Any) -> Upload:
-        """See `Link.send`."""
-        arrays = jax.device_put(raw, device)
-        seconds = self.latency_us * 1e-6 + sum(part.nbytes for part in raw) / (self.gb_s * 1e9)
-        self._free_s = max(self.clock(), self._free_s) + seconds
-        return _Throttled(arrays, self._free_s, self.clock, self._sleep)
-
-    def describe(self) -> dict[str, Any]:
-        """See `Link.describe`."""
-        return {"kind": "emulated", "gb_s": self.gb_s, "latency_us": self.latency_us}

@@ -9,7 +9,6 @@ budget is the reference.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -56,12 +55,7 @@ class Decoded:
         }
 
 
-def decode(
-    make_engine: Callable[[], Engine],
-    ids_RS: np.ndarray,
-    prompt_tokens: int,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Decoded:
+def decode(make_engine: Callable[[], Engine], ids_RS: np.ndarray, prompt_tokens: int) -> Decoded:
     """Makes an engine and decodes rows with it; the first row warms up.
 
     `own_memory_peak_bytes` is the process's anonymous memory (the pool, the dense part and what
@@ -71,12 +65,11 @@ def decode(
         make_engine: of the setting.
         ids_RS: int32 [repeats + 1, prompt and decoded tokens].
         prompt_tokens: of each row, prefilled.
-        clock: of the turns.
     """
     memory, compiled_s = PeakWatch(os.getpid()), COMPILE_CLOCK.seconds
     try:
         engine = make_engine()
-        measurement, logits = measure_engine(engine, ids_RS, prompt_tokens, clock)
+        measurement, logits = measure_engine(engine, ids_RS, prompt_tokens)
     finally:
         peak = memory.stop()
     figures = {

@@ -423,7 +423,7 @@ class Engine:
         self.start(len(prompts), needed if context is None else context)
         self._key = replicated(seed_key(sampling.seed), self._mesh)
         active_B = np.ones(len(prompts), bool)
-        meter = Meter(self)
+        meter = Meter()
         logits_BV, fed = self.prefill(prompts), sum(map(len, prompts))
         ids_B = np.asarray(sample(logits_BV, jax.random.fold_in(self._key, 0), sampling))
         rows_NB, drawn = ids_B[None], 1
@@ -434,10 +434,10 @@ class Engine:
                 if not active_B.any():
                     return
                 yield np.where(active_B, ids_B, -1), cost
-                cost = StepStats.nothing()
+                cost = StepStats()
             if drawn == max_new_tokens:
                 return
-            meter = Meter(self)
+            meter = Meter()
             count = min(tokens_per_call, max_new_tokens - drawn)
             before = self.stats.decoded_tokens
             rows_NB = self._decode(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Protocol
 
-from hobbit_jax.cache.sharded_pool import ExpertPool
 from hobbit_jax.inference.compile_clock import COMPILE_CLOCK
 
 
@@ -23,48 +21,20 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class StepStats:
-    """Cost of one decode or prefill step."""
+    """Cost of one decode or prefill step; of a token whose cost stands at another, nothing."""
 
-    seconds: float
-    compile_seconds: float  # of them
-    tokens: int
-    hits: int
-    misses: int
-    bytes_moved: int
-    host_round_trips: int
-
-    @classmethod
-    def nothing(cls) -> StepStats:
-        """Of a token whose cost stands at another."""
-        return cls(0.0, 0.0, 0, 0, 0, 0, 0)
-
-
-class Counted(Protocol):
-    """What a meter reads: an engine."""
-
-    pool: ExpertPool
-    stats: EngineStats
+    seconds: float = 0.0
+    compile_seconds: float = 0.0  # of them
+    tokens: int = 0
 
 
 class Meter:
-    """What the engine did since the meter was made."""
+    """What the process did since the meter was made."""
 
-    def __init__(self, engine: Counted):
-        self._engine, self._before = engine, self._counts(engine)
+    def __init__(self):
         self._compiled, self._began = COMPILE_CLOCK.seconds, time.perf_counter()
-
-    @staticmethod
-    def _counts(engine: Counted) -> tuple[int, int, int, int]:
-        stats = engine.pool.stats
-        counts = int(stats.hits.sum()), int(stats.misses.sum()), stats.bytes_moved
-        return *counts, engine.stats.host_round_trips
 
     def lap(self, tokens: int) -> StepStats:
         """The cost of `tokens` that were fed."""
-        seconds, after = time.perf_counter() - self._began, self._counts(self._engine)
-        return StepStats(
-            seconds,
-            COMPILE_CLOCK.seconds - self._compiled,
-            tokens,
-            *(b - a for a, b in zip(self._before, after, strict=True)),
-        )
+        seconds = time.perf_counter() - self._began
+        return StepStats(seconds, COMPILE_CLOCK.seconds - self._compiled, tokens)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hobbit_jax.atomic import place_first, write_text
+from hobbit_jax.atomic import write_text
 from hobbit_jax.record.record import Record
 from hobbit_jax.record.typed_json import plain, typed
 
@@ -46,9 +46,8 @@ def write_record(folder: Path, record: Record) -> Path:
             raise ValueError(f"metric {name} is {value}; want a finite number, or None")
     path = record_path(folder, record.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = _line(record)
-    if not place_first(path, line) and not is_finished(folder, record.name):
-        write_text(path, line)
+    if not is_finished(folder, record.name):
+        write_text(path, _line(record))
     return path
 
 
