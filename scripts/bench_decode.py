@@ -6,8 +6,8 @@
 
 A setting is MISS_MODE, MISS_MODE:FORMAT or MISS_MODE:FORMAT:SHARE, as --miss_mode, --low_format and
 --low_share of generate.py have them; native experts under fetch come first at every budget. Writes
-a record of each setting, which report.py reads, and prints a table of all that are in --workdir. A
-setting that does not fit is named and left out.
+a record of each setting and prints a table of all that are in --workdir. A setting that does not
+fit is named and left out.
 
 A --preset is a synthetic model of a real one's size, written into --workdir when it is not there
 (18.6 GB for qwen3-30b-a3b); it decodes random tokens. On a CPU a copy costs next to nothing, so
@@ -16,7 +16,9 @@ that counts and KL say more there than seconds.
 
 import functools
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from absl import flags
 from tqdm import tqdm
@@ -32,13 +34,13 @@ from hobbit_jax.record import Benchmark, Record, machine, measured, read_records
 from hobbit_jax.report.table import Column, table
 from hobbit_jax.synthetic.synthesize import synthesize
 
-STUDY = "decode"
+STUDY, NATIVE = "decode_settings", "native"
 # Of a setting that cannot be measured; another exception is a bug.
 _EXPECTED = (ValueError, NotImplementedError, RuntimeError, MemoryError)
 
 
-def setting(text: str) -> EngineOptions:
-    """One of --settings: a miss mode with its low precision.
+def setting(text: str) -> tuple[str, EngineOptions]:
+    """One of --settings, and the miss mode with its low precision that it means.
 
     Raises:
         ValueError: no such mode, format or share.
@@ -47,7 +49,8 @@ def setting(text: str) -> EngineOptions:
     if mode not in MISS_MODES or len(low) > 2 or not set(FORMATS).issuperset(low[:1]):
         raise ValueError(f"got {text!r}; want MISS_MODE[:FORMAT[:SHARE]]")
     share = low_share(low[1]) if low[1:] else DEFAULT_LOW_SHARE
-    return EngineOptions(miss_mode=mode, low_format=low[0] if low else None, low_share=share)
+    options = EngineOptions(miss_mode=mode, low_format=low[0] if low else None, low_share=share)
+    return text, options
 
 
 ENGINE = engine_flags(
@@ -62,7 +65,10 @@ _BUDGETS_MIB = cli.define_list(
     "budgets_mib", budget_mib, "1,2,4,5", "Sizes of the expert pool in MiB, or all."
 )
 _SETTINGS = cli.define_list(
-    "settings", setting, ",".join(["fetch:Q2_K", *MISS_MODES]), "Settings to measure; see above."
+    "settings",
+    setting,
+    ",".join(["fetch:Q2_K", *list(MISS_MODES)[1:]]),
+    "Settings to measure; see above.",
 )
 _PROMPT_TOKENS = flags.DEFINE_integer(
     "prompt_tokens", 32, "Number of tokens to prefill.", 1, cli.MAX_COUNT
@@ -70,9 +76,10 @@ _PROMPT_TOKENS = flags.DEFINE_integer(
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Number of tokens to decode.", 1, cli.MAX_COUNT)
 _REPEATS = flags.DEFINE_integer("repeats", 6, "Number of rows, after a warm-up.", 1, 10_000)
 _COLUMNS = (
-    Column("MiB", lambda r: r.setting.get("budget_mib") or "all", "g"),
+    Column("MiB", lambda r: r.setting["budget_mib"] or ALL, "g"),
     Column("setting", lambda r: r.setting["setting"]),
-    Column("format", lambda r: r.setting.get("low_format")),
+    Column("prefetch", lambda r: r.setting.get("prefetch")),
+    Column("lift", lambda r: r.setting.get("resident_lift"), "g"),
     Column("slots", "slots_total"),
     Column("hit rate", "hit_rate", ".3f"),
     Column("round trips a token", "host_round_trips_per_token", ".1f"),
@@ -84,34 +91,26 @@ _COLUMNS = (
 )
 
 
-def named(options: EngineOptions) -> str:
-    """What a setting is called in records."""
-    if options.miss_mode == "fetch":
-        name = "uniform low" if options.low else "native"
-    else:
-        caches = MISS_MODES[options.miss_mode].low_banks == "cache"
-        name = f"{options.miss_mode} {options.low_share}" if caches else options.miss_mode
-    if options.prefetch:
-        name += f", {options.prefetch.predictor}, distance {options.prefetch.distance}"
-    return name + (f", residents first by {options.resident_lift:g}" * bool(options.resident_lift))
-
-
-def asked_settings(given: EngineOptions) -> list[EngineOptions]:
-    """All settings of every budget, each once, native experts first."""
+def settings(given: EngineOptions) -> Iterator[tuple[dict[str, Any], EngineOptions]]:
+    """Every setting of every budget, native experts first, with what identifies its record."""
     plain = replace(given, link_to_host=None, resident_lift=0.0, prefetch=None)
-    found = []
+    what = {"model": given.path.stem, "policy": given.policy}
+    what |= {"prompt_tokens": _PROMPT_TOKENS.value, "tokens": _TOKENS.value}
+    beyond = {}
+    if given.resident_lift:
+        beyond["resident_lift"] = given.resident_lift
+    if given.prefetch:
+        beyond["prefetch"] = f"{given.prefetch.predictor}:{given.prefetch.distance}"
     for budget in _BUDGETS_MIB.value:
-        found.append(replace(plain, budget_mib=budget))
-        for chosen in _SETTINGS.value:
+        asked = {"setting": NATIVE, "budget_mib": budget, **what}
+        yield asked, replace(plain, budget_mib=budget)
+        for name, chosen in _SETTINGS.value:
             computes = MISS_MODES[chosen.miss_mode].computes
-            found.append(
-                replace(
-                    given, budget_mib=budget, miss_mode=chosen.miss_mode,
-                    low_format=chosen.low_format, low_share=chosen.low_share,
-                    link_to_host=given.link_to_host if computes else None,
-                )
+            options = replace(
+                given, budget_mib=budget, miss_mode=chosen.miss_mode, low_format=chosen.low_format,
+                low_share=chosen.low_share, link_to_host=given.link_to_host if computes else None,
             )  # fmt: skip
-    return list(dict.fromkeys(found))
+            yield {**asked, **beyond, "setting": name}, options
 
 
 def main(_) -> int:
@@ -124,23 +123,17 @@ def main(_) -> int:
         given = replace(given, model=str(path))
     model, sizes = given.load_model(), (_PROMPT_TOKENS.value, _TOKENS.value)
     ids_RS = token_rows(model, _REPEATS.value + 1, sum(sizes), made_up)
-    wanted, native, written = asked_settings(given), None, 0
-    for options in tqdm(wanted, unit="setting", leave=False, disable=None):
-        asked = {
-            "setting": named(options), "model": given.path.stem, "budget_mib": options.budget_mib,
-            "policy": options.policy, "low_format": options.low,
-            **dict(zip(("prompt_tokens", "tokens"), sizes, strict=True)),
-        }  # fmt: skip
-        make_engine = functools.partial(options.make_engine, model)
-        if asked["setting"] == "native":  # of this budget
+    native, written = None, 0
+    for asked, options in tqdm(list(settings(given)), unit="setting", leave=False, disable=None):
+        if asked["setting"] == NATIVE:  # of this budget
             native = None
         try:
-            found = decode(make_engine, ids_RS, sizes[0])
+            found = decode(functools.partial(options.make_engine, model), ids_RS, sizes[0])
         except _EXPECTED as error:
-            where = f"{asked['setting']} {options.low or ''} at {options.budget_mib or ALL} MiB"
+            where = f"{asked['setting']} at {options.budget_mib or ALL} MiB"
             print(f"not measured: {where}: {error}", file=sys.stderr)
             continue
-        if asked["setting"] == "native":
+        if asked["setting"] == NATIVE:
             native = found
         figures = measured(found.figures | (found.beside(native) if native else {}))
         write_record(workdir, Record(STUDY, Benchmark(STUDY, asked), **vars(figures), **machine()))

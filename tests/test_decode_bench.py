@@ -84,16 +84,17 @@ def test_the_whole_in_small(tmp_path):
     done = run_script(*arguments, "--settings", "fetch:Q2_K,fetch_low:Q2_K:0.8,floor:Q2_K")
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("not measured: "))
-    assert "floor Q2_K at 8.0 MiB: " in line and "needs at least" in line
+    assert "floor:Q2_K at 8.0 MiB: " in line and "needs at least" in line
     model = (tmp_path / "tiny.gguf").stat().st_mtime_ns
     done = run_script(*arguments, "--settings", "fetch", "--prefetch", "layer_ahead:2")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tiny.gguf").stat().st_mtime_ns == model  # the second run finds it
-    found = {record.setting["setting"]: record for record in read_records(tmp_path).of("decode")}
-    ahead = "native, layer_ahead, distance 2"
-    assert set(found) == {"native", "uniform low", "fetch_low 0.8", ahead}
+    found = {record.setting["setting"]: record for record in read_records(tmp_path).found}
+    low, ahead = "fetch:Q2_K", "fetch"
+    assert set(found) == {"native", low, "fetch_low:Q2_K:0.8", ahead}
+    assert found[ahead].setting["prefetch"] == "layer_ahead:2"
     assert all(f"| {name} |" in done.stdout for name in found)
     moved = {name: record.metrics["bytes_moved_per_token"] for name, record in found.items()}
-    assert 0 < moved["uniform low"] < 0.7 * moved["native"] <= moved[ahead]
+    assert 0 < moved[low] < 0.7 * moved["native"] <= moved[ahead]
     assert found["native"].metrics["kl_mean_nats"] == found[ahead].metrics["kl_mean_nats"] == 0
     assert found[ahead].metrics["bytes_ahead_per_token"] > 0
