@@ -35,10 +35,9 @@ from pallas_kernels.ggml.ops import default_threads
 
 STUDY, SIDES = "baselines", ("ours", "baseline")
 OURS = "hobbit_jax.baselines.ours:Ours"
-# Baseline → its side and the packages it imports; the extra that installs them has its name.
+# Baseline → its side and the package it imports; the extra that installs that has its name.
 BASELINES = {
-    "torch": ("hobbit_jax.baselines.pytorch:PyTorch", ("torch", "transformers")),
-    "llama_cpp": ("hobbit_jax.baselines.llama:LlamaCpp", ("xllamacpp",)),
+    "llama_cpp": ("hobbit_jax.baselines.llama:LlamaCpp", "xllamacpp"),
 }
 
 
@@ -48,14 +47,13 @@ def baseline_factory(baseline: str) -> str:
     Raises:
         NotImplementedError: it is not; says how to install it.
     """
-    factory, packages = BASELINES[baseline]
+    factory, package = BASELINES[baseline]
     extra = baseline.replace("_", "-")  # pip before 23.3 finds no extra with an underscore
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise NotImplementedError(
-                f"--baseline {baseline} needs the package {package}, which is not installed: "
-                f"pip install -c constraints.txt -e '.[{extra}]'"
-            )
+    if importlib.util.find_spec(package) is None:
+        raise NotImplementedError(
+            f"--baseline {baseline} needs the package {package}, which is not installed: "
+            f"pip install -c constraints.txt -e '.[{extra}]'"
+        )
     return factory
 
 
@@ -64,11 +62,10 @@ class Request:
     """What to compare.
 
     Attributes:
-        options: of our engine. The baseline has the same file and threads, and on a GPU llama.cpp
-            has the same budget for experts.
+        options: of our engine. The baseline has the same file and threads, and on a GPU the same
+            budget for experts.
         baseline: of `BASELINES`.
         text: held-out text; None is the shipped one.
-        torch_mode: of `pytorch.MODES`; None is its default for the device.
         windows, context: scored for agreement.
         turns, prompt_tokens, decode_tokens: timed; one more row warms up.
     """
@@ -81,7 +78,6 @@ class Request:
     prompt_tokens: int
     decode_tokens: int
     text: Path | None = None
-    torch_mode: str | None = None
 
     @property
     def threads(self) -> int:
@@ -93,15 +89,13 @@ class Request:
         """What identifies the record; options at their default are no part of it."""
         given = vars(self.options).items() - vars(EngineOptions()).items()
         sizes = ("windows", "context", "turns", "prompt_tokens", "decode_tokens", "threads")
-        setting = {
+        return Benchmark(STUDY, {
             **{k: v for k, v in given if k != "budget_mib"},
             "model": self.options.path.name,
             "baseline": self.baseline,
             "budget_bytes": self.options.budget_bytes,
             **{name: getattr(self, name) for name in sizes},
-        }
-        mode = {"torch_mode": self.torch_mode} if self.torch_mode else {}
-        return Benchmark(STUDY, setting | mode)
+        })  # fmt: skip
 
 
 def compare_model(request: Request) -> Record:
@@ -129,10 +123,8 @@ def compare_model(request: Request) -> Record:
     tokenizer = Tokenizer.from_gguf(file)
     windows = cut_windows(tokenizer, texts, request.windows, request.context)
     rows = cut_windows(tokenizer, texts, request.turns + 1, row_tokens - 1, seed=1)
-    by_program = {"budget_bytes": options.budget_bytes}
-    if request.baseline == "torch":
-        by_program = {"mode": request.torch_mode}
-    other = {"model": str(options.path), "context": longest, **by_program}
+    budget = {"budget_bytes": options.budget_bytes}
+    other = {"model": str(options.path), "context": longest, **budget}
     sides = (
         SideSpec(OURS, {"options": options, "context": longest}, request.threads),
         SideSpec(factory, other, request.threads),
