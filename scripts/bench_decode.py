@@ -58,7 +58,7 @@ ENGINE = engine_flags(
     "chunk_tokens", "kv_format",
 )  # fmt: skip
 _PRESET = flags.DEFINE_enum(
-    "preset", None, list(PRESETS), "Model of which a synthetic file is taken, without --model."
+    "preset", None, list(PRESETS), "Model of whose shapes a synthetic file is taken."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the records.", required=True)
 _BUDGETS_MIB = cli.define_list(
@@ -115,7 +115,9 @@ def settings(given: EngineOptions) -> Iterator[tuple[dict[str, Any], EngineOptio
 
 def main(_) -> int:
     workdir, given = cli.output_folder("workdir", str(_WORKDIR.value)), ENGINE()
-    made_up = given.model is None and _PRESET.value is not None
+    made_up = _PRESET.value is not None
+    if made_up and given.model is not None:
+        raise ValueError("want one of --model and --preset")
     if made_up:
         path = workdir / f"{_PRESET.value}.gguf"
         if not path.is_file():

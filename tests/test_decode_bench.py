@@ -59,17 +59,18 @@ def run_script(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"),
+    ("flags", "message"),
     [
         ("--model=none.gguf", "none.gguf cannot be read"),
+        ("--preset=tiny --model=m.gguf", "want one of --model and --preset"),
         ("--settings=fetch,fetch_low:Q9_K", "got 'fetch_low:Q9_K'; want MISS_MODE[:FORMAT"),
         ("--settings=fetch_low:Q2_K:2", "low_share is '2'; want adaptive or 0 to 1"),
         ("--budgets_mib=1,nan", "nan is not a number from 0 to"),
         ("--prefetch=oracle", "want a predictor of layer_ahead"),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path, flag, message):
-    done = run_script("--workdir", tmp_path, flag)
+def test_a_mistake_is_one_line(tmp_path, flags, message):
+    done = run_script("--workdir", tmp_path, *flags.split())
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error:") and message in done.stderr
 

@@ -8,6 +8,7 @@ budget is the reference.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ def decode(make_engine: Callable[[], Engine], ids_RS: np.ndarray, prompt_tokens:
         ids_RS: int32 [repeats + 1, prompt and decoded tokens].
         prompt_tokens: of each row, prefilled.
     """
+    gc.collect()  # the pool of the setting before, if anything refers to itself
     memory, compiled_s = PeakWatch(os.getpid()), COMPILE_CLOCK.seconds
     try:
         engine = make_engine()
