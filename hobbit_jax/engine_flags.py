@@ -80,6 +80,20 @@ class EngineOptions:
         return cli.input_file("model", self.model)
 
     @property
+    def asked(self) -> dict[str, Any]:
+        """What identifies a measurement: the file's name, and options that have not their default.
+
+        Options that are added later are no part of what was measured before.
+        """
+        default = EngineOptions()
+        found = {n: v for n, v in vars(self).items() if v != getattr(default, n)}
+        if self.prefetch is not None:
+            found["prefetch"] = f"{self.prefetch.predictor}:{self.prefetch.distance}"
+        if isinstance(self.link_to_host, Path):
+            found["link_to_host"] = self.link_to_host.name
+        return found | {"model": self.path.name}
+
+    @property
     def budget_bytes(self) -> int | None:
         """Of each device's pool; None holds all experts."""
         return None if self.budget_mib is None else int(self.budget_mib * 2**20)

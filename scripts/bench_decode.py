@@ -76,7 +76,7 @@ _PROMPT_TOKENS = flags.DEFINE_integer(
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Number of tokens to decode.", 1, cli.MAX_COUNT)
 _REPEATS = flags.DEFINE_integer("repeats", 6, "Number of rows, after a warm-up.", 1, 10_000)
 _COLUMNS = (
-    Column("MiB", lambda r: r.setting["budget_mib"] or ALL, "g"),
+    Column("MiB", lambda r: r.setting.get("budget_mib", ALL), "g"),
     Column("setting", lambda r: r.setting["setting"]),
     Column("prefetch", lambda r: r.setting.get("prefetch")),
     Column("lift", lambda r: r.setting.get("resident_lift"), "g"),
@@ -94,23 +94,17 @@ _COLUMNS = (
 def settings(given: EngineOptions) -> Iterator[tuple[dict[str, Any], EngineOptions]]:
     """Every setting of every budget, native experts first, with what identifies its record."""
     plain = replace(given, link_to_host=None, resident_lift=0.0, prefetch=None)
-    what = {"model": given.path.stem, "policy": given.policy}
-    what |= {"prompt_tokens": _PROMPT_TOKENS.value, "tokens": _TOKENS.value}
-    beyond = {}
-    if given.resident_lift:
-        beyond["resident_lift"] = given.resident_lift
-    if given.prefetch:
-        beyond["prefetch"] = f"{given.prefetch.predictor}:{given.prefetch.distance}"
+    sizes = {"prompt_tokens": _PROMPT_TOKENS.value, "tokens": _TOKENS.value}
     for budget in _BUDGETS_MIB.value:
-        asked = {"setting": NATIVE, "budget_mib": budget, **what}
-        yield asked, replace(plain, budget_mib=budget)
+        native = replace(plain, budget_mib=budget)
+        yield {"setting": NATIVE, **native.asked, **sizes}, native
         for name, chosen in _SETTINGS.value:
             computes = MISS_MODES[chosen.miss_mode].computes
             options = replace(
                 given, budget_mib=budget, miss_mode=chosen.miss_mode, low_format=chosen.low_format,
                 low_share=chosen.low_share, link_to_host=given.link_to_host if computes else None,
             )  # fmt: skip
-            yield {**asked, **beyond, "setting": name}, options
+            yield {"setting": name, **options.asked, **sizes}, options
 
 
 def main(_) -> int:

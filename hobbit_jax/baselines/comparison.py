@@ -86,12 +86,11 @@ class Request:
 
     @property
     def asked(self) -> Benchmark:
-        """What identifies the record; options at their default are no part of it."""
-        given = vars(self.options).items() - vars(EngineOptions()).items()
+        """What identifies the record."""
+        options = {name: v for name, v in self.options.asked.items() if name != "budget_mib"}
         sizes = ("windows", "context", "turns", "prompt_tokens", "decode_tokens", "threads")
         return Benchmark(STUDY, {
-            **{k: v for k, v in given if k != "budget_mib"},
-            "model": self.options.path.name,
+            **options,
             "baseline": self.baseline,
             "budget_bytes": self.options.budget_bytes,
             **{name: getattr(self, name) for name in sizes},
