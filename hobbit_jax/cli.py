@@ -119,7 +119,9 @@ def define_list(
         text: the help.
     """
     parser = Parsed(lambda listed: [parse(one) for one in listed.split(",")], "a list with commas")
-    return flags.DEFINE(parser, name, default, text, module_name=sys.argv[0])
+    holder = flags.DEFINE(parser, name, default, text, module_name=sys.argv[0])
+    flags.FLAGS[name].default_as_str = default  # --help says what can be typed
+    return holder
 
 
 @contextmanager
