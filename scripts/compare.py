@@ -1,9 +1,11 @@
-"""Our engine beside llama.cpp on the same tokens: logits, speed, memory.
+"""Our engine beside PyTorch or llama.cpp on the same tokens: logits, speed, memory.
 
-    python scripts/compare.py --model M.gguf --baseline llama_cpp --workdir out/mine \\
-        [--budget_mib 8000]
+    python scripts/compare.py --model M.gguf --baseline torch --workdir out/mine
+    python scripts/compare.py --model M.gguf --baseline llama_cpp --budget_mib 8000 --workdir
+    out/mine
 
-Writes one record into --workdir; `report.py` makes tables of those there. A budget is our pool's;
+Writes one record into --workdir; `report.py` makes tables of those there. Without a GPU PyTorch
+computes in float32, on one in bfloat16, always with every expert resident. A budget is our pool's;
 on a GPU llama.cpp leaves those layers' experts to the CPU that do not fit it. Both programs are
 loaded at once.
 """
@@ -26,6 +28,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the record.", require
 _TEXT = flags.DEFINE_string(
     "text", None, "UTF-8 text to score; the shipped held-out files by default."
 )
+_TORCH_MODE = flags.DEFINE_enum(
+    "torch_mode", None, ("float32", "bfloat16"), "Precision of PyTorch; see above for the default."
+)
 _SIZES = {
     name: flags.DEFINE_integer(name, default, text, least, cli.MAX_COUNT)
     for name, default, text, least in (
@@ -45,7 +50,10 @@ def main(_):
     if text is not None:
         cli.input_text("text", text)
     sizes = {name: flag.value for name, flag in _SIZES.items()}
-    record = compare_model(Request(ENGINE(), str(_BASELINE.value), **sizes, text=text))
+    request = Request(
+        ENGINE(), str(_BASELINE.value), **sizes, text=text, torch_mode=_TORCH_MODE.value
+    )
+    record = compare_model(request)
     written = write_record(workdir, record)
     if _JSON.value:
         print(written.read_text(encoding="utf-8"), end="")

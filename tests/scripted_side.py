@@ -62,10 +62,10 @@ class Scripted:
 
 
 class Uniform:
-    """What `compare_model` makes of a file: every token of V = 258 as probable as every other."""
+    """What `compare_model` makes as PyTorch: every token of V = 258 as probable as every other."""
 
-    def __init__(self, threads, model, context, budget_bytes):
-        self.told = {"model": model, "context": context, "budget_bytes": budget_bytes}
+    def __init__(self, threads, model, context, mode):
+        self.told = {"model": model, "context": context, "mode": mode}
 
     def score(self, ids_T):
         return np.zeros((len(ids_T), 258), np.float32)

@@ -234,7 +234,7 @@ def test_a_missing_library_says_how_to_install_it(monkeypatch, baseline):
 
 def test_rows_longer_than_the_context(monkeypatch, two_banks_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    request = Request(EngineOptions(str(two_banks_path), threads=1), "llama_cpp", 2, 32, 2, 40, 30)
+    request = Request(EngineOptions(str(two_banks_path), threads=1), "torch", 2, 32, 2, 40, 30)
     with pytest.raises(ValueError, match="rows of 70 tokens; want at most the model's context"):
         compare_model(request)
 
@@ -242,16 +242,16 @@ def test_rows_longer_than_the_context(monkeypatch, two_banks_path):
 def test_our_side(monkeypatch, tmp_path, two_banks_path):
     """The engine in its child, under a budget, beside a baseline that knows nothing."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setitem(BASELINES, "uniform", ("scripted_side:Uniform", "numpy"))
+    monkeypatch.setitem(BASELINES, "torch", ("scripted_side:Uniform", ()))
     text = tmp_path / "letters.txt"
     text.write_text("the quick brown fox " * 20)
     budget_bytes = 2**20
     options = EngineOptions(str(two_banks_path), budget_mib=1.0, threads=1)
-    record = compare_model(Request(options, "uniform", 2, 20, 2, 12, 4, text))
+    record = compare_model(Request(options, "torch", 2, 20, 2, 12, 4, text, "float32"))
     metrics, notes = record.metrics, record.notes
     assert metrics["perplexity_baseline"] == pytest.approx(258, rel=1e-6)
     assert metrics["logit_std"] == 0 < metrics["logit_rms_difference"]
-    assert (metrics["baseline_context"], metrics["baseline_budget_bytes"]) == (20, budget_bytes)
+    assert (metrics["baseline_context"], notes["baseline_mode"]) == (20, "float32")
     assert 0 < metrics["ours_pool_bytes"] <= metrics["ours_budget_bytes"] == budget_bytes
     assert 0 < metrics["ours_decode_hit_rate"] < 1 and metrics["ours_threads"] == 1
     assert record.asked.setting["model"] == "tiny.gguf" and notes["text"] == "letters.txt"
@@ -262,7 +262,7 @@ def test_our_side(monkeypatch, tmp_path, two_banks_path):
     assert str(tmp_path) not in path.read_text()
     assert read_records(tmp_path / "study").found == (own,)
     text = section([record])
-    assert "| uniform |" in text and f"| {metrics['kl_mean_nats']:.2g} " in text
+    assert "| uniform float32 |" in text and f"| {metrics['kl_mean_nats']:.2g} " in text
 
 
 def test_recorded_rows():

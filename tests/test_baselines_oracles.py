@@ -1,4 +1,9 @@
-"""The real llama.cpp beside the engine, and beside the goldens, which are Hugging Face's logits."""
+"""The real PyTorch and llama.cpp beside the engine, on tiny files of every architecture.
+
+The goldens of `test_logits.py` are Hugging Face's logits of the same files, read by gguf-py; here
+our reading feeds the same module. Planted: without the q/k permutation Mixtral's logits are off by
+more than 1, with gate and up exchanged all are.
+"""
 
 import importlib.metadata
 import re
@@ -16,19 +21,89 @@ from families import FAMILIES
 from hobbit_jax import reference
 from hobbit_jax.baselines import llama_cpp_api
 from hobbit_jax.baselines.child import Child
-from hobbit_jax.baselines.comparison import BASELINES
+from hobbit_jax.baselines.comparison import BASELINES, Request, compare_model
 from hobbit_jax.baselines.llama import layers_on_cpu
 from hobbit_jax.baselines.side import SideSpec
+from hobbit_jax.engine_flags import EngineOptions
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.models.loading import load_model
 from hobbit_jax.models.registry import read_config
 from hobbit_jax.record import read_records
+from hobbit_jax.report.baseline_tables import section
 
 # The libraries warn of their own accord, at import and later.
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("default")]
+NAMES = tuple(tiny_models.MODELS)
 GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("baselines")
+    for name, model in tiny_models.MODELS.items():
+        tiny_models.write_model(model, directory / f"{name}.gguf")
+    return {name: directory / f"{name}.gguf" for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def torch():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    return torch
+
+
+def side(torch, path, mode):
+    from hobbit_jax.baselines.pytorch import PyTorch
+
+    made = PyTorch(str(path), threads=1, context=64, mode=mode)
+    assert torch.get_num_threads() == 1
+    return made
+
+
+def golden(name):
+    with np.load(GOLDENS / f"{name}.npz") as file:
+        return file["tokens_T"], file["logits_TV"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_torch_in_float32_is_the_golden(torch, paths, name):
+    ids_T, wanted_TV = golden(name)
+    baseline = side(torch, paths[name], "float32")
+    # As near as `test_logits.py` asks of ours: two machines' sums differ by 3e-5.
+    np.testing.assert_allclose(baseline.score(ids_T), wanted_TV, atol=1e-4, rtol=0)
+    # Prefill and decode go on with the cache: the same most probable tokens.
+    chosen = [baseline.prefill(ids_T[:20])] + [baseline.decode(int(token)) for token in ids_T[20:]]
+    assert chosen == wanted_TV[19:].argmax(axis=-1).tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_planted_errors_of_the_mapping_show(torch, paths, monkeypatch, name):
+    from hobbit_jax.baselines import hugging_face
+
+    def difference():
+        ids_T, wanted_TV = golden(name)
+        got_TV = side(torch, paths[name], "float32").score(ids_T)
+        return np.abs(got_TV - wanted_TV).max()
+
+    if name == "mixtral":
+        monkeypatch.setattr(hugging_face, "interleaved_to_halves", lambda weights, heads: weights)
+        assert difference() > 1
+        monkeypatch.undo()
+    expert_weights = hugging_face.expert_weights
+
+    def exchanged(*arguments):
+        arrays = expert_weights(*arguments)
+        if (stack := arrays.get("experts.gate_up_proj")) is not None:
+            swapped = {"experts.gate_up_proj": np.roll(stack, stack.shape[1] // 2, axis=1)}
+        else:  # a dense FFN
+            gate, up = "gate_proj.weight", "up_proj.weight"
+            swapped = {gate: arrays[up], up: arrays[gate]}
+        return arrays | swapped
+
+    monkeypatch.setattr(hugging_face, "expert_weights", exchanged)
+    assert difference() > 1
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +112,29 @@ def text(tmp_path_factory):
     letters = np.random.default_rng(0).integers(0x61, 0x7B, 1000, np.uint8)
     path.write_bytes(letters.tobytes())
     return path
+
+
+def test_compare_with_torch(torch, paths, text, tmp_path, monkeypatch, capsys):
+    """The script end to end."""
+    workdir = tmp_path / "new"
+    arguments = (
+        f"--model={paths['mixtral']}", "--baseline=torch", f"--text={text}", f"--workdir={workdir}",
+        "--implementation=xla", "--threads=1", "--windows=3", "--context=40", "--turns=2",
+        "--prompt_tokens=16", "--decode_tokens=8",
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(REPOSITORY / "scripts" / "compare.py"), run_name="__main__")
+    assert not ended.value.code
+    assert "| mixtral.gguf | PyTorch float32 | 1 |" in capsys.readouterr().out
+    (record,) = read_records(workdir).found
+    metrics = record.metrics
+    assert metrics["logit_max_difference"] < 1e-4 < metrics["logit_std"]
+    assert metrics["kl_mean_nats"] < 1e-9
+    assert metrics["top1_agreement"] == metrics["same_greedy_token"] == 1.0
+    assert record.notes["baseline_precision"] == "float32"
+    assert metrics["ours_threads"] == metrics["baseline_threads"] == 1
+    assert record.asked.setting["model"] == "mixtral.gguf" and record.notes["text"] == "letters.txt"
 
 
 @pytest.fixture(scope="module")
@@ -49,21 +147,9 @@ def float_path(tmp_path_factory):
 
 
 @NEEDS_LLAMA_CPP
-def test_compare_with_llama_cpp(float_path, text, tmp_path, monkeypatch, capsys):
-    """The script end to end."""
-    workdir = tmp_path / "new"
-    arguments = (
-        f"--model={float_path}", "--baseline=llama_cpp", f"--text={text}", f"--workdir={workdir}",
-        "--implementation=xla", "--threads=1", "--windows=3", "--context=40", "--turns=2",
-        "--prompt_tokens=16", "--decode_tokens=8",
-    )  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(REPOSITORY / "scripts" / "compare.py"), run_name="__main__")
-    assert not ended.value.code
-    assert "| float.gguf | llama.cpp | 1 |" in capsys.readouterr().out
-    (record,) = read_records(workdir).found
-    assert record.setting["model"] == "float.gguf" and record.notes["text"] == "letters.txt"
+def test_compare_with_llama_cpp(float_path, text):
+    options = EngineOptions(str(float_path), threads=1)
+    record = compare_model(Request(options, "llama_cpp", 3, 40, 2, 16, 8, text))
     metrics = record.metrics
     # Its keys and values are in float16.
     assert metrics["logit_max_difference"] < 0.05
@@ -72,6 +158,7 @@ def test_compare_with_llama_cpp(float_path, text, tmp_path, monkeypatch, capsys)
     assert metrics["same_greedy_token"] > 0.9
     assert metrics["ours_threads"] == metrics["baseline_threads"] == 1
     assert record.notes["baseline_versions_xllamacpp"] == llama_cpp_api.VERSION
+    assert "llama.cpp" in section([record])
 
 
 def llama_cpp(path, **options):

@@ -35,9 +35,10 @@ from pallas_kernels.ggml.ops import default_threads
 
 STUDY, SIDES = "baselines", ("ours", "baseline")
 OURS = "hobbit_jax.baselines.ours:Ours"
-# Baseline → its side and the package it imports; the extra that installs that has its name.
+# Baseline → its side and the packages it imports; the extra that installs them has its name.
 BASELINES = {
-    "llama_cpp": ("hobbit_jax.baselines.llama:LlamaCpp", "xllamacpp"),
+    "torch": ("hobbit_jax.baselines.pytorch:PyTorch", ("torch", "transformers")),
+    "llama_cpp": ("hobbit_jax.baselines.llama:LlamaCpp", ("xllamacpp",)),
 }
 
 
@@ -47,13 +48,14 @@ def baseline_factory(baseline: str) -> str:
     Raises:
         NotImplementedError: it is not; says how to install it.
     """
-    factory, package = BASELINES[baseline]
+    factory, packages = BASELINES[baseline]
     extra = baseline.replace("_", "-")  # pip before 23.3 finds no extra with an underscore
-    if importlib.util.find_spec(package) is None:
-        raise NotImplementedError(
-            f"--baseline {baseline} needs the package {package}, which is not installed: "
-            f"pip install -c constraints.txt -e '.[{extra}]'"
-        )
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise NotImplementedError(
+                f"--baseline {baseline} needs the package {package}, which is not installed: "
+                f"pip install -c constraints.txt -e '.[{extra}]'"
+            )
     return factory
 
 
@@ -62,10 +64,11 @@ class Request:
     """What to compare.
 
     Attributes:
-        options: of our engine. The baseline has the same file and threads, and on a GPU the same
-            budget for experts.
+        options: of our engine. The baseline has the same file and threads, and on a GPU llama.cpp
+            has the same budget for experts.
         baseline: of `BASELINES`.
         text: held-out text; None is the shipped one.
+        torch_mode: of `pytorch.MODES`; None is its default for the device.
         windows, context: scored for agreement.
         turns, prompt_tokens, decode_tokens: timed; one more row warms up.
     """
@@ -78,6 +81,7 @@ class Request:
     prompt_tokens: int
     decode_tokens: int
     text: Path | None = None
+    torch_mode: str | None = None
 
     @property
     def threads(self) -> int:
@@ -89,12 +93,15 @@ class Request:
         """What identifies the record."""
         options = {name: v for name, v in self.options.asked.items() if name != "budget_mib"}
         sizes = ("windows", "context", "turns", "prompt_tokens", "decode_tokens", "threads")
-        return Benchmark(STUDY, {
+        setting = {
             **options,
+            "model": self.options.path.name,
             "baseline": self.baseline,
             "budget_bytes": self.options.budget_bytes,
             **{name: getattr(self, name) for name in sizes},
-        })  # fmt: skip
+        }
+        mode = {"torch_mode": self.torch_mode} if self.torch_mode else {}
+        return Benchmark(STUDY, setting | mode)
 
 
 def compare_model(request: Request) -> Record:
@@ -122,8 +129,10 @@ def compare_model(request: Request) -> Record:
     tokenizer = Tokenizer.from_gguf(file)
     windows = cut_windows(tokenizer, texts, request.windows, request.context)
     rows = cut_windows(tokenizer, texts, request.turns + 1, row_tokens - 1, seed=1)
-    budget = {"budget_bytes": options.budget_bytes}
-    other = {"model": str(options.path), "context": longest, **budget}
+    by_program = {"budget_bytes": options.budget_bytes}
+    if request.baseline == "torch":
+        by_program = {"mode": request.torch_mode}
+    other = {"model": str(options.path), "context": longest, **by_program}
     sides = (
         SideSpec(OURS, {"options": options, "context": longest}, request.threads),
         SideSpec(factory, other, request.threads),

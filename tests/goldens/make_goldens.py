@@ -8,7 +8,9 @@ They are logits of Hugging Face's models in float32. Run by hand, in an environm
 
 Nothing of ours reads or computes here: the files are read by `gguf.GGUFReader`, dequantised by
 `gguf.quants`, and run by the classes of transformers. Which class and which place a tensor goes to
-is `hugging_face.py` beside this file. The hyperparameters are read here, without `read_config`.
+is `hobbit_jax.baselines.hugging_face`, as for every other comparison with PyTorch: a second copy of
+that mapping would prove nothing that the engine does not, which was written from llama.cpp's
+source and agrees with these goldens. The hyperparameters are read here, without `read_config`.
 Last made with torch 2.13.0 and transformers 5.23.0; 5.24.0 gives the same bits.
 """
 
@@ -24,6 +26,7 @@ import gguf
 import numpy as np
 import torch
 
+from hobbit_jax.baselines.hugging_face import load
 from hobbit_jax.models.config import (
     BlockConfig,
     GatedDeltaNet,
@@ -37,7 +40,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny_models
 from families import FAMILIES
-from hugging_face import load
 
 # A choice of experts closer than this could fall the other way under another rounding.
 LEAST_ROUTER_MARGIN = 1e-3
@@ -113,7 +115,7 @@ def golden_logits(path: Path, ids_T: np.ndarray) -> tuple[np.ndarray, float]:
     reader = gguf.GGUFReader(path)
     weights = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
     config = read_hyperparameters(reader, weights)
-    model = load(config, weights.__getitem__)
+    model = load(config, weights.__getitem__, attention="eager")
     routed = {} if config.has_dense_ffn else {"output_router_logits": True}
     output = model(torch.from_numpy(ids_T[None].astype(np.int64)), **routed)
     margins, chosen, k = [], [], config.experts_per_token

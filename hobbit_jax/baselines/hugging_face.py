@@ -65,8 +65,16 @@ def _attention(config: ModelConfig) -> GroupedQuery:
     return next(a for a in attentions if isinstance(a, GroupedQuery))
 
 
-def empty_model(config: ModelConfig) -> HuggingFaceModel:
-    """The module without weights (on PyTorch's meta device), in float32."""
+def empty_model(
+    config: ModelConfig, kernel: str = "sdpa", experts: str | None = None
+) -> HuggingFaceModel:
+    """The module without weights (on PyTorch's meta device), in float32.
+
+    Args:
+        config: of the file.
+        kernel: of attention, transformers' `attn_implementation`.
+        experts: its `experts_implementation`; None is its own choice.
+    """
     attention = _attention(config)
     shared = {
         "vocab_size": config.vocab_size,
@@ -79,7 +87,8 @@ def empty_model(config: ModelConfig) -> HuggingFaceModel:
         "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope.base},
         "num_experts_per_tok": config.experts_per_token,
         "tie_word_embeddings": config.tied_head,
-        "attn_implementation": "eager",
+        "attn_implementation": kernel,
+        "experts_implementation": experts,
         "pad_token_id": None,
     }
     if config.arch in _HYBRIDS:
@@ -292,27 +301,54 @@ def expert_weights(
     }
 
 
-def _fill(model: HuggingFaceModel, named: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Gives places of an empty module their weights."""
+def fill(
+    model: HuggingFaceModel,
+    named: Iterable[tuple[str, np.ndarray]],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> None:
+    """Gives places of an empty module their weights, rounded to `dtype`, on `device`.
+
+    Raises:
+        RuntimeError: a weight has another shape than its place.
+    """
     for name, array in named:
         place = model.get_parameter(name)
-        assert tuple(place.shape) == array.shape, (name, array.shape, place.shape)
+        if tuple(place.shape) != array.shape:
+            raise RuntimeError(f"{name} is {array.shape}; the module wants {tuple(place.shape)}")
         # A copy: an F32 tensor is a view of the file.
-        weight = torch.nn.Parameter(torch.from_numpy(np.array(array)), requires_grad=False)
+        weight = torch.from_numpy(np.array(array)).to(device, dtype)
         owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, weight)
+        setattr(model.get_submodule(owner), last, torch.nn.Parameter(weight, requires_grad=False))
 
 
-def load(config: ModelConfig, tensor: Callable[[str], np.ndarray]) -> HuggingFaceModel:
-    """The whole model; arguments as of `dense_weights`. Every place has a weight."""
-    model = empty_model(config)
-    _fill(model, dense_weights(config, tensor))
-    for layer in range(config.n_layers):
-        to = f"model.layers.{layer}.mlp."
-        arrays = expert_weights(config, tensor, layer)
-        _fill(model, ((to + name, array) for name, array in arrays.items()))
+def finish(model: HuggingFaceModel, device: str = "cpu") -> HuggingFaceModel:
+    """Ties the head where it is tied, and checks that every place was filled.
+
+    Raises:
+        RuntimeError: a place got no weight.
+    """
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    assert not missing, missing
-    return model
+    if missing:
+        raise RuntimeError(f"no weight for {', '.join(missing)}")
+    return model.to(device)
+
+
+def load(
+    config: ModelConfig,
+    tensor: Callable[[str], np.ndarray],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    attention: str = "sdpa",
+    experts: str | None = None,
+) -> HuggingFaceModel:
+    """The whole model on `device`; arguments as of `empty_model` and `dense_weights`."""
+    model = empty_model(config, attention, experts)
+    fill(model, dense_weights(config, tensor), dtype, device)
+    for layer in range(config.n_layers):
+        to = f"model.layers.{layer}.mlp."
+        arrays = expert_weights(config, tensor, layer)
+        fill(model, ((to + name, array) for name, array in arrays.items()), dtype, device)
+    return finish(model, device)
