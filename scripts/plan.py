@@ -11,7 +11,6 @@ the plan gives a range and says that it extrapolates. --out is a folder, which g
 record for report.py.
 """
 
-import json
 import sys
 
 from absl import flags
@@ -23,7 +22,7 @@ from hobbit_jax.cache.trace import read_trace
 from hobbit_jax.experts.store import NATIVE
 from hobbit_jax.model_file.remote import is_url
 from hobbit_jax.models.caches import KV_FORMATS
-from hobbit_jax.planner import routing, table
+from hobbit_jax.planner import routing
 from hobbit_jax.planner.cost_model import ENGINES, MEASURED, Machine, measured, of_engine
 from hobbit_jax.planner.hardware import find_gpu
 from hobbit_jax.planner.plan import Request, make_plan
@@ -31,6 +30,7 @@ from hobbit_jax.planner.published_benchmarks import recorded_check
 from hobbit_jax.planner.records import plan_record
 from hobbit_jax.planner.shapes import PRESET_NAMES, open_model, preset_model
 from hobbit_jax.record import write_record
+from hobbit_jax.report.document import render_plan
 
 DEFAULT_CONTEXT = 4096
 
@@ -66,12 +66,8 @@ _HOST_GB_S = flags.DEFINE_float(
 _BANDWIDTHS = flags.DEFINE_string(
     "bandwidths", None, "File of bench_bandwidth.py, made on the machine that the plan is for."
 )
-_OVERLAP = flags.DEFINE_float(
-    "overlap_share", None, "Share of uploads that overlap computation, where measured.", 0.0, 1.0
-)
 _TRACE = flags.DEFINE_string("trace", None, "Recorded routing, an .npz file.")
 _OUT = flags.DEFINE_string("out", None, "Folder to keep the record in.")
-_JSON = flags.DEFINE_bool("json", False, "Whether to print the JSON instead of a table.")
 
 
 def _routings(model) -> list[routing.Routing]:
@@ -94,8 +90,7 @@ def main(_):
         model = open_model(_MODEL.value)
     else:
         model = open_model(cli.input_file("model", _MODEL.value))
-    given = {"host_gb_s": _HOST_GB_S.value, "overlap_share": _OVERLAP.value}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {} if _HOST_GB_S.value is None else {"host_gb_s": _HOST_GB_S.value}
     machine = Machine(gpu.device_gb_s, gpu.pcie_gb_s, **given)
     sources = dict.fromkeys(given, "the command line")
     machines = {engine: of_engine(machine, engine) for engine in ENGINES}
@@ -116,10 +111,10 @@ def main(_):
             bar.update()
 
         plan = make_plan(model, gpu, machines, request, _routings(model), sources, progress)
-    print(json.dumps(plan) if _JSON.value else table.render(plan, recorded_check()))
+    record = plan_record(plan)
+    print(render_plan(record, recorded_check()))
     if folder is not None:
-        path = write_record(folder, plan_record(plan))
-        print(f"the record: {path}", file=sys.stderr)
+        print(f"the record: {write_record(folder, record)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

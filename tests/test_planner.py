@@ -25,7 +25,7 @@ from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.models.caches import empty_caches
 from hobbit_jax.models.loading import load_model
 from hobbit_jax.models.presets import PRESETS
-from hobbit_jax.planner import candidates, published_benchmarks, routing, table
+from hobbit_jax.planner import candidates, published_benchmarks, routing
 from hobbit_jax.planner.cost_model import (
     COMPILED,
     CONSTANTS,
@@ -52,6 +52,7 @@ from hobbit_jax.planner.traffic import (
 )
 from hobbit_jax.record import read_records, write_record
 from hobbit_jax.report import planner_tables
+from hobbit_jax.report.document import render_plan
 from hobbit_jax.synthetic.synthesize import synthesize
 
 CONTEXT = 512
@@ -439,10 +440,10 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path):
     """From the record to the text on the screen and to the document's section."""
     summary = {"reports": 7, "median_error": 0.12, "pairs": 5, "pairs_in_order": 4}
     plan = tiny_plan(0.45)
-    text = table.render(plan, summary)
+    text = render_plan(plan_record(plan), summary)
     assert "EXTRAPOLATES: no routing of this model" in text
     assert (
-        "against 7 public reports, and on no GPU here: median error 12%, 4 of 5 pairs in order"
+        "against 7 public reports, and on no GPU here: median error 12 %, 4 of 5 pairs in order"
         in text
     )
     assert "launches_per_layer 30" in text and "floor Q3_K: left out" in text
@@ -469,23 +470,22 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path):
         assert plan["choices"]["overall"][at] == wanted
         here = candidates.choose(speeds[: len(settings)], losses[: len(settings)])
         assert plan["choices"]["here"][at] == settings[here]["name"]
-    assert f"Choice in this engine: {table.alternatives(plan['choices']['here'])}, " in text
+    here, overall = (" or ".join(dict.fromkeys(plan["choices"][w])) for w in ("here", "overall"))
+    assert f"Choice in this engine: {here}, " in text
     assert ("BETTER ELSEWHERE" in text) == (plan["choices"]["overall"] != plan["choices"]["here"])
 
     fits = tiny_plan(1.0)
     assert [s["name"] for s in fits["settings"]] == ["native SLRU"] and not fits["baselines"]
     assert fits["settings"][0]["traffic"][0]["moved_bytes"] == 0
-    assert "natively" in table.render(fits, summary) and "all fit" in table.render(fits, summary)
+    text = render_plan(plan_record(fits), summary)
+    assert "GB in native: all fit" in text and "BETTER ELSEWHERE" not in text
 
     write_record(tmp_path, plan_record(plan))
     (shown,) = planner_tables.plans(read_records(tmp_path).of("planner"))
-    assert shown.action == table.alternatives(plan["choices"]["overall"])
-    least, most = (format(speed, ".0f") for speed in native["tokens_per_second"])
-    assert f"native SLRU {least} to {most}; " in planner_tables.whole_table([shown])
-    assert any(
-        "It extrapolates: no routing of this model" in line
-        for line in planner_tables.reading([shown])
-    )
+    assert shown.action == overall
+    least, most = (format(speed, ".1f") for speed in native["tokens_per_second"])
+    row = planner_tables.options_table(shown).splitlines()[2]
+    assert row.startswith("| native SLRU |") and f"| {least} to {most} |" in row
 
 
 def test_reports_are_compared_and_their_misses_kept(monkeypatch: pytest.MonkeyPatch):
@@ -500,9 +500,9 @@ def test_reports_are_compared_and_their_misses_kept(monkeypatch: pytest.MonkeyPa
     assert (
         compared["summary"]["pairs"] > 0 == compared["summary"]["pairs_in_order"]
     )  # equal forecasts order nothing
-    text = planner_tables.reports_section(reports_record(compared))
-    assert f"Of {compared['summary']['pairs']} pairs" in text and "a referee's: 100 %" in text
-    assert text.count("thecodacus/llama.cpp pull request 5") == 4
+    record = reports_record(compared)
+    assert record.under("median_errors_") == compared["median_errors"]
+    assert planner_tables.reports_table(record).count("thecodacus/llama.cpp pull request 5") == 4
 
 
 def test_forecasts_of_reports_are_the_cost_models():

@@ -27,7 +27,6 @@ from hobbit_jax.record import (
     Study,
     Uniform,
     is_finished,
-    merge_records,
     read_record,
     read_records,
     read_study,
@@ -142,7 +141,8 @@ def test_a_failed_record_is_replaced_and_a_finished_one_is_kept(tmp_path):
 def test_merged_records_and_single_ones_are_read_together(tmp_path):
     first, second = (Record("s", trial(budget)) for budget in (1.0, 2.0))
     write_record(tmp_path, Record("s", trial(2.0), status="failed", error="later mended"))
-    merge_records(tmp_path, [first, second, Record("other", trial(3.0))], "s")
+    lines = [json.dumps(plain(r)) for r in (first, second, Record("other", trial(3.0)))]
+    (tmp_path / "records" / "kept.jsonl").write_text("\n".join(lines))
     (tmp_path / "records" / "torn.json").write_text('{"study": "s"')
     found = read_records(tmp_path)
     assert found.of("s") == sorted([first, second], key=lambda record: record.name)

@@ -1,8 +1,9 @@
 """What to run on a GPU: what fits, what to expect of each setting, and what to choose.
 
-Owns the order of the questions and the record that answers them (JSON). `table.py` prints the
-record, `records.py` hands it on to the document. Every prediction is a list, one for each routing
-that the plan was given: a user's own trace is one, made-up routing is two (`routing.py`).
+Owns the order of the questions and the figures that answer them. `records.py` makes them a record,
+which `report/planner_tables.py` shows on the screen and in the document. Every prediction is a
+list, one for each routing that the plan was given: a user's own trace is one, made-up routing is
+two (`routing.py`).
 """
 
 from __future__ import annotations

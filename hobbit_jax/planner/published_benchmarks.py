@@ -11,13 +11,11 @@ figures of mixed trust.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
+from statistics import geometric_mean, median
 from typing import Any, Literal
-
-import numpy as np
 
 from hobbit_jax.planner.candidates import NATIVE
 from hobbit_jax.planner.cost_model import COMPILED, Machine, Traffic, of_engine, token_time
@@ -69,8 +67,16 @@ class Report:
 
 def read_reports() -> list[Report]:
     """All of them."""
-    text = Path(__file__).with_name("reports.json").read_text(encoding="utf-8")
-    return [Report(**row) for row in json.loads(text)]
+    return [Report(**row) for row in _package_json("reports.json")]
+
+
+def recorded_check() -> dict[str, Any]:
+    """The summary of the comparison as it was last made."""
+    return _package_json("check.json")
+
+
+def _package_json(name: str) -> Any:
+    return json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
 def forecast(report: Report) -> float:
@@ -85,42 +91,34 @@ def forecast(report: Report) -> float:
         scale = (report.file_gb * 1e9 - model.dense_bytes) / model.native_bytes
     speeds = []
     for traffic in _traffics(report, model, scale):
-        scaled = {
-            name: scale * getattr(traffic, name)
-            for name in ("expert_bytes", "host_bytes", "moved_bytes")
-        }
-        speeds.append(token_time(replace(traffic, **scaled), machine).tokens_per_second)
-    return math.exp(sum(map(math.log, speeds)) / len(speeds))
+        names = ("expert_bytes", "host_bytes", "moved_bytes")
+        scaled = replace(traffic, **{name: scale * getattr(traffic, name) for name in names})
+        speeds.append(token_time(scaled, machine).tokens_per_second)
+    return geometric_mean(speeds)
 
 
 def _traffics(report: Report, model: PlannedModel, scale: float) -> list[Traffic]:
     """One for each locality that matters, of the preset's own experts."""
-    n_layers, k = model.config.n_layers, model.config.experts_per_token
-    pool, amount = round(report.amount * 1e9 / scale), report.amount
-    match report.placement:
-        case "layers_on_cpu":
-            return [all_on_cpu(model, CONTEXT, n_layers - int(amount))]
-        case "no_gpu":
-            traffic = all_on_cpu(model, CONTEXT)
-            read = traffic.host_bytes + traffic.dense_bytes
-            return [replace(traffic, dense_bytes=0, host_bytes=read, host_layers=0, layers=0)]
-        case "hit_rate":  # of every selection by itself
-            resident = all_on_cpu(model, CONTEXT, n_layers)
-            missing = {
-                "exits": n_layers * (1 - amount**k),
-                "moved_experts": (1 - amount) * k * n_layers,
-                "moved_bytes": (1 - amount) * resident.expert_bytes,
-            }
-            return [replace(resident, selections=k * n_layers, **missing)]
-        case "hot_gb":
-            routings = synthetic_routing(model.config)
-            return [hot_on_device(model, made.trace, pool, CONTEXT)[1] for made in routings]
-        case "cache_gb":
-            routings = synthetic_routing(model.config)
-            return [
-                replay_setting(NATIVE, model, made.trace, pool, CONTEXT, "float16").traffic
-                for made in routings
-            ]
+    n_layers, k, amount = model.config.n_layers, model.config.experts_per_token, report.amount
+    if report.placement == "layers_on_cpu":
+        return [all_on_cpu(model, CONTEXT, n_layers - int(amount))]
+    if report.placement == "no_gpu":
+        traffic = all_on_cpu(model, CONTEXT)
+        read = traffic.host_bytes + traffic.dense_bytes
+        return [replace(traffic, dense_bytes=0, host_bytes=read, host_layers=0, layers=0)]
+    if report.placement == "hit_rate":  # of every selection by itself
+        resident = all_on_cpu(model, CONTEXT, n_layers)
+        missing = {
+            "exits": n_layers * (1 - amount**k),
+            "moved_experts": (1 - amount) * k * n_layers,
+            "moved_bytes": (1 - amount) * resident.expert_bytes,
+        }
+        return [replace(resident, selections=k * n_layers, **missing)]
+    pool, traces = round(amount * 1e9 / scale), [r.trace for r in synthetic_routing(model.config)]
+    if report.placement == "hot_gb":
+        return [hot_on_device(model, trace, pool, CONTEXT)[1] for trace in traces]
+    replays = (replay_setting(NATIVE, model, t, pool, CONTEXT, "float16") for t in traces)
+    return [replay.traffic for replay in replays]
 
 
 def compare_reports() -> dict[str, Any]:
@@ -129,46 +127,36 @@ def compare_reports() -> dict[str, Any]:
     The error of a forecast is |forecast / report - 1|. Pairs are of one model, and a ranking is
     right if the forecasts are in the reports' order.
     """
-    rows = []
-    for report in read_reports():
-        predicted = forecast(report)
-        rows.append(
-            {
-                "what": report.what,
-                "model": report.model,
-                "group": report.group,
-                "source": report.source,
-                "host_bandwidth": "assumed" if report.host_gb_s is None else "as reported",
-                "reported": report.tokens_per_second,
-                "predicted": predicted,
-                "ratio": predicted / report.tokens_per_second,
-            }
-        )
+    rows = [
+        {
+            "what": report.what,
+            "model": report.model,
+            "group": report.group,
+            "source": report.source,
+            "host_bandwidth": "assumed" if report.host_gb_s is None else "as reported",
+            "reported": report.tokens_per_second,
+            "predicted": (predicted := forecast(report)),
+            "ratio": predicted / report.tokens_per_second,
+        }
+        for report in read_reports()
+    ]
     pairs = [
         (a, b)
         for a, b in combinations(sorted(rows, key=lambda row: row["reported"]), 2)
         if a["model"] == b["model"] and b["reported"] > APART * a["reported"]
     ]
-    wrong = [(a, b) for a, b in pairs if a["predicted"] >= b["predicted"]]
-    groups = list(dict.fromkeys(row["group"] for row in rows))
-    errors = np.array([abs(row["ratio"] - 1) for row in rows])
+    wrong = [f"{a['what']} < {b['what']}" for a, b in pairs if a["predicted"] >= b["predicted"]]
+    errors: dict[str, list[float]] = {}
+    for row in rows:
+        errors.setdefault(row["group"], []).append(abs(row["ratio"] - 1))
     return {
         "rows": rows,
         "summary": {
             "reports": len(rows),
-            "median_error": float(np.median(errors)),
+            "median_error": median(chain(*errors.values())),
             "pairs": len(pairs),
             "pairs_in_order": len(pairs) - len(wrong),
         },
-        "median_errors": {
-            group: float(np.median(errors[[row["group"] == group for row in rows]]))
-            for group in groups
-        },
-        "wrong_pairs": [f"{a['what']} < {b['what']}" for a, b in wrong],
+        "median_errors": {group: median(own) for group, own in errors.items()},
+        "wrong_pairs": wrong,
     }
-
-
-def recorded_check() -> dict[str, Any]:
-    """The summary of the comparison as it was last made."""
-    text = Path(__file__).with_name("check.json").read_text(encoding="utf-8")
-    return json.loads(text)

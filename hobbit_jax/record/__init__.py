@@ -22,7 +22,6 @@ from hobbit_jax.record.asked import (
 from hobbit_jax.record.files import (
     Records,
     is_finished,
-    merge_records,
     read_record,
     read_records,
     record_path,
@@ -31,36 +30,3 @@ from hobbit_jax.record.files import (
 from hobbit_jax.record.machine import machine
 from hobbit_jax.record.record import Measured, Record, combined, measured
 from hobbit_jax.record.study import Study, read_study, study_names, write_study
-
-__all__ = [
-    "Asked",
-    "Benchmark",
-    "CacheTrial",
-    "EvalSizes",
-    "Inputs",
-    "Measured",
-    "MissModeTrial",
-    "Mixed",
-    "MixedInBytes",
-    "Native",
-    "PerSelection",
-    "QualityTrial",
-    "Record",
-    "Records",
-    "Study",
-    "Uniform",
-    "combined",
-    "is_finished",
-    "low_formats",
-    "machine",
-    "measured",
-    "merge_records",
-    "read_record",
-    "read_records",
-    "read_study",
-    "record_name",
-    "record_path",
-    "study_names",
-    "write_record",
-    "write_study",
-]

@@ -1,4 +1,4 @@
-"""Files of records: one a record while a study runs, one JSONL a study when it is kept.
+"""Files of records: one a record while a study runs; put together, they are a study's JSONL.
 
 A record's file appears whole or not at all, so a process that is killed at any moment loses no
 finished record, and several writers never meet in one file.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def write_record(folder: Path, record: Record) -> Path:
     path = record_path(folder, record.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not is_finished(folder, record.name):
-        write_text(path, _line(record))
+        write_text(path, json.dumps(plain(record), allow_nan=False) + "\n")
     return path
 
 
@@ -90,19 +90,6 @@ def read_records(folder: Path) -> Records:
             if key not in kept or (kept[key].status, record.status) == ("failed", "ok"):
                 kept[key] = record
     return Records(tuple(kept[key] for key in sorted(kept)), unreadable)
-
-
-def merge_records(folder: Path, records: Iterable[Record], study: str) -> Path:
-    """Writes the records of one study as `folder`/records/STUDY.jsonl, whole or not at all."""
-    path = folder / FOLDER / f"{study}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [_line(r) for r in sorted(records, key=lambda r: r.name) if r.study == study]
-    write_text(path, "".join(lines))
-    return path
-
-
-def _line(record: Record) -> str:
-    return json.dumps(plain(record), allow_nan=False) + "\n"
 
 
 def parse_record(line: str) -> Record:

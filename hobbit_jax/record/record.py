@@ -63,6 +63,11 @@ class Record:
         """Of a `Benchmark`; empty of a trial."""
         return self.asked.setting if isinstance(self.asked, Benchmark) else {}
 
+    def under(self, prefix: str) -> dict[str, Any]:
+        """Metrics and notes whose names begin with `prefix`, by the rest of their names."""
+        found = {**self.metrics, **self.notes}
+        return {n.removeprefix(prefix): v for n, v in found.items() if n.startswith(prefix)}
+
     def interval(self, metric: str) -> Interval | None:
         """A metric with its two ends; None where any of the three was not measured."""
         ends = [self.metrics.get(metric + end) for end in ("", "_low", "_high")]

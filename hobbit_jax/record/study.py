@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hobbit_jax.atomic import replacing
+from hobbit_jax.atomic import write_json
 from hobbit_jax.record.asked import Scalar
 from hobbit_jax.record.files import DESCRIPTION, FOLDER, read_records
 from hobbit_jax.record.typed_json import plain, typed
@@ -49,9 +48,8 @@ def write_study(folder: Path, study: Study) -> Study:
     if begun:
         earlier = read_study(folder, study.name) if path.exists() else None
         first_rule = earlier.first_rule if earlier else None
-    study = dataclasses.replace(study, first_rule=first_rule)
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(plain(study), indent=1) + "\n", encoding="utf-8")
+    study = replace(study, first_rule=first_rule)
+    write_json(path, plain(study))
     return study
 
 

@@ -32,19 +32,23 @@ def member(name: str) -> Callable[[_Class], _Class]:
 def plain(value: Any) -> Any:
     """JSON of a value: fields at their default are left out, members of the sum type are named."""
     if dataclasses.is_dataclass(value):
+        found = {
+            f.name: plain(inner)
+            for f in dataclasses.fields(value)
+            if (inner := getattr(value, f.name)) != _default(f)
+        }
         kind = getattr(value, _NAME, None)
-        found = {} if kind is None else {"kind": kind}
-        for f in dataclasses.fields(value):
-            inner = getattr(value, f.name)
-            default = f.default_factory() if callable(f.default_factory) else f.default
-            if inner != default:
-                found[f.name] = plain(inner)
-        return found
+        return found if kind is None else {"kind": kind, **found}
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
     return value
+
+
+def _default(field: dataclasses.Field) -> Any:
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
 
 
 @functools.cache
@@ -103,13 +107,7 @@ def _instance(value: Any, wanted: Any, where: str) -> Any:
     if unknown:
         raise ValueError(f"{where} has {', '.join(unknown)}; want only {', '.join(hints)}")
     found = {name: typed(inner, hints[name], f"{where}.{name}") for name, inner in value.items()}
-    missing = [
-        f.name
-        for f in dataclasses.fields(wanted)
-        if f.name not in found
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
+    needed = [f.name for f in dataclasses.fields(wanted) if _default(f) is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in found]:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
     return wanted(**found)

@@ -8,16 +8,6 @@ from hobbit_jax.record import Record
 from hobbit_jax.report.table import MIB, Column, table
 
 STUDY = "baselines"
-_ABOUT = (
-    "The same file in another program, on the same token ids, in one run. The baseline is the "
-    "reference: KL is KL(baseline ‖ ours) in nats a token, perplexity differences are ours less "
-    "the baseline's within each window."
-)
-_ABOUT_SPEED = (
-    "Both are loaded at once, bound to the same cores, and take turns. Medians of the turns; a "
-    "ratio is ours over the baseline's within a turn, above 1 where we are faster. A load average "
-    "above the cores used means that others ran beside. Memory is the peak of a whole run, MiB."
-)
 _WHICH = (
     Column("model", lambda r: r.setting.get("model")),
     Column(
@@ -65,11 +55,7 @@ _MEMORY = tuple(
 
 
 def section(records: Sequence[Record]) -> str:
-    """Text and tables; empty without a record."""
+    """The tables; empty without a record."""
     rows = sorted(records, key=lambda r: r.name)
-    if not rows:
-        return ""
-    agreement, *others = (
-        table([*_WHICH, *columns], rows) for columns in (_AGREEMENT, _SPEED, _MEMORY)
-    )
-    return "\n\n".join([_ABOUT, agreement, _ABOUT_SPEED, *others])
+    tables = (table([*_WHICH, *columns], rows) for columns in (_AGREEMENT, _SPEED, _MEMORY))
+    return "\n\n".join(filter(None, tables))

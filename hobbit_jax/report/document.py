@@ -10,20 +10,14 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
 from hobbit_jax.atomic import replacing
-from hobbit_jax.record import (
-    CacheTrial,
-    Records,
-    Study,
-    read_records,
-    read_study,
-    study_names,
-)
+from hobbit_jax.record import CacheTrial, Record, Records, read_records, read_study, study_names
 from hobbit_jax.report import (
     answers,
     baseline_tables,
@@ -33,10 +27,9 @@ from hobbit_jax.report import (
     sweep_tables,
 )
 from hobbit_jax.report.frontier import Frontier
-from hobbit_jax.report.limitations import limitations
 from hobbit_jax.report.sweep import Sweep
-from hobbit_jax.report.table import listed, one_line
-from hobbit_jax.report.verdict import Rule, verdicts
+from hobbit_jax.report.table import figure, listed, one_line, padded
+from hobbit_jax.report.verdict import PREFERENCE, Rule, verdicts
 
 DOCUMENT, APPENDIX, FIGURES = "decision.md", "appendix.md", "figures"
 
@@ -46,8 +39,13 @@ class Studies:
     """What a folder holds: at most one sweep of the cache, studies of quality, other records."""
 
     found: Records
-    sweep: Sweep | None = None
-    quality: Mapping[str, Frontier] = field(default_factory=dict)
+    sweep: Sweep | None
+    quality: tuple[Frontier, ...]
+
+    @property
+    def mixed(self) -> Frontier | None:
+        """The first study of quality that has mixes."""
+        return next((frontier for frontier in self.quality if frontier.mixed), None)
 
 
 def read_studies(workdir: Path) -> Studies:
@@ -62,19 +60,18 @@ def read_studies(workdir: Path) -> Studies:
             f"{workdir} has no study under records/; --workdir must name the folder of a sweep"
         )
     sweeps: list[Sweep] = []
-    quality: dict[str, Frontier] = {}
-    for name in names:
-        study = read_study(workdir, name)
-        if any(isinstance(record.asked, CacheTrial) for record in found.of(name)):
+    quality: list[Frontier] = []
+    for study in (read_study(workdir, name) for name in names):
+        if any(isinstance(record.asked, CacheTrial) for record in found.of(study.name)):
             sweeps.append(Sweep.of(study, found))
         else:
-            quality[name] = Frontier.of(study, found)
+            quality.append(Frontier.of(study, found))
     if len(sweeps) > 1:
         raise ValueError(
             f"{workdir} has {len(sweeps)} sweeps of the cache, "
             f"{listed(sweep.study.name for sweep in sweeps)}; want one a folder"
         )
-    return Studies(found, sweeps[0] if sweeps else None, quality)
+    return Studies(found, sweeps[0] if sweeps else None, tuple(quality))
 
 
 def write_report(workdir: Path) -> Path:
@@ -87,70 +84,63 @@ def write_report(workdir: Path) -> Path:
         ValueError: the folder holds no study, a rule without a limit, or no record.
     """
     studies = read_studies(workdir)
-    frontier = next((f for f in studies.quality.values() if f.mixed), None)
-    images = {"frontier.png": figures.frontier(frontier) if frontier else None}
-    about: dict[str, object] = {"studies": studies, "frontier": frontier, "workdir": workdir.name}
-    if studies.sweep is None:
-        frontier = next(iter(studies.quality.values()))
-        about |= {"frontier": frontier, "sweep_study": frontier.study}
-        templates = {DOCUMENT: "study.md.j2"}
-    else:
-        rule = Rule.of(studies.sweep.study.rule)
-        judged = verdicts(studies.sweep, rule)
-        best = [verdict.best.record for verdict in judged]
-        images |= figures.of_sweep(studies.sweep, rule.kl_limit, best)
-        about |= {"rule": rule, "judged": judged, **_about(studies, studies.sweep)}
+    about: dict[str, Any] = {"studies": studies, "workdir": workdir.name}
+    templates, images = {DOCUMENT: "study.md.j2"}, {}
+    if studies.sweep is not None:
+        about |= _about(studies, studies.sweep)
         templates = {DOCUMENT: "decision.md.j2", APPENDIX: "appendix.md.j2"}
-    about["figures"] = {name for name, image in images.items() if image is not None}
-    (workdir / FIGURES).mkdir(exist_ok=True)
-    for name, image in images.items():
-        path = workdir / FIGURES / name
-        if image is None:
-            path.unlink(missing_ok=True)
-        else:
-            _write(path, image)
+        image = figures.kl_against_bytes_moved(studies.sweep, about["rule"].kl_limit)
+        images["kl_against_bytes_moved.png"] = image
+    if studies.mixed is not None:
+        images["frontier.png"] = figures.frontier(studies.mixed)
+    files = {f"{FIGURES}/{name}": image for name, image in images.items() if image is not None}
     for name, template in templates.items():
-        text = _templates().get_template(template).render(**about)
-        _write(workdir / name, text.encode())
+        files[name] = _render(template, **about, figures=files).encode()
+    (workdir / FIGURES).mkdir(exist_ok=True)
+    for name, data in files.items():
+        with replacing(workdir / name) as partial:
+            partial.write_bytes(data)
     return workdir / DOCUMENT
 
 
-def _about(studies: Studies, sweep: Sweep) -> dict[str, object]:
+def _about(studies: Studies, sweep: Sweep) -> dict[str, Any]:
     """What both templates of a sweep are told besides the studies."""
-    found = studies.found
-    planned = found.of(planner_tables.STUDY)
+    found, rule = studies.found, Rule.of(sweep.study.rule)
+    judged, planned = verdicts(sweep, rule), found.of(planner_tables.STUDY)
     return {
         "sweep": sweep,
-        "warning": rule_warning(sweep.study),
+        "rule": rule,
+        "verdicts": judged,
+        "outcomes": [verdict.outcome.value for verdict in judged],
+        "quants": answers.uniform_quants(sweep, rule),
+        "preference": ", then ".join(words for words, _ in PREFERENCE),
         "plans": planner_tables.plans(planned),
         "reports": [r for r in planned if r.subject == planner_tables.REPORTS],
         "baselines": baseline_tables.section(found.of(baseline_tables.STUDY)),
-        "limitations": list(limitations(sweep, found)),
+        "provenance": sweep_tables.provenance(sweep.records),
         "config": json.dumps(sweep.study.config, indent=1, sort_keys=True),
         "revisions": sorted({(r.revision or "unknown")[:12] for r in sweep.records}),
-        "devices": sorted({r.device or "unknown" for r in sweep.records}),
+        "devices": sorted({r.device or "an unnamed device" for r in sweep.records}),
     }
 
 
-def _write(path: Path, data: bytes) -> None:
-    with replacing(path) as partial:
-        partial.write_bytes(data)
+def render_plan(record: Record, check: Mapping[str, float]) -> str:
+    """What the planner predicts for one model and GPU, for the screen.
+
+    Args:
+        record: of `planner.records.plan_record`.
+        check: the summary of `planner.published_benchmarks.recorded_check`.
+    """
+    return _render("plan.md.j2", plan=planner_tables.Plan(record), check=check)
 
 
-def rule_warning(study: Study) -> str | None:
-    """What the document says on top where its rule is not the one of the first record."""
-    if study.first_rule is None:
-        return "The rule that stood before the first record is not known; this one may be newer."
-    changed = [
-        f"{name} was {study.first_rule.get(name)} and is {study.rule.get(name)}"
-        for name in sorted(study.first_rule.keys() | study.rule.keys())
-        if study.first_rule.get(name) != study.rule.get(name)
-    ]
-    if not changed:
-        return None
-    return (
-        f"This document is under another rule than the study's first record: {'; '.join(changed)}."
-    )
+def _render(template: str, **about: Any) -> str:
+    return _templates().get_template(template).render(**about)
+
+
+def _joined(lines: str, separator: str) -> str:
+    """The lines of a block as one, those without a word left out."""
+    return separator.join(line.strip() for line in lines.splitlines() if line.strip())
 
 
 @functools.cache
@@ -162,8 +152,11 @@ def _templates() -> jinja2.Environment:
     )  # fmt: skip
     environment.filters |= {
         "cell": lambda text: one_line(text).replace("|", "\\|"),
-        "one_line": one_line,
+        "figure": figure,
+        "joined": _joined,
         "listed": listed,
+        "one_line": one_line,
+        "padded": padded,
     }
     called = (answers, frontier_tables, planner_tables, sweep_tables)
     environment.globals |= {module.__name__.rsplit(".", 1)[1]: module for module in called}

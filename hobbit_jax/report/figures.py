@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 
 from hobbit_jax.record import MissModeTrial, Native, Record, Uniform
 from hobbit_jax.report.frontier import ENCODERS, Averaged, Frontier
-from hobbit_jax.report.sweep import RANDOM, Sweep, is_control, low_format, trial
+from hobbit_jax.report.sweep import RANDOM, Sweep, low_format, trial
 from hobbit_jax.report.table import MIB
 from hobbit_jax.statistics import Interval
 
@@ -39,18 +39,6 @@ _ENCODER_COLOURS: dict[str, str] = dict(
 _UNIFORM = _ENCODER_COLOURS[ENCODERS[-1]]
 _MARKERS = ("o", "s", "D", "^", "v")
 _KL_AXIS = "mean KL to native, nats a token"
-
-
-def of_sweep(sweep: Sweep, kl_limit: float, best: Sequence[Record]) -> dict[str, bytes | None]:
-    """Every figure of a sweep by its file's name; `best` are the candidates worth a line."""
-    plain = [r for r in sweep.records if isinstance(trial(r).plan, Native | Uniform)]
-    native = next((r for r in sweep.records if r.samples.get("selections_LE")), None)
-    shown = [r for r in (*plain, *best) if not is_control(r)]
-    return {
-        "kl_against_bytes_moved.png": kl_against_bytes_moved(sweep, kl_limit),
-        "moved_against_budget.png": moved_against_budget(sweep, shown),
-        "expert_use.png": expert_use(native),
-    }
 
 
 def _kind(record: Record) -> str:
@@ -146,56 +134,6 @@ def frontier(study: Frontier) -> bytes | None:
         figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
 
     return _png(draw, (8.6, 4.4))
-
-
-def moved_against_budget(sweep: Sweep, shown: Sequence[Record]) -> bytes | None:
-    """Bytes moved a token against the pool budget, for the plans of `shown`; None without any."""
-    plans = list(dict.fromkeys((trial(r).plan, sweep.label(r)) for r in shown))
-    if len(sweep.budgets) < 2:
-        return None
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for plan, label in plans:
-            same = [
-                (trial(r).budget_mib, _moved(r))
-                for r in sweep.records
-                if trial(r).plan == plan and r.metrics.get("bytes_moved_per_token") is not None
-            ]
-            axes.plot(*zip(*same, strict=True), "-o", label=label, linewidth=1.4)
-        axes.set_xlabel("pool budget, MiB")
-        axes.set_ylabel("MiB moved a decoded token")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, frameon=False)
-
-    return _png(draw, (6.4, 3.6))
-
-
-def expert_use(native: Record | None) -> bytes | None:
-    """How unequally each layer uses its experts; None without routing counts."""
-    found = native.samples.get("selections_LE") if native else None
-    counts_LE = np.asarray(found or [[]], np.float64)
-    if not counts_LE.size or not np.all(counts_LE.sum(axis=1) > 0):
-        return None
-    shares_LE = -np.sort(-counts_LE / counts_LE.sum(axis=1, keepdims=True), axis=1)
-    n_layers, n_experts = shares_LE.shape
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        x_E = np.arange(n_experts + 1) / n_experts
-        for layer, share_E in enumerate(shares_LE):
-            colour = mpl.colormaps["cividis"](layer / max(1, n_layers - 1))
-            covered_E = np.concatenate([[0.0], np.cumsum(share_E)])
-            label = f"layer {layer}" if layer in (0, n_layers - 1) else None
-            axes.plot(x_E, covered_E, color=colour, linewidth=1, label=label)
-        axes.plot([0, 1], [0, 1], color="#AA0000", linestyle=":", label="equal use")
-        axes.set_xlabel("share of the layer's experts, most used first")
-        axes.set_ylabel("share of selections that they serve")
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, frameon=False)
-
-    return _png(draw, (5.2, 3.6))
 
 
 def _png(draw, size_inches: tuple[float, float]) -> bytes:

@@ -7,11 +7,12 @@ taken inside each window and seed first.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from hobbit_jax.record import (
     MixedInBytes,
@@ -77,6 +78,11 @@ class Averaged:
         """Fraction of native's bytes that a mix was given."""
         return getattr(self.plan, "bytes_fraction", None)
 
+    @property
+    def score_text(self) -> str:
+        """Another text that its score was measured on."""
+        return getattr(self.plan, "score_text", "")
+
     def mean(self, metric: str) -> float | None:
         """Over the seeds; None where any record lacks it."""
         values = [record.metrics.get(metric) for record in self.records]
@@ -85,10 +91,7 @@ class Averaged:
     @property
     def bytes_of_native(self) -> float:
         """Bytes of all experts over native's."""
-        parts = [
-            [r.metrics[n] or 0 for n in ("stored_bytes", "native_bytes")] for r in self.records
-        ]
-        return float(np.mean([stored / native for stored, native in parts]))
+        return (self.mean("stored_bytes") or 0) / (self.mean("native_bytes") or 1)
 
     def task(self, name: str) -> Interval | None:
         """Score of a task in the first record that has it."""
@@ -116,10 +119,10 @@ def interval(kl_SW: np.ndarray) -> Interval:
 
 @dataclass(frozen=True)
 class Frontier:
-    """A study of quality as found."""
+    """A study of quality as found: its plans by plan and text, and what is absent."""
 
     study: Study
-    plans: tuple[Averaged, ...]
+    by_plan: Mapping[tuple[object, str], Averaged]
     failed: tuple[Record, ...]
     missing: tuple[str, ...]
 
@@ -140,14 +143,23 @@ class Frontier:
                 groups.setdefault(key, {})[trial.seed] = record
         if not groups:
             raise ValueError(f"the study {study.name} has no finished record; run the sweep first")
-        plans = []
+        plans = {}
         for (plan, text), records in groups.items():
             seeds, ordered = zip(*sorted(records.items()), strict=True)
             kl_SW = np.array([record.samples["kl_nats_W"] for record in ordered])
-            plans.append(Averaged(plan, text, seeds, kl_SW, ordered))  # pyright: ignore
+            plans[plan, text] = Averaged(plan, text, seeds, kl_SW, ordered)  # pyright: ignore
         failed = tuple(record for record in asked if record.status == "failed")
         missing = tuple(name for name in study.trials if name not in by_name)
-        return cls(study, tuple(plans), failed, missing)
+        return cls(study, plans, failed, missing)
+
+    @property
+    def plans(self) -> list[Averaged]:
+        """All of them."""
+        return list(self.by_plan.values())
+
+    def plans_of(self, kind: type, text: str | None = None) -> list[Averaged]:
+        """Plans of one kind, calibrated on `text` or on any."""
+        return [p for p in self.plans if isinstance(p.plan, kind) and text in (None, p.text)]
 
     @cached_property
     def own_text(self) -> str:
@@ -156,32 +168,32 @@ class Frontier:
         return max(texts, key=texts.count, default="")
 
     @cached_property
-    def uniform(self) -> tuple[Averaged, ...]:
+    def uniform(self) -> list[Averaged]:
         """Plans of one low format, encoded straight from native by the study's own text."""
-        return tuple(
-            p
-            for p in self.plans
-            if isinstance(p.plan, Uniform) and not p.through and p.text == self.own_text
-        )
+        return [p for p in self.plans_of(Uniform, self.own_text) if not p.through]
 
     @cached_property
-    def mixed(self) -> tuple[Averaged, ...]:
-        """Mixes of the main study: every format, the best encoder, the study's own text."""
+    def whole(self) -> dict[str, Any]:
+        """What mixes of the main study have in common; `ablation` varies it."""
         every = max((p.formats for p in self.plans), key=len)
+        return {"formats": every, "encoder": BEST_ENCODER, "score_text": ""}
+
+    @cached_property
+    def mixed(self) -> list[Averaged]:
+        """Mixes of the main study, on its own text."""
         found = [
             p
-            for p in self.plans
-            if isinstance(p.plan, MixedInBytes)
-            and (p.formats, p.encoder, p.text) == (every, BEST_ENCODER, self.own_text)
-            and not p.plan.score_text
+            for p in self.plans_of(MixedInBytes, self.own_text)
+            if replace(p.plan, **self.whole) == p.plan
         ]
         last = len(_SCORES)
         rank = {score: n for n, score in enumerate(_SCORES)} | {RANDOM: last + 1}
-        return tuple(sorted(found, key=lambda p: (p.limit or 0, rank.get(p.score, last))))
+        return sorted(found, key=lambda p: (p.limit or 0, rank.get(p.score, last)))
 
-    def main_plan(self, score: str, limit: float | None) -> Averaged | None:
-        """The plan of `mixed` by a score under a limit of bytes."""
-        return next((p for p in self.mixed if (p.score, p.limit) == (score, limit)), None)
+    def like(self, averaged: Averaged, text: str | None = None, **changes: Any) -> Averaged | None:
+        """The plan that differs from another in these fields, or in its text, and in nothing."""
+        text = averaged.text if text is None else text
+        return self.by_plan.get((replace(averaged.plan, **changes), text))
 
     def difference(self, left: Averaged | None, right: Averaged | None) -> Interval | None:
         """KL of `left` less that of `right`, in pairs; None without both or a seed in common.
@@ -193,15 +205,14 @@ class Frontier:
         pairs = _paired(left, right)
         return None if pairs is None else interval(pairs[0] - pairs[1])
 
-    def line(self, averaged: Averaged, encoder: str = BEST_ENCODER) -> Averaged | None:
-        """The uniform plans of `encoder` at the bytes of a plan, by straight lines between.
+    def line(self, averaged: Averaged) -> Averaged | None:
+        """The uniform plans of the best encoder at the bytes of a plan, straight between them.
 
         KL in each window is interpolated between the two neighbours; native's is 0.
         """
         points = [(1.0, np.zeros_like(averaged.kl_SW))]
-        for other in self.plans:
-            same = (other.encoder, other.text) == (encoder, averaged.text)
-            if isinstance(other.plan, Uniform) and same and not other.through:
+        for other in self.plans_of(Uniform, averaged.text):
+            if other.encoder == BEST_ENCODER and not other.through:
                 pair = _paired(other, averaged)
                 if pair is None:
                     return None
@@ -211,10 +222,9 @@ class Frontier:
 
     def bytes_read(self, averaged: Averaged) -> float | None:
         """Bytes that one use of an expert reads, over native's."""
-        own = averaged.mean("bytes_read_per_selection")
-        native = next((p for p in self.plans if isinstance(p.plan, Native)), None)
-        base = native.mean("bytes_read_per_selection") if native else None
-        return own / base if own and base else None
+        metric = "bytes_read_per_selection"
+        own, native = averaged.mean(metric), [p.mean(metric) for p in self.plans_of(Native)]
+        return own / native[0] if own and native and native[0] else None
 
 
 def _paired(left: Averaged, right: Averaged) -> tuple[np.ndarray, np.ndarray] | None:
@@ -230,20 +240,3 @@ def _paired(left: Averaged, right: Averaged) -> tuple[np.ndarray, np.ndarray] | 
         left.kl_SW[[left.seeds.index(seed) for seed in common]],
         right.kl_SW[[right.seeds.index(seed) for seed in common]],
     )
-
-
-def overlap(left: Averaged, right: Averaged | None) -> tuple[float, float] | None:
-    """How alike two mixes are: share of experts at one precision, and Spearman's correlation.
-
-    Of the first seed in common, over all (layer, expert) pairs; precisions are ranks.
-    """
-    common = [seed for seed in left.seeds if right and seed in right.seeds]
-    if right is None or not common:
-        return None
-    first, second = (
-        np.ravel(p.records[p.seeds.index(common[0])].samples["precision_LE"]) for p in (left, right)
-    )
-    if not first.size or first.shape != second.shape or 0 in (np.ptp(first), np.ptp(second)):
-        return None
-    correlation = stats.spearmanr(first, second).statistic  # pyright: ignore
-    return float((first == second).mean()), float(correlation)

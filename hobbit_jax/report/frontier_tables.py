@@ -5,14 +5,14 @@ Their titles and what a reader must know of them stand in `templates/frontier.md
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import PurePath
 
 from hobbit_jax.record import MixedInBytes, Native, PerSelection, Uniform
-from hobbit_jax.report.frontier import ENCODERS, Averaged, Frontier, overlap
+from hobbit_jax.report.frontier import ENCODERS, Averaged, Frontier
+from hobbit_jax.report.paired import relation
 from hobbit_jax.report.sweep import RANDOM
 from hobbit_jax.report.table import Column, percent, ratio, table
-from hobbit_jax.report.verdict import relation
 from hobbit_jax.statistics import Interval
 
 _KL = Column("KL", "kl", ".4f")
@@ -37,10 +37,6 @@ def _against(title: str, other: Callable[[Averaged], Interval | None]) -> list[C
     return [Column(f"KL less {title}", other, "+.4f"), Column("that is", compared)]
 
 
-def _of(frontier: Frontier, kind: type) -> Sequence[Averaged]:
-    return [p for p in frontier.plans if isinstance(p.plan, kind)]
-
-
 def encoders(frontier: Frontier) -> str:
     """Uniform quants by encoder."""
     columns = [
@@ -53,14 +49,14 @@ def encoders(frontier: Frontier) -> str:
         Column("output error", lambda p: p.records[0].metrics.get("output_error"), ".3f"),
         *_TASKS,
     ]
-    plans = [*_of(frontier, Native), *frontier.uniform]
+    plans = [*frontier.plans_of(Native), *frontier.uniform]
     plans.sort(key=lambda p: (-p.bytes_of_native, p.formats, ENCODERS.index(p.encoder)))
     return table(columns, plans)
 
 
 def _control(frontier: Frontier) -> list[Column]:
     def less_random(p: Averaged) -> Interval | None:
-        return frontier.difference(p, frontier.main_plan(RANDOM, p.limit))
+        return frontier.difference(p, frontier.like(p, score=RANDOM, score_text=""))
 
     return _against("random", less_random)
 
@@ -84,15 +80,10 @@ def ablation(frontier: Frontier) -> str:
     """Mixes without the calibrated encoder, or without the middle format."""
 
     def twin(p: Averaged) -> Interval | None:
-        return frontier.difference(p, frontier.main_plan(p.score, p.limit))
+        return frontier.difference(p, frontier.like(p, **frontier.whole))
 
-    plans = [
-        p
-        for p in _of(frontier, MixedInBytes)
-        if p.text == frontier.own_text
-        and p not in frontier.mixed
-        and not getattr(p.plan, "score_text", "")
-    ]
+    varied = [p for p in frontier.plans_of(MixedInBytes, frontier.own_text) if not p.score_text]
+    plans = [p for p in varied if p not in frontier.mixed]
     plans.sort(key=lambda p: (p.limit or 0, p.score, p.formats, p.encoder))
     formats = Column("formats", lambda p: f"{' and '.join(p.formats)}, {p.encoder}")
     return table([_LIMIT, _SCORE, formats, _KL, *_against("the whole plan", twin)], plans)
@@ -113,11 +104,7 @@ def selections(frontier: Frontier) -> str:
         _STORED,
         _KL,
     ]
-    return table(columns, _of(frontier, PerSelection))
-
-
-def _alike(found: tuple[float, float] | None) -> str | None:
-    return None if found is None else f"{found[0]:.2f}, {found[1]:.2f}"
+    return table(columns, frontier.plans_of(PerSelection))
 
 
 def _text_name(text: str) -> str:
@@ -128,71 +115,50 @@ def _text_name(text: str) -> str:
 def transfer(frontier: Frontier) -> str:
     """Mixes whose score was measured on another text."""
 
-    def own(p: Averaged) -> Averaged | None:
-        return frontier.main_plan(p.score, p.limit)
+    def less_own(p: Averaged) -> Interval | None:
+        return frontier.difference(p, frontier.like(p, score_text=""))
 
     columns = [
         _LIMIT,
         _SCORE,
-        Column("measured on", lambda p: _text_name(p.plan.score_text)),
+        Column("measured on", lambda p: _text_name(p.score_text)),
         _KL,
-        Column("less own text's", lambda p: frontier.difference(p, own(p)), "+.4f"),
+        Column("less own text's", less_own, "+.4f"),
         *_control(frontier),
-        Column("alike", lambda p: _alike(overlap(p, own(p)))),
     ]
-    return table(columns, [p for p in frontier.plans if getattr(p.plan, "score_text", "")])
+    return table(columns, [p for p in frontier.plans if p.score_text])
 
 
 def texts(frontier: Frontier) -> str:
     """Plans calibrated on another text, beside the same on the study's own."""
 
     def own(p: Averaged) -> Averaged | None:
-        wanted = p.plan, frontier.own_text
-        return next((other for other in frontier.plans if (other.plan, other.text) == wanted), None)
+        return frontier.like(p, frontier.own_text)
 
-    def tasks(name: str) -> list[Column]:
+    def both(title: str, field: Callable[[Averaged], Interval | None], form: str) -> list[Column]:
         return [
-            Column(f"{name}, own text", lambda p: twin.task(name) if (twin := own(p)) else None,
-                   ".2f"),
-            Column(f"{name}, this text", lambda p: p.task(name), ".2f"),
-        ]  # fmt: skip
+            Column(f"{title}, own text", lambda p: (twin := own(p)) and field(twin), form),
+            Column(f"{title}, this text", field, form),
+        ]
 
     columns = [
         _STORED,
         Column("plan", lambda p: p.score if p.limit else f"uniform {p.formats[0]}"),
         Column("text", lambda p: _text_name(p.text)),
-        Column("KL, own text", lambda p: twin.kl if (twin := own(p)) else None, ".4f"),
-        Column("KL, this text", "kl", ".4f"),
+        *both("KL", lambda p: p.kl, ".4f"),
         Column("difference", lambda p: frontier.difference(p, own(p)), "+.4f"),
-        *tasks("arithmetic"),
-        *tasks("functions"),
+        *both("arithmetic", lambda p: p.task("arithmetic"), ".2f"),
+        *both("functions", lambda p: p.task("functions"), ".2f"),
     ]
     others = [p for p in frontier.plans if p.text != frontier.own_text]
     return table(columns, [p for p in others if not isinstance(p.plan, Native)])
 
 
-def overlaps(frontier: Frontier) -> str:
-    """How alike the scores' plans are at the middle limit of bytes."""
-    limits = sorted({p.limit or 0 for p in frontier.mixed})
-    plans = [p for p in frontier.mixed if p.limit == limits[len(limits) // 2]]
-
-    def beside(other: Averaged) -> Column:
-        return Column(
-            other.score, lambda p: None if p is other else _alike(overlap(p, other))
-        )  # of itself there is nothing to say
-
-    return table([_SCORE, *map(beside, plans)], plans)
-
-
 def compounding(frontier: Frontier) -> str:
     """Uniform quants straight from the original and by way of another format."""
-    plans = _of(frontier, Uniform)
 
     def straight(p: Averaged) -> Interval | None:
-        if not p.through:
-            return None
-        same = [q for q in plans if (q.formats, q.encoder) == (p.formats, p.encoder)]
-        return frontier.difference(p, next((q for q in same if not q.through), None))
+        return frontier.difference(p, frontier.like(p, through=()))
 
     columns = [
         Column("way", lambda p: " → ".join(["original", *p.through, p.formats[0]])),
@@ -204,4 +170,4 @@ def compounding(frontier: Frontier) -> str:
         _PERPLEXITY,
         *_TASKS,
     ]
-    return table(columns, plans)
+    return table(columns, frontier.plans_of(Uniform))

@@ -40,6 +40,15 @@ def difference(left_W: np.ndarray, right_W: np.ndarray) -> Interval:
     return mean_interval(left_W[:common] - right_W[:common])
 
 
+def relation(differences: Sequence[Interval]) -> str | None:
+    """ "below" where all differences are below 0, "above" where all are above; None of none."""
+    if not differences:
+        return None
+    if all(d.high < 0 for d in differences):
+        return "below"
+    return "above" if all(d.low > 0 for d in differences) else "not told apart"
+
+
 def line_at(x: float, points: Sequence[tuple[float, np.ndarray]]) -> np.ndarray | None:
     """KL of each window on straight lines between `points` (x, KL of windows), at `x`.
 

@@ -1,20 +1,21 @@
-"""What the planner predicts for GPUs: one line a model and GPU, and how far off the planner is.
+"""What the planner predicts for GPUs: the tables of one plan and of many.
 
-Owns what the document says of records of `scripts/plan.py` and `scripts/dev/check_plan.py`. All of
-it is prediction.
+Owns how records of `scripts/plan.py` and `scripts/dev/check_plan.py` are shown; the sentences stand
+in `templates/`. All of it is prediction, and a range is over routing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hobbit_jax.planner.table import alternatives, speeds, spread
+from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.record import Record
-from hobbit_jax.report.table import Column, listed, one_line, table
+from hobbit_jax.report.table import Column, table
 
 STUDY, REPORTS = "planner", "planner reports"
+Option = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,28 @@ class Plan:
     record: Record
 
     @property
-    def settings(self) -> Sequence[Mapping[str, Any]]:
-        """What was predicted; the first is native."""
+    def settings(self) -> Sequence[Option]:
+        """What was predicted of this engine; the first is native experts streamed under SLRU."""
         return self.record.samples["settings"]
 
     @property
-    def native(self) -> Mapping[str, Any]:
-        """Native experts streamed under SLRU."""
-        return self.settings[0]
+    def baselines(self) -> Sequence[Option]:
+        """What was predicted of llama.cpp and a fork of it."""
+        return self.record.samples["baselines"]
 
     def chosen(self, who: str) -> str:
-        """What to run: "here", "overall" or in a "compiled" engine; under each routing."""
-        return alternatives(self.record.samples[f"choices_{who}"])
+        """What to run "here", "overall" or in a "compiled" engine; least local routing first."""
+        return " or ".join(dict.fromkeys(self.record.samples[f"choices_{who}"]))
 
     def speed(self, who: str) -> str:
         """Tokens a second of `chosen`."""
-        options = [*self.settings, *self.record.samples["baselines"]]
-        return speeds(options, self.record.samples[f"choices_{who}"], who)
+        options = {option["name"]: option for option in [*self.settings, *self.baselines]}
+        key = "compiled_tokens_per_second" if who == "compiled" else "tokens_per_second"
+        found = [
+            options[name].get(key, options[name]["tokens_per_second"])[at]
+            for at, name in enumerate(self.record.samples[f"choices_{who}"])
+        ]
+        return spread(found, ".0f")
 
     @property
     def action(self) -> str:
@@ -49,17 +55,98 @@ class Plan:
             return "keep native: all experts fit"
         return self.chosen("overall")
 
+    @property
+    def constants(self) -> list[Option]:
+        """The cost model's that are assumed and were never measured on a GPU."""
+        named = {c["name"]: c for c in self.record.samples["constants"]}
+        return [named[name] for name in self.record.samples["assumed"]]
+
+    @property
+    def sensitivity(self) -> dict[str, list[str]]:
+        """Other choices than `chosen("overall")`, and the single changes that lead to each."""
+        found: dict[str, list[str]] = {}
+        for entry in self.record.samples["sensitivity"]:
+            choice = " or ".join(dict.fromkeys(entry["overall"]))
+            found.setdefault(choice, []).append(entry["changed"])
+        found.pop(self.chosen("overall"), None)
+        return found
+
+    @property
+    def commands(self) -> list[str]:
+        """How to run each of this engine's settings that is chosen."""
+        chosen = self.record.samples["choices_here"]
+        return [self._command(s) for s in self.settings if s["name"] in chosen]
+
+    def _command(self, setting: Option) -> str:
+        pool = int(self.record.metrics["memory_pool"] or 0)
+        run = f"generate.py --budget_mib {pool // 2**20}"
+        for flag in ("chunk_tokens", "kv_format"):
+            run += f" --{flag} {self.record.setting[flag]}"
+        low, mode = setting["low_format"], MISS_MODES[setting["mode"]]
+        if setting["asked"] == "low":
+            encode = f"quantize.py --format {low} --method gptq --calibration C --out low.gguf"
+            return f"{encode}, {run} --model low.gguf"
+        run += f" --miss_mode {setting['mode']}"
+        run += f" --link_to_host {setting['link_to_host']:.2g}" if mode.computes else ""
+        run += f" --low_format {low}" if low else ""
+        return run + (f" --low_share {setting['low_share']:g}" if mode.low_banks == "cache" else "")
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """What is predicted under each routing, from least to most, or one value if they are alike."""
+    low, high = (format(value, form) for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
 
 def plans(records: Sequence[Record]) -> list[Plan]:
     """Of a study's records those that are plans, by model and memory."""
-    found = [Plan(r) for r in records if r.subject == STUDY]
-    return sorted(
-        found, key=lambda p: (p.record.setting["model"], p.record.metrics["memory_vram"] or 0)
-    )
+    found = [r for r in records if r.subject == STUDY]
+    found.sort(key=lambda r: (r.setting["model"], r.metrics["memory_vram"] or 0))
+    return list(map(Plan, found))
+
+
+def _predicted(key: str, form: str, unit: float = 1) -> Callable[[Option], str | None]:
+    """A field of options, or of their traffic, under each routing."""
+
+    def shown(option: Option) -> str | None:
+        values = option.get(key) or [t[key] for t in option["traffic"] if key in t]
+        return spread([value / unit for value in values], form) if values else None
+
+    return shown
+
+
+_speed, _hit_rate = _predicted("tokens_per_second", ".0f"), _predicted("hit_rate", ".2f")
+
+
+def options_table(plan: Plan) -> str:
+    """Every setting of this engine, and what llama.cpp would do."""
+
+    def named(option: Option) -> str:
+        flag = option.get("flag", "").rstrip(": ")  # says how many layers
+        return option["name"].replace("--n-cpu-moe", flag) if flag else option["name"]
+
+    columns = [
+        Column("setting", named),
+        Column("residents", lambda o: o.get("residents")),
+        Column("hit rate", _predicted("hit_rate", ".2f")),
+        Column("round trips", _predicted("exits", ".1f")),
+        Column("MB moved", _predicted("moved_bytes", ".1f", unit=1e6)),
+        Column("below native", _predicted("low_uses", ".2f")),
+        Column("on the GPU, %", _predicted("on_gpu", ".0f", unit=0.01)),
+        Column("loss", lambda o: max(o["expected_loss"]), ".3f"),
+        Column("tokens/s", _predicted("tokens_per_second", ".1f")),
+        Column("compiled", _predicted("compiled_tokens_per_second", ".1f")),
+    ]
+    return table(columns, [*plan.settings, *plan.baselines])
 
 
 def decision_table(found: Sequence[Plan]) -> str:
     """What to do on which GPU."""
+
+    def joint(plan: Plan) -> str:
+        chosen, draws = plan.record.samples["choices_overall"], plan.record.samples["joint_overall"]
+        return f"{100 * sum(share for name, share in draws if name in chosen):.0f} %"
+
     columns = [
         Column("model", lambda p: p.record.setting["model"]),
         Column(
@@ -68,87 +155,17 @@ def decision_table(found: Sequence[Plan]) -> str:
         Column("do", "action"),
         Column("tokens/s", lambda p: p.speed("overall")),
         Column("in a compiled engine", lambda p: f"{p.chosen('compiled')}: {p.speed('compiled')}"),
-        Column("native SLRU: tokens/s, hit rate", _native),
-        Column("chosen in, of joint draws", _joint),
-    ]
-    return table(columns, found)
-
-
-def _native(plan: Plan) -> str:
-    native = plan.native
-    return f"{spread(native['tokens_per_second'], '.0f')}, {spread(native['hit_rate'], '.2f')}"
-
-
-def _joint(plan: Plan) -> str:
-    chosen = set(plan.record.samples["choices_overall"])
-    share = sum(share for name, share in plan.record.samples["joint_overall"] if name in chosen)
-    return f"{100 * share:.0f} %"
-
-
-def whole_table(found: Sequence[Plan]) -> str:
-    """Every figure of the plans that the appendix shows."""
-
-    def listed_speeds(options: Sequence[Mapping[str, Any]]) -> str | None:
-        shown = [f"{o['name']} {spread(o['tokens_per_second'], '.0f')}" for o in options]
-        return "; ".join(shown) or None
-
-    columns = [
-        Column("model", lambda p: p.record.setting["model"]),
-        Column("GPU", lambda p: p.record.setting["gpu"]),
-        Column("pool, GB", lambda p: p.record.metrics["memory_pool"], ".1f", unit=1e9),
         Column(
-            "native: residents, hit rate",
-            lambda p: f"{p.native['residents']}, {spread(p.native['hit_rate'], '.2f')}",
+            "native SLRU: tokens/s, hit rate",
+            lambda p: f"{_speed(p.settings[0])}, {_hit_rate(p.settings[0])}",
         ),
-        Column("tokens/s in this engine", lambda p: listed_speeds(p.settings)),
-        Column("tokens/s elsewhere", lambda p: listed_speeds(p.record.samples["baselines"])),
-        Column("choice in this engine", lambda p: p.chosen("here")),
+        Column("chosen in, of joint draws", joint),
     ]
     return table(columns, found)
 
 
-def reading(found: Sequence[Plan]) -> list[str]:
-    """What the predictions rest on."""
-    if not found:
-        return []
-    record = found[0].record
-    constants = {c["name"]: c for c in record.samples["constants"]}
-    assumed = [
-        f"{name} {constants[name]['value']:g} {constants[name]['unit']}"
-        for name in record.samples["assumed"]
-    ]
-    reasons = dict.fromkeys(r for p in found for r in p.record.samples["routing_extrapolates"])
-    sources = dict.fromkeys(s for p in found for s in p.record.samples["routing_source"])
-    lines = [
-        f"{record.setting['context']} tokens of context, "
-        f"{(record.metrics['memory_reserve'] or 0) / 2**30:g} GiB kept for the driver. The choice "
-        "begins with the fastest that loses nothing and takes what is expected to lose more only "
-        f"where it is {record.metrics['speedup_needed']:g}× as fast.",
-        f"A range is over routing: {'; '.join(sources)}.",
-        f"Assumed, never measured on a GPU: {', '.join(assumed)}. *Joint draws* are of all of them "
-        "at once between half and double, with the routing, another KV format and a longer "
-        "context; the share is of those that choose the same.",
-        "*Elsewhere* is llama.cpp on the same file and on its smaller ones, and a fork of it that "
-        "keeps hot experts on the GPU, all with a compiled engine's constants.",
-    ]
-    return lines + [f"It extrapolates: {one_line(reason)}." for reason in reasons]
-
-
-def reports_section(record: Record) -> str:
-    """How far the cost model is from speeds that others report, misses included."""
-    m = record.metrics
-    wrong, error = "; ".join(record.samples["wrong_pairs"]), m["summary_median_error"] or 0
-    groups = {
-        name.removeprefix("median_errors_"): value
-        for name, value in m.items()
-        if name.startswith("median_errors_")
-    }
-    text = (
-        f"Nothing was tuned to these. The median error is {100 * error:.0f} % "
-        f"({listed([f'{name}: {100 * (value or 0):.0f} %' for name, value in groups.items()], '')})"
-        f". Of {m['summary_pairs']} pairs of one model whose reports differ by more than a "
-        f"quarter, {m['summary_pairs_in_order']} are forecast in their order. The others: {wrong}."
-    )
+def reports_table(record: Record) -> str:
+    """Speeds that others report beside the cost model's."""
     columns = [
         Column("what", "what"),
         Column("reported tokens/s", "reported", ".1f"),
@@ -158,4 +175,4 @@ def reports_section(record: Record) -> str:
         Column("whose", "group"),
         Column("source", "source"),
     ]
-    return f"{text}\n\n{table(columns, record.samples['rows'])}"
+    return table(columns, record.samples["rows"])

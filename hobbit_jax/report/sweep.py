@@ -5,7 +5,6 @@ Owns how plans are named, ordered and paired with their rivals and controls.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,9 +27,8 @@ from hobbit_jax.report.table import percent
 
 RANDOM = "random"
 _SCORES = ("router_weight", "frequency", "accumulated_weight", "sensitivity")
-_GPU = re.compile(r"nvidia|cuda|gpu|rocm|radeon|geforce|rtx", re.IGNORECASE)
-_NO_GPU = re.compile(r"^\W*cpu|\b(no|without)( a| any)? gpu", re.IGNORECASE)
-Plan = Native | Uniform | Mixed | MissModeTrial
+_KINDS = (Native, Uniform, MissModeTrial, Mixed)
+_GPU_PLATFORMS = ("gpu", "cuda", "rocm")  # as JAX calls them
 
 
 def trial(record: Record) -> CacheTrial:
@@ -40,9 +38,8 @@ def trial(record: Record) -> CacheTrial:
 
 
 def on_gpu(record: Record) -> bool:
-    """Whether it was measured on a GPU, by the name of its device."""
-    device = record.device or ""
-    return bool(_GPU.search(device)) and not _NO_GPU.search(device)
+    """Whether it was measured on a GPU."""
+    return (record.device or "").partition(":")[0] in _GPU_PLATFORMS
 
 
 def low_format(record: Record) -> str | None:
@@ -52,8 +49,7 @@ def low_format(record: Record) -> str | None:
 
 def is_control(record: Record) -> bool:
     """Whether experts were demoted at random."""
-    plan = trial(record).plan
-    return isinstance(plan, Mixed) and plan.score == RANDOM
+    return getattr(trial(record).plan, "score", None) == RANDOM
 
 
 def is_candidate(record: Record) -> bool:
@@ -66,15 +62,19 @@ def at(record: Record) -> str:
     return f"{trial(record).budget_mib:g} MiB"
 
 
+def task_names(record: Record) -> list[str]:
+    """Metrics of a record that are shares of problems solved."""
+    return [n.removesuffix("_problems") for n in record.metrics if n.endswith("_problems")]
+
+
 def order(record: Record) -> tuple:
     """Sort key: native, uniform, miss modes, scores, the random control last; then the budget."""
     asked = trial(record)
     plan = asked.plan
-    kinds: list[type] = [Native, Uniform, MissModeTrial, Mixed]
     score = getattr(plan, "score", getattr(plan, "mode", ""))
     rank = _SCORES.index(score) if score in _SCORES else len(_SCORES) + (score == RANDOM)
     return (
-        kinds.index(type(plan)), rank, score, low_format(record) or "", getattr(plan, "share", 0),
+        _KINDS.index(type(plan)), rank, score, low_format(record) or "", getattr(plan, "share", 0),
         asked.seed, asked.budget_mib,
     )  # fmt: skip
 
@@ -92,22 +92,13 @@ class Sweep:
 
     @classmethod
     def of(cls, study: Study, found: Records) -> Sweep:
-        """The sweep that `study` describes.
-
-        Raises:
-            ValueError: no record at all.
-        """
-        wanted, own = set(study.trials), found.of(study.name)
-        own = [record for record in own if isinstance(record.asked, CacheTrial)]
-        if not own:
-            raise ValueError(
-                f"there is no record of the study {study.name}; run scripts/sweep.py first"
-            )
+        """The sweep that `study` describes."""
+        wanted = set(study.trials)
+        own = [r for r in found.of(study.name) if isinstance(r.asked, CacheTrial)]
         asked = [record for record in own if record.name in wanted]
-        done = sorted((r for r in asked if r.status == "ok"), key=order)
         return cls(
             study,
-            tuple(done),
+            tuple(sorted((r for r in asked if r.status == "ok"), key=order)),
             tuple(r for r in asked if r.status == "failed"),
             tuple(sorted(wanted - {r.name for r in asked})),
             tuple(sorted({r.name for r in own} - wanted)),
@@ -115,13 +106,8 @@ class Sweep:
         )
 
     @property
-    def is_finished(self) -> bool:
-        """Whether every trial left a record that can be read."""
-        return not self.n_absent
-
-    @property
     def n_absent(self) -> int:
-        """Number of trials without a record that can be read."""
+        """Number of trials without a record that can be read; 0 of a finished sweep."""
         return len(self.missing) + len(self.unreadable)
 
     @property
@@ -130,10 +116,36 @@ class Sweep:
         path = trial((*self.records, *self.failed)[0]).inputs.model
         return PurePath(path).stem or "the reference model"
 
+    @property
+    def native_bytes(self) -> int:
+        """Of all experts at the model's own precision; 0 without a record."""
+        return max((int(r.metrics.get("native_bytes") or 0) for r in self.records), default=0)
+
+    @property
+    def gpu_records(self) -> list[Record]:
+        """Those that were measured on a GPU."""
+        return list(filter(on_gpu, self.records))
+
     @cached_property
     def budgets(self) -> list[float]:
         """Pool budgets in MiB."""
         return sorted({trial(record).budget_mib for record in self.records})
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Names of the scored tasks."""
+        names = {name for record in self.records for name in task_names(record)}
+        return sorted(name.removeprefix("task_") for name in names)
+
+    @cached_property
+    def control_seeds(self) -> list[int]:
+        """Of the draws of the random control."""
+        return sorted({trial(record).seed for record in self.records if is_control(record)})
+
+    def span(self, metric: str) -> str:
+        """The least and the largest value above 0 of a metric: `4`, or `4 to 48`."""
+        values = sorted({r.metrics.get(metric) or 0 for r in self.records} - {0}) or [0]
+        return " to ".join(map(str, dict.fromkeys([values[0], values[-1]])))
 
     def beside(self, record: Record) -> Iterator[Record]:
         """Records at the same budget and policy, with the same inputs and sizes."""
@@ -159,29 +171,29 @@ class Sweep:
 
     def draws(self, record: Record) -> list[Record]:
         """The random control of a plan: its draws at the same format and, of a score, share."""
-        plan, found = trial(record).plan, []
-        for other in self.beside(record):
-            drawn = trial(other).plan
-            if not (is_control(other) and isinstance(drawn, Mixed)):
-                continue
-            if isinstance(plan, Mixed) and replace(drawn, score=plan.score) == plan:
-                found.append(other)
-            if isinstance(plan, MissModeTrial) and drawn.format == plan.format:
-                found.append(other)
-        return found
+        plan = trial(record).plan
+
+        def controls(drawn: object) -> bool:
+            if isinstance(plan, Mixed):
+                return drawn == replace(plan, score=RANDOM)
+            return isinstance(plan, MissModeTrial) and getattr(drawn, "format", "") == plan.format
+
+        return [r for r in self.beside(record) if is_control(r) and controls(trial(r).plan)]
 
     def per_plan(self) -> list[Record]:
         """One record a plan, since quality does not depend on the budget; of a miss mode, each."""
-        seen: set[object] = set()
-        found = []
+        found: dict[object, Record] = {}
         for record in self.records:
             asked = trial(record)
             by_miss = isinstance(asked.plan, MissModeTrial)
             key = record.name if by_miss else (asked.plan, asked.seed, asked.inputs)
-            if key not in seen and kl_nats_W(record) is not None:
-                seen.add(key)
-                found.append(record)
-        return found
+            if kl_nats_W(record) is not None:
+                found.setdefault(key, record)
+        return list(found.values())
+
+    def candidates(self) -> list[Record]:
+        """Those of `per_plan` that may be worth it."""
+        return list(filter(is_candidate, self.per_plan()))
 
     def label(self, record: Record) -> str:
         """A short name; the seed is said only where the sweep has several."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hobbit_jax.record import Record
-from hobbit_jax.report.sweep import RANDOM, Sweep, at, is_candidate, on_gpu, order, trial
-from hobbit_jax.report.table import MIB, Column, interval, number, percent, ratio, table
-from hobbit_jax.report.verdict import PREFERENCE, Verdict, against_draws, relation, task_names
+from hobbit_jax.report.paired import relation
+from hobbit_jax.report.sweep import Sweep, at, low_format, order, trial
+from hobbit_jax.report.table import MIB, Column, figure, percent, ratio, table
+from hobbit_jax.report.verdict import Verdict, against_draws
 
 
 def quality(sweep: Sweep) -> str:
     """What each plan loses, and in how many bytes."""
-    tasks = sorted({name for record in sweep.records for name in task_names(record)})
     columns = [
         Column("plan", sweep.label),
         Column("budget", _budget_of_miss_mode),
@@ -27,7 +27,7 @@ def quality(sweep: Sweep) -> str:
         Column("KL p99", "kl_p99_nats", ".3f", interval=True),
         Column("KL p99.9", "kl_p999_nats", ".3f", interval=True),
         Column("top-1", "top1_agreement", ".3f", interval=True),
-        *(Column(name.removeprefix("task_"), name, ".2f", interval=True) for name in tasks),
+        *(Column(name, f"task_{name}", ".2f", interval=True) for name in sweep.tasks),
     ]
     return table(columns, sweep.per_plan())
 
@@ -49,8 +49,8 @@ def cost(sweep: Sweep, budget_mib: float) -> str:
         return None if here is None else f"{here}/{all_of_them}"
 
     def slots(record: Record) -> str:
-        found = {n: v for n, v in record.metrics.items() if n.startswith("slots_")}
-        return ", ".join(f"{n[6:]} {v}" for n, v in found.items() if n != "slots_total")
+        found = record.under("slots_")
+        return ", ".join(f"{name} {n}" for name, n in found.items() if name != "total")
 
     columns = [
         Column("plan", sweep.label),
@@ -66,7 +66,7 @@ def cost(sweep: Sweep, budget_mib: float) -> str:
         Column("MiB read a token", "bytes_read_per_token", ".3f", unit=MIB),
         Column("first token, s", "first_token_s", ".3f"),
     ]
-    if any(map(on_gpu, sweep.records)):
+    if sweep.gpu_records:
         columns.append(Column("decode tokens/s", "decode_tokens_per_s", ".1f", interval=True))
     return table(columns, [r for r in sweep.records if trial(r).budget_mib == budget_mib])
 
@@ -83,11 +83,6 @@ def candidates(sweep: Sweep, found: Sequence[Verdict]) -> str:
         Column("outcome", lambda j: j.outcome.value),
     ]
     return table(columns, judged)
-
-
-def preference() -> str:
-    """The order in which a best candidate is chosen, in words."""
-    return ", then ".join(words for words, _ in PREFERENCE)
 
 
 def verdict_table(sweep: Sweep, found: Sequence[Verdict]) -> str:
@@ -112,13 +107,10 @@ def against_control(sweep: Sweep) -> str:
     def share(record: Record) -> str | None:
         plan = trial(record).plan
         at = record.metrics.get("demoted_share") if hasattr(plan, "mode") else None
-        return (
-            number(100 * at, ".0f") + " %" if at is not None else percent(getattr(plan, "share", 0))
-        )
+        return percent(getattr(plan, "share", 0)) if at is None else f"{100 * at:.0f} %"
 
     def draws(record: Record) -> str | None:
-        shown = [interval(d, "+.4f") for d in against_draws(record, sweep)]
-        return "; ".join(shown) or None
+        return "; ".join(figure(d, "+.4f") for d in against_draws(record, sweep)) or None
 
     columns = [
         Column("plan", sweep.label),
@@ -129,36 +121,11 @@ def against_control(sweep: Sweep) -> str:
         Column("less each random draw", draws),
         Column("against random", lambda r: relation(against_draws(r, sweep))),
     ]
-    found = [record for record in sweep.per_plan() if is_candidate(record)]
-    return table(
-        columns, sorted(found, key=lambda r: (getattr(trial(r).plan, "format", ""), order(r)))
-    )
+    return table(columns, sorted(sweep.candidates(), key=lambda r: (low_format(r), order(r))))
 
 
-def scores_below_control(sweep: Sweep) -> dict[str, list[str | None]]:
-    """Of each importance score, its relation to the random control at every share and format."""
-    found: dict[str, list[str | None]] = {}
-    for record in sweep.per_plan():
-        score = getattr(trial(record).plan, "score", RANDOM)
-        if score != RANDOM:
-            found.setdefault(score, []).append(relation(against_draws(record, sweep)))
-    return found
-
-
-def absent(sweep: Sweep) -> str:
-    """Trials without a usable record, and why."""
-    rows = [
-        *((r.name, "failed", r.error or "no error was recorded") for r in sweep.failed),
-        *((name, "missing", "no record") for name in sweep.missing),
-        *((where, "unreadable", why) for where, why in sweep.unreadable.items()),
-        *((name, "not of this sweep", "left out everywhere") for name in sweep.foreign),
-    ]
-    heads = ("record", "state", "reason")
-    return table([Column(head, lambda row, i=i: row[i]) for i, head in enumerate(heads)], rows)
-
-
-def provenance(records: Sequence[Record]) -> str:
-    """Revisions, hashes, device and versions; each value once."""
+def provenance(records: Sequence[Record]) -> dict[str, set[str]]:
+    """Revisions, hashes, device and versions by name, each value once."""
     facts: dict[str, set[str]] = {}
     for record in records:
         values = {
@@ -169,5 +136,4 @@ def provenance(records: Sequence[Record]) -> str:
         }
         for name, value in values.items():
             facts.setdefault(name, set()).add(str(value))
-    columns = [Column("what", lambda f: f[0]), Column("value", lambda f: ", ".join(sorted(f[1])))]
-    return table(columns, facts.items())
+    return facts

@@ -36,16 +36,7 @@ class Column:
 
     def text(self, row: Any) -> str:
         """The cell of `row`, a `Record`, a mapping or whatever `field` takes."""
-        value = self._value(row)
-        if value is None:
-            return ABSENT
-        if isinstance(value, Interval):
-            ends = [format(end / self.unit, self.form) for end in (value.low, value.high)]
-            return f"{value.value / self.unit:{self.form}} [{ends[0]}, {ends[1]}]"
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            value = value / self.unit if self.unit != 1 else value
-            return format(value, self.form)
-        return one_line(str(value))
+        return figure(self._value(row), self.form, self.unit)
 
     def _value(self, row: Any) -> Any:
         if callable(self.field):
@@ -66,21 +57,29 @@ def table(columns: Sequence[Column], rows: Iterable[Any]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def padded(markdown: str) -> str:
+    """A Markdown table for the screen: columns of one width, and no marks."""
+    head, _, *lines = markdown.splitlines()
+    rows = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in (head, *lines)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def figure(value: Any, form: str = "", unit: float = 1) -> str:
+    """A value as it is printed: `0.42`, `0.42 [0.40, 0.44]` or words on one line."""
+    if value is None:
+        return ABSENT
+    if isinstance(value, Interval):
+        middle, low, high = (format(v / unit, form) for v in (value.value, value.low, value.high))
+        return f"{middle} [{low}, {high}]"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return format(value if unit == 1 else value / unit, form)
+    return one_line(str(value))
+
+
 def one_line(text: str) -> str:
     """`text` with every run of white space as one blank."""
     return " ".join(text.split())
-
-
-def number(value: float | Interval | None, form: str) -> str:
-    """A figure, or the value of an interval; absent where there is none."""
-    if value is None:
-        return ABSENT
-    return format(value.value if isinstance(value, Interval) else value, form)
-
-
-def interval(value: Interval | None, form: str) -> str:
-    """`value [low, high]`."""
-    return Column("", lambda row: row, form).text(value)
 
 
 def ratio(value: float | None) -> str:
