@@ -1,5 +1,7 @@
 """The quality frontier: a cell on a real engine, and what the report makes of rows, by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from launch_harness import run_sweep
@@ -22,7 +24,7 @@ from hobbit_jax.record import (
     write_study,
 )
 from hobbit_jax.report.document import write_report
-from hobbit_jax.report.frontier import Frontier
+from hobbit_jax.report.frontier import Frontier, frontiers
 from hobbit_jax.sweep.trial import Trial
 
 DESCRIPTION = {"title": "t", "question": "?", "command": "c", "config": {}, "rule": {}}
@@ -31,6 +33,7 @@ SIZES = EvalSizes(windows=3, context=24, calibration_windows=3)
 
 
 FORMATS, SHIPPED = ("Q3_K", "Q2_K"), Inputs()
+PART = Uniform("Q2_K", roles=("gate", "up"))
 
 
 def cell(plan, seed=0, inputs=SHIPPED) -> Trial:
@@ -127,7 +130,8 @@ def workdir(tmp_path):
 
 
 def load(workdir) -> Frontier:
-    return Frontier.of(read_study(workdir, "frontier"), read_records(workdir))
+    (found,) = frontiers(read_study(workdir, "frontier"), read_records(workdir))
+    return found
 
 
 def test_pairs_tell_apart_what_intervals_do_not(workdir):
@@ -146,7 +150,35 @@ def test_pairs_tell_apart_what_intervals_do_not(workdir):
         of["uniform", "gptq", ("Q2_K",)].kl_SW + of["uniform", "gptq", ("Q3_K",)].kl_SW
     ) / 2
     np.testing.assert_allclose(line.kl_SW, wanted_SW, rtol=1e-12)
-    assert frontier.missing == ("never-ran",) and not frontier.failed
+    assert frontier.n_absent == 1
+
+
+def test_each_evaluation_text_has_its_own_section(workdir):
+    own = read_records(workdir).found
+    other = [
+        replace(
+            r,
+            asked=replace(r.asked, inputs=Inputs(evaluation_text="prose")),
+            samples={**r.samples, "kl_nats_W": [2 * kl for kl in r.samples["kl_nats_W"]]},
+        )
+        for r in own
+        if isinstance(r.asked.plan, Native | Uniform)
+    ]
+    part = replace(other[-1], asked=replace(other[-1].asked, plan=PART, seed=0))
+    for record in (*other, part):
+        write_record(workdir, record)
+    names = tuple(r.name for r in (*own, *other, part))
+    write_study(workdir, replace(read_study(workdir, "frontier"), trials=names))
+    shipped, prose = frontiers(read_study(workdir, "frontier"), read_records(workdir))
+    assert (shipped.evaluation_text, prose.evaluation_text) == ("", "prose")
+    for plan in prose.uniform:
+        twin = shipped.by_plan[plan.plan, plan.text]
+        np.testing.assert_allclose(plan.kl_SW, 2 * twin.kl_SW)
+    assert PART in [p.plan for p in prose.plans] and PART not in [p.plan for p in prose.uniform]
+    text = write_report(workdir).read_text(encoding="utf-8")
+    assert (
+        "# T\n" in text and "# T, on prose\n" in text and "| Q2_K, rtn, gate and up alone |" in text
+    )
 
 
 def test_document(workdir):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hobbit_jax.atomic import write_json
+from hobbit_jax.atomic import write_text
 from hobbit_jax.record.asked import Scalar
 from hobbit_jax.record.files import DESCRIPTION, FOLDER, read_records
 from hobbit_jax.record.typed_json import plain, typed
@@ -49,7 +49,7 @@ def write_study(folder: Path, study: Study) -> Study:
         earlier = read_study(folder, study.name) if path.exists() else None
         first_rule = earlier.first_rule if earlier else None
     study = replace(study, first_rule=first_rule)
-    write_json(path, plain(study))
+    write_text(path, json.dumps(plain(study), indent=1, allow_nan=False) + "\n")
     return study
 
 

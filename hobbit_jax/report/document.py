@@ -26,7 +26,7 @@ from hobbit_jax.report import (
     planner_tables,
     sweep_tables,
 )
-from hobbit_jax.report.frontier import Frontier
+from hobbit_jax.report.frontier import Frontier, frontiers
 from hobbit_jax.report.sweep import Sweep
 from hobbit_jax.report.table import figure, listed, one_line, padded
 from hobbit_jax.report.verdict import PREFERENCE, Rule, verdicts
@@ -65,7 +65,7 @@ def read_studies(workdir: Path) -> Studies:
         if any(isinstance(record.asked, CacheTrial) for record in found.of(study.name)):
             sweeps.append(Sweep.of(study, found))
         else:
-            quality.append(Frontier.of(study, found))
+            quality += frontiers(study, found)
     if len(sweeps) > 1:
         raise ValueError(
             f"{workdir} has {len(sweeps)} sweeps of the cache, "

@@ -74,6 +74,11 @@ class Averaged:
         return getattr(self.plan, "through", ())
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """The matrices that are encoded; none named are all."""
+        return getattr(self.plan, "roles", ())
+
+    @property
     def limit(self) -> float | None:
         """Fraction of native's bytes that a mix was given."""
         return getattr(self.plan, "bytes_fraction", None)
@@ -119,38 +124,15 @@ def interval(kl_SW: np.ndarray) -> Interval:
 
 @dataclass(frozen=True)
 class Frontier:
-    """A study of quality as found: its plans by plan and text, and what is absent."""
+    """What a study found on one evaluation text: its plans, and the trials that are absent.
+
+    Plans are kept by plan and calibration text.
+    """
 
     study: Study
+    evaluation_text: str
     by_plan: Mapping[tuple[object, str], Averaged]
-    failed: tuple[Record, ...]
-    missing: tuple[str, ...]
-
-    @classmethod
-    def of(cls, study: Study, found: Records) -> Frontier:
-        """The study that `study` describes.
-
-        Raises:
-            ValueError: no finished record.
-        """
-        by_name = {record.name: record for record in found.of(study.name)}
-        asked = [by_name[name] for name in study.trials if name in by_name]
-        groups: dict[tuple[object, str], dict[int, Record]] = {}
-        for record in asked:
-            trial = record.asked
-            if isinstance(trial, QualityTrial) and record.status == "ok":
-                key = (trial.plan, trial.inputs.calibration_text)
-                groups.setdefault(key, {})[trial.seed] = record
-        if not groups:
-            raise ValueError(f"the study {study.name} has no finished record; run the sweep first")
-        plans = {}
-        for (plan, text), records in groups.items():
-            seeds, ordered = zip(*sorted(records.items()), strict=True)
-            kl_SW = np.array([record.samples["kl_nats_W"] for record in ordered])
-            plans[plan, text] = Averaged(plan, text, seeds, kl_SW, ordered)  # pyright: ignore
-        failed = tuple(record for record in asked if record.status == "failed")
-        missing = tuple(name for name in study.trials if name not in by_name)
-        return cls(study, plans, failed, missing)
+    n_absent: int
 
     @property
     def plans(self) -> list[Averaged]:
@@ -169,8 +151,9 @@ class Frontier:
 
     @cached_property
     def uniform(self) -> list[Averaged]:
-        """Plans of one low format, encoded straight from native by the study's own text."""
-        return [p for p in self.plans_of(Uniform, self.own_text) if not p.through]
+        """All matrices in one low format, encoded straight from native by the study's own text."""
+        plans = self.plans_of(Uniform, self.own_text)
+        return [p for p in plans if not p.through and not p.roles]
 
     @cached_property
     def whole(self) -> dict[str, Any]:
@@ -212,7 +195,7 @@ class Frontier:
         """
         points = [(1.0, np.zeros_like(averaged.kl_SW))]
         for other in self.plans_of(Uniform, averaged.text):
-            if other.encoder == BEST_ENCODER and not other.through:
+            if other.encoder == BEST_ENCODER and not other.through and not other.roles:
                 pair = _paired(other, averaged)
                 if pair is None:
                     return None
@@ -225,6 +208,36 @@ class Frontier:
         metric = "bytes_read_per_selection"
         own, native = averaged.mean(metric), [p.mean(metric) for p in self.plans_of(Native)]
         return own / native[0] if own and native and native[0] else None
+
+
+def frontiers(study: Study, found: Records) -> list[Frontier]:
+    """The study that `study` describes, on each of its evaluation texts.
+
+    Raises:
+        ValueError: no finished record.
+    """
+    done = {r.name: r for r in found.of(study.name) if r.status == "ok"}
+    groups: dict[str, dict[tuple[Any, str], dict[int, Record]]] = {}
+    for record in (done[name] for name in study.trials if name in done):
+        asked = record.asked
+        if isinstance(asked, QualityTrial):
+            key = asked.plan, asked.inputs.calibration_text
+            plans = groups.setdefault(asked.inputs.evaluation_text, {})
+            plans.setdefault(key, {})[asked.seed] = record
+    if not groups:
+        raise ValueError(f"the study {study.name} has no finished record; run the sweep first")
+    n_absent = sum(name not in done for name in study.trials)
+    return [
+        Frontier(study, text, {key: _averaged(*key, own) for key, own in plans.items()}, n_absent)
+        for text, plans in groups.items()
+    ]
+
+
+def _averaged(plan: Any, text: str, records: Mapping[int, Record]) -> Averaged:
+    seeds = tuple(sorted(records))
+    ordered = tuple(records[seed] for seed in seeds)
+    kl_SW = np.array([record.samples["kl_nats_W"] for record in ordered])
+    return Averaged(plan, text, seeds, kl_SW, ordered)
 
 
 def _paired(left: Averaged, right: Averaged) -> tuple[np.ndarray, np.ndarray] | None:

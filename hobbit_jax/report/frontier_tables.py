@@ -12,7 +12,7 @@ from hobbit_jax.record import MixedInBytes, Native, PerSelection, Uniform
 from hobbit_jax.report.frontier import ENCODERS, Averaged, Frontier
 from hobbit_jax.report.paired import relation
 from hobbit_jax.report.sweep import RANDOM
-from hobbit_jax.report.table import Column, percent, ratio, table
+from hobbit_jax.report.table import Column, listed, percent, ratio, table
 from hobbit_jax.statistics import Interval
 
 _KL = Column("KL", "kl", ".4f")
@@ -39,8 +39,13 @@ def _against(title: str, other: Callable[[Averaged], Interval | None]) -> list[C
 
 def encoders(frontier: Frontier) -> str:
     """Uniform quants by encoder."""
+
+    def named(p: Averaged) -> str:
+        roles = f", {listed(p.roles)} alone" if p.roles else ""
+        return f"{p.formats[0]}, {p.encoder}{roles}" if p.formats else "native"
+
     columns = [
-        Column("experts", lambda p: f"{p.formats[0]}, {p.encoder}" if p.formats else "native"),
+        Column("experts", named),
         _STORED,
         _KL,
         Column("top-1", lambda p: p.mean("top1_agreement"), ".3f"),
@@ -49,7 +54,8 @@ def encoders(frontier: Frontier) -> str:
         Column("output error", lambda p: p.records[0].metrics.get("output_error"), ".3f"),
         *_TASKS,
     ]
-    plans = [*frontier.plans_of(Native), *frontier.uniform]
+    parts = [p for p in frontier.plans_of(Uniform, frontier.own_text) if p.roles]
+    plans = [*frontier.plans_of(Native), *frontier.uniform, *parts]
     plans.sort(key=lambda p: (-p.bytes_of_native, p.formats, ENCODERS.index(p.encoder)))
     return table(columns, plans)
 
