@@ -24,7 +24,8 @@ from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, Host, MissMode
 from hobbit_jax.cache.policies import DEFAULT_POLICY, POLICIES
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare, low_share
 from hobbit_jax.cache.prefetch import PredictorName, PrefetchRule
-from hobbit_jax.cache.warm_start import WarmStart
+from hobbit_jax.cache.trace import RoutingRecorder
+from hobbit_jax.cache.warm_start import WarmStart, load_all
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals.bandwidth import here
 from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
@@ -32,7 +33,6 @@ from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.inference.routing_recorder import RoutingRecorder
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.models.caches import KV_FORMATS
 from hobbit_jax.models.loading import LoadedModel, load_model
@@ -157,7 +157,7 @@ class EngineOptions:
         An engine's pool begins empty, and a hit rate would count the first use of each as a miss.
         """
         if engine.pool.holds_all:
-            engine.pool.load_all(self._precision)
+            load_all(engine.pool, self._precision)
             engine.pool.reset_stats()
 
     @contextmanager

@@ -19,6 +19,7 @@ from absl import flags
 
 from hobbit_jax import cli, reference
 from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.miss_modes import FETCH
 from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.evals.quality import cut_windows
@@ -68,7 +69,8 @@ def main(_):
     budget_bytes = native_bytes // 4
     if _BUDGET_MIB.value is not None:
         budget_bytes = int(_BUDGET_MIB.value * 2**20)
-    slots, _ = pool_slots(uniform_plan(store), FETCH, store, budget_bytes, 0.0)
+    shares_pLE = uniform_plan(store).shares_pLE(store.shape_pLE)
+    slots, _ = pool_slots(shares_pLE, FETCH, BankLayout.of_store(store), budget_bytes, 0.0)
     wanted = _WINDOWS.value or _DEFAULT_WINDOWS
     context = _CONTEXT.value or min(_DEFAULT_CONTEXT, model.config.context_length)
     windows = cut_windows(

@@ -5,6 +5,7 @@ import numpy as np
 
 from hobbit_jax.cache.device_banks import ABSENT
 from hobbit_jax.experts.store import ExpertKey
+from hobbit_jax.models.sharding import owner
 from pallas_kernels.formats import get_format
 
 _join = jax.jit(lambda planes, name: get_format(name).join(planes), static_argnames="name")
@@ -16,29 +17,38 @@ def all_keys(store, precision: int) -> list[ExpertKey]:
 
 
 def check_invariants(pool, store) -> None:
-    """No slot is shared, the budget is kept, and table, policies and banks agree with the store."""
-    keys_of = {signature: {} for signature in pool.banks}
-    for key in pool.resident():
-        assert 0 <= pool.slot(key) < pool.slots[store.signature(key)]
-        taken = keys_of[store.signature(key)].setdefault(pool.slot(key), key)
-        assert taken == key, f"slot {pool.slot(key)} is shared by {taken} and {key}"
-    assert pool.device_bytes <= pool.budget_bytes
-    assert sum(map(store.expert_bytes, pool.prefetched())) <= pool.staging_bytes
+    """Of every device: no slot is shared, the budget is kept, and table, policies and banks agree
+    with the store.
+    """
+    for index, part in enumerate(pool.parts):
+        prefetched = [key for key in pool.prefetched() if owner(*key[1:], len(pool.parts)) == index]
+        assert sum(map(store.expert_bytes, prefetched)) <= pool.staging_bytes // len(pool.parts)
+        assert part.nbytes <= pool.budget_bytes // len(pool.parts)
+        slots = {b.signature: b.policy for b in pool.controller.banks if b.device == index}
+        check_device(part, slots, store)
+    assert pool.resident() == {key for part in pool.parts for key in part.slot_of}
+    assert pool.device_bytes == sum(part.nbytes for part in pool.parts)
     assert not pool.prefetched() & pool.resident()
-    on_device = [array.on_device_size_in_bytes() for array in jax.tree.leaves(pool.banks)]
-    assert pool.device_bytes == sum(on_device)
+
+
+def check_device(part, policies, store) -> None:
+    keys_of = {signature: {} for signature in part.banks}
+    for key, slot in part.slot_of.items():
+        assert 0 <= slot < policies[store.signature(key)].capacity
+        taken = keys_of[store.signature(key)].setdefault(slot, key)
+        assert taken == key, f"slot {slot} is shared by {taken} and {key}"
+    on_device = [array.on_device_size_in_bytes() for array in jax.tree.leaves(part.banks)]
+    assert part.nbytes == sum(on_device)
     keys = [key for precision in range(len(store.precisions)) for key in all_keys(store, precision)]
     expert_bytes = {store.signature(key): store.expert_bytes(key) for key in keys}
-    assert pool.device_bytes == sum(expert_bytes[s] * n for s, n in pool.slots.items())
-    table_tLE = np.full(
-        (len(store.precisions), store.config.n_layers, store.config.n_experts), ABSENT
-    )
-    for key in pool.resident():
-        table_tLE[key] = pool.slot(key)
-    on_device_UE = np.asarray(pool.table_UE)
-    np.testing.assert_array_equal(on_device_UE, table_tLE.reshape(on_device_UE.shape))
-    for signature, bank in pool.banks.items():
-        policy, by_slot = pool.policies[signature], keys_of[signature]
+    assert part.nbytes == sum(expert_bytes[s] * p.capacity for s, p in policies.items())
+    table_pLE = np.full(store.shape_pLE, ABSENT)
+    for key, slot in part.slot_of.items():
+        table_pLE[key] = slot
+    on_device_UE = np.asarray(part.table_UE)
+    np.testing.assert_array_equal(on_device_UE, table_pLE.reshape(on_device_UE.shape))
+    for signature, bank in part.banks.items():
+        policy, by_slot = policies[signature], keys_of[signature]
         assert len(policy) == len(by_slot) and all(key in policy for key in by_slot.values())
         assert policy.pinned <= set(by_slot.values())
         raws_S = [np.asarray(_join(p, n)) for p, n in zip(bank, signature, strict=True)]

@@ -5,15 +5,14 @@ import pytest
 
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, Controller, Observer, OnRouting
-from hobbit_jax.cache.counter import Replay, RoutedStep
+from hobbit_jax.cache.counter import Replay
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, Hybrid, Use
 from hobbit_jax.cache.policies import POLICIES, Step, policy_factory
 from hobbit_jax.cache.promotion import PromotionRule
-from hobbit_jax.cache.trace import read_trace
+from hobbit_jax.cache.trace import RoutingRecorder, read_trace
 from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.inference.routing_recorder import RoutingRecorder
 from hobbit_jax.models.loading import load_model
 
 RULE = PromotionRule(after_uses=2, per_token=2)
@@ -78,11 +77,7 @@ def replay(store, routed, slots, mode: str, policy: str, devices: int):
     replayed = Replay(layout, slots, CacheConfig(mode=MODES[mode], policy=policy, promotion=RULE))
     recorder, n_layers = Recorder(replayed.controller), layout.n_layers
     for token in range(TOKENS):
-        steps = [
-            RoutedStep(token, r.layer, r.ids_TK, r.weights_TK, np.zeros(r.ids_TK.shape, np.int32))
-            for r in routed[n_layers * token : n_layers * (token + 1)]
-        ]
-        replayed.token(token, steps)
+        replayed.token(routed[n_layers * token : n_layers * (token + 1)], token)
     return recorder.events, replayed
 
 

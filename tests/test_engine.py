@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hobbit_jax.cache.config import CacheConfig
-from hobbit_jax.cache.controller import OnRouting
+from hobbit_jax.cache.controller import BankLayout, OnRouting
 from hobbit_jax.cache.pool_sizing import demands
 from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import SelectionPlan, StaticPlan, uniform_plan
@@ -90,7 +90,7 @@ def run(engine: Engine) -> list[np.ndarray]:
 )
 def test_the_budget_changes_no_bit(model, store, name):
     plan = PLANS[name](store)
-    wanted = demands(plan, store)
+    wanted = demands(plan.shares_pLE(store.shape_pLE), BankLayout.of_store(store))
     least = sum(d.expert_bytes * d.min_slots for d in wanted)
     everything = sum(d.expert_bytes * d.n_experts for d in wanted)
     with pytest.raises(ValueError, match=f"needs at least {least} bytes"):

@@ -12,6 +12,7 @@ import hobbit_jax.inference.host_compute as host_compute
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.miss_modes import LOW, Action, Host, Hybrid, Use
 from hobbit_jax.cache.promotion import PromotionRule
+from hobbit_jax.cache.warm_start import load_all
 from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
@@ -81,8 +82,7 @@ def test_four_devices_share_one_cpu(model, store, resident):
     engine = engine_of(model, store, "hybrid", 0.5, devices=4)
     np.testing.assert_array_equal(decode(engine), resident)
     assert engine.pool.stats.computed > 0 and engine.pool.stats.bytes_moved > 0
-    for pool in engine.pool.pools:  # type: ignore[union-attr]
-        check_invariants(pool, store)
+    check_invariants(engine.pool, store)
 
 
 def test_ggml_reads_the_map_for_both(two_banks_path, store):
@@ -162,7 +162,7 @@ def test_the_router_prefers_what_is_resident(two_banks_path, model, store, resid
             np.testing.assert_allclose(weights_K, wanted_K, rtol=1e-5)
     everyone = CacheConfig(resident_lift=3.0, chunk_tokens=CHUNK)
     engine = Engine(model, store, everyone)
-    engine.pool.load_all(NATIVE)
+    load_all(engine.pool, NATIVE)
     np.testing.assert_array_equal(decode(engine), resident)
     misses = []
     for lift in (0.0, 50.0):

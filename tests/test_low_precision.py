@@ -15,6 +15,7 @@ from tiny_models import write_model
 
 from hobbit_jax import quantize
 from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.miss_modes import miss_mode
 from hobbit_jax.cache.pool_sizing import least_bytes
 from hobbit_jax.experts import low_precision
@@ -255,7 +256,8 @@ def test_rows_are_filled_up_and_compute_what_they_say(narrow, tmp_path, backend)
     assert store.expert_bytes(ExpertKey(1, 0, 0)) == 2 * 224 * 110 + down_bytes
     plan, model = uniform_plan(store, 1), load_model(source.paths[0], backend)
     roomy = Engine(model, store, CacheConfig(plan=plan)).score(ids)
-    least = least_bytes(plan, miss_mode("fetch"), store)
+    layout = BankLayout.of_store(store)
+    least = least_bytes(plan.shares_pLE(store.shape_pLE), miss_mode("fetch"), layout)
     np.testing.assert_array_equal(
         Engine(model, store, CacheConfig(least, plan=plan)).score(ids), roomy
     )

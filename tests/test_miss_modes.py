@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from pool_invariants import check_invariants
 
-from hobbit_jax.cache.budget import BankDemand, divide_precisions
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, miss_mode
+from hobbit_jax.cache.pool_sizing import BankDemand, divide_precisions
 from hobbit_jax.cache.promotion import Promoter, PromotionRule
 from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import SKIPPED

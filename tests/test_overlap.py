@@ -18,8 +18,8 @@ import hobbit_jax.inference.prefill as prefill_module
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import Decision, OnRouting, Use
 from hobbit_jax.cache.policies import Step
+from hobbit_jax.cache.pool import make_pool
 from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
-from hobbit_jax.cache.sharded_pool import make_pool
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.config import layer_tensors

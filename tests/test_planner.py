@@ -15,6 +15,7 @@ import pytest
 from tiny_models import MODELS, write_model
 
 from hobbit_jax.cache.bandwidth import Bandwidths
+from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION
@@ -151,7 +152,9 @@ def test_residents_are_the_engines_own(tmp_path: Path, synthetic_routing: Trace)
     store, trace = HostExperts(TINY.config, file), shorter(synthetic_routing, 40)
     for share in (0.1, 0.33, 0.7, 1.0, 2.0):
         pool = int(share * store.precision_bytes(0))
-        slots, _ = pool_slots(uniform_plan(store), MISS_MODES["fetch"], store, pool, 0.0)
+        shares_pLE = uniform_plan(store).shares_pLE(store.shape_pLE)
+        layout = BankLayout.of_store(store)
+        slots, _ = pool_slots(shares_pLE, MISS_MODES["fetch"], layout, pool, 0.0)
         outcome = replay_setting(NATIVE, TINY, trace, pool, CONTEXT)
         assert outcome.residents == sum(slots.values())
         assert sorted(outcome.slots.values()) == sorted(slots.values())

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from links import Recorded
 from pool_invariants import all_keys, check_invariants
 
-from hobbit_jax.cache.budget import BankDemand, divide_budget
 from hobbit_jax.cache.controller import BankLayout, Controller, Use
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.policies.slru import DEFAULT_PROTECTED_FRACTION, SLRU
 from hobbit_jax.cache.pool import SlotPool
-from hobbit_jax.cache.pool_sizing import demands
+from hobbit_jax.cache.pool_sizing import BankDemand, demands, divide_budget
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.model_file.gguf_file import open_gguf
@@ -71,7 +70,8 @@ def store(two_banks_path):
 
 def make_pool(store, slots, protected_fraction=DEFAULT_PROTECTED_FRACTION, link=None, staged=0):
     """A pool whose two banks get `slots`; the budget has a few bytes too many."""
-    wanted = demands(uniform_plan(store), store)
+    shares_pLE = uniform_plan(store).shares_pLE(store.shape_pLE)
+    wanted = demands(shares_pLE, BankLayout.of_store(store))
     expert_bytes = [d.expert_bytes for d in wanted]
     budget = sum(b * n for b, n in zip(expert_bytes, slots, strict=True)) + 100
     signatures = [d.signature for d in wanted]

@@ -11,6 +11,7 @@ import pytest
 from conftest import REPOSITORY
 
 from hobbit_jax import resources
+from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.miss_modes import miss_mode
 from hobbit_jax.cache.pool_sizing import least_bytes, pool_slots
 from hobbit_jax.experts.low_precision import (
@@ -132,10 +133,11 @@ def test_the_smallest_pool_is_what_an_engine_takes(cell, tmp_path, score, fracti
     plan = uniform_plan(store, 1 if score == "uniform" else 0)
     if score not in ("uniform", "residency"):
         plan.precision_LE[:, : round(fraction * config.n_experts)] = 1
-    assert least_bytes(plan, miss_mode(mode), store) == least
-    pool_slots(plan, miss_mode(mode), store, least, 0.5)
+    wanted = plan.shares_pLE(store.shape_pLE), miss_mode(mode), BankLayout.of_store(store)
+    assert least_bytes(*wanted) == least
+    pool_slots(*wanted, least, 0.5)
     with pytest.raises(ValueError, match="needs at least"):
-        pool_slots(plan, miss_mode(mode), store, least - 1, 0.5)
+        pool_slots(*wanted, least - 1, 0.5)
 
 
 def test_memory_and_disk_are_held_against_what_is_free(cell, tmp_path, monkeypatch):

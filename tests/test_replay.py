@@ -8,9 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hobbit_jax.cache.policies import LRU, Policy, Step
-from hobbit_jax.cache.replay import REPLAY_POLICIES, lay_out, replay, walk
+from hobbit_jax.cache.adaptive_split import SplitRule
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import BankLayout, Observer
+from hobbit_jax.cache.counter import Replay
+from hobbit_jax.cache.miss_modes import LOW
+from hobbit_jax.cache.replay import REPLAY_POLICIES, replay, replay_policy
 from hobbit_jax.cache.trace import read_trace
+from hobbit_jax.cache.warm_start import WarmStart
+from hobbit_jax.importance.allocation import allocate
+from hobbit_jax.importance.scores import RoutingProfile
+from pallas_kernels.reference import Signature
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "replay.py"
 TOKENS, LAYERS, EXPERTS, K = 400, 4, 16, 3
@@ -46,89 +54,85 @@ def lru_misses(steps, slots: int) -> list[int]:
     return misses
 
 
+def replayed(trace, policy: str, slots: int, expert_bytes=(900,), profile=None, **settings):
+    """The row of a trace in the bytes of so many native slots."""
+    policy = replay_policy(policy, trace, settings.get("plan"), profile)
+    cache = CacheConfig(slots * expert_bytes[0], policy=policy, **settings)
+    return replay(trace, cache, expert_bytes)
+
+
+def learned(trace) -> RoutingProfile:
+    """As much of a profile as the scores here read."""
+    return RoutingProfile(trace.uses_LE, np.zeros(0), -np.sort(-trace.weights_TLK.reshape(-1, K)))
+
+
+def demoted(trace, score: str, share: float, profile=None):
+    return allocate(score, share, LOW, learned(profile or trace))
+
+
+def requested_TLK(trace, plan) -> np.ndarray:
+    return np.stack([plan.assign(r.layer, r.ids_TK, r.weights_TK) for r in trace.layers()], 1)
+
+
 def test_figures_are_a_plain_count(trace):
-    row = replay(trace, "lru", lay_out(trace, 20, 1000), 20)
+    row = replayed(trace, "lru", 20, (1000,))
     misses_TL = np.reshape(lru_misses(trace.keys_TLK.reshape(-1, K).tolist(), 20), (TOKENS, -1))
-    assert row["misses"] == misses_TL.sum() and row["accesses"] == TOKENS * LAYERS * K
-    assert row["hits"] + row["misses"] == row["accesses"]
-    assert row["hit_rate"] == pytest.approx(row["hits"] / row["accesses"])
-    assert row["hit_rate_L"] == pytest.approx(1 - misses_TL.sum(axis=0) / (TOKENS * K))
+    assert row["misses"] == misses_TL.sum() and row["hits"] == TOKENS * LAYERS * K - row["misses"]
+    assert row["hit_rate"] == pytest.approx(row["hits"] / (TOKENS * LAYERS * K))
     assert row["bytes_moved"] == 1000 * row["misses"]
     assert row["bytes_moved_per_token"] == pytest.approx(1000 * row["misses"] / TOKENS)
-    assert (
-        row["wait_rate"] == pytest.approx(1 - row["hit_rate"])
-        and row["residents"] == row["slots"] == 20
-    )
+    assert row["round_trips_per_token"] == pytest.approx((misses_TL > 0).sum() / TOKENS)
+    assert row["low_share"] == 0 and row["residents"] == 20 == row["slots"]["native"]
 
 
-def test_a_policy_is_called_as_the_engine_calls_it(trace):
-    calls = []
-
-    class Recorder(LRU):
-        access_all = Policy.access_all  # a call of `access` for each key
-
-        def begin_step(self, step):
-            calls.append(step)
-
-        def access(self, key, weight=1.0, native=True):
-            calls.append(("access", key, round(weight, 6), native))
-            return not super().access_all((key,), (weight,), native)
-
-        def admit(self, key, keep=()):
-            calls.append(("admit", key, sorted(keep)))
-            return super().admit(key, keep)
-
-    layout = lay_out(trace, 24, 900, "router_weight", low_bytes=300, low_share=0.4)
-    for bank in layout.banks:
-        calls.clear()
-        walk(trace, Recorder(bank.slots), bank)
-        wanted, resident = [], LRU(bank.slots)
-        for token, layer in np.ndindex(TOKENS, LAYERS):
-            served_K = bank.served_TLK[token, layer]
-            keys = trace.keys_TLK[token, layer][served_K].tolist()
-            if not keys:
-                continue
-            began = max(start for start in (0, 150, 200) if start <= token)
-            wanted.append(Step(token, layer, token - began))
-            weights = trace.weights_TLK[token, layer][served_K].tolist()
-            for key, weight in zip(keys, weights, strict=True):
-                wanted.append(("access", key, round(weight, 6), bank.precision == "native"))
-            for key in [key for key in keys if not resident.access(key)]:
-                wanted.append(("admit", key, sorted(keys)))
-                resident.admit(key, keys)
-        assert calls == wanted
+@pytest.mark.parametrize("score", [None, "frequency", "router_weight"])
+@pytest.mark.parametrize("name", REPLAY_POLICIES)
+def test_a_policy_by_itself_decides_what_the_controller_decides(trace, name, score):
+    """Demand misses are played by `access_many`; an observer has the controller play each step."""
+    plan, part = None if score is None else demoted(trace, score, 0.4), trace.part(0, 220)
+    banks = Signature("native", "", ""), Signature("low", "", "")
+    layout = BankLayout(EXPERTS, K, [[bank] * LAYERS for bank in banks], dict.fromkeys(banks, 1))
+    slots = dict(zip(banks, (12, 9) if plan else (20,), strict=False))
+    cache = CacheConfig(plan=plan, policy=replay_policy(name, part, plan))
+    alone, watched = Replay(layout, slots, cache), Replay(layout, slots, cache, [Observer()])
+    for replay_ in (alone, watched):
+        replay_.play(part.part(0, 100))
+        replay_.play(part.part(100, 220))
+    assert alone.tally == watched.tally and alone.tally.misses > 300
+    assert set(alone.controller.resident()) == set(watched.controller.resident())
+    assert (alone.counter.resident_pLE == watched.counter.resident_pLE).all()
 
 
 def test_selections_by_router_weight_have_two_banks(trace):
-    layout = lay_out(trace, 24, 900, "router_weight", low_bytes=300, low_share=0.4)
-    native, low = layout.banks
-    assert 24 * 900 - 300 < native.slots * 900 + low.slots * 300 <= 24 * 900
-    assert (native.served_TLK != low.served_TLK).all()
-    assert layout.degraded_share == low.served_TLK.mean() == pytest.approx(0.4, abs=0.001)
-    assert trace.weights_TLK[low.served_TLK].max() < layout.threshold
-    row = replay(trace, "lru", layout, 24)
-    for precision, bank in zip(row["precisions"], layout.banks, strict=True):
-        keys, served = (a.reshape(-1, K).tolist() for a in (trace.keys_TLK, bank.served_TLK))
+    plan = demoted(trace, "router_weight", 0.4)
+    row = replayed(trace, "lru", 24, (900, 300), plan=plan)
+    slots = row["slots"]
+    assert 24 * 900 - 300 < slots["native"] * 900 + slots["low"] * 300 <= 24 * 900
+    assert row["low_share"] == pytest.approx(0.4, abs=0.001) and row["degraded_share"] == 0
+    asked_TLK = requested_TLK(trace, plan)
+    assert trace.weights_TLK[asked_TLK == LOW].max() <= trace.weights_TLK[asked_TLK == 0].min()
+    misses = 0
+    for precision, bank in enumerate(slots):
+        keys, served = (a.reshape(-1, K).tolist() for a in (trace.keys_TLK, asked_TLK == precision))
         steps = [
             [k for k, s in zip(*step, strict=True) if s] for step in zip(keys, served, strict=True)
         ]
-        assert precision["misses"] == sum(lru_misses(steps, bank.slots))
-        assert precision["bytes_moved"] == precision["misses"] * bank.expert_bytes
-    assert row["bytes_moved"] == sum(precision["bytes_moved"] for precision in row["precisions"])
+        misses += sum(lru_misses(steps, slots[bank]))
+    assert row["misses"] == misses
     # An expert may be there at both precisions; then it takes two slots and is one resident.
-    assert max(native.slots, low.slots) < row["residents"] < row["slots"]
+    assert max(slots.values()) < row["residents"] < sum(slots.values())
 
 
 def test_pairs_by_frequency_are_in_one_bank_each(trace):
-    layout = lay_out(trace, 24, 900, "frequency", low_bytes=300, low_share=0.75)
-    native, low = (set(trace.keys_TLK[bank.served_TLK].tolist()) for bank in layout.banks)
+    uses_P, low_TLK = trace.uses_LE.ravel(), requested_TLK(trace, demoted(trace, "frequency", 0.75))
+    native, low = (set(trace.keys_TLK[low_TLK == p].tolist()) for p in (0, LOW))
     assert not native & low and len(native) == LAYERS * EXPERTS // 4
-    uses_P = trace.uses_LE.ravel()
     assert min(uses_P[sorted(native)]) >= max(uses_P[sorted(low)])
     # A native expert makes room for three: the more run low, the more are resident.
-    shares = (0.0, 0.5, 0.75, 1.0)
-    layouts = [lay_out(trace, 24, 900, "frequency", 300, share) for share in shares]
-    residents = [replay(trace, "lru", layout, 24)["residents"] for layout in layouts]
+    residents = [
+        replayed(trace, "lru", 24, (900, 300), plan=demoted(trace, "frequency", share))["residents"]
+        for share in (0.0, 0.5, 0.75, 1.0)
+    ]
     assert residents == sorted(residents) and residents[0] == 24 and residents[-1] == 64
 
 
@@ -138,21 +142,25 @@ def test_who_is_seldom_used_comes_from_the_profile(trace, tmp_path):
     np.savez(path, expert_ids=reversed_ids, weights=trace.weights_TLK, seq_lens=[TOKENS])
     profile = read_trace(path, EXPERTS)
     own, foreign = (
-        lay_out(trace, 24, 900, "frequency", 300, 0.5, p).degraded_share for p in (None, profile)
+        replayed(trace, "lru", 24, (900, 300), plan=demoted(trace, "frequency", 0.5, p))
+        for p in (None, profile)
     )
-    assert own < 0.5 < foreign
-    rows = [replay(trace, "pinned_static", lay_out(trace, 24, 900), 24, p) for p in (None, profile)]
-    assert rows[0]["hit_rate"] > rows[1]["hit_rate"] and rows[1]["profile"] == "profile.npz"
+    assert own["low_share"] < 0.5 < foreign["low_share"]
+    own, foreign = (replayed(trace, "pinned_static", 24, profile=p) for p in (None, profile))
+    assert own["hit_rate"] > foreign["hit_rate"]
 
 
-def test_on_the_floor_nobody_waits(trace):
-    layout = lay_out(trace, 40, 900, "floor", low_bytes=300)
-    slots = (40 * 900 - 64 * 300) // 900
-    assert layout.banks[0].slots == slots
-    row, native = replay(trace, "lru", layout, 40), lay_out(trace, slots, 900)
-    assert row["residents"] == 64 and row["slots"] == 64 + slots
-    assert row["wait_rate"] == 0.0 and row["degraded_share"] == 1 - row["hit_rate"]
-    assert row["hit_rate"] == replay(trace, "lru", native, slots)["hit_rate"]
+def test_a_mode_with_a_split_that_follows_what_is_used(trace):
+    """The division is only tried where a sequence begins, and a warm start is kept through it."""
+    settings = {"mode": "fetch_low", "warm": WarmStart(trace.uses_LE, 0.2)}
+    rule = SplitRule(first_tokens=60, window_tokens=64)
+    rows = [
+        replay(trace, CacheConfig(24 * 900, low_share=share, **settings), (900, 300), rule)
+        for share in (0.1, "adaptive", 0.9)
+    ]
+    (after, share), *_ = rows[1]["repartitions"]
+    assert after in (150, 200) and share != 0.5 and not rows[0]["repartitions"]
+    assert rows[0]["residents"] < rows[2]["residents"] and rows[1]["degraded_share"] > 0
 
 
 def run_script(*arguments):
@@ -166,8 +174,8 @@ def test_script_prints_a_line_per_policy(trace_path):
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["policy"] for row in rows] == list(REPLAY_POLICIES)
     bound = rows[-1]["hit_rate"]
-    assert all(0 < row["hit_rate"] <= bound and row["accesses_per_s"] > 0 for row in rows)
-    assert all(len(row["hit_rate_L"]) == LAYERS and row["capacity"] == 24 for row in rows)
+    assert all(0 < row["hit_rate"] <= bound and row["accesses_per_cpu_s"] > 0 for row in rows)
+    assert all(row["residents"] == row["capacity"] == 24 for row in rows)
 
 
 def test_script_prints_a_table_for_people(trace_path):
@@ -214,29 +222,19 @@ def test_what_is_no_trace_is_refused(trace_path, tmp_path):
         read_trace(tmp_path / "cut.npz")
 
 
-def test_bad_settings_are_refused(trace):
-    for arguments, message in (
-        ((2, 900), "capacity is 2; one step needs 3 experts at once"),
-        ((9, 0), "expert_bytes is 0"),
-        ((9, 900, "floor", 900), "low_bytes is 900; want 1 to 899"),
-        ((9, 900, "frequency", 300, 1.5), "low_share is 1.5"),
-        ((3, 900, "router_weight", 300), "one step at both precisions needs 4"),
-        ((24, 900, "floor", 300), "one native step need 25"),
-        ((24, 900, "other", 300), "plan is 'other'; want one of native, router_weight"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            lay_out(trace, *arguments)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--policy", "fifo", "--capacity", "24"), "error: policy is 'fifo'; want all, or of lru"),
+        (("--policy", "fifo"), "error: policy is 'fifo'; want all, or of lru"),
         (("--policy", "lru", "--capacity", "2"), "error: capacity is 2; one step needs 3"),
+        (("--policy", "lru", "--low_share", "1.5"), "error: low_share is '1.5'; want adaptive or"),
+        (("--policy", "lru", "--pin_share", "0.5"), "error: --pin_share needs --warm"),
+        (("--policy", "all", "--miss_mode", "floor"), "error: policy belady knows what is fetched"),
+        (("--policy", "lru", "--miss_mode", "floor"), "error: the expert pool's budget of"),
     ],
 )
 def test_script_says_what_is_wrong(trace_path, arguments, message):
-    done = run_script("--trace", trace_path, *arguments)
+    done = run_script("--trace", trace_path, "--capacity", "12", *arguments)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
@@ -255,18 +253,10 @@ RECORDED = {("intent", "lru"): 0.483038, ("intent", "slru"): 0.480471}
 RECORDED |= {("law", "lru"): 0.474487, ("law", "slru"): 0.478006}
 
 
-def head(trace, n_tokens):
-    return type(trace)(
-        trace.name, trace.ids_TLK[:n_tokens], trace.weights_TLK[:n_tokens],
-        trace.position_T[:n_tokens], trace.n_experts,
-    )  # fmt: skip
-
-
 def test_real_routing(real_trace):
-    name, trace = real_trace[0], head(real_trace[1], 2000)
-    layout = lay_out(trace, 416, 1)
+    name, trace = real_trace[0], real_trace[1].part(0, 2000)
     rates = {
-        policy: replay(trace, policy, layout, 416)["hit_rate"]
+        policy: replayed(trace, policy, 416, (1,))["hit_rate"]
         for policy in ("lru", "slru", "decayed_lfu", "next_use", "belady")
     }
     for policy in ("lru", "slru"):
@@ -280,9 +270,8 @@ def test_real_routing(real_trace):
 @pytest.mark.parametrize("capacity", [208, 416, 832])
 def test_all_of_real_routing(real_trace, capacity):
     _, trace = real_trace
-    layout = lay_out(trace, capacity, 1)
     rates = {
-        policy: replay(trace, policy, layout, capacity)["hit_rate"]
+        policy: replayed(trace, policy, capacity, (1,))["hit_rate"]
         for policy in ("lru", "slru", "decayed_lfu", "next_use", "belady")
     }
     assert rates["slru"] > rates["lru"] - 0.005

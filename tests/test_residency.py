@@ -10,20 +10,21 @@ from conftest import REPOSITORY, TWO_BANKS
 from pool_invariants import check_invariants
 from tiny_models import write_model
 
+from hobbit_jax.cache.adaptive_split import CapacityTuner, SplitRule
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, Controller, OnRouting
-from hobbit_jax.cache.counter import Replay, RoutedStep
+from hobbit_jax.cache.counter import Replay
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import LRU
 from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import low_share, pool_slots
 from hobbit_jax.cache.promotion import Promoter, PromotionRule
+from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.cache.warm_start import WarmStart
 from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.importance.calibration import Calibration
-from hobbit_jax.inference.adaptive_split import CapacityTuner, SplitRule
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.loading import load_model
 from pallas_kernels.reference import Signature
@@ -66,6 +67,12 @@ def decode(engine, tokens: int, seed: int = 0) -> np.ndarray:
     return np.stack([np.asarray(engine.decode(ids_S[[at]])) for at in range(tokens)])
 
 
+def division(store, mode: str, budget_bytes: int, share: float) -> dict:
+    """Slots of each bank, where every expert is asked for natively."""
+    layout, shares_pLE = BankLayout.of_store(store), uniform_plan(store).shares_pLE(store.shape_pLE)
+    return pool_slots(shares_pLE, MISS_MODES[mode], layout, budget_bytes, share)[0]
+
+
 def cache_of(mode, promotion) -> CacheConfig:
     """Settings of a replay."""
     return CacheConfig(mode=mode, policy=LRU, promotion=promotion)
@@ -90,20 +97,13 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
 
     Half-way the pool is divided anew, which both must survive alike.
     """
-    seen: list[RoutedStep] = []
-
-    def watch(routed):
-        requested_TK = np.zeros(routed.ids_TK.shape, np.int32)
-        seen.append(
-            RoutedStep(len(seen) // 3, routed.layer, routed.ids_TK, routed.weights_TK, requested_TK)
-        )
-
+    seen: list[RouterOutput] = []
     size = budget(store, mode, 0.5)
     engine = Engine(
         model,
         store,
         CacheConfig(size, mode=mode, promotion=RULE),
-        observers=[OnRouting(watch)],
+        observers=[OnRouting(seen.append)],
     )
     layout = BankLayout.of_store(store)
     replay = Replay(layout, engine.pool.slots, CacheConfig(mode=mode, promotion=RULE))
@@ -111,7 +111,7 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
     for part in range(2):
         decode(engine, 20, seed=part)
         while seen[3 * number : 3 * number + 3]:
-            replay.token(number, seen[3 * number : 3 * number + 3])
+            replay.token(seen[3 * number : 3 * number + 3], number)
             number += 1
         stats, pool = engine.stats, engine.pool
         assert replay.tally.bytes_moved == pool.stats.bytes_moved
@@ -126,7 +126,7 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
             assert replay.tally.promotions > 0
         if mode == "floor" or part == 1:
             break
-        slots, _ = pool_slots(engine.plan, engine.mode, store, size, 0.2)
+        slots = division(store, mode, size, 0.2)
         assert slots != pool.slots
         pool.resize(slots)
         replay.counter.resize(slots)
@@ -135,12 +135,8 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
 
 def test_a_pool_divided_anew_keeps_whom_it_can(store):
     """After any divisions: within the budget, agreeing with the store, nobody lost for nothing."""
-    plan, mode, size = (
-        uniform_plan(store),
-        MISS_MODES["fetch_low"],
-        store.precision_bytes(NATIVE) // 2,
-    )
-    divisions = [pool_slots(plan, mode, store, size, share)[0] for share in (0.2, 0.5, 0.8)]
+    size = store.precision_bytes(NATIVE) // 2
+    divisions = [division(store, "fetch_low", size, share) for share in (0.2, 0.5, 0.8)]
     pool = make_pool(store, divisions[0], size)
     rng = np.random.default_rng(0)
     for round_ in range(9):
@@ -153,7 +149,8 @@ def test_a_pool_divided_anew_keeps_whom_it_can(store):
         pool.resize(slots)
         check_invariants(pool, store)
         assert pool.slots == slots and pool.resident() <= before
-        for signature, policy in pool.policies.items():
+        for bank in pool.controller.banks:
+            signature, policy = bank.signature, bank.policy
             had = sum(store.signature(key) == signature for key in before)
             assert len(policy) == min(had, slots[signature]), round_
         uploaded = [key for key in pool.resident() if store.signature(key) not in same]
@@ -168,12 +165,8 @@ def test_a_pool_divided_anew_keeps_whom_it_can(store):
 
 
 def test_an_upload_that_fails_while_the_pool_is_divided_leaves_it_whole(store, monkeypatch):
-    plan, mode, size = (
-        uniform_plan(store),
-        MISS_MODES["fetch_low"],
-        store.precision_bytes(NATIVE) // 2,
-    )
-    first, second = (pool_slots(plan, mode, store, size, share)[0] for share in (0.2, 0.5))
+    size = store.precision_bytes(NATIVE) // 2
+    first, second = (division(store, "fetch_low", size, share) for share in (0.2, 0.5))
     pool = make_pool(store, first, size)
     keys = [
         ExpertKey(precision, layer, expert)
@@ -233,7 +226,7 @@ def test_a_warm_pool_holds_the_most_used(model, store, uses_LE):
             assert {key for key in pool.resident() if store.signature(key) == signature} == set(
                 wanted
             )
-            policy = pool.policies[signature]
+            (policy,) = [b.policy for b in pool.controller.banks if b.signature == signature]
             assert policy.pinned == set(ranked[: int(0.25 * n_slots)])
             assert policy.victim() == wanted[-1]  # the least used goes first
         native |= {key for key in pool.resident() if key.precision == NATIVE}
@@ -246,7 +239,7 @@ def test_a_warm_start_changes_no_bit(model, store, uses_LE):
     logits = decode(cold, 12)
     for warm in (WarmStart(uses_LE), WarmStart(uses_LE, 0.5), WarmStart(uses_LE.max() - uses_LE)):
         engine = Engine(model, store, CacheConfig(size, mode="fetch", warm=warm))
-        pinned = {key for policy in engine.pool.policies.values() for key in policy.pinned}
+        pinned = {key for bank in engine.controller.banks for key in bank.policy.pinned}
         assert bool(pinned) == bool(warm.pin_share)
         engine.pool.reset_stats()
         np.testing.assert_array_equal(decode(engine, 12), logits)
@@ -265,7 +258,7 @@ def test_what_a_warm_start_refuses(model, store, uses_LE):
         Engine(model, store, CacheConfig(size, warm=WarmStart(uses_LE[:, :7])))
     # Where everything fits nothing needs a pin.
     full = Engine(model, store, CacheConfig(warm=WarmStart(uses_LE, 0.9)))
-    assert not any(policy.pinned for policy in full.pool.policies.values())
+    assert not any(bank.policy.pinned for bank in full.controller.banks)
     assert len(full.pool.resident()) == uses_LE.size
 
 
@@ -291,12 +284,11 @@ def test_the_engine_divides_its_pool_anew_and_goes_on(model, store, uses_LE):
         engine.start(1, 8)
         (change,) = engine.split.history
         assert change.tokens == 70 and change.low_share == engine.split.low_share > 0.5
-        assert change.bytes_moved > 0 and engine.pool.slots != slots
-        wanted, _ = pool_slots(
-            engine.plan, engine.mode, store, engine.pool.budget_bytes, change.low_share
-        )
+        assert engine.pool.slots != slots
+        wanted = division(store, "use_low_if_resident", engine.pool.budget_bytes, change.low_share)
         assert engine.pool.slots == wanted
-        for signature, policy in engine.pool.policies.items():
+        for bank in engine.controller.banks:
+            signature, policy = bank.signature, bank.policy
             assert len(policy.pinned) == int(0.25 * wanted[signature])
             kept = sum(store.signature(key) == signature for key in before & engine.pool.resident())
             assert kept >= min(wanted[signature], slots[signature]) - len(policy.pinned)
@@ -321,20 +313,20 @@ DIVISIONS = {
 }
 
 
-def tokens(count: int, hot_experts: int, seed: int) -> list[list[RoutedStep]]:
+def tokens(count: int, hot_experts: int, seed: int) -> list[list[RouterOutput]]:
     """Two experts a layer; nine in ten selections among the hot_experts."""
-    rng, requested_TK = np.random.default_rng(seed), np.zeros((1, 2), np.int32)
+    rng, valid_T = np.random.default_rng(seed), np.ones(1, bool)
     popularity = np.full(EXPERTS, 0.1 / EXPERTS)
     popularity[:hot_experts] += 0.9 / hot_experts
     return [
         [
-            RoutedStep(
-                at, layer, rng.choice(EXPERTS, (1, 2), False, popularity),
-                np.asarray([[0.7, 0.3]]), requested_TK,
+            RouterOutput(
+                layer, rng.choice(EXPERTS, (1, 2), False, popularity),
+                np.asarray([[0.7, 0.3]]), valid_T,
             )
             for layer in range(LAYERS)
         ]
-        for at in range(count)
+        for _ in range(count)
     ]  # fmt: skip
 
 
@@ -342,9 +334,9 @@ def moved(division: dict, part: list, mode: str, rule: PromotionRule = RULE) -> 
     """Bytes of the second half of `part`."""
     replay = Replay(LAYOUT, division, cache_of(mode, rule))
     tallies = []
-    for number, steps in enumerate(part):
+    for number, layers in enumerate(part):
         tallies.append(replace(replay.tally))
-        replay.token(number, steps)
+        replay.token(layers, number)
     return replay.tally.since(tallies[len(part) // 2]).bytes_moved
 
 
@@ -357,9 +349,9 @@ def test_the_split_comes_to_the_best_fixed_one(mode, hot_experts):
     bytes_of = {share: moved(division, routed, mode) for share, division in DIVISIONS.items()}
     worst = max(bytes_of, key=bytes_of.__getitem__)
     chooser = CapacityTuner(LAYOUT, DIVISIONS, worst, cache_of(mode, RULE), rule)
-    for number, steps in enumerate(routed, 1):
-        for step in steps:
-            chooser.record(step)
+    for number, layers in enumerate(routed, 1):
+        for layer in layers:
+            chooser.record(layer, number - 1)
         if number in (60, 180, 300, 420, 540):  # after 60 tokens, then 120 more at most
             chooser.decide()
         elif number % 7 == 0:
@@ -374,9 +366,9 @@ def test_of_divisions_within_the_margin_the_least_degrading_is_taken(margin, wan
     rule = SplitRule(margin=margin, window_tokens=160, first_tokens=160)
     mode = MISS_MODES["fetch_low"]
     chooser = CapacityTuner(LAYOUT, DIVISIONS, 0.2, cache_of(mode, RULE), rule)
-    for steps in tokens(160, 4, 1):
-        for step in steps:
-            chooser.record(step)
+    for number, layers in enumerate(tokens(160, 4, 1)):
+        for layer in layers:
+            chooser.record(layer, number)
     assert chooser.decide() == chooser.share == wanted
 
 
@@ -394,9 +386,9 @@ def test_no_division_is_judged_while_it_fills():
         rule = SplitRule(most_growth=most_growth, first_tokens=24, window_tokens=64)
         chooser = CapacityTuner(LAYOUT, DIVISIONS, best, cache_of(mode, slow), rule)
         changes = []
-        for steps in routed:
-            for step in steps:
-                chooser.record(step)
+        for number, layers in enumerate(routed):
+            for layer in layers:
+                chooser.record(layer, number)
             if (new := chooser.decide()) is not None:
                 changes.append(new)
         assert changes == wanted
@@ -428,7 +420,7 @@ def test_a_newcomer_must_be_used_more_than_whom_it_evicts():
 def test_two_experts_used_alike_do_not_take_turns():
     """One native slot, two experts: without a margin each promotion undoes the other."""
     ids = [np.asarray([[at % 2]]) for at in range(60)]
-    requested_TK, weight_TK = np.zeros((1, 1), np.int32), np.ones((1, 1))
+    weight_TK, valid_T = np.ones((1, 1)), np.ones(1, bool)
     counts = {}
     for margin in (0.0, 1.5):
         rule = PromotionRule(2, 1, 32, margin)
@@ -436,7 +428,7 @@ def test_two_experts_used_alike_do_not_take_turns():
         slots = {HIGH_BANK: 1, LOW_BANK: 2}
         replay = Replay(layout, slots, cache_of("floor", rule))
         for at, ids_TK in enumerate(ids):
-            replay.token(at, [RoutedStep(at, 0, ids_TK, weight_TK, requested_TK)])
+            replay.token([RouterOutput(0, ids_TK, weight_TK, valid_T)], at)
         counts[margin] = replay.tally
     # Two at the start: the second was picked before the first had a slot.
     assert counts[0.0].promotions > 10 and counts[1.5].promotions == 2

@@ -19,9 +19,9 @@ from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, Controller, OnRouting, Use
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import Step, policy_factory
+from hobbit_jax.cache.pool import make_pool
 from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.cache.promotion import PromotionRule
-from hobbit_jax.cache.sharded_pool import make_pool
 from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import SKIPPED, SelectionPlan, StaticPlan, uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
@@ -127,20 +127,26 @@ def everything(engine: Engine, batch: int) -> list[np.ndarray]:
     return [scored, *prefill_and_decode(engine, batch), tokens(engine, PROMPTS[-batch:])]
 
 
+def slots_of(plan, store, budget_bytes: int | None, devices: int) -> tuple[dict, int]:
+    """Slots of each device's banks, and its bytes that would hold everything."""
+    layout, shares_pLE = BankLayout.of_store(store, devices), plan.shares_pLE(store.shape_pLE)
+    return pool_slots(shares_pLE, MISS_MODES["fetch"], layout, budget_bytes, 0.5)
+
+
 def least_budget(plan, store, devices: int) -> int:
     """Read from the refusal, as a user does."""
     with pytest.raises(ValueError, match=r"needs at least (\d+) bytes") as refusal:
-        pool_slots(plan, MISS_MODES["fetch"], store, 0, 0.5, devices)
+        slots_of(plan, store, 0, devices)
     return int(str(refusal.value).split("at least ")[1].split()[0])
 
 
 def check_pools(engine: Engine, devices: int) -> None:
     """Each device's pool is whole; what programs see is their arrays, on their devices."""
     pool = engine.pool
-    assert len(pool.pools) == devices
-    for index, (part, device) in enumerate(zip(pool.pools, jax.devices()[:devices], strict=True)):
-        check_invariants(part, engine.store)
-        assert {owner(key.layer, key.expert, devices) for key in part.resident()} <= {index}
+    check_invariants(pool, engine.store)
+    assert len(pool.parts) == devices
+    for index, (part, device) in enumerate(zip(pool.parts, jax.devices()[:devices], strict=True)):
+        assert {owner(key.layer, key.expert, devices) for key in part.slot_of} <= {index}
         arrays = jax.tree.leaves((part.banks, part.table_UE))
         assert all(array.devices() == {device} for array in arrays)
         for array, whole in zip(arrays, jax.tree.leaves((pool.banks, pool.table_UE)), strict=True):
@@ -186,10 +192,6 @@ def check_same_bits(engine, devices, wanted, batch):
         for got, result in zip(everything(engine, batch), wanted, strict=True):
             np.testing.assert_array_equal(got, result, strict=True)
     check_pools(engine, devices)
-    stats = engine.pool.stats
-    for name in ("hits", "misses", "bytes_moved"):
-        parts = [getattr(pool.stats, name) for pool in engine.pool.pools]
-        np.testing.assert_array_equal(getattr(stats, name), sum(parts))
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +247,8 @@ class Recorded:
         same = same & (weights_TK[..., None] == weight_N)
         return jnp.max(jnp.where(same, precision_N, -100), axis=-1).clip(SKIPPED).astype(jnp.int8)
 
-    def precision_shares_LE(self, store):
-        return [np.ones((store.config.n_layers, store.config.n_experts)) for _ in store.precisions]
+    def shares_pLE(self, shape_pLE):
+        return np.ones(shape_pLE)
 
 
 def record(engine: Engine, monkeypatch) -> dict:
@@ -364,7 +366,8 @@ def test_nothing_is_copied_between_devices(two, monkeypatch):
         two.decode(np.asarray([9, 8, 7]) + step)
     assert pointers(two._carry.caches) == caches and pointers(two.pool.banks) == banks
     assert all(array.is_fully_replicated for array in jax.tree.leaves(two._carry.caches))
-    misses = [int(pool.stats.misses.sum()) for pool in two.pool.pools]
+    misses_LE, owner_LE = two.pool.stats.misses[NATIVE], owners_LE(*two.store.shape_pLE[1:], 2)
+    misses = [int(misses_LE[owner_LE == index].sum()) for index in range(2)]
     assert [uploads.count(device) for device in jax.devices()[:2]] == misses and all(misses)
     assert len(uploads) == sum(misses)
 
@@ -405,7 +408,7 @@ def test_pools_are_whole_after_any_requests(store, devices):
     """Random uses, pins and staged uploads, without an engine."""
     plan, mesh = uniform_plan(store), expert_mesh(devices)
     budget = 2 * least_budget(plan, store, devices)
-    slots, _ = pool_slots(plan, MISS_MODES["fetch"], store, budget, 0.5, devices)
+    slots, _ = slots_of(plan, store, budget, devices)
     controller = Controller(BankLayout.of_store(store, devices), slots, policy_factory("slru"))
     pool = make_pool(store, controller, budget, mesh=mesh)
     engine = type("Whole", (), {"pool": pool, "store": store, "config": store.config})
@@ -445,9 +448,9 @@ def test_equal_slots_hold_what_the_fullest_device_may_ask_for(store):
     for name in PLANS:
         for devices in (1, 2, 3, 5):
             plan = PLANS[name](store)
-            slots, total = pool_slots(plan, MISS_MODES["fetch"], store, None, 0.5, devices)
+            slots, total = slots_of(plan, store, None, devices)
             asked = {signature: np.zeros(devices, int) for signature in slots}
-            shares = plan.precision_shares_LE(store)
+            shares = plan.shares_pLE(store.shape_pLE)
             for key in [*all_keys(store, NATIVE), *all_keys(store, LOW)]:
                 if shares[key.precision][key.layer, key.expert] > 0:
                     asked[store.signature(key)][owner(key.layer, key.expert, devices)] += 1

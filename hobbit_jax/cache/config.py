@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from hobbit_jax.cache.controller import BankLayout, Controller, Observer
-from hobbit_jax.cache.miss_modes import MissMode, miss_mode
+from hobbit_jax.cache.miss_modes import LOW, MissMode, miss_mode
 from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, policy_factory
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare
 from hobbit_jax.cache.prefetch import PrefetchRule
 from hobbit_jax.cache.promotion import DEFAULT_PROMOTION, Promotion, PromotionRule
-from hobbit_jax.cache.warm_start import WarmStart
+from hobbit_jax.cache.warm_start import Executor, WarmStart, load_all
 from hobbit_jax.experts.precision import PrecisionPlan
 from hobbit_jax.models.caches import KV_FORMATS
 from pallas_kernels.reference import Signature
@@ -89,3 +91,15 @@ class CacheConfig:
         promotion = [Promotion(self.promotion, mode)] if mode.promotes else []
         policy = policy_factory(self.policy)
         return Controller(layout, slots, policy, [*promotion, *observers], mode)
+
+    def fill(self, executor: Executor, plan_shares_pLE: np.ndarray) -> None:
+        """Makes resident what these settings want there before the first token.
+
+        Raises:
+            ValueError: a profile of another shape, or pins that leave a bank too few slots.
+        """
+        mode = miss_mode(self.mode)
+        if mode.low_banks == "all":
+            load_all(executor, LOW)
+        if self.warm is not None:
+            self.warm.fill(executor, plan_shares_pLE, mode)

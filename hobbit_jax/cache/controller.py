@@ -69,8 +69,11 @@ class Observer:
     def attach(self, controller: Controller) -> None:
         """Once, before the first step: whose decisions it will hear."""
 
+    def begin_sequences(self) -> None:
+        """Between two steps, where the sequences so far are forgotten."""
+
     def after_routing(self, routed: RouterOutput) -> None:
-        """After each layer's router, before the decision; not in replays."""
+        """After each layer's router, before the decision."""
 
     def after_step(self, decision: Decision) -> None:
         """After each layer's decision, before anything is loaded for it."""
@@ -128,6 +131,11 @@ class BankLayout:
     def n_layers(self) -> int:
         """Layers of the model."""
         return len(self.signature_pL[NATIVE])
+
+    @property
+    def shape_pLE(self) -> tuple[int, int, int]:
+        """Precisions, layers and experts of a layer."""
+        return len(self.signature_pL), self.n_layers, self.n_experts
 
     def copy_bytes(self, key: ExpertKey) -> int:
         """Bytes of one copy."""
@@ -214,9 +222,7 @@ class Controller:
 
     def resident(self) -> Iterator[ExpertKey]:
         """Every copy that holds a slot."""
-        layout = self.layout
-        shape = (len(layout.signature_pL), layout.n_layers, layout.n_experts)
-        keys = (ExpertKey(*index) for index in np.ndindex(shape))
+        keys = (ExpertKey(*index) for index in np.ndindex(self.layout.shape_pLE))
         return (key for key in keys if key in self)
 
     def decide(
@@ -264,7 +270,8 @@ class Controller:
         """Splits one step's copies into batches that fit the slots of every bank together.
 
         Residents come first, so that a batch that must evict does not evict what the step still
-        needs. The first batch of every bank of every device runs together, then the second.
+        needs; otherwise the order of `keys` stays, which is that of the loads. The first batch of
+        every bank of every device runs together, then the second.
 
         Raises:
             RuntimeError: a bank whose slots are all pinned has something to load.
@@ -328,6 +335,11 @@ class Controller:
                 bank.policy.unpin(key)
                 bank.policy.remove(key)
 
+    def begin_sequences(self) -> None:
+        """Tells the observers that new sequences begin."""
+        for observer in self.observers:
+            observer.begin_sequences()
+
     def end_tokens(self, count: int) -> None:
         """Ends `count` decoded tokens: observers may want copies loaded in the background."""
         for observer in self.observers:
@@ -341,7 +353,7 @@ class Controller:
 
 def _batches_of(bank: Bank, keys: Sequence[ExpertKey]) -> list[list[ExpertKey]]:
     policy = bank.policy
-    ordered = sorted(keys, key=lambda key: (key not in policy, key))
+    ordered = sorted(keys, key=lambda key: key not in policy)
     # Pinned copies of this step are all in the first batch; in later ones they only take room.
     first = policy.capacity - len(policy.pinned - set(ordered))
     size = policy.capacity - len(policy.pinned)

@@ -1,35 +1,33 @@
 """An executor that counts: what a controller's decisions would move, wait for and read.
 
-This module owns the counts and the walk over recorded routing. The decisions are the live
-engine's own (`controller.py`, `promotion.py`, `warm_start.py`), made in its order, so a replayed
-run has that run's decisions and counts. Decode steps only.
+This module owns the counts and the one walk over recorded routing. The decisions are the live
+engine's own (`controller.py`, `selection.py`, `promotion.py`, `warm_start.py`), made in its order,
+so a replayed run has that run's decisions and counts. Decode steps only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import gc
+from collections import Counter as Counts
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from hobbit_jax.cache.config import CacheConfig
-from hobbit_jax.cache.controller import Bank, BankLayout, Controller, Decision, Observer, uses_of
-from hobbit_jax.cache.miss_modes import LOW, miss_mode
+from hobbit_jax.cache.controller import BankLayout, Controller, Decision, Observer, uses_of
+from hobbit_jax.cache.miss_modes import FETCH
 from hobbit_jax.cache.policies import Step
-from hobbit_jax.experts.precision import SKIPPED
-from hobbit_jax.experts.store import ExpertKey
+from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.selection import Selections, select
+from hobbit_jax.cache.trace import Trace
+from hobbit_jax.experts.precision import SKIPPED, StaticPlan
+from hobbit_jax.experts.store import NATIVE, ExpertKey
 from pallas_kernels.reference import Signature
 
-
-class RoutedStep(NamedTuple):
-    """One layer's selections of one decoded token of T sequences, heaviest first."""
-
-    position: int
-    layer: int
-    ids_TK: np.ndarray
-    weights_TK: np.ndarray
-    requested_TK: np.ndarray  # int32, `SKIPPED` for none
+_CHUNK_TOKENS = 256
 
 
 @dataclass
@@ -38,7 +36,8 @@ class Tally:
 
     tokens: int = 0
     selections: int = 0
-    degraded: int = 0
+    degraded: int = 0  # served below the precision that was requested
+    low: int = 0  # served below native
     skipped: int = 0
     hits: int = 0
     misses: int = 0
@@ -54,15 +53,18 @@ class Tally:
         then = vars(before)
         return Tally(**{name: now - then[name] for name, now in vars(self).items()})
 
+    @property
+    def hit_rate(self) -> float:
+        """Hits over uses (0-1)."""
+        return self.hits / max(1, self.hits + self.misses)
+
 
 class Counter:
     """Keeps who is resident and counts bytes, where the slot pool would copy."""
 
     def __init__(self, controller: Controller):
-        layout = controller.layout
         self.controller, self.tally = controller, Tally()
-        shape = (len(layout.signature_pL), layout.n_layers, layout.n_experts)
-        self.resident_pLE = np.zeros(shape, bool)
+        self.resident_pLE = np.zeros(controller.layout.shape_pLE, bool)
         self._reserved: list[ExpertKey] = []
 
     def begin(self, decision: Decision) -> None:
@@ -75,12 +77,11 @@ class Counter:
         tally.host_bytes += host_bytes
         tally.bytes_used += sum(sizes(use.key) for use in decision.uses) - host_bytes
 
-    def load(self, keys: Iterable[ExpertKey], keep: Sequence[ExpertKey] | None = None) -> None:
-        """Makes all of `keys` resident; none of `keep`, by default `keys`, is evicted for them."""
-        keys = list(keys)
+    def load(self, keys: Sequence[ExpertKey]) -> None:
+        """Makes all of `keys` resident; none of them is evicted for another."""
         for key in keys:
             if not self.resident_pLE[key]:
-                self._load(key, keys if keep is None else keep)
+                self._load(key, keys)
 
     def _load(self, key: ExpertKey, keep: Sequence[ExpertKey]) -> None:
         victim = self.controller.admit(key, keep)
@@ -122,14 +123,29 @@ class Counter:
                 self.tally.bytes_moved += len(bank.policy) * bank.expert_bytes
 
 
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without Python's cycle collector, which would double the time of a replay without cycles."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class Replay:
     """A controller with a counter, played token by token.
 
     Args:
         layout: which bank holds which copies.
         slots: per bank; a signature that is not there has no bank.
-        cache: mode, policy and promotion; the rest describes an engine.
+        cache: plan, mode, policy, promotion and warm start; the rest describes an engine.
         observers: told of every decision, after promotion.
+
+    Raises:
+        ValueError: a profile of another shape, or pins that leave a bank too few slots.
     """
 
     def __init__(
@@ -139,49 +155,141 @@ class Replay:
         cache: CacheConfig,
         observers: Sequence[Observer] = (),
     ):
-        self.mode = miss_mode(cache.mode)
+        self.plan = cache.plan or StaticPlan(np.full(layout.shape_pLE[1:], NATIVE, np.int8))
         self.controller = cache.controller(layout, slots, observers)
         self.counter = Counter(self.controller)
-        if self.mode.low_banks == "all":
-            for layer, expert in np.ndindex(layout.n_layers, layout.n_experts):
-                self.counter.load([ExpertKey(LOW, layer, expert)])
+        self._key_pLE = np.empty(layout.shape_pLE, object)
+        for index in np.ndindex(layout.shape_pLE):
+            self._key_pLE[index] = ExpertKey(*index)
+        cache.fill(self.counter, self.plan.shares_pLE(layout.shape_pLE))
 
     @property
     def tally(self) -> Tally:
         """What it has come to so far."""
         return self.counter.tally
 
-    @property
-    def banks(self) -> list[Bank]:
-        """Of the controller."""
-        return self.controller.banks
+    def play(self, trace: Trace, label: str = "") -> None:
+        """Replays every token of a trace; with a progress bar if it has a label."""
+        alone = self._policies_decide()
+        starts = range(0, len(trace.ids_TLK), _CHUNK_TOKENS)
+        for start in tqdm(starts, desc=label, unit="chunk", disable=None if label else True):
+            part = trace.part(start, start + _CHUNK_TOKENS)
+            if alone:
+                with _no_collector():
+                    self._play_banks(part)
+                continue
+            for position, layers in zip(part.position_T.tolist(), part.routed(), strict=True):
+                self.token(layers, position)
+        if alone:
+            self.counter.resident_pLE[:] = False
+            for key in self.controller.resident():
+                self.counter.resident_pLE[key] = True
 
-    def token(self, number: int, steps: Sequence[RoutedStep]) -> None:
-        """Replays one token, its layers in order; `number` never decreases."""
-        for key in self.controller.take_wanted():
+    def token(self, layers: Iterable[RouterOutput], position: int) -> None:
+        """Replays one token of each sequence.
+
+        Args:
+            layers: what their routers chose, in order.
+            position: of the token in the longest sequence; 0 begins new ones.
+        """
+        controller = self.controller
+        if position == 0:
+            controller.begin_sequences()
+        for key in controller.take_wanted():
             self.counter.reserve(key)
-        for step in steps:
-            self._step(number, step)
-        self.controller.end_tokens(1)
+        for routed in layers:
+            for observer in controller.routing_observers():
+                observer.after_routing(routed)
+            self._layer(Step(self.tally.tokens, routed.layer, position), routed)
+        controller.end_tokens(1)
         self.counter.promote()
         self.tally.tokens += 1
 
-    def _step(self, number: int, step: RoutedStep) -> None:
-        tally, counter, requested_TK = self.tally, self.counter, step.requested_TK
-        resident_pTK = counter.resident_pLE[:, step.layer][:, step.ids_TK]
-        served_TK = self.mode.serve(requested_TK, step.weights_TK, resident_pTK)
-        served_TK = np.where(requested_TK == SKIPPED, SKIPPED, served_TK)
-        valid_TK = requested_TK != SKIPPED
-        tally.selections += int(valid_TK.sum())
-        tally.skipped += int((valid_TK & (served_TK == SKIPPED)).sum())
-        tally.degraded += int((served_TK > requested_TK).sum())
-        arrays = (step.ids_TK, step.weights_TK, requested_TK, served_TK)
-        uses, unmet = uses_of(step.layer, *(array.ravel() for array in arrays))
-        decision = self.controller.decide(Step(number, step.layer, step.position), uses, unmet)
-        counter.begin(decision)
+    def _layer(self, step: Step, routed: RouterOutput) -> None:
+        selections = self._select(routed)
+        self._count(selections)
+        uses, unmet = uses_of(step.layer, *(array.ravel() for array in selections))
+        decision = self.controller.decide(step, uses, unmet)
+        self.counter.begin(decision)
         for batch in decision.batches:
-            counter.load(batch)
-        tally.round_trips += decision.round_trips
+            self.counter.load(batch)
+        self.tally.round_trips += decision.round_trips
+
+    def _select(self, routed: RouterOutput) -> Selections:
+        """A layer's selections in the router's order, which in a trace need not be by weight."""
+        order_TK = np.argsort(-routed.weights_TK, axis=1, kind="stable")
+        back_TK = np.argsort(order_TK, axis=1)
+        ids_TK, weights_TK = (
+            np.take_along_axis(array, order_TK, axis=1)
+            for array in (routed.ids_TK, routed.weights_TK)
+        )
+        resident_pE, mode = self.counter.resident_pLE[:, routed.layer], self.controller.mode
+        selections = select(
+            self.plan, mode, resident_pE, routed.layer, (ids_TK, weights_TK), routed.valid_T
+        )
+        return Selections(*(np.take_along_axis(array, back_TK, axis=1) for array in selections))
+
+    def _count(self, selections: Selections) -> None:
+        tally, requested_TK, served_TK = self.tally, selections.requested_TK, selections.served_TK
+        tally.selections += int((requested_TK != SKIPPED).sum())
+        tally.skipped += int(((requested_TK != SKIPPED) & (served_TK == SKIPPED)).sum())
+        tally.degraded += int((served_TK > requested_TK).sum())
+        tally.low += int((served_TK > NATIVE).sum())
+
+    def _policies_decide(self) -> bool:
+        """Whether each bank's policy alone decides, so that it may play its accesses in one go.
+
+        That is so of demand misses that fit their banks, if no observer is told of them.
+        """
+        layout, controller = self.controller.layout, self.controller
+        precisions_of = Counts(s for layers in layout.signature_pL for s in {*layers})
+        return (
+            controller.mode == FETCH
+            and not controller.observers
+            and layout.n_devices == 1
+            and set(precisions_of.values()) == {1}
+            and all(
+                bank.policy.capacity - len(bank.policy.pinned) >= layout.experts_per_token
+                for bank in self.controller.banks
+            )
+        )
+
+    def _play_banks(self, trace: Trace) -> None:
+        """What `token` does of every token, where `_policies_decide`."""
+        layout, tally = self.controller.layout, self.tally
+        selected = [self._select(routed) for routed in trace.layers()]
+        for selections in selected:
+            self._count(selections)
+        served_TLK = np.stack([selections.served_TK for selections in selected], axis=1)
+        key_TLK = self._key_pLE[served_TLK, np.arange(layout.n_layers)[:, None], trace.ids_TLK]
+        positions = trace.position_T.tolist()
+        missed_S = np.zeros(len(positions) * layout.n_layers, bool)
+        for bank in self.controller.banks:
+            of_bank_pL = np.array([[s == bank.signature for s in ss] for ss in layout.signature_pL])
+            uses_TLK = of_bank_pL[served_TLK, np.arange(layout.n_layers)[:, None]]
+            uses_TLK &= served_TLK != SKIPPED
+            keys, weights = key_TLK[uses_TLK].tolist(), trace.weights_TLK[uses_TLK].tolist()
+            ends = np.cumsum(uses_TLK.sum(axis=2)).tolist()
+            steps = (
+                Step(tally.tokens + token, layer, position)
+                for token, position in enumerate(positions)
+                for layer in range(layout.n_layers)
+            )
+            misses_S = bank.policy.access_many(
+                (
+                    (step, keys[start:end], weights[start:end])
+                    for step, start, end in zip(steps, [0, *ends[:-1]], ends, strict=True)
+                ),
+                bool(of_bank_pL[NATIVE].any()),
+            )
+            missed_S |= np.array(misses_S) > 0
+            misses = sum(misses_S)
+            tally.hits += len(keys) - misses
+            tally.misses += misses
+            tally.bytes_used += len(keys) * bank.expert_bytes
+            tally.bytes_moved += misses * bank.expert_bytes
+        tally.round_trips += int(missed_S.sum())
+        tally.tokens += len(trace.ids_TLK)
 
     def copies(self) -> int:
         """How many are resident, of all precisions."""

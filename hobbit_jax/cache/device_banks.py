@@ -1,13 +1,14 @@
-"""The slot pool on the device: banks of packed experts, and the table of who is in which slot.
+"""The slots of one device: banks of packed experts, and the table of who is in which slot.
 
-Owns these arrays, and the one program that writes a slot and its lines of the table, so that the
-two cannot disagree. GGUF blocks come as they lie in the file; a bank holds them split into planes,
-or as they are, or only their addresses in the file's map (`Layout`).
+Owns these arrays, the host's copy of the table, and the one program that writes a slot and its
+lines of the table, so that the two cannot disagree. GGUF blocks come as they lie in the file; a
+bank holds them split into planes, or as they are, or only their addresses in the file's map
+(`Layout`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hobbit_jax.cache.controller import Bank as Slots
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from hobbit_jax.models.config import ModelConfig
 from pallas_kernels.formats import get_format
@@ -83,27 +85,36 @@ def empty_bank(
 
 
 class DeviceBanks:
-    """The arrays of one pool; `banks` and `table_UE` are new objects after each write.
+    """The arrays of one device; `banks` and `table_UE` are new objects after each write.
 
     Row `precision * L + layer` of the table holds, for each expert, its slot in the bank of its
     signature, or `ABSENT`.
+
+    Args:
+        store: whose experts they hold.
+        slots: the controller's banks of this device; how many slots each has is their policies'.
+        device: a jax.Device; None is the process's first.
+        layouts: of some signatures; the others are in planes.
     """
 
     def __init__(
         self,
         store: HostExperts,
-        slots: Mapping[Signature, int],
+        slots: Sequence[Slots],
         device: Any = None,
         layouts: Mapping[Signature, Layout] | None = None,
     ):
-        """`layouts` are planes for the signatures that it leaves out."""
-        self._store, self._device = store, device
+        self.device = device
+        self._store = store
         self._layouts: dict[Signature, Layout] = dict(layouts or {})
         self.banks: dict[Signature, Bank] = {}
-        for signature, n_slots in slots.items():
-            self.renew(signature, n_slots)
-        shape = (len(store.precisions) * store.config.n_layers, store.config.n_experts)
-        self.table_UE = jnp.full(shape, ABSENT, jnp.int32, device=device)
+        self.slot_of: dict[ExpertKey, int] = {}
+        self._free: dict[Signature, list[int]] = {}
+        for bank in slots:
+            self.renew(bank)
+        n_precisions, n_layers, n_experts = store.shape_pLE
+        shape_UE = (n_precisions * n_layers, n_experts)
+        self.table_UE = jnp.full(shape_UE, ABSENT, jnp.int32, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -115,41 +126,60 @@ class DeviceBanks:
         """Whether a bank holds addresses of the file's map: nothing is uploaded into it."""
         return self._layouts.get(signature) == "mapped"
 
-    def renew(self, signature: Signature, n_slots: int) -> None:
-        """Puts an empty bank in the place of one; the table is as it was."""
-        self.banks[signature] = empty_bank(
-            self._store.config,
-            signature,
-            n_slots,
-            self._device,
-            self._layouts.get(signature, "planes"),
-        )
+    def renew(self, slots: Slots) -> None:
+        """Puts an empty bank in the place of one; the table is as it was until `write_table`."""
+        signature, n_slots = slots.signature, slots.policy.capacity
+        layout = self._layouts.get(signature, "planes")
+        config = self._store.config
+        self.banks[signature] = empty_bank(config, signature, n_slots, self.device, layout)
+        self._free[signature] = list(range(n_slots))[::-1]
+        self.forget(self.residents(signature))
+
+    def residents(self, signature: Signature) -> list[ExpertKey]:
+        """The copies in one bank."""
+        return [key for key in self.slot_of if self._store.signature(key) == signature]
+
+    def forget(self, keys: Iterable[ExpertKey]) -> None:
+        """Makes copies absent in the host's copy of the table alone."""
+        for key in keys:
+            del self.slot_of[key]
 
     def give_back(self, signature: Signature) -> None:
         """Gives a bank's device memory back at once."""
         for plane in jax.tree.leaves(self.banks[signature]):
             plane.delete()
 
-    def is_lost(self, signature: Signature) -> bool:
-        """Whether a bank was given back, or to a program that failed."""
-        return any(plane.is_deleted() for plane in jax.tree.leaves(self.banks[signature]))
+    def empty(self, slots: Slots) -> None:
+        """Makes a bank hold nothing, whatever a failed write left of it."""
+        planes = jax.tree.leaves(self.banks[slots.signature])
+        if any(plane.is_deleted() for plane in planes):  # given back, or to a program that failed
+            self.renew(slots)
+        else:
+            self.forget(self.residents(slots.signature))
+            self._free[slots.signature] = list(range(slots.policy.capacity))[::-1]
+        self.write_table()
 
-    def write(
-        self, key: ExpertKey, raw: tuple[jax.Array, ...], slot: int, victim: ExpertKey | None
-    ) -> None:
-        """Puts an expert's blocks into a slot, and its line and the victim's into the table."""
+    def put(self, key: ExpertKey, raw: tuple[jax.Array, ...], victim: ExpertKey | None) -> None:
+        """Puts a copy's blocks into the slot of `victim`, or a free one for None."""
         signature = self._store.signature(key)
+        free = self._free[signature]
+        slot = free[-1] if victim is None else self.slot_of[victim]
         change = np.asarray([slot, *self._cell(key), *self._cell(victim)], np.int32)
         self.banks[signature], self.table_UE = _write_slot(
             self.banks[signature], self.table_UE, raw, change, signature
         )
+        if victim is None:
+            free.pop()
+        else:
+            del self.slot_of[victim]
+        self.slot_of[key] = slot
 
-    def write_table(self, slot_of: Mapping[ExpertKey, int]) -> None:
+    def write_table(self) -> None:
         """Makes the table anew from the host's copy."""
         table_UE = np.full(self.table_UE.shape, ABSENT, np.int32)
-        for key, slot in slot_of.items():
+        for key, slot in self.slot_of.items():
             table_UE[self._cell(key)] = slot
-        self.table_UE = jnp.asarray(table_UE, device=self._device)
+        self.table_UE = jnp.asarray(table_UE, device=self.device)
 
     def _cell(self, key: ExpertKey | None) -> tuple[int, int]:
         """Row and column of an expert's line in the table; outside of it for None."""

@@ -1,7 +1,7 @@
 """What happens to a selection whose copy is not resident: the miss modes, by name.
 
 Owns both halves of that rule, and what each mode needs of the pool. `serve` gives the precision
-that serves each selection, as array code inside compiled programs (`inference/selection.py`);
+that serves each selection, as array code inside compiled programs (`selection.py`);
 `act` gives the action for each copy that then is missing, in the controller. Loading and computing
 are the executors', promotion is `promotion.py`'s. Under every mode a resident copy of the precision
 that the plan asks for serves the selection.
@@ -27,9 +27,8 @@ LowBanks = Literal["none", "cache", "all", "host"]
 
 
 class Action(Enum):
-    """What happens to a copy that serves selections."""
+    """What happens to a copy that serves selections and is not resident."""
 
-    RUN = "run"  # it is resident
     FETCH = "fetch"  # it gets a slot, and somebody may lose one
     HOST = "host"  # the CPU computes it from the file's map; nobody loses a slot
 

@@ -1,9 +1,9 @@
 """The slot pool: a fixed number of bytes on the device that holds the hot experts.
 
-This module owns which slot a copy lies in and every host-to-device copy of an expert; which copies
-are loaded and evicted is decided by `controller.py`. There is one bank per expert signature, sized
-exactly, so that a low-bit expert takes only its own bytes. The arrays are `device_banks.py`'s; raw
-GGUF blocks go up in one contiguous copy per matrix (`link.py`).
+This module owns every host-to-device copy of an expert; which copies are loaded and evicted is
+decided by `controller.py`. On each device there is one bank per expert signature, sized exactly, so
+that a low-bit expert takes only its own bytes (`device_banks.py`); which device owns which expert
+is `models/sharding.py`'s. Raw GGUF blocks go up in one contiguous copy per matrix (`link.py`).
 
 Prefetched uploads (of later batches, of guesses) lie beside the banks in at most `staging_bytes`,
 besides the one expert that is waited for, and get a slot when they are needed and not before. So
@@ -16,18 +16,28 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from hobbit_jax.cache.controller import Bank as Slots
 from hobbit_jax.cache.controller import Controller, Decision
 from hobbit_jax.cache.device_banks import DeviceBanks, Layout
 from hobbit_jax.cache.link import DirectLink, InPlace, Link, Upload
-from hobbit_jax.cache.policies import Policy
 from hobbit_jax.experts.store import ExpertKey, HostExperts
-from pallas_kernels.reference import Bank as DeviceBank
-from pallas_kernels.reference import Signature
+from hobbit_jax.models.sharding import (
+    DIVIDED,
+    REPLICATED,
+    assembled,
+    held_anywhere,
+    on_each,
+    owner,
+)
+from pallas_kernels.backends import Implementation
+from pallas_kernels.reference import Bank, Signature
 
 
 @dataclass
@@ -62,7 +72,12 @@ def _named(key: ExpertKey, device: Any) -> Iterator[None]:
         ) from error
 
 
-def holds_all(store: HostExperts, slots: Mapping[Signature, int]) -> bool:
+@partial(jax.jit, static_argnums=1)
+def _held(table_UE: jax.Array, mesh: Mesh) -> jax.Array:
+    return on_each(partial(held_anywhere, mesh=mesh), mesh, DIVIDED, REPLICATED)(table_UE)
+
+
+def _holds_all(store: HostExperts, slots: Mapping[Signature, int]) -> bool:
     """Whether every expert of every bank has a slot of its own."""
     demanded = Counter(layer.signature for layers in store.precisions for layer in layers)
     full = (n >= demanded[s] * store.config.n_experts for s, n in slots.items())
@@ -70,19 +85,20 @@ def holds_all(store: HostExperts, slots: Mapping[Signature, int]) -> bool:
 
 
 class SlotPool:
-    """Banks and slot table of one device under a byte budget (`cache/budget.py` divides it).
+    """Banks and slot tables of the devices that divide the experts, each under a byte budget.
+
+    Of several devices, arrays have the parts of each one after another along their leading axis:
+    `banks` all slots, `table_UE` every device's table, whose slots count from its own first.
 
     Args:
         store: whose experts it holds.
-        controller: decides who is loaded and evicted; its banks of `index` are this pool's.
-        budget_bytes: of all banks.
-        link: the way to the device; None is JAX's own copy.
-        staging_bytes: device bytes beside the banks for prefetched uploads.
-        index: the number of the device among those that divide the experts.
-        device: a jax.Device; None is the process's first.
+        controller: decides who is loaded and evicted.
+        budget_bytes: of each device's banks (`pool_sizing.py` divides it).
+        link: the way to the devices; None is JAX's own copy.
+        staging_bytes: of each device, beside the banks, for prefetched uploads.
+        mesh: the devices; None is the process's first.
+        layouts: how banks hold their experts; the others are in planes.
     """
-
-    mesh = None
 
     def __init__(
         self,
@@ -91,57 +107,80 @@ class SlotPool:
         budget_bytes: int,
         link: Link | None = None,
         staging_bytes: int = 0,
-        index: int = 0,
-        device: Any = None,  # a jax.Device
+        mesh: Mesh | None = None,
         layouts: Mapping[Signature, Layout] | None = None,
     ):
-        self.store, self.device, self.controller = store, device, controller
-        self.budget_bytes, self.staging_bytes = budget_bytes, staging_bytes
+        self.store, self.controller, self.mesh = store, controller, mesh
         self.link = DirectLink() if link is None else link
-        self._own = {bank.signature: bank for bank in controller.banks if bank.device == index}
-        self._on_device = DeviceBanks(store, self.slots, device, layouts)
-        self._free = {signature: list(range(n))[::-1] for signature, n in self.slots.items()}
-        self._slot_of: dict[ExpertKey, int] = {}
+        devices: list[Any] = [None] if mesh is None else list(mesh.devices.flat)
+        self.parts = [
+            DeviceBanks(store, [b for b in controller.banks if b.device == index], device, layouts)
+            for index, device in enumerate(devices)
+        ]
+        self._budget_bytes, self._staging_bytes = budget_bytes, staging_bytes
         self._reserved: dict[ExpertKey, Upload] = {}  # get a slot at `promote`
         self._prefetched: dict[ExpertKey, Upload] = {}  # get one when they are needed
+        self._assembled: dict[Any, tuple[list[Any], Any]] = {}
         self.stats = self._zero_stats()
-        if self.device_bytes > budget_bytes:
-            raise RuntimeError(f"banks take {self.device_bytes} of {budget_bytes} bytes")
+        for part in self.parts:
+            if part.nbytes > budget_bytes:
+                raise RuntimeError(f"banks take {part.nbytes} of {budget_bytes} bytes")
 
     def _zero_stats(self) -> PoolStats:
-        shape = (
-            len(self.store.precisions),
-            self.store.config.n_layers,
-            self.store.config.n_experts,
-        )
-        return PoolStats(np.zeros(shape, np.int64), np.zeros(shape, np.int64))
+        shape_pLE = self.store.shape_pLE
+        return PoolStats(np.zeros(shape_pLE, np.int64), np.zeros(shape_pLE, np.int64))
 
     @property
     def slots(self) -> dict[Signature, int]:
-        """Of each bank."""
-        return {signature: bank.policy.capacity for signature, bank in self._own.items()}
+        """Of each signature, of all devices together."""
+        slots = Counter[Signature]()
+        for bank in self.controller.banks:
+            slots[bank.signature] += bank.policy.capacity
+        return dict(slots)
 
     @property
-    def policies(self) -> dict[Signature, Policy[ExpertKey]]:
-        """Of each bank."""
-        return {signature: bank.policy for signature, bank in self._own.items()}
+    def budget_bytes(self) -> int:
+        """Of all devices together."""
+        return self._budget_bytes * len(self.parts)
 
     @property
-    def banks(self) -> dict[Signature, DeviceBank]:
-        """For compiled programs to read."""
-        return self._on_device.banks
+    def staging_bytes(self) -> int:
+        """Of all devices together."""
+        return self._staging_bytes * len(self.parts)
+
+    def _whole(self, name: Any, arrays: list[Any]) -> Any:
+        """One tree of all devices' arrays, kept until one of them is another."""
+        if self.mesh is None:
+            return arrays[0]
+        known = self._assembled.get(name)
+        if known is None or any(a is not b for a, b in zip(known[0], arrays, strict=True)):
+            # The old one's arrays may be donated, and a program that read them would crash.
+            self._assembled[name] = known = (arrays, assembled(arrays, self.mesh))
+        return known[1]
+
+    @property
+    def banks(self) -> dict[Signature, Bank]:
+        """For compiled programs to read, [devices * S, ...]."""
+        return {s: self._whole(s, [part.banks[s] for part in self.parts]) for s in self.slots}
 
     @property
     def table_UE(self) -> jax.Array:
-        """The slot of each expert, by row `precision * L + layer`, for compiled programs to
-        read.
+        """The slot of each expert, by row `precision * L + layer` of each device, for compiled
+        programs to read.
         """
-        return self._on_device.table_UE
+        return self._whole("table", [part.table_UE for part in self.parts])
+
+    @property
+    def held_UE(self) -> jax.Array:
+        """Replicated, [precisions * L, E]: not negative where an expert is resident on its
+        device, for programs that do not read the banks.
+        """
+        return self.table_UE if self.mesh is None else _held(self.table_UE, self.mesh)
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of all banks, as the device counts them."""
-        return self._on_device.nbytes
+        """Bytes of all banks, as the devices count them."""
+        return sum(part.nbytes for part in self.parts)
 
     def prefetched(self) -> frozenset[ExpertKey]:
         """Every expert whose upload was begun ahead of its use."""
@@ -155,27 +194,31 @@ class SlotPool:
     @property
     def holds_all(self) -> bool:
         """Whether every expert of every bank can be resident at once."""
-        return holds_all(self.store, self.slots)
+        return _holds_all(self.store, self.slots)
 
-    @property
-    def held_UE(self) -> jax.Array:
-        """A table whose signs say who is resident, for programs that do not read the banks."""
-        return self.table_UE
+    def _device(self, key: ExpertKey) -> int:
+        return owner(key.layer, key.expert, len(self.parts))
 
-    def by_device(self, keys: Sequence[ExpertKey]) -> list[Sequence[ExpertKey]]:
-        """`keys` by the device that holds them."""
-        return [keys]
+    def _part(self, key: ExpertKey) -> DeviceBanks:
+        return self.parts[self._device(key)]
+
+    def by_device(self, keys: Iterable[ExpertKey]) -> list[list[ExpertKey]]:
+        """`keys` by the device that owns them."""
+        shares: list[list[ExpertKey]] = [[] for _ in self.parts]
+        for key in keys:
+            shares[self._device(key)].append(key)
+        return shares
 
     def resident(self) -> frozenset[ExpertKey]:
         """Every expert that holds a slot."""
-        return frozenset(self._slot_of)
+        return frozenset().union(*(part.slot_of for part in self.parts))
 
     def __contains__(self, key: ExpertKey) -> bool:
-        return key in self._slot_of
+        return key in self._part(key).slot_of
 
     def slot(self, key: ExpertKey) -> int:
-        """The slot of a resident expert, in the bank of its signature. KeyError if absent."""
-        return self._slot_of[key]
+        """The slot of a resident expert in its device's bank. KeyError if absent."""
+        return self._part(key).slot_of[key]
 
     def begin(self, decision: Decision) -> None:
         """Counts a step's uses; prefetches of its layer that it does not load are given up."""
@@ -196,7 +239,7 @@ class SlotPool:
         keep: Iterable[ExpertKey] | None = None,
         upcoming: Iterable[ExpertKey] = (),
     ) -> None:
-        """Makes all of `keys` (one batch, or a part of it) resident.
+        """Makes all of `keys` (one batch, or a part of it) resident, one device after another.
 
         Args:
             keys: what is needed now.
@@ -210,32 +253,36 @@ class SlotPool:
                 pool is whole after each of these, though an expert or a bank's may be missing.
         """
         held = frozenset(keys if keep is None else keep)
-        missing = [key for key in keys if key not in self._slot_of]
-        upcoming = [key for key in upcoming if key not in missing]
-        for index, key in enumerate(missing):
-            # Those that are waited for stand before those that are not.
-            upload = self._take_upload(key)
-            if self._begin_uploads(missing[index + 1 :]):
-                self.prefetch(upcoming)
-            self._fetch(key, held, upload)
-        self.prefetch(upcoming)
+        for own, later in zip(self.by_device(keys), self.by_device(upcoming), strict=True):
+            missing = [key for key in own if key not in self]
+            later = [key for key in later if key not in missing]
+            for index, key in enumerate(missing):
+                # Those that are waited for stand before those that are not.
+                upload = self._take_upload(key)
+                if self._begin_uploads(missing[index + 1 :]):
+                    self.prefetch(later)
+                self._fetch(key, held, upload)
+            self.prefetch(later)
 
     def prefetch(self, keys: Iterable[ExpertKey]) -> None:
-        """Starts uploads ahead of use, in turn, until `staging_bytes` are taken.
+        """Starts uploads ahead of use, in turn, until a device's `staging_bytes` are taken.
 
         Their slots come with `load`; a step of their layer gives up those that it does not use.
         """
         before = self.stats.bytes_moved
-        self._begin_uploads(keys)
+        for own in self.by_device(keys):
+            self._begin_uploads(own)
         self.stats.ahead_bytes += self.stats.bytes_moved - before
 
-    def _begin_uploads(self, keys: Iterable[ExpertKey]) -> bool:
-        """Starts uploads as `prefetch` does; whether there was room for all of them."""
+    def _begin_uploads(self, keys: Sequence[ExpertKey]) -> bool:
+        """Starts uploads to one device as `prefetch` does; whether there was room for all."""
         for key in keys:
-            known = key in self._slot_of or key in self._reserved or key in self._prefetched
-            if known or self.store.signature(key) not in self.banks:
+            if key in self or key in self._reserved or key in self._prefetched:
                 continue
-            if self.prefetched_bytes + self.store.expert_bytes(key) > self.staging_bytes:
+            if self.controller.find_bank(key) is None:
+                continue
+            staged = (k for k in self._prefetched if self._device(k) == self._device(key))
+            if sum(map(self.store.expert_bytes, (*staged, key))) > self._staging_bytes:
                 return False
             self._prefetched[key] = self._send(key)
         return True
@@ -246,26 +293,20 @@ class SlotPool:
             del self._prefetched[key]
             self.stats.dropped_bytes += self.store.expert_bytes(key)
 
-    def load_all(self, precision: int) -> None:
-        """Makes every expert of a precision resident, in a pool that has room for all of them."""
-        config = self.store.config
-        for layer in range(config.n_layers):
-            self.load([ExpertKey(precision, layer, expert) for expert in range(config.n_experts)])
-
     def reserve(self, key: ExpertKey) -> None:
         """Starts the upload of an expert that no token waits for; `promote` gives it a slot.
 
         Programs that run meanwhile do not see it. Nothing happens if it is resident or reserved, or
         has no bank.
         """
-        known = key in self._slot_of or key in self._reserved
-        if not known and self.store.signature(key) in self.banks:
+        known = key in self or key in self._reserved
+        if not known and self.controller.find_bank(key) is not None:
             self._reserved[key] = self._take_upload(key)
 
     def promote(self) -> None:
         """Gives every reserved expert a slot, between two calls of a program."""
-        for key in list(self._reserved):
-            if self.controller.has_unpinned_slot(key) and key not in self._slot_of:
+        for key in sorted(self._reserved, key=self._device):
+            if self.controller.has_unpinned_slot(key) and key not in self:
                 self._fetch(key, frozenset(), self._take_upload(key))
             self._reserved.pop(key, None)
 
@@ -275,46 +316,33 @@ class SlotPool:
         return begun or self._send(key)
 
     def _send(self, key: ExpertKey) -> Upload:
-        raw = self.store.raw(key)
-        if self._on_device.is_mapped(self.store.signature(key)):
+        raw, part = self.store.raw(key), self._part(key)
+        if part.is_mapped(self.store.signature(key)):
             return InPlace(raw)
-        with _named(key, self.device):
-            upload = self.link.send(raw, self.device)
+        with _named(key, part.device):
+            upload = self.link.send(raw, part.device)
         self.stats.bytes_moved += self.store.expert_bytes(key)
         return upload
 
     def _fetch(self, key: ExpertKey, keep: frozenset[ExpertKey], upload: Upload) -> None:
-        signature = self.store.signature(key)
-        began_s = self.link.clock()
-        with _named(key, self.device):
+        part, began_s = self._part(key), self.link.clock()
+        with _named(key, part.device):
             raw = upload.wait()
         self.stats.wait_s += self.link.clock() - began_s
         # On a CPU an upload is the map itself, read only when the slot is written.
         self.store.check_unchanged(key.precision)
-        free, victim = self._free[signature], self.controller.admit(key, keep)
+        victim = self.controller.admit(key, keep)
         try:
-            slot = free[-1] if victim is None else self._slot_of[victim]
-            self._on_device.write(key, raw, slot, victim)
-            if victim is None:
-                free.pop()
-            else:
-                del self._slot_of[victim]
-            self._slot_of[key] = slot
+            part.put(key, raw, victim)
         except BaseException:
             # Failed or interrupted half-way: which of banks, table and policy changed is unknown.
-            self._empty(signature)
+            self._empty(self.controller.bank(key))
             raise
 
-    def _empty(self, signature: Signature) -> None:
+    def _empty(self, bank: Slots) -> None:
         """Makes a bank's experts absent, so that banks, table and policy agree for certain."""
-        bank = self._own[signature]
         self.controller.forget(bank)
-        for key in [key for key in self._slot_of if self.store.signature(key) == signature]:
-            del self._slot_of[key]
-        self._free[signature] = list(range(bank.policy.capacity))[::-1]
-        if self._on_device.is_lost(signature):
-            self._on_device.renew(signature, bank.policy.capacity)
-        self._on_device.write_table(self._slot_of)
+        self.parts[bank.device].empty(bank)
 
     def pin(self, keys: Iterable[ExpertKey]) -> None:
         """Loads `keys` and keeps them resident until `unpin`; not counted as accesses.
@@ -325,12 +353,13 @@ class SlotPool:
         wanted = list(keys)
         self.controller.check_pins(wanted)
         for key in wanted:
-            if key not in self._slot_of:
+            if key not in self:
                 self._fetch(key, frozenset(wanted), self._take_upload(key))
             self.controller.pin(key)
 
     def resize(self, slots: Mapping[Signature, int]) -> None:
-        """Divides the budget anew between the same banks; residents stay where there is room.
+        """Divides each device's budget anew between the same banks; residents stay where there is
+        room.
 
         Only between two steps. Which experts a bank loses is its policy's choice. The old arrays
         are given up before the new ones are made, so that the budget is kept at every moment; the
@@ -342,54 +371,79 @@ class SlotPool:
                 the pool is as before.
         """
         self._check_division(slots)
-        changed = [s for s, n_slots in self.slots.items() if slots[s] != n_slots]
+        banks = self.controller.banks
+        changed = [bank for bank in banks if slots[bank.signature] != bank.policy.capacity]
         self._reserved.clear()
         self.drop_prefetched()
         try:
-            for signature in changed:
-                for victim in self._own[signature].policy.resize(slots[signature]):
-                    del self._slot_of[victim]
-                self._on_device.give_back(signature)
-            for signature in changed:
-                self._refill(signature, slots[signature])
+            for bank in changed:
+                part = self.parts[bank.device]
+                part.forget(bank.policy.resize(slots[bank.signature]))
+                part.give_back(bank.signature)
+            for bank in changed:
+                self._refill(bank)
         except BaseException:
             # Banks, table and policies that do not fit together hold nothing.
-            for signature in changed:
-                self._on_device.give_back(signature)
-                self._own[signature].policy.resize(slots[signature])
-                self._empty(signature)
+            for bank in changed:
+                self.parts[bank.device].give_back(bank.signature)
+                bank.policy.resize(slots[bank.signature])
+                self._empty(bank)
             raise
-        self._on_device.write_table(self._slot_of)
+        for part in self.parts:
+            part.write_table()
 
     def _check_division(self, slots: Mapping[Signature, int]) -> None:
         if slots.keys() != self.slots.keys():
             raise ValueError(f"got slots for banks {list(slots)}; want {list(self.slots)}")
-        expert_bytes = {
-            e.signature: e.expert_bytes for precision in self.store.precisions for e in precision
-        }
+        expert_bytes = self.controller.layout.expert_bytes
         needed = sum(expert_bytes[signature] * n for signature, n in slots.items())
-        if needed > self.budget_bytes:
-            raise ValueError(f"slots take {needed} bytes; the budget is {self.budget_bytes}")
-        for signature, policy in self.policies.items():
-            least = max(1, len(policy.pinned))
-            if slots[signature] < least:
+        if needed > self._budget_bytes:
+            raise ValueError(f"slots take {needed} bytes; the budget is {self._budget_bytes}")
+        for bank in self.controller.banks:
+            n_slots, n_pinned = slots[bank.signature], len(bank.policy.pinned)
+            if n_slots < max(1, n_pinned):
                 raise ValueError(
-                    f"{slots[signature]} slots for bank {signature}; want at least {least} "
-                    f"({len(policy.pinned)} experts are pinned)"
+                    f"{n_slots} slots for bank {bank.signature}; want at least {max(1, n_pinned)} "
+                    f"({n_pinned} experts are pinned)"
                 )
 
-    def _refill(self, signature: Signature, n_slots: int) -> None:
-        """Makes a bank of `n_slots` with the residents that its policy kept."""
-        residents = [key for key in self._slot_of if self.store.signature(key) == signature]
-        self._on_device.renew(signature, n_slots)
-        for slot, key in enumerate(residents):
-            with _named(key, self.device):
+    def _refill(self, bank: Slots) -> None:
+        """Makes a bank's arrays anew with the residents that its policy kept."""
+        part = self.parts[bank.device]
+        residents = part.residents(bank.signature)
+        part.renew(bank)
+        for key in residents:
+            with _named(key, part.device):
                 raw = self._send(key).wait()
-            self._on_device.write(key, raw, slot, None)
-            self._slot_of[key] = slot
-        self._free[signature] = list(range(len(residents), n_slots))[::-1]
+            part.put(key, raw, None)
 
     def reset_stats(self) -> PoolStats:
         """Returns the counts so far and starts again from zero."""
         stats, self.stats = self.stats, self._zero_stats()
         return stats
+
+
+def make_pool(
+    store: HostExperts,
+    controller: Controller,
+    budget_bytes: int,
+    link: Link | None = None,
+    staging_bytes: int = 0,
+    mesh: Mesh | None = None,
+    implementation: Implementation = "xla",
+) -> SlotPool:
+    """A pool whose banks are laid out for `implementation`; bytes are those of each device.
+
+    Where ggml computes, all experts have slots and no link is emulated, the banks are the file's
+    map.
+    """
+    slots = Counter[Signature]()
+    for bank in controller.banks:
+        slots[bank.signature] += bank.policy.capacity
+    stay = link is None and _holds_all(store, slots)
+    layouts: dict[Signature, Layout] = {
+        s: "mapped" if stay else "blocks"
+        for s in slots
+        if store.backend(s, implementation) == "ggml"
+    }
+    return SlotPool(store, controller, budget_bytes, link, staging_bytes, mesh, layouts)

@@ -1,23 +1,24 @@
 """How many slots each bank gets under a plan, a miss mode and a budget.
 
 Owns the step from who may ask for which copy (`experts/precision.py`, `miss_modes.py`) to slots per
-bank; the division itself is `cache/budget.py`'s.
+bank: what each bank must hold, and the division of the bytes, between banks of one precision by
+expected use, and between the native banks and the low ones by a share.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from hobbit_jax.cache.budget import BankDemand, divide_budget, divide_precisions
+from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.miss_modes import LOW, MissMode
-from hobbit_jax.experts.precision import PrecisionPlan, uniform_plan
-from hobbit_jax.experts.store import NATIVE, HostExperts
+from hobbit_jax.experts.store import NATIVE
 from hobbit_jax.models.sharding import owners_LE
 from pallas_kernels.reference import Signature
 
@@ -46,82 +47,142 @@ def low_share(text: str) -> LowShare:
     return share
 
 
+@dataclass(frozen=True)
+class BankDemand:
+    """What one bank is asked to hold, in experts and in share of use."""
+
+    signature: Signature
+    expert_bytes: int
+    n_experts: int  # distinct experts that may ask for a slot
+    min_slots: int  # experts that one token's step may need at once
+    weight: float = 1.0  # expected uses per expert, relative to the other banks
+
+
+def divide_budget(demands: Sequence[BankDemand], budget_bytes: int) -> list[int]:
+    """Slots per bank within `budget_bytes`: the minima first, then the bank least filled.
+
+    Raises:
+        ValueError: the minima alone do not fit; says how many bytes are needed.
+    """
+    slots = [demand.min_slots for demand in demands]
+    needed = sum(d.expert_bytes * s for d, s in zip(demands, slots, strict=True))
+    if needed > budget_bytes:
+        needed_mib = math.ceil(needed / 2**20 * 1000) / 1000  # rounded up: it must be enough
+        raise ValueError(
+            f"the expert pool's budget of {budget_bytes} bytes cannot hold one step's experts; "
+            f"it needs at least {needed} bytes (--budget_mib={needed_mib})"
+        )
+    left = budget_bytes - needed
+
+    def fill(i: int) -> float:
+        return slots[i] / (demands[i].n_experts * max(demands[i].weight, 1e-9))
+
+    queue = [(fill(i), i) for i in range(len(demands))]
+    heapq.heapify(queue)
+    while queue:
+        _, i = heapq.heappop(queue)
+        if slots[i] < demands[i].n_experts and demands[i].expert_bytes <= left:
+            slots[i] += 1
+            left -= demands[i].expert_bytes
+            heapq.heappush(queue, (fill(i), i))
+    return slots
+
+
+def divide_precisions(
+    native: Sequence[BankDemand],
+    low: Sequence[BankDemand],
+    budget_bytes: int,
+    low_share: float,
+) -> dict[Signature, int]:
+    """Slots per bank with `low_share` (0-1) of the budget for the low banks, as near as it goes.
+
+    The low banks get no less than their minima and no more than their experts; what they leave is
+    the native banks'. A native bank without a minimum may come out with no slot and is left out.
+
+    Raises:
+        ValueError: a share outside 0-1, or a budget below the minima (says what it needs).
+    """
+    if not 0 <= low_share <= 1:
+        raise ValueError(f"low_share is {low_share}; want 0 to 1")
+    least = [replace(d, n_experts=d.min_slots) for d in (*native, *low) if d.min_slots]
+    divide_budget(least, budget_bytes)  # refuses a budget that is too small for both
+    needed_native = sum(d.expert_bytes * d.min_slots for d in native)
+    needed_low = sum(d.expert_bytes * d.min_slots for d in low)
+    low_bytes = max(needed_low, min(int(low_share * budget_bytes), budget_bytes - needed_native))
+    slots = dict(zip((d.signature for d in low), divide_budget(low, low_bytes), strict=True))
+    left = budget_bytes - sum(d.expert_bytes * slots[d.signature] for d in low)
+    native_slots = divide_budget(native, left)
+    banks = dict(zip((d.signature for d in native), native_slots, strict=True))
+    return {signature: n for signature, n in {**banks, **slots}.items() if n}
+
+
 def _total_bytes(wanted: Sequence[BankDemand]) -> int:
     return sum(demand.expert_bytes * demand.n_experts for demand in wanted)
 
 
-def _signatures(store: HostExperts, precision: int) -> set[Signature]:
-    return {layer.signature for layer in store.precisions[precision]}
+def demands(shares_pLE: np.ndarray, layout: BankLayout) -> list[BankDemand]:
+    """What each bank must be able to hold, in order of first appearance.
 
-
-def demands(
-    plan: PrecisionPlan, store: HostExperts, owner_LE: np.ndarray | None = None
-) -> list[BankDemand]:
-    """What each bank must be able to hold under `plan`, in order of first appearance.
+    A bank's slots are the same on every device, so its demand is that of the device that has most
+    to hold.
 
     Args:
-        plan: who asks for which precision.
-        store: experts at every precision.
-        owner_LE: the device of each expert, from 0. A bank's slots are the same on every device, so
-            its demand is that of the device which has most to hold. None is one device.
+        shares_pLE: of each pair's selections, by precision: the plan's, or any expected uses.
+        layout: which bank holds which copies.
     """
-    k, shape_LE = store.config.experts_per_token, (store.config.n_layers, store.config.n_experts)
-    owner_LE = np.zeros(shape_LE, int) if owner_LE is None else owner_LE
-    nobody_N = np.zeros(int(owner_LE.max()) + 1, int)
-    expert_bytes: dict[Signature, int] = {}
+    n_precisions, n_layers, n_experts = layout.shape_pLE
+    owner_LE = owners_LE(n_layers, n_experts, layout.n_devices)
+    nobody_N = np.zeros(layout.n_devices, int)
     n_experts_N: dict[Signature, np.ndarray] = defaultdict(nobody_N.copy)
     widest: dict[Signature, int] = defaultdict(int)
     use: dict[Signature, float] = defaultdict(float)
-    shares = plan.precision_shares_LE(store)
-    for layer in range(store.config.n_layers):
+    for layer in range(n_layers):
         in_layer_N: dict[Signature, np.ndarray] = defaultdict(nobody_N.copy)
-        for precision, share_LE in enumerate(shares):
-            owners = owner_LE[layer][share_LE[layer] > 0]
+        for precision in range(n_precisions):
+            share_E = shares_pLE[precision, layer]
+            owners = owner_LE[layer][share_E > 0]
             if len(owners):
-                experts = store.layer(precision, layer)
-                expert_bytes[experts.signature] = experts.expert_bytes
-                in_layer_N[experts.signature] += np.bincount(owners, minlength=len(nobody_N))
-                use[experts.signature] += float(share_LE[layer].sum())
+                signature = layout.signature_pL[precision][layer]
+                in_layer_N[signature] += np.bincount(owners, minlength=len(nobody_N))
+                use[signature] += float(share_E.sum())
         for signature, wanted_N in in_layer_N.items():
             n_experts_N[signature] += wanted_N
             widest[signature] = max(widest[signature], int(wanted_N.max()))
     return [
         BankDemand(
             signature=signature,
-            expert_bytes=expert_bytes[signature],
-            n_experts=int(n_experts_N[signature].max()),
-            min_slots=min(k, widest[signature]),
-            weight=use[signature] / int(n_experts_N[signature].sum()),
+            expert_bytes=layout.expert_bytes[signature],
+            n_experts=int(wanted_N.max()),
+            min_slots=min(layout.experts_per_token, widest[signature]),
+            weight=use[signature] / int(wanted_N.sum()),
         )
-        for signature in expert_bytes
+        for signature, wanted_N in n_experts_N.items()
     ]
 
 
 def pool_slots(
-    plan: PrecisionPlan,
+    shares_pLE: np.ndarray,
     mode: MissMode,
-    store: HostExperts,
+    layout: BankLayout,
     budget_bytes: int | None,
     low_share: LowShare,
-    n_devices: int = 1,
 ) -> tuple[dict[Signature, int], int]:
     """Slots per bank of each device, and its bytes that would hold all that anyone may ask for.
 
     Args:
-        plan: who asks for which precision.
+        shares_pLE: of each pair's selections, by precision: who asks for which precision.
         mode: whether low copies serve misses.
-        store: experts at every precision.
+        layout: which bank holds which copies; all devices have equal slots (`demands`).
         budget_bytes: of each device's pool; None holds everything.
         low_share: of the budget for low copies (0-1), where the mode keeps some; a mode that keeps
             all of them takes what they need. "adaptive" begins at the default.
-        n_devices: that divide the experts; their pools have equal slots (`demands`).
 
     Raises:
         ValueError: the budget is too small (says what it needs), or the mode needs a low precision
-            that the store does not have.
+            that there is not.
         NotImplementedError: native and low experts of the same formats, which would share a bank.
     """
-    native, low = _wanted(plan, mode, store, n_devices)
+    native, low = _wanted(shares_pLE, mode, layout)
     if not low:
         total = _total_bytes(native)
         slots = divide_budget(native, total if budget_bytes is None else budget_bytes)
@@ -132,38 +193,39 @@ def pool_slots(
     return slots, total
 
 
-def least_bytes(plan: PrecisionPlan, mode: MissMode, store: HostExperts) -> int:
+def least_bytes(shares_pLE: np.ndarray, mode: MissMode, layout: BankLayout) -> int:
     """The smallest budget that `pool_slots` accepts on one device.
 
     Raises:
         ValueError, NotImplementedError: see `pool_slots`.
     """
-    native, low = _wanted(plan, mode, store, n_devices=1)
+    native, low = _wanted(shares_pLE, mode, layout)
     return sum(demand.expert_bytes * demand.min_slots for demand in (*native, *low))
 
 
 def _wanted(
-    plan: PrecisionPlan, mode: MissMode, store: HostExperts, n_devices: int
+    shares_pLE: np.ndarray, mode: MissMode, layout: BankLayout
 ) -> tuple[list[BankDemand], list[BankDemand]]:
     """What the banks of the plan must hold, and those that a miss mode keeps low copies in."""
-    owner_LE = owners_LE(store.config.n_layers, store.config.n_experts, n_devices)
-    wanted = demands(plan, store, owner_LE)
+    wanted = demands(shares_pLE, layout)
     if not mode.native_waits:
         wanted = [replace(demand, min_slots=0) for demand in wanted]
     if mode.low_banks == "none":
         return wanted, []
-    if len(store.precisions) <= LOW:
+    if len(shares_pLE) <= LOW:
         raise ValueError(f"miss mode {type(mode).__name__} needs a store with a low precision")
     if mode.low_banks == "host":
         return wanted, []
-    shared = _signatures(store, NATIVE) & _signatures(store, LOW)
-    if shared:
+    natives, lows = (set(layout.signature_pL[precision]) for precision in (NATIVE, LOW))
+    if shared := natives & lows:
         raise NotImplementedError(
             f"native and low experts both have formats {', '.join(map(str, shared))}; miss mode "
             f"{type(mode).__name__} needs a low precision of other formats"
         )
-    native = [d for d in wanted if d.signature in _signatures(store, NATIVE)]
-    low = demands(uniform_plan(store, LOW), store, owner_LE)
+    native = [demand for demand in wanted if demand.signature in natives]
+    all_low_pLE = np.zeros_like(shares_pLE)
+    all_low_pLE[LOW] = 1
+    low = demands(all_low_pLE, layout)
     if mode.low_banks == "all":
         low = [replace(demand, min_slots=demand.n_experts) for demand in low]
     return native, low

@@ -1,297 +1,148 @@
-"""Replays recorded routing through a policy: what the cache would have done, without a model.
+"""What a recorded trace comes to under the settings of a cache, without a model.
 
-Owns the walk over a trace, the two-precision plans at equal bytes, and the figures. The policies
-are the live engine's own classes, called as the engine calls them: a cold start, demand misses
-only, one token's experts of a layer resident at once.
-
-Low-precision plans share the bytes of `capacity` native slots between a native bank and a low one:
-
-- `native`: one bank.
-- `router_weight`: the `low_share` of selections with the least router weight run low (HOBBIT).
-- `frequency`: the `low_share` of (layer, expert) pairs least used in the profile run low; with a
-  share of 1 that is a uniformly smaller quant.
-- `random`: as many pairs, drawn by a seed: the control.
-- `floor`: every expert is resident at the low precision, the rest of the bytes hold hot experts
-  natively; nobody waits, a native miss runs low while its promotion is under way.
+Owns the step from a trace and settings to a row of figures. Everything that decides is the live
+engine's (`counter.py`), from a cold start unless the settings have a warm one. Two precisions share
+the budget as they would in a live pool.
 """
 
 from __future__ import annotations
 
-import gc
+import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from hobbit_jax.cache.budget import BankDemand, divide_budget
-from hobbit_jax.cache.policies import POLICIES, Belady, PinnedStatic, Policy, Step
+from hobbit_jax.cache.adaptive_split import DEFAULT_SPLIT, AdaptiveSplit, SplitRule
+from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.controller import BankLayout
+from hobbit_jax.cache.counter import Replay
+from hobbit_jax.cache.miss_modes import LOW, miss_mode
+from hobbit_jax.cache.policies import POLICIES, Belady, PinnedStatic, PolicyFactory
+from hobbit_jax.cache.pool_sizing import ADAPTIVE, pool_slots
 from hobbit_jax.cache.trace import Trace
+from hobbit_jax.experts.precision import PrecisionPlan, StaticPlan
+from hobbit_jax.experts.store import NATIVE, ExpertKey
 from pallas_kernels.reference import Signature
 
-PLANS = ("native", "router_weight", "frequency", "random", "floor")
 # Besides the live engine's: one needs a profile, the other the future.
 REPLAY_POLICIES = (*POLICIES, "pinned_static", "belady")
-_CHUNK_TOKENS = 256
+_BANKS = (Signature("native", "", ""), Signature("low", "", ""))
 
 
-@dataclass(frozen=True)
-class Bank:
-    """Slots of one precision, and the selections that it serves."""
-
-    precision: str
-    slots: int
-    expert_bytes: int
-    served_TLK: np.ndarray  # bool
-    waits: bool = True  # False: a miss runs on another copy meanwhile
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A plan made concrete for one trace and budget."""
-
-    plan: str
-    banks: list[Bank]
-    low_experts: int  # held at the low precision for good, outside the banks
-    degraded_share: float | None  # of selections run below native; None if the replay decides
-    threshold: float | None = None  # router weight below which a selection runs low
-
-
-def lay_out(
-    trace: Trace,
-    capacity: int,
-    expert_bytes: int,
-    plan: str = "native",
-    low_bytes: int | None = None,
-    low_share: float = 0.5,
-    profile: Trace | None = None,
-    seed: int = 0,
-) -> Layout:
-    """Banks for `capacity` native slots' worth of bytes.
+def replay_policy(
+    name: str, trace: Trace, plan: PrecisionPlan | None = None, profile: Trace | None = None
+) -> PolicyFactory:
+    """A policy by its name, with the future or a profile where it needs one.
 
     Args:
-        trace: what will be replayed.
-        capacity: native slots that the budget would hold.
-        expert_bytes: of a native expert.
-        plan: see the module.
-        low_bytes: of a low expert; for every plan but `native`.
-        low_share: of the selections, or of the pairs, that run low, 0-1.
-        profile: says which pairs are seldom used; the trace itself if None.
-        seed: of the plan `random`.
-
-    Raises:
-        ValueError: the bytes cannot hold what one step needs at once, or a bad argument.
-    """
-    n_tokens, n_layers, k = trace.ids_TLK.shape
-    everyone = np.ones(trace.ids_TLK.shape, bool)
-    if capacity < k:
-        raise ValueError(f"capacity is {capacity}; one step needs {k} experts at once")
-    if expert_bytes < 1:
-        raise ValueError(f"expert_bytes is {expert_bytes}; want at least 1")
-    if plan == "native":
-        bank = Bank("native", capacity, expert_bytes, everyone)
-        return Layout(plan, [bank], 0, 0.0)
-    if low_bytes is None or not 0 < low_bytes < expert_bytes:
-        raise ValueError(f"low_bytes is {low_bytes}; want 1 to {expert_bytes - 1}")
-    if not 0.0 <= low_share <= 1.0:
-        raise ValueError(f"low_share is {low_share}; want 0 to 1")
-    n_pairs, budget = n_layers * trace.n_experts, capacity * expert_bytes
-    if plan == "floor":
-        slots = (budget - n_pairs * low_bytes) // expert_bytes
-        if slots < k:
-            needed = -(-(n_pairs * low_bytes + k * expert_bytes) // expert_bytes)
-            raise ValueError(
-                f"capacity is {capacity}; the floor of {n_pairs} low experts and one native step "
-                f"need {needed}"
-            )
-        slots = min(slots, n_pairs)
-        native = Bank("native", slots, expert_bytes, everyone, waits=False)
-        return Layout(plan, [native], n_pairs, None)
-    threshold = None
-    if plan == "router_weight":
-        threshold = float(np.quantile(trace.weights_TLK, low_share))
-        low_TLK = trace.weights_TLK < threshold if low_share < 1.0 else everyone
-        n_native = n_low = n_pairs
-    elif plan in ("frequency", "random"):
-        low_P, order_P = np.zeros(n_pairs, bool), np.random.default_rng(seed).permutation(n_pairs)
-        if plan == "frequency":
-            order_P = np.argsort((profile or trace).uses_LE.ravel(), kind="stable")
-        low_P[order_P[: round(low_share * n_pairs)]] = True
-        low_TLK = low_P[trace.keys_TLK]
-        n_low = int(low_P.sum())
-        n_native = n_pairs - n_low
-    else:
-        raise ValueError(f"plan is {plan!r}; want one of {', '.join(PLANS)}")
-    degraded = float(low_TLK.mean())
-    precisions = [
-        ("native", ~low_TLK, n_native, expert_bytes, 1 - degraded),
-        ("low", low_TLK, n_low, low_bytes, degraded),
-    ]
-    precisions = [precision for precision in precisions if precision[1].any()]
-    # The live pool's own rule, from what the plan expects of each bank.
-    demands = [
-        BankDemand(
-            Signature(precision, precision, precision), size, n, min(k, n), share * n_tokens / n
-        )
-        for precision, _, n, size, share in precisions
-    ]
-    if sum(d.expert_bytes * d.min_slots for d in demands) > budget:
-        needed = -(-sum(d.expert_bytes * d.min_slots for d in demands) // expert_bytes)
-        raise ValueError(f"capacity is {capacity}; one step at both precisions needs {needed}")
-    slots_per_bank = divide_budget(demands, budget)
-    banks = [
-        Bank(precision, slots, size, served_TLK)
-        for (precision, served_TLK, _, size, _), slots in zip(
-            precisions, slots_per_bank, strict=True
-        )
-    ]
-    return Layout(plan, banks, 0, degraded, threshold)
-
-
-_Steps = list[tuple[Step, list[int], list[float]]]  # with the keys used and their weights
-
-
-def _steps(trace: Trace, served_TLK: np.ndarray) -> Iterator[_Steps]:
-    """Chunks of tokens: the steps in which `served_TLK` has any selections, with those."""
-    # One Python object per key, however often it is used: dictionaries compare those by identity.
-    key_P = np.arange(trace.uses_LE.size).astype(object)
-    keys_TLK, (n_tokens, n_layers, _) = trace.keys_TLK, trace.ids_TLK.shape
-    for start in range(0, n_tokens, _CHUNK_TOKENS):
-        part = slice(start, start + _CHUNK_TOKENS)
-        served, positions = served_TLK[part], trace.position_T[part].tolist()
-        keys = key_P[keys_TLK[part][served]].tolist()
-        weights = trace.weights_TLK[part][served].tolist()
-        ends = np.cumsum(served.sum(axis=2)).tolist()
-        steps = (
-            Step(start + i, layer, position)
-            for i, position in enumerate(positions)
-            for layer in range(n_layers)
-        )
-        yield [
-            (step, keys[begin:end], weights[begin:end])
-            for step, begin, end in zip(steps, [0, *ends[:-1]], ends, strict=True)
-            if end > begin
-        ]
-
-
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    """Without Python's cycle collector: a replay makes no cycles, and it would cost a third."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@dataclass(frozen=True)
-class Walk:
-    """What one bank's replay came to; the times are those of the policy, without reading."""
-
-    misses_L: np.ndarray
-    seconds: float
-    cpu_seconds: float
-
-
-def walk(trace: Trace, policy: Policy[int], bank: Bank, label: str = "") -> Walk:
-    """Plays a bank's selections through its policy, as the engine would."""
-    misses_L = [0] * trace.ids_TLK.shape[1]
-    begin_step, access_all, admit = policy.begin_step, policy.access_all, policy.admit
-    native, seconds, cpu_seconds = bank.precision == "native", 0.0, 0.0
-    chunks, n_chunks = _steps(trace, bank.served_TLK), -(-len(trace.ids_TLK) // _CHUNK_TOKENS)
-    with _no_collector():
-        for steps in tqdm(chunks, total=n_chunks, desc=label, unit="chunk", disable=None):
-            began, cpu_began = time.perf_counter(), time.thread_time()
-            for step, keys, weights in steps:
-                begin_step(step)
-                missing = access_all(keys, weights, native)
-                if missing:
-                    misses_L[step.layer] += len(missing)
-                    for key in missing:
-                        admit(key, keys)
-            seconds += time.perf_counter() - began
-            cpu_seconds += time.thread_time() - cpu_began
-    return Walk(np.asarray(misses_L), seconds, cpu_seconds)
-
-
-def make_policy(name: str, trace: Trace, bank: Bank, profile: Trace | None) -> Policy[int]:
-    """A policy by its name, with the future or the profile where it needs one.
+        name: of `REPLAY_POLICIES`.
+        trace: what will be replayed, in the mode `fetch` if the policy is Belady's.
+        plan: who gets which precision; None is native throughout.
+        profile: says how often each expert is used; the trace itself if None.
 
     Raises:
         ValueError: no policy of that name; lists those there are.
     """
     if name == "belady":
-        return Belady(bank.slots, trace.keys_TLK[bank.served_TLK].tolist())
+        requested_TLK = _requested_TLK(trace, plan)
+        layer_TLK = np.broadcast_to(np.arange(trace.ids_TLK.shape[1])[:, None], trace.ids_TLK.shape)
+        uses_3A = (a.ravel().tolist() for a in (requested_TLK, layer_TLK, trace.ids_TLK))
+        future = list(map(ExpertKey, *uses_3A))
+        return lambda capacity: Belady(capacity, future)
     if name == "pinned_static":
-        uses = (profile or trace).uses_LE.ravel().tolist()
-        return PinnedStatic(bank.slots, dict(enumerate(uses)))
+        uses_LE = (profile or trace).uses_LE
+        uses = {
+            ExpertKey(precision, *index): float(count)
+            for precision in (NATIVE, LOW)
+            for index, count in np.ndenumerate(uses_LE)
+        }
+        return lambda capacity: PinnedStatic(capacity, uses)
     if name not in POLICIES:
         raise ValueError(f"policy is {name!r}; want all, or of {', '.join(REPLAY_POLICIES)}")
-    return POLICIES[name](bank.slots)
+    return POLICIES[name]
+
+
+def _requested_TLK(trace: Trace, plan: PrecisionPlan | None) -> np.ndarray:
+    if plan is None:
+        return np.full(trace.ids_TLK.shape, NATIVE)
+    parts = [plan.assign(r.layer, r.ids_TK, r.weights_TK) for r in trace.layers()]
+    return np.stack(parts, axis=1)
 
 
 def replay(
-    trace: Trace, name: str, layout: Layout, capacity: int, profile: Trace | None = None
+    trace: Trace,
+    cache: CacheConfig,
+    expert_bytes_p: Sequence[int],
+    rule: SplitRule = DEFAULT_SPLIT,
 ) -> dict[str, Any]:
-    """Replays a trace through one policy per bank; the figures, ready for JSON.
+    """Replays a trace; the figures, ready for JSON.
 
-    `hit_rate` is of all selections, at the precision that the plan asked for; `wait_rate` is the
-    share of selections for which a token would have waited; `residents` are the experts that the
-    device holds at the end, at either precision or both. Speeds leave out reading the file; that
-    per second of CPU time does not depend on what else the machine does.
+    `hit_rate` is of all uses at the precision that served; `low_share` are the selections served
+    below native and `degraded_share` those served below the precision that the plan asked for.
+    `residents` are the experts that the device holds at the end, at either precision or both. The
+    speed leaves out reading the file, and does not depend on what else the machine does.
+
+    Args:
+        trace: of one sequence after the other, each decoded token by token.
+        cache: budget, plan, policy, mode and so on; not what describes an engine.
+        expert_bytes_p: of one expert, natively and, if there is one, at the low precision.
+        rule: of the adaptive split, which decides where a sequence begins.
+
+    Raises:
+        ValueError: too small a budget, pins that leave no room for a step, or a bad argument.
     """
-    accesses_L = np.zeros(trace.ids_TLK.shape[1], np.int64)
-    misses_L, waits, moved, precisions = np.zeros_like(accesses_L), 0, 0, []
-    seconds = cpu_seconds = 0.0
-    resident_P = np.full(trace.uses_LE.size, layout.low_experts > 0)
-    for bank in layout.banks:
-        label = name if len(layout.banks) == 1 else f"{name}, {bank.precision}"
-        policy = make_policy(name, trace, bank, profile)
-        walked = walk(trace, policy, bank, label)
-        resident_P |= [key in policy for key in range(len(resident_P))]
-        misses, accesses = int(walked.misses_L.sum()), int(bank.served_TLK.sum())
-        precisions.append(
-            {
-                "precision": bank.precision,
-                "slots": bank.slots,
-                "expert_bytes": bank.expert_bytes,
-                "hits": accesses - misses,
-                "misses": misses,
-                "bytes_moved": misses * bank.expert_bytes,
-            }
-        )
-        accesses_L += bank.served_TLK.sum(axis=(0, 2))
-        misses_L += walked.misses_L
-        waits += misses if bank.waits else 0
-        seconds += walked.seconds
-        cpu_seconds += walked.cpu_seconds
-        moved += misses * bank.expert_bytes
-    accesses, misses = int(accesses_L.sum()), int(misses_L.sum())
-    degraded = misses / accesses if layout.degraded_share is None else layout.degraded_share
+    _, n_layers, k = trace.ids_TLK.shape
+    banks = _BANKS[: len(expert_bytes_p)]
+    layout = BankLayout(
+        trace.n_experts,
+        k,
+        [[bank] * n_layers for bank in banks],
+        dict(zip(banks, expert_bytes_p, strict=True)),
+    )
+    shares_pLE = _expected_uses_pLE(trace, cache.plan, layout.shape_pLE)
+    mode = miss_mode(cache.mode)
+    slots, _ = pool_slots(shares_pLE, mode, layout, cache.budget_bytes, cache.low_share)
+    replayed, split = Replay(layout, slots, cache), None
+    if cache.low_share == ADAPTIVE and mode.low_banks == "cache":
+        split = AdaptiveSplit(replayed.counter, cache, shares_pLE, rule)
+        replayed.controller.observe(split)
+    before, began_s = dataclasses.replace(replayed.tally), time.thread_time()
+    replayed.play(trace, "replay")
+    seconds, tally = time.thread_time() - began_s, replayed.tally.since(before)
+    selections = max(1, tally.selections)
     return {
-        "policy": name,
-        "capacity": capacity,
-        "hit_rate": 1 - misses / accesses,
-        "hits": accesses - misses,
-        "misses": misses,
-        "accesses": accesses,
-        "wait_rate": waits / accesses,
-        "bytes_moved": moved,
-        "bytes_moved_per_token": moved / len(trace.ids_TLK),
-        "plan": layout.plan,
-        "slots": sum(bank.slots for bank in layout.banks) + layout.low_experts,
-        "residents": int(resident_P.sum()),
-        "degraded_share": degraded,
-        "threshold": layout.threshold,
-        "precisions": precisions,
-        "hit_rate_L": (1 - misses_L / np.maximum(accesses_L, 1)).tolist(),
-        "accesses_per_s": accesses / max(seconds, 1e-9),
-        "accesses_per_cpu_s": accesses / max(cpu_seconds, 1e-9),
+        "hit_rate": tally.hit_rate,
+        "hits": tally.hits,
+        "misses": tally.misses,
+        "bytes_moved": tally.bytes_moved,
+        "bytes_moved_per_token": tally.bytes_moved / tally.tokens,
+        "promotions_per_token": tally.promotions / tally.tokens,
+        "round_trips_per_token": tally.round_trips / tally.tokens,
+        "low_share": tally.low / selections,
+        "degraded_share": tally.degraded / selections,
+        "skipped_share": tally.skipped / selections,
+        "slots": {bank.signature.gate: bank.policy.capacity for bank in replayed.controller.banks},
+        "residents": round(replayed.resident_share() * trace.uses_LE.size),
+        "repartitions": [[change.tokens, change.low_share] for change in split.history]
+        if split
+        else [],
+        "accesses_per_cpu_s": (tally.hits + tally.misses) / max(seconds, 1e-9),
         "trace": trace.name,
-        "profile": None if profile is None else profile.name,
     }
+
+
+def _expected_uses_pLE(
+    trace: Trace, plan: PrecisionPlan | None, shape_pLE: tuple[int, int, int]
+) -> np.ndarray:
+    """Uses of each pair at each precision, the same for all that a plan gives a precision.
+
+    By them the budget is divided: what the plan expects of each bank.
+    """
+    plan = plan or StaticPlan(np.full(shape_pLE[1:], NATIVE, np.int8))
+    wanted_pLE = plan.shares_pLE(shape_pLE) > 0
+    requested_TLK = _requested_TLK(trace, plan)
+    uses_p = np.array([(requested_TLK == precision).sum() for precision in range(shape_pLE[0])])
+    pairs_p = wanted_pLE.sum(axis=(1, 2))
+    return wanted_pLE * (uses_p / np.maximum(pairs_p, 1))[:, None, None]

@@ -1,17 +1,22 @@
 """Recorded routing: which experts a model chose, token by token and layer by layer.
 
-Owns reading and checking of trace files. A trace is an .npz of `expert_ids` [T, L, K] (integers),
-`weights` [T, L, K] (router weights, in the order of the ids) and `seq_lens` [sequences] (tokens of
-each, in order).
+Owns recording, and the writing, reading and checking of trace files. A trace is an .npz of
+`expert_ids` [T, L, K] (integers), `weights` [T, L, K] (router weights, in the order of the ids) and
+`seq_lens` [sequences] (tokens of each, in order).
 """
 
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+
+from hobbit_jax.atomic import replacing
+from hobbit_jax.cache.controller import Observer
+from hobbit_jax.cache.router_output import RouterOutput
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,28 @@ class Trace:
     weights_TLK: np.ndarray  # float32, each step's add up to 1
     position_T: np.ndarray  # int64; of a token in its sequence
     n_experts: int  # of a layer
+
+    def part(self, start: int, stop: int) -> Trace:
+        """The tokens from `start` to before `stop`."""
+        at = slice(start, stop)
+        return replace(
+            self,
+            ids_TLK=self.ids_TLK[at],
+            weights_TLK=self.weights_TLK[at],
+            position_T=self.position_T[at],
+        )
+
+    def layers(self) -> list[RouterOutput]:
+        """What each layer's router chose for all tokens."""
+        valid_T = np.ones(len(self.ids_TLK), bool)
+        return [
+            RouterOutput(layer, self.ids_TLK[:, layer], self.weights_TLK[:, layer], valid_T)
+            for layer in range(self.ids_TLK.shape[1])
+        ]
+
+    def routed(self) -> Iterator[list[RouterOutput]]:
+        """Of each token, what each layer's router chose, as an engine's observers are told."""
+        return (self.part(token, token + 1).layers() for token in range(len(self.ids_TLK)))
 
     @property
     def keys_TLK(self) -> np.ndarray:
@@ -114,3 +141,39 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             return {name: file[name] for name in wanted}
     except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is no .npz file: {error}") from error
+
+
+class RoutingRecorder(Observer):
+    """Records which experts one sequence chooses, prompt and generated text alike."""
+
+    def __init__(self, n_layers: int):
+        self._ids: list[list[np.ndarray]] = [[] for _ in range(n_layers)]
+        self._weights: list[list[np.ndarray]] = [[] for _ in range(n_layers)]
+
+    def after_routing(self, routed: RouterOutput) -> None:
+        """Keeps one layer's choices for the tokens of one step."""
+        self._ids[routed.layer].append(routed.ids_TK[routed.valid_T])
+        self._weights[routed.layer].append(routed.weights_TK[routed.valid_T])
+
+    def write(self, path: Path) -> int:
+        """Writes the trace as an .npz file; returns how many tokens it has.
+
+        Raises:
+            ValueError: nothing was routed yet, or a layer is behind the others.
+        """
+        counts = {sum(map(len, steps)) for steps in self._ids}
+        if counts == {0} or len(counts) != 1:
+            raise ValueError(
+                f"layers routed {sorted(counts)} tokens; want as many in each, above 0"
+            )
+        (n_tokens,) = counts
+        ids_TLK = np.stack([np.concatenate(steps) for steps in self._ids], axis=1)
+        weights_TLK = np.stack([np.concatenate(steps) for steps in self._weights], axis=1)
+        with replacing(path) as partial, partial.open("wb") as file:
+            np.savez(
+                file,
+                expert_ids=ids_TLK.astype(np.int32),
+                weights=weights_TLK.astype(np.float32),
+                seq_lens=np.asarray([n_tokens]),
+            )
+        return n_tokens

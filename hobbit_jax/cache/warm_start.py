@@ -6,7 +6,7 @@ This module owns which copies are loaded in which order, into a pool or a counte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 from hobbit_jax.cache.controller import Bank, Controller
 from hobbit_jax.cache.miss_modes import LOW, MissMode
 from hobbit_jax.experts.store import NATIVE, ExpertKey
+from pallas_kernels.reference import Signature
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,17 @@ class Executor(Protocol):
     def pin(self, keys: Sequence[ExpertKey], /) -> None:
         """Makes copies resident for good."""
         ...
+
+    def resize(self, slots: Mapping[Signature, int], /) -> None:
+        """Divides the bytes of each device's banks anew."""
+        ...
+
+
+def load_all(executor: Executor, precision: int) -> None:
+    """Makes every copy of a precision resident, where there is room for all of them."""
+    _, n_layers, n_experts = executor.controller.layout.shape_pLE
+    for layer in range(n_layers):
+        executor.load([ExpertKey(precision, layer, expert) for expert in range(n_experts)])
 
 
 def rank(

@@ -23,6 +23,7 @@ SKIPPED = -1  # a selection that no expert serves: padding, or skipped by the pl
 SELECTION_SCORES = ("router_weight", "cumulative_weight")
 # A NumPy or a JAX array: the caller's choice decides where `assign` computes.
 Array = Any
+Shape = tuple[int, int, int]  # precisions, layers, experts of a layer
 
 
 class PrecisionPlan(Protocol):
@@ -32,8 +33,8 @@ class PrecisionPlan(Protocol):
         """Precision of each selection, int8 [T, K]; selections of a token stand heaviest first."""
         ...
 
-    def precision_shares_LE(self, store: HostExperts) -> list[np.ndarray]:
-        """Per precision, the share (0-1) of each pair's selections it serves, float [L, E]."""
+    def shares_pLE(self, shape_pLE: Shape) -> np.ndarray:
+        """Share (0-1) of each pair's selections that each precision serves, float [p, L, E]."""
         ...
 
 
@@ -48,12 +49,10 @@ class StaticPlan:
         """See `PrecisionPlan.assign`."""
         return self.precision_LE[layer][ids_TK].astype(np.int8)
 
-    def precision_shares_LE(self, store: HostExperts) -> list[np.ndarray]:
-        """See `PrecisionPlan.precision_shares_LE`."""
-        return [
-            (self.precision_LE == precision).astype(np.float64)
-            for precision in range(len(store.precisions))
-        ]
+    def shares_pLE(self, shape_pLE: Shape) -> np.ndarray:
+        """See `PrecisionPlan.shares_pLE`."""
+        precision_p11 = np.arange(shape_pLE[0])[:, None, None]
+        return (self.precision_LE == precision_p11).astype(np.float64)
 
 
 def importance_score(score: str, weights_TK: Array) -> Array:
@@ -115,14 +114,13 @@ class SelectionPlan:
             precision_TK = xp.where(score_TK > threshold, np.int8(precision), precision_TK)
         return precision_TK
 
-    def precision_shares_LE(self, store: HostExperts) -> list[np.ndarray]:
-        """See `PrecisionPlan.precision_shares_LE`."""
-        shape = (store.config.n_layers, store.config.n_experts)
-        shares = [np.zeros(shape) for _ in store.precisions]
+    def shares_pLE(self, shape_pLE: Shape) -> np.ndarray:
+        """See `PrecisionPlan.shares_pLE`."""
+        shares_pLE = np.zeros(shape_pLE)
         for precision, share in zip(self.precisions, self.shares, strict=True):
             if precision != SKIPPED:
-                shares[precision] += share
-        return shares
+                shares_pLE[precision] += share
+        return shares_pLE
 
 
 def uniform_plan(store: HostExperts, precision: int = NATIVE) -> StaticPlan:

@@ -17,6 +17,8 @@ import numpy as np
 
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, check_finite_scales
 from hobbit_jax.models.config import ModelConfig, layer_tensors
+from pallas_kernels.backends import Implementation
+from pallas_kernels.expert_ffn import implementation_for
 from pallas_kernels.reference import BiasStacks, ExpertBias, Signature
 
 NATIVE = 0
@@ -118,6 +120,11 @@ class HostExperts:
         self.biases: BiasStacks = _biases(config, native) if config.expert_biases else ()
         self._checked: set[ExpertKey] = set()
 
+    @property
+    def shape_pLE(self) -> tuple[int, int, int]:
+        """Precisions, layers and experts of a layer."""
+        return len(self.precisions), self.config.n_layers, self.config.n_experts
+
     def layer(self, precision: int, layer: int) -> LayerExperts:
         """The experts of `layer` at `precision`."""
         return self.precisions[precision][layer]
@@ -134,6 +141,14 @@ class HostExperts:
     def expert_bytes(self, key: ExpertKey) -> int:
         """Bytes of one expert."""
         return self.precisions[key.precision][key.layer].expert_bytes
+
+    def backend(
+        self, signature: Signature, implementation: Implementation, platform: str | None = None
+    ) -> str:
+        """How experts of a signature are computed; see `implementation_for`."""
+        config = self.config
+        sizes, function = (config.d_model, config.d_expert), config.expert_function
+        return implementation_for(signature, *sizes, implementation, platform, function)
 
     def raw(self, key: ExpertKey) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Raw blocks of gate, up and down: uint8 [rows, row_bytes] views into the file.

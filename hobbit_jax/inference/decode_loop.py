@@ -25,11 +25,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hobbit_jax.cache.miss_modes import MissMode
+from hobbit_jax.cache.selection import Selections, rows_of_layer, select
 from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.inference.decode_report import LOG_FIELDS, log_entry, pack
 from hobbit_jax.inference.layer_groups import LayerGroups
 from hobbit_jax.inference.sampling import Sampling, sample
-from hobbit_jax.inference.selection import Selections, rows_of_layer, select
 from hobbit_jax.models import sharding
 from hobbit_jax.models.caches import Caches, empty_caches
 from hobbit_jax.models.config import ModelConfig
@@ -238,7 +238,7 @@ def _attend(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -
         lift_E = jnp.where(resident_E, jnp.float32(spec.resident_lift), jnp.float32(0))
     routed, caches = attend_and_route(at, carry.caches, carry.x_BD[:, None], positions_B1, lift_E)
     valid_B = loop.active_B & is_layer
-    selections = select(weights.plan, spec.mode, table_pE, layer, routed.routing, valid_B)
+    selections = select(weights.plan, spec.mode, table_pE >= 0, layer, routed.routing, valid_B)
     carry = carry._replace(
         caches=caches,
         routed=jnp.array(True),
@@ -345,7 +345,7 @@ def _look_ahead(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loo
         routing = at.run(lambda block, x: block.route_ahead(x), x_BD)
         table_pE = rows_of_layer(held_UE, layer, n_layers)
         valid_B = loop.active_B & (here + distance < n_layers)
-        chosen = select(weights.plan, spec.mode, table_pE, layer, routing, valid_B)
+        chosen = select(weights.plan, spec.mode, table_pE >= 0, layer, routing, valid_B)
         return jnp.stack([chosen.ids_TK.reshape(-1), chosen.served_TK.reshape(-1)])
 
     shape = (spec.look_ahead, 2, loop.carry.done_A.size)

@@ -17,9 +17,9 @@ import numpy as np
 from hobbit_jax.cache.controller import uses_of
 from hobbit_jax.cache.miss_modes import Use
 from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.selection import Selections
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import ExpertKey
-from hobbit_jax.inference.selection import Selections
 
 # Of an entry of the log: expert, precision asked for, precision that serves it, bits of the
 # router's weight.

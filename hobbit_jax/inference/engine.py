@@ -16,18 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hobbit_jax.cache.adaptive_split import AdaptiveSplit
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, Controller, Decision, Observer
-from hobbit_jax.cache.miss_modes import LOW, miss_mode
+from hobbit_jax.cache.miss_modes import miss_mode
 from hobbit_jax.cache.policies import Step
+from hobbit_jax.cache.pool import SlotPool, make_pool
 from hobbit_jax.cache.pool_sizing import ADAPTIVE, pool_slots
 from hobbit_jax.cache.prefetch import Prefetcher
 from hobbit_jax.cache.router_output import RouterOutput
-from hobbit_jax.cache.sharded_pool import ExpertPool, make_pool
+from hobbit_jax.cache.selection import Selections
 from hobbit_jax.experts.precision import SKIPPED, uniform_plan
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from hobbit_jax.inference import non_finite
-from hobbit_jax.inference.adaptive_split import AdaptiveSplit
 from hobbit_jax.inference.decode_loop import (
     Carry,
     Inputs,
@@ -42,9 +43,8 @@ from hobbit_jax.inference.decode_report import Report
 from hobbit_jax.inference.host_compute import HostCompute, HostOutputs
 from hobbit_jax.inference.layer_groups import LayerGroups
 from hobbit_jax.inference.moe import Grouped
-from hobbit_jax.inference.prefill import Prefill, logits, pad_tokens
+from hobbit_jax.inference.prefill import Prefill, chunks, logits
 from hobbit_jax.inference.sampling import Sampling, sample, seed_key
-from hobbit_jax.inference.selection import Selections
 from hobbit_jax.inference.step_stats import EngineStats, Meter, StepStats
 from hobbit_jax.models.caches import empty_caches
 from hobbit_jax.models.loading import LoadedModel
@@ -73,7 +73,7 @@ class Engine:
         model: LoadedModel,
         store: HostExperts,
         cache: CacheConfig = DEFAULT_CACHE,
-        executor: Callable[..., ExpertPool] = make_pool,
+        executor: Callable[..., SlotPool] = make_pool,
         observers: Sequence[Observer] = (),
     ):
         self._mesh = mesh = expert_mesh(cache.devices)
@@ -99,16 +99,16 @@ class Engine:
         self._ids: list[list[int]] = []  # of each sequence so far
         self._tokens = 0  # decoded tokens and prefill chunks so far, for the policies
 
-    def _make_pool(self, executor: Callable[..., ExpertPool]) -> tuple[Controller, ExpertPool]:
+    def _make_pool(self, executor: Callable[..., SlotPool]) -> tuple[Controller, SlotPool]:
         """The controller and its pool, as warm as `cache` wants them."""
         cache, mode, store, config = self.cache, self.mode, self.store, self.config
-        slots, total = pool_slots(
-            self.plan, mode, store, cache.budget_bytes, cache.low_share, cache.devices
-        )
+        layout = BankLayout.of_store(store, cache.devices)
+        shares_pLE = self.plan.shares_pLE(layout.shape_pLE)
+        slots, total = pool_slots(shares_pLE, mode, layout, cache.budget_bytes, cache.low_share)
         staging_bytes = cache.staging_bytes
         if staging_bytes is None:
             staging_bytes = config.experts_per_token * store.largest_expert_bytes
-        controller = cache.controller(BankLayout.of_store(store, cache.devices), slots)
+        controller = cache.controller(layout, slots)
         if cache.prefetch is not None:
             self._prefetcher = Prefetcher(cache.prefetch, config.n_layers, config.n_experts)
             controller.observe(self._prefetcher)
@@ -117,12 +117,9 @@ class Engine:
             staging_bytes=staging_bytes,
             mesh=self._mesh, implementation=self.model.implementation,
         )  # fmt: skip
-        if mode.low_banks == "all":
-            pool.load_all(LOW)
-        if cache.warm is not None:
-            cache.warm.fill(pool, np.stack(self.plan.precision_shares_LE(store)), mode)
+        cache.fill(pool, shares_pLE)
         if cache.low_share == ADAPTIVE and mode.low_banks == "cache":
-            self.split = AdaptiveSplit(pool, self.plan, cache)
+            self.split = AdaptiveSplit(pool, cache, shares_pLE)
             controller.observe(self.split)
         return controller, pool
 
@@ -137,8 +134,7 @@ class Engine:
                 f"{context} tokens exceed the model's context of {self.config.context_length}"
             )
         self.pool.drop_prefetched()
-        if self.split is not None:
-            self.split.begin_sequences()
+        self.controller.begin_sequences()
         self._carry = empty_carry(self.config, batch, context, self._mesh, self.cache.kv_format)
         self._lengths_B = np.zeros(batch, np.int32)
         self._ids = [[] for _ in range(batch)]
@@ -226,8 +222,8 @@ class Engine:
         self._carry, longest = None, max(map(len, self._ids))
         caches = empty_caches(self.config, len(self._ids), longest, self.cache.kv_format)
         caches = replicated(caches, self._mesh)
-        chunk = max(1, self.cache.chunk_tokens // len(self._ids))
-        raise ValueError(non_finite.describe(self._prefill, caches, self._ids, chunk))
+        chunk_tokens = self.cache.chunk_tokens
+        raise ValueError(non_finite.describe(self._prefill, caches, self._ids, chunk_tokens))
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> jax.Array:
         """Appends one prompt per sequence, in chunks; float32 logits [B, V] of each last token."""
@@ -237,15 +233,8 @@ class Engine:
                 f"got prompts of lengths {lengths_B.tolist()}; want {len(self._lengths_B)} "
                 "prompts of at least one token"
             )
-        longest = int(lengths_B.max())
-        ids_BT = np.zeros((len(prompts), longest), np.int32)
-        for row, prompt in enumerate(prompts):
-            ids_BT[row, : len(prompt)] = prompt
-        chunk = max(1, self.cache.chunk_tokens // len(prompts))
         logits_BV: jax.Array | None = None
-        for start in range(0, longest, chunk):
-            part_BT = pad_tokens(ids_BT[:, start : start + chunk], chunk)
-            n_new_B = np.clip(lengths_B - start, 0, chunk).astype(np.int32)
+        for part_BT, n_new_B, _ in chunks(prompts, self.cache.chunk_tokens):
             x_BTD = self._append(part_BT, n_new_B)
             new_BV = self._logits(x_BTD, np.maximum(n_new_B - 1, 0))
             ended_B = (n_new_B > 0)[:, None]
@@ -258,13 +247,10 @@ class Engine:
         """Teacher-forced float32 logits [B, T, V] of fresh sequences, all of length T."""
         batch, tokens = ids_BT.shape
         self.start(batch, tokens)
-        chunk = max(1, self.cache.chunk_tokens // batch)
         parts = []
-        for start in range(0, tokens, chunk):
-            part_BT = ids_BT[:, start : start + chunk]
-            n_new_B = np.full(batch, part_BT.shape[1], np.int32)
-            x_BTD = self._append(pad_tokens(part_BT, chunk), n_new_B)
-            parts.append(self._logits(x_BTD, None)[:, : part_BT.shape[1]])
+        for part_BT, n_new_B, _ in chunks(ids_BT.tolist(), self.cache.chunk_tokens):
+            x_BTD = self._append(part_BT, n_new_B)
+            parts.append(self._logits(x_BTD, None)[:, : n_new_B[0]])
             self._check_finite(np.asarray(non_finite.finite_BT(parts[-1])).all())
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from pallas_kernels.backends import Implementation
-from pallas_kernels.expert_ffn import expert_ffn, implementation_for
+from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.formats import get_format
 from pallas_kernels.ggml.ops import RawMatrix, address_of
 from pallas_kernels.reference import Bank, Biases, BiasStacks, Signature, Work
@@ -105,15 +105,7 @@ class HostCompute:
 
     def implementation(self, signature: Signature) -> str:
         """How experts of one signature are computed on the CPU."""
-        config = self._store.config
-        return implementation_for(
-            signature,
-            config.d_model,
-            config.d_expert,
-            self._implementation,
-            platform="cpu",
-            function=config.expert_function,
-        )
+        return self._store.backend(signature, self._implementation, "cpu")
 
     @cached_property
     def _biases(self) -> BiasStacks:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hobbit_jax.cache.sharded_pool import ExpertPool
+from hobbit_jax.cache.pool import SlotPool
 from pallas_kernels.backends import Implementation
-from pallas_kernels.expert_ffn import implementation_for
 from pallas_kernels.reference import Signature
 
 
@@ -24,7 +23,7 @@ class LayerGroups:
     implementations: tuple[tuple[Signature, str], ...]  # how each bank's experts are computed
 
     @classmethod
-    def of(cls, pool: ExpertPool, implementation: Implementation) -> LayerGroups:
+    def of(cls, pool: SlotPool, implementation: Implementation) -> LayerGroups:
         """Of the banks that `pool` has, up to the highest precision that has one."""
         store, config = pool.store, pool.store.config
         used = [
@@ -40,17 +39,5 @@ class LayerGroups:
             )
             by_layer.append(tuple(s if s in pool.banks else None for s in signatures))
         kinds = tuple(dict.fromkeys(by_layer))
-        implementations = tuple(
-            (
-                signature,
-                implementation_for(
-                    signature,
-                    config.d_model,
-                    config.d_expert,
-                    implementation,
-                    function=config.expert_function,
-                ),
-            )
-            for signature in pool.banks
-        )
+        implementations = tuple((s, store.backend(s, implementation)) for s in pool.banks)
         return cls(kinds, tuple(kinds.index(kind) for kind in by_layer), implementations)

@@ -22,14 +22,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from hobbit_jax.cache.miss_modes import LOW, Use
 from hobbit_jax.cache.policies import Step
-from hobbit_jax.cache.sharded_pool import ExpertPool
+from hobbit_jax.cache.pool import SlotPool
+from hobbit_jax.cache.selection import Selections
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, ExpertKey
 from hobbit_jax.inference.host_compute import HostCompute, HostOutputs, items
-from hobbit_jax.inference.selection import Selections
 from hobbit_jax.models.sharding import DIVIDED, REPLICATED, divided, on_each, sum_of_parts
 from pallas_kernels.backends import Implementation
-from pallas_kernels.expert_ffn import expert_ffn, implementation_for
+from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import (
     Bank,
     Biases,
@@ -133,7 +133,7 @@ class Grouped:
 
 
 def _calls(
-    pool: ExpertPool, keys: Sequence[ExpertKey], grouped: Grouped, width: int, most_items: int
+    pool: SlotPool, keys: Sequence[ExpertKey], grouped: Grouped, width: int, most_items: int
 ) -> Iterator[Work]:
     """The items of one batch, `most_items` to a call and device, padded to as many."""
     shares = [{key: pool.slot(key) for key in share} for share in pool.by_device(keys)]
@@ -154,7 +154,7 @@ def _calls(
         )
 
 
-def _split_batch(pool: ExpertPool, batch: list[ExpertKey]) -> list[list[ExpertKey]]:
+def _split_batch(pool: SlotPool, batch: list[ExpertKey]) -> list[list[ExpertKey]]:
     """Splits a batch of one bank so that each part can run while the next one is on its way.
 
     First what is resident, then as many experts at a time as fill half of what can be staged: the
@@ -177,7 +177,7 @@ def _unmet(layer: int, selections: Selections) -> list[Use]:
 
 
 def apply_experts(
-    pool: ExpertPool,
+    pool: SlotPool,
     step: Step,
     h_TD: jax.Array,
     weights_TK: jax.Array,
@@ -237,13 +237,7 @@ def apply_experts(
     for index, (signature, batch, part) in enumerate(parts):
         later = [key for *_, following in parts[index + 1 :] for key in following]
         pool.load(part, keep=batch, upcoming=[*later, *upcoming])
-        chosen = implementation_for(
-            signature,
-            config.d_model,
-            config.d_expert,
-            implementation,
-            function=config.expert_function,
-        )
+        chosen = pool.store.backend(signature, implementation)
         width = grouped.item_rows(signature, chosen)
         # Bounds that the shapes alone decide, so that few programs are compiled.
         most_items = min(n_assignments, n_experts + n_assignments // width)

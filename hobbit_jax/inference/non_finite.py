@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hobbit_jax.inference.prefill import Part, Prefill, pad_tokens
+from hobbit_jax.inference.prefill import Part, Prefill, chunks
 from hobbit_jax.models.caches import Caches
 
 
@@ -22,7 +22,9 @@ def finite_BT(x_BTD: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(x_BTD), axis=-1)
 
 
-def describe(prefill: Prefill, caches: Caches, ids: Sequence[Sequence[int]], chunk: int) -> str:
+def describe(
+    prefill: Prefill, caches: Caches, ids: Sequence[Sequence[int]], chunk_tokens: int
+) -> str:
     """One line that names the part of the model where NaN or infinity began.
 
     The token is not named: attention multiplies what is masked by 0, and so hands NaN to all tokens
@@ -32,16 +34,10 @@ def describe(prefill: Prefill, caches: Caches, ids: Sequence[Sequence[int]], chu
         prefill: runs the layers.
         caches: zeros, with room for the tokens; donated.
         ids: each sequence's tokens.
-        chunk: tokens of each sequence that are run at a time.
+        chunk_tokens: of all sequences together, that are run at a time.
     """
-    lengths_B = np.asarray([len(sequence) for sequence in ids], np.int32)
-    ids_BT = np.zeros((len(ids), int(lengths_B.max())), np.int32)
-    for row, sequence in enumerate(ids):
-        ids_BT[row, : len(sequence)] = sequence
     places: list[str] = []  # that have any, in the order in which the model runs
-    for start in range(0, ids_BT.shape[1], chunk):
-        part_BT = pad_tokens(ids_BT[:, start : start + chunk], chunk)
-        n_new_B = np.clip(lengths_B - start, 0, chunk).astype(np.int32)
+    for part_BT, n_new_B, done_B in chunks(ids, chunk_tokens):
         valid_BT = np.arange(part_BT.shape[1]) < n_new_B[:, None]
 
         def look(part: Part, layer: int, x_BTD: jax.Array, valid_BT=valid_BT) -> None:
@@ -49,7 +45,6 @@ def describe(prefill: Prefill, caches: Caches, ids: Sequence[Sequence[int]], chu
                 embeds = part == "embedding"
                 places.append("the token embedding" if embeds else f"the {part} of layer {layer}")
 
-        done_B = np.clip(lengths_B, 0, start).astype(np.int32)
         _, caches = prefill.append(
             caches, part_BT, done_B, n_new_B, 0, lambda routed, selections: None, look
         )

@@ -8,7 +8,7 @@ goes up, so that copies and computation overlap across layers too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -20,13 +20,13 @@ from flax import nnx
 
 from hobbit_jax.cache.miss_modes import MissMode
 from hobbit_jax.cache.policies import Step
+from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.router_output import RouterOutput
-from hobbit_jax.cache.sharded_pool import ExpertPool
+from hobbit_jax.cache.selection import Selections, rows_of_layer, select
 from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.experts.store import ExpertKey
 from hobbit_jax.inference.host_compute import HostCompute
 from hobbit_jax.inference.moe import apply_experts
-from hobbit_jax.inference.selection import Selections, rows_of_layer, select
 from hobbit_jax.models.caches import Caches, Places
 from hobbit_jax.models.layer import LayerKinds, OneBlock, States, attend_and_route
 from hobbit_jax.models.loading import LoadedModel
@@ -36,11 +36,28 @@ Part = Literal["embedding", "attention", "experts"]
 Inspect = Callable[[Part, int, jax.Array], object]
 
 
-def pad_tokens(ids_BT: np.ndarray, chunk: int) -> np.ndarray:
-    """Pads the token axis to a power of two up to `chunk`, so that few shapes are compiled."""
-    tokens = ids_BT.shape[1]
-    width = min(chunk, 1 << (tokens - 1).bit_length())
-    return np.pad(ids_BT, ((0, 0), (0, width - tokens)))
+def chunks(
+    sequences: Sequence[Sequence[int]], chunk_tokens: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Sequences in chunks of up to `chunk_tokens` tokens, of all of them together.
+
+    Yields:
+        Ids [B, T], padded to a power of two so that few shapes are compiled, how many of each row
+        are the sequence's, and how many it had in the chunks before; int32.
+    """
+    lengths_B = np.asarray([len(sequence) for sequence in sequences], np.int32)
+    ids_BT = np.zeros((len(sequences), int(lengths_B.max())), np.int32)
+    for row, sequence in enumerate(sequences):
+        ids_BT[row, : len(sequence)] = sequence
+    most = max(1, chunk_tokens // len(sequences))
+    for start in range(0, ids_BT.shape[1], most):
+        part_BT = ids_BT[:, start : start + most]
+        width = min(most, 1 << (part_BT.shape[1] - 1).bit_length())
+        yield (
+            np.pad(part_BT, ((0, 0), (0, width - part_BT.shape[1]))),
+            np.clip(lengths_B - start, 0, most),
+            np.clip(lengths_B, 0, start),
+        )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -76,12 +93,12 @@ def _attend_and_route(
     valid_T = (positions_BT < caches.context).reshape(-1)
     selections = None
     if block.spec.has_experts:
-        selections = select(plan, mode, table_pE, layer, routed.routing, valid_T)
+        selections = select(plan, mode, table_pE >= 0, layer, routed.routing, valid_T)
     if next_kind is None:
         return x_BTD, h_TD, caches, selections, None
     x_TD, table_pE = x_BTD.reshape(h_TD.shape), rows_of_layer(table_UE, layer + 1, config.n_layers)
     routing = kinds.block(states, next_kind, next_index).route_ahead(x_TD)
-    ahead = select(plan, mode, table_pE, layer + 1, routing, valid_T)
+    ahead = select(plan, mode, table_pE >= 0, layer + 1, routing, valid_T)
     precision_TK = jnp.where(ahead.served_TK == SKIPPED, len(table_pE), ahead.served_TK)
     chosen_pE = (
         jnp.zeros(table_pE.shape, bool).at[precision_TK, ahead.ids_TK].set(True, mode="drop")
@@ -112,7 +129,7 @@ class Prefill:
     """Appends chunks of tokens to sequences."""
 
     model: LoadedModel
-    pool: ExpertPool
+    pool: SlotPool
     plan: PrecisionPlan
     mode: MissMode
     host: HostCompute

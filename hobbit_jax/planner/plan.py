@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from hobbit_jax.cache.controller import BankLayout
+from hobbit_jax.cache.miss_modes import FETCH
 from hobbit_jax.cache.policies import DEFAULT_POLICY
-from hobbit_jax.cache.pool_sizing import demands
+from hobbit_jax.cache.pool_sizing import least_bytes
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.planner import candidates
 from hobbit_jax.planner.cost_model import (
@@ -149,7 +151,8 @@ def divide_memory(model: PlannedModel, request: Request) -> Memory:
         reserve=int(request.reserve_gib * GIB),
     )
     store = model.store()
-    least = sum(d.expert_bytes * d.min_slots for d in demands(uniform_plan(store), store))
+    layout = BankLayout.of_store(store)
+    least = least_bytes(uniform_plan(store).shares_pLE(layout.shape_pLE), FETCH, layout)
     if memory.pool < least:
         raise ValueError(
             f"{request.vram_gib:g} GiB of VRAM are too small for {model.name} by "

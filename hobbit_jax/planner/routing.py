@@ -102,13 +102,6 @@ def recorded(trace: Trace, config: ModelConfig) -> Routing:
     n_tokens = len(trace.ids_TLK)
     if n_tokens < 30:
         raise ValueError(f"{trace.name} has {n_tokens} tokens; a replay needs 30 or more")
-    part = Trace(
-        trace.name,
-        trace.ids_TLK[:TOKENS],
-        trace.weights_TLK[:TOKENS],
-        trace.position_T[:TOKENS],
-        trace.n_experts,
-    )
     _, n_layers, k = trace.ids_TLK.shape
     theirs = (n_layers, trace.n_experts, k)
     ours = (config.n_layers, config.n_experts, config.experts_per_token)
@@ -118,7 +111,7 @@ def recorded(trace: Trace, config: ModelConfig) -> Routing:
             "routing of another model, by fraction of experts: {} layers, {} experts, top-{} "
             "instead of {}, {}, {}".format(*theirs, *ours),
         )
-    return Routing(part, f"recorded: {trace.name}", reasons)
+    return Routing(trace.part(0, TOKENS), f"recorded: {trace.name}", reasons)
 
 
 def synthetic_routing(config: ModelConfig, seed: int = 0) -> list[Routing]:

@@ -18,12 +18,12 @@ import numpy as np
 
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout
-from hobbit_jax.cache.counter import Replay, RoutedStep
+from hobbit_jax.cache.counter import Replay
 from hobbit_jax.cache.miss_modes import LINK_TO_HOST, MISS_MODES, Host, MissMode
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, pool_slots
 from hobbit_jax.cache.trace import Trace
 from hobbit_jax.cache.warm_start import WarmStart
-from hobbit_jax.experts.precision import uniform_plan
+from hobbit_jax.experts.precision import StaticPlan, uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.planner.cost_model import Traffic
 from hobbit_jax.planner.routing import PROFILE_TOKENS, TOKENS, WARM_TOKENS
@@ -127,20 +127,20 @@ def _warmed_up(setting: Setting, model: PlannedModel, trace: Trace, pool_bytes: 
     config, mode = model.config, setting.rule
     store = model.store(setting.low_format)
     plan = uniform_plan(store, setting.precision)
-    slots, _ = pool_slots(plan, mode, store, pool_bytes, setting.low_share)
+    shares_pLE = plan.shares_pLE(store.shape_pLE)
+    own = BankLayout.of_store(store)
+    slots, _ = pool_slots(shares_pLE, mode, own, pool_bytes, setting.low_share)
     n_tokens, (n_layers, k) = min(len(trace.ids_TLK), TOKENS), trace.ids_TLK.shape[1:]
     layers = [layer * config.n_layers // n_layers for layer in range(n_layers)]
     bank_pL = [
         [store.layer(p, at).signature for at in layers] for p in range(len(store.precisions))
     ]
-    layout = BankLayout(trace.n_experts, k, bank_pL, BankLayout.of_store(store).expert_bytes)
+    layout = BankLayout(trace.n_experts, k, bank_pL, own.expert_bytes)
     shrunk = _shrunk(slots, store, bank_pL, trace.n_experts)
-    replay = Replay(layout, shrunk, CacheConfig(mode=mode))
     start = n_tokens * PROFILE_TOKENS // TOKENS
-    shares_pLE = np.zeros((len(store.precisions), n_layers, trace.n_experts))
-    shares_pLE[setting.precision] = 1
-    profile = replace(trace, ids_TLK=trace.ids_TLK[:start])
-    WarmStart(profile.uses_LE).fill(replay.counter, shares_pLE, mode)
+    asked = StaticPlan(np.full(layout.shape_pLE[1:], setting.precision, np.int8))
+    warm = WarmStart(trace.part(0, start).uses_LE)
+    replay = Replay(layout, shrunk, CacheConfig(plan=asked, mode=mode, warm=warm))
     return _Warm(replay, slots, layers, start, start + n_tokens * WARM_TOKENS // TOKENS)
 
 
@@ -160,22 +160,10 @@ def replay_setting(
     """
     config = model.config
     warm = _warmed_up(setting, model, trace, pool_bytes)
-    replay, end = warm.replay, min(len(trace.ids_TLK), TOKENS)
-    order_TLK = np.argsort(-trace.weights_TLK, axis=-1, kind="stable")
-    ids_TLK = np.take_along_axis(trace.ids_TLK, order_TLK, -1)
-    weights_TLK = np.take_along_axis(trace.weights_TLK, order_TLK, -1)
-    n_layers, k = ids_TLK.shape[1:]
-    requested_TK = np.full((1, k), setting.precision, np.int32)
+    replay, (n_layers, k) = warm.replay, trace.ids_TLK.shape[1:]
+    replay.play(trace.part(warm.start, warm.counted))
     before = replace(replay.tally)
-    for token in range(warm.start, end):
-        if token == warm.counted:
-            before = replace(replay.tally)
-        position = int(trace.position_T[token])
-        steps = [
-            RoutedStep(position, at, ids_TLK[token, [at]], weights_TLK[token, [at]], requested_TK)
-            for at in range(n_layers)
-        ]
-        replay.token(token, steps)
+    replay.play(trace.part(warm.counted, TOKENS))
     tally = replay.tally.since(before)
 
     selections = config.n_layers * config.experts_per_token
@@ -189,8 +177,8 @@ def replay_setting(
         slots={"/".join(dict.fromkeys(signature)): n for signature, n in warm.slots.items()},
         # With low copies in a cache, both copies of an expert may be there.
         residents=round(pairs * replay.resident_share()) if cached else sum(warm.slots.values()),
-        hit_rate=tally.hits / max(1, tally.hits + tally.misses),
-        low_uses=setting.precision + tally.degraded / tally.selections,
+        hit_rate=tally.hit_rate,
+        low_uses=tally.low / tally.selections,
         skipped=tally.skipped / tally.selections,
         traffic=replace(
             _dense(model, context, kv_format),

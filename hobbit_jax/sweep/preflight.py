@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from hobbit_jax import reference
+from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.miss_modes import FETCH, miss_mode
 from hobbit_jax.cache.pool_sizing import least_bytes
 from hobbit_jax.cache_folder import low_precision_folder
@@ -268,7 +269,8 @@ class _Check:
         share = 0.0 if by_miss else getattr(plan, "share", float(isinstance(plan, Uniform)))
         precision_LE[:, self.model.n_experts - round(share * self.model.n_experts) :] = 1
         mode = miss_mode(plan.mode) if by_miss else FETCH
-        return least_bytes(StaticPlan(precision_LE), mode, store)
+        shares_pLE = StaticPlan(precision_LE).shares_pLE(store.shape_pLE)
+        return least_bytes(shares_pLE, mode, BankLayout.of_store(store))
 
     def texts(self) -> None:
         """Whether the texts have the windows, and the model the context, that are asked for."""

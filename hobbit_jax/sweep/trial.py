@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hobbit_jax.cache.miss_modes import MISS_MODES
+from hobbit_jax.cache.policies import DEFAULT_POLICY, policy_factory
 from hobbit_jax.evals import quality
 from hobbit_jax.experts.precision import SELECTION_SCORES, SKIPPED, PrecisionPlan, uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
@@ -66,7 +67,7 @@ class Trial:
     """A plan, under a budget or for its quality alone.
 
     Raises:
-        ValueError: a plan that does not exist.
+        ValueError: a plan or a cache policy that does not exist.
     """
 
     asked: CacheTrial | QualityTrial
@@ -74,6 +75,7 @@ class Trial:
 
     def __post_init__(self):
         check_plan(self.asked.plan)
+        policy_factory(getattr(self.asked, "policy", DEFAULT_POLICY))
 
     @property
     def inputs(self) -> Inputs:
@@ -213,7 +215,7 @@ def store_figures(store: HostExperts, plan: PrecisionPlan, all_precisions: bool)
         layer.expert_bytes
         * (share_LE.shape[1] if all_precisions else int(np.count_nonzero(share_E)))
         for precision, share_LE in zip(
-            store.precisions, plan.precision_shares_LE(store), strict=True
+            store.precisions, plan.shares_pLE(store.shape_pLE), strict=True
         )
         for layer, share_E in zip(precision, share_LE, strict=True)
     )

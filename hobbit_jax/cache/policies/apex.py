@@ -45,7 +45,7 @@ class Apex(TablePolicy[Key]):
         self._cost: dict[Key, float] = {}
         self._layer_of: dict[Key, int] = {}
         # Of each layer: the last pass's keys, resident or not, and the token of that pass.
-        self._last_used: dict[int, tuple[int, set[Key]]] = {}
+        self._last_used: dict[int, tuple[int, dict[Key, None]]] = {}
         self._tables: dict[tuple[int, bool], PriorityTable[Key]] = {}  # (layer, was last used)
         self._step = Step(0, 0, 0)
         self._began = 0  # the token at which this sequence began
@@ -59,17 +59,18 @@ class Apex(TablePolicy[Key]):
                 for key in table.clear():
                     self._enter(key)
         self._step = step
-        token, before = self._last_used.get(step.layer, (-1, set()))
+        token, before = self._last_used.get(step.layer, (-1, {}))
         if token != step.token:
-            self._last_used[step.layer] = (step.token, set())
-            for key in before & self._resident.keys():
-                self._move(key)
+            self._last_used[step.layer] = (step.token, {})
+            for key in before:
+                if key in self._resident:
+                    self._move(key)
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
         """See `Policy.access`."""
         self._cost[key] = self._cost.get(key, 0.0) + (1.0 if native else self.low_cost)
         self._layer_of[key] = self._step.layer
-        self._last_used.setdefault(self._step.layer, (self._step.token, set()))[1].add(key)
+        self._last_used.setdefault(self._step.layer, (self._step.token, {}))[1][key] = None
         if key not in self._resident:
             return False
         self._move(key)

@@ -18,27 +18,25 @@ class Belady(PriorityPolicy[Key]):
 
     Args:
         capacity: slots.
-        future: every access there will be, in order.
+        future: every access there will be, in order; also those of other banks, which it ignores.
     """
 
     def __init__(self, capacity: int, future: Sequence[Key]):
         super().__init__(capacity)
-        self._future, self._n_seen = future, 0
-        self._next_use: dict[Key, int] = {}  # of each key, from now on
-        self._use_after = [len(future)] * len(future)  # of the key accessed then
-        for i in range(len(future) - 1, -1, -1):
-            self._use_after[i] = self._next_use.get(future[i], len(future))
-            self._next_use[future[i]] = i
+        self._never, self._n_seen = len(future), 0
+        self._uses: dict[Key, list[int]] = {}  # those to come of each key, the next one last
+        for place in range(len(future) - 1, -1, -1):
+            self._uses.setdefault(future[place], []).append(place)
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
         """See `Policy.access`.
 
         Raises:
-            RuntimeError: the access is not the one that was foretold.
+            RuntimeError: the access was not foretold.
         """
-        if self._n_seen == len(self._future) or self._future[self._n_seen] != key:
+        if not self._uses.get(key):
             raise RuntimeError(f"access {self._n_seen} to {key} was not foretold")
-        self._next_use[key] = self._use_after[self._n_seen]
+        self._uses[key].pop()
         self._n_seen += 1
         if key not in self._resident:
             return False
@@ -46,4 +44,5 @@ class Belady(PriorityPolicy[Key]):
         return True
 
     def _priority(self, key: Key) -> float:
-        return -self._next_use.get(key, len(self._future))
+        uses = self._uses.get(key)
+        return -(uses[-1] if uses else self._never)

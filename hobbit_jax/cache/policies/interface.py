@@ -1,7 +1,7 @@
 """What every eviction policy is: the order in which resident experts give up their slots.
 
 Owns the interface and the rules that hold for all of them. A policy is pure Python: no storage, no
-copies, no JAX, so that the live pool (`cache/pool.py`) and a trace replay (`cache/replay.py`) run
+copies, no JAX, so that the live pool (`cache/pool.py`) and a trace replay (`cache/counter.py`) run
 the same classes. Callers walk a model like this, for every token (or prefill chunk) and layer:
 
     policy.begin_step(Step(token, layer, position))
@@ -18,7 +18,7 @@ A policy with doubts about a newcomer expresses them by making it the next victi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -76,6 +76,25 @@ class Policy(ABC, Generic[Key]):
         """
         uses = zip(keys, weights, strict=True)
         return [key for key, weight in uses if not self.access(key, weight, native)]
+
+    def access_many(
+        self,
+        steps: Iterable[tuple[Step, Sequence[Key], Sequence[float]]],
+        native: bool = True,
+    ) -> list[int]:
+        """Plays many steps as the module says, each with its keys and weights; the misses of each.
+
+        This is how a replay runs where nothing but the policy decides: a call for each step.
+        """
+        begin_step, access_all, admit = self.begin_step, self.access_all, self.admit
+        misses = []
+        for step, keys, weights in steps:
+            begin_step(step)
+            missing = access_all(keys, weights, native)
+            for key in missing:
+                admit(key, keys)
+            misses.append(len(missing))
+        return misses
 
     @abstractmethod
     def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:

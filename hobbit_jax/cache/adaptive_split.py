@@ -16,12 +16,11 @@ import numpy as np
 
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, Observer
-from hobbit_jax.cache.counter import Replay, RoutedStep, Tally
+from hobbit_jax.cache.counter import Replay, Tally
 from hobbit_jax.cache.miss_modes import miss_mode
 from hobbit_jax.cache.pool_sizing import CANDIDATE_SHARES, pool_slots
 from hobbit_jax.cache.router_output import RouterOutput
-from hobbit_jax.cache.sharded_pool import ExpertPool
-from hobbit_jax.experts.precision import PrecisionPlan
+from hobbit_jax.cache.warm_start import Executor
 from pallas_kernels.reference import Signature
 
 Divisions = Mapping[float, Mapping[Signature, int]]  # slots per bank by share of the low copies
@@ -59,7 +58,6 @@ class Repartition:
 
     tokens: int  # decoded before it
     low_share: float
-    bytes_moved: int  # to fill the changed banks again
 
 
 class CapacityTuner:
@@ -69,7 +67,7 @@ class CapacityTuner:
         layout: of the pool.
         divisions: the candidates, all of the same banks.
         share: the candidate that is in force.
-        cache: mode, policy and promotion.
+        cache: plan, mode, policy and promotion; the divisions are tried from a cold start.
         rule: see there.
     """
 
@@ -84,17 +82,18 @@ class CapacityTuner:
         self.divisions, self.share, self.rule = divisions, share, rule
         promotes = miss_mode(cache.mode).promotes
         self._promoted_per_token = cache.promotion.per_token if promotes else None
-        self._shadows = {s: Replay(layout, slots, cache) for s, slots in divisions.items()}
+        cold = replace(cache, warm=None)
+        self._shadows = {s: Replay(layout, slots, cold) for s, slots in divisions.items()}
         self.tokens = 0
         self._wait, self._decided_at = rule.first_tokens, 0
-        self._recent: deque[list[RoutedStep]] = deque(maxlen=rule.window_tokens)
+        self._recent: deque[tuple[int, list[RouterOutput]]] = deque(maxlen=rule.window_tokens)
 
-    def record(self, step: RoutedStep) -> None:
-        """Remembers one layer of a decoded token."""
-        if not self._recent or step.layer <= self._recent[-1][-1].layer:
-            self._recent.append([])
+    def record(self, routed: RouterOutput, position: int) -> None:
+        """Remembers one layer of a decoded token, which stands at `position`."""
+        if not self._recent or routed.layer <= self._recent[-1][1][-1].layer:
+            self._recent.append((position, []))
             self.tokens += 1
-        self._recent[-1].append(step)
+        self._recent[-1][1].append(routed)
 
     def decide(self) -> float | None:
         """The share to change to; None to stay, or when there is too little to tell."""
@@ -115,12 +114,12 @@ class CapacityTuner:
 
     def _judged(self, shadow: Replay) -> Tally | None:
         """What the window's second half comes to, after the first; None while the banks fill."""
-        first, half = self.tokens - len(self._recent), len(self._recent) // 2
+        half = len(self._recent) // 2
         before, copies = Tally(), 0
-        for index, steps in enumerate(self._recent):
+        for index, (position, layers) in enumerate(self._recent):
             if index == half:
                 before, copies = replace(shadow.tally), shadow.copies()
-            shadow.token(first + index, steps)
+            shadow.token(layers, position)
         if self._promoted_per_token is not None:
             most = self.rule.most_growth * self._promoted_per_token * (len(self._recent) - half)
             if shadow.copies() - copies > most:
@@ -129,30 +128,35 @@ class CapacityTuner:
 
 
 class AdaptiveSplit(Observer):
-    """The live pool's division.
+    """The division of an executor's banks, a live pool's or a replay's.
 
     Args:
-        pool: divided by `pool_slots` for one of the candidates.
-        plan: its arrays NumPy's.
-        cache: the engine's; its pins hold under every division.
+        executor: its banks are divided by `pool_slots` for one of the candidates.
+        cache: its budget is divided, and its pins hold under every division; arrays are NumPy's.
+        shares_pLE: of each pair's selections, by precision: the plan's.
+        rule: see there.
     """
 
-    def __init__(self, pool: ExpertPool, plan: PrecisionPlan, cache: CacheConfig):
-        store, mode = pool.store, miss_mode(cache.mode)
-        self.pool, self.plan, self.mode, self.warm = pool, plan, mode, cache.warm
+    def __init__(
+        self,
+        executor: Executor,
+        cache: CacheConfig,
+        shares_pLE: np.ndarray,
+        rule: SplitRule = DEFAULT_SPLIT,
+    ):
+        self._executor, self._cache, self._shares_pLE = executor, cache, shares_pLE
         self.history: list[Repartition] = []
         self._position = 0
-        layout = pool.controller.layout
-        of_each = {bank.signature: bank.policy.capacity for bank in pool.controller.banks}
+        layout, banks = executor.controller.layout, executor.controller.banks
+        of_each = {bank.signature: bank.policy.capacity for bank in banks}
         divisions: dict[float, Mapping[Signature, int]] = {}
         for share in CANDIDATE_SHARES:
-            budget_bytes = pool.budget_bytes // layout.n_devices
-            slots = pool_slots(plan, mode, store, budget_bytes, share, layout.n_devices)[0]
-            same_banks = slots.keys() == of_each.keys()
-            if same_banks and slots not in divisions.values():
+            mode = miss_mode(cache.mode)
+            slots, _ = pool_slots(shares_pLE, mode, layout, cache.budget_bytes, share)
+            if slots.keys() == of_each.keys() and slots not in divisions.values():
                 divisions[share] = slots
         share = next(s for s, slots in divisions.items() if slots == of_each)
-        self._tuner = CapacityTuner(layout, divisions, share, cache, DEFAULT_SPLIT)
+        self._tuner = CapacityTuner(layout, divisions, share, cache, rule)
 
     @property
     def low_share(self) -> float:
@@ -163,26 +167,21 @@ class AdaptiveSplit(Observer):
         """Remembers a layer of what is decoded; prompts are left out."""
         if routed.h_TD is not None or not routed.valid_T.any():
             return
-        ids_TK, weights_TK = routed.ids_TK[routed.valid_T], routed.weights_TK[routed.valid_T]
-        requested_TK = self.plan.assign(routed.layer, ids_TK, weights_TK).astype(np.int32)
         before = self._tuner.tokens
-        self._tuner.record(
-            RoutedStep(self._position, routed.layer, ids_TK, weights_TK, requested_TK)
-        )
+        self._tuner.record(routed, self._position)
         self._position += self._tuner.tokens - before
 
     def begin_sequences(self) -> None:
-        """Divides the pool anew if what was routed so far says so."""
+        """Divides the banks anew if what was routed so far says so."""
         self._position = 0
         share = self._tuner.decide()
         if share is None:
             return
-        pool, before = self.pool, self.pool.stats.bytes_moved
-        for bank in pool.controller.banks:
-            pool.controller.unpin(bank.policy.pinned)
-        pool.resize(dict(self._tuner.divisions[share]))
-        if self.warm is not None:
-            shares_pLE = np.stack(self.plan.precision_shares_LE(pool.store))
-            self.warm.pin(pool, shares_pLE, self.mode)
-        moved = pool.stats.bytes_moved - before
-        self.history.append(Repartition(self._tuner.tokens, share, moved))
+        executor, controller = self._executor, self._executor.controller
+        for bank in controller.banks:
+            controller.unpin(bank.policy.pinned)
+        executor.resize(dict(self._tuner.divisions[share]))
+        if self._cache.warm is not None:
+            mode = miss_mode(self._cache.mode)
+            self._cache.warm.pin(executor, self._shares_pLE, mode)
+        self.history.append(Repartition(self._tuner.tokens, share))
