@@ -76,7 +76,10 @@ def get_config(arg: str = "full") -> ConfigDict:
     config.data_dir = ""
 
     # The reference model's experts take 7.27 MiB natively, 3.94 at Q2_K.
-    config.cache = ConfigDict({"budget_mib": (1.0, 2.0, 5.0), "protected_fraction": 0.1})
+    # Every plan runs under every policy of `hobbit_jax/cache/policies/` that is named here.
+    config.cache = ConfigDict(
+        {"budget_mib": (1.0, 2.0, 5.0), "policies": ("slru",), "protected_fraction": 0.1}
+    )
     config.precision = ConfigDict(
         {
             "scores": (
@@ -160,37 +163,38 @@ def sweep(config: ConfigDict) -> list[Trial]:
         config.data_dir,
     )
     sizes = EvalSizes(**{**config.eval, "benchmarks": tuple(config.eval.benchmarks)})
-    budgets, precision = config.cache.budget_mib, config.precision
+    cache, precision = config.cache, config.precision
+    pools = [(float(budget), policy) for policy in cache.policies for budget in cache.budget_mib]
 
-    def cell(plan, budget_mib, seed=config.seed):
-        asked = CacheTrial(
-            plan, float(budget_mib), inputs, sizes, config.cache.protected_fraction, seed
+    def cell(plan, pool, seed=config.seed):
+        budget_mib, policy = pool
+        return Trial(
+            CacheTrial(plan, budget_mib, inputs, sizes, cache.protected_fraction, seed, policy)
         )
-        return Trial(asked)
 
-    cells = [cell(Native(), budget) for budget in budgets]
+    cells = [cell(Native(), pool) for pool in pools]
     # Both uniform models are rivals, also when only one format is mixed in.
     rivals = sorted({"Q2_K", "Q3_K", *precision.low_format})
     method = precision.method
-    cells += [cell(Uniform(low, method), budget) for low in rivals for budget in budgets]
+    cells += [cell(Uniform(low, method), pool) for low in rivals for pool in pools]
     cells += [
-        cell(Mixed(score, float(fraction), low, method), budget, seed)
+        cell(Mixed(score, float(fraction), low, method), pool, seed)
         for low in precision.low_format
         for fraction in precision.low_fraction
         for score in precision.scores
         for seed in (precision.random_seeds if score == "random" else (config.seed,))
-        for budget in budgets
+        for pool in pools
     ]
     cells += [
-        cell(MissModeTrial(mode, float(share), low, method), budget)
+        cell(MissModeTrial(mode, float(share), low, method), pool)
         for low in precision.low_format
         for mode, share in config.residency.modes
-        for budget in budgets
+        for pool in pools
     ]
     return cells + [
-        cell(MissModeTrial("floor", 0.0, low, method), budget)
+        cell(MissModeTrial("floor", 0.0, low, method), pool)
         for low in config.residency.floor
         if low in precision.low_format
-        for budget in budgets
-        if budget >= all_low_mib(config.model, low)
+        for pool in pools
+        if pool[0] >= all_low_mib(config.model, low)
     ]

@@ -1,4 +1,4 @@
-"""The documents of the front page: README's Python runs, and what they name is there."""
+"""The documents of the front page: their Python runs, and what they name is there."""
 
 import re
 import subprocess
@@ -16,8 +16,9 @@ def blocks(text: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def test_the_python_of_the_readme_prints_what_it_says():
-    found = blocks((REPOSITORY / "README.md").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_the_python_of_a_document_prints_what_it_says(name):
+    found = blocks((REPOSITORY / name).read_text(encoding="utf-8"))
     (at,) = [i for i, (language, _) in enumerate(found) if language == "python"]
     (_, code), (language, printed) = found[at : at + 2]
     assert language == "text"

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pandas
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,8 @@ from hobbit_jax.record import (
     write_record,
     write_study,
 )
-from hobbit_jax.report import paired
+from hobbit_jax.report import paired, sweep_tables
+from hobbit_jax.report.against import render as render_against
 from hobbit_jax.report.answers import uniform_quants
 from hobbit_jax.report.document import write_report
 from hobbit_jax.report.sweep import RANDOM, Sweep, trial
@@ -223,7 +225,7 @@ def test_a_rule_changed_after_the_first_record_is_said_on_top(workdir):
     )
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.floats(0.001, 0.06), st.floats(0.3, 1.0)), min_size=2, max_size=6))
 def test_the_best_candidate_is_first_in_the_printed_order(plans):
     scores = [Mixed(f"score_{n}", 0.5, "Q2_K") for n in range(len(plans))]
@@ -399,15 +401,58 @@ def test_a_rule_without_a_limit_is_an_error(workdir):
         write_report(workdir(winning(), rule=rule))
 
 
-def test_the_script_writes_and_refuses(workdir, request, tmp_path):
+def test_other_policies_are_shown_and_decide_nothing(workdir):
+    """Under LRU the same plans move other bytes, by which the answers would be others."""
+    usual = winning()
+    other = [
+        replace(
+            r,
+            asked=replace(r.asked, policy="lru"),
+            metrics={**r.metrics, "bytes_moved_per_token": 0.25 * MIB * (1 + n)},
+        )
+        for n, r in enumerate(usual)
+    ]
+    alone, both = workdir(usual, name="alone"), workdir([*usual, *other], name="both")
+    rule = Rule.of(RULE)
+    assert verdicts(sweep_of(both), rule) == verdicts(sweep_of(alone), rule)
+    rows = sweep_tables.policies(sweep_of(both)).splitlines()
+    assert "MiB moved a token, slru | MiB moved a token, lru |" in rows[0]
+    assert len(rows) == 2 + len(usual) and "| 1.000 | 0.250 |" in rows[2]
+    write_report(both)
+    assert "### Cache policies" in (both / "appendix.md").read_text()
+    only = sweep_of(workdir(other, name="only"))
+    assert len(only.records) == len(other) and not only.other_policies
+
+
+def test_two_sweeps_side_by_side(workdir):
+    ours = sweep_of(workdir(winning(), name="ours"))
+    other = sweep_of(workdir(winning(kl=0.014), name="other"))
+    text = render_against(ours, other, ("ours", "other"))
+    row = next(line for line in text.splitlines() if line.startswith("| frequency"))
+    assert "| 0.0100 | 0.0139 |" in row and "| -0.0039 [-0.0050, -0.0028] |" in row
+    assert "7 trials are in both" in text and "Inputs, sizes and device are the same." in text
+    third = [replace(r, asked=replace(r.asked, budget_mib=9.0)) for r in winning()]
+    with pytest.raises(ValueError, match="no trial of ours is in third"):
+        render_against(ours, sweep_of(workdir(third, name="third")), ("ours", "third"))
+
+
+def test_the_script_writes_exports_and_refuses(workdir, request, tmp_path):
     script = request.config.rootpath / "scripts" / "report.py"
 
-    def run(folder):
-        command = [sys.executable, script, "--workdir", folder]
+    def run(*args):
+        command = [sys.executable, script, "--workdir", folder, *args]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     folder = workdir(winning())
-    assert run(folder).stdout == f"{folder / 'decision.md'}\n"
-    done = run(tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ")
-    assert len(done.stderr.splitlines()) == 1, json.dumps(done.stderr)
+    assert run().stdout == f"{folder / 'decision.md'}\n"
+    for name, read in (("t.csv", pandas.read_csv), ("t.parquet", pandas.read_parquet)):
+        assert run("--export", tmp_path / name).stdout.startswith("7 records: ")
+        frame = read(tmp_path / name)
+        wanted = {r.name: r.metrics["kl_mean_nats"] for r in winning()}
+        assert dict(zip(frame["name"], frame["kl_mean_nats"], strict=True)) == pytest.approx(wanted)
+        assert set(frame["asked.plan.kind"]) == {"native", "uniform", "mixed"}
+    assert run("--against", folder).stdout == f"{folder / 'against.md'}\n"
+    for args in (("--export", "t.xml"), ("--against", tmp_path)):
+        done = run(*args)
+        assert done.returncode == 2 and done.stderr.startswith("error: ")
+        assert len(done.stderr.splitlines()) == 1, json.dumps(done.stderr)

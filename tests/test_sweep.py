@@ -196,6 +196,7 @@ def test_cells_have_names_of_their_own():
     others = [
         changed(FREQUENCY, seed=1),
         changed(FREQUENCY, protected_fraction=0.5),
+        changed(FREQUENCY, policy="lru"),
         cell(Mixed("frequency", 0.5, "Q2_K", "gptq")),
         cell(MissModeTrial("fetch_low", 0.0, "Q2_K"), 3.95),
         cell(MissModeTrial("floor", 0.5, "Q2_K"), 3.95),

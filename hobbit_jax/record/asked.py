@@ -139,6 +139,7 @@ class CacheTrial:
     sizes: EvalSizes
     protected_fraction: float = 0.1  # of the SLRU policy
     seed: int = 0  # of the random control
+    policy: str = "slru"  # by its name in `cache/policies`
 
 
 @member("quality")

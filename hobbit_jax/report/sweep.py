@@ -81,7 +81,11 @@ def order(record: Record) -> tuple:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Records of one study that finished, in the order of `order`, and what is absent."""
+    """Records of one study that finished, in the order of `order`, and what is absent.
+
+    `records` are those of one cache policy, by which the answers go: the usual one, or the first of
+    a sweep without it by name. `other_policies` are the rest.
+    """
 
     study: Study
     records: tuple[Record, ...]
@@ -89,6 +93,7 @@ class Sweep:
     missing: tuple[str, ...]
     foreign: tuple[str, ...]
     unreadable: Mapping[str, str]
+    other_policies: tuple[Record, ...] = ()
 
     @classmethod
     def of(cls, study: Study, found: Records) -> Sweep:
@@ -96,13 +101,17 @@ class Sweep:
         wanted = set(study.trials)
         own = [r for r in found.of(study.name) if isinstance(r.asked, CacheTrial)]
         asked = [record for record in own if record.name in wanted]
+        done = sorted((r for r in asked if r.status == "ok"), key=order)
+        policies = {trial(record).policy for record in done}
+        usual = CacheTrial.policy if CacheTrial.policy in policies else min(policies, default="")
         return cls(
             study,
-            tuple(sorted((r for r in asked if r.status == "ok"), key=order)),
+            tuple(record for record in done if trial(record).policy == usual),
             tuple(r for r in asked if r.status == "failed"),
             tuple(sorted(wanted - {r.name for r in asked})),
             tuple(sorted({r.name for r in own} - wanted)),
             found.unreadable,
+            tuple(record for record in done if trial(record).policy != usual),
         )
 
     @property

@@ -6,6 +6,7 @@ Owns which metric stands in which table. A metric is shown by one `Column`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hobbit_jax.record import Record
 from hobbit_jax.report.paired import relation
@@ -69,6 +70,28 @@ def cost(sweep: Sweep, budget_mib: float) -> str:
     if sweep.gpu_records:
         columns.append(Column("decode tokens/s", "decode_tokens_per_s", ".1f", interval=True))
     return table(columns, [r for r in sweep.records if trial(r).budget_mib == budget_mib])
+
+
+def policies(sweep: Sweep) -> str:
+    """Bytes moved under each cache policy, a row a plan and budget."""
+    found = {
+        (trial(r).policy, replace(trial(r), policy="")): r
+        for r in (*sweep.records, *sweep.other_policies)
+    }
+
+    def moved(record: Record, policy: str) -> float | None:
+        other = found.get((policy, replace(trial(record), policy="")))
+        return other and other.metrics.get("bytes_moved_per_token")
+
+    columns = [
+        Column("plan", sweep.label),
+        Column("budget", at),
+        *(
+            Column(f"MiB moved a token, {name}", lambda r, n=name: moved(r, n), ".3f", unit=MIB)
+            for name in dict.fromkeys(name for name, _ in found)
+        ),
+    ]
+    return table(columns, sweep.records)
 
 
 def candidates(sweep: Sweep, found: Sequence[Verdict]) -> str:

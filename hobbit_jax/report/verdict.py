@@ -193,7 +193,8 @@ def _why_open(sweep: Sweep, record: Record) -> str | None:
     if sweep.native(record) is None:
         return "native was not measured at this budget"
     for failed in sweep.failed:
-        same = trial(failed).budget_mib == trial(record).budget_mib
+        here, there = trial(record), trial(failed)
+        same = (there.budget_mib, there.policy) == (here.budget_mib, here.policy)
         if same and low_format(failed) in (low_format(record), None):
             return f"a trial failed: {sweep.label(failed)}"
     return None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from hobbit_jax.cache.config import CacheConfig
-from hobbit_jax.cache.policies import SLRU
+from hobbit_jax.cache.policies import SLRU, policy_factory
 from hobbit_jax.evals import quality, tasks
 from hobbit_jax.evals.engine_program import measure_engine, pool_figures
 from hobbit_jax.experts.low_precision import LowPrecisionSpec
@@ -34,7 +34,7 @@ def of_quality(asked: CacheTrial) -> CacheTrial:
     """
     if isinstance(asked.plan, MissModeTrial):
         return asked
-    return replace(asked, budget_mib=0.0, protected_fraction=0.0)
+    return replace(asked, budget_mib=0.0, protected_fraction=0.0, policy="slru")
 
 
 def measure_trial(
@@ -49,7 +49,9 @@ def measure_trial(
     With a miss mode quality is that of decoding, one sequence at a time, and tasks are answered one
     by one: what serves misses depends on what was decoded before.
     """
-    policy = functools.partial(SLRU, protected_fraction=asked.protected_fraction)
+    policy = policy_factory(asked.policy)
+    if policy is SLRU:
+        policy = functools.partial(SLRU, protected_fraction=asked.protected_fraction)
     by_miss = asked.plan if isinstance(asked.plan, MissModeTrial) else None
     config = CacheConfig(
         int(asked.budget_mib * 2**20),
