@@ -76,9 +76,16 @@ def get_config(arg: str = "full") -> ConfigDict:
     config.data_dir = ""
 
     # The reference model's experts take 7.27 MiB natively, 3.94 at Q2_K.
-    # Every plan runs under every policy of `hobbit_jax/cache/policies/` that is named here.
+    # Every plan runs under every policy of `hobbit_jax/cache/policies/` that is named here. The
+    # misses of native and uniform experts are fetched, and also served by the miss modes `misses`:
+    # host or hybrid, each with the link's bandwidth over the rate at which the CPU reads experts.
     config.cache = ConfigDict(
-        {"budget_mib": (1.0, 2.0, 5.0), "policies": ("slru",), "protected_fraction": 0.1}
+        {
+            "budget_mib": (1.0, 2.0, 5.0),
+            "policies": ("slru",),
+            "protected_fraction": 0.1,
+            "misses": (),
+        }
     )
     config.precision = ConfigDict(
         {
@@ -166,17 +173,22 @@ def sweep(config: ConfigDict) -> list[Trial]:
     cache, precision = config.cache, config.precision
     pools = [(float(budget), policy) for policy in cache.policies for budget in cache.budget_mib]
 
-    def cell(plan, pool, seed=config.seed):
+    def cell(plan, pool, seed=config.seed, misses=()):
         budget_mib, policy = pool
-        return Trial(
-            CacheTrial(plan, budget_mib, inputs, sizes, cache.protected_fraction, seed, policy)
-        )
+        fixed = (plan, budget_mib, inputs, sizes, cache.protected_fraction, seed, policy)
+        return Trial(CacheTrial(*fixed, *misses))
 
     cells = [cell(Native(), pool) for pool in pools]
     # Both uniform models are rivals, also when only one format is mixed in.
     rivals = sorted({"Q2_K", "Q3_K", *precision.low_format})
     method = precision.method
     cells += [cell(Uniform(low, method), pool) for low in rivals for pool in pools]
+    cells += [
+        cell(plan, pool, misses=(mode, float(link_to_host)))
+        for plan in (Native(), *(Uniform(low, method) for low in rivals))
+        for mode, link_to_host in cache.misses
+        for pool in pools
+    ]
     cells += [
         cell(Mixed(score, float(fraction), low, method), pool, seed)
         for low in precision.low_format

@@ -424,6 +424,22 @@ def test_other_policies_are_shown_and_decide_nothing(workdir):
     assert len(only.records) == len(other) and not only.other_policies
 
 
+def test_misses_on_the_cpu_are_shown_and_decide_nothing(workdir):
+    usual = winning()
+    asked = replace(usual[0].asked, misses="hybrid", link_to_host=0.25)
+    bytes_moved, bytes_computed = 0.5 * MIB, 3.0 * MIB
+    metrics = {"bytes_moved_per_token": bytes_moved, "bytes_computed_per_token": bytes_computed}
+    computed = replace(usual[0], asked=asked, metrics=usual[0].metrics | metrics)
+    alone, both = workdir(usual, name="alone"), workdir([*usual, computed], name="both")
+    rule = Rule.of(RULE)
+    assert verdicts(sweep_of(both), rule) == verdicts(sweep_of(alone), rule)
+    head, _, fetched, hybrid = sweep_tables.misses(sweep_of(both)).splitlines()
+    assert "cost at 1:1 | cost at 4:1 | cost at 16:1 |" in head
+    assert "| fetch |" in fetched and "| 1.00 | 4.00 | 16.00 |" in fetched
+    assert "| hybrid | 0.25 |" in hybrid and "| – | 3.00 | – |" in hybrid
+    assert sweep_tables.misses(sweep_of(alone)) == ""
+
+
 def test_two_sweeps_side_by_side(workdir):
     ours = sweep_of(workdir(winning(), name="ours"))
     other = sweep_of(workdir(winning(kl=0.014), name="other"))

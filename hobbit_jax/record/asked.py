@@ -131,7 +131,11 @@ class EvalSizes:
 @member("cache")
 @dataclass(frozen=True)
 class CacheTrial:
-    """Quality and cost of a plan under a pool of `budget_mib`, MiB of device memory."""
+    """Quality and cost of a plan under a pool of `budget_mib`, MiB of device memory.
+
+    `misses` is the miss mode of a plan that has none of its own, and `link_to_host` the bandwidth
+    of the link over the rate at which the CPU reads what it computes, for modes that ask.
+    """
 
     plan: Native | Uniform | Mixed | MissModeTrial
     budget_mib: float
@@ -140,6 +144,8 @@ class CacheTrial:
     protected_fraction: float = 0.1  # of the SLRU policy
     seed: int = 0  # of the random control
     policy: str = "slru"  # by its name in `cache/policies`
+    misses: str = "fetch"  # or host, or hybrid
+    link_to_host: float = 0.41
 
 
 @member("quality")

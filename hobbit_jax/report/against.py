@@ -36,9 +36,10 @@ def render(ours: Sweep, other: Sweep, names: tuple[str, str]) -> str:
         ValueError: no trial is in both.
     """
 
-    def key(record: Record) -> tuple[object, float, int, str]:
+    def key(record: Record) -> tuple[object, ...]:
         asked = trial(record)
-        return asked.plan, asked.budget_mib, asked.seed, asked.policy
+        pool = asked.budget_mib, asked.policy, asked.misses, asked.link_to_host
+        return asked.plan, asked.seed, *pool
 
     there = {key(record): record for record in other.records}
     pairs = [(record, there[key(record)]) for record in ours.records if key(record) in there]

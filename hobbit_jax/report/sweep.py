@@ -83,8 +83,9 @@ def order(record: Record) -> tuple:
 class Sweep:
     """Records of one study that finished, in the order of `order`, and what is absent.
 
-    `records` are those of one cache policy, by which the answers go: the usual one, or the first of
-    a sweep without it by name. `other_policies` are the rest.
+    `records` are those of one cache policy whose misses are not computed on the CPU; the answers go
+    by them. The policy is the usual one, or the first of a sweep without it by name. Records under
+    `other_policies` and with `other_misses` differ from these in that alone.
     """
 
     study: Study
@@ -94,6 +95,7 @@ class Sweep:
     foreign: tuple[str, ...]
     unreadable: Mapping[str, str]
     other_policies: tuple[Record, ...] = ()
+    other_misses: tuple[Record, ...] = ()
 
     @classmethod
     def of(cls, study: Study, found: Records) -> Sweep:
@@ -104,14 +106,20 @@ class Sweep:
         done = sorted((r for r in asked if r.status == "ok"), key=order)
         policies = {trial(record).policy for record in done}
         usual = CacheTrial.policy if CacheTrial.policy in policies else min(policies, default="")
+        groups: dict[tuple[bool, bool], list[Record]] = {}
+        for record in done:
+            asked_of = trial(record)
+            same = asked_of.policy == usual, asked_of.misses == CacheTrial.misses
+            groups.setdefault(same, []).append(record)
         return cls(
             study,
-            tuple(record for record in done if trial(record).policy == usual),
+            tuple(groups.get((True, True), ())),
             tuple(r for r in asked if r.status == "failed"),
             tuple(sorted(wanted - {r.name for r in asked})),
             tuple(sorted({r.name for r in own} - wanted)),
             found.unreadable,
-            tuple(record for record in done if trial(record).policy != usual),
+            tuple(groups.get((False, True), ())),
+            tuple(groups.get((True, False), ())),
         )
 
     @property

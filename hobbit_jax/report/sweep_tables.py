@@ -5,10 +5,11 @@ Owns which metric stands in which table. A metric is shown by one `Column`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hobbit_jax.record import Record
+from hobbit_jax.record import CacheTrial, Record
 from hobbit_jax.report.paired import relation
 from hobbit_jax.report.sweep import Sweep, at, low_format, order, trial
 from hobbit_jax.report.table import MIB, Column, figure, percent, ratio, table
@@ -92,6 +93,49 @@ def policies(sweep: Sweep) -> str:
         ),
     ]
     return table(columns, sweep.records)
+
+
+LINK_RATIOS = (1, 4, 16)
+
+
+def misses(sweep: Sweep) -> str:
+    """What a decoded token costs when misses are fetched, computed, or both.
+
+    The last columns say how long the busier of link and CPU is busy, in MiB that the CPU reads in
+    that time, where the link takes `LINK_RATIOS` times as long for a byte.
+    """
+    plans = {trial(record).plan for record in sweep.other_misses}
+    fetched = [record for record in sweep.records if trial(record).plan in plans]
+
+    def per_token(record: Record, name: str) -> float:
+        return (record.metrics.get(f"bytes_{name}_per_token") or 0.0) / MIB
+
+    def cost(record: Record, ratio: int) -> float | None:
+        asked = trial(record)
+        if asked.misses == "hybrid" and not math.isclose(asked.link_to_host * ratio, 1):
+            return None
+        return max(per_token(record, "moved") * ratio, per_token(record, "computed"))
+
+    columns = [
+        Column("plan", sweep.label),
+        Column("pool", at),
+        Column("misses", lambda r: trial(r).misses),
+        Column("link to CPU", lambda r: _link(trial(r))),
+        Column("hit rate", "hit_rate", ".2f"),
+        Column("moved", "bytes_moved_per_token", ".3f", unit=MIB),
+        Column("computed", "bytes_computed_per_token", ".3f", unit=MIB),
+        Column("round trips", "host_round_trips_per_token", ".2f"),
+        *(Column(f"cost at {n}:1", lambda r, n=n: cost(r, n), ".2f") for n in LINK_RATIOS),
+    ]
+    rows = sorted(
+        (*fetched, *sweep.other_misses),
+        key=lambda r: (trial(r).budget_mib, *order(r), trial(r).misses, -trial(r).link_to_host),
+    )
+    return table(columns, rows)
+
+
+def _link(asked: CacheTrial) -> str | None:
+    return f"{asked.link_to_host:g}" if asked.misses == "hybrid" else None
 
 
 def candidates(sweep: Sweep, found: Sequence[Verdict]) -> str:

@@ -194,7 +194,8 @@ def _why_open(sweep: Sweep, record: Record) -> str | None:
         return "native was not measured at this budget"
     for failed in sweep.failed:
         here, there = trial(record), trial(failed)
-        same = (there.budget_mib, there.policy) == (here.budget_mib, here.policy)
+        names = ("budget_mib", "policy", "misses")
+        same = all(getattr(there, name) == getattr(here, name) for name in names)
         if same and low_format(failed) in (low_format(record), None):
             return f"a trial failed: {sweep.label(failed)}"
     return None

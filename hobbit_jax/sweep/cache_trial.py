@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.cache.miss_modes import Host, MissMode, miss_mode
 from hobbit_jax.cache.policies import SLRU, policy_factory
 from hobbit_jax.evals import quality, tasks
 from hobbit_jax.evals.engine_program import measure_engine, pool_figures
@@ -30,11 +31,19 @@ def of_quality(asked: CacheTrial) -> CacheTrial:
     """What trials have in common whose quality and scores are the same.
 
     Logits of a plan are the same bits at every budget (tests/test_engine.py), so trials that differ
-    in the pool alone share them, unless the pool decides who serves.
+    in the pool alone share them, unless the pool decides who serves. What the CPU computes beside
+    another device has other roundings.
     """
     if isinstance(asked.plan, MissModeTrial):
         return asked
-    return replace(asked, budget_mib=0.0, protected_fraction=0.0, policy="slru")
+    same = CacheTrial(asked.plan, 0.0, asked.inputs, asked.sizes, 0.0, asked.seed)
+    return replace(same, misses=asked.misses)
+
+
+def serving_mode(asked: CacheTrial) -> MissMode:
+    """What serves the misses of a plan that has no miss mode of its own."""
+    mode = miss_mode(asked.misses)
+    return replace(mode, link_to_host=asked.link_to_host) if isinstance(mode, Host) else mode
 
 
 def measure_trial(
@@ -57,7 +66,7 @@ def measure_trial(
         int(asked.budget_mib * 2**20),
         plan=plan,
         policy=policy,
-        mode=by_miss.mode if by_miss else "fetch",
+        mode=by_miss.mode if by_miss else serving_mode(asked),
         low_share=by_miss.share if by_miss else 0.0,
     )
     engine = Engine(bench.model, store, config)
