@@ -84,7 +84,7 @@ def get_config(arg: str = "full") -> ConfigDict:
             "budget_mib": (1.0, 2.0, 5.0),
             "policies": ("slru",),
             "protected_fraction": 0.1,
-            "misses": (),
+            "misses": (("host", 0.25), ("hybrid", 1.0), ("hybrid", 0.25), ("hybrid", 0.0625)),
         }
     )
     config.precision = ConfigDict(
@@ -142,7 +142,7 @@ def get_config(arg: str = "full") -> ConfigDict:
     )
     if arg == "demo":
         config.calibration_text = ""
-        config.cache.budget_mib = (1.5, 3.0)
+        config.cache.update(budget_mib=(1.5, 3.0), misses=())
         config.precision.scores = ("router_weight", "frequency", "accumulated_weight", "random")
         config.precision.update(low_fraction=(0.5,), low_format=("Q2_K",), method="rtn")
         config.precision.random_seeds = (0,)
@@ -151,7 +151,7 @@ def get_config(arg: str = "full") -> ConfigDict:
         config.eval.update(decode_tokens=48, decode_repeats=2)
     if arg in FULL_SIZE:
         config.title = f"{arg}: the cache sweep"
-        config.cache.budget_mib = FULL_SIZE[arg]
+        config.cache.update(budget_mib=FULL_SIZE[arg], misses=(("host", 0.25), ("hybrid", 0.25)))
         # GPTQ would encode the 18,432 matrices of Qwen3-30B-A3B for a day of 2 cores.
         config.precision.update(method="importance", low_fraction=(0.5, 0.9), random_seeds=(0, 1))
         # Native logits of 8 windows take 2.5 GB.
