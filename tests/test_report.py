@@ -401,6 +401,11 @@ def test_a_rule_without_a_limit_is_an_error(workdir):
         write_report(workdir(winning(), rule=rule))
 
 
+def decided(folder):
+    found = verdicts(sweep_of(folder), Rule.of(RULE))
+    return [(v.outcome, v.best.record, [c.text for c in v.best.clauses]) for v in found]
+
+
 def test_other_policies_are_shown_and_decide_nothing(workdir):
     """Under LRU the same plans move other bytes, by which the answers would be others."""
     usual = winning()
@@ -413,8 +418,7 @@ def test_other_policies_are_shown_and_decide_nothing(workdir):
         for n, r in enumerate(usual)
     ]
     alone, both = workdir(usual, name="alone"), workdir([*usual, *other], name="both")
-    rule = Rule.of(RULE)
-    assert verdicts(sweep_of(both), rule) == verdicts(sweep_of(alone), rule)
+    assert decided(both) == decided(alone)
     rows = sweep_tables.policies(sweep_of(both)).splitlines()
     assert "MiB moved a token, slru | MiB moved a token, lru |" in rows[0]
     assert len(rows) == 2 + len(usual) and "| 1.000 | 0.250 |" in rows[2]
@@ -431,8 +435,7 @@ def test_misses_on_the_cpu_are_shown_and_decide_nothing(workdir):
     metrics = {"bytes_moved_per_token": bytes_moved, "bytes_computed_per_token": bytes_computed}
     computed = replace(usual[0], asked=asked, metrics=usual[0].metrics | metrics)
     alone, both = workdir(usual, name="alone"), workdir([*usual, computed], name="both")
-    rule = Rule.of(RULE)
-    assert verdicts(sweep_of(both), rule) == verdicts(sweep_of(alone), rule)
+    assert decided(both) == decided(alone)
     head, _, fetched, hybrid = sweep_tables.misses(sweep_of(both)).splitlines()
     assert "cost at 1:1 | cost at 4:1 | cost at 16:1 |" in head
     assert "| fetch |" in fetched and "| 1.00 | 4.00 | 16.00 |" in fetched
