@@ -31,7 +31,7 @@ from hobbit_jax.record import (
 from hobbit_jax.report import paired, sweep_tables
 from hobbit_jax.report.against import render as render_against
 from hobbit_jax.report.answers import uniform_quants
-from hobbit_jax.report.document import write_report
+from hobbit_jax.report.document import APPENDIX, DOCUMENT, LETTER, write_report
 from hobbit_jax.report.sweep import RANDOM, Sweep, trial
 from hobbit_jax.report.table import Column, table
 from hobbit_jax.report.verdict import (
@@ -362,7 +362,7 @@ def test_the_kept_document_is_what_its_records_say(tmp_path, request):
     docs = request.config.rootpath / "docs"
     shutil.copytree(docs / "records", tmp_path / "docs" / "records")
     write_report(tmp_path / "docs")
-    for name in ("decision.md", "appendix.md"):
+    for name in (DOCUMENT, APPENDIX, LETTER):
         assert (tmp_path / "docs" / name).read_text() == (docs / name).read_text(), name
 
 

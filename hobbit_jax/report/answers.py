@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hobbit_jax.record import MissModeTrial, Record, Records, Uniform
+from hobbit_jax.record import MissModeTrial, Mixed, Record, Records, Uniform
 from hobbit_jax.report.frontier import Averaged, Frontier
 from hobbit_jax.report.paired import relation
 from hobbit_jax.report.sweep import RANDOM, Sweep, low_format, trial
@@ -116,6 +116,17 @@ def encoders(frontier: Frontier | None) -> dict[str, list[Averaged]]:
     plans = frontier.uniform if frontier else ()
     formats = sorted({p.formats[0] for p in plans})
     return {name: [p for p in plans if p.formats[0] == name] for name in formats}
+
+
+def unused_share(sweep: Sweep, mixed: bool) -> float:
+    """Mean share (0-1) of a full pool's bytes in no slot, of mixed plans or of the others."""
+    shares = [
+        1 - (record.metrics["pool_device_bytes"] or 0) / (record.metrics["pool_budget_bytes"] or 1)
+        for record in sweep.records
+        if isinstance(trial(record).plan, Mixed) == mixed
+        and (record.metrics["pool_budget_bytes"] or 0) < sweep.native_bytes
+    ]
+    return sum(shares) / len(shares) if shares else 0.0
 
 
 def small_low_bank(found: Records) -> list[str]:

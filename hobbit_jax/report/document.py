@@ -1,8 +1,9 @@
 """From a folder of records to the decision document, its appendix and its figures.
 
 Owns the files that a report writes: `decision.md` (two pages), `appendix.md` (everything that it
-rests on) and `figures/`. Their text stands in `templates/`, which call the tables and answers. The
-same records give the same bytes of every file.
+rests on), `for_engines.md` (what it means for an engine's maintainer) and `figures/`. Their text
+stands in `templates/`, which call the tables and answers. The same records give the same bytes of
+every file.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import jinja2
 
 from hobbit_jax.atomic import replacing
+from hobbit_jax.cache.miss_modes import LINK_TO_HOST, ROWS_AT_ONCE
 from hobbit_jax.record import CacheTrial, Record, Records, read_records, read_study, study_names
 from hobbit_jax.report import (
     answers,
@@ -31,6 +33,7 @@ from hobbit_jax.report.sweep import Sweep
 from hobbit_jax.report.table import figure, listed, one_line, padded
 from hobbit_jax.report.verdict import PREFERENCE, Rule, verdicts
 
+LETTER = "for_engines.md"
 DOCUMENT, APPENDIX, FIGURES = "decision.md", "appendix.md", "figures"
 
 
@@ -88,7 +91,7 @@ def write_report(workdir: Path) -> Path:
     templates, images = {DOCUMENT: "study.md.j2"}, {}
     if studies.sweep is not None:
         about |= _about(studies, studies.sweep)
-        templates = {DOCUMENT: "decision.md.j2", APPENDIX: "appendix.md.j2"}
+        templates = {name: f"{name}.j2" for name in (DOCUMENT, APPENDIX, LETTER)}
         image = figures.kl_against_bytes_moved(studies.sweep, about["rule"].kl_limit)
         images["kl_against_bytes_moved.png"] = image
     if studies.mixed is not None:
@@ -113,6 +116,8 @@ def _about(studies: Studies, sweep: Sweep) -> dict[str, Any]:
         "verdicts": judged,
         "outcomes": [verdict.outcome.value for verdict in judged],
         "quants": answers.uniform_quants(sweep, rule),
+        "link_to_host": LINK_TO_HOST,
+        "rows_at_once": ROWS_AT_ONCE,
         "preference": ", then ".join(words for words, _ in PREFERENCE),
         "plans": planner_tables.plans(planned),
         "reports": [r for r in planned if r.subject == planner_tables.REPORTS],
