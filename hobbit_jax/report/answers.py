@@ -118,15 +118,15 @@ def encoders(frontier: Frontier | None) -> dict[str, list[Averaged]]:
     return {name: [p for p in plans if p.formats[0] == name] for name in formats}
 
 
-def unused_share(sweep: Sweep, mixed: bool) -> float:
-    """Mean share (0-1) of a full pool's bytes in no slot, of mixed plans or of the others."""
-    shares = [
-        1 - (record.metrics["pool_device_bytes"] or 0) / (record.metrics["pool_budget_bytes"] or 1)
-        for record in sweep.records
-        if isinstance(trial(record).plan, Mixed) == mixed
-        and (record.metrics["pool_budget_bytes"] or 0) < sweep.native_bytes
-    ]
-    return sum(shares) / len(shares) if shares else 0.0
+def unused_share(sweep: Sweep, mixed: bool) -> str:
+    """Mean share of a full pool's bytes in no slot, of mixed plans or of the others."""
+    shares = []
+    for record in sweep.records:
+        used = record.metrics.get("pool_device_bytes") or 0
+        pool = record.metrics.get("pool_budget_bytes") or 0
+        if 0 < pool < sweep.native_bytes and isinstance(trial(record).plan, Mixed) == mixed:
+            shares.append(1 - used / pool)
+    return f"{100 * sum(shares) / len(shares):.1f} %" if shares else "an unknown share"
 
 
 def small_low_bank(found: Records) -> list[str]:
