@@ -35,7 +35,7 @@ class NextUse(TablePolicy[Key]):
     def __init__(self, capacity: int, seed: int = 0):
         super().__init__(capacity)
         self._random = random.Random(seed).random
-        self._order, self._memory = compiled.empty(_FIRST_LAYERS, _FIRST_EXPERTS)
+        self._buffers, self._width = compiled.empty(_FIRST_LAYERS, _FIRST_EXPERTS), _FIRST_EXPERTS
         # The first row is for what is admitted before any step has used it.
         self._keys: list[list[Key]] = [[]]  # by row and column of the arrays
         self._column: list[dict[Key, int]] = [{}]
@@ -80,7 +80,7 @@ class NextUse(TablePolicy[Key]):
         elif self._used:
             self._take_in()
         entering = self._place(key)
-        self._farthest = compiled.replace(self._order, leaving, entering)
+        self._farthest = compiled.replace(*self._buffers, leaving, entering)
         resident[key] = None
         return victim
 
@@ -89,8 +89,7 @@ class NextUse(TablePolicy[Key]):
         if self._used:
             self._take_in()
         if self._farthest >= 0:
-            row, column = divmod(self._farthest, self._width)
-            key = self._keys[row][column]
+            key = self._keys[self._farthest // self._width][self._farthest % self._width]
             if key not in keep:
                 return key
         others = [key for key in self._resident if key not in keep and key not in self._pinned]
@@ -100,7 +99,7 @@ class NextUse(TablePolicy[Key]):
 
     def expected(self, key: Key) -> float:
         """The token at which a resident key is expected to be used next."""
-        return float(self._order.estimate_LE.flat[self._place(key)])
+        return float(self._buffers.reals[self._place(key)])
 
     def pin(self, key: Key) -> None:
         """See `Policy.pin`."""
@@ -110,7 +109,7 @@ class NextUse(TablePolicy[Key]):
     def unpin(self, key: Key) -> None:
         """See `Policy.unpin`."""
         if key in self._pinned:
-            self._farthest = compiled.replace(self._order, -1, self._place(key))
+            self._farthest = compiled.replace(*self._buffers, -1, self._place(key))
         super().unpin(key)
 
     def _take_in(self) -> None:
@@ -126,14 +125,10 @@ class NextUse(TablePolicy[Key]):
         except KeyError:
             chosen = [self._settle(key, row) for key in used]
         self._farthest = compiled.take_in(
-            self._order, self._memory, row, step.token, np.array(chosen), np.array(self._weights),
+            *self._buffers, row, step.token, np.array(chosen), np.array(self._weights),
             len(self._keys[row]), self._random(),
         )  # fmt: skip
         self._used, self._weights = [], []
-
-    @property
-    def _width(self) -> int:
-        return self._order.estimate_LE.shape[1]
 
     def _place(self, key: Key) -> int:
         """Of a key in the arrays."""
@@ -150,19 +145,19 @@ class NextUse(TablePolicy[Key]):
             self._delete_place(key)
         self._row[key], self._column[row][key] = row, len(self._keys[row])
         self._keys[row].append(key)
-        shape = n_layers, width = self._order.estimate_LE.shape
+        n_layers, width = self._buffers.integers[:2].tolist()
         while row >= n_layers:
             n_layers *= 2
         while len(self._keys[row]) > width:
             width *= 2
-        if (n_layers, width) != shape:
-            self._order, self._memory = compiled.grown(self._order, self._memory, n_layers, width)
+        if [n_layers, width] != self._buffers.integers[:2].tolist():
+            self._buffers, self._width = compiled.grown(self._buffers, n_layers, width), width
         entering = self._place(key) if evictable else -1
-        self._farthest = compiled.replace(self._order, -1, entering)
+        self._farthest = compiled.replace(*self._buffers, -1, entering)
         return self._column[row][key]
 
     def _delete_place(self, key: Key) -> None:
-        self._farthest = compiled.replace(self._order, self._place(key), -1)
+        self._farthest = compiled.replace(*self._buffers, self._place(key), -1)
 
     def _delete(self, key: Key) -> None:
         self._delete_place(key)

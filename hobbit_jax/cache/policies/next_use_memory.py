@@ -40,7 +40,7 @@ _RATE_m = np.clip(-_RATES_PER_E * np.log(_MIX_m), 0, _RATES - 1).astype(np.int64
 _LONGEST = 200  # tokens; a next use farther away is learned as this
 _PRIOR_COUNT, _MOST_COUNT = 8, 2000  # observations: what a first guess weighs, and the past at most
 _CELLS = (HORIZON + 1) * _RATES  # of one level of likeness
-_N_SETS = len(_LIKENESS_OF)
+_ALL_CELLS = LIKENESSES * _CELLS
 
 
 class Order(NamedTuple):
@@ -70,42 +70,90 @@ class Memory(NamedTuple):
     count_RC: np.ndarray  # int64, observations behind it
 
 
-def empty(n_layers: int, n_experts: int) -> tuple[Order, Memory]:
-    """Nothing has been used yet; `n_experts` is a multiple of 64."""
-    shape_LE = n_layers, n_experts
-    order = Order(
-        estimate_LE=np.zeros(shape_LE),
-        evictable_LE=np.zeros(shape_LE, np.uint8),
-        last_use_LE=np.full(shape_LE, ABSENT),
-        last_L=np.full(n_layers, -1),
-        present_2=np.zeros(2, np.int64),
+class Buffers(NamedTuple):
+    """All of it in three arrays, for compiled code takes long over many arguments.
+
+    See `_order` and `_memory`.
+    """
+
+    reals: np.ndarray  # float64
+    integers: np.ndarray  # int64; the first two are the numbers of layers and of experts
+    octets: np.ndarray  # uint8
+
+
+_N_SETS, _N_CONSTANTS = len(_LIKENESS_OF), len(_TIME_CONSTANTS)
+
+
+def _order(reals: np.ndarray, integers: np.ndarray, octets: np.ndarray) -> Order:
+    layers, experts = integers[0], integers[1]
+    pairs = layers * experts
+    return Order(
+        estimate_LE=reals[:pairs].reshape(layers, experts),
+        evictable_LE=octets[:pairs].reshape(layers, experts),
+        last_use_LE=integers[4 : 4 + pairs].reshape(layers, experts),
+        last_L=integers[4 + pairs : 4 + pairs + layers],
+        present_2=integers[2:4],
     )
+
+
+def _memory(reals: np.ndarray, integers: np.ndarray, octets: np.ndarray) -> Memory:
+    layers, experts = integers[0], integers[1]
+    pairs, width = layers * experts, _SETS + _N_SETS * (experts // 64)
+    tables, uses = RECOLLECTIONS * _ALL_CELLS, pairs * (1 + _N_CONSTANTS)
+    i = 4 + pairs + layers
+    count_RC, i = integers[i : i + tables], i + tables
+    before_2p, i = integers[i : i + 4], i + 4
+    present_L, i = integers[i : i + layers], i + layers
+    watched_LE, i = integers[i : i + pairs], i + pairs
+    cell_LER, i = integers[i : i + pairs * RECOLLECTIONS], i + pairs * RECOLLECTIONS
+    latest_LP, i = integers[i : i + layers * _PAIRS], i + layers * _PAIRS
+    return Memory(
+        frequency_LEf=reals[pairs:uses].reshape(layers, experts, _N_CONSTANTS),
+        watched_LE=watched_LE.reshape(layers, experts),
+        cell_LER=cell_LER.reshape(layers, experts, RECOLLECTIONS),
+        present_L=present_L,
+        row_LMw=integers[i:].reshape(layers, MEMORY, width),
+        soon_LME=octets[pairs:].reshape(layers, MEMORY, experts),
+        latest_LP=latest_LP.reshape(layers, _PAIRS),
+        before_2p=before_2p.reshape(2, 2),
+        log_tokens_RC=reals[uses:].reshape(RECOLLECTIONS, _ALL_CELLS),
+        count_RC=count_RC.reshape(RECOLLECTIONS, _ALL_CELLS),
+    )
+
+
+_compiled_order, _compiled_memory = njit(cache=True)(_order), njit(cache=True)(_memory)
+
+
+def empty(n_layers: int, n_experts: int) -> Buffers:
+    """Nothing has been used yet; `n_experts` is a multiple of 64."""
+    pairs, width = n_layers * n_experts, _SETS + _N_SETS * (n_experts // 64)
+    tables = RECOLLECTIONS * _ALL_CELLS
+    integers = 4 + pairs * (2 + RECOLLECTIONS) + 2 * n_layers + 4 + tables
+    integers += n_layers * (MEMORY * width + _PAIRS)
+    buffers = Buffers(
+        np.zeros(pairs * (1 + _N_CONSTANTS) + tables),
+        np.zeros(integers, np.int64),
+        np.zeros(pairs * (1 + MEMORY), np.uint8),
+    )
+    buffers.integers[:2] = n_layers, n_experts
+    order, memory = _order(*buffers), _memory(*buffers)
+    order.last_use_LE[:], order.last_L[:] = ABSENT, -1
     # The first guess: what was recalled, as far as the likeness goes, or the usual time.
     trust = (np.arange(LIKENESSES) / LIKENESSES)[:, None, None]
     usual = (np.arange(_RATES) + 0.5) / _RATES_PER_E
     distance = np.arange(HORIZON + 1)[:, None]
     recalled = np.where(distance > 0, np.log(np.maximum(distance, 1)), usual)
-    guess_C = (trust * recalled + (1 - trust) * usual).ravel()
-    width = _SETS + _N_SETS * (n_experts // 64)
-    return order, Memory(
-        frequency_LEf=np.zeros((*shape_LE, len(_TIME_CONSTANTS))),
-        watched_LE=np.zeros(shape_LE, np.int64),
-        cell_LER=np.zeros((*shape_LE, RECOLLECTIONS), np.int64),
-        present_L=np.zeros(n_layers, np.int64),
-        row_LMw=np.zeros((n_layers, MEMORY, width), np.int64),
-        soon_LME=np.zeros((n_layers, MEMORY, n_experts), np.uint8),
-        latest_LP=np.zeros((n_layers, _PAIRS), np.int64),
-        before_2p=np.zeros((2, 2), np.int64),
-        log_tokens_RC=np.tile(guess_C, (RECOLLECTIONS, 1)),
-        count_RC=np.full((RECOLLECTIONS, len(guess_C)), _PRIOR_COUNT),
-    )
+    memory.log_tokens_RC[:] = (trust * recalled + (1 - trust) * usual).ravel()
+    memory.count_RC[:] = _PRIOR_COUNT
+    return buffers
 
 
-def grown(order: Order, memory: Memory, n_layers: int, n_experts: int) -> tuple[Order, Memory]:
+def grown(buffers: Buffers, n_layers: int, n_experts: int) -> Buffers:
     """The same with room for more layers and experts."""
     larger = empty(n_layers, n_experts)
-    for before, after in zip((*order, *memory), (*larger[0], *larger[1]), strict=True):
-        after[tuple(slice(size) for size in before.shape)] = before
+    for views in (_order, _memory):
+        for before, after in zip(views(*buffers), views(*larger), strict=True):
+            after[tuple(slice(size) for size in before.shape)] = before
     return larger
 
 
@@ -144,13 +192,17 @@ def _enter(order: Order, layer: int, expert: int) -> None:
 
 
 @njit(cache=True)
-def replace(order: Order, leaving: int, entering: int) -> int:
+def replace(
+    reals: np.ndarray, integers: np.ndarray, octets: np.ndarray, leaving: int, entering: int
+) -> int:
     """Makes one expert not evictable and another one evictable; -1 for nobody.
 
     One that no step has asked for since the last is expected at the next token.
 
     Args:
-        order: changed in place.
+        reals: with the next two, `Buffers`.
+        integers: see there.
+        octets: see there.
         leaving: layer * E + expert.
         entering: likewise.
 
@@ -158,7 +210,8 @@ def replace(order: Order, leaving: int, entering: int) -> int:
         The evictable expert whose next use is farthest, likewise. Those that the last step chose
         are spared.
     """
-    width = order.estimate_LE.shape[1]
+    order = _compiled_order(reals, integers, octets)
+    width = integers[1]
     if leaving >= 0:
         layer, expert = leaving // width, leaving % width
         order.evictable_LE[layer, expert] = 0
@@ -311,8 +364,9 @@ def _cells(
 
 @njit(cache=True)
 def take_in(
-    order: Order,
-    memory: Memory,
+    reals: np.ndarray,
+    integers: np.ndarray,
+    octets: np.ndarray,
     layer: int,
     token: int,
     chosen_K: np.ndarray,
@@ -323,8 +377,9 @@ def take_in(
     """Learns from a step's choice, and estimates anew when the layer's experts are used next.
 
     Args:
-        order: changed in place, as is `memory`.
-        memory: see there.
+        reals: with the next two, `Buffers`; changed in place.
+        integers: see there.
+        octets: see there.
         layer: its row.
         token: never decreases.
         chosen_K: int64, the experts; the chosen get an estimate whether they are resident or not.
@@ -335,6 +390,8 @@ def take_in(
     Returns:
         As `replace`.
     """
+    order = _compiled_order(reals, integers, octets)
+    memory = _compiled_memory(reals, integers, octets)
     ranked_K = chosen_K[np.argsort(-weight_K, kind="mergesort")]
     if token != order.present_2[1]:
         memory.before_2p[:] = 0
