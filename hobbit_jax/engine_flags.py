@@ -22,6 +22,7 @@ from hobbit_jax.cache.bandwidth import read_bandwidths
 from hobbit_jax.cache.config import MAX_RESIDENT_LIFT, CacheConfig
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, Host, MissMode
 from hobbit_jax.cache.policies import DEFAULT_POLICY, POLICIES
+from hobbit_jax.cache.pool import SlotPool, make_pool
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare, low_share
 from hobbit_jax.cache.prefetch import PredictorName, PrefetchRule
 from hobbit_jax.cache.trace import RoutingRecorder
@@ -128,7 +129,9 @@ class EngineOptions:
         spec = LowPrecisionSpec(self.low)
         return [open_low_precision(model.file, model.config, spec, low_precision_folder())]
 
-    def make_engine(self, model: LoadedModel) -> Engine:
+    def make_engine(
+        self, model: LoadedModel, executor: Callable[..., SlotPool] = make_pool
+    ) -> Engine:
         """An engine on `model`; low-precision experts are made first, once.
 
         Raises:
@@ -149,7 +152,7 @@ class EngineOptions:
             devices=self.devices,
             kv_format=self.kv_format,
         )
-        return Engine(model, store, config)
+        return Engine(model, store, config, executor)
 
     def load_all_that_fit(self, engine: Engine) -> None:
         """Loads every expert that the plan asks for, if the pool can hold all of them.

@@ -10,12 +10,14 @@ a record of each setting and prints a table of all that are in --workdir. A sett
 fit is named and left out.
 
 A --preset is a synthetic model of a real one's size, written into --workdir when it is not there
-(18.6 GB for qwen3-30b-a3b); it decodes random tokens. On a CPU a copy costs next to nothing, so
-that counts and KL say more there than seconds.
+(18.6 GB for qwen3-30b-a3b); it decodes random tokens. On a CPU a copy costs next to nothing:
+--link_gb_s emulates a slower link, and the records say so. Decode is then timed by the processor's
+time and the waits for the link, so that other load does not show.
 """
 
 import functools
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,7 +26,9 @@ from absl import flags
 from tqdm import tqdm
 
 from hobbit_jax import cli
+from hobbit_jax.cache.link import ProcessorTime, ThrottledLink
 from hobbit_jax.cache.miss_modes import MISS_MODES
+from hobbit_jax.cache.pool import make_pool
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, low_share
 from hobbit_jax.engine_flags import ALL, EngineOptions, budget_mib, engine_flags
 from hobbit_jax.evals.decode_bench import decode, token_rows
@@ -35,6 +39,7 @@ from hobbit_jax.report.table import Column, table
 from hobbit_jax.synthetic.synthesize import synthesize
 
 STUDY, NATIVE = "decode_settings", "native"
+_LATENCY_US = 10.0  # of an upload on an emulated link
 # Of a setting that cannot be measured; another exception is a bug.
 _EXPECTED = (ValueError, NotImplementedError, RuntimeError, MemoryError)
 
@@ -75,6 +80,9 @@ _PROMPT_TOKENS = flags.DEFINE_integer(
 )
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Number of tokens to decode.", 1, cli.MAX_COUNT)
 _REPEATS = flags.DEFINE_integer("repeats", 6, "Number of rows, after a warm-up.", 1, 10_000)
+_LINK_GB_S = flags.DEFINE_float(
+    "link_gb_s", None, "Bandwidth of an emulated link in GB/s.", 1e-6, 1e6
+)
 _COLUMNS = (
     Column("MiB", lambda r: r.setting.get("budget_mib", ALL), "g"),
     Column("setting", lambda r: r.setting["setting"]),
@@ -95,6 +103,7 @@ def settings(given: EngineOptions) -> Iterator[tuple[dict[str, Any], EngineOptio
     """Every setting of every budget, native experts first, with what identifies its record."""
     plain = replace(given, link_to_host=None, resident_lift=0.0, prefetch=None)
     sizes = {"prompt_tokens": _PROMPT_TOKENS.value, "tokens": _TOKENS.value}
+    sizes |= {"link_gb_s": _LINK_GB_S.value} if _LINK_GB_S.value is not None else {}
     for budget in _BUDGETS_MIB.value:
         native = replace(plain, budget_mib=budget)
         yield {"setting": NATIVE, **native.asked, **sizes}, native
@@ -123,8 +132,14 @@ def main(_) -> int:
     for asked, options in tqdm(list(settings(given)), unit="setting", leave=False, disable=None):
         if asked["setting"] == NATIVE:  # of this budget
             native = None
+        executor, clock = make_pool, time.perf_counter
+        if _LINK_GB_S.value is not None:
+            clock = ProcessorTime()
+            link = ThrottledLink(_LINK_GB_S.value, _LATENCY_US, clock)
+            executor = functools.partial(make_pool, link=link)
         try:
-            found = decode(functools.partial(options.make_engine, model), ids_RS, sizes[0])
+            make_engine = functools.partial(options.make_engine, model, executor)
+            found = decode(make_engine, ids_RS, sizes[0], clock)
         except _EXPECTED as error:
             where = f"{asked['setting']} at {options.budget_mib or ALL} MiB"
             print(f"not measured: {where}: {error}", file=sys.stderr)

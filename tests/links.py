@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import jax
-
-from hobbit_jax.cache.link import DirectLink, Link, Upload
+from hobbit_jax.cache.link import DirectLink, Link, ThrottledLink, Upload
 from hobbit_jax.experts.store import HostExperts
 
 
@@ -75,37 +72,6 @@ class _Recorded:
     def wait(self):
         self.record._note("fetch", self.expert)
         return self.upload.wait()
-
-
-@dataclass(frozen=True)
-class _Throttled:
-    arrays: tuple[jax.Array, ...]
-    arrives_s: float
-    clock: Callable[[], float]
-    sleep: Callable[[float], object]
-
-    def wait(self) -> tuple[jax.Array, ...]:
-        while (left_s := self.arrives_s - self.clock()) > 0:
-            self.sleep(left_s)
-        return self.arrays
-
-
-class ThrottledLink:
-    """Uploads take their turn: n bytes arrive at max(now, link free) + latency + n / bandwidth.
-
-    One occupies the link whether or not anybody waits for it, so one that nobody waits for runs
-    beside the computation, and one that was wrong to start delays those behind it.
-    """
-
-    def __init__(self, gb_s: float, latency_us: float, clock: Clock):
-        self.gb_s, self.latency_us, self.clock = gb_s, latency_us, clock
-        self._free_s = 0.0
-
-    def send(self, raw, device) -> Upload:
-        arrays = jax.device_put(raw, device)
-        seconds = self.latency_us * 1e-6 + sum(part.nbytes for part in raw) / (self.gb_s * 1e9)
-        self._free_s = max(self.clock(), self._free_s) + seconds
-        return _Throttled(arrays, self._free_s, self.clock, self.clock.sleep)
 
 
 def throttled(store, gb_s: float) -> tuple[Recorded, Clock]:

@@ -1,7 +1,7 @@
 """The way of an expert's bytes from host to device.
 
-Owns what a pool asks of a link, and JAX's own copy. Tests have a slower link in virtual time, where
-an upload that nobody waits for runs beside the computation.
+Owns what a pool asks of a link, JAX's own copy, and an emulated slower link for machines whose
+device is the CPU, where a copy costs next to nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +28,18 @@ class Upload(Protocol):
         Raises:
             RuntimeError: the copy failed.
         """
+        ...
+
+
+class Sleeper(Protocol):
+    """A clock, in seconds, that can wait."""
+
+    def __call__(self) -> float:
+        """Seconds so far."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Lets so many pass."""
         ...
 
 
@@ -76,3 +88,54 @@ class DirectLink:
     def send(self, raw: Raw, device: Any) -> Upload:
         """See `Link.send`."""
         return _Direct(jax.device_put(raw, device))
+
+
+class ProcessorTime:
+    """Seconds in which this process computes, and those in which it waits for an upload.
+
+    Nobody sleeps: a wait is only counted, so other load on the machine does not show. It is right
+    where nothing else of this process runs during a wait, as in decode. Two threads that compute at
+    once count twice.
+    """
+
+    def __init__(self):
+        self._waited_s = 0.0
+
+    def __call__(self) -> float:
+        """Seconds so far."""
+        return time.process_time() + self._waited_s
+
+    def sleep(self, seconds: float) -> None:
+        """Counts a wait."""
+        self._waited_s += seconds
+
+
+@dataclass(frozen=True)
+class _Throttled:
+    arrays: tuple[jax.Array, ...]
+    arrives_s: float
+    clock: Sleeper
+
+    def wait(self) -> tuple[jax.Array, ...]:
+        while (left_s := self.arrives_s - self.clock()) > 0:
+            self.clock.sleep(left_s)
+        return self.arrays
+
+
+class ThrottledLink:
+    """Uploads take their turn: n bytes arrive at max(now, link free) + latency + n / bandwidth.
+
+    One occupies the link whether or not anybody waits for it, so one that nobody waits for runs
+    beside the computation, and one that was wrong to start delays those behind it.
+    """
+
+    def __init__(self, gb_s: float, latency_us: float, clock: Sleeper):
+        self.gb_s, self.latency_us, self.clock = gb_s, latency_us, clock
+        self._free_s = 0.0
+
+    def send(self, raw: Raw, device: Any) -> Upload:
+        """See `Link.send`."""
+        arrays = jax.device_put(raw, device)
+        seconds = self.latency_us * 1e-6 + sum(part.nbytes for part in raw) / (self.gb_s * 1e9)
+        self._free_s = max(self.clock(), self._free_s) + seconds
+        return _Throttled(arrays, self._free_s, self.clock)

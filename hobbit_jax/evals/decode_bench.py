@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from hobbit_jax import reference
 from hobbit_jax.evals.engine_program import measure_engine, pool_figures
 from hobbit_jax.evals.logit_comparison import compare_logits, summarize
-from hobbit_jax.evals.measure import Measurement
+from hobbit_jax.evals.measure import Clock, Measurement
 from hobbit_jax.evals.process_memory import PeakWatch
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.inference.compile_clock import COMPILE_CLOCK
@@ -56,7 +57,12 @@ class Decoded:
         }
 
 
-def decode(make_engine: Callable[[], Engine], ids_RS: np.ndarray, prompt_tokens: int) -> Decoded:
+def decode(
+    make_engine: Callable[[], Engine],
+    ids_RS: np.ndarray,
+    prompt_tokens: int,
+    clock: Clock = time.perf_counter,
+) -> Decoded:
     """Makes an engine and decodes rows with it; the first row warms up.
 
     `own_memory_peak_bytes` is the process's anonymous memory (the pool, the dense part and what
@@ -66,12 +72,13 @@ def decode(make_engine: Callable[[], Engine], ids_RS: np.ndarray, prompt_tokens:
         make_engine: of the setting.
         ids_RS: int32 [repeats + 1, prompt and decoded tokens].
         prompt_tokens: of each row, prefilled.
+        clock: of the turns.
     """
     gc.collect()  # the pool of the setting before, if anything refers to itself
     memory, compiled_s = PeakWatch(os.getpid()), COMPILE_CLOCK.seconds
     try:
         engine = make_engine()
-        measurement, logits = measure_engine(engine, ids_RS, prompt_tokens)
+        measurement, logits = measure_engine(engine, ids_RS, prompt_tokens, clock)
     finally:
         peak = memory.stop()
     figures = {

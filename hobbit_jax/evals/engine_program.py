@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from hobbit_jax.evals.measure import Counts, Measurement, measure, timed_turn
+from hobbit_jax.evals.measure import Clock, Counts, Measurement, measure, timed_turn
 from hobbit_jax.experts.store import NATIVE
 from hobbit_jax.inference.engine import Engine
 
@@ -62,7 +63,7 @@ class EngineProgram:
 
 
 def measure_engine(
-    engine: Engine, ids_RS: np.ndarray, prompt_tokens: int
+    engine: Engine, ids_RS: np.ndarray, prompt_tokens: int, clock: Clock = time.perf_counter
 ) -> tuple[Measurement, list[np.ndarray]]:
     """Decodes rows with an engine alone; the first warms up.
 
@@ -70,6 +71,7 @@ def measure_engine(
         engine: its pool stays as the last row leaves it.
         ids_RS: int32 [repeats + 1, prompt and decoded tokens].
         prompt_tokens: of each row, prefilled.
+        clock: of the turns.
 
     Returns:
         The measurement, and the logits of each row that counts, float32 [tokens, V].
@@ -81,7 +83,7 @@ def measure_engine(
         if row:
             logits.append(np.concatenate([np.asarray(token_BV) for token_BV in program.logits_BV]))
 
-    turn = functools.partial(timed_turn, program)
+    turn = functools.partial(timed_turn, program, clock=clock)
     (found,) = measure({"ours": turn}, ids_RS, prompt_tokens, after=keep).values()
     return found, logits
 
