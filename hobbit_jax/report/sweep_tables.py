@@ -107,15 +107,6 @@ def misses(sweep: Sweep) -> str:
     plans = {trial(record).plan for record in sweep.other_misses}
     fetched = [record for record in sweep.records if trial(record).plan in plans]
 
-    def per_token(record: Record, name: str) -> float:
-        return (record.metrics.get(f"bytes_{name}_per_token") or 0.0) / MIB
-
-    def cost(record: Record, ratio: int) -> float | None:
-        asked = trial(record)
-        if asked.misses == "hybrid" and not math.isclose(asked.link_to_host * ratio, 1):
-            return None
-        return max(per_token(record, "moved") * ratio, per_token(record, "computed"))
-
     columns = [
         Column("plan", sweep.label),
         Column("pool", at),
@@ -125,13 +116,55 @@ def misses(sweep: Sweep) -> str:
         Column("moved", "bytes_moved_per_token", ".3f", unit=MIB),
         Column("computed", "bytes_computed_per_token", ".3f", unit=MIB),
         Column("round trips", "host_round_trips_per_token", ".2f"),
-        *(Column(f"cost at {n}:1", lambda r, n=n: cost(r, n), ".2f") for n in LINK_RATIOS),
+        *(Column(f"cost at {n}:1", lambda r, n=n: _cost(r, n), ".2f") for n in LINK_RATIOS),
     ]
     rows = sorted(
         (*fetched, *sweep.other_misses),
         key=lambda r: (trial(r).budget_mib, *order(r), trial(r).misses, -trial(r).link_to_host),
     )
     return table(columns, rows)
+
+
+def miss_costs(sweep: Sweep) -> str:
+    """`misses` in short: what fetching costs, and what the cheapest way to serve misses does."""
+    served: dict[tuple[float, object], list[Record]] = {}
+    for record in (*sweep.records, *sweep.other_misses):
+        served.setdefault((trial(record).budget_mib, trial(record).plan), []).append(record)
+    plans = {trial(r).plan: sweep.label(r) for r in sorted(sweep.other_misses, key=order)}
+    budgets = sorted({trial(record).budget_mib for record in sweep.other_misses})
+
+    def fetched(row: tuple[float, int], plan: object) -> float | None:
+        found = [r for r in served[row[0], plan] if trial(r).misses == CacheTrial.misses]
+        return _cost(found[0], row[1]) if found else None
+
+    def cheapest(row: tuple[float, int], plan: object) -> str | None:
+        costs = [(_cost(r, row[1]), trial(r).misses) for r in served[row[0], plan]]
+        known = [(cost, name) for cost, name in costs if cost is not None]
+        return f"{min(known)[0]:.2f}, {min(known)[1]}" if known else None
+
+    columns = [
+        Column("pool", lambda row: f"{row[0]:g} MiB"),
+        Column("link", lambda row: f"{row[1]}:1"),
+    ]
+    for plan, label in plans.items():
+        columns.append(Column(f"{label}, fetched", lambda row, p=plan: fetched(row, p), ".2f"))
+        columns.append(Column(f"{label}, cheapest", lambda row, p=plan: cheapest(row, p)))
+    return table(columns, [(budget, ratio) for budget in budgets for ratio in LINK_RATIOS])
+
+
+def _cost(record: Record, ratio: int) -> float | None:
+    """MiB that the CPU reads while the busier of link and CPU is busy for a token.
+
+    None for a hybrid that divides misses for another link.
+    """
+    asked = trial(record)
+    if asked.misses == "hybrid" and not math.isclose(asked.link_to_host * ratio, 1):
+        return None
+    moved, computed = (
+        (record.metrics.get(f"bytes_{name}_per_token") or 0.0) / MIB
+        for name in ("moved", "computed")
+    )
+    return max(moved * ratio, computed)
 
 
 def _link(asked: CacheTrial) -> str | None:
