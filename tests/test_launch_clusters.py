@@ -157,7 +157,7 @@ def sweep(workdir: Path, *arguments: str, more=()) -> subprocess.CompletedProces
 
 def untimed(record: Record) -> Record:
     """Without what depends on the machine's speed."""
-    timed = re.compile("tokens_per_s|first_token_s|repeat_s")
+    timed = re.compile("tokens_per_s|_s_per_token|first_token_s|repeat_s")
     kept = {name: value for name, value in record.metrics.items() if not timed.search(name)}
     samples = {name: value for name, value in record.samples.items() if not timed.search(name)}
     return replace(record, metrics=kept, samples=samples, seconds=None)
