@@ -239,6 +239,7 @@ def test_rows_longer_than_the_context(monkeypatch, two_banks_path):
         compare_model(request)
 
 
+@pytest.mark.slow
 def test_our_side(monkeypatch, tmp_path, two_banks_path):
     """The engine in its child, under a budget, beside a baseline that knows nothing."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))

@@ -284,6 +284,7 @@ def script(name: str, *args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_scripts(two_banks_path, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Call me Ishmael. Some years ago - never mind how long precisely. " * 20)

@@ -78,6 +78,7 @@ def test_unpack_equals_gguf_bit_for_bit(name, lead, jit):
     _assert_same_bits(weights, dequantize(raw, name))
 
 
+@pytest.mark.slow
 @every_format
 def test_encoded_weights_decode_to_what_was_encoded(name):
     """Blocks as ggml's encoder writes them, which random bytes never are."""

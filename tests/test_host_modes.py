@@ -63,7 +63,11 @@ def resident(model, store):
 
 @pytest.mark.parametrize(
     ("mode", "share"),
-    [("host", 0.0), ("hybrid", 0.5), pytest.param("host", 0.3, marks=pytest.mark.slow)],
+    [
+        ("host", 0.0),
+        pytest.param("hybrid", 0.5, marks=pytest.mark.slow),
+        pytest.param("host", 0.3, marks=pytest.mark.slow),
+    ],
 )
 def test_the_cpu_computes_the_bits_of_the_device(model, store, resident, mode, share):
     """Without any slot too; what many tokens of a prompt share is fetched where it has a slot."""
@@ -143,6 +147,7 @@ def test_who_is_fetched_and_who_is_computed():
         assert found <= 1.5 * min(all_ways)  # the bound of list scheduling on two machines
 
 
+@pytest.mark.slow
 def test_the_router_prefers_what_is_resident(two_banks_path, model, store, resident):
     """By NumPy on one router; and in decode the same bits where all are resident."""
     router = load_model(two_banks_path, "xla").layers.kinds.block(model.layers.states, 0, 0).router

@@ -147,6 +147,7 @@ def test_200_trials_under_fire(workdir, monkeypatch):
     check_rows(workdir, expected)
 
 
+@pytest.mark.slow
 def test_trials_that_fail_or_kill_their_process(workdir, monkeypatch):
     """They are recorded, the others are finished, and the same command tries them again."""
     for _ in range(2):

@@ -259,6 +259,7 @@ def test_the_shipped_model_on_real_data(data_dir, tmp_path):
     assert {score["problems"] for score in shares(record).values()} == {1}
 
 
+@pytest.mark.slow
 def test_the_script(model, tmp_path):
     script = REPOSITORY / "scripts" / "evaluate.py"
     args = ("--tasks=mini_functions", "--limit=2", "--max_new_tokens=2", "--budget_mib=8")

@@ -27,7 +27,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE = 1e-4
 NAMES = tuple(tiny_models.MODELS)
 # Of the others one way is quick enough for every run; `make slow` has the rest.
-QUICK = ("qwen3moe", "qwen35moe", "mixtral", "olmoe", "qwen2")
+QUICK = ("qwen3moe", "qwen35moe", "mixtral")
 
 
 def slow_unless(quick: bool, *values):
@@ -113,6 +113,7 @@ def test_prefill_and_decode(loaded, name):
         assert_close(engine.decode(ids_T[t : t + 1])[0], wanted_TV[t], f"{name} token {t}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [slow_unless(name == "qwen35moe", name) for name in ("qwen3moe", "qwen35moe", "mixtral")],
@@ -157,6 +158,7 @@ def logits_script():
     return runpy.run_path(str(REPOSITORY / "scripts" / "logits.py"), run_name="logits")
 
 
+@pytest.mark.slow
 def test_logits_script(paths, tmp_path):
     name = "mixtral"
     ids_T, wanted_TV = golden(name)

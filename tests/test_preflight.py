@@ -231,6 +231,7 @@ def sweep(*args: str, home: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
 
 
+@pytest.mark.slow
 def test_dry_run(two_banks_path, tmp_path):
     """It says what a sweep would take and makes nothing; the default folder is in the home."""
     small = ("windows=2", "context=32", "calibration_windows=2", "task_problems=0",

@@ -64,6 +64,7 @@ def test_a_chat_template_wraps_the_prompt(cases):
     assert len(wrapped[1].split(",")) > len(plain[1].split(",")) == 1
 
 
+@pytest.mark.slow
 def test_a_generation_ends_and_goes_on(cases):
     model = f"--model={cases / 'eog_endoftext' / 'model.gguf'}"
     shared = (model, "--prompt=a", "--max_new_tokens=6")

@@ -12,6 +12,7 @@ from hobbit_jax.quantize import encode
 from hobbit_jax.reference_model.reparametrise import write_off_grid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["olmoe", pytest.param("qwen3moe-tied", marks=pytest.mark.slow)])
 def test_equal_logits(name, tmp_path):
     """A head of its own and a tied one; q and k normalised by head and as a whole."""

@@ -455,6 +455,7 @@ def test_two_sweeps_side_by_side(workdir):
         render_against(ours, sweep_of(workdir(third, name="third")), ("ours", "third"))
 
 
+@pytest.mark.slow
 def test_the_script_writes_exports_and_refuses(workdir, request, tmp_path):
     script = request.config.rootpath / "scripts" / "report.py"
 

@@ -446,6 +446,7 @@ def run_script(name: str, *arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
 
 
+@pytest.mark.slow
 def test_a_profile_is_written_read_and_refused(model, two_banks_path, tmp_path):
     text, path = tmp_path / "text.txt", tmp_path / "profile"
     text.write_text("the same words, over and over; " * 40, encoding="utf-8")
