@@ -19,7 +19,7 @@ from absl import flags
 from hobbit_jax import cli, reference
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.experts.low_precision import (
-    ROLES,
+    MATRICES,
     LowPrecisionSpec,
     open_low_precision,
     write_low_precision,
@@ -34,8 +34,8 @@ _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference mo
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Format of the experts.", required=True)
 _METHOD = flags.DEFINE_enum("method", "rtn", METHODS, "How experts are encoded.")
 _ROLES = flags.DEFINE_multi_enum(
-    "roles", [], ROLES, "Matrices of an expert to encode; by default all, the others stay as they "
-    "are. May be given several times.",
+    "roles", [], list(MATRICES), "Matrix of an expert to encode; the others stay as they are. May "
+    "be given several times; by default all are encoded.",
 )  # fmt: skip
 _CALIBRATION = flags.DEFINE_string("calibration", None, "Folder that scripts/calibrate.py wrote.")
 _OUT = flags.DEFINE_string("out", None, "GGUF file to write; by default one in --cache_dir.")

@@ -14,6 +14,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import AbstractMesh
+from marks import slow_unless
 
 from hobbit_jax.cache.config import CacheConfig
 from pallas_kernels import linear as linear_module
@@ -35,10 +36,6 @@ PACKINGS = {fmt.name: fmt.packing for fmt in FORMATS.values() if fmt.packing}
 FLOATS = [name for name, packing in PACKINGS.items() if isinstance(packing, Floats)]
 # One format of each kind of packing is quick enough for every run; `make slow` has the rest.
 QUICK = ("Q2_K", "Q4_K", "Q6_K", "IQ4_XS", "Q8_0", "F16")
-
-
-def slow_unless(quick: bool, *values):
-    return pytest.param(*values, marks=() if quick else pytest.mark.slow)
 
 
 every_format = pytest.mark.parametrize("name", [slow_unless(n in QUICK, n) for n in PACKINGS])

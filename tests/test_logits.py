@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny_models
 from conftest import REPOSITORY
+from marks import slow_unless
 
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.experts.store import HostExperts
@@ -28,10 +29,6 @@ TOLERANCE = 1e-4
 NAMES = tuple(tiny_models.MODELS)
 # Of the others one way is quick enough for every run; `make slow` has the rest.
 QUICK = ("qwen3moe", "qwen35moe", "mixtral")
-
-
-def slow_unless(quick: bool, *values):
-    return pytest.param(*values, marks=() if quick else pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

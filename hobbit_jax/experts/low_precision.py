@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hobbit_jax import quantize
 from hobbit_jax.atomic import check_space, exclusive, replacing
-from hobbit_jax.experts.store import STACKS, stacked
+from hobbit_jax.experts.store import ROLES, STACKS, stacked
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
 from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
 from hobbit_jax.model_file.metadata import text
@@ -36,8 +36,9 @@ from hobbit_jax.quantize.methods import CalibratedMoments, check_method, encode_
 from hobbit_jax.quantize.quant_recipe import format_in_a_file
 from pallas_kernels import formats
 from pallas_kernels.formats import Format, get_format
+from pallas_kernels.reference import Signature
 
-ROLES = ("gate", "up", "down")
+MATRICES = dict(zip(Signature._fields, ROLES, strict=True))  # gate, up and down → role
 SOURCE_KEY = "hobbit.low_precision.source_sha256"
 ENCODER_KEY = "hobbit.low_precision.encoder_sha256"
 METHOD_KEY = "hobbit.low_precision.method"
@@ -71,8 +72,8 @@ class LowPrecisionSpec:
     """How a low precision is made.
 
     `through` are formats that the weights pass through first, each encoded plainly: what a
-    quantised file would have done to them. `roles` are the matrices that are encoded, of `ROLES`;
-    the others stay as they are, and none named are all.
+    quantised file would have done to them. `roles` are the matrices that are encoded, of
+    `MATRICES`; the others stay as they are, and none named are all.
     """
 
     format: str
@@ -82,8 +83,8 @@ class LowPrecisionSpec:
     roles: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if unknown := set(self.roles) - set(ROLES):
-            raise ValueError(f"roles {sorted(unknown)}; want some of {', '.join(ROLES)}")
+        if unknown := set(self.roles) - set(MATRICES):
+            raise ValueError(f"roles {sorted(unknown)}; want some of {', '.join(MATRICES)}")
 
     def key(self, source: GGUFFile) -> str:
         """Identity of the precision's bytes: of the source, of the encoders, of the calibration."""
@@ -102,7 +103,7 @@ def _places(config: ModelConfig, roles: tuple[str, ...] = ()) -> dict[str, tuple
         raise NotImplementedError(
             f"{config.arch} stores gate and up as one matrix; name both roles or neither"
         )
-    chosen = {f"ffn_{role}_exps" for role in roles or ROLES}
+    chosen = {MATRICES[role] for role in roles or MATRICES}
     places = {
         name: ("ffn_gate_exps" if role == "ffn_gate_up_exps" else role, layer)
         for layer in range(config.n_layers)

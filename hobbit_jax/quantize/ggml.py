@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -52,12 +53,14 @@ def check_format(format: str, has_importance: bool) -> int:
 
 
 def encode(
-    weights_NK: np.ndarray, format: str, importance_K: np.ndarray | None = None, threads: int = 1
+    weights_NK: np.ndarray,
+    format: str,
+    importance_K: np.ndarray | None = None,
 ) -> np.ndarray:
     """What `quantize.encode` returns, by ggml: uint8 [N, row_bytes] of float32 [N, K].
 
     `importance_K` is a row of llama.cpp's importance matrix, which some types demand and others
-    ignore. Rows are shared out to `threads`.
+    ignore. Rows are shared out to all cores.
 
     Raises:
         ValueError: weights that are not finite, rows of no whole number of blocks, or no
@@ -80,6 +83,7 @@ def encode(
             kind, weights_NK.ctypes.data, out_NP.ctypes.data, first * k, count, k, matrix
         )
 
+    threads = os.cpu_count() or 1
     parts = [rows for rows in np.array_split(np.arange(n), threads) if len(rows)]
     with ThreadPoolExecutor(threads) as pool:
         written = sum(pool.map(encode_rows, parts))

@@ -6,7 +6,6 @@ methods write the same standard blocks.
 
 from __future__ import annotations
 
-import os
 from typing import Protocol
 
 import numpy as np
@@ -166,9 +165,8 @@ def encode_matrix(
     weights_NK = np.pad(weights_NK, ((0, 0), (0, filling)))
     if method == "rtn":
         return encoder.encode(weights_NK, format)
-    threads = os.cpu_count() or 1
     if method == "ggml" and calibration is None:
-        return ggml.encode(weights_NK, format, threads=threads)
+        return ggml.encode(weights_NK, format)
     if calibration is None:
         raise ValueError(f"method {method} needs a calibration; make one with scripts/calibrate.py")
     importance = moment(calibration, role, layer, expert, full=method == "gptq")
@@ -177,4 +175,4 @@ def encode_matrix(
         return gptq.encode(weights_NK, format, importance)
     if method == "importance":
         return encoder.encode(weights_NK, format, importance)
-    return ggml.encode(weights_NK, format, importance.astype(np.float32), threads)
+    return ggml.encode(weights_NK, format, importance.astype(np.float32))

@@ -15,6 +15,9 @@ from hobbit_jax.report.sweep import Sweep, at, low_format, order, trial
 from hobbit_jax.report.table import MIB, Column, figure, percent, ratio, table
 from hobbit_jax.report.verdict import Verdict, against_draws
 
+# Times as long that a link takes for a byte as the CPU.
+LINK_RATIOS = (1, 4, 16)
+
 
 def quality(sweep: Sweep) -> str:
     """What each plan loses, and in how many bytes."""
@@ -93,9 +96,6 @@ def policies(sweep: Sweep) -> str:
         ),
     ]
     return table(columns, sweep.records)
-
-
-LINK_RATIOS = (1, 4, 16)
 
 
 def misses(sweep: Sweep) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from hobbit_jax.importance.calibration import STATISTICS
 from hobbit_jax.quantize.methods import NEEDED_STATISTICS
 from hobbit_jax.record import EvalSizes, Inputs
 from hobbit_jax.sweep.artifact_cache import ArtifactCache, Encoding
@@ -70,16 +69,6 @@ def expert_errors(
 
 
 def all_artifacts(tasks: Iterable[Any]) -> list[Artifact]:
-    """Artifacts of trials, and those that they are made of, each once.
-
-    Of calibrations those with most statistics come first, since the others are part of them.
-    """
+    """Artifacts of trials, and those that they are made of, each once."""
     found = list(dict.fromkeys(artifact for task in tasks for artifact in task.artifacts))
-    ordered = found and list(dict.fromkeys([*all_artifacts(found), *found]))
-    return sorted(ordered, key=lambda artifact: -_statistics(artifact))
-
-
-def _statistics(artifact: Artifact) -> int:
-    if artifact.maker is not ArtifactCache.calibration:
-        return -1
-    return STATISTICS.index(artifact.arguments[0])
+    return found and list(dict.fromkeys([*all_artifacts(found), *found]))

@@ -96,9 +96,9 @@ class Trial:
     def encoding(self) -> Encoding:
         """How its low precisions are made."""
         plan = self.asked.plan
-        method, seed = getattr(plan, "encoder", METHODS[0]), getattr(self.asked, "seed", 0)
-        if not isinstance(self.asked, QualityTrial):
-            seed = 0  # it draws the random control alone
+        method = getattr(plan, "encoder", METHODS[0])
+        # The seed of a trial of the cache draws the random control alone.
+        seed = self.asked.seed if isinstance(self.asked, QualityTrial) else 0
         if isinstance(plan, Uniform):
             return Encoding(method, seed, plan.through, plan.roles)
         return Encoding(method, seed)

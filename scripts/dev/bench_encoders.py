@@ -7,7 +7,6 @@ the median of the ratios pair by pair. Writes a record a case and prints the tab
 docs/encoders.md.
 """
 
-import os
 import time
 
 import numpy as np
@@ -66,7 +65,7 @@ def measure(weights_NK: np.ndarray, format: str, importance_K: np.ndarray | None
     """Errors of both, MB of float32 per second of both, and the ratios ours / ggml's."""
     calls = (
         lambda: encode(weights_NK, format, importance_K),
-        lambda: ggml.encode(weights_NK, format, importance_K, os.cpu_count() or 1),
+        lambda: ggml.encode(weights_NK, format, importance_K),
     )
     errors = [weighted_rmse(weights_NK, call(), format, importance_K) for call in calls]
     speeds = np.zeros((_REPEATS.value, 2))
