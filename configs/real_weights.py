@@ -10,10 +10,11 @@ encoder keeps most at equal bytes, ggml's best types included; and which matrice
 
 A dense model is one whose only expert is always chosen. Texts "wikitext" and "gsm8k" are data sets
 of README; encoders are calibrated on their training halves and on source code, as much of each, and
-judged on the test halves. `configs/real_weights.py:full` adds GPTQ and the grids of ggml, which
-take longest to encode, and what plain Q2_K loses after another format on the way.
+judged on the test halves. `configs/real_weights.py:full` adds plain rounding, matrices by role,
+GPTQ at 3 bits, the other grids of ggml, and what plain Q2_K loses after another format on the way.
 
-Cost on 2 CPU cores, for 1.5 billion weights: about 7 minutes a plan.
+Cost on 2 CPU cores, for 1.5 billion weights: 2 minutes for a plan on a text, and once for a plan to
+be encoded: GPTQ 25 minutes, ggml 5 to 10, the others 2.
 Expected: KL at plain Q3_K 0.075 and at plain Q2_K 0.35 on code and prose, as a first look with
 llama.cpp found; calibration lowers Q2_K's by a third or more. Written before the first run of this
 config: at 2 bits an encoder of ours is worth its calibration if its KL is at most 0.75 of that of
@@ -38,15 +39,17 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluation_texts = ("", "wikitext", "gsm8k")
     # ggml's products, as llama.cpp computes them: float32 takes several times as long.
     config.implementation = "ggml"
+    full = arg == "full"
     config.uniform = (
-        ("Q3_K", "ggml"), ("Q2_K", "ggml"), ("Q2_K", "importance"), ("Q2_K", "rtn"),
-        ("Q3_K", "importance"), ("Q3_K", "rtn"),
-        *((("Q2_K", "gptq"), ("IQ2_S", "ggml"), ("IQ3_XXS", "ggml"), ("IQ2_XS", "ggml"),
-           ("IQ2_XXS", "ggml"), ("IQ3_S", "ggml"), ("Q3_K", "gptq")) if arg == "full" else ()),
+        ("Q2_K", "importance"), ("Q2_K", "ggml"), ("Q2_K", "gptq"), ("IQ2_S", "ggml"),
+        ("Q3_K", "ggml"),
+        *((("Q3_K", "gptq"), ("IQ3_XXS", "ggml"), ("Q2_K", "rtn"), ("Q3_K", "rtn"),
+           ("Q3_K", "importance"), ("IQ3_S", "ggml"), ("IQ2_XS", "ggml"), ("IQ2_XXS", "ggml"))
+          if full else ()),
     )  # fmt: skip
     # Which matrices are Q2_K, the others staying native; what plain Q2_K passes through before.
-    config.roles = (("gate", "up"), ("down",))
-    config.through = ("Q8_0", "Q5_K") if arg == "full" else ()
+    config.roles = (("gate", "up"), ("down",)) if full else ()
+    config.through = ("Q8_0", "Q5_K") if full else ()
     config.seed = 0
     config.eval = ConfigDict({"windows": 48, "context": 128, "calibration_windows": 128})
     config.rule = ConfigDict({})

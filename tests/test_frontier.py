@@ -42,7 +42,7 @@ def cell(plan, seed=0, inputs=SHIPPED) -> Trial:
 
 @pytest.mark.slow
 def test_cells_on_an_engine(two_banks_path, tmp_path):
-    """Bytes within the limit, selections counted, precisions' errors; each cell a row."""
+    """Bytes within the limit, selections counted, each cell a row."""
     for name in ("calibration", "evaluation"):
         (tmp_path / f"{name}.txt").write_text(f"{name}: {TEXT}" * 12)
     inputs = Inputs(
@@ -64,7 +64,6 @@ def test_cells_on_an_engine(two_banks_path, tmp_path):
     selections = 3 * 24 * 3 * 2  # windows · tokens · layers · experts per token
     assert all(r.metrics["selections"] == selections for r in records)
     assert uniform.samples["precision_shares"] == [0.0, 1.0]
-    assert 0.02 < uniform.metrics["output_error"] < uniform.metrics["weight_error"] < 0.6
     for mix in (sensitive, random):
         assert mix.metrics["stored_bytes"] <= 0.7 * mix.metrics["native_bytes"]
         assert mix.metrics["stored_bytes"] > 0.66 * mix.metrics["native_bytes"]

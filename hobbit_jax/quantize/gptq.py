@@ -124,8 +124,10 @@ def _super_blocks(n_columns: int) -> list[slice]:
 def _feed_errors_forward(target_KN: Array, hessian_KK: np.ndarray, quant: KQuant) -> list[_Blocks]:
     """Step 1: GPTQ's order of work, with our search of scales."""
     # Row i of the upper factor of H⁻¹, over its diagonal, says how column i's error is made good.
-    inverse_KK = scipy.linalg.inv(hessian_KK, check_finite=False)
-    upper_KK = jnp.asarray(scipy.linalg.cholesky(inverse_KK, check_finite=False), jnp.float32)
+    # With H's columns and rows reversed, H = L·Lᵀ; L⁻¹, reversed again, is that factor.
+    lower_KK = scipy.linalg.cholesky(hessian_KK[::-1, ::-1], lower=True, check_finite=False)
+    inverse_KK, _ = scipy.linalg.lapack.dtrtri(lower_KK, lower=1, overwrite_c=1)
+    upper_KK = jnp.asarray(inverse_KK[::-1, ::-1], jnp.float32)
     importance_GW = block_importance_GW(np.diagonal(hessian_KK), BLOCK_LEN)
     moved_KN, blocks = target_KN, []
     for index, part in enumerate(_super_blocks(len(hessian_KK))):

@@ -50,8 +50,6 @@ def encoders(frontier: Frontier) -> str:
         _KL,
         Column("top-1", lambda p: p.mean("top1_agreement"), ".3f"),
         _PERPLEXITY,
-        Column("weight error", lambda p: p.records[0].metrics.get("weight_error"), ".3f"),
-        Column("output error", lambda p: p.records[0].metrics.get("output_error"), ".3f"),
         *_TASKS,
     ]
     parts = [p for p in frontier.plans_of(Uniform, frontier.own_text) if p.roles]
@@ -169,8 +167,6 @@ def compounding(frontier: Frontier) -> str:
     columns = [
         Column("way", lambda p: " → ".join(["original", *p.through, p.formats[0]])),
         Column("encoder", "encoder"),
-        Column("weight error", lambda p: p.mean("weight_error"), ".4f"),
-        Column("output error", lambda p: p.mean("output_error"), ".4f"),
         _KL,
         *_against("the straight way", straight),
         _PERPLEXITY,

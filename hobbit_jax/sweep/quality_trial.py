@@ -10,19 +10,17 @@ from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import Observer
 from hobbit_jax.cache.router_output import RouterOutput
 from hobbit_jax.evals import quality, tasks
-from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.experts.precision import SKIPPED, PrecisionPlan
-from hobbit_jax.experts.store import NATIVE, HostExperts
+from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.record import (
     Measured,
     QualityTrial,
-    Uniform,
     combined,
     measured,
     record_name,
 )
-from hobbit_jax.sweep.artifact_cache import ArtifactCache, Encoding
+from hobbit_jax.sweep.artifact_cache import ArtifactCache
 
 
 def measure_trial(
@@ -30,9 +28,8 @@ def measure_trial(
     bench: ArtifactCache,
     store: HostExperts,
     plan: PrecisionPlan,
-    how: Encoding,
 ) -> Measured:
-    """Quality, tasks, and the bytes that selections use; of a uniform quant its errors too."""
+    """Quality, tasks, and the bytes that selections use."""
     chunk_tokens = asked.sizes.windows * asked.sizes.context
     engine = Engine(bench.model, store, CacheConfig(plan=plan, chunk_tokens=chunk_tokens))
 
@@ -46,20 +43,11 @@ def measure_trial(
         found = tasks.evaluate_all(engine, bench.tokenizer, asked.sizes.task_problems)
         return measured(found, "task")
 
-    def errors() -> Measured:
-        """Roots of the share of energy lost: of weights, and of outputs."""
-        if not isinstance(asked.plan, Uniform):
-            return Measured()
-        found = bench.errors([asked.plan.format], how)
-        output_error = float((found.error_NLE[1].sum() / found.energy_LE.sum()) ** 0.5)
-        return measured({"weight_error": _weight_error(store), "output_error": output_error})
-
     name = record_name(asked)
     precision_LE = getattr(plan, "precision_LE", np.zeros(0, np.int8))
     return combined(
         bench.measured_part(f"quality-{name}", quality_and_uses),
         bench.measured_part(f"tasks-{name}", scores),
-        bench.measured_part(f"errors-{name}", errors),
         measured({"precision_LE": precision_LE.tolist()}),
     )
 
@@ -93,15 +81,3 @@ class UseCounter(Observer):
             "skipped_share": self.skipped / total,
             "bytes_read_per_selection": float((self.count_NL * self.bytes_NL).sum()) / total,
         }
-
-
-def _weight_error(store: HostExperts) -> float:
-    missed = total = 0.0
-    for layer in range(store.config.n_layers):
-        native, low = store.layer(NATIVE, layer), store.layer(1, layer)
-        for name in ("gate", "up", "down"):
-            weights = dequantize(getattr(native, name)).astype(np.float64)
-            again = dequantize(getattr(low, name))[..., : weights.shape[-1]]
-            missed += float(((weights - again) ** 2).sum())
-            total += float((weights**2).sum())
-    return (missed / total) ** 0.5

@@ -121,8 +121,7 @@ class Trial:
         if text:
             found.append(calibration_run(*on, "routing", how.seed, text))
         by_error = isinstance(plan, Mixed) and plan.score == "sensitivity"
-        alone = isinstance(plan, Uniform) and isinstance(self.asked, QualityTrial)
-        if by_error or alone or isinstance(plan, MixedInBytes):
+        if by_error or isinstance(plan, MixedInBytes):
             found.append(expert_errors(*on, formats, how, text))
         return tuple(found)
 
@@ -144,7 +143,7 @@ class Trial:
         if isinstance(asked, CacheTrial):
             found = cache_trial.measure_trial(asked, bench, store, plan, specs)
         else:
-            found = quality_trial.measure_trial(asked, bench, store, plan, self.encoding)
+            found = quality_trial.measure_trial(asked, bench, store, plan)
         low = {f"low_{spec.format}": bench.precision(spec).sha256() for spec in specs}
         hashes = low
         if self.reads_routing:
