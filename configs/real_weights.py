@@ -41,7 +41,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.implementation = "ggml"
     full = arg == "full"
     config.uniform = (
-        ("Q2_K", "importance"), ("Q2_K", "ggml"), ("Q2_K", "gptq"), ("IQ2_S", "ggml"),
+        # GPTQ's calibration serves the others too.
+        ("Q2_K", "gptq"), ("Q2_K", "importance"), ("Q2_K", "ggml"), ("IQ2_S", "ggml"),
         ("Q3_K", "ggml"),
         *((("Q3_K", "gptq"), ("IQ3_XXS", "ggml"), ("Q2_K", "rtn"), ("Q3_K", "rtn"),
            ("Q3_K", "importance"), ("IQ3_S", "ggml"), ("IQ2_XS", "ggml"), ("IQ2_XXS", "ggml"))
