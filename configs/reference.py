@@ -100,7 +100,7 @@ def get_config(arg: str = "full") -> ConfigDict:
             "low_fraction": (0.5, 0.75, 0.9),
             "low_format": ("Q2_K", "Q3_K"),
             "method": "gptq",
-            # Of the random control. The first three run at every budget, to see what they move; the
+            # Of the random control. Those below 3 run at every budget, to see what they move; the
             # others at the largest, since what a plan loses does not depend on it.
             "random_seeds": tuple(range(20)),
         }
@@ -197,7 +197,8 @@ def sweep(config: ConfigDict) -> list[Trial]:
         for fraction in precision.low_fraction
         for score in precision.scores
         for seed in (precision.random_seeds if score == "random" else (config.seed,))
-        for pool in (pools if seed in (config.seed, *precision.random_seeds[:3]) else pools[-1:])
+        for pool in pools
+        if seed < 3 or pool[0] == max(cache.budget_mib)
     ]
     cells += [
         cell(MissModeTrial(mode, float(share), low, method), pool)
