@@ -31,6 +31,7 @@ def test_what_serves_a_selection():
         "floor": [LOW] * 4,
         "host": [NATIVE] * 4,
         "host_low": [LOW] * 4,
+        "hobbit_host": [NATIVE, NATIVE, LOW, SKIPPED],
         "hybrid": [NATIVE] * 4,
     }
     low_only = {**absent, "use_low_if_resident": [LOW] * 4}

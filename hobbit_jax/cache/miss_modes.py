@@ -184,6 +184,13 @@ class HostLow(Host):
 
 
 @dataclass(frozen=True)
+class HobbitHost(Host, Hobbit):
+    """HOBBIT's precisions, computed on the CPU: the device's pool has native and low copies."""
+
+    low_banks: LowBanks = "cache"
+
+
+@dataclass(frozen=True)
 class Hybrid(Host):
     """Each miss is fetched or computed on the CPU, so that both finish together.
 
@@ -217,6 +224,7 @@ MISS_MODES: dict[str, MissMode] = {
     "floor": Floor(),
     "host": Host(),
     "host_low": HostLow(),
+    "hobbit_host": HobbitHost(),
     "hybrid": Hybrid(),
 }
 

@@ -199,10 +199,22 @@ class Measurement:
             "repeat_s": [round(seconds, 6) for seconds in self.decode_s.tolist()],
             "decode_cpu_s_per_token": spread(self.decode_cpu_s / per_turn),
             **self.counted_figures(),
+            **self.counted_samples(),
         }
         if self.counts is not None:
             found["link_wait_s_per_token"] = self.counts.link_wait_s / self.tokens
         return found
+
+    def counted_samples(self) -> dict[str, list[float]]:
+        """Of each turn, what has an interval over prompts; none for a program without counts."""
+        of_turns = [(sum(turn.tokens, Counts()), len(turn.tokens)) for turn in self.turns]
+        if not all(tokens for _, tokens in of_turns):
+            return {}
+        names = ("bytes_moved", "bytes_computed", "host_round_trips", "hits", "uses")
+        return {
+            f"{name}_per_token_R": [getattr(counts, name) / tokens for counts, tokens in of_turns]
+            for name in names
+        }
 
     def counted_figures(self) -> dict[str, float | None]:
         """What does not depend on the machine's speed; none for a program without counts."""

@@ -135,6 +135,7 @@ class CacheTrial:
 
     `misses` is the miss mode of a plan that has none of its own, and `link_to_host` the bandwidth
     of the link over the rate at which the CPU reads what it computes, for modes that ask.
+    `resident_lift` routes toward what is resident, as `CacheConfig` says.
     """
 
     plan: Native | Uniform | Mixed | MissModeTrial
@@ -146,6 +147,12 @@ class CacheTrial:
     policy: str = "slru"  # by its name in `cache/policies`
     misses: str = "fetch"  # or host, or hybrid
     link_to_host: float = 0.41
+    resident_lift: float = 0.0
+
+    @property
+    def by_decoding(self) -> bool:
+        """Whether what it loses depends on what is resident, so that only decoding shows it."""
+        return isinstance(self.plan, MissModeTrial) or self.resident_lift > 0
 
 
 @member("quality")

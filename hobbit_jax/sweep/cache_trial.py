@@ -34,7 +34,7 @@ def of_quality(asked: CacheTrial) -> CacheTrial:
     in the pool alone share them, unless the pool decides who serves. What the CPU computes beside
     another device has other roundings.
     """
-    if isinstance(asked.plan, MissModeTrial):
+    if asked.by_decoding:
         return asked
     same = CacheTrial(asked.plan, 0.0, asked.inputs, asked.sizes, 0.0, asked.seed)
     return replace(same, misses=asked.misses)
@@ -55,8 +55,8 @@ def measure_trial(
 ) -> Measured:
     """Cost at the budget, and quality and tasks once per plan.
 
-    With a miss mode quality is that of decoding, one sequence at a time, and tasks are answered one
-    by one: what serves misses depends on what was decoded before.
+    Where what is resident decides, quality is that of decoding, one sequence at a time, and tasks
+    are answered one by one: what is resident depends on what was decoded before.
     """
     policy = policy_factory(asked.policy)
     if policy is SLRU:
@@ -68,14 +68,15 @@ def measure_trial(
         policy=policy,
         mode=by_miss.mode if by_miss else serving_mode(asked),
         low_share=by_miss.share if by_miss else 0.0,
+        resident_lift=asked.resident_lift,
     )
     engine = Engine(bench.model, store, config)
     shared = of_quality(asked)
-    name, batch = record_name(shared), 1 if by_miss else None
+    name, batch = record_name(shared), 1 if asked.by_decoding else None
     sizes, native_WTV = asked.sizes, bench.native_logits_WTV
 
     def losses() -> Measured:
-        if not by_miss:
+        if not asked.by_decoding:
             return quality.evaluate(engine, bench.windows, native_WTV).measured()
         windows = bench.windows.first(sizes.decoded_windows)
         return quality.evaluate_decoding(engine, windows, native_WTV).measured()
