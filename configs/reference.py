@@ -76,15 +76,13 @@ def get_config(arg: str = "full") -> ConfigDict:
     config.data_dir = ""
 
     # The reference model's experts take 7.27 MiB natively, 3.94 at Q2_K.
-    # Every plan runs under every policy of `hobbit_jax/cache/policies/` that is named here. The
-    # misses of native and uniform experts are fetched, and also served by the miss modes `misses`:
-    # host or hybrid, each with the link's bandwidth over the rate at which the CPU reads experts.
+    # Every plan runs under every policy of `hobbit_jax/cache/policies/` that is named here. What
+    # else than fetching may serve a miss is asked by configs/misses.py.
     config.cache = ConfigDict(
         {
             "budget_mib": (1.0, 2.0, 5.0),
             "policies": ("slru",),
             "protected_fraction": 0.1,
-            "misses": (("host", 0.25), ("hybrid", 1.0), ("hybrid", 0.25), ("hybrid", 0.0625)),
         }
     )
     config.precision = ConfigDict(
@@ -144,7 +142,7 @@ def get_config(arg: str = "full") -> ConfigDict:
     )
     if arg == "demo":
         config.calibration_text = ""
-        config.cache.update(budget_mib=(1.5, 3.0), misses=())
+        config.cache.update(budget_mib=(1.5, 3.0))
         config.precision.scores = ("router_weight", "frequency", "accumulated_weight", "random")
         config.precision.update(low_fraction=(0.5,), low_format=("Q2_K",), method="rtn")
         config.precision.random_seeds = (0,)
@@ -153,7 +151,7 @@ def get_config(arg: str = "full") -> ConfigDict:
         config.eval.update(decode_tokens=48, decode_repeats=2)
     if arg in FULL_SIZE:
         config.title = f"{arg}: the cache sweep"
-        config.cache.update(budget_mib=FULL_SIZE[arg], misses=(("host", 0.25), ("hybrid", 0.25)))
+        config.cache.update(budget_mib=FULL_SIZE[arg])
         # GPTQ would encode the 18,432 matrices of Qwen3-30B-A3B for a day of 2 cores.
         config.precision.update(method="importance", low_fraction=(0.5, 0.9), random_seeds=(0, 1))
         # Native logits of 8 windows take 2.5 GB.
@@ -175,22 +173,16 @@ def sweep(config: ConfigDict) -> list[Trial]:
     cache, precision = config.cache, config.precision
     pools = [(float(budget), policy) for policy in cache.policies for budget in cache.budget_mib]
 
-    def cell(plan, pool, seed=config.seed, misses=()):
+    def cell(plan, pool, seed=config.seed):
         budget_mib, policy = pool
         fixed = (plan, budget_mib, inputs, sizes, cache.protected_fraction, seed, policy)
-        return Trial(CacheTrial(*fixed, *misses))
+        return Trial(CacheTrial(*fixed))
 
     cells = [cell(Native(), pool) for pool in pools]
     # Both uniform models are rivals, also when only one format is mixed in.
     rivals = sorted({"Q2_K", "Q3_K", *precision.low_format})
     method = precision.method
     cells += [cell(Uniform(low, method), pool) for low in rivals for pool in pools]
-    cells += [
-        cell(plan, pool, misses=(mode, float(link_to_host)))
-        for plan in (Native(), *(Uniform(low, method) for low in rivals))
-        for mode, link_to_host in cache.misses
-        for pool in pools
-    ]
     cells += [
         cell(Mixed(score, float(fraction), low, method), pool, seed)
         for low in precision.low_format

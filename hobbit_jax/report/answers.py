@@ -15,7 +15,7 @@ from hobbit_jax.report.frontier import Averaged, Frontier
 from hobbit_jax.report.paired import relation
 from hobbit_jax.report.sweep import RANDOM, Sweep, low_format, trial
 from hobbit_jax.report.table import ratio
-from hobbit_jax.report.verdict import Judgement, Outcome, Rule, Verdict, against_draws
+from hobbit_jax.report.verdict import Judgement, Outcome, Rule, Verdict, control
 from hobbit_jax.statistics import Interval
 
 OUTCOMES = [outcome.value for outcome in Outcome]
@@ -82,7 +82,7 @@ def against_line(judged: Sequence[Judgement]) -> dict[str, Counter[str | None]]:
 
 
 class Score(NamedTuple):
-    """An importance score: how often it has which `relation` to all random draws, to the line."""
+    """An importance score: how often it has which `relation` to random choice, and to the line."""
 
     name: str
     against_draws: Counter[str | None]
@@ -104,7 +104,7 @@ def scores(sweep: Sweep, judged: Sequence[Judgement]) -> list[Score]:
     return [
         Score(
             name,
-            Counter(relation(against_draws(record, sweep)) for record in records),
+            Counter(c.relation if (c := control(record, sweep)) else None for record in records),
             _places([j for j in judged if getattr(trial(j.record).plan, "score", "") == name]),
         )
         for name, records in groups.items()

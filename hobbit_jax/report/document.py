@@ -25,10 +25,12 @@ from hobbit_jax.report import (
     baseline_tables,
     figures,
     frontier_tables,
+    miss_tables,
     planner_tables,
     sweep_tables,
 )
 from hobbit_jax.report.frontier import Frontier, frontiers
+from hobbit_jax.report.miss_tables import MissStudy
 from hobbit_jax.report.sweep import Sweep
 from hobbit_jax.report.table import figure, listed, one_line, padded
 from hobbit_jax.report.verdict import PREFERENCE, Rule, verdicts
@@ -39,10 +41,13 @@ DOCUMENT, APPENDIX, FIGURES = "decision.md", "appendix.md", "figures"
 
 @dataclass(frozen=True)
 class Studies:
-    """What a folder holds: at most one sweep of the cache, studies of quality, other records."""
+    """What a folder holds: at most one sweep of the cache and one study of misses, studies of
+    quality, other records.
+    """
 
     found: Records
     sweep: Sweep | None
+    misses: MissStudy | None
     quality: tuple[Frontier, ...]
 
     @property
@@ -54,8 +59,10 @@ class Studies:
 def read_studies(workdir: Path) -> Studies:
     """Reads every study that has a description.
 
+    A study of the cache without a rule decides nothing: it is one of ways to serve a miss.
+
     Raises:
-        ValueError: there is none, two sweeps of the cache, or one without a record.
+        ValueError: there is none, two of one kind, or one without a record.
     """
     found, names = read_records(workdir), study_names(workdir)
     if not names:
@@ -63,18 +70,25 @@ def read_studies(workdir: Path) -> Studies:
             f"{workdir} has no study under records/; --workdir must name the folder of a sweep"
         )
     sweeps: list[Sweep] = []
+    misses: list[MissStudy] = []
     quality: list[Frontier] = []
     for study in (read_study(workdir, name) for name in names):
         if any(isinstance(record.asked, CacheTrial) for record in found.of(study.name)):
-            sweeps.append(Sweep.of(study, found))
+            if study.rule:
+                sweeps.append(Sweep.of(study, found))
+            else:
+                misses.append(MissStudy.of(study, found))
         else:
             quality += frontiers(study, found)
-    if len(sweeps) > 1:
-        raise ValueError(
-            f"{workdir} has {len(sweeps)} sweeps of the cache, "
-            f"{listed(sweep.study.name for sweep in sweeps)}; want one a folder"
-        )
-    return Studies(found, sweeps[0] if sweeps else None, tuple(quality))
+    for what, same in (("sweeps of the cache", sweeps), ("studies of misses", misses)):
+        if len(same) > 1:
+            raise ValueError(
+                f"{workdir} has {len(same)} {what}, {listed(one.study.name for one in same)}; "
+                "want one a folder"
+            )
+    return Studies(
+        found, sweeps[0] if sweeps else None, misses[0] if misses else None, tuple(quality)
+    )
 
 
 def write_report(workdir: Path) -> Path:
@@ -163,6 +177,6 @@ def _templates() -> jinja2.Environment:
         "one_line": one_line,
         "padded": padded,
     }
-    called = (answers, frontier_tables, planner_tables, sweep_tables)
+    called = (answers, frontier_tables, miss_tables, planner_tables, sweep_tables)
     environment.globals |= {module.__name__.rsplit(".", 1)[1]: module for module in called}
     return environment

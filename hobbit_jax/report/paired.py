@@ -23,21 +23,21 @@ def kl_nats_W(record: Record) -> np.ndarray | None:
     return None if not found else np.asarray(found, np.float64)
 
 
-def mean_interval(values_N: np.ndarray) -> Interval:
+def mean_interval(values_N: np.ndarray, confidence: float = 0.95) -> Interval:
     """Mean of independent values with its interval; of a single one the interval is unbounded."""
     mean = float(values_N.mean())
     if len(values_N) < 2:
         return Interval(mean, -math.inf, math.inf)
     if np.ptp(values_N) == 0:
         return Interval(mean, mean, mean)
-    ends = stats.ttest_1samp(values_N, 0).confidence_interval(0.95)
+    ends = stats.ttest_1samp(values_N, 0).confidence_interval(confidence)
     return Interval(mean, float(ends.low), float(ends.high))
 
 
-def difference(left_W: np.ndarray, right_W: np.ndarray) -> Interval:
+def difference(left_W: np.ndarray, right_W: np.ndarray, confidence: float = 0.95) -> Interval:
     """`left` less `right` within the windows that both have; these are the first of each."""
     common = min(len(left_W), len(right_W))
-    return mean_interval(left_W[:common] - right_W[:common])
+    return mean_interval(left_W[:common] - right_W[:common], confidence)
 
 
 def relation(differences: Sequence[Interval]) -> str | None:

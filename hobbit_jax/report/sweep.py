@@ -21,6 +21,7 @@ from hobbit_jax.record import (
     Records,
     Study,
     Uniform,
+    low_formats,
 )
 from hobbit_jax.report.paired import kl_nats_W
 from hobbit_jax.report.table import percent
@@ -83,9 +84,8 @@ def order(record: Record) -> tuple:
 class Sweep:
     """Records of one study that finished, in the order of `order`, and what is absent.
 
-    `records` are those of one cache policy whose misses are not computed on the CPU; the answers go
-    by them. The policy is the usual one, or the first of a sweep without it by name. Records under
-    `other_policies` and with `other_misses` differ from these in that alone.
+    `records` are those of one cache policy, and the answers go by them. The policy is the usual
+    one, or the first of a sweep without it by name. `other_policies` differ in that alone.
     """
 
     study: Study
@@ -95,7 +95,6 @@ class Sweep:
     foreign: tuple[str, ...]
     unreadable: Mapping[str, str]
     other_policies: tuple[Record, ...] = ()
-    other_misses: tuple[Record, ...] = ()
 
     @classmethod
     def of(cls, study: Study, found: Records) -> Sweep:
@@ -106,20 +105,14 @@ class Sweep:
         done = sorted((r for r in asked if r.status == "ok"), key=order)
         policies = {trial(record).policy for record in done}
         usual = CacheTrial.policy if CacheTrial.policy in policies else min(policies, default="")
-        groups: dict[tuple[bool, bool], list[Record]] = {}
-        for record in done:
-            asked_of = trial(record)
-            same = asked_of.policy == usual, asked_of.misses == CacheTrial.misses
-            groups.setdefault(same, []).append(record)
         return cls(
             study,
-            tuple(groups.get((True, True), ())),
+            tuple(r for r in done if trial(r).policy == usual),
             tuple(r for r in asked if r.status == "failed"),
             tuple(sorted(wanted - {r.name for r in asked})),
             tuple(sorted({r.name for r in own} - wanted)),
             found.unreadable,
-            tuple(groups.get((False, True), ())),
-            tuple(groups.get((True, False), ())),
+            tuple(r for r in done if trial(r).policy != usual),
         )
 
     @property
@@ -187,15 +180,17 @@ class Sweep:
         return [r for r in self.beside(record) if isinstance(trial(r).plan, Uniform)]
 
     def draws(self, record: Record) -> list[Record]:
-        """The random control of a plan: its draws at the same format and, of a score, share."""
-        plan = trial(record).plan
+        """The random control of a plan: draws in its format, a record a seed and share.
 
-        def controls(drawn: object) -> bool:
-            if isinstance(plan, Mixed):
-                return drawn == replace(plan, score=RANDOM)
-            return isinstance(plan, MissModeTrial) and getattr(drawn, "format", "") == plan.format
+        They may stand at another budget, since what a static plan loses does not depend on it.
+        """
+        here = trial(record)
 
-        return [r for r in self.beside(record) if is_control(r) and controls(trial(r).plan)]
+        def controls(drawn: CacheTrial) -> bool:
+            same = replace(drawn, plan=here.plan, seed=here.seed, budget_mib=here.budget_mib)
+            return same == here and low_formats(drawn.plan) == low_formats(here.plan)
+
+        return [r for r in self.per_plan() if is_control(r) and controls(trial(r))]
 
     def per_plan(self) -> list[Record]:
         """One record a plan, since quality does not depend on the budget; of a miss mode, each."""

@@ -5,18 +5,14 @@ Owns which metric stands in which table. A metric is shown by one `Column`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
-from hobbit_jax.record import CacheTrial, Record
-from hobbit_jax.report.paired import relation
+from hobbit_jax.record import Record
 from hobbit_jax.report.sweep import Sweep, at, low_format, order, trial
-from hobbit_jax.report.table import MIB, Column, figure, percent, ratio, table
-from hobbit_jax.report.verdict import Verdict, against_draws
-
-# Times as long that a link takes for a byte as the CPU.
-LINK_RATIOS = (1, 4, 16)
+from hobbit_jax.report.table import MIB, Column, ratio, table
+from hobbit_jax.report.verdict import Verdict, control
 
 
 def quality(sweep: Sweep) -> str:
@@ -98,79 +94,6 @@ def policies(sweep: Sweep) -> str:
     return table(columns, sweep.records)
 
 
-def misses(sweep: Sweep) -> str:
-    """What a decoded token costs when misses are fetched, computed, or both.
-
-    The last columns say how long the busier of link and CPU is busy, in MiB that the CPU reads in
-    that time, where the link takes `LINK_RATIOS` times as long for a byte.
-    """
-    plans = {trial(record).plan for record in sweep.other_misses}
-    fetched = [record for record in sweep.records if trial(record).plan in plans]
-
-    columns = [
-        Column("plan", sweep.label),
-        Column("pool", at),
-        Column("misses", lambda r: trial(r).misses),
-        Column("link to CPU", lambda r: _link(trial(r))),
-        Column("hit rate", "hit_rate", ".2f"),
-        Column("moved", "bytes_moved_per_token", ".3f", unit=MIB),
-        Column("computed", "bytes_computed_per_token", ".3f", unit=MIB),
-        Column("round trips", "host_round_trips_per_token", ".2f"),
-        *(Column(f"cost at {n}:1", lambda r, n=n: _cost(r, n), ".2f") for n in LINK_RATIOS),
-    ]
-    rows = sorted(
-        (*fetched, *sweep.other_misses),
-        key=lambda r: (trial(r).budget_mib, *order(r), trial(r).misses, -trial(r).link_to_host),
-    )
-    return table(columns, rows)
-
-
-def miss_costs(sweep: Sweep) -> str:
-    """`misses` in short: what fetching costs, and what the cheapest way to serve misses does."""
-    served: dict[tuple[float, object], list[Record]] = {}
-    for record in (*sweep.records, *sweep.other_misses):
-        served.setdefault((trial(record).budget_mib, trial(record).plan), []).append(record)
-    plans = {trial(r).plan: sweep.label(r) for r in sorted(sweep.other_misses, key=order)}
-    budgets = sorted({trial(record).budget_mib for record in sweep.other_misses})
-
-    def fetched(row: tuple[float, int], plan: object) -> float | None:
-        found = [r for r in served[row[0], plan] if trial(r).misses == CacheTrial.misses]
-        return _cost(found[0], row[1]) if found else None
-
-    def cheapest(row: tuple[float, int], plan: object) -> str | None:
-        costs = [(_cost(r, row[1]), trial(r).misses) for r in served[row[0], plan]]
-        known = [(cost, name) for cost, name in costs if cost is not None]
-        return f"{min(known)[0]:.2f}, {min(known)[1]}" if known else None
-
-    columns = [
-        Column("pool", lambda row: f"{row[0]:g} MiB"),
-        Column("link", lambda row: f"{row[1]}:1"),
-    ]
-    for plan, label in plans.items():
-        columns.append(Column(f"{label}, fetched", lambda row, p=plan: fetched(row, p), ".2f"))
-        columns.append(Column(f"{label}, cheapest", lambda row, p=plan: cheapest(row, p)))
-    return table(columns, [(budget, ratio) for budget in budgets for ratio in LINK_RATIOS])
-
-
-def _cost(record: Record, ratio: int) -> float | None:
-    """MiB that the CPU reads while the busier of link and CPU is busy for a token.
-
-    None for a hybrid that divides misses for another link.
-    """
-    asked = trial(record)
-    if asked.misses == "hybrid" and not math.isclose(asked.link_to_host * ratio, 1):
-        return None
-    moved, computed = (
-        (record.metrics.get(f"bytes_{name}_per_token") or 0.0) / MIB
-        for name in ("moved", "computed")
-    )
-    return max(moved * ratio, computed)
-
-
-def _link(asked: CacheTrial) -> str | None:
-    return f"{asked.link_to_host:g}" if asked.misses == "hybrid" else None
-
-
 def candidates(sweep: Sweep, found: Sequence[Verdict]) -> str:
     """How every candidate fares in every clause."""
     judged = [judgement for verdict in found for judgement in verdict.judgements]
@@ -202,26 +125,26 @@ def verdict_table(sweep: Sweep, found: Sequence[Verdict]) -> str:
 
 
 def against_control(sweep: Sweep) -> str:
-    """Every candidate's KL against its random control, in pairs."""
+    """Every candidate's KL against demoting as many uses at random."""
+    rows = sorted(sweep.candidates(), key=lambda r: (low_format(r), order(r)))
+    found = {record.name: control(record, sweep) for record in rows}
 
-    def share(record: Record) -> str | None:
-        plan = trial(record).plan
-        at = record.metrics.get("demoted_share") if hasattr(plan, "mode") else None
-        return percent(getattr(plan, "share", 0)) if at is None else f"{100 * at:.0f} %"
-
-    def draws(record: Record) -> str | None:
-        return "; ".join(figure(d, "+.4f") for d in against_draws(record, sweep)) or None
+    def of_control(field: str) -> Callable[[Record], Any]:
+        return lambda record: (own := found[record.name]) and getattr(own, field)
 
     columns = [
         Column("plan", sweep.label),
         Column("budget", _budget_of_miss_mode),
-        Column("demoted", share),
+        Column("demoted uses", "demoted_share", ".0%"),
         Column("windows", lambda r: len(r.samples["kl_nats_W"])),
         Column("KL", "kl_mean_nats", ".4f", interval=True),
-        Column("less each random draw", draws),
-        Column("against random", lambda r: relation(against_draws(r, sweep))),
+        Column("draws", of_control("n_draws")),
+        Column("their standard deviation", of_control("spread"), ".4f"),
+        Column("KL less their mean", of_control("difference"), "+.4f"),
+        Column("p", of_control("p"), ".2g"),
+        Column("against random", of_control("relation")),
     ]
-    return table(columns, sorted(sweep.candidates(), key=lambda r: (low_format(r), order(r))))
+    return table(columns, rows)
 
 
 def provenance(records: Sequence[Record]) -> dict[str, set[str]]:

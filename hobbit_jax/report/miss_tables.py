@@ -1,0 +1,225 @@
+"""The study of ways to serve a miss: what each costs at equal pool bytes, and what it loses.
+
+Owns the cost of a way on a link of a given slowness, the cheapest way of a plan, and whether a way
+that mixes precisions, or routes around misses, beats native and the uniform quants at its own cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from hobbit_jax.record import CacheTrial, MissModeTrial, Native, Record, Records, Study, Uniform
+from hobbit_jax.report.paired import difference, kl_nats_W, line_at, mean_interval, relation
+from hobbit_jax.report.sweep import at, order, trial
+from hobbit_jax.report.table import MIB, Column, percent, table
+from hobbit_jax.statistics import Interval
+
+# Times as long that a link takes for a byte as the CPU.
+LINK_RATIOS = (1, 4, 16)
+_WAYS = {"fetch": "fetched", "host": "computed", "hybrid": "divided"}
+
+
+def cost_mib_R(record: Record, ratio: int) -> np.ndarray | None:
+    """MiB that the CPU reads while the busier of link and CPU is busy for a token, by prompt.
+
+    The link takes `ratio` times as long for a byte. None for a mode that divides misses for
+    another link.
+    """
+    asked = trial(record)
+    if asked.misses == "hybrid" and not math.isclose(asked.link_to_host * ratio, 1):
+        return None
+    moved_R, computed_R = (
+        np.asarray(record.samples[f"bytes_{name}_per_token_R"]) for name in ("moved", "computed")
+    )
+    return np.maximum(moved_R * ratio, computed_R) / MIB
+
+
+def _cost(record: Record, ratio: int) -> Interval | None:
+    cost_R = cost_mib_R(record, ratio)
+    return None if cost_R is None else mean_interval(cost_R)
+
+
+def label(record: Record) -> str:
+    """Who has which precision, and what serves a miss."""
+    asked = trial(record)
+    plan = asked.plan
+    if isinstance(plan, MissModeTrial):
+        share = f", {percent(plan.share)} of the pool" if plan.share else ""
+        return f"{plan.mode} with {plan.format}{share}"
+    name = f"uniform {plan.format}" if isinstance(plan, Uniform) else "native"
+    lift = f", routed toward residents by {asked.resident_lift:g}" if asked.resident_lift else ""
+    return f"{name}{lift}, {_WAYS.get(asked.misses, asked.misses)}"
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A way that loses something token by token, against native and the uniform quants.
+
+    `gap` is its KL less that of the straight line through them at its cost, each served in its
+    cheapest way, with an interval that is corrected for the number of mixes; None where it costs
+    less or more than all of them.
+    """
+
+    record: Record
+    cost: Interval
+    gap: Interval | None
+
+    @property
+    def relation(self) -> str | None:
+        """To the line: "below", "above" or "not told apart"."""
+        return relation([self.gap] if self.gap else [])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One pool and one link."""
+
+    budget_mib: float
+    ratio: int
+    records: tuple[Record, ...]
+
+    def ways(self, plan: object) -> list[Record]:
+        """Of a plan that loses the same whatever serves its misses, the cheapest first."""
+        own = [r for r in self.records if trial(r).plan == plan and not trial(r).by_decoding]
+        known = [(cost.value, r) for r in own if (cost := _cost(r, self.ratio))]
+        return [record for _, record in sorted(known, key=lambda pair: pair[0])]
+
+    def cost(self, record: Record) -> Interval | None:
+        """MiB of the CPU's reads, with its interval over prompts."""
+        return _cost(record, self.ratio)
+
+    @cached_property
+    def mixes(self) -> list[Mix]:
+        """The others, those with the least KL against the line first."""
+        points = []
+        for plan in {trial(r).plan for r in self.records}:
+            for record in self.ways(plan)[:1]:
+                cost, kl_W = self.cost(record), kl_nats_W(record)
+                if cost is not None and kl_W is not None:
+                    points.append((cost.value, kl_W))
+        others = [r for r in self.records if trial(r).by_decoding]
+        found = []
+        for record in others:
+            cost, kl_W = self.cost(record), kl_nats_W(record)
+            if cost is None or kl_W is None:
+                continue
+            line_W = line_at(cost.value, points)
+            confidence = 1 - 0.05 / len(others)
+            gap = None if line_W is None else difference(kl_W, line_W, confidence)
+            found.append(Mix(record, cost, gap))
+        return sorted(found, key=lambda mix: mix.gap.value if mix.gap else math.inf)
+
+    @property
+    def all_above(self) -> bool:
+        """Whether every mix that the line reaches has more KL than it."""
+        marks = {mix.relation for mix in self.mixes} - {None}
+        return marks == {"above"}
+
+
+@dataclass(frozen=True)
+class MissStudy:
+    """Records of the study that finished, and how many trials did not."""
+
+    study: Study
+    records: tuple[Record, ...]
+    n_absent: int
+
+    @classmethod
+    def of(cls, study: Study, found: Records) -> MissStudy:
+        """The study that `study` describes."""
+        wanted = set(study.trials)
+        own = [r for r in found.of(study.name) if isinstance(r.asked, CacheTrial)]
+        done = sorted((r for r in own if r.status == "ok" and r.name in wanted), key=_order)
+        return cls(study, tuple(done), len(wanted) - len(done))
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """Every pool with every link."""
+        budgets = sorted({trial(r).budget_mib for r in self.records})
+        groups = {b: tuple(r for r in self.records if trial(r).budget_mib == b) for b in budgets}
+        return [Cell(b, ratio, records) for b, records in groups.items() for ratio in LINK_RATIOS]
+
+    @cached_property
+    def plans(self) -> list[Native | Uniform]:
+        """Native and the uniform quants, the nearest to native first."""
+        plans = dict.fromkeys(trial(r).plan for r in self.records if not trial(r).by_decoding)
+        return [plan for plan in plans if isinstance(plan, Native | Uniform)]
+
+    def count(self, wanted: str) -> int:
+        """Cells with at least one mix that has this `relation` to the line."""
+        return sum(any(mix.relation == wanted for mix in cell.mixes) for cell in self.cells)
+
+
+def _order(record: Record) -> tuple:
+    asked = trial(record)
+    served = list(_WAYS).index(asked.misses) if asked.misses in _WAYS else len(_WAYS)
+    return asked.budget_mib, *order(record), asked.resident_lift, served, -asked.link_to_host
+
+
+def all_ways(study: MissStudy) -> str:
+    """A row a pool and way."""
+
+    def per_token(name: str) -> Column:
+        def moved(record: Record) -> Interval:
+            return mean_interval(np.asarray(record.samples[f"{name}_per_token_R"]))
+
+        title, unit = {
+            "bytes_moved": ("moved, MiB a token", MIB),
+            "bytes_computed": ("computed, MiB a token", MIB),
+            "host_round_trips": ("round trips a token", 1),
+        }[name]
+        return Column(title, moved, ".3f" if unit == MIB else ".2f", unit=unit)
+
+    columns = [
+        Column("pool", at),
+        Column("way", label),
+        Column("link to CPU", lambda r: _link(trial(r))),
+        Column("KL", "kl_mean_nats", ".4f", interval=True),
+        Column("hit rate", "hit_rate", ".2f"),
+        *map(per_token, ("bytes_moved", "bytes_computed", "host_round_trips")),
+        *(Column(f"cost at {n}:1", lambda r, n=n: _cost(r, n), ".2f") for n in LINK_RATIOS),
+    ]
+    return table(columns, study.records)
+
+
+def _link(asked: CacheTrial) -> str | None:
+    return f"{asked.link_to_host:g}" if asked.misses == "hybrid" else None
+
+
+def cheapest(study: MissStudy) -> str:
+    """A row a pool and link: what native costs fetched, every plan at its cheapest, a mix."""
+
+    def served(plan: object) -> Column:
+        def least(cell: Cell) -> str | None:
+            for record in cell.ways(plan)[:1]:
+                cost = cell.cost(record)
+                return cost and f"{cost.value:.2f}, {_WAYS[trial(record).misses]}"
+            return None
+
+        name = f"uniform {plan.format}" if isinstance(plan, Uniform) else "native"
+        return Column(f"{name} at its cheapest", least)
+
+    def fetched(cell: Cell) -> Interval | None:
+        found = [r for r in cell.ways(Native()) if trial(r).misses == CacheTrial.misses]
+        return cell.cost(found[0]) if found else None
+
+    def of_best(value: Callable[[Mix], Any]) -> Callable[[Cell], Any]:
+        return lambda cell: value(cell.mixes[0]) if cell.mixes and cell.mixes[0].gap else None
+
+    columns = [
+        Column("pool", lambda cell: f"{cell.budget_mib:g} MiB"),
+        Column("link", lambda cell: f"{cell.ratio}:1"),
+        Column("native, fetched", fetched, ".2f"),
+        *map(served, study.plans),
+        Column("best mix", of_best(lambda mix: label(mix.record))),
+        Column("its cost", of_best(lambda mix: mix.cost), ".2f"),
+        Column("its KL", of_best(lambda mix: mix.record.metrics["kl_mean_nats"]), ".4f"),
+        Column("KL less the line", of_best(lambda mix: mix.gap), "+.4f"),
+    ]
+    return table(columns, study.cells)
