@@ -25,6 +25,8 @@ from hobbit_jax.record import (
 )
 from hobbit_jax.report.document import write_report
 from hobbit_jax.report.frontier import Frontier, frontiers
+from hobbit_jax.report.frontier_tables import by_text
+from hobbit_jax.report.table import figure
 from hobbit_jax.sweep.trial import Trial
 
 DESCRIPTION = {"title": "t", "question": "?", "command": "c", "config": {}, "rule": {}}
@@ -178,6 +180,31 @@ def test_each_evaluation_text_has_its_own_section(workdir):
     assert (
         "# T\n" in text and "# T, on prose\n" in text and "| Q2_K, rtn, gate and up alone |" in text
     )
+
+
+def test_the_rival_is_ggmls_best_of_no_more_bytes(workdir):
+    """IQ2_S is smaller and better than Q2_K, Q3_K better and larger."""
+    for plan, level, stored_bytes in (
+        (Uniform("IQ2_S", "ggml"), 0.08, 480),
+        (Uniform("Q3_K", "ggml"), 0.03, 700),
+    ):
+        write_record(workdir, make(plan, level, stored_bytes))
+    study = read_study(workdir, "frontier")
+    names = tuple(r.name for r in read_records(workdir).found)
+    write_study(workdir, replace(study, trials=names))
+    frontier = load(workdir)
+    of = {p.plan: p for p in frontier.uniform}
+    own, rival = of[Uniform("Q2_K", "gptq")], of[Uniform("IQ2_S", "ggml")]
+    assert frontier.best_of_ggml(own) is rival
+    found = frontier.over_ggml(own)
+    own_W, rival_W = own.kl_SW[0], rival.kl_SW[0]  # the one seed in common
+    assert found.value == pytest.approx(own_W.mean() / rival_W.mean())
+    rng = np.random.default_rng(7)
+    draws = [own_W[i].mean() / rival_W[i].mean() for i in rng.integers(40, size=(4000, 40))]
+    assert (found.low, found.high) == pytest.approx(np.quantile(draws, (0.025, 0.975)), abs=2e-3)
+    assert frontier.over_ggml(rival) is None
+    row = next(line for line in by_text([frontier]).splitlines() if "Q2_K, gptq" in line)
+    assert row.endswith(f"| {figure(found, '.2f')} |")
 
 
 def test_document(workdir):

@@ -55,6 +55,15 @@ class Studies:
         """The first study of quality that has mixes."""
         return next((frontier for frontier in self.quality if frontier.mixed), None)
 
+    @property
+    def real(self) -> list[Frontier]:
+        """The first study that judges a model of the user's on several texts."""
+        for first in self.quality:
+            own = [f for f in self.quality if f.model and f.study == first.study]
+            if len(own) > 1:
+                return own
+        return []
+
 
 def read_studies(workdir: Path) -> Studies:
     """Reads every study that has a description.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from hobbit_jax.record import (
 )
 from hobbit_jax.report.paired import line_at
 from hobbit_jax.report.sweep import RANDOM
-from hobbit_jax.statistics import RESAMPLES, Interval
+from hobbit_jax.statistics import RESAMPLES, Interval, bootstrap
 
 BEST_ENCODER = "gptq"
 ENCODERS = ("rtn", "importance", "ggml", BEST_ENCODER)
@@ -143,6 +144,17 @@ class Frontier:
         """Plans of one kind, calibrated on `text` or on any."""
         return [p for p in self.plans if isinstance(p.plan, kind) and text in (None, p.text)]
 
+    @property
+    def model(self) -> str:
+        """Name of the model file; empty for the reference model."""
+        asked = self.plans[0].records[0].asked
+        return PurePath(asked.inputs.model).stem if isinstance(asked, QualityTrial) else ""
+
+    @property
+    def text_name(self) -> str:
+        """The evaluation text in words."""
+        return self.evaluation_text or "source code"
+
     @cached_property
     def own_text(self) -> str:
         """The calibration text of most plans."""
@@ -187,6 +199,23 @@ class Frontier:
             return None
         pairs = _paired(left, right)
         return None if pairs is None else interval(pairs[0] - pairs[1])
+
+    def best_of_ggml(self, averaged: Averaged) -> Averaged | None:
+        """ggml's uniform quant of least KL among those of at most a plan's bytes."""
+        most = averaged.bytes_of_native * (1 + 1e-9)
+        rivals = [p for p in self.uniform if p.encoder == "ggml" and p.bytes_of_native <= most]
+        return min(rivals, key=lambda p: p.kl.value, default=None)
+
+    def over_ggml(self, averaged: Averaged) -> Interval | None:
+        """KL of a plan over that of `best_of_ggml`, windows resampled in pairs; of ggml's, None."""
+        rival = self.best_of_ggml(averaged)
+        if rival is None or averaged.encoder == "ggml" or isinstance(averaged.plan, Native):
+            return None
+        pairs = _paired(averaged, rival)
+        if pairs is None:
+            return None
+        own_W, rival_W = (kl_SW.mean(axis=0) for kl_SW in pairs)
+        return bootstrap(lambda i: own_W[i].mean() / rival_W[i].mean(), len(own_W))
 
     def line(self, averaged: Averaged) -> Averaged | None:
         """The uniform plans of the best encoder at the bytes of a plan, straight between them.

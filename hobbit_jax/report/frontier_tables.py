@@ -5,8 +5,9 @@ Their titles and what a reader must know of them stand in `templates/frontier.md
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
+from typing import Any
 
 from hobbit_jax.record import MixedInBytes, Native, PerSelection, Uniform
 from hobbit_jax.report.frontier import ENCODERS, Averaged, Frontier
@@ -37,25 +38,52 @@ def _against(title: str, other: Callable[[Averaged], Interval | None]) -> list[C
     return [Column(f"KL less {title}", other, "+.4f"), Column("that is", compared)]
 
 
+def _named(p: Averaged) -> str:
+    roles = f", {listed(p.roles)} alone" if p.roles else ""
+    return f"{p.formats[0]}, {p.encoder}{roles}" if p.formats else "native"
+
+
+def _rows(frontier: Frontier) -> list[Averaged]:
+    """Native and the uniform quants straight from it, the largest first."""
+    parts = [p for p in frontier.plans_of(Uniform, frontier.own_text) if p.roles]
+    plans = [*frontier.plans_of(Native), *frontier.uniform, *parts]
+    return sorted(plans, key=lambda p: (-p.bytes_of_native, p.formats, ENCODERS.index(p.encoder)))
+
+
+def by_text(frontiers: Sequence[Frontier]) -> str:
+    """One study on all of its evaluation texts: KL, and beside ggml's best of no more bytes."""
+
+    def on(frontier: Frontier, field: Callable[[Averaged], Any]) -> Callable[[Averaged], Any]:
+        return lambda p: (own := frontier.by_plan.get((p.plan, p.text))) and field(own)
+
+    columns = [Column("feed-forward matrices", _named), _STORED]
+    for title, form, field in (
+        ("KL", ".3f", lambda frontier: lambda p: p.kl),
+        ("perplexity", ".2f", lambda frontier: lambda p: p.mean("perplexity")),
+        ("KL over ggml's best", ".2f", lambda frontier: frontier.over_ggml),
+    ):
+        columns += [Column(f"{title}, {f.text_name}", on(f, field(f)), form) for f in frontiers]
+    return table(columns, _rows(frontiers[0]))
+
+
 def encoders(frontier: Frontier) -> str:
     """Uniform quants by encoder."""
 
-    def named(p: Averaged) -> str:
-        roles = f", {listed(p.roles)} alone" if p.roles else ""
-        return f"{p.formats[0]}, {p.encoder}{roles}" if p.formats else "native"
+    def rival(p: Averaged) -> str | None:
+        found = frontier.best_of_ggml(p)
+        return found.formats[0] if found and frontier.over_ggml(p) else None
 
     columns = [
-        Column("experts", named),
+        Column("experts", _named),
         _STORED,
         _KL,
         Column("top-1", lambda p: p.mean("top1_agreement"), ".3f"),
         _PERPLEXITY,
+        Column("ggml's best of no more bytes", rival),
+        Column("KL over its KL", frontier.over_ggml, ".2f"),
         *_TASKS,
     ]
-    parts = [p for p in frontier.plans_of(Uniform, frontier.own_text) if p.roles]
-    plans = [*frontier.plans_of(Native), *frontier.uniform, *parts]
-    plans.sort(key=lambda p: (-p.bytes_of_native, p.formats, ENCODERS.index(p.encoder)))
-    return table(columns, plans)
+    return table(columns, _rows(frontier))
 
 
 def _control(frontier: Frontier) -> list[Column]:

@@ -317,7 +317,7 @@ def control(record: Record, sweep: Sweep) -> Control | None:
         len(kl_D),
         paired.difference(own_W, drawn_DW.mean(axis=0)),
         float(kl_D.std(ddof=1)),
-        float(stats.ttest_ind([own_W.mean()], kl_D, alternative="less").pvalue),
+        float(stats.ttest_ind([own_W.mean()], kl_D, alternative="less").pvalue),  # pyright: ignore
         len(sweep.candidates()),
     )
 
