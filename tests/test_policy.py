@@ -15,6 +15,7 @@ from hobbit_jax.cache.policies import (
     policy_factory,
 )
 from hobbit_jax.cache.policies.hobbit import Hobbit
+from hobbit_jax.cache.policies.layered_lru import LayeredLRU
 from hobbit_jax.cache.policies.lru import LRU
 from hobbit_jax.cache.policies.next_use import NextUse
 from hobbit_jax.cache.policies.slru import SLRU
@@ -190,6 +191,33 @@ def test_slru_and_lru_are_tables_of_ages(capacity, fraction, seed):
             assert missing == [key for key in keys if not model.access(key)]
             for key in missing:
                 assert policy.admit(key, keys) == model.admit(key, keys)
+
+
+@pytest.mark.parametrize("capacity", [2, 5, 10])
+def test_layered_lru_counts_turns(capacity):
+    """Of every resident: how often its layer came since, then how far its next turn is."""
+    policy, used, steps, victims = LayeredLRU(capacity), {}, [], 0
+
+    def unused(key):
+        next_layers = [(steps[-1] + n) % N_LAYERS for n in range(1, N_LAYERS + 1)]
+        return steps[used[key] :].count(key[0]), next_layers.index(key[0])
+
+    for step, uses in random_walk(np.random.default_rng(capacity), 150):
+        policy.begin_step(step)
+        steps.append(step.layer)
+        keys = [key for key, _, _ in uses]
+        missing = [key for key in keys if not policy.access(key)]
+        assert missing == [key for key in keys if key not in used]
+        used |= {key: len(steps) for key in keys if key in used}
+        for key in missing:
+            victim = policy.admit(key, keys)
+            if len(used) == capacity:
+                most = max(map(unused, used.keys() - set(keys)))
+                assert victim not in keys and unused(victim) == most
+                del used[victim]
+                victims += 1
+            used[key] = len(steps)
+    assert victims > 50
 
 
 @pytest.mark.parametrize("capacity", [3, 7, 12])

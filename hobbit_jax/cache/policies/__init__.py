@@ -13,6 +13,7 @@ from hobbit_jax.cache.policies.belady import Belady
 from hobbit_jax.cache.policies.decayed_lfu import DecayedLFU
 from hobbit_jax.cache.policies.hobbit import Hobbit
 from hobbit_jax.cache.policies.interface import Policy, Step
+from hobbit_jax.cache.policies.layered_lru import LayeredLRU
 from hobbit_jax.cache.policies.lfru import LFRU
 from hobbit_jax.cache.policies.lru import LRU
 from hobbit_jax.cache.policies.next_use import NextUse
@@ -42,6 +43,7 @@ POLICIES: dict[str, PolicyFactory] = {
     "slru": SLRU,
     "decayed_lfu": DecayedLFU,
     "lfru": LFRU,
+    "layered_lru": LayeredLRU,
     "hobbit": Hobbit,
     "apex": Apex,
     "w_tinylfu": WTinyLFU,
