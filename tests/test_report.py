@@ -458,7 +458,7 @@ def test_ways_to_serve_a_miss(workdir, tmp_path):
     for one in records:
         write_record(folder, one)
     found = MissStudy.of(read_study(folder, "misses"), read_records(folder))
-    cell = next(cell for cell in found.cells if cell.ratio == 4)
+    cell = next(cell for cell in found.cells if cell.link == 4)
     assert [label(r) for r in cell.ways(Native())] == ["native, computed", "native, fetched"]
     wanted = stats.ttest_1samp(np.array([3.6, 4.0, 4.4]), 0).confidence_interval()
     assert cell.cost(records[0]).low == pytest.approx(wanted.low)
@@ -470,7 +470,7 @@ def test_ways_to_serve_a_miss(workdir, tmp_path):
     assert (best.gap.low, best.gap.high) == pytest.approx((ends.low, ends.high))
     row = next(line for line in cheapest(found).splitlines() if "4:1" in line)
     assert "| 4.00 [3.01, 4.99] | 2.00, computed | 1.00, fetched | hobbit_host with Q2_K" in row
-    alike = next(cell for cell in found.cells if cell.ratio == 1)
+    alike = next(cell for cell in found.cells if cell.link == 1)
     assert [label(r)[8:] for r in alike.ways(Native())] == ["fetched", "divided", "computed"]
     rows = all_ways(found).splitlines()
     assert len(rows) == 2 + len(records) and "| 1.50 [1.13, 1.87] | – | – |" in rows[4]

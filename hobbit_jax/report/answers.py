@@ -19,7 +19,6 @@ from hobbit_jax.report.verdict import Judgement, Outcome, Rule, Verdict, control
 from hobbit_jax.statistics import Interval
 
 OUTCOMES = [outcome.value for outcome in Outcome]
-_MOVED = "bytes_moved_per_token"
 
 
 class UniformQuant(NamedTuple):
@@ -127,26 +126,6 @@ def unused_share(sweep: Sweep, mixed: bool) -> str:
         if 0 < pool < sweep.native_bytes and isinstance(trial(record).plan, Mixed) == mixed:
             shares.append(1 - used / pool)
     return f"{100 * sum(shares) / len(shares):.1f} %" if shares else "an unknown share"
-
-
-def small_low_bank(found: Records) -> list[str]:
-    """Bytes and KL of HOBBIT at its best split of the pool, from the study `residency`.
-
-    Native's bytes on the same tokens are in the study `decode`.
-    """
-    wanted = {"text": "evaluation", "setting": "hobbit, adaptive"}
-    native = {
-        float(r.setting["budget_mib"]): base
-        for r in found.of("decode")
-        if r.setting.get("setting") == "native" and (base := r.metrics.get(_MOVED))
-    }
-    return [
-        f"{ratio((r.metrics[_MOVED] or 0) / base)} at {budget:g} MiB, KL "
-        f"{r.metrics['kl_mean_nats']:.4f}"
-        for budget, base in sorted(native.items())
-        for r in found.of("residency")
-        if {**wanted, "budget_mib": budget}.items() <= r.setting.items()
-    ]
 
 
 def emulated_speedups(found: Records) -> list[str]:

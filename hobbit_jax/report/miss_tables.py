@@ -17,7 +17,7 @@ import numpy as np
 from hobbit_jax.record import CacheTrial, MissModeTrial, Native, Record, Records, Study, Uniform
 from hobbit_jax.report.paired import difference, kl_nats_W, line_at, mean_interval, relation
 from hobbit_jax.report.sweep import at, order, trial
-from hobbit_jax.report.table import MIB, Column, percent, table
+from hobbit_jax.report.table import MIB, Column, percent, ratio, table
 from hobbit_jax.statistics import Interval
 
 # Times as long that a link takes for a byte as the CPU.
@@ -25,23 +25,23 @@ LINK_RATIOS = (1, 4, 16)
 _WAYS = {"fetch": "fetched", "host": "computed", "hybrid": "divided"}
 
 
-def cost_mib_R(record: Record, ratio: int) -> np.ndarray | None:
+def cost_mib_R(record: Record, link: int) -> np.ndarray | None:
     """MiB that the CPU reads while the busier of link and CPU is busy for a token, by prompt.
 
-    The link takes `ratio` times as long for a byte. None for a mode that divides misses for
+    The link takes `link` times as long for a byte. None for a mode that divides misses for
     another link.
     """
     asked = trial(record)
-    if asked.misses == "hybrid" and not math.isclose(asked.link_to_host * ratio, 1):
+    if asked.misses == "hybrid" and not math.isclose(asked.link_to_host * link, 1):
         return None
     moved_R, computed_R = (
         np.asarray(record.samples[f"bytes_{name}_per_token_R"]) for name in ("moved", "computed")
     )
-    return np.maximum(moved_R * ratio, computed_R) / MIB
+    return np.maximum(moved_R * link, computed_R) / MIB
 
 
-def _cost(record: Record, ratio: int) -> Interval | None:
-    cost_R = cost_mib_R(record, ratio)
+def _cost(record: Record, link: int) -> Interval | None:
+    cost_R = cost_mib_R(record, link)
     return None if cost_R is None else mean_interval(cost_R)
 
 
@@ -81,18 +81,18 @@ class Cell:
     """One pool and one link."""
 
     budget_mib: float
-    ratio: int
+    link: int
     records: tuple[Record, ...]
 
     def ways(self, plan: object) -> list[Record]:
         """Of a plan that loses the same whatever serves its misses, the cheapest first."""
         own = [r for r in self.records if trial(r).plan == plan and not trial(r).by_decoding]
-        known = [(cost.value, r) for r in own if (cost := _cost(r, self.ratio))]
+        known = [(cost.value, r) for r in own if (cost := _cost(r, self.link))]
         return [record for _, record in sorted(known, key=lambda pair: pair[0])]
 
     def cost(self, record: Record) -> Interval | None:
         """MiB of the CPU's reads, with its interval over prompts."""
-        return _cost(record, self.ratio)
+        return _cost(record, self.link)
 
     @cached_property
     def mixes(self) -> list[Mix]:
@@ -143,7 +143,7 @@ class MissStudy:
         """Every pool with every link."""
         budgets = sorted({trial(r).budget_mib for r in self.records})
         groups = {b: tuple(r for r in self.records if trial(r).budget_mib == b) for b in budgets}
-        return [Cell(b, ratio, records) for b, records in groups.items() for ratio in LINK_RATIOS]
+        return [Cell(b, link, records) for b, records in groups.items() for link in LINK_RATIOS]
 
     @cached_property
     def plans(self) -> list[Native | Uniform]:
@@ -154,6 +154,27 @@ class MissStudy:
     def count(self, wanted: str) -> int:
         """Cells with at least one mix that has this `relation` to the line."""
         return sum(any(mix.relation == wanted for mix in cell.mixes) for cell in self.cells)
+
+
+def small_low_bank(study: MissStudy | None) -> list[str]:
+    """HOBBIT whose low bank moves least: bytes over those of native, fetched, and KL, by pool."""
+    groups: dict[float, dict[str, Record]] = {}
+    for record in study.records if study else ():
+        here = groups.setdefault(trial(record).budget_mib, {})
+        if label(record) == "native, fetched":
+            here["native"] = record
+        elif getattr(trial(record).plan, "mode", "") == "hobbit":
+            here["hobbit"] = min(here.get("hobbit", record), record, key=_moved)
+    return [
+        f"{ratio(_moved(here['hobbit']) / _moved(here['native']))} at {budget_mib:g} MiB, KL "
+        f"{here['hobbit'].metrics['kl_mean_nats']:.4f} ({label(here['hobbit'])})"
+        for budget_mib, here in groups.items()
+        if len(here) == 2
+    ]
+
+
+def _moved(record: Record) -> float:
+    return record.metrics["bytes_moved_per_token"] or 0.0
 
 
 def _order(record: Record) -> tuple:
@@ -214,7 +235,7 @@ def cheapest(study: MissStudy) -> str:
 
     columns = [
         Column("pool", lambda cell: f"{cell.budget_mib:g} MiB"),
-        Column("link", lambda cell: f"{cell.ratio}:1"),
+        Column("link", lambda cell: f"{cell.link}:1"),
         Column("native, fetched", fetched, ".2f"),
         *map(served, study.plans),
         Column("best mix", of_best(lambda mix: label(mix.record))),
