@@ -16,10 +16,11 @@ import glob
 import hashlib
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -173,27 +174,11 @@ def write_low_precision(
     places = _places(config, spec.roles)
     formats = dict.fromkeys(places, spec.format)
     if for_llama_cpp:
-        formats = {n: format_in_a_file(spec.format, source.tensors[n].shape[-1]) for n in places}
-        for role in sorted({places[n][0] for n in places if formats[n] != spec.format}):
-            name = next(name for name, place in places.items() if place[0] == role)
-            print(
-                f"{role}: rows of {source.tensors[name].shape[-1]} weights are no multiple of "
-                f"{get_format(spec.format).block_weights}; {formats[name]} instead of "
-                f"{spec.format}, as in llama.cpp",
-                file=sys.stderr,
-            )
+        formats = _formats_in_a_file(source, spec.format, places)
     shapes = {name: padded(source.tensors[name].shape, formats[name]) for name in places}
-    metadata = {
-        **metadata_of_new_weights(source.metadata, spec.format),
-        SOURCE_KEY: source.sha256(),
-        ENCODER_KEY: encoder_sha256(),
-        METHOD_KEY: spec.method,
-        "general.name": f"{source.read('general.name', text(), config.arch)} experts {spec.format}",
-    }
+    metadata = _metadata(source, config, spec)
     if any(shape != source.tensors[name].shape for name, shape in shapes.items()):
         metadata["general.architecture"] = f"{config.arch}-padded"
-    if calibration is not None:
-        metadata[CALIBRATION_KEY] = calibration.sha256
     recipe = spec.key(source) + ("" if for_llama_cpp else "-own")
     parts = path.with_name(f".{path.name}.{recipe}.parts")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -211,13 +196,7 @@ def write_low_precision(
             experts = []
             for expert in range(config.n_experts):
                 weights_NK = dequantize(stacked(tensor), expert)
-                for name in spec.through:
-                    weights_NK = decode(quantize.encode(weights_NK, name), name)
-                format = formats[tensor.name]
-                method = spec.method if format == spec.format else "ggml"
-                experts.append(
-                    encode_matrix(weights_NK, format, method, calibration, role, layer, expert)
-                )
+                experts.append(_encode(weights_NK, formats[tensor.name], spec, role, layer, expert))
                 progress.update()
             blocks = np.stack(experts).reshape(*shapes[tensor.name][:-1], -1)
             parts.mkdir(exist_ok=True)
@@ -237,6 +216,45 @@ def write_low_precision(
     # precision after all, it was the same bytes.
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.parts"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _formats_in_a_file(
+    source: GGUFFile, format: str, places: Mapping[str, tuple[str, int]]
+) -> dict[str, str]:
+    """The format of each tensor in a file for llama.cpp; says where it is another one."""
+    formats = {n: format_in_a_file(format, source.tensors[n].shape[-1]) for n in places}
+    instead = {places[name][0]: name for name in places if formats[name] != format}
+    for role, name in sorted(instead.items()):
+        print(
+            f"{role}: rows of {source.tensors[name].shape[-1]} weights are no multiple of "
+            f"{get_format(format).block_weights}; {formats[name]} instead of {format}, as in "
+            "llama.cpp",
+            file=sys.stderr,
+        )
+    return formats
+
+
+def _metadata(source: GGUFFile, config: ModelConfig, spec: LowPrecisionSpec) -> dict[str, Any]:
+    metadata = {
+        **metadata_of_new_weights(source.metadata, spec.format),
+        SOURCE_KEY: source.sha256(),
+        ENCODER_KEY: encoder_sha256(),
+        METHOD_KEY: spec.method,
+        "general.name": f"{source.read('general.name', text(), config.arch)} experts {spec.format}",
+    }
+    if spec.calibration is not None:
+        metadata[CALIBRATION_KEY] = spec.calibration.sha256
+    return metadata
+
+
+def _encode(
+    weights_NK: np.ndarray, format: str, spec: LowPrecisionSpec, role: str, layer: int, expert: int
+) -> np.ndarray:
+    """One expert's matrix by `spec`; where the file has another format, by ggml."""
+    for name in spec.through:
+        weights_NK = decode(quantize.encode(weights_NK, name), name)
+    method = spec.method if format == spec.format else "ggml"
+    return encode_matrix(weights_NK, format, method, spec.calibration, role, layer, expert)
 
 
 def low_precision_path(source: GGUFFile, spec: LowPrecisionSpec, directory: Path) -> Path:
