@@ -475,6 +475,9 @@ def test_ways_to_serve_a_miss(workdir, tmp_path):
     rows = all_ways(found).splitlines()
     assert len(rows) == 2 + len(records) and "| 1.50 [1.13, 1.87] | – | – |" in rows[4]
     assert found.count("below") == 2
+    # At 16:1 the lifted mix costs 6, and native computed 2 without a loss.
+    dear = next(mix for mix in found.cells[2].mixes if mix.record == records[5])
+    assert dear.gap.value == pytest.approx(np.mean(records[5].samples["kl_nats_W"]))
     for one in winning():
         write_record(folder, one)
     write_study(folder, read_study(workdir(winning()), "s"))

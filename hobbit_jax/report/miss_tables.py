@@ -62,8 +62,8 @@ class Mix:
     """A way that loses something token by token, against native and the uniform quants.
 
     `gap` is its KL less that of the straight line through them at its cost, each served in its
-    cheapest way, with an interval that is corrected for the number of mixes; None where it costs
-    less or more than all of them.
+    cheapest way, with an interval that is corrected for the number of mixes. A mix that costs more
+    than all of them is against the dearest, which is native; `gap` is None where it costs less.
     """
 
     record: Record
@@ -109,7 +109,8 @@ class Cell:
             cost, kl_W = self.cost(record), kl_nats_W(record)
             if cost is None or kl_W is None:
                 continue
-            line_W = line_at(cost.value, points)
+            most = max((place for place, _ in points), default=cost.value)
+            line_W = line_at(min(cost.value, most), points)
             confidence = 1 - 0.05 / len(others)
             gap = None if line_W is None else difference(kl_W, line_W, confidence)
             found.append(Mix(record, cost, gap))
