@@ -103,14 +103,20 @@ class Cell:
                 cost, kl_W = self.cost(record), kl_nats_W(record)
                 if cost is not None and kl_W is not None:
                     points.append((cost.value, kl_W))
+        # A quant that costs more than another and loses more is no rival.
+        line = [
+            (place, kl_W)
+            for place, kl_W in points
+            if not any(x < place and y_W.mean() < kl_W.mean() for x, y_W in points)
+        ]
+        most = max((place for place, _ in line), default=0.0)
         others = [r for r in self.records if trial(r).by_decoding]
         found = []
         for record in others:
             cost, kl_W = self.cost(record), kl_nats_W(record)
             if cost is None or kl_W is None:
                 continue
-            most = max((place for place, _ in points), default=cost.value)
-            line_W = line_at(min(cost.value, most), points)
+            line_W = line_at(min(cost.value, most), line)
             confidence = 1 - 0.05 / len(others)
             gap = None if line_W is None else difference(kl_W, line_W, confidence)
             found.append(Mix(record, cost, gap))
