@@ -1,6 +1,7 @@
 """The decision document: it obeys the rule, hides nothing, and depends on the records alone."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -164,6 +165,25 @@ def test_each_clause_decides(workdir, change, wanted, says):
     assert found.outcome is wanted
     text = "; ".join(clause.name + " " + clause.text for clause in found.best.decisive)
     assert says in text
+
+
+def test_bytes_moved_are_open_where_prompts_disagree(workdir):
+    """0.65 of native's bytes on average, of which two of six prompts move more than 0.7."""
+    native_R, own_R = np.ones(6), np.array([0.4, 0.5, 0.6, 0.6, 0.85, 0.95])
+
+    def told(one):
+        per_R = {Native(): native_R, FREQUENCY: own_R}.get(trial(one).plan, 0.5 * native_R) * MIB
+        return replace(one, samples={**one.samples, "bytes_moved_per_token_R": per_R.tolist()})
+
+    folder = workdir([told(one) for one in winning(moved=0.65)])
+    found = outcome(folder)
+    (clause,) = (c for c in found.best.clauses if c.name == "bytes moved")
+    assert found.outcome is Outcome.OPEN and clause.mark == "open"
+    low, high = map(float, re.search(r"0.65 \[(.+), (.+)\]×", clause.text).groups())
+    rng = np.random.default_rng(5)
+    draws = own_R[rng.integers(6, size=(20_000, 6))].mean(axis=1)
+    assert (low, high) == pytest.approx(np.quantile(draws, (0.025, 0.975)), abs=0.02)
+    assert "have no interval" not in (write_report(folder).parent / APPENDIX).read_text()
 
 
 def test_a_native_model_that_solves_nothing_leaves_the_answer_open(workdir):

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from hobbit_jax.record import Record
-from hobbit_jax.statistics import Interval
+from hobbit_jax.statistics import Interval, bootstrap
 
 
 def kl_nats_W(record: Record) -> np.ndarray | None:
@@ -38,6 +38,21 @@ def difference(left_W: np.ndarray, right_W: np.ndarray, confidence: float = 0.95
     """`left` less `right` within the windows that both have; these are the first of each."""
     common = min(len(left_W), len(right_W))
     return mean_interval(left_W[:common] - right_W[:common], confidence)
+
+
+def ratio_over_prompts(record: Record, native: Record, name: str) -> Interval | None:
+    """A count a token over native's, prompts resampled in pairs; None without each prompt's."""
+    own_R, native_R = (
+        np.asarray(r.samples.get(f"{name}_per_token_R", ())) for r in (record, native)
+    )
+    if not own_R.size or own_R.shape != native_R.shape or not native_R.any():
+        return None
+
+    def ratio(drawn: np.ndarray) -> float:
+        base = native_R[drawn].mean()
+        return float(own_R[drawn].mean() / base) if base else math.inf
+
+    return bootstrap(ratio, len(own_R))
 
 
 def relation(differences: Sequence[Interval]) -> str | None:

@@ -242,11 +242,16 @@ def _bytes_moved(j: Judgement) -> Clause:
         return Clause(BYTES_MOVED, "open", "bytes moved are unknown for this plan or for native")
     if rival == 0:
         return Clause(BYTES_MOVED, "fails", "native experts move no bytes: all of them fit")
+    assert j.native is not None
+    # Records of before 2026-11-30 have totals alone.
+    found = paired.ratio_over_prompts(j.record, j.native, "bytes_moved")
+    found = found or Interval(moved / rival, moved / rival, moved / rival)
+    shown = ratio(found.value) if found.low == found.high else f"{figure(found, '.2f')}×"
     text = (
-        f"moves {moved / MIB:.3f} MiB a token, native {rival / MIB:.3f}: {ratio(moved / rival)}, "
+        f"moves {moved / MIB:.3f} MiB a token, native {rival / MIB:.3f}: {shown}, "
         f"needed {needed:g}× or less"
     )
-    return Clause(BYTES_MOVED, "holds" if moved / rival <= needed else "fails", text)
+    return Clause(BYTES_MOVED, _within(found, needed), text)
 
 
 def _line(j: Judgement) -> Clause:
