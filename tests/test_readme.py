@@ -49,6 +49,13 @@ def test_the_trees_have_every_room(name):
     assert [room for room in rooms if not re.search(rf"(?<!\w){room}/", text)] == []
 
 
+def test_the_map_has_every_log_entry():
+    text = (REPOSITORY / "WORKSPACE.md").read_text(encoding="utf-8")
+    entries = [f"docs/log/{path.name}" for path in (REPOSITORY / "docs/log").glob("*.md")]
+    assert len(entries) > 20
+    assert [entry for entry in entries if entry not in text] == []
+
+
 def test_every_name_of_the_recipes_is_in_the_code():
     text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
     folders = ("hobbit_jax", "pallas_kernels", "tests")
