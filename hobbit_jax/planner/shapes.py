@@ -1,72 +1,46 @@
 """What a model weighs, by its header alone: of a file, of a file behind a URL, or of a preset.
 
 This module owns sizes: of the experts at any precision, of the dense part, of keys, values and
-recurrent states, and of what prefill needs beside them. It reads GGUF's keys and tensor names
-alike for every architecture, so a plan does not need the engine to run the model. Experts are a
-`HostExperts` over arrays that take no memory, so that the live sizing of the pool
-(`cache/pool_sizing.py`) can be asked as for real ones.
+recurrent states, and of what prefill needs beside them. Which tensors and states there are, the
+models room says (`models/registry.py`, `models/config.py`). Experts are a `HostExperts` over arrays
+that take no memory, so that the live sizing of the pool (`cache/pool_sizing.py`) can be asked as
+for real ones.
 
-Source: llama.cpp, src/llama-quant.cpp (types of smaller files), src/llama-hparams.cpp (caches).
+Source: llama.cpp, src/llama-quant.cpp (types of smaller files).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 
-from hobbit_jax.experts.store import NATIVE, ROLES, HostExperts
-from hobbit_jax.model_file import metadata as checked
+from hobbit_jax.experts.store import NATIVE, ROLES, STACKS, HostExperts
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf
-from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required, integer, integers, text
 from hobbit_jax.model_file.remote import open_remote
+from hobbit_jax.models.caches import KV_FORMATS
 from hobbit_jax.models.config import (
-    OUTPUT,
+    ROPE_DIVISORS,
     TOKEN_EMBEDDING,
-    BlockConfig,
+    GroupedQuery,
     ModelConfig,
     layer_tensors,
     tensor_shapes,
 )
-from hobbit_jax.models.presets import PRESETS
-from hobbit_jax.models.registry import config_metadata
+from hobbit_jax.models.presets import PLANNED, PRESETS
+from hobbit_jax.models.registry import read_config
 from hobbit_jax.quantize.quant_recipe import format_in_a_file, q4_k_m_format
 from pallas_kernels.formats import get_format
 
-# Bytes of a number in the KV cache, by the engine's own formats (`models/caches.py`).
-KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Models of the engine have their shapes from its configurations (`models/presets.py`). Of the
-# others there is a record each: metadata in GGUF's keys, without the architecture; what each token
-# reads beside routed experts, and an embedding that is not the head too, summed over the tensors
-# that config.json implies in llama.cpp's Q4_K_M types; and a published file's size beside it.
-PLANNED = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
 PRESET_NAMES = (*(name for name in PRESETS if name != "tiny"), *PLANNED)
 _FLOAT_BYTES = 4
-_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
-_MOST_LAYERS = 10_000
-# Architectures whose other layers than every fourth are recurrent where the file does not say.
-_DELTA_NETS = ("qwen3next", "qwen35moe")
 
-T = TypeVar("T")
-D = TypeVar("D")
 Stack = tuple[str, tuple[int, ...]]  # type and row-major shape
 Matrices = Sequence[Stack]  # gate, up and down of a layer
-
-
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of layers that are alike: `numbers` a token and layer, of a window or all."""
-
-    layers: int
-    numbers: int
-    window: int | None
 
 
 @dataclass(frozen=True)
@@ -75,25 +49,19 @@ class PlannedModel:
 
     Attributes:
         name: of the file or the preset.
-        n_layers: all of them; those with routed experts are `config`'s.
-        config: the layers with routed experts, as a qwen3moe model would have them. The store asks
-            for a configuration, and of this one only experts, widths and limits mean anything.
-        experts: gate, up and down of each of these layers.
-        dense_bytes: on the device, of everything but the routed experts.
+        config: of the model, but for gate and up, which are apart, and experts' biases, which count
+            as dense.
+        experts: gate, up and down of each layer.
+        dense_bytes: on the device, of everything but the experts' matrices.
         dense_read_bytes: of these, what one token reads: of an embedding that is not the head, a
             row.
-        caches: keys and values by kind of layer.
-        state_numbers: of recurrent layers, for one sequence, float32.
     """
 
     name: str
-    n_layers: int
     config: ModelConfig
     experts: Sequence[Matrices]
     dense_bytes: int
     dense_read_bytes: int
-    caches: Sequence[KVCache]
-    state_numbers: int
 
     @property
     def native_bytes(self) -> int:
@@ -120,7 +88,7 @@ class PlannedModel:
             if recipe == "Q2_K":
                 formats = ("Q2_K", "Q2_K", "Q3_K")
             else:
-                first = layer < config.n_layers // 16
+                first = config.block_of_layer[layer] < config.n_blocks // 16
                 formats = ("Q3_K", "Q3_K", "Q5_K" if first else "Q4_K" if more else "Q3_K")
             smaller.append(
                 [
@@ -139,12 +107,16 @@ class PlannedModel:
         return _file_of_shapes(named)
 
     def kv_cache_bytes(self, context: int, kv_format: str = "float32") -> int:
-        """Device bytes of one sequence's keys and values, and of its recurrent states."""
-        numbers = sum(
-            kind.layers * kind.numbers * min(context, kind.window or context)
-            for kind in self.caches
-        )
-        return numbers * KV_BYTES[kv_format] + self.state_numbers * _FLOAT_BYTES
+        """Device bytes of one sequence's keys and values, of a window or all, and of its recurrent
+        states."""
+        total, number_bytes = 0, jnp.dtype(KV_FORMATS[kv_format]).itemsize
+        for attention in (block.attention for block in self.config.blocks):
+            window = attention.window if isinstance(attention, GroupedQuery) else 0
+            for state in attention.states():
+                tokens_bytes = min(context, window or context) * number_bytes
+                of_each = tokens_bytes if state.by_token else _FLOAT_BYTES
+                total += math.prod(state.shape) * of_each
+        return total
 
     def scratch_bytes(self, context: int, chunk_tokens: int) -> int:
         """An estimate of what prefill of one sequence needs beside weights, cache and pool.
@@ -159,198 +131,65 @@ class PlannedModel:
 
 
 def open_model(place: str | Path) -> PlannedModel:
-    """The shapes of a GGUF file, by its path or its URL.
+    """The shapes of a GGUF file, by its path or its URL; nothing is read of the tensors.
 
     Raises:
-        ValueError, NotImplementedError: see `open_gguf`, `open_remote` and `model_of_header`.
+        ValueError, NotImplementedError: see `open_gguf`, `open_remote` and `read_config`; or a
+            model without routed experts.
     """
     file = open_remote(place) if isinstance(place, str) else open_gguf(place)
-    return model_of_header(Path(place).name, file)
-
-
-def model_of_header(name: str, file: GGUFFile) -> PlannedModel:
-    """The shapes that a header gives; nothing is read of the tensors.
-
-    Raises:
-        ValueError: a key or a tensor that is missing or impossible.
-        NotImplementedError: a model without routed experts, or with experts of another kind than
-            gate, up and down.
-    """
-    keys = _Keys(name, file.metadata)
-    # The last blocks of a file may be for multi-token prediction, which decode does not run.
-    blocks = keys.read("block_count", integer(1, _MOST_LAYERS))
-    n_layers = blocks - keys.read("nextn_predict_layers", integer(0, blocks - 1), 0)
-    found: dict[int, dict[str, Stack]] = {}
-    dense = embedding = 0
-    for tensor in file.tensors.values():
-        block = re.match(r"blk\.(\d+)\.", tensor.name)
-        if block and int(block[1]) >= n_layers:
-            continue
-        if expert := _EXPERTS.fullmatch(tensor.name):
-            found.setdefault(int(expert[1]), {})[expert[2]] = (tensor.format, tensor.shape)
-            continue
-        # The loader keeps vectors in float32.
-        vector = len(tensor.shape) == 1
-        n_bytes = math.prod(tensor.shape) * _FLOAT_BYTES if vector else tensor.nbytes
-        dense += n_bytes
-        if tensor.name == TOKEN_EMBEDDING and OUTPUT in file.tensors:
-            embedding = n_bytes - n_bytes // tensor.shape[0]
-    experts = [_matrices(name, layer, found[layer]) for layer in sorted(found)]
-    if not experts:
-        raise NotImplementedError(
-            f"{name}: no routed experts (ffn_gate_exps); a plan is of models that have them"
-        )
-    return _planned(keys, n_layers, experts, dense, dense - embedding)
+    # Of these the models room asks for numbers, which no size depends on. Behind a URL are none.
+    ones = {
+        name: replace(tensor, raw=np.ones(tensor.shape, "<f4").view(np.uint8))
+        for name, tensor in file.tensors.items()
+        if tensor.format == "F32" and (name == ROPE_DIVISORS or name.endswith(".scale"))
+    }
+    config = read_config(replace(file, tensors=file.tensors | ones))
+    return _planned(Path(place).name, config, file)
 
 
 def preset_model(name: str) -> PlannedModel:
-    """A preset's shapes, with llama.cpp's Q4_K_M mix of types where it has no types of its own.
+    """A preset's shapes in llama.cpp's Q4_K_M mix of types; gpt-oss is published in MXFP4 and Q8_0.
 
     Raises:
         ValueError: no preset of that name; lists those there are.
     """
-    if name in PLANNED:
-        return _model_of_preset(name, PLANNED[name])
-    if name not in PRESETS:
+    config = {**PRESETS, **PLANNED}.get(name)
+    if config is None:
         raise ValueError(f"preset is {name!r}; want one of {', '.join(PRESET_NAMES)}")
-    config = PRESETS[name]
     shapes = tensor_shapes(config).items()
     tensors = {n: (q4_k_m_format(n, shape, config), shape) for n, shape in shapes}
-    found = replace(_file_of_shapes(tensors), metadata=config_metadata(config))
-    return model_of_header(name, found)
+    if config.arch == "gpt-oss":
+        tensors = {
+            n: ("F32" if format == "F32" else "MXFP4" if "_exps" in n else "Q8_0", shape)
+            for n, (format, shape) in tensors.items()
+        }
+    return _planned(name, config, _file_of_shapes(tensors))
 
 
-def _model_of_preset(name: str, preset: Mapping[str, Any]) -> PlannedModel:
-    arch = preset["architecture"]
-    given = {f"{arch}.{key}": value for key, value in preset["keys"].items()}
-    keys = _Keys(name, {"general.architecture": arch, **given})
-    count = integer(1)
-    n_layers, d = keys.read("block_count", count), keys.read("embedding_length", count)
-    e, f = keys.read("expert_count", count), keys.read("expert_feed_forward_length", count)
-    with_experts = n_layers - keys.read("leading_dense_block_count", integer(), 0)
-    config = keys.config(with_experts, (e, f, d))
-
-    def format(layer: int, role: str, shape: tuple[int, ...]) -> str:
-        if preset["experts"] != "Q4_K_M":
-            return preset["experts"]
-        return q4_k_m_format(layer_tensors(config, layer)[role], shape, config)
-
-    shapes = dict(zip(ROLES, ((e, f, d), (e, f, d), (e, d, f)), strict=True))
-    experts = [
-        [(format(layer, role, shape), shape) for role, shape in shapes.items()]
-        for layer in range(with_experts)
-    ]
-    read, embedding = (round(1e9 * preset[part]) for part in ("dense_gb", "embedding_gb"))
-    return _planned(keys, n_layers, experts, read + embedding, read)
-
-
-class _Keys:
-    """Checked access to the metadata of one architecture."""
-
-    def __init__(self, name: str, metadata: Mapping[str, Any]):
-        self.name, self.metadata = name, metadata
-        self.arch = checked.read(Path(name), metadata, "general.architecture", text(), REQUIRED)
-
-    def read(self, key: str, kind: Kind[T], default: D | Required = REQUIRED) -> T | D:
-        """The value of a key of the architecture; see `GGUFFile.read`."""
-        return checked.read(Path(self.name), self.metadata, f"{self.arch}.{key}", kind, default)
-
-    def by_layer(self, key: str, n_layers: int, default: int) -> list[int]:
-        """A value for each layer, where the file has one for all or a list of them."""
-        if not isinstance(self.metadata.get(f"{self.arch}.{key}"), list):
-            return [self.read(key, integer(), default)] * n_layers
-        values = self.read(key, integers())
-        if len(values) < n_layers:
-            raise ValueError(
-                f"{self.name}: {self.arch}.{key} has {len(values)} values; want {n_layers}, one "
-                "for each layer"
-            )
-        return values[:n_layers]
-
-    def config(self, layers_with_experts: int, shape_EFD: tuple[int, ...]) -> ModelConfig:
-        """The layers with experts; see `PlannedModel.config`."""
-        tokens = self.metadata.get("tokenizer.ggml.tokens")
-        vocab_size = len(tokens) if tokens else self.read("vocab_size", integer(1))
-        n_experts, d_expert, d_model = shape_EFD
-        preset = PRESETS["qwen3-30b-a3b"]
-        n_heads = max(self.by_layer("attention.head_count", layers_with_experts, 1))
-        attention = replace(preset.blocks[0].attention, n_heads=n_heads)
-        return replace(
-            preset,
-            blocks=(BlockConfig(attention),) * layers_with_experts,
-            d_model=d_model,
-            n_experts=n_experts,
-            experts_per_token=self.read("expert_used_count", integer(1, n_experts)),
-            d_expert=d_expert,
-            vocab_size=vocab_size,
-            context_length=self.read("context_length", integer(1)),
-        )
-
-
-def _planned(
-    keys: _Keys, n_layers: int, experts: Sequence[Matrices], dense_bytes: int, read_bytes: int
-) -> PlannedModel:
-    config = keys.config(len(experts), experts[0][0][1])
-    caches, state_numbers = _caches(keys, n_layers)
-    return PlannedModel(
-        keys.name, n_layers, config, experts, dense_bytes, read_bytes, caches, state_numbers
-    )
-
-
-def _matrices(name: str, layer: int, found: Mapping[str, Stack]) -> Matrices:
-    """Gate, up and down of a layer, fused ones apart."""
-    if "gate_up" in found:
-        format, (e, rows, d) = found["gate_up"]
-        half = (format, (e, rows // 2, d))
-        found = {**found, "gate": half, "up": half}
-    missing = {"gate", "up", "down"} - found.keys()
-    if missing or any(len(shape) != 3 for _, shape in found.values()):
+def _planned(name: str, config: ModelConfig, file: GGUFFile) -> PlannedModel:
+    """Raises NotImplementedError for a model without routed experts."""
+    if config.has_dense_ffn:
         raise NotImplementedError(
-            f"{name}: the experts of block {layer} are {', '.join(sorted(found))}; supported are "
-            "stacks of gate, up and down"
+            f"{name}: no routed experts (ffn_gate_exps); a plan is of models that have them"
         )
-    return [found["gate"], found["up"], found["down"]]
-
-
-def _caches(keys: _Keys, n_layers: int) -> tuple[list[KVCache], int]:
-    """Keys and values by kind of layer, and the numbers of all recurrent states."""
-    count = integer()
-    if lora := keys.read("attention.kv_lora_rank", count, 0):
-        # Latent attention keeps one compressed vector and one rotary key for all heads.
-        return [KVCache(n_layers, lora + keys.read("rope.dimension_count", count), None)], 0
-    heads_L = keys.by_layer("attention.head_count", n_layers, 1)
-    kv_heads_L = keys.by_layer("attention.head_count_kv", n_layers, heads_L[0])
-    d_model = keys.read("embedding_length", count, 0)
-    key = keys.read("attention.key_length", count, d_model // max(1, heads_L[0]))
-    width = key + keys.read("attention.value_length", count, key)
-    local_key = keys.read("attention.key_length_swa", count, key)
-    local_width = local_key + keys.read("attention.value_length_swa", count, width - key)
-    interval = keys.read(
-        "full_attention_interval", integer(1), 4 if keys.arch in _DELTA_NETS else 1
-    )
-    window, local_L = keys.read("attention.sliding_window", count, 0), [False] * n_layers
-    pattern = keys.metadata.get(f"{keys.arch}.attention.sliding_window_pattern")
-    if window and isinstance(pattern, list) and len(pattern) >= n_layers:
-        local_L = [bool(local) for local in pattern[:n_layers]]
-    elif window and keys.arch == "gpt-oss":  # which every second layer is in code
-        local_L = [layer % 2 == 0 for layer in range(n_layers)]
-    kinds: Counter[tuple[int, int | None]] = Counter()
-    for layer, kv_heads in enumerate(kv_heads_L):
-        if (layer + 1) % interval == 0:
-            local = local_L[layer]
-            kinds[kv_heads * (local_width if local else width), window if local else None] += 1
-    recurrent = n_layers - n_layers // interval
-    states = recurrent and recurrent * _state_numbers(keys)
-    return [KVCache(layers, *kind) for kind, layers in kinds.items()], states
-
-
-def _state_numbers(keys: _Keys) -> int:
-    """Of a gated delta net: the inputs that its convolution still needs, and its matrices."""
-    inner, groups, state, heads, kernel = (
-        keys.read(f"ssm.{key}", integer(1))
-        for key in ("inner_size", "group_count", "state_size", "time_step_rank", "conv_kernel")
-    )
-    return (kernel - 1) * (inner + 2 * groups * state) + heads * state * (inner // heads)
+    layers = [layer_tensors(config, layer) for layer in range(config.n_layers)]
+    stacks = {of_layer[role] for of_layer in layers for role in STACKS if role in of_layer}
+    sizes = {}
+    for tensor_name in tensor_shapes(config).keys() - stacks:
+        tensor = file.tensors[tensor_name]
+        # The loader keeps vectors in float32.
+        vector = len(tensor.shape) == 1
+        sizes[tensor_name] = tensor.shape[0] * _FLOAT_BYTES if vector else tensor.nbytes
+    dense, embedding = sum(sizes.values()), sizes[TOKEN_EMBEDDING]
+    unread = 0 if config.tied_head else embedding - embedding // config.vocab_size
+    of_matrices = replace(config, expert_biases=False)
+    experts = [
+        [(tensor.format, tensor.shape) for tensor in (layer.gate, layer.up, layer.down)]
+        for layer in HostExperts(of_matrices, file).precisions[NATIVE]
+    ]
+    apart = replace(of_matrices, fused_gate_up=False)
+    return PlannedModel(name, apart, experts, dense, dense - unread)
 
 
 def _file_of_shapes(tensors: Mapping[str, Stack]) -> GGUFFile:

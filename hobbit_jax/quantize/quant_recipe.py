@@ -14,7 +14,7 @@ from pallas_kernels.formats import get_format
 
 FILE_TYPE_F32, FILE_TYPE_Q4_K_M = 0, 15  # llama.cpp's llama_ftype
 
-_FLOATS = r"ffn_gate_inp\.weight|ssm_conv1d"
+_FLOATS = r"_norm\.weight$|ffn_gate_inp\.weight|ssm_conv1d|\.bias$"
 # For rows that are no whole number of blocks; F16 where they are no multiple of 32 either.
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _FALLBACK |= dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0")
@@ -43,13 +43,13 @@ def format_in_a_file(format: str, columns: int) -> str:
 def q4_k_m_format(name: str, shape: tuple[int, ...], config: ModelConfig) -> str:
     """The type of the tensor `name` of row-major `shape`.
 
-    Router, norms and short convolutions stay float32; queries, keys and values that are fused are
-    Q5_K; the head is Q6_K (the embedding too when it is the head), the
-    embedding Q4_K; `attn_v` and `ffn_down` are Q6_K in the first and last eighth of the layers and
-    in every third one between. A model of eight experts has its small attention matrices in more:
-    `attn_k` and `attn_v` in Q8_0, `attn_output` in Q5_K.
+    Router, norms, biases and short convolutions stay float32; queries, keys and values that are
+    fused are Q5_K; the head is Q6_K (the embedding too when it is the head), the embedding Q4_K;
+    `attn_v` and `ffn_down` are Q6_K in the first and last eighth of the layers and in every third
+    one between. A model of eight experts has its small attention matrices in more: `attn_k` and
+    `attn_v` in Q8_0, `attn_output` in Q5_K.
     """
-    if len(shape) == 1 or name.endswith("_norm.weight") or re.search(_FLOATS, name):
+    if len(shape) == 1 or re.search(_FLOATS, name):
         return "F32"
     format = "Q4_K"
     if name == OUTPUT or (config.tied_head and name == TOKEN_EMBEDDING):
