@@ -16,12 +16,20 @@ from hobbit_jax.cache.controller import OnRouting
 from hobbit_jax.cache.trace import Trace, read_trace
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.model_file.gguf_file import check_finite_scales, open_gguf, write_gguf
+from hobbit_jax.model_file.gguf_file import (
+    FileStamp,
+    GGUFFile,
+    TensorInfo,
+    check_finite_scales,
+    open_gguf,
+    write_gguf,
+)
 from hobbit_jax.model_file.tokenizer import Tokenizer
-from hobbit_jax.models.config import tensor_shapes
+from hobbit_jax.models.config import RouterConfig, tensor_shapes
 from hobbit_jax.models.loading import load_model
-from hobbit_jax.models.presets import PRESETS
+from hobbit_jax.models.presets import PLANNED, PRESETS
 from hobbit_jax.models.registry import read_config
+from hobbit_jax.models.written_keys import config_metadata
 from hobbit_jax.quantize.quant_recipe import q4_k_m_format
 from hobbit_jax.synthetic import synthesize
 
@@ -52,6 +60,26 @@ def file_bytes(preset):
 def test_the_size_is_that_of_the_real_file():
     """Tensor bytes; the published Q4_K_M of Qwen3-30B-A3B is 18.56 GB with 6 MB of metadata."""
     assert file_bytes("qwen3-30b-a3b") == pytest.approx(18.55e9, abs=0.005e9)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_written_keys_are_read_back(preset):
+    config = PRESETS[preset]
+    tensors = {
+        name: TensorInfo(name, "F32", shape, np.zeros(0, np.uint8))
+        for name, shape in tensor_shapes(config).items()
+    }
+    stamps = (FileStamp(Path("model.gguf"), 0, 0, 0, 0),)
+    assert read_config(GGUFFile(stamps, config_metadata(config), {}, tensors)) == config
+
+
+def test_models_that_no_file_is_made_of_are_refused():
+    config = PLANNED["glm-4.5-air"]
+    with pytest.raises(NotImplementedError, match="glm4moe is not written; supported are qwen3moe"):
+        config_metadata(config)
+    dense = replace(PRESETS["tiny"], router=RouterConfig("always", renormalise=False))
+    with pytest.raises(NotImplementedError, match="such a model of qwen3moe is not written"):
+        config_metadata(dense)
 
 
 def test_types_of_qwen3():

@@ -9,28 +9,15 @@ Source: llama.cpp, src/models/deepseek2.cpp; transformers, models/deepseek_{v2,v
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from hobbit_jax.model_file.metadata import integer, number
 from hobbit_jax.models.config import LatentAttention, ModelConfig
-from hobbit_jax.models.keys import (
-    Keys,
-    any_router,
-    dense_then_experts,
-    dense_then_experts_metadata,
-    ends,
-    experts,
-    rotary,
-    rotary_metadata,
-    router_metadata,
-)
-
-_WIDTH = "expert_feed_forward_length"
+from hobbit_jax.models.keys import Keys, any_router, dense_then_experts, ends, experts, rotary
 
 
 def read(keys: Keys) -> ModelConfig:
-    """See `registry.Family`."""
-    about_experts = experts(keys, _WIDTH)
+    """See `registry.FAMILIES`."""
+    about_experts = experts(keys)
     return ModelConfig(
         **ends(keys),
         **dense_then_experts(keys, _attention(keys), about_experts["d_expert"]),
@@ -82,30 +69,3 @@ def _attention(keys: Keys) -> LatentAttention:
 def _is_old_glm(keys: Keys) -> bool:
     """Whether this is a GLM-4.7-Flash of a converter that did not write how experts are scored."""
     return keys.block_count() in (47, 48) and keys.unchecked("vocab_size") == 154880
-
-
-def metadata(config: ModelConfig) -> dict[str, Any]:
-    """See `registry.Family`."""
-    attention = next(b.attention for b in config.blocks if isinstance(b.attention, LatentAttention))
-    query = {"attention.q_lora_rank": attention.d_query_latent} if attention.d_query_latent else {}
-    return {
-        "context_length": config.context_length,
-        "embedding_length": config.d_model,
-        "vocab_size": config.vocab_size,
-        _WIDTH: config.d_expert,
-        "expert_count": config.n_experts,
-        "expert_used_count": config.experts_per_token,
-        **dense_then_experts_metadata(config),
-        **router_metadata(config.router),
-        "attention.layer_norm_rms_epsilon": config.rms_eps,
-        "attention.head_count": attention.n_heads,
-        "attention.head_count_kv": 1,
-        "attention.kv_lora_rank": attention.d_latent,
-        **query,
-        "attention.key_length": attention.row_width,
-        "attention.value_length": attention.d_latent,
-        "attention.key_length_mla": attention.plain_dim + attention.rope.dim,
-        "attention.value_length_mla": attention.value_dim,
-        **rotary_metadata(attention.rope),
-        "rope.scaling.yarn_log_multiplier": attention.log_multiplier,
-    }

@@ -9,11 +9,10 @@ Source: llama.cpp, src/models/gemma4.cpp; conversion/gemma.py (the divisors of f
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
-from hobbit_jax.model_file.metadata import flag, integer, number, of_every_layer, per_layer
+from hobbit_jax.model_file.metadata import flag, integer, number, per_layer
 from hobbit_jax.models.config import (
     ROPE_DIVISORS,
     BlockConfig,
@@ -22,14 +21,13 @@ from hobbit_jax.models.config import (
     Rope,
     RouterConfig,
 )
-from hobbit_jax.models.keys import ROPE_BASE, Keys, decoder_metadata, ends, experts
+from hobbit_jax.models.keys import ROPE_BASE, Keys, ends, experts
 
-_WIDTH = "expert_feed_forward_length"
 _WINDOWED = "_swa"  # ends the keys of blocks with a window
 
 
 def read(keys: Keys) -> ModelConfig:
-    """See `registry.Family`. Raises NotImplementedError for a dense model."""
+    """See `registry.FAMILIES`. Raises NotImplementedError for a dense model."""
     if not keys.read("expert_count", integer(), 0):
         raise NotImplementedError(
             f"{keys.path}: a dense Gemma 4 (gemma4.expert_count is 0); supported are Gemma 4 "
@@ -38,7 +36,7 @@ def read(keys: Keys) -> ModelConfig:
     n_blocks = keys.block_count()
     windowed_N = keys.read("attention.sliding_window_pattern", per_layer(flag(), n_blocks))
     kv_heads_N = keys.read("attention.head_count_kv", per_layer(integer(1), n_blocks))
-    d_beside = keys.read("feed_forward_length", of_every_layer(integer(1), n_blocks))
+    d_beside = keys.of_every_layer("feed_forward_length")
     blocks = [
         BlockConfig(
             _attention(keys, number, *of_block),
@@ -56,7 +54,7 @@ def read(keys: Keys) -> ModelConfig:
         expert_function="geglu",
         embedding_scale=math.sqrt(found["d_model"]),
         logit_softcap=keys.read("final_logit_softcapping", number(0.0, 1e6), 0.0),
-        **experts(keys, _WIDTH),
+        **experts(keys),
     )
 
 
@@ -68,7 +66,7 @@ def _attention(keys: Keys, block: int, windowed: bool, n_kv_heads: int) -> Group
         NotImplementedError: values of another width than keys, or heads that rotate in part.
     """
     kind = _WINDOWED if windowed else ""
-    n_heads = keys.read("attention.head_count", of_every_layer(integer(1), keys.block_count()))
+    n_heads = keys.of_every_layer("attention.head_count")
     head_dim, value_dim = (
         keys.read(f"attention.{what}_length{kind}", integer(1)) for what in ("key", "value")
     )
@@ -120,26 +118,3 @@ def _divisors(keys: Keys, pairs: int) -> tuple[float, ...]:
             "download the model again"
         )
     return tuple(values.tolist())
-
-
-def metadata(config: ModelConfig) -> dict[str, Any]:
-    """See `registry.Family`."""
-    keys = decoder_metadata(config, _WIDTH)
-    of_blocks = [b.attention for b in config.blocks if isinstance(b.attention, GroupedQuery)]
-    for attention in of_blocks:
-        kind = _WINDOWED if attention.window else ""
-        keys |= {
-            f"attention.key_length{kind}": attention.head_dim,
-            f"attention.value_length{kind}": attention.head_dim,
-            f"rope.dimension_count{kind}": attention.rope.dim,
-            f"rope.freq_base{kind}": attention.rope.base,
-        }
-        if attention.window:
-            keys["attention.sliding_window"] = attention.window
-    return {
-        **keys,
-        "feed_forward_length": config.blocks[0].d_beside,
-        "attention.head_count_kv": [a.n_kv_heads for a in of_blocks],
-        "attention.sliding_window_pattern": [a.window > 0 for a in of_blocks],
-        "final_logit_softcapping": config.logit_softcap,
-    }

@@ -9,19 +9,17 @@ Source: llama.cpp, src/models/openai-moe.cpp; conversion/gpt_oss.py (gate and up
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from hobbit_jax.model_file.metadata import integer
-from hobbit_jax.models.config import BlockConfig, GroupedQuery, ModelConfig, RouterConfig
-from hobbit_jax.models.keys import Keys, decoder_metadata, ends, experts, grouped_query
+from hobbit_jax.models.config import BlockConfig, ModelConfig, RouterConfig
+from hobbit_jax.models.keys import Keys, ends, experts, grouped_query
 
-_WIDTH = "expert_feed_forward_length"
 _BIASED = ("attn_q", "attn_k", "attn_v", "attn_output")
 _WEIGHTS_OF_CHOSEN = 3  # gguf.ExpertGatingFuncType; files do not say it
 
 
 def read(keys: Keys) -> ModelConfig:
-    """See `registry.Family`."""
+    """See `registry.FAMILIES`."""
     keys.expect("expert_gating_func", 0, _WEIGHTS_OF_CHOSEN)
     full = replace(grouped_query(keys, "neox", "none", biased=_BIASED), sinks=True)
     windowed = replace(full, window=keys.read("attention.sliding_window", integer(1)))
@@ -32,12 +30,5 @@ def read(keys: Keys) -> ModelConfig:
         router=RouterConfig("softmax_of_chosen", renormalise=False, biased=True),
         expert_function="clipped_swiglu",
         expert_biases=True,
-        **experts(keys, _WIDTH),
+        **experts(keys),
     )
-
-
-def metadata(config: ModelConfig) -> dict[str, Any]:
-    """See `registry.Family`."""
-    attention = config.blocks[0].attention
-    window = attention.window if isinstance(attention, GroupedQuery) else 0
-    return {**decoder_metadata(config, _WIDTH), "attention.sliding_window": window}

@@ -21,7 +21,6 @@ from hobbit_jax.model_file.metadata import (
     flag,
     integer,
     number,
-    of_every_layer,
     shown,
     texts,
 )
@@ -31,7 +30,6 @@ from hobbit_jax.models.config import (
     BlockConfig,
     GatedDeltaNet,
     GroupedQuery,
-    ModelConfig,
     Rope,
     RouterConfig,
     Yarn,
@@ -140,14 +138,9 @@ class Keys:
         n_tensors = len(self.file.tensors)
         return self.read("block_count", integer(1, n_tensors, "the file's number of tensors"))
 
-    def expert_width(self, key: str, experts_per_token: int) -> int:
-        """Hidden width of one expert; 0 or no key of its own is llama.cpp's "not said"."""
-        width = of_every_layer(integer(1), self.block_count())
-        if key != "feed_forward_length" and not self.unchecked(key):
-            dense = self.unchecked("feed_forward_length")
-            if dense is not None:
-                return self.read("feed_forward_length", width) // experts_per_token
-        return self.read(key, width)
+    def of_every_layer(self, key: str, default: int | Required = REQUIRED) -> int:
+        """A positive count that is the same in all blocks, where the file may list it for each."""
+        return self.read(key, metadata.of_every_layer(integer(1), self.block_count()), default)
 
 
 def ends(keys: Keys, may_tie_head: bool = True) -> dict[str, Any]:
@@ -191,20 +184,6 @@ def rotary(keys: Keys, dim: int, style: Literal["neox", "norm"]) -> Rope:
     return Rope(base, dim, style, yarn)
 
 
-def rotary_metadata(rope: Rope) -> dict[str, Any]:
-    """What `rotary` reads, without the architecture's prefix."""
-    found: dict[str, Any] = {"rope.freq_base": rope.base, "rope.dimension_count": rope.dim}
-    if rope.yarn is not None:
-        found |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": rope.yarn.factor,
-            "rope.scaling.original_context_length": rope.yarn.trained_context,
-            "rope.scaling.yarn_beta_fast": rope.yarn.beta_fast,
-            "rope.scaling.yarn_beta_slow": rope.yarn.beta_slow,
-        }
-    return found
-
-
 def grouped_query(
     keys: Keys,
     rope_style: Literal["neox", "norm"],
@@ -221,9 +200,8 @@ def grouped_query(
         NotImplementedError: blocks that differ, values of another width than keys, or, unless
             `partial_rope`, heads of which a part rotates.
     """
-    heads = of_every_layer(integer(1), keys.block_count())
-    n_heads = keys.read("attention.head_count", heads)
-    n_kv_heads = keys.read("attention.head_count_kv", heads, n_heads)
+    n_heads = keys.of_every_layer("attention.head_count")
+    n_kv_heads = keys.of_every_layer("attention.head_count_kv", n_heads)
     d_model = keys.read("embedding_length", integer(1))
     head_dim = keys.read("attention.key_length", integer(1), d_model // n_heads)
     value_dim = keys.read("attention.value_length", integer(1), head_dim)
@@ -273,8 +251,10 @@ def delta_net(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> GatedDelt
     return GatedDeltaNet(key_heads, heads, d_state, kernel, value_heads)
 
 
-def experts(keys: Keys, width_key: str) -> dict[str, Any]:
+def experts(keys: Keys, width_key: str = "expert_feed_forward_length") -> dict[str, Any]:
     """The fields of `ModelConfig` about experts, by name.
+
+    An expert's width without a key of its own, or of 0, is a part of all chosen experts' width.
 
     Raises:
         ValueError: more experts per token than experts.
@@ -285,10 +265,15 @@ def experts(keys: Keys, width_key: str) -> dict[str, Any]:
             f"{keys.path}: the metadata gives {used} experts per token, expected at most the "
             f"number of experts, {n_experts}; convert the model again"
         )
+    all_widths = "feed_forward_length"
+    if width_key != all_widths and not keys.unchecked(width_key) and keys.unchecked(all_widths):
+        d_expert = keys.of_every_layer(all_widths) // used
+    else:
+        d_expert = keys.of_every_layer(width_key)
     return {
         "n_experts": n_experts,
         "experts_per_token": used,
-        "d_expert": keys.expert_width(width_key, used),
+        "d_expert": d_expert,
         "fused_gate_up": any(".ffn_gate_up_exps." in name for name in keys.file.tensors),
     }
 
@@ -305,12 +290,11 @@ def shared_expert(keys: Keys) -> dict[str, Any]:
 
 def dense_ffn(keys: Keys) -> dict[str, Any]:
     """The fields of `ModelConfig` of a model without experts: each block's FFN is its only one."""
-    width = of_every_layer(integer(1), keys.block_count())
     return {
         "router": RouterConfig("always", renormalise=False),
         "n_experts": 1,
         "experts_per_token": 1,
-        "d_expert": keys.read("feed_forward_length", width),
+        "d_expert": keys.of_every_layer("feed_forward_length"),
     }
 
 
@@ -339,10 +323,8 @@ def dense_then_experts(
             f"{keys.path}: the metadata gives {leading} leading dense blocks "
             f"(leading_dense_block_count) of {n_blocks}, expected fewer; convert the model again"
         )
-    dense, width = (), of_every_layer(integer(1), keys.block_count())
-    if leading:
-        d_dense = keys.read("feed_forward_length", width)
-        dense = (BlockConfig(attention, ffn_norm, d_dense=d_dense),) * leading
+    d_dense = keys.of_every_layer("feed_forward_length") if leading else 0
+    dense = (BlockConfig(attention, ffn_norm, d_dense=d_dense),) * leading
     d_shared = d_expert * keys.read("expert_shared_count", integer(0, 2**10), 0)
     own_width = keys.read("expert_shared_feed_forward_length", integer(), 0)
     stored = keys.file.tensors.get(f"blk.{leading}.ffn_gate_shexp.weight")
@@ -387,55 +369,3 @@ def any_router(keys: Keys, gating: Literal["softmax", "sigmoid"]) -> RouterConfi
         groups=groups,
         groups_used=used,
     )
-
-
-def router_metadata(router: RouterConfig) -> dict[str, Any]:
-    """What `any_router` reads, without the architecture's prefix."""
-    codes = {name: code for code, name in _GATINGS.items()}
-    return {
-        "expert_gating_func": codes[router.gating],
-        "expert_weights_norm": router.renormalise,
-        "expert_weights_scale": router.scale,
-        "expert_group_count": router.groups,
-        "expert_group_used_count": router.groups_used,
-    }
-
-
-def dense_then_experts_metadata(config: ModelConfig) -> dict[str, Any]:
-    """What `dense_then_experts` reads, without the architecture's prefix.
-
-    NextN blocks, of which we know no shapes, are not part of it.
-    """
-    leading = [block.d_dense for block in config.blocks if block.d_dense]
-    d_shared = max(block.d_shared for block in config.blocks)
-    return {
-        "block_count": config.n_blocks,
-        "leading_dense_block_count": len(leading),
-        "feed_forward_length": leading[0] if leading else config.d_expert,
-        "expert_shared_count": -(-d_shared // config.d_expert),
-    }
-
-
-def decoder_metadata(config: ModelConfig, width_key: str) -> dict[str, Any]:
-    """What `ends`, `grouped_query` and `experts` read, without the architecture's prefix."""
-    counts = {
-        "expert_count": config.n_experts,
-        "expert_used_count": config.experts_per_token,
-    }
-    attention = next(b.attention for b in config.blocks if isinstance(b.attention, GroupedQuery))
-    return {
-        "block_count": config.n_blocks,
-        "context_length": config.context_length,
-        "embedding_length": config.d_model,
-        # Of a dense layer, which no model here has; llama.cpp wants the key all the same.
-        "feed_forward_length": config.d_expert * config.experts_per_token,
-        width_key: config.d_expert,
-        "attention.head_count": attention.n_heads,
-        "attention.head_count_kv": attention.n_kv_heads,
-        "attention.key_length": attention.head_dim,
-        "attention.value_length": attention.head_dim,
-        "attention.layer_norm_rms_epsilon": config.rms_eps,
-        **rotary_metadata(attention.rope),
-        **({} if config.has_dense_ffn else counts),
-        "vocab_size": config.vocab_size,
-    }

@@ -7,33 +7,19 @@ Source: llama.cpp, src/models/llama.cpp; conversion, `LlamaModel.permute`.
 
 from __future__ import annotations
 
-from typing import Any
-
 from hobbit_jax.model_file.metadata import integer
 from hobbit_jax.models.config import BlockConfig, ModelConfig
-from hobbit_jax.models.keys import (
-    Keys,
-    decoder_metadata,
-    dense_ffn,
-    ends,
-    experts,
-    grouped_query,
-    softmax_router,
-)
-
-_WIDTH = "feed_forward_length"
+from hobbit_jax.models.keys import Keys, dense_ffn, ends, experts, grouped_query, softmax_router
 
 
 def read(keys: Keys) -> ModelConfig:
-    """See `registry.Family`."""
+    """See `registry.FAMILIES`."""
     block = BlockConfig(grouped_query(keys, rope_style="norm", qk_norm="none"))
     if keys.read("expert_count", integer(), 0):
-        ffn = {"router": softmax_router(keys, renormalise=True), **experts(keys, _WIDTH)}
+        ffn = {
+            "router": softmax_router(keys, renormalise=True),
+            **experts(keys, "feed_forward_length"),
+        }
     else:
         ffn = dense_ffn(keys)
     return ModelConfig(**ends(keys), blocks=(block,) * keys.block_count(), **ffn)
-
-
-def metadata(config: ModelConfig) -> dict[str, Any]:
-    """See `registry.Family`."""
-    return decoder_metadata(config, _WIDTH)

@@ -10,13 +10,12 @@ Source: llama.cpp, src/models/qwen35moe.cpp and conversion/qwen.py.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from hobbit_jax.model_file.metadata import flags, integer
-from hobbit_jax.models.config import BlockConfig, GatedDeltaNet, GroupedQuery, ModelConfig
+from hobbit_jax.models.config import BlockConfig, ModelConfig
 from hobbit_jax.models.keys import (
     Keys,
-    decoder_metadata,
     delta_net,
     ends,
     experts,
@@ -25,12 +24,11 @@ from hobbit_jax.models.keys import (
     softmax_router,
 )
 
-_WIDTH = "expert_feed_forward_length"
 _INTERVAL = "full_attention_interval"
 
 
 def read(keys: Keys) -> ModelConfig:
-    """See `registry.Family`."""
+    """See `registry.FAMILIES`."""
     return read_hybrid(keys, "tiled")
 
 
@@ -51,31 +49,6 @@ def read_hybrid(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> ModelCo
         **ends(keys),
         blocks=tuple(recurs if r else attends for r in recurrent[: n_blocks - skipped]),
         router=softmax_router(keys, renormalise=True),
-        **experts(keys, _WIDTH),
+        **experts(keys),
         skipped_blocks=skipped,
     )
-
-
-def metadata(config: ModelConfig) -> dict[str, Any]:
-    """See `registry.Family`."""
-    attends = next(b.attention for b in config.blocks if isinstance(b.attention, GroupedQuery))
-    third, left = divmod(attends.rope.dim // 2, 3)
-    sections = [third + (left > 0), third + (left > 1), third, 0]  # which llama.cpp wants
-    return {**hybrid_metadata(config), "rope.dimension_sections": sections}
-
-
-def hybrid_metadata(config: ModelConfig) -> dict[str, Any]:
-    """What `read_hybrid` reads."""
-    attentions = [block.attention for block in config.blocks]
-    recurs = [isinstance(attention, GatedDeltaNet) for attention in attentions]
-    delta = next(a for a in attentions if isinstance(a, GatedDeltaNet))
-    return {
-        **decoder_metadata(config, _WIDTH),
-        "expert_shared_feed_forward_length": config.blocks[0].d_shared,
-        _INTERVAL: recurs.index(False) + 1,
-        "ssm.conv_kernel": delta.kernel,
-        "ssm.state_size": delta.d_state,
-        "ssm.group_count": delta.n_key_heads,
-        "ssm.time_step_rank": delta.n_value_heads,
-        "ssm.inner_size": delta.value_width,
-    }

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.keys import Keys
-from hobbit_jax.models.qwen35moe import hybrid_metadata as metadata
 from hobbit_jax.models.qwen35moe import read_hybrid
-
-__all__ = ["metadata", "read"]
 
 
 def read(keys: Keys) -> ModelConfig:
-    """See `registry.Family`."""
+    """See `registry.FAMILIES`."""
     return read_hybrid(keys, "grouped")

@@ -8,7 +8,7 @@ changes the arithmetic and that it does not read, are refused by name.
 from __future__ import annotations
 
 import re
-from typing import Any, Protocol
+from collections.abc import Callable
 
 from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
@@ -28,49 +28,29 @@ from hobbit_jax.models import (
     qwen3,
     qwen3moe,
     qwen3next,
-    qwen3vlmoe,
     qwen35moe,
 )
 from hobbit_jax.models.config import ModelConfig, block_shapes, tensor_shapes
 from hobbit_jax.models.keys import Keys
 
-
-class Family(Protocol):
-    """What a family's file has."""
-
-    @staticmethod
-    def read(keys: Keys) -> ModelConfig:
-        """The model of a file, from its metadata.
-
-        Raises:
-            ValueError: a missing or impossible key.
-            NotImplementedError: a feature that we do not compute.
-        """
-        ...
-
-    @staticmethod
-    def metadata(config: ModelConfig) -> dict[str, Any]:
-        """What `read` reads, for a file of this model; keys without the architecture's prefix."""
-        ...
-
-
-# By `general.architecture`.
-FAMILIES: dict[str, Family] = {
-    "qwen3moe": qwen3moe,
-    "llama": llama,
-    "olmoe": olmoe,
-    "deepseek2": deepseek2,
-    "glm4moe": glm4moe,
-    "bailingmoe2": bailingmoe2,
-    "ernie4_5-moe": ernie4_5_moe,
-    "qwen2": qwen2,
-    "qwen2moe": qwen2moe,
-    "qwen3": qwen3,
-    "qwen3vlmoe": qwen3vlmoe,
-    "qwen35moe": qwen35moe,
-    "qwen3next": qwen3next,
-    "gpt-oss": gpt_oss,
-    "gemma4": gemma4,
+# By `general.architecture`, what makes a model of a file's keys. It raises ValueError for a missing
+# or impossible key, and NotImplementedError for a feature that we do not compute.
+FAMILIES: dict[str, Callable[[Keys], ModelConfig]] = {
+    "qwen3moe": qwen3moe.read,
+    "llama": llama.read,
+    "olmoe": olmoe.read,
+    "deepseek2": deepseek2.read,
+    "glm4moe": glm4moe.read,
+    "bailingmoe2": bailingmoe2.read,
+    "ernie4_5-moe": ernie4_5_moe.read,
+    "qwen2": qwen2.read,
+    "qwen2moe": qwen2moe.read,
+    "qwen3": qwen3.read,
+    "qwen3vlmoe": qwen3moe.read,  # on texts; `n_deepstack_layers` add features of images
+    "qwen35moe": qwen35moe.read,
+    "qwen3next": qwen3next.read,
+    "gpt-oss": gpt_oss.read,
+    "gemma4": gemma4.read,
 }
 
 
@@ -88,17 +68,10 @@ def read_config(file: GGUFFile) -> ModelConfig:
             f"{file.paths[0]}: architecture {shown(arch)}; supported are {', '.join(FAMILIES)}"
         )
     keys = Keys(file, arch)
-    config = FAMILIES[arch].read(keys)
+    config = FAMILIES[arch](keys)
     keys.refuse_unread()
     _check_tensors(file, config)
     return config
-
-
-def config_metadata(config: ModelConfig) -> dict[str, Any]:
-    """What `read_config` reads: the metadata of a file of this model, without a tokenizer."""
-    keys = FAMILIES[config.arch].metadata(config)
-    of_arch = {f"{config.arch}.{key}": value for key, value in keys.items()}
-    return {"general.architecture": config.arch, **of_arch}
 
 
 # Tensors that change the arithmetic, by the sentence that refuses them; first match counts.

@@ -16,7 +16,7 @@ from hobbit_jax import quantize
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
 from hobbit_jax.models.config import ModelConfig
-from hobbit_jax.models.registry import config_metadata
+from hobbit_jax.models.written_keys import config_metadata
 from hobbit_jax.quantize.quant_recipe import FILE_TYPE_F32, FILE_TYPE_Q4_K_M, q4_k_m_format
 from hobbit_jax.reference_model.corpus import END_OF_TEXT
 from hobbit_jax.reference_model.trainer import TrainableModel
