@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from hobbit_jax.model_file.gguf_file import FileStamp, GGUFFile, TensorInfo
-from hobbit_jax.models.config import Rope, Yarn, global_tensors, layer_tensors
+from hobbit_jax.models.attention import Rope, Yarn
+from hobbit_jax.models.config import global_tensors, layer_tensors
 from hobbit_jax.models.registry import read_config
 
 D, F, E, HEADS, KV_HEADS, VOCAB, LAYERS = 16, 12, 4, 4, 2, 10, 2

@@ -17,16 +17,16 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 
+from hobbit_jax.models.attention import GroupedQuery
 from hobbit_jax.models.config import (
     OUTPUT,
     OUTPUT_NORM,
     TOKEN_EMBEDDING,
-    GatedDeltaNet,
-    GroupedQuery,
     ModelConfig,
     block_tensors,
     layer_tensors,
 )
+from hobbit_jax.models.delta_net import GatedDeltaNet
 
 # A torch.nn.Module of transformers; PyTorch types each of its attributes as a tensor.
 HuggingFaceModel = Any

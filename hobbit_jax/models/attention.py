@@ -6,15 +6,125 @@ scores over the square root of a head's width, all in float32.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from hobbit_jax.models.caches import Arrays, Caches, Places
-from hobbit_jax.models.config import GroupedQuery, Rope
+from hobbit_jax.models.config import Shapes, State
 from hobbit_jax.models.modules import BlockWeights, rms_normalised
 from pallas_kernels.ggml import ops as ggml
+
+if TYPE_CHECKING:
+    from hobbit_jax.models.layer import Mixer
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """Rotary frequencies for a context longer than the trained one, at every position.
+
+    Pairs that turn less than `beta_slow` times over the trained context turn `factor` times slower,
+    those that turn more than `beta_fast` times as before, and between them there is a ramp.
+
+    Source: arXiv 2309.00071; llama.cpp, ggml/src/ggml-cpu/ops.cpp (`rope_yarn`), which rounds the
+    ends of the ramp outwards to whole pairs.
+    """
+
+    factor: float
+    trained_context: int  # tokens
+    beta_fast: float
+    beta_slow: float
+    magnitude: float  # of cosines and sines
+
+    def slowdown(self, base: float, dim: int) -> np.ndarray:
+        """What multiplies each pair's frequency, float32 [dim / 2]."""
+
+        def pair(turns: float) -> float:
+            """The pair that turns so often, which need not be a whole number."""
+            wavelength = self.trained_context / (2 * math.pi * turns)
+            return dim * math.log(wavelength) / (2 * math.log(base))
+
+        low = max(0, math.floor(pair(self.beta_fast)))
+        high = min(dim - 1, math.ceil(pair(self.beta_slow)))
+        ramp = np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0, 1)
+        return (1 - ramp + ramp / self.factor).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of the first `dim` values of a head."""
+
+    base: float
+    dim: int
+    style: Literal["neox", "norm"]  # pairs (i, i + dim/2), or (2i, 2i + 1)
+    yarn: Yarn | None = None
+    divisors: tuple[float, ...] = ()  # of the pairs' frequencies, as `ROPE_DIVISORS` holds them
+
+
+@dataclass(frozen=True)
+class GroupedQuery:
+    """Attention of query heads that share key/value heads."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rope: Rope
+    qk_norm: Literal["none", "head", "full"] = "none"  # over nothing, a head, the projection
+    gated: bool = False  # each head's query rows are followed by as many of a sigmoid gate
+    biased: tuple[str, ...] = ()  # roles of the projections that have a bias
+    fused: bool = False  # queries, keys and values are rows of one matrix, in this order
+    window: int = 0  # tokens that a query sees, itself among them; 0 for all before it
+    sinks: bool = False  # each head has one score more, which takes weight and has no value
+    score_scale: float | None = None  # of scores; None is 1 over the square root of `head_dim`
+    values_are_keys: bool = False  # before their norm and rotation
+    value_norm: bool = False  # over a head, without a learned scale
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Roles of the matrices of queries, keys and values."""
+        if self.fused:
+            return ("attn_qkv",)
+        return ("attn_q", "attn_k", *([] if self.values_are_keys else ["attn_v"]))
+
+    def tensors(self, d_model: int) -> Shapes:
+        """Those of a block."""
+        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        norms: Shapes = {
+            "none": {},
+            "head": {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)},
+            "full": {"attn_q_norm": (q,), "attn_k_norm": (kv,)},
+        }[self.qk_norm]
+        rows = {
+            "attn_q": q * (1 + self.gated),
+            "attn_k": kv,
+            "attn_v": kv,
+            "attn_qkv": q + 2 * kv,
+        }
+        matrices: Shapes = {role: (rows[role], d_model) for role in self.projections}
+        matrices["attn_output"] = (d_model, q)
+        if self.sinks:
+            norms["attn_sinks"] = (self.n_heads,)
+        biases = {f"{role}.bias": (matrices[role][0],) for role in self.biased}
+        return {**matrices, **norms, **biases}
+
+    @property
+    def passed_width(self) -> int:
+        """Numbers of a token that go from `Mixer.project` to `Mixer.mix`: queries and gates."""
+        return self.n_heads * self.head_dim * (1 + self.gated)
+
+    def states(self) -> tuple[State, ...]:
+        """Keys and values; blocks with heads of equal number and width share arrays."""
+        shape = (self.n_kv_heads, self.head_dim)
+        return tuple(State(f"{n}_{shape[0]}x{shape[1]}", shape, True) for n in ("keys", "values"))
+
+    def mixer(self, rms_eps: float, weights: BlockWeights) -> Mixer:
+        """See `config.Attention`."""
+        return GroupedQueryAttention(self, rms_eps, weights)
 
 
 def rotate(x_BTHd: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
@@ -75,7 +185,7 @@ def attend(
 
 
 class GroupedQueryAttention(nnx.Module):
-    """The matrices of `config.GroupedQuery`, and what it computes. See `layer.Mixer`."""
+    """The matrices of `GroupedQuery`, and what it computes. See `layer.Mixer`."""
 
     def __init__(self, spec: GroupedQuery, rms_eps: float, weights: BlockWeights):
         self.spec, self.rms_eps = spec, rms_eps

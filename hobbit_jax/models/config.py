@@ -13,13 +13,14 @@ Source: llama.cpp, src/models/ (shapes, defaults); gguf.constants (names).
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from pallas_kernels.reference import ExpertFunction
+
+if TYPE_CHECKING:
+    from hobbit_jax.models.layer import Mixer
+    from hobbit_jax.models.modules import BlockWeights
 
 TOKEN_EMBEDDING = "token_embd.weight"
 OUTPUT_NORM = "output_norm.weight"
@@ -43,234 +44,33 @@ class State(NamedTuple):
     by_token: bool
 
 
-@dataclass(frozen=True)
-class Yarn:
-    """Rotary frequencies for a context longer than the trained one, at every position.
+class Attention(Protocol):
+    """What moves information between tokens: attention of some kind, or a recurrence.
 
-    Pairs that turn less than `beta_slow` times over the trained context turn `factor` times slower,
-    those that turn more than `beta_fast` times as before, and between them there is a ramp.
-
-    Source: arXiv 2309.00071; llama.cpp, ggml/src/ggml-cpu/ops.cpp (`rope_yarn`), which rounds the
-    ends of the ramp outwards to whole pairs.
+    Each kind is a frozen dataclass in the module that computes it.
     """
-
-    factor: float
-    trained_context: int  # tokens
-    beta_fast: float
-    beta_slow: float
-    magnitude: float  # of cosines and sines
-
-    def slowdown(self, base: float, dim: int) -> np.ndarray:
-        """What multiplies each pair's frequency, float32 [dim / 2]."""
-
-        def pair(turns: float) -> float:
-            """The pair that turns so often, which need not be a whole number."""
-            wavelength = self.trained_context / (2 * math.pi * turns)
-            return dim * math.log(wavelength) / (2 * math.log(base))
-
-        low = max(0, math.floor(pair(self.beta_fast)))
-        high = min(dim - 1, math.ceil(pair(self.beta_slow)))
-        ramp = np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0, 1)
-        return (1 - ramp + ramp / self.factor).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding of the first `dim` values of a head."""
-
-    base: float
-    dim: int
-    style: Literal["neox", "norm"]  # pairs (i, i + dim/2), or (2i, 2i + 1)
-    yarn: Yarn | None = None
-    divisors: tuple[float, ...] = ()  # of the pairs' frequencies, as `ROPE_DIVISORS` holds them
-
-
-@dataclass(frozen=True)
-class GroupedQuery:
-    """Attention of query heads that share key/value heads."""
-
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    rope: Rope
-    qk_norm: Literal["none", "head", "full"] = "none"  # over nothing, a head, the projection
-    gated: bool = False  # each head's query rows are followed by as many of a sigmoid gate
-    biased: tuple[str, ...] = ()  # roles of the projections that have a bias
-    fused: bool = False  # queries, keys and values are rows of one matrix, in this order
-    window: int = 0  # tokens that a query sees, itself among them; 0 for all before it
-    sinks: bool = False  # each head has one score more, which takes weight and has no value
-    score_scale: float | None = None  # of scores; None is 1 over the square root of `head_dim`
-    values_are_keys: bool = False  # before their norm and rotation
-    value_norm: bool = False  # over a head, without a learned scale
-
-    @property
-    def projections(self) -> tuple[str, ...]:
-        """Roles of the matrices of queries, keys and values."""
-        if self.fused:
-            return ("attn_qkv",)
-        return ("attn_q", "attn_k", *([] if self.values_are_keys else ["attn_v"]))
-
-    def tensors(self, d_model: int) -> Shapes:
-        """Those of a block."""
-        q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        norms: Shapes = {
-            "none": {},
-            "head": {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)},
-            "full": {"attn_q_norm": (q,), "attn_k_norm": (kv,)},
-        }[self.qk_norm]
-        rows = {
-            "attn_q": q * (1 + self.gated),
-            "attn_k": kv,
-            "attn_v": kv,
-            "attn_qkv": q + 2 * kv,
-        }
-        matrices: Shapes = {role: (rows[role], d_model) for role in self.projections}
-        matrices["attn_output"] = (d_model, q)
-        if self.sinks:
-            norms["attn_sinks"] = (self.n_heads,)
-        biases = {f"{role}.bias": (matrices[role][0],) for role in self.biased}
-        return {**matrices, **norms, **biases}
-
-    @property
-    def passed_width(self) -> int:
-        """Numbers of a token that go from `Mixer.project` to `Mixer.mix`: queries and gates."""
-        return self.n_heads * self.head_dim * (1 + self.gated)
-
-    def states(self) -> tuple[State, ...]:
-        """Keys and values; blocks with heads of equal number and width share arrays."""
-        shape = (self.n_kv_heads, self.head_dim)
-        return tuple(State(f"{n}_{shape[0]}x{shape[1]}", shape, True) for n in ("keys", "values"))
-
-
-@dataclass(frozen=True)
-class LatentAttention:
-    """The attention of `latent_attention.py`.
-
-    Attributes:
-        n_heads: of queries.
-        d_latent: width of the vector from which all heads' keys and values follow.
-        d_query_latent: likewise of the queries; 0 where they are projected from the stream.
-        plain_dim: values of a head's query and key that do not rotate; the rotated ones follow.
-        value_dim: of a head.
-        rope: of the rotated values.
-    """
-
-    n_heads: int
-    d_latent: int
-    d_query_latent: int
-    plain_dim: int
-    value_dim: int
-    rope: Rope
-    log_multiplier: float = 0.0  # of the logarithm of YaRN's factor, in scores
-
-    @property
-    def score_scale(self) -> float:
-        """Of scores."""
-        factor = 1.0 if self.rope.yarn is None else self.rope.yarn.factor
-        stretch = 1 + self.log_multiplier * math.log(factor)
-        return stretch**2 / math.sqrt(self.plain_dim + self.rope.dim)
-
-    def tensors(self, d_model: int) -> Shapes:
-        """Those of a block."""
-        query, query_latent = self.n_heads * (self.plain_dim + self.rope.dim), self.d_query_latent
-        queries: Shapes = {"attn_q": (query, d_model)}
-        if query_latent:
-            queries = {
-                "attn_q_a": (query_latent, d_model),
-                "attn_q_a_norm": (query_latent,),
-                "attn_q_b": (query, query_latent),
-            }
-        return {
-            **queries,
-            "attn_kv_a_mqa": (self.row_width, d_model),
-            "attn_kv_a_norm": (self.d_latent,),
-            "attn_k_b": (self.n_heads, self.d_latent, self.plain_dim),
-            "attn_v_b": (self.n_heads, self.value_dim, self.d_latent),
-            "attn_output": (d_model, self.n_heads * self.value_dim),
-        }
-
-    @property
-    def row_width(self) -> int:
-        """Numbers that the cache keeps of a token: the latent vector and the rotated key."""
-        return self.d_latent + self.rope.dim
-
-    @property
-    def passed_width(self) -> int:
-        """See `GroupedQuery.passed_width`: queries, as wide as what they meet."""
-        return self.n_heads * self.row_width
-
-    def states(self) -> tuple[State, ...]:
-        """One row a token, which serves as the key and, without its end, as the value."""
-        return (State(f"latent_{self.d_latent}+{self.rope.dim}", (1, self.row_width), True),)
-
-
-@dataclass(frozen=True)
-class GatedDeltaNet:
-    """The recurrence of `delta_net.py` in the place of attention.
-
-    Attributes:
-        n_key_heads: of queries and keys alike.
-        n_value_heads: a multiple of them.
-        d_state: width of every head.
-        kernel: tokens that the convolution sees.
-        value_heads: which key head a value head uses, "tiled" v mod n_key_heads, "grouped" v div
-            their ratio. Grouped ones have the rows of decay and strength in one tensor.
-    """
-
-    n_key_heads: int
-    n_value_heads: int
-    d_state: int
-    kernel: int
-    value_heads: Literal["tiled", "grouped"]
 
     @property
     def n_heads(self) -> int:
-        """Heads that attend to tokens: none."""
-        return 0
-
-    @property
-    def key_width(self) -> int:
-        """Of all key heads."""
-        return self.n_key_heads * self.d_state
-
-    @property
-    def value_width(self) -> int:
-        """Of all value heads."""
-        return self.n_value_heads * self.d_state
-
-    @property
-    def channels(self) -> int:
-        """Of the convolution: queries, keys and values."""
-        return 2 * self.key_width + self.value_width
-
-    def tensors(self, d_model: int) -> Shapes:
-        """Those of a block."""
-        heads = self.n_value_heads
-        tiled = {"ssm_alpha": (heads, d_model), "ssm_beta": (heads, d_model)}
-        return {
-            "attn_qkv": (self.channels, d_model),
-            "attn_gate": (self.value_width, d_model),
-            "ssm_conv1d": (self.channels, self.kernel),
-            "ssm_dt.bias": (heads,),
-            "ssm_a": (heads,),
-            **(tiled if self.value_heads == "tiled" else {"ssm_ba": (2 * heads, d_model)}),
-            "ssm_norm": (self.d_state,),
-            "ssm_out": (d_model, self.value_width),
-        }
+        """Heads that attend to tokens."""
+        ...
 
     @property
     def passed_width(self) -> int:
-        """See `GroupedQuery.passed_width`: the output before its matrix."""
-        return self.value_width
+        """Numbers of a token that go from `Mixer.project` to `Mixer.mix`."""
+        ...
+
+    def tensors(self, d_model: int) -> Shapes:
+        """Those of a block."""
+        ...
 
     def states(self) -> tuple[State, ...]:
-        """The last inputs of the convolution, and the matrices."""
-        window = (self.kernel - 1, self.channels)
-        matrix = (self.n_value_heads, self.d_state, self.d_state)
-        return State("delta_window", window, False), State("delta_matrix", matrix, False)
+        """What a block keeps of a sequence."""
+        ...
 
-
-Attention = GroupedQuery | LatentAttention | GatedDeltaNet
+    def mixer(self, rms_eps: float, weights: BlockWeights) -> Mixer:
+        """The matrices of a block, with what they compute."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -349,6 +149,7 @@ class ModelConfig:
     skipped_blocks: int = 0  # blocks at the end of the file that predict further tokens (NextN)
     expert_function: ExpertFunction = "swiglu"  # of the dense FFNs too
     expert_biases: bool = False
+    rope_divisors: int = 0  # numbers that the tensor `ROPE_DIVISORS` has
     embedding_scale: float = 1.0
     logit_softcap: float = 0.0  # c of c * tanh(logits / c); 0 for none
 
@@ -494,10 +295,8 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
         names = block_tensors(config, block)
         shapes |= {names[role]: shape for role, shape in block_shapes(config, block).items()}
     shapes[OUTPUT_NORM] = (config.d_model,)
-    attentions = (block.attention for block in config.blocks)
-    divisors = (a.rope.divisors for a in attentions if isinstance(a, GroupedQuery))
-    if pairs := max(map(len, divisors), default=0):
-        shapes[ROPE_DIVISORS] = (pairs,)
+    if config.rope_divisors:
+        shapes[ROPE_DIVISORS] = (config.rope_divisors,)
     if not config.tied_head:
         shapes[OUTPUT] = (config.vocab_size, config.d_model)
     return shapes

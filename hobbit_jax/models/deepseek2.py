@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hobbit_jax.model_file.metadata import integer, number
-from hobbit_jax.models.config import LatentAttention, ModelConfig
+from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.keys import Keys, any_router, dense_then_experts, ends, experts, rotary
+from hobbit_jax.models.latent_attention import LatentAttention
 
 
 def read(keys: Keys) -> ModelConfig:

@@ -17,20 +17,96 @@ Source: llama.cpp, src/models/{qwen3next,qwen35moe}.cpp and delta-net-base.cpp; 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hobbit_jax.models.caches import Arrays, Caches, Places
-from hobbit_jax.models.config import GatedDeltaNet
+from hobbit_jax.models.config import Shapes, State
 from hobbit_jax.models.modules import BlockWeights, RMSNorm
+
+if TYPE_CHECKING:
+    from hobbit_jax.models.layer import Mixer
 
 CHUNK_TOKENS = 64
 _LEAST_SQUARE = 1e-6  # added to a key's or query's square before the root, as transformers does
 
 
+@dataclass(frozen=True)
+class GatedDeltaNet:
+    """The recurrence of `delta_net.py` in the place of attention.
+
+    Attributes:
+        n_key_heads: of queries and keys alike.
+        n_value_heads: a multiple of them.
+        d_state: width of every head.
+        kernel: tokens that the convolution sees.
+        value_heads: which key head a value head uses, "tiled" v mod n_key_heads, "grouped" v div
+            their ratio. Grouped ones have the rows of decay and strength in one tensor.
+    """
+
+    n_key_heads: int
+    n_value_heads: int
+    d_state: int
+    kernel: int
+    value_heads: Literal["tiled", "grouped"]
+
+    @property
+    def n_heads(self) -> int:
+        """Heads that attend to tokens: none."""
+        return 0
+
+    @property
+    def key_width(self) -> int:
+        """Of all key heads."""
+        return self.n_key_heads * self.d_state
+
+    @property
+    def value_width(self) -> int:
+        """Of all value heads."""
+        return self.n_value_heads * self.d_state
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: queries, keys and values."""
+        return 2 * self.key_width + self.value_width
+
+    def tensors(self, d_model: int) -> Shapes:
+        """Those of a block."""
+        heads = self.n_value_heads
+        tiled = {"ssm_alpha": (heads, d_model), "ssm_beta": (heads, d_model)}
+        return {
+            "attn_qkv": (self.channels, d_model),
+            "attn_gate": (self.value_width, d_model),
+            "ssm_conv1d": (self.channels, self.kernel),
+            "ssm_dt.bias": (heads,),
+            "ssm_a": (heads,),
+            **(tiled if self.value_heads == "tiled" else {"ssm_ba": (2 * heads, d_model)}),
+            "ssm_norm": (self.d_state,),
+            "ssm_out": (d_model, self.value_width),
+        }
+
+    @property
+    def passed_width(self) -> int:
+        """See `GroupedQuery.passed_width`: the output before its matrix."""
+        return self.value_width
+
+    def states(self) -> tuple[State, ...]:
+        """The last inputs of the convolution, and the matrices."""
+        window = (self.kernel - 1, self.channels)
+        matrix = (self.n_value_heads, self.d_state, self.d_state)
+        return State("delta_window", window, False), State("delta_matrix", matrix, False)
+
+    def mixer(self, rms_eps: float, weights: BlockWeights) -> Mixer:
+        """See `config.Attention`."""
+        return DeltaNetMixer(self, rms_eps, weights)
+
+
 class DeltaNetMixer(nnx.Module):
-    """The matrices of `config.GatedDeltaNet`, and what it computes. See `layer.Mixer`."""
+    """The matrices of `GatedDeltaNet`, and what it computes. See `layer.Mixer`."""
 
     def __init__(self, spec: GatedDeltaNet, rms_eps: float, weights: BlockWeights):
         self.spec = spec

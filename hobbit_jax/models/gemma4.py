@@ -13,14 +13,8 @@ import math
 import numpy as np
 
 from hobbit_jax.model_file.metadata import flag, integer, number, per_layer
-from hobbit_jax.models.config import (
-    ROPE_DIVISORS,
-    BlockConfig,
-    GroupedQuery,
-    ModelConfig,
-    Rope,
-    RouterConfig,
-)
+from hobbit_jax.models.attention import GroupedQuery, Rope
+from hobbit_jax.models.config import ROPE_DIVISORS, BlockConfig, ModelConfig, RouterConfig
 from hobbit_jax.models.keys import ROPE_BASE, Keys, ends, experts
 
 _WINDOWED = "_swa"  # ends the keys of blocks with a window
@@ -37,21 +31,25 @@ def read(keys: Keys) -> ModelConfig:
     windowed_N = keys.read("attention.sliding_window_pattern", per_layer(flag(), n_blocks))
     kv_heads_N = keys.read("attention.head_count_kv", per_layer(integer(1), n_blocks))
     d_beside = keys.of_every_layer("feed_forward_length")
-    blocks = [
-        BlockConfig(
-            _attention(keys, number, *of_block),
-            ffn_norm="pre_ffw_norm_2",
-            attention_out_norm="post_attention_norm",
-            d_beside=d_beside,
-        )
+    attentions = [
+        _attention(keys, number, *of_block)
         for number, of_block in enumerate(zip(windowed_N, kv_heads_N, strict=True))
     ]
     found = ends(keys)
     return ModelConfig(
         **found,
-        blocks=tuple(blocks),
+        blocks=tuple(
+            BlockConfig(
+                kind,
+                ffn_norm="pre_ffw_norm_2",
+                attention_out_norm="post_attention_norm",
+                d_beside=d_beside,
+            )
+            for kind in attentions
+        ),
         router=RouterConfig("softmax", renormalise=True, own_input=True, expert_scale=True),
         expert_function="geglu",
+        rope_divisors=max(len(kind.rope.divisors) for kind in attentions),
         embedding_scale=math.sqrt(found["d_model"]),
         logit_softcap=keys.read("final_logit_softcapping", number(0.0, 1e6), 0.0),
         **experts(keys),

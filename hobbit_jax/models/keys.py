@@ -24,16 +24,9 @@ from hobbit_jax.model_file.metadata import (
     shown,
     texts,
 )
-from hobbit_jax.models.config import (
-    OUTPUT,
-    Attention,
-    BlockConfig,
-    GatedDeltaNet,
-    GroupedQuery,
-    Rope,
-    RouterConfig,
-    Yarn,
-)
+from hobbit_jax.models.attention import GroupedQuery, Rope, Yarn
+from hobbit_jax.models.config import OUTPUT, Attention, BlockConfig, RouterConfig
+from hobbit_jax.models.delta_net import GatedDeltaNet
 
 T = TypeVar("T")
 

@@ -13,19 +13,92 @@ Source: arXiv 2405.04434, section 2.1; llama.cpp, src/models/deepseek2.cpp.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hobbit_jax.models.attention import attend, rotate
+from hobbit_jax.models.attention import Rope, attend, rotate
 from hobbit_jax.models.caches import Arrays, Caches, Places
-from hobbit_jax.models.config import LatentAttention
+from hobbit_jax.models.config import Shapes, State
 from hobbit_jax.models.modules import BlockWeights
 from pallas_kernels.ggml import ops as ggml
 
+if TYPE_CHECKING:
+    from hobbit_jax.models.layer import Mixer
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """The attention of `latent_attention.py`.
+
+    Attributes:
+        n_heads: of queries.
+        d_latent: width of the vector from which all heads' keys and values follow.
+        d_query_latent: likewise of the queries; 0 where they are projected from the stream.
+        plain_dim: values of a head's query and key that do not rotate; the rotated ones follow.
+        value_dim: of a head.
+        rope: of the rotated values.
+    """
+
+    n_heads: int
+    d_latent: int
+    d_query_latent: int
+    plain_dim: int
+    value_dim: int
+    rope: Rope
+    log_multiplier: float = 0.0  # of the logarithm of YaRN's factor, in scores
+
+    @property
+    def score_scale(self) -> float:
+        """Of scores."""
+        factor = 1.0 if self.rope.yarn is None else self.rope.yarn.factor
+        stretch = 1 + self.log_multiplier * math.log(factor)
+        return stretch**2 / math.sqrt(self.plain_dim + self.rope.dim)
+
+    def tensors(self, d_model: int) -> Shapes:
+        """Those of a block."""
+        query, query_latent = self.n_heads * (self.plain_dim + self.rope.dim), self.d_query_latent
+        queries: Shapes = {"attn_q": (query, d_model)}
+        if query_latent:
+            queries = {
+                "attn_q_a": (query_latent, d_model),
+                "attn_q_a_norm": (query_latent,),
+                "attn_q_b": (query, query_latent),
+            }
+        return {
+            **queries,
+            "attn_kv_a_mqa": (self.row_width, d_model),
+            "attn_kv_a_norm": (self.d_latent,),
+            "attn_k_b": (self.n_heads, self.d_latent, self.plain_dim),
+            "attn_v_b": (self.n_heads, self.value_dim, self.d_latent),
+            "attn_output": (d_model, self.n_heads * self.value_dim),
+        }
+
+    @property
+    def row_width(self) -> int:
+        """Numbers that the cache keeps of a token: the latent vector and the rotated key."""
+        return self.d_latent + self.rope.dim
+
+    @property
+    def passed_width(self) -> int:
+        """See `GroupedQuery.passed_width`: queries, as wide as what they meet."""
+        return self.n_heads * self.row_width
+
+    def states(self) -> tuple[State, ...]:
+        """One row a token, which serves as the key and, without its end, as the value."""
+        return (State(f"latent_{self.d_latent}+{self.rope.dim}", (1, self.row_width), True),)
+
+    def mixer(self, rms_eps: float, weights: BlockWeights) -> Mixer:
+        """See `config.Attention`."""
+        return LatentMixer(self, rms_eps, weights)
+
 
 class LatentMixer(nnx.Module):
-    """The matrices of `config.LatentAttention`, and what it computes. See `layer.Mixer`.
+    """The matrices of `LatentAttention`, and what it computes. See `layer.Mixer`.
 
     Here Z is the width of the latent vector, R that of what the cache keeps of a token, N and V
     those of a head's query before it is turned, without its rotated end, and of its value.

@@ -19,18 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hobbit_jax.models.attention import GroupedQueryAttention
 from hobbit_jax.models.caches import Arrays, Caches, Places
 from hobbit_jax.models.config import (
     BESIDE_NORMS,
     BlockConfig,
-    GatedDeltaNet,
-    GroupedQuery,
-    LatentAttention,
     ModelConfig,
 )
-from hobbit_jax.models.delta_net import DeltaNetMixer
-from hobbit_jax.models.latent_attention import LatentMixer
 from hobbit_jax.models.modules import BlockWeights, GatedMLP
 from hobbit_jax.models.router import Router, Routing
 from pallas_kernels.materialize import apart
@@ -58,13 +52,6 @@ class Mixer(Protocol):
     ) -> jax.Array:
         """What is added to the stream, [B, T, D]; N may have grown by padding."""
         ...
-
-
-_MIXERS = {
-    GroupedQuery: GroupedQueryAttention,
-    LatentAttention: LatentMixer,
-    GatedDeltaNet: DeltaNetMixer,
-}
 
 
 class Routed(NamedTuple):
@@ -112,8 +99,7 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, number: int, weights: BlockWeights):
         self.spec, self.k = config.blocks[number], config.experts_per_token
         self.attention_norm = weights.norm("attn_norm")
-        attention = self.spec.attention
-        self.attention = _MIXERS[type(attention)](attention, config.rms_eps, weights)
+        self.attention = self.spec.attention.mixer(config.rms_eps, weights)
         self.ffn_norm = weights.norm(self.spec.ffn_norm)
         self.router = Router(config, weights) if self.spec.has_experts else None
         self.dense = GatedMLP(weights, "") if self.spec.d_dense else None

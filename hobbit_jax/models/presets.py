@@ -9,17 +9,10 @@ from __future__ import annotations
 
 import math
 
-from hobbit_jax.models.config import (
-    Attention,
-    BlockConfig,
-    GatedDeltaNet,
-    GroupedQuery,
-    LatentAttention,
-    ModelConfig,
-    Rope,
-    RouterConfig,
-    Yarn,
-)
+from hobbit_jax.models.attention import GroupedQuery, Rope, Yarn
+from hobbit_jax.models.config import Attention, BlockConfig, ModelConfig, RouterConfig
+from hobbit_jax.models.delta_net import GatedDeltaNet
+from hobbit_jax.models.latent_attention import LatentAttention
 
 
 def _qwen_hybrid(*attentions: Attention) -> tuple[BlockConfig, ...]:
@@ -124,6 +117,7 @@ PLANNED = {
         router=RouterConfig("softmax", renormalise=True, own_input=True, expert_scale=True),
         n_experts=128, experts_per_token=8, d_expert=704, fused_gate_up=True, tied_head=True,
         expert_function="geglu", embedding_scale=math.sqrt(2816), logit_softcap=30.0,
+        rope_divisors=256,
     ),
     "glm-4.7-flash": ModelConfig(
         arch="deepseek2", d_model=2048, vocab_size=154880, context_length=202752, rms_eps=1e-5,

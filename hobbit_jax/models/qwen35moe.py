@@ -33,7 +33,7 @@ def read(keys: Keys) -> ModelConfig:
 
 
 def read_hybrid(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> ModelConfig:
-    """The model, whose value heads stand in one of two orders (`config.GatedDeltaNet`)."""
+    """The model, whose value heads stand in one of two orders (`delta_net.GatedDeltaNet`)."""
     n_blocks = keys.block_count()
     skipped = keys.read("nextn_predict_layers", integer(0, n_blocks - 1), 0)
     interval = keys.read(_INTERVAL, integer(1), 4)

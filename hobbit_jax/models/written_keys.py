@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hobbit_jax.models.config import GatedDeltaNet, GroupedQuery, ModelConfig
+from hobbit_jax.models.attention import GroupedQuery
+from hobbit_jax.models.config import ModelConfig
+from hobbit_jax.models.delta_net import GatedDeltaNet
 
 # By architecture, the key of an expert's width.
 _WIDTH_KEYS = {

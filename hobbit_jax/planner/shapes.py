@@ -22,11 +22,11 @@ import numpy as np
 from hobbit_jax.experts.store import NATIVE, ROLES, STACKS, HostExperts
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf
 from hobbit_jax.model_file.remote import open_remote
+from hobbit_jax.models.attention import GroupedQuery
 from hobbit_jax.models.caches import KV_FORMATS
 from hobbit_jax.models.config import (
     ROPE_DIVISORS,
     TOKEN_EMBEDDING,
-    GroupedQuery,
     ModelConfig,
     layer_tensors,
     tensor_shapes,

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from hobbit_jax import quantize
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
+from hobbit_jax.models.attention import GroupedQueryAttention
 from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.written_keys import config_metadata
 from hobbit_jax.quantize.quant_recipe import FILE_TYPE_F32, FILE_TYPE_Q4_K_M, q4_k_m_format
@@ -60,10 +61,10 @@ def named_weights(model: TrainableModel) -> dict[str, np.ndarray]:
     }
     for layer, (block, experts) in enumerate(zip(model.blocks, model.experts, strict=True)):
         attention = block.attention
+        assert isinstance(attention, GroupedQueryAttention)
         query, key, value = attention.projections
         router = block.expert_router.linear
         assert router is not None
-        assert value is not None  # only Gemma takes values from keys
         assert attention.q_norm is not None and attention.k_norm is not None  # Qwen3's
         of_layer = {
             "attn_norm": block.attention_norm.scale[...],

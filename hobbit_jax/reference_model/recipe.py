@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 
 from hobbit_jax import reference
 from hobbit_jax.atomic import write_text
-from hobbit_jax.models.config import BlockConfig, GroupedQuery, ModelConfig, Rope, RouterConfig
+from hobbit_jax.models.attention import GroupedQuery, Rope
+from hobbit_jax.models.config import BlockConfig, ModelConfig, RouterConfig
 from hobbit_jax.models.loading import load_model
 from hobbit_jax.record import machine
 from hobbit_jax.reference_model import card, corpus, export

@@ -40,7 +40,8 @@ from tqdm import tqdm
 from hobbit_jax import quantize
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
 from hobbit_jax.model_file.metadata import integers, numbers, texts
-from hobbit_jax.models.config import TOKEN_EMBEDDING, GroupedQuery, ModelConfig, tensor_shapes
+from hobbit_jax.models.attention import GroupedQuery
+from hobbit_jax.models.config import TOKEN_EMBEDDING, ModelConfig, tensor_shapes
 from hobbit_jax.models.written_keys import config_metadata
 from hobbit_jax.quantize.quant_recipe import FILE_TYPE_Q4_K_M, q4_k_m_format
 from pallas_kernels.formats import get_format

@@ -217,7 +217,7 @@ def attention(
     Reads no key behind them and none before the window, so its time does not grow with C, and
     neither do its bits depend on it. Keys and values are float32, float16 or bfloat16; sums are
     float32. Key c stands at position c; a token at C or behind gets zeros. `scale` (None: 1 over
-    the square root of d), `window` and sinks are as in `models.config.GroupedQuery`.
+    the square root of d), `window` and sinks are as in `models.attention.GroupedQuery`.
     """
     _ready()
     batch, tokens, heads, width = q_BTHd.shape

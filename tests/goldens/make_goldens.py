@@ -27,14 +27,9 @@ import numpy as np
 import torch
 
 from hobbit_jax.baselines.hugging_face import load
-from hobbit_jax.models.config import (
-    BlockConfig,
-    GatedDeltaNet,
-    GroupedQuery,
-    ModelConfig,
-    Rope,
-    RouterConfig,
-)
+from hobbit_jax.models.attention import GroupedQuery, Rope
+from hobbit_jax.models.config import BlockConfig, ModelConfig, RouterConfig
+from hobbit_jax.models.delta_net import GatedDeltaNet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
