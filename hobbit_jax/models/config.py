@@ -151,6 +151,8 @@ class ModelConfig:
     expert_biases: bool = False
     rope_divisors: int = 0  # numbers that the tensor `ROPE_DIVISORS` has
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and dense FFNs add; experts' weights have it
+    logit_divisor: float = 1.0
     logit_softcap: float = 0.0  # c of c * tanh(logits / c); 0 for none
 
     @property

@@ -98,6 +98,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, number: int, weights: BlockWeights):
         self.spec, self.k = config.blocks[number], config.experts_per_token
+        self.residual_scale = config.residual_scale
         self.attention_norm = weights.norm("attn_norm")
         self.attention = self.spec.attention.mixer(config.rms_eps, weights)
         self.ffn_norm = weights.norm(self.spec.ffn_norm)
@@ -127,19 +128,23 @@ class Block(nnx.Module):
         mixed_BTD = self.attention.mix(passed_BTN, positions_BT, caches, places)
         if self.attention_out_norm is not None:
             mixed_BTD = self.attention_out_norm(mixed_BTD)
-        x_BTD = x_BTD + mixed_BTD
+        x_BTD = self._add(x_BTD, mixed_BTD)
         h_BTD = self.ffn_norm(x_BTD)
         h_TD = h_BTD.reshape(-1, h_BTD.shape[-1])
         if self.dense is not None:
-            x_BTD = x_BTD + self.dense(h_BTD)
+            x_BTD = self._add(x_BTD, self.dense(h_BTD))
         if self.shared is not None:
-            x_BTD = x_BTD + self.shared(h_BTD)
+            x_BTD = self._add(x_BTD, self.shared(h_BTD))
         if self.router is not None:
             own_input = self.router.settings.own_input
             read_TD = x_BTD.reshape(h_TD.shape) if own_input else h_TD
             return Routed(x_BTD, h_TD, self.router(read_TD, lift_E))
         nobody_TK = jnp.zeros((len(h_TD), self.k))
         return Routed(x_BTD, h_TD, Routing(nobody_TK.astype(jnp.int32), nobody_TK))
+
+    def _add(self, x_BTD: jax.Array, branch_BTD: jax.Array) -> jax.Array:
+        scale = self.residual_scale
+        return x_BTD + (branch_BTD if scale == 1 else branch_BTD * scale)
 
     def route_ahead(self, x: jax.Array) -> Routing:
         """The routing of an earlier layer's stream x [..., D]: a guess at what this one chooses."""

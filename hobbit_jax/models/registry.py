@@ -21,6 +21,7 @@ from hobbit_jax.models import (
     gemma4,
     glm4moe,
     gpt_oss,
+    granitemoe,
     llama,
     olmoe,
     qwen2,
@@ -51,6 +52,7 @@ FAMILIES: dict[str, Callable[[Keys], ModelConfig]] = {
     "qwen3next": qwen3next.read,
     "gpt-oss": gpt_oss.read,
     "gemma4": gemma4.read,
+    "granitemoe": granitemoe.read,
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,6 +118,28 @@ def gated_mlp(add: Add, block: str, suffix: str, d: int, width: int, experts: in
         add(name, (*lead, rows, columns), "Q8_0" if role == "down" else "Q5_0", std)
 
 
+def renamed(weights: Weights, names: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Both ends, and of all blocks the tensors `names` (ours: transformers', within a block)."""
+    state = {
+        "model.embed_tokens.weight": weights["token_embd.weight"],
+        "model.norm.weight": weights["output_norm.weight"],
+        "lm_head.weight": weights.get("output.weight", weights["token_embd.weight"]),
+    }
+    for name, weight in weights.items():
+        block = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+        if block and block[2] in names:
+            state[f"model.layers.{block[1]}.{names[block[2]]}"] = weight
+    return state
+
+
+def loaded(model: Any, state: Mapping[str, np.ndarray]) -> Any:
+    """A model of transformers with weights `state`: every parameter, and no other."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    model.load_state_dict({n: torch.tensor(np.ascontiguousarray(w)) for n, w in state.items()})
+    return model.eval()
+
+
 def load(
     model: Any,
     weights: Weights,
@@ -126,14 +149,8 @@ def load(
     """A model of transformers with weights `state`, with ends and FFNs as DeepSeek's classes have.
 
     `bias` is the name of the router's within an FFN.
-
-    Every parameter must be given, and no other may be.
     """
-    import torch  # pyright: ignore[reportMissingImports]
-
-    state["model.embed_tokens.weight"] = weights["token_embd.weight"]
-    state["model.norm.weight"] = weights["output_norm.weight"]
-    state["lm_head.weight"] = weights["output.weight"]
+    state |= renamed(weights, {})
     roles = ("gate", "up", "down")
     for layer in range(model.config.num_hidden_layers):
         ours, mlp = f"blk.{layer}.ffn_", f"model.layers.{layer}.mlp"
@@ -150,8 +167,7 @@ def load(
         if f"blk.{layer}.exp_probs_b.bias" in weights:
             bias_E = weights[f"blk.{layer}.exp_probs_b.bias"]
             state[f"{mlp}.{bias}"] = bias_E.reshape(model.state_dict()[f"{mlp}.{bias}"].shape)
-    model.load_state_dict({n: torch.tensor(np.ascontiguousarray(w)) for n, w in state.items()})
-    return model.eval()
+    return loaded(model, state)
 
 
 # By the name of its file here and of its golden.

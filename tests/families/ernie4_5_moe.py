@@ -6,7 +6,7 @@ from typing import Any
 
 from tiny_models import VOCAB
 
-from families import Add, Family, Weights, gated_mlp, load
+from families import Add, Family, Weights, gated_mlp, load, renamed
 
 LAYERS, D, F, DENSE, E, K, HEADS, KV_HEADS, WIDTH = 3, 64, 32, 128, 8, 3, 4, 2, 32
 KEYS = {
@@ -76,14 +76,10 @@ def hugging_face(weights: Weights) -> Any:
         attn_implementation="eager",
         experts_implementation="eager",
     )
-    state = {}
-    for layer in range(LAYERS):
-        ours, theirs = f"blk.{layer}", f"model.layers.{layer}"
-        state[f"{theirs}.input_layernorm.weight"] = weights[f"{ours}.attn_norm.weight"]
-        state[f"{theirs}.post_attention_layernorm.weight"] = weights[f"{ours}.ffn_norm.weight"]
-        for role in (*_PROJECTIONS, "output"):
-            name = f"{theirs}.self_attn.{role[0]}_proj.weight"
-            state[name] = weights[f"{ours}.attn_{role}.weight"]
+    names = {f"attn_{p}.weight": f"self_attn.{p[0]}_proj.weight" for p in (*_PROJECTIONS, "output")}
+    names["attn_norm.weight"] = "input_layernorm.weight"
+    names["ffn_norm.weight"] = "post_attention_layernorm.weight"
+    state = renamed(weights, names)
     bias = "gate.moe_statics.e_score_correction_bias"
     return load(transformers.Ernie4_5_MoeForCausalLM(config), weights, state, bias)
 

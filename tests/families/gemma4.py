@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tiny_models import VOCAB
 
-from families import Add, Family, Weights
+from families import Add, Family, Weights, loaded, renamed
 
 D, F, DENSE, E, K, HEADS, WINDOW = 64, 96, 160, 6, 2, 4, 12
 WINDOWED = (True, True, False)
@@ -98,7 +98,6 @@ def draw(add: Add) -> None:
 
 def hugging_face(weights: Weights) -> Any:
     """See `Family`."""
-    import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
     config = transformers.Gemma4TextConfig(
@@ -138,19 +137,8 @@ def hugging_face(weights: Weights) -> Any:
             },
         },
     )
-    state = {
-        "model.embed_tokens.weight": weights["token_embd.weight"],
-        "model.norm.weight": weights["output_norm.weight"],
-        "lm_head.weight": weights["token_embd.weight"],
-    }
-    names = _MATRICES | {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _NORMS.items()}
-    for number in range(len(WINDOWED)):
-        for ours, theirs in names.items():
-            if (name := f"blk.{number}.{ours}") in weights:
-                state[f"model.layers.{number}.{theirs}"] = weights[name]
-    model = transformers.Gemma4ForCausalLM(config)
-    model.load_state_dict({n: torch.tensor(np.ascontiguousarray(w)) for n, w in state.items()})
-    return model.eval()
+    norms = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _NORMS.items()}
+    return loaded(transformers.Gemma4ForCausalLM(config), renamed(weights, _MATRICES | norms))
 
 
 FAMILY = Family("gemma4", 2, KEYS, draw, hugging_face, ".router")

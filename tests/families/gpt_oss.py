@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tiny_models import VOCAB
 
-from families import Add, Family, Weights
+from families import Add, Family, Weights, loaded, renamed
 
 LAYERS, D, F, E, K, HEADS, KV_HEADS, WIDTH, WINDOW = 3, 96, 160, 6, 2, 4, 2, 32, 12
 KEYS = {
@@ -64,7 +64,6 @@ def draw(add: Add) -> None:
 
 def hugging_face(weights: Weights) -> Any:
     """See `Family`. Rows of gate and up alternate in transformers."""
-    import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
     config = transformers.GptOssConfig(
@@ -91,22 +90,18 @@ def hugging_face(weights: Weights) -> Any:
             "truncate": True,  # as llama.cpp does, and the checkpoint's own code does not
         },
     )
-    state = {
-        "model.embed_tokens.weight": weights["token_embd.weight"],
-        "model.norm.weight": weights["output_norm.weight"],
-        "lm_head.weight": weights["output.weight"],
+    names = {
+        "attn_norm.weight": "input_layernorm.weight",
+        "post_attention_norm.weight": "post_attention_layernorm.weight",
+        "attn_sinks.weight": "self_attn.sinks",
     }
+    for kind in ("weight", "bias"):
+        names[f"ffn_gate_inp.{kind}"] = f"mlp.router.{kind}"
+        names |= {f"attn_{p}.{kind}": f"self_attn.{p[0]}_proj.{kind}" for p in _PROJECTIONS}
+    state = renamed(weights, names)
     for layer in range(LAYERS):
         ours, theirs = f"blk.{layer}", f"model.layers.{layer}"
-        state[f"{theirs}.input_layernorm.weight"] = weights[f"{ours}.attn_norm.weight"]
-        norm = weights[f"{ours}.post_attention_norm.weight"]
-        state[f"{theirs}.post_attention_layernorm.weight"] = norm
-        state[f"{theirs}.self_attn.sinks"] = weights[f"{ours}.attn_sinks.weight"]
         for kind in ("weight", "bias"):
-            for role in _PROJECTIONS:
-                name = f"{theirs}.self_attn.{role[0]}_proj.{kind}"
-                state[name] = weights[f"{ours}.attn_{role}.{kind}"]
-            state[f"{theirs}.mlp.router.{kind}"] = weights[f"{ours}.ffn_gate_inp.{kind}"]
             gate, up, down = (
                 weights[f"{ours}.ffn_{role}_exps.{kind}"] for role in ("gate", "up", "down")
             )
@@ -116,9 +111,7 @@ def hugging_face(weights: Weights) -> Any:
             suffix = "" if kind == "weight" else "_bias"
             state[f"{theirs}.mlp.experts.gate_up_proj{suffix}"] = pairs
             state[f"{theirs}.mlp.experts.down_proj{suffix}"] = down
-    model = transformers.GptOssForCausalLM(config)
-    model.load_state_dict({n: torch.tensor(np.ascontiguousarray(w)) for n, w in state.items()})
-    return model.eval()
+    return loaded(transformers.GptOssForCausalLM(config), state)
 
 
 FAMILY = Family("gpt-oss", 1, KEYS, draw, hugging_face, "mlp.router")
