@@ -20,7 +20,6 @@ import transformers  # pyright: ignore[reportMissingImports]
 from hobbit_jax.models.attention import GroupedQuery
 from hobbit_jax.models.config import (
     OUTPUT,
-    OUTPUT_NORM,
     TOKEN_EMBEDDING,
     ModelConfig,
     block_tensors,
@@ -158,7 +157,7 @@ def dense_weights(
     # Norms of the hybrids are stored with the 1 that transformers adds.
     added = 1 if config.arch in _HYBRIDS else 0
     yield "model.embed_tokens.weight", tensor(TOKEN_EMBEDDING)
-    yield "model.norm.weight", tensor(OUTPUT_NORM) - np.float32(added)
+    yield "model.norm.weight", tensor(config.output_norm) - np.float32(added)
     if not config.tied_head:
         yield "lm_head.weight", tensor(OUTPUT)
     if added:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from hobbit_jax.models.modules import BlockWeights
 
 TOKEN_EMBEDDING = "token_embd.weight"
-OUTPUT_NORM = "output_norm.weight"
 ROPE_DIVISORS = "rope_freqs.weight"
 OUTPUT = "output.weight"  # absent when the head is tied to the embedding
 
@@ -149,6 +148,7 @@ class ModelConfig:
     skipped_blocks: int = 0  # blocks at the end of the file that predict further tokens (NextN)
     expert_function: ExpertFunction = "swiglu"  # of the dense FFNs too
     expert_biases: bool = False
+    output_norm: str = "output_norm.weight"  # name of the tensor
     rope_divisors: int = 0  # numbers that the tensor `ROPE_DIVISORS` has
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of what attention and dense FFNs add; experts' weights have it
@@ -210,7 +210,7 @@ class ModelConfig:
         return self._hash
 
 
-# Role → name in the file, where they differ. A role's suffix is "weight" where it has none.
+# Role → name in the file, where they differ. A role without "bias" or "scale" is a "weight".
 _STORED_AS = {"router": "ffn_gate_inp"}
 _WITHOUT_SUFFIX = ("ssm_a",)
 
@@ -273,10 +273,12 @@ def block_tensors(config: ModelConfig, block: int) -> dict[str, str]:
 def _stored(config: ModelConfig, role: str) -> str:
     if role in _WITHOUT_SUFFIX:
         return role
-    base, _, suffix = role.partition(".")
+    base, _, suffix = role.rpartition(".")
+    if suffix not in ("bias", "scale"):
+        base, suffix = role, "weight"
     if config.has_dense_ffn:
         base = base.removesuffix("_exps")
-    return f"{_STORED_AS.get(base, base)}.{suffix or 'weight'}"
+    return f"{_STORED_AS.get(base, base)}.{suffix}"
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> dict[str, str]:
@@ -286,7 +288,7 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, str]:
 
 def global_tensors(config: ModelConfig) -> dict[str, str]:
     """Names of the tensors outside the blocks, by role; no `output` when the head is tied."""
-    names = {"token_embedding": TOKEN_EMBEDDING, "output_norm": OUTPUT_NORM}
+    names = {"token_embedding": TOKEN_EMBEDDING, "output_norm": config.output_norm}
     return names if config.tied_head else names | {"output": OUTPUT}
 
 
@@ -296,7 +298,7 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
     for block in range(config.n_blocks):
         names = block_tensors(config, block)
         shapes |= {names[role]: shape for role, shape in block_shapes(config, block).items()}
-    shapes[OUTPUT_NORM] = (config.d_model,)
+    shapes[config.output_norm] = (config.d_model,)
     if config.rope_divisors:
         shapes[ROPE_DIVISORS] = (config.rope_divisors,)
     if not config.tied_head:

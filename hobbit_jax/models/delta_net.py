@@ -129,12 +129,14 @@ class DeltaNetMixer(nnx.Module):
         spec, (batch, tokens, _) = self.spec, x_BTD.shape
         window, matrix = (state.name for state in spec.states())
         valid_BT = positions_BT < caches.context
-        mixed_BTX, window_BWX = self._convolve(
-            self.qkv(x_BTD), caches.recurrent[window][places[window]], valid_BT
+        sums_BTX, window_BWX = convolve(
+            self.kernel_XW[...], self.qkv(x_BTD), caches.recurrent[window][places[window]], valid_BT
         )
         q_BTJd, k_BTJd, v_BTHd = (
             part.reshape(batch, tokens, -1, spec.d_state)
-            for part in jnp.split(mixed_BTX, [spec.key_width, 2 * spec.key_width], axis=-1)
+            for part in jnp.split(
+                jax.nn.silu(sums_BTX), [spec.key_width, 2 * spec.key_width], axis=-1
+            )
         )
         q_BTHd, k_BTHd = (self._of_value_heads(_normalised(a)) for a in (q_BTJd, k_BTJd))
         log_decay_BTH, strength_BTH = self._gates(x_BTD)
@@ -155,20 +157,6 @@ class DeltaNetMixer(nnx.Module):
         """What is added to the stream, [B, T, D]."""
         del positions_BT, caches, places
         return self.output(passed_BTN[..., : self.spec.value_width])
-
-    def _convolve(
-        self, new_BTX: jax.Array, window_BWX: jax.Array, valid_BT: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Convolved and activated inputs, and the last inputs of each sequence."""
-        kernel_XW, tokens = self.kernel_XW[...], new_BTX.shape[1]
-        inputs = jnp.concatenate([window_BWX, new_BTX], axis=1)
-        sums = jnp.zeros_like(new_BTX)
-        for j in range(self.spec.kernel):
-            weight_11X = kernel_XW[None, None, :, j]
-            sums += jnp.broadcast_to(weight_11X, new_BTX.shape) * inputs[:, j : j + tokens]
-        # Valid tokens come first.
-        kept_BW = jnp.sum(valid_BT, axis=1)[:, None] + jnp.arange(self.spec.kernel - 1)[None, :]
-        return jax.nn.silu(sums), jnp.take_along_axis(inputs, kept_BW[..., None], axis=1)
 
     def _of_value_heads(self, x_BTJd: jax.Array) -> jax.Array:
         """Each value head's key head."""
@@ -191,6 +179,29 @@ class DeltaNetMixer(nnx.Module):
             for a in (self.decay_rate_H, self.decay_bias_H)
         )
         return rate_BTH * jax.nn.softplus(decay_BTH + bias_BTH), jax.nn.sigmoid(strength_BTH)
+
+
+def convolve(
+    kernel_XW: jax.Array, new_BTX: jax.Array, window_BWX: jax.Array, valid_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Each channel's own causal convolution over the last W tokens.
+
+    Args:
+        kernel_XW: the last column is the token's own.
+        new_BTX: inputs; those of padding, which comes last, are not `valid_BT`.
+        window_BWX: the W - 1 inputs before them.
+
+    Returns:
+        The sums [B, T, X], and the last W - 1 valid inputs [B, W - 1, X].
+    """
+    tokens, width = new_BTX.shape[1], kernel_XW.shape[1]
+    inputs = jnp.concatenate([window_BWX, new_BTX], axis=1)
+    sums = jnp.zeros_like(new_BTX)
+    for j in range(width):
+        weight_11X = kernel_XW[None, None, :, j]
+        sums += jnp.broadcast_to(weight_11X, new_BTX.shape) * inputs[:, j : j + tokens]
+    kept_BW = jnp.sum(valid_BT, axis=1)[:, None] + jnp.arange(width - 1)[None, :]
+    return sums, jnp.take_along_axis(inputs, kept_BW[..., None], axis=1)
 
 
 def _normalised(x_BTJd: jax.Array) -> jax.Array:

@@ -185,8 +185,9 @@ def grouped_query(
     gated: bool = False,
     biased: tuple[str, ...] = (),
     fused: bool = False,
+    n_kv_heads: int = 0,
 ) -> GroupedQuery:
-    """Attention that is the same in every block.
+    """Attention that is the same in every block that attends, of which 0 reads the kv heads.
 
     Raises:
         ValueError: impossible numbers.
@@ -194,7 +195,7 @@ def grouped_query(
             `partial_rope`, heads of which a part rotates.
     """
     n_heads = keys.of_every_layer("attention.head_count")
-    n_kv_heads = keys.of_every_layer("attention.head_count_kv", n_heads)
+    n_kv_heads = n_kv_heads or keys.of_every_layer("attention.head_count_kv", n_heads)
     d_model = keys.read("embedding_length", integer(1))
     head_dim = keys.read("attention.key_length", integer(1), d_model // n_heads)
     value_dim = keys.read("attention.value_length", integer(1), head_dim)

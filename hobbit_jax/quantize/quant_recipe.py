@@ -14,7 +14,7 @@ from pallas_kernels.formats import get_format
 
 FILE_TYPE_F32, FILE_TYPE_Q4_K_M = 0, 15  # llama.cpp's llama_ftype
 
-_FLOATS = r"_norm\.weight$|ffn_gate_inp\.weight|ssm_conv1d|\.bias$"
+_FLOATS = r"_norm\.weight$|ffn_gate_inp\.weight|ssm_conv1d|shortconv\.conv\.|\.bias$"
 # For rows that are no whole number of blocks; F16 where they are no multiple of 32 either.
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _FALLBACK |= dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0")
