@@ -118,11 +118,13 @@ def gated_mlp(add: Add, block: str, suffix: str, d: int, width: int, experts: in
         add(name, (*lead, rows, columns), "Q8_0" if role == "down" else "Q5_0", std)
 
 
-def renamed(weights: Weights, names: Mapping[str, str]) -> dict[str, np.ndarray]:
+def renamed(
+    weights: Weights, names: Mapping[str, str], norm: str = "norm", our_norm: str = "output_norm"
+) -> dict[str, np.ndarray]:
     """Both ends, and of all blocks the tensors `names` (ours: transformers', within a block)."""
     state = {
         "model.embed_tokens.weight": weights["token_embd.weight"],
-        "model.norm.weight": weights["output_norm.weight"],
+        f"model.{norm}.weight": weights[f"{our_norm}.weight"],
         "lm_head.weight": weights.get("output.weight", weights["token_embd.weight"]),
     }
     for name, weight in weights.items():

@@ -136,12 +136,13 @@ def make_family_golden(name: str) -> None:
     k = family.keys["expert_used_count"]
 
     def watch(router, inputs, output):
-        scores_TE, bias_E = output[0], getattr(router, "e_score_correction_bias", None)
+        given = inputs[1] if len(inputs) > 1 else None  # LFM2's
+        scores_TE, bias_E = output[0], getattr(router, "e_score_correction_bias", given)
         if hasattr(router, "moe_statics"):  # ERNIE biases a softmax
             scores_TE = router.moe_statics(scores_TE.softmax(-1))
         if bias_E is not None:
             scores_TE = scores_TE.sigmoid() + bias_E
-            if router.num_group > 1:
+            if getattr(router, "num_group", 1) > 1:
                 grouped = scores_TE.unflatten(1, (router.num_group, -1))
                 best_TG = grouped.topk(2).values.sum(-1)
                 margins.append(margin(best_TG, router.topk_group))
