@@ -22,6 +22,7 @@ from hobbit_jax.models import (
     glm4moe,
     gpt_oss,
     granitemoe,
+    lfm2moe,
     llama,
     olmoe,
     qwen2,
@@ -53,6 +54,7 @@ FAMILIES: dict[str, Callable[[Keys], ModelConfig]] = {
     "gpt-oss": gpt_oss.read,
     "gemma4": gemma4.read,
     "granitemoe": granitemoe.read,
+    "lfm2moe": lfm2moe.read,
 }
 
 
