@@ -21,6 +21,7 @@ from marks import slow_unless
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
 from hobbit_jax.models.loading import LoadedModel, load_model
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -57,6 +58,34 @@ def engine_for(model: LoadedModel, slots_per_layer: int | None = None, **options
     engine = Engine(model, store, CacheConfig(int(store.precision_bytes(0) * share), **options))
     assert set(engine.pool.slots.values()) == {slots_per_layer or config.n_experts}
     return engine
+
+
+@pytest.mark.parametrize("implementation", ["xla", "ggml"])
+def test_experts_that_are_a_tensor_each(paths, tmp_path, implementation):
+    """As in Mixtral files of before April 2024, where they are not even in order."""
+    stacked, entries = open_gguf(paths["mixtral"]), []
+    for name, tensor in stacked.tensors.items():
+        if "_exps." not in name:
+            entries.append((name, tensor.format, tensor.shape, tensor.raw))
+            continue
+        for expert, raw in reversed(list(enumerate(tensor.raw))):
+            one = name.replace("_exps.", f".{expert}.")
+            entries.append((one, tensor.format, tensor.shape[1:], raw))
+    np.random.default_rng(0).shuffle(entries)
+    write_gguf(tmp_path / "apart.gguf", stacked.metadata, entries, stacked.field_types)
+    ids_T, _ = golden("mixtral")
+    logits = [
+        np.asarray(engine_for(load_model(path, implementation), slots).score(ids_T[None]))
+        for path in (paths["mixtral"], tmp_path / "apart.gguf")
+        for slots in (2, None)
+    ]
+    for other in logits[1:]:
+        np.testing.assert_array_equal(other, logits[0])
+
+    fewer = [entry for entry in entries if not entry[0].endswith(".1.weight")]
+    write_gguf(tmp_path / "cut.gguf", stacked.metadata, fewer)
+    with pytest.raises(NotImplementedError, match=r"one tensor per expert, .*is missing"):
+        load_model(tmp_path / "cut.gguf", implementation)
 
 
 def assert_close(got, wanted, what: str, tolerance: float = TOLERANCE) -> None:

@@ -27,7 +27,7 @@ MODES = ("float32", "bfloat16")
 def dequantised(file: GGUFFile, name: str) -> np.ndarray:
     """A tensor in float32, by gguf-py."""
     info = file.tensors[name]
-    return gguf.quants.dequantize(info.raw, gguf.GGMLQuantizationType[info.format]).reshape(
+    return gguf.quants.dequantize(info.blocks, gguf.GGMLQuantizationType[info.format]).reshape(
         info.shape
     )
 

@@ -64,8 +64,9 @@ def decode(blocks: np.ndarray, format: str) -> np.ndarray:
 
 
 def dequantize(tensor: TensorInfo, index: int | slice = slice(None)) -> np.ndarray:
-    """float32 weights of `tensor.raw[index]`."""
-    return decode(tensor.raw[index], tensor.format)
+    """float32 weights of a tensor, or of some of its rows or experts."""
+    raw = tensor.raw if isinstance(index, int) else tensor.blocks
+    return decode(raw[index], tensor.format)
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def write_low_precision(
                 if name in places:
                     yield name, formats[name], shapes[name], partial(encoded, tensor)
                 else:
-                    yield name, tensor.format, tensor.shape, tensor.raw
+                    yield name, tensor.format, tensor.shape, tensor.blocks
 
         write_gguf(path, metadata, tensors(), source.field_types)
     # Also those of another recipe whose writer was killed. If another process wrote the same

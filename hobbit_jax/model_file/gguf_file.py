@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -47,6 +47,7 @@ T = TypeVar("T")
 D = TypeVar("D")
 
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_ONE_EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)\.weight")
 _MAX_PARTS = 99_999  # that five digits of a name can count
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
@@ -58,12 +59,20 @@ class TensorInfo:
     name: str
     format: str  # a name that `pallas_kernels.formats.get_format` knows
     shape: tuple[int, ...]  # row-major, (E, F, D) for ffn_gate_exps; the last axis is one row
-    raw: np.ndarray  # uint8 [*shape[:-1], row_bytes], a read-only view into the memory map
+    # uint8 [*shape[:-1], row_bytes], a read-only view into the memory map; or [E] such views, of
+    # experts that are a tensor each in the file.
+    raw: np.ndarray
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor in the file, without padding."""
-        return self.raw.nbytes
+        parts = self.raw if self.raw.dtype == object else (self.raw,)
+        return sum(part.nbytes for part in parts)
+
+    @property
+    def blocks(self) -> np.ndarray:
+        """`raw` as one array, which is a copy of experts that are apart."""
+        return np.stack(self.raw) if self.raw.dtype == object else self.raw
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
             f"(NAME-00001-of-{count:05d}.gguf)"
         )
     if count == 1 or name is None:
-        return _drop_split_keys(opened)
+        return _stack_experts(_drop_split_keys(opened))
     if not 1 <= int(name["number"]) <= count:
         raise ValueError(f"{path}: part {name['number']} of {count}, expected 1 to {count}")
     names = [f"{name['stem']}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
@@ -294,13 +303,9 @@ def _join_parts(paths: list[Path], opened: GGUFFile) -> GGUFFile:
             "(split.tensors.count): parts of different splits; download the parts together"
         )
     first = parts[0]
-    return _drop_split_keys(
-        GGUFFile(
-            tuple(stamp for part in parts for stamp in part.stamps),
-            first.metadata,
-            first.field_types,
-            tensors,
-        ),
+    stamps = tuple(stamp for part in parts for stamp in part.stamps)
+    return _stack_experts(
+        _drop_split_keys(GGUFFile(stamps, first.metadata, first.field_types, tensors))
     )
 
 
@@ -309,6 +314,27 @@ def _drop_split_keys(file: GGUFFile) -> GGUFFile:
     metadata = {k: v for k, v in file.metadata.items() if k not in _SPLIT_KEYS}
     types = {k: v for k, v in file.field_types.items() if k not in _SPLIT_KEYS}
     return GGUFFile(file.stamps, metadata, types, file.tensors)
+
+
+def _stack_experts(file: GGUFFile) -> GGUFFile:
+    """Experts that are a tensor each, as converters wrote before April 2024, as one of all.
+
+    Where one is missing, or of another type than the others, they stay as they are.
+    """
+    apart: dict[str, dict[int, TensorInfo]] = {}
+    for name, tensor in file.tensors.items():
+        if found := _ONE_EXPERT.fullmatch(name):
+            apart.setdefault(f"{found[1]}_exps.weight", {})[int(found[2])] = tensor
+    tensors = dict(file.tensors)
+    for name, experts in apart.items():
+        kinds = {(tensor.format, tensor.shape) for tensor in experts.values()}
+        if len(kinds) == 1 and experts.keys() == {*range(len(experts))} and name not in tensors:
+            ((format, shape),) = kinds
+            raw = np.empty(len(experts), object)
+            for expert, tensor in experts.items():
+                raw[expert] = tensors.pop(tensor.name).raw
+            tensors[name] = TensorInfo(name, format, (len(experts), *shape), raw)
+    return replace(file, tensors=tensors)
 
 
 @functools.lru_cache(maxsize=64)

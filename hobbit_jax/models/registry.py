@@ -83,8 +83,8 @@ _REFUSED_TENSORS = (
     (r"rope_(freqs|factors_\w+)\.weight|.*\.rope_(freqs|factors_\w+)\.weight",
      "scaled rotary frequencies; supported are plain ones"),
     (r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight",
-     "one tensor per expert, as converters wrote before April 2024; supported are stacked "
-     "experts (ffn_gate_exps): convert the model again with a current llama.cpp"),
+     "one tensor per expert, as converters wrote before April 2024, and one is missing or of "
+     "another type; supported are equal ones: convert the model again with a current llama.cpp"),
     (r".*_shexp\..*", "shared experts, which we do not compute for this architecture"),
     (r".*\.ssm_in\..*",
      "a delta net whose q, k, v and z are tangled, as converters wrote first; supported are "
