@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,58 +117,61 @@ def gated_mlp(add: Add, block: str, suffix: str, d: int, width: int, experts: in
         add(name, (*lead, rows, columns), "Q8_0" if role == "down" else "Q5_0", std)
 
 
-def renamed(
-    weights: Weights, names: Mapping[str, str], norm: str = "norm", our_norm: str = "output_norm"
-) -> dict[str, np.ndarray]:
-    """Both ends, and of all blocks the tensors `names` (ours: transformers', within a block)."""
-    state = {
-        "model.embed_tokens.weight": weights["token_embd.weight"],
-        f"model.{norm}.weight": weights[f"{our_norm}.weight"],
-        "lm_head.weight": weights.get("output.weight", weights["token_embd.weight"]),
-    }
-    for name, weight in weights.items():
-        block = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-        if block and block[2] in names:
-            state[f"model.layers.{block[1]}.{names[block[2]]}"] = weight
-    return state
+# Of a block's tensors: names in the file, without "weight", and in most of transformers' classes.
+BLOCK = {
+    "attn_norm": "input_layernorm.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "post_attention_norm": "post_attention_layernorm.weight",
+    **{f"attn_{role}": f"self_attn.{role[0]}_proj.weight" for role in ("q", "k", "v", "output")},
+    **{f"attn_{role}_norm": f"self_attn.{role}_norm.weight" for role in "qk"},
+}
+_PARTS = {"": "mlp", "_shexp": "mlp.shared_experts"}
+ROUTED_FFN = {
+    **{
+        f"ffn_{role}{suffix}": f"{part}.{role}_proj.weight"
+        for suffix, part in _PARTS.items()
+        for role in ("gate", "up", "down")
+    },
+    "ffn_gate_inp": "mlp.gate.weight",
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    "ffn_gate_exps + ffn_up_exps": "mlp.experts.gate_up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
 
 
-def loaded(model: Any, state: Mapping[str, np.ndarray]) -> Any:
-    """A model of transformers with weights `state`: every parameter, and no other."""
-    import torch  # pyright: ignore[reportMissingImports]
-
-    model.load_state_dict({n: torch.tensor(np.ascontiguousarray(w)) for n, w in state.items()})
-    return model.eval()
-
-
-def load(
+def loaded(
     model: Any,
     weights: Weights,
-    state: dict[str, np.ndarray],
-    bias: str = "gate.e_score_correction_bias",
+    names: Mapping[str, str],
+    others: Mapping[str, np.ndarray] | None = None,
+    norm: tuple[str, str] = ("output_norm", "norm"),
 ) -> Any:
-    """A model of transformers with weights `state`, with ends and FFNs as DeepSeek's classes have.
+    """A model of transformers with the weights of a file: every parameter, and no other.
 
-    `bias` is the name of the router's within an FFN.
+    Args:
+        model: of transformers.
+        weights: of the file.
+        names: as `BLOCK` has them; "a + b" are rows of one matrix. Absent ones are left out.
+        others: what the file has otherwise, by transformers' whole names.
+        norm: our name and theirs of the last norm.
     """
-    state |= renamed(weights, {})
-    roles = ("gate", "up", "down")
+    import torch  # pyright: ignore[reportMissingImports]
+
+    state = {
+        "model.embed_tokens.weight": weights["token_embd.weight"],
+        f"model.{norm[1]}.weight": weights[f"{norm[0]}.weight"],
+        "lm_head.weight": weights.get("output.weight", weights["token_embd.weight"]),
+    }
     for layer in range(model.config.num_hidden_layers):
-        ours, mlp = f"blk.{layer}.ffn_", f"model.layers.{layer}.mlp"
-        for suffix, part in {"": "", "_shexp": ".shared_experts"}.items():
-            for role in roles:
-                if f"{ours}{role}{suffix}.weight" in weights:
-                    name = f"{mlp}{part}.{role}_proj.weight"
-                    state[name] = weights[f"{ours}{role}{suffix}.weight"]
-        if f"{ours}gate_inp.weight" in weights:
-            state[f"{mlp}.gate.weight"] = weights[f"{ours}gate_inp.weight"]
-            gate, up, down = (weights[f"{ours}{role}_exps.weight"] for role in roles)
-            state[f"{mlp}.experts.gate_up_proj"] = np.concatenate([gate, up], axis=1)
-            state[f"{mlp}.experts.down_proj"] = down
-        if f"blk.{layer}.exp_probs_b.bias" in weights:
-            bias_E = weights[f"blk.{layer}.exp_probs_b.bias"]
-            state[f"{mlp}.{bias}"] = bias_E.reshape(model.state_dict()[f"{mlp}.{bias}"].shape)
-    return loaded(model, state)
+        for ours, theirs in names.items():
+            roles = [role if "." in role else f"{role}.weight" for role in ours.split(" + ")]
+            parts = [weights.get(f"blk.{layer}.{role}") for role in roles]
+            if parts[0] is not None:
+                whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
+                state[f"model.layers.{layer}.{theirs}"] = whole
+    state |= others or {}
+    model.load_state_dict({n: torch.tensor(np.ascontiguousarray(w)) for n, w in state.items()})
+    return model.eval()
 
 
 # By the name of its file here and of its golden.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tiny_models import VOCAB
 
-from families import Add, Weights, gated_mlp, load
+from families import BLOCK, ROUTED_FFN, Add, Weights, gated_mlp, loaded
 
 D, F, DENSE, HEADS, LATENT, PLAIN, ROPE, VALUE, K = 64, 32, 96, 4, 64, 32, 16, 24, 2
 KEYS = {
@@ -26,6 +26,13 @@ KEYS = {
     "attention.key_length_mla": PLAIN + ROPE,
     "attention.value_length_mla": VALUE,
     "rope.dimension_count": ROPE,
+}
+_NAMES = {
+    "attn_q_a": "self_attn.q_a_proj.weight",
+    "attn_q_a_norm": "self_attn.q_a_layernorm.weight",
+    "attn_q_b": "self_attn.q_b_proj.weight",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa.weight",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm.weight",
 }
 
 
@@ -63,27 +70,14 @@ def draw(add: Add, keys: Mapping[str, Any]) -> None:
 
 def hugging_face(kind: type, config: Any, weights: Weights) -> Any:
     """The model of a configuration, with the one epsilon that the file has in every norm."""
-    state = {}
+    both = {}
     for layer in range(config.num_hidden_layers):
-        ours, theirs = f"blk.{layer}", f"model.layers.{layer}"
-        for name, role in {
-            "input_layernorm": "attn_norm",
-            "post_attention_layernorm": "ffn_norm",
-            "self_attn.q_proj": "attn_q",
-            "self_attn.q_a_proj": "attn_q_a",
-            "self_attn.q_a_layernorm": "attn_q_a_norm",
-            "self_attn.q_b_proj": "attn_q_b",
-            "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-            "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-            "self_attn.o_proj": "attn_output",
-        }.items():
-            if f"{ours}.{role}.weight" in weights:
-                state[f"{theirs}.{name}.weight"] = weights[f"{ours}.{role}.weight"]
+        keys_HZN, values_HVZ = (weights[f"blk.{layer}.attn_{part}_b.weight"] for part in "kv")
         # One matrix, by head the rows of its keys and then those of its values.
-        keys_HNZ = weights[f"{ours}.attn_k_b.weight"].swapaxes(1, 2)
-        both = np.concatenate([keys_HNZ, weights[f"{ours}.attn_v_b.weight"]], axis=1)
-        state[f"{theirs}.self_attn.kv_b_proj.weight"] = both.reshape(-1, LATENT)
-    model = load(kind(config), weights, state)
+        rows_HNZ = np.concatenate([keys_HZN.swapaxes(1, 2), values_HVZ], axis=1)
+        name = f"model.layers.{layer}.self_attn.kv_b_proj.weight"
+        both[name] = rows_HNZ.reshape(-1, LATENT)
+    model = loaded(kind(config), weights, BLOCK | ROUTED_FFN | _NAMES, both)
     for path, module in model.named_modules():
         if path.endswith("a_layernorm"):
             module.variance_epsilon = config.rms_norm_eps

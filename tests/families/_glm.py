@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from tiny_models import VOCAB
 
-from families import Add, Weights, gated_mlp, load
+from families import BLOCK, ROUTED_FFN, Add, Weights, gated_mlp, loaded
 
 D, F, DENSE, KV_HEADS, WIDTH, K = 128, 32, 96, 2, 32, 3
 KEYS = {
@@ -51,22 +50,17 @@ def draw(add: Add, keys: Mapping[str, Any], norm: str) -> None:
 
 
 def hugging_face(
-    keys: Mapping[str, Any],
-    norm: str,
-    qk_norm: bool,
-    weights: Weights,
-    state: dict[str, np.ndarray],
+    keys: Mapping[str, Any], qk_norm: bool, weights: Weights, names: Mapping[str, str]
 ) -> Any:
-    """GLM's model, with projections of q, k and v from `state`."""
+    """GLM's model, with projections of q, k and v by `names`."""
     import transformers  # pyright: ignore[reportMissingImports]
 
-    layers = keys["block_count"] - keys.get("nextn_predict_layers", 0)
     config = transformers.Glm4MoeConfig(
         vocab_size=VOCAB,
         hidden_size=D,
         intermediate_size=DENSE,
         moe_intermediate_size=F,
-        num_hidden_layers=layers,
+        num_hidden_layers=keys["block_count"] - keys.get("nextn_predict_layers", 0),
         num_attention_heads=keys["attention.head_count"],
         num_key_value_heads=KV_HEADS,
         head_dim=WIDTH,
@@ -90,9 +84,4 @@ def hugging_face(
         attn_implementation="eager",
         experts_implementation="eager",
     )
-    for layer in range(layers):
-        ours, theirs = f"blk.{layer}", f"model.layers.{layer}"
-        state[f"{theirs}.input_layernorm.weight"] = weights[f"{ours}.attn_norm.weight"]
-        state[f"{theirs}.post_attention_layernorm.weight"] = weights[f"{ours}.{norm}.weight"]
-        state[f"{theirs}.self_attn.o_proj.weight"] = weights[f"{ours}.attn_output.weight"]
-    return load(transformers.Glm4MoeForCausalLM(config), weights, state)
+    return loaded(transformers.Glm4MoeForCausalLM(config), weights, BLOCK | ROUTED_FFN | names)

@@ -32,16 +32,12 @@ def draw(add: Add) -> None:
 
 def hugging_face(weights: Weights) -> Any:
     """See `Family`."""
-    state = {}
+    apart = dict(weights)
     for layer in range(KEYS["block_count"]):
-        attention = f"model.layers.{layer}.self_attn"
         ends = np.cumsum([HEADS, KV_HEADS]) * WIDTH
         parts = np.split(weights[f"blk.{layer}.attn_qkv.weight"], ends)
-        state |= {f"{attention}.{r}_proj.weight": p for r, p in zip("qkv", parts, strict=True)}
-        for role in "qk":
-            norm = weights[f"blk.{layer}.attn_{role}_norm.weight"]
-            state[f"{attention}.{role}_norm.weight"] = norm
-    return _glm.hugging_face(KEYS, NORM, True, weights, state)
+        apart |= {f"blk.{layer}.attn_{r}.weight": p for r, p in zip("qkv", parts, strict=True)}
+    return _glm.hugging_face(KEYS, True, apart, {})
 
 
 FAMILY = Family("bailingmoe2", 1, KEYS, draw, hugging_face, "mlp.gate")

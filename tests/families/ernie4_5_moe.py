@@ -6,7 +6,7 @@ from typing import Any
 
 from tiny_models import VOCAB
 
-from families import Add, Family, Weights, gated_mlp, load, renamed
+from families import BLOCK, ROUTED_FFN, Add, Family, Weights, gated_mlp, loaded
 
 LAYERS, D, F, DENSE, E, K, HEADS, KV_HEADS, WIDTH = 3, 64, 32, 128, 8, 3, 4, 2, 32
 KEYS = {
@@ -76,12 +76,13 @@ def hugging_face(weights: Weights) -> Any:
         attn_implementation="eager",
         experts_implementation="eager",
     )
-    names = {f"attn_{p}.weight": f"self_attn.{p[0]}_proj.weight" for p in (*_PROJECTIONS, "output")}
-    names["attn_norm.weight"] = "input_layernorm.weight"
-    names["ffn_norm.weight"] = "post_attention_layernorm.weight"
-    state = renamed(weights, names)
-    bias = "gate.moe_statics.e_score_correction_bias"
-    return load(transformers.Ernie4_5_MoeForCausalLM(config), weights, state, bias)
+    bias = "mlp.gate.moe_statics.e_score_correction_bias"
+    biases = {
+        f"model.layers.{layer}.{bias}": weights[f"blk.{layer}.exp_probs_b.bias"][None]
+        for layer in range(1, LAYERS)
+    }
+    names = {ours: theirs for ours, theirs in (BLOCK | ROUTED_FFN).items() if ours[:3] != "exp"}
+    return loaded(transformers.Ernie4_5_MoeForCausalLM(config), weights, names, biases)
 
 
 FAMILY = Family("ernie4_5-moe", 2, KEYS, draw, hugging_face, "mlp.gate")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tiny_models import VOCAB
 
-from families import Add, Family, Weights, loaded, renamed
+from families import BLOCK, Add, Family, Weights, loaded
 
 D, F, DENSE, E, K, HEADS, WINDOW = 64, 96, 160, 6, 2, 4, 12
 WINDOWED = (True, True, False)
@@ -38,7 +38,6 @@ KEYS = {
     "rope.dimension_count": WIDTHS[2],
     "rope.dimension_count_swa": WIDTHS[0],
 }
-# Ours: theirs, within a block.
 _NORMS = {
     "attn_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
@@ -48,22 +47,15 @@ _NORMS = {
     "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
     "post_ffw_norm_2": "post_feedforward_layernorm_2",
 }
-_MATRICES = {
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "attn_q_norm.weight": "self_attn.q_norm.weight",
-    "attn_k_norm.weight": "self_attn.k_norm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-    "ffn_gate_inp.weight": "router.proj.weight",
+_NAMES = BLOCK | {
+    **{ours: f"{theirs}.weight" for ours, theirs in _NORMS.items()},
+    **{f"ffn_{role}": f"mlp.{role}_proj.weight" for role in ("gate", "up", "down")},
+    "ffn_gate_inp": "router.proj.weight",
     "ffn_gate_inp.scale": "router.scale",
     "ffn_down_exps.scale": "router.per_expert_scale",
-    "ffn_gate_up_exps.weight": "experts.gate_up_proj",
-    "ffn_down_exps.weight": "experts.down_proj",
-    "layer_output_scale.weight": "layer_scalar",
+    "ffn_gate_up_exps": "experts.gate_up_proj",
+    "ffn_down_exps": "experts.down_proj",
+    "layer_output_scale": "layer_scalar",
 }
 
 
@@ -137,8 +129,7 @@ def hugging_face(weights: Weights) -> Any:
             },
         },
     )
-    norms = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _NORMS.items()}
-    return loaded(transformers.Gemma4ForCausalLM(config), renamed(weights, _MATRICES | norms))
+    return loaded(transformers.Gemma4ForCausalLM(config), weights, _NAMES)
 
 
 FAMILY = Family("gemma4", 2, KEYS, draw, hugging_face, ".router")

@@ -32,15 +32,8 @@ def draw(add: Add) -> None:
 
 def hugging_face(weights: Weights) -> Any:
     """See `Family`."""
-    state = {
-        f"model.layers.{layer}.self_attn.{role}_proj.{kind}": weights[
-            f"blk.{layer}.attn_{role}.{kind}"
-        ]
-        for layer in range(KEYS["block_count"] - 1)
-        for role in "qkv"
-        for kind in ("weight", "bias")
-    }
-    return _glm.hugging_face(KEYS, NORM, False, weights, state)
+    biases = {f"attn_{role}.bias": f"self_attn.{role}_proj.bias" for role in "qkv"}
+    return _glm.hugging_face(KEYS, False, weights, biases)
 
 
 FAMILY = Family("glm4moe", 3, KEYS, draw, hugging_face, "mlp.gate")

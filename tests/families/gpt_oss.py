@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tiny_models import VOCAB
 
-from families import Add, Family, Weights, loaded, renamed
+from families import BLOCK, Add, Family, Weights, loaded
 
 LAYERS, D, F, E, K, HEADS, KV_HEADS, WIDTH, WINDOW = 3, 96, 160, 6, 2, 4, 2, 32, 12
 KEYS = {
@@ -90,28 +90,22 @@ def hugging_face(weights: Weights) -> Any:
             "truncate": True,  # as llama.cpp does, and the checkpoint's own code does not
         },
     )
-    names = {
-        "attn_norm.weight": "input_layernorm.weight",
-        "post_attention_norm.weight": "post_attention_layernorm.weight",
-        "attn_sinks.weight": "self_attn.sinks",
-    }
-    for kind in ("weight", "bias"):
-        names[f"ffn_gate_inp.{kind}"] = f"mlp.router.{kind}"
-        names |= {f"attn_{p}.{kind}": f"self_attn.{p[0]}_proj.{kind}" for p in _PROJECTIONS}
-    state = renamed(weights, names)
+    names = {"attn_sinks": "self_attn.sinks", "ffn_gate_inp": "mlp.router.weight"} | BLOCK
+    for role in (*(f"attn_{p}" for p in _PROJECTIONS), "ffn_gate_inp"):
+        names[f"{role}.bias"] = names[role].replace("weight", "bias")
+    experts = {}
     for layer in range(LAYERS):
-        ours, theirs = f"blk.{layer}", f"model.layers.{layer}"
         for kind in ("weight", "bias"):
             gate, up, down = (
-                weights[f"{ours}.ffn_{role}_exps.{kind}"] for role in ("gate", "up", "down")
+                weights[f"blk.{layer}.ffn_{role}_exps.{kind}"] for role in ("gate", "up", "down")
             )
             pairs = np.stack([gate, up], axis=2).reshape(E, 2 * F, *gate.shape[2:])
             if kind == "weight":
                 pairs, down = pairs.swapaxes(1, 2), down.swapaxes(1, 2)
             suffix = "" if kind == "weight" else "_bias"
-            state[f"{theirs}.mlp.experts.gate_up_proj{suffix}"] = pairs
-            state[f"{theirs}.mlp.experts.down_proj{suffix}"] = down
-    return loaded(transformers.GptOssForCausalLM(config), state)
+            experts[f"model.layers.{layer}.mlp.experts.gate_up_proj{suffix}"] = pairs
+            experts[f"model.layers.{layer}.mlp.experts.down_proj{suffix}"] = down
+    return loaded(transformers.GptOssForCausalLM(config), weights, names, experts)
 
 
 FAMILY = Family("gpt-oss", 1, KEYS, draw, hugging_face, "mlp.router")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from tiny_models import VOCAB
 
-from families import Add, Family, Weights, gated_mlp, loaded, renamed
+from families import BLOCK, Add, Family, Weights, gated_mlp, loaded
 
 LAYERS, D, F, SHARED, E, K, WIDTH = 3, 128, 32, 64, 8, 3, 32
 HEADS = {"q": 4, "k": 2, "v": 2}
@@ -29,13 +28,11 @@ KEYS = {
     "residual_scale": 0.6,
     "logit_scale": 1.5,
 }
-_NAMES = {
-    "attn_norm": "input_layernorm.weight",
-    "ffn_norm": "post_attention_layernorm.weight",
-    "attn_v": "self_attn.v_proj.weight",
-    "attn_output": "self_attn.o_proj.weight",
+_NAMES = BLOCK | {
     "ffn_gate_inp": "block_sparse_moe.router.weight",
+    "ffn_gate_exps + ffn_up_exps": "block_sparse_moe.experts.gate_up_proj",
     "ffn_down_exps": "block_sparse_moe.experts.down_proj",
+    "ffn_gate_shexp + ffn_up_shexp": "shared_mlp.input_linear.weight",
     "ffn_down_shexp": "shared_mlp.output_linear.weight",
 }
 
@@ -80,19 +77,12 @@ def hugging_face(weights: Weights) -> Any:
         attn_implementation="eager",
         experts_implementation="eager",
     )
-    state = renamed(weights, {f"{ours}.weight": theirs for ours, theirs in _NAMES.items()})
+    halves = dict(weights)
     for layer in range(LAYERS):
-        ours, theirs = f"blk.{layer}", f"model.layers.{layer}"
         for role in "qk":
-            pairs = weights[f"{ours}.attn_{role}.weight"].reshape(HEADS[role], WIDTH // 2, 2, D)
-            state[f"{theirs}.self_attn.{role}_proj.weight"] = pairs.swapaxes(1, 2).reshape(-1, D)
-        for suffix, name in {
-            "_exps": "block_sparse_moe.experts.gate_up_proj",
-            "_shexp": "shared_mlp.input_linear.weight",
-        }.items():
-            both = [weights[f"{ours}.ffn_{role}{suffix}.weight"] for role in ("gate", "up")]
-            state[f"{theirs}.{name}"] = np.concatenate(both, axis=-2)
-    return loaded(transformers.GraniteMoeSharedForCausalLM(config), state)
+            pairs = weights[f"blk.{layer}.attn_{role}.weight"].reshape(HEADS[role], -1, 2, D)
+            halves[f"blk.{layer}.attn_{role}.weight"] = pairs.swapaxes(1, 2).reshape(-1, D)
+    return loaded(transformers.GraniteMoeSharedForCausalLM(config), halves, _NAMES)
 
 
 FAMILY = Family("granitemoe", 1, KEYS, draw, hugging_face, "moe.router")

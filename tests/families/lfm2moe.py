@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from tiny_models import VOCAB
 
-from families import Add, Family, Weights, gated_mlp, loaded, renamed
+from families import BLOCK, Add, Family, Weights, gated_mlp, loaded
 
 D, F, DENSE, E, K, HEADS, KV_HEADS, WIDTH, KERNEL = 128, 32, 96, 8, 3, 4, 2, 32, 3
 ATTENDS = (False, True, False, False)
@@ -27,19 +26,18 @@ KEYS = {
     "expert_feed_forward_length": F,
     "expert_gating_func": 2,
 }
-_NAMES = {
-    "attn_norm.weight": "operator_norm.weight",
-    "ffn_norm.weight": "ffn_norm.weight",
-    **{f"attn_{role}.weight": f"self_attn.{role}_proj.weight" for role in "qkv"},
-    **{f"attn_{role}_norm.weight": f"self_attn.{role}_layernorm.weight" for role in "qk"},
-    "attn_output.weight": "self_attn.out_proj.weight",
-    "shortconv.in_proj.weight": "conv.in_proj.weight",
-    "shortconv.out_proj.weight": "conv.out_proj.weight",
-    "ffn_gate.weight": "feed_forward.w1.weight",
-    "ffn_up.weight": "feed_forward.w3.weight",
-    "ffn_down.weight": "feed_forward.w2.weight",
-    "ffn_gate_inp.weight": "feed_forward.gate.weight",
-    "ffn_down_exps.weight": "feed_forward.experts.down_proj",
+_NAMES = BLOCK | {
+    "attn_norm": "operator_norm.weight",
+    "ffn_norm": "ffn_norm.weight",
+    **{f"attn_{role}_norm": f"self_attn.{role}_layernorm.weight" for role in "qk"},
+    "attn_output": "self_attn.out_proj.weight",
+    **{f"shortconv.{role}.weight": f"conv.{role}.weight" for role in ("in_proj", "out_proj")},
+    "ffn_gate": "feed_forward.w1.weight",
+    "ffn_up": "feed_forward.w3.weight",
+    "ffn_down": "feed_forward.w2.weight",
+    "ffn_gate_inp": "feed_forward.gate.weight",
+    "ffn_gate_exps + ffn_up_exps": "feed_forward.experts.gate_up_proj",
+    "ffn_down_exps": "feed_forward.experts.down_proj",
     "exp_probs_b.bias": "feed_forward.expert_bias",
 }
 
@@ -92,16 +90,14 @@ def hugging_face(weights: Weights) -> Any:
         attn_implementation="eager",
         experts_implementation="eager",
     )
-    state = renamed(weights, _NAMES, "embedding_norm", "token_embd_norm")
-    for layer in range(len(ATTENDS)):
-        ours, theirs = f"blk.{layer}", f"model.layers.{layer}"
-        if (kernel := weights.get(f"{ours}.shortconv.conv.weight")) is not None:
-            state[f"{theirs}.conv.conv.weight"] = kernel[:, None]
-        if layer:
-            both = [weights[f"{ours}.ffn_{role}_exps.weight"] for role in ("gate", "up")]
-            name = f"{theirs}.feed_forward.experts.gate_up_proj"
-            state[name] = np.concatenate(both, axis=1)
-    return loaded(transformers.Lfm2MoeForCausalLM(config), state)
+    kernels = {
+        f"model.layers.{layer}.conv.conv.weight": weights[f"blk.{layer}.shortconv.conv.weight"]
+        for layer, attends in enumerate(ATTENDS)
+        if not attends
+    }
+    kernels = {name: kernel[:, None] for name, kernel in kernels.items()}
+    norm = ("token_embd_norm", "embedding_norm")
+    return loaded(transformers.Lfm2MoeForCausalLM(config), weights, _NAMES, kernels, norm)
 
 
-FAMILY = Family("lfm2moe", 1, KEYS, draw, hugging_face, "feed_forward.gate")
+FAMILY = Family("lfm2moe", 3, KEYS, draw, hugging_face, "feed_forward.gate")
