@@ -72,7 +72,7 @@ class TensorInfo:
     @property
     def blocks(self) -> np.ndarray:
         """`raw` as one array, which is a copy of experts that are apart."""
-        return np.stack(self.raw) if self.raw.dtype == object else self.raw
+        return np.stack(list(self.raw)) if self.raw.dtype == object else self.raw
 
 
 @dataclass(frozen=True)

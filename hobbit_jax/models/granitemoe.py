@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from hobbit_jax.model_file.metadata import integer, number
 from hobbit_jax.models.config import BlockConfig, ModelConfig
-from hobbit_jax.models.keys import Keys, ends, experts, grouped_query, softmax_router
+from hobbit_jax.models.keys import Keys, equal_blocks, grouped_query, softmax_router
 
 
 def read(keys: Keys) -> ModelConfig:
@@ -24,13 +24,13 @@ def read(keys: Keys) -> ModelConfig:
     )
     d_shared = keys.read("expert_shared_feed_forward_length", integer(), 0)
     branches = keys.read("residual_scale", scale, 0.0) or 1.0
-    return ModelConfig(
-        **ends(keys),
-        blocks=(BlockConfig(attention, d_shared=d_shared),) * keys.block_count(),
+    return equal_blocks(
+        keys,
+        BlockConfig(attention, d_shared=d_shared),
         # What experts add is scaled by their weights.
-        router=replace(softmax_router(keys, renormalise=True), scale=branches),
+        replace(softmax_router(keys, renormalise=True), scale=branches),
+        "feed_forward_length",
         residual_scale=branches,
         embedding_scale=keys.read("embedding_scale", scale, 0.0) or 1.0,
         logit_divisor=keys.read("logit_scale", number(1e-6, 1e6)),
-        **experts(keys, "feed_forward_length"),
     )

@@ -25,7 +25,7 @@ from hobbit_jax.model_file.metadata import (
     texts,
 )
 from hobbit_jax.models.attention import GroupedQuery, Rope, Yarn
-from hobbit_jax.models.config import OUTPUT, Attention, BlockConfig, RouterConfig
+from hobbit_jax.models.config import OUTPUT, Attention, BlockConfig, ModelConfig, RouterConfig
 from hobbit_jax.models.delta_net import GatedDeltaNet
 
 T = TypeVar("T")
@@ -136,7 +136,7 @@ class Keys:
         return self.read(key, metadata.of_every_layer(integer(1), self.block_count()), default)
 
 
-def ends(keys: Keys, may_tie_head: bool = True) -> dict[str, Any]:
+def ends(keys: Keys) -> dict[str, Any]:
     """The fields of `ModelConfig` that belong to no block, by name."""
     tokens = keys.file.read("tokenizer.ggml.tokens", texts(), [])
     return {
@@ -146,7 +146,7 @@ def ends(keys: Keys, may_tie_head: bool = True) -> dict[str, Any]:
         "vocab_size": len(tokens) or keys.read("vocab_size", integer(1)),
         "context_length": keys.read("context_length", integer(1)),
         "rms_eps": keys.read("attention.layer_norm_rms_epsilon", _RMS_EPS),
-        "tied_head": may_tie_head and OUTPUT not in keys.file.tensors,
+        "tied_head": OUTPUT not in keys.file.tensors,
     }
 
 
@@ -282,14 +282,25 @@ def shared_expert(keys: Keys) -> dict[str, Any]:
     }
 
 
-def dense_ffn(keys: Keys) -> dict[str, Any]:
-    """The fields of `ModelConfig` of a model without experts: each block's FFN is its only one."""
-    return {
-        "router": RouterConfig("always", renormalise=False),
-        "n_experts": 1,
-        "experts_per_token": 1,
-        "d_expert": keys.of_every_layer("feed_forward_length"),
-    }
+def equal_blocks(
+    keys: Keys,
+    block: BlockConfig,
+    router: RouterConfig | None,
+    width_key: str = "expert_feed_forward_length",
+    **others: Any,
+) -> ModelConfig:
+    """A model of equal blocks, with `others` of its fields.
+
+    Without a router it has no experts, and each block's FFN is its only one.
+    """
+    if router is None:
+        width = keys.of_every_layer("feed_forward_length")
+        ffn = {"n_experts": 1, "experts_per_token": 1, "d_expert": width}
+        router = RouterConfig("always", renormalise=False)
+    else:
+        ffn = experts(keys, width_key)
+    blocks = (block,) * keys.block_count()
+    return ModelConfig(**ends(keys), blocks=blocks, router=router, **ffn, **others)
 
 
 def softmax_router(keys: Keys, renormalise: bool) -> RouterConfig:

@@ -9,17 +9,12 @@ from __future__ import annotations
 
 from hobbit_jax.model_file.metadata import integer
 from hobbit_jax.models.config import BlockConfig, ModelConfig
-from hobbit_jax.models.keys import Keys, dense_ffn, ends, experts, grouped_query, softmax_router
+from hobbit_jax.models.keys import Keys, equal_blocks, grouped_query, softmax_router
 
 
 def read(keys: Keys) -> ModelConfig:
     """See `registry.FAMILIES`."""
     block = BlockConfig(grouped_query(keys, rope_style="norm", qk_norm="none"))
-    if keys.read("expert_count", integer(), 0):
-        ffn = {
-            "router": softmax_router(keys, renormalise=True),
-            **experts(keys, "feed_forward_length"),
-        }
-    else:
-        ffn = dense_ffn(keys)
-    return ModelConfig(**ends(keys), blocks=(block,) * keys.block_count(), **ffn)
+    has_experts = keys.read("expert_count", integer(), 0)
+    router = softmax_router(keys, renormalise=True) if has_experts else None
+    return equal_blocks(keys, block, router, "feed_forward_length")

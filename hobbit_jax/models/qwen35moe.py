@@ -1,16 +1,15 @@
-"""Qwen3.5 and Qwen3.6 with experts (`qwen35moe`): Qwen3.6-35B-A3B, Qwen3.5-122B-A10B, -397B-A17B.
+"""Qwen3.5 and 3.6 with experts (`qwen35moe`): Qwen3.6-35B-A3B; and Qwen3-Next (`qwen3next`).
 
 Three of four blocks are gated delta nets, the others gated attention; a shared expert stands beside
 the others behind a gate. Blocks for multi-token prediction at the end of a file are not run.
 Sections of the rotary embedding matter for images only: a text has one position for all.
 
-Source: llama.cpp, src/models/qwen35moe.cpp and conversion/qwen.py.
+Source: llama.cpp, src/models/qwen35moe.cpp and qwen3next.cpp; conversion/qwen.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from hobbit_jax.model_file.metadata import flags, integer
 from hobbit_jax.models.config import BlockConfig, ModelConfig
@@ -24,19 +23,12 @@ from hobbit_jax.models.keys import (
     softmax_router,
 )
 
-_INTERVAL = "full_attention_interval"
-
 
 def read(keys: Keys) -> ModelConfig:
     """See `registry.FAMILIES`."""
-    return read_hybrid(keys, "tiled")
-
-
-def read_hybrid(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> ModelConfig:
-    """The model, whose value heads stand in one of two orders (`delta_net.GatedDeltaNet`)."""
     n_blocks = keys.block_count()
     skipped = keys.read("nextn_predict_layers", integer(0, n_blocks - 1), 0)
-    interval = keys.read(_INTERVAL, integer(1), 4)
+    interval = keys.read("full_attention_interval", integer(1), 4)
     by_interval = [(block + 1) % interval != 0 for block in range(n_blocks)]
     recurrent = keys.read("attention.recurrent_layers", flags(n_blocks), by_interval)
     attends = BlockConfig(
@@ -44,6 +36,7 @@ def read_hybrid(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> ModelCo
         ffn_norm="post_attention_norm",
         **shared_expert(keys),
     )
+    value_heads = "grouped" if keys.arch == "qwen3next" else "tiled"
     recurs = replace(attends, attention=delta_net(keys, value_heads))
     return ModelConfig(
         **ends(keys),

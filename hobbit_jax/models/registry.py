@@ -25,11 +25,8 @@ from hobbit_jax.models import (
     lfm2moe,
     llama,
     olmoe,
-    qwen2,
     qwen2moe,
-    qwen3,
     qwen3moe,
-    qwen3next,
     qwen35moe,
 )
 from hobbit_jax.models.config import ModelConfig, block_shapes, tensor_shapes
@@ -45,12 +42,12 @@ FAMILIES: dict[str, Callable[[Keys], ModelConfig]] = {
     "glm4moe": glm4moe.read,
     "bailingmoe2": bailingmoe2.read,
     "ernie4_5-moe": ernie4_5_moe.read,
-    "qwen2": qwen2.read,
+    "qwen2": qwen2moe.read_dense,
     "qwen2moe": qwen2moe.read,
-    "qwen3": qwen3.read,
+    "qwen3": qwen3moe.read_dense,
     "qwen3vlmoe": qwen3moe.read,  # on texts; `n_deepstack_layers` add features of images
     "qwen35moe": qwen35moe.read,
-    "qwen3next": qwen3next.read,
+    "qwen3next": qwen35moe.read,
     "gpt-oss": gpt_oss.read,
     "gemma4": gemma4.read,
     "granitemoe": granitemoe.read,
