@@ -22,7 +22,6 @@ from hobbit_jax.models.config import (
     OUTPUT,
     TOKEN_EMBEDDING,
     ModelConfig,
-    block_tensors,
     layer_tensors,
 )
 from hobbit_jax.models.delta_net import GatedDeltaNet
@@ -39,7 +38,9 @@ _LAYER_NAMES = {
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
+    "ssm_norm": "linear_attn.norm",
     "ffn_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
     "router": "mlp.gate",
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
@@ -54,8 +55,13 @@ def interleaved_to_halves(weights_NK: np.ndarray, n_heads: int) -> np.ndarray:
     return weights_NK.reshape(n_heads, n // n_heads // 2, 2, k).swapaxes(1, 2).reshape(n, k)
 
 
-# Dense models, by the beginning of their classes' names.
+# Beginnings of their classes' names, of dense models and of others.
 _DENSE = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
+_WITH_EXPERTS = {
+    "qwen3moe": "Qwen3Moe", "qwen2moe": "Qwen2Moe", "llama": "Mixtral", "olmoe": "Olmoe",
+    "qwen3next": "Qwen3Next", "qwen35moe": "Qwen3_5Moe",
+}  # fmt: skip
+_HYBRIDS = ("qwen35moe", "qwen3next")
 
 
 def _attention(config: ModelConfig) -> GroupedQuery:
@@ -74,67 +80,38 @@ def empty_model(
         kernel: of attention, transformers' `attn_implementation`.
         experts: its `experts_implementation`; None is its own choice.
     """
-    attention = _attention(config)
-    shared = {
+    prefix = (_DENSE if config.has_dense_ffn else _WITH_EXPERTS).get(config.arch)
+    if prefix is None:
+        raise NotImplementedError(f"architecture {config.arch!r} has no Hugging Face module here")
+    attention, library = _attention(config), transformers
+    settings = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": attention.n_heads,
         "num_key_value_heads": attention.n_kv_heads,
+        "head_dim": attention.head_dim,
         "max_position_embeddings": config.context_length,
         "rms_norm_eps": config.rms_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope.base},
         "num_experts_per_tok": config.experts_per_token,
+        "norm_topk_prob": config.router.renormalise,
+        # Some classes know one of these names only, and leave the other alone.
+        "num_experts": config.n_experts,
+        "num_local_experts": config.n_experts,
+        "moe_intermediate_size": config.d_expert,
+        "intermediate_size": config.d_expert,
+        "shared_expert_intermediate_size": config.blocks[0].d_shared,
         "tie_word_embeddings": config.tied_head,
         "attn_implementation": kernel,
         "experts_implementation": experts,
         "pad_token_id": None,
     }
     if config.arch in _HYBRIDS:
-        return _empty(*_hybrid_class(config, shared))
-    library: Any = transformers  # its classes take what their types do not say
-    if config.arch == "qwen3moe":
-        made = library.Qwen3MoeConfig(
-            **shared,
-            head_dim=attention.head_dim,
-            num_experts=config.n_experts,
-            moe_intermediate_size=config.d_expert,
-            norm_topk_prob=config.router.renormalise,
-        )
-        kind = library.Qwen3MoeForCausalLM
-    elif config.has_dense_ffn and config.arch in _DENSE:
-        made = getattr(library, f"{_DENSE[config.arch]}Config")(
-            **shared, head_dim=attention.head_dim, intermediate_size=config.d_expert
-        )
-        kind = getattr(library, f"{_DENSE[config.arch]}ForCausalLM")
-    elif config.arch == "qwen2moe":
-        made = library.Qwen2MoeConfig(
-            **shared,
-            num_experts=config.n_experts,
-            moe_intermediate_size=config.d_expert,
-            shared_expert_intermediate_size=config.blocks[0].d_shared,
-            norm_topk_prob=config.router.renormalise,
-        )
-        kind = library.Qwen2MoeForCausalLM
-    elif config.arch == "llama":
-        made = library.MixtralConfig(
-            **shared,
-            head_dim=attention.head_dim,
-            num_local_experts=config.n_experts,
-            intermediate_size=config.d_expert,
-        )
-        kind = library.MixtralForCausalLM
-    elif config.arch == "olmoe":
-        made = library.OlmoeConfig(
-            **shared,
-            num_experts=config.n_experts,
-            intermediate_size=config.d_expert,
-            norm_topk_prob=config.router.renormalise,
-        )
-        kind = library.OlmoeForCausalLM
-    else:
-        raise NotImplementedError(f"architecture {config.arch!r} has no Hugging Face module here")
-    return _empty(kind, made)
+        settings |= _hybrid_settings(config)
+    of_text = "Text" if config.arch == "qwen35moe" else ""
+    made = getattr(library, f"{prefix}{of_text}Config")(**settings)
+    return _empty(getattr(library, f"{prefix}ForCausalLM"), made)
 
 
 def _empty(kind: Any, made: Any) -> HuggingFaceModel:
@@ -160,10 +137,6 @@ def dense_weights(
     yield "model.norm.weight", tensor(config.output_norm) - np.float32(added)
     if not config.tied_head:
         yield "lm_head.weight", tensor(OUTPUT)
-    if added:
-        for block in range(config.n_blocks):
-            yield from _hybrid_block(config, tensor, block)
-        return
     attention = _attention(config)
     heads = {"attn_q": attention.n_heads, "attn_k": attention.n_kv_heads}
     for layer in range(config.n_layers):
@@ -174,61 +147,41 @@ def dense_weights(
             array = tensor(names[role])
             if attention.rope.style == "norm" and role in heads:
                 array = interleaved_to_halves(array, heads[role])
+            elif role.endswith("_norm") and role != "ssm_norm":
+                array = array - np.float32(added)
+            elif role == "ffn_gate_inp_shexp":
+                array = array.reshape(1, -1)
             yield f"model.layers.{layer}.{theirs}.weight", array
             if (bias := f"{role}.bias") in names:
                 yield f"model.layers.{layer}.{theirs}.bias", tensor(names[bias])
+        delta = config.blocks[config.block_of_layer[layer]].attention
+        if isinstance(delta, GatedDeltaNet):
+            yield from _delta_net(delta, lambda role, names=names: tensor(names[role]), layer)
 
 
-_HYBRIDS = ("qwen35moe", "qwen3next")
-# Role of a hybrid's block → theirs; where a norm has 1 added, and where nothing else happens.
-_HYBRID_NORMS = {
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-}
-_HYBRID_NAMES = {
-    "attn_q": "self_attn.q_proj.weight",
-    "attn_k": "self_attn.k_proj.weight",
-    "attn_v": "self_attn.v_proj.weight",
-    "attn_output": "self_attn.o_proj.weight",
-    "router": "mlp.gate.weight",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj.weight",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj.weight",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj.weight",
-    "ssm_norm": "linear_attn.norm.weight",
-}
-
-
-def _hybrid_class(config: ModelConfig, shared: dict[str, Any]) -> tuple[Any, Any]:
-    """Class and configuration of transformers."""
-    library: Any = transformers
+def _hybrid_settings(config: ModelConfig) -> dict[str, Any]:
+    """What transformers' configurations of the hybrids have beside the others'."""
     attentions, attention = [block.attention for block in config.blocks], _attention(config)
     delta = next(a for a in attentions if isinstance(a, GatedDeltaNet))
-    rope = shared["rope_parameters"] | {
+    rope = {
+        "rope_type": "default",
+        "rope_theta": attention.rope.base,
         "partial_rotary_factor": attention.rope.dim / attention.head_dim,
     }
-    settings = shared | {
-        "head_dim": attention.head_dim,
+    if config.arch == "qwen35moe":  # a text has one position for all
+        rope["mrope_section"] = [attention.rope.dim // 2, 0, 0]
+    return {
         "rope_parameters": rope,
         "linear_key_head_dim": delta.d_state,
         "linear_value_head_dim": delta.d_state,
         "linear_num_key_heads": delta.n_key_heads,
         "linear_num_value_heads": delta.n_value_heads,
         "linear_conv_kernel_dim": delta.kernel,
-        "num_experts": config.n_experts,
-        "moe_intermediate_size": config.d_expert,
-        "shared_expert_intermediate_size": config.blocks[0].d_shared,
         "layer_types": [
             "full_attention" if isinstance(a, GroupedQuery) else "linear_attention"
             for a in attentions
         ],
     }
-    if config.arch == "qwen3next":
-        made = library.Qwen3NextConfig(**settings, norm_topk_prob=config.router.renormalise)
-        return library.Qwen3NextForCausalLM, made
-    rope["mrope_section"] = [attention.rope.dim // 2, 0, 0]  # a text has one position for all
-    return library.Qwen3_5MoeForCausalLM, library.Qwen3_5MoeTextConfig(**settings)
 
 
 def _tiled_to_grouped(array: np.ndarray, delta: GatedDeltaNet, axis: int = 0) -> np.ndarray:
@@ -239,26 +192,11 @@ def _tiled_to_grouped(array: np.ndarray, delta: GatedDeltaNet, axis: int = 0) ->
     return np.moveaxis(parts.swapaxes(0, 1).reshape(moved.shape), 0, axis)
 
 
-def _hybrid_block(
-    config: ModelConfig, tensor: Callable[[str], np.ndarray], block: int
+def _delta_net(
+    delta: GatedDeltaNet, read: Callable[[str], np.ndarray], block: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """As `dense_weights`, of one block."""
-    roles, to = block_tensors(config, block), f"model.layers.{block}."
-
-    def read(role: str) -> np.ndarray:
-        return tensor(roles[role])
-
-    for role, theirs in _HYBRID_NORMS.items():
-        if role in roles:
-            yield f"{to}{theirs}.weight", read(role) - np.float32(1)
-    for role, theirs in _HYBRID_NAMES.items():
-        if role in roles:
-            yield to + theirs, read(role)
-    yield f"{to}mlp.shared_expert_gate.weight", read("ffn_gate_inp_shexp").reshape(1, -1)
-    delta = config.blocks[block].attention
-    if not isinstance(delta, GatedDeltaNet):
-        return
-    keys, to = 2 * delta.key_width, f"{to}linear_attn."
+    """As `dense_weights`, of a delta net, whose tensors `read` gives by role."""
+    keys, to = 2 * delta.key_width, f"model.layers.{block}.linear_attn."
     qkv, z, conv, out = (read(r) for r in ("attn_qkv", "attn_gate", "ssm_conv1d", "ssm_out"))
     rate, bias = read("ssm_a"), read("ssm_dt.bias")
     if delta.value_heads == "tiled":
