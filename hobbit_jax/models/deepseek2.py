@@ -12,19 +12,14 @@ from dataclasses import replace
 
 from hobbit_jax.model_file.metadata import integer, number
 from hobbit_jax.models.config import ModelConfig
-from hobbit_jax.models.keys import Keys, any_router, dense_then_experts, ends, experts, rotary
+from hobbit_jax.models.keys import Keys, any_router, dense_then_experts, rotary
 from hobbit_jax.models.latent_attention import LatentAttention
 
 
 def read(keys: Keys) -> ModelConfig:
     """See `registry.FAMILIES`."""
-    about_experts = experts(keys)
-    return ModelConfig(
-        **ends(keys),
-        **dense_then_experts(keys, _attention(keys), about_experts["d_expert"]),
-        router=any_router(keys, "sigmoid" if _is_old_glm(keys) else "softmax"),
-        **about_experts,
-    )
+    router = any_router(keys, "sigmoid" if _is_old_glm(keys) else "softmax")
+    return dense_then_experts(keys, _attention(keys), router)
 
 
 def _attention(keys: Keys) -> LatentAttention:

@@ -6,18 +6,13 @@ Source: llama.cpp, src/models/ernie4-5-moe.cpp; transformers, models/ernie4_5_mo
 from __future__ import annotations
 
 from hobbit_jax.models.config import ModelConfig, RouterConfig
-from hobbit_jax.models.keys import Keys, dense_then_experts, ends, experts, grouped_query
+from hobbit_jax.models.keys import Keys, dense_then_experts, grouped_query
 
 
 def read(keys: Keys) -> ModelConfig:
     """See `registry.FAMILIES`."""
-    about_experts = experts(keys)
     attention = grouped_query(keys, rope_style="norm", qk_norm="none")
     bias = any(name.endswith(".exp_probs_b.bias") for name in keys.file.tensors)
     keys.expect("expert_weights_norm", True)
-    return ModelConfig(
-        **ends(keys),
-        **dense_then_experts(keys, attention, about_experts["d_expert"]),
-        router=RouterConfig("softmax", renormalise=True, selection_bias=bias),
-        **about_experts,
-    )
+    router = RouterConfig("softmax", renormalise=True, selection_bias=bias)
+    return dense_then_experts(keys, attention, router)

@@ -6,19 +6,12 @@ Source: llama.cpp, src/models/glm4-moe.cpp; transformers, models/glm4_moe.
 from __future__ import annotations
 
 from hobbit_jax.models.config import ModelConfig
-from hobbit_jax.models.keys import (
-    Keys,
-    any_router,
-    dense_then_experts,
-    ends,
-    experts,
-    grouped_query,
-)
+from hobbit_jax.models.keys import Keys, any_router, dense_then_experts, grouped_query
 
 
 def read(keys: Keys) -> ModelConfig:
     """See `registry.FAMILIES`."""
-    tensors, about_experts = keys.file.tensors, experts(keys)
+    tensors = keys.file.tensors
     attention = grouped_query(
         keys,
         rope_style="neox",
@@ -28,10 +21,6 @@ def read(keys: Keys) -> ModelConfig:
             role for role in ("attn_q", "attn_k", "attn_v") if f"blk.0.{role}.bias" in tensors
         ),
     )
-    norm = "post_attention_norm"
-    return ModelConfig(
-        **ends(keys),
-        **dense_then_experts(keys, attention, about_experts["d_expert"], norm),
-        router=any_router(keys, "sigmoid"),
-        **about_experts,
+    return dense_then_experts(
+        keys, attention, any_router(keys, "sigmoid"), ffn_norm="post_attention_norm"
     )

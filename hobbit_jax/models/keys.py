@@ -310,9 +310,9 @@ def softmax_router(keys: Keys, renormalise: bool) -> RouterConfig:
 
 
 def dense_then_experts(
-    keys: Keys, attention: Attention, d_expert: int, ffn_norm: str = "ffn_norm"
-) -> dict[str, Any]:
-    """The fields of `ModelConfig` about blocks, of which the first have a dense FFN.
+    keys: Keys, attention: Attention, router: RouterConfig, ffn_norm: str = "ffn_norm"
+) -> ModelConfig:
+    """A model whose first blocks have a dense FFN.
 
     The others may have a shared expert without a gate. Blocks at the end that predict further
     tokens (NextN) are left out.
@@ -320,6 +320,7 @@ def dense_then_experts(
     Raises:
         ValueError: more blocks of either kind than there are.
     """
+    about_experts = experts(keys)
     skipped = keys.read("nextn_predict_layers", integer(), 0)
     leading = keys.read("leading_dense_block_count", integer(), 0)
     n_blocks = keys.block_count() - skipped
@@ -330,13 +331,16 @@ def dense_then_experts(
         )
     d_dense = keys.of_every_layer("feed_forward_length") if leading else 0
     dense = (BlockConfig(attention, ffn_norm, d_dense=d_dense),) * leading
-    d_shared = d_expert * keys.read("expert_shared_count", integer(0, 2**10), 0)
+    d_shared = about_experts["d_expert"] * keys.read("expert_shared_count", integer(0, 2**10), 0)
     own_width = keys.read("expert_shared_feed_forward_length", integer(), 0)
     stored = keys.file.tensors.get(f"blk.{leading}.ffn_gate_shexp.weight")
     if (d_shared or own_width) and stored is not None and stored.shape[0]:
         d_shared = stored.shape[0]  # families differ in what the two keys mean
     block = BlockConfig(attention, ffn_norm, d_shared=d_shared)
-    return {"blocks": (*dense, *[block] * (n_blocks - leading)), "skipped_blocks": skipped}
+    blocks = (*dense, *[block] * (n_blocks - leading))
+    return ModelConfig(
+        **ends(keys), blocks=blocks, skipped_blocks=skipped, router=router, **about_experts
+    )
 
 
 def any_router(keys: Keys, gating: Literal["softmax", "sigmoid"]) -> RouterConfig:

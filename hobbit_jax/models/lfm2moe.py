@@ -19,14 +19,7 @@ from hobbit_jax.model_file.metadata import integer, per_layer
 from hobbit_jax.models.caches import Arrays, Caches, Places
 from hobbit_jax.models.config import ModelConfig, Shapes, State
 from hobbit_jax.models.delta_net import convolve
-from hobbit_jax.models.keys import (
-    Keys,
-    any_router,
-    dense_then_experts,
-    ends,
-    experts,
-    grouped_query,
-)
+from hobbit_jax.models.keys import Keys, any_router, dense_then_experts, grouped_query
 from hobbit_jax.models.modules import BlockWeights
 
 if TYPE_CHECKING:
@@ -97,17 +90,13 @@ def read(keys: Keys) -> ModelConfig:
     """See `registry.FAMILIES`. A block without kv heads does not attend."""
     kv_heads_N = keys.read("attention.head_count_kv", per_layer(integer(), keys.block_count()))
     attends = grouped_query(keys, "neox", qk_norm="head", n_kv_heads=max(kv_heads_N))
-    found, about_experts = ends(keys), experts(keys)
-    convolves = ShortConvolution(
-        found["d_model"], keys.read("shortconv.l_cache", integer(2, 2**10))
-    )
-    layers = dense_then_experts(keys, attends, about_experts["d_expert"])
-    layers["blocks"] = tuple(
-        block if n_kv_heads else replace(block, attention=convolves)
-        for block, n_kv_heads in zip(layers["blocks"], kv_heads_N, strict=True)
-    )
     keys.expect("expert_weights_norm", True)
     router = replace(any_router(keys, "sigmoid"), renormalise=True)
-    return ModelConfig(
-        **found, **layers, router=router, output_norm="token_embd_norm.weight", **about_experts
+    config = dense_then_experts(keys, attends, router)
+    kernel = keys.read("shortconv.l_cache", integer(2, 2**10))
+    convolves = ShortConvolution(config.d_model, kernel)
+    blocks = tuple(
+        block if n_kv_heads else replace(block, attention=convolves)
+        for block, n_kv_heads in zip(config.blocks, kv_heads_N, strict=True)
     )
+    return replace(config, blocks=blocks, output_norm="token_embd_norm.weight")

@@ -139,6 +139,22 @@ ROUTED_FFN = {
 }
 
 
+def settings(keys: Mapping[str, Any], **rope: Any) -> dict[str, Any]:
+    """What most configurations of transformers call alike; `rope` is their rotary parameters'."""
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": keys["embedding_length"],
+        "num_hidden_layers": keys["block_count"] - keys.get("nextn_predict_layers", 0),
+        "num_attention_heads": keys["attention.head_count"],
+        "num_experts_per_tok": keys["expert_used_count"],
+        "rms_norm_eps": keys["attention.layer_norm_rms_epsilon"],
+        "max_position_embeddings": keys["context_length"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": keys["rope.freq_base"], **rope},
+        "attn_implementation": "eager",
+        "experts_implementation": "eager",
+    }
+
+
 def loaded(
     model: Any,
     weights: Weights,

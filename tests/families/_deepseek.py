@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tiny_models import VOCAB
 
-from families import BLOCK, ROUTED_FFN, Add, Weights, gated_mlp, loaded
+from families import BLOCK, ROUTED_FFN, Add, Weights, gated_mlp, loaded, settings
 
 D, F, DENSE, HEADS, LATENT, PLAIN, ROPE, VALUE, K = 64, 32, 96, 4, 64, 32, 16, 24, 2
 KEYS = {
@@ -84,19 +84,14 @@ def hugging_face(kind: type, config: Any, weights: Weights) -> Any:
     return model
 
 
-def config_arguments(keys: Mapping[str, Any]) -> dict[str, Any]:
+def config_arguments(keys: Mapping[str, Any], **rope: Any) -> dict[str, Any]:
     """What both configurations of transformers call alike."""
-    return {
-        "vocab_size": VOCAB,
-        "hidden_size": D,
+    return settings(keys, **rope) | {
         "intermediate_size": DENSE,
         "moe_intermediate_size": F,
-        "num_hidden_layers": keys["block_count"],
-        "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS,
         "n_shared_experts": keys["expert_shared_count"],
         "n_routed_experts": keys["expert_count"],
-        "num_experts_per_tok": K,
         "routed_scaling_factor": keys["expert_weights_scale"],
         "norm_topk_prob": keys.get("expert_weights_norm", False),
         "n_group": keys.get("expert_group_count", 1),
@@ -107,8 +102,4 @@ def config_arguments(keys: Mapping[str, Any]) -> dict[str, Any]:
         "qk_nope_head_dim": PLAIN,
         "v_head_dim": VALUE,
         "first_k_dense_replace": 1,
-        "rms_norm_eps": keys["attention.layer_norm_rms_epsilon"],
-        "max_position_embeddings": 512,
-        "attn_implementation": "eager",
-        "experts_implementation": "eager",
     }

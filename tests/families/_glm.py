@@ -7,7 +7,7 @@ from typing import Any
 
 from tiny_models import VOCAB
 
-from families import BLOCK, ROUTED_FFN, Add, Weights, gated_mlp, loaded
+from families import BLOCK, ROUTED_FFN, Add, Weights, gated_mlp, loaded, settings
 
 D, F, DENSE, KV_HEADS, WIDTH, K = 128, 32, 96, 2, 32, 3
 KEYS = {
@@ -56,32 +56,20 @@ def hugging_face(
     import transformers  # pyright: ignore[reportMissingImports]
 
     config = transformers.Glm4MoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=D,
+        **settings(keys, partial_rotary_factor=0.5),
         intermediate_size=DENSE,
         moe_intermediate_size=F,
-        num_hidden_layers=keys["block_count"] - keys.get("nextn_predict_layers", 0),
-        num_attention_heads=keys["attention.head_count"],
         num_key_value_heads=KV_HEADS,
         head_dim=WIDTH,
         attention_bias=not qk_norm,
         use_qk_norm=qk_norm,
         n_routed_experts=keys["expert_count"],
         n_shared_experts=1,
-        num_experts_per_tok=K,
         n_group=keys.get("expert_group_count", 1),
         topk_group=keys.get("expert_group_used_count", 1),
         routed_scaling_factor=keys["expert_weights_scale"],
         norm_topk_prob=True,
         first_k_dense_replace=1,
         num_mtp_layers=0,
-        rms_norm_eps=keys["attention.layer_norm_rms_epsilon"],
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": keys["rope.freq_base"],
-            "partial_rotary_factor": 0.5,
-        },
-        attn_implementation="eager",
-        experts_implementation="eager",
     )
     return loaded(transformers.Glm4MoeForCausalLM(config), weights, BLOCK | ROUTED_FFN | names)

@@ -29,7 +29,6 @@ def hugging_face(weights: Weights) -> Any:
         **_deepseek.config_arguments(KEYS),
         rope_interleave=True,
         num_mtp_layers=0,
-        rope_parameters={"rope_type": "default", "rope_theta": KEYS["rope.freq_base"]},
     )
     return _deepseek.hugging_face(transformers.DeepseekV3ForCausalLM, config, weights)
 

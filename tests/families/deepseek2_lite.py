@@ -26,16 +26,15 @@ def hugging_face(weights: Weights) -> Any:
     import transformers  # pyright: ignore[reportMissingImports]
 
     config = transformers.DeepseekV2Config(
-        **_deepseek.config_arguments(KEYS),
+        **_deepseek.config_arguments(
+            KEYS,
+            rope_type="yarn",
+            factor=KEYS["rope.scaling.factor"],
+            original_max_position_embeddings=KEYS["rope.scaling.original_context_length"],
+            mscale=0.707,
+            mscale_all_dim=0.707,
+        ),
         topk_method="greedy",
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": KEYS["rope.freq_base"],
-            "factor": KEYS["rope.scaling.factor"],
-            "original_max_position_embeddings": KEYS["rope.scaling.original_context_length"],
-            "mscale": 0.707,
-            "mscale_all_dim": 0.707,
-        },
     )
     return _deepseek.hugging_face(transformers.DeepseekV2ForCausalLM, config, weights)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tiny_models import VOCAB
 
-from families import BLOCK, ROUTED_FFN, Add, Family, Weights, gated_mlp, loaded
+from families import BLOCK, ROUTED_FFN, Add, Family, Weights, gated_mlp, loaded, settings
 
 LAYERS, D, F, DENSE, E, K, HEADS, KV_HEADS, WIDTH = 3, 64, 32, 128, 8, 3, 4, 2, 32
 KEYS = {
@@ -58,23 +58,16 @@ def hugging_face(weights: Weights) -> Any:
     import transformers  # pyright: ignore[reportMissingImports]
 
     config = transformers.Ernie4_5_MoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=D,
+        **settings(KEYS),
         intermediate_size=DENSE,
         moe_intermediate_size=F,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         head_dim=WIDTH,
         moe_num_experts=E,
         moe_k=K,
         moe_num_shared_experts=2,
         moe_layer_start_index=1,
-        rms_norm_eps=KEYS["attention.layer_norm_rms_epsilon"],
         tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": KEYS["rope.freq_base"]},
-        attn_implementation="eager",
-        experts_implementation="eager",
     )
     bias = "mlp.gate.moe_statics.e_score_correction_bias"
     biases = {

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tiny_models import VOCAB
 
-from families import BLOCK, Add, Family, Weights, loaded
+from families import BLOCK, Add, Family, Weights, loaded, settings
 
 D, F, DENSE, E, K, HEADS, WINDOW = 64, 96, 160, 6, 2, 4, 12
 WINDOWED = (True, True, False)
@@ -93,11 +93,21 @@ def hugging_face(weights: Weights) -> Any:
     import transformers  # pyright: ignore[reportMissingImports]
 
     config = transformers.Gemma4TextConfig(
-        vocab_size=VOCAB,
-        hidden_size=D,
+        **settings(KEYS)
+        | {
+            "rope_parameters": {
+                "sliding_attention": {
+                    "rope_type": "default",
+                    "rope_theta": KEYS["rope.freq_base_swa"],
+                },
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "partial_rotary_factor": 0.25,
+                    "rope_theta": KEYS["rope.freq_base"],
+                },
+            },
+        },
         intermediate_size=DENSE,
-        num_hidden_layers=len(WINDOWED),
-        num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS[0],
         head_dim=WIDTHS[0],
         num_global_key_value_heads=KV_HEADS[2],
@@ -105,7 +115,6 @@ def hugging_face(weights: Weights) -> Any:
         attention_k_eq_v=True,
         sliding_window=WINDOW,
         layer_types=["sliding_attention" if w else "full_attention" for w in WINDOWED],
-        rms_norm_eps=KEYS["attention.layer_norm_rms_epsilon"],
         final_logit_softcapping=KEYS["final_logit_softcapping"],
         hidden_size_per_layer_input=0,
         vocab_size_per_layer_input=VOCAB,
@@ -113,21 +122,7 @@ def hugging_face(weights: Weights) -> Any:
         num_experts=E,
         top_k_experts=K,
         moe_intermediate_size=F,
-        max_position_embeddings=KEYS["context_length"],
         pad_token_id=0,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        rope_parameters={
-            "sliding_attention": {
-                "rope_type": "default",
-                "rope_theta": KEYS["rope.freq_base_swa"],
-            },
-            "full_attention": {
-                "rope_type": "proportional",
-                "partial_rotary_factor": 0.25,
-                "rope_theta": KEYS["rope.freq_base"],
-            },
-        },
     )
     return loaded(transformers.Gemma4ForCausalLM(config), weights, _NAMES)
 

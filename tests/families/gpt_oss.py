@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tiny_models import VOCAB
 
-from families import BLOCK, Add, Family, Weights, loaded
+from families import BLOCK, Add, Family, Weights, loaded, settings
 
 LAYERS, D, F, E, K, HEADS, KV_HEADS, WIDTH, WINDOW = 3, 96, 160, 6, 2, 4, 2, 32, 12
 KEYS = {
@@ -67,28 +67,19 @@ def hugging_face(weights: Weights) -> Any:
     import transformers  # pyright: ignore[reportMissingImports]
 
     config = transformers.GptOssConfig(
-        vocab_size=VOCAB,
-        hidden_size=D,
+        **settings(
+            KEYS,
+            rope_type="yarn",
+            factor=KEYS["rope.scaling.factor"],
+            original_max_position_embeddings=KEYS["rope.scaling.original_context_length"],
+            truncate=True,  # as llama.cpp does, and the checkpoint's own code does not
+        ),
         intermediate_size=F,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         head_dim=WIDTH,
         num_local_experts=E,
-        num_experts_per_tok=K,
         sliding_window=WINDOW,
         layer_types=["full_attention" if n % 2 else "sliding_attention" for n in range(LAYERS)],
-        rms_norm_eps=KEYS["attention.layer_norm_rms_epsilon"],
-        max_position_embeddings=KEYS["context_length"],
-        attn_implementation="eager",
-        experts_implementation="eager",
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": KEYS["rope.freq_base"],
-            "factor": KEYS["rope.scaling.factor"],
-            "original_max_position_embeddings": KEYS["rope.scaling.original_context_length"],
-            "truncate": True,  # as llama.cpp does, and the checkpoint's own code does not
-        },
     )
     names = {"attn_sinks": "self_attn.sinks", "ffn_gate_inp": "mlp.router.weight"} | BLOCK
     for role in (*(f"attn_{p}" for p in _PROJECTIONS), "ffn_gate_inp"):

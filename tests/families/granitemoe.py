@@ -6,7 +6,7 @@ from typing import Any
 
 from tiny_models import VOCAB
 
-from families import BLOCK, Add, Family, Weights, gated_mlp, loaded
+from families import BLOCK, Add, Family, Weights, gated_mlp, loaded, settings
 
 LAYERS, D, F, SHARED, E, K, WIDTH = 3, 128, 32, 64, 8, 3, 32
 HEADS = {"q": 4, "k": 2, "v": 2}
@@ -58,24 +58,16 @@ def hugging_face(weights: Weights) -> Any:
     import transformers  # pyright: ignore[reportMissingImports]
 
     config = transformers.GraniteMoeSharedConfig(
-        vocab_size=VOCAB,
-        hidden_size=D,
+        **settings(KEYS),
         intermediate_size=F,
         shared_intermediate_size=SHARED,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS["q"],
         num_key_value_heads=HEADS["k"],
         num_local_experts=E,
-        num_experts_per_tok=K,
-        rms_norm_eps=KEYS["attention.layer_norm_rms_epsilon"],
         tie_word_embeddings=True,
         attention_multiplier=KEYS["attention.scale"],
         embedding_multiplier=KEYS["embedding_scale"],
         residual_multiplier=KEYS["residual_scale"],
         logits_scaling=KEYS["logit_scale"],
-        rope_parameters={"rope_type": "default", "rope_theta": KEYS["rope.freq_base"]},
-        attn_implementation="eager",
-        experts_implementation="eager",
     )
     halves = dict(weights)
     for layer in range(LAYERS):

@@ -6,7 +6,7 @@ from typing import Any
 
 from tiny_models import VOCAB
 
-from families import BLOCK, Add, Family, Weights, gated_mlp, loaded
+from families import BLOCK, Add, Family, Weights, gated_mlp, loaded, settings
 
 D, F, DENSE, E, K, HEADS, KV_HEADS, WIDTH, KERNEL = 128, 32, 96, 8, 3, 4, 2, 32, 3
 ATTENDS = (False, True, False, False)
@@ -73,22 +73,15 @@ def hugging_face(weights: Weights) -> Any:
     import transformers  # pyright: ignore[reportMissingImports]
 
     config = transformers.Lfm2MoeConfig(
-        vocab_size=VOCAB,
-        hidden_size=D,
+        **settings(KEYS),
         intermediate_size=DENSE,
         moe_intermediate_size=F,
-        num_hidden_layers=len(ATTENDS),
-        num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         num_experts=E,
-        num_experts_per_tok=K,
         num_dense_layers=1,
         conv_L_cache=KERNEL,
         norm_eps=KEYS["attention.layer_norm_rms_epsilon"],
         layer_types=["full_attention" if attends else "conv" for attends in ATTENDS],
-        rope_parameters={"rope_type": "default", "rope_theta": KEYS["rope.freq_base"]},
-        attn_implementation="eager",
-        experts_implementation="eager",
     )
     kernels = {
         f"model.layers.{layer}.conv.conv.weight": weights[f"blk.{layer}.shortconv.conv.weight"]
