@@ -18,12 +18,7 @@ import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 
 from hobbit_jax.models.attention import GroupedQuery
-from hobbit_jax.models.config import (
-    OUTPUT,
-    TOKEN_EMBEDDING,
-    ModelConfig,
-    layer_tensors,
-)
+from hobbit_jax.models.config import OUTPUT, TOKEN_EMBEDDING, ModelConfig, layer_tensors
 from hobbit_jax.models.delta_net import GatedDeltaNet
 
 # A torch.nn.Module of transformers; PyTorch types each of its attributes as a tensor.

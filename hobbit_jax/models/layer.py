@@ -20,11 +20,7 @@ import numpy as np
 from flax import nnx
 
 from hobbit_jax.models.caches import Arrays, Caches, Places
-from hobbit_jax.models.config import (
-    BESIDE_NORMS,
-    BlockConfig,
-    ModelConfig,
-)
+from hobbit_jax.models.config import BESIDE_NORMS, BlockConfig, ModelConfig
 from hobbit_jax.models.modules import BlockWeights, GatedMLP
 from hobbit_jax.models.router import Router, Routing
 from pallas_kernels.materialize import apart

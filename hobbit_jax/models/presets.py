@@ -91,9 +91,7 @@ PRESETS = {
 _LATENT_YARN = Yarn(40.0, 4096, 32.0, 1.0, 1.0)
 _DEEPSEEK = LatentAttention(16, 512, 0, 128, 128, Rope(1e4, 64, "norm", _LATENT_YARN), 0.0707)
 _GLM_FLASH = LatentAttention(20, 512, 768, 192, 256, Rope(1e6, 64, "norm"))
-_GLM = GroupedQuery(
-    96, 8, 128, Rope(1e6, 64, "neox"), biased=("attn_q", "attn_k", "attn_v")
-)  # fmt: skip
+_GLM = GroupedQuery(96, 8, 128, Rope(1e6, 64, "neox"), biased=("attn_q", "attn_k", "attn_v"))
 
 # Models of which no synthetic file is made.
 PLANNED = {

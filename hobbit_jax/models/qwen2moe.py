@@ -8,13 +8,7 @@ Source: llama.cpp, src/models/qwen2moe.cpp and qwen2.cpp.
 from __future__ import annotations
 
 from hobbit_jax.models.config import BlockConfig, ModelConfig
-from hobbit_jax.models.keys import (
-    Keys,
-    equal_blocks,
-    grouped_query,
-    shared_expert,
-    softmax_router,
-)
+from hobbit_jax.models.keys import Keys, equal_blocks, grouped_query, shared_expert, softmax_router
 
 _BIASED = ("attn_q", "attn_k", "attn_v")
 

@@ -175,12 +175,9 @@ def _planned(name: str, config: ModelConfig, file: GGUFFile) -> PlannedModel:
         )
     layers = [layer_tensors(config, layer) for layer in range(config.n_layers)]
     stacks = {of_layer[role] for of_layer in layers for role in STACKS if role in of_layer}
-    sizes = {}
-    for tensor_name in tensor_shapes(config).keys() - stacks:
-        tensor = file.tensors[tensor_name]
-        # The loader keeps vectors in float32.
-        vector = len(tensor.shape) == 1
-        sizes[tensor_name] = tensor.shape[0] * _FLOAT_BYTES if vector else tensor.nbytes
+    others = (file.tensors[tensor] for tensor in tensor_shapes(config).keys() - stacks)
+    # The loader keeps vectors in float32.
+    sizes = {t.name: t.shape[0] * _FLOAT_BYTES if len(t.shape) == 1 else t.nbytes for t in others}
     dense, embedding = sum(sizes.values()), sizes[TOKEN_EMBEDDING]
     unread = 0 if config.tied_head else embedding - embedding // config.vocab_size
     of_matrices = replace(config, expert_biases=False)
