@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hobbit_jax.cache.policies.apex import Apex
 from hobbit_jax.cache.policies.belady import Belady
 from hobbit_jax.cache.policies.decayed_lfu import DecayedLFU
 from hobbit_jax.cache.policies.hobbit import Hobbit
@@ -20,7 +19,6 @@ from hobbit_jax.cache.policies.next_use import NextUse
 from hobbit_jax.cache.policies.pinned_static import PinnedStatic
 from hobbit_jax.cache.policies.random_choice import RandomChoice
 from hobbit_jax.cache.policies.slru import SLRU
-from hobbit_jax.cache.policies.w_tinylfu import WTinyLFU
 
 __all__ = [
     "DEFAULT_POLICY",
@@ -45,8 +43,6 @@ POLICIES: dict[str, PolicyFactory] = {
     "lfru": LFRU,
     "layered_lru": LayeredLRU,
     "hobbit": Hobbit,
-    "apex": Apex,
-    "w_tinylfu": WTinyLFU,
     "random": RandomChoice,
     "next_use": NextUse,
 }

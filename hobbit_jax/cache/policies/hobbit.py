@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from hobbit_jax.cache.policies.interface import Key, Step, TablePolicy
-from hobbit_jax.cache.policies.priority import PriorityTable, lowest_of
+from hobbit_jax.cache.policies.priority import PriorityTable
 
 # Recency, frequency, high-precision use, layer distance: the best of seven mixes on real routing
 # (the law trace, 416 slots: .504; a quarter each .473, recency alone .472).
@@ -79,15 +79,14 @@ class Hobbit(TablePolicy[Key]):
         """See `Policy.victim`."""
         tokens = self._step.token - self._began + 1
         n_layers = max(self._tables) + 1
-
-        def priority(layer: int, score: float) -> float:
-            ahead = (layer - self._step.layer) % n_layers / n_layers
-            return score / tokens + self.weights[3] * (1 - ahead)
-
-        victim = lowest_of(self._tables, priority, keep, self._pinned)
-        if victim is None:
+        lowest: list[tuple[float, Key]] = []
+        for layer, table in self._tables.items():
+            if (found := table.lowest(keep, self._pinned)) is not None:
+                ahead = (layer - self._step.layer) % n_layers / n_layers
+                lowest.append((found[0] / tokens + self.weights[3] * (1 - ahead), found[1]))
+        if not lowest:
             raise self._all_in_use()
-        return victim
+        return min(lowest, key=lambda scored: scored[0])[1]
 
     def _insert(self, key: Key) -> None:
         self._resident[key] = None
