@@ -18,6 +18,7 @@ import pytest
 from conftest import REPOSITORY
 
 from hobbit_jax.baselines.agreement import AgreementMeter
+from hobbit_jax.baselines.child import SideSpec
 from hobbit_jax.baselines.comparison import (
     BASELINES,
     STUDY,
@@ -26,7 +27,6 @@ from hobbit_jax.baselines.comparison import (
     compare,
     compare_model,
 )
-from hobbit_jax.baselines.side import SideSpec
 from hobbit_jax.engine_flags import EngineOptions
 from hobbit_jax.evals.process_memory import read_resident
 from hobbit_jax.record import read_records, write_record

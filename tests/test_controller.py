@@ -96,12 +96,12 @@ def test_a_replay_makes_the_decisions_of_the_run(model, store, mode, devices):
         assert len(replayed_events) == len(events) > TOKENS
         for live, counted in zip(events, replayed_events, strict=True):
             assert live == counted, policy
-        tally, stats = replayed.tally, engine.pool.stats
-        assert (tally.bytes_moved, tally.computed, tally.host_bytes) == (
-            stats.bytes_moved, stats.computed, stats.host_bytes,
+        counted, stats = replayed.counts, engine.counts
+        assert (counted.bytes_moved, counted.computed, counted.bytes_computed) == (
+            stats.bytes_moved, stats.computed, stats.bytes_computed,
         )  # fmt: skip
-        assert (tally.computed > 0) == MODES[mode].computes
-        assert replayed.tally.round_trips == engine.stats.host_round_trips
+        assert (counted.computed > 0) == MODES[mode].computes
+        assert counted.host_round_trips == stats.host_round_trips
         assert set(replayed.controller.resident()) == engine.pool.resident()
 
 

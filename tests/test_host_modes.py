@@ -74,10 +74,10 @@ def test_the_cpu_computes_the_bits_of_the_device(model, store, resident, mode, s
     engine = engine_of(model, store, mode, share)
     engine.start(len(PROMPTS), CONTEXT)
     engine.prefill(PROMPTS)
-    prompt = engine.pool.reset_stats()
+    prompt = engine.counts.take()
     assert prompt.computed > 0 and (prompt.bytes_moved > 0) == (share > 0)
     np.testing.assert_array_equal(decode(engine), resident)
-    assert engine.pool.stats.host_bytes > 0
+    assert engine.counts.bytes_computed > 0
     check_invariants(engine.pool, store)
 
 
@@ -85,7 +85,7 @@ def test_the_cpu_computes_the_bits_of_the_device(model, store, resident, mode, s
 def test_four_devices_share_one_cpu(model, store, resident):
     engine = engine_of(model, store, "hybrid", 0.5, devices=4)
     np.testing.assert_array_equal(decode(engine), resident)
-    assert engine.pool.stats.computed > 0 and engine.pool.stats.bytes_moved > 0
+    assert engine.counts.computed > 0 and engine.counts.bytes_moved > 0
     check_invariants(engine.pool, store)
 
 
@@ -104,7 +104,7 @@ def test_low_copies_on_the_cpu_are_the_low_precision(model, store):
     np.testing.assert_array_equal(decode(engine_of(model, store, "host_low", 0.0)), wanted)
     engine = engine_of(model, store, "host_low", 0.5)
     decode(engine)
-    assert 0 < engine.stats.degraded < engine.stats.selections
+    assert 0 < engine.counts.demoted < engine.counts.selections
     assert {key.precision for key in engine.pool.resident()} == {NATIVE}
 
 
@@ -114,9 +114,9 @@ def test_only_promotion_gives_a_slot_in_decode(model, store):
     engine.start(1, CONTEXT)
     for number, token in enumerate(np.random.default_rng(3).integers(0, 256, 16), 1):
         engine.decode(np.asarray([token]))
-        assert engine.pool.stats.bytes_moved <= number * store.largest_expert_bytes
-    stats = engine.pool.stats
-    assert stats.bytes_moved > 0 and stats.computed == stats.misses.sum() > 16
+        assert engine.counts.bytes_moved <= number * store.largest_expert_bytes
+    stats = engine.counts
+    assert stats.bytes_moved > 0 and stats.computed == stats.misses > 16
 
 
 def test_who_is_fetched_and_who_is_computed():
@@ -176,7 +176,7 @@ def test_the_router_prefers_what_is_resident(two_banks_path, model, store, resid
         )
         engine = Engine(model, store, cache)
         decode(engine)
-        misses.append(int(engine.pool.stats.misses.sum()))
+        misses.append(int(engine.counts.misses))
     assert misses[1] < misses[0]
     with pytest.raises(ValueError, match=r"resident_lift is -1; want 0 to 50"):
         CacheConfig(resident_lift=-1)

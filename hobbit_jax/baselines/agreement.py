@@ -1,8 +1,4 @@
-"""How far two programs' logits on the same tokens are apart.
-
-Owns what a comparison between programs needs beside `evals/logit_comparison.py`: the differences
-of the logits themselves, and of perplexity within windows. The baseline is the reference.
-"""
+"""How far two programs' logits on the same tokens are apart; the baseline is the reference."""
 
 from __future__ import annotations
 

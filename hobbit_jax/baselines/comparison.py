@@ -1,8 +1,7 @@
-"""Our engine and one baseline on the same tokens, in one run, in turns.
+"""Our engine and one baseline on the same tokens, in one run, in turns, and the record of it.
 
-Owns the order of things and the record that comes of it. Both programs are loaded at once, each in
-its own process and bound to the same cores, and never work at the same time. Windows are scored by
-one and then the other; decode rows are timed in turns (`evals/measure.py`).
+Both programs are loaded at once, each in its own process and bound to the same cores, and never
+work at the same time.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from tqdm import tqdm
 
 from hobbit_jax import reference
 from hobbit_jax.baselines.agreement import AgreementMeter
-from hobbit_jax.baselines.child import Child, environment
-from hobbit_jax.baselines.side import SideSpec
+from hobbit_jax.baselines.child import Child, SideSpec, environment
 from hobbit_jax.engine_flags import EngineOptions
 from hobbit_jax.evals.measure import Measurement, measure
 from hobbit_jax.evals.quality import cut_windows

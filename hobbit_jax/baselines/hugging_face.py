@@ -1,8 +1,5 @@
 """From a GGUF file's tensors to Hugging Face's own module of the same model.
 
-Owns the one mapping of our architectures to transformers' classes: hyperparameters, names, and the
-order of q and k rows.
-
 Source: transformers 5, models/{qwen3_moe,mixtral,olmoe} (an expert's gate and up are one tensor,
 gate first); llama.cpp's conversion, `LlamaModel.permute`. transformers' own GGUF loader is no help:
 it has no expert width for Qwen3 and loads a Mixtral file as a dense model without a word.
@@ -11,6 +8,7 @@ it has no expert width for Qwen3 and loads a Mixtral file as a dense model witho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,21 +29,38 @@ from hobbit_jax.models.config import (
 # A torch.nn.Module of transformers; PyTorch types each of its attributes as a tensor.
 HuggingFaceModel = Any
 
-# Our role → theirs within a layer; experts are apart.
-_LAYER_NAMES = {
+# Architecture → the beginning of its classes' names; of a model without experts, and with.
+_DENSE = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
+_MIXTURES = {
+    "qwen2moe": "Qwen2Moe",
+    "qwen3moe": "Qwen3Moe",
+    "llama": "Mixtral",
+    "olmoe": "Olmoe",
+    "qwen3next": "Qwen3Next",
+    "qwen35moe": "Qwen3_5Moe",
+}
+# These store norms with the 1 that transformers adds.
+_HYBRIDS = ("qwen35moe", "qwen3next")
+_NORMS = {
     "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+# Our role → theirs within a block; experts are apart.
+_NAMES = {
+    **_NORMS,
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
     "router": "mlp.gate",
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ssm_norm": "linear_attn.norm",
 }
 
 
@@ -53,10 +68,6 @@ def interleaved_to_halves(weights_NK: np.ndarray, n_heads: int) -> np.ndarray:
     """Undoes llama.cpp's permutation of q or k rows: rotary pairs (2i, 2i + 1) to (i, i + d/2)."""
     n, k = weights_NK.shape
     return weights_NK.reshape(n_heads, n // n_heads // 2, 2, k).swapaxes(1, 2).reshape(n, k)
-
-
-# Dense models, by the beginning of their classes' names.
-_DENSE = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
 
 
 def _attention(config: ModelConfig) -> GroupedQuery:
@@ -74,76 +85,66 @@ def empty_model(
         config: of the file.
         kernel: of attention, transformers' `attn_implementation`.
         experts: its `experts_implementation`; None is its own choice.
+
+    Raises:
+        NotImplementedError: an architecture without a module here.
     """
+    kind = (_DENSE if config.has_dense_ffn else _MIXTURES).get(config.arch)
+    if kind is None:
+        raise NotImplementedError(f"architecture {config.arch!r} has no Hugging Face module here")
     attention = _attention(config)
-    shared = {
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": attention.rope.base}
+    settings = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": attention.n_heads,
         "num_key_value_heads": attention.n_kv_heads,
+        "head_dim": attention.head_dim,
         "max_position_embeddings": config.context_length,
         "rms_norm_eps": config.rms_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope.base},
+        "rope_parameters": rope,
         "num_experts_per_tok": config.experts_per_token,
         "tie_word_embeddings": config.tied_head,
         "attn_implementation": kernel,
         "experts_implementation": experts,
         "pad_token_id": None,
+        # Each class heeds the names that it knows.
+        "intermediate_size": config.d_expert,
+        "moe_intermediate_size": config.d_expert,
+        "num_experts": config.n_experts,
+        "num_local_experts": config.n_experts,
+        "shared_expert_intermediate_size": config.blocks[0].d_shared,
+        "norm_topk_prob": config.router.renormalise,
     }
     if config.arch in _HYBRIDS:
-        return _empty(*_hybrid_class(config, shared))
-    library: Any = transformers  # its classes take what their types do not say
-    if config.arch == "qwen3moe":
-        made = library.Qwen3MoeConfig(
-            **shared,
-            head_dim=attention.head_dim,
-            num_experts=config.n_experts,
-            moe_intermediate_size=config.d_expert,
-            norm_topk_prob=config.router.renormalise,
-        )
-        kind = library.Qwen3MoeForCausalLM
-    elif config.has_dense_ffn and config.arch in _DENSE:
-        made = getattr(library, f"{_DENSE[config.arch]}Config")(
-            **shared, head_dim=attention.head_dim, intermediate_size=config.d_expert
-        )
-        kind = getattr(library, f"{_DENSE[config.arch]}ForCausalLM")
-    elif config.arch == "qwen2moe":
-        made = library.Qwen2MoeConfig(
-            **shared,
-            num_experts=config.n_experts,
-            moe_intermediate_size=config.d_expert,
-            shared_expert_intermediate_size=config.blocks[0].d_shared,
-            norm_topk_prob=config.router.renormalise,
-        )
-        kind = library.Qwen2MoeForCausalLM
-    elif config.arch == "llama":
-        made = library.MixtralConfig(
-            **shared,
-            head_dim=attention.head_dim,
-            num_local_experts=config.n_experts,
-            intermediate_size=config.d_expert,
-        )
-        kind = library.MixtralForCausalLM
-    elif config.arch == "olmoe":
-        made = library.OlmoeConfig(
-            **shared,
-            num_experts=config.n_experts,
-            intermediate_size=config.d_expert,
-            norm_topk_prob=config.router.renormalise,
-        )
-        kind = library.OlmoeForCausalLM
-    else:
-        raise NotImplementedError(f"architecture {config.arch!r} has no Hugging Face module here")
-    return _empty(kind, made)
-
-
-def _empty(kind: Any, made: Any) -> HuggingFaceModel:
+        settings |= _delta_settings(config)
+        rope["partial_rotary_factor"] = attention.rope.dim / attention.head_dim
+    if config.arch == "qwen35moe":
+        rope["mrope_section"] = [attention.rope.dim // 2, 0, 0]  # a text has one position for all
+    suffix = "TextConfig" if config.arch == "qwen35moe" else "Config"
+    made = getattr(transformers, kind + suffix)(**settings)
     with torch.device("meta"):
-        model = kind(made)
+        model = getattr(transformers, f"{kind}ForCausalLM")(made)
     # Its frequencies are no weights: nothing would fill them.
     model.model.rotary_emb = type(model.model.rotary_emb)(made)
     return model.eval()
+
+
+def _delta_settings(config: ModelConfig) -> dict[str, Any]:
+    attentions = [block.attention for block in config.blocks]
+    delta = next(a for a in attentions if isinstance(a, GatedDeltaNet))
+    return {
+        "linear_key_head_dim": delta.d_state,
+        "linear_value_head_dim": delta.d_state,
+        "linear_num_key_heads": delta.n_key_heads,
+        "linear_num_value_heads": delta.n_value_heads,
+        "linear_conv_kernel_dim": delta.kernel,
+        "layer_types": [
+            "full_attention" if isinstance(a, GroupedQuery) else "linear_attention"
+            for a in attentions
+        ],
+    }
 
 
 def dense_weights(
@@ -155,81 +156,31 @@ def dense_weights(
         config: of the file.
         tensor: dequantised float32 by its name in the file.
     """
-    # Norms of the hybrids are stored with the 1 that transformers adds.
-    added = 1 if config.arch in _HYBRIDS else 0
+    added, attention = np.float32(config.arch in _HYBRIDS), _attention(config)
+    heads = {"attn_q": attention.n_heads, "attn_k": attention.n_kv_heads}
     yield "model.embed_tokens.weight", tensor(TOKEN_EMBEDDING)
-    yield "model.norm.weight", tensor(OUTPUT_NORM) - np.float32(added)
+    yield "model.norm.weight", tensor(OUTPUT_NORM) - added
     if not config.tied_head:
         yield "lm_head.weight", tensor(OUTPUT)
-    if added:
-        for block in range(config.n_blocks):
-            yield from _hybrid_block(config, tensor, block)
-        return
-    attention = _attention(config)
-    heads = {"attn_q": attention.n_heads, "attn_k": attention.n_kv_heads}
-    for layer in range(config.n_layers):
-        names = layer_tensors(config, layer)
-        for role, theirs in _LAYER_NAMES.items():
-            if role not in names:
+    for block, spec in enumerate(config.blocks):
+        roles, to = block_tensors(config, block), f"model.layers.{block}."
+        for role, theirs in _NAMES.items():
+            if role not in roles:
                 continue
-            array = tensor(names[role])
-            if attention.rope.style == "norm" and role in heads:
+            array = tensor(roles[role])
+            if role in _NORMS:
+                array = array - added
+            elif attention.rope.style == "norm" and role in heads:
                 array = interleaved_to_halves(array, heads[role])
-            yield f"model.layers.{layer}.{theirs}.weight", array
-            if (bias := f"{role}.bias") in names:
-                yield f"model.layers.{layer}.{theirs}.bias", tensor(names[bias])
-
-
-_HYBRIDS = ("qwen35moe", "qwen3next")
-# Role of a hybrid's block → theirs; where a norm has 1 added, and where nothing else happens.
-_HYBRID_NORMS = {
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-}
-_HYBRID_NAMES = {
-    "attn_q": "self_attn.q_proj.weight",
-    "attn_k": "self_attn.k_proj.weight",
-    "attn_v": "self_attn.v_proj.weight",
-    "attn_output": "self_attn.o_proj.weight",
-    "router": "mlp.gate.weight",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj.weight",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj.weight",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj.weight",
-    "ssm_norm": "linear_attn.norm.weight",
-}
-
-
-def _hybrid_class(config: ModelConfig, shared: dict[str, Any]) -> tuple[Any, Any]:
-    """Class and configuration of transformers."""
-    library: Any = transformers
-    attentions, attention = [block.attention for block in config.blocks], _attention(config)
-    delta = next(a for a in attentions if isinstance(a, GatedDeltaNet))
-    rope = shared["rope_parameters"] | {
-        "partial_rotary_factor": attention.rope.dim / attention.head_dim,
-    }
-    settings = shared | {
-        "head_dim": attention.head_dim,
-        "rope_parameters": rope,
-        "linear_key_head_dim": delta.d_state,
-        "linear_value_head_dim": delta.d_state,
-        "linear_num_key_heads": delta.n_key_heads,
-        "linear_num_value_heads": delta.n_value_heads,
-        "linear_conv_kernel_dim": delta.kernel,
-        "num_experts": config.n_experts,
-        "moe_intermediate_size": config.d_expert,
-        "shared_expert_intermediate_size": config.blocks[0].d_shared,
-        "layer_types": [
-            "full_attention" if isinstance(a, GroupedQuery) else "linear_attention"
-            for a in attentions
-        ],
-    }
-    if config.arch == "qwen3next":
-        made = library.Qwen3NextConfig(**settings, norm_topk_prob=config.router.renormalise)
-        return library.Qwen3NextForCausalLM, made
-    rope["mrope_section"] = [attention.rope.dim // 2, 0, 0]  # a text has one position for all
-    return library.Qwen3_5MoeForCausalLM, library.Qwen3_5MoeTextConfig(**settings)
+            elif role == "ffn_gate_inp_shexp":
+                array = array.reshape(1, -1)
+            yield f"{to}{theirs}.weight", array
+            if (bias := f"{role}.bias") in roles:
+                yield f"{to}{theirs}.bias", tensor(roles[bias])
+        if isinstance(spec.attention, GatedDeltaNet):
+            read = partial(lambda roles, role: tensor(roles[role]), roles)
+            for name, array in _delta_weights(spec.attention, read):
+                yield f"{to}linear_attn.{name}", array
 
 
 def _tiled_to_grouped(array: np.ndarray, delta: GatedDeltaNet, axis: int = 0) -> np.ndarray:
@@ -240,26 +191,11 @@ def _tiled_to_grouped(array: np.ndarray, delta: GatedDeltaNet, axis: int = 0) ->
     return np.moveaxis(parts.swapaxes(0, 1).reshape(moved.shape), 0, axis)
 
 
-def _hybrid_block(
-    config: ModelConfig, tensor: Callable[[str], np.ndarray], block: int
+def _delta_weights(
+    delta: GatedDeltaNet, read: Callable[[str], np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """As `dense_weights`, of one block."""
-    roles, to = block_tensors(config, block), f"model.layers.{block}."
-
-    def read(role: str) -> np.ndarray:
-        return tensor(roles[role])
-
-    for role, theirs in _HYBRID_NORMS.items():
-        if role in roles:
-            yield f"{to}{theirs}.weight", read(role) - np.float32(1)
-    for role, theirs in _HYBRID_NAMES.items():
-        if role in roles:
-            yield to + theirs, read(role)
-    yield f"{to}mlp.shared_expert_gate.weight", read("ffn_gate_inp_shexp").reshape(1, -1)
-    delta = config.blocks[block].attention
-    if not isinstance(delta, GatedDeltaNet):
-        return
-    keys, to = 2 * delta.key_width, f"{to}linear_attn."
+    """Of one block's delta net; `read` gives its tensors by role."""
+    keys = 2 * delta.key_width
     qkv, z, conv, out = (read(r) for r in ("attn_qkv", "attn_gate", "ssm_conv1d", "ssm_out"))
     rate, bias = read("ssm_a"), read("ssm_dt.bias")
     if delta.value_heads == "tiled":
@@ -268,19 +204,19 @@ def _hybrid_block(
         )
         z, rate, bias = (_tiled_to_grouped(a, delta) for a in (z, rate, bias))
         out = _tiled_to_grouped(out, delta, axis=1)
-        yield f"{to}in_proj_qkv.weight", qkv
-        yield f"{to}in_proj_z.weight", z
-        yield f"{to}in_proj_b.weight", _tiled_to_grouped(read("ssm_beta"), delta)
-        yield f"{to}in_proj_a.weight", _tiled_to_grouped(read("ssm_alpha"), delta)
+        yield "in_proj_qkv.weight", qkv
+        yield "in_proj_z.weight", z
+        yield "in_proj_b.weight", _tiled_to_grouped(read("ssm_beta"), delta)
+        yield "in_proj_a.weight", _tiled_to_grouped(read("ssm_alpha"), delta)
     else:  # theirs is by key head: its rows of q, k, v and z
         parts = (*np.split(qkv, [keys // 2, keys]), z)
         by_head = [a.reshape(delta.n_key_heads, -1, a.shape[1]) for a in parts]
-        yield f"{to}in_proj_qkvz.weight", np.concatenate(by_head, 1).reshape(-1, qkv.shape[1])
-        yield f"{to}in_proj_ba.weight", read("ssm_ba")
-    yield f"{to}conv1d.weight", conv[:, None]
-    yield f"{to}A_log", np.log(-rate)
-    yield f"{to}dt_bias", bias
-    yield f"{to}out_proj.weight", out
+        yield "in_proj_qkvz.weight", np.concatenate(by_head, 1).reshape(-1, qkv.shape[1])
+        yield "in_proj_ba.weight", read("ssm_ba")
+    yield "conv1d.weight", conv[:, None]
+    yield "A_log", np.log(-rate)
+    yield "dt_bias", bias
+    yield "out_proj.weight", out
 
 
 def expert_weights(
@@ -322,20 +258,6 @@ def fill(
         setattr(model.get_submodule(owner), last, torch.nn.Parameter(weight, requires_grad=False))
 
 
-def finish(model: HuggingFaceModel, device: str = "cpu") -> HuggingFaceModel:
-    """Ties the head where it is tied, and checks that every place was filled.
-
-    Raises:
-        RuntimeError: a place got no weight.
-    """
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise RuntimeError(f"no weight for {', '.join(missing)}")
-    return model.to(device)
-
-
 def load(
     config: ModelConfig,
     tensor: Callable[[str], np.ndarray],
@@ -344,11 +266,20 @@ def load(
     attention: str = "sdpa",
     experts: str | None = None,
 ) -> HuggingFaceModel:
-    """The whole model on `device`; arguments as of `empty_model` and `dense_weights`."""
+    """The whole model on `device`; arguments as of `empty_model` and `dense_weights`.
+
+    Raises:
+        RuntimeError: a place of the module got no weight, or one of another shape.
+    """
     model = empty_model(config, attention, experts)
     fill(model, dense_weights(config, tensor), dtype, device)
     for layer in range(config.n_layers):
         to = f"model.layers.{layer}.mlp."
         arrays = expert_weights(config, tensor, layer)
         fill(model, ((to + name, array) for name, array in arrays.items()), dtype, device)
-    return finish(model, device)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise RuntimeError(f"no weight for {', '.join(missing)}")
+    return model.to(device)

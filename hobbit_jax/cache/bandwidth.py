@@ -1,7 +1,6 @@
 """What a machine's memory and its link to the device carry, as `scripts/bench_bandwidth.py` found.
 
-This module owns the file of measured bandwidths, and the ratio by which missed bytes are divided
-between the link and the CPU. The rates belong to one device and one CPU and are refused on others.
+Owns the file of measured bandwidths, which belong to one device and one CPU.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """From a router's choice to the copies that serve it: one layer's selections.
 
-Owns the order of the three decisions: the router says which experts, the plan which precision each
-selection asks for, and the miss mode, which sees what is resident, which precision serves it. Array
-code that runs in compiled programs on JAX's arrays, for prefill and decode, and on NumPy's in
-replays.
+Array code that runs in compiled programs on JAX's arrays, and on NumPy's in replays.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """lm-eval's benchmarks on an engine: one call, one JSON-able record with intervals.
 
-Owns what is asked of lm-eval and what is kept of its answer. Scores and standard errors are
-lm-eval's own; intervals are this room's.
+Scores and standard errors are lm-eval's own; intervals are this room's.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """One decode setting beside native experts at the same budget: what it costs and what it loses.
 
-Owns the figures of a setting and the rows that are decoded. Settings are measured one after the
-other, so that one pool is on the device at a time, and they decode the same forced tokens, so that
-a speedup is a ratio within a row. Logits are the same bits at every budget, so native decode at any
-budget is the reference.
+Settings are measured one after the other, so that one pool is on the device at a time, and they
+decode the same forced tokens, so that a speedup is a ratio within a row. Logits are the same bits
+at every budget, so native decode at any budget is the reference.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """How long this process has spent compiling, so that a rate can be told without it.
 
-Owns the listener on JAX's own events: tracing, lowering and compiling, each with its beginning and
-end. They nest (a program within a program), so what counts is the time that any of them covers.
+JAX's events nest (a program within a program), so what counts is the time that any of them covers.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """Decode as one compiled program that leaves only when an expert is missing.
 
-Owns the program: a loop over layers (and tokens) that attends, routes, assigns precisions, looks
-the slots up on the device, runs the experts from the banks and samples. It ends after `count`
-tokens, or in the layer whose experts are not all resident; the ones that are have run by then. The
-host
-loads the others and enters again: the program runs them and goes on. So a layer may take any number
-of entries and never needs more slots at a time than one.
+A loop over layers (and tokens) attends, routes, assigns precisions, looks the slots up on the
+device, runs the experts from the banks and samples. It ends after `count` tokens, or in the layer
+whose experts are not all resident; the ones that are have run by then. The host loads the others
+and enters again: the program runs them and goes on. So a layer may take any number of entries and
+never needs more slots at a time than one.
 
 A selection's result depends neither on the entry in which it ran nor on what ran beside it, and the
 K results of a token are summed last, so the tokens are the same bits for every pool.
@@ -25,18 +24,50 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hobbit_jax.cache.miss_modes import MissMode
+from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.selection import Selections, rows_of_layer, select
 from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.inference.decode_report import LOG_FIELDS, log_entry, pack
-from hobbit_jax.inference.layer_groups import LayerGroups
 from hobbit_jax.inference.sampling import Sampling, sample
 from hobbit_jax.models import sharding
 from hobbit_jax.models.caches import Caches, empty_caches
 from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.layer import LayerKinds, States, attend_and_route
 from hobbit_jax.models.modules import EmbeddingAndHead
+from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import Bank, Biases, BiasStacks, Signature, Work
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """Which bank each precision of each layer's experts lives in; None where a precision has no
+    bank.
+    """
+
+    signatures: tuple[tuple[Signature | None, ...], ...]  # by kind and precision
+    kind_L: tuple[int, ...]
+    implementations: tuple[tuple[Signature, str], ...]  # how each bank's experts are computed
+
+    @classmethod
+    def of(cls, pool: SlotPool, implementation: Implementation) -> LayerGroups:
+        """Of the banks that `pool` has, up to the highest precision that has one."""
+        store, config = pool.store, pool.store.config
+        used = [
+            precision
+            for precision, layers in enumerate(store.precisions)
+            if any(experts.signature in pool.banks for experts in layers)
+        ]
+        by_layer = []
+        for layer in range(config.n_layers):
+            signatures = (
+                store.layer(precision, layer).signature
+                for precision in range(max(used, default=0) + 1)
+            )
+            by_layer.append(tuple(s if s in pool.banks else None for s in signatures))
+        kinds = tuple(dict.fromkeys(by_layer))
+        implementations = tuple((s, store.backend(s, implementation)) for s in pool.banks)
+        return cls(kinds, tuple(kinds.index(kind) for kind in by_layer), implementations)
 
 
 @dataclass(frozen=True)
@@ -175,8 +206,8 @@ def group(
 ) -> list[Work]:
     """Per precision, items of up to `width` wanted assignments of one expert each.
 
-    The host does the same for prefill (`moe.Grouped`). Which rows an expert's items have depends on
-    its own assignments alone.
+    `host_compute.items` does the same for prefill. Which rows an expert's items have depends on its
+    own assignments alone.
     """
     n_assignments = len(expert_A)
     assignment_A = jnp.arange(n_assignments, dtype=jnp.int32)
@@ -449,10 +480,9 @@ def _decode(
         may_go_on, lambda loop: finish_layer(_attend(spec, weights, held_UE, loop)), loop
     )
     ahead_P2A = _look_ahead(spec, weights, held_UE, loop)
-    packed = pack(
-        loop.step, layer_of(config, loop.carry.block)[0], loop.blocked, loop.finite, loop.logged,
-        loop.tokens_NB, ahead_P2A, loop.log_IAf,
-    )  # fmt: skip
+    layer, _ = layer_of(config, loop.carry.block)
+    numbers = (loop.step, layer, loop.blocked, loop.finite, loop.logged)
+    packed = pack(numbers, loop.tokens_NB, ahead_P2A, loop.log_IAf)
     return loop.carry, packed, loop.logits_BV
 
 

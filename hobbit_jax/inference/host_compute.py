@@ -1,16 +1,14 @@
 """Experts computed on the CPU, from the blocks in the file's map, whatever the device is.
 
-Owns the way there and back: the rows that chose these experts go to the CPU, the same expert op
-runs on them there, and its outputs return as data. Nothing is copied into a pool. With ggml's
-products the op reads the map itself; XLA unpacks a few experts at a time. A row's result depends on
-its expert and the width of an item alone, as on the device, so on a CPU both give the same bits.
+The rows that chose these experts go to the CPU, the same expert op runs on them there, and its
+outputs return as data. A row's result depends on its expert and the width of an item alone, as on
+the device, so on a CPU both give the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -29,28 +27,10 @@ from pallas_kernels.reference import Bank, Biases, BiasStacks, Signature, Work
 MAX_UNPACKED = 8
 
 
-@dataclass(frozen=True)
-class HostOutputs:
-    """One layer's outputs of experts that the CPU computes meanwhile; H is a power of two.
-
-    Attributes:
-        assignment_H: t * K + k of each row, int32; T * K for padding.
-        y_HD: the expert's output times the routing weight, float32, on the CPU.
-        what: whose, for messages.
-    """
-
-    assignment_H: np.ndarray
-    y_HD: jax.Array
-    what: str
-
-    def wait(self) -> tuple[np.ndarray, np.ndarray]:
-        """The assignments and outputs, when they are computed.
-
-        Raises:
-            RuntimeError: the computation failed.
-        """
-        with _named(self.what):
-            return self.assignment_H, np.asarray(self.y_HD)
+# A layer's outputs of experts that the CPU computes meanwhile; H is a power of two. The call waits
+# for them: t * K + k of each row (int32; T * K for padding), and the expert's output times the
+# routing weight (float32). It raises a RuntimeError if the computation failed.
+HostOutputs = Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 @contextmanager
@@ -164,7 +144,12 @@ class HostCompute:
                     local_TD, row_H, y_HD, weight_H, bank, work, signature, chosen, function, biases
                 )
             assert y_HD is not None
-        return HostOutputs(assignment_H, y_HD, what)
+
+        def wait() -> tuple[np.ndarray, np.ndarray]:
+            with _named(what):
+                return assignment_H, np.asarray(y_HD)
+
+        return wait
 
     def _calls(self, raws, rows, widths):
         """The calls of the op: bank, work, signature and implementation of each."""

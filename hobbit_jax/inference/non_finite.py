@@ -1,8 +1,4 @@
-"""Where logits that are not finite come from.
-
-Owns the search: the same tokens once more, layer by layer, with a look at the residual stream after
-each part. It runs only after such logits were seen, so a run that is well pays nothing for it.
-"""
+"""Where logits that are not finite come from: the same tokens once more, after they were seen."""
 
 from __future__ import annotations
 
@@ -45,9 +41,7 @@ def describe(
                 embeds = part == "embedding"
                 places.append("the token embedding" if embeds else f"the {part} of layer {layer}")
 
-        _, caches = prefill.append(
-            caches, part_BT, done_B, n_new_B, 0, lambda routed, selections: None, look
-        )
+        _, caches = prefill.append(caches, part_BT, done_B, n_new_B, 0, look)
         if places:
             break
     place = places[0] if places else "the output norm or the output matrix"

@@ -1,9 +1,8 @@
 """Many tokens at once: prompts and scored text, layer by layer under the host's eye.
 
-Owns the walk over layers for a chunk of tokens. A chunk may choose more experts of a layer than the
-pool has slots, so each layer's choice comes to the host, which groups it by expert and runs it in
-rounds (`moe.py`). While they run, what the next layer's router makes of the stream as it is now
-goes up, so that copies and computation overlap across layers too.
+A chunk may choose more experts of a layer than the pool has slots, so each layer's choice comes to
+the host, which runs it in batches (`moe.py`). Meanwhile what the next layer's router makes of the
+stream as it is now goes up, so that copies and computation overlap across layers too.
 """
 
 from __future__ import annotations
@@ -139,6 +138,12 @@ class Prefill:
         row_A = (layer * self.model.config.n_experts + ids_TK.reshape(-1)).astype(np.int32)
         return Biases(*self.biases, row_A) if self.biases else None
 
+    def _tell(self, routed: RouterOutput, selections: Selections) -> None:
+        controller = self.pool.controller
+        controller.count_selections(selections.requested_TK, selections.served_TK)
+        for observer in controller.routing_observers():
+            observer.after_routing(routed)
+
     def append(
         self,
         caches: Caches,
@@ -146,8 +151,7 @@ class Prefill:
         lengths_B: np.ndarray,
         n_new_B: np.ndarray,
         token: int,
-        watch: Callable[[RouterOutput, Selections], None],
-        inspect: Inspect = lambda part, layer, x_BTD: None,
+        inspect: Inspect | None = None,
     ) -> tuple[jax.Array, Caches]:
         """Appends the first `n_new_B` tokens of each row to sequences of `lengths_B`.
 
@@ -157,9 +161,8 @@ class Prefill:
             lengths_B: tokens of each sequence so far.
             n_new_B: the others are padding.
             token: of the policies' `Step`.
-            watch: called with each layer's routing and with its selections as NumPy arrays.
             inspect: called with the residual stream after each part of the model, during the call
-                alone.
+                alone; with it, observers are told nothing.
 
         Returns:
             Residual stream [B, T, D] after the last layer, and the caches.
@@ -172,7 +175,8 @@ class Prefill:
         positions_BT = np.where(valid_BT, lengths_B[:, None] + offsets_BT, context)
         positions_BT = positions_BT.astype(np.int32)
         x_BTD = _embed(*nnx.split(model.ends), np.asarray(ids_BT, np.int32))
-        inspect("embedding", 0, x_BTD)
+        look = inspect or (lambda part, layer, x_BTD: None)
+        look("embedding", 0, x_BTD)
         kinds, layer = model.layers.kinds, 0
         # What the CPU computes need not go up.
         uploads = not (self.pool.holds_all or self.mode.computes)
@@ -188,18 +192,17 @@ class Prefill:
                 np.int32(min(layer, model.config.n_layers - 1)), self.plan, self.pool.held_UE,
                 x_BTD, positions_BT, caches,
             )  # fmt: skip
-            inspect("attention", number, x_BTD)
+            look("attention", number, x_BTD)
             if selections is None:
                 continue
             fields, chosen_pE = jax.device_get((selections, chosen_pE))
-            on_host, valid_T = Selections(*fields), valid_BT.reshape(-1)
-            watch(
-                RouterOutput(
-                    layer, on_host.ids_TK, on_host.weights_TK, valid_T, h_TD,
+            on_host = Selections(*fields)
+            if inspect is None:
+                routed = RouterOutput(
+                    layer, on_host.ids_TK, on_host.weights_TK, valid_BT.reshape(-1), h_TD,
                     x_BTD.reshape(h_TD.shape),
-                ),
-                on_host,
-            )  # fmt: skip
+                )  # fmt: skip
+                self._tell(routed, on_host)
             # In the order in which the next layer will ask for them.
             chosen = [] if chosen_pE is None else np.argwhere(chosen_pE).tolist()
             upcoming = [ExpertKey(precision, layer + 1, expert) for precision, expert in chosen]
@@ -212,6 +215,6 @@ class Prefill:
                 kinds, kinds.kind_N[number], model.layers.states,
                 np.int32(kinds.index_N[number]), x_BTD, y_AD,
             )  # fmt: skip
-            inspect("experts", number, x_BTD)
+            look("experts", number, x_BTD)
             layer += 1
         return x_BTD, caches

@@ -1,7 +1,4 @@
-"""Who is evicted: one file per idea, all behind `interface.Policy`.
-
-Owns the names by which scripts and configs ask for a policy.
-"""
+"""Who is evicted: one file per idea, behind `interface.Policy`, and the names to ask for them."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
 """HOBBIT's multidimensional cache: recency, frequency, high-precision use, layer distance.
 
-Owns the four terms and their sum. Called through `interface.Policy`. Source: Tang et al., "HOBBIT:
-a mixed precision expert offloading system for fast MoE inference", arXiv 2411.01433, section 3.4,
-equation 3. Relative to the layer that is running an expert has the priority
+Source: Tang et al., "HOBBIT: a mixed precision expert offloading system for fast MoE inference",
+arXiv 2411.01433, section 3.4, equation 3. Relative to the layer that is running an expert has the
+priority
 
     w1 R / T + w2 F / T + w3 H / T + w4 (1 - D / L),
 
 with R the token of its last use, F and H its uses and its uses at high precision, T the tokens so
-far, D the layers until its turn and L all layers; R, F, H begin anew with every sequence. High- and
-low-precision experts have caches, so policies, of their own. The paper chooses the weights on a
-calibration set and does not give them.
+far, D the layers until its turn and L all layers; R, F, H begin anew with every sequence. The paper
+chooses the weights on a calibration set and does not give them.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
 """NextUse: what followed the last time the model was in a state like this one.
 
-This module owns the policy: which expert is where in the arrays of `next_use_memory.py`, and who is
-evicted. Our own. As Belady's algorithm does, it evicts the expert whose next use is farthest, with
-an estimate in place of the future. Routing repeats itself far more than recency and frequency can
-tell: the same token in the same phrase chooses nearly the same experts, and so do the tokens after
-it. The logarithm of the tokens until the next use is taken as the mean over four recollections, two
-of this layer and one each of the two layers before it. Each is looked up in a table by how alike
-the remembered state was, how soon the expert was used after it, and how often it is used at all.
-The tables are learned while running: an expert is watched from each step on, and what it turns out
-to do is averaged in.
+Our own. As Belady's algorithm does, it evicts the expert whose next use is farthest, with an
+estimate in place of the future: the same token in the same phrase chooses nearly the same experts,
+and so do the tokens after it. The logarithm of the tokens until the next use is taken as the mean
+over four recollections, two of this layer and one each of the two layers before it. Each is looked
+up in a table by how alike the remembered state was, how soon the expert was used after it, and how
+often it is used at all. The tables are learned while running: an expert is watched from each step
+on, and what it turns out to do is averaged in.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """What `next_use.py` remembers and estimates, as arrays under compiled code.
 
-This module owns the past choices of every layer, the search for states like the present one, the
-record of how soon each expert was used after a remembered token, and the learned tables from which
-a next use is estimated. Layers and experts are rows and columns here, in the order in which the
-policy first saw them. Memory is bounded: about 60 bytes and one for each expert, for each of the
-last `MEMORY` tokens of a layer.
+Layers and experts are rows and columns here, in the order in which the policy first saw them.
+Memory is bounded: about 60 bytes and one for each expert, for each of the last `MEMORY` tokens of a
+layer.
 """
 
 from __future__ import annotations

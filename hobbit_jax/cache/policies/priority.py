@@ -1,8 +1,6 @@
 """Policies whose every key has one number, and the lowest goes.
 
-Owns the heap behind them: `decayed_lfu`, `pinned_static` and `belady` say what the number is,
-`hobbit` keeps such tables by layer. Outdated entries stay in the heap until they surface or
-outnumber the others.
+Owns the heap behind them. Outdated entries stay in it until they surface or outnumber the others.
 """
 
 from __future__ import annotations
