@@ -10,8 +10,7 @@ from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, Hybrid, Use
 from hobbit_jax.cache.policies import POLICIES, Step, policy_factory
 from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.cache.trace import RoutingRecorder, read_trace
-from hobbit_jax.experts import low_precision
-from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.experts.store import NATIVE, ExpertKey
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.loading import load_model
 
@@ -24,15 +23,6 @@ MODES = {**MISS_MODES, "hybrid": Hybrid(link_to_host=1.0)}
 @pytest.fixture(scope="module")
 def model(two_banks_path):
     return load_model(two_banks_path)
-
-
-@pytest.fixture(scope="module")
-def store(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("low")
-    low = low_precision.open_low_precision(
-        model.file, model.config, low_precision.LowPrecisionSpec("Q2_K"), folder
-    )
-    return HostExperts(model.config, model.file, [low])
 
 
 class Recorder(Observer):

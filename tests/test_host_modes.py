@@ -13,7 +13,6 @@ from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.miss_modes import LOW, Action, Host, Hybrid, Use
 from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.cache.warm_start import load_all
-from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -23,19 +22,6 @@ from hobbit_jax.models.loading import load_model
 PROMPTS, CONTEXT, CHUNK = [[5, 200, 17, 17, 99], [3], [101, 42, 7, 250, 11]], 24, 15
 RULE = PromotionRule(after_uses=2, per_token=1)
 STEPS = 5
-
-
-@pytest.fixture(scope="module")
-def model(two_banks_path):
-    return load_model(two_banks_path, "xla")
-
-
-@pytest.fixture(scope="module")
-def store(model, tmp_path_factory):
-    spec = low_precision.LowPrecisionSpec("Q2_K")
-    folder = tmp_path_factory.mktemp("low")
-    low = low_precision.open_low_precision(model.file, model.config, spec, folder)
-    return HostExperts(model.config, model.file, [low])
 
 
 def engine_of(model, store, mode, share: float, devices: int = 1) -> Engine:

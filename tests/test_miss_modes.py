@@ -9,11 +9,9 @@ from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, miss_mode
 from hobbit_jax.cache.pool_sizing import BankDemand, divide_precisions
 from hobbit_jax.cache.promotion import PromotionRule
-from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.models.loading import load_model
 from pallas_kernels.reference import Signature
 
 PROMPTS, CONTEXT, CHUNK = [[5, 200, 17, 17, 99], [3], [101, 42, 7, 250, 11]], 24, 15
@@ -54,22 +52,6 @@ def test_what_serves_a_selection():
                 assert served_TK.tolist() == [[asked] * 4], (name, asked)
     with pytest.raises(ValueError, match="want one of fetch, use_low_if_resident"):
         miss_mode("fast")
-
-
-@pytest.fixture(scope="module")
-def model(two_banks_path):
-    return load_model(two_banks_path, "xla")
-
-
-@pytest.fixture(scope="module")
-def store(model, tmp_path_factory):
-    low = low_precision.open_low_precision(
-        model.file,
-        model.config,
-        low_precision.LowPrecisionSpec("Q2_K"),
-        tmp_path_factory.mktemp("precisions"),
-    )
-    return HostExperts(model.config, model.file, [low])
 
 
 def decode(engine) -> np.ndarray:

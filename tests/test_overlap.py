@@ -24,15 +24,9 @@ from hobbit_jax.cache.prefetch import Prefetcher, PrefetchRule
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.config import layer_tensors
-from hobbit_jax.models.loading import load_model
 
 PROMPT, NEW_TOKENS, CHUNK = [5, 200, 17, 17, 99, 3, 250, 11], 8, 8
 LAYERS_AHEAD = 2
-
-
-@pytest.fixture(scope="module")
-def model(two_banks_path):
-    return load_model(two_banks_path, "xla")
 
 
 @pytest.fixture(scope="module")

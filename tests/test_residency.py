@@ -19,33 +19,15 @@ from hobbit_jax.cache.policies import LRU
 from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import low_share, pool_slots
 from hobbit_jax.cache.promotion import PromotionRule
-from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.selection import RouterOutput
 from hobbit_jax.cache.warm_start import WarmStart
-from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import uniform_plan
-from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.experts.store import NATIVE, ExpertKey
 from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.models.loading import load_model
 from pallas_kernels.reference import Signature
 
 RULE = PromotionRule(after_uses=2, per_token=2)
-
-
-@pytest.fixture(scope="module")
-def model(two_banks_path):
-    return load_model(two_banks_path, "xla")
-
-
-@pytest.fixture(scope="module")
-def store(model, tmp_path_factory):
-    low = low_precision.open_low_precision(
-        model.file,
-        model.config,
-        low_precision.LowPrecisionSpec("Q2_K"),
-        tmp_path_factory.mktemp("precisions"),
-    )
-    return HostExperts(model.config, model.file, [low])
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,13 @@ _FUNCTIONS = {
 }
 
 
-def _library_path() -> Path:
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The library with its functions declared, in the names and types of llama.h.
+
+    Raises:
+        NotImplementedError: the wheel is not installed, or is another build than `VERSION`.
+    """
     spec = importlib.util.find_spec("xllamacpp")
     how = "pip install -c constraints.txt -e '.[llama-cpp]'"
     if spec is None or spec.origin is None:
@@ -111,17 +117,7 @@ def _library_path() -> Path:
         raise NotImplementedError(
             f"llama.cpp's structures are known for xllamacpp {VERSION}, installed is {found}: {how}"
         )
-    return Path(spec.origin).parent / "xllamacpp.abi3.so"
-
-
-@functools.cache
-def load_library() -> ctypes.CDLL:
-    """The library with its functions declared, in the names and types of llama.h.
-
-    Raises:
-        NotImplementedError: the wheel is not installed, or is another build than `VERSION`.
-    """
-    library = ctypes.CDLL(str(_library_path()))
+    library = ctypes.CDLL(str(Path(spec.origin).parent / "xllamacpp.abi3.so"))
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

@@ -19,7 +19,7 @@ from hobbit_jax.cache.counter import Replay
 from hobbit_jax.cache.counts import Counts
 from hobbit_jax.cache.miss_modes import miss_mode
 from hobbit_jax.cache.pool_sizing import CANDIDATE_SHARES, pool_slots
-from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.selection import RouterOutput
 from hobbit_jax.cache.warm_start import Executor
 from pallas_kernels.reference import Signature
 

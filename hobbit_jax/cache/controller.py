@@ -19,8 +19,7 @@ import numpy as np
 from hobbit_jax.cache.counts import Counts
 from hobbit_jax.cache.miss_modes import FETCH, Action, MissMode, Use
 from hobbit_jax.cache.policies import Policy, PolicyFactory, Step
-from hobbit_jax.cache.router_output import RouterOutput
-from hobbit_jax.cache.selection import Selections
+from hobbit_jax.cache.selection import RouterOutput, Selections
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.models.sharding import owner

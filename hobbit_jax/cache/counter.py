@@ -19,8 +19,7 @@ from hobbit_jax.cache.controller import BankLayout, Controller, Observer, uses_o
 from hobbit_jax.cache.counts import Counts
 from hobbit_jax.cache.miss_modes import FETCH
 from hobbit_jax.cache.policies import Step
-from hobbit_jax.cache.router_output import RouterOutput
-from hobbit_jax.cache.selection import Selections, select
+from hobbit_jax.cache.selection import RouterOutput, Selections, select
 from hobbit_jax.cache.trace import Trace
 from hobbit_jax.cache.warm_start import Executor
 from hobbit_jax.experts.precision import SKIPPED, StaticPlan

@@ -4,7 +4,8 @@ for machines whose device is the CPU, where a copy costs next to nothing."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,15 @@ Raw = tuple[np.ndarray, ...]
 # An expert on its way: the call gives its arrays when all of its bytes have arrived, or raises a
 # RuntimeError if the copy failed.
 Upload = Callable[[], tuple[Any, ...]]
+
+
+@contextmanager
+def failing(what: str) -> Iterator[None]:
+    """Says what it is that failed, by a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{what} failed: {error}") from error
 
 
 def in_place(raw: Raw) -> Upload:

@@ -11,8 +11,8 @@ what is resident, and every result, is the same with them and without.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from hobbit_jax.cache.controller import Bank as Slots
 from hobbit_jax.cache.controller import Controller, Decision
 from hobbit_jax.cache.device_banks import DeviceBanks, Layout
-from hobbit_jax.cache.link import Link, Upload, in_place
+from hobbit_jax.cache.link import Link, Upload, failing, in_place
 from hobbit_jax.cache.warm_start import Executor
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from hobbit_jax.models.sharding import (
@@ -37,16 +37,9 @@ from pallas_kernels.backends import Implementation
 from pallas_kernels.reference import Bank, Signature
 
 
-@contextmanager
-def _named(key: ExpertKey, device: Any) -> Iterator[None]:
-    """Says whose upload failed."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"the upload of expert {key.expert} of layer {key.layer}, precision {key.precision}, "
-            f"to {device or 'the device'} failed: {error}"
-        ) from error
+def _uploading(key: ExpertKey, device: Any) -> AbstractContextManager[None]:
+    where = f"expert {key.expert} of layer {key.layer}, precision {key.precision}"
+    return failing(f"the upload of {where}, to {device or 'the device'}")
 
 
 @partial(jax.jit, static_argnums=1)
@@ -290,14 +283,14 @@ class SlotPool(Executor):
         raw, part = self.store.raw(key), self._part(key)
         if part.is_mapped(self.store.signature(key)):
             return in_place(raw)
-        with _named(key, part.device):
+        with _uploading(key, part.device):
             upload = self.link.send(raw, part.device)
         self.counts.bytes_moved += self.store.expert_bytes(key)
         return upload
 
     def _fetch(self, key: ExpertKey, keep: frozenset[ExpertKey], upload: Upload) -> None:
         part, began_s = self._part(key), self.link.clock()
-        with _named(key, part.device):
+        with _uploading(key, part.device):
             raw = upload()
         self.counts.link_wait_s += self.link.clock() - began_s
         # On a CPU an upload is the map itself, read only when the slot is written.
@@ -371,6 +364,6 @@ class SlotPool(Executor):
         residents = part.residents(bank.signature)
         part.renew(bank)
         for key in residents:
-            with _named(key, part.device):
+            with _uploading(key, part.device):
                 raw = self._send(key)()
             part.put(key, raw, None)

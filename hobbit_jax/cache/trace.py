@@ -15,7 +15,7 @@ import numpy as np
 
 from hobbit_jax.atomic import replacing
 from hobbit_jax.cache.controller import Observer
-from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.selection import RouterOutput
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from hobbit_jax.evals.logit_comparison import compare_logits, summarize
 from hobbit_jax.evals.measure import Clock, Measurement
 from hobbit_jax.evals.process_memory import PeakWatch
 from hobbit_jax.evals.quality import cut_windows
-from hobbit_jax.inference.compile_clock import COMPILE_CLOCK
+from hobbit_jax.inference.compile_clock import compile_seconds
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.loading import LoadedModel
 from hobbit_jax.statistics import spread
@@ -74,7 +74,7 @@ def decode(
         clock: of the turns.
     """
     gc.collect()  # the pool of the setting before, if anything refers to itself
-    memory, compiled_s = PeakWatch(os.getpid()), COMPILE_CLOCK.seconds
+    memory, compiled_s = PeakWatch(os.getpid()), compile_seconds()
     try:
         engine = make_engine()
         measurement, logits = measure_engine(engine, ids_RS, prompt_tokens, clock)
@@ -83,7 +83,7 @@ def decode(
     figures = {
         **measurement.figures(),
         **pool_figures(engine),
-        "compile_s": COMPILE_CLOCK.seconds - compiled_s,
+        "compile_s": compile_seconds() - compiled_s,
         "own_memory_peak_bytes": peak and peak.anonymous,
     }
     return Decoded(measurement, logits, figures)

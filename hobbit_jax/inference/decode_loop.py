@@ -295,7 +295,7 @@ def _run_experts(
     held_UE: jax.Array,
     loop: _Loop,
 ) -> _Loop:
-    """Runs what is resident and due; ends the layer if that was all of it.
+    """Runs what is resident and due.
 
     Of several devices each runs what is in its own banks, by its own `table_UE`; `held_UE` says
     what is in anyone's.
@@ -313,35 +313,32 @@ def _run_experts(
     n_precisions, width = len(experts.signatures[0]), item_width(batch, k, config.n_experts)
     work_t = group(ids_A, served_A, slot_A, due_A, config.n_experts, n_precisions, width)
 
-    biases = None
+    biases, weight_A = None, carry.selections.weights_TK.reshape(-1)
     if weights.biases:
         biases = Biases(*weights.biases, layer * config.n_experts + ids_A)
+    implementations = dict(experts.implementations)
 
-    def branch(signatures: tuple[Signature | None, ...]) -> Callable[[jax.Array], jax.Array]:
-        def run(y_AD: jax.Array) -> jax.Array:
-            for signature, work in zip(signatures, work_t, strict=True):
-                if signature is not None:
-                    y_AD = expert_ffn(
-                        carry.h_BD,
-                        y_AD,
-                        carry.selections.weights_TK.reshape(-1),
-                        banks[signature],
-                        signature,
-                        work,
-                        dict(experts.implementations)[signature],
-                        config.expert_function,
-                        biases,
-                    )
-            return y_AD
-
-        return run
+    def run(signatures: tuple[Signature | None, ...], y_AD: jax.Array) -> jax.Array:
+        for signature, work in zip(signatures, work_t, strict=True):
+            if signature is not None:
+                y_AD = expert_ffn(
+                    carry.h_BD, y_AD, weight_A, banks[signature], signature, work,
+                    implementations[signature], config.expert_function, biases,
+                )  # fmt: skip
+        return y_AD
 
     kind = jnp.asarray(experts.kind_L, jnp.int32)[layer]
-    y_AD = jax.lax.switch(kind, [branch(s) for s in experts.signatures], carry.y_AD)
-    done_A = carry.done_A | ready_A
-    complete = carry.routed & jnp.all(done_A)
-    total_AD = sharding.sum_of_parts(y_AD, spec.mesh)
-    sum_BD = jnp.sum(total_AD.reshape(batch, k, -1), axis=1)
+    branches = [functools.partial(run, signatures) for signatures in experts.signatures]
+    y_AD = jax.lax.switch(kind, branches, carry.y_AD)
+    return loop._replace(carry=carry._replace(y_AD=y_AD, done_A=carry.done_A | ready_A))
+
+
+def _end_layer(spec: LoopSpec, weights: Weights, loop: _Loop) -> _Loop:
+    """Adds the outputs to the stream if all of a layer's have run; else it is blocked."""
+    carry, config = loop.carry, spec.config
+    complete = carry.routed & jnp.all(carry.done_A)
+    total_AD = sharding.sum_of_parts(carry.y_AD, spec.mesh)
+    sum_BD = jnp.sum(total_AD.reshape(len(carry.x_BD), -1, config.d_model), axis=1)
     if any(block.d_beside for block in config.blocks):
         at = spec.layers.at(weights.layers, jnp.minimum(carry.block, config.n_blocks - 1))
         x_BD = jax.lax.cond(
@@ -351,14 +348,10 @@ def _run_experts(
         )
     else:
         x_BD = jnp.where(complete, carry.x_BD + sum_BD, carry.x_BD)
-    carry = carry._replace(
-        block=carry.block + complete.astype(jnp.int32),
-        routed=carry.routed & ~complete,
-        x_BD=x_BD,
-        done_A=done_A,
-        y_AD=y_AD,
+    block, routed = carry.block + complete.astype(jnp.int32), carry.routed & ~complete
+    return loop._replace(
+        carry=carry._replace(block=block, routed=routed, x_BD=x_BD), blocked=routed
     )
-    return loop._replace(carry=carry, blocked=carry.routed)
 
 
 def _look_ahead(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -> jax.Array:
@@ -393,44 +386,30 @@ def _look_ahead(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loo
 def _end_token(spec: LoopSpec, weights: Weights, inputs: Inputs, loop: _Loop) -> _Loop:
     """After the last layer: logits, the next token, and its embedding as the new stream."""
 
-    def end(loop: _Loop):
+    def end(loop: _Loop) -> _Loop:
         ends = nnx.merge(spec.ends, weights.ends)
         logits_BV = ends.logits(loop.carry.x_BD)
         key = jax.random.fold_in(inputs.key, inputs.drawn + loop.step)
         ids_B = sample(logits_BV, key, spec.sampling)
         finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
         stopped_B = jnp.any(ids_B[:, None] == inputs.stop_ids[None, :], axis=1)
-        return (
-            logits_BV,
-            ends.embed(ids_B),
-            loop.tokens_NB.at[loop.step].set(ids_B),
-            loop.lengths_B + loop.active_B.astype(jnp.int32),
-            loop.active_B & ~stopped_B,
-            loop.finite & jnp.all(finite_B | ~loop.active_B),
-            loop.step + 1,
-            jnp.zeros_like(loop.carry.block),
+        block = jnp.zeros_like(loop.carry.block)
+        return loop._replace(
+            carry=loop.carry._replace(block=block, x_BD=ends.embed(ids_B)),
+            step=loop.step + 1,
+            active_B=loop.active_B & ~stopped_B,
+            lengths_B=loop.lengths_B + loop.active_B.astype(jnp.int32),
+            finite=loop.finite & jnp.all(finite_B | ~loop.active_B),
+            tokens_NB=loop.tokens_NB.at[loop.step].set(ids_B),
+            logits_BV=logits_BV,
         )
 
-    def go_on(loop: _Loop):
-        carry = loop.carry
-        same = loop.logits_BV, carry.x_BD, loop.tokens_NB, loop.lengths_B, loop.active_B
-        return *same, loop.finite, loop.step, carry.block
-
-    # Without the caches, which a conditional would copy.
-    small = loop._replace(carry=loop.carry._replace(caches=None), log_IAf=None)
-    ended = loop.carry.block == spec.config.n_blocks
-    logits_BV, x_BD, tokens_NB, lengths_B, active_B, finite, step, block = jax.lax.cond(
-        ended, end, go_on, small
-    )
-    return loop._replace(
-        carry=loop.carry._replace(x_BD=x_BD, block=block),
-        step=step,
-        lengths_B=lengths_B,
-        active_B=active_B,
-        finite=finite,
-        tokens_NB=tokens_NB,
-        logits_BV=logits_BV,
-    )
+    # Without what a conditional would only copy.
+    nothing: Any = dict.fromkeys(set(Carry._fields) - {"block", "x_BD"})
+    small = loop._replace(carry=loop.carry._replace(**nothing), log_IAf=None)
+    ended = jax.lax.cond(loop.carry.block == spec.config.n_blocks, end, lambda same: same, small)
+    carry = loop.carry._replace(block=ended.carry.block, x_BD=ended.carry.x_BD)
+    return ended._replace(carry=carry, log_IAf=loop.log_IAf)
 
 
 def _decode(
@@ -467,7 +446,7 @@ def _decode(
 
     def finish_layer(loop: _Loop) -> _Loop:
         loop = _run_experts(spec, weights, banks, table_UE, held_UE, loop)
-        return _end_token(spec, weights, inputs, loop)
+        return _end_token(spec, weights, inputs, _end_layer(spec, weights, loop))
 
     def may_go_on(loop: _Loop) -> jax.Array:
         # A token that was begun is ended, also when no sequence is left.

@@ -24,11 +24,10 @@ from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import ADAPTIVE, pool_slots
 from hobbit_jax.cache.prefetch import Prefetcher
-from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.selection import RouterOutput
 from hobbit_jax.experts.precision import SKIPPED, uniform_plan
 from hobbit_jax.experts.store import ExpertKey, HostExperts
-from hobbit_jax.inference import non_finite
-from hobbit_jax.inference.compile_clock import COMPILE_CLOCK
+from hobbit_jax.inference.compile_clock import compile_seconds
 from hobbit_jax.inference.decode_loop import (
     Carry,
     Inputs,
@@ -43,7 +42,7 @@ from hobbit_jax.inference.decode_loop import (
 from hobbit_jax.inference.decode_report import Report
 from hobbit_jax.inference.host_compute import HostCompute, HostOutputs
 from hobbit_jax.inference.moe import by_expert
-from hobbit_jax.inference.prefill import Prefill, chunks, logits
+from hobbit_jax.inference.prefill import Prefill, chunks, describe_non_finite, finite_BT, logits
 from hobbit_jax.inference.sampling import Sampling, sample, seed_key
 from hobbit_jax.models.caches import empty_caches
 from hobbit_jax.models.loading import LoadedModel
@@ -214,7 +213,7 @@ class Engine:
         caches = empty_caches(self.config, len(self._ids), longest, self.cache.kv_format)
         caches = replicated(caches, self._mesh)
         chunk_tokens = self.cache.chunk_tokens
-        raise ValueError(non_finite.describe(self._prefill, caches, self._ids, chunk_tokens))
+        raise ValueError(describe_non_finite(self._prefill, caches, self._ids, chunk_tokens))
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> jax.Array:
         """Appends one prompt per sequence, in chunks; float32 logits [B, V] of each last token."""
@@ -231,7 +230,7 @@ class Engine:
             ended_B = (n_new_B > 0)[:, None]
             logits_BV = new_BV if logits_BV is None else jnp.where(ended_B, new_BV, logits_BV)
         assert logits_BV is not None
-        self._check_finite(np.asarray(non_finite.finite_BT(logits_BV)).all())
+        self._check_finite(np.asarray(finite_BT(logits_BV)).all())
         return logits_BV
 
     def score(self, ids_BT: np.ndarray) -> jax.Array:
@@ -242,7 +241,7 @@ class Engine:
         for part_BT, n_new_B, _ in chunks(ids_BT.tolist(), self.cache.chunk_tokens):
             x_BTD = self._append(part_BT, n_new_B)
             parts.append(self._logits(x_BTD, None)[:, : n_new_B[0]])
-            self._check_finite(np.asarray(non_finite.finite_BT(parts[-1])).all())
+            self._check_finite(np.asarray(finite_BT(parts[-1])).all())
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def decode(self, ids_B: np.ndarray, active_B: np.ndarray | None = None) -> jax.Array:
@@ -404,12 +403,12 @@ class Engine:
         self.start(len(prompts), needed if context is None else context)
         self._key = replicated(seed_key(sampling.seed), self._mesh)
         active_B = np.ones(len(prompts), bool)
-        began_s, compiled_s = time.perf_counter(), COMPILE_CLOCK.seconds
+        began_s, compiled_s = time.perf_counter(), compile_seconds()
         logits_BV, fed = self.prefill(prompts), sum(map(len, prompts))
         ids_B = np.asarray(sample(logits_BV, jax.random.fold_in(self._key, 0), sampling))
         rows_NB, drawn = ids_B[None], 1
         while True:
-            seconds, compile_s = time.perf_counter() - began_s, COMPILE_CLOCK.seconds - compiled_s
+            seconds, compile_s = time.perf_counter() - began_s, compile_seconds() - compiled_s
             cost = StepStats(seconds, compile_s, fed)
             for ids_B in rows_NB:
                 active_B = active_B & ~np.isin(ids_B, list(stop_ids))
@@ -419,7 +418,7 @@ class Engine:
                 cost = StepStats()
             if drawn == max_new_tokens:
                 return
-            began_s, compiled_s = time.perf_counter(), COMPILE_CLOCK.seconds
+            began_s, compiled_s = time.perf_counter(), compile_seconds()
             count = min(tokens_per_call, max_new_tokens - drawn)
             before = self.counts.tokens
             rows_NB, _ = self._decode(

@@ -7,8 +7,7 @@ the device, so on a CPU both give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hobbit_jax.cache.link import failing
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn
@@ -31,15 +31,6 @@ MAX_UNPACKED = 8
 # for them: t * K + k of each row (int32; T * K for padding), and the expert's output times the
 # routing weight (float32). It raises a RuntimeError if the computation failed.
 HostOutputs = Callable[[], tuple[np.ndarray, np.ndarray]]
-
-
-@contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Says whose computation failed."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(f"computing {what} on the CPU failed: {error}") from error
 
 
 @partial(jax.jit, static_argnums=1)
@@ -135,8 +126,8 @@ class HostCompute:
         local_TD = h_TD.addressable_data(0)  # of several devices each has all
         function = self._store.config.expert_function
         biases = self._biases_of(keys, assignments, padding)
-        what = f"{len(keys)} experts of layer {keys[0].layer}"
-        with _named(what), jax.default_device(self._device):
+        what = f"computing {len(keys)} experts of layer {keys[0].layer} on the CPU"
+        with failing(what), jax.default_device(self._device):
             local_TD, y_HD = jax.device_put(local_TD, self._device), None
             row_H = np.minimum(assignment_H, count - 1) // k
             for bank, work, signature, chosen in self._calls(raws, rows, widths):
@@ -146,7 +137,7 @@ class HostCompute:
             assert y_HD is not None
 
         def wait() -> tuple[np.ndarray, np.ndarray]:
-            with _named(what):
+            with failing(what):
                 return assignment_H, np.asarray(y_HD)
 
         return wait

@@ -20,8 +20,7 @@ from flax import nnx
 from hobbit_jax.cache.miss_modes import MissMode
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.pool import SlotPool
-from hobbit_jax.cache.router_output import RouterOutput
-from hobbit_jax.cache.selection import Selections, rows_of_layer, select
+from hobbit_jax.cache.selection import RouterOutput, Selections, rows_of_layer, select
 from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.experts.store import ExpertKey
 from hobbit_jax.inference.host_compute import HostCompute
@@ -218,3 +217,42 @@ class Prefill:
             look("experts", number, x_BTD)
             layer += 1
         return x_BTD, caches
+
+
+@jax.jit
+def finite_BT(x_BTD: jax.Array) -> jax.Array:
+    """Whether all numbers of each token are finite."""
+    return jnp.all(jnp.isfinite(x_BTD), axis=-1)
+
+
+def describe_non_finite(
+    prefill: Prefill, caches: Caches, ids: Sequence[Sequence[int]], chunk_tokens: int
+) -> str:
+    """One line that names the part of the model where NaN or infinity began.
+
+    The token is not named: attention multiplies what is masked by 0, and so hands NaN to all tokens
+    of a chunk.
+
+    Args:
+        prefill: runs the layers.
+        caches: zeros, with room for the tokens; donated.
+        ids: each sequence's tokens.
+        chunk_tokens: of all sequences together, that are run at a time.
+    """
+    places: list[str] = []  # that have any, in the order in which the model runs
+    for part_BT, n_new_B, done_B in chunks(ids, chunk_tokens):
+        valid_BT = np.arange(part_BT.shape[1]) < n_new_B[:, None]
+
+        def look(part: Part, layer: int, x_BTD: jax.Array, valid_BT=valid_BT) -> None:
+            if not np.asarray(finite_BT(x_BTD))[valid_BT].all():
+                embeds = part == "embedding"
+                places.append("the token embedding" if embeds else f"the {part} of layer {layer}")
+
+        _, caches = prefill.append(caches, part_BT, done_B, n_new_B, 0, look)
+        if places:
+            break
+    place = places[0] if places else "the output norm or the output matrix"
+    return (
+        f"the logits are not finite: NaN or infinity begins in {place}; the weights there are "
+        "damaged, or their products overflow: compare the file with its publisher's checksum"
+    )
