@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,8 @@ def _feed_errors_forward(target_KN: Array, hessian_KK: np.ndarray, quant: KQuant
     # Row i of the upper factor of H⁻¹, over its diagonal, says how column i's error is made good.
     # With H's columns and rows reversed, H = L·Lᵀ; L⁻¹, reversed again, is that factor.
     lower_KK = scipy.linalg.cholesky(hessian_KK[::-1, ::-1], lower=True, check_finite=False)
-    inverse_KK, _ = scipy.linalg.lapack.dtrtri(lower_KK, lower=1, overwrite_c=1)
+    lapack: Any = scipy.linalg.lapack  # its functions are not in its types
+    inverse_KK, _ = lapack.dtrtri(lower_KK, lower=1, overwrite_c=1)
     upper_KK = jnp.asarray(inverse_KK[::-1, ::-1], jnp.float32)
     importance_GW = block_importance_GW(np.diagonal(hessian_KK), BLOCK_LEN)
     moved_KN, blocks = target_KN, []
