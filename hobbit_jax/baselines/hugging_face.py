@@ -76,15 +76,12 @@ def _attention(config: ModelConfig) -> GroupedQuery:
     return next(a for a in attentions if isinstance(a, GroupedQuery))
 
 
-def empty_model(
-    config: ModelConfig, kernel: str = "sdpa", experts: str | None = None
-) -> HuggingFaceModel:
+def empty_model(config: ModelConfig, kernel: str = "sdpa") -> HuggingFaceModel:
     """The module without weights (on PyTorch's meta device), in float32.
 
     Args:
         config: of the file.
         kernel: of attention, transformers' `attn_implementation`.
-        experts: its `experts_implementation`; None is its own choice.
 
     Raises:
         NotImplementedError: an architecture without a module here.
@@ -107,7 +104,6 @@ def empty_model(
         "num_experts_per_tok": config.experts_per_token,
         "tie_word_embeddings": config.tied_head,
         "attn_implementation": kernel,
-        "experts_implementation": experts,
         "pad_token_id": None,
         # Each class heeds the names that it knows.
         "intermediate_size": config.d_expert,
@@ -264,14 +260,13 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     attention: str = "sdpa",
-    experts: str | None = None,
 ) -> HuggingFaceModel:
     """The whole model on `device`; arguments as of `empty_model` and `dense_weights`.
 
     Raises:
         RuntimeError: a place of the module got no weight, or one of another shape.
     """
-    model = empty_model(config, attention, experts)
+    model = empty_model(config, attention)
     fill(model, dense_weights(config, tensor), dtype, device)
     for layer in range(config.n_layers):
         to = f"model.layers.{layer}.mlp."

@@ -52,21 +52,19 @@ class LayerGroups:
     @classmethod
     def of(cls, pool: SlotPool, implementation: Implementation) -> LayerGroups:
         """Of the banks that `pool` has, up to the highest precision that has one."""
-        store, config = pool.store, pool.store.config
+        store, banks = pool.store, pool.banks
         used = [
             precision
             for precision, layers in enumerate(store.precisions)
-            if any(experts.signature in pool.banks for experts in layers)
+            if any(experts.signature in banks for experts in layers)
         ]
-        by_layer = []
-        for layer in range(config.n_layers):
-            signatures = (
-                store.layer(precision, layer).signature
-                for precision in range(max(used, default=0) + 1)
-            )
-            by_layer.append(tuple(s if s in pool.banks else None for s in signatures))
+        precisions = store.precisions[: 1 + max(used, default=0)]
+        by_layer = [
+            tuple(e.signature if e.signature in banks else None for e in layer)
+            for layer in zip(*precisions, strict=True)
+        ]
         kinds = tuple(dict.fromkeys(by_layer))
-        implementations = tuple((s, store.backend(s, implementation)) for s in pool.banks)
+        implementations = tuple((s, store.backend(s, implementation)) for s in banks)
         return cls(kinds, tuple(kinds.index(kind) for kind in by_layer), implementations)
 
 
