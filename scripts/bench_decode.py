@@ -31,7 +31,7 @@ from hobbit_jax.cache.miss_modes import MISS_MODES
 from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, low_share
 from hobbit_jax.engine_flags import ALL, EngineOptions, budget_mib, engine_flags
-from hobbit_jax.evals.decode_bench import decode, token_rows
+from hobbit_jax.evals.engine_program import decode, token_rows
 from hobbit_jax.models.presets import PRESETS
 from hobbit_jax.quantize import FORMATS
 from hobbit_jax.record import Benchmark, Record, machine, measured, read_records, write_record
