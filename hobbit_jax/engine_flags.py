@@ -22,7 +22,7 @@ from hobbit_jax.cache.bandwidth import read_bandwidths
 from hobbit_jax.cache.config import MAX_RESIDENT_LIFT, CacheConfig
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, Host, MissMode
 from hobbit_jax.cache.policies import DEFAULT_POLICY, POLICIES
-from hobbit_jax.cache.pool import SlotPool, make_pool
+from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare, low_share
 from hobbit_jax.cache.prefetch import PredictorName, PrefetchRule
 from hobbit_jax.cache.trace import RoutingRecorder
@@ -130,7 +130,7 @@ class EngineOptions:
         return [open_low_precision(model.file, model.config, spec, low_precision_folder())]
 
     def make_engine(
-        self, model: LoadedModel, executor: Callable[..., SlotPool] = make_pool
+        self, model: LoadedModel, executor: Callable[..., SlotPool] = SlotPool
     ) -> Engine:
         """An engine on `model`; low-precision experts are made first, once.
 
@@ -161,7 +161,7 @@ class EngineOptions:
         """
         if engine.pool.holds_all:
             load_all(engine.pool, self._precision)
-            engine.pool.reset_stats()
+            engine.counts.take()
 
     @contextmanager
     def recorded_routing(self, engine: Engine) -> Iterator[None]:

@@ -28,10 +28,10 @@ from tqdm import tqdm
 from hobbit_jax import cli
 from hobbit_jax.cache.link import ProcessorTime, ThrottledLink
 from hobbit_jax.cache.miss_modes import MISS_MODES
-from hobbit_jax.cache.pool import make_pool
+from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, low_share
 from hobbit_jax.engine_flags import ALL, EngineOptions, budget_mib, engine_flags
-from hobbit_jax.evals.decode_bench import decode, token_rows
+from hobbit_jax.evals.engine_program import decode, token_rows
 from hobbit_jax.models.presets import PRESETS
 from hobbit_jax.quantize import FORMATS
 from hobbit_jax.record import Benchmark, Record, machine, measured, read_records, write_record
@@ -132,11 +132,11 @@ def main(_) -> int:
     for asked, options in tqdm(list(settings(given)), unit="setting", leave=False, disable=None):
         if asked["setting"] == NATIVE:  # of this budget
             native = None
-        executor, clock = make_pool, time.perf_counter
+        executor, clock = SlotPool, time.perf_counter
         if _LINK_GB_S.value is not None:
             clock = ProcessorTime()
             link = ThrottledLink(_LINK_GB_S.value, _LATENCY_US, clock)
-            executor = functools.partial(make_pool, link=link)
+            executor = functools.partial(SlotPool, link=link)
         try:
             make_engine = functools.partial(options.make_engine, model, executor)
             found = decode(make_engine, ids_RS, sizes[0], clock)

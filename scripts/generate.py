@@ -23,9 +23,8 @@ from absl import flags
 
 from hobbit_jax import cli, prompt_flags
 from hobbit_jax.engine_flags import engine_flags
-from hobbit_jax.inference.engine import Engine
+from hobbit_jax.inference.engine import Engine, StepStats
 from hobbit_jax.inference.sampling import MAX_SEED, MAX_TEMPERATURE, Sampling
-from hobbit_jax.inference.step_stats import StepStats
 
 ENGINE = engine_flags(
     "model", "implementation", "devices", "budget_mib", "policy", "miss_mode", "link_to_host",
@@ -63,13 +62,13 @@ def rate(steps: list[StepStats]) -> float | None:
 def report(engine: Engine, steps: list[StepStats]) -> dict[str, Any]:
     """What the pool and the program did. The first step is the prefill's; dense bytes are each
     device's."""
-    pool, stats = engine.pool, engine.stats
+    pool, counts = engine.pool, engine.counts
     return {
-        "hit rate": pool.stats.hit_rate,
-        "bytes moved": pool.stats.bytes_moved,
-        **({"bytes computed": pool.stats.host_bytes} if engine.mode.computes else {}),
-        "host round trips per token": stats.host_round_trips / max(stats.decoded_tokens, 1),
-        "demoted selections": stats.degraded / max(stats.selections, 1),
+        "hit rate": counts.hit_rate,
+        "bytes moved": counts.bytes_moved,
+        **({"bytes computed": counts.bytes_computed} if engine.mode.computes else {}),
+        "host round trips per token": counts.host_round_trips / max(counts.tokens, 1),
+        "demoted selections": counts.demoted / max(counts.selections, 1),
         "pool bytes": pool.device_bytes,
         "pool budget bytes": pool.budget_bytes,
         "dense bytes": engine.model.dense_device_bytes,

@@ -79,6 +79,25 @@ def two_banks_path(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def model(two_banks_path):
+    """That file's dense part, for XLA."""
+    from hobbit_jax.models.loading import load_model  # after the settings above
+
+    return load_model(two_banks_path, "xla")
+
+
+@pytest.fixture(scope="module")
+def store(model, tmp_path_factory):
+    """The model's experts, natively and in Q2_K."""
+    from hobbit_jax.experts import low_precision
+    from hobbit_jax.experts.store import HostExperts
+
+    spec, folder = low_precision.LowPrecisionSpec("Q2_K"), tmp_path_factory.mktemp("low")
+    low = low_precision.open_low_precision(model.file, model.config, spec, folder)
+    return HostExperts(model.config, model.file, [low])
+
+
 @pytest.fixture
 def workdir(tmp_path, two_banks_path) -> Iterator[Path]:
     """For the launchers: a working directory to be made, beside their trials' inputs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hobbit_jax.cache.link import DirectLink, Link, ThrottledLink, Upload
+from hobbit_jax.cache.link import Link, ThrottledLink, Upload
 from hobbit_jax.experts.store import HostExperts
 
 
@@ -36,7 +36,7 @@ class Recorded:
     """Another link, and what it was asked for in turn; an upload may be made to fail."""
 
     store: HostExperts
-    link: Link = field(default_factory=DirectLink)
+    link: Link = field(default_factory=Link)
     events: list = field(default_factory=list)  # ("send" or "fetch", (precision, layer, expert))
     sent_bytes: int = 0
     fails: tuple[str, int] | None = None  # "wait" or "send", and after how many of them
@@ -60,18 +60,13 @@ class Recorded:
         expert = self._expert_of(raw)
         self._note("send", expert)
         self.sent_bytes += sum(part.nbytes for part in raw)
-        return _Recorded(self, expert, self.link.send(raw, device))
+        upload = self.link.send(raw, device)
 
+        def wait():
+            self._note("fetch", expert)
+            return upload()
 
-@dataclass
-class _Recorded:
-    record: Recorded
-    expert: tuple[int, int, int]
-    upload: Upload
-
-    def wait(self):
-        self.record._note("fetch", self.expert)
-        return self.upload.wait()
+        return wait
 
 
 def throttled(store, gb_s: float) -> tuple[Recorded, Clock]:

@@ -3,7 +3,9 @@
 import jax
 import numpy as np
 
+from hobbit_jax.cache.controller import Observer
 from hobbit_jax.cache.device_banks import ABSENT
+from hobbit_jax.cache.promotion import Promotion
 from hobbit_jax.experts.store import ExpertKey
 from hobbit_jax.models.sharding import owner
 from pallas_kernels.formats import get_format
@@ -55,3 +57,31 @@ def check_device(part, policies, store) -> None:
         for slot, key in by_slot.items():
             for raw_S, wanted in zip(raws_S, store.raw(key), strict=True):
                 np.testing.assert_array_equal(raw_S[slot], wanted, strict=True)
+
+
+class UsesByExpert(Observer):
+    """Hits and misses of each copy, as a controller decided them."""
+
+    def attach(self, controller):
+        self.hits, self.misses = np.zeros((2, *controller.layout.shape_pLE), np.int64)
+
+    def after_step(self, decision):
+        for use in decision.uses:
+            (self.misses if use.key in decision.misses else self.hits)[use.key] += 1
+
+
+class StandIn:
+    """Of a controller: who is resident, and who goes for whom."""
+
+    def __init__(self, resident, evicted):
+        self.resident, self.evicted_for = resident, evicted.get
+
+    def __contains__(self, key):
+        return key in self.resident
+
+
+def promotion_of(rule, resident, evicted=()) -> Promotion:
+    """A promotion that is told by hand."""
+    promotion = Promotion(rule)
+    promotion.attach(StandIn(resident, dict(evicted)))
+    return promotion

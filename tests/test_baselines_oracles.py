@@ -20,10 +20,9 @@ from families import FAMILIES
 
 from hobbit_jax import reference
 from hobbit_jax.baselines import llama_cpp_api
-from hobbit_jax.baselines.child import Child
+from hobbit_jax.baselines.child import Child, SideSpec
 from hobbit_jax.baselines.comparison import BASELINES, Request, compare_model
 from hobbit_jax.baselines.llama import layers_on_cpu
-from hobbit_jax.baselines.side import SideSpec
 from hobbit_jax.engine_flags import EngineOptions
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine

@@ -10,8 +10,7 @@ from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, Hybrid, Use
 from hobbit_jax.cache.policies import POLICIES, Step, policy_factory
 from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.cache.trace import RoutingRecorder, read_trace
-from hobbit_jax.experts import low_precision
-from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.experts.store import NATIVE, ExpertKey
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.loading import load_model
 
@@ -24,15 +23,6 @@ MODES = {**MISS_MODES, "hybrid": Hybrid(link_to_host=1.0)}
 @pytest.fixture(scope="module")
 def model(two_banks_path):
     return load_model(two_banks_path)
-
-
-@pytest.fixture(scope="module")
-def store(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("low")
-    low = low_precision.open_low_precision(
-        model.file, model.config, low_precision.LowPrecisionSpec("Q2_K"), folder
-    )
-    return HostExperts(model.config, model.file, [low])
 
 
 class Recorder(Observer):
@@ -96,12 +86,12 @@ def test_a_replay_makes_the_decisions_of_the_run(model, store, mode, devices):
         assert len(replayed_events) == len(events) > TOKENS
         for live, counted in zip(events, replayed_events, strict=True):
             assert live == counted, policy
-        tally, stats = replayed.tally, engine.pool.stats
-        assert (tally.bytes_moved, tally.computed, tally.host_bytes) == (
-            stats.bytes_moved, stats.computed, stats.host_bytes,
+        counted, stats = replayed.counts, engine.counts
+        assert (counted.bytes_moved, counted.computed, counted.bytes_computed) == (
+            stats.bytes_moved, stats.computed, stats.bytes_computed,
         )  # fmt: skip
-        assert (tally.computed > 0) == MODES[mode].computes
-        assert replayed.tally.round_trips == engine.stats.host_round_trips
+        assert (counted.computed > 0) == MODES[mode].computes
+        assert counted.host_round_trips == stats.host_round_trips
         assert set(replayed.controller.resident()) == engine.pool.resident()
 
 

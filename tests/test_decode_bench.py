@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hobbit_jax.engine_flags import EngineOptions
-from hobbit_jax.evals.decode_bench import Decoded, decode, token_rows
+from hobbit_jax.evals.engine_program import Decoded, decode, token_rows
 from hobbit_jax.evals.measure import Measurement, Turn
 from hobbit_jax.record import read_records
 

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from pool_invariants import UsesByExpert
 
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, OnRouting
@@ -71,16 +72,15 @@ def run(engine: Engine) -> list[np.ndarray]:
     for step in range(NEW_TOKENS):
         active_B = np.asarray([True, step != 1, True])  # one sequence pauses
         results.append(np.asarray(engine.decode(np.asarray([9, 8, 7]) + step, active_B))[active_B])
-    engine.pool.reset_stats()
-    engine.reset_stats()
+    engine.counts.take()
     steps = list(engine.generate(PROMPTS, NEW_TOKENS))
     results.append(np.stack([ids_B for ids_B, _ in steps]))
     decoded = len(PROMPTS) * (NEW_TOKENS - 1)
-    assert engine.stats.decoded_tokens == decoded
+    assert engine.counts.tokens == decoded
     assert sum(cost.tokens for _, cost in steps) == sum(map(len, PROMPTS)) + decoded
     uses = (sum(map(len, PROMPTS)) + decoded) * engine.config.n_layers
-    assert engine.stats.selections == uses * engine.config.experts_per_token
-    assert engine.stats.degraded == engine.stats.skipped == 0
+    assert engine.counts.selections == uses * engine.config.experts_per_token
+    assert engine.counts.demoted == engine.counts.skipped == 0
     return [np.asarray(result) for result in results]
 
 
@@ -98,14 +98,14 @@ def test_the_budget_changes_no_bit(model, store, name):
     roomy = Engine(model, store, CacheConfig(plan=plan, chunk_tokens=CHUNK))
     results = run(roomy)
     assert all(np.isfinite(result).all() for result in results)
-    assert roomy.pool.stats.misses.sum() == 0 and roomy.pool.device_bytes == everything
-    assert roomy.stats.host_round_trips == 0
+    assert roomy.counts.misses == 0 and roomy.pool.device_bytes == everything
+    assert roomy.counts.host_round_trips == 0
     for budget in [least, (least + everything) // 2] if name == "native" else [least]:
         tight = Engine(model, store, CacheConfig(budget, plan=plan, chunk_tokens=CHUNK))
         for got, result in zip(run(tight), results, strict=True):
             np.testing.assert_array_equal(got, result, strict=True)
-        assert tight.pool.stats.misses.sum() > 0 and tight.pool.device_bytes <= budget
-        assert tight.stats.host_round_trips > 0
+        assert tight.counts.misses > 0 and tight.pool.device_bytes <= budget
+        assert tight.counts.host_round_trips > 0
 
 
 @pytest.mark.parametrize("tokens_per_call", [pytest.param(1, marks=pytest.mark.slow), 4])
@@ -115,14 +115,14 @@ def test_the_host_is_asked_once_a_call(model, store, transfers, tokens_per_call)
     for budget in (None, store.precision_bytes(0) // 2):
         engine = Engine(model, store, CacheConfig(budget, chunk_tokens=CHUNK))
         list(engine.generate(PROMPTS, new_tokens, tokens_per_call=tokens_per_call))  # fills
-        engine.reset_stats()
+        engine.counts.take()
         steps = engine.generate(PROMPTS, new_tokens, tokens_per_call=tokens_per_call)
         rows = [next(steps)[0]]  # the prefill, which does ask
         transfers[0] = 0
         rows += [ids_B for ids_B, _ in steps]
         calls = (new_tokens - 1) // tokens_per_call
-        assert transfers[0] == calls + engine.stats.host_round_trips
-        assert (engine.stats.host_round_trips > 0) == (budget is not None)
+        assert transfers[0] == calls + engine.counts.host_round_trips
+        assert (engine.counts.host_round_trips > 0) == (budget is not None)
         results.append(np.stack(rows).tolist())
         if tokens_per_call > 1:
             one_by_one = engine.generate(PROMPTS, new_tokens)
@@ -171,12 +171,11 @@ def test_router_weight_plan_asks_for_the_tier_of_each_weight(model, store):
     """Counted from what the router said; padding asks for nothing."""
     seen = []
     plan = router_weight_plan(0.4, 0.3)
-    engine = Engine(
-        model, store, CacheConfig(plan=plan, chunk_tokens=CHUNK), observers=[OnRouting(seen.append)]
-    )
+    cache, counted = CacheConfig(plan=plan, chunk_tokens=CHUNK), UsesByExpert()
+    engine = Engine(model, store, cache, observers=[OnRouting(seen.append), counted])
     engine.start(len(PROMPTS), CONTEXT)
     engine.prefill(PROMPTS)
-    uses = np.zeros_like(engine.pool.stats.hits)
+    uses = np.zeros_like(counted.hits)
     for routed in seen:
         rows = zip(routed.ids_TK[routed.valid_T], routed.weights_TK[routed.valid_T], strict=True)
         choices = [choice for ids, weights in rows for choice in zip(ids, weights, strict=True)]
@@ -188,7 +187,8 @@ def test_router_weight_plan_asks_for_the_tier_of_each_weight(model, store):
         map(len, PROMPTS)
     )
     assert uses[0].any() and uses[LOW].any()
-    np.testing.assert_array_equal(engine.pool.stats.hits + engine.pool.stats.misses, uses)
+    np.testing.assert_array_equal(counted.hits + counted.misses, uses)
+    assert engine.counts.uses == uses.sum()
 
 
 def greedy(engine, prompts, stop_ids=(), **options) -> list[list[int]]:

@@ -53,9 +53,9 @@ def wanted(engine):
 @pytest.fixture(scope="module")
 def uploads(engine, wanted):
     """Of a run with a warm pool."""
-    engine.pool.reset_stats()
+    engine.counts.take()
     assert tokens(engine) == wanted
-    return int(engine.pool.stats.misses.sum())
+    return int(engine.counts.misses)
 
 
 def _failing(function, after: int, error: BaseException, also_runs: bool):

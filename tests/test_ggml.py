@@ -10,8 +10,7 @@ from conftest import NEEDS_LLAMA_CPP
 from gguf_oracle import dequantize
 
 from hobbit_jax import reference
-from hobbit_jax.baselines.child import Child
-from hobbit_jax.baselines.side import SideSpec
+from hobbit_jax.baselines.child import Child, SideSpec
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -247,7 +246,7 @@ def test_neither_threads_nor_budget_nor_context_change_a_bit(model, ids_T):
             logits = [engine.prefill([ids_T.tolist()])]
             logits += [engine.decode(ids_T[i : i + 1]) for i in range(4)]
             results.append(np.concatenate(logits))
-            assert engine.pool.stats.bytes_moved == 0 or budget is not None
+            assert engine.counts.bytes_moved == 0 or budget is not None
     finally:
         TABLE[THREADS] = before
     assert np.isfinite(results[0]).all()

@@ -13,7 +13,6 @@ from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.miss_modes import LOW, Action, Host, Hybrid, Use
 from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.cache.warm_start import load_all
-from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -23,19 +22,6 @@ from hobbit_jax.models.loading import load_model
 PROMPTS, CONTEXT, CHUNK = [[5, 200, 17, 17, 99], [3], [101, 42, 7, 250, 11]], 24, 15
 RULE = PromotionRule(after_uses=2, per_token=1)
 STEPS = 5
-
-
-@pytest.fixture(scope="module")
-def model(two_banks_path):
-    return load_model(two_banks_path, "xla")
-
-
-@pytest.fixture(scope="module")
-def store(model, tmp_path_factory):
-    spec = low_precision.LowPrecisionSpec("Q2_K")
-    folder = tmp_path_factory.mktemp("low")
-    low = low_precision.open_low_precision(model.file, model.config, spec, folder)
-    return HostExperts(model.config, model.file, [low])
 
 
 def engine_of(model, store, mode, share: float, devices: int = 1) -> Engine:
@@ -74,10 +60,10 @@ def test_the_cpu_computes_the_bits_of_the_device(model, store, resident, mode, s
     engine = engine_of(model, store, mode, share)
     engine.start(len(PROMPTS), CONTEXT)
     engine.prefill(PROMPTS)
-    prompt = engine.pool.reset_stats()
+    prompt = engine.counts.take()
     assert prompt.computed > 0 and (prompt.bytes_moved > 0) == (share > 0)
     np.testing.assert_array_equal(decode(engine), resident)
-    assert engine.pool.stats.host_bytes > 0
+    assert engine.counts.bytes_computed > 0
     check_invariants(engine.pool, store)
 
 
@@ -85,7 +71,7 @@ def test_the_cpu_computes_the_bits_of_the_device(model, store, resident, mode, s
 def test_four_devices_share_one_cpu(model, store, resident):
     engine = engine_of(model, store, "hybrid", 0.5, devices=4)
     np.testing.assert_array_equal(decode(engine), resident)
-    assert engine.pool.stats.computed > 0 and engine.pool.stats.bytes_moved > 0
+    assert engine.counts.computed > 0 and engine.counts.bytes_moved > 0
     check_invariants(engine.pool, store)
 
 
@@ -104,7 +90,7 @@ def test_low_copies_on_the_cpu_are_the_low_precision(model, store):
     np.testing.assert_array_equal(decode(engine_of(model, store, "host_low", 0.0)), wanted)
     engine = engine_of(model, store, "host_low", 0.5)
     decode(engine)
-    assert 0 < engine.stats.degraded < engine.stats.selections
+    assert 0 < engine.counts.demoted < engine.counts.selections
     assert {key.precision for key in engine.pool.resident()} == {NATIVE}
 
 
@@ -114,9 +100,9 @@ def test_only_promotion_gives_a_slot_in_decode(model, store):
     engine.start(1, CONTEXT)
     for number, token in enumerate(np.random.default_rng(3).integers(0, 256, 16), 1):
         engine.decode(np.asarray([token]))
-        assert engine.pool.stats.bytes_moved <= number * store.largest_expert_bytes
-    stats = engine.pool.stats
-    assert stats.bytes_moved > 0 and stats.computed == stats.misses.sum() > 16
+        assert engine.counts.bytes_moved <= number * store.largest_expert_bytes
+    stats = engine.counts
+    assert stats.bytes_moved > 0 and stats.computed == stats.misses > 16
 
 
 def test_who_is_fetched_and_who_is_computed():
@@ -176,7 +162,7 @@ def test_the_router_prefers_what_is_resident(two_banks_path, model, store, resid
         )
         engine = Engine(model, store, cache)
         decode(engine)
-        misses.append(int(engine.pool.stats.misses.sum()))
+        misses.append(int(engine.counts.misses))
     assert misses[1] < misses[0]
     with pytest.raises(ValueError, match=r"resident_lift is -1; want 0 to 50"):
         CacheConfig(resident_lift=-1)

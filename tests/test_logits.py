@@ -17,6 +17,7 @@ import pytest
 import tiny_models
 from conftest import REPOSITORY
 from marks import slow_unless
+from pool_invariants import UsesByExpert
 
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.experts.store import HostExperts
@@ -119,12 +120,13 @@ def test_score(loaded, name, rounds, chunk_tokens):
     n_experts = loaded[name].config.n_experts
     slots = max(1, n_experts // rounds)
     engine = engine_for(loaded[name], slots, chunk_tokens=chunk_tokens)
+    engine.controller.observe(counted := UsesByExpert())
     assert_close(engine.score(ids_T[None])[0], wanted_TV, f"{name} cold")
     # Every expert is chosen (make_goldens.py prints how often), so each is fetched.
-    cold = engine.pool.reset_stats()
-    assert (cold.misses > 0).all()
+    assert (counted.misses > 0).all()
+    counted.misses[:] = 0
     assert_close(engine.score(ids_T[None])[0], wanted_TV, f"{name} warm")
-    assert engine.pool.stats.misses.any() == (slots < n_experts)
+    assert counted.misses.any() == (slots < n_experts)
 
 
 @pytest.mark.parametrize("name", [slow_unless(name == "qwen35moe", name) for name in NAMES])

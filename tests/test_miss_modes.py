@@ -3,17 +3,15 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from pool_invariants import check_invariants
+from pool_invariants import check_invariants, promotion_of
 
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES, miss_mode
 from hobbit_jax.cache.pool_sizing import BankDemand, divide_precisions
-from hobbit_jax.cache.promotion import Promoter, PromotionRule
-from hobbit_jax.experts import low_precision
+from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.models.loading import load_model
 from pallas_kernels.reference import Signature
 
 PROMPTS, CONTEXT, CHUNK = [[5, 200, 17, 17, 99], [3], [101, 42, 7, 250, 11]], 24, 15
@@ -54,22 +52,6 @@ def test_what_serves_a_selection():
                 assert served_TK.tolist() == [[asked] * 4], (name, asked)
     with pytest.raises(ValueError, match="want one of fetch, use_low_if_resident"):
         miss_mode("fast")
-
-
-@pytest.fixture(scope="module")
-def model(two_banks_path):
-    return load_model(two_banks_path, "xla")
-
-
-@pytest.fixture(scope="module")
-def store(model, tmp_path_factory):
-    low = low_precision.open_low_precision(
-        model.file,
-        model.config,
-        low_precision.LowPrecisionSpec("Q2_K"),
-        tmp_path_factory.mktemp("precisions"),
-    )
-    return HostExperts(model.config, model.file, [low])
 
 
 def decode(engine) -> np.ndarray:
@@ -114,15 +96,15 @@ def test_a_mode_is_deterministic_and_counted(model, store, native, mode):
     for _ in range(2):
         engine = engine_of(model, store, mode, 0.5)
         logits = decode(engine)
-        runs.append((logits, engine.stats, engine.pool.resident(), engine.pool.stats.bytes_moved))
+        runs.append((logits, engine.counts, engine.pool.resident(), engine.counts.bytes_moved))
     assert np.array_equal(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:]
     stats, resident = runs[0][1], runs[0][2]
-    assert 0 < stats.degraded < stats.selections
+    assert 0 < stats.demoted < stats.selections
     assert (stats.skipped > 0) == (mode == "hobbit")
     difference = np.abs(runs[0][0] - native).max(axis=(1, 2))
     assert difference.max() > 0.01  # degraded it is
     if mode == "floor":
-        assert stats.host_round_trips == 0 and engine.pool.stats.misses.sum() == 0
+        assert stats.host_round_trips == 0 and engine.counts.misses == 0
         assert all(key._replace(precision=LOW) in resident for key in resident)
         assert any(key.precision == NATIVE for key in resident)  # promoted
     else:
@@ -142,15 +124,15 @@ def test_low_copies_that_no_plan_asks_for_change_nothing(model, store, native):
     np.testing.assert_array_equal(decode(plain), native)
     np.testing.assert_array_equal(decode(both), native)
     assert both.pool.resident() == plain.pool.resident() and both.pool.slots == plain.pool.slots
-    assert both.pool.stats.bytes_moved == plain.pool.stats.bytes_moved
-    assert both.stats == plain.stats and both.stats.degraded == 0
+    assert both.counts.bytes_moved == plain.counts.bytes_moved
+    assert both.counts == plain.counts and both.counts.demoted == 0
 
 
 def test_a_mode_under_an_unlimited_budget_degrades_only_until_it_has_promoted(model, store, native):
     """With room for everything, use_low_if_resident never serves low: native came first."""
     engine = Engine(model, store, CacheConfig(mode="use_low_if_resident", chunk_tokens=CHUNK))
     np.testing.assert_array_equal(decode(engine), native)
-    assert engine.stats.degraded == 0
+    assert engine.counts.demoted == 0
 
 
 def test_a_mode_says_what_it_needs(model, store):
@@ -198,15 +180,17 @@ def test_divide_tiers_keeps_the_budget_and_the_share():
 
 
 def test_promotion_takes_the_most_used_and_forgets():
-    promoter = Promoter(PromotionRule(after_uses=2, per_token=1, halving_tokens=4))
-    promoter.note(["a", "b", "b", "c", "c", "c"])
-    assert promoter.pick(1, {"c"}.__contains__) == ["b"]  # c is resident, a was used once
-    assert promoter.pick(1, set().__contains__) == ["c"]
-    promoter.note(["a"])
-    assert promoter.pick(1, set().__contains__) == ["a"]
-    promoter.note(["d", "d", "e"])
-    assert promoter.pick(1, set().__contains__) == []  # halved before it was looked at
-    promoter.note(["d"])
-    assert promoter.pick(1, set().__contains__) == ["d"]
-    promoter.note(["e", "f", "f", "e"])
-    assert promoter.pick(2, set().__contains__) == ["e", "f"]  # as many as tokens allow
+    resident = {"c"}
+    promotion = promotion_of(PromotionRule(after_uses=2, per_token=1, halving_tokens=4), resident)
+    promotion.note(["a", "b", "b", "c", "c", "c"])
+    assert promotion.after_tokens(1) == ["b"]  # c is resident, a was used once
+    resident.clear()
+    assert promotion.after_tokens(1) == ["c"]
+    promotion.note(["a"])
+    assert promotion.after_tokens(1) == ["a"]
+    promotion.note(["d", "d", "e"])
+    assert promotion.after_tokens(1) == []  # halved before it was looked at
+    promotion.note(["d"])
+    assert promotion.after_tokens(1) == ["d"]
+    promotion.note(["e", "f", "f", "e"])
+    assert promotion.after_tokens(2) == ["e", "f"]  # as many as tokens allow

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from links import Recorded
-from pool_invariants import all_keys, check_invariants
+from pool_invariants import UsesByExpert, all_keys, check_invariants
 
 from hobbit_jax.cache.controller import BankLayout, Controller, Use
 from hobbit_jax.cache.policies import Step
@@ -156,27 +156,28 @@ def test_invariants_after_any_requests(store, slots, seed):
         check_invariants(pool, store)
     dropped += pool.prefetched_bytes
     pool.drop_prefetched()
-    stats = pool.reset_stats()
-    assert stats.misses.sum() == misses and stats.hits.sum() == accesses - misses
-    assert stats.bytes_moved == link.sent_bytes and stats.dropped_bytes == dropped
-    assert (stats.ahead_bytes > 0) == (pool.staging_bytes > 0)
+    stats = pool.counts.take()
+    assert stats.misses == misses and stats.hits == accesses - misses
+    assert stats.bytes_moved == link.sent_bytes and stats.bytes_dropped == dropped
+    assert (stats.bytes_ahead > 0) == (pool.staging_bytes > 0)
     # Each upload is waited for once, or given up, or was reserved for a slot that it did not get.
     waits = [expert for what, expert in link.events if what == "fetch"]
     sends = [expert for what, expert in link.events if what == "send"]
     assert not Counter(waits) - Counter(sends)
     assert stats.hit_rate == ((accesses - misses) / accesses if accesses else None)
-    assert pool.stats.hit_rate is None and pool.stats.bytes_moved == 0
+    assert pool.counts.hit_rate is None and pool.counts.bytes_moved == 0
 
 
 def test_stats_say_which_expert(store):
     pool = make_pool(store, (2, 2))
     first, second = ExpertKey(0, 1, 3), ExpertKey(0, 1, 5)
+    pool.controller.observe(counted := UsesByExpert())
     pool.begin(pool.controller.decide(Step(0, 1, 0), [Use(first), Use(second)]))
     pool.load([first, second])
     pool.begin(pool.controller.decide(Step(1, 1, 1), [Use(second)]))
-    assert np.argwhere(pool.stats.misses).tolist() == [[0, 1, 3], [0, 1, 5]]
-    assert np.argwhere(pool.stats.hits).tolist() == [[0, 1, 5]]
-    assert pool.stats.hit_rate == pytest.approx(1 / 3)
+    assert np.argwhere(counted.misses).tolist() == [[0, 1, 3], [0, 1, 5]]
+    assert np.argwhere(counted.hits).tolist() == [[0, 1, 5]]
+    assert pool.counts.hit_rate == pytest.approx(1 / 3)
 
 
 def test_store_hands_out_views_of_the_file(store):

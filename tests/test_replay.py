@@ -98,7 +98,7 @@ def test_a_policy_by_itself_decides_what_the_controller_decides(trace, name, sco
     for replay_ in (alone, watched):
         replay_.play(part.part(0, 100))
         replay_.play(part.part(100, 220))
-    assert alone.tally == watched.tally and alone.tally.misses > 300
+    assert alone.counts == watched.counts and alone.counts.misses > 300
     assert set(alone.controller.resident()) == set(watched.controller.resident())
     assert (alone.counter.resident_pLE == watched.counter.resident_pLE).all()
 

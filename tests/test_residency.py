@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import REPOSITORY, TWO_BANKS
-from pool_invariants import check_invariants
+from pool_invariants import check_invariants, promotion_of
 from tiny_models import write_model
 
 from hobbit_jax.cache.adaptive_split import CapacityTuner, SplitRule
@@ -18,34 +18,16 @@ from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import LRU
 from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import low_share, pool_slots
-from hobbit_jax.cache.promotion import Promoter, PromotionRule
-from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.promotion import PromotionRule
+from hobbit_jax.cache.selection import RouterOutput
 from hobbit_jax.cache.warm_start import WarmStart
-from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import uniform_plan
-from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
+from hobbit_jax.experts.store import NATIVE, ExpertKey
 from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.models.loading import load_model
 from pallas_kernels.reference import Signature
 
 RULE = PromotionRule(after_uses=2, per_token=2)
-
-
-@pytest.fixture(scope="module")
-def model(two_banks_path):
-    return load_model(two_banks_path, "xla")
-
-
-@pytest.fixture(scope="module")
-def store(model, tmp_path_factory):
-    low = low_precision.open_low_precision(
-        model.file,
-        model.config,
-        low_precision.LowPrecisionSpec("Q2_K"),
-        tmp_path_factory.mktemp("precisions"),
-    )
-    return HostExperts(model.config, model.file, [low])
 
 
 @pytest.fixture(scope="module")
@@ -113,17 +95,17 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
         while seen[3 * number : 3 * number + 3]:
             replay.token(seen[3 * number : 3 * number + 3], number)
             number += 1
-        stats, pool = engine.stats, engine.pool
-        assert replay.tally.bytes_moved == pool.stats.bytes_moved
-        assert replay.tally.hits == pool.stats.hits.sum()
-        assert replay.tally.misses == pool.stats.misses.sum()
-        assert replay.tally.selections == stats.selections == (part + 1) * 20 * 3 * 2
-        assert replay.tally.degraded == stats.degraded > 0
-        assert replay.tally.skipped == stats.skipped
+        stats, pool = engine.counts, engine.pool
+        assert replay.counts.bytes_moved == pool.counts.bytes_moved
+        assert replay.counts.hits == pool.counts.hits
+        assert replay.counts.misses == pool.counts.misses
+        assert replay.counts.selections == stats.selections == (part + 1) * 20 * 3 * 2
+        assert replay.counts.demoted == stats.demoted > 0
+        assert replay.counts.skipped == stats.skipped
         assert set(replay.controller.resident()) == pool.resident()
         check_invariants(pool, store)
         if mode == "floor":
-            assert replay.tally.promotions > 0
+            assert replay.counts.promotions > 0
         if mode == "floor" or part == 1:
             break
         slots = division(store, mode, size, 0.2)
@@ -144,7 +126,7 @@ def test_a_pool_divided_anew_keeps_whom_it_can(store):
             precision, layer, expert = rng.integers((2, 3, 8)).tolist()
             pool.load([ExpertKey(precision, layer, expert)])
         slots = divisions[rng.integers(3)]
-        before, moved = pool.resident(), pool.stats.bytes_moved
+        before, moved = pool.resident(), pool.counts.bytes_moved
         same = {s for s in slots if slots[s] == pool.slots[s]}
         pool.resize(slots)
         check_invariants(pool, store)
@@ -154,7 +136,7 @@ def test_a_pool_divided_anew_keeps_whom_it_can(store):
             had = sum(store.signature(key) == signature for key in before)
             assert len(policy) == min(had, slots[signature]), round_
         uploaded = [key for key in pool.resident() if store.signature(key) not in same]
-        assert pool.stats.bytes_moved - moved == sum(map(store.expert_bytes, uploaded))
+        assert pool.counts.bytes_moved - moved == sum(map(store.expert_bytes, uploaded))
     with pytest.raises(ValueError, match=f"the budget is {size}"):
         pool.resize(dict.fromkeys(slots, 24))
     with pytest.raises(ValueError, match="want at least"):
@@ -241,10 +223,10 @@ def test_a_warm_start_changes_no_bit(model, store, uses_LE):
         engine = Engine(model, store, CacheConfig(size, mode="fetch", warm=warm))
         pinned = {key for bank in engine.controller.banks for key in bank.policy.pinned}
         assert bool(pinned) == bool(warm.pin_share)
-        engine.pool.reset_stats()
+        engine.counts.take()
         np.testing.assert_array_equal(decode(engine, 12), logits)
         assert pinned <= engine.pool.resident()
-        assert engine.stats.degraded == 0 and engine.pool.stats.misses.sum() > 0
+        assert engine.counts.demoted == 0 and engine.counts.misses > 0
         check_invariants(engine.pool, store)
 
 
@@ -282,10 +264,10 @@ def test_the_engine_divides_its_pool_anew_and_goes_on(model, store, uses_LE):
         assert not engine.split.history  # it had 35 tokens to go by
         slots, before = dict(engine.pool.slots), engine.pool.resident()
         engine.start(1, 8)
-        (change,) = engine.split.history
-        assert change.tokens == 70 and change.low_share == engine.split.low_share > 0.5
+        ((tokens_before, share),) = engine.split.history
+        assert tokens_before == 70 and share == engine.split.low_share > 0.5
         assert engine.pool.slots != slots
-        wanted = division(store, "use_low_if_resident", engine.pool.budget_bytes, change.low_share)
+        wanted = division(store, "use_low_if_resident", engine.pool.budget_bytes, share)
         assert engine.pool.slots == wanted
         for bank in engine.controller.banks:
             signature, policy = bank.signature, bank.policy
@@ -295,7 +277,7 @@ def test_the_engine_divides_its_pool_anew_and_goes_on(model, store, uses_LE):
         check_invariants(engine.pool, store)
         logits.append(decode(engine, 35, seed=2))
         check_invariants(engine.pool, store)
-        runs.append((np.concatenate(logits), engine.stats, engine.pool.resident()))
+        runs.append((np.concatenate(logits), engine.counts, engine.pool.resident()))
     assert np.array_equal(runs[0][0], runs[1][0]) and runs[0][1:] == runs[1][1:]
     fixed = Engine(model, store, CacheConfig(mode="fetch", low_share="adaptive"))
     assert fixed.split is None
@@ -335,9 +317,9 @@ def moved(division: dict, part: list, mode: str, rule: PromotionRule = RULE) -> 
     replay = Replay(LAYOUT, division, cache_of(mode, rule))
     tallies = []
     for number, layers in enumerate(part):
-        tallies.append(replace(replay.tally))
+        tallies.append(replace(replay.counts))
         replay.token(layers, number)
-    return replay.tally.since(tallies[len(part) // 2]).bytes_moved
+    return (replay.counts - tallies[len(part) // 2]).bytes_moved
 
 
 @pytest.mark.parametrize("mode", ["use_low_if_resident", "fetch_low", "hobbit"])
@@ -395,24 +377,26 @@ def test_no_division_is_judged_while_it_fills():
 
 
 def test_a_newcomer_must_be_used_more_than_whom_it_evicts():
-    resident, residents_uses = {"old"}, 4
+    residents_uses = 4
     for margin, wanted in ((0.0, True), (0.7, True), (1.5, False)):
-        promoter = Promoter(PromotionRule(2, 1, 100, margin), lambda key: "old")
-        promoter.note_served(["old"] * residents_uses)
-        promoter.note(["new"] * 3)
-        assert (promoter.pick(1, resident.__contains__) == ["new"]) == wanted
+        promotion = promotion_of(PromotionRule(2, 1, 100, margin), {"old"}, {"new": "old"})
+        promotion.note_served(["old"] * residents_uses)
+        promotion.note(["new"] * 3)
+        assert (promotion.after_tokens(1) == ["new"]) == wanted
     # It goes on counting, and what has been promoted defends itself with what it has earned.
-    promoter = Promoter(PromotionRule(2, 1, 100, 1.5), lambda key: "old")
-    promoter.note_served(["old"] * residents_uses)
-    promoter.note(["new"] * 7)
-    assert promoter.pick(1, resident.__contains__) == ["new"]
-    promoter = Promoter(promoter.rule, {"old": "new"}.get)
-    promoter.note(["new"] * 7)
-    assert promoter.pick(1, {"old"}.__contains__) == ["new"]  # into a free slot
-    promoter.note(["old"] * 10)
-    assert promoter.pick(1, {"new"}.__contains__) == []
-    promoter.note(["old"])
-    assert promoter.pick(1, {"new"}.__contains__) == ["old"]
+    promotion = promotion_of(PromotionRule(2, 1, 100, 1.5), {"old"}, {"new": "old"})
+    promotion.note_served(["old"] * residents_uses)
+    promotion.note(["new"] * 7)
+    assert promotion.after_tokens(1) == ["new"]
+    resident = {"old"}
+    promotion = promotion_of(promotion.rule, resident, {"old": "new"})
+    promotion.note(["new"] * 7)
+    assert promotion.after_tokens(1) == ["new"]  # into a free slot
+    resident.symmetric_difference_update({"old", "new"})
+    promotion.note(["old"] * 10)
+    assert promotion.after_tokens(1) == []
+    promotion.note(["old"])
+    assert promotion.after_tokens(1) == ["old"]
     with pytest.raises(ValueError, match="margin >= 0"):
         PromotionRule(margin=-1)
 
@@ -429,7 +413,7 @@ def test_two_experts_used_alike_do_not_take_turns():
         replay = Replay(layout, slots, cache_of("floor", rule))
         for at, ids_TK in enumerate(ids):
             replay.token([RouterOutput(0, ids_TK, weight_TK, valid_T)], at)
-        counts[margin] = replay.tally
+        counts[margin] = replay.counts
     # Two at the start: the second was picked before the first had a slot.
     assert counts[0.0].promotions > 10 and counts[1.5].promotions == 2
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from pool_invariants import all_keys, check_invariants
+from pool_invariants import UsesByExpert, all_keys, check_invariants
 from tiny_models import TinyModel, write_model
 
 import hobbit_jax.cache.device_banks as device_banks
@@ -19,7 +19,7 @@ from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, Controller, OnRouting, Use
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import Step, policy_factory
-from hobbit_jax.cache.pool import make_pool
+from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import pool_slots
 from hobbit_jax.cache.promotion import PromotionRule
 from hobbit_jax.experts import low_precision
@@ -203,7 +203,7 @@ def two(two_banks):
 
 def test_two_devices_give_the_bits_of_one(two_banks, two, one_device):
     check_same_bits(two, 2, one_device(two_banks, "native", 3), 3)
-    assert two.stats.host_round_trips > 0
+    assert two.counts.host_round_trips > 0
 
 
 @pytest.mark.slow
@@ -296,12 +296,12 @@ def check_mode(opened, mode, devices, batch, plan, monkeypatch):
         rows = record(engine, monkeypatch)
         results = prefill_and_decode(engine, batch)
         check_pools(engine, devices)
-        moved = engine.pool.stats.bytes_moved
-        runs.append((results, rows, engine.stats, engine.pool.resident(), moved))
+        moved = engine.counts.bytes_moved
+        runs.append((results, rows, engine.counts, engine.pool.resident(), moved))
     for got, again in zip(runs[0][0], runs[1][0], strict=True):
         np.testing.assert_array_equal(got, again, strict=True)
     assert runs[0][1:] == runs[1][1:]
-    assert 0 < engine.stats.degraded < engine.stats.selections
+    assert 0 < engine.counts.demoted < engine.counts.selections
     oracle = engine_of(opened, None, recorded_plan(rows), batch)
     for got, result in zip(prefill_and_decode(oracle, batch), results, strict=True):
         np.testing.assert_array_equal(got, result, strict=True)
@@ -325,7 +325,7 @@ def test_every_miss_mode(two_banks_and_low, mode, devices, monkeypatch):
 def test_the_host_is_asked_once_a_call_and_nothing_is_compiled_again(two, transfers):
     wanted = tokens(two)
     tokens(two)  # from a warm pool
-    two.reset_stats()
+    two.counts.take()
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _, **__: compiled.append(event) if "compile" in event else None
@@ -334,7 +334,7 @@ def test_the_host_is_asked_once_a_call_and_nothing_is_compiled_again(two, transf
     rows = [next(steps)[0]]  # the prefill, which does ask
     transfers[0] = 0
     rows += [ids_B for ids_B, _ in steps]
-    assert transfers[0] == STEPS + two.stats.host_round_trips and two.stats.host_round_trips > 0
+    assert transfers[0] == STEPS + two.counts.host_round_trips and two.counts.host_round_trips > 0
     assert not compiled
     jax.jit(lambda x: x * 3)(1.0)  # the listener does hear
     assert compiled
@@ -360,13 +360,13 @@ def test_nothing_is_copied_between_devices(two, monkeypatch):
         return [shard.data.unsafe_buffer_pointer() for shard in shards]
 
     uploads.clear()
-    two.pool.reset_stats()
+    two.controller.observe(counted := UsesByExpert())
     caches, banks = pointers(two._carry.caches), pointers(two.pool.banks)
     for step in range(STEPS):
         two.decode(np.asarray([9, 8, 7]) + step)
     assert pointers(two._carry.caches) == caches and pointers(two.pool.banks) == banks
     assert all(array.is_fully_replicated for array in jax.tree.leaves(two._carry.caches))
-    misses_LE, owner_LE = two.pool.stats.misses[NATIVE], owners_LE(*two.store.shape_pLE[1:], 2)
+    misses_LE, owner_LE = counted.misses[NATIVE], owners_LE(*two.store.shape_pLE[1:], 2)
     misses = [int(misses_LE[owner_LE == index].sum()) for index in range(2)]
     assert [uploads.count(device) for device in jax.devices()[:2]] == misses and all(misses)
     assert len(uploads) == sum(misses)
@@ -410,7 +410,7 @@ def test_pools_are_whole_after_any_requests(store, devices):
     budget = 2 * least_budget(plan, store, devices)
     slots, _ = slots_of(plan, store, budget, devices)
     controller = Controller(BankLayout.of_store(store, devices), slots, policy_factory("slru"))
-    pool = make_pool(store, controller, budget, mesh=mesh)
+    pool = SlotPool(store, controller, budget, mesh=mesh)
     engine = type("Whole", (), {"pool": pool, "store": store, "config": store.config})
     rng, pinned = np.random.default_rng(devices), set()
     for operation in rng.choice(["use", "pin", "unpin", "reserve", "promote"], 40):

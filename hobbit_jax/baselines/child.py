@@ -1,7 +1,8 @@
-"""The comparison's end of a child process: its requests, its errors, its peak memory.
+"""A program in a child process of its own, so that memory, threads and libraries are apart.
 
-Owns the process of a `Side` from start to end, and the environment that both programs get unless
-the user's says otherwise.
+Owns what a program must do to be compared, both ends of the pipe, and the environment that every
+program gets unless the user's says otherwise. The child is `python -m hobbit_jax.baselines.child`;
+it ends when its input does, so none survives the comparison.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ import contextlib
 import functools
 import os
 import pickle
+import pkgutil
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from hobbit_jax.baselines.side import SideSpec
-from hobbit_jax.evals.measure import Turn
-from hobbit_jax.evals.process_memory import PeakWatch, ResidentBytes
+from hobbit_jax.evals.measure import Program, Turn, timed_turn
+from hobbit_jax.evals.process_memory import PeakWatch, ResidentBytes, read_resident
 
 _DEFAULTS = {
     # JAX would take most of a GPU at once, and the other program runs beside it.
@@ -36,6 +39,33 @@ _KEPT_ERRORS = {
     kind.__name__: kind
     for kind in (ValueError, NotImplementedError, FileNotFoundError, PermissionError, OSError)
 }
+
+
+class Side(Program, Protocol):
+    """One program with one model loaded; one sequence at a time."""
+
+    def score(self, ids_T: np.ndarray) -> np.ndarray:
+        """Teacher-forced float32 logits [T, V] of a fresh sequence, int32 ids."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader must know of it: versions, precision, device, threads, settings."""
+        ...
+
+
+@dataclass(frozen=True)
+class SideSpec:
+    """Which program, with what.
+
+    Attributes:
+        factory: "module:callable", called in the child with `options`; returns a `Side`.
+        options: keyword arguments.
+        threads: processor cores that the child may use; libraries are told the same number.
+    """
+
+    factory: str
+    options: dict[str, Any]
+    threads: int
 
 
 def environment() -> dict[str, str]:
@@ -56,12 +86,14 @@ class Child:
         # Closed by `_end`: it lives as long as the process.
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "hobbit_jax.baselines.side"],
+            [sys.executable, "-m", "hobbit_jax.baselines.child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             env=environment(),
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
         self._watch = PeakWatch(self._process.pid)
         self._send(spec)
 
@@ -89,11 +121,10 @@ class Child:
         return peak
 
     def _send(self, request: Any) -> None:
-        assert self._process.stdin is not None
         # A child that has ended breaks the pipe; what it said last tells why.
         with contextlib.suppress(BrokenPipeError):
-            pickle.dump(request, self._process.stdin, protocol=5)
-            self._process.stdin.flush()
+            pickle.dump(request, self._requests, protocol=5)
+            self._requests.flush()
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         _ = self.loaded
@@ -101,9 +132,8 @@ class Child:
         return self._receive()
 
     def _receive(self) -> Any:
-        assert self._process.stdout is not None
         try:
-            kind, value = pickle.load(self._process.stdout)
+            kind, value = pickle.load(self._replies)
         except (EOFError, pickle.UnpicklingError):
             status = self._process.wait()
             how = f"by signal {-status}" if status < 0 else f"with status {status}"
@@ -122,9 +152,8 @@ class Child:
         return "; ".join(lines[-_LOG_LINES:]) or "it printed nothing"
 
     def _end(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError), self._process.stdout:
-            self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError), self._replies:
+            self._requests.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -141,3 +170,50 @@ class Child:
         self._watch.stop()
         if not self._log.closed:
             self._end()
+
+
+def _restrict_threads(threads: int) -> None:
+    """Binds this process to so many cores, before any library counts them."""
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    if not 1 <= threads <= len(cores):
+        raise ValueError(f"threads is {threads}; want 1 to the {len(cores)} cores there are")
+    os.sched_setaffinity(0, cores[:threads])
+
+
+def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
+    """Loads a program, says what its process took before the model, and answers till the end.
+
+    The first request is a `SideSpec`, the others are names of methods with their arguments.
+    """
+
+    def reply(kind: str, value: Any) -> None:
+        pickle.dump((kind, value), replies, protocol=5)
+        replies.flush()
+
+    try:
+        spec: SideSpec = pickle.load(requests)
+        _restrict_threads(spec.threads)
+        make = pkgutil.resolve_name(spec.factory)
+        before, began = read_resident(os.getpid()), time.perf_counter()
+        side: Side = make(threads=spec.threads, **spec.options)
+        reply("answer", {"load_s": time.perf_counter() - began, "before_model": before})
+        while True:
+            try:
+                name, arguments = pickle.load(requests)
+            except EOFError:
+                return
+            method = functools.partial(timed_turn, side) if name == "turn" else getattr(side, name)
+            reply("answer", method(*arguments))
+    except Exception as error:
+        # Its name and text go to the parent, which raises the same; the rest is in the log.
+        reply(type(error).__name__, str(error))
+        raise
+
+
+if __name__ == "__main__":
+    # Whatever a library prints goes to the log, not between our answers.
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    _serve(sys.stdin.buffer, replies)

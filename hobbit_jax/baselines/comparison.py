@@ -1,8 +1,7 @@
-"""Our engine and one baseline on the same tokens, in one run, in turns.
+"""Our engine and one baseline on the same tokens, in one run, in turns, and the record of it.
 
-Owns the order of things and the record that comes of it. Both programs are loaded at once, each in
-its own process and bound to the same cores, and never work at the same time. Windows are scored by
-one and then the other; decode rows are timed in turns (`evals/measure.py`).
+Both programs are loaded at once, each in its own process and bound to the same cores, and never
+work at the same time.
 """
 
 from __future__ import annotations
@@ -20,17 +19,16 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax import reference
-from hobbit_jax.baselines.agreement import AgreementMeter
-from hobbit_jax.baselines.child import Child, environment
-from hobbit_jax.baselines.side import SideSpec
+from hobbit_jax.baselines.child import Child, SideSpec, environment
 from hobbit_jax.engine_flags import EngineOptions
+from hobbit_jax.evals.logit_comparison import PositionFigures, compare_in_float64, summarize
 from hobbit_jax.evals.measure import Measurement, measure
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.models.registry import read_config
 from hobbit_jax.record import Benchmark, Measured, Record, combined, measured
-from hobbit_jax.statistics import spread
+from hobbit_jax.statistics import bootstrap, spread
 from pallas_kernels.ggml.ops import default_threads
 
 STUDY, SIDES = "baselines", ("ours", "baseline")
@@ -157,6 +155,57 @@ def compare_model(request: Request) -> Record:
     )
 
 
+class AgreementMeter:
+    """Takes windows of equal length one at a time, so that logits need not be kept."""
+
+    def __init__(self):
+        self._ours: list[PositionFigures] = []
+        self._baseline: list[PositionFigures] = []
+        self._largest = 0.0
+        self._squares = self._sum = self._sum_squares = 0.0
+        self._count = 0
+
+    def add(self, ours_TV: np.ndarray, baseline_TV: np.ndarray, targets_T: np.ndarray) -> None:
+        """One window: logits of both, and the tokens that followed.
+
+        Raises:
+            ValueError: shapes that do not match, or a logit that is not finite.
+        """
+        compared = compare_in_float64(ours_TV[None], baseline_TV[None], targets_T[None])
+        self._ours.append(compared)
+        self._baseline.append(
+            compare_in_float64(baseline_TV[None], baseline_TV[None], targets_T[None])
+        )
+        ours_TV, baseline_TV = ours_TV.astype(np.float64), baseline_TV.astype(np.float64)
+        difference_TV = ours_TV - baseline_TV
+        self._largest = max(self._largest, float(np.abs(difference_TV).max()))
+        self._squares += float(np.square(difference_TV).sum())
+        self._sum += float(baseline_TV.sum())
+        self._sum_squares += float(np.square(baseline_TV).sum())
+        self._count += baseline_TV.size
+
+    def result(self) -> Measured:
+        """Of all windows so far; `logit_std` is what the differences are small or large against."""
+        ours_WT, baseline_WT = (
+            np.concatenate([part.nll_BT for part in parts])
+            for parts in (self._ours, self._baseline)
+        )
+        variance = self._sum_squares / self._count - (self._sum / self._count) ** 2
+
+        def difference(w: np.ndarray) -> float:
+            return float(np.exp(ours_WT[w].mean()) - np.exp(baseline_WT[w].mean()))
+
+        apart = {
+            "windows": len(ours_WT),
+            "logit_max_difference": self._largest,
+            "logit_rms_difference": float(np.sqrt(self._squares / self._count)),
+            "logit_std": float(np.sqrt(max(variance, 0.0))),  # the baseline's
+            "perplexity_baseline": summarize(self._baseline).perplexity,
+            "perplexity_difference": bootstrap(difference, len(ours_WT)),
+        }
+        return combined(summarize(self._ours).measured(), measured(apart))
+
+
 def compare(
     ours: SideSpec,
     baseline: SideSpec,
@@ -204,8 +253,7 @@ def _agreement(own: Child, other: Child, windows_WS: np.ndarray) -> Measured:
     meter = AgreementMeter()
     for ids_S in tqdm(windows_WS, desc="logits", unit="window", leave=False, disable=None):
         meter.add(own.score(ids_S[:-1]), other.score(ids_S[:-1]), ids_S[1:])
-    apart = vars(meter.result())
-    return combined(apart.pop("comparison").measured(), measured(apart))
+    return meter.result()
 
 
 def _speed(found: Mapping[str, Measurement]) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """llama.cpp as a side of the comparison, through its C API (`llama_cpp_api.py`).
 
-Owns one model and one context. Made in a child process (`side.py`). On a GPU, all layers are there
-and the experts of the first N layers are computed on the CPU, as with `--n-cpu-moe` of llama.cpp's
-programs, N being the fewest with which the other layers' experts fit the budget. A file of more
-than half of the machine's memory is not repacked (`--no-repack`). Everything else is as llama.cpp
-has it by default: keys and values in float16, and on a CPU K-quant products with
-activations quantised to 8 bits (Q8_K), so its logits are not those of the file's weights in
-float32.
+On a GPU, all layers are there and the experts of the first N layers are computed on the CPU, as
+with `--n-cpu-moe` of llama.cpp's programs, N being the fewest with which the other layers' experts
+fit the budget. A file of more than half of the machine's memory is not repacked (`--no-repack`).
+Everything else is as llama.cpp has it by default: keys and values in float16, and on a CPU K-quant
+products with activations quantised to 8 bits (Q8_K), so its logits are not those of the file's
+weights in float32.
 
 Source: llama.h.
 """

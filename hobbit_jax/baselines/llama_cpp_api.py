@@ -1,8 +1,7 @@
 """llama.cpp's C API in the wheel `xllamacpp`, through ctypes, so that nobody needs a compiler.
 
-This module owns the binding: the functions, the structures of the one build whose layout they
-have, and the loading of a model file. Both the baseline (`llama.py`) and the tokenizer's oracle in
-the tests use it. The wheel has a ggml of its own, which shares no process with our backend `ggml`.
+Owns the functions, the structures of the one build whose layout they have, and the loading of a
+model file. The wheel has a ggml of its own, which shares no process with our backend `ggml`.
 
 Source: llama.h at the commit of the wheel (`xllamacpp/_version.py` names it).
 """
@@ -15,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 # Releases move the fields of the parameter structures; pyproject.toml has the same number.
 VERSION = "2026.10.11549"
@@ -23,72 +22,56 @@ _ERROR_LEVEL = 4  # of ggml_log_level
 _EXPERT_PATTERN = r"blk\.{layer}\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 
 
+_POINTER, _TEXT, _INT, _BOOL = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_bool
+_IDS, _LOGITS = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_float)
+
+
+def _fields(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
+    """Of a structure, from types and the names that follow one another with each."""
+    return [(name, kind) for kind, names in groups for name in names.split()]
+
+
 class _Override(ctypes.Structure):  # llama_model_tensor_buft_override
-    _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
+    _fields_ = _fields((_TEXT, "pattern"), (_POINTER, "buffer_type"))
 
 
 class _ModelParameters(ctypes.Structure):  # llama_model_params
-    _fields_ = [
-        ("devices", ctypes.c_void_p),
-        ("tensor_buft_overrides", ctypes.c_void_p),
-        ("n_gpu_layers", ctypes.c_int32),
-        ("split_mode", ctypes.c_int32),
-        ("load_mode", ctypes.c_int32),
-        ("lazy_mode", ctypes.c_int32),
-        ("main_gpu", ctypes.c_int32),
-        ("tensor_split", ctypes.c_void_p),
-        ("progress_callback", ctypes.c_void_p),
-        ("progress_callback_user_data", ctypes.c_void_p),
-        ("kv_overrides", ctypes.c_void_p),
-        ("vocab_only", ctypes.c_bool),
-        ("check_tensors", ctypes.c_bool),
-        ("use_extra_bufts", ctypes.c_bool),
-        ("further_flags", ctypes.c_bool * 5),
-    ]
+    _fields_ = _fields(
+        (_POINTER, "devices tensor_buft_overrides"),
+        (_INT, "n_gpu_layers split_mode load_mode lazy_mode main_gpu"),
+        (_POINTER, "tensor_split progress_callback progress_callback_user_data kv_overrides"),
+        (_BOOL, "vocab_only check_tensors use_extra_bufts"),
+        (_BOOL * 5, "further_flags"),
+    )
 
 
 class _ContextParameters(ctypes.Structure):  # llama_context_params
-    _fields_ = [
-        ("n_ctx", ctypes.c_uint32),
-        ("n_batch", ctypes.c_uint32),
-        ("n_ubatch", ctypes.c_uint32),
-        ("n_seq_max", ctypes.c_uint32),
-        ("n_rs_seq", ctypes.c_uint32),
-        ("n_outputs_max", ctypes.c_uint32),
-        ("n_outputs_max_per_seq", ctypes.c_uint32),
-        ("n_threads", ctypes.c_int32),
-        ("n_threads_batch", ctypes.c_int32),
-        ("ctx_type", ctypes.c_int32),
-        ("rope_scaling_type", ctypes.c_int32),
-        ("pooling_type", ctypes.c_int32),
-        ("attention_type", ctypes.c_int32),
-        ("flash_attn_type", ctypes.c_int32),
-        ("rope_and_yarn", ctypes.c_float * 6),
-        ("yarn_orig_ctx", ctypes.c_uint32),
-        ("defrag_thold", ctypes.c_float),
-        ("cb_eval", ctypes.c_void_p),
-        ("cb_eval_user_data", ctypes.c_void_p),
-        ("type_k", ctypes.c_int32),
-        ("type_v", ctypes.c_int32),
+    _fields_ = _fields(
+        (ctypes.c_uint32, "n_ctx n_batch n_ubatch n_seq_max n_rs_seq"),
+        (ctypes.c_uint32, "n_outputs_max n_outputs_max_per_seq"),
+        (_INT, "n_threads n_threads_batch ctx_type rope_scaling_type pooling_type attention_type"),
+        (_INT, "flash_attn_type"),
+        (ctypes.c_float * 6, "rope_and_yarn"),
+        (ctypes.c_uint32, "yarn_orig_ctx"),
+        (ctypes.c_float, "defrag_thold"),
+        (_POINTER, "cb_eval cb_eval_user_data"),
+        (_INT, "type_k type_v"),
         # More than there is: the structure is only ever passed whole.
-        ("rest", ctypes.c_uint64 * 16),
-    ]
+        (ctypes.c_uint64 * 16, "rest"),
+    )
 
 
 class _Batch(ctypes.Structure):  # llama_batch
-    _fields_ = [
-        ("n_tokens", ctypes.c_int32),
-        ("token", ctypes.POINTER(ctypes.c_int32)),
-        ("embd", ctypes.POINTER(ctypes.c_float)),
-        ("pos", ctypes.POINTER(ctypes.c_int32)),
-        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
-        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
-        ("logits", ctypes.POINTER(ctypes.c_int8)),
-    ]
+    _fields_ = _fields(
+        (_INT, "n_tokens"),
+        (_IDS, "token"),
+        (ctypes.POINTER(ctypes.c_float), "embd"),
+        (_IDS, "pos n_seq_id"),
+        (ctypes.POINTER(_IDS), "seq_id"),
+        (ctypes.POINTER(ctypes.c_int8), "logits"),
+    )
 
 
-_POINTER, _TEXT, _INT, _BOOL = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_bool
-_IDS, _LOGITS = ctypes.POINTER(ctypes.c_int32), ctypes.POINTER(ctypes.c_float)
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, _TEXT, _POINTER)
 # Name → result and arguments.
 _FUNCTIONS = {
@@ -117,7 +100,13 @@ _FUNCTIONS = {
 }
 
 
-def _library_path() -> Path:
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """The library with its functions declared, in the names and types of llama.h.
+
+    Raises:
+        NotImplementedError: the wheel is not installed, or is another build than `VERSION`.
+    """
     spec = importlib.util.find_spec("xllamacpp")
     how = "pip install -c constraints.txt -e '.[llama-cpp]'"
     if spec is None or spec.origin is None:
@@ -128,17 +117,7 @@ def _library_path() -> Path:
         raise NotImplementedError(
             f"llama.cpp's structures are known for xllamacpp {VERSION}, installed is {found}: {how}"
         )
-    return Path(spec.origin).parent / "xllamacpp.abi3.so"
-
-
-@functools.cache
-def load_library() -> ctypes.CDLL:
-    """The library with its functions declared, in the names and types of llama.h.
-
-    Raises:
-        NotImplementedError: the wheel is not installed, or is another build than `VERSION`.
-    """
-    library = ctypes.CDLL(str(_library_path()))
+    library = ctypes.CDLL(str(Path(spec.origin).parent / "xllamacpp.abi3.so"))
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

@@ -1,7 +1,4 @@
-"""Our engine as a side of the comparison.
-
-Owns nothing but the adapter. Made in a child process (`side.py`).
-"""
+"""Our engine as a side of the comparison."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """PyTorch as a side of the comparison: Hugging Face's module on the dequantised file.
 
-Owns the ways of running it. Made in a child process (`side.py`):
-
 - `float32`: the file's weights exactly, every expert on the device. The oracle, and what runs
   without a GPU.
 - `bfloat16`: the same in half the bytes; what runs on a GPU. All experts are resident: a budget is

@@ -1,9 +1,8 @@
 """How much of the pool low copies get, learned from what the model has routed so far.
 
-This module owns the choice between a few divisions of the pool. Each has a shadow: a replay
-(`cache/counter.py`) that goes on from decision to decision. The last decoded tokens are kept as a
-short trace; between sequences every shadow replays them, and the pool is divided anew where that
-clearly moves fewer bytes. It never sees the future, and costs a recompile where it decides.
+Owns the choice between a few divisions of the pool. Each has a shadow, a replay that goes on from
+decision to decision: between sequences every shadow replays the last decoded tokens, and the pool
+is divided anew where that clearly moves fewer bytes.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ import numpy as np
 
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, Observer
-from hobbit_jax.cache.counter import Replay, Tally
+from hobbit_jax.cache.counter import Replay
+from hobbit_jax.cache.counts import Counts
 from hobbit_jax.cache.miss_modes import miss_mode
 from hobbit_jax.cache.pool_sizing import CANDIDATE_SHARES, pool_slots
-from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.selection import RouterOutput
 from hobbit_jax.cache.warm_start import Executor
 from pallas_kernels.reference import Signature
 
@@ -50,14 +50,6 @@ class SplitRule:
 
 
 DEFAULT_SPLIT = SplitRule()
-
-
-@dataclass(frozen=True)
-class Repartition:
-    """One change of the division."""
-
-    tokens: int  # decoded before it
-    low_share: float
 
 
 class CapacityTuner:
@@ -102,29 +94,29 @@ class CapacityTuner:
         self._decided_at, self._wait = self.tokens, min(2 * self._wait, self.rule.most_tokens)
         judged = {share: self._judged(shadow) for share, shadow in self._shadows.items()}
         self._recent.clear()
-        tallies = {share: tally for share, tally in judged.items() if tally is not None}
-        if self.share not in tallies:
+        found = {share: counts for share, counts in judged.items() if counts is not None}
+        if self.share not in found:
             return None
-        most = min(t.bytes_moved for t in tallies.values()) * (1 + self.rule.margin)
-        if tallies[self.share].bytes_moved <= most:
+        most = min(t.bytes_moved for t in found.values()) * (1 + self.rule.margin)
+        if found[self.share].bytes_moved <= most:
             return None
-        good = [share for share, tally in tallies.items() if tally.bytes_moved <= most]
-        self.share = min(good, key=lambda s: (tallies[s].degraded, tallies[s].bytes_moved))
+        good = [share for share, counts in found.items() if counts.bytes_moved <= most]
+        self.share = min(good, key=lambda s: (found[s].demoted, found[s].bytes_moved))
         return self.share
 
-    def _judged(self, shadow: Replay) -> Tally | None:
+    def _judged(self, shadow: Replay) -> Counts | None:
         """What the window's second half comes to, after the first; None while the banks fill."""
         half = len(self._recent) // 2
-        before, copies = Tally(), 0
+        before, copies = Counts(), 0
         for index, (position, layers) in enumerate(self._recent):
             if index == half:
-                before, copies = replace(shadow.tally), shadow.copies()
+                before, copies = replace(shadow.counts), shadow.copies()
             shadow.token(layers, position)
         if self._promoted_per_token is not None:
             most = self.rule.most_growth * self._promoted_per_token * (len(self._recent) - half)
             if shadow.copies() - copies > most:
                 return None
-        return shadow.tally.since(before)
+        return shadow.counts - before
 
 
 class AdaptiveSplit(Observer):
@@ -145,7 +137,7 @@ class AdaptiveSplit(Observer):
         rule: SplitRule = DEFAULT_SPLIT,
     ):
         self._executor, self._cache, self._shares_pLE = executor, cache, shares_pLE
-        self.history: list[Repartition] = []
+        self.history: list[tuple[int, float]] = []  # decoded tokens before it, share
         self._position = 0
         layout, banks = executor.controller.layout, executor.controller.banks
         of_each = {bank.signature: bank.policy.capacity for bank in banks}
@@ -184,4 +176,4 @@ class AdaptiveSplit(Observer):
         if self._cache.warm is not None:
             mode = miss_mode(self._cache.mode)
             self._cache.warm.pin(executor, self._shares_pLE, mode)
-        self.history.append(Repartition(self._tuner.tokens, share))
+        self.history.append((self._tuner.tokens, share))

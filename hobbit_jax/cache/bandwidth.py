@@ -1,7 +1,6 @@
 """What a machine's memory and its link to the device carry, as `scripts/bench_bandwidth.py` found.
 
-This module owns the file of measured bandwidths, and the ratio by which missed bytes are divided
-between the link and the CPU. The rates belong to one device and one CPU and are refused on others.
+Owns the file of measured bandwidths, which belong to one device and one CPU.
 """
 
 from __future__ import annotations
@@ -9,13 +8,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from hobbit_jax.atomic import replacing
+from hobbit_jax.record.typed_json import typed
 
 Source = Literal["mapped", "pinned"]
+_BOTH = {"host", "link"}
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,14 @@ def read_bandwidths(path: Path) -> Bandwidths:
         ValueError: it is no such file, or a rate is no positive number.
     """
     try:
-        found = Bandwidths(**json.loads(path.read_text(encoding="utf-8")))
+        found: Bandwidths = typed(json.loads(path.read_text(encoding="utf-8")), Bandwidths, "it")
         tables = [*found.host_gb_s.values(), *found.link_gb_s.values(), found.at_once]
         rates = [rate for table in tables for rate in table.values()]
-        whole = bool(found.link_gb_s["mapped"]) and found.at_once.keys() == {"host", "link"}
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        wanted = ", ".join(field.name for field in fields(Bandwidths))
+        whole = found.host_gb_s and found.link_gb_s.get("mapped") and {*found.at_once} == _BOTH
+        if not whole or not all(0 < rate < math.inf for rate in rates):
+            raise ValueError(f"rates are {rates}; want positive numbers of GB/s of host and link")
+    except ValueError as error:
         raise ValueError(
-            f"{path}: no file of bandwidths ({error!r}), want JSON with {wanted}; make one with "
-            "bench_bandwidth.py"
+            f"{path}: no file of bandwidths ({error}); make one with bench_bandwidth.py"
         ) from None
-
-    def positive(rate: Any) -> bool:
-        return isinstance(rate, int | float) and 0 < rate < math.inf
-
-    if not (rates and whole and all(map(positive, rates))):
-        raise ValueError(f"{path}: bandwidths are {rates}; want positive numbers of GB/s")
     return found

@@ -1,15 +1,10 @@
 """The cache controller: what happens to every selection that a router makes.
 
-This module owns the decision and has no arrays: which copies run because they are resident, which
-are fetched and which the CPU computes where they lie (`Action`), which expert gives up its slot, in
-which batches the rest of a layer runs where a bank has fewer slots than the layer needs. The
-eviction policies (`policies/`) belong to it, one for each bank of each device. An executor does
-what it decides: the slot pool (`pool.py`) with copies and device arrays, the counter (`counter.py`)
-with sums. So a recorded trace that is played to a controller with a counter is the run itself
-without the model, and a test holds the two together.
-
-Observers (`Observer`) are told of every decision and of what the routers chose: promotion, the
-adaptive split, recorders, calibration. None replaces another.
+Owns the decisions and has no arrays: which copies run, are fetched or computed on the CPU, which
+expert gives up its slot, and in which batches a layer runs where a bank has too few slots. An
+executor does what it decides: the slot pool (`pool.py`) with copies, the counter (`counter.py`)
+with sums, so that recorded routing played to a controller with a counter is the run itself without
+the model.
 """
 
 from __future__ import annotations
@@ -17,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from hobbit_jax.cache.counts import Counts
 from hobbit_jax.cache.miss_modes import FETCH, Action, MissMode, Use
 from hobbit_jax.cache.policies import Policy, PolicyFactory, Step
-from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.selection import RouterOutput, Selections
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, ExpertKey, HostExperts
 from hobbit_jax.models.sharding import owner
@@ -158,7 +154,7 @@ class Bank:
 
 
 class Controller:
-    """Decides what happens to every selection; see the module.
+    """Decides what happens to every selection, and counts it; see the module.
 
     Args:
         layout: which bank holds which copies.
@@ -177,6 +173,7 @@ class Controller:
         mode: MissMode = FETCH,
     ):
         self.mode, self.layout, self.observers = mode, layout, list[Observer]()
+        self.counts = Counts()
         self.banks = [
             Bank(device, signature, layout.expert_bytes[signature], policy(n_slots))
             for device in range(layout.n_devices)
@@ -257,9 +254,27 @@ class Controller:
                 stay = set(computed)
                 batches = self.batches(use.key for use in uses if use.key not in stay)
         decision = Decision(step, uses, unmet, fetched, computed, batches, prefill)
+        self._count(decision)
         for observer in self.observers:
             observer.after_step(decision)
         return decision
+
+    def _count(self, decision: Decision) -> None:
+        counts, sizes, uses = self.counts, self.layout.copy_bytes, decision.uses
+        counts.hits += len(uses) - len(decision.misses)
+        counts.misses += len(decision.misses)
+        counts.native_uses += sum(use.key.precision == NATIVE for use in uses)
+        counts.bytes_read += sum(sizes(use.key) for use in uses)
+        counts.computed += len(decision.computed)
+        counts.bytes_computed += sum(map(sizes, decision.computed))
+
+    def count_selections(self, requested_TK: np.ndarray, served_TK: np.ndarray) -> None:
+        """Counts selections by the precisions that were requested and that serve them."""
+        counts, asked_TK = self.counts, requested_TK != SKIPPED
+        counts.selections += int(asked_TK.sum())
+        counts.demoted += int((asked_TK & (served_TK > requested_TK)).sum())
+        counts.low += int((served_TK > NATIVE).sum())
+        counts.skipped += int((asked_TK & (served_TK == SKIPPED)).sum())
 
     def _access(self, use: Use) -> bool:
         """Tells a copy's policy of its use; whether it is resident."""
@@ -363,29 +378,16 @@ def _batches_of(bank: Bank, keys: Sequence[ExpertKey]) -> list[list[ExpertKey]]:
     return [ordered[:first], *(ordered[i : i + size] for i in starts)]
 
 
-def uses_of(
-    layer: int,
-    ids_A: Any,
-    weights_A: Any,
-    requested_A: Any,
-    served_A: Any,
-) -> tuple[list[Use], list[Use]]:
+def uses_of(layer: int, selections: Selections) -> tuple[list[Use], list[Use]]:
     """The copies that serve a layer's selections, and those that were requested in vain.
-
-    Args:
-        layer: of the model.
-        ids_A: int, the experts chosen, of all tokens of the step.
-        weights_A: float, the router's.
-        requested_A: int, the precision that the plan asks for; `SKIPPED` for padding.
-        served_A: int, the precision that serves; `SKIPPED` for none.
 
     Returns:
         Uses and unmet requests, each copy once, in the order of its first selection.
     """
     uses: dict[ExpertKey, Use] = {}
     unmet: dict[ExpertKey, Use] = {}
-    listed = (served_A, ids_A, weights_A, requested_A)
-    for served, expert, weight, requested in zip(*(a.tolist() for a in listed), strict=True):
+    listed = (array.ravel().tolist() for array in selections)
+    for expert, weight, requested, served in zip(*listed, strict=True):
         if served == SKIPPED:
             continue
         key = ExpertKey(served, layer, expert)

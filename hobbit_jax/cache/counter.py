@@ -1,28 +1,27 @@
 """An executor that counts: what a controller's decisions would move, wait for and read.
 
-This module owns the counts and the one walk over recorded routing. The decisions are the live
-engine's own (`controller.py`, `selection.py`, `promotion.py`, `warm_start.py`), made in its order,
-so a replayed run has that run's decisions and counts. Decode steps only.
+Owns the one walk over recorded routing, which makes the live engine's decisions in its order.
+Decode steps only.
 """
 
 from __future__ import annotations
 
 import gc
-from collections import Counter as Counts
+from collections import Counter as Multiset
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax.cache.config import CacheConfig
-from hobbit_jax.cache.controller import BankLayout, Controller, Decision, Observer, uses_of
+from hobbit_jax.cache.controller import BankLayout, Controller, Observer, uses_of
+from hobbit_jax.cache.counts import Counts
 from hobbit_jax.cache.miss_modes import FETCH
 from hobbit_jax.cache.policies import Step
-from hobbit_jax.cache.router_output import RouterOutput
-from hobbit_jax.cache.selection import Selections, select
+from hobbit_jax.cache.selection import RouterOutput, Selections, select
 from hobbit_jax.cache.trace import Trace
+from hobbit_jax.cache.warm_start import Executor
 from hobbit_jax.experts.precision import SKIPPED, StaticPlan
 from hobbit_jax.experts.store import NATIVE, ExpertKey
 from pallas_kernels.reference import Signature
@@ -30,55 +29,16 @@ from pallas_kernels.reference import Signature
 _CHUNK_TOKENS = 256
 
 
-@dataclass
-class Tally:
-    """Counts of a replay, as the pool and the engine count."""
-
-    tokens: int = 0
-    selections: int = 0
-    degraded: int = 0  # served below the precision that was requested
-    low: int = 0  # served below native
-    skipped: int = 0
-    hits: int = 0
-    misses: int = 0
-    promotions: int = 0
-    bytes_moved: int = 0
-    bytes_used: int = 0  # of the copies that served on the device, as it reads them
-    computed: int = 0  # misses that the CPU computed
-    host_bytes: int = 0  # read by the CPU for them
-    round_trips: int = 0  # of the decode program: device calls after a token's first
-
-    def since(self, before: Tally) -> Tally:
-        """What was added to `before`."""
-        then = vars(before)
-        return Tally(**{name: now - then[name] for name, now in vars(self).items()})
-
-    @property
-    def hit_rate(self) -> float:
-        """Hits over uses (0-1)."""
-        return self.hits / max(1, self.hits + self.misses)
-
-
-class Counter:
-    """Keeps who is resident and counts bytes, where the slot pool would copy."""
+class Counter(Executor):
+    """Keeps who is resident and counts the bytes that the slot pool would move."""
 
     def __init__(self, controller: Controller):
-        self.controller, self.tally = controller, Tally()
+        super().__init__(controller)
         self.resident_pLE = np.zeros(controller.layout.shape_pLE, bool)
         self._reserved: list[ExpertKey] = []
 
-    def begin(self, decision: Decision) -> None:
-        """Counts a step's uses."""
-        tally, sizes = self.tally, self.controller.layout.copy_bytes
-        misses, host_bytes = decision.misses, sum(map(sizes, decision.computed))
-        tally.hits += len(decision.uses) - len(misses)
-        tally.misses += len(misses)
-        tally.computed += len(decision.computed)
-        tally.host_bytes += host_bytes
-        tally.bytes_used += sum(sizes(use.key) for use in decision.uses) - host_bytes
-
     def load(self, keys: Sequence[ExpertKey]) -> None:
-        """Makes all of `keys` resident; none of them is evicted for another."""
+        """See `Executor.load`."""
         for key in keys:
             if not self.resident_pLE[key]:
                 self._load(key, keys)
@@ -88,7 +48,7 @@ class Counter:
         if victim is not None:
             self.resident_pLE[victim] = False
         self.resident_pLE[key] = True
-        self.tally.bytes_moved += self.controller.bank(key).expert_bytes
+        self.counts.bytes_moved += self.controller.bank(key).expert_bytes
 
     def reserve(self, key: ExpertKey) -> None:
         """Begins the upload of a copy that no token waits for; `promote` gives it a slot."""
@@ -99,28 +59,17 @@ class Counter:
         for key in sorted(self._reserved, key=lambda key: self.controller.bank(key).device):
             if not self.resident_pLE[key] and self.controller.has_unpinned_slot(key):
                 self._load(key, ())
-                self.tally.promotions += 1
+                self.counts.promotions += 1
         self._reserved = []
 
-    def pin(self, keys: Sequence[ExpertKey]) -> None:
-        """Loads `keys` and protects them from eviction.
-
-        Raises:
-            ValueError: too few slots are left to stream the rest through.
-        """
-        self.controller.check_pins(keys)
-        self.load(keys)
-        for key in keys:
-            self.controller.pin(key)
-
     def resize(self, slots: Mapping[Signature, int]) -> None:
-        """Divides the slots of the same banks anew, as `SlotPool.resize` does."""
+        """See `Executor.resize`."""
         self._reserved = []
         for bank in self.controller.banks:
             if slots[bank.signature] != bank.policy.capacity:
                 for victim in bank.policy.resize(slots[bank.signature]):
                     self.resident_pLE[victim] = False
-                self.tally.bytes_moved += len(bank.policy) * bank.expert_bytes
+                self.counts.bytes_moved += len(bank.policy) * bank.expert_bytes
 
 
 @contextmanager
@@ -164,9 +113,9 @@ class Replay:
         cache.fill(self.counter, self.plan.shares_pLE(layout.shape_pLE))
 
     @property
-    def tally(self) -> Tally:
+    def counts(self) -> Counts:
         """What it has come to so far."""
-        return self.counter.tally
+        return self.controller.counts
 
     def play(self, trace: Trace, label: str = "") -> None:
         """Replays every token of a trace; with a progress bar if it has a label."""
@@ -200,20 +149,19 @@ class Replay:
         for routed in layers:
             for observer in controller.routing_observers():
                 observer.after_routing(routed)
-            self._layer(Step(self.tally.tokens, routed.layer, position), routed)
+            self._layer(Step(self.counts.tokens, routed.layer, position), routed)
         controller.end_tokens(1)
         self.counter.promote()
-        self.tally.tokens += 1
+        self.counts.tokens += 1
 
     def _layer(self, step: Step, routed: RouterOutput) -> None:
         selections = self._select(routed)
-        self._count(selections)
-        uses, unmet = uses_of(step.layer, *(array.ravel() for array in selections))
+        self.controller.count_selections(selections.requested_TK, selections.served_TK)
+        uses, unmet = uses_of(step.layer, selections)
         decision = self.controller.decide(step, uses, unmet)
-        self.counter.begin(decision)
         for batch in decision.batches:
             self.counter.load(batch)
-        self.tally.round_trips += decision.round_trips
+        self.counts.host_round_trips += decision.round_trips
 
     def _select(self, routed: RouterOutput) -> Selections:
         """A layer's selections in the router's order, which in a trace need not be by weight."""
@@ -229,20 +177,13 @@ class Replay:
         )
         return Selections(*(np.take_along_axis(array, back_TK, axis=1) for array in selections))
 
-    def _count(self, selections: Selections) -> None:
-        tally, requested_TK, served_TK = self.tally, selections.requested_TK, selections.served_TK
-        tally.selections += int((requested_TK != SKIPPED).sum())
-        tally.skipped += int(((requested_TK != SKIPPED) & (served_TK == SKIPPED)).sum())
-        tally.degraded += int((served_TK > requested_TK).sum())
-        tally.low += int((served_TK > NATIVE).sum())
-
     def _policies_decide(self) -> bool:
         """Whether each bank's policy alone decides, so that it may play its accesses in one go.
 
         That is so of demand misses that fit their banks, if no observer is told of them.
         """
         layout, controller = self.controller.layout, self.controller
-        precisions_of = Counts(s for layers in layout.signature_pL for s in {*layers})
+        precisions_of = Multiset(s for layers in layout.signature_pL for s in {*layers})
         return (
             controller.mode == FETCH
             and not controller.observers
@@ -256,10 +197,10 @@ class Replay:
 
     def _play_banks(self, trace: Trace) -> None:
         """What `token` does of every token, where `_policies_decide`."""
-        layout, tally = self.controller.layout, self.tally
+        layout, counts = self.controller.layout, self.counts
         selected = [self._select(routed) for routed in trace.layers()]
         for selections in selected:
-            self._count(selections)
+            self.controller.count_selections(selections.requested_TK, selections.served_TK)
         served_TLK = np.stack([selections.served_TK for selections in selected], axis=1)
         key_TLK = self._key_pLE[served_TLK, np.arange(layout.n_layers)[:, None], trace.ids_TLK]
         positions = trace.position_T.tolist()
@@ -271,25 +212,27 @@ class Replay:
             keys, weights = key_TLK[uses_TLK].tolist(), trace.weights_TLK[uses_TLK].tolist()
             ends = np.cumsum(uses_TLK.sum(axis=2)).tolist()
             steps = (
-                Step(tally.tokens + token, layer, position)
+                Step(counts.tokens + token, layer, position)
                 for token, position in enumerate(positions)
                 for layer in range(layout.n_layers)
             )
+            native = bool(of_bank_pL[NATIVE].any())
             misses_S = bank.policy.access_many(
                 (
                     (step, keys[start:end], weights[start:end])
                     for step, start, end in zip(steps, [0, *ends[:-1]], ends, strict=True)
                 ),
-                bool(of_bank_pL[NATIVE].any()),
+                native,
             )
             missed_S |= np.array(misses_S) > 0
             misses = sum(misses_S)
-            tally.hits += len(keys) - misses
-            tally.misses += misses
-            tally.bytes_used += len(keys) * bank.expert_bytes
-            tally.bytes_moved += misses * bank.expert_bytes
-        tally.round_trips += int(missed_S.sum())
-        tally.tokens += len(trace.ids_TLK)
+            counts.hits += len(keys) - misses
+            counts.misses += misses
+            counts.native_uses += native * len(keys)
+            counts.bytes_read += len(keys) * bank.expert_bytes
+            counts.bytes_moved += misses * bank.expert_bytes
+        counts.host_round_trips += int(missed_S.sum())
+        counts.tokens += len(trace.ids_TLK)
 
     def copies(self) -> int:
         """How many are resident, of all precisions."""

@@ -1,9 +1,7 @@
 """The slots of one device: banks of packed experts, and the table of who is in which slot.
 
 Owns these arrays, the host's copy of the table, and the one program that writes a slot and its
-lines of the table, so that the two cannot disagree. GGUF blocks come as they lie in the file; a
-bank holds them split into planes, or as they are, or only their addresses in the file's map
-(`Layout`).
+lines of the table, so that the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -39,23 +37,17 @@ def _write_slot(
     change: np.ndarray,  # int32: slot; row and column of the newcomer, then of the victim
     signature: Signature,
 ) -> tuple[Bank, jax.Array]:
-    slot = change[0]
+    def put(held: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(held, new, change[0], 0)
+
     written = []
-    for planes, blocks, name in zip(bank, raw, signature, strict=True):
-        if isinstance(planes, RawMatrix):
-            held = jax.lax.dynamic_update_index_in_dim(planes.data, blocks, slot, 0)
-            written.append(replace(planes, data=held))
-            continue
-        new = get_format(name).split(blocks)
-        written.append(
-            {
-                plane: jax.lax.dynamic_update_index_in_dim(planes[plane], new[plane], slot, 0)
-                for plane in planes
-            }
-        )
+    for held, blocks, name in zip(bank, raw, signature, strict=True):
+        is_raw = isinstance(held, RawMatrix)
+        new = replace(held, data=blocks) if is_raw else get_format(name).split(blocks)
+        written.append(jax.tree.map(put, held, new))
     # Without a victim its row is past the table's end, and the write is dropped.
     table_UE = table_UE.at[change[3], change[4]].set(ABSENT, mode="drop")
-    return Bank(*written), table_UE.at[change[1], change[2]].set(slot)
+    return Bank(*written), table_UE.at[change[1], change[2]].set(change[0])
 
 
 def empty_bank(
@@ -66,21 +58,20 @@ def empty_bank(
     layout: Layout = "planes",
 ) -> Bank:
     """Zeros for `n_slots` experts of one signature, on `device` (a jax.Device) or the first."""
+
+    def zeros(one: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.zeros((n_slots, *one.shape), one.dtype, device=device)
+
     sizes = [(config.d_expert, config.d_model)] * 2 + [(config.d_model, config.d_expert)]
     banks: list[Planes | RawMatrix] = []
     for name, (rows, columns) in zip(signature, sizes, strict=True):
+        held: Any = get_format(name).plane_shapes(rows, columns)
         if layout != "planes":
             row_bytes = get_format(name).row_bytes(columns)
-            shape, dtype = (
-                ((rows, row_bytes), np.uint8) if layout == "blocks" else ((2,), np.uint32)
-            )
-            data = jnp.zeros((n_slots, *shape), dtype, device=device)
-            banks.append(RawMatrix(data, rows, columns, rows * row_bytes))
-            continue
-        shapes = get_format(name).plane_shapes(rows, columns)
-        banks.append(
-            {p: jnp.zeros((n_slots, *s.shape), s.dtype, device=device) for p, s in shapes.items()}
-        )
+            blocks, address = ((rows, row_bytes), np.uint8), ((2,), np.uint32)
+            data: Any = jax.ShapeDtypeStruct(*(blocks if layout == "blocks" else address))
+            held = RawMatrix(data, rows, columns, rows * row_bytes)
+        banks.append(jax.tree.map(zeros, held))
     return Bank(*banks)
 
 

@@ -1,10 +1,8 @@
 """What happens to a selection whose copy is not resident: the miss modes, by name.
 
-Owns both halves of that rule, and what each mode needs of the pool. `serve` gives the precision
-that serves each selection, as array code inside compiled programs (`selection.py`);
-`act` gives the action for each copy that then is missing, in the controller. Loading and computing
-are the executors', promotion is `promotion.py`'s. Under every mode a resident copy of the precision
-that the plan asks for serves the selection.
+Owns both halves of that rule, `serve` for compiled programs and `act` for the controller, and what
+each mode needs of the pool. Under every mode a resident copy of the precision that the plan asks
+for serves the selection.
 
 Sources: HOBBIT (arXiv 2411.01433, section 3.2) for thresholds on the weights of heavier choices;
 llama.cpp's pull request 27861, FreeToken and KTransformers for misses computed on the CPU.

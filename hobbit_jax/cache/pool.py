@@ -1,9 +1,7 @@
 """The slot pool: a fixed number of bytes on the device that holds the hot experts.
 
-This module owns every host-to-device copy of an expert; which copies are loaded and evicted is
-decided by `controller.py`. On each device there is one bank per expert signature, sized exactly, so
-that a low-bit expert takes only its own bytes (`device_banks.py`); which device owns which expert
-is `models/sharding.py`'s. Raw GGUF blocks go up in one contiguous copy per matrix (`link.py`).
+Owns every host-to-device copy of an expert, one contiguous copy per matrix (`link.py`). On each
+device there is one bank per expert signature, sized exactly (`device_banks.py`).
 
 Prefetched uploads (of later batches, of guesses) lie beside the banks in at most `staging_bytes`,
 besides the one expert that is waited for, and get a slot when they are needed and not before. So
@@ -13,20 +11,19 @@ what is resident, and every result, is the same with them and without.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from hobbit_jax.cache.controller import Bank as Slots
 from hobbit_jax.cache.controller import Controller, Decision
 from hobbit_jax.cache.device_banks import DeviceBanks, Layout
-from hobbit_jax.cache.link import DirectLink, InPlace, Link, Upload
+from hobbit_jax.cache.link import Link, Upload, failing, in_place
+from hobbit_jax.cache.warm_start import Executor
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from hobbit_jax.models.sharding import (
     DIVIDED,
@@ -40,36 +37,9 @@ from pallas_kernels.backends import Implementation
 from pallas_kernels.reference import Bank, Signature
 
 
-@dataclass
-class PoolStats:
-    """Counts since the last `reset`; arrays are [precisions, L, E]."""
-
-    hits: np.ndarray
-    misses: np.ndarray
-    bytes_moved: int = 0  # sent to the device, also in vain
-    ahead_bytes: int = 0  # of them, sent beside what was waited for: guesses, later batches
-    dropped_bytes: int = 0  # of those, given up since the layer did not choose them
-    computed: int = 0  # misses that the CPU computed
-    host_bytes: int = 0  # read by the CPU for them
-    wait_s: float = 0.0  # the host waited for uploads, by the link's clock
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Hits over accesses (0-1); None before the first access."""
-        total = int(self.hits.sum() + self.misses.sum())
-        return int(self.hits.sum()) / total if total else None
-
-
-@contextmanager
-def _named(key: ExpertKey, device: Any) -> Iterator[None]:
-    """Says whose upload failed."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"the upload of expert {key.expert} of layer {key.layer}, precision {key.precision}, "
-            f"to {device or 'the device'} failed: {error}"
-        ) from error
+def _uploading(key: ExpertKey, device: Any) -> AbstractContextManager[None]:
+    where = f"expert {key.expert} of layer {key.layer}, precision {key.precision}"
+    return failing(f"the upload of {where}, to {device or 'the device'}")
 
 
 @partial(jax.jit, static_argnums=1)
@@ -77,14 +47,7 @@ def _held(table_UE: jax.Array, mesh: Mesh) -> jax.Array:
     return on_each(partial(held_anywhere, mesh=mesh), mesh, DIVIDED, REPLICATED)(table_UE)
 
 
-def _holds_all(store: HostExperts, slots: Mapping[Signature, int]) -> bool:
-    """Whether every expert of every bank has a slot of its own."""
-    demanded = Counter(layer.signature for layers in store.precisions for layer in layers)
-    full = (n >= demanded[s] * store.config.n_experts for s, n in slots.items())
-    return bool(slots) and all(full)
-
-
-class SlotPool:
+class SlotPool(Executor):
     """Banks and slot tables of the devices that divide the experts, each under a byte budget.
 
     Of several devices, arrays have the parts of each one after another along their leading axis:
@@ -97,7 +60,8 @@ class SlotPool:
         link: the way to the devices; None is JAX's own copy.
         staging_bytes: of each device, beside the banks, for prefetched uploads.
         mesh: the devices; None is the process's first.
-        layouts: how banks hold their experts; the others are in planes.
+        implementation: of products. Where ggml computes, all experts have slots and no link is
+            emulated, the banks are the file's map.
     """
 
     def __init__(
@@ -108,10 +72,16 @@ class SlotPool:
         link: Link | None = None,
         staging_bytes: int = 0,
         mesh: Mesh | None = None,
-        layouts: Mapping[Signature, Layout] | None = None,
+        implementation: Implementation = "xla",
     ):
-        self.store, self.controller, self.mesh = store, controller, mesh
-        self.link = DirectLink() if link is None else link
+        super().__init__(controller)
+        self.store, self.mesh = store, mesh
+        layouts: dict[Signature, Layout] = {
+            s: "mapped" if link is None and self.holds_all else "blocks"
+            for s in self.slots
+            if store.backend(s, implementation) == "ggml"
+        }
+        self.link = Link() if link is None else link
         devices: list[Any] = [None] if mesh is None else list(mesh.devices.flat)
         self.parts = [
             DeviceBanks(store, [b for b in controller.banks if b.device == index], device, layouts)
@@ -121,14 +91,9 @@ class SlotPool:
         self._reserved: dict[ExpertKey, Upload] = {}  # get a slot at `promote`
         self._prefetched: dict[ExpertKey, Upload] = {}  # get one when they are needed
         self._assembled: dict[Any, tuple[list[Any], Any]] = {}
-        self.stats = self._zero_stats()
         for part in self.parts:
             if part.nbytes > budget_bytes:
                 raise RuntimeError(f"banks take {part.nbytes} of {budget_bytes} bytes")
-
-    def _zero_stats(self) -> PoolStats:
-        shape_pLE = self.store.shape_pLE
-        return PoolStats(np.zeros(shape_pLE, np.int64), np.zeros(shape_pLE, np.int64))
 
     @property
     def slots(self) -> dict[Signature, int]:
@@ -194,7 +159,10 @@ class SlotPool:
     @property
     def holds_all(self) -> bool:
         """Whether every expert of every bank can be resident at once."""
-        return _holds_all(self.store, self.slots)
+        layers = [layer.signature for layers in self.store.precisions for layer in layers]
+        demanded, slots = Counter(layers), self.slots
+        n_experts = self.store.config.n_experts
+        return bool(slots) and all(n >= demanded[s] * n_experts for s, n in slots.items())
 
     def _device(self, key: ExpertKey) -> int:
         return owner(key.layer, key.expert, len(self.parts))
@@ -221,17 +189,12 @@ class SlotPool:
         return self._part(key).slot_of[key]
 
     def begin(self, decision: Decision) -> None:
-        """Counts a step's uses; prefetches of its layer that it does not load are given up."""
+        """Gives up the prefetches of a step's layer that it does not load."""
         if self._prefetched:
             used = {use.key for use in decision.uses}.difference(decision.computed)
             self.drop_prefetched(
                 [k for k in self._prefetched if k.layer == decision.step.layer and k not in used]
             )
-        missing = set(decision.misses)
-        for use in decision.uses:
-            (self.stats.misses if use.key in missing else self.stats.hits)[use.key] += 1
-        self.stats.computed += len(decision.computed)
-        self.stats.host_bytes += sum(map(self.store.expert_bytes, decision.computed))
 
     def load(
         self,
@@ -269,10 +232,10 @@ class SlotPool:
 
         Their slots come with `load`; a step of their layer gives up those that it does not use.
         """
-        before = self.stats.bytes_moved
+        before = self.counts.bytes_moved
         for own in self.by_device(keys):
             self._begin_uploads(own)
-        self.stats.ahead_bytes += self.stats.bytes_moved - before
+        self.counts.bytes_ahead += self.counts.bytes_moved - before
 
     def _begin_uploads(self, keys: Sequence[ExpertKey]) -> bool:
         """Starts uploads to one device as `prefetch` does; whether there was room for all."""
@@ -291,7 +254,7 @@ class SlotPool:
         """Gives up prefetched uploads; all of them for None."""
         for key in list(self._prefetched if keys is None else keys):
             del self._prefetched[key]
-            self.stats.dropped_bytes += self.store.expert_bytes(key)
+            self.counts.bytes_dropped += self.store.expert_bytes(key)
 
     def reserve(self, key: ExpertKey) -> None:
         """Starts the upload of an expert that no token waits for; `promote` gives it a slot.
@@ -308,6 +271,7 @@ class SlotPool:
         for key in sorted(self._reserved, key=self._device):
             if self.controller.has_unpinned_slot(key) and key not in self:
                 self._fetch(key, frozenset(), self._take_upload(key))
+                self.counts.promotions += 1
             self._reserved.pop(key, None)
 
     def _take_upload(self, key: ExpertKey) -> Upload:
@@ -318,17 +282,17 @@ class SlotPool:
     def _send(self, key: ExpertKey) -> Upload:
         raw, part = self.store.raw(key), self._part(key)
         if part.is_mapped(self.store.signature(key)):
-            return InPlace(raw)
-        with _named(key, part.device):
+            return in_place(raw)
+        with _uploading(key, part.device):
             upload = self.link.send(raw, part.device)
-        self.stats.bytes_moved += self.store.expert_bytes(key)
+        self.counts.bytes_moved += self.store.expert_bytes(key)
         return upload
 
     def _fetch(self, key: ExpertKey, keep: frozenset[ExpertKey], upload: Upload) -> None:
         part, began_s = self._part(key), self.link.clock()
-        with _named(key, part.device):
-            raw = upload.wait()
-        self.stats.wait_s += self.link.clock() - began_s
+        with _uploading(key, part.device):
+            raw = upload()
+        self.counts.link_wait_s += self.link.clock() - began_s
         # On a CPU an upload is the map itself, read only when the slot is written.
         self.store.check_unchanged(key.precision)
         victim = self.controller.admit(key, keep)
@@ -343,19 +307,6 @@ class SlotPool:
         """Makes a bank's experts absent, so that banks, table and policy agree for certain."""
         self.controller.forget(bank)
         self.parts[bank.device].empty(bank)
-
-    def pin(self, keys: Iterable[ExpertKey]) -> None:
-        """Loads `keys` and keeps them resident until `unpin`; not counted as accesses.
-
-        Raises:
-            ValueError: a bank would keep no slot to stream the rest through.
-        """
-        wanted = list(keys)
-        self.controller.check_pins(wanted)
-        for key in wanted:
-            if key not in self:
-                self._fetch(key, frozenset(wanted), self._take_upload(key))
-            self.controller.pin(key)
 
     def resize(self, slots: Mapping[Signature, int]) -> None:
         """Divides each device's budget anew between the same banks; residents stay where there is
@@ -413,37 +364,6 @@ class SlotPool:
         residents = part.residents(bank.signature)
         part.renew(bank)
         for key in residents:
-            with _named(key, part.device):
-                raw = self._send(key).wait()
+            with _uploading(key, part.device):
+                raw = self._send(key)()
             part.put(key, raw, None)
-
-    def reset_stats(self) -> PoolStats:
-        """Returns the counts so far and starts again from zero."""
-        stats, self.stats = self.stats, self._zero_stats()
-        return stats
-
-
-def make_pool(
-    store: HostExperts,
-    controller: Controller,
-    budget_bytes: int,
-    link: Link | None = None,
-    staging_bytes: int = 0,
-    mesh: Mesh | None = None,
-    implementation: Implementation = "xla",
-) -> SlotPool:
-    """A pool whose banks are laid out for `implementation`; bytes are those of each device.
-
-    Where ggml computes, all experts have slots and no link is emulated, the banks are the file's
-    map.
-    """
-    slots = Counter[Signature]()
-    for bank in controller.banks:
-        slots[bank.signature] += bank.policy.capacity
-    stay = link is None and _holds_all(store, slots)
-    layouts: dict[Signature, Layout] = {
-        s: "mapped" if stay else "blocks"
-        for s in slots
-        if store.backend(s, implementation) == "ggml"
-    }
-    return SlotPool(store, controller, budget_bytes, link, staging_bytes, mesh, layouts)

@@ -1,8 +1,7 @@
 """How many slots each bank gets under a plan, a miss mode and a budget.
 
-Owns the step from who may ask for which copy (`experts/precision.py`, `miss_modes.py`) to slots per
-bank: what each bank must hold, and the division of the bytes, between banks of one precision by
-expected use, and between the native banks and the low ones by a share.
+Owns what each bank must hold, and the division of the bytes: between banks of one precision by
+expected use, between native and low banks by a share.
 """
 
 from __future__ import annotations
@@ -116,10 +115,6 @@ def divide_precisions(
     return {signature: n for signature, n in {**banks, **slots}.items() if n}
 
 
-def _total_bytes(wanted: Sequence[BankDemand]) -> int:
-    return sum(demand.expert_bytes * demand.n_experts for demand in wanted)
-
-
 def demands(shares_pLE: np.ndarray, layout: BankLayout) -> list[BankDemand]:
     """What each bank must be able to hold, in order of first appearance.
 
@@ -183,11 +178,7 @@ def pool_slots(
         NotImplementedError: native and low experts of the same formats, which would share a bank.
     """
     native, low = _wanted(shares_pLE, mode, layout)
-    if not low:
-        total = _total_bytes(native)
-        slots = divide_budget(native, total if budget_bytes is None else budget_bytes)
-        return {d.signature: n for d, n in zip(native, slots, strict=True) if n}, total
-    total = _total_bytes([*native, *low])
+    total = sum(demand.expert_bytes * demand.n_experts for demand in (*native, *low))
     share = DEFAULT_LOW_SHARE if low_share == ADAPTIVE else low_share
     slots = divide_precisions(native, low, total if budget_bytes is None else budget_bytes, share)
     return slots, total

@@ -1,9 +1,7 @@
 """Which experts later layers will need, guessed while an earlier one waits.
 
-Owns the predictors; pure Python. What the routers of later layers say of the stream as it stands
-comes from the decode program (`inference/decode_loop.py`), since only it has the stream.
-A pool uploads guesses after what is needed for certain and holds them beside the banks, so a guess
-never takes a slot and never changes a result.
+Owns the predictors. Only the decode program can ask later layers' routers of the stream as it
+stands, so their choices are handed in.
 
 Sources: layer-ahead, Eliseev & Mazur (arXiv 2312.17238, section 3.2) and HOBBIT (arXiv 2411.01433,
 section 3.3), both of which apply the next gate to the current stream.

@@ -1,8 +1,6 @@
 """What a recorded trace comes to under the settings of a cache, without a model.
 
-Owns the step from a trace and settings to a row of figures. Everything that decides is the live
-engine's (`counter.py`), from a cold start unless the settings have a warm one. Two precisions share
-the budget as they would in a live pool.
+Owns the step from a trace and settings to a row of figures; `counter.py` decides.
 """
 
 from __future__ import annotations
@@ -108,27 +106,25 @@ def replay(
     if cache.low_share == ADAPTIVE and mode.low_banks == "cache":
         split = AdaptiveSplit(replayed.counter, cache, shares_pLE, rule)
         replayed.controller.observe(split)
-    before, began_s = dataclasses.replace(replayed.tally), time.thread_time()
+    before, began_s = dataclasses.replace(replayed.counts), time.thread_time()
     replayed.play(trace, "replay")
-    seconds, tally = time.thread_time() - began_s, replayed.tally.since(before)
-    selections = max(1, tally.selections)
+    seconds, counts = time.thread_time() - began_s, replayed.counts - before
+    selections = max(1, counts.selections)
     return {
-        "hit_rate": tally.hit_rate,
-        "hits": tally.hits,
-        "misses": tally.misses,
-        "bytes_moved": tally.bytes_moved,
-        "bytes_moved_per_token": tally.bytes_moved / tally.tokens,
-        "promotions_per_token": tally.promotions / tally.tokens,
-        "round_trips_per_token": tally.round_trips / tally.tokens,
-        "low_share": tally.low / selections,
-        "degraded_share": tally.degraded / selections,
-        "skipped_share": tally.skipped / selections,
+        "hit_rate": counts.hit_rate,
+        "hits": counts.hits,
+        "misses": counts.misses,
+        "bytes_moved": counts.bytes_moved,
+        "bytes_moved_per_token": counts.bytes_moved / counts.tokens,
+        "promotions_per_token": counts.promotions / counts.tokens,
+        "round_trips_per_token": counts.host_round_trips / counts.tokens,
+        "low_share": counts.low / selections,
+        "degraded_share": counts.demoted / selections,
+        "skipped_share": counts.skipped / selections,
         "slots": {bank.signature.gate: bank.policy.capacity for bank in replayed.controller.banks},
         "residents": round(replayed.resident_share() * trace.uses_LE.size),
-        "repartitions": [[change.tokens, change.low_share] for change in split.history]
-        if split
-        else [],
-        "accesses_per_cpu_s": (tally.hits + tally.misses) / max(seconds, 1e-9),
+        "repartitions": [list(change) for change in split.history] if split else [],
+        "accesses_per_cpu_s": counts.uses / max(seconds, 1e-9),
         "trace": trace.name,
     }
 

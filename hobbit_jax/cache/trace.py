@@ -1,8 +1,7 @@
 """Recorded routing: which experts a model chose, token by token and layer by layer.
 
-Owns recording, and the writing, reading and checking of trace files. A trace is an .npz of
-`expert_ids` [T, L, K] (integers), `weights` [T, L, K] (router weights, in the order of the ids) and
-`seq_lens` [sequences] (tokens of each, in order).
+Owns recording and trace files. A file is an .npz of `expert_ids` [T, L, K] (integers), `weights`
+[T, L, K] (router weights, in the order of the ids) and `seq_lens` [sequences] (tokens of each).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 
 from hobbit_jax.atomic import replacing
 from hobbit_jax.cache.controller import Observer
-from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.selection import RouterOutput
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,10 @@
-"""The pool before the first token: the experts that a profile found most used, and pins of them.
-
-This module owns which copies are loaded in which order, into a pool or a counter. A profile is
-`importance/calibration.py`'s (made by `scripts/calibrate.py`); only its counts matter here.
-"""
+"""The pool before the first token: the experts that a profile found most used, and pins of them."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -64,25 +60,30 @@ class WarmStart:
                 executor.pin(keys[: int(self.pin_share * bank.policy.capacity)])
 
 
-class Executor(Protocol):
-    """A pool or a counter."""
+class Executor(ABC):
+    """Does what a controller decides: a pool or a counter."""
 
-    @property
-    def controller(self) -> Controller:
-        """Whose decisions it executes."""
-        ...
+    def __init__(self, controller: Controller):
+        self.controller, self.counts = controller, controller.counts
 
-    def load(self, keys: Sequence[ExpertKey], /) -> None:
-        """Makes copies resident."""
-        ...
+    @abstractmethod
+    def load(self, keys: Sequence[ExpertKey]) -> None:
+        """Makes all of `keys` resident; none of them is evicted for another."""
 
-    def pin(self, keys: Sequence[ExpertKey], /) -> None:
-        """Makes copies resident for good."""
-        ...
+    @abstractmethod
+    def resize(self, slots: Mapping[Signature, int]) -> None:
+        """Divides the bytes of each device's banks anew, between the same banks."""
 
-    def resize(self, slots: Mapping[Signature, int], /) -> None:
-        """Divides the bytes of each device's banks anew."""
-        ...
+    def pin(self, keys: Sequence[ExpertKey]) -> None:
+        """Loads `keys` and keeps them resident until they are unpinned; these are no accesses.
+
+        Raises:
+            ValueError: too few slots are left to stream the rest through.
+        """
+        self.controller.check_pins(keys)
+        self.load(keys)
+        for key in keys:
+            self.controller.pin(key)
 
 
 def load_all(executor: Executor, precision: int) -> None:

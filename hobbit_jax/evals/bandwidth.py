@@ -1,8 +1,7 @@
 """Measures what `cache/bandwidth.py` holds: host memory under expert products, the link, and both.
 
 Products run in a child process on the CPU, one for each number of threads, on a bank in the map of
-a file that is larger than the processor's caches; every step takes other experts of it. Copies to
-the device start in the same map, or in the device's pinned host memory.
+a file that is larger than the processor's caches; every step takes other experts of it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """lm-eval's benchmarks on an engine: one call, one JSON-able record with intervals.
 
-Owns what is asked of lm-eval and what is kept of its answer. Scores and standard errors are
-lm-eval's own; intervals are this room's.
+Scores and standard errors are lm-eval's own; intervals are this room's.
 """
 
 from __future__ import annotations
@@ -125,7 +124,6 @@ def evaluate(
     )
     runs_code = any(name in _RUNNING_CODE for name in settings.tasks)
     return {
-        "settings": {**asdict(settings), "tasks": list(settings.tasks)},
         "tasks": {name: _task_record(name, task, results) for name, task in tasks.items()},
         "requests": {**asdict(lm.counts), "reused": lm.reused},
         "missing_protections": list(missing_protections()) if runs_code else None,
@@ -183,10 +181,6 @@ def _interval(aggregate: Any, values: list[Any]) -> Interval:
     return bootstrap(lambda drawn: aggregate([values[i] for i in np.asarray(drawn)]), len(values))
 
 
-def _versions() -> dict[str, Any]:
-    return {**machine()["versions"], **{name: metadata.version(name) for name in _PACKAGES}}
-
-
 def shares(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The tasks whose score is a share of problems, as a row of a sweep holds them."""
     kept = ("problems", "correct", "value", "low", "high")
@@ -221,7 +215,8 @@ def as_record(found: Mapping[str, Any], setting: Mapping[str, Any], seconds: flo
     kept = measured({**metrics, "requests": found["requests"], "verdicts": verdicts})
     missing = {"missing_protections": ", ".join(found["missing_protections"] or ())}
     kept = combined(kept, Measured(notes=missing))
-    here = {**machine(), "versions": _versions()}
+    packages = {name: metadata.version(name) for name in _PACKAGES}
+    here = {**machine(), "versions": machine()["versions"] | packages}
     hashes = {"model": found["model"]["model_sha256"]}
     return Record(
         STUDY, Benchmark(STUDY, setting), **vars(kept) | {"file_sha256": hashes}, **here,

@@ -1,17 +1,33 @@
-"""Our engine as a program that `measure.py` can time: what its counters and its pool say."""
+"""Our engine as a program that `measure.py` can time: what its counters and its pool say.
+
+Settings are compared one after the other, so that one pool is on the device at a time; they decode
+the same forced tokens, so that a speedup is a ratio within a row. Logits are the same bits at every
+budget, so native decode at any budget is the reference.
+"""
 
 from __future__ import annotations
 
 import functools
+import gc
+import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
-from hobbit_jax.evals.measure import Clock, Counts, Measurement, measure, timed_turn
-from hobbit_jax.experts.store import NATIVE
+from hobbit_jax import reference
+from hobbit_jax.cache.counts import Counts
+from hobbit_jax.evals.logit_comparison import compare_logits, summarize
+from hobbit_jax.evals.measure import Clock, Measurement, measure, timed_turn
+from hobbit_jax.evals.process_memory import PeakWatch
+from hobbit_jax.evals.quality import cut_windows
+from hobbit_jax.inference.compile_clock import compile_seconds
 from hobbit_jax.inference.engine import Engine
+from hobbit_jax.models.loading import LoadedModel
+from hobbit_jax.statistics import spread
 
 
 class EngineProgram:
@@ -25,9 +41,6 @@ class EngineProgram:
     def __init__(self, engine: Engine, context: int):
         self.engine, self.context = engine, context
         self.logits_BV: list[jax.Array] = []  # of each token since the last prefill, B = 1
-        self._expert_bytes_TL = np.array(
-            [[layer.expert_bytes for layer in precision] for precision in engine.store.precisions]
-        )
 
     def prefill(self, ids_T: np.ndarray) -> int:
         """See `Program.prefill`."""
@@ -43,23 +56,7 @@ class EngineProgram:
 
     def counts(self) -> Counts:
         """See `Program.counts`."""
-        pool, engine = self.engine.pool.stats, self.engine.stats
-        uses_TL = (pool.hits + pool.misses).sum(axis=2)
-        return Counts(
-            hits=int(pool.hits.sum()),
-            misses=int(pool.misses.sum()),
-            native_uses=int(uses_TL[NATIVE].sum()),
-            bytes_read=int((uses_TL * self._expert_bytes_TL).sum()),
-            bytes_computed=pool.host_bytes,
-            bytes_moved=pool.bytes_moved,
-            bytes_ahead=pool.ahead_bytes,
-            bytes_dropped=pool.dropped_bytes,
-            link_wait_s=pool.wait_s,
-            host_round_trips=engine.host_round_trips,
-            selections=engine.selections,
-            demoted=engine.degraded,
-            skipped=engine.skipped,
-        )
+        return replace(self.engine.counts)
 
 
 def measure_engine(
@@ -101,3 +98,77 @@ def pool_figures(engine: Engine) -> dict[str, Any]:
         "dense_device_bytes": engine.model.dense_device_bytes,
         "kv_cache_bytes": engine.kv_cache_bytes,
     }
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a setting came to.
+
+    Attributes:
+        measurement: its turns.
+        logits: of each row that counts, float32 [tokens, V].
+        figures: of a record, but for those that compare.
+    """
+
+    measurement: Measurement
+    logits: list[np.ndarray]
+    figures: dict[str, Any]
+
+    def beside(self, native: Decoded) -> dict[str, Any]:
+        """The comparing figures: `speedup` row by row, and KL in nats a token to native logits."""
+        parts = []
+        for ours_TV, native_TV in zip(self.logits, native.logits, strict=True):
+            any_token_1T = np.zeros((1, len(ours_TV)), np.int32)  # its likelihood is not asked for
+            parts.append(compare_logits(ours_TV[None], native_TV[None], any_token_1T))
+        lost = summarize(parts)
+        return {
+            "kl_mean_nats": lost.kl_mean,
+            "top1_agreement": lost.top1_agreement,
+            "speedup": spread(native.measurement.decode_s / self.measurement.decode_s),
+        }
+
+
+def decode(
+    make_engine: Callable[[], Engine],
+    ids_RS: np.ndarray,
+    prompt_tokens: int,
+    clock: Clock = time.perf_counter,
+) -> Decoded:
+    """Makes an engine and decodes rows with it; the first row warms up.
+
+    `own_memory_peak_bytes` is the process's anonymous memory (the pool, the dense part and what
+    programs allocate on a CPU, without the pages of the mapped file), None where it is not told.
+
+    Args:
+        make_engine: of the setting.
+        ids_RS: int32 [repeats + 1, prompt and decoded tokens].
+        prompt_tokens: of each row, prefilled.
+        clock: of the turns.
+    """
+    gc.collect()  # the pool of the setting before, if anything refers to itself
+    memory, compiled_s = PeakWatch(os.getpid()), compile_seconds()
+    try:
+        engine = make_engine()
+        measurement, logits = measure_engine(engine, ids_RS, prompt_tokens, clock)
+    finally:
+        peak = memory.stop()
+    figures = {
+        **measurement.figures(),
+        **pool_figures(engine),
+        "compile_s": compile_seconds() - compiled_s,
+        "own_memory_peak_bytes": peak and peak.anonymous,
+    }
+    return Decoded(measurement, logits, figures)
+
+
+def token_rows(model: LoadedModel, rows: int, tokens: int, made_up: bool) -> np.ndarray:
+    """Rows of token ids, int32 [rows, tokens]: of the held-out text, or random ones.
+
+    Raises:
+        ValueError: the text is too short for so many.
+    """
+    if made_up:
+        rng = np.random.default_rng(0)
+        return rng.integers(0, model.config.vocab_size, (rows, tokens), np.int32)
+    texts = reference.held_out_texts("evaluation")
+    return cut_windows(model.tokenizer(), texts, rows, tokens - 1, seed=1).ids_WS

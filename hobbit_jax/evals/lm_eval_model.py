@@ -1,14 +1,12 @@
 """An engine as lm-eval's language model: likelihoods, rolling likelihoods, generation.
 
-Owns the batching of requests, the limits of the context, stop strings, and the memory of finished
-requests. Requests become tokens by lm-eval's own rules (`TemplateLM._encode_pair`,
-`get_rolling_token_windows`); what is too long is cut as in lm-eval's Hugging Face model, and
-counted.
+Requests become tokens by lm-eval's own rules; what is too long is cut as in lm-eval's Hugging Face
+model, and counted.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from hobbit_jax.evals.continuation import Continuation
 from hobbit_jax.evals.responses import Responses
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.sampling import Sampling
@@ -61,6 +58,33 @@ def _rounded(tokens: int, most: int) -> int:
     if tokens > 256:
         return min(most, -(-tokens // 256) * 256)
     return min(most, max(64, 1 << (tokens - 1).bit_length()))
+
+
+class _Continuation:
+    """The text of one sequence as its tokens come, until one of `stops` occurs in it."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+        self._pending: deque[int | None] = deque()
+        self._pieces = tokenizer.decode_stream(iter(self._pending.popleft, None))
+        self._stops = stops
+        self._reach = max(map(len, stops), default=0)
+        self.text = ""
+        self.ended = False
+
+    def add(self, token: int) -> None:
+        """Appends a token; afterwards `ended` says whether a stop string has occurred."""
+        self._pending.append(token)
+        piece = next(self._pieces)
+        self.text += piece
+        # A stop string may have begun in earlier tokens.
+        tail = self.text[-(len(piece) + self._reach) :]
+        self.ended = any(stop in tail for stop in self._stops)
+
+    def finish(self) -> str:
+        """The text before the first stop string."""
+        self._pending.append(None)
+        self.text += "".join(self._pieces)
+        return postprocess_generated_text(self.text, list(self._stops), None)
 
 
 class EngineLM(TemplateLM):
@@ -214,12 +238,8 @@ class EngineLM(TemplateLM):
 
     def _windows(self, text: str) -> Iterator[Pair]:
         ids = self.tok_encode(text, add_special_tokens=False)
-        windows = get_rolling_token_windows(
-            token_list=ids[1:] if ids[:1] == [self._prefix_id] else ids,
-            prefix_token=self._prefix_id,
-            max_seq_len=self.max_length,
-            context_len=1,
-        )
+        ids = ids[1:] if ids[:1] == [self._prefix_id] else ids
+        windows = get_rolling_token_windows(ids, self._prefix_id, self.max_length, context_len=1)
         return map(make_disjoint_window, windows)
 
     def _score(
@@ -229,16 +249,14 @@ class EngineLM(TemplateLM):
         with self._bar(len(pairs), what) as bar:
             start = 0
             while start < len(pairs):
-                end = start + self._rows_at_once(pairs[start : start + self._batch_size])
-                yield start, self._score_batch(pairs[start:end])
-                self.counts.scored += end - start
-                bar.update(end - start)
-                start = end
-
-    def _rows_at_once(self, pairs: Sequence[Pair]) -> int:
-        longest = min(self.max_length, max(len(c) + len(t) - 1 for c, t in pairs))
-        row_bytes = 4 * self._engine.config.vocab_size * _rounded(longest, self.max_length)
-        return max(1, min(len(pairs), _LOGIT_BYTES // row_bytes))
+                batch = pairs[start : start + self._batch_size]
+                longest = min(self.max_length, max(len(c) + len(t) - 1 for c, t in batch))
+                row_bytes = 4 * self._engine.config.vocab_size * _rounded(longest, self.max_length)
+                batch = batch[: max(1, _LOGIT_BYTES // row_bytes)]
+                yield start, self._score_batch(batch)
+                self.counts.scored += len(batch)
+                bar.update(len(batch))
+                start += len(batch)
 
     def _score_batch(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         rows = []
@@ -312,14 +330,11 @@ class EngineLM(TemplateLM):
             # Another batch is other requests, or the same again where a task repeats them.
             seed=self._seed + number,
         )
-        texts = [Continuation(self._text, [s for s in wanted["until"] if s]) for _ in rows]
+        texts = [_Continuation(self._text, [s for s in wanted["until"] if s]) for _ in rows]
         longest = max(map(len, rows))
         # Room in round numbers, so that few programs are compiled; the loop ends at the limit.
         room = _rounded(longest + limit, self._engine.config.context_length) - longest
-        ends = {
-            *self._text.eog_ids,
-            *(id for stop in wanted["until"] for id in self._special(stop)),
-        }
+        ends = {*self._text.eog_ids, *(i for stop in wanted["until"] for i in self._special(stop))}
         steps = self._engine.generate(rows, room, sampling, sorted(ends))
         for step, (ids_B, _) in enumerate(steps):
             for text, token in zip(texts, ids_B.tolist(), strict=True):
@@ -346,12 +361,8 @@ class EngineLM(TemplateLM):
         return allowed
 
     def _bar(self, total: int, what: str) -> tqdm:
-        return tqdm(
-            total=total,
-            desc=what,
-            unit="request",
-            disable=None if self._progress and total else True,
-        )
+        disable = None if self._progress and total else True
+        return tqdm(total=total, desc=what, unit="request", disable=disable)
 
 
 def _is_greedy(_: str, options: dict[str, Any]) -> bool:

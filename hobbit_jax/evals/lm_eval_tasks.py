@@ -1,7 +1,6 @@
 """Task definitions for lm-eval: its own ones on local files, and the miniature tasks.
 
-Owns which tasks there are and where their documents come from. Prompts, filters and metrics are
-read from the installed lm-eval when a task is loaded; only what needs a network is replaced: the
+Prompts, filters and metrics are the installed lm-eval's; only what needs a network is replaced: the
 documents (when there is a data folder), and HumanEval's metric, which lm-eval fetches from a hub
 and which runs here in `hobbit_jax.code_runner`.
 """
@@ -10,24 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import importlib.util
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval.tasks
-import yaml
 from lm_eval.api.task import Task
+from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import apply_template
 from tqdm import tqdm
 
 from hobbit_jax.code_runner import run_code
-from hobbit_jax.evals.tasks import HELD_OUT_SEED, MAX_NEW_TOKENS
-from hobbit_jax.synthetic_tasks import arithmetic, execution, functions
+from hobbit_jax.evals.tasks import HELD_OUT_SEED, MAX_NEW_TOKENS, TaskName
+from hobbit_jax.evals.tasks import TASKS as MINIATURE
 
 _GSM8K = {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"}
 # Where each of lm-eval's own tasks is defined, below its `tasks` folder, and what a data folder
@@ -41,7 +39,7 @@ _OWN = {
         {"validation": "wikitext2/valid.txt", "test": "wikitext2/test.txt"},
     ),
 }
-_MINIATURES = ("mini_arithmetic", "mini_functions")
+_MINIATURES: dict[str, TaskName] = {f"mini_{name}": name for name in MINIATURE}
 TASKS = (*_OWN, *_MINIATURES)
 
 MINIATURE_PROBLEMS = 200  # unless a limit asks for another number
@@ -78,10 +76,14 @@ def load_tasks(
     for name in names:
         if name in _MINIATURES:
             count = MINIATURE_PROBLEMS if limit is None else limit
-            configs.append(_mini_arithmetic(count) if "arith" in name else _mini_functions(count))
+            configs.append(_miniature(_MINIATURES[name], count))
             continue
         definition, files = _OWN[name]
-        config = _definition(definition)
+        path = Path(lm_eval.tasks.__file__).parent / definition
+        if not path.is_file():
+            raise NotImplementedError(f"this version of lm-eval has no tasks/{definition}")
+        # HumanEval's module fetches a metric as soon as it is imported, so it never must be.
+        config = load_yaml(path, resolve_func=name != "humaneval")
         if data_dir is not None:
             config["custom_dataset"] = _documents(name, files, data_dir)
             if name == "wikitext":  # it names a training split, and never uses it
@@ -105,43 +107,6 @@ def _silenced(logger_name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-# Definitions
-
-
-def _definition(file_name: str) -> dict[str, Any]:
-    """One of lm-eval's YAML files; its functions are imported when they are first called.
-
-    HumanEval's module fetches a metric as soon as it is imported, so it never must be.
-    """
-    path = Path(lm_eval.tasks.__file__).parent / file_name
-    if not path.is_file():
-        raise NotImplementedError(f"this version of lm-eval has no tasks/{file_name}")
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_constructor("!function", lambda _, node: _imported_late(path.parent, node.value))
-    with path.open(encoding="utf-8") as file:
-        config = yaml.load(file, Loader)
-    if "include" in config:
-        raise NotImplementedError(f"this version of lm-eval builds tasks/{file_name} from others")
-    return config
-
-
-def _imported_late(folder: Path, reference: str) -> Callable[..., Any]:
-    module_name, _, name = reference.rpartition(".")
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        path = folder / f"{module_name}.py"
-        spec = importlib.util.spec_from_file_location(f"{folder.name}_{module_name}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, name)(*args, **kwargs)
-
-    return call
-
-
 # Documents
 
 
@@ -153,10 +118,12 @@ def _documents(name: str, files: dict[str, str], data_dir: Path) -> Callable[...
             f"{data_dir} has no {' and no '.join(missing)}, which the task {name} reads; name the "
             "folder that has it (--data_dir, or data_dir in a config)"
         )
-    return lambda **_: {split: _dataset(_read(data_dir / file)) for split, file in files.items()}
+    return lambda **_: {
+        split: datasets.Dataset.from_list(_read(data_dir / file)) for split, file in files.items()
+    }
 
 
-def _read(path: Path) -> Iterable[dict[str, Any]]:
+def _read(path: Path) -> list[dict[str, Any]]:
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8") as file:
@@ -180,10 +147,6 @@ def wikitext_pages(text: str) -> list[str]:
         lines.append(line)
     pages.append("\n".join(lines))
     return [page for page in pages if page.strip()]
-
-
-def _dataset(documents: Iterable[dict[str, Any]]) -> datasets.Dataset:
-    return datasets.Dataset.from_list(list(documents))
 
 
 # HumanEval's verdicts
@@ -227,8 +190,10 @@ def _humaneval_scoring(target_template: str, progress: bool) -> dict[str, Any]:
 # The miniature tasks
 
 
-def _miniature(name: str, problems: list[Any], verdict: Callable[..., bool], until: list[str]):
+def _miniature(name: TaskName, count: int) -> dict[str, Any]:
     """A task of generated problems; each document knows its problem by number."""
+    generate, verdict = MINIATURE[name]
+    problems = generate(HELD_OUT_SEED, count, "heldout")
     documents = [
         {"number": number, "prompt": problem.prompt, "solution": problem.solution}
         for number, problem in enumerate(problems)
@@ -239,13 +204,14 @@ def _miniature(name: str, problems: list[Any], verdict: Callable[..., bool], unt
 
     return {
         "task": f"mini_{name}",
-        "custom_dataset": lambda **_: {"test": _dataset(documents)},
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(documents)},
         "test_split": "test",
         "output_type": "generate_until",
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{solution}}",
         "generation_kwargs": {
-            "until": until,
+            # A function ends where its body does, which its verdict knows better than a string.
+            "until": ["Q:"] if name == "arithmetic" else [],
             "max_gen_toks": MAX_NEW_TOKENS[name],
             "do_sample": False,
         },
@@ -254,14 +220,3 @@ def _miniature(name: str, problems: list[Any], verdict: Callable[..., bool], unt
         "process_results": process_results,
         "metadata": {"version": 1.0},
     }
-
-
-def _mini_arithmetic(count: int) -> dict[str, Any]:
-    problems = arithmetic.generate(HELD_OUT_SEED, count, "heldout")
-    return _miniature("arithmetic", problems, arithmetic.score, ["Q:"])
-
-
-def _mini_functions(count: int) -> dict[str, Any]:
-    # A completion ends where its body does, which `execution` knows better than a stop string.
-    problems = functions.generate(HELD_OUT_SEED, count, "heldout")
-    return _miniature("functions", problems, execution.score, [])

@@ -1,8 +1,7 @@
 """One comparison of two programs' logits on the same tokens.
 
-Owns the figures of a position (negative log-likelihood, KL to the reference, top-1 agreement) and
-what becomes of them over windows. The reference is P, the program under test is Q: a KL is
-KL(P || Q). Intervals are 95 %, by resampling whole windows.
+The reference is P, the program under test is Q: a KL is KL(P || Q). Intervals are 95 %, by
+resampling whole windows.
 """
 
 from __future__ import annotations

@@ -1,79 +1,24 @@
 """One way to time a decode, for our engine and every baseline, in this process or in another.
 
-Owns the clock of a row (a prompt is prefilled, the rest of the row is decoded, forced, so that
-every program meets the same text), what is counted of each token, and what repeats come to.
-Backends take turns row by row, in an order that is turned round in every other one, so that a busy
-machine slows all of them alike and a ratio is taken within a row. The first row warms up (compiles,
-fills pools) and counts in nothing. No JAX here: baselines run these lines in processes of their
-own; our engine is `engine_program.py`.
+A row's prompt is prefilled and the rest is decoded, forced, so that every program meets the same
+text. Backends take turns row by row, in an order that is turned round in every other one, so that a
+busy machine slows all of them alike and a ratio is taken within a row. The first row warms up and
+counts in nothing. No JAX here: baselines run these lines in processes of their own.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from hobbit_jax.cache.counts import Counts
 from hobbit_jax.statistics import spread
 
 Clock = Callable[[], float]
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What an engine did for some tokens. A use is a hit or a miss of an expert's copy.
-
-    Attributes:
-        hits, misses: uses whose copy was resident, and others.
-        native_uses: of both, those of native copies.
-        bytes_read: of the copies used.
-        bytes_computed: of them, by the CPU where it computed a miss.
-        bytes_moved: sent to the device, also in vain.
-        bytes_ahead: of them, sent beside what was waited for (guesses, later batches).
-        bytes_dropped: of those, given up unused.
-        link_wait_s: seconds that the host waited for uploads, by the link's clock.
-        host_round_trips: times that decode left the device for a missing expert.
-        selections: of experts by the router.
-        demoted: selections served below the precision that the plan asked for.
-        skipped: selections asked for and not served.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    native_uses: int = 0
-    bytes_read: int = 0
-    bytes_computed: int = 0
-    bytes_moved: int = 0
-    bytes_ahead: int = 0
-    bytes_dropped: int = 0
-    link_wait_s: float = 0.0
-    host_round_trips: int = 0
-    selections: int = 0
-    demoted: int = 0
-    skipped: int = 0
-
-    @property
-    def uses(self) -> int:
-        """Hits and misses."""
-        return self.hits + self.misses
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Hits over uses (0-1); None before the first."""
-        return self.hits / self.uses if self.uses else None
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
-
-    def __sub__(self, other: Counts) -> Counts:
-        return Counts(*(a - b for a, b in zip(_values(self), _values(other), strict=True)))
-
-
-def _values(counts: Counts) -> list[Any]:
-    return [getattr(counts, field.name) for field in fields(Counts)]
 
 
 @dataclass(frozen=True)
@@ -93,11 +38,6 @@ class Turn:
     token_cpu_s: tuple[float, ...]
     chosen: tuple[int, ...]
     tokens: tuple[Counts, ...] = ()
-
-    @property
-    def decode_s(self) -> float:
-        """Seconds of all decoded tokens."""
-        return sum(self.token_s)
 
 
 class Program(Protocol):
@@ -163,12 +103,7 @@ class Measurement:
     @property
     def decode_s(self) -> np.ndarray:
         """Seconds of each turn's decode, [turns]."""
-        return np.array([turn.decode_s for turn in self.turns])
-
-    @property
-    def decode_cpu_s(self) -> np.ndarray:
-        """The same of all processors of the process."""
-        return np.array([sum(turn.token_cpu_s) for turn in self.turns])
+        return np.array([sum(turn.token_s) for turn in self.turns])
 
     @property
     def first_token_s(self) -> np.ndarray:
@@ -191,13 +126,14 @@ class Measurement:
         CPU seconds are of all processors of the process.
         """
         per_turn = self.tokens / len(self.turns)
+        cpu_s = np.array([sum(turn.token_cpu_s) for turn in self.turns]) / per_turn
         found = {
             "decode_tokens": self.tokens,
             "decode_tokens_per_s": spread(self.decode_tokens_per_s),
             "prefill_tokens_per_s": spread(self.prefill_tokens_per_s),
             "first_token_s": spread(self.first_token_s),
             "repeat_s": [round(seconds, 6) for seconds in self.decode_s.tolist()],
-            "decode_cpu_s_per_token": spread(self.decode_cpu_s / per_turn),
+            "decode_cpu_s_per_token": spread(cpu_s),
             **self.counted_figures(),
             **self.counted_samples(),
         }

@@ -1,7 +1,4 @@
-"""Resident memory of a process, its own told apart from the pages of files.
-
-Owns how peaks are found: by samples, so a peak shorter than the period can be missed.
-"""
+"""Peaks of a process's resident memory, its own told apart from the pages of files, by samples."""
 
 from __future__ import annotations
 

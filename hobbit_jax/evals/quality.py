@@ -1,7 +1,4 @@
-"""Quality of a plan: likelihood of held-out text, and distance from the native model.
-
-Owns evaluation windows and the cached native logits; the figures are `logit_comparison.py`'s.
-"""
+"""Quality of a plan on windows of held-out text, beside the native model's cached logits."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Finished requests of a long evaluation, kept so that an interrupted one goes on.
 
-Owns the files and their keys. lm-eval's own cache keys a request by its text alone and would give
-one model another's answers; here a folder belongs to everything that an answer depends on. Each
-batch is one file that appears whole or not at all, so several processes may share a folder.
+lm-eval's own cache keys a request by its text alone and would give one model another's answers;
+here a folder belongs to everything that an answer depends on. Each batch is one file that appears
+whole or not at all, so several processes may share a folder.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""The miniature tasks, scored: worked arithmetic by its answer, functions by running them.
-
-Owns prompts, stop rules and verdicts. Problems are held-out ones (`hobbit_jax/synthetic_tasks`),
-completions greedy.
-"""
+"""The miniature tasks, held-out problems: arithmetic by its answer, functions by running them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -17,6 +14,11 @@ from hobbit_jax.statistics import share
 from hobbit_jax.synthetic_tasks import arithmetic, execution, functions
 
 TaskName = Literal["arithmetic", "functions"]
+# How problems are made, and a completion is judged.
+TASKS: dict[TaskName, tuple[Callable[..., list[Any]], Callable[..., bool]]] = {
+    "arithmetic": (arithmetic.generate, arithmetic.score),
+    "functions": (functions.generate, execution.score),
+}
 MAX_NEW_TOKENS = {"arithmetic": 64, "functions": 48}
 HELD_OUT_SEED = 2026
 
@@ -61,7 +63,7 @@ def evaluate_all(
     engine: Engine, tokenizer: Tokenizer, problems: int, batch: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """Scores of both tasks as a record holds them; none where `problems` is 0."""
-    names: tuple[TaskName, ...] = ("arithmetic", "functions") if problems else ()
+    names = TASKS if problems else ()
     return {task: asdict(evaluate(engine, tokenizer, task, problems, batch)) for task in names}
 
 
@@ -73,16 +75,11 @@ def evaluate(
     batch: int | None = None,
 ) -> TaskScore:
     """Scores `problems` held-out problems of one task, `batch` at a time or all together."""
-    if task == "arithmetic":
-        sums = arithmetic.generate(HELD_OUT_SEED, problems, "heldout")
-        prompts = [p.prompt for p in sums]
-        texts = complete(engine, tokenizer, prompts, MAX_NEW_TOKENS[task], batch)
-        verdicts = [arithmetic.score(p, text) for p, text in zip(sums, texts, strict=True)]
-    else:
-        programs = functions.generate(HELD_OUT_SEED, problems, "heldout")
-        prompts = [p.prompt for p in programs]
-        texts = complete(engine, tokenizer, prompts, MAX_NEW_TOKENS[task], batch)
-        verdicts = [execution.score(p, text) for p, text in zip(programs, texts, strict=True)]
+    generate, score = TASKS[task]
+    asked = generate(HELD_OUT_SEED, problems, "heldout")
+    prompts = [problem.prompt for problem in asked]
+    texts = complete(engine, tokenizer, prompts, MAX_NEW_TOKENS[task], batch)
+    verdicts = [score(problem, text) for problem, text in zip(asked, texts, strict=True)]
     interval = share(sum(verdicts), problems)
     solved = [bool(verdict) for verdict in verdicts]
     return TaskScore(problems, sum(solved), interval.value, interval.low, interval.high, solved)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from hobbit_jax.atomic import check_space, replacing
 from hobbit_jax.cache.controller import Observer
-from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.selection import RouterOutput
 from hobbit_jax.evals.quality import Windows, watch_windows
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.importance.layer_inputs import LayerInputs, record

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from hobbit_jax.atomic import replacing
 from hobbit_jax.cache.controller import OnRouting
-from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.selection import RouterOutput
 from hobbit_jax.evals.quality import Windows, batches
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.experts.store import NATIVE, HostExperts

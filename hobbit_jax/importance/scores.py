@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hobbit_jax.cache.controller import OnRouting
-from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.selection import RouterOutput
 from hobbit_jax.evals.quality import Windows, watch_windows
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.experts.store import HostExperts

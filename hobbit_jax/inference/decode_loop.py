@@ -1,11 +1,10 @@
 """Decode as one compiled program that leaves only when an expert is missing.
 
-Owns the program: a loop over layers (and tokens) that attends, routes, assigns precisions, looks
-the slots up on the device, runs the experts from the banks and samples. It ends after `count`
-tokens, or in the layer whose experts are not all resident; the ones that are have run by then. The
-host
-loads the others and enters again: the program runs them and goes on. So a layer may take any number
-of entries and never needs more slots at a time than one.
+A loop over layers (and tokens) attends, routes, assigns precisions, looks the slots up on the
+device, runs the experts from the banks and samples. It ends after `count` tokens, or in the layer
+whose experts are not all resident; the ones that are have run by then. The host loads the others
+and enters again: the program runs them and goes on. So a layer may take any number of entries and
+never needs more slots at a time than one.
 
 A selection's result depends neither on the entry in which it ran nor on what ran beside it, and the
 K results of a token are summed last, so the tokens are the same bits for every pool.
@@ -25,18 +24,48 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hobbit_jax.cache.miss_modes import MissMode
+from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.selection import Selections, rows_of_layer, select
 from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.inference.decode_report import LOG_FIELDS, log_entry, pack
-from hobbit_jax.inference.layer_groups import LayerGroups
 from hobbit_jax.inference.sampling import Sampling, sample
 from hobbit_jax.models import sharding
 from hobbit_jax.models.caches import Caches, empty_caches
 from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.layer import LayerKinds, States, attend_and_route
 from hobbit_jax.models.modules import EmbeddingAndHead
+from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import Bank, Biases, BiasStacks, Signature, Work
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """Which bank each precision of each layer's experts lives in; None where a precision has no
+    bank.
+    """
+
+    signatures: tuple[tuple[Signature | None, ...], ...]  # by kind and precision
+    kind_L: tuple[int, ...]
+    implementations: tuple[tuple[Signature, str], ...]  # how each bank's experts are computed
+
+    @classmethod
+    def of(cls, pool: SlotPool, implementation: Implementation) -> LayerGroups:
+        """Of the banks that `pool` has, up to the highest precision that has one."""
+        store, banks = pool.store, pool.banks
+        used = [
+            precision
+            for precision, layers in enumerate(store.precisions)
+            if any(experts.signature in banks for experts in layers)
+        ]
+        precisions = store.precisions[: 1 + max(used, default=0)]
+        by_layer = [
+            tuple(e.signature if e.signature in banks else None for e in layer)
+            for layer in zip(*precisions, strict=True)
+        ]
+        kinds = tuple(dict.fromkeys(by_layer))
+        implementations = tuple((s, store.backend(s, implementation)) for s in banks)
+        return cls(kinds, tuple(kinds.index(kind) for kind in by_layer), implementations)
 
 
 @dataclass(frozen=True)
@@ -175,8 +204,8 @@ def group(
 ) -> list[Work]:
     """Per precision, items of up to `width` wanted assignments of one expert each.
 
-    The host does the same for prefill (`moe.Grouped`). Which rows an expert's items have depends on
-    its own assignments alone.
+    `host_compute.items` does the same for prefill. Which rows an expert's items have depends on its
+    own assignments alone.
     """
     n_assignments = len(expert_A)
     assignment_A = jnp.arange(n_assignments, dtype=jnp.int32)
@@ -264,7 +293,7 @@ def _run_experts(
     held_UE: jax.Array,
     loop: _Loop,
 ) -> _Loop:
-    """Runs what is resident and due; ends the layer if that was all of it.
+    """Runs what is resident and due.
 
     Of several devices each runs what is in its own banks, by its own `table_UE`; `held_UE` says
     what is in anyone's.
@@ -282,35 +311,32 @@ def _run_experts(
     n_precisions, width = len(experts.signatures[0]), item_width(batch, k, config.n_experts)
     work_t = group(ids_A, served_A, slot_A, due_A, config.n_experts, n_precisions, width)
 
-    biases = None
+    biases, weight_A = None, carry.selections.weights_TK.reshape(-1)
     if weights.biases:
         biases = Biases(*weights.biases, layer * config.n_experts + ids_A)
+    implementations = dict(experts.implementations)
 
-    def branch(signatures: tuple[Signature | None, ...]) -> Callable[[jax.Array], jax.Array]:
-        def run(y_AD: jax.Array) -> jax.Array:
-            for signature, work in zip(signatures, work_t, strict=True):
-                if signature is not None:
-                    y_AD = expert_ffn(
-                        carry.h_BD,
-                        y_AD,
-                        carry.selections.weights_TK.reshape(-1),
-                        banks[signature],
-                        signature,
-                        work,
-                        dict(experts.implementations)[signature],
-                        config.expert_function,
-                        biases,
-                    )
-            return y_AD
-
-        return run
+    def run(signatures: tuple[Signature | None, ...], y_AD: jax.Array) -> jax.Array:
+        for signature, work in zip(signatures, work_t, strict=True):
+            if signature is not None:
+                y_AD = expert_ffn(
+                    carry.h_BD, y_AD, weight_A, banks[signature], signature, work,
+                    implementations[signature], config.expert_function, biases,
+                )  # fmt: skip
+        return y_AD
 
     kind = jnp.asarray(experts.kind_L, jnp.int32)[layer]
-    y_AD = jax.lax.switch(kind, [branch(s) for s in experts.signatures], carry.y_AD)
-    done_A = carry.done_A | ready_A
-    complete = carry.routed & jnp.all(done_A)
-    total_AD = sharding.sum_of_parts(y_AD, spec.mesh)
-    sum_BD = jnp.sum(total_AD.reshape(batch, k, -1), axis=1)
+    branches = [functools.partial(run, signatures) for signatures in experts.signatures]
+    y_AD = jax.lax.switch(kind, branches, carry.y_AD)
+    return loop._replace(carry=carry._replace(y_AD=y_AD, done_A=carry.done_A | ready_A))
+
+
+def _end_layer(spec: LoopSpec, weights: Weights, loop: _Loop) -> _Loop:
+    """Adds the outputs to the stream if all of a layer's have run; else it is blocked."""
+    carry, config = loop.carry, spec.config
+    complete = carry.routed & jnp.all(carry.done_A)
+    total_AD = sharding.sum_of_parts(carry.y_AD, spec.mesh)
+    sum_BD = jnp.sum(total_AD.reshape(len(carry.x_BD), -1, config.d_model), axis=1)
     if any(block.d_beside for block in config.blocks):
         at = spec.layers.at(weights.layers, jnp.minimum(carry.block, config.n_blocks - 1))
         x_BD = jax.lax.cond(
@@ -320,14 +346,10 @@ def _run_experts(
         )
     else:
         x_BD = jnp.where(complete, carry.x_BD + sum_BD, carry.x_BD)
-    carry = carry._replace(
-        block=carry.block + complete.astype(jnp.int32),
-        routed=carry.routed & ~complete,
-        x_BD=x_BD,
-        done_A=done_A,
-        y_AD=y_AD,
+    block, routed = carry.block + complete.astype(jnp.int32), carry.routed & ~complete
+    return loop._replace(
+        carry=carry._replace(block=block, routed=routed, x_BD=x_BD), blocked=routed
     )
-    return loop._replace(carry=carry, blocked=carry.routed)
 
 
 def _look_ahead(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loop) -> jax.Array:
@@ -362,44 +384,30 @@ def _look_ahead(spec: LoopSpec, weights: Weights, held_UE: jax.Array, loop: _Loo
 def _end_token(spec: LoopSpec, weights: Weights, inputs: Inputs, loop: _Loop) -> _Loop:
     """After the last layer: logits, the next token, and its embedding as the new stream."""
 
-    def end(loop: _Loop):
+    def end(loop: _Loop) -> _Loop:
         ends = nnx.merge(spec.ends, weights.ends)
         logits_BV = ends.logits(loop.carry.x_BD)
         key = jax.random.fold_in(inputs.key, inputs.drawn + loop.step)
         ids_B = sample(logits_BV, key, spec.sampling)
         finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
         stopped_B = jnp.any(ids_B[:, None] == inputs.stop_ids[None, :], axis=1)
-        return (
-            logits_BV,
-            ends.embed(ids_B),
-            loop.tokens_NB.at[loop.step].set(ids_B),
-            loop.lengths_B + loop.active_B.astype(jnp.int32),
-            loop.active_B & ~stopped_B,
-            loop.finite & jnp.all(finite_B | ~loop.active_B),
-            loop.step + 1,
-            jnp.zeros_like(loop.carry.block),
+        block = jnp.zeros_like(loop.carry.block)
+        return loop._replace(
+            carry=loop.carry._replace(block=block, x_BD=ends.embed(ids_B)),
+            step=loop.step + 1,
+            active_B=loop.active_B & ~stopped_B,
+            lengths_B=loop.lengths_B + loop.active_B.astype(jnp.int32),
+            finite=loop.finite & jnp.all(finite_B | ~loop.active_B),
+            tokens_NB=loop.tokens_NB.at[loop.step].set(ids_B),
+            logits_BV=logits_BV,
         )
 
-    def go_on(loop: _Loop):
-        carry = loop.carry
-        same = loop.logits_BV, carry.x_BD, loop.tokens_NB, loop.lengths_B, loop.active_B
-        return *same, loop.finite, loop.step, carry.block
-
-    # Without the caches, which a conditional would copy.
-    small = loop._replace(carry=loop.carry._replace(caches=None), log_IAf=None)
-    ended = loop.carry.block == spec.config.n_blocks
-    logits_BV, x_BD, tokens_NB, lengths_B, active_B, finite, step, block = jax.lax.cond(
-        ended, end, go_on, small
-    )
-    return loop._replace(
-        carry=loop.carry._replace(x_BD=x_BD, block=block),
-        step=step,
-        lengths_B=lengths_B,
-        active_B=active_B,
-        finite=finite,
-        tokens_NB=tokens_NB,
-        logits_BV=logits_BV,
-    )
+    # Without what a conditional would only copy.
+    nothing: Any = dict.fromkeys(set(Carry._fields) - {"block", "x_BD"})
+    small = loop._replace(carry=loop.carry._replace(**nothing), log_IAf=None)
+    ended = jax.lax.cond(loop.carry.block == spec.config.n_blocks, end, lambda same: same, small)
+    carry = loop.carry._replace(block=ended.carry.block, x_BD=ended.carry.x_BD)
+    return ended._replace(carry=carry, log_IAf=loop.log_IAf)
 
 
 def _decode(
@@ -436,7 +444,7 @@ def _decode(
 
     def finish_layer(loop: _Loop) -> _Loop:
         loop = _run_experts(spec, weights, banks, table_UE, held_UE, loop)
-        return _end_token(spec, weights, inputs, loop)
+        return _end_token(spec, weights, inputs, _end_layer(spec, weights, loop))
 
     def may_go_on(loop: _Loop) -> jax.Array:
         # A token that was begun is ended, also when no sequence is left.
@@ -449,10 +457,9 @@ def _decode(
         may_go_on, lambda loop: finish_layer(_attend(spec, weights, held_UE, loop)), loop
     )
     ahead_P2A = _look_ahead(spec, weights, held_UE, loop)
-    packed = pack(
-        loop.step, layer_of(config, loop.carry.block)[0], loop.blocked, loop.finite, loop.logged,
-        loop.tokens_NB, ahead_P2A, loop.log_IAf,
-    )  # fmt: skip
+    layer, _ = layer_of(config, loop.carry.block)
+    numbers = (loop.step, layer, loop.blocked, loop.finite, loop.logged)
+    packed = pack(numbers, loop.tokens_NB, ahead_P2A, loop.log_IAf)
     return loop.carry, packed, loop.logits_BV
 
 

@@ -1,12 +1,12 @@
 """The engine: tokens in, logits or text out, with experts streamed through the slot pool.
 
-Owns the sequences (KV cache, lengths), chunked prefill, and decode: it enters the decode program
-(`decode_loop.py`), reads its one report, tells the policies what was used, loads what is missing
-and enters again.
+Owns the sequences and decode: it enters the decode program (`decode_loop.py`), reads its one
+report, tells the policies what was used, loads what is missing and enters again.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,20 +18,20 @@ from flax import nnx
 
 from hobbit_jax.cache.adaptive_split import AdaptiveSplit
 from hobbit_jax.cache.config import CacheConfig
-from hobbit_jax.cache.controller import BankLayout, Controller, Decision, Observer
+from hobbit_jax.cache.controller import BankLayout, Controller, Decision, Observer, uses_of
 from hobbit_jax.cache.miss_modes import miss_mode
 from hobbit_jax.cache.policies import Step
-from hobbit_jax.cache.pool import SlotPool, make_pool
+from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.pool_sizing import ADAPTIVE, pool_slots
 from hobbit_jax.cache.prefetch import Prefetcher
-from hobbit_jax.cache.router_output import RouterOutput
-from hobbit_jax.cache.selection import Selections
+from hobbit_jax.cache.selection import RouterOutput
 from hobbit_jax.experts.precision import SKIPPED, uniform_plan
 from hobbit_jax.experts.store import ExpertKey, HostExperts
-from hobbit_jax.inference import non_finite
+from hobbit_jax.inference.compile_clock import compile_seconds
 from hobbit_jax.inference.decode_loop import (
     Carry,
     Inputs,
+    LayerGroups,
     LoopSpec,
     Weights,
     decode_program,
@@ -41,17 +41,24 @@ from hobbit_jax.inference.decode_loop import (
 )
 from hobbit_jax.inference.decode_report import Report
 from hobbit_jax.inference.host_compute import HostCompute, HostOutputs
-from hobbit_jax.inference.layer_groups import LayerGroups
-from hobbit_jax.inference.moe import Grouped
-from hobbit_jax.inference.prefill import Prefill, chunks, logits
+from hobbit_jax.inference.moe import by_expert
+from hobbit_jax.inference.prefill import Prefill, chunks, describe_non_finite, finite_BT, logits
 from hobbit_jax.inference.sampling import Sampling, sample, seed_key
-from hobbit_jax.inference.step_stats import EngineStats, Meter, StepStats
 from hobbit_jax.models.caches import empty_caches
 from hobbit_jax.models.loading import LoadedModel
 from hobbit_jax.models.sharding import expert_mesh, replicated
 
 GREEDY = Sampling()
 DEFAULT_CACHE = CacheConfig()
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Cost of one decode or prefill step; of a token whose cost stands at another, nothing."""
+
+    seconds: float = 0.0
+    compile_seconds: float = 0.0  # of them
+    tokens: int = 0  # that were fed
 
 
 class Engine:
@@ -61,7 +68,7 @@ class Engine:
         model: the loaded dense part and configuration.
         store: experts at every precision that the plan of `cache` uses.
         cache: what is kept on the device, and what happens to a selection that is not.
-        executor: makes the pool; `partial(make_pool, link=...)` emulates a link.
+        executor: makes the pool; `partial(SlotPool, link=...)` emulates a link.
         observers: told of what routers choose and of every decision, after the cache's own.
 
     Raises:
@@ -73,7 +80,7 @@ class Engine:
         model: LoadedModel,
         store: HostExperts,
         cache: CacheConfig = DEFAULT_CACHE,
-        executor: Callable[..., SlotPool] = make_pool,
+        executor: Callable[..., SlotPool] = SlotPool,
         observers: Sequence[Observer] = (),
     ):
         self._mesh = mesh = expert_mesh(cache.devices)
@@ -84,7 +91,7 @@ class Engine:
         self.controller, self.pool = self._make_pool(executor)
         for observer in observers:
             self.controller.observe(observer)
-        self.stats = EngineStats()
+        self.counts = self.controller.counts
         ends_graph, ends_state = nnx.split(self.model.ends)
         device_plan = replicated(jax.device_put(self.plan), mesh)
         biases = replicated(jax.device_put(store.biases), mesh)
@@ -151,11 +158,6 @@ class Engine:
         """Device bytes of the current sequences' keys and values."""
         return 0 if self._carry is None else self._carry.caches.nbytes
 
-    def reset_stats(self) -> EngineStats:
-        """Returns the counts so far and starts again from zero."""
-        stats, self.stats = self.stats, EngineStats()
-        return stats
-
     @contextmanager
     def observed_by(self, observer: Observer) -> Iterator[None]:
         """Tells `observer` too of what happens inside the block."""
@@ -164,12 +166,6 @@ class Engine:
             yield
         finally:
             self.controller.observers.remove(observer)
-
-    def _count(self, requested_TK: np.ndarray, served_TK: np.ndarray) -> None:
-        asked = requested_TK != SKIPPED
-        self.stats.selections += int(asked.sum())
-        self.stats.degraded += int((asked & (served_TK > requested_TK)).sum())
-        self.stats.skipped += int((asked & (served_TK == SKIPPED)).sum())
 
     def _check_map(self) -> None:
         """Refuses files that changed since they were mapped, where programs read the map itself.
@@ -190,16 +186,10 @@ class Engine:
     def _append(self, ids_BT: np.ndarray, n_new_B: np.ndarray) -> jax.Array:
         """Appends the first `n_new_B` tokens of each row; residual stream [B, T, D]."""
         self._check_room(n_new_B)
-
-        def watch(routed: RouterOutput, selections: Selections) -> None:
-            self._count(selections.requested_TK, selections.served_TK)
-            for observer in self.controller.routing_observers():
-                observer.after_routing(routed)
-
         # Until all layers are done there is no sequence to go on with.
         carry, self._carry = self._started(), None
         x_BTD, caches = self._prefill.append(
-            carry.caches, ids_BT, self._lengths_B, n_new_B, self._tokens, watch
+            carry.caches, ids_BT, self._lengths_B, n_new_B, self._tokens
         )
         self._carry = carry._replace(caches=caches)
         self._lengths_B = self._lengths_B + n_new_B.astype(np.int32)
@@ -223,7 +213,7 @@ class Engine:
         caches = empty_caches(self.config, len(self._ids), longest, self.cache.kv_format)
         caches = replicated(caches, self._mesh)
         chunk_tokens = self.cache.chunk_tokens
-        raise ValueError(non_finite.describe(self._prefill, caches, self._ids, chunk_tokens))
+        raise ValueError(describe_non_finite(self._prefill, caches, self._ids, chunk_tokens))
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> jax.Array:
         """Appends one prompt per sequence, in chunks; float32 logits [B, V] of each last token."""
@@ -240,7 +230,7 @@ class Engine:
             ended_B = (n_new_B > 0)[:, None]
             logits_BV = new_BV if logits_BV is None else jnp.where(ended_B, new_BV, logits_BV)
         assert logits_BV is not None
-        self._check_finite(np.asarray(non_finite.finite_BT(logits_BV)).all())
+        self._check_finite(np.asarray(finite_BT(logits_BV)).all())
         return logits_BV
 
     def score(self, ids_BT: np.ndarray) -> jax.Array:
@@ -251,14 +241,14 @@ class Engine:
         for part_BT, n_new_B, _ in chunks(ids_BT.tolist(), self.cache.chunk_tokens):
             x_BTD = self._append(part_BT, n_new_B)
             parts.append(self._logits(x_BTD, None)[:, : n_new_B[0]])
-            self._check_finite(np.asarray(non_finite.finite_BT(parts[-1])).all())
+            self._check_finite(np.asarray(finite_BT(parts[-1])).all())
         return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
     def decode(self, ids_B: np.ndarray, active_B: np.ndarray | None = None) -> jax.Array:
         """Appends one token to each active sequence; float32 logits [B, V]."""
         if active_B is None:
             active_B = np.ones(len(ids_B), bool)
-        return self._decode(np.asarray(ids_B, np.int32), active_B, 1, 1).logits_BV
+        return self._decode(np.asarray(ids_B, np.int32), active_B, 1, 1)[1]
 
     def _decode(
         self,
@@ -269,8 +259,10 @@ class Engine:
         sampling: Sampling = GREEDY,
         drawn: int = 0,
         stop_ids: Sequence[int] = (),
-    ) -> _Decoded:
+    ) -> tuple[np.ndarray, jax.Array]:
         """Appends `ids_B` and then the tokens drawn, `count` in all or until no sequence is left.
+
+        Returns the tokens drawn, [N, B], and the logits of the last one.
 
         Args:
             ids_B: int32.
@@ -320,20 +312,12 @@ class Engine:
                     ids_B = drawn_B
                     rows.append(ids_B)
                     self._lengths_B = self._lengths_B + active_B
-                    self.stats.decoded_tokens += int(active_B.sum())
+                    self.counts.tokens += int(active_B.sum())
                     active_B = active_B & ~np.isin(ids_B, stops)
                 self._check_finite(report.finite)
                 if not report.blocked:
                     break
-                self.stats.host_round_trips += 1
-                outputs = self._compute(decision, report) if decision is not None else None
-                if batches:
-                    self._load(batches.pop(0), report)
-                elif outputs is None:
-                    raise RuntimeError(f"layer {report.layer} waits for experts that are resident")
-                if outputs is not None:
-                    where_H, y_HD = outputs.wait()
-                    self._carry = with_outputs(self._started(), where_H, y_HD, self._mesh)
+                self._serve(report, decision, batches)
                 fresh = False
         except BaseException:
             # The token is half done; what the pool holds is whole.
@@ -341,31 +325,39 @@ class Engine:
             raise
         self.controller.end_tokens(len(rows))
         self.pool.promote()
-        return _Decoded(np.stack(rows), logits_BV)
+        return np.stack(rows), logits_BV
 
     def _look_ahead(self) -> int:
         """Layers whose routers a call asks when it leaves for an expert."""
         rule = self.cache.prefetch
         return rule.distance if rule is not None and rule.asks_routers else 0
 
-    def _load(self, keys: list[ExpertKey], report: Report) -> None:
-        """Loads a batch that a layer waits for, and what later layers may need behind it."""
-        upcoming: list[ExpertKey] = []
-        if self._prefetcher is not None:
-            resident = self.pool.__contains__
-            upcoming = self._prefetcher.at_exit(report.layer, report.ahead(), resident)
-        self.pool.load(keys, upcoming=upcoming)
+    def _serve(
+        self, report: Report, decision: Decision | None, batches: list[list[ExpertKey]]
+    ) -> None:
+        """Loads the next batch that a layer waits for, and computes what is left to the CPU."""
+        self.counts.host_round_trips += 1
+        outputs = self._compute(decision, report) if decision is not None else None
+        if batches:
+            upcoming: list[ExpertKey] = []
+            if self._prefetcher is not None:
+                resident = self.pool.__contains__
+                upcoming = self._prefetcher.at_exit(report.layer, report.ahead(), resident)
+            self.pool.load(batches.pop(0), upcoming=upcoming)
+        elif outputs is None:
+            raise RuntimeError(f"layer {report.layer} waits for experts that are resident")
+        if outputs is not None:
+            where_H, y_HD = outputs()
+            self._carry = with_outputs(self._started(), where_H, y_HD, self._mesh)
 
     def _compute(self, decision: Decision, report: Report) -> HostOutputs | None:
         """Begins on the CPU what a decision leaves to it of the layer where a call stands."""
         if not decision.computed:
             return None
-        config, shape = self.config, (-1, self.config.experts_per_token)
-        arrays = (report.ids_IA[-1], report.served_IA[-1], report.weights_IA[-1])
-        ids_TK, served_TK, weights_TK = (array.reshape(shape) for array in arrays)
-        width = item_width(len(ids_TK), ids_TK.shape[1], config.n_experts)
+        ids_TK, weights_TK, _, served_TK = (array[-1] for array in report.chosen)
+        width = item_width(len(ids_TK), ids_TK.shape[1], self.config.n_experts)
         return self._host.run(
-            decision.computed, Grouped.of(decision.step.layer, ids_TK, served_TK).assignments,
+            decision.computed, by_expert(decision.step.layer, ids_TK, served_TK),
             {self.store.signature(key): width for key in decision.computed},
             self._started().h_BD, weights_TK,
         )  # fmt: skip
@@ -375,15 +367,17 @@ class Engine:
 
         None if the call routed no layer.
         """
-        self._count(report.requested_IA, report.served_IA)
+        self.controller.count_selections(report.chosen.requested_TK, report.chosen.served_TK)
         longest = int(self._lengths_B.max())
         decision: Decision | None = None
         routing_observers = self.controller.routing_observers()
-        for logged in report.logged(self.config.n_layers):
+        for token, layer, chosen in report.logged(self.config.n_layers):
             for observer in routing_observers:
-                observer.after_routing(logged.routed(self.config.experts_per_token))
-            step = Step(self._tokens + logged.token, logged.layer, longest + logged.token)
-            decision = self.controller.decide(step, *logged.uses())
+                valid_B = (chosen.requested_TK != SKIPPED).any(axis=1)
+                routed = RouterOutput(layer, chosen.ids_TK, chosen.weights_TK, valid_B)
+                observer.after_routing(routed)
+            step = Step(self._tokens + token, layer, longest + token)
+            decision = self.controller.decide(step, *uses_of(layer, chosen))
             self.pool.begin(decision)
         self._tokens += report.steps
         return decision
@@ -409,12 +403,13 @@ class Engine:
         self.start(len(prompts), needed if context is None else context)
         self._key = replicated(seed_key(sampling.seed), self._mesh)
         active_B = np.ones(len(prompts), bool)
-        meter = Meter()
+        began_s, compiled_s = time.perf_counter(), compile_seconds()
         logits_BV, fed = self.prefill(prompts), sum(map(len, prompts))
         ids_B = np.asarray(sample(logits_BV, jax.random.fold_in(self._key, 0), sampling))
         rows_NB, drawn = ids_B[None], 1
         while True:
-            cost = meter.lap(fed)
+            seconds, compile_s = time.perf_counter() - began_s, compile_seconds() - compiled_s
+            cost = StepStats(seconds, compile_s, fed)
             for ids_B in rows_NB:
                 active_B = active_B & ~np.isin(ids_B, list(stop_ids))
                 if not active_B.any():
@@ -423,16 +418,10 @@ class Engine:
                 cost = StepStats()
             if drawn == max_new_tokens:
                 return
-            meter = Meter()
+            began_s, compiled_s = time.perf_counter(), compile_seconds()
             count = min(tokens_per_call, max_new_tokens - drawn)
-            before = self.stats.decoded_tokens
-            rows_NB = self._decode(
+            before = self.counts.tokens
+            rows_NB, _ = self._decode(
                 ids_B, active_B, count, tokens_per_call, sampling, drawn, stop_ids
-            ).ids_NB
-            drawn, fed = drawn + len(rows_NB), self.stats.decoded_tokens - before
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    ids_NB: np.ndarray  # drawn
-    logits_BV: jax.Array  # of the last token
+            )
+            drawn, fed = drawn + len(rows_NB), self.counts.tokens - before

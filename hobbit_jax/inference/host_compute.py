@@ -1,16 +1,13 @@
 """Experts computed on the CPU, from the blocks in the file's map, whatever the device is.
 
-Owns the way there and back: the rows that chose these experts go to the CPU, the same expert op
-runs on them there, and its outputs return as data. Nothing is copied into a pool. With ggml's
-products the op reads the map itself; XLA unpacks a few experts at a time. A row's result depends on
-its expert and the width of an item alone, as on the device, so on a CPU both give the same bits.
+The rows that chose these experts go to the CPU, the same expert op runs on them there, and its
+outputs return as data. A row's result depends on its expert and the width of an item alone, as on
+the device, so on a CPU both give the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property, partial
 from typing import Any
 
@@ -18,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hobbit_jax.cache.link import failing
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn
@@ -29,37 +27,10 @@ from pallas_kernels.reference import Bank, Biases, BiasStacks, Signature, Work
 MAX_UNPACKED = 8
 
 
-@dataclass(frozen=True)
-class HostOutputs:
-    """One layer's outputs of experts that the CPU computes meanwhile; H is a power of two.
-
-    Attributes:
-        assignment_H: t * K + k of each row, int32; T * K for padding.
-        y_HD: the expert's output times the routing weight, float32, on the CPU.
-        what: whose, for messages.
-    """
-
-    assignment_H: np.ndarray
-    y_HD: jax.Array
-    what: str
-
-    def wait(self) -> tuple[np.ndarray, np.ndarray]:
-        """The assignments and outputs, when they are computed.
-
-        Raises:
-            RuntimeError: the computation failed.
-        """
-        with _named(self.what):
-            return self.assignment_H, np.asarray(self.y_HD)
-
-
-@contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Says whose computation failed."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(f"computing {what} on the CPU failed: {error}") from error
+# A layer's outputs of experts that the CPU computes meanwhile; H is a power of two. The call waits
+# for them: t * K + k of each row (int32; T * K for padding), and the expert's output times the
+# routing weight (float32). It raises a RuntimeError if the computation failed.
+HostOutputs = Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 @partial(jax.jit, static_argnums=1)
@@ -155,8 +126,8 @@ class HostCompute:
         local_TD = h_TD.addressable_data(0)  # of several devices each has all
         function = self._store.config.expert_function
         biases = self._biases_of(keys, assignments, padding)
-        what = f"{len(keys)} experts of layer {keys[0].layer}"
-        with _named(what), jax.default_device(self._device):
+        what = f"computing {len(keys)} experts of layer {keys[0].layer} on the CPU"
+        with failing(what), jax.default_device(self._device):
             local_TD, y_HD = jax.device_put(local_TD, self._device), None
             row_H = np.minimum(assignment_H, count - 1) // k
             for bank, work, signature, chosen in self._calls(raws, rows, widths):
@@ -164,7 +135,12 @@ class HostCompute:
                     local_TD, row_H, y_HD, weight_H, bank, work, signature, chosen, function, biases
                 )
             assert y_HD is not None
-        return HostOutputs(assignment_H, y_HD, what)
+
+        def wait() -> tuple[np.ndarray, np.ndarray]:
+            with failing(what):
+                return assignment_H, np.asarray(y_HD)
+
+        return wait
 
     def _calls(self, raws, rows, widths):
         """The calls of the op: bank, work, signature and implementation of each."""

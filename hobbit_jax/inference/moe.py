@@ -1,18 +1,14 @@
 """One layer's experts on many tokens, from routing to their weighted sum.
 
-This module owns the grouping of selections by expert and the walk over banks and batches. What
-stands on the host here is bookkeeping only; the arithmetic is `pallas_kernels.expert_ffn`.
-
-A row's result does not depend on the pool's size: items are padded to a width
-fixed by the routing alone, each expert is computed by itself, and the K results
-of a token are summed last, in the order of its selections.
+A row's result does not depend on the pool's size: items are padded to a width fixed by the routing
+alone, each expert is computed by itself, and the K results of a token are summed last, in the order
+of its selections.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -43,6 +39,8 @@ from pallas_kernels.tiles import item_rows
 # Experts that an XLA program gathers from their slots at a time: what bounds its scratch beside the
 # pool. The kernels read the slots themselves and take a whole batch at once.
 MAX_GATHERED = 8
+
+Assignments = Mapping[ExpertKey, np.ndarray]  # of each copy, see `by_expert`
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -87,57 +85,48 @@ def _add_outputs(y_AD: jax.Array, assignment_H: np.ndarray, y_HD: np.ndarray) ->
     return y_AD.at[assignment_H].set(y_HD, mode="drop")
 
 
-@dataclass(frozen=True)
-class Grouped:
-    """One layer's selections, grouped by the expert that serves them."""
+def by_expert(
+    layer: int, ids_TK: np.ndarray, precision_TK: np.ndarray
+) -> dict[ExpertKey, np.ndarray]:
+    """t * K + k, ascending, of the selections that each copy serves; `SKIPPED` serves none."""
+    stride = int(ids_TK.max(initial=0)) + 1
+    unit_A = np.where(precision_TK == SKIPPED, -1, precision_TK * stride + ids_TK).reshape(-1)
+    order_A = np.argsort(unit_A, kind="stable")
+    units, starts = np.unique(unit_A[order_A], return_index=True)
+    parts = np.split(order_A, starts[1:])
+    return {
+        ExpertKey(int(unit) // stride, layer, int(unit) % stride): part
+        for unit, part in zip(units, parts, strict=True)
+        if unit >= 0
+    }
 
-    assignments: dict[ExpertKey, np.ndarray]  # t * K + k, ascending
 
-    @classmethod
-    def of(cls, layer: int, ids_TK: np.ndarray, precision_TK: np.ndarray) -> Grouped:
-        """Groups by (precision, expert); selections at precision `SKIPPED` belong to nobody."""
-        stride = int(ids_TK.max(initial=0)) + 1
-        unit_A = np.where(precision_TK == SKIPPED, -1, precision_TK * stride + ids_TK).reshape(-1)
-        order_A = np.argsort(unit_A, kind="stable")
-        units, starts = np.unique(unit_A[order_A], return_index=True)
-        parts = np.split(order_A, starts[1:])
-        assignments = {
-            ExpertKey(int(unit) // stride, layer, int(unit) % stride): part
-            for unit, part in zip(units, parts, strict=True)
-            if unit >= 0
-        }
-        return cls(assignments)
+def _uses(layer: int, grouped: Assignments, selections: Selections) -> tuple[list[Use], list[Use]]:
+    """`uses_of` for many selections; of the unmet ones those that were served low."""
+    weights_A, requested_A = selections.weights_TK.reshape(-1), selections.requested_TK.reshape(-1)
+    uses = [
+        Use(key, float(weights_A[a].max()), bool((requested_A[a] == NATIVE).any()), len(a))
+        for key, a in grouped.items()
+    ]
+    low_TK = (selections.requested_TK == NATIVE) & (selections.served_TK == LOW)
+    experts = np.unique(selections.ids_TK[low_TK]).tolist()
+    return uses, [Use(ExpertKey(NATIVE, layer, expert)) for expert in experts]
 
-    def uses(self, selections: Selections) -> list[Use]:
-        """What the policies learn of each expert."""
-        weights_A, requested_A = (
-            selections.weights_TK.reshape(-1),
-            selections.requested_TK.reshape(-1),
-        )
-        return [
-            Use(
-                key,
-                float(weights_A[part].max()),
-                bool((requested_A[part] == NATIVE).any()),
-                len(part),
-            )
-            for key, part in self.assignments.items()
-        ]
 
-    def item_rows(self, signature: Signature, implementation: str) -> int:
-        """Rows of an item: what suits the kernel, or all of the busiest expert's in one."""
-        counts = [len(part) for part in self.assignments.values()]
-        if implementation in ("xla", "ggml"):
-            return 1 << (max(counts, default=1) - 1).bit_length()
-        return item_rows(-(-sum(counts) // max(1, len(counts))), signature)
+def _item_rows(grouped: Assignments, signature: Signature, implementation: str) -> int:
+    """Rows of an item: what suits the kernel, or all of the busiest expert's in one."""
+    counts = [len(part) for part in grouped.values()]
+    if implementation in ("xla", "ggml"):
+        return 1 << (max(counts, default=1) - 1).bit_length()
+    return item_rows(-(-sum(counts) // max(1, len(counts))), signature)
 
 
 def _calls(
-    pool: SlotPool, keys: Sequence[ExpertKey], grouped: Grouped, width: int, most_items: int
+    pool: SlotPool, keys: Sequence[ExpertKey], grouped: Assignments, width: int, most_items: int
 ) -> Iterator[Work]:
     """The items of one batch, `most_items` to a call and device, padded to as many."""
     shares = [{key: pool.slot(key) for key in share} for share in pool.by_device(keys)]
-    parts_of = [items(slots, grouped.assignments, width) for slots in shares]
+    parts_of = [items(slots, grouped, width) for slots in shares]
     place = jnp.asarray if pool.mesh is None else partial(divided, mesh=pool.mesh)
     for start in range(0, max(len(slot_I) for slot_I, _ in parts_of), most_items):
         slots, assignments, counts = [], [], []
@@ -167,13 +156,6 @@ def _split_batch(pool: SlotPool, batch: list[ExpertKey]) -> list[list[ExpertKey]
     size = max(1, pool.staging_bytes // (2 * pool.store.expert_bytes(batch[0])))
     parts = [resident, *(missing[i : i + size] for i in range(0, len(missing), size))]
     return [part for part in parts if part]
-
-
-def _unmet(layer: int, selections: Selections) -> list[Use]:
-    """Native experts that were requested and served low."""
-    low_TK = (selections.requested_TK == NATIVE) & (selections.served_TK == LOW)
-    experts = np.unique(selections.ids_TK[low_TK]).tolist()
-    return [Use(ExpertKey(NATIVE, layer, expert)) for expert in experts]
 
 
 def apply_experts(
@@ -208,13 +190,13 @@ def apply_experts(
     """
     ids_TK, mesh, config = selections.ids_TK, pool.mesh, pool.store.config
     n_assignments, n_experts = ids_TK.size, config.n_experts
-    grouped = Grouped.of(step.layer, ids_TK, selections.served_TK)
-    controller, unmet = pool.controller, _unmet(step.layer, selections)
-    decision = controller.decide(step, grouped.uses(selections), unmet, prefill=True)
+    grouped = by_expert(step.layer, ids_TK, selections.served_TK)
+    controller, uses = pool.controller, _uses(step.layer, grouped, selections)
+    decision = controller.decide(step, *uses, prefill=True)
     pool.begin(decision)
     by_bank: dict[Signature, list[ExpertKey]] = defaultdict(list)
     stay = set(decision.computed)
-    for key in grouped.assignments:
+    for key in grouped:
         if key not in stay:
             by_bank[pool.store.signature(key)].append(key)
     parts = [
@@ -227,10 +209,8 @@ def apply_experts(
     if decision.computed:
         assert host is not None
         signatures = {pool.store.signature(key) for key in decision.computed}
-        widths = {s: grouped.item_rows(s, host.implementation(s)) for s in signatures}
-        outputs = host.run(
-            decision.computed, grouped.assignments, widths, h_TD, selections.weights_TK
-        )
+        widths = {s: _item_rows(grouped, s, host.implementation(s)) for s in signatures}
+        outputs = host.run(decision.computed, grouped, widths, h_TD, selections.weights_TK)
 
     n_parts, layout = (1, None) if mesh is None else (mesh.size, NamedSharding(mesh, DIVIDED))
     y_AD = jnp.zeros((n_parts * n_assignments, h_TD.shape[1]), jnp.float32, device=layout)
@@ -238,7 +218,7 @@ def apply_experts(
         later = [key for *_, following in parts[index + 1 :] for key in following]
         pool.load(part, keep=batch, upcoming=[*later, *upcoming])
         chosen = pool.store.backend(signature, implementation)
-        width = grouped.item_rows(signature, chosen)
+        width = _item_rows(grouped, signature, chosen)
         # Bounds that the shapes alone decide, so that few programs are compiled.
         most_items = min(n_assignments, n_experts + n_assignments // width)
         if chosen == "xla":
@@ -253,4 +233,4 @@ def apply_experts(
             )  # fmt: skip
     if mesh is not None:
         y_AD = _sum_of_parts(y_AD, mesh)
-    return y_AD if outputs is None else _add_outputs(y_AD, *outputs.wait())
+    return y_AD if outputs is None else _add_outputs(y_AD, *outputs())

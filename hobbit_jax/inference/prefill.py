@@ -1,9 +1,8 @@
 """Many tokens at once: prompts and scored text, layer by layer under the host's eye.
 
-Owns the walk over layers for a chunk of tokens. A chunk may choose more experts of a layer than the
-pool has slots, so each layer's choice comes to the host, which groups it by expert and runs it in
-rounds (`moe.py`). While they run, what the next layer's router makes of the stream as it is now
-goes up, so that copies and computation overlap across layers too.
+A chunk may choose more experts of a layer than the pool has slots, so each layer's choice comes to
+the host, which runs it in batches (`moe.py`). Meanwhile what the next layer's router makes of the
+stream as it is now goes up, so that copies and computation overlap across layers too.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from flax import nnx
 from hobbit_jax.cache.miss_modes import MissMode
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.pool import SlotPool
-from hobbit_jax.cache.router_output import RouterOutput
-from hobbit_jax.cache.selection import Selections, rows_of_layer, select
+from hobbit_jax.cache.selection import RouterOutput, Selections, rows_of_layer, select
 from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.experts.store import ExpertKey
 from hobbit_jax.inference.host_compute import HostCompute
@@ -139,6 +137,12 @@ class Prefill:
         row_A = (layer * self.model.config.n_experts + ids_TK.reshape(-1)).astype(np.int32)
         return Biases(*self.biases, row_A) if self.biases else None
 
+    def _tell(self, routed: RouterOutput, selections: Selections) -> None:
+        controller = self.pool.controller
+        controller.count_selections(selections.requested_TK, selections.served_TK)
+        for observer in controller.routing_observers():
+            observer.after_routing(routed)
+
     def append(
         self,
         caches: Caches,
@@ -146,8 +150,7 @@ class Prefill:
         lengths_B: np.ndarray,
         n_new_B: np.ndarray,
         token: int,
-        watch: Callable[[RouterOutput, Selections], None],
-        inspect: Inspect = lambda part, layer, x_BTD: None,
+        inspect: Inspect | None = None,
     ) -> tuple[jax.Array, Caches]:
         """Appends the first `n_new_B` tokens of each row to sequences of `lengths_B`.
 
@@ -157,9 +160,8 @@ class Prefill:
             lengths_B: tokens of each sequence so far.
             n_new_B: the others are padding.
             token: of the policies' `Step`.
-            watch: called with each layer's routing and with its selections as NumPy arrays.
             inspect: called with the residual stream after each part of the model, during the call
-                alone.
+                alone; with it, observers are told nothing.
 
         Returns:
             Residual stream [B, T, D] after the last layer, and the caches.
@@ -172,7 +174,8 @@ class Prefill:
         positions_BT = np.where(valid_BT, lengths_B[:, None] + offsets_BT, context)
         positions_BT = positions_BT.astype(np.int32)
         x_BTD = _embed(*nnx.split(model.ends), np.asarray(ids_BT, np.int32))
-        inspect("embedding", 0, x_BTD)
+        look = inspect or (lambda part, layer, x_BTD: None)
+        look("embedding", 0, x_BTD)
         kinds, layer = model.layers.kinds, 0
         # What the CPU computes need not go up.
         uploads = not (self.pool.holds_all or self.mode.computes)
@@ -188,18 +191,17 @@ class Prefill:
                 np.int32(min(layer, model.config.n_layers - 1)), self.plan, self.pool.held_UE,
                 x_BTD, positions_BT, caches,
             )  # fmt: skip
-            inspect("attention", number, x_BTD)
+            look("attention", number, x_BTD)
             if selections is None:
                 continue
             fields, chosen_pE = jax.device_get((selections, chosen_pE))
-            on_host, valid_T = Selections(*fields), valid_BT.reshape(-1)
-            watch(
-                RouterOutput(
-                    layer, on_host.ids_TK, on_host.weights_TK, valid_T, h_TD,
+            on_host = Selections(*fields)
+            if inspect is None:
+                routed = RouterOutput(
+                    layer, on_host.ids_TK, on_host.weights_TK, valid_BT.reshape(-1), h_TD,
                     x_BTD.reshape(h_TD.shape),
-                ),
-                on_host,
-            )  # fmt: skip
+                )  # fmt: skip
+                self._tell(routed, on_host)
             # In the order in which the next layer will ask for them.
             chosen = [] if chosen_pE is None else np.argwhere(chosen_pE).tolist()
             upcoming = [ExpertKey(precision, layer + 1, expert) for precision, expert in chosen]
@@ -212,6 +214,45 @@ class Prefill:
                 kinds, kinds.kind_N[number], model.layers.states,
                 np.int32(kinds.index_N[number]), x_BTD, y_AD,
             )  # fmt: skip
-            inspect("experts", number, x_BTD)
+            look("experts", number, x_BTD)
             layer += 1
         return x_BTD, caches
+
+
+@jax.jit
+def finite_BT(x_BTD: jax.Array) -> jax.Array:
+    """Whether all numbers of each token are finite."""
+    return jnp.all(jnp.isfinite(x_BTD), axis=-1)
+
+
+def describe_non_finite(
+    prefill: Prefill, caches: Caches, ids: Sequence[Sequence[int]], chunk_tokens: int
+) -> str:
+    """One line that names the part of the model where NaN or infinity began.
+
+    The token is not named: attention multiplies what is masked by 0, and so hands NaN to all tokens
+    of a chunk.
+
+    Args:
+        prefill: runs the layers.
+        caches: zeros, with room for the tokens; donated.
+        ids: each sequence's tokens.
+        chunk_tokens: of all sequences together, that are run at a time.
+    """
+    places: list[str] = []  # that have any, in the order in which the model runs
+    for part_BT, n_new_B, done_B in chunks(ids, chunk_tokens):
+        valid_BT = np.arange(part_BT.shape[1]) < n_new_B[:, None]
+
+        def look(part: Part, layer: int, x_BTD: jax.Array, valid_BT=valid_BT) -> None:
+            if not np.asarray(finite_BT(x_BTD))[valid_BT].all():
+                embeds = part == "embedding"
+                places.append("the token embedding" if embeds else f"the {part} of layer {layer}")
+
+        _, caches = prefill.append(caches, part_BT, done_B, n_new_B, 0, look)
+        if places:
+            break
+    place = places[0] if places else "the output norm or the output matrix"
+    return (
+        f"the logits are not finite: NaN or infinity begins in {place}; the weights there are "
+        "damaged, or their products overflow: compare the file with its publisher's checksum"
+    )

@@ -1,7 +1,4 @@
-"""From logits to the next token: greedy, temperature and top-p.
-
-Owns the choice of a token and its randomness; runs on the device.
-"""
+"""From logits to the next token: greedy, temperature and top-p, on the device."""
 
 from __future__ import annotations
 

@@ -162,13 +162,13 @@ def replay_setting(
     warm = _warmed_up(setting, model, trace, pool_bytes)
     replay, (n_layers, k) = warm.replay, trace.ids_TLK.shape[1:]
     replay.play(trace.part(warm.start, warm.counted))
-    before = replace(replay.tally)
+    before = replace(replay.counts)
     replay.play(trace.part(warm.counted, TOKENS))
-    tally = replay.tally.since(before)
+    tally = replay.counts - before
 
     selections = config.n_layers * config.experts_per_token
     scale = selections / (n_layers * k) / tally.tokens
-    exits = _exits(tally.round_trips / (tally.tokens * n_layers), config.experts_per_token / k)
+    exits = _exits(tally.host_round_trips / (tally.tokens * n_layers), config.experts_per_token / k)
     pairs = config.n_layers * config.n_experts
     mode = setting.rule
     cached = mode.low_banks in ("cache", "all")
@@ -177,17 +177,17 @@ def replay_setting(
         slots={"/".join(dict.fromkeys(signature)): n for signature, n in warm.slots.items()},
         # With low copies in a cache, both copies of an expert may be there.
         residents=round(pairs * replay.resident_share()) if cached else sum(warm.slots.values()),
-        hit_rate=tally.hit_rate,
+        hit_rate=tally.hit_rate or 0.0,
         low_uses=tally.low / tally.selections,
         skipped=tally.skipped / tally.selections,
         traffic=replace(
             _dense(model, context, kv_format),
-            expert_bytes=tally.bytes_used * scale,
+            expert_bytes=(tally.bytes_read - tally.bytes_computed) * scale,
             selections=selections,
             exits=exits * config.n_layers,
             moved_experts=(tally.misses - tally.computed + tally.promotions) * scale,
             moved_bytes=tally.bytes_moved * scale,
-            host_bytes=tally.host_bytes * scale,  # after an exit, which is the hand-over too
+            host_bytes=tally.bytes_computed * scale,  # after an exit, which is the hand-over too
             at_once=mode.computes,
         ),
     )

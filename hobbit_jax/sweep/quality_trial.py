@@ -8,7 +8,7 @@ import numpy as np
 
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import Observer
-from hobbit_jax.cache.router_output import RouterOutput
+from hobbit_jax.cache.selection import RouterOutput
 from hobbit_jax.evals import quality, tasks
 from hobbit_jax.experts.precision import SKIPPED, PrecisionPlan
 from hobbit_jax.experts.store import HostExperts

@@ -17,9 +17,8 @@ import numpy as np
 import tiny_models  # pyright: ignore[reportMissingImports]
 from families import FAMILIES  # pyright: ignore[reportMissingImports]
 
-from hobbit_jax.baselines.child import Child
+from hobbit_jax.baselines.child import Child, SideSpec
 from hobbit_jax.baselines.comparison import BASELINES
-from hobbit_jax.baselines.side import SideSpec
 from hobbit_jax.evals.logit_comparison import compare_in_float64
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine

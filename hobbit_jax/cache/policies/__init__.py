@@ -1,14 +1,10 @@
-"""Who is evicted: one file per idea, all behind `interface.Policy`.
-
-Owns the names by which scripts and configs ask for a policy.
-"""
+"""Who is evicted: one file per idea, behind `interface.Policy`, and the names to ask for them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from hobbit_jax.cache.policies.apex import Apex
 from hobbit_jax.cache.policies.belady import Belady
 from hobbit_jax.cache.policies.decayed_lfu import DecayedLFU
 from hobbit_jax.cache.policies.hobbit import Hobbit
@@ -20,7 +16,6 @@ from hobbit_jax.cache.policies.next_use import NextUse
 from hobbit_jax.cache.policies.pinned_static import PinnedStatic
 from hobbit_jax.cache.policies.random_choice import RandomChoice
 from hobbit_jax.cache.policies.slru import SLRU
-from hobbit_jax.cache.policies.w_tinylfu import WTinyLFU
 
 __all__ = [
     "DEFAULT_POLICY",
@@ -45,8 +40,6 @@ POLICIES: dict[str, PolicyFactory] = {
     "lfru": LFRU,
     "layered_lru": LayeredLRU,
     "hobbit": Hobbit,
-    "apex": Apex,
-    "w_tinylfu": WTinyLFU,
     "random": RandomChoice,
     "next_use": NextUse,
 }

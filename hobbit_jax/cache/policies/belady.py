@@ -1,8 +1,7 @@
 """Belady's algorithm: evict what is used again last. The bound, as it needs the future.
 
-Owns the order of next uses. Only a replay can make one; no live engine can. Source: Belady, "A
-study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2), 1966.
-With a whole step resident at once it still makes the fewest misses (a test tries every choice).
+Source: Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems
+Journal 5(2), 1966. With a whole step resident at once it still makes the fewest misses.
 """
 
 from __future__ import annotations

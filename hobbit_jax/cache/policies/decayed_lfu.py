@@ -1,8 +1,7 @@
 """Least frequently used, where old uses count less.
 
-Owns a decayed count of uses, kept for absent keys too. Called through `interface.Policy`. Source:
-Lee et al., "LRFU: a spectrum of policies that subsumes the LRU and LFU policies", IEEE Transactions
-on Computers 50(12), 2001, with time in tokens.
+Source: Lee et al., "LRFU: a spectrum of policies that subsumes the LRU and LFU policies", IEEE
+Transactions on Computers 50(12), 2001, with time in tokens.
 """
 
 from __future__ import annotations

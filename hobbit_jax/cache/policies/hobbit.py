@@ -1,15 +1,14 @@
 """HOBBIT's multidimensional cache: recency, frequency, high-precision use, layer distance.
 
-Owns the four terms and their sum. Called through `interface.Policy`. Source: Tang et al., "HOBBIT:
-a mixed precision expert offloading system for fast MoE inference", arXiv 2411.01433, section 3.4,
-equation 3. Relative to the layer that is running an expert has the priority
+Source: Tang et al., "HOBBIT: a mixed precision expert offloading system for fast MoE inference",
+arXiv 2411.01433, section 3.4, equation 3. Relative to the layer that is running an expert has the
+priority
 
     w1 R / T + w2 F / T + w3 H / T + w4 (1 - D / L),
 
 with R the token of its last use, F and H its uses and its uses at high precision, T the tokens so
-far, D the layers until its turn and L all layers; R, F, H begin anew with every sequence. High- and
-low-precision experts have caches, so policies, of their own. The paper chooses the weights on a
-calibration set and does not give them.
+far, D the layers until its turn and L all layers; R, F, H begin anew with every sequence. The paper
+chooses the weights on a calibration set and does not give them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from hobbit_jax.cache.policies.interface import Key, Step, TablePolicy
-from hobbit_jax.cache.policies.priority import PriorityTable, lowest_of
+from hobbit_jax.cache.policies.priority import PriorityTable
 
 # Recency, frequency, high-precision use, layer distance: the best of seven mixes on real routing
 # (the law trace, 416 slots: .504; a quarter each .473, recency alone .472).
@@ -79,15 +78,14 @@ class Hobbit(TablePolicy[Key]):
         """See `Policy.victim`."""
         tokens = self._step.token - self._began + 1
         n_layers = max(self._tables) + 1
-
-        def priority(layer: int, score: float) -> float:
-            ahead = (layer - self._step.layer) % n_layers / n_layers
-            return score / tokens + self.weights[3] * (1 - ahead)
-
-        victim = lowest_of(self._tables, priority, keep, self._pinned)
-        if victim is None:
+        lowest: list[tuple[float, Key]] = []
+        for layer, table in self._tables.items():
+            if (found := table.lowest(keep, self._pinned)) is not None:
+                ahead = (layer - self._step.layer) % n_layers / n_layers
+                lowest.append((found[0] / tokens + self.weights[3] * (1 - ahead), found[1]))
+        if not lowest:
             raise self._all_in_use()
-        return victim
+        return min(lowest, key=lambda scored: scored[0])[1]
 
     def _insert(self, key: Key) -> None:
         self._resident[key] = None

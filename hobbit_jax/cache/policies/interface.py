@@ -1,8 +1,7 @@
 """What every eviction policy is: the order in which resident experts give up their slots.
 
-Owns the interface and the rules that hold for all of them. A policy is pure Python: no storage, no
-copies, no JAX, so that the live pool (`cache/pool.py`) and a trace replay (`cache/counter.py`) run
-the same classes. Callers walk a model like this, for every token (or prefill chunk) and layer:
+A policy is pure Python: no storage, no copies, no JAX. Callers walk a model like this, for every
+token (or prefill chunk) and layer:
 
     policy.begin_step(Step(token, layer, position))
     missing = policy.access_all(keys, weights, native)
@@ -10,9 +9,7 @@ the same classes. Callers walk a model like this, for every token (or prefill ch
         victim = policy.admit(key, keep=keys)  # the slot is the victim's, or a free one if None
 
 All of one step's keys are accessed before the first is admitted, and all are resident after it.
-
-Bypassing does not exist: the engine must run the expert, so `admit` always makes its key resident.
-A policy with doubts about a newcomer expresses them by making it the next victim instead.
+Bypassing does not exist: a policy with doubts about a newcomer makes it the next victim instead.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """Layered LRU: whose layer has come by most often without using it goes.
 
-Owns, by layer, the keys in the order of their last use. Called through `interface.Policy`.
 Source: Angelopoulos et al., "Cache management for mixture-of-experts LLMs", arXiv 2509.02408, which
 ranks experts by rounds since their use and then by the layers until their turn.
 """

@@ -1,6 +1,5 @@
 """Least frequently and recently used: a count of uses, divided by age.
 
-Owns a count and a time per key, kept for absent keys too. Called through `interface.Policy`.
 Source: the LFRU expert cache proposed for vLLM (pull request 37190): uses / (1 + age).
 """
 

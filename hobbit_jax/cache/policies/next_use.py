@@ -1,14 +1,12 @@
 """NextUse: what followed the last time the model was in a state like this one.
 
-This module owns the policy: which expert is where in the arrays of `next_use_memory.py`, and who is
-evicted. Our own. As Belady's algorithm does, it evicts the expert whose next use is farthest, with
-an estimate in place of the future. Routing repeats itself far more than recency and frequency can
-tell: the same token in the same phrase chooses nearly the same experts, and so do the tokens after
-it. The logarithm of the tokens until the next use is taken as the mean over four recollections, two
-of this layer and one each of the two layers before it. Each is looked up in a table by how alike
-the remembered state was, how soon the expert was used after it, and how often it is used at all.
-The tables are learned while running: an expert is watched from each step on, and what it turns out
-to do is averaged in.
+Our own. As Belady's algorithm does, it evicts the expert whose next use is farthest, with an
+estimate in place of the future: the same token in the same phrase chooses nearly the same experts,
+and so do the tokens after it. The logarithm of the tokens until the next use is taken as the mean
+over four recollections, two of this layer and one each of the two layers before it. Each is looked
+up in a table by how alike the remembered state was, how soon the expert was used after it, and how
+often it is used at all. The tables are learned while running: an expert is watched from each step
+on, and what it turns out to do is averaged in.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ class NextUse(TablePolicy[Key]):
     def __init__(self, capacity: int, seed: int = 0):
         super().__init__(capacity)
         self._random = random.Random(seed).random
-        self._buffers, self._width = compiled.empty(_FIRST_LAYERS, _FIRST_EXPERTS), _FIRST_EXPERTS
+        self._order, self._memory = compiled.empty(_FIRST_LAYERS, _FIRST_EXPERTS)
         # The first row is for what is admitted before any step has used it.
         self._keys: list[list[Key]] = [[]]  # by row and column of the arrays
         self._column: list[dict[Key, int]] = [{}]
@@ -75,12 +73,13 @@ class NextUse(TablePolicy[Key]):
         victim, leaving = None, -1
         if len(resident) >= self.capacity:
             victim = self.victim(keep)
-            leaving = self._place(victim)
-            del resident[victim]
         elif self._used:
             self._take_in()
-        entering = self._place(key)
-        self._farthest = compiled.replace(*self._buffers, leaving, entering)
+        entering = self._place(key)  # first: it may make the arrays wider
+        if victim is not None:
+            leaving = self._place(victim)
+            del resident[victim]
+        self._farthest = compiled.replace(self._order, leaving, entering)
         resident[key] = None
         return victim
 
@@ -89,7 +88,8 @@ class NextUse(TablePolicy[Key]):
         if self._used:
             self._take_in()
         if self._farthest >= 0:
-            key = self._keys[self._farthest // self._width][self._farthest % self._width]
+            row, column = divmod(self._farthest, self._order.estimate_LE.shape[1])
+            key = self._keys[row][column]
             if key not in keep:
                 return key
         others = [key for key in self._resident if key not in keep and key not in self._pinned]
@@ -99,7 +99,7 @@ class NextUse(TablePolicy[Key]):
 
     def expected(self, key: Key) -> float:
         """The token at which a resident key is expected to be used next."""
-        return float(self._buffers.reals[self._place(key)])
+        return float(self._order.estimate_LE.flat[self._place(key)])
 
     def pin(self, key: Key) -> None:
         """See `Policy.pin`."""
@@ -109,7 +109,7 @@ class NextUse(TablePolicy[Key]):
     def unpin(self, key: Key) -> None:
         """See `Policy.unpin`."""
         if key in self._pinned:
-            self._farthest = compiled.replace(*self._buffers, -1, self._place(key))
+            self._farthest = compiled.replace(self._order, -1, self._place(key))
         super().unpin(key)
 
     def _take_in(self) -> None:
@@ -125,7 +125,7 @@ class NextUse(TablePolicy[Key]):
         except KeyError:
             chosen = [self._settle(key, row) for key in used]
         self._farthest = compiled.take_in(
-            *self._buffers, row, step.token, np.array(chosen), np.array(self._weights),
+            self._order, self._memory, row, step.token, np.array(chosen), np.array(self._weights),
             len(self._keys[row]), self._random(),
         )  # fmt: skip
         self._used, self._weights = [], []
@@ -134,7 +134,7 @@ class NextUse(TablePolicy[Key]):
         """Of a key in the arrays."""
         row = self._row.get(key)
         column = self._settle(key, 0) if row is None else self._column[row][key]
-        return self._row[key] * self._width + column
+        return self._row[key] * self._order.estimate_LE.shape[1] + column
 
     def _settle(self, key: Key, row: int) -> int:
         """The column of a key in `row`; it moves there from the row where it was."""
@@ -145,19 +145,20 @@ class NextUse(TablePolicy[Key]):
             self._delete_place(key)
         self._row[key], self._column[row][key] = row, len(self._keys[row])
         self._keys[row].append(key)
-        n_layers, width = self._buffers.integers[:2].tolist()
+        n_layers, width = room = self._order.estimate_LE.shape
         while row >= n_layers:
             n_layers *= 2
         while len(self._keys[row]) > width:
             width *= 2
-        if [n_layers, width] != self._buffers.integers[:2].tolist():
-            self._buffers, self._width = compiled.grown(self._buffers, n_layers, width), width
+        if (n_layers, width) != room:
+            grown = compiled.grown(self._order, self._memory, n_layers, width)
+            self._order, self._memory = grown
         entering = self._place(key) if evictable else -1
-        self._farthest = compiled.replace(*self._buffers, -1, entering)
+        self._farthest = compiled.replace(self._order, -1, entering)
         return self._column[row][key]
 
     def _delete_place(self, key: Key) -> None:
-        self._farthest = compiled.replace(*self._buffers, self._place(key), -1)
+        self._farthest = compiled.replace(self._order, self._place(key), -1)
 
     def _delete(self, key: Key) -> None:
         self._delete_place(key)

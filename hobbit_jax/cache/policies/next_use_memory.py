@@ -1,10 +1,8 @@
 """What `next_use.py` remembers and estimates, as arrays under compiled code.
 
-This module owns the past choices of every layer, the search for states like the present one, the
-record of how soon each expert was used after a remembered token, and the learned tables from which
-a next use is estimated. Layers and experts are rows and columns here, in the order in which the
-policy first saw them. Memory is bounded: about 60 bytes and one for each expert, for each of the
-last `MEMORY` tokens of a layer.
+Layers and experts are rows and columns here, in the order in which the policy first saw them.
+Memory is bounded: about 60 bytes and one for each expert, for each of the last `MEMORY` tokens of a
+layer.
 """
 
 from __future__ import annotations
@@ -70,90 +68,45 @@ class Memory(NamedTuple):
     count_RC: np.ndarray  # int64, observations behind it
 
 
-class Buffers(NamedTuple):
-    """All of it in three arrays, for compiled code takes long over many arguments.
-
-    See `_order` and `_memory`.
-    """
-
-    reals: np.ndarray  # float64
-    integers: np.ndarray  # int64; the first two are the numbers of layers and of experts
-    octets: np.ndarray  # uint8
-
-
 _N_SETS, _N_CONSTANTS = len(_LIKENESS_OF), len(_TIME_CONSTANTS)
 
 
-def _order(reals: np.ndarray, integers: np.ndarray, octets: np.ndarray) -> Order:
-    layers, experts = integers[0], integers[1]
-    pairs = layers * experts
-    return Order(
-        estimate_LE=reals[:pairs].reshape(layers, experts),
-        evictable_LE=octets[:pairs].reshape(layers, experts),
-        last_use_LE=integers[4 : 4 + pairs].reshape(layers, experts),
-        last_L=integers[4 + pairs : 4 + pairs + layers],
-        present_2=integers[2:4],
-    )
-
-
-def _memory(reals: np.ndarray, integers: np.ndarray, octets: np.ndarray) -> Memory:
-    layers, experts = integers[0], integers[1]
-    pairs, width = layers * experts, _SETS + _N_SETS * (experts // 64)
-    tables, uses = RECOLLECTIONS * _ALL_CELLS, pairs * (1 + _N_CONSTANTS)
-    i = 4 + pairs + layers
-    count_RC, i = integers[i : i + tables], i + tables
-    before_2p, i = integers[i : i + 4], i + 4
-    present_L, i = integers[i : i + layers], i + layers
-    watched_LE, i = integers[i : i + pairs], i + pairs
-    cell_LER, i = integers[i : i + pairs * RECOLLECTIONS], i + pairs * RECOLLECTIONS
-    latest_LP, i = integers[i : i + layers * _PAIRS], i + layers * _PAIRS
-    return Memory(
-        frequency_LEf=reals[pairs:uses].reshape(layers, experts, _N_CONSTANTS),
-        watched_LE=watched_LE.reshape(layers, experts),
-        cell_LER=cell_LER.reshape(layers, experts, RECOLLECTIONS),
-        present_L=present_L,
-        row_LMw=integers[i:].reshape(layers, MEMORY, width),
-        soon_LME=octets[pairs:].reshape(layers, MEMORY, experts),
-        latest_LP=latest_LP.reshape(layers, _PAIRS),
-        before_2p=before_2p.reshape(2, 2),
-        log_tokens_RC=reals[uses:].reshape(RECOLLECTIONS, _ALL_CELLS),
-        count_RC=count_RC.reshape(RECOLLECTIONS, _ALL_CELLS),
-    )
-
-
-_compiled_order, _compiled_memory = njit(cache=True)(_order), njit(cache=True)(_memory)
-
-
-def empty(n_layers: int, n_experts: int) -> Buffers:
+def empty(n_layers: int, n_experts: int) -> tuple[Order, Memory]:
     """Nothing has been used yet; `n_experts` is a multiple of 64."""
-    pairs, width = n_layers * n_experts, _SETS + _N_SETS * (n_experts // 64)
-    tables = RECOLLECTIONS * _ALL_CELLS
-    integers = 4 + pairs * (2 + RECOLLECTIONS) + 2 * n_layers + 4 + tables
-    integers += n_layers * (MEMORY * width + _PAIRS)
-    buffers = Buffers(
-        np.zeros(pairs * (1 + _N_CONSTANTS) + tables),
-        np.zeros(integers, np.int64),
-        np.zeros(pairs * (1 + MEMORY), np.uint8),
+    pairs, width = (n_layers, n_experts), _SETS + _N_SETS * (n_experts // 64)
+    order = Order(
+        estimate_LE=np.zeros(pairs),
+        evictable_LE=np.zeros(pairs, np.uint8),
+        last_use_LE=np.full(pairs, ABSENT),
+        last_L=np.full(n_layers, -1),
+        present_2=np.zeros(2, np.int64),
     )
-    buffers.integers[:2] = n_layers, n_experts
-    order, memory = _order(*buffers), _memory(*buffers)
-    order.last_use_LE[:], order.last_L[:] = ABSENT, -1
     # The first guess: what was recalled, as far as the likeness goes, or the usual time.
     trust = (np.arange(LIKENESSES) / LIKENESSES)[:, None, None]
     usual = (np.arange(_RATES) + 0.5) / _RATES_PER_E
     distance = np.arange(HORIZON + 1)[:, None]
     recalled = np.where(distance > 0, np.log(np.maximum(distance, 1)), usual)
-    memory.log_tokens_RC[:] = (trust * recalled + (1 - trust) * usual).ravel()
-    memory.count_RC[:] = _PRIOR_COUNT
-    return buffers
+    guess_C = (trust * recalled + (1 - trust) * usual).ravel()
+    memory = Memory(
+        frequency_LEf=np.zeros((*pairs, _N_CONSTANTS)),
+        watched_LE=np.zeros(pairs, np.int64),
+        cell_LER=np.zeros((*pairs, RECOLLECTIONS), np.int64),
+        present_L=np.zeros(n_layers, np.int64),
+        row_LMw=np.zeros((n_layers, MEMORY, width), np.int64),
+        soon_LME=np.zeros((n_layers, MEMORY, n_experts), np.uint8),
+        latest_LP=np.zeros((n_layers, _PAIRS), np.int64),
+        before_2p=np.zeros((2, 2), np.int64),
+        log_tokens_RC=np.tile(guess_C, (RECOLLECTIONS, 1)),
+        count_RC=np.full((RECOLLECTIONS, _ALL_CELLS), _PRIOR_COUNT),
+    )
+    return order, memory
 
 
-def grown(buffers: Buffers, n_layers: int, n_experts: int) -> Buffers:
+def grown(order: Order, memory: Memory, n_layers: int, n_experts: int) -> tuple[Order, Memory]:
     """The same with room for more layers and experts."""
     larger = empty(n_layers, n_experts)
-    for views in (_order, _memory):
-        for before, after in zip(views(*buffers), views(*larger), strict=True):
-            after[tuple(slice(size) for size in before.shape)] = before
+    for before, after in zip((*order, *memory), (*larger[0], *larger[1]), strict=True):
+        after[tuple(map(slice, before.shape))] = before
     return larger
 
 
@@ -192,17 +145,13 @@ def _enter(order: Order, layer: int, expert: int) -> None:
 
 
 @njit(cache=True)
-def replace(
-    reals: np.ndarray, integers: np.ndarray, octets: np.ndarray, leaving: int, entering: int
-) -> int:
+def replace(order: Order, leaving: int, entering: int) -> int:
     """Makes one expert not evictable and another one evictable; -1 for nobody.
 
     One that no step has asked for since the last is expected at the next token.
 
     Args:
-        reals: with the next two, `Buffers`.
-        integers: see there.
-        octets: see there.
+        order: changed in place.
         leaving: layer * E + expert.
         entering: likewise.
 
@@ -210,8 +159,7 @@ def replace(
         The evictable expert whose next use is farthest, likewise. Those that the last step chose
         are spared.
     """
-    order = _compiled_order(reals, integers, octets)
-    width = integers[1]
+    width = order.estimate_LE.shape[1]
     if leaving >= 0:
         layer, expert = leaving // width, leaving % width
         order.evictable_LE[layer, expert] = 0
@@ -364,9 +312,8 @@ def _cells(
 
 @njit(cache=True)
 def take_in(
-    reals: np.ndarray,
-    integers: np.ndarray,
-    octets: np.ndarray,
+    order: Order,
+    memory: Memory,
     layer: int,
     token: int,
     chosen_K: np.ndarray,
@@ -377,9 +324,8 @@ def take_in(
     """Learns from a step's choice, and estimates anew when the layer's experts are used next.
 
     Args:
-        reals: with the next two, `Buffers`; changed in place.
-        integers: see there.
-        octets: see there.
+        order: changed in place, as `memory` is.
+        memory: see there.
         layer: its row.
         token: never decreases.
         chosen_K: int64, the experts; the chosen get an estimate whether they are resident or not.
@@ -390,8 +336,6 @@ def take_in(
     Returns:
         As `replace`.
     """
-    order = _compiled_order(reals, integers, octets)
-    memory = _compiled_memory(reals, integers, octets)
     ranked_K = chosen_K[np.argsort(-weight_K, kind="mergesort")]
     if token != order.present_2[1]:
         memory.before_2p[:] = 0

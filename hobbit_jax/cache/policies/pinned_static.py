@@ -1,7 +1,4 @@
-"""A fixed choice: the experts that a profile found most used stay.
-
-Owns the profile's order. Called through `interface.Policy`.
-"""
+"""A fixed choice: the experts that a profile found most used stay."""
 
 from __future__ import annotations
 

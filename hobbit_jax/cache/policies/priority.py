@@ -1,16 +1,14 @@
 """Policies whose every key has one number, and the lowest goes.
 
-Owns the heap behind them: `decayed_lfu`, `pinned_static` and `belady` say what the number is,
-`hobbit` and `apex` keep such tables by layer. Outdated entries stay in the heap until they surface
-or outnumber the others.
+Owns the heap behind them. Outdated entries stay in it until they surface or outnumber the others.
 """
 
 from __future__ import annotations
 
 import heapq
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping
-from typing import Generic, TypeVar
+from collections.abc import Collection
+from typing import Generic
 
 from hobbit_jax.cache.policies.interface import Key, TablePolicy
 
@@ -59,26 +57,6 @@ class PriorityTable(Generic[Key]):
         for item in aside:
             heapq.heappush(heap, item)
         return found
-
-
-Place = TypeVar("Place")
-
-
-def lowest_of(
-    tables: Mapping[Place, PriorityTable[Key]],
-    priority: Callable[[Place, float], float],
-    *spared: Collection[Key],
-) -> Key | None:
-    """The key of the lowest `priority(place, number)` over the lowest of each table.
-
-    That is the lowest of all keys where `priority` rises with the number in every place.
-    """
-    victim, least = None, float("inf")
-    for place, table in tables.items():
-        lowest = table.lowest(*spared)
-        if lowest is not None and (here := priority(place, lowest[0])) < least:
-            victim, least = lowest[1], here
-    return victim
 
 
 class PriorityPolicy(TablePolicy[Key]):

@@ -1,7 +1,4 @@
-"""Any resident, at random: what a policy must beat.
-
-Owns the draw. Called through `interface.Policy`.
-"""
+"""Any resident, at random: what a policy must beat."""
 
 from __future__ import annotations
 

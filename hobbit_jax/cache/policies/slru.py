@@ -1,8 +1,7 @@
-"""Segmented LRU: one use is not enough to be kept for long.
+"""Segmented LRU: one use is not enough to be kept for long. The engine's default.
 
-Owns two orders of use. Called through `interface.Policy`; the engine's default. Source: Karedla,
-Love & Wherry, "Caching strategies to improve disk system performance", 1994. SharpInference uses
-it with a 75 % protected segment.
+Source: Karedla, Love & Wherry, "Caching strategies to improve disk system performance", 1994.
+SharpInference uses it with a 75 % protected segment.
 """
 
 from __future__ import annotations
