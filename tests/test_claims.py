@@ -100,7 +100,7 @@ def of_the_planner(studies):
     m = reports.metrics
     later = [row for row in reports.samples["rows"] if row["group"] == "found since"]
     return [
-        f"error is {100 * m['summary_median_error']:.0f} % over {m['summary_reports']} public reports",
+        f"is {100 * m['summary_median_error']:.0f} % over {m['summary_reports']} public reports",
         f"{100 * m['median_errors_found since']:.0f} % over the {len(later)} that",
     ]
 
