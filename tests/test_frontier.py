@@ -23,6 +23,7 @@ from hobbit_jax.record import (
     write_record,
     write_study,
 )
+from hobbit_jax.report.answers import within
 from hobbit_jax.report.document import write_report
 from hobbit_jax.report.frontier import Frontier, frontiers
 from hobbit_jax.report.frontier_tables import by_text
@@ -203,6 +204,10 @@ def test_the_rival_is_ggmls_best_of_no_more_bytes(workdir):
     draws = [own_W[i].mean() / rival_W[i].mean() for i in rng.integers(40, size=(4000, 40))]
     assert (found.low, found.high) == pytest.approx(np.quantile(draws, (0.025, 0.975)), abs=2e-3)
     assert frontier.over_ggml(rival) is None
+    assert sorted(within([frontier], 0.05)) == ["Q3_K by ggml", "Q3_K by gptq"]
+    kept = of[Uniform("Q3_K", "gptq")].kl
+    assert within([frontier], kept.high) == ["Q3_K by gptq"]
+    assert within([frontier], (kept.value + kept.high) / 2) == []
     row = next(line for line in by_text([frontier]).splitlines() if "Q2_K, gptq" in line)
     assert row.endswith(f"| {figure(found, '.2f')} |")
 

@@ -117,6 +117,17 @@ def encoders(frontier: Frontier | None) -> dict[str, list[Averaged]]:
     return {name: [p for p in plans if p.formats[0] == name] for name in formats}
 
 
+def within(frontiers: Sequence[Frontier], kl_limit: float) -> list[str]:
+    """Uniform quants whose KL is at most a limit on every text of a study."""
+    first, *others = frontiers
+    plans = [p for p in first.uniform if all((p.plan, p.text) in f.by_plan for f in others)]
+    return [
+        f"{p.formats[0]} by {p.encoder}"
+        for p in plans
+        if all(f.by_plan[p.plan, p.text].kl.high <= kl_limit for f in frontiers)
+    ]
+
+
 def unused_share(sweep: Sweep, mixed: bool) -> str:
     """Mean share of a full pool's bytes in no slot, of mixed plans or of the others."""
     shares = []
