@@ -37,7 +37,14 @@ def of_the_sweep(studies):
         *most, last = quant.over_native(sweep, "bytes_moved_per_token").split(", ")
         return f"moves {', '.join(most)} and {last}"
 
+    judged = answers.mixes(verdicts(sweep, rule))
+    better = {s.name: s.against_draws["below"] for s in answers.scores(sweep, judged)}
+    (by_weight,) = (s for s in answers.scores(sweep, judged) if better[s.name])
+    assert by_weight.name == "router_weight" and not by_weight.against_line["below"]
+    of_all = by_weight.against_draws
     return [
+        f"Against {len(sweep.control_seeds)} random draws",
+        f"in {of_all['below']} of {of_all.total()} choices of share and format",
         f"Q3_K costs a KL of {figure(q3.kl, '.4f')}",
         f"{moved(q3)} of native's bytes with {budgets}",
         f"Q2_K costs {q2.kl.value:.4f} and {moved(q2)}",
