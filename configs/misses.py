@@ -12,7 +12,7 @@ misses are fetched, computed or divided, HOBBIT with low banks of several sizes,
 or computed instead of native ones, and routing toward what is resident. Products are ggml's, in
 which decoding takes a tenth of the time; what that arithmetic itself loses is the same for all.
 
-Cost on 2 CPU cores: about half an hour.
+Cost on 2 CPU cores: an hour and a half beside other work; alone it was not timed.
 Expected: where the link is slower than the CPU's memory, computing native misses beats fetching
 anything that loses as little, and uniform Q3_K experts with computed misses beat every mix. Written
 on 2026-11-30, before the first run: a mix adds something at a pool and a link if its KL is below
@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
 
 
 def sweep(config: ConfigDict) -> list[Trial]:
-    """Every way under every pool, the pools of native first."""
+    """Every way under every pool."""
     inputs = Inputs(
         config.model, config.calibration_text, config.evaluation_text, config.implementation
     )

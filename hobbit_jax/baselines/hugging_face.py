@@ -78,7 +78,7 @@ def empty_model(
     prefix = (_DENSE if config.has_dense_ffn else _WITH_EXPERTS).get(config.arch)
     if prefix is None:
         raise NotImplementedError(f"architecture {config.arch!r} has no Hugging Face module here")
-    attention, library = _attention(config), transformers
+    attention = _attention(config)
     settings = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
@@ -105,13 +105,9 @@ def empty_model(
     if config.arch in _HYBRIDS:
         settings |= _hybrid_settings(config)
     of_text = "Text" if config.arch == "qwen35moe" else ""
-    made = getattr(library, f"{prefix}{of_text}Config")(**settings)
-    return _empty(getattr(library, f"{prefix}ForCausalLM"), made)
-
-
-def _empty(kind: Any, made: Any) -> HuggingFaceModel:
+    made = getattr(transformers, f"{prefix}{of_text}Config")(**settings)
     with torch.device("meta"):
-        model = kind(made)
+        model = getattr(transformers, f"{prefix}ForCausalLM")(made)
     # Its frequencies are no weights: nothing would fill them.
     model.model.rotary_emb = type(model.model.rotary_emb)(made)
     return model.eval()

@@ -25,8 +25,8 @@ LINK_RATIOS = (1, 4, 16)
 _WAYS = {"fetch": "fetched", "host": "computed", "hybrid": "divided"}
 
 
-def cost_mib_R(record: Record, link: int) -> np.ndarray | None:
-    """MiB that the CPU reads while the busier of link and CPU is busy for a token, by prompt.
+def _cost(record: Record, link: int) -> Interval | None:
+    """MiB that the CPU reads while the busier of link and CPU is busy for a token, over prompts.
 
     The link takes `link` times as long for a byte. None for a mode that divides misses for
     another link.
@@ -37,12 +37,13 @@ def cost_mib_R(record: Record, link: int) -> np.ndarray | None:
     moved_R, computed_R = (
         np.asarray(record.samples[f"bytes_{name}_per_token_R"]) for name in ("moved", "computed")
     )
-    return np.maximum(moved_R * link, computed_R) / MIB
+    return mean_interval(np.maximum(moved_R * link, computed_R) / MIB)
 
 
-def _cost(record: Record, link: int) -> Interval | None:
-    cost_R = cost_mib_R(record, link)
-    return None if cost_R is None else mean_interval(cost_R)
+def _is_native_fetched(record: Record) -> bool:
+    """Whether it is what all ways are compared with."""
+    asked = trial(record)
+    return asked.plan == Native() and asked.misses == CacheTrial.misses and not asked.by_decoding
 
 
 def label(record: Record) -> str:
@@ -168,7 +169,7 @@ def small_low_bank(study: MissStudy | None) -> list[str]:
     groups: dict[float, dict[str, Record]] = {}
     for record in study.records if study else ():
         here = groups.setdefault(trial(record).budget_mib, {})
-        if label(record) == "native, fetched":
+        if _is_native_fetched(record):
             here["native"] = record
         elif getattr(trial(record).plan, "mode", "") == "hobbit":
             here["hobbit"] = min(here.get("hobbit", record), record, key=_moved)
@@ -234,8 +235,7 @@ def cheapest(study: MissStudy) -> str:
         return Column(f"{name} at its cheapest", least)
 
     def fetched(cell: Cell) -> Interval | None:
-        found = [r for r in cell.ways(Native()) if trial(r).misses == CacheTrial.misses]
-        return cell.cost(found[0]) if found else None
+        return next((cell.cost(r) for r in cell.records if _is_native_fetched(r)), None)
 
     def of_best(value: Callable[[Mix], Any]) -> Callable[[Cell], Any]:
         return lambda cell: value(cell.mixes[0]) if cell.mixes and cell.mixes[0].gap else None
