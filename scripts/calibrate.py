@@ -4,11 +4,10 @@
     python scripts/calibrate.py --model M.gguf --out P --statistics=routing --budget_mib 4
     python scripts/generate.py --model M.gguf --profile P --budget_mib 4 --prompt "def fib(n):"
 
-C is a folder: how often each expert was chosen and with which router weight, the second moments of
-its inputs, and with `--statistics=hessian` (the default, for method gptq) the inputs themselves,
-from which an encoder makes one expert's Hessian at a time. `--statistics=second_moment` (for method
-importance) keeps no inputs when it is done, `--statistics=routing` nothing but the counts. An
-interrupted run goes on where it was when started again.
+C is a folder: the text's tokens, how often each expert was chosen and with which router weight, and
+the second moments of its inputs, which methods importance and ggml weigh errors by. With
+`--statistics=routing` there are no moments; that suffices for method gptq, which runs the text
+itself, and for --profile. The layers that an interrupted run had finished are not computed again.
 
 The table says what caching can hope for: the entropy of each layer's choice, the share of its most
 used quarter, and the hit rate on this text of the best experts that --budget_mib holds, of which
@@ -18,7 +17,6 @@ none is ever evicted.
 from absl import flags
 
 from hobbit_jax import cli, reference
-from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.miss_modes import FETCH
 from hobbit_jax.cache.pool_sizing import pool_slots
@@ -27,9 +25,7 @@ from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import STATISTICS, calibrate
 from hobbit_jax.importance.routing_summary import table
-from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.loading import load_model
-from hobbit_jax.resources import roomy_pool_bytes
 from hobbit_jax.sweep.texts import MIXED_TEXT, NAMED_TEXTS, calibration_documents
 from pallas_kernels.backends import for_quality
 
@@ -42,7 +38,7 @@ _TEXT = flags.DEFINE_string(
     "many characters of each.",
 )
 _OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
-_STATISTICS = flags.DEFINE_enum("statistics", "hessian", STATISTICS, "What to keep.")
+_STATISTICS = flags.DEFINE_enum("statistics", "second_moment", STATISTICS, "What to keep.")
 _BUDGET_MIB = flags.DEFINE_float(
     "budget_mib", None, "Static cache of the table in MiB; a quarter of all experts by default.",
     0.0, cli.MAX_MIB,
@@ -78,15 +74,12 @@ def main(_):
     )
     if (count := len(windows.ids_WS)) < wanted:
         print(f"the text has {count} windows of {context} + 1 tokens; all of them are used")
-    engine = Engine(model, store, CacheConfig(roomy_pool_bytes(native_bytes)))
-    found = calibrate(engine, windows, _STATISTICS.value, out)
+    found = calibrate(model, windows, _STATISTICS.value, out)
     rarest, most = found.selections_LE.min(), found.selections_LE.max()
-    print(f"{found.tokens} tokens; an expert saw {rarest} to {most} of them")
+    print(f"{windows.targets} tokens; an expert saw {rarest} to {most} of them")
     print(f"{sum(slots.values())} experts in {budget_bytes / 2**20:g} MiB")
     print(table(found.selections_LE, store, slots))
-    method = {"hessian": "gptq", "second_moment": "importance"}.get(found.statistics)
-    if method is not None:
-        print(f"next: python scripts/quantize.py --calibration {out} --method {method} …")
+    print(f"next: python scripts/quantize.py --calibration {out} --method gptq …")
 
 
 if __name__ == "__main__":

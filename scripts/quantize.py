@@ -4,12 +4,12 @@
     python scripts/quantize.py --model M.gguf --format Q2_K --method gptq --calibration C \\
         --out low.gguf
 
-Method rtn needs no calibration, importance one with second moments, gptq one with Hessians
-(`scripts/calibrate.py`). Method ggml writes every type that ggml has; a calibration with second
-moments improves it, and some types demand one. Without --out the file is kept in --cache_dir, where
-sweeps and `--low_format` look for it too; rows that are no whole number of blocks are then filled
-up, where --out has another type for them, as llama.cpp does. An interrupted run goes on where it
-was.
+Method rtn needs no calibration; the others need one that `scripts/calibrate.py` made. gptq runs its
+text once more, layer by layer, by the weights that it has encoded so far. Method ggml writes every
+type that ggml has; a calibration improves it, and some types demand one. Without --out the file is
+kept in --cache_dir, where sweeps and `--low_format` look for it too; rows that are no whole number
+of blocks are then filled up, where --out has another type for them, as llama.cpp does. An
+interrupted run goes on where it was.
 """
 
 import sys
@@ -24,10 +24,13 @@ from hobbit_jax.experts.low_precision import (
     open_low_precision,
     write_low_precision,
 )
-from hobbit_jax.importance.calibration import Calibration
+from hobbit_jax.importance.calibration import Calibration, CalibrationText
+from hobbit_jax.importance.layer_inputs import run_by
 from hobbit_jax.model_file.gguf_file import open_gguf
+from hobbit_jax.models.loading import load_model
 from hobbit_jax.models.registry import read_config
 from hobbit_jax.quantize.methods import METHODS, rarely_seen
+from pallas_kernels.backends import for_quality
 from pallas_kernels.formats import FORMATS
 
 _MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")
@@ -45,22 +48,26 @@ def main(_):
     path = cli.output_file("out", _OUT.value) if _OUT.value else None
     if path is not None and path.exists():
         raise ValueError(f"{path} exists; remove it or give another --out")
-    source = open_gguf(_MODEL.value or reference.model_path())
+    model_path = _MODEL.value or reference.model_path()
+    source = open_gguf(model_path)
     config = read_config(source)
-    calibration = None
+    calibration, run_text = None, None
     if _CALIBRATION.value:
         folder = cli.input_folder("calibration", _CALIBRATION.value)
-        calibration = Calibration.load(folder, source)
+        calibration = found = Calibration.load(folder, source)
+        if _METHOD.value != "rtn":
+            for line in rarely_seen(found.selections_LE):
+                print(f"warning: {line}", file=sys.stderr)
+        if _METHOD.value == "gptq":
+            calibration = CalibrationText(found.model_sha256, found.windows)
+            run_text = run_by(load_model(model_path, for_quality(None)), found.windows)
     spec = LowPrecisionSpec(
         _FORMAT.value, _METHOD.value, calibration, roles=tuple(sorted(set(_ROLES.value)))
     )
-    if calibration is not None and spec.method != "rtn":
-        for line in rarely_seen(calibration.selections_LE):
-            print(f"warning: {line}", file=sys.stderr)
     if path is None:
-        path = open_low_precision(source, config, spec, low_precision_folder()).paths[0]
+        path = open_low_precision(source, config, spec, low_precision_folder(), run_text).paths[0]
     else:
-        write_low_precision(source, config, spec, path)
+        write_low_precision(source, config, spec, path, run_text)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
 

@@ -12,21 +12,30 @@ import pytest
 from conftest import REPOSITORY, TWO_BANKS
 from tiny_models import write_model
 
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import OnRouting
-from hobbit_jax.evals import quality
 from hobbit_jax.evals.quality import Windows
+from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.importance import layer_inputs
 from hobbit_jax.importance.calibration import Calibration, calibrate
+from hobbit_jax.importance.layer_inputs import run_by, visit_layers
 from hobbit_jax.importance.scores import measure_errors
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.models.loading import load_model
 from hobbit_jax.quantize import encode
-from hobbit_jax.quantize.methods import PRIOR_TOKENS, encode_matrix, moment, rarely_seen
+from hobbit_jax.quantize.methods import (
+    PRIOR_TOKENS,
+    encode_matrix,
+    importance_K,
+    prior_hessian_KK,
+    rarely_seen,
+)
 
 CONTEXT = 24
+DOWN = "ffn_down_exps"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def calibration(engine, windows, folder):
-    return calibrate(engine, windows, "hessian", folder)
+    return calibrate(engine.model, windows, "second_moment", folder)
+
+
+@pytest.fixture(scope="module")
+def layers(engine, windows):
+    """What each layer's experts see, by native weights."""
+    seen = []
+    visit_layers(engine.model, windows, seen.append)
+    return seen
 
 
 def expert_matrices(engine, layer: int, expert: int) -> list[np.ndarray]:
@@ -61,11 +78,12 @@ def expert_matrices(engine, layer: int, expert: int) -> list[np.ndarray]:
     ]
 
 
-def test_sums_by_hand(engine, windows, calibration):
+def test_sums_by_hand(engine, windows, calibration, layers):
     """Row by row in float64, from what the engine's observer sees."""
     config, seen = engine.config, []
-    with engine.observed_by(OnRouting(seen.append)):
-        engine.score(windows.ids_WS[:, :-1])
+    at_once = Engine(engine.model, engine.store, CacheConfig(chunk_tokens=windows.targets))
+    with at_once.observed_by(OnRouting(seen.append)):
+        at_once.score(windows.ids_WS[:, :-1])
     selections_LE = np.zeros((config.n_layers, config.n_experts))
     inputs = np.zeros((config.n_layers, config.n_experts, config.d_model, config.d_model))
     hidden = np.zeros((config.n_layers, config.n_experts, config.d_expert, config.d_expert))
@@ -81,13 +99,13 @@ def test_sums_by_hand(engine, windows, calibration):
             inputs[routed.layer, expert] += weight**2 * np.outer(h_TD[t], h_TD[t])
             hidden[routed.layer, expert] += weight**2 * np.outer(row, row)
     np.testing.assert_array_equal(calibration.selections_LE, selections_LE)
-    layers, experts = range(config.n_layers), range(config.n_experts)
+    experts = range(config.n_experts)
     for role, expected in (("ffn_up_exps", inputs), ("ffn_down_exps", hidden)):
-        found = [[calibration.hessian_KK(role, n, e) for e in experts] for n in layers]
+        found = [[layer.hessian_KK(role, e) for e in experts] for layer in layers]
         close = {"rtol": 1e-3, "atol": 1e-5 * np.abs(expected).max()}
         np.testing.assert_allclose(found, expected, **close)
     np.testing.assert_allclose(
-        [calibration.layer_hessian_DD(n) for n in layers], inputs.sum(axis=1), rtol=1e-3, atol=1e-3
+        [layer.layer_hessian_DD() for layer in layers], inputs.sum(axis=1), rtol=1e-3, atol=1e-3
     )
     for name, expected in (("input_moments", inputs), ("hidden_moments", hidden)):
         diagonal = np.diagonal(expected, axis1=2, axis2=3)
@@ -96,23 +114,15 @@ def test_sums_by_hand(engine, windows, calibration):
     np.testing.assert_array_equal(calibration.routing.weights_TK, weights)
 
 
-def test_second_moments_keep_no_inputs(engine, windows, calibration, tmp_path):
-    found = calibrate(engine, windows, "second_moment", tmp_path / "c")
-    for name in ("input_moments", "hidden_moments"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(calibration, name))
-    assert found.sha256 != calibration.sha256
-    assert [path.name for path in (tmp_path / "c").iterdir()] == ["calibration.npz"]
-
-
 def test_the_folder_holds_it_all(engine, calibration, folder, tmp_path):
     source = engine.model.file
     loaded = Calibration.load(folder, source)
-    assert (loaded.sha256, loaded.tokens) == (calibration.sha256, calibration.tokens)
+    assert loaded.sha256 == calibration.sha256
+    np.testing.assert_array_equal(loaded.windows.ids_WS, calibration.windows.ids_WS)
+    assert [path.name for path in folder.iterdir()] == ["calibration.npz"]
     for name in ("input_moments", "hidden_moments", "selections_LE"):
         np.testing.assert_array_equal(getattr(loaded, name), getattr(calibration, name))
     np.testing.assert_array_equal(loaded.routing.weights_TK, calibration.routing.weights_TK)
-    where = ("ffn_down_exps", 1, 2)
-    np.testing.assert_array_equal(loaded.hessian_KK(*where), calibration.hessian_KK(*where))
     write_model(replace(TWO_BANKS, seed=9), tmp_path / "other.gguf")
     with pytest.raises(ValueError, match=r"was made for another model .*; make one"):
         Calibration.load(folder, open_gguf(tmp_path / "other.gguf"))
@@ -121,77 +131,121 @@ def test_the_folder_holds_it_all(engine, calibration, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no calibration"):
         Calibration.load(tmp_path / "empty", source)
-    shutil.copytree(folder, tmp_path / "cut")
-    next((tmp_path / "cut").rglob("*.routing.npz")).unlink()
-    with pytest.raises(ValueError, match="does not hold the 72 tokens"):
-        Calibration.load(tmp_path / "cut", source).hessian_KK(*where)
+    whole = (folder / "calibration.npz").read_bytes()
+    (tmp_path / "empty" / "calibration.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="holds no calibration"):
+        Calibration.load(tmp_path / "empty", source)
 
 
 def test_an_interrupted_calibration_goes_on(engine, windows, calibration, tmp_path, monkeypatch):
-    """Neither a finished batch nor a finished layer is computed again; the sums are the same."""
-    monkeypatch.setattr(quality, "_LOGIT_BYTES", 0)  # a batch is one window
-    path, scored = tmp_path / "c", []
-    score, moments = engine.score, layer_inputs._second_moments
-
-    def scoring(ids_BT):
-        if len(scored) == 2:
-            raise KeyboardInterrupt
-        scored.append(ids_BT)
-        return score(ids_BT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "score", scoring)
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(engine, windows, "hessian", path)
-    with pytest.raises(ValueError, match="holds no calibration"):
-        Calibration.load(path, engine.model.file)
-    scored[:], calls = [], []
+    """A finished layer's moments are not computed again; the sums are the same."""
+    model, path, calls = engine.model, tmp_path / "c", []
+    moment = layer_inputs._second_moment_K
 
     def summing(*rows):
-        if len(calls) == TWO_BANKS.n_experts + 1:
+        if len(calls) == 2 * TWO_BANKS.n_experts + 1:
             raise KeyboardInterrupt
         calls.append(rows)
-        return moments(*rows)
+        return moment(*rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "score", lambda ids_BT: scored.append(ids_BT) or score(ids_BT))
-        patch.setattr(layer_inputs, "_second_moments", summing)
+        patch.setattr(layer_inputs, "_second_moment_K", summing)
         with pytest.raises(KeyboardInterrupt):
-            calibrate(engine, windows, "hessian", path)
-        assert len(scored) == 1
+            calibrate(model, windows, "second_moment", path)
+        with pytest.raises(ValueError, match="holds no calibration"):
+            Calibration.load(path, model.file)
         calls[:] = []
-        patch.setattr(layer_inputs, "_second_moments", lambda *r: calls.append(r) or moments(*r))
-        found = calibrate(engine, windows, "hessian", path)
-    assert (len(scored), len(calls)) == (1, (engine.config.n_layers - 1) * TWO_BANKS.n_experts)
+        patch.setattr(layer_inputs, "_second_moment_K", lambda *r: calls.append(r) or moment(*r))
+        found = calibrate(model, windows, "second_moment", path)
+    assert len(calls) == (engine.config.n_layers - 1) * 2 * TWO_BANKS.n_experts
     np.testing.assert_array_equal(found.selections_LE, calibration.selections_LE)
-    np.testing.assert_allclose(found.hidden_moments, calibration.hidden_moments, rtol=1e-4)
+    np.testing.assert_array_equal(found.hidden_moments, calibration.hidden_moments)
+    assert [path.name for path in path.iterdir()] == ["calibration.npz"]
     other = Windows(windows.ids_WS[::-1], windows.target_bytes_WT)
-    again = calibrate(engine, other, "hessian", path)
-    assert again.text_sha256 != found.text_sha256 and len(list(path.glob("inputs-*"))) == 1
+    assert calibrate(model, other, "second_moment", path).sha256 != found.sha256
 
 
-def test_refusals(engine, windows, calibration, tmp_path, monkeypatch):
+def test_gptq_sees_what_the_layers_before_it_leave(engine, windows, calibration, tmp_path):
+    """Each Hessian is that of the finished file: of its own layers before, and its gate and up."""
+    source, config, seen = engine.model.file, engine.config, {}
+    run_text, spec = run_by(engine.model, windows), LowPrecisionSpec("Q2_K", "gptq", calibration)
+
+    def watched(low, visit):
+        def keep(layer):
+            visit(layer)
+            seen[layer.layer] = [layer.hessian_KK(role, 1) for role in ("ffn_up_exps", DOWN)]
+
+        run_text(low, keep)
+
+    made = open_low_precision(source, config, spec, tmp_path, watched)
+    found, natively = {}, {}
+    for low, hessians in ((made, found), (None, natively)):
+        visit_layers(
+            engine.model, windows,
+            lambda layer, kept=hessians: kept.update(
+                {layer.layer: [layer.hessian_KK(role, 1) for role in ("ffn_up_exps", DOWN)]}
+            ),
+            low,
+        )  # fmt: skip
+    for layer in range(config.n_layers):
+        for mine, wanted in zip(seen[layer], found[layer], strict=True):
+            np.testing.assert_array_equal(mine, wanted)
+    np.testing.assert_array_equal(seen[0][0], natively[0][0])
+    for mine, native in ((seen[0][1], natively[0][1]), *zip(seen[1], natively[1], strict=True)):
+        assert np.abs(mine - native).max() > 1e-2 * np.abs(native).max()
+
+
+def test_interrupted_gptq_goes_on(engine, windows, calibration, tmp_path, monkeypatch):
+    """No finished tensor is encoded again, and the file is the same bytes."""
+    source, config, calls = engine.model.file, engine.config, []
+    run_text, spec = run_by(engine.model, windows), LowPrecisionSpec("Q2_K", "gptq", calibration)
+
+    def encoding(*arguments):
+        if len(calls) == 2 * TWO_BANKS.n_experts + 1:
+            raise KeyboardInterrupt
+        calls.append(arguments[4:])
+        return encode_matrix(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(low_precision, "encode_matrix", encoding)
+        with pytest.raises(KeyboardInterrupt):
+            open_low_precision(source, config, spec, tmp_path / "a", run_text)
+        calls[:] = []
+        patch.setattr(
+            low_precision, "encode_matrix", lambda *a: calls.append(a[4:]) or encode_matrix(*a)
+        )
+        resumed = open_low_precision(source, config, spec, tmp_path / "a", run_text)
+    assert len(calls) == (3 * config.n_layers - 2) * config.n_experts
+    straight = open_low_precision(source, config, spec, tmp_path / "b", run_text)
+    assert resumed.paths[0].read_bytes() == straight.paths[0].read_bytes()
+
+
+def test_refusals(engine, windows, calibration, layers, tmp_path, monkeypatch):
+    model = engine.model
     nothing = Windows(windows.ids_WS[:0], windows.target_bytes_WT[:0])
     with pytest.raises(ValueError, match="at least one window"):
-        calibrate(engine, nothing, "hessian", tmp_path)
+        calibrate(model, nothing, "second_moment", tmp_path)
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        patch.setattr(engine, "score", None)
-        with pytest.raises(OSError, match=r"wants \d{6} bytes, and 1000 are free"):
-            calibrate(engine, windows, "hessian", tmp_path / "full")
+        with pytest.raises(OSError, match=r"wants 98304 bytes, and 1000 are free"):
+            calibrate(model, windows, "second_moment", tmp_path / "full")
+        patch.setattr(layer_inputs, "device_bytes", lambda: 1000)
+        with pytest.raises(ValueError, match=r"keys and values of 72 tokens take .* fewer tokens"):
+            visit_layers(model, windows, print)
     with pytest.raises(ValueError, match="statistics is 'all'"):
-        calibrate(engine, windows, "all", tmp_path)
+        calibrate(model, windows, "all", tmp_path)
     weights_NK = np.ones((2, 256), np.float32)
-    where = ("ffn_up_exps", 0, 0)
+    with pytest.raises(ValueError, match="method importance needs a calibration"):
+        encode_matrix(weights_NK, "Q2_K", "importance", None, "ffn_up_exps", 0)
     with pytest.raises(ValueError, match="method gptq needs a calibration"):
-        encode_matrix(weights_NK, "Q2_K", "gptq", None, *where)
-    diagonals = replace(calibration, inputs=None)
-    with pytest.raises(ValueError, match=r"no inputs to make Hessians of; .*--statistics=hessian"):
-        encode_matrix(weights_NK, "Q2_K", "gptq", diagonals, *where)
-    counts = replace(diagonals, input_moments=None)
-    with pytest.raises(ValueError, match=r"routing counts alone; .*--statistics=second_moment"):
-        encode_matrix(weights_NK, "Q2_K", "importance", counts, *where)
+        open_low_precision(model.file, engine.config, LowPrecisionSpec("Q2_K", "gptq"), tmp_path)
+    counts = calibration.only("routing")
+    assert counts.statistics == "routing" and counts.sha256 != calibration.sha256
+    with pytest.raises(ValueError, match=r"no moments for layer 0; .*--statistics=second_moment"):
+        spec = LowPrecisionSpec("Q2_K", "importance", counts)
+        open_low_precision(model.file, engine.config, spec, tmp_path)
+    assert not list(tmp_path.rglob("*.parts"))
     foreign = replace(calibration, model_sha256="0" * 64)
     spec = LowPrecisionSpec("Q2_K", "gptq", foreign)
     with pytest.raises(ValueError, match="made for another model"):
@@ -199,37 +253,40 @@ def test_refusals(engine, windows, calibration, tmp_path, monkeypatch):
 
 
 class Unmet:
-    """A calibration whose expert 2 of layer 1 was never chosen."""
+    """A layer's inputs with an expert that was never chosen."""
 
-    def __init__(self, calibration):
-        self.calibration = calibration
-        self.input_moments = calibration.input_moments.copy()
-        self.hidden_moments = calibration.hidden_moments.copy()
-        self.selections_LE = calibration.selections_LE.copy()
-        for array in (self.input_moments, self.hidden_moments, self.selections_LE):
-            array[1, 2] = 0
+    def __init__(self, layer, expert: int):
+        self._layer, self._expert = layer, expert
+        self.selections_E = layer.selections_E.copy()
+        self.selections_E[expert] = 0
 
-    def hessian_KK(self, role, layer, expert):
-        found = self.calibration.hessian_KK(role, layer, expert)
-        return found * 0 if (layer, expert) == (1, 2) else found
+    def second_moments_EK(self, role):
+        moments_EK = self._layer.second_moments_EK(role).copy()
+        moments_EK[self._expert] = 0
+        return moments_EK
 
-    def layer_hessian_DD(self, layer):
-        experts = range(len(self.selections_LE[layer]))
-        return sum(self.hessian_KK("ffn_up_exps", layer, expert) for expert in experts)
+    def hessian_KK(self, role, expert):
+        return self._layer.hessian_KK(role, expert) * np.float32(expert != self._expert)
+
+    def layer_hessian_DD(self):
+        return sum(self.hessian_KK("ffn_up_exps", e) for e in range(len(self.selections_E)))
 
 
-def test_an_expert_never_met_falls_back(calibration):
+def test_an_expert_never_met_falls_back(layers):
     """To its layer's average input, and to equal weights where there is none."""
-    unmet = Unmet(calibration)
-    found = moment(unmet, "ffn_gate_exps", 1, 2, full=True)
-    average = unmet.layer_hessian_DD(1).astype(np.float64) / unmet.selections_LE[1].sum()
+    unmet = Unmet(layers[1], 2)
+    found = prior_hessian_KK(unmet, "ffn_gate_exps", 2)
+    average = unmet.layer_hessian_DD().astype(np.float64) / unmet.selections_E.sum()
     np.testing.assert_allclose(found, PRIOR_TOKENS * average, rtol=1e-12)
-    down = moment(unmet, "ffn_down_exps", 1, 2, full=True)
+    np.testing.assert_allclose(
+        importance_K(unmet, "ffn_gate_exps", 2), np.diagonal(found), rtol=1e-5
+    )
+    down = prior_hessian_KK(unmet, DOWN, 2)
     np.testing.assert_allclose(down, down[0, 0] * np.eye(len(down)), rtol=1e-6)
     assert down[0, 0] > 0
     weights_NK = np.random.default_rng(0).standard_normal((8, 256)).astype(np.float32)
     plain = encode(weights_NK, "Q3_K")
-    fallen = encode_matrix(weights_NK, "Q3_K", "importance", unmet, "ffn_down_exps", 1, 2)
+    fallen = encode_matrix(weights_NK, "Q3_K", "importance", unmet, DOWN, 2)
     np.testing.assert_array_equal(fallen, plain)
     lines = rarely_seen(np.array([[500, 200], [700, 3], [199, 0]]))
     assert lines[0].startswith("3 of 6 experts saw fewer than 200 tokens")
@@ -245,7 +302,7 @@ def test_measured_errors_are_those_of_the_outputs(engine, windows, calibration, 
     """By NumPy on gguf-py's weights; and calibrated precisions lose less than plain ones."""
     file, config = engine.model.file, engine.config
     lows = [
-        open_low_precision(file, config, spec, tmp_path)
+        open_low_precision(file, config, spec, tmp_path, run_by(engine.model, windows))
         for spec in (LowPrecisionSpec("Q2_K"), LowPrecisionSpec("Q2_K", "gptq", calibration))
     ]
     store = HostExperts(config, file, lows)

@@ -5,6 +5,9 @@ its native blocks and encoded again (`quantize/methods.py`), the rest of the mod
 file is a complete uniformly quantised model that llama.cpp opens as well. It is keyed by the
 source's hash, by the encoders' own source text and by the calibration, and reopened by memory map.
 
+GPTQ encodes layer by layer, against what the layers that are encoded already make of the text: an
+error that they made is then an error that later layers can make good. `LayerPass` runs that text.
+
 GGUF has no type of 2 or 3 bits for rows that are no multiple of 256. A low precision of our own
 fills them up with zeros (`padded`): such a file names an architecture that llama.cpp does not know,
 so that nobody takes it for one of llama.cpp's. A file for llama.cpp falls back as llama.cpp does.
@@ -14,26 +17,33 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax import quantize
-from hobbit_jax.atomic import check_space, exclusive, replacing
+from hobbit_jax.atomic import check_space, exclusive
 from hobbit_jax.experts.store import ROLES, STACKS, stacked
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
 from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
 from hobbit_jax.model_file.metadata import text
 from hobbit_jax.models.config import ModelConfig, layer_tensors
-from hobbit_jax.quantize.methods import CalibratedMoments, check_method, encode_matrix
+from hobbit_jax.quantize.methods import (
+    NEED_MOMENTS,
+    LayerHessians,
+    LayerMoments,
+    check_method,
+    encode_matrix,
+)
 from hobbit_jax.quantize.quant_recipe import format_in_a_file
 from pallas_kernels import formats
 from pallas_kernels.formats import Format, get_format
@@ -69,6 +79,41 @@ def dequantize(tensor: TensorInfo, index: int | slice = slice(None)) -> np.ndarr
     return decode(raw[index], tensor.format)
 
 
+class Calibrated(Protocol):
+    """What is wanted here of a `hobbit_jax.importance.calibration.Calibration`.
+
+    That module runs an engine; this room must not.
+    """
+
+    @property
+    def model_sha256(self) -> str:
+        """Of the model it was made for."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the calibration."""
+        ...
+
+    def layer(self, layer: int) -> LayerMoments:
+        """Of native weights. ValueError if it has none."""
+        ...
+
+
+class SeenLayer(LayerHessians, Protocol):
+    """The Hessians of a layer that is about to run."""
+
+    @property
+    def layer(self) -> int:
+        """Which one."""
+        ...
+
+
+# Runs the calibration's text with the experts of a file, and shows each layer what its experts are
+# about to read, before they are read themselves (`importance.layer_inputs.visit_layers`).
+LayerPass = Callable[[GGUFFile, Callable[[SeenLayer], None]], None]
+
+
 @dataclass(frozen=True)
 class LowPrecisionSpec:
     """How a low precision is made.
@@ -80,7 +125,7 @@ class LowPrecisionSpec:
 
     format: str
     method: str = "rtn"
-    calibration: CalibratedMoments | None = None
+    calibration: Calibrated | None = None
     through: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
 
@@ -126,10 +171,20 @@ def planned_low_precision(source: GGUFFile, config: ModelConfig, format: str) ->
     Raises:
         NotImplementedError: a format that we cannot read.
     """
-    tensors = dict(source.tensors)
+    blocks = {}
     for name in _places(config):
-        shape = padded(tensors[name].shape, format)
-        raw = np.broadcast_to(np.uint8(0), (*shape[:-1], get_format(format).row_bytes(shape[-1])))
+        shape = padded(source.tensors[name].shape, format)
+        bytes_shape = (*shape[:-1], get_format(format).row_bytes(shape[-1]))
+        blocks[name] = (format, shape, np.broadcast_to(np.uint8(0), bytes_shape))
+    return _with_experts(source, blocks)
+
+
+def _with_experts(
+    source: GGUFFile, blocks: Mapping[str, tuple[str, tuple[int, ...], np.ndarray]]
+) -> GGUFFile:
+    """`source` with other tensors in the place of some: their format, shape and raw blocks."""
+    tensors = dict(source.tensors)
+    for name, (format, shape, raw) in blocks.items():
         tensors[name] = replace(tensors[name], format=format, shape=shape, raw=raw)
     return replace(source, tensors=tensors)
 
@@ -148,6 +203,7 @@ def write_low_precision(
     config: ModelConfig,
     spec: LowPrecisionSpec,
     path: Path,
+    run_text: LayerPass | None = None,
     for_llama_cpp: bool = True,
 ) -> None:
     """Writes `source` with every expert encoded anew; atomic, and resumable by tensor.
@@ -157,7 +213,10 @@ def write_low_precision(
 
     Finished tensors wait in a folder beside `path` and are taken from there when the same precision
     is asked for again after an interruption; it is removed in the end.
-    Memory: one tensor's blocks and one expert's float32 weights.
+    Memory: one expert's float32 weights, and what `run_text` takes.
+
+    Args:
+        run_text: runs the calibration's text; method gptq needs it.
 
     Raises:
         ValueError: a weight is NaN or infinite, or the calibration is missing, lacks what the
@@ -172,6 +231,10 @@ def write_low_precision(
             f"this one is {source.sha256()[:16]}…)"
         )
     check_method(spec.format, spec.method, calibration is not None)
+    in_order = spec.method == "gptq"
+    native_moments: list[LayerMoments | None] = [None] * config.n_layers
+    if calibration is not None and spec.method in NEED_MOMENTS:
+        native_moments = [calibration.layer(layer) for layer in range(config.n_layers)]
     places = _places(config, spec.roles)
     formats = dict.fromkeys(places, spec.format)
     if for_llama_cpp:
@@ -181,42 +244,73 @@ def write_low_precision(
     if any(shape != source.tensors[name].shape for name, shape in shapes.items()):
         metadata["general.architecture"] = f"{config.arch}-padded"
     recipe = spec.key(source) + ("" if for_llama_cpp else "-own")
-    parts = path.with_name(f".{path.name}.{recipe}.parts")
+    folder = path.with_name(f".{path.name}.{recipe}.parts")
     path.parent.mkdir(parents=True, exist_ok=True)
-    finished_bytes = sum(part.stat().st_size for part in parts.glob("*"))
+    finished_bytes = sum(part.stat().st_size for part in folder.glob("*.npy"))
     check_space(path, disk_bytes(source, config, spec.format) - finished_bytes)
+    parts = {name: _Part(folder, name, formats[name], shapes[name]) for name in places}
     total = len(places) * config.n_experts
     with tqdm(total=total, unit="matrix", desc=f"encoding {spec.format}", disable=None) as progress:
 
-        def encoded(tensor: TensorInfo) -> np.ndarray:
-            part = parts / f"{tensor.name}.npy"
-            if part.exists():
+        def encoded(name: str, moments: LayerMoments | None) -> np.ndarray:
+            role, _ = places[name]
+            part, experts = parts[name], stacked(source.tensors[name])
+            if part.finished:
                 progress.update(config.n_experts)
-                return np.load(part, mmap_mode="r")
-            role, layer = places[tensor.name]
-            experts = []
-            for expert in range(config.n_experts):
-                weights_NK = dequantize(stacked(tensor), expert)
-                experts.append(_encode(weights_NK, formats[tensor.name], spec, role, layer, expert))
+                return part.blocks
+            for expert, out in enumerate(part.blocks.reshape(config.n_experts, *part.matrix)):
+                weights_NK = dequantize(experts, expert)
+                out[:] = _encode(weights_NK, formats[name], spec, moments, role, expert)
                 progress.update()
-            blocks = np.stack(experts).reshape(*shapes[tensor.name][:-1], -1)
-            parts.mkdir(exist_ok=True)
-            with replacing(part) as unfinished, unfinished.open("wb") as file:
-                np.save(file, blocks)
-            return blocks
+            part.finish()
+            return part.blocks
 
-        def tensors() -> Iterable:
+        def encode_layer(seen: SeenLayer) -> None:
+            # Down reads what gate and up make, so it comes last.
+            for role in ROLES:
+                for name in (n for n, place in places.items() if place == (role, seen.layer)):
+                    encoded(name, seen)
+
+        def tensors() -> Iterator:
             for name, tensor in source.tensors.items():
-                if name in places:
-                    yield name, formats[name], shapes[name], partial(encoded, tensor)
-                else:
+                if name not in places:
                     yield name, tensor.format, tensor.shape, tensor.blocks
+                    continue
+                blocks = parts[name].blocks
+                if not in_order:
+                    blocks = partial(encoded, name, native_moments[places[name][1]])
+                yield name, formats[name], shapes[name], blocks
 
+        if in_order:
+            assert run_text is not None, "method gptq needs someone to run the text"
+            run_text(_with_experts(source, {n: p.tensor for n, p in parts.items()}), encode_layer)
         write_gguf(path, metadata, tensors(), source.field_types)
     # Also those of another recipe whose writer was killed. If another process wrote the same
     # precision after all, it was the same bytes.
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.parts"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+class _Part:
+    """One encoded tensor on its way, a .npy file of its own that has its name when it is whole."""
+
+    def __init__(self, folder: Path, name: str, format: str, shape: tuple[int, ...]):
+        folder.mkdir(exist_ok=True)
+        self._path, self._unfinished = folder / f"{name}.npy", folder / f"{name}.unfinished"
+        self.matrix = (shape[-2], get_format(format).row_bytes(shape[-1]))
+        self.finished = self._path.exists()
+        if self.finished:
+            self.blocks = np.load(self._path, mmap_mode="r")
+        else:
+            bytes_shape = (*shape[:-2], *self.matrix)
+            self.blocks = np.lib.format.open_memmap(self._unfinished, "w+", np.uint8, bytes_shape)
+        self.tensor = (format, shape, self.blocks)
+
+    def finish(self) -> None:
+        """Takes all of it as written."""
+        self.blocks.flush()
+        os.replace(self._unfinished, self._path)
+        self.finished = True
 
 
 def _formats_in_a_file(
@@ -249,13 +343,18 @@ def _metadata(source: GGUFFile, config: ModelConfig, spec: LowPrecisionSpec) -> 
 
 
 def _encode(
-    weights_NK: np.ndarray, format: str, spec: LowPrecisionSpec, role: str, layer: int, expert: int
+    weights_NK: np.ndarray,
+    format: str,
+    spec: LowPrecisionSpec,
+    moments: LayerMoments | None,
+    role: str,
+    expert: int,
 ) -> np.ndarray:
     """One expert's matrix by `spec`; where the file has another format, by ggml."""
     for name in spec.through:
         weights_NK = decode(quantize.encode(weights_NK, name), name)
     method = spec.method if format == spec.format else "ggml"
-    return encode_matrix(weights_NK, format, method, spec.calibration, role, layer, expert)
+    return encode_matrix(weights_NK, format, method, moments, role, expert)
 
 
 def low_precision_path(source: GGUFFile, spec: LowPrecisionSpec, directory: Path) -> Path:
@@ -264,7 +363,11 @@ def low_precision_path(source: GGUFFile, spec: LowPrecisionSpec, directory: Path
 
 
 def open_low_precision(
-    source: GGUFFile, config: ModelConfig, spec: LowPrecisionSpec, directory: Path
+    source: GGUFFile,
+    config: ModelConfig,
+    spec: LowPrecisionSpec,
+    directory: Path,
+    run_text: LayerPass | None = None,
 ) -> GGUFFile:
     """The low precision of `source` by `spec`, made if it is not in `directory` yet; says which.
 
@@ -282,5 +385,5 @@ def open_low_precision(
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive(path):
         if not path.exists():
-            write_low_precision(source, config, spec, path, for_llama_cpp=False)
+            write_low_precision(source, config, spec, path, run_text, for_llama_cpp=False)
     return open_gguf(path)

@@ -1,183 +1,175 @@
-"""What every layer's experts saw of a text, on disk, and the second moments made of it.
+"""What a layer's experts see of a text, a layer at a time, and the second moments made of it.
 
-Owns the recording and the sums. All Hessians of OLMoE-1B-7B take 20 GB and of Qwen3-30B-A3B 118 GB;
-their inputs take 3 and 10 GB for 24,576 tokens, and a Hessian is made when its expert is encoded.
-So memory holds one layer's inputs and one expert's Hessian, whatever the size of the model.
-
-A batch of windows is two files, `00000.inputs.npy` (float32 [L, T, D]) and `00000.routing.npz`
-(int32 and float32 [L, T, K]); the second is written last, and makes the batch count as recorded.
+Owns the pass over the text: all of it is one chunk of prefill, so that a layer has run on every
+token before the next one begins. What a visitor makes of a layer's inputs may therefore be the
+weights that this layer and all later ones run by, and none of it has to be kept. Memory holds the
+text's residual stream, its keys and values, and what one layer makes of it.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from hobbit_jax.atomic import replacing
+from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import OnRouting
 from hobbit_jax.cache.selection import RouterOutput
-from hobbit_jax.evals.quality import Windows, batches
-from hobbit_jax.experts.low_precision import dequantize
+from hobbit_jax.evals.quality import Windows
+from hobbit_jax.experts.low_precision import MATRICES, LayerPass, dequantize
+from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
+from hobbit_jax.model_file.gguf_file import GGUFFile
+from hobbit_jax.models.caches import empty_caches
+from hobbit_jax.models.loading import LoadedModel
+from hobbit_jax.resources import device_bytes, mib, roomy_pool_bytes
 from pallas_kernels.reference import ExpertBias, ExpertFunction, gated
 
-_INPUTS, _ROUTING = ".inputs.npy", ".routing.npz"
-
-
-def record(engine: Engine, windows: Windows, folder: Path) -> None:
-    """Scores `windows` by a native engine and writes what experts see; skips finished batches."""
-    folder.mkdir(parents=True, exist_ok=True)
-    n_layers = engine.config.n_layers
-    parts = batches(windows, engine.config.vocab_size)
-    for index, part in enumerate(tqdm(parts, desc="calibrating", disable=None, leave=False)):
-        inputs_path, routing_path = _batch_paths(folder, index)
-        if routing_path.exists():
-            continue
-        seen: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in range(n_layers)]
-
-        def keep(routed: RouterOutput, seen=seen) -> None:
-            valid_T, h_TD = routed.valid_T, np.asarray(routed.h_TD)
-            seen[routed.layer].append(
-                (h_TD[valid_T], routed.ids_TK[valid_T], routed.weights_TK[valid_T])
-            )
-
-        with engine.observed_by(OnRouting(keep)):
-            engine.score(windows.ids_WS[part, :-1])
-        h_LTD, ids_LTK, weights_LTK = (
-            np.stack([np.concatenate([step[field] for step in layer]) for layer in seen])
-            for field in range(3)
-        )
-        with replacing(inputs_path) as partial, partial.open("wb") as file:
-            np.save(file, h_LTD)
-        with replacing(routing_path) as partial, partial.open("wb") as file:
-            np.savez(file, ids_LTK=ids_LTK, weights_LTK=weights_LTK)
-
-
-def _batch_paths(folder: Path, index: int) -> tuple[Path, Path]:
-    return folder / f"{index:05}{_INPUTS}", folder / f"{index:05}{_ROUTING}"
+_ROWS = 4096  # of an expert's inputs at a time, so that memory holds no more hidden rows
 
 
 class LayerInputs:
-    """The recorded inputs of a model's experts on `tokens` tokens, and moments made of them."""
+    """The inputs of one layer's experts on a text, and their second moments.
 
-    def __init__(self, folder: Path, native: HostExperts, tokens: int):
-        self.folder, self._native, self._tokens = folder, native, tokens
-        self._layer = functools.lru_cache(maxsize=1)(self._read_layer)
-        self._layer_hessian = functools.lru_cache(maxsize=1)(self._sum_layer)
+    An error in an expert's weights reaches the residual stream times the router's weight w, so
+    moments are Σ w²·x·xᵀ over the expert's own selections. x is the layer's normalised input for
+    gate and up. For down it is the gated hidden row, by the gate and up that stand in the store
+    when it is asked.
+    """
 
-    def routed(self) -> Iterator[RouterOutput]:
-        """Every layer's choices of every batch, without the inputs, in the order of recording."""
-        for path in sorted(self.folder.glob(f"*{_ROUTING}")):
-            with np.load(path) as batch:
-                choices = list(zip(batch["ids_LTK"], batch["weights_LTK"], strict=True))
-            for layer, (ids_TK, weights_TK) in enumerate(choices):
-                yield RouterOutput(layer, ids_TK, weights_TK, np.ones(len(ids_TK), bool))
+    def __init__(self, routed: RouterOutput, store: HostExperts, precision: int):
+        assert routed.h_TD is not None
+        self.routed, self.layer = routed, routed.layer
+        self._store, self._experts = store, store.layer(precision, routed.layer)
+        self._h_TD = routed.h_TD
+        self._rows = {expert: rows for expert, *rows in routed.by_expert()}
+        ids = routed.ids_TK[routed.valid_T].reshape(-1)
+        self.selections_E = np.bincount(ids, minlength=store.config.n_experts)
+        self._second_moments: dict[str, np.ndarray] = {}
 
-    def second_moments(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Σ w²·x² of one layer's experts, float32: of inputs [E, D] and of hidden rows [E, F]."""
-        path = self.folder / f"layer-{layer:03}.npz"
-        if not path.exists():
-            experts = range(self._native.config.n_experts)
-            pairs = [jax.device_get(_second_moments(*self._rows(layer, e))) for e in experts]
-            input_ED, hidden_EF = (np.stack(rows) for rows in zip(*pairs, strict=True))
-            with replacing(path) as partial, partial.open("wb") as file:
-                np.savez(file, input_ED=input_ED, hidden_EF=hidden_EF)
-        with np.load(path) as moments:
-            return moments["input_ED"], moments["hidden_EF"]
+    def second_moments_EK(self, role: str) -> np.ndarray:
+        """Σ w²·x² of a role's matrices, float32; K is D, or F for ffn_down_exps."""
+        if role not in self._second_moments:
+            moments_EK = np.zeros((len(self.selections_E), self._width(role)), np.float32)
+            for expert in self._rows:
+                for inputs in self._inputs(role, expert):
+                    moments_EK[expert] += np.asarray(_second_moment_K(*inputs))
+            self._second_moments[role] = moments_EK
+        return self._second_moments[role]
 
-    def hessian_KK(self, role: str, layer: int, expert: int) -> np.ndarray:
-        """Σ w²·x·xᵀ of the inputs of one expert's matrix, float32 [K, K]."""
-        if role == "ffn_down_exps":
-            return np.asarray(_hidden_hessian_FF(*self._rows(layer, expert)))
-        x_TD, token_R, weight_R = self._selected(layer, expert)
-        return np.asarray(_hessian_DD(x_TD[token_R], weight_R))
+    def hessian_KK(self, role: str, expert: int) -> np.ndarray:
+        """Σ w²·x·xᵀ of one matrix's inputs, float32; zeros if nothing chose the expert."""
+        hessian_KK = np.zeros((self._width(role),) * 2, np.float32)
+        for inputs in self._inputs(role, expert):
+            hessian_KK += np.asarray(_hessian_KK(*inputs))
+        return hessian_KK
 
-    def layer_hessian_DD(self, layer: int) -> np.ndarray:
-        """The sum of `hessian_KK` over the experts of a layer, for gate and up, float32 [D, D]."""
-        return self._layer_hessian(layer)
+    def layer_hessian_DD(self) -> np.ndarray:
+        """The sum of gate's `hessian_KK` over the experts, float32."""
+        return self._layer_hessian_DD
 
-    def _sum_layer(self, layer: int) -> np.ndarray:
-        h_TD, _, weights_TK = self._layer(layer)
-        weight_T = np.sqrt(np.square(weights_TK).sum(axis=1))
-        return np.asarray(_hessian_DD(h_TD, jnp.asarray(weight_T)))
+    @cached_property
+    def _layer_hessian_DD(self) -> np.ndarray:
+        square_T = np.where(self.routed.valid_T[:, None], self.routed.weights_TK, 0) ** 2
+        return np.asarray(_hessian_KK(self._h_TD, jnp.sqrt(square_T.sum(axis=1))))
 
-    def _read_layer(self, layer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(inputs [T, D], ids [T, K], weights [T, K]) of one layer on the whole text.
+    def _width(self, role: str) -> int:
+        config = self._store.config
+        return config.d_expert if role == MATRICES["down"] else config.d_model
 
-        Raises:
-            ValueError: some of it is gone or cut short.
+    def _inputs(self, role: str, expert: int) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Inputs of one expert's matrix, [R, K], and the router's weights, [R], a part at a time.
+
+        None of an expert that nothing chose.
         """
-        batches_T = []
-        for routing_path in sorted(self.folder.glob(f"*{_ROUTING}")):
-            inputs_path = self.folder / routing_path.name.replace(_ROUTING, _INPUTS)
-            with np.load(routing_path) as routing:
-                choices = routing["ids_LTK"][layer], routing["weights_LTK"][layer]
-            batches_T.append((np.load(inputs_path, mmap_mode="r")[layer], *choices))
-        if sum(len(batch[0]) for batch in batches_T) != self._tokens:
-            raise ValueError(
-                f"{self.folder} does not hold the {self._tokens} tokens that it was made from; "
-                "make the calibration again with scripts/calibrate.py"
+        if expert not in self._rows:
+            return
+        token_R, weight_R = self._rows[expert]
+        if hidden := role == MATRICES["down"]:
+            # A precision of our own may have filled up rows.
+            gate_FD, up_FD = (
+                dequantize(tensor, expert)[:, : self._h_TD.shape[1]]
+                for tensor in (self._experts.gate, self._experts.up)
             )
-        h_TD, ids_TK, weights_TK = map(np.concatenate, zip(*batches_T, strict=True))
-        return h_TD, ids_TK, weights_TK
-
-    def _selected(self, layer: int, expert: int) -> tuple[np.ndarray, np.ndarray, jax.Array]:
-        """The layer's inputs [T, D], which of them `expert` got, int [R], and with which weight.
-
-        R is padded to a power of two with weights of 0, so that few programs are compiled.
-        """
-        h_TD, ids_TK, weights_TK = self._layer(layer)
-        token_R, choice_R = np.nonzero(ids_TK == expert)
-        weight_R = weights_TK[token_R, choice_R]
-        padding = (0, (1 << max(len(token_R) - 1, 0).bit_length()) - len(token_R))
-        return h_TD, np.pad(token_R, padding), jnp.asarray(np.pad(weight_R, padding))
-
-    def _rows(self, layer: int, expert: int) -> tuple:
-        """One expert's function, inputs [R, D], their weights [R], gate and up [F, D], biases."""
-        h_TD, token_R, weight_R = self._selected(layer, expert)
-        experts = self._native.layer(NATIVE, layer)
-        gate_FD, up_FD = (dequantize(tensor, expert) for tensor in (experts.gate, experts.up))
-        function, bias = self._native.config.expert_function, self._native.bias(layer, expert)
-        return function, h_TD[token_R], weight_R, gate_FD, up_FD, bias
+            bias = self._store.bias(self.layer, expert)
+        for start in range(0, len(token_R), _ROWS):
+            part = slice(start, start + _ROWS)
+            x_RK = self._h_TD[token_R[part]]
+            if hidden:
+                x_RK = _hidden_RF(self._store.config.expert_function, x_RK, gate_FD, up_FD, bias)
+            yield x_RK, weight_R[part]
 
 
 @jax.jit
-def _hessian_DD(x_RD: jax.Array, weight_R: jax.Array) -> jax.Array:
-    rows = x_RD * weight_R[:, None]
+def _second_moment_K(x_RK: jax.Array, weight_R: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(x_RK * weight_R[:, None]), axis=0)
+
+
+@jax.jit
+def _hessian_KK(x_RK: jax.Array, weight_R: jax.Array) -> jax.Array:
+    rows = x_RK * weight_R[:, None]
     return rows.T @ rows
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _hidden_hessian_FF(
+@partial(jax.jit, static_argnums=0)
+def _hidden_RF(
     function: ExpertFunction,
     x_RD: jax.Array,
-    weight_R: jax.Array,
     gate_FD: jax.Array,
     up_FD: jax.Array,
     bias: ExpertBias | None,
 ) -> jax.Array:
-    hidden_RF = gated(function, x_RD @ gate_FD.T, x_RD @ up_FD.T, bias)
-    return _hessian_DD(hidden_RF, weight_R)
+    return gated(function, x_RD @ gate_FD.T, x_RD @ up_FD.T, bias)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _second_moments(
-    function: ExpertFunction,
-    x_RD: jax.Array,
-    weight_R: jax.Array,
-    gate_FD: jax.Array,
-    up_FD: jax.Array,
-    bias: ExpertBias | None,
-) -> tuple[jax.Array, jax.Array]:
-    hidden_RF = gated(function, x_RD @ gate_FD.T, x_RD @ up_FD.T, bias)
-    input_D, hidden_F = (
-        jnp.sum(jnp.square(rows * weight_R[:, None]), axis=0) for rows in (x_RD, hidden_RF)
+def visit_layers(
+    model: LoadedModel,
+    windows: Windows,
+    visit: Callable[[LayerInputs], object],
+    low: GGUFFile | None = None,
+) -> None:
+    """Runs `windows` through a model, natively or with the experts of `low`.
+
+    Each layer's experts are read after `visit` has seen their inputs, so `visit` may write them.
+
+    Raises:
+        ValueError: no text, or more of it than the memory holds at a time.
+    """
+    ids_WT = windows.ids_WS[:, :-1]
+    if ids_WT.size == 0:
+        raise ValueError("calibration needs at least one window of text")
+    shapes = jax.eval_shape(partial(empty_caches, model.config, *ids_WT.shape, "float32"))
+    kv_bytes = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(shapes))
+    if kv_bytes > (free := device_bytes()):
+        raise ValueError(
+            f"keys and values of {ids_WT.size} tokens take {mib(kv_bytes)}, and {mib(free)} are "
+            "free; calibrate on fewer tokens"
+        )
+    store = HostExperts(model.config, model.file, () if low is None else (low,))
+    precision = NATIVE if low is None else NATIVE + 1
+    cache = CacheConfig(
+        roomy_pool_bytes(store.precision_bytes(precision)),
+        uniform_plan(store, precision),
+        staging_bytes=0,  # an expert that went up ahead of its turn would be an unwritten one
+        chunk_tokens=ids_WT.size,
     )
-    return input_D, hidden_F
+    engine = Engine(model, store, cache)
+    layers = tqdm(total=model.config.n_layers, unit="layer", disable=None, leave=False)
+
+    def see(routed: RouterOutput) -> None:
+        visit(LayerInputs(routed, store, precision))
+        layers.update()
+
+    with layers, engine.observed_by(OnRouting(see)):
+        engine.start(*ids_WT.shape)
+        engine.prefill(ids_WT.tolist())
+
+
+def run_by(model: LoadedModel, windows: Windows) -> LayerPass:
+    """The pass over a calibration's text that an encoder runs; see `experts.low_precision`."""
+    return lambda low, visit: visit_layers(model, windows, visit, low)

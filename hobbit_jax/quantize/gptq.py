@@ -43,9 +43,9 @@ from hobbit_jax.quantize.encoder import (
 from hobbit_jax.quantize.scale_search import BLOCK_LEN, Scales, find_scales
 from pallas_kernels.formats import FORMATS, KQuant, get_format
 
-# Added to the diagonal, as a share of its mean. Less fits the calibration text's noise: on the
-# reference model KL at Q2_K is .0299 at .01 and .0289 at .05.
-DAMPING = 0.05
+# Added to the diagonal, as a share of its mean: a Hessian is a sample's, and less of it fits the
+# sample. docs/log/2026-11-30-gptq-in-order.md has what each share loses on text it has not seen.
+DAMPING = 0.5
 ROUNDS = 3
 _SWEEPS = 2  # over the quants in each round
 _REACH = 2  # of the moves of scale and offset

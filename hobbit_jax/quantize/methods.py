@@ -6,7 +6,7 @@ methods write the same standard blocks.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -14,54 +14,35 @@ from hobbit_jax.quantize import encoder, ggml, gptq
 from pallas_kernels.formats import get_format
 
 METHODS = ("rtn", "importance", "gptq", "ggml")
-NEEDED_STATISTICS = {
-    "rtn": None,
-    "importance": "second_moment",
-    "gptq": "hessian",
-    "ggml": "second_moment",
-}
+# All but rtn want a calibration. These want its moments of native weights; GPTQ runs its text.
+NEED_MOMENTS = ("importance", "ggml")
 # An expert's moments count as if it had seen this many more tokens of its layer's average, so that
 # one that calibration hardly met falls back to what all experts of the layer see.
 PRIOR_TOKENS = 200
 
 
-class CalibratedMoments(Protocol):
-    """What an encoder wants of a `hobbit_jax.importance.calibration.Calibration`.
-
-    That module runs an engine; this room must not.
-    """
+class LayerMoments(Protocol):
+    """The second moments of what one layer's experts saw, by the role of a matrix."""
 
     @property
-    def model_sha256(self) -> str:
-        """Of the model it was made for."""
-        ...
-
-    @property
-    def sha256(self) -> str:
-        """Identity of the calibration."""
-        ...
-
-    @property
-    def input_moments(self) -> np.ndarray | None:
-        """Diagonals of gate's and up's Hessians, [L, E, D]."""
-        ...
-
-    @property
-    def hidden_moments(self) -> np.ndarray | None:
-        """Diagonals of down's, [L, E, F]."""
-        ...
-
-    def hessian_KK(self, role: str, layer: int, expert: int) -> np.ndarray:
-        """The second moment of one matrix's inputs, [K, K]. ValueError if there are none."""
-        ...
-
-    def layer_hessian_DD(self, layer: int) -> np.ndarray:
-        """Its sum over a layer's experts, for gate and up."""
-        ...
-
-    @property
-    def selections_LE(self) -> np.ndarray:
+    def selections_E(self) -> np.ndarray:
         """Tokens behind each expert's moments."""
+        ...
+
+    def second_moments_EK(self, role: str) -> np.ndarray:
+        """Diagonals of the Hessians."""
+        ...
+
+
+class LayerHessians(LayerMoments, Protocol):
+    """The same with all of every Hessian."""
+
+    def hessian_KK(self, role: str, expert: int) -> np.ndarray:
+        """The second moment of one matrix's inputs."""
+        ...
+
+    def layer_hessian_DD(self) -> np.ndarray:
+        """Its sum over the experts, for gate and up."""
         ...
 
 
@@ -69,14 +50,18 @@ def check_method(format: str, method: str, calibrated: bool = True) -> None:
     """Refuses what `encode_matrix` cannot encode, before anything is computed.
 
     Raises:
-        ValueError: an unknown method, or no calibration for a type that ggml encodes only with one.
+        ValueError: an unknown method, or no calibration where the method, or ggml for this type,
+            needs one.
         NotImplementedError: `method` has no encoder for `format`, or ggml is not here.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; want one of {', '.join(METHODS)}")
     if method == "ggml":
         ggml.check_format(format, calibrated)
-    elif method == "gptq":
+        return
+    if method != "rtn" and not calibrated:
+        raise ValueError(f"method {method} needs a calibration; make one with scripts/calibrate.py")
+    if method == "gptq":
         gptq.check_format(format)
     else:
         encoder.check_format(format)
@@ -87,34 +72,29 @@ def gptq_bytes(columns: int) -> int:
     return 6 * 8 * columns**2
 
 
-def moment(
-    calibration: CalibratedMoments, role: str, layer: int, expert: int, full: bool
-) -> np.ndarray:
-    """The second moment of one matrix's inputs, [K, K], or its diagonal [K].
+def importance_K(moments: LayerMoments, role: str, expert: int) -> np.ndarray:
+    """How much each input of one matrix matters, [K].
 
     Gate and up share the layer's input, so the layer's average over experts stands in for a rarely
-    chosen one. Hidden neurons of two experts have nothing in common; there a multiple of the
-    identity stands in.
-
-    Raises:
-        ValueError: the calibration lacks this statistic.
+    chosen one. Hidden neurons of two experts have nothing in common; there one number stands in.
     """
-    hidden = role == "ffn_down_exps"
-    diagonals = calibration.hidden_moments if hidden else calibration.input_moments
-    if diagonals is None:
-        raise ValueError(
-            "the calibration has routing counts alone; make one with --statistics=second_moment, "
-            "or with --statistics=hessian for method gptq"
-        )
-    of_layer_K = diagonals[layer].sum(axis=0, dtype=np.float64)
-    if hidden:
+    diagonals_EK = moments.second_moments_EK(role)
+    of_layer_K = diagonals_EK.sum(axis=0, dtype=np.float64)
+    if role == "ffn_down_exps":
         of_layer_K = np.full_like(of_layer_K, of_layer_K.mean())
-    tokens = calibration.selections_LE[layer].sum()
-    if not full:
-        return diagonals[layer, expert] + PRIOR_TOKENS / tokens * of_layer_K
-    own_KK = calibration.hessian_KK(role, layer, expert).astype(np.float64)
-    of_layer_KK = np.diag(of_layer_K) if hidden else calibration.layer_hessian_DD(layer)
-    return own_KK + PRIOR_TOKENS / tokens * of_layer_KK
+    return diagonals_EK[expert] + PRIOR_TOKENS / moments.selections_E.sum() * of_layer_K
+
+
+def prior_hessian_KK(moments: LayerHessians, role: str, expert: int) -> np.ndarray:
+    """The Hessian of one matrix, float64 [K, K], with the same stand-ins as `importance_K`."""
+    if role == "ffn_down_exps":
+        diagonal = moments.second_moments_EK(role).sum(axis=0, dtype=np.float64).mean()
+        own_KK = moments.hessian_KK(role, expert).astype(np.float64)
+        of_layer_KK = diagonal * np.eye(len(own_KK))
+    else:
+        own_KK = moments.hessian_KK(role, expert).astype(np.float64)
+        of_layer_KK = moments.layer_hessian_DD()
+    return own_KK + PRIOR_TOKENS / moments.selections_E.sum() * of_layer_KK
 
 
 def rarely_seen(selections_LE: np.ndarray) -> list[str]:
@@ -144,35 +124,33 @@ def encode_matrix(
     weights_NK: np.ndarray,
     format: str,
     method: str,
-    calibration: CalibratedMoments | None,
+    moments: LayerMoments | None,
     role: str,
-    layer: int,
     expert: int,
 ) -> np.ndarray:
     """Blocks of one expert's matrix, uint8 [N, row_bytes], the last of a row filled up with zeros.
 
     rtn: the best rounding of the weights alone (`encoder`). importance: weighted by the second
-    moment of each input (`encoder`). gptq: against the whole second moment (`hessian`), for
-    K-quants. ggml: llama.cpp's encoder, under the same importance if there is a calibration
-    (`ggml`).
+    moment of each input (`encoder`). gptq: against the whole second moment (`gptq`), for K-quants;
+    `moments` are then `LayerHessians`. ggml: llama.cpp's encoder, under the same importance if
+    there are moments (`ggml`).
 
     Raises:
-        ValueError: an unknown method; no calibration, or one without the statistics that it needs.
+        ValueError: an unknown method, or no moments where it needs some.
         NotImplementedError: `method` has no encoder for `format`.
     """
-    check_method(format, method, calibration is not None)
+    check_method(format, method, moments is not None)
     filling = get_format(format).padded(weights_NK.shape[1]) - weights_NK.shape[1]
     weights_NK = np.pad(weights_NK, ((0, 0), (0, filling)))
     if method == "rtn":
         return encoder.encode(weights_NK, format)
-    if method == "ggml" and calibration is None:
+    if moments is None:
         return ggml.encode(weights_NK, format)
-    if calibration is None:
-        raise ValueError(f"method {method} needs a calibration; make one with scripts/calibrate.py")
-    importance = moment(calibration, role, layer, expert, full=method == "gptq")
-    importance = np.pad(importance, (0, filling))  # what fills up a block may be anything
     if method == "gptq":
-        return gptq.encode(weights_NK, format, importance)
+        hessian_KK = prior_hessian_KK(cast(LayerHessians, moments), role, expert)
+        # What fills up a block may be anything.
+        return gptq.encode(weights_NK, format, np.pad(hessian_KK, (0, filling)))
+    weight_K = np.pad(importance_K(moments, role, expert), (0, filling))
     if method == "importance":
-        return encoder.encode(weights_NK, format, importance)
-    return ggml.encode(weights_NK, format, importance.astype(np.float32))
+        return encoder.encode(weights_NK, format, weight_K)
+    return ggml.encode(weights_NK, format, weight_K.astype(np.float32))

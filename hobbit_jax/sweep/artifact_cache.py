@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -25,12 +25,18 @@ from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals import quality
 from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
 from hobbit_jax.experts.store import NATIVE, HostExperts
-from hobbit_jax.importance.calibration import STATISTICS, Calibration, calibrate
+from hobbit_jax.importance.calibration import (
+    STATISTICS,
+    Calibration,
+    CalibrationText,
+    calibrate,
+)
+from hobbit_jax.importance.layer_inputs import run_by
 from hobbit_jax.importance.scores import MeasuredErrors, measure_errors
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.models.loading import LoadedModel, load_model
-from hobbit_jax.quantize.methods import METHODS, NEEDED_STATISTICS
+from hobbit_jax.quantize.methods import METHODS, NEED_MOMENTS
 from hobbit_jax.record import EvalSizes, Inputs, Measured, machine
 from hobbit_jax.resources import roomy_pool_bytes
 from hobbit_jax.sweep.texts import CODE_TEXT, calibration_documents, evaluation_documents
@@ -157,7 +163,7 @@ class ArtifactCache:
             path = made[0] if made else paths[0]
             self._made(
                 Calibration.file(path),
-                lambda: calibrate(self._native_engine(), windows, statistics, path),
+                lambda: calibrate(self.model, windows, statistics, path),
             )
             self._calibrations[key] = Calibration.load(path, self.model.file).only(statistics)
         return self._calibrations[key]
@@ -177,8 +183,12 @@ class ArtifactCache:
 
     def specs(self, formats: Sequence[str], how: Encoding) -> list[LowPrecisionSpec]:
         """Low precisions of these formats, encoded from the calibration text."""
-        needed = NEEDED_STATISTICS[how.method]
-        calibration = self.calibration(needed, how.seed) if needed else None
+        calibration = None
+        if how.method in NEED_MOMENTS:
+            calibration = self.calibration("second_moment", how.seed)
+        elif how.method != "rtn":
+            windows = self.calibration_windows(how.seed)
+            calibration = CalibrationText(self.model.file.sha256(), windows)
         rest = how.through, how.roles
         return [LowPrecisionSpec(name, how.method, calibration, *rest) for name in formats]
 
@@ -211,7 +221,11 @@ class ArtifactCache:
         key = spec.key(self.model.file)
         if key not in self._precisions:
             file, config = self.model.file, self.model.config
-            self._precisions[key] = open_low_precision(file, config, spec, low_precision_folder())
+            calibration = cast(CalibrationText | None, spec.calibration)
+            run_text = calibration and run_by(self.model, calibration.windows)
+            self._precisions[key] = open_low_precision(
+                file, config, spec, low_precision_folder(), run_text
+            )
         return self._precisions[key]
 
     def store(self, specs: Sequence[LowPrecisionSpec]) -> HostExperts:

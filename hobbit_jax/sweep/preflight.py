@@ -31,7 +31,7 @@ from hobbit_jax.importance.calibration import calibration_bytes
 from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
 from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.models.registry import read_config
-from hobbit_jax.quantize.methods import NEEDED_STATISTICS, check_method, gptq_bytes
+from hobbit_jax.quantize.methods import check_method, gptq_bytes
 from hobbit_jax.record import (
     CacheTrial,
     EvalSizes,
@@ -351,8 +351,7 @@ class _Check:
         for artifact in all_artifacts(self.trials):
             if artifact.maker is ArtifactCache.calibration:
                 statistics, seed, text = artifact.arguments
-                tokens = sizes.calibration_windows * sizes.context
-                n_bytes = calibration_bytes(self.model, statistics, tokens)
+                n_bytes = calibration_bytes(self.model, statistics)
                 kind = Kind(cache, f"calibration-*-{statistics}/calibration.npz", n_bytes)
                 self.found.wanted[kind].add(calibrated(seed, text))
             elif artifact.maker is ArtifactCache.low_precision:
@@ -364,7 +363,7 @@ class _Check:
                 recipe = (inputs.model, name, how.method)
                 n_bytes = disk_bytes(self.source, self.model, name)
                 # Of an encoder without calibration all trials of the model share a file.
-                key = calibrated(how.seed) if NEEDED_STATISTICS[how.method] else recipe
+                key = recipe if how.method == "rtn" else calibrated(how.seed)
                 self.found.wanted[Kind(low_precision_folder(), glob, n_bytes, recipe)].add(key)
 
 
