@@ -26,7 +26,7 @@ from hobbit_jax.evals.quality import Windows, batches
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
-from pallas_kernels.reference import ExpertBias, ExpertFunction, gated
+from pallas_kernels.reference import Epilogue, ExpertFunction, gated
 
 _INPUTS, _ROUTING = ".inputs.npy", ".routing.npz"
 
@@ -140,12 +140,13 @@ class LayerInputs:
         return h_TD, np.pad(token_R, padding), jnp.asarray(np.pad(weight_R, padding))
 
     def _rows(self, layer: int, expert: int) -> tuple:
-        """One expert's function, inputs [R, D], their weights [R], gate and up [F, D], biases."""
+        """One expert's function, inputs [R, D], their weights [R], gate and up [F, D], epilogue."""
         h_TD, token_R, weight_R = self._selected(layer, expert)
         experts = self._native.layer(NATIVE, layer)
         gate_FD, up_FD = (dequantize(tensor, expert) for tensor in (experts.gate, experts.up))
-        function, bias = self._native.config.expert_function, self._native.bias(layer, expert)
-        return function, h_TD[token_R], weight_R, gate_FD, up_FD, bias
+        function = self._native.config.expert_function
+        epilogue = self._native.epilogue_of(layer, expert)
+        return function, h_TD[token_R], weight_R, gate_FD, up_FD, epilogue
 
 
 @jax.jit
@@ -161,9 +162,9 @@ def _hidden_hessian_FF(
     weight_R: jax.Array,
     gate_FD: jax.Array,
     up_FD: jax.Array,
-    bias: ExpertBias | None,
+    epilogue: Epilogue | None,
 ) -> jax.Array:
-    hidden_RF = gated(function, x_RD @ gate_FD.T, x_RD @ up_FD.T, bias)
+    hidden_RF = gated(function, x_RD @ gate_FD.T, x_RD @ up_FD.T, epilogue)
     return _hessian_DD(hidden_RF, weight_R)
 
 
@@ -174,9 +175,9 @@ def _second_moments(
     weight_R: jax.Array,
     gate_FD: jax.Array,
     up_FD: jax.Array,
-    bias: ExpertBias | None,
+    epilogue: Epilogue | None,
 ) -> tuple[jax.Array, jax.Array]:
-    hidden_RF = gated(function, x_RD @ gate_FD.T, x_RD @ up_FD.T, bias)
+    hidden_RF = gated(function, x_RD @ gate_FD.T, x_RD @ up_FD.T, epilogue)
     input_D, hidden_F = (
         jnp.sum(jnp.square(rows * weight_R[:, None]), axis=0) for rows in (x_RD, hidden_RF)
     )
