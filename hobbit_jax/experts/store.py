@@ -75,7 +75,7 @@ class LayerExperts:
 
 
 def _epilogue(config: ModelConfig, file: GGUFFile) -> Epilogue | None:
-    """Scales and biases of all experts; None where the file has neither.
+    """Scales and biases of all experts; None where they change nothing.
 
     Raises:
         ValueError: one is NaN or infinite.
@@ -94,15 +94,14 @@ def _epilogue(config: ModelConfig, file: GGUFFile) -> Epilogue | None:
         return tensor.raw.view("<f4").reshape(tensor.shape)
 
     scale_LE3 = np.ones((config.n_layers, config.n_experts, 3), np.float32)
-    scaled = False
     for layer, matrix in np.ndindex(config.n_layers, 3):
-        # Gemma 4's are none of a matrix, but its router's.
+        # What Gemma 4 has by this name is its router's.
         if (name := layers[layer].get(f"{ROLES[matrix]}.scale")) in config.scales:
-            scale_LE3[layer, :, matrix], scaled = floats(name), True
-    biases = ()
+            scale_LE3[layer, :, matrix] = floats(name)
     if config.expert_biases:
         biases = [np.concatenate([floats(n[f"{role}.bias"]) for n in layers]) for role in ROLES]
-    return Epilogue(scale_LE3.reshape(-1, 3), *biases) if scaled or biases else None
+        return Epilogue(scale_LE3.reshape(-1, 3), *biases)
+    return None if (scale_LE3 == 1).all() else Epilogue(scale_LE3.reshape(-1, 3))
 
 
 class HostExperts:

@@ -155,9 +155,7 @@ class ModelConfig:
     residual_scale: float = 1.0  # of what attention and dense FFNs add; experts' weights have it
     logit_divisor: float = 1.0
     logit_softcap: float = 0.0  # c of c * tanh(logits / c); 0 for none
-    scales: frozenset[str] = (
-        frozenset()
-    )  # names of scales of whole matrices, which NVFP4 files have
+    scales: frozenset[str] = frozenset()  # names of factors of whole matrices' products (NVFP4)
 
     @property
     def has_dense_ffn(self) -> bool:

@@ -173,12 +173,13 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
         for number in range(config.n_blocks)
     ]
     outer = {role: file.tensors[n] for role, n in global_tensors(config).items()}
+    head = None
+    if not config.tied_head:
+        head = matrices.linear(outer["output"], scale=outer.get("output.scale"))
     ends = EmbeddingAndHead(
         embedding=matrices.linear(outer["token_embedding"]),
         final_norm=RMSNorm(_array(outer["output_norm"]) / config.logit_divisor, config.rms_eps),
-        head=None
-        if config.tied_head
-        else matrices.linear(outer["output"], scale=outer.get("output.scale")),
+        head=head,
         embedding_scale=config.embedding_scale,
         logit_softcap=config.logit_softcap,
     )

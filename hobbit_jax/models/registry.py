@@ -72,19 +72,17 @@ def read_config(file: GGUFFile) -> ModelConfig:
     keys = Keys(file, arch)
     config = FAMILIES[arch](keys)
     keys.refuse_unread()
-    scales = {name for name in file.tensors if _SCALE.fullmatch(name)} - tensor_shapes(
-        config
-    ).keys()
-    config = replace(config, scales=frozenset(scales))
+    others = file.tensors.keys() - tensor_shapes(config).keys()
+    config = replace(config, scales=frozenset(name for name in others if _SCALE.fullmatch(name)))
     _check_tensors(file, config)
     return config
 
 
-# Scales of whole matrices, which multiply the products with them; llama.cpp reads no others
-# (src/llama-model.cpp, in build 11549).
+# Those that llama.cpp reads in every family (src/llama-model.cpp, in build 11549), and multiplies
+# by in some (docs/log/2026-11-30-scales-of-matrices.md).
 _SCALE = re.compile(
-    r"(blk\.\d+\.(attn_(q|k|v|qkv|gate|output)|ffn_(gate|up|down)(_exps|_shexp)?|ssm_(out|alpha|beta))"
-    r"|output)\.scale"
+    r"(output|blk\.\d+\.(attn_(q|k|v|qkv|gate|output)|ffn_(gate|up|down)(_exps|_shexp)?|"
+    r"ssm_(out|alpha|beta)))\.scale"
 )
 
 

@@ -138,11 +138,12 @@ def open_model(place: str | Path) -> PlannedModel:
             model without routed experts.
     """
     file = open_remote(place) if isinstance(place, str) else open_gguf(place)
-    ones, divisors = {}, file.tensors.get(ROPE_DIVISORS)
-    if divisors is not None and divisors.format == "F32":
-        # Of these the models room asks for numbers, which no size depends on. A URL has none.
-        raw = np.ones(divisors.shape, "<f4").view(np.uint8)
-        ones = {ROPE_DIVISORS: replace(divisors, raw=raw)}
+    # Of these the models room asks for numbers, which no size depends on. Behind a URL are none.
+    ones = {
+        name: replace(tensor, raw=np.ones(tensor.shape, "<f4").view(np.uint8))
+        for name, tensor in file.tensors.items()
+        if tensor.format == "F32" and name == ROPE_DIVISORS
+    }
     config = read_config(replace(file, tensors=file.tensors | ones))
     return _planned(Path(place).name, config, file)
 
