@@ -12,12 +12,16 @@ from pallas_kernels import reference
 from pallas_kernels.backends import Implementation, choose
 from pallas_kernels.ggml import ops as ggml
 from pallas_kernels.matmul_triton import Items, check_shape, grouped_matmul
-from pallas_kernels.reference import Bank, Biases, ExpertFunction, Signature, Work
+from pallas_kernels.reference import Bank, Epilogues, ExpertFunction, Signature, Work
 from pallas_kernels.tiles import choose_tile
 
 
 def check_supported(
-    signature: Signature, d_model: int, d_expert: int, function: ExpertFunction = "swiglu"
+    signature: Signature,
+    d_model: int,
+    d_expert: int,
+    function: ExpertFunction = "swiglu",
+    has_epilogue: bool = False,
 ) -> None:
     """Refuses what the Triton kernels do not cover.
 
@@ -27,6 +31,11 @@ def check_supported(
     if function != "swiglu":
         raise NotImplementedError(
             f"the Triton kernels compute the expert function swiglu, and this model has {function}"
+        )
+    if has_epilogue:
+        raise NotImplementedError(
+            "the Triton kernels know no scales and biases of experts' matrices, which this model "
+            "has; take 'xla'"
         )
     for name in (signature.gate, signature.up):
         check_shape(name, d_expert, d_model)
@@ -40,6 +49,7 @@ def implementation_for(
     implementation: Implementation = None,
     platform: str | None = None,
     function: ExpertFunction = "swiglu",
+    has_epilogue: bool = False,
 ) -> str:
     """What `implementation` comes to on this process's device, or on its CPU for `platform` "cpu".
 
@@ -50,7 +60,7 @@ def implementation_for(
     """
 
     checks = {
-        "triton": lambda: check_supported(signature, d_model, d_expert, function),
+        "triton": lambda: check_supported(signature, d_model, d_expert, function, has_epilogue),
         "ggml": lambda: ggml.check_formats(*signature, platform=platform),
     }
     return choose(implementation, checks, platform)
@@ -65,12 +75,12 @@ def expert_ffn(
     work: Work,
     implementation: Implementation = None,
     function: ExpertFunction = "swiglu",
-    biases: Biases | None = None,
+    epilogues: Epilogues | None = None,
 ) -> jax.Array:
     """Runs experts on their tokens, each times its routing weight.
 
     For every assignment a = t * K + k in `work`, with e the expert in its slot:
-    y[a] = weight[a] * down_e(gated(gate_e x[t], up_e x[t])), where each matrix adds its bias.
+    y[a] = weight[a] * down_e(gated(gate_e x[t], up_e x[t])), each product with its epilogue.
 
     A row's result depends neither on the slot that holds its expert nor on the other
     items, so it is the same bits for every size of the pool.
@@ -79,8 +89,7 @@ def expert_ffn(
         x_TD: float32.
         y_AD: float32, A = T * K; donate it. Rows that `work` does not list keep their values,
             so that several banks can serve one layer in turn.
-        weight_A: float32; or [A, 3], the factors of gate's, up's and down's products, where the
-            matrices of an expert have scales of their own (NVFP4): down's is then times the weight.
+        weight_A: float32.
         bank: all slots of `signature`.
         signature: formats of gate, up and down.
         work: slots and assignments; data, not compiled in.
@@ -88,36 +97,33 @@ def expert_ffn(
             as `ggml/ops.py` says), "triton" (NVIDIA GPUs; rounds as `matmul_triton.py` says),
             "interpret" (the same kernels, anywhere, slowly), or None.
         function: see `reference.gated`.
-        biases: of the three matrices, where the model has them.
+        epilogues: of the three matrices, where the model has scales (NVFP4) or biases of them.
 
     Returns:
         y_AD.
 
     Raises:
-        NotImplementedError: the implementation asked for does not cover this format or shape, or
-            there are both biases and scales of whole matrices.
+        NotImplementedError: the implementation asked for does not cover this.
         ValueError: there is no such implementation, or none on this device.
     """
-    if biases is not None and weight_A.ndim == 2:
-        raise NotImplementedError(
-            "these experts have biases and scales of whole matrices (NVFP4); supported is either"
-        )
     if isinstance(bank.gate, ggml.RawMatrix):
         if implementation not in (None, "ggml"):
             raise ValueError(
                 f"a bank of raw blocks is for 'ggml', and {implementation!r} was asked"
             )
-        return ggml.expert_ffn(x_TD, y_AD, weight_A, bank, signature, work, function, biases)
+        return ggml.expert_ffn(x_TD, y_AD, weight_A, bank, signature, work, function, epilogues)
     d_model, d_expert = x_TD.shape[1], bank.gate_rows
     if implementation == "ggml":
         raise ValueError("'ggml' computes on a bank of raw blocks, and this one holds planes")
     if implementation is None and jax.devices()[0].platform == "cpu":
         implementation = "xla"
-    chosen = implementation_for(signature, d_model, d_expert, implementation, function=function)
-    if chosen != "xla" and weight_A.ndim == 2:
-        raise NotImplementedError("the Triton kernels know no scales of whole matrices; take 'xla'")
+    chosen = implementation_for(
+        signature, d_model, d_expert, implementation, None, function, epilogues is not None
+    )
     if chosen == "xla":
-        return reference.expert_ffn(x_TD, y_AD, weight_A, bank, signature, work, function, biases)
+        return reference.expert_ffn(
+            x_TD, y_AD, weight_A, bank, signature, work, function, epilogues
+        )
     return triton_expert_ffn(
         x_TD, y_AD, weight_A, bank, signature, work, interpret=chosen == "interpret"
     )

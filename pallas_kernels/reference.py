@@ -70,29 +70,37 @@ class Work(NamedTuple):
     count: jax.Array
 
 
-# Biases of all experts' gate, up and down, [L * E, rows] each, or nothing where a model has none.
-BiasStacks = tuple[Any, Any, Any] | tuple[()]
+class Epilogue(NamedTuple):
+    """What becomes of the products with an expert's matrices: they are scaled, then biased.
+
+    Float32. Of all experts of all layers, each array has an axis of L * E rows before its own.
+
+    Attributes:
+        scale_3: of gate's, up's and down's products.
+        gate_F: bias; None, as the others, where a model has none.
+        up_F: bias.
+        down_D: bias.
+    """
+
+    scale_3: Any
+    gate_F: Any = None
+    up_F: Any = None
+    down_D: Any = None
+
+    def of_row(self, row: Any) -> Epilogue:
+        """That of one expert of all."""
+        return jax.tree.map(lambda array: array[row], self)
 
 
-class Biases(NamedTuple):
-    """Biases of the experts of all layers, float32, and whose each assignment takes.
+class Epilogues(NamedTuple):
+    """Those of all experts, and whose each assignment takes.
 
     They are small beside the matrices, so those of all experts stay on the device and are found by
     expert and not by slot.
     """
 
-    gate_RF: Any
-    up_RF: Any
-    down_RD: Any
+    every: Epilogue
     row_A: Any  # int32
-
-
-class ExpertBias(NamedTuple):
-    """Those of one expert."""
-
-    gate_F: Any
-    up_F: Any
-    down_D: Any
 
 
 # gpt-oss clips both halves of its gated pair here, and has another slope in its sigmoid.
@@ -100,7 +108,7 @@ CLIP, SLOPE = 7.0, 1.702
 
 
 def gated(
-    function: ExpertFunction, gate: jax.Array, up: jax.Array, bias: ExpertBias | None = None
+    function: ExpertFunction, gate: jax.Array, up: jax.Array, epilogue: Epilogue | None = None
 ) -> jax.Array:
     """The product between an expert's matrices, elementwise.
 
@@ -109,8 +117,10 @@ def gated(
 
     Source: llama.cpp, ggml/src/ggml-cpu/ops.cpp (swiglu_oai, geglu).
     """
-    if bias is not None:
-        gate, up = gate + bias.gate_F[None, :], up + bias.up_F[None, :]
+    if epilogue is not None:
+        gate, up = gate * epilogue.scale_3[0], up * epilogue.scale_3[1]
+        if epilogue.gate_F is not None:
+            gate, up = gate + epilogue.gate_F[None, :], up + epilogue.up_F[None, :]
     if function == "swiglu":
         return jax.nn.silu(gate) * up
     if function == "geglu":
@@ -123,20 +133,19 @@ def run_expert(
     x_CD: jax.Array,
     matrices: Iterable[jax.Array],
     function: ExpertFunction,
-    bias: ExpertBias | None = None,
-    factor_C3: jax.Array | None = None,
+    epilogue: Epilogue | None = None,
 ) -> jax.Array:
-    """One expert, float32 [C, D]; each product is multiplied by its factor.
+    """One expert, float32 [C, D].
 
     `matrices` are gate and up [F, D] and down [D, F], float32.
     """
     gate_FD, up_FD, down_DF = matrices
     gate_CF, up_CF = _product(x_CD, gate_FD), _product(x_CD, up_FD)
-    if factor_C3 is None:
-        y_CD = _product(gated(function, gate_CF, up_CF, bias), down_DF)
-        return y_CD if bias is None else y_CD + bias.down_D[None, :]
-    gate_C1, up_C1, down_C1 = jnp.split(factor_C3, 3, axis=1)
-    return down_C1 * _product(gated(function, gate_C1 * gate_CF, up_C1 * up_CF), down_DF)
+    y_CD = _product(gated(function, gate_CF, up_CF, epilogue), down_DF)
+    if epilogue is None:
+        return y_CD
+    y_CD = y_CD * epilogue.scale_3[2]
+    return y_CD if epilogue.down_D is None else y_CD + epilogue.down_D[None, :]
 
 
 def _product(x_CK: jax.Array, w_NK: jax.Array) -> jax.Array:
@@ -169,7 +178,7 @@ def expert_ffn(
     signature: Signature,
     work: Work,
     function: ExpertFunction = "swiglu",
-    biases: Biases | None = None,
+    epilogues: Epilogues | None = None,
 ) -> jax.Array:
     """The op of `pallas_kernels.expert_ffn`, one item after another."""
     k = y_AD.shape[0] // x_TD.shape[0]
@@ -179,14 +188,10 @@ def expert_ffn(
         assignment_C, slot = work.assignment_IC[item], work.slot_I[item]
         expert = apart(lambda slot: jax.tree.map(lambda plane: plane[slot], bank), slot)
         matrices = (format.unpack(planes) for format, planes in zip(formats, expert, strict=True))
-        x_CD, factors, bias = x_TD[assignment_C // k], weight_A[assignment_C], None
-        if biases is not None:
-            row = biases.row_A[assignment_C[0]]
-            bias = ExpertBias(*(array[row] for array in biases[:3]))
-        if weight_A.ndim == 2:
-            y_CD = run_expert(x_CD, matrices, function, None, factors)
-        else:
-            y_CD = run_expert(x_CD, matrices, function, bias) * factors[:, None]
-        return y_AD.at[assignment_C].set(y_CD)
+        epilogue = None
+        if epilogues is not None:
+            epilogue = epilogues.every.of_row(epilogues.row_A[assignment_C[0]])
+        y_CD = run_expert(x_TD[assignment_C // k], matrices, function, epilogue)
+        return y_AD.at[assignment_C].set(y_CD * weight_A[assignment_C][:, None])
 
     return jax.lax.fori_loop(jnp.int32(0), work.count, one_item, y_AD)

@@ -167,6 +167,12 @@ def test_every_missing_or_misshapen_tensor_is_named():
         ({"tensors": {"blk.0.ffn_gate.0.weight": (F, D)}}, NotImplementedError, "April 2024"),
         ({"tensors": {"blk.0.attn_qkv.weight": (64, D)}}, NotImplementedError, "fused q"),
         ({"tensors": {"blk.2.attn_norm.weight": (D,)}}, NotImplementedError, "2 layers"),
+        ({"tensors": {"blk.0.attn_q.scale": (2,)}}, ValueError, r"q\.scale'.*\(2,\), ex.*\(1,\)"),
+        ({"tensors": {"blk.1.ffn_up_exps.scale": (1,)}}, ValueError, r"\(1,\), expected \(4,\)"),
+        ({"tensors": {"blk.0.attn_gate.scale": (1,)}}, NotImplementedError, "not there"),
+        ({"tensors": {"blk.2.attn_q.scale": (1,)}}, NotImplementedError, "not there"),
+        ({"tensors": {"blk.0.ffn_gate_inp.scale": (1,)}}, NotImplementedError, "none in llama"),
+        ({"tensors": {"output.scale": (1,)}, "tied": True}, NotImplementedError, "not there"),
         ({"keys": {"expert_used_count": 5}}, ValueError, "5 experts per token"),
         ({"keys": {"attention.head_count_kv": 3}}, ValueError, "multiple of the 3"),
         ({"keys": {"block_count": 0}}, ValueError, "from 1 to 27"),
@@ -215,8 +221,6 @@ def test_the_width_of_an_expert_may_be_derived():
     [
         ("rope_freqs.weight", 1.0, None),
         ("rope_freqs.weight", 2.0, "rotary frequencies"),
-        ("blk.0.ffn_up_exps.scale", 1.0, None),
-        ("blk.0.ffn_up_exps.scale", 0.5, "a scale of a whole NVFP4 matrix"),
         ("blk.0.ffn_up_exps.input_scale", 0.5, None),
     ],
 )

@@ -17,6 +17,7 @@ import pytest
 import tiny_models
 from conftest import NEEDS_LLAMA_CPP, REPOSITORY, TWO_BANKS
 from families import FAMILIES
+from scaled_models import write_pair, write_tiny_pair
 
 from hobbit_jax import reference
 from hobbit_jax.baselines import llama_cpp_api
@@ -199,6 +200,52 @@ def test_llama_cpp_in_float32_is_the_golden_of_a_family(name, tmp_path):
     print(f"{name}: llama.cpp differs by {difference:.1e}")
     # ggml takes GELU from a table in half precision.
     assert difference < (3e-2 if name == "gemma4" else 1e-4)
+
+
+def between(rng, shape):
+    return rng.uniform(0.5, 1.5, shape)
+
+
+def our_logits(path, ids_T, implementation):
+    model = load_model(path, implementation)
+    engine = Engine(model, HostExperts(model.config, model.file))
+    return np.asarray(engine.score(ids_T[None])[0])
+
+
+@NEEDS_LLAMA_CPP
+# llama.cpp reads scales in every family, and multiplies by all of them in a few only.
+@pytest.mark.parametrize("name", ["qwen3moe", "mixtral", "llama", "qwen35moe"])
+def test_scales_of_matrices_are_those_of_llama_cpp(name, tmp_path):
+    """In qwen35moe but for the block that predicts a further token, which it does not run."""
+    paths = write_tiny_pair(name, tmp_path, between, without="blk.2.")
+    ids_T, _ = golden(name)
+    logits = []
+    for path in paths:
+        with llama_cpp(path, kv_format="float32") as child:
+            logits += [our_logits(path, ids_T, "xla"), child.score(ids_T)]
+    for other in logits[1:]:
+        np.testing.assert_allclose(logits[0], other, atol=1e-4, rtol=0)
+
+
+@NEEDS_LLAMA_CPP
+def test_nvfp4_experts_with_scales_are_those_of_llama_cpp(tmp_path):
+    """Both round activations to 8 bits, by ggml's own product."""
+    model = replace(TWO_BANKS, experts=(("NVFP4",) * 3,) * 2, dense=("F32",) * 7)
+    tiny_models.write_model(model, tmp_path / "source.gguf")
+    scaled, multiplied = write_pair(open_gguf(tmp_path / "source.gguf"), tmp_path, between)
+    ids_T = tiny_models.tokens(model)
+    ours_TV, exact_TV = our_logits(scaled, ids_T, "ggml"), our_logits(multiplied, ids_T, "xla")
+    np.testing.assert_allclose(our_logits(scaled, ids_T, "xla"), exact_TV, atol=1e-4, rtol=0)
+    with llama_cpp(scaled, kv_format="float32") as child:
+        theirs_TV = child.score(ids_T)
+    np.testing.assert_allclose(ours_TV, theirs_TV, atol=1e-4, rtol=0)
+
+
+def test_torch_multiplies_by_the_scales(torch, tmp_path):
+    path, _ = write_tiny_pair("qwen2moe", tmp_path, between)
+    ids_T, _ = golden("qwen2moe")
+    theirs_TV = side(torch, path, "float32").score(ids_T)
+    np.testing.assert_allclose(our_logits(path, ids_T, "xla"), theirs_TV, atol=1e-4, rtol=0)
 
 
 @NEEDS_LLAMA_CPP

@@ -21,7 +21,7 @@ from pallas_kernels.expert_ffn import expert_ffn, implementation_for
 from pallas_kernels.formats import FORMATS, get_format
 from pallas_kernels.ggml import ops
 from pallas_kernels.linear import linear
-from pallas_kernels.reference import Bank, Signature, Work
+from pallas_kernels.reference import Bank, Epilogue, Epilogues, Signature, Work
 
 ROWS, COLUMNS = 48, 512
 # Relative error of a product whose activations are rounded to 8 bits in blocks of 32 or 256; of
@@ -86,47 +86,54 @@ def bank_of(signature: Signature, slots: int, d_model: int, d_expert: int):
 
 
 @pytest.mark.parametrize(
-    ("signature", "d_model", "d_expert"),
+    ("signature", "d_model", "d_expert", "n_stacks"),  # of `Epilogue`: scales, and biases
     [
-        (Signature("Q4_K", "Q4_K", "Q6_K"), 256, 512),
-        (Signature("Q8_0", "Q3_K", "Q4_K"), 256, 512),
+        (Signature("Q4_K", "Q4_K", "Q6_K"), 256, 512, 0),
+        (Signature("Q8_0", "Q3_K", "Q4_K"), 256, 512, 1),
         # Rows that are filled up, with other bits than zeros in the types that have no zero.
-        (Signature("Q4_K", "Q4_K", "Q2_K"), 288, 224),
-        (Signature("Q8_0", "IQ2_XXS", "IQ3_S"), 288, 704),
-        (Signature("NVFP4", "IQ1_M", "Q1_0"), 96, 160),
+        (Signature("Q4_K", "Q4_K", "Q2_K"), 288, 224, 0),
+        (Signature("Q8_0", "IQ2_XXS", "IQ3_S"), 288, 704, 0),
+        (Signature("NVFP4", "IQ1_M", "Q1_0"), 96, 160, 4),
     ],
     ids=str,
 )
-def test_experts_are_those_of_the_decoded_weights(signature, d_model, d_expert):
+def test_experts_are_those_of_the_decoded_weights(signature, d_model, d_expert, n_stacks):
     tokens, k = 40, 2
     decoded, bank, in_place, planes, kept = bank_of(signature, 3, d_model, d_expert)
     x_TD, weight_A = random(tokens, d_model), random(tokens * k, seed=5)
-    if signature.gate == "NVFP4":  # whose matrices have scales of their own
-        weight_A = random(tokens * k, 3, seed=5)
-    factor_A3 = (
-        np.stack([np.ones(tokens * k)] * 2 + [weight_A], 1) if weight_A.ndim == 1 else weight_A
-    )
     # Expert 0 has every token's first choice, 30 in an item; expert 2 five of the second.
     chosen = {0: np.arange(30) * 2, 1: np.arange(30, 40) * 2, 2: np.arange(5) * 2 + 1}
     rows = [np.pad(a, (0, 32 - len(a)), constant_values=a[0]) for a in chosen.values()]
     work = Work(
         jnp.asarray(list(chosen), jnp.int32), jnp.asarray(np.stack(rows), jnp.int32), jnp.int32(3)
     )
+    # Of four experts, of whom the first is in no slot.
+    widths = (3, d_expert, d_expert, d_model)
+    stacks = [random(4, width, seed=7 + i) for i, width in enumerate(widths)]
+    neutral = [np.ones((4, 3)), *(np.zeros((4, width)) for width in widths[1:])]
+    scale_R3, *biases = stacks[:n_stacks] + neutral[n_stacks:]
+    row_A = np.zeros(tokens * k, np.int32)
+    for expert, assignments in chosen.items():
+        row_A[assignments] = expert + 1
+    epilogues = Epilogues(Epilogue(*stacks[:n_stacks]), row_A) if n_stacks else None
     untouched = random(tokens * k, d_model, seed=6)
 
     def result(bank, implementation=None):
         y_AD = jnp.asarray(untouched)
         run = jax.jit(expert_ffn, static_argnames=("signature", "implementation"))
-        return np.asarray(run(x_TD, y_AD, weight_A, bank, signature, work, implementation))
+        return np.asarray(
+            run(x_TD, y_AD, weight_A, bank, signature, work, implementation, epilogues=epilogues)
+        )
 
     got_AD, want_AD = result(bank), untouched.copy()
     for expert, assignments in chosen.items():
         gate, up, down = (matrix[expert].astype(np.float64) for matrix in decoded)
         x_RD = x_TD[assignments // k].astype(np.float64)
-        of_gate, of_up, of_down = factor_A3[assignments].T[..., None]
-        gated = of_gate * (x_RD @ gate.T)
-        hidden = gated / (1 + np.exp(-gated)) * of_up * (x_RD @ up.T)
-        want_AD[assignments] = hidden @ down.T * of_down
+        scale_3, (gate_F, up_F, down_D) = scale_R3[expert + 1], (b[expert + 1] for b in biases)
+        gated = scale_3[0] * (x_RD @ gate.T) + gate_F
+        hidden = gated / (1 + np.exp(-gated)) * (scale_3[1] * (x_RD @ up.T) + up_F)
+        y_RD = scale_3[2] * (hidden @ down.T) + down_D
+        want_AD[assignments] = weight_A[assignments][:, None] * y_RD
     written = np.concatenate(list(chosen.values()))
     assert relative_error(got_AD[written], want_AD[written]) < 0.03
     assert relative_error(result(planes, "xla")[written], want_AD[written]) < 1e-6

@@ -154,6 +154,10 @@ def blocks(rng: np.random.Generator, format: str, shape: tuple[int, ...], std: f
         # E2M1 codes have a standard deviation of 2.93 at the exponent byte 127.
         center = 127 + round(math.log2(std / 2.93))
         raw[:, 0] = rng.integers(center - 1, center + 2, n_blocks)
+    elif format == "NVFP4":
+        # The same codes; an E4M3 byte of 8 times the exponent, which 7 biases.
+        center = 8 * (7 + round(math.log2(std / 2.93)))
+        raw[:, :4] = rng.integers(center - 4, center + 5, (n_blocks, 4))
     else:
         at, unit, second = _SCALES[format]
         d = (rng.uniform(0.5, 1.5, n_blocks) * std / unit).astype(np.float16)

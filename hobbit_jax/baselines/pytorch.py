@@ -23,11 +23,12 @@ MODES = ("float32", "bfloat16")
 
 
 def dequantised(file: GGUFFile, name: str) -> np.ndarray:
-    """A tensor in float32, by gguf-py."""
-    info = file.tensors[name]
-    return gguf.quants.dequantize(info.blocks, gguf.GGMLQuantizationType[info.format]).reshape(
-        info.shape
-    )
+    """A tensor in float32, by gguf-py, times its scale where it has one."""
+    info, scale = file.tensors[name], file.tensors.get(f"{name.removesuffix('weight')}scale")
+    array = gguf.quants.dequantize(info.blocks, gguf.GGMLQuantizationType[info.format])
+    if scale is not None:
+        array = array * dequantised(file, scale.name).reshape(-1, 1, 1)
+    return array.reshape(info.shape)
 
 
 class PyTorch:

@@ -19,7 +19,7 @@ from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, check_finite_s
 from hobbit_jax.models.config import ModelConfig, layer_tensors
 from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import implementation_for
-from pallas_kernels.reference import BiasStacks, ExpertBias, Signature
+from pallas_kernels.reference import Epilogue, Signature
 
 NATIVE = 0
 ROLES = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
@@ -74,35 +74,40 @@ class LayerExperts:
         return (self.gate.nbytes + self.up.nbytes + self.down.nbytes) // n_experts
 
 
-def _biases(config: ModelConfig, file: GGUFFile) -> BiasStacks:
-    """Of gate, up and down, float32 [L * E, rows].
+def _epilogue(config: ModelConfig, file: GGUFFile) -> Epilogue | None:
+    """Scales and biases of all experts; None where they change nothing.
 
     Raises:
         ValueError: one is NaN or infinite.
-        NotImplementedError: they are of another type.
+        NotImplementedError: they are of another type than float32.
     """
-    stacks: list[np.ndarray] = []
-    for role in ROLES:
-        layers = [
-            file.tensors[layer_tensors(config, n)[f"{role}.bias"]] for n in range(config.n_layers)
-        ]
-        for tensor in layers:
-            check_finite_scales(tensor)
-            if tensor.format != "F32":
-                raise NotImplementedError(
-                    f"{file.paths[0]}: tensor {tensor.name!r} is {tensor.format}; supported are "
-                    "biases of experts in F32"
-                )
-        rows = layers[0].shape[1]
-        stacks.append(np.concatenate([t.raw.view("<f4").reshape(-1, rows) for t in layers]))
-    gate, up, down = stacks
-    return gate, up, down
+    layers = [layer_tensors(config, layer) for layer in range(config.n_layers)]
+
+    def floats(name: str) -> np.ndarray:
+        tensor = file.tensors[name]
+        check_finite_scales(tensor)
+        if tensor.format != "F32":
+            raise NotImplementedError(
+                f"{file.paths[0]}: tensor {name!r} is {tensor.format}; supported are scales and "
+                "biases of experts in F32"
+            )
+        return tensor.raw.view("<f4").reshape(tensor.shape)
+
+    scale_LE3 = np.ones((config.n_layers, config.n_experts, 3), np.float32)
+    for layer, matrix in np.ndindex(config.n_layers, 3):
+        # What Gemma 4 has by this name is its router's.
+        if (name := layers[layer].get(f"{ROLES[matrix]}.scale")) in config.scales:
+            scale_LE3[layer, :, matrix] = floats(name)
+    if config.expert_biases:
+        biases = [np.concatenate([floats(n[f"{role}.bias"]) for n in layers]) for role in ROLES]
+        return Epilogue(scale_LE3.reshape(-1, 3), *biases)
+    return None if (scale_LE3 == 1).all() else Epilogue(scale_LE3.reshape(-1, 3))
 
 
 class HostExperts:
     """All experts of a model at every precision, immutable.
 
-    `biases` are float32.
+    `epilogue` is that of all of them, the same at every precision; None where there is none.
     """
 
     def __init__(self, config: ModelConfig, native: GGUFFile, low: Sequence[GGUFFile] = ()):
@@ -117,7 +122,7 @@ class HostExperts:
                     LayerExperts.of({r: file.tensors[n] for r, n in names if r in STACKS})
                 )
             self.precisions.append(layers)
-        self.biases: BiasStacks = _biases(config, native) if config.expert_biases else ()
+        self.epilogue = _epilogue(config, native)
         self._checked: set[ExpertKey] = set()
 
     @property
@@ -129,10 +134,10 @@ class HostExperts:
         """The experts of `layer` at `precision`."""
         return self.precisions[precision][layer]
 
-    def bias(self, layer: int, expert: int) -> ExpertBias | None:
-        """Biases of one expert, the same at every precision."""
+    def epilogue_of(self, layer: int, expert: int) -> Epilogue | None:
+        """That of one expert."""
         row = layer * self.config.n_experts + expert
-        return ExpertBias(*(array[row] for array in self.biases)) if self.biases else None
+        return self.epilogue and self.epilogue.of_row(row)
 
     def signature(self, key: ExpertKey) -> Signature:
         """Formats of one expert."""
@@ -148,7 +153,10 @@ class HostExperts:
         """How experts of a signature are computed; see `implementation_for`."""
         config = self.config
         sizes, function = (config.d_model, config.d_expert), config.expert_function
-        return implementation_for(signature, *sizes, implementation, platform, function)
+        has_epilogue = self.epilogue is not None
+        return implementation_for(
+            signature, *sizes, implementation, platform, function, has_epilogue
+        )
 
     def raw(self, key: ExpertKey) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Raw blocks of gate, up and down: uint8 [rows, row_bytes] views into the file.

@@ -28,7 +28,7 @@ from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.models.caches import empty_caches
 from hobbit_jax.models.loading import LoadedModel
 from hobbit_jax.resources import device_bytes, mib, roomy_pool_bytes
-from pallas_kernels.reference import ExpertBias, ExpertFunction, gated
+from pallas_kernels.reference import Epilogue, ExpertFunction, gated
 
 _ROWS = 4096  # of an expert's inputs at a time, so that memory holds no more hidden rows
 
@@ -96,12 +96,14 @@ class LayerInputs:
                 dequantize(tensor, expert)[:, : self._h_TD.shape[1]]
                 for tensor in (self._experts.gate, self._experts.up)
             )
-            bias = self._store.bias(self.layer, expert)
+            epilogue = self._store.epilogue_of(self.layer, expert)
         for start in range(0, len(token_R), _ROWS):
             part = slice(start, start + _ROWS)
             x_RK = self._h_TD[token_R[part]]
             if hidden:
-                x_RK = _hidden_RF(self._store.config.expert_function, x_RK, gate_FD, up_FD, bias)
+                x_RK = _hidden_RF(
+                    self._store.config.expert_function, x_RK, gate_FD, up_FD, epilogue
+                )
             yield x_RK, weight_R[part]
 
 
@@ -122,9 +124,9 @@ def _hidden_RF(
     x_RD: jax.Array,
     gate_FD: jax.Array,
     up_FD: jax.Array,
-    bias: ExpertBias | None,
+    epilogue: Epilogue | None,
 ) -> jax.Array:
-    return gated(function, x_RD @ gate_FD.T, x_RD @ up_FD.T, bias)
+    return gated(function, x_RD @ gate_FD.T, x_RD @ up_FD.T, epilogue)
 
 
 def visit_layers(

@@ -89,14 +89,14 @@ class MeasuredErrors:
 
 
 @partial(jax.jit, static_argnames="function")
-def _output_energies(h_TD, token_R, weight_R, native, lows, function, bias) -> list[jax.Array]:
+def _output_energies(h_TD, token_R, weight_R, native, lows, function, epilogue) -> list[jax.Array]:
     x_RD = h_TD[token_R]
-    y_RD = run_expert(x_RD, native, function, bias)
+    y_RD = run_expert(x_RD, native, function, epilogue)
 
     def energy(y_RD: jax.Array) -> jax.Array:
         return jnp.sum(jnp.square(y_RD * weight_R[:, None]))
 
-    low_RDs = (run_expert(x_RD, low, function, bias) for low in lows)
+    low_RDs = (run_expert(x_RD, low, function, epilogue) for low in lows)
     return [energy(y_RD), *(energy(y_RD - low_RD) for low_RD in low_RDs)]
 
 
@@ -127,7 +127,7 @@ def measure_errors(engine: Engine, store: HostExperts, windows: Windows) -> Meas
             )
             energy, *errors = _output_energies(
                 routed.h_TD, token_R, weight_R, native, lows, config.expert_function,
-                store.bias(layer, expert),
+                store.epilogue_of(layer, expert),
             )  # fmt: skip
             energy_LE[layer, expert] += float(energy)
             error_NLE[1:, layer, expert] += [float(error) for error in errors]

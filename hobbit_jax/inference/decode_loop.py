@@ -36,7 +36,7 @@ from hobbit_jax.models.layer import LayerKinds, States, attend_and_route
 from hobbit_jax.models.modules import EmbeddingAndHead
 from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn
-from pallas_kernels.reference import Bank, Biases, BiasStacks, Signature, Work
+from pallas_kernels.reference import Bank, Epilogue, Epilogues, Signature, Work
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Weights(NamedTuple):
     layers: States
     ends: Any
     plan: PrecisionPlan
-    biases: BiasStacks = ()
+    epilogue: Epilogue | None = None
 
 
 class Carry(NamedTuple):
@@ -311,9 +311,8 @@ def _run_experts(
     n_precisions, width = len(experts.signatures[0]), item_width(batch, k, config.n_experts)
     work_t = group(ids_A, served_A, slot_A, due_A, config.n_experts, n_precisions, width)
 
-    biases, weight_A = None, carry.selections.weights_TK.reshape(-1)
-    if weights.biases:
-        biases = Biases(*weights.biases, layer * config.n_experts + ids_A)
+    weight_A = carry.selections.weights_TK.reshape(-1)
+    epilogues = weights.epilogue and Epilogues(weights.epilogue, layer * config.n_experts + ids_A)
     implementations = dict(experts.implementations)
 
     def run(signatures: tuple[Signature | None, ...], y_AD: jax.Array) -> jax.Array:
@@ -321,7 +320,7 @@ def _run_experts(
             if signature is not None:
                 y_AD = expert_ffn(
                     carry.h_BD, y_AD, weight_A, banks[signature], signature, work,
-                    implementations[signature], config.expert_function, biases,
+                    implementations[signature], config.expert_function, epilogues,
                 )  # fmt: skip
         return y_AD
 

@@ -94,12 +94,12 @@ class Engine:
         self.counts = self.controller.counts
         ends_graph, ends_state = nnx.split(self.model.ends)
         device_plan = replicated(jax.device_put(self.plan), mesh)
-        biases = replicated(jax.device_put(store.biases), mesh)
-        self._weights = Weights(self.model.layers.states, ends_state, device_plan, biases)
+        epilogue = replicated(jax.device_put(store.epilogue), mesh)
+        self._weights = Weights(self.model.layers.states, ends_state, device_plan, epilogue)
         self._ends_graph = ends_graph
         self._experts = LayerGroups.of(self.pool, model.implementation)
         self._host = HostCompute(store, model.implementation)
-        self._prefill = Prefill(self.model, self.pool, device_plan, self.mode, self._host, biases)
+        self._prefill = Prefill(self.model, self.pool, device_plan, self.mode, self._host, epilogue)
         self._carry: Carry | None = None
         self._key = replicated(jax.random.key(0), mesh)
         self._lengths_B = np.zeros(0, np.int32)

@@ -21,7 +21,7 @@ from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.formats import get_format
 from pallas_kernels.ggml.ops import RawMatrix, address_of
-from pallas_kernels.reference import Bank, Biases, BiasStacks, Signature, Work
+from pallas_kernels.reference import Bank, Epilogue, Epilogues, Signature, Work
 
 # Experts that XLA unpacks at a time.
 MAX_UNPACKED = 8
@@ -44,11 +44,13 @@ def _unpacked(raw: Bank, signature: Signature) -> Bank:
     jax.jit, static_argnames=("signature", "implementation", "function"), donate_argnames="y_HD"
 )
 def _expert_ffn(
-    h_TD, row_H, y_HD, weight_H, bank, work, signature, implementation, function, biases
+    h_TD, row_H, y_HD, weight_H, bank, work, signature, implementation, function, epilogues
 ):
     x_HD = h_TD[row_H]
     y_HD = jnp.zeros_like(x_HD) if y_HD is None else y_HD
-    return expert_ffn(x_HD, y_HD, weight_H, bank, signature, work, implementation, function, biases)
+    return expert_ffn(
+        x_HD, y_HD, weight_H, bank, signature, work, implementation, function, epilogues
+    )
 
 
 class HostCompute:
@@ -79,18 +81,19 @@ class HostCompute:
         return self._store.backend(signature, self._implementation, "cpu")
 
     @cached_property
-    def _biases(self) -> BiasStacks:
-        return jax.device_put(self._store.biases, self._device)
+    def _epilogue(self) -> Epilogue | None:
+        return jax.device_put(self._store.epilogue, self._device)
 
-    def _biases_of(
+    def _epilogues(
         self, keys: Sequence[ExpertKey], assignments: Mapping[ExpertKey, np.ndarray], padding: int
-    ) -> Biases | None:
+    ) -> Epilogues | None:
         """Of the rows of `run`, which are padded with those of some expert."""
-        if not self._biases:
+        if self._epilogue is None:
             return None
         n_experts = self._store.config.n_experts
         rows = [np.full(len(assignments[key]), key.layer * n_experts + key.expert) for key in keys]
-        return Biases(*self._biases, np.pad(np.concatenate(rows), (0, padding)).astype(np.int32))
+        row_H = np.pad(np.concatenate(rows), (0, padding)).astype(np.int32)
+        return Epilogues(self._epilogue, row_H)
 
     def run(
         self,
@@ -125,15 +128,16 @@ class HostCompute:
         weight_H = np.append(weights_TK.reshape(-1), np.float32(0))[assignment_H]
         local_TD = h_TD.addressable_data(0)  # of several devices each has all
         function = self._store.config.expert_function
-        biases = self._biases_of(keys, assignments, padding)
+        epilogues = self._epilogues(keys, assignments, padding)
         what = f"computing {len(keys)} experts of layer {keys[0].layer} on the CPU"
         with failing(what), jax.default_device(self._device):
             local_TD, y_HD = jax.device_put(local_TD, self._device), None
             row_H = np.minimum(assignment_H, count - 1) // k
             for bank, work, signature, chosen in self._calls(raws, rows, widths):
                 y_HD = _expert_ffn(
-                    local_TD, row_H, y_HD, weight_H, bank, work, signature, chosen, function, biases
-                )
+                    local_TD, row_H, y_HD, weight_H, bank, work, signature, chosen, function,
+                    epilogues,
+                )  # fmt: skip
             assert y_HD is not None
 
         def wait() -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.reference import (
     Bank,
-    Biases,
+    Epilogues,
     ExpertFunction,
     Signature,
     Work,
@@ -63,16 +63,16 @@ def _expert_ffn(
     implementation: str,
     mesh: Mesh | None,
     function: ExpertFunction = "swiglu",
-    biases: Biases | None = None,
+    epilogues: Epilogues | None = None,
 ) -> jax.Array:
-    def run(h_TD, y_AD, weight_A, bank, work, biases):
+    def run(h_TD, y_AD, weight_A, bank, work, epilogues):
         work = work._replace(count=work.count.reshape(()))
         return expert_ffn(
-            h_TD, y_AD, weight_A, bank, signature, work, implementation, function, biases
+            h_TD, y_AD, weight_A, bank, signature, work, implementation, function, epilogues
         )
 
     specs = (REPLICATED, DIVIDED, REPLICATED, DIVIDED, DIVIDED, REPLICATED)
-    return on_each(run, mesh, specs, DIVIDED)(h_TD, y_AD, weight_A, bank, work, biases)
+    return on_each(run, mesh, specs, DIVIDED)(h_TD, y_AD, weight_A, bank, work, epilogues)
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -167,7 +167,7 @@ def apply_experts(
     implementation: Implementation = None,
     upcoming: Sequence[ExpertKey] = (),
     host: HostCompute | None = None,
-    biases: Biases | None = None,
+    epilogues: Epilogues | None = None,
 ) -> jax.Array:
     """Runs every selected expert of a layer, loading what is missing or computing it on the CPU.
 
@@ -182,7 +182,7 @@ def apply_experts(
         implementation: of the products.
         upcoming: what the next layer may need.
         host: computes what the controller leaves to the CPU; needed where it leaves any.
-        biases: of the experts.
+        epilogues: of the experts.
 
     Returns:
         y_AD, float32 [T * K, D]: each selection's expert output times its routing weight;
@@ -229,7 +229,7 @@ def apply_experts(
                 bank, work = _gather_slots(bank, work, mesh)
             y_AD = _expert_ffn(
                 h_TD, y_AD, weights_TK.reshape(-1), bank, work, signature, chosen, mesh,
-                config.expert_function, biases,
+                config.expert_function, epilogues,
             )  # fmt: skip
     if mesh is not None:
         y_AD = _sum_of_parts(y_AD, mesh)

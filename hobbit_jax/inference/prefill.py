@@ -28,7 +28,7 @@ from hobbit_jax.inference.moe import apply_experts
 from hobbit_jax.models.caches import Caches, Places
 from hobbit_jax.models.layer import LayerKinds, OneBlock, States, attend_and_route
 from hobbit_jax.models.loading import LoadedModel
-from pallas_kernels.reference import Biases, BiasStacks
+from pallas_kernels.reference import Epilogue, Epilogues
 
 Part = Literal["embedding", "attention", "experts"]
 Inspect = Callable[[Part, int, jax.Array], object]
@@ -131,11 +131,11 @@ class Prefill:
     plan: PrecisionPlan
     mode: MissMode
     host: HostCompute
-    biases: BiasStacks = ()
+    epilogue: Epilogue | None = None
 
-    def _biases(self, layer: int, ids_TK: np.ndarray) -> Biases | None:
+    def _epilogues(self, layer: int, ids_TK: np.ndarray) -> Epilogues | None:
         row_A = (layer * self.model.config.n_experts + ids_TK.reshape(-1)).astype(np.int32)
-        return Biases(*self.biases, row_A) if self.biases else None
+        return self.epilogue and Epilogues(self.epilogue, row_A)
 
     def _tell(self, routed: RouterOutput, selections: Selections) -> None:
         controller = self.pool.controller
@@ -208,7 +208,7 @@ class Prefill:
             step = Step(token, layer, int(lengths_B.max()))
             y_AD = apply_experts(
                 self.pool, step, h_TD, selections.weights_TK, on_host, model.implementation,
-                upcoming, self.host, self._biases(layer, on_host.ids_TK),
+                upcoming, self.host, self._epilogues(layer, on_host.ids_TK),
             )  # fmt: skip
             x_BTD = _add_experts(
                 kinds, kinds.kind_N[number], model.layers.states,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 TOKEN_EMBEDDING = "token_embd.weight"
 ROPE_DIVISORS = "rope_freqs.weight"
 OUTPUT = "output.weight"  # absent when the head is tied to the embedding
+OUTPUT_SCALE = "output.scale"
 
 Shapes = dict[str, tuple[int, ...]]  # row-major, by role
 
@@ -154,6 +155,7 @@ class ModelConfig:
     residual_scale: float = 1.0  # of what attention and dense FFNs add; experts' weights have it
     logit_divisor: float = 1.0
     logit_softcap: float = 0.0  # c of c * tanh(logits / c); 0 for none
+    scales: frozenset[str] = frozenset()  # names of factors of whole matrices' products (NVFP4)
 
     @property
     def has_dense_ffn(self) -> bool:
@@ -220,7 +222,17 @@ BESIDE_NORMS = ("ffn_norm", "post_ffw_norm_1", "post_ffw_norm_2", "post_ffw_norm
 
 
 def block_shapes(config: ModelConfig, block: int) -> Shapes:
-    """Row-major shapes of the tensors of a block, by role."""
+    """Row-major shapes of the tensors of a block, by role.
+
+    A scale of a matrix is one number, and that of a stack one for each of its matrices.
+    """
+    shapes = _unscaled_shapes(config, block)
+    scales = {f"{role}.scale": shape[:-2] or (1,) for role, shape in shapes.items()}
+    there = (role for role in scales if _name(config, block, role) in config.scales)
+    return shapes | {role: scales[role] for role in there}
+
+
+def _unscaled_shapes(config: ModelConfig, block: int) -> Shapes:
     spec, d = config.blocks[block], config.d_model
     norms = ("attn_norm", spec.ffn_norm, *filter(None, [spec.attention_out_norm]))
     shapes: Shapes = {**dict.fromkeys(norms, (d,)), **spec.attention.tensors(d)}
@@ -267,18 +279,18 @@ def _mlp(suffix: str, d_model: int, width: int) -> Shapes:
 
 def block_tensors(config: ModelConfig, block: int) -> dict[str, str]:
     """Names of the tensors of one block, by role."""
-    return {role: f"blk.{block}.{_stored(config, role)}" for role in block_shapes(config, block)}
+    return {role: _name(config, block, role) for role in block_shapes(config, block)}
 
 
-def _stored(config: ModelConfig, role: str) -> str:
+def _name(config: ModelConfig, block: int, role: str) -> str:
     if role in _WITHOUT_SUFFIX:
-        return role
+        return f"blk.{block}.{role}"
     base, _, suffix = role.rpartition(".")
     if suffix not in ("bias", "scale"):
         base, suffix = role, "weight"
     if config.has_dense_ffn:
         base = base.removesuffix("_exps")
-    return f"{_STORED_AS.get(base, base)}.{suffix}"
+    return f"blk.{block}.{_STORED_AS.get(base, base)}.{suffix}"
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> dict[str, str]:
@@ -289,7 +301,11 @@ def layer_tensors(config: ModelConfig, layer: int) -> dict[str, str]:
 def global_tensors(config: ModelConfig) -> dict[str, str]:
     """Names of the tensors outside the blocks, by role; no `output` when the head is tied."""
     names = {"token_embedding": TOKEN_EMBEDDING, "output_norm": config.output_norm}
-    return names if config.tied_head else names | {"output": OUTPUT}
+    if not config.tied_head:
+        names["output"] = OUTPUT
+        if OUTPUT_SCALE in config.scales:
+            names["output.scale"] = OUTPUT_SCALE
+    return names
 
 
 def tensor_shapes(config: ModelConfig) -> Shapes:
@@ -303,4 +319,6 @@ def tensor_shapes(config: ModelConfig) -> Shapes:
         shapes[ROPE_DIVISORS] = (config.rope_divisors,)
     if not config.tied_head:
         shapes[OUTPUT] = (config.vocab_size, config.d_model)
+        if OUTPUT_SCALE in config.scales:
+            shapes[OUTPUT_SCALE] = (1,)
     return shapes

@@ -84,19 +84,21 @@ class _Matrices:
         tensor: TensorInfo,
         implementation: Implementation = None,
         bias_N: jax.Array | None = None,
+        scale: TensorInfo | None = None,
     ) -> Linear:
         """A matrix for an implementation, the model's for None."""
         check_finite_scales(tensor)
         rows, columns = tensor.shape
         implementation = implementation or self._implementation
         chosen = implementation_for(tensor.format, rows, columns, implementation)
+        factor = None if scale is None else _array(scale).reshape(())
         if chosen == "ggml":
             address = jnp.asarray(address_of(tensor.raw))
             self.mapped_bytes += tensor.nbytes - address.nbytes
             matrix = RawMatrix(address, rows, columns, tensor.nbytes)
-            return Linear(tensor.format, matrix, bias_N=bias_N)
+            return Linear(tensor.format, matrix, None, bias_N, factor)
         planes = _split(get_format(tensor.format), tensor.raw)
-        return Linear(tensor.format, planes, chosen, bias_N)
+        return Linear(tensor.format, planes, chosen, bias_N, factor)
 
     def router(self, tensor: TensorInfo, bias_N: jax.Array | None = None) -> Linear:
         """In float32 everywhere: what it chooses shall not depend on rounding."""
@@ -126,7 +128,8 @@ class _FileWeights:
         self._tensors = {role: file.tensors[name] for role, name in names.items()}
 
     def linear(self, role: str) -> Linear:
-        return self._matrices.linear(self._tensors[role], bias_N=self._bias(role))
+        scale = self._tensors.get(f"{role}.scale")
+        return self._matrices.linear(self._tensors[role], None, self._bias(role), scale)
 
     def router(self) -> Linear:
         return self._matrices.router(self._tensors["router"], self._bias("router"))
@@ -170,10 +173,13 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
         for number in range(config.n_blocks)
     ]
     outer = {role: file.tensors[n] for role, n in global_tensors(config).items()}
+    head = None
+    if not config.tied_head:
+        head = matrices.linear(outer["output"], scale=outer.get("output.scale"))
     ends = EmbeddingAndHead(
         embedding=matrices.linear(outer["token_embedding"]),
         final_norm=RMSNorm(_array(outer["output_norm"]) / config.logit_divisor, config.rms_eps),
-        head=matrices.linear(outer["output"]) if "output" in outer else None,
+        head=head,
         embedding_scale=config.embedding_scale,
         logit_softcap=config.logit_softcap,
     )

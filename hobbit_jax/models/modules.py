@@ -21,7 +21,10 @@ from pallas_kernels.reference import ExpertFunction, gated
 
 
 class Linear(nnx.Module):
-    """A matrix [N, K] in its GGUF format, as planes or raw blocks; y = x @ W.T + b in float32."""
+    """A matrix W [N, K] in its GGUF format, as planes or raw blocks.
+
+    y = x @ W.T * scale + bias in float32; both may be absent.
+    """
 
     def __init__(
         self,
@@ -29,8 +32,10 @@ class Linear(nnx.Module):
         planes: dict[str, jax.Array] | RawMatrix,
         implementation: Implementation = None,
         bias_N: jax.Array | None = None,
+        scale: jax.Array | None = None,
     ):
         self.bias = None if bias_N is None else nnx.Param(bias_N)
+        self.scale = None if scale is None else nnx.Param(scale)
         self.format_name, self.implementation = format_name, implementation
         if isinstance(planes, RawMatrix):
             self.raw_shape = (planes.rows, planes.columns, planes.bytes)
@@ -54,8 +59,9 @@ class Linear(nnx.Module):
         return get_format(self.format_name).unpack({n: p[ids] for n, p in arrays.items()})
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., K] to x @ W.T + bias [..., N]."""
+        """x [..., K] to y [..., N]."""
         y = linear(x, self._arrays(), self.format_name, self.implementation)
+        y = y if self.scale is None else y * self.scale[...]
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
     @property
@@ -91,7 +97,7 @@ class BlockWeights(Protocol):
     """The parts of one block, by role (`config.block_shapes`)."""
 
     def linear(self, role: str) -> Linear:
-        """A matrix, with its bias where the block has one."""
+        """A matrix, with its bias and scale where the block has them."""
         ...
 
     def router(self) -> Linear:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
@@ -29,7 +30,7 @@ from hobbit_jax.models import (
     qwen3moe,
     qwen35moe,
 )
-from hobbit_jax.models.config import ModelConfig, block_shapes, tensor_shapes
+from hobbit_jax.models.config import ROPE_DIVISORS, ModelConfig, block_shapes, tensor_shapes
 from hobbit_jax.models.keys import Keys
 
 # By `general.architecture`, what makes a model of a file's keys. It raises ValueError for a missing
@@ -71,8 +72,18 @@ def read_config(file: GGUFFile) -> ModelConfig:
     keys = Keys(file, arch)
     config = FAMILIES[arch](keys)
     keys.refuse_unread()
+    others = file.tensors.keys() - tensor_shapes(config).keys()
+    config = replace(config, scales=frozenset(name for name in others if _SCALE.fullmatch(name)))
     _check_tensors(file, config)
     return config
+
+
+# Those that llama.cpp reads in every family (src/llama-model.cpp, in build 11549), and multiplies
+# by in some (docs/log/2026-11-30-scales-of-matrices.md).
+_SCALE = re.compile(
+    r"(output|blk\.\d+\.(attn_(q|k|v|qkv|gate|output)|ffn_(gate|up|down)(_exps|_shexp)?|"
+    r"ssm_(out|alpha|beta)))\.scale"
+)
 
 
 # Tensors that change the arithmetic, by the sentence that refuses them; first match counts.
@@ -87,7 +98,7 @@ _REFUSED_TENSORS = (
      "a delta net whose q, k, v and z are tangled, as converters wrote first; supported are "
      "attn_qkv and attn_gate: convert the model again with a current llama.cpp"),
     (r".*\.attn_qkv\..*", "fused q, k and v, which we do not compute for this architecture"),
-    (r".*\.scale", "a scale of a whole NVFP4 matrix; supported are files where it is 1"),
+    (r".*\.scale", "a scale of a matrix that is not there or that has none in llama.cpp"),
     (r".*\.bias", "biases, which we do not compute for this architecture"),
 )  # fmt: skip
 
@@ -95,13 +106,12 @@ _REFUSED_TENSORS = (
 def _changes_nothing(tensor: TensorInfo) -> bool:
     """Whether this leaves the arithmetic as it is.
 
-    `rope_freqs.weight` and the `.scale` of an NVFP4 matrix do where they are ones. `.input_scale`
-    is for backends that round activations to FP4, as llama.cpp does on some GPUs; none here does.
+    `rope_freqs.weight` does where it is ones. `.input_scale` is for backends that round activations
+    to FP4, as llama.cpp does on some GPUs; none here does.
     """
     if tensor.name.endswith(".input_scale"):
         return True
-    factor = tensor.name == "rope_freqs.weight" or tensor.name.endswith(".scale")
-    floats = factor and tensor.format == "F32" and tensor.nbytes > 0
+    floats = tensor.name == ROPE_DIVISORS and tensor.format == "F32" and tensor.nbytes > 0
     return floats and bool((tensor.raw.view("<f4") == 1).all())
 
 

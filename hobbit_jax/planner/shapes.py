@@ -142,7 +142,7 @@ def open_model(place: str | Path) -> PlannedModel:
     ones = {
         name: replace(tensor, raw=np.ones(tensor.shape, "<f4").view(np.uint8))
         for name, tensor in file.tensors.items()
-        if tensor.format == "F32" and (name == ROPE_DIVISORS or name.endswith(".scale"))
+        if tensor.format == "F32" and name == ROPE_DIVISORS
     }
     config = read_config(replace(file, tensors=file.tensors | ones))
     return _planned(Path(place).name, config, file)
@@ -180,7 +180,7 @@ def _planned(name: str, config: ModelConfig, file: GGUFFile) -> PlannedModel:
     sizes = {t.name: t.shape[0] * _FLOAT_BYTES if len(t.shape) == 1 else t.nbytes for t in others}
     dense, embedding = sum(sizes.values()), sizes[TOKEN_EMBEDDING]
     unread = 0 if config.tied_head else embedding - embedding // config.vocab_size
-    of_matrices = replace(config, expert_biases=False)
+    of_matrices = replace(config, expert_biases=False, scales=frozenset())
     experts = [
         [(tensor.format, tensor.shape) for tensor in (layer.gate, layer.up, layer.down)]
         for layer in HostExperts(of_matrices, file).precisions[NATIVE]

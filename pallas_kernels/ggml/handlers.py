@@ -87,19 +87,19 @@ L_SOURCES, L_WEIGHTS, L_OUT, L_TYPE, L_ROWS, L_COLUMNS, L_TOKENS, L_ROUNDED, L_C
 # Words of an expert job: three matrices' types and, per item, addresses in `E_ITEMS`.
 (
     E_TYPE, _, _, E_OUT, E_FACTORS, E_ITEMS, E_HIDDEN, E_D, E_F, E_CHUNK_F, E_CHUNK_D,
-    E_ASSIGNMENTS, E_WIDTH, E_N_F, E_N_D, E_STRIDE, E_FUNCTION, E_BIASED, E_BIAS_GATE, E_BIAS_UP,
-    E_BIAS_DOWN,
-) = range(ARGUMENTS, ARGUMENTS + 21)  # fmt: skip
+    E_ASSIGNMENTS, E_WIDTH, E_N_F, E_N_D, E_FUNCTION, E_SCALED, E_BIASED, E_SCALES, E_BIAS_GATE,
+    E_BIAS_UP, E_BIAS_DOWN,
+) = range(ARGUMENTS, ARGUMENTS + 22)  # fmt: skip
 _CLIPPED, _GELU = 1, 2  # of E_FUNCTION, as `ops.py` numbers them
 # Words of an attention job; HEADS are the query heads of a key/value head.
 (
     A_Q, A_KEYS, A_VALUES, A_POSITIONS, A_OUT, A_TOKENS, A_HEADS, A_KV_HEADS, A_WIDTH, A_LENGTH,
     A_KIND, A_SCALE, A_WINDOW, A_SINKS,
 ) = range(ARGUMENTS, ARGUMENTS + 14)  # fmt: skip
-# Words of an item: tokens, the first row of its hidden activations, its row of biases, then
-# addresses.
+# Words of an item: tokens, the first row of its hidden activations, its row of scales and biases,
+# then addresses.
 (
-    I_TOKENS, I_FIRST, I_BIAS, I_GATE, I_UP, I_DOWN, I_SOURCES, I_ROUNDED, I_ROUNDED_UP,
+    I_TOKENS, I_FIRST, I_ROW, I_GATE, I_UP, I_DOWN, I_SOURCES, I_ROUNDED, I_ROUNDED_UP,
     I_ROUNDED_DOWN,
 ) = range(10)  # fmt: skip
 _ITEM_BYTES = 8 * 10
@@ -184,9 +184,8 @@ def _assignment(job, item, token):
 
 
 @njit
-def _factors(job, item, token):
-    """Where a token's factors are: of down, or of gate, up and down."""
-    return U(get(job, E_FACTORS)) + U(4 * get(job, E_STRIDE) * _assignment(job, item, token))
+def _scale(job, item, matrix):
+    return load_f32(U(get(job, E_SCALES)) + U(4 * (3 * get(item, I_ROW) + matrix)))
 
 
 @njit(fastmath={"contract", "arcp", "nsz"})
@@ -237,12 +236,11 @@ def _gate_and_up(job, item, first, rows):
         gate_R = floats(part + U(4 * token * rows), rows)
         up_R = floats(up + U(4 * token * rows), rows)
         out_R = floats(hidden + U(4 * (token * stride + first)), rows)
-        if get(job, E_STRIDE) == 3:
-            factors = _factors(job, item, token)
-            gate_R *= load_f32(factors)
-            up_R *= load_f32(factors + U(4))
+        if get(job, E_SCALED):
+            gate_R *= _scale(job, item, 0)
+            up_R *= _scale(job, item, 1)
         if get(job, E_BIASED):
-            at = U(4 * (get(item, I_BIAS) * d_expert + first))
+            at = U(4 * (get(item, I_ROW) * d_expert + first))
             _add(gate_R, floats(U(get(job, E_BIAS_GATE)) + at, rows))
             _add(up_R, floats(U(get(job, E_BIAS_UP)) + at, rows))
         _gated(get(job, E_FUNCTION), gate_R, up_R, out_R)
@@ -282,10 +280,12 @@ def _down(job, item, first, rows):
     )  # fmt: skip
     for token in range(tokens):
         assignment = _assignment(job, item, token)
-        factor = load_f32(_factors(job, item, token) + U(4 * (get(job, E_STRIDE) - 1)))
+        factor = load_f32(U(get(job, E_FACTORS)) + U(4 * assignment))
         part_R = floats(part + U(4 * token * rows), rows)
+        if get(job, E_SCALED):
+            part_R *= _scale(job, item, 2)
         if get(job, E_BIASED):
-            at = U(4 * (get(item, I_BIAS) * d_model + first))
+            at = U(4 * (get(item, I_ROW) * d_model + first))
             _add(part_R, floats(U(get(job, E_BIAS_DOWN)) + at, rows))
         out_R = floats(U(get(job, E_OUT)) + U(4 * (assignment * d_model + first)), rows)
         for row in range(rows):
@@ -469,9 +469,9 @@ def _item_tokens(chosen, width):
 
 @njit
 def _experts(frame):
-    """Arguments: x [T, D filled up], y [A,D], weight [A] or [A,3], gate, up, down, numbers [6]
-    (three types, F, the function, whether there are biases), slot [I], assignment [I,C], count [],
-    biases [R,F], [R,F] and [R,D], row [A]. Result: y."""
+    """Arguments: x [T, D filled up], y [A,D], weight [A], gate, up, down, numbers [5] (three types,
+    F, the function), slot [I], assignment [I,C], count [], scales [R,3], biases [R,F], [R,F] and
+    [R,D], row [A]; of absent scales and biases R is 0. Result: y."""
     x, weight, numbers = argument(frame, 0), argument(frame, 2), data(argument(frame, 6))
     slots, assignments = data(argument(frame, 7)), argument(frame, 8)
     count = np.int64(load_i32(data(argument(frame, 9))))
@@ -480,7 +480,7 @@ def _experts(frame):
     width, y = size(assignments, 1), result(frame, 0)
     d_model, x_stride = size(y, 1), size(x, 1)
     d_expert = np.int64(load_i32(numbers + U(12)))
-    biased = load_i32(numbers + U(20)) != 0
+    scale_rows, bias_rows = size(argument(frame, 10), 0), size(argument(frame, 11), 0)
     per_token = size(y, 0) // size(x, 0)
     if count > size(assignments, 0):
         return NO_SLOT
@@ -517,12 +517,12 @@ def _experts(frame):
         chosen = data(assignments) + U(4 * number * width)
         tokens = _item_tokens(chosen, width)
         slot = np.int64(load_i32(slots + U(4 * number)))
-        row_of_bias = np.int64(0)
-        if biased:
-            row_of_bias = np.int64(load_i32(data(argument(frame, 13)) + U(4 * load_i32(chosen))))
-            if row_of_bias < 0 or row_of_bias >= size(argument(frame, 10), 0):
+        expert_row = np.int64(0)
+        if scale_rows > 0:
+            expert_row = np.int64(load_i32(data(argument(frame, 14)) + U(4 * load_i32(chosen))))
+            if expert_row < 0 or expert_row >= scale_rows:
                 code = max(code, NO_SLOT)
-        store_i64(item + U(8 * I_BIAS), row_of_bias)
+        store_i64(item + U(8 * I_ROW), expert_row)
         for matrix in range(3):
             rows, columns = (d_model, d_expert) if matrix == 2 else (d_expert, d_model)
             n_bytes = rows * row_bytes(kinds[matrix], columns)
@@ -556,13 +556,13 @@ def _experts(frame):
     put(job, E_CHUNK_D, step_d)
     put(job, E_ASSIGNMENTS, data(assignments))
     put(job, E_WIDTH, width)
-    put(job, E_STRIDE, size(weight, 1) if rank(weight) == 2 else 1)
     put(job, E_N_F, n_f)
     put(job, E_N_D, n_d)
     put(job, E_FUNCTION, np.int64(load_i32(numbers + U(16))))
-    put(job, E_BIASED, 1 if biased else 0)
-    for matrix in range(3):
-        put(job, E_BIAS_GATE + matrix, data(argument(frame, 10 + matrix)))
+    put(job, E_SCALED, scale_rows)
+    put(job, E_BIASED, bias_rows)
+    for stack in range(4):
+        put(job, E_SCALES + stack, data(argument(frame, 10 + stack)))
     code = _run(frame, job, total * d_model * d_expert * 3)
     free(scratch)
     return code

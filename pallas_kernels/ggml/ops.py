@@ -185,20 +185,21 @@ def expert_ffn(
     formats: tuple[str, str, str],
     work: tuple[jax.Array, jax.Array, jax.Array],
     function: str,
-    biases: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None,
+    epilogues: tuple[Any, jax.Array] | None,
 ) -> jax.Array:
     """The op of `pallas_kernels.expert_ffn`; see there."""
     prepare(*formats)
     slot_I, assignment_IC, count = work
     columns = max(get_format(name).padded(x_TD.shape[1]) for name in formats[:2])
     x_TD = jnp.pad(x_TD, ((0, 0), (0, columns - x_TD.shape[1])))
-    about = [*map(_number, formats), bank[0].rows, _FUNCTIONS[function], biases is not None]
-    nobodys = (*[np.zeros((0, 0), np.float32)] * 3, np.zeros(0, np.int32))
+    about = [*map(_number, formats), bank[0].rows, _FUNCTIONS[function]]
+    every, row_A = epilogues or ([None] * 4, np.zeros(0, np.int32))
+    stacks = (np.zeros((0, 0), np.float32) if stack is None else stack for stack in every)
     result = jax.ShapeDtypeStruct(y_AD.shape, jnp.float32)
     call = jax.ffi.ffi_call("hobbit_jax_experts", result, input_output_aliases={1: 0})
     return call(
         x_TD, y_AD, weight_A, *(matrix.data for matrix in bank), np.asarray(about, np.int32),
-        slot_I, assignment_IC, count.reshape(()), *(biases or nobodys),
+        slot_I, assignment_IC, count.reshape(()), *stacks, row_A,
     )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def main() -> None:
             write_random(config, path)
             model = load_model(path, "xla")
             ids_BT = np.random.default_rng(1).integers(0, config.vocab_size, (4, 64), np.int32)
-            native = Engine(model, HostExperts(config, model.file)).score(ids_BT)
+            native = np.asarray(Engine(model, HostExperts(config, model.file)).score(ids_BT))
             for format in FORMATS:
                 spec = LowPrecisionSpec(format, "ggml")
                 in_a_file = Path(folder) / f"{format}.gguf"
