@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,55 +155,44 @@ def compare_model(request: Request) -> Record:
     )
 
 
-class AgreementMeter:
-    """Takes windows of equal length one at a time, so that logits need not be kept."""
+def agreement(windows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Measured:
+    """How near two programs' logits are; `logit_std`, the baseline's, is what they differ beside.
 
-    def __init__(self):
-        self._ours: list[PositionFigures] = []
-        self._baseline: list[PositionFigures] = []
-        self._largest = 0.0
-        self._squares = self._sum = self._sum_squares = 0.0
-        self._count = 0
+    Args:
+        windows: of equal length, one held at a time: our logits [T, V], the baseline's, and the
+            tokens [T] that followed.
 
-    def add(self, ours_TV: np.ndarray, baseline_TV: np.ndarray, targets_T: np.ndarray) -> None:
-        """One window: logits of both, and the tokens that followed.
+    Raises:
+        ValueError: shapes that do not match, or a logit that is not finite.
+    """
+    ours: list[PositionFigures] = []
+    baseline: list[PositionFigures] = []
+    largest, means = 0.0, []
+    for ours_TV, baseline_TV, targets_T in windows:
+        reference = baseline_TV[None], targets_T[None]
+        ours.append(compare_in_float64(ours_TV[None], *reference))
+        baseline.append(compare_in_float64(baseline_TV[None], *reference))
+        exact_TV = baseline_TV.astype(np.float64)
+        difference_TV = ours_TV - exact_TV
+        largest = max(largest, float(np.abs(difference_TV).max()))
+        means.append([np.mean(x) for x in (difference_TV**2, exact_TV, exact_TV**2)])
+    square, mean, mean_square = np.mean(means, axis=0).tolist()
+    ours_WT, baseline_WT = (
+        np.concatenate([part.nll_BT for part in parts]) for parts in (ours, baseline)
+    )
 
-        Raises:
-            ValueError: shapes that do not match, or a logit that is not finite.
-        """
-        compared = compare_in_float64(ours_TV[None], baseline_TV[None], targets_T[None])
-        self._ours.append(compared)
-        self._baseline.append(
-            compare_in_float64(baseline_TV[None], baseline_TV[None], targets_T[None])
-        )
-        ours_TV, baseline_TV = ours_TV.astype(np.float64), baseline_TV.astype(np.float64)
-        difference_TV = ours_TV - baseline_TV
-        self._largest = max(self._largest, float(np.abs(difference_TV).max()))
-        self._squares += float(np.square(difference_TV).sum())
-        self._sum += float(baseline_TV.sum())
-        self._sum_squares += float(np.square(baseline_TV).sum())
-        self._count += baseline_TV.size
+    def difference(w: np.ndarray) -> float:
+        return float(np.exp(ours_WT[w].mean()) - np.exp(baseline_WT[w].mean()))
 
-    def result(self) -> Measured:
-        """Of all windows so far; `logit_std` is what the differences are small or large against."""
-        ours_WT, baseline_WT = (
-            np.concatenate([part.nll_BT for part in parts])
-            for parts in (self._ours, self._baseline)
-        )
-        variance = self._sum_squares / self._count - (self._sum / self._count) ** 2
-
-        def difference(w: np.ndarray) -> float:
-            return float(np.exp(ours_WT[w].mean()) - np.exp(baseline_WT[w].mean()))
-
-        apart = {
-            "windows": len(ours_WT),
-            "logit_max_difference": self._largest,
-            "logit_rms_difference": float(np.sqrt(self._squares / self._count)),
-            "logit_std": float(np.sqrt(max(variance, 0.0))),  # the baseline's
-            "perplexity_baseline": summarize(self._baseline).perplexity,
-            "perplexity_difference": bootstrap(difference, len(ours_WT)),
-        }
-        return combined(summarize(self._ours).measured(), measured(apart))
+    apart = {
+        "windows": len(ours_WT),
+        "logit_max_difference": largest,
+        "logit_rms_difference": square**0.5,
+        "logit_std": max(mean_square - mean**2, 0.0) ** 0.5,
+        "perplexity_baseline": summarize(baseline).perplexity,
+        "perplexity_difference": bootstrap(difference, len(ours_WT)),
+    }
+    return combined(summarize(ours).measured(), measured(apart))
 
 
 def compare(
@@ -231,7 +220,10 @@ def compare(
         loaded_own = own.loaded
         with Child(baseline, "baseline") as other:
             loaded = loaded_own, other.loaded
-            agreement = _agreement(own, other, windows_WS)
+            bar = tqdm(windows_WS, desc="logits", unit="window", leave=False, disable=None)
+            near = agreement(
+                (own.score(ids_S[:-1]), other.score(ids_S[:-1]), ids_S[1:]) for ids_S in bar
+            )
             found = measure(
                 dict(zip(SIDES, (own.turn, other.turn), strict=True)), rows_RS, prompt_tokens
             )
@@ -246,14 +238,7 @@ def compare(
         sides[name] = {**fact, **rate, "load_s": start["load_s"], "memory": memory}
     # Of the machine, over a minute: 1 is what a comparison makes itself on one core.
     sides["load_average"] = {"before": load_before, "after": os.getloadavg()[0]}
-    return combined(agreement, measured(_speed(found)), measured(sides)), here
-
-
-def _agreement(own: Child, other: Child, windows_WS: np.ndarray) -> Measured:
-    meter = AgreementMeter()
-    for ids_S in tqdm(windows_WS, desc="logits", unit="window", leave=False, disable=None):
-        meter.add(own.score(ids_S[:-1]), other.score(ids_S[:-1]), ids_S[1:])
-    return meter.result()
+    return combined(near, measured(_speed(found)), measured(sides)), here
 
 
 def _speed(found: Mapping[str, Measurement]) -> dict[str, Any]:
