@@ -25,9 +25,8 @@ from hobbit_jax.models.caches import KV_FORMATS
 from hobbit_jax.planner import routing
 from hobbit_jax.planner.cost_model import ENGINES, MEASURED, Machine, measured, of_engine
 from hobbit_jax.planner.hardware import find_gpu
-from hobbit_jax.planner.plan import Request, make_plan
+from hobbit_jax.planner.plan import Request, make_plan, plan_record
 from hobbit_jax.planner.published_benchmarks import recorded_check
-from hobbit_jax.planner.records import plan_record
 from hobbit_jax.planner.shapes import PRESET_NAMES, open_model, preset_model
 from hobbit_jax.record import write_record
 from hobbit_jax.report.document import render_plan

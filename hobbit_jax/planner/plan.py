@@ -1,7 +1,7 @@
 """What to run on a GPU: what fits, what to expect of each setting, and what to choose.
 
-Owns the order of the questions and the figures that answer them. `records.py` makes them a record,
-which `report/planner_tables.py` shows on the screen and in the document. Every prediction is a
+Owns the order of the questions and the figures that answer them, and their record, which
+`report/planner_tables.py` shows on the screen and in the document. Every prediction is a
 list, one for each routing that the plan was given: a user's own trace is one, made-up routing is
 two (`routing.py`).
 """
@@ -25,6 +25,7 @@ from hobbit_jax.planner.cost_model import (
     COMPILED,
     OURS,
     Machine,
+    TokenTime,
     Traffic,
     describe,
     link_to_host,
@@ -42,7 +43,9 @@ from hobbit_jax.planner.traffic import (
     layers_that_fit,
     replay_setting,
 )
+from hobbit_jax.record import Benchmark, Record, machine, measured
 
+STUDY = "planner"
 GIB = 2**30
 LLAMA_CPP = "llama.cpp"
 # Joint perturbations of all assumed constants, each between half and double.
@@ -198,9 +201,9 @@ def make_plan(
     constants = describe(machines[OURS], given)
     varied = {label: under(asked) for label, asked in _other_requests(model, request).items()}
     assumed = [c["name"] for c in constants if c["origin"] == "assumed" and c["value"]]
-    first = base[0].found
+    # One tuple an option: what it comes to under each routing. The first is native.
+    options = list(zip(*(world.found for world in base), strict=True))
     return {
-        "kind": "plan",
         "model": {
             "name": model.name,
             "layers": config.n_layers,
@@ -221,15 +224,27 @@ def make_plan(
         "policy": DEFAULT_POLICY,
         "constants": constants,
         "assumed": assumed,
-        "settings": [_shown(o.name, base, machines) for o in first if o.outcome],
+        "settings": [_shown(o, options[0], machines) for o in options if o[0].outcome],
         "left_out": base[0].left_out,
-        "baselines": [_shown(o.name, base, machines) for o in first if not o.outcome],
-        "choices": _by_routing(options.choices(machines) for options in base),
+        "baselines": [_shown(o, options[0], machines) for o in options if not o[0].outcome],
+        "choices": _by_routing(world.choices(machines) for world in base),
         "sensitivity": _one_by_one(base, varied, machines, assumed),
         "joint": _joint([base, *varied.values()], machines, assumed),
         "speedup_needed": candidates.SPEEDUP_NEEDED,
         "most_loss": candidates.MOST_LOSS,
     }
+
+
+def plan_record(plan: Mapping[str, Any]) -> Record:
+    """The record of what `make_plan` made."""
+    of_plan = ("context", "kv_format", "policy", "chunk_tokens")
+    setting = {
+        "model": plan["model"]["name"],
+        "gpu": plan["gpu"]["name"],
+        **{name: plan[name] for name in of_plan},
+    }
+    found = measured({name: value for name, value in plan.items() if name not in of_plan})
+    return Record(STUDY, Benchmark(STUDY, setting), **vars(found), **machine())
 
 
 def _other_requests(model: PlannedModel, request: Request) -> dict[str, Request]:
@@ -301,32 +316,34 @@ def _baselines(model: PlannedModel, routing: Routing, request: Request) -> list[
     return baselines
 
 
-def _shown(name: str, base: Sequence[_Options], machines: Mapping[str, Machine]) -> dict[str, Any]:
+def _shown(
+    found: Sequence[Option], native: Sequence[Option], machines: Mapping[str, Machine]
+) -> dict[str, Any]:
     """An option's entry of the record, with a list of every prediction over the routings."""
-    found = [next(o for o in options.found if o.name == name) for options in base]
-    engine = OURS if found[0].outcome else COMPILED
-    times = [token_time(option.traffic, machines[engine]) for option in found]
+
+    def times(options: Sequence[Option], engine: str) -> list[TokenTime]:
+        return [token_time(option.traffic, machines[engine]) for option in options]
+
+    outcomes = [option.outcome for option in found if option.outcome]
+    own = times(found, OURS if outcomes else COMPILED)
     shown: dict[str, Any] = {
-        "name": name,
+        "name": found[0].name,
         "expected_loss": [option.loss for option in found],
         "traffic": [asdict(option.traffic) for option in found],
-        "token_ms": [asdict(time) for time in times],
-        "tokens_per_second": [time.tokens_per_second for time in times],
+        "token_ms": [asdict(time) for time in own],
+        "tokens_per_second": [time.tokens_per_second for time in own],
     }
-    outcomes = [option.outcome for option in found if option.outcome]
     if not outcomes:
         return {**shown, "on_gpu": [o.on_gpu for o in found], "flag": found[0].flag}
-    native = [token_time(options.found[0].traffic, machines[OURS]).total for options in base]
+    rivals = times(native, OURS)
     return {
         **shown,
         **asdict(outcomes[0].setting),
         "slots": outcomes[0].slots,
         "residents": outcomes[0].residents,
         **{key: [getattr(o, key) for o in outcomes] for key in ("hit_rate", "low_uses", "skipped")},
-        "compiled_tokens_per_second": [
-            token_time(option.traffic, machines[COMPILED]).tokens_per_second for option in found
-        ],
-        "speedup": [n / time.total for n, time in zip(native, times, strict=True)],
+        "compiled_tokens_per_second": [t.tokens_per_second for t in times(found, COMPILED)],
+        "speedup": [rival.total / t.total for rival, t in zip(rivals, own, strict=True)],
     }
 
 

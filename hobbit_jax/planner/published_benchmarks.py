@@ -11,6 +11,7 @@ figures of mixed trust.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from pathlib import Path
@@ -23,6 +24,7 @@ from hobbit_jax.planner.hardware import find_gpu
 from hobbit_jax.planner.routing import synthetic_routing
 from hobbit_jax.planner.shapes import PlannedModel, preset_model
 from hobbit_jax.planner.traffic import all_on_cpu, hot_on_device, replay_setting
+from hobbit_jax.record import Benchmark, Record, machine, measured
 
 CONTEXT = 4096
 # Pairs of reports whose order must be right differ by more.
@@ -160,3 +162,9 @@ def compare_reports() -> dict[str, Any]:
         "median_errors": {group: median(own) for group, own in errors.items()},
         "wrong_pairs": wrong,
     }
+
+
+def reports_record(compared: Mapping[str, Any]) -> Record:
+    """The record of what `compare_reports` found."""
+    asked = Benchmark("planner reports", {"reports": len(compared["rows"])})
+    return Record("planner", asked, **vars(measured(compared)), **machine())

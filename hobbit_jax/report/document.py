@@ -156,7 +156,7 @@ def render_plan(record: Record, check: Mapping[str, float]) -> str:
     """What the planner predicts for one model and GPU, for the screen.
 
     Args:
-        record: of `planner.records.plan_record`.
+        record: of `planner.plan.plan_record`.
         check: the summary of `planner.published_benchmarks.recorded_check`.
     """
     return _render("plan.md.j2", plan=planner_tables.Plan(record), check=check)
