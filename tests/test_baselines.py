@@ -241,7 +241,7 @@ def test_our_side(monkeypatch, tmp_path, two_banks_path):
     text.write_text("the quick brown fox " * 20)
     budget_bytes = 2**20
     options = EngineOptions(str(two_banks_path), budget_mib=1.0, threads=1)
-    record = compare_model(Request(options, "torch", 2, 20, 2, 12, 4, text, "float32"))
+    record = compare_model(Request(options, "torch", 2, 20, 2, 12, 4, str(text), "float32"))
     metrics, notes = record.metrics, record.notes
     assert metrics["perplexity_baseline"] == pytest.approx(258, rel=1e-6)
     assert metrics["logit_std"] == 0 < metrics["logit_rms_difference"]

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hobbit_jax import reference
 from hobbit_jax.baselines.child import Child, SideSpec, environment
 from hobbit_jax.engine_flags import EngineOptions
 from hobbit_jax.evals.logit_comparison import PositionFigures, compare_in_float64, summarize
@@ -29,6 +28,7 @@ from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.models.registry import read_config
 from hobbit_jax.record import Benchmark, Measured, Record, combined, measured
 from hobbit_jax.statistics import bootstrap, spread
+from hobbit_jax.sweep.texts import evaluation_documents
 from pallas_kernels.ggml.ops import default_threads
 
 STUDY, SIDES = "baselines", ("ours", "baseline")
@@ -65,7 +65,7 @@ class Request:
         options: of our engine. The baseline has the same file and threads, and on a GPU llama.cpp
             has the same budget for experts.
         baseline: of `BASELINES`.
-        text: held-out text; None is the shipped one.
+        text: see `evaluation_documents`.
         torch_mode: of `pytorch.MODES`; None is its default for the device.
         windows, context: scored for agreement.
         turns, prompt_tokens, decode_tokens: timed; one more row warms up.
@@ -78,7 +78,7 @@ class Request:
     turns: int
     prompt_tokens: int
     decode_tokens: int
-    text: Path | None = None
+    text: str = ""
     torch_mode: str | None = None
 
     @property
@@ -120,10 +120,7 @@ def compare_model(request: Request) -> Record:
             f"windows of {request.context} and rows of {row_tokens} tokens; want at most the "
             f"model's context of {config.context_length}"
         )
-    if request.text is None:
-        texts = reference.held_out_texts("evaluation")
-    else:
-        texts = [request.text.read_text(encoding="utf-8")]
+    texts = evaluation_documents(request.text)
     tokenizer = Tokenizer.from_gguf(file)
     windows = cut_windows(tokenizer, texts, request.windows, request.context)
     rows = cut_windows(tokenizer, texts, request.turns + 1, row_tokens - 1, seed=1)
@@ -140,7 +137,7 @@ def compare_model(request: Request) -> Record:
     about = {
         "model_bytes": file.file_bytes,
         "architecture": config.arch,
-        "text": "shipped held-out text" if request.text is None else request.text.name,
+        "text": Path(request.text).name or "shipped held-out text",
         "windows_begin_with_bos": "yes" if windows.begin_with_bos else "no",
         "omp_wait_policy": environment()["OMP_WAIT_POLICY"],
     }

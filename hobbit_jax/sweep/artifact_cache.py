@@ -33,7 +33,7 @@ from hobbit_jax.models.loading import LoadedModel, load_model
 from hobbit_jax.quantize.methods import METHODS, NEEDED_STATISTICS
 from hobbit_jax.record import EvalSizes, Inputs, Measured, machine
 from hobbit_jax.resources import roomy_pool_bytes
-from hobbit_jax.sweep.texts import CODE_TEXT, calibration_documents, evaluation_documents
+from hobbit_jax.sweep.texts import calibration_documents, evaluation_documents
 from pallas_kernels.backends import for_quality
 
 
@@ -86,7 +86,7 @@ class ArtifactCache:
 
     def calibration_texts(self, text: str) -> list[str]:
         """Documents of a calibration text: a file, a named one, or "" for the sweep's own."""
-        return calibration_documents(text or self.inputs.calibration_text or CODE_TEXT)
+        return calibration_documents(text or self.inputs.calibration_text)
 
     @functools.cached_property
     def evaluation_texts(self) -> list[str]:
