@@ -12,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lm_eval import evaluator
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -131,7 +130,8 @@ def evaluate(
 
 
 def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of one task, its first one also at the top."""
+    """The metrics of one task, with Wilson's interval of a share and the bootstrap over documents
+    of anything else."""
     samples = results["samples"][name]
     aggregations: Any = task.aggregation()
     metrics = []
@@ -140,7 +140,14 @@ def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str,
         if not filter_name or metric.endswith("_stderr"):
             continue
         values = [s[metric] for s in samples if s["filter"] == filter_name]
-        interval = _interval(aggregations[metric], values)
+        correct = int(sum(values)) if all(value in (0, 1) for value in values) else None
+        if correct is not None:
+            interval = share(correct, len(values))
+        else:
+            aggregate = aggregations[metric]
+            interval = bootstrap(
+                lambda drawn, f=aggregate, v=values: f([v[i] for i in drawn]), len(values)
+            )
         stderr = results["results"][name][f"{metric}_stderr,{filter_name}"]
         metrics.append(
             {
@@ -149,15 +156,13 @@ def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str,
                 "value": float(value),
                 "low": interval.low,
                 "high": interval.high,
+                "correct": correct,
                 "stderr": None if stderr == "N/A" else float(stderr),
                 "higher_is_better": bool(results["higher_is_better"][name][metric]),
             }
         )
     counts = results["n-samples"][name]
-    first = [s[metrics[0]["metric"]] for s in samples if s["filter"] == metrics[0]["filter"]]
     record = {
-        **metrics[0],
-        "correct": int(sum(first)) if _are_verdicts(first) else None,
         "problems": counts["effective"],
         "problems_in_all": counts["original"],
         "num_fewshot": results["n-shot"][name],
@@ -170,24 +175,13 @@ def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str,
     return record
 
 
-def _are_verdicts(values: list[Any]) -> bool:
-    return all(value in (0, 1) for value in values)
-
-
-def _interval(aggregate: Any, values: list[Any]) -> Interval:
-    """Wilson's for a share, the bootstrap over documents for anything else."""
-    if _are_verdicts(values):
-        return share(int(sum(values)), len(values))
-    return bootstrap(lambda drawn: aggregate([values[i] for i in np.asarray(drawn)]), len(values))
-
-
-def shares(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tasks whose score is a share of problems, as a row of a sweep holds them."""
-    kept = ("problems", "correct", "value", "low", "high")
+def shares(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The first metric of the tasks that score a share of problems, as a sweep's record has it."""
     return {
-        name: {key: task[key] for key in kept}
-        for name, task in record["tasks"].items()
-        if task["correct"] is not None
+        name: {"problems": task["problems"]}
+        | {key: task["metrics"][0][key] for key in ("correct", "value", "low", "high")}
+        for name, task in found["tasks"].items()
+        if task["metrics"][0]["correct"] is not None
     }
 
 

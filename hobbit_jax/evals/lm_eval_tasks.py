@@ -7,12 +7,12 @@ and which runs here in `hobbit_jax.code_runner`.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,20 +91,10 @@ def load_tasks(
         if name == "humaneval":
             config |= _humaneval_scoring(config["doc_to_target"], progress)
         configs.append(config)
+    # It remarks on documents and metrics of its own tasks.
+    logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
     manager = lm_eval.tasks.TaskManager(include_defaults=False)
-    with _silenced("lm_eval.api.task"):  # it remarks on documents and metrics of its own tasks
-        return {config["task"]: manager.load(config)["tasks"][config["task"]] for config in configs}
-
-
-@contextlib.contextmanager
-def _silenced(logger_name: str) -> Iterator[None]:
-    logger = logging.getLogger(logger_name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return {config["task"]: manager.load(config)["tasks"][config["task"]] for config in configs}
 
 
 # Documents
@@ -138,14 +128,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def wikitext_pages(text: str) -> list[str]:
     """WikiText's articles, cut where lm-eval's data set is: before each title of first rank."""
-    pages, lines = [], []
-    for line in text.split("\n"):
-        title = line.replace("= = =", "===").replace("= =", "==").strip()
-        if title.startswith("= ") and title.endswith(" ="):
-            pages.append("\n".join(lines))
-            lines = []
-        lines.append(line)
-    pages.append("\n".join(lines))
+    pages = re.split(r"\n(?= *= (?!=).*(?<!=) = *$)", text, flags=re.MULTILINE)
     return [page for page in pages if page.strip()]
 
 

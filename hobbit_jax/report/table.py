@@ -36,9 +36,10 @@ class Column:
 
     def text(self, row: Any) -> str:
         """The cell of `row`, a `Record`, a mapping or whatever `field` takes."""
-        return figure(self._value(row), self.form, self.unit)
+        return figure(self.value(row), self.form, self.unit)
 
-    def _value(self, row: Any) -> Any:
+    def value(self, row: Any) -> Any:
+        """What the cell shows, before it is formatted."""
         if callable(self.field):
             return self.field(row)
         if isinstance(row, Record):

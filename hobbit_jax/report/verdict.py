@@ -302,16 +302,13 @@ def control(record: Record, sweep: Sweep) -> Control | None:
     by_seed: dict[int, list[Record]] = {}
     for draw in sweep.draws(record):
         by_seed.setdefault(trial(draw).seed, []).append(draw)
-    found = []
-    for draws in by_seed.values():
-        points = [(0.0, np.zeros_like(own_W))]
-        for other in (*draws, *uniform):
-            share, kl_W = other.metrics.get("demoted_share"), paired.kl_nats_W(other)
-            if share is not None and kl_W is not None:
-                points.append((float(share), kl_W))
-        control_W = paired.line_at(at, points)
-        if control_W is not None:
-            found.append(control_W)
+    native = [(0.0, np.zeros_like(own_W))]
+    lines = (
+        paired.points([*draws, *uniform], lambda r: r.metrics.get("demoted_share"))
+        for draws in by_seed.values()
+    )
+    drawn = (paired.line_at(at, native + line) for line in lines)
+    found = [control_W for control_W in drawn if control_W is not None]
     if len(found) < 2:
         return None
     from scipy import stats  # takes most of a second, which scripts without a report save
