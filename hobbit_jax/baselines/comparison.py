@@ -59,27 +59,21 @@ def baseline_factory(baseline: str) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """What to compare.
+    """What to compare: our engine by its options, and a baseline.
 
-    Attributes:
-        options: of our engine. The baseline has the same file and threads, and on a GPU llama.cpp
-            has the same budget for experts.
-        baseline: of `BASELINES`.
-        text: see `evaluation_documents`.
-        torch_mode: of `pytorch.MODES`; None is its default for the device.
-        windows, context: scored for agreement.
-        turns, prompt_tokens, decode_tokens: timed; one more row warms up.
+    That has the same file and threads, and on a GPU llama.cpp has the same budget for experts.
+    `windows` of `context` tokens are scored for agreement. `turns` are timed after a warm-up.
     """
 
     options: EngineOptions
-    baseline: str
+    baseline: str  # of `BASELINES`
     windows: int
     context: int
     turns: int
     prompt_tokens: int
     decode_tokens: int
-    text: str = ""
-    torch_mode: str | None = None
+    text: str = ""  # see `evaluation_documents`
+    torch_mode: str | None = None  # of `pytorch.MODES`; None is its default for the device
 
     @property
     def threads(self) -> int:
@@ -201,12 +195,7 @@ def compare(
 ) -> tuple[Measured, dict[str, Any]]:
     """Runs both; the measured part of a record, and the fields that say what it ran on.
 
-    Args:
-        ours: our side.
-        baseline: the other one.
-        windows_WS: int32 [windows, context + 1], scored for agreement.
-        rows_RS: int32 [turns + 1, prompt and decoded tokens].
-        prompt_tokens: of a row, prefilled.
+    Windows [windows, context + 1] are scored for agreement, and rows are those of `measure`.
 
     Raises:
         ValueError, NotImplementedError, OSError: what either program raised, after its name;

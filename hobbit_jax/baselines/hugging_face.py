@@ -66,14 +66,10 @@ def load(
     device: str = "cpu",
     attention: str = "sdpa",
 ) -> HuggingFaceModel:
-    """The whole model, ready to compute; one tensor at a time is in float32.
+    """The whole model, ready to compute, its weights rounded to `dtype`.
 
-    Args:
-        config: of the file.
-        tensor: dequantised float32 by its name in the file.
-        dtype: that weights are rounded to.
-        device: where they are.
-        attention: transformers' `attn_implementation`.
+    `tensor` gives one dequantised, in float32, by its name in the file; one is held at a time.
+    `attention` is transformers' `attn_implementation`.
 
     Raises:
         NotImplementedError: an architecture without a module here.

@@ -138,16 +138,11 @@ def measure_bandwidths(
     pieces: Sequence[int] = PIECES,
     progress: Callable[[str], object] = lambda name: None,
 ) -> Bandwidths:
-    """All rates of this machine.
+    """All rates of this machine, each measured for so many seconds.
 
-    Args:
-        folder: for the banks, which are deleted again.
-        formats: of experts, the first of which works beside the link.
-        threads: of the products, the last of which do.
-        bank_bytes: of a bank; more than the processor's last cache.
-        seconds: of each measurement.
-        pieces: bytes of an upload, the last of which go beside products.
-        progress: called before each measurement.
+    Banks lie in `folder` meanwhile; one should have more bytes than the processor's last cache.
+    Link and products are measured at once for the first format, the last number of threads and the
+    last piece. `progress` is called before each measurement.
 
     Raises:
         NotImplementedError: a CPU or a format that ggml's products do not cover.

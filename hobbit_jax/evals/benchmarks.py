@@ -66,12 +66,8 @@ def evaluate_engine(
 ) -> dict[str, Any]:
     """Runs the tasks of `settings` on `engine`, going on from what `responses_dir` holds.
 
-    Args:
-        engine: ready to run; its budget changes no score.
-        plan: names the engine's precision plan and precisions, as JSON: two engines on one file
-            whose answers may differ must differ here.
-        data_dir: see `lm_eval_tasks.load_tasks`.
-        responses_dir: where finished requests are kept; None keeps none.
+    `plan` names the engine's precision plan and precisions, as JSON: two engines on one file whose
+    answers may differ must differ here. Their budget changes no score.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: from the tasks and the model.

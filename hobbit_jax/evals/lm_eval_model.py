@@ -91,14 +91,13 @@ class EngineLM(TemplateLM):
     """`TemplateLM` over an engine and its tokenizer.
 
     Args:
-        engine: scores and generates; its budget changes no answer.
+        engine: its budget changes no answer.
         tokenizer: of the same file.
         responses: finished requests, and where new ones are remembered; sampled ones never are.
         chat: the file's template, for `apply_chat_template`.
         batch_size: sequences at once. Answers differ between batch sizes by rounding only.
         max_length: tokens of context in use; None is all that the model has.
         max_new_tokens: overrides what tasks ask for; None does not.
-        seed: of sampled generations.
         progress: whether to show progress bars.
 
     Raises:
@@ -116,7 +115,6 @@ class EngineLM(TemplateLM):
         batch_size: int = 8,
         max_length: int | None = None,
         max_new_tokens: int | None = None,
-        seed: int = 0,
         progress: bool = True,
     ):
         super().__init__()
@@ -132,7 +130,7 @@ class EngineLM(TemplateLM):
         self._prefix_id: int = prefix
         self._engine, self._text = engine, tokenizer
         self._responses = Responses(None, {}) if responses is None else responses
-        self._chat, self._seed, self._progress = chat, seed, progress
+        self._chat, self._progress = chat, progress
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
         self.counts = Counts()
 
@@ -327,8 +325,7 @@ class EngineLM(TemplateLM):
         sampling = Sampling(
             temperature=wanted["temperature"] if wanted["do_sample"] else 0.0,
             top_p=wanted.get("top_p") or 1.0,
-            # Another batch is other requests, or the same again where a task repeats them.
-            seed=self._seed + number,
+            seed=number,  # another batch is other requests, or a task's same ones again
         )
         texts = [_Continuation(self._text, [s for s in wanted["until"] if s]) for _ in rows]
         longest = max(map(len, rows))

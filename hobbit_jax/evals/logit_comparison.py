@@ -28,12 +28,9 @@ class PositionFigures(NamedTuple):
 
 @jax.jit
 def compare_logits(logits_BTV: Any, reference_BTV: Any, targets_BT: Any) -> PositionFigures:
-    """Figures of each position, computed in the precision of the logits.
+    """Figures of each position, computed in the precision of the logits, which is the reference's.
 
-    Args:
-        logits_BTV: of the program under test.
-        reference_BTV: of the reference; the same shape and dtype.
-        targets_BT: the tokens that followed, integers.
+    `targets_BT` are the tokens that followed, integers.
     """
     log_q_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
     log_p_BTV = jax.nn.log_softmax(reference_BTV, axis=-1)
@@ -103,10 +100,7 @@ def summarize(
 ) -> Comparison:
     """Figures of the compared batches of windows, in their order.
 
-    Args:
-        parts: of each batch.
-        target_bytes_WT: UTF-8 bytes that each target stands for; without them there are no
-            bits per byte.
+    `target_bytes_WT`, the UTF-8 bytes of each target, give bits per byte.
     """
     nll_WT, kl_WT, agree_WT = (np.concatenate(part) for part in zip(*parts, strict=True))
     nll_W = nll_WT.sum(axis=1, dtype=np.float64)

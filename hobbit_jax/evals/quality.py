@@ -23,17 +23,11 @@ _LOGIT_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class Windows:
-    """Evaluation text.
+    """Evaluation text."""
 
-    Attributes:
-        ids_WS: token ids, int32 [W, T + 1].
-        target_bytes_WT: UTF-8 bytes that each target, ids_WS[:, 1:], stands for.
-        begin_with_bos: whether each window begins with BOS, as texts of this model do.
-    """
-
-    ids_WS: np.ndarray
-    target_bytes_WT: np.ndarray
-    begin_with_bos: bool = False
+    ids_WS: np.ndarray  # token ids, int32 [W, T + 1]
+    target_bytes_WT: np.ndarray  # UTF-8 bytes that each target, ids_WS[:, 1:], stands for
+    begin_with_bos: bool = False  # whether each window begins with BOS, as texts of this model do
 
     @property
     def targets(self) -> int:

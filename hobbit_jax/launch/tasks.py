@@ -42,11 +42,8 @@ _bench = functools.cache(ArtifactCache)
 def run_task(task: Task, workdir: Path, wait: bool = True, death: str | None = None) -> Outcome:
     """Makes an artifact, or runs a trial and writes its record.
 
-    Args:
-        task: what to do.
-        workdir: seen under this name by every process of the sweep.
-        wait: for a trial that another process is at; otherwise that is "busy".
-        death: why a task that kills its process is given up; a trial is recorded as failed.
+    `wait` is for a trial that another process is at; otherwise that is "busy". `death` says why a
+    task that kills its process is given up; a trial is recorded as failed.
     """
     try:
         if isinstance(task, Artifact):

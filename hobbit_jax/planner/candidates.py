@@ -31,10 +31,7 @@ NATIVE = Setting("native SLRU", "fetch")
 
 def settings(link_to_host: float) -> list[Setting]:
     """Native first, then what computes misses on the CPU, the uniform quants, the floors, and what
-    keeps copies of both kinds.
-
-    Args:
-        link_to_host: the link's bandwidth over the rate at which the CPU reads what it computes.
+    keeps copies of both kinds; `link_to_host` as in `Setting`.
     """
     lowest = LOW_FORMATS[-1]
     listed = [NATIVE]

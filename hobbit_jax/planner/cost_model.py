@@ -120,14 +120,10 @@ def of_engine(machine: Machine, engine: str) -> Machine:
 def measured(
     machines: Mapping[str, Machine], found: Bandwidths, gpu: GPU, format: str, piece_bytes: float
 ) -> dict[str, Machine]:
-    """The machines with bandwidths as `scripts/bench_bandwidth.py` found them.
+    """The machines, by engine, with bandwidths as `scripts/bench_bandwidth.py` found them.
 
-    Args:
-        machines: by engine; ours copies from mapped memory, a compiled one from pinned.
-        found: by the machine that the plan is for.
-        gpu: of the plan.
-        format: of most expert bytes.
-        piece_bytes: of one copy.
+    Ours copies pieces of `piece_bytes` from mapped memory, a compiled engine from pinned. `format`
+    is that of most expert bytes.
 
     Raises:
         ValueError: the bandwidths are of another device, or not of this format.
@@ -217,11 +213,8 @@ def token_time(traffic: Traffic, machine: Machine) -> TokenTime:
 
 
 def describe(machine: Machine, given: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Every constant with its value, unit, origin and source.
-
-    Args:
-        machine: the constants.
-        given: where those come from that the user gave or measured.
+    """Every constant with its value, unit, origin and source; `given` has the sources of those
+    that the user gave or measured.
     """
     return [
         {"name": f.name, "value": getattr(machine, f.name), **f.metadata}

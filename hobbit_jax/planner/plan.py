@@ -54,21 +54,13 @@ DRAWS = 200
 
 @dataclass(frozen=True)
 class Request:
-    """What the GPU's memory is for.
+    """What the GPU's memory is for."""
 
-    Attributes:
-        vram_gib: of the GPU.
-        context: tokens of the KV cache.
-        kv_format: of keys and values in our engine.
-        chunk_tokens: of one prefill step.
-        reserve_gib: for the driver and the display.
-    """
-
-    vram_gib: float
-    context: int = 4096
-    kv_format: str = "float32"
-    chunk_tokens: int = 256
-    reserve_gib: float = 0.75
+    vram_gib: float  # of the GPU
+    context: int = 4096  # tokens of the KV cache
+    kv_format: str = "float32"  # of keys and values in our engine
+    chunk_tokens: int = 256  # of one prefill step
+    reserve_gib: float = 0.75  # for the driver and the display
 
 
 @dataclass(frozen=True)
@@ -89,21 +81,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Option:
-    """A way of decoding under one routing: a setting of ours, or what llama.cpp would do.
-
-    Attributes:
-        loss: expected, nats a token.
-        outcome: of a setting of ours.
-        on_gpu: share (0-1) of the selections that llama.cpp computes on the GPU.
-        flag: what it is told, where that depends on the memory.
-    """
+    """A way of decoding under one routing: a setting of ours, or what llama.cpp would do."""
 
     name: str
-    loss: float
+    loss: float  # expected, nats a token
     traffic: Traffic
-    outcome: Outcome | None = None
-    on_gpu: float = 0.0
-    flag: str = ""
+    outcome: Outcome | None = None  # of a setting of ours
+    on_gpu: float = 0.0  # share (0-1) of the selections that llama.cpp computes on the GPU
+    flag: str = ""  # what it is told, where that depends on the memory
 
 
 @dataclass
@@ -176,15 +161,12 @@ def make_plan(
     given: Mapping[str, str],
     progress: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Any]:
-    """The record of a plan, ready for JSON; speeds are predictions.
+    """A plan, ready for JSON; speeds are predictions.
 
     Args:
-        model: what shall run.
-        gpu: where.
-        machines: the constants of the cost model, by engine.
-        request: what its memory is for.
+        model, gpu, request: what shall run where, and what the memory is for.
+        machines: the constants of the cost model, by engine; `given` as in `describe`.
         routings: what the replays run on, the least local first.
-        given: where those constants come from that the user gave or measured.
         progress: called with the name of each setting before it is replayed.
 
     Raises:

@@ -27,11 +27,7 @@ _METRICS = (
 
 
 def render(ours: Sweep, other: Sweep, names: tuple[str, str]) -> str:
-    """The comparison as Markdown.
-
-    Args:
-        ours, other: two sweeps.
-        names: how they are called, such as their folders.
+    """The comparison of two sweeps, called by these names, as Markdown.
 
     Raises:
         ValueError: no trial is in both.

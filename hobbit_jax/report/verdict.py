@@ -264,21 +264,13 @@ def _line(j: Judgement) -> Clause:
 
 
 class Control(NamedTuple):
-    """A plan against demoting at random.
+    """A plan against demoting at random."""
 
-    Attributes:
-        n_draws: of the control, each matched to the plan in the share of uses that are demoted.
-        difference: KL of the plan less the mean of the draws, within windows.
-        spread: standard deviation of the draws' KL.
-        p: chance that one more draw has a KL as low as the plan's, by Student's t.
-        n_compared: plans that are compared so; Bonferroni's correction multiplies by it.
-    """
-
-    n_draws: int
-    difference: Interval
-    spread: float
-    p: float
-    n_compared: int
+    n_draws: int  # of the control, each matched to the plan in the share of uses that are demoted
+    difference: Interval  # KL of the plan less the mean of the draws, within windows
+    spread: float  # standard deviation of the draws' KL
+    p: float  # chance that one more draw has a KL as low as the plan's, by Student's t
+    n_compared: int  # plans that are compared so; Bonferroni's correction multiplies by it
 
     @property
     def relation(self) -> str:

@@ -39,9 +39,7 @@ def forecast_hours(
 ) -> dict[str, float]:
     """Hours of one worker by kind of work; what trials share is counted once.
 
-    Args:
-        trials: those that are not finished.
-        to_encode: how many low-precision copies are not there yet, by (model, format, method).
+    `to_encode` says how many low-precision copies are not there yet, by (model, format, method).
     """
     seconds: dict[str, float] = defaultdict(float)
     shared: dict[tuple, float] = {}

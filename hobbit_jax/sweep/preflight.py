@@ -68,29 +68,20 @@ class Kind:
 
 @dataclass
 class Preflight:
-    """What was found.
+    """What was found; a problem says why the sweep cannot run, and what to do about it.
 
-    Attributes:
-        config: what the trials were expanded from.
-        problems: each a reason why the sweep cannot run, and what to do about it.
-        device_bytes: most that one trial has on the device: its pool and the rest of the model.
-        host_bytes: most that an encoder needs beside that.
-        wanted: what tells files of a kind apart, by kind; those that are there already among them.
+    `wanted` has, by kind of file, what tells its files apart, those that exist among them.
     """
 
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # what the trials were expanded from
     problems: list[str] = field(default_factory=list)
-    device_bytes: int = 0
-    host_bytes: int = 0
+    device_bytes: int = 0  # most that one trial has there: its pool and the rest of the model
+    host_bytes: int = 0  # most that an encoder needs beside that
     wanted: dict[Kind, set[tuple]] = field(default_factory=lambda: defaultdict(set))
 
     def problem(self, text: str, name: str = "", value: Any = None) -> None:
-        """Adds a problem, once.
-
-        Args:
-            text: what is wrong.
-            name: a part of the name of the field where it can be mended, if there is one.
-            value: that the field has.
+        """Adds a problem, once; `name` is a part of the name of the field, of this `value`, where
+        it can be mended.
         """
         for path, found in leaves(self.config) if name else ():
             if name in path.rsplit(".", 1)[1] and _holds(found, value):
@@ -142,13 +133,9 @@ class Preflight:
 def preflight(
     trials: Sequence[Trial], config: dict[str, Any], workdir: Path, here: bool = True
 ) -> Preflight:
-    """Checks all that `trials` need to run.
+    """Checks all that trials, expanded from `config`, need to run in `workdir`.
 
-    Args:
-        trials: of the sweep.
-        config: what they were expanded from.
-        workdir: that they run in.
-        here: whether they run on this machine, so that its memory counts.
+    `here` says that they run on this machine, so that its memory counts.
     """
     found = Preflight(config)
     _check_repeats(trials, found)
