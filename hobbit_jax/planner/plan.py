@@ -98,19 +98,14 @@ class _Options:
     found: list[Option] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def speeds(self, machines: Mapping[str, Machine], engine: str) -> list[float]:
-        """Tokens a second of each, with our settings in `engine`; llama.cpp is compiled."""
-        return [
-            token_time(o.traffic, machines[engine if o.outcome else COMPILED]).tokens_per_second
-            for o in self.found
-        ]
-
     def choose(self, machines: Mapping[str, Machine], engine: str, ours: bool) -> str:
-        """The option that the rule takes, of all or of our settings."""
-        speeds = self.speeds(machines, engine)
-        at = [i for i, option in enumerate(self.found) if option.outcome or not ours]
-        losses = [self.found[i].loss for i in at]
-        return self.found[at[candidates.choose([speeds[i] for i in at], losses)]].name
+        """The option that the rule takes, of all or of our settings; those run in `engine`."""
+        options = [option for option in self.found if option.outcome or not ours]
+        speeds = [
+            token_time(o.traffic, machines[engine if o.outcome else COMPILED]).tokens_per_second
+            for o in options
+        ]
+        return options[candidates.choose(speeds, [o.loss for o in options])].name
 
     def choices(self, machines: Mapping[str, Machine]) -> dict[str, str]:
         """What to run in this engine; of all; and of all if this engine were compiled."""
@@ -359,15 +354,16 @@ def _one_by_one(
 ) -> list[dict[str, Any]]:
     """What the rule chooses with each assumed constant halved and doubled (a share: to 1), and with
     another KV format or context."""
-    found = []
+    cases = []
     for name in assumed:
         for factor in (0.5, 2.0):
             other = _scaled(machines, {name: factor})
-            label = f"{name} {getattr(other[OURS], name):g}"
-            found.append((label, _by_routing(options.choices(other) for options in base)))
-    for label, worlds in varied.items():
-        found.append((label, _by_routing(options.choices(machines) for options in worlds)))
-    return [{"changed": label, **choices} for label, choices in found]
+            cases.append((f"{name} {getattr(other[OURS], name):g}", other, base))
+    cases += [(label, machines, worlds) for label, worlds in varied.items()]
+    return [
+        {"changed": label, **_by_routing(options.choices(scaled) for options in worlds)}
+        for label, scaled, worlds in cases
+    ]
 
 
 def _joint(

@@ -286,8 +286,9 @@ def check_rejection(target: Target) -> None:
 def main(_) -> int:
     workdir, ptxas = cli.output_folder("workdir", _WORKDIR.value), check_toolchain()
     count, failures = 0, []
-    mean_row_counts: list[int] = _MEAN_ROWS.value
-    cases = list(itertools.product(_TARGETS.value, _FORMATS.value, mean_row_counts))
+    cases: list[tuple[str, str, int]] = list(
+        itertools.product(_TARGETS.value, _FORMATS.value, _MEAN_ROWS.value)
+    )
     for target_name, format, mean_rows in tqdm(cases, desc="kernels", disable=None):
         target = TARGETS[target_name]
         case = {"target": target_name, "format": format, "mean_rows": mean_rows}
