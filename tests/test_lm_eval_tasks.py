@@ -57,7 +57,7 @@ def tokenizer(model) -> Tokenizer:
 
 def run(lm, *names, data_dir=None, limit=None):
     settings = BenchmarkSettings(names, limit)
-    return evaluate(lm, settings, data_dir, progress=False)["tasks"]
+    return evaluate(lm, settings, data_dir)["tasks"]
 
 
 def figures(task) -> dict[tuple[str, str], dict]:
@@ -212,9 +212,6 @@ def test_unknown_tasks_and_absent_data(tmp_path):
     for names in (("gsm9k",), (), ("gsm8k", "gsm8k")):
         with pytest.raises(ValueError, match=r"; want some of gsm8k, gsm8k_cot, humaneval"):
             BenchmarkSettings(names)
-    for wrong in ({"limit": 0}, {"max_new_tokens": 0}, {"num_fewshot": -1}):
-        with pytest.raises(ValueError, match="want"):
-            BenchmarkSettings(("gsm8k",), **wrong)
     for name, missing in (("gsm8k", "train.jsonl"), ("wikitext", "valid.txt")):
         with pytest.raises(FileNotFoundError, match=missing):
             load_tasks([name], tmp_path)
@@ -235,7 +232,7 @@ def test_the_shipped_model_on_real_data(data_dir, tmp_path):
         ("gsm8k", "humaneval", "wikitext"), 1, max_length=128, max_new_tokens=8, batch_size=1
     )
     plan = {"signal": "native"}
-    record = evaluate_engine(engine, settings, plan, data_dir, tmp_path, progress=False)
+    record = evaluate_engine(engine, settings, plan, data_dir, tmp_path)
     assert record["requests"]["generated"] == 2 and record["requests"]["truncated_contexts"] >= 1
     assert all(record["tasks"][name]["problems"] == 1 for name in settings.tasks)
     assert record["model"]["model_sha256"] == model.file.sha256()
@@ -248,7 +245,7 @@ def test_the_shipped_model_on_real_data(data_dir, tmp_path):
     log_p = expected_rolling(engine, ids, prefix, 128)
     got = figures(record["tasks"]["wikitext"])["word_perplexity", "none"]["value"]
     assert math.log(got) == pytest.approx(-log_p / len(re.split(r"\s+", page)), rel=1e-5)
-    again = evaluate_engine(engine, settings, plan, data_dir, tmp_path, progress=False)
+    again = evaluate_engine(engine, settings, plan, data_dir, tmp_path)
     assert again["requests"]["reused"] == 3 and again["requests"]["scored"] == 0
     assert again["tasks"] == record["tasks"]
     assert json.loads(json.dumps(record)) == record

@@ -18,7 +18,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from hobbit_jax.code_runner import missing_protections
 from hobbit_jax.evals.lm_eval_model import EngineLM
-from hobbit_jax.evals.lm_eval_tasks import check_names, load_tasks
+from hobbit_jax.evals.lm_eval_tasks import TASKS, load_tasks
 from hobbit_jax.evals.responses import Responses
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.chat_template import ChatTemplate
@@ -47,13 +47,11 @@ class BenchmarkSettings:
     chat_template: bool = False
 
     def __post_init__(self):
-        check_names(self.tasks)
-        for name in ("limit", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; want 1 or more")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ValueError(f"num_fewshot is {self.num_fewshot}; want 0 or more")
+        names = self.tasks
+        if not names or not set(names) <= set(TASKS) or len(set(names)) < len(names):
+            raise ValueError(
+                f"tasks are {', '.join(names) or 'none'}; want some of {', '.join(TASKS)}"
+            )
 
 
 def evaluate_engine(
@@ -62,7 +60,6 @@ def evaluate_engine(
     plan: Mapping[str, Any],
     data_dir: Path | None,
     responses_dir: Path | None = None,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Runs the tasks of `settings` on `engine`, going on from what `responses_dir` holds.
 
@@ -89,19 +86,16 @@ def evaluate_engine(
         batch_size=settings.batch_size,
         max_length=settings.max_length,
         max_new_tokens=settings.max_new_tokens,
-        progress=progress,
     )
     return {
         "model": {"name": file.paths[0].name, **answers_depend_on},
-        **evaluate(lm, settings, data_dir, progress),
+        **evaluate(lm, settings, data_dir),
     }
 
 
-def evaluate(
-    lm: EngineLM, settings: BenchmarkSettings, data_dir: Path | None, progress: bool = True
-) -> dict[str, Any]:
+def evaluate(lm: EngineLM, settings: BenchmarkSettings, data_dir: Path | None) -> dict[str, Any]:
     """Scores, counts and protections of `settings.tasks` on a language model of lm-eval's kind."""
-    tasks = load_tasks(settings.tasks, data_dir, settings.limit, progress)
+    tasks = load_tasks(settings.tasks, data_dir, settings.limit)
     for task in tasks.values():
         # As `lm_eval.simple_evaluate` does, without its global seeds: the same few-shot examples.
         if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:

@@ -49,14 +49,8 @@ _PROGRAM_TIMEOUT_S = 3.0
 Splits = dict[str, datasets.Dataset]
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError unless `names` are some of TASKS, each once."""
-    if not names or not set(names) <= set(TASKS) or len(set(names)) < len(names):
-        raise ValueError(f"tasks are {', '.join(names) or 'none'}; want some of {', '.join(TASKS)}")
-
-
 def load_tasks(
-    names: Sequence[str], data_dir: Path | None, limit: int | None = None, progress: bool = True
+    names: Sequence[str], data_dir: Path | None, limit: int | None = None
 ) -> dict[str, Task]:
     """The named tasks, ready for `lm_eval.evaluator.evaluate`.
 
@@ -67,11 +61,10 @@ def load_tasks(
         limit: problems per task; only the miniature tasks, which are generated, look at it here.
 
     Raises:
-        ValueError: an unknown or repeated name, or a damaged file.
+        ValueError: a damaged file.
         FileNotFoundError: a data file is missing; says which.
         NotImplementedError: an lm-eval whose definitions have moved.
     """
-    check_names(names)
     configs = []
     for name in names:
         if name in _MINIATURES:
@@ -89,7 +82,7 @@ def load_tasks(
             if name == "wikitext":  # it names a training split, and never uses it
                 config["training_split"] = None
         if name == "humaneval":
-            config |= _humaneval_scoring(config["doc_to_target"], progress)
+            config |= _humaneval_scoring(config["doc_to_target"])
         configs.append(config)
     # It remarks on documents and metrics of its own tasks.
     logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
@@ -135,21 +128,18 @@ def wikitext_pages(text: str) -> list[str]:
 # HumanEval's verdicts
 
 
-def _humaneval_scoring(target_template: str, progress: bool) -> dict[str, Any]:
+def _humaneval_scoring(target_template: str) -> dict[str, Any]:
     """Filter and metric that run a problem's tests on prompt and completion.
 
     The program is the one that lm-eval's metric runs: candidate, newline, tests.
     """
 
     def run_all(responses: list[list[str]], docs: list[dict]) -> list[list[dict[str, str]]]:
-        pairs = tqdm(
-            zip(responses, docs, strict=True),
-            total=len(docs),
-            desc="running programs",
-            unit="problem",
-            disable=None if progress else True,
-        )
-        return [[run_one(completion, doc) for completion in attempts] for attempts, doc in pairs]
+        bar = tqdm(docs, desc="running programs", leave=False, disable=None)
+        return [
+            [run_one(completion, doc) for completion in attempts]
+            for attempts, doc in zip(responses, bar, strict=True)
+        ]
 
     def run_one(completion: str, doc: dict) -> dict[str, str]:
         program = f"{doc['prompt']}{completion}\n{apply_template(target_template, doc)}"

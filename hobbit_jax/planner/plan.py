@@ -9,11 +9,12 @@ two (`routing.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.miss_modes import FETCH
@@ -154,7 +155,6 @@ def make_plan(
     request: Request,
     routings: Sequence[Routing],
     given: Mapping[str, str],
-    progress: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Any]:
     """A plan, ready for JSON; speeds are predictions.
 
@@ -162,7 +162,6 @@ def make_plan(
         model, gpu, request: what shall run where, and what the memory is for.
         machines: the constants of the cost model, by engine; `given` as in `describe`.
         routings: what the replays run on, the least local first.
-        progress: called with the name of each setting before it is replayed.
 
     Raises:
         ValueError: see `divide_memory`.
@@ -172,7 +171,7 @@ def make_plan(
     listed = candidates.settings(link_to_host(machines[OURS]))
 
     def under(asked: Request) -> list[_Options]:
-        return [_options(model, listed, routing, asked, progress) for routing in routings]
+        return [_options(model, listed, routing, asked) for routing in routings]
 
     base = under(request)
     constants = describe(machines[OURS], given)
@@ -244,16 +243,12 @@ def _other_requests(model: PlannedModel, request: Request) -> dict[str, Request]
 
 
 def _options(
-    model: PlannedModel,
-    listed: Sequence[Setting],
-    routing: Routing,
-    request: Request,
-    progress: Callable[[str], object],
+    model: PlannedModel, listed: Sequence[Setting], routing: Routing, request: Request
 ) -> _Options:
     options, pool = _Options(), divide_memory(model, request).pool
     native_fits = model.native_bytes <= pool
-    for setting in listed[:1] if native_fits else listed:
-        progress(setting.name)
+    compared = listed[:1] if native_fits else listed
+    for setting in tqdm(compared, unit="setting", leave=False, disable=None):
         try:
             outcome = replay_setting(
                 setting, model, routing.trace, pool, request.context, request.kv_format

@@ -203,7 +203,7 @@ class ArtifactCache:
         data_dir = Path(self.inputs.data_dir) if self.inputs.data_dir else None
         folder = self.workdir / "responses"
         return benchmarks.shares(
-            benchmarks.evaluate_engine(engine, settings, answers_depend_on, data_dir, folder, False)
+            benchmarks.evaluate_engine(engine, settings, answers_depend_on, data_dir, folder)
         )
 
     def precision(self, spec: LowPrecisionSpec) -> GGUFFile:
