@@ -32,7 +32,11 @@ def connect(launcher: str, resources: Sequence[str]) -> tuple[Engine, int]:
     Raises:
         ValueError: it is not installed, finds no cluster, or knows no such resource.
     """
-    module = importlib.import_module(f"hobbit_jax.launch.on_{launcher}")
+    try:
+        module = importlib.import_module(f"hobbit_jax.launch.on_{launcher}")
+    except ModuleNotFoundError as error:
+        how = f"pip install -c constraints.txt -e '.[{launcher}]'"
+        raise ValueError(f"--launcher={launcher}: {error}; {how}") from error
     return module.connect(parse_resources(resources))
 
 

@@ -18,20 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import submitit  # pyright: ignore[reportMissingImports]
+from submitit.core.utils import FailedJobError, pickle_load  # pyright: ignore[reportMissingImports]
+from submitit.slurm.slurm import SlurmInfoWatcher  # pyright: ignore[reportMissingImports]
+
 from hobbit_jax.launch import worker_environment
 from hobbit_jax.launch.sweeping import Engine, Graph, Outcomes, death
 from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, Task, run_task
 from hobbit_jax.record import is_finished
 from hobbit_jax.sweep.artifacts import Artifact
-
-try:
-    import submitit  # pyright: ignore[reportMissingImports]
-    from submitit.core.utils import FailedJobError, pickle_load  # pyright: ignore[reportMissingImports]
-    from submitit.slurm.slurm import SlurmInfoWatcher  # pyright: ignore[reportMissingImports]
-except ModuleNotFoundError as error:
-    raise ValueError(
-        "--launcher=slurm wants submitit: pip install -c constraints.txt -e '.[slurm]'"
-    ) from error
 
 # Minutes; submitit's own 5 would be short for a trial.
 _DEFAULTS = {"time": 240, "job_name": "hobbit_jax"}

@@ -48,7 +48,10 @@ def run_task(task: Task, workdir: Path, wait: bool = True, death: str | None = N
     try:
         if isinstance(task, Artifact):
             if death is None:
-                _make(task, workdir)
+                bench = _bench(task.inputs, task.sizes, workdir)
+                # Every trial that needs it meets the same error again, and records it.
+                with contextlib.suppress(Exception):
+                    task.make(bench)
             return Outcome("ok")
         with exclusive(record_path(workdir, task.name), wait) as held:
             if not held:
@@ -63,10 +66,3 @@ def run_task(task: Task, workdir: Path, wait: bool = True, death: str | None = N
         return Outcome(record.status, record.error)
     except (ValueError, NotImplementedError, OSError, EOFError) as error:
         return Outcome("refused", str(error))
-
-
-def _make(artifact: Artifact, workdir: Path) -> None:
-    bench = _bench(artifact.inputs, artifact.sizes, workdir)
-    # Every trial that needs it meets the same error again, and records it.
-    with contextlib.suppress(Exception):
-        artifact.make(bench)

@@ -163,17 +163,12 @@ class ArtifactCache:
         return self._calibrations[key]
 
     def native_logits(self) -> np.ndarray:
-        """Logits of the native model on the evaluation windows, [W, T, V]."""
+        """Logits of the native model on the evaluation windows, [W, T, V], mapped."""
         path = self.workdir / "cache" / f"native-logits-{self._key(self.windows)}.npy"
         self._made(
             path, lambda: quality.write_native_logits(self._native_engine(), self.windows, path)
         )
         return np.load(path, mmap_mode="r")
-
-    @functools.cached_property
-    def native_logits_WTV(self) -> np.ndarray:
-        """`native_logits`, mapped once."""
-        return self.native_logits()
 
     def specs(self, formats: Sequence[str], how: Encoding) -> list[LowPrecisionSpec]:
         """Low precisions of these formats, encoded from the calibration text."""

@@ -73,7 +73,7 @@ def measure_trial(
     engine = Engine(bench.model, store, config)
     shared = of_quality(asked)
     name, batch = record_name(shared), 1 if asked.by_decoding else None
-    sizes, native_WTV = asked.sizes, bench.native_logits_WTV
+    sizes, native_WTV = asked.sizes, bench.native_logits()
 
     def losses() -> Measured:
         if not asked.by_decoding:

@@ -36,7 +36,7 @@ def measure_trial(
     def quality_and_uses() -> Measured:
         uses = UseCounter(store, plan)
         with engine.observed_by(uses):
-            found = quality.evaluate(engine, bench.windows, bench.native_logits_WTV)
+            found = quality.evaluate(engine, bench.windows, bench.native_logits())
         return combined(found.measured(), measured(uses.figures()))
 
     def scores() -> Measured:
