@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -202,13 +203,9 @@ def all_on_cpu(model: PlannedModel, context: int, resident_layers: int = 0) -> T
 
 def layers_that_fit(model: PlannedModel, pool_bytes: int) -> int:
     """Layers, from the last, whose native experts fit together."""
-    fit, left = 0, pool_bytes
-    for layer in reversed(model.store().precisions[NATIVE]):
-        left -= layer.expert_bytes * model.config.n_experts
-        if left < 0:
-            break
-        fit += 1
-    return fit
+    layers = reversed(model.store().precisions[NATIVE])
+    totals = accumulate(layer.expert_bytes * model.config.n_experts for layer in layers)
+    return sum(total <= pool_bytes for total in totals)
 
 
 def hot_on_device(
