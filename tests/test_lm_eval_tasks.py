@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -202,8 +201,7 @@ def test_miniature_tasks_by_hand(tokenizer, monkeypatch):
     for name, correct in (("arithmetic", 7), ("functions", 4)):
         expect(figures(tasks[f"mini_{name}"])["exact_match", "none"], correct, 10)
         # The same as the score that a sweep measures without lm-eval.
-        direct = direct_tasks.evaluate(Scripted(tokenizer, answer), tokenizer, name, 10)
-        share = asdict(direct)
+        share = direct_tasks.evaluate(Scripted(tokenizer, answer), tokenizer, name, 10)
         assert sum(share.pop("solved")) == correct
         assert shares({"tasks": tasks})[f"mini_{name}"] == share
 

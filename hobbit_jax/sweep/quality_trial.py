@@ -13,13 +13,7 @@ from hobbit_jax.evals import quality, tasks
 from hobbit_jax.experts.precision import SKIPPED, PrecisionPlan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.record import (
-    Measured,
-    QualityTrial,
-    combined,
-    measured,
-    record_name,
-)
+from hobbit_jax.record import Measured, QualityTrial, combined, measured, record_name
 from hobbit_jax.sweep.artifact_cache import ArtifactCache
 
 
