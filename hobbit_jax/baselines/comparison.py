@@ -183,7 +183,7 @@ def agreement(windows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> M
         "perplexity_baseline": summarize(baseline).perplexity,
         "perplexity_difference": bootstrap(difference, len(ours_WT)),
     }
-    return combined(summarize(ours).measured(), measured(apart))
+    return combined(measured(summarize(ours)), measured(apart))
 
 
 def compare(

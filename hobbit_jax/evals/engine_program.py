@@ -105,7 +105,7 @@ class Decoded:
             parts.append(compare_logits(ours_TV[None], native_TV[None], any_token_1T))
         lost = summarize(parts)
         return {
-            "kl_mean_nats": lost.kl_mean,
+            "kl_mean_nats": lost.kl_mean_nats,
             "top1_agreement": lost.top1_agreement,
             "speedup": spread(native.measurement.decode_s / self.measurement.decode_s),
         }

@@ -77,9 +77,9 @@ def measure_trial(
 
     def losses() -> Measured:
         if not asked.by_decoding:
-            return quality.evaluate(engine, bench.windows, native_WTV).measured()
+            return measured(quality.evaluate(engine, bench.windows, native_WTV))
         windows = bench.windows.first(sizes.decoded_windows)
-        return quality.evaluate_decoding(engine, windows, native_WTV).measured()
+        return measured(quality.evaluate_decoding(engine, windows, native_WTV))
 
     def scores() -> Measured:
         if getattr(asked.plan, "score", None) == "random":

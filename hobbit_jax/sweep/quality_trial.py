@@ -31,7 +31,7 @@ def measure_trial(
         uses = UseCounter(store, plan)
         with engine.observed_by(uses):
             found = quality.evaluate(engine, bench.windows, bench.native_logits())
-        return combined(found.measured(), measured(uses.figures()))
+        return combined(measured(found), measured(uses.figures()))
 
     def scores() -> Measured:
         found = tasks.evaluate_all(engine, bench.tokenizer, asked.sizes.task_problems)
