@@ -18,21 +18,13 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table.
-
-    Attributes:
-        title: its head.
-        field: a metric's name, a key, or a function of the row.
-        form: format of the number, without the braces; an interval is printed with it thrice.
-        interval: print the metric with its two ends.
-        unit: of the table, in units of the metric: 2**20 shows bytes as MiB.
-    """
+    """One column of a table."""
 
     title: str
-    field: str | Callable[[Any], Any]
-    form: str = ""
-    interval: bool = False
-    unit: float = 1
+    field: str | Callable[[Any], Any]  # a metric's name, a key, or a function of the row
+    form: str = ""  # of the number, without the braces; an interval is printed with it thrice
+    interval: bool = False  # print the metric with its two ends
+    unit: float = 1  # of the table, in units of the metric: 2**20 shows bytes as MiB
 
     def text(self, row: Any) -> str:
         """The cell of `row`, a `Record`, a mapping or whatever `field` takes."""
