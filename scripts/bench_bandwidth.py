@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from absl import flags
-from tqdm import tqdm
 
 from hobbit_jax import cli
 from hobbit_jax.evals.bandwidth import default_thread_counts, measure_bandwidths
@@ -31,16 +30,11 @@ _SECONDS = flags.DEFINE_float("seconds", 1.0, "Length of each measurement.", 0.0
 def main(_):
     path = cli.output_file("out", _OUT.value)
     threads = _THREADS.value or default_thread_counts()
-    with TemporaryDirectory() as folder, tqdm(disable=None, leave=False) as bar:
-
-        def progress(name: str) -> None:
-            bar.set_description(name)
-            bar.update()
-
+    with TemporaryDirectory() as folder:
+        bank_bytes = _BANK_MIB.value << 20
         found = measure_bandwidths(
-            Path(folder), _FORMATS.value, threads, _BANK_MIB.value << 20, _SECONDS.value,
-            progress=progress,
-        )  # fmt: skip
+            Path(folder), _FORMATS.value, threads, bank_bytes, _SECONDS.value
+        )
     found.write(path)
     print(f"{found.device}; {found.cpu}")
     for what, table, of in (

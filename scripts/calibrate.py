@@ -16,10 +16,11 @@ none is ever evicted.
 
 from absl import flags
 
-from hobbit_jax import cli, reference
+from hobbit_jax import cli
 from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.miss_modes import FETCH
 from hobbit_jax.cache.pool_sizing import pool_slots
+from hobbit_jax.engine_flags import engine_flags
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
@@ -29,7 +30,7 @@ from hobbit_jax.models.loading import load_model
 from hobbit_jax.sweep.texts import MIXED_TEXT, NAMED_TEXTS, calibration_documents
 from pallas_kernels.backends import for_quality
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")
+ENGINE = engine_flags("model")
 _TEXT = flags.DEFINE_string(
     "text",
     MIXED_TEXT,
@@ -59,7 +60,7 @@ def main(_):
         documents = calibration_documents(str(_TEXT.value))
     except ValueError as error:
         raise ValueError(f"--text: {error}") from error
-    model = load_model(_MODEL.value or reference.model_path(), for_quality(None))
+    model = load_model(ENGINE().path, for_quality(None))
     store = HostExperts(model.config, model.file)
     native_bytes = store.precision_bytes(NATIVE)
     budget_bytes = native_bytes // 4

@@ -10,8 +10,6 @@ on a GPU llama.cpp leaves those layers' experts to the CPU that do not fit it. B
 loaded at once.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from hobbit_jax import cli
@@ -26,7 +24,7 @@ _BASELINE = flags.DEFINE_enum(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the record.", required=True)
 _TEXT = flags.DEFINE_string(
-    "text", None, "UTF-8 text to score; the shipped held-out files by default."
+    "text", "", "UTF-8 text or .jsonl file to score; the shipped held-out files by default."
 )
 _TORCH_MODE = flags.DEFINE_enum(
     "torch_mode", None, ("float32", "bfloat16"), "Precision of PyTorch; see above for the default."
@@ -46,12 +44,9 @@ _JSON = flags.DEFINE_bool("json", False, "Whether to print the JSON instead of t
 
 def main(_):
     workdir = cli.output_folder("workdir", str(_WORKDIR.value))
-    text = Path(_TEXT.value) if _TEXT.value else None
-    if text is not None:
-        cli.input_text("text", text)
     sizes = {name: flag.value for name, flag in _SIZES.items()}
     request = Request(
-        ENGINE(), str(_BASELINE.value), **sizes, text=text, torch_mode=_TORCH_MODE.value
+        ENGINE(), str(_BASELINE.value), **sizes, text=_TEXT.value, torch_mode=_TORCH_MODE.value
     )
     record = compare_model(request)
     written = write_record(workdir, record)

@@ -53,12 +53,6 @@ def read_tokens(path: Path, config: ModelConfig) -> np.ndarray:
     return ids_T
 
 
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Writes a .npy file, or nothing."""
-    with replacing(path, array.nbytes) as partial, partial.open("wb") as file:
-        np.save(file, array)
-
-
 def main(_):
     out, options = cli.output_file("out", str(_OUT.value)), ENGINE()
     model = options.load_model()
@@ -66,7 +60,8 @@ def main(_):
     engine = options.make_engine(model)
     with options.recorded_routing(engine):
         logits_TV = np.asarray(engine.score(ids_T[None])[0])
-    write_array(out, logits_TV)
+    with replacing(out, logits_TV.nbytes) as partial, partial.open("wb") as file:
+        np.save(file, logits_TV)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ record for report.py.
 import sys
 
 from absl import flags
-from tqdm import tqdm
 
 from hobbit_jax import cli
 from hobbit_jax.cache.bandwidth import read_bandwidths
@@ -25,9 +24,8 @@ from hobbit_jax.models.caches import KV_FORMATS
 from hobbit_jax.planner import routing
 from hobbit_jax.planner.cost_model import ENGINES, MEASURED, Machine, measured, of_engine
 from hobbit_jax.planner.hardware import find_gpu
-from hobbit_jax.planner.plan import Request, make_plan
+from hobbit_jax.planner.plan import Request, make_plan, plan_record
 from hobbit_jax.planner.published_benchmarks import recorded_check
-from hobbit_jax.planner.records import plan_record
 from hobbit_jax.planner.shapes import PRESET_NAMES, open_model, preset_model
 from hobbit_jax.record import write_record
 from hobbit_jax.report.document import render_plan
@@ -104,14 +102,7 @@ def main(_):
         vram_gib, _CONTEXT.value or min(DEFAULT_CONTEXT, model.config.context_length),
         _KV_FORMAT.value, _CHUNK.value, _RESERVE.value,
     )  # fmt: skip
-    with tqdm(unit="setting", disable=None, leave=False) as bar:
-
-        def progress(name: str) -> None:
-            bar.set_description(name)
-            bar.update()
-
-        plan = make_plan(model, gpu, machines, request, _routings(model), sources, progress)
-    record = plan_record(plan)
+    record = plan_record(make_plan(model, gpu, machines, request, _routings(model), sources))
     print(render_plan(record, recorded_check()))
     if folder is not None:
         print(f"the record: {write_record(folder, record)}", file=sys.stderr)

@@ -16,8 +16,9 @@ import sys
 
 from absl import flags
 
-from hobbit_jax import cli, reference
+from hobbit_jax import cli
 from hobbit_jax.cache_folder import low_precision_folder
+from hobbit_jax.engine_flags import engine_flags
 from hobbit_jax.experts.low_precision import (
     MATRICES,
     LowPrecisionSpec,
@@ -33,7 +34,7 @@ from hobbit_jax.quantize.methods import METHODS, rarely_seen
 from pallas_kernels.backends import for_quality
 from pallas_kernels.formats import FORMATS
 
-_MODEL = flags.DEFINE_string("model", None, "GGUF file; the shipped reference model by default.")
+ENGINE = engine_flags("model")
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Format of the experts.", required=True)
 _METHOD = flags.DEFINE_enum("method", "rtn", METHODS, "How experts are encoded.")
 _ROLES = flags.DEFINE_multi_enum(
@@ -48,7 +49,7 @@ def main(_):
     path = cli.output_file("out", _OUT.value) if _OUT.value else None
     if path is not None and path.exists():
         raise ValueError(f"{path} exists; remove it or give another --out")
-    model_path = _MODEL.value or reference.model_path()
+    model_path = ENGINE().path
     source = open_gguf(model_path)
     config = read_config(source)
     calibration, run_text = None, None

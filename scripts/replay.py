@@ -25,7 +25,6 @@ from hobbit_jax.cache.pool_sizing import low_share
 from hobbit_jax.cache.replay import REPLAY_POLICIES, replay, replay_policy
 from hobbit_jax.cache.trace import Trace, read_trace
 from hobbit_jax.cache.warm_start import WarmStart
-from hobbit_jax.experts.precision import PrecisionPlan
 from hobbit_jax.importance.allocation import allocate
 from hobbit_jax.importance.scores import RoutingProfile
 from hobbit_jax.report.table import Column, table
@@ -97,13 +96,6 @@ def _routing_profile(trace: Trace) -> RoutingProfile:
     return RoutingProfile(trace.uses_LE, weight_P.reshape(trace.uses_LE.shape), weights_TK)
 
 
-def _plan(profile: Trace) -> PrecisionPlan | None:
-    if _SCORE.value is None:
-        return None
-    learned = _routing_profile(profile)
-    return allocate(_SCORE.value, _LOW_FRACTION.value, LOW, learned, _SEED.value)
-
-
 def main(_):
     names = REPLAY_POLICIES if _POLICY.value == ["all"] else _POLICY.value
     mode, capacity = _MISS_MODE.value, int(_CAPACITY.value or 0)  # required
@@ -121,7 +113,10 @@ def main(_):
         raise ValueError(f"capacity is {capacity}; one step needs {k} experts at once")
     if "belady" in names and mode != "fetch":
         raise ValueError(f"policy belady knows what is fetched under --miss_mode fetch, not {mode}")
-    plan, rows = _plan(profile), []
+    plan, rows = None, []
+    if _SCORE.value is not None:
+        learned = _routing_profile(profile)
+        plan = allocate(_SCORE.value, _LOW_FRACTION.value, LOW, learned, _SEED.value)
     policies = {name: replay_policy(name, trace, plan, profile) for name in names}
     for name, policy in policies.items():
         cache = CacheConfig(

@@ -59,7 +59,7 @@ class DigestTrial:
         if self.kind == "fail":
             raise ValueError("this one fails")
         parts = [bench.part(f"{self.name}-{n}", lambda n=n: self.part(n)) for n in range(PARTS)]
-        logits = hashlib.sha256(bench.native_logits_WTV.tobytes()).hexdigest()
+        logits = hashlib.sha256(bench.native_logits().tobytes()).hexdigest()
         read = {"logits": logits, "calibration": bench.calibration().sha256}
         return Measured(samples={"digests": parts}, file_sha256=read)
 

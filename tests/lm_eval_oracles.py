@@ -72,7 +72,7 @@ class Scripted:
 
 def scripted_lm(tokenizer, answer, responses=None, context=8192, **options) -> EngineLM:
     fake = Scripted(tokenizer, answer, context)
-    return EngineLM(fake, tokenizer, responses, progress=False, **options)
+    return EngineLM(fake, tokenizer, responses, **options)
 
 
 def log_softmax(engine, ids, width: int = 64) -> np.ndarray:

@@ -21,8 +21,8 @@ from hobbit_jax.baselines.child import SideSpec
 from hobbit_jax.baselines.comparison import (
     BASELINES,
     STUDY,
-    AgreementMeter,
     Request,
+    agreement,
     baseline_factory,
     compare,
     compare_model,
@@ -42,13 +42,10 @@ def logits(*probabilities):
 
 
 def test_agreement_by_hand():
-    meter = AgreementMeter()
     baseline_TV = logits((0.5, 0.25, 0.25), (0.5, 0.25, 0.25))
     # KL of the first token: .5 ln 2 + .25 ln ½ = ¼ ln 2; the second is the same distribution.
     ours_TV = logits((0.25, 0.5, 0.25), (0.5, 0.25, 0.25))
-    for _ in range(3):
-        meter.add(ours_TV, baseline_TV, np.array([1, 0]))
-    found = meter.result().metrics
+    found = agreement([(ours_TV, baseline_TV, np.array([1, 0]))] * 3).metrics
     assert (found["evaluation_tokens"], found["windows"]) == (6, 3)
     assert found["kl_mean_nats"] == pytest.approx(math.log(2) / 8, rel=1e-6)
     # The quantile between the two values that there are: 99 % of six lies beyond the fifth.
@@ -68,19 +65,18 @@ def test_agreement_by_hand():
 
 def test_kl_is_from_the_baseline():
     """Of (0.9, 0.1) against (0.5, 0.5): .9 ln 1.8 + .1 ln .2, and not the reverse."""
-    meter = AgreementMeter()
-    meter.add(logits((0.5, 0.5)), logits((0.9, 0.1)), np.array([0]))
+    found = agreement([(logits((0.5, 0.5)), logits((0.9, 0.1)), np.array([0]))])
     wanted = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)
-    assert meter.result().metrics["kl_mean_nats"] == pytest.approx(wanted, rel=1e-6)
+    assert found.metrics["kl_mean_nats"] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_a_difference_is_taken_in_pairs():
     """Windows differ a hundred times more than the two programs do."""
-    rng, meter = np.random.default_rng(0), AgreementMeter()
-    for p in rng.uniform(0.05, 0.95, 24):
-        baseline_TV = logits((p, 1 - p), (p, 1 - p))
-        meter.add(baseline_TV + np.array([[0.01, 0.0]], np.float32), baseline_TV, np.array([0, 0]))
-    found = meter.result().metrics
+    shift_V = np.array([0.01, 0.0], np.float32)
+    bases = [
+        logits((p, 1 - p), (p, 1 - p)) for p in np.random.default_rng(0).uniform(0.05, 0.95, 24)
+    ]
+    found = agreement((base + shift_V, base, np.array([0, 0])) for base in bases).metrics
     alone = found["perplexity_high"] - found["perplexity_low"]
     paired = found["perplexity_difference_high"] - found["perplexity_difference_low"]
     assert paired < alone / 20
@@ -97,7 +93,7 @@ def test_a_difference_is_taken_in_pairs():
 )
 def test_refused_logits(ours_TV, targets, message):
     with pytest.raises(ValueError, match=message):
-        AgreementMeter().add(ours_TV, np.zeros((2, 3)), np.zeros(targets, int))
+        agreement([(ours_TV, np.zeros((2, 3)), np.zeros(targets, int))])
 
 
 @pytest.fixture
@@ -135,11 +131,8 @@ def test_both_in_turns(scripted, tmp_path):
 
     assert notes["ours_program"] == "scripted" and notes["ours_policy"] == "active"
     assert metrics["ours_threads"] == metrics["baseline_threads"] == 1
-    meter = AgreementMeter()
-    for w, targets_T in enumerate(WINDOWS_WS[:, 1:]):
-        pair = (np.load(spec.options["logits"])[w] for spec in (ours, baseline))
-        meter.add(*pair, targets_T)
-    wanted = meter.result().metrics
+    both = [np.load(spec.options["logits"]) for spec in (ours, baseline)]
+    wanted = agreement(zip(*both, WINDOWS_WS[:, 1:], strict=True)).metrics
     assert metrics["kl_mean_nats"] == wanted["kl_mean_nats"] > 0
     assert metrics["perplexity_difference_low"] == wanted["perplexity_difference_low"]
     assert (metrics["evaluation_tokens"], metrics["windows"]) == (12, 4)
@@ -248,7 +241,7 @@ def test_our_side(monkeypatch, tmp_path, two_banks_path):
     text.write_text("the quick brown fox " * 20)
     budget_bytes = 2**20
     options = EngineOptions(str(two_banks_path), budget_mib=1.0, threads=1)
-    record = compare_model(Request(options, "torch", 2, 20, 2, 12, 4, text, "float32"))
+    record = compare_model(Request(options, "torch", 2, 20, 2, 12, 4, str(text), "float32"))
     metrics, notes = record.metrics, record.notes
     assert metrics["perplexity_baseline"] == pytest.approx(258, rel=1e-6)
     assert metrics["logit_std"] == 0 < metrics["logit_rms_difference"]

@@ -149,7 +149,7 @@ def float_path(tmp_path_factory):
 @NEEDS_LLAMA_CPP
 def test_compare_with_llama_cpp(float_path, text):
     options = EngineOptions(str(float_path), threads=1)
-    record = compare_model(Request(options, "llama_cpp", 3, 40, 2, 16, 8, text))
+    record = compare_model(Request(options, "llama_cpp", 3, 40, 2, 16, 8, str(text)))
     metrics = record.metrics
     # Its keys and values are in float16.
     assert metrics["logit_max_difference"] < 0.05

@@ -74,7 +74,7 @@ def test_loglikelihood_is_the_sum_of_log_softmax(engine, tokenizer):
         for c, t in TEXTS
     ]
     for batch_size in (1, 3):
-        lm = EngineLM(engine, tokenizer, batch_size=batch_size, progress=False)
+        lm = EngineLM(engine, tokenizer, batch_size=batch_size)
         got = lm.loglikelihood(requests("loglikelihood", *TEXTS))
         assert [greedy for _, greedy in got] == [greedy for _, greedy in expected]
         np.testing.assert_allclose([p for p, _ in got], [p for p, _ in expected], atol=2e-4)
@@ -83,7 +83,7 @@ def test_loglikelihood_is_the_sum_of_log_softmax(engine, tokenizer):
 
 def test_a_context_too_long_is_cut_from_the_left(engine, tokenizer):
     long = "x" * 100
-    lm = EngineLM(engine, tokenizer, progress=False)
+    lm = EngineLM(engine, tokenizer)
     ((log_p, _),) = lm.loglikelihood(requests("loglikelihood", (long, "yz")))
     kept = tokenizer.encode(long)[-63:]  # 65 tokens, of which the last is only predicted
     np.testing.assert_allclose(
@@ -99,7 +99,7 @@ def test_a_context_too_long_is_cut_from_the_left(engine, tokenizer):
 
 def test_rolling_likelihood(engine, tokenizer):
     texts = [("the rain in spain " * 9)[:150], "short", "", "x" * 16, "one"]
-    lm = EngineLM(engine, tokenizer, max_length=16, batch_size=3, progress=False)
+    lm = EngineLM(engine, tokenizer, max_length=16, batch_size=3)
     got = lm.loglikelihood_rolling(
         requests("loglikelihood_rolling", *[(t,) for t in [*texts, texts[1]]])
     )
@@ -118,7 +118,7 @@ def test_generation_is_the_engines_up_to_a_stop_string(engine, tokenizer):
     steps = engine.generate(encoded, 64 - max(map(len, encoded)), stop_ids=[EOS])
     rows = np.stack([ids_B for ids_B, _ in itertools.islice(steps, 12)], axis=1).tolist()
     alone = ["".join(tokenizer.decode_stream(t for t in row if t >= 0)) for row in rows]
-    lm = EngineLM(engine, tokenizer, batch_size=3, progress=False)
+    lm = EngineLM(engine, tokenizer, batch_size=3)
 
     def generate(stops):
         options = {"until": stops, "max_gen_toks": 12, "do_sample": False}
@@ -242,7 +242,7 @@ def test_interrupted_scores_go_on(tokenizer, tmp_path):
     def lm():
         engine = Interrupted(tokenizer, None, 16)
         remembered = Responses(tmp_path, {})
-        return EngineLM(engine, tokenizer, remembered, batch_size=1, progress=False)
+        return EngineLM(engine, tokenizer, remembered, batch_size=1)
 
     one_token = -math.log(tokenizer.vocab_size)
     rolling = [("x" * 40,), ("y" * 80,)]  # of 3 and 5 windows

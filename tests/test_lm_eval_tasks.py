@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -57,7 +56,7 @@ def tokenizer(model) -> Tokenizer:
 
 def run(lm, *names, data_dir=None, limit=None):
     settings = BenchmarkSettings(names, limit)
-    return evaluate(lm, settings, data_dir, progress=False)["tasks"]
+    return evaluate(lm, settings, data_dir)["tasks"]
 
 
 def figures(task) -> dict[tuple[str, str], dict]:
@@ -202,8 +201,7 @@ def test_miniature_tasks_by_hand(tokenizer, monkeypatch):
     for name, correct in (("arithmetic", 7), ("functions", 4)):
         expect(figures(tasks[f"mini_{name}"])["exact_match", "none"], correct, 10)
         # The same as the score that a sweep measures without lm-eval.
-        direct = direct_tasks.evaluate(Scripted(tokenizer, answer), tokenizer, name, 10)
-        share = asdict(direct)
+        share = direct_tasks.evaluate(Scripted(tokenizer, answer), tokenizer, name, 10)
         assert sum(share.pop("solved")) == correct
         assert shares({"tasks": tasks})[f"mini_{name}"] == share
 
@@ -212,9 +210,6 @@ def test_unknown_tasks_and_absent_data(tmp_path):
     for names in (("gsm9k",), (), ("gsm8k", "gsm8k")):
         with pytest.raises(ValueError, match=r"; want some of gsm8k, gsm8k_cot, humaneval"):
             BenchmarkSettings(names)
-    for wrong in ({"limit": 0}, {"max_new_tokens": 0}, {"num_fewshot": -1}):
-        with pytest.raises(ValueError, match="want"):
-            BenchmarkSettings(("gsm8k",), **wrong)
     for name, missing in (("gsm8k", "train.jsonl"), ("wikitext", "valid.txt")):
         with pytest.raises(FileNotFoundError, match=missing):
             load_tasks([name], tmp_path)
@@ -235,7 +230,7 @@ def test_the_shipped_model_on_real_data(data_dir, tmp_path):
         ("gsm8k", "humaneval", "wikitext"), 1, max_length=128, max_new_tokens=8, batch_size=1
     )
     plan = {"signal": "native"}
-    record = evaluate_engine(engine, settings, plan, data_dir, tmp_path, progress=False)
+    record = evaluate_engine(engine, settings, plan, data_dir, tmp_path)
     assert record["requests"]["generated"] == 2 and record["requests"]["truncated_contexts"] >= 1
     assert all(record["tasks"][name]["problems"] == 1 for name in settings.tasks)
     assert record["model"]["model_sha256"] == model.file.sha256()
@@ -248,7 +243,7 @@ def test_the_shipped_model_on_real_data(data_dir, tmp_path):
     log_p = expected_rolling(engine, ids, prefix, 128)
     got = figures(record["tasks"]["wikitext"])["word_perplexity", "none"]["value"]
     assert math.log(got) == pytest.approx(-log_p / len(re.split(r"\s+", page)), rel=1e-5)
-    again = evaluate_engine(engine, settings, plan, data_dir, tmp_path, progress=False)
+    again = evaluate_engine(engine, settings, plan, data_dir, tmp_path)
     assert again["requests"]["reused"] == 3 and again["requests"]["scored"] == 0
     assert again["tasks"] == record["tasks"]
     assert json.loads(json.dumps(record)) == record

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -29,10 +30,10 @@ from hobbit_jax.models.presets import PLANNED, PRESETS
 from hobbit_jax.planner import candidates, published_benchmarks, routing
 from hobbit_jax.planner.cost_model import (
     COMPILED,
-    CONSTANTS,
     ENGINES,
     MEASURED,
     Machine,
+    Origin,
     Traffic,
     describe,
     measured,
@@ -40,9 +41,13 @@ from hobbit_jax.planner.cost_model import (
     token_time,
 )
 from hobbit_jax.planner.hardware import GPUS, find_gpu
-from hobbit_jax.planner.plan import Request, divide_memory, make_plan
-from hobbit_jax.planner.published_benchmarks import Report, compare_reports, forecast
-from hobbit_jax.planner.records import plan_record, reports_record
+from hobbit_jax.planner.plan import Request, divide_memory, make_plan, plan_record
+from hobbit_jax.planner.published_benchmarks import (
+    Report,
+    compare_reports,
+    forecast,
+    reports_record,
+)
 from hobbit_jax.planner.shapes import PRESET_NAMES, open_model, preset_model
 from hobbit_jax.planner.traffic import (
     Setting,
@@ -124,7 +129,9 @@ def test_measured_bandwidths_take_the_place_of_assumed_ones():
 
 
 def test_every_constant_has_an_origin():
-    assert set(CONSTANTS) == set(vars(Machine(500, 20)))
+    constants = describe(Machine(500, 20), {})
+    assert [c["name"] for c in constants] == [*vars(Machine(500, 20))]
+    assert all(c["unit"] and c["origin"] in get_args(Origin) and c["source"] for c in constants)
     for name in ("pcie_gb_s", "device_efficiency", "overlap_share"):
         with pytest.raises(ValueError, match=name):
             replace(Machine(500, 20), **{name: -1.0})

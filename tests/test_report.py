@@ -33,6 +33,7 @@ from hobbit_jax.report import paired, sweep_tables
 from hobbit_jax.report.against import render as render_against
 from hobbit_jax.report.answers import uniform_quants
 from hobbit_jax.report.document import APPENDIX, DOCUMENT, LETTER, write_report
+from hobbit_jax.report.export import export
 from hobbit_jax.report.miss_tables import MissStudy, all_ways, cheapest, label
 from hobbit_jax.report.sweep import RANDOM, Sweep, trial
 from hobbit_jax.report.table import Column, table
@@ -353,6 +354,9 @@ def test_a_metric_is_shown_by_one_column():
     assert table([Column("J a token", "joules", ".1f")], rows) == "|  |\n|  |\n|  |"
 
 
+EXPORTS = (("t.csv", pandas.read_csv), ("t.parquet", pandas.read_parquet))
+
+
 def big():
     return [r for budget in (1.0, 2.0, 4.0) for r in winning(budget)]
 
@@ -518,6 +522,16 @@ def test_two_sweeps_side_by_side(workdir):
         render_against(ours, sweep_of(workdir(third, name="third")), ("ours", "third"))
 
 
+@pytest.mark.parametrize(("name", "read"), EXPORTS)
+def test_every_kept_record_can_be_exported(tmp_path, request, name, read):
+    """Those whose plan is a list of numbers too, and settings of several types in one column."""
+    found = read_records(request.config.rootpath / "docs")
+    assert export(found, tmp_path / name) == len(found.found)
+    frame = read(tmp_path / name)
+    assert list(frame["name"]) == [record.name for record in found.found]
+    assert "0.67, 0.3, 0.03" in set(frame["asked.plan.shares"].dropna())
+
+
 @pytest.mark.slow
 def test_the_script_writes_exports_and_refuses(workdir, request, tmp_path):
     script = request.config.rootpath / "scripts" / "report.py"
@@ -528,7 +542,7 @@ def test_the_script_writes_exports_and_refuses(workdir, request, tmp_path):
 
     folder = workdir(winning())
     assert run().stdout == f"{folder / 'decision.md'}\n"
-    for name, read in (("t.csv", pandas.read_csv), ("t.parquet", pandas.read_parquet)):
+    for name, read in EXPORTS:
         assert run("--export", tmp_path / name).stdout.startswith("7 records: ")
         frame = read(tmp_path / name)
         wanted = {r.name: r.metrics["kl_mean_nats"] for r in winning()}

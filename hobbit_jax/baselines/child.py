@@ -55,17 +55,11 @@ class Side(Program, Protocol):
 
 @dataclass(frozen=True)
 class SideSpec:
-    """Which program, with what.
+    """Which program, with what."""
 
-    Attributes:
-        factory: "module:callable", called in the child with `options`; returns a `Side`.
-        options: keyword arguments.
-        threads: processor cores that the child may use; libraries are told the same number.
-    """
-
-    factory: str
-    options: dict[str, Any]
-    threads: int
+    factory: str  # "module:callable", called in the child with `options`; returns a `Side`
+    options: dict[str, Any]  # keyword arguments
+    threads: int  # processor cores that the child may use; libraries are told the same number
 
 
 def environment() -> dict[str, str]:

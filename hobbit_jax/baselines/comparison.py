@@ -10,7 +10,7 @@ import hashlib
 import importlib.util
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hobbit_jax import reference
 from hobbit_jax.baselines.child import Child, SideSpec, environment
 from hobbit_jax.engine_flags import EngineOptions
 from hobbit_jax.evals.logit_comparison import PositionFigures, compare_in_float64, summarize
@@ -29,6 +28,7 @@ from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.models.registry import read_config
 from hobbit_jax.record import Benchmark, Measured, Record, combined, measured
 from hobbit_jax.statistics import bootstrap, spread
+from hobbit_jax.sweep.texts import evaluation_documents
 from pallas_kernels.ggml.ops import default_threads
 
 STUDY, SIDES = "baselines", ("ours", "baseline")
@@ -59,27 +59,21 @@ def baseline_factory(baseline: str) -> str:
 
 @dataclass(frozen=True)
 class Request:
-    """What to compare.
+    """What to compare: our engine by its options, and a baseline.
 
-    Attributes:
-        options: of our engine. The baseline has the same file and threads, and on a GPU llama.cpp
-            has the same budget for experts.
-        baseline: of `BASELINES`.
-        text: held-out text; None is the shipped one.
-        torch_mode: of `pytorch.MODES`; None is its default for the device.
-        windows, context: scored for agreement.
-        turns, prompt_tokens, decode_tokens: timed; one more row warms up.
+    That has the same file and threads, and on a GPU llama.cpp has the same budget for experts.
+    `windows` of `context` tokens are scored for agreement. `turns` are timed after a warm-up.
     """
 
     options: EngineOptions
-    baseline: str
+    baseline: str  # of `BASELINES`
     windows: int
     context: int
     turns: int
     prompt_tokens: int
     decode_tokens: int
-    text: Path | None = None
-    torch_mode: str | None = None
+    text: str = ""  # see `evaluation_documents`
+    torch_mode: str | None = None  # of `pytorch.MODES`; None is its default for the device
 
     @property
     def threads(self) -> int:
@@ -120,10 +114,7 @@ def compare_model(request: Request) -> Record:
             f"windows of {request.context} and rows of {row_tokens} tokens; want at most the "
             f"model's context of {config.context_length}"
         )
-    if request.text is None:
-        texts = reference.held_out_texts("evaluation")
-    else:
-        texts = [request.text.read_text(encoding="utf-8")]
+    texts = evaluation_documents(request.text)
     tokenizer = Tokenizer.from_gguf(file)
     windows = cut_windows(tokenizer, texts, request.windows, request.context)
     rows = cut_windows(tokenizer, texts, request.turns + 1, row_tokens - 1, seed=1)
@@ -140,7 +131,7 @@ def compare_model(request: Request) -> Record:
     about = {
         "model_bytes": file.file_bytes,
         "architecture": config.arch,
-        "text": "shipped held-out text" if request.text is None else request.text.name,
+        "text": Path(request.text).name or "shipped held-out text",
         "windows_begin_with_bos": "yes" if windows.begin_with_bos else "no",
         "omp_wait_policy": environment()["OMP_WAIT_POLICY"],
     }
@@ -155,55 +146,44 @@ def compare_model(request: Request) -> Record:
     )
 
 
-class AgreementMeter:
-    """Takes windows of equal length one at a time, so that logits need not be kept."""
+def agreement(windows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Measured:
+    """How near two programs' logits are; `logit_std`, the baseline's, is what they differ beside.
 
-    def __init__(self):
-        self._ours: list[PositionFigures] = []
-        self._baseline: list[PositionFigures] = []
-        self._largest = 0.0
-        self._squares = self._sum = self._sum_squares = 0.0
-        self._count = 0
+    Args:
+        windows: of equal length, one held at a time: our logits [T, V], the baseline's, and the
+            tokens [T] that followed.
 
-    def add(self, ours_TV: np.ndarray, baseline_TV: np.ndarray, targets_T: np.ndarray) -> None:
-        """One window: logits of both, and the tokens that followed.
+    Raises:
+        ValueError: shapes that do not match, or a logit that is not finite.
+    """
+    ours: list[PositionFigures] = []
+    baseline: list[PositionFigures] = []
+    largest, means = 0.0, []
+    for ours_TV, baseline_TV, targets_T in windows:
+        reference = baseline_TV[None], targets_T[None]
+        ours.append(compare_in_float64(ours_TV[None], *reference))
+        baseline.append(compare_in_float64(baseline_TV[None], *reference))
+        exact_TV = baseline_TV.astype(np.float64)
+        difference_TV = ours_TV - exact_TV
+        largest = max(largest, float(np.abs(difference_TV).max()))
+        means.append([np.mean(x) for x in (difference_TV**2, exact_TV, exact_TV**2)])
+    square, mean, mean_square = np.mean(means, axis=0).tolist()
+    ours_WT, baseline_WT = (
+        np.concatenate([part.nll_BT for part in parts]) for parts in (ours, baseline)
+    )
 
-        Raises:
-            ValueError: shapes that do not match, or a logit that is not finite.
-        """
-        compared = compare_in_float64(ours_TV[None], baseline_TV[None], targets_T[None])
-        self._ours.append(compared)
-        self._baseline.append(
-            compare_in_float64(baseline_TV[None], baseline_TV[None], targets_T[None])
-        )
-        ours_TV, baseline_TV = ours_TV.astype(np.float64), baseline_TV.astype(np.float64)
-        difference_TV = ours_TV - baseline_TV
-        self._largest = max(self._largest, float(np.abs(difference_TV).max()))
-        self._squares += float(np.square(difference_TV).sum())
-        self._sum += float(baseline_TV.sum())
-        self._sum_squares += float(np.square(baseline_TV).sum())
-        self._count += baseline_TV.size
+    def difference(w: np.ndarray) -> float:
+        return float(np.exp(ours_WT[w].mean()) - np.exp(baseline_WT[w].mean()))
 
-    def result(self) -> Measured:
-        """Of all windows so far; `logit_std` is what the differences are small or large against."""
-        ours_WT, baseline_WT = (
-            np.concatenate([part.nll_BT for part in parts])
-            for parts in (self._ours, self._baseline)
-        )
-        variance = self._sum_squares / self._count - (self._sum / self._count) ** 2
-
-        def difference(w: np.ndarray) -> float:
-            return float(np.exp(ours_WT[w].mean()) - np.exp(baseline_WT[w].mean()))
-
-        apart = {
-            "windows": len(ours_WT),
-            "logit_max_difference": self._largest,
-            "logit_rms_difference": float(np.sqrt(self._squares / self._count)),
-            "logit_std": float(np.sqrt(max(variance, 0.0))),  # the baseline's
-            "perplexity_baseline": summarize(self._baseline).perplexity,
-            "perplexity_difference": bootstrap(difference, len(ours_WT)),
-        }
-        return combined(summarize(self._ours).measured(), measured(apart))
+    apart = {
+        "windows": len(ours_WT),
+        "logit_max_difference": largest,
+        "logit_rms_difference": square**0.5,
+        "logit_std": max(mean_square - mean**2, 0.0) ** 0.5,
+        "perplexity_baseline": summarize(baseline).perplexity,
+        "perplexity_difference": bootstrap(difference, len(ours_WT)),
+    }
+    return combined(measured(summarize(ours)), measured(apart))
 
 
 def compare(
@@ -215,12 +195,7 @@ def compare(
 ) -> tuple[Measured, dict[str, Any]]:
     """Runs both; the measured part of a record, and the fields that say what it ran on.
 
-    Args:
-        ours: our side.
-        baseline: the other one.
-        windows_WS: int32 [windows, context + 1], scored for agreement.
-        rows_RS: int32 [turns + 1, prompt and decoded tokens].
-        prompt_tokens: of a row, prefilled.
+    Windows [windows, context + 1] are scored for agreement, and rows are those of `measure`.
 
     Raises:
         ValueError, NotImplementedError, OSError: what either program raised, after its name;
@@ -231,7 +206,10 @@ def compare(
         loaded_own = own.loaded
         with Child(baseline, "baseline") as other:
             loaded = loaded_own, other.loaded
-            agreement = _agreement(own, other, windows_WS)
+            bar = tqdm(windows_WS, desc="logits", unit="window", leave=False, disable=None)
+            near = agreement(
+                (own.score(ids_S[:-1]), other.score(ids_S[:-1]), ids_S[1:]) for ids_S in bar
+            )
             found = measure(
                 dict(zip(SIDES, (own.turn, other.turn), strict=True)), rows_RS, prompt_tokens
             )
@@ -246,14 +224,7 @@ def compare(
         sides[name] = {**fact, **rate, "load_s": start["load_s"], "memory": memory}
     # Of the machine, over a minute: 1 is what a comparison makes itself on one core.
     sides["load_average"] = {"before": load_before, "after": os.getloadavg()[0]}
-    return combined(agreement, measured(_speed(found)), measured(sides)), here
-
-
-def _agreement(own: Child, other: Child, windows_WS: np.ndarray) -> Measured:
-    meter = AgreementMeter()
-    for ids_S in tqdm(windows_WS, desc="logits", unit="window", leave=False, disable=None):
-        meter.add(own.score(ids_S[:-1]), other.score(ids_S[:-1]), ids_S[1:])
-    return meter.result()
+    return combined(near, measured(_speed(found)), measured(sides)), here
 
 
 def _speed(found: Mapping[str, Measurement]) -> dict[str, Any]:

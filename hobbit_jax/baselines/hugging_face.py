@@ -10,7 +10,7 @@ it has no expert width for Qwen3 and loads a Mixtral file as a dense model witho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,6 @@ _LAYER_NAMES = {
 }
 
 
-def interleaved_to_halves(weights_NK: np.ndarray, n_heads: int) -> np.ndarray:
-    """Undoes llama.cpp's permutation of q or k rows: rotary pairs (2i, 2i + 1) to (i, i + d/2)."""
-    n, k = weights_NK.shape
-    return weights_NK.reshape(n_heads, n // n_heads // 2, 2, k).swapaxes(1, 2).reshape(n, k)
-
-
 # Beginnings of their classes' names, of dense models and of others.
 _DENSE = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
 _WITH_EXPERTS = {
@@ -65,30 +59,55 @@ def _attention(config: ModelConfig) -> GroupedQuery:
     return next(a for a in attentions if isinstance(a, GroupedQuery))
 
 
-def empty_model(
-    config: ModelConfig, kernel: str = "sdpa", experts: str | None = None
+def load(
+    config: ModelConfig,
+    tensor: Callable[[str], np.ndarray],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    attention: str = "sdpa",
 ) -> HuggingFaceModel:
-    """The module without weights (on PyTorch's meta device), in float32.
+    """The whole model, ready to compute, its weights rounded to `dtype`.
 
-    Args:
-        config: of the file.
-        kernel: of attention, transformers' `attn_implementation`.
-        experts: its `experts_implementation`; None is its own choice.
+    `tensor` gives one dequantised, in float32, by its name in the file; one is held at a time.
+    `attention` is transformers' `attn_implementation`.
+
+    Raises:
+        NotImplementedError: an architecture without a module here.
+        RuntimeError: a weight has another shape than its place, or a place got none.
     """
+    model = _empty_model(config, attention)
+    for name, array in _weights(config, tensor):
+        place = model.get_parameter(name)
+        if tuple(place.shape) != array.shape:
+            raise RuntimeError(f"{name} is {array.shape}; the module wants {tuple(place.shape)}")
+        # A copy: an F32 tensor is a view of the file.
+        weight = torch.from_numpy(np.array(array)).to(device, dtype)
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, torch.nn.Parameter(weight, requires_grad=False))
+    if config.tied_head:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise RuntimeError(f"no weight for {', '.join(missing)}")
+    return model.to(device)
+
+
+def _empty_model(config: ModelConfig, attention: str) -> HuggingFaceModel:
+    """The module without weights (on PyTorch's meta device), in float32."""
     prefix = (_DENSE if config.has_dense_ffn else _WITH_EXPERTS).get(config.arch)
     if prefix is None:
         raise NotImplementedError(f"architecture {config.arch!r} has no Hugging Face module here")
-    attention = _attention(config)
+    heads = _attention(config)
     settings = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,
         "num_hidden_layers": config.n_layers,
-        "num_attention_heads": attention.n_heads,
-        "num_key_value_heads": attention.n_kv_heads,
-        "head_dim": attention.head_dim,
+        "num_attention_heads": heads.n_heads,
+        "num_key_value_heads": heads.n_kv_heads,
+        "head_dim": heads.head_dim,
         "max_position_embeddings": config.context_length,
         "rms_norm_eps": config.rms_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope.base},
+        "rope_parameters": {"rope_type": "default", "rope_theta": heads.rope.base},
         "num_experts_per_tok": config.experts_per_token,
         "norm_topk_prob": config.router.renormalise,
         # Some classes know one of these names only, and leave the other alone.
@@ -98,8 +117,7 @@ def empty_model(
         "intermediate_size": config.d_expert,
         "shared_expert_intermediate_size": config.blocks[0].d_shared,
         "tie_word_embeddings": config.tied_head,
-        "attn_implementation": kernel,
-        "experts_implementation": experts,
+        "attn_implementation": attention,
         "pad_token_id": None,
     }
     if config.arch in _HYBRIDS:
@@ -113,15 +131,10 @@ def empty_model(
     return model.eval()
 
 
-def dense_weights(
+def _weights(
     config: ModelConfig, tensor: Callable[[str], np.ndarray]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name in the module, float32 array) of all but the experts, one tensor at a time.
-
-    Args:
-        config: of the file.
-        tensor: dequantised float32 by its name in the file.
-    """
+    """(name in the module, float32 array) of all tensors, one at a time."""
     # Norms of the hybrids are stored with the 1 that transformers adds.
     added = 1 if config.arch in _HYBRIDS else 0
     yield "model.embed_tokens.weight", tensor(TOKEN_EMBEDDING)
@@ -148,6 +161,32 @@ def dense_weights(
         delta = config.blocks[config.block_of_layer[layer]].attention
         if isinstance(delta, GatedDeltaNet):
             yield from _delta_net(delta, lambda role, names=names: tensor(names[role]), layer)
+        for name, array in expert_weights(config, tensor, layer).items():
+            yield f"model.layers.{layer}.mlp.{name}", array
+
+
+def expert_weights(
+    config: ModelConfig, tensor: Callable[[str], np.ndarray], layer: int
+) -> dict[str, np.ndarray]:
+    """The experts of a layer by their place in its `mlp`, float32.
+
+    gate_up_proj is [E, 2F, D] and down_proj [E, D, F]; a dense FFN's matrices are apart.
+    """
+    names = layer_tensors(config, layer)
+    if config.has_dense_ffn:
+        parts = ("gate", "up", "down")
+        return {f"{part}_proj.weight": tensor(names[f"ffn_{part}_exps"]) for part in parts}
+    stacks = ["ffn_gate_up_exps"] if config.fused_gate_up else ["ffn_gate_exps", "ffn_up_exps"]
+    return {
+        "experts.gate_up_proj": np.concatenate([tensor(names[role]) for role in stacks], axis=1),
+        "experts.down_proj": tensor(names["ffn_down_exps"]),
+    }
+
+
+def interleaved_to_halves(weights_NK: np.ndarray, n_heads: int) -> np.ndarray:
+    """Undoes llama.cpp's permutation of q or k rows: rotary pairs (2i, 2i + 1) to (i, i + d/2)."""
+    n, k = weights_NK.shape
+    return weights_NK.reshape(n_heads, n // n_heads // 2, 2, k).swapaxes(1, 2).reshape(n, k)
 
 
 def _hybrid_settings(config: ModelConfig) -> dict[str, Any]:
@@ -186,7 +225,7 @@ def _tiled_to_grouped(array: np.ndarray, delta: GatedDeltaNet, axis: int = 0) ->
 def _delta_net(
     delta: GatedDeltaNet, read: Callable[[str], np.ndarray], block: int
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """As `dense_weights`, of a delta net, whose tensors `read` gives by role."""
+    """As `_weights`, of a delta net, whose tensors `read` gives by role."""
     keys, to = 2 * delta.key_width, f"model.layers.{block}.linear_attn."
     qkv, z, conv, out = (read(r) for r in ("attn_qkv", "attn_gate", "ssm_conv1d", "ssm_out"))
     rate, bias = read("ssm_a"), read("ssm_dt.bias")
@@ -209,74 +248,3 @@ def _delta_net(
     yield f"{to}A_log", np.log(-rate)
     yield f"{to}dt_bias", bias
     yield f"{to}out_proj.weight", out
-
-
-def expert_weights(
-    config: ModelConfig, tensor: Callable[[str], np.ndarray], layer: int
-) -> dict[str, np.ndarray]:
-    """The experts of a layer by their place in its `mlp`, float32.
-
-    gate_up_proj is [E, 2F, D] and down_proj [E, D, F]; a dense FFN's matrices are apart.
-    """
-    names = layer_tensors(config, layer)
-    if config.has_dense_ffn:
-        parts = ("gate", "up", "down")
-        return {f"{part}_proj.weight": tensor(names[f"ffn_{part}_exps"]) for part in parts}
-    stacks = ["ffn_gate_up_exps"] if config.fused_gate_up else ["ffn_gate_exps", "ffn_up_exps"]
-    return {
-        "experts.gate_up_proj": np.concatenate([tensor(names[role]) for role in stacks], axis=1),
-        "experts.down_proj": tensor(names["ffn_down_exps"]),
-    }
-
-
-def fill(
-    model: HuggingFaceModel,
-    named: Iterable[tuple[str, np.ndarray]],
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-) -> None:
-    """Gives places of an empty module their weights, rounded to `dtype`, on `device`.
-
-    Raises:
-        RuntimeError: a weight has another shape than its place.
-    """
-    for name, array in named:
-        place = model.get_parameter(name)
-        if tuple(place.shape) != array.shape:
-            raise RuntimeError(f"{name} is {array.shape}; the module wants {tuple(place.shape)}")
-        # A copy: an F32 tensor is a view of the file.
-        weight = torch.from_numpy(np.array(array)).to(device, dtype)
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, torch.nn.Parameter(weight, requires_grad=False))
-
-
-def finish(model: HuggingFaceModel, device: str = "cpu") -> HuggingFaceModel:
-    """Ties the head where it is tied, and checks that every place was filled.
-
-    Raises:
-        RuntimeError: a place got no weight.
-    """
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise RuntimeError(f"no weight for {', '.join(missing)}")
-    return model.to(device)
-
-
-def load(
-    config: ModelConfig,
-    tensor: Callable[[str], np.ndarray],
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    attention: str = "sdpa",
-    experts: str | None = None,
-) -> HuggingFaceModel:
-    """The whole model on `device`; arguments as of `empty_model` and `dense_weights`."""
-    model = empty_model(config, attention, experts)
-    fill(model, dense_weights(config, tensor), dtype, device)
-    for layer in range(config.n_layers):
-        to = f"model.layers.{layer}.mlp."
-        arrays = expert_weights(config, tensor, layer)
-        fill(model, ((to + name, array) for name, array in arrays.items()), dtype, device)
-    return finish(model, device)

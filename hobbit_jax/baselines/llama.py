@@ -49,15 +49,11 @@ class LlamaCpp:
         kv_format: KVFormat = "float16",
         tokens_at_once: int = 512,
     ):
-        """Loads the model.
+        """Loads a GGUF file, with room for a sequence of `context` tokens.
 
         Args:
-            model: GGUF file.
-            threads: of its thread pool.
-            context: tokens that there is room for.
             budget_bytes: of experts on a GPU; None is all of them, and a CPU has no such limit.
             cpu_layers: overrides what the budget says, and works without a GPU too.
-            kv_format: of keys and values.
             tokens_at_once: how many tokens of a batch are computed together (`n_ubatch`).
 
         Raises:

@@ -128,11 +128,7 @@ def load_library() -> ctypes.CDLL:
 class Model:
     """A model file as llama.cpp loads it; a context manager that frees it.
 
-    Attributes:
-        library: `load_library()`.
-        pointer: llama_model.
-        vocab: llama_vocab, of the model.
-        log: what llama.cpp logged while it loaded the file.
+    `pointer` is the llama_model, and `log` what llama.cpp logged while it loaded the file.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
+from tqdm import tqdm
 
 from hobbit_jax.cache.bandwidth import Bandwidths
 from hobbit_jax.record.machine import machine, processor_name
@@ -135,55 +136,43 @@ def measure_bandwidths(
     threads: Sequence[int],
     bank_bytes: int,
     seconds: float,
-    pieces: Sequence[int] = PIECES,
-    progress: Callable[[str], object] = lambda name: None,
 ) -> Bandwidths:
-    """All rates of this machine.
+    """All rates of this machine, each measured for so many seconds.
 
-    Args:
-        folder: for the banks, which are deleted again.
-        formats: of experts, the first of which works beside the link.
-        threads: of the products, the last of which do.
-        bank_bytes: of a bank; more than the processor's last cache.
-        seconds: of each measurement.
-        pieces: bytes of an upload, the last of which go beside products.
-        progress: called before each measurement.
+    Banks lie in `folder`; one should have more bytes than the processor's last cache. Link and
+    products are measured at once for the first format, the last number of threads and the
+    largest piece.
 
     Raises:
         NotImplementedError: a CPU or a format that ggml's products do not cover.
     """
-    banks = {format: folder / f"{format}.bank" for format in formats}
     host: dict[str, dict[str, float]] = {format: {} for format in formats}
+    link: dict[str, dict[str, float]] = {}
+    at_once: dict[str, float] = {}
+    bar = tqdm(desc="writing banks", leave=False, disable=None)
+    banks = {f: (folder / f, f, write_bank(folder / f, f, bank_bytes)) for f in formats}
+    for n_bytes in PIECES:
+        for source, once in uploads(folder / formats[0], n_bytes).items():
+            bar.set_description(f"link, {source}, {n_bytes} bytes")
+            once()
+            link.setdefault(source, {})[str(n_bytes)] = _rate(once, seconds)
     spawn = multiprocessing.get_context("spawn")
-    try:
-        counts = {f: write_bank(path, f, bank_bytes) for f, path in banks.items()}
-        link: dict[str, dict[str, float]] = {}
-        for n_bytes in pieces:
-            for source, once in uploads(banks[formats[0]], n_bytes).items():
-                progress(f"link, {source}, {n_bytes} bytes")
-                once()
-                link.setdefault(source, {})[str(n_bytes)] = _rate(once, seconds)
-        at_once = {}
-        for count in threads:
-            with ProcessPoolExecutor(1, spawn, initializer=_on_cpu, initargs=(count,)) as child:
-                for format, path in banks.items():
-                    progress(f"host, {format}, {count} threads")
-                    asked = (host_rate, path, format, counts[format], seconds)
-                    host[format][str(count)] = child.submit(*asked).result()
-                if count == threads[-1]:
-                    progress("both at once")
-                    once = uploads(banks[formats[0]], pieces[-1])["mapped"]
-                    asked = (host_rate, banks[formats[0]], formats[0], counts[formats[0]])
-                    beside = child.submit(*asked, 4 * seconds)
-                    beside_link = _rate(once, 0, lambda running=beside: not running.done())
-                    alone = host[formats[0]][str(count)], link["mapped"][str(pieces[-1])]
-                    at_once = {
-                        "host": min(1.0, beside.result() / alone[0]),
-                        "link": min(1.0, beside_link / alone[1]),
-                    }
-    finally:
-        for path in banks.values():
-            path.unlink(missing_ok=True)
+    for count in threads:
+        with ProcessPoolExecutor(1, spawn, initializer=_on_cpu, initargs=(count,)) as child:
+            for format, bank in banks.items():
+                bar.set_description(f"host, {format}, {count} threads")
+                host[format][str(count)] = child.submit(host_rate, *bank, seconds).result()
+            if count == threads[-1]:
+                bar.set_description("both at once")
+                once = uploads(folder / formats[0], PIECES[-1])["mapped"]
+                beside = child.submit(host_rate, *banks[formats[0]], 4 * seconds)
+                beside_link = _rate(once, 0, lambda running=beside: not running.done())
+                alone = host[formats[0]][str(count)], link["mapped"][str(PIECES[-1])]
+                at_once = {
+                    "host": min(1.0, beside.result() / alone[0]),
+                    "link": min(1.0, beside_link / alone[1]),
+                }
+    bar.close()
     return Bandwidths(*here(), host, link, at_once)
 
 

@@ -12,14 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lm_eval import evaluator
 from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 
 from hobbit_jax.code_runner import missing_protections
 from hobbit_jax.evals.lm_eval_model import EngineLM
-from hobbit_jax.evals.lm_eval_tasks import check_names, load_tasks
+from hobbit_jax.evals.lm_eval_tasks import TASKS, load_tasks
 from hobbit_jax.evals.responses import Responses
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.chat_template import ChatTemplate
@@ -48,13 +47,11 @@ class BenchmarkSettings:
     chat_template: bool = False
 
     def __post_init__(self):
-        check_names(self.tasks)
-        for name in ("limit", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; want 1 or more")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise ValueError(f"num_fewshot is {self.num_fewshot}; want 0 or more")
+        names = self.tasks
+        if not names or not set(names) <= set(TASKS) or len(set(names)) < len(names):
+            raise ValueError(
+                f"tasks are {', '.join(names) or 'none'}; want some of {', '.join(TASKS)}"
+            )
 
 
 def evaluate_engine(
@@ -63,16 +60,11 @@ def evaluate_engine(
     plan: Mapping[str, Any],
     data_dir: Path | None,
     responses_dir: Path | None = None,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Runs the tasks of `settings` on `engine`, going on from what `responses_dir` holds.
 
-    Args:
-        engine: ready to run; its budget changes no score.
-        plan: names the engine's precision plan and precisions, as JSON: two engines on one file
-            whose answers may differ must differ here.
-        data_dir: see `lm_eval_tasks.load_tasks`.
-        responses_dir: where finished requests are kept; None keeps none.
+    `plan` names the engine's precision plan and precisions, as JSON: two engines on one file whose
+    answers may differ must differ here. Their budget changes no score.
 
     Raises:
         ValueError, FileNotFoundError, NotImplementedError: from the tasks and the model.
@@ -94,19 +86,16 @@ def evaluate_engine(
         batch_size=settings.batch_size,
         max_length=settings.max_length,
         max_new_tokens=settings.max_new_tokens,
-        progress=progress,
     )
     return {
         "model": {"name": file.paths[0].name, **answers_depend_on},
-        **evaluate(lm, settings, data_dir, progress),
+        **evaluate(lm, settings, data_dir),
     }
 
 
-def evaluate(
-    lm: EngineLM, settings: BenchmarkSettings, data_dir: Path | None, progress: bool = True
-) -> dict[str, Any]:
+def evaluate(lm: EngineLM, settings: BenchmarkSettings, data_dir: Path | None) -> dict[str, Any]:
     """Scores, counts and protections of `settings.tasks` on a language model of lm-eval's kind."""
-    tasks = load_tasks(settings.tasks, data_dir, settings.limit, progress)
+    tasks = load_tasks(settings.tasks, data_dir, settings.limit)
     for task in tasks.values():
         # As `lm_eval.simple_evaluate` does, without its global seeds: the same few-shot examples.
         if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:
@@ -131,7 +120,8 @@ def evaluate(
 
 
 def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics of one task, its first one also at the top."""
+    """The metrics of one task, with Wilson's interval of a share and the bootstrap over documents
+    of anything else."""
     samples = results["samples"][name]
     aggregations: Any = task.aggregation()
     metrics = []
@@ -140,7 +130,14 @@ def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str,
         if not filter_name or metric.endswith("_stderr"):
             continue
         values = [s[metric] for s in samples if s["filter"] == filter_name]
-        interval = _interval(aggregations[metric], values)
+        correct = int(sum(values)) if all(value in (0, 1) for value in values) else None
+        if correct is not None:
+            interval = share(correct, len(values))
+        else:
+            aggregate = aggregations[metric]
+            interval = bootstrap(
+                lambda drawn, f=aggregate, v=values: f([v[i] for i in drawn]), len(values)
+            )
         stderr = results["results"][name][f"{metric}_stderr,{filter_name}"]
         metrics.append(
             {
@@ -149,15 +146,13 @@ def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str,
                 "value": float(value),
                 "low": interval.low,
                 "high": interval.high,
+                "correct": correct,
                 "stderr": None if stderr == "N/A" else float(stderr),
                 "higher_is_better": bool(results["higher_is_better"][name][metric]),
             }
         )
     counts = results["n-samples"][name]
-    first = [s[metrics[0]["metric"]] for s in samples if s["filter"] == metrics[0]["filter"]]
     record = {
-        **metrics[0],
-        "correct": int(sum(first)) if _are_verdicts(first) else None,
         "problems": counts["effective"],
         "problems_in_all": counts["original"],
         "num_fewshot": results["n-shot"][name],
@@ -170,24 +165,13 @@ def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str,
     return record
 
 
-def _are_verdicts(values: list[Any]) -> bool:
-    return all(value in (0, 1) for value in values)
-
-
-def _interval(aggregate: Any, values: list[Any]) -> Interval:
-    """Wilson's for a share, the bootstrap over documents for anything else."""
-    if _are_verdicts(values):
-        return share(int(sum(values)), len(values))
-    return bootstrap(lambda drawn: aggregate([values[i] for i in np.asarray(drawn)]), len(values))
-
-
-def shares(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tasks whose score is a share of problems, as a row of a sweep holds them."""
-    kept = ("problems", "correct", "value", "low", "high")
+def shares(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The first metric of the tasks that score a share of problems, as a sweep's record has it."""
     return {
-        name: {key: task[key] for key in kept}
-        for name, task in record["tasks"].items()
-        if task["correct"] is not None
+        name: {"problems": task["problems"]}
+        | {key: task["metrics"][0][key] for key in ("correct", "value", "low", "high")}
+        for name, task in found["tasks"].items()
+        if task["metrics"][0]["correct"] is not None
     }
 
 

@@ -31,12 +31,7 @@ from hobbit_jax.statistics import spread
 
 
 class EngineProgram:
-    """Our engine as a `Program`.
-
-    Args:
-        engine: what decodes.
-        context: tokens that a sequence has room for.
-    """
+    """Our engine as a `Program`; a sequence has room for `context` tokens."""
 
     def __init__(self, engine: Engine, context: int):
         self.engine, self.context = engine, context
@@ -62,13 +57,7 @@ class EngineProgram:
 def measure_engine(
     engine: Engine, ids_RS: np.ndarray, prompt_tokens: int, clock: Clock = time.perf_counter
 ) -> tuple[Measurement, list[np.ndarray]]:
-    """Decodes rows with an engine alone; the first warms up.
-
-    Args:
-        engine: its pool stays as the last row leaves it.
-        ids_RS: int32 [repeats + 1, prompt and decoded tokens].
-        prompt_tokens: of each row, prefilled.
-        clock: of the turns.
+    """`measure` of an engine alone; its pool stays as the last row leaves it.
 
     Returns:
         The measurement, and the logits of each row that counts, float32 [tokens, V].
@@ -102,17 +91,11 @@ def pool_figures(engine: Engine) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a setting came to.
+    """What a setting came to."""
 
-    Attributes:
-        measurement: its turns.
-        logits: of each row that counts, float32 [tokens, V].
-        figures: of a record, but for those that compare.
-    """
-
-    measurement: Measurement
-    logits: list[np.ndarray]
-    figures: dict[str, Any]
+    measurement: Measurement  # its turns
+    logits: list[np.ndarray]  # of each row that counts, float32 [tokens, V]
+    figures: dict[str, Any]  # of a record, but for those that compare
 
     def beside(self, native: Decoded) -> dict[str, Any]:
         """The comparing figures: `speedup` row by row, and KL in nats a token to native logits."""
@@ -122,7 +105,7 @@ class Decoded:
             parts.append(compare_logits(ours_TV[None], native_TV[None], any_token_1T))
         lost = summarize(parts)
         return {
-            "kl_mean_nats": lost.kl_mean,
+            "kl_mean_nats": lost.kl_mean_nats,
             "top1_agreement": lost.top1_agreement,
             "speedup": spread(native.measurement.decode_s / self.measurement.decode_s),
         }
@@ -134,16 +117,10 @@ def decode(
     prompt_tokens: int,
     clock: Clock = time.perf_counter,
 ) -> Decoded:
-    """Makes an engine and decodes rows with it; the first row warms up.
+    """`measure` of an engine that is made for it.
 
     `own_memory_peak_bytes` is the process's anonymous memory (the pool, the dense part and what
     programs allocate on a CPU, without the pages of the mapped file), None where it is not told.
-
-    Args:
-        make_engine: of the setting.
-        ids_RS: int32 [repeats + 1, prompt and decoded tokens].
-        prompt_tokens: of each row, prefilled.
-        clock: of the turns.
     """
     gc.collect()  # the pool of the setting before, if anything refers to itself
     memory, compiled_s = PeakWatch(os.getpid()), compile_seconds()

@@ -91,15 +91,13 @@ class EngineLM(TemplateLM):
     """`TemplateLM` over an engine and its tokenizer.
 
     Args:
-        engine: scores and generates; its budget changes no answer.
+        engine: its budget changes no answer.
         tokenizer: of the same file.
         responses: finished requests, and where new ones are remembered; sampled ones never are.
         chat: the file's template, for `apply_chat_template`.
         batch_size: sequences at once. Answers differ between batch sizes by rounding only.
         max_length: tokens of context in use; None is all that the model has.
         max_new_tokens: overrides what tasks ask for; None does not.
-        seed: of sampled generations.
-        progress: whether to show progress bars.
 
     Raises:
         ValueError: a `max_length` beyond the model's context, or a file without any token that a
@@ -116,8 +114,6 @@ class EngineLM(TemplateLM):
         batch_size: int = 8,
         max_length: int | None = None,
         max_new_tokens: int | None = None,
-        seed: int = 0,
-        progress: bool = True,
     ):
         super().__init__()
         context = engine.config.context_length
@@ -132,8 +128,7 @@ class EngineLM(TemplateLM):
         self._prefix_id: int = prefix
         self._engine, self._text = engine, tokenizer
         self._responses = Responses(None, {}) if responses is None else responses
-        self._chat, self._seed, self._progress = chat, seed, progress
-        self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
+        self._chat, self._batch_size, self._max_new_tokens = chat, batch_size, max_new_tokens
         self.counts = Counts()
 
     @property
@@ -246,7 +241,7 @@ class EngineLM(TemplateLM):
         self, pairs: Sequence[Pair], what: str
     ) -> Iterator[tuple[int, list[tuple[float, bool]]]]:
         """Yields, batch by batch, its place and (log probability, greedy) of the pairs in order."""
-        with self._bar(len(pairs), what) as bar:
+        with tqdm(total=len(pairs), desc=what, leave=False, disable=None) as bar:
             start = 0
             while start < len(pairs):
                 batch = pairs[start : start + self._batch_size]
@@ -297,7 +292,7 @@ class EngineLM(TemplateLM):
             groups: dict[str, list[int]] = defaultdict(list)
             for index in missing:
                 groups[repr(asked[index][1])].append(index)
-            with self._bar(len(missing), "generate_until") as bar:
+            with tqdm(total=len(missing), desc="generating", leave=False, disable=None) as bar:
                 for group in groups.values():
                     prompts = {index: self.tok_encode(asked[index][0]) for index in group}
                     group.sort(key=lambda index: -len(prompts[index]))
@@ -327,8 +322,7 @@ class EngineLM(TemplateLM):
         sampling = Sampling(
             temperature=wanted["temperature"] if wanted["do_sample"] else 0.0,
             top_p=wanted.get("top_p") or 1.0,
-            # Another batch is other requests, or the same again where a task repeats them.
-            seed=self._seed + number,
+            seed=number,  # another batch is other requests, or a task's same ones again
         )
         texts = [_Continuation(self._text, [s for s in wanted["until"] if s]) for _ in rows]
         longest = max(map(len, rows))
@@ -359,10 +353,6 @@ class EngineLM(TemplateLM):
         allowed = min(asked, self.max_length // 2) if asked >= self.max_length else asked
         self.counts.shortened_generations += rows * (allowed < asked)
         return allowed
-
-    def _bar(self, total: int, what: str) -> tqdm:
-        disable = None if self._progress and total else True
-        return tqdm(total=total, desc=what, unit="request", disable=disable)
 
 
 def _is_greedy(_: str, options: dict[str, Any]) -> bool:

@@ -7,12 +7,12 @@ and which runs here in `hobbit_jax.code_runner`.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,8 @@ _PROGRAM_TIMEOUT_S = 3.0
 Splits = dict[str, datasets.Dataset]
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError unless `names` are some of TASKS, each once."""
-    if not names or not set(names) <= set(TASKS) or len(set(names)) < len(names):
-        raise ValueError(f"tasks are {', '.join(names) or 'none'}; want some of {', '.join(TASKS)}")
-
-
 def load_tasks(
-    names: Sequence[str], data_dir: Path | None, limit: int | None = None, progress: bool = True
+    names: Sequence[str], data_dir: Path | None, limit: int | None = None
 ) -> dict[str, Task]:
     """The named tasks, ready for `lm_eval.evaluator.evaluate`.
 
@@ -67,11 +61,10 @@ def load_tasks(
         limit: problems per task; only the miniature tasks, which are generated, look at it here.
 
     Raises:
-        ValueError: an unknown or repeated name, or a damaged file.
+        ValueError: a damaged file.
         FileNotFoundError: a data file is missing; says which.
         NotImplementedError: an lm-eval whose definitions have moved.
     """
-    check_names(names)
     configs = []
     for name in names:
         if name in _MINIATURES:
@@ -89,22 +82,12 @@ def load_tasks(
             if name == "wikitext":  # it names a training split, and never uses it
                 config["training_split"] = None
         if name == "humaneval":
-            config |= _humaneval_scoring(config["doc_to_target"], progress)
+            config |= _humaneval_scoring(config["doc_to_target"])
         configs.append(config)
+    # It remarks on documents and metrics of its own tasks.
+    logging.getLogger("lm_eval.api.task").setLevel(logging.ERROR)
     manager = lm_eval.tasks.TaskManager(include_defaults=False)
-    with _silenced("lm_eval.api.task"):  # it remarks on documents and metrics of its own tasks
-        return {config["task"]: manager.load(config)["tasks"][config["task"]] for config in configs}
-
-
-@contextlib.contextmanager
-def _silenced(logger_name: str) -> Iterator[None]:
-    logger = logging.getLogger(logger_name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return {config["task"]: manager.load(config)["tasks"][config["task"]] for config in configs}
 
 
 # Documents
@@ -138,35 +121,25 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def wikitext_pages(text: str) -> list[str]:
     """WikiText's articles, cut where lm-eval's data set is: before each title of first rank."""
-    pages, lines = [], []
-    for line in text.split("\n"):
-        title = line.replace("= = =", "===").replace("= =", "==").strip()
-        if title.startswith("= ") and title.endswith(" ="):
-            pages.append("\n".join(lines))
-            lines = []
-        lines.append(line)
-    pages.append("\n".join(lines))
+    pages = re.split(r"\n(?= *= (?!=).*(?<!=) = *$)", text, flags=re.MULTILINE)
     return [page for page in pages if page.strip()]
 
 
 # HumanEval's verdicts
 
 
-def _humaneval_scoring(target_template: str, progress: bool) -> dict[str, Any]:
+def _humaneval_scoring(target_template: str) -> dict[str, Any]:
     """Filter and metric that run a problem's tests on prompt and completion.
 
     The program is the one that lm-eval's metric runs: candidate, newline, tests.
     """
 
     def run_all(responses: list[list[str]], docs: list[dict]) -> list[list[dict[str, str]]]:
-        pairs = tqdm(
-            zip(responses, docs, strict=True),
-            total=len(docs),
-            desc="running programs",
-            unit="problem",
-            disable=None if progress else True,
-        )
-        return [[run_one(completion, doc) for completion in attempts] for attempts, doc in pairs]
+        bar = tqdm(docs, desc="running programs", leave=False, disable=None)
+        return [
+            [run_one(completion, doc) for completion in attempts]
+            for attempts, doc in zip(responses, bar, strict=True)
+        ]
 
     def run_one(completion: str, doc: dict) -> dict[str, str]:
         program = f"{doc['prompt']}{completion}\n{apply_template(target_template, doc)}"

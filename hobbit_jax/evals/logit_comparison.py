@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hobbit_jax.record import Measured, measured
 from hobbit_jax.statistics import Interval, bootstrap
 
 
@@ -28,12 +27,9 @@ class PositionFigures(NamedTuple):
 
 @jax.jit
 def compare_logits(logits_BTV: Any, reference_BTV: Any, targets_BT: Any) -> PositionFigures:
-    """Figures of each position, computed in the precision of the logits.
+    """Figures of each position, computed in the precision of the logits, which is the reference's.
 
-    Args:
-        logits_BTV: of the program under test.
-        reference_BTV: of the reference; the same shape and dtype.
-        targets_BT: the tokens that followed, integers.
+    `targets_BT` are the tokens that followed, integers.
     """
     log_q_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
     log_p_BTV = jax.nn.log_softmax(reference_BTV, axis=-1)
@@ -69,33 +65,16 @@ def compare_in_float64(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Figures over all tokens of some windows. Perplexity is of a token, `bits_per_byte` of text.
+    """Figures over all tokens of some windows, named as a record names them."""
 
-    `kl_by_window` has each window's mean, so that two plans can be compared within windows.
-    """
-
-    tokens: int
-    bits_per_byte: Interval | None
-    perplexity: Interval
-    kl_mean: Interval
-    kl_p99: Interval
-    kl_p999: Interval
+    evaluation_tokens: int
+    bits_per_byte: Interval | None  # of text
+    perplexity: Interval  # of a token
+    kl_mean_nats: Interval
+    kl_p99_nats: Interval
+    kl_p999_nats: Interval
     top1_agreement: Interval
-    kl_by_window: tuple[float, ...]
-
-    def measured(self) -> Measured:
-        """As fields of a record."""
-        found = {
-            "evaluation_tokens": self.tokens,
-            "bits_per_byte": self.bits_per_byte,
-            "perplexity": self.perplexity,
-            "kl_mean_nats": self.kl_mean,
-            "kl_p99_nats": self.kl_p99,
-            "kl_p999_nats": self.kl_p999,
-            "top1_agreement": self.top1_agreement,
-            "kl_nats_W": self.kl_by_window,
-        }
-        return measured(found)
+    kl_nats_W: tuple[float, ...]  # mean of each window, so that plans can be compared within them
 
 
 def summarize(
@@ -103,10 +82,7 @@ def summarize(
 ) -> Comparison:
     """Figures of the compared batches of windows, in their order.
 
-    Args:
-        parts: of each batch.
-        target_bytes_WT: UTF-8 bytes that each target stands for; without them there are no
-            bits per byte.
+    `target_bytes_WT`, the UTF-8 bytes of each target, give bits per byte.
     """
     nll_WT, kl_WT, agree_WT = (np.concatenate(part) for part in zip(*parts, strict=True))
     nll_W = nll_WT.sum(axis=1, dtype=np.float64)
@@ -120,12 +96,12 @@ def summarize(
         bytes_W = target_bytes_WT.sum(axis=1, dtype=np.float64)
         bits_per_byte = interval(lambda w: nll_W[w].sum() / np.log(2) / bytes_W[w].sum())
     return Comparison(
-        tokens=nll_WT.size,
+        evaluation_tokens=nll_WT.size,
         bits_per_byte=bits_per_byte,
         perplexity=interval(lambda w: np.exp(nll_W[w].sum() / (width * len(w)))),
-        kl_mean=interval(lambda w: kl_WT[w].mean(dtype=np.float64)),
-        kl_p99=interval(lambda w: np.quantile(kl_WT[w], 0.99)),
-        kl_p999=interval(lambda w: np.quantile(kl_WT[w], 0.999)),
+        kl_mean_nats=interval(lambda w: kl_WT[w].mean(dtype=np.float64)),
+        kl_p99_nats=interval(lambda w: np.quantile(kl_WT[w], 0.99)),
+        kl_p999_nats=interval(lambda w: np.quantile(kl_WT[w], 0.999)),
         top1_agreement=interval(lambda w: agree_WT[w].mean(dtype=np.float64)),
-        kl_by_window=tuple(float(f"{kl:.5g}") for kl in kl_WT.mean(axis=1, dtype=np.float64)),
+        kl_nats_W=tuple(float(f"{kl:.5g}") for kl in kl_WT.mean(axis=1, dtype=np.float64)),
     )

@@ -23,21 +23,13 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Turn:
-    """One row under one backend.
+    """One row under one backend."""
 
-    Attributes:
-        first_token_s: seconds to prefill the prompt, until the host knew the next token.
-        token_s, token_cpu_s: seconds of each decoded token by the turn's clock, and of all
-            processors of the process.
-        chosen: most probable next token after the prompt and after each decoded token.
-        tokens: counts of each decoded token; empty for a program that counts nothing.
-    """
-
-    first_token_s: float
-    token_s: tuple[float, ...]
-    token_cpu_s: tuple[float, ...]
-    chosen: tuple[int, ...]
-    tokens: tuple[Counts, ...] = ()
+    first_token_s: float  # seconds to prefill the prompt, until the host knew the next token
+    token_s: tuple[float, ...]  # of each decoded token, by the turn's clock
+    token_cpu_s: tuple[float, ...]  # the same of all processors of the process
+    chosen: tuple[int, ...]  # most probable next token after the prompt and each decoded one
+    tokens: tuple[Counts, ...] = ()  # of each decoded token; none of a program without counts
 
 
 class Program(Protocol):

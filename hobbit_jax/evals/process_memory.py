@@ -44,17 +44,15 @@ class PeakWatch:
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._ended.wait(PERIOD_S):
-            self._sample()
-
-    def _sample(self) -> None:
-        if (now := read_resident(self._pid)) is not None:
-            pairs = zip(vars(now).values(), vars(self._highest).values(), strict=True)
-            self._highest = ResidentBytes(*map(max, pairs))
+        ended = False
+        while not ended:  # and once more after the end
+            ended = self._ended.wait(PERIOD_S)
+            if (now := read_resident(self._pid)) is not None:
+                pairs = zip(vars(now).values(), vars(self._highest).values(), strict=True)
+                self._highest = ResidentBytes(*map(max, pairs))
 
     def stop(self) -> ResidentBytes | None:
         """The highest bytes, each part for itself; None if no sample could be taken."""
         self._ended.set()
         self._thread.join()
-        self._sample()
         return self._highest if self._highest.total else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,17 +23,11 @@ _LOGIT_BYTES = 512 * 2**20
 
 @dataclass(frozen=True)
 class Windows:
-    """Evaluation text.
+    """Evaluation text."""
 
-    Attributes:
-        ids_WS: token ids, int32 [W, T + 1].
-        target_bytes_WT: UTF-8 bytes that each target, ids_WS[:, 1:], stands for.
-        begin_with_bos: whether each window begins with BOS, as texts of this model do.
-    """
-
-    ids_WS: np.ndarray
-    target_bytes_WT: np.ndarray
-    begin_with_bos: bool = False
+    ids_WS: np.ndarray  # token ids, int32 [W, T + 1]
+    target_bytes_WT: np.ndarray  # UTF-8 bytes that each target, ids_WS[:, 1:], stands for
+    begin_with_bos: bool = False  # whether each window begins with BOS, as texts of this model do
 
     @property
     def targets(self) -> int:
@@ -99,13 +93,20 @@ def batches(windows: Windows, vocab_size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def _scored(
+    engine: Engine, windows: Windows, description: str
+) -> Iterator[tuple[slice, jax.Array]]:
+    """Which windows, and their logits [B, T, V], batch by batch with a progress bar."""
+    parts = batches(windows, engine.config.vocab_size)
+    for part in tqdm(parts, desc=description, leave=False, disable=None):
+        yield part, engine.score(windows.ids_WS[part, :-1])
+
+
 def watch_windows(engine: Engine, windows: Windows, observer: Observer, description: str) -> None:
     """Scores `windows` for what `observer` is told of them; the logits are dropped."""
     with engine.observed_by(observer):
-        for part in tqdm(
-            batches(windows, engine.config.vocab_size), desc=description, leave=False, disable=None
-        ):
-            engine.score(windows.ids_WS[part, :-1])
+        for _ in _scored(engine, windows, description):
+            pass
 
 
 def write_native_logits(engine: Engine, windows: Windows, path: Path) -> None:
@@ -115,9 +116,8 @@ def write_native_logits(engine: Engine, windows: Windows, path: Path) -> None:
     shape = (count, width - 1, engine.config.vocab_size)
     with replacing(path) as partial:
         array_WTV = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-        parts = batches(windows, engine.config.vocab_size)
-        for part in tqdm(parts, desc="native logits", leave=False, disable=None):
-            array_WTV[part] = np.asarray(engine.score(windows.ids_WS[part, :-1]))
+        for part, logits_BTV in _scored(engine, windows, "native logits"):
+            array_WTV[part] = np.asarray(logits_BTV)
         array_WTV.flush()
         del array_WTV
 
@@ -125,11 +125,11 @@ def write_native_logits(engine: Engine, windows: Windows, path: Path) -> None:
 def evaluate(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Comparison:
     """Teacher-forced comparison with the native model's logits (nats; perplexity per token)."""
     parts = []
-    for part in batches(windows, engine.config.vocab_size):
-        ids_BS = windows.ids_WS[part]
-        logits_BTV = engine.score(ids_BS[:, :-1])
-        native_BTV = np.asarray(native_WTV[part])
-        parts.append(jax.device_get(compare_logits(logits_BTV, native_BTV, ids_BS[:, 1:])))
+    for part, logits_BTV in _scored(engine, windows, "windows"):
+        compared = compare_logits(
+            logits_BTV, np.asarray(native_WTV[part]), windows.ids_WS[part, 1:]
+        )
+        parts.append(jax.device_get(compared))
     return summarize(parts, windows.target_bytes_WT)
 
 

@@ -22,11 +22,9 @@ def _digest(value: Any) -> str:
 
 
 class Responses:
-    """Answers by request, of one model under one plan.
+    """Answers by request, in a folder or, with None, in memory alone.
 
-    Args:
-        folder: where the files stand; None keeps answers in memory only.
-        identity: whatever answers depend on besides the request (model, plan, limits), as JSON.
+    `identity` is whatever they depend on besides the request (model, plan, limits), as JSON.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,21 +20,6 @@ TASKS: dict[TaskName, tuple[Callable[..., list[Any]], Callable[..., bool]]] = {
 }
 MAX_NEW_TOKENS = {"arithmetic": 64, "functions": 48}
 HELD_OUT_SEED = 2026
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """Exact match (arithmetic) or pass@1 (functions), with Wilson's 95 % interval.
-
-    `solved` has each problem in order, so that two plans can be compared problem by problem.
-    """
-
-    problems: int
-    correct: int
-    value: float
-    low: float
-    high: float
-    solved: list[bool]
 
 
 def complete(
@@ -62,24 +46,25 @@ def complete(
 def evaluate_all(
     engine: Engine, tokenizer: Tokenizer, problems: int, batch: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Scores of both tasks as a record holds them; none where `problems` is 0."""
+    """Scores of both tasks; none where `problems` is 0."""
     names = TASKS if problems else ()
-    return {task: asdict(evaluate(engine, tokenizer, task, problems, batch)) for task in names}
+    return {task: evaluate(engine, tokenizer, task, problems, batch) for task in names}
 
 
 def evaluate(
-    engine: Engine,
-    tokenizer: Tokenizer,
-    task: TaskName,
-    problems: int,
-    batch: int | None = None,
-) -> TaskScore:
-    """Scores `problems` held-out problems of one task, `batch` at a time or all together."""
+    engine: Engine, tokenizer: Tokenizer, task: TaskName, problems: int, batch: int | None = None
+) -> dict[str, Any]:
+    """Scores `problems` held-out problems of one task, `batch` at a time or all together.
+
+    Returns:
+        Exact match (arithmetic) or pass@1 (functions) with Wilson's 95 % interval, and `solved`,
+        each problem in order, so that two plans can be compared problem by problem.
+    """
     generate, score = TASKS[task]
     asked = generate(HELD_OUT_SEED, problems, "heldout")
     prompts = [problem.prompt for problem in asked]
     texts = complete(engine, tokenizer, prompts, MAX_NEW_TOKENS[task], batch)
-    verdicts = [score(problem, text) for problem, text in zip(asked, texts, strict=True)]
-    interval = share(sum(verdicts), problems)
-    solved = [bool(verdict) for verdict in verdicts]
-    return TaskScore(problems, sum(solved), interval.value, interval.low, interval.high, solved)
+    solved = [bool(score(problem, text)) for problem, text in zip(asked, texts, strict=True)]
+    correct = sum(solved)
+    scored = vars(share(correct, problems))
+    return {"problems": problems, "correct": correct, **scored, "solved": solved}

@@ -25,16 +25,18 @@ LAUNCHERS = ("local", "slurm", "ray")
 
 
 def connect(launcher: str, resources: Sequence[str]) -> tuple[Engine, int]:
-    """The engine of that name, and how many tasks it runs at a time by default.
+    """The engine of a launcher, and how many tasks it runs at a time by default.
 
-    Args:
-        launcher: one of `LAUNCHERS`.
-        resources: of one worker, as NAME=VALUE.
+    `resources` are those of one worker, NAME=VALUE.
 
     Raises:
         ValueError: it is not installed, finds no cluster, or knows no such resource.
     """
-    module = importlib.import_module(f"hobbit_jax.launch.on_{launcher}")
+    try:
+        module = importlib.import_module(f"hobbit_jax.launch.on_{launcher}")
+    except ModuleNotFoundError as error:
+        how = f"pip install -c constraints.txt -e '.[{launcher}]'"
+        raise ValueError(f"--launcher={launcher}: {error}; {how}") from error
     return module.connect(parse_resources(resources))
 
 

@@ -13,17 +13,12 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
+import ray  # pyright: ignore[reportMissingImports]
+from ray import exceptions  # pyright: ignore[reportMissingImports]
+
 from hobbit_jax.launch import worker_environment
 from hobbit_jax.launch.sweeping import Engine, map_tasks
 from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, run_task
-
-try:
-    import ray  # pyright: ignore[reportMissingImports]
-    from ray import exceptions  # pyright: ignore[reportMissingImports]
-except ModuleNotFoundError as error:
-    raise ValueError(
-        "--launcher=ray wants Ray: pip install -c constraints.txt -e '.[ray]'"
-    ) from error
 
 
 def connect(resources: Mapping[str, Any]) -> tuple[Engine, int]:

@@ -18,20 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import submitit  # pyright: ignore[reportMissingImports]
+from submitit.core.utils import FailedJobError, pickle_load  # pyright: ignore[reportMissingImports]
+from submitit.slurm.slurm import SlurmInfoWatcher  # pyright: ignore[reportMissingImports]
+
 from hobbit_jax.launch import worker_environment
 from hobbit_jax.launch.sweeping import Engine, Graph, Outcomes, death
 from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, Task, run_task
 from hobbit_jax.record import is_finished
 from hobbit_jax.sweep.artifacts import Artifact
-
-try:
-    import submitit  # pyright: ignore[reportMissingImports]
-    from submitit.core.utils import FailedJobError, pickle_load  # pyright: ignore[reportMissingImports]
-    from submitit.slurm.slurm import SlurmInfoWatcher  # pyright: ignore[reportMissingImports]
-except ModuleNotFoundError as error:
-    raise ValueError(
-        "--launcher=slurm wants submitit: pip install -c constraints.txt -e '.[slurm]'"
-    ) from error
 
 # Minutes; submitit's own 5 would be short for a trial.
 _DEFAULTS = {"time": 240, "job_name": "hobbit_jax"}
@@ -54,17 +49,11 @@ def connect(resources: Mapping[str, Any]) -> tuple[Engine, int]:
 
 @dataclass
 class TaskList:
-    """What one job runs; submitit asks for a `checkpoint` when the job is to be queued again.
+    """What one job runs; submitit asks for a `checkpoint` when the job is to be queued again."""
 
-    Attributes:
-        workdir: of the sweep.
-        tasks: in this order; those that another process is at come last.
-        given_up: of tasks that kill their process, why.
-    """
-
-    workdir: Path
-    tasks: Sequence[Task]
-    given_up: dict[Task, str] = field(default_factory=dict)
+    workdir: Path  # of the sweep
+    tasks: Sequence[Task]  # in this order; those that another process is at come last
+    given_up: dict[Task, str] = field(default_factory=dict)  # of tasks that kill their process, why
 
     def __call__(self) -> list[Outcome]:
         """Runs all tasks; returns their outcomes in the same order."""
@@ -102,12 +91,9 @@ class QueueWatcher(SlurmInfoWatcher):
 def run(
     graph: Graph, workdir: Path, workers: int, parameters: Mapping[str, Any], ask_s: int = 15
 ) -> Outcomes:
-    """Runs a sweep's graph; see `sweeping.Engine`.
+    """A `sweeping.Engine` of jobs with these parameters of `submitit.SlurmExecutor`.
 
-    Args:
-        graph, workdir, workers: see there.
-        parameters: of every job, as `submitit.SlurmExecutor` calls them.
-        ask_s: between calls of `squeue`, which is all that the controller is asked.
+    Every `ask_s` seconds `squeue` is called, which is all that the controller is asked.
     """
     submitit.SlurmJob.watcher = QueueWatcher(ask_s)
     jobs: dict[submitit.Job, TaskList] = {}

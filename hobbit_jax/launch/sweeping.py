@@ -61,12 +61,8 @@ def run_sweep(
 ) -> tuple[int, int, int]:
     """Runs every trial that has no finished record; one that fails is recorded, the rest go on.
 
-    Args:
-        trials: all different, in the order in which they are taken.
-        description: title, question, command, config and rule of the study, for the report.
-        workdir: seen by all workers under this name.
-        engine: see `launch.connect`.
-        workers: tasks at a time.
+    `description` has title, question, command, config and rule of the study. All workers see
+    `workdir` under this name.
 
     Returns:
         How many trials ran, were finished before, and failed.

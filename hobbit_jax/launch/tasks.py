@@ -42,16 +42,16 @@ _bench = functools.cache(ArtifactCache)
 def run_task(task: Task, workdir: Path, wait: bool = True, death: str | None = None) -> Outcome:
     """Makes an artifact, or runs a trial and writes its record.
 
-    Args:
-        task: what to do.
-        workdir: seen under this name by every process of the sweep.
-        wait: for a trial that another process is at; otherwise that is "busy".
-        death: why a task that kills its process is given up; a trial is recorded as failed.
+    `wait` is for a trial that another process is at; otherwise that is "busy". `death` says why a
+    task that kills its process is given up; a trial is recorded as failed.
     """
     try:
         if isinstance(task, Artifact):
             if death is None:
-                _make(task, workdir)
+                bench = _bench(task.inputs, task.sizes, workdir)
+                # Every trial that needs it meets the same error again, and records it.
+                with contextlib.suppress(Exception):
+                    task.make(bench)
             return Outcome("ok")
         with exclusive(record_path(workdir, task.name), wait) as held:
             if not held:
@@ -66,10 +66,3 @@ def run_task(task: Task, workdir: Path, wait: bool = True, death: str | None = N
         return Outcome(record.status, record.error)
     except (ValueError, NotImplementedError, OSError, EOFError) as error:
         return Outcome("refused", str(error))
-
-
-def _make(artifact: Artifact, workdir: Path) -> None:
-    bench = _bench(artifact.inputs, artifact.sizes, workdir)
-    # Every trial that needs it meets the same error again, and records it.
-    with contextlib.suppress(Exception):
-        artifact.make(bench)

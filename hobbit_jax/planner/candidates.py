@@ -13,6 +13,7 @@ that; see WORKSPACE.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from hobbit_jax.planner.traffic import Setting
 
@@ -31,33 +32,25 @@ NATIVE = Setting("native SLRU", "fetch")
 
 def settings(link_to_host: float) -> list[Setting]:
     """Native first, then what computes misses on the CPU, the uniform quants, the floors, and what
-    keeps copies of both kinds.
-
-    Args:
-        link_to_host: the link's bandwidth over the rate at which the CPU reads what it computes.
+    keeps copies of both kinds; `link_to_host` as in `Setting`.
     """
     lowest = LOW_FORMATS[-1]
-    listed = [NATIVE]
-    listed += [
-        Setting(name, mode, low, link_to_host=link_to_host)
-        for name, mode, low in (
-            ("misses on the CPU", "host", None),
-            ("misses on both", "hybrid", None),
-            (f"misses on the CPU in {lowest}", "host_low", lowest),
-        )
+    computed = partial(Setting, link_to_host=link_to_host)
+    in_a_cache = (
+        ("fetch_low", 0.5), ("fetch_low", 0.8), ("use_low_if_resident", 0.8), ("hobbit", 0.2)
+    )  # fmt: skip
+    return [
+        NATIVE,
+        computed("misses on the CPU", "host"),
+        computed("misses on both", "hybrid"),
+        computed(f"misses on the CPU in {lowest}", "host_low", lowest),
+        *(Setting(f"uniform {f}", "fetch", f, asked="low") for f in LOW_FORMATS),
+        *(Setting(f"floor {f}", "floor", f) for f in LOW_FORMATS),
+        *(
+            Setting(f"{mode} {lowest}, split {share:g}", mode, lowest, low_share=share)
+            for mode, share in in_a_cache
+        ),
     ]
-    listed += [Setting(f"uniform {f}", "fetch", f, asked="low") for f in LOW_FORMATS]
-    listed += [Setting(f"floor {f}", "floor", f) for f in LOW_FORMATS]
-    listed += [
-        Setting(f"{mode} {lowest}, split {share:g}", mode, lowest, low_share=share)
-        for mode, shares in (
-            ("fetch_low", (0.5, 0.8)),
-            ("use_low_if_resident", (0.8,)),
-            ("hobbit", (0.2,)),
-        )
-        for share in shares
-    ]
-    return listed
 
 
 def expected_loss(setting: Setting, low_uses: float, skipped: float) -> float:

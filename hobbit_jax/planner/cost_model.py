@@ -26,7 +26,7 @@ engine does neither (`ENGINES`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from hobbit_jax.cache.bandwidth import Bandwidths, Source
@@ -35,81 +35,72 @@ from hobbit_jax.planner.hardware import GPU
 Origin = Literal["vendor", "specification", "assumed", "given"]
 
 
-@dataclass(frozen=True)
-class Constant:
-    """Where a constant's default comes from."""
-
-    unit: str
-    origin: Origin
-    source: str
+def _constant(unit: str, origin: Origin, source: str, default: Any = MISSING) -> Any:
+    """A field of `Machine` with its unit, and where its default comes from."""
+    return field(default=default, metadata={"unit": unit, "origin": origin, "source": source})
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The constants of the model; `CONSTANTS` says what each is and where it comes from."""
+    """The constants of the model, each with its origin."""
 
-    device_gb_s: float
-    pcie_gb_s: float
-    host_gb_s: float = 89.6
-    device_efficiency: float = 0.75
-    pcie_efficiency: float = 0.4
-    host_efficiency: float = 0.7
-    launches_per_layer: float = 30.0
-    launch_us: float = 3.0
-    token_us: float = 150.0
-    selection_us: float = 4.0
-    exit_us: float = 400.0
-    copies_per_expert: float = 3.0
-    copy_latency_us: float = 10.0
-    overlap_share: float = 0.0
-    handover_us: float = 100.0
-
-    def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith(("gb_s", "efficiency")) and not value > 0:
-                raise ValueError(f"{field.name} is {value}; want more than 0")
-            if value < 0 or (field.name.endswith(("efficiency", "share")) and value > 1):
-                raise ValueError(f"{field.name} is {value}; out of its range")
-
-
-CONSTANTS: dict[str, Constant] = {
-    "device_gb_s": Constant("GB/s", "vendor", "hardware.py"),
-    "pcie_gb_s": Constant("GB/s", "vendor", "hardware.py"),
-    "host_gb_s": Constant("GB/s", "assumed", "two channels of DDR5-5600: 2 · 8 bytes · 5.6e9/s"),
-    "device_efficiency": Constant(
-        "share", "assumed", "the target of the decode kernels (docs/kernels.md)"
-    ),
-    "pcie_efficiency": Constant(
+    device_gb_s: float = _constant("GB/s", "vendor", "hardware.py")
+    pcie_gb_s: float = _constant("GB/s", "vendor", "hardware.py")
+    host_gb_s: float = _constant(
+        "GB/s", "assumed", "two channels of DDR5-5600: 2 · 8 bytes · 5.6e9/s", 89.6
+    )
+    device_efficiency: float = _constant(
+        "share", "assumed", "the target of the decode kernels (docs/kernels.md)", 0.75
+    )
+    pcie_efficiency: float = _constant(
         "share",
         "assumed",
         "about half of what pinned copies reach: ours start in a memory map, which is not pinned",
-    ),
-    "host_efficiency": Constant("share", "assumed", "of the DIMMs' figure, for streaming reads"),
-    "launches_per_layer": Constant(
-        "kernels", "assumed", "counted in decode_loop.py's source, not in a compiled program"
-    ),
-    "launch_us": Constant("us", "assumed", "of one small kernel within a program"),
-    "token_us": Constant("us", "assumed", "entering the program and reading its report"),
-    "selection_us": Constant(
+        0.4,
+    )
+    host_efficiency: float = _constant(
+        "share", "assumed", "of the DIMMs' figure, for streaming reads", 0.7
+    )
+    launches_per_layer: float = _constant(
+        "kernels", "assumed", "counted in decode_loop.py's source, not in a compiled program", 30.0
+    )
+    launch_us: float = _constant("us", "assumed", "of one small kernel within a program", 3.0)
+    token_us: float = _constant(
+        "us", "assumed", "entering the program and reading its report", 150.0
+    )
+    selection_us: float = _constant(
         "us",
         "assumed",
         "telling a policy of one use, in Python: the 35 us that a layer of the null-compute "
         "model took in all (WORKSPACE.md), shared by 8",
-    ),
-    "exit_us": Constant(
+        4.0,
+    )
+    exit_us: float = _constant(
         "us",
         "assumed",
         "a third of what two loaded cores took on a null-compute model: 1,183 us a layer with "
         "misses against 35 without (WORKSPACE.md); a desktop's core is faster",
-    ),
-    "copies_per_expert": Constant("copies", "specification", "gate, up and down (cache/pool.py)"),
-    "copy_latency_us": Constant("us", "assumed", "of one copy, beside its bytes"),
-    "overlap_share": Constant("share", "assumed", "nothing, until a share is measured"),
-    "handover_us": Constant(
-        "us", "assumed", "activations to the CPU, its threads' start, and the result back, a layer"
-    ),
-}
+        400.0,
+    )
+    copies_per_expert: float = _constant(
+        "copies", "specification", "gate, up and down (cache/pool.py)", 3.0
+    )
+    copy_latency_us: float = _constant("us", "assumed", "of one copy, beside its bytes", 10.0)
+    overlap_share: float = _constant("share", "assumed", "nothing, until a share is measured", 0.0)
+    handover_us: float = _constant(
+        "us",
+        "assumed",
+        "activations to the CPU, its threads' start, and the result back, a layer",
+        100.0,
+    )
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name.endswith(("gb_s", "efficiency")) and not value > 0:
+                raise ValueError(f"{name} is {value}; want more than 0")
+            if value < 0 or (name.endswith(("efficiency", "share")) and value > 1):
+                raise ValueError(f"{name} is {value}; out of its range")
+
 
 OURS, COMPILED = "hobbit_jax", "compiled"
 # What differs in an engine of compiled code: copies from pinned memory, exits that are waits for an
@@ -129,14 +120,10 @@ def of_engine(machine: Machine, engine: str) -> Machine:
 def measured(
     machines: Mapping[str, Machine], found: Bandwidths, gpu: GPU, format: str, piece_bytes: float
 ) -> dict[str, Machine]:
-    """The machines with bandwidths as `scripts/bench_bandwidth.py` found them.
+    """The machines, by engine, with bandwidths as `scripts/bench_bandwidth.py` found them.
 
-    Args:
-        machines: by engine; ours copies from mapped memory, a compiled one from pinned.
-        found: by the machine that the plan is for.
-        gpu: of the plan.
-        format: of most expert bytes.
-        piece_bytes: of one copy.
+    Ours copies pieces of `piece_bytes` from mapped memory, a compiled engine from pinned. `format`
+    is that of most expert bytes.
 
     Raises:
         ValueError: the bandwidths are of another device, or not of this format.
@@ -226,14 +213,11 @@ def token_time(traffic: Traffic, machine: Machine) -> TokenTime:
 
 
 def describe(machine: Machine, given: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Every constant with its value, unit, origin and source.
-
-    Args:
-        machine: the constants.
-        given: where those come from that the user gave or measured.
+    """Every constant with its value, unit, origin and source; `given` has the sources of those
+    that the user gave or measured.
     """
     return [
-        {"name": name, "value": value, **asdict(CONSTANTS[name])}
-        | ({"origin": "given", "source": given[name]} if name in given else {})
-        for name, value in asdict(machine).items()
+        {"name": f.name, "value": getattr(machine, f.name), **f.metadata}
+        | ({"origin": "given", "source": given[f.name]} if f.name in given else {})
+        for f in fields(machine)
     ]

@@ -16,21 +16,13 @@ _LANE_GB_S = {3: 0.985, 4: 1.969, 5: 3.938}
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU by its name, or a machine given in figures.
+    """A GPU by its name, or a machine given in figures."""
 
-    Attributes:
-        name: as its vendor writes it.
-        vram_gib: of device memory; None where figures were given.
-        device_gb_s: device memory, 1e9 bytes a second.
-        pcie_gb_s: host to device, 1e9 bytes a second.
-        origin: where the figures come from.
-    """
-
-    name: str
-    vram_gib: float | None
-    device_gb_s: float
-    pcie_gb_s: float
-    origin: str
+    name: str  # as its vendor writes it
+    vram_gib: float | None  # of device memory; None where figures were given
+    device_gb_s: float  # device memory, 1e9 bytes a second
+    pcie_gb_s: float  # host to device, 1e9 bytes a second
+    origin: str  # where the figures come from
 
 
 def _gpu(name: str, vram_gib: float, device_gb_s: float, generation: int, lanes: int) -> GPU:

@@ -1,7 +1,7 @@
 """What to run on a GPU: what fits, what to expect of each setting, and what to choose.
 
-Owns the order of the questions and the figures that answer them. `records.py` makes them a record,
-which `report/planner_tables.py` shows on the screen and in the document. Every prediction is a
+Owns the order of the questions and the figures that answer them, and their record, which
+`report/planner_tables.py` shows on the screen and in the document. Every prediction is a
 list, one for each routing that the plan was given: a user's own trace is one, made-up routing is
 two (`routing.py`).
 """
@@ -9,11 +9,12 @@ two (`routing.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.miss_modes import FETCH
@@ -25,6 +26,7 @@ from hobbit_jax.planner.cost_model import (
     COMPILED,
     OURS,
     Machine,
+    TokenTime,
     Traffic,
     describe,
     link_to_host,
@@ -42,7 +44,9 @@ from hobbit_jax.planner.traffic import (
     layers_that_fit,
     replay_setting,
 )
+from hobbit_jax.record import Benchmark, Record, machine, measured
 
+STUDY = "planner"
 GIB = 2**30
 LLAMA_CPP = "llama.cpp"
 # Joint perturbations of all assumed constants, each between half and double.
@@ -51,21 +55,13 @@ DRAWS = 200
 
 @dataclass(frozen=True)
 class Request:
-    """What the GPU's memory is for.
+    """What the GPU's memory is for."""
 
-    Attributes:
-        vram_gib: of the GPU.
-        context: tokens of the KV cache.
-        kv_format: of keys and values in our engine.
-        chunk_tokens: of one prefill step.
-        reserve_gib: for the driver and the display.
-    """
-
-    vram_gib: float
-    context: int = 4096
-    kv_format: str = "float32"
-    chunk_tokens: int = 256
-    reserve_gib: float = 0.75
+    vram_gib: float  # of the GPU
+    context: int = 4096  # tokens of the KV cache
+    kv_format: str = "float32"  # of keys and values in our engine
+    chunk_tokens: int = 256  # of one prefill step
+    reserve_gib: float = 0.75  # for the driver and the display
 
 
 @dataclass(frozen=True)
@@ -86,21 +82,14 @@ class Memory:
 
 @dataclass(frozen=True)
 class Option:
-    """A way of decoding under one routing: a setting of ours, or what llama.cpp would do.
-
-    Attributes:
-        loss: expected, nats a token.
-        outcome: of a setting of ours.
-        on_gpu: share (0-1) of the selections that llama.cpp computes on the GPU.
-        flag: what it is told, where that depends on the memory.
-    """
+    """A way of decoding under one routing: a setting of ours, or what llama.cpp would do."""
 
     name: str
-    loss: float
+    loss: float  # expected, nats a token
     traffic: Traffic
-    outcome: Outcome | None = None
-    on_gpu: float = 0.0
-    flag: str = ""
+    outcome: Outcome | None = None  # of a setting of ours
+    on_gpu: float = 0.0  # share (0-1) of the selections that llama.cpp computes on the GPU
+    flag: str = ""  # what it is told, where that depends on the memory
 
 
 @dataclass
@@ -110,19 +99,14 @@ class _Options:
     found: list[Option] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def speeds(self, machines: Mapping[str, Machine], engine: str) -> list[float]:
-        """Tokens a second of each, with our settings in `engine`; llama.cpp is compiled."""
-        return [
-            token_time(o.traffic, machines[engine if o.outcome else COMPILED]).tokens_per_second
-            for o in self.found
-        ]
-
     def choose(self, machines: Mapping[str, Machine], engine: str, ours: bool) -> str:
-        """The option that the rule takes, of all or of our settings."""
-        speeds = self.speeds(machines, engine)
-        at = [i for i, option in enumerate(self.found) if option.outcome or not ours]
-        losses = [self.found[i].loss for i in at]
-        return self.found[at[candidates.choose([speeds[i] for i in at], losses)]].name
+        """The option that the rule takes, of all or of our settings; those run in `engine`."""
+        options = [option for option in self.found if option.outcome or not ours]
+        speeds = [
+            token_time(o.traffic, machines[engine if o.outcome else COMPILED]).tokens_per_second
+            for o in options
+        ]
+        return options[candidates.choose(speeds, [o.loss for o in options])].name
 
     def choices(self, machines: Mapping[str, Machine]) -> dict[str, str]:
         """What to run in this engine; of all; and of all if this engine were compiled."""
@@ -171,18 +155,13 @@ def make_plan(
     request: Request,
     routings: Sequence[Routing],
     given: Mapping[str, str],
-    progress: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Any]:
-    """The record of a plan, ready for JSON; speeds are predictions.
+    """A plan, ready for JSON; speeds are predictions.
 
     Args:
-        model: what shall run.
-        gpu: where.
-        machines: the constants of the cost model, by engine.
-        request: what its memory is for.
+        model, gpu, request: what shall run where, and what the memory is for.
+        machines: the constants of the cost model, by engine; `given` as in `describe`.
         routings: what the replays run on, the least local first.
-        given: where those constants come from that the user gave or measured.
-        progress: called with the name of each setting before it is replayed.
 
     Raises:
         ValueError: see `divide_memory`.
@@ -192,15 +171,15 @@ def make_plan(
     listed = candidates.settings(link_to_host(machines[OURS]))
 
     def under(asked: Request) -> list[_Options]:
-        return [_options(model, listed, routing, asked, progress) for routing in routings]
+        return [_options(model, listed, routing, asked) for routing in routings]
 
     base = under(request)
     constants = describe(machines[OURS], given)
     varied = {label: under(asked) for label, asked in _other_requests(model, request).items()}
     assumed = [c["name"] for c in constants if c["origin"] == "assumed" and c["value"]]
-    first = base[0].found
+    # One tuple an option: what it comes to under each routing. The first is native.
+    options = list(zip(*(world.found for world in base), strict=True))
     return {
-        "kind": "plan",
         "model": {
             "name": model.name,
             "layers": config.n_layers,
@@ -221,15 +200,27 @@ def make_plan(
         "policy": DEFAULT_POLICY,
         "constants": constants,
         "assumed": assumed,
-        "settings": [_shown(o.name, base, machines) for o in first if o.outcome],
+        "settings": [_shown(o, options[0], machines) for o in options if o[0].outcome],
         "left_out": base[0].left_out,
-        "baselines": [_shown(o.name, base, machines) for o in first if not o.outcome],
-        "choices": _by_routing(options.choices(machines) for options in base),
+        "baselines": [_shown(o, options[0], machines) for o in options if not o[0].outcome],
+        "choices": _by_routing(world.choices(machines) for world in base),
         "sensitivity": _one_by_one(base, varied, machines, assumed),
         "joint": _joint([base, *varied.values()], machines, assumed),
         "speedup_needed": candidates.SPEEDUP_NEEDED,
         "most_loss": candidates.MOST_LOSS,
     }
+
+
+def plan_record(plan: Mapping[str, Any]) -> Record:
+    """The record of what `make_plan` made."""
+    of_plan = ("context", "kv_format", "policy", "chunk_tokens")
+    setting = {
+        "model": plan["model"]["name"],
+        "gpu": plan["gpu"]["name"],
+        **{name: plan[name] for name in of_plan},
+    }
+    found = measured({name: value for name, value in plan.items() if name not in of_plan})
+    return Record(STUDY, Benchmark(STUDY, setting), **vars(found), **machine())
 
 
 def _other_requests(model: PlannedModel, request: Request) -> dict[str, Request]:
@@ -252,16 +243,12 @@ def _other_requests(model: PlannedModel, request: Request) -> dict[str, Request]
 
 
 def _options(
-    model: PlannedModel,
-    listed: Sequence[Setting],
-    routing: Routing,
-    request: Request,
-    progress: Callable[[str], object],
+    model: PlannedModel, listed: Sequence[Setting], routing: Routing, request: Request
 ) -> _Options:
     options, pool = _Options(), divide_memory(model, request).pool
     native_fits = model.native_bytes <= pool
-    for setting in listed[:1] if native_fits else listed:
-        progress(setting.name)
+    compared = listed[:1] if native_fits else listed
+    for setting in tqdm(compared, unit="setting", leave=False, disable=None):
         try:
             outcome = replay_setting(
                 setting, model, routing.trace, pool, request.context, request.kv_format
@@ -301,32 +288,34 @@ def _baselines(model: PlannedModel, routing: Routing, request: Request) -> list[
     return baselines
 
 
-def _shown(name: str, base: Sequence[_Options], machines: Mapping[str, Machine]) -> dict[str, Any]:
+def _shown(
+    found: Sequence[Option], native: Sequence[Option], machines: Mapping[str, Machine]
+) -> dict[str, Any]:
     """An option's entry of the record, with a list of every prediction over the routings."""
-    found = [next(o for o in options.found if o.name == name) for options in base]
-    engine = OURS if found[0].outcome else COMPILED
-    times = [token_time(option.traffic, machines[engine]) for option in found]
+
+    def times(options: Sequence[Option], engine: str) -> list[TokenTime]:
+        return [token_time(option.traffic, machines[engine]) for option in options]
+
+    outcomes = [option.outcome for option in found if option.outcome]
+    own = times(found, OURS if outcomes else COMPILED)
     shown: dict[str, Any] = {
-        "name": name,
+        "name": found[0].name,
         "expected_loss": [option.loss for option in found],
         "traffic": [asdict(option.traffic) for option in found],
-        "token_ms": [asdict(time) for time in times],
-        "tokens_per_second": [time.tokens_per_second for time in times],
+        "token_ms": [asdict(time) for time in own],
+        "tokens_per_second": [time.tokens_per_second for time in own],
     }
-    outcomes = [option.outcome for option in found if option.outcome]
     if not outcomes:
         return {**shown, "on_gpu": [o.on_gpu for o in found], "flag": found[0].flag}
-    native = [token_time(options.found[0].traffic, machines[OURS]).total for options in base]
+    rivals = times(native, OURS)
     return {
         **shown,
         **asdict(outcomes[0].setting),
         "slots": outcomes[0].slots,
         "residents": outcomes[0].residents,
         **{key: [getattr(o, key) for o in outcomes] for key in ("hit_rate", "low_uses", "skipped")},
-        "compiled_tokens_per_second": [
-            token_time(option.traffic, machines[COMPILED]).tokens_per_second for option in found
-        ],
-        "speedup": [n / time.total for n, time in zip(native, times, strict=True)],
+        "compiled_tokens_per_second": [t.tokens_per_second for t in times(found, COMPILED)],
+        "speedup": [rival.total / t.total for rival, t in zip(rivals, own, strict=True)],
     }
 
 
@@ -360,15 +349,16 @@ def _one_by_one(
 ) -> list[dict[str, Any]]:
     """What the rule chooses with each assumed constant halved and doubled (a share: to 1), and with
     another KV format or context."""
-    found = []
+    cases = []
     for name in assumed:
         for factor in (0.5, 2.0):
             other = _scaled(machines, {name: factor})
-            label = f"{name} {getattr(other[OURS], name):g}"
-            found.append((label, _by_routing(options.choices(other) for options in base)))
-    for label, worlds in varied.items():
-        found.append((label, _by_routing(options.choices(machines) for options in worlds)))
-    return [{"changed": label, **choices} for label, choices in found]
+            cases.append((f"{name} {getattr(other[OURS], name):g}", other, base))
+    cases += [(label, machines, worlds) for label, worlds in varied.items()]
+    return [
+        {"changed": label, **_by_routing(options.choices(scaled) for options in worlds)}
+        for label, scaled, worlds in cases
+    ]
 
 
 def _joint(

@@ -11,6 +11,7 @@ figures of mixed trust.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from pathlib import Path
@@ -23,6 +24,7 @@ from hobbit_jax.planner.hardware import find_gpu
 from hobbit_jax.planner.routing import synthetic_routing
 from hobbit_jax.planner.shapes import PlannedModel, preset_model
 from hobbit_jax.planner.traffic import all_on_cpu, hot_on_device, replay_setting
+from hobbit_jax.record import Benchmark, Record, machine, measured
 
 CONTEXT = 4096
 # Pairs of reports whose order must be right differ by more.
@@ -33,29 +35,21 @@ APART = 1.25
 class Report:
     """One reported speed.
 
-    Attributes:
-        group: who chose it, and when.
-        model: a preset.
-        gpu: by `find_gpu`.
-        placement: of the experts, with its `amount`: so many layers computed on the CPU
-            (--n-cpu-moe), so many GB of hot ones on the GPU for good and the others computed on
-            the CPU, an LRU cache of so many GB whose misses are copied to it, such a cache with
-            this hit rate, or no GPU at all.
-        tokens_per_second: as reported, one sequence.
-        source: where, and what is unsure.
-        host_gb_s: of the host's memory, nominal, as reported; None where it was not said.
-        file_gb: of the file, 1e9 bytes, where it is not the preset's.
+    `placement` is of the experts, with its `amount`: so many layers computed on the CPU
+    (--n-cpu-moe), so many GB of hot ones on the GPU for good and the others computed on the CPU, an
+    LRU cache of so many GB whose misses are copied to it, such a cache with this hit rate, or no
+    GPU at all.
     """
 
-    group: str
-    model: str
-    gpu: str
+    group: str  # who chose it, and when
+    model: str  # a preset
+    gpu: str  # by `find_gpu`
     placement: Literal["layers_on_cpu", "hot_gb", "cache_gb", "hit_rate", "no_gpu"]
     amount: float
-    tokens_per_second: float
-    source: str
-    host_gb_s: float | None = None
-    file_gb: float | None = None
+    tokens_per_second: float  # as reported, one sequence
+    source: str  # where, and what is unsure
+    host_gb_s: float | None = None  # of the host's memory, nominal; None where it was not said
+    file_gb: float | None = None  # of the file, 1e9 bytes, where it is not the preset's
 
     @property
     def what(self) -> str:
@@ -160,3 +154,9 @@ def compare_reports() -> dict[str, Any]:
         "median_errors": {group: median(own) for group, own in errors.items()},
         "wrong_pairs": wrong,
     }
+
+
+def reports_record(compared: Mapping[str, Any]) -> Record:
+    """The record of what `compare_reports` found."""
+    asked = Benchmark("planner reports", {"reports": len(compared["rows"])})
+    return Record("planner", asked, **vars(measured(compared)), **machine())

@@ -44,23 +44,14 @@ TOKENS = PROFILE_TOKENS + WARM_TOKENS + COUNTED_TOKENS
 
 @dataclass(frozen=True)
 class RoutingSkew:
-    """Statistics of made-up routing; standard deviations are over that of the noise.
+    """Statistics of made-up routing; standard deviations are over that of the noise."""
 
-    Attributes:
-        hot_experts: standard deviation of f over a layer's experts.
-        slow: standard deviation of s.
-        slow_memory: what s keeps from one token to the next, 0-1.
-        fast: standard deviation of q.
-        fast_memory: what q keeps from one token to the next, 0-1.
-        source: what they were fitted to.
-    """
-
-    hot_experts: float
-    slow: float
-    slow_memory: float
-    fast: float
-    fast_memory: float
-    source: str
+    hot_experts: float  # standard deviation of f over a layer's experts
+    slow: float  # standard deviation of s
+    slow_memory: float  # what s keeps from one token to the next, 0-1
+    fast: float  # standard deviation of q
+    fast_memory: float  # what q keeps from one token to the next, 0-1
+    source: str  # what they were fitted to
 
 
 LEAST_LOCAL = RoutingSkew(
@@ -80,17 +71,11 @@ LAYERS = 12
 
 @dataclass(frozen=True)
 class Routing:
-    """A trace to replay.
+    """A trace to replay."""
 
-    Attributes:
-        trace: `TOKENS` tokens at most.
-        source: where it comes from.
-        extrapolates: why its rates may not be the model's, one reason each; empty for its own.
-    """
-
-    trace: Trace
-    source: str
-    extrapolates: tuple[str, ...]
+    trace: Trace  # `TOKENS` tokens at most
+    source: str  # where it comes from
+    extrapolates: tuple[str, ...]  # why its rates may not be the model's; empty for its own
 
 
 def recorded(trace: Trace, config: ModelConfig) -> Routing:

@@ -47,21 +47,15 @@ Matrices = Sequence[Stack]  # gate, up and down of a layer
 class PlannedModel:
     """A model's shapes and sizes.
 
-    Attributes:
-        name: of the file or the preset.
-        config: of the model, but for gate and up, which are apart, and experts' biases, which count
-            as dense.
-        experts: gate, up and down of each layer.
-        dense_bytes: on the device, of everything but the experts' matrices.
-        dense_read_bytes: of these, what one token reads: of an embedding that is not the head, a
-            row.
+    `config` is the model's, but for gate and up, which are apart, and experts' biases, which count
+    as dense.
     """
 
-    name: str
+    name: str  # of the file or the preset
     config: ModelConfig
-    experts: Sequence[Matrices]
-    dense_bytes: int
-    dense_read_bytes: int
+    experts: Sequence[Matrices]  # gate, up and down of each layer
+    dense_bytes: int  # on the device, of everything but the experts' matrices
+    dense_read_bytes: int  # that one token reads: of an embedding that is not the head, a row
 
     @property
     def native_bytes(self) -> int:

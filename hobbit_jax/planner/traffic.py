@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -33,23 +34,14 @@ from pallas_kernels.reference import Signature
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of decoding.
+    """One way of decoding."""
 
-    Attributes:
-        name: in tables.
-        mode: by its name (`cache/miss_modes.py`).
-        low_format: of the low precision; None without one.
-        asked: whether every expert is asked for natively or at the low precision.
-        low_share: of the pool's bytes for low copies, where the mode keeps some.
-        link_to_host: the link's bandwidth over the CPU's, for modes that compute misses there.
-    """
-
-    name: str
-    mode: str = "fetch"
-    low_format: str | None = None
-    asked: Literal["native", "low"] = "native"
-    low_share: float = DEFAULT_LOW_SHARE
-    link_to_host: float = LINK_TO_HOST
+    name: str  # in tables
+    mode: str = "fetch"  # by its name (`cache/miss_modes.py`)
+    low_format: str | None = None  # of the low precision; None without one
+    asked: Literal["native", "low"] = "native"  # of every expert
+    low_share: float = DEFAULT_LOW_SHARE  # of the pool for low copies, where the mode keeps some
+    link_to_host: float = LINK_TO_HOST  # the link's bandwidth over the CPU's, where that computes
 
     @property
     def rule(self) -> MissMode:
@@ -65,43 +57,26 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a setting came to on one pool.
-
-    Attributes:
-        slots: per bank, by its formats.
-        residents: distinct (layer, expert) pairs on the device.
-        hit_rate: 0-1 over expert uses, at the copy that served.
-        low_uses: 0-1 of selections that ran at the low precision.
-        skipped: 0-1 of selections that nothing served.
-        traffic: of one token.
-    """
+    """What a setting came to on one pool."""
 
     setting: Setting
-    slots: dict[str, int]
-    residents: int
-    hit_rate: float
-    low_uses: float
-    skipped: float
-    traffic: Traffic
+    slots: dict[str, int]  # per bank, by its formats
+    residents: int  # distinct (layer, expert) pairs on the device
+    hit_rate: float  # 0-1 over expert uses, at the copy that served
+    low_uses: float  # 0-1 of selections that ran at the low precision
+    skipped: float  # 0-1 of selections that nothing served
+    traffic: Traffic  # of one token
 
 
 @dataclass(frozen=True)
 class _Warm:
-    """A replay that was warmed up on a profile, and what is left of the trace.
+    """A replay that was warmed up on a profile, and what is left of the trace."""
 
-    Attributes:
-        replay: whose residents are the most used of the profile.
-        slots: of the model's banks, where the replay's are those of the trace's shape.
-        layers: of the model, for which each layer of the trace stands.
-        start: first token after the profile.
-        counted: first token whose costs count.
-    """
-
-    replay: Replay
-    slots: Mapping[Signature, int]
-    layers: list[int]
-    start: int
-    counted: int
+    replay: Replay  # whose residents are the most used of the profile
+    slots: Mapping[Signature, int]  # of the model's banks; the replay's have the trace's shape
+    layers: list[int]  # of the model, for which each layer of the trace stands
+    start: int  # first token after the profile
+    counted: int  # first token whose costs count
 
 
 def _shrunk(
@@ -228,13 +203,9 @@ def all_on_cpu(model: PlannedModel, context: int, resident_layers: int = 0) -> T
 
 def layers_that_fit(model: PlannedModel, pool_bytes: int) -> int:
     """Layers, from the last, whose native experts fit together."""
-    fit, left = 0, pool_bytes
-    for layer in reversed(model.store().precisions[NATIVE]):
-        left -= layer.expert_bytes * model.config.n_experts
-        if left < 0:
-            break
-        fit += 1
-    return fit
+    layers = reversed(model.store().precisions[NATIVE])
+    totals = accumulate(layer.expert_bytes * model.config.n_experts for layer in layers)
+    return sum(total <= pool_bytes for total in totals)
 
 
 def hot_on_device(

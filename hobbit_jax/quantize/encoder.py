@@ -3,7 +3,7 @@
 Owns the checks, the chunking over cores, and which search serves which format. Scales are chosen
 in `scale_search` and `single_scale`; what a block can say, and where, is `pallas_kernels.formats`.
 
-Errors and speeds beside ggml's own: docs/encoders.md, which `scripts/dev/bench_encoders.py` makes.
+Errors and speeds beside ggml's own: docs/encoders.md.
 
 Shape letters: N rows, K columns; inside, G blocks, W weights of a block, P bytes.
 """

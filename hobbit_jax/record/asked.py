@@ -178,15 +178,10 @@ class Benchmark:
 Asked = CacheTrial | QualityTrial | Benchmark
 
 
-def _canonical(asked: Asked) -> dict[str, Any]:
-    # As read back from JSON: a whole number in a field of floats is a float there.
-    found = plain(asked)
-    return plain(typed(dict(found), Asked, "asked"))
-
-
 def record_name(asked: Asked) -> str:
     """A readable name, and a file name, that ends in 12 digits of a hash of all that was asked."""
-    found = _canonical(asked)
+    # As read back from JSON: a whole number in a field of floats is a float there.
+    found = plain(typed(plain(asked), Asked, "asked"))
     digest = hashlib.sha256(json.dumps(found, sort_keys=True, allow_nan=False).encode())
     shown = {key: value for key, value in found.items() if key not in ("inputs", "sizes", "kind")}
     label = re.sub(r"[^A-Za-z0-9_.]+", "-", _words(shown))[:_MAX_LABEL].strip("-.")

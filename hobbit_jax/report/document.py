@@ -153,11 +153,8 @@ def _about(studies: Studies, sweep: Sweep) -> dict[str, Any]:
 
 
 def render_plan(record: Record, check: Mapping[str, float]) -> str:
-    """What the planner predicts for one model and GPU, for the screen.
-
-    Args:
-        record: of `planner.records.plan_record`.
-        check: the summary of `planner.published_benchmarks.recorded_check`.
+    """What the planner predicts for one model and GPU, for the screen, by its record and the
+    summary of how far such predictions were off.
     """
     return _render("plan.md.j2", plan=planner_tables.Plan(record), check=check)
 

@@ -36,16 +36,13 @@ def export(found: Records, path: Path) -> int:
         fields.pop("samples", None)
         own = fields.pop("metrics", {}) | fields.pop("notes", {})
         rows.append({"name": record.name, "status": record.status, **fields, **own})
-    frame = pandas.json_normalize(rows).convert_dtypes(convert_string=False)
-    for name in frame:
-        values = frame[name].dropna()
-        if any(isinstance(value, list) for value in values):
-            frame[name] = frame[name].map(", ".join, na_action="ignore")
-        if len({type(value) for value in values}) > 1:
-            frame[name] = frame[name].astype("string")
+    frame = pandas.json_normalize(rows).convert_dtypes()
+    for name in frame.select_dtypes("object"):  # lists, and values of several types
+        frame[name] = frame[name].map(
+            lambda value: ", ".join(map(str, value)) if isinstance(value, list) else str(value),
+            na_action="ignore",
+        )
     with replacing(path) as partial:
-        if path.suffix == ".csv":
-            frame.to_csv(partial, index=False)
-        else:
-            frame.to_parquet(partial, index=False)
+        write = frame.to_csv if path.suffix == ".csv" else frame.to_parquet
+        write(partial, index=False)
     return len(frame)

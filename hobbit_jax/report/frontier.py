@@ -35,6 +35,11 @@ ENCODERS = ("rtn", "importance", "ggml", BEST_ENCODER)
 _SCORES = ("sensitivity", "hybrid", "accumulated_weight", "frequency")
 
 
+def _of_plan(field: str, default: Any, doc: str) -> Any:
+    """A field of a plan, and what a plan without it counts as."""
+    return property(lambda averaged: getattr(averaged.plan, field, default), doc=doc)
+
+
 @dataclass(frozen=True)
 class Averaged:
     """One plan over its seeds, in the order of `seeds`.
@@ -64,30 +69,11 @@ class Averaged:
         """Below native."""
         return low_formats(self.plan)
 
-    @property
-    def encoder(self) -> str:
-        """Of the low formats; native has none and counts as the plainest."""
-        return getattr(self.plan, "encoder", ENCODERS[0])
-
-    @property
-    def through(self) -> tuple[str, ...]:
-        """Formats that the weights were rounded to before."""
-        return getattr(self.plan, "through", ())
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """The matrices that are encoded; none named are all."""
-        return getattr(self.plan, "roles", ())
-
-    @property
-    def limit(self) -> float | None:
-        """Fraction of native's bytes that a mix was given."""
-        return getattr(self.plan, "bytes_fraction", None)
-
-    @property
-    def score_text(self) -> str:
-        """Another text that its score was measured on."""
-        return getattr(self.plan, "score_text", "")
+    encoder = _of_plan("encoder", ENCODERS[0], "Of the low formats; native's is the plainest.")
+    through = _of_plan("through", (), "Formats that the weights were rounded to before.")
+    roles = _of_plan("roles", (), "The matrices that are encoded; none named are all.")
+    limit = _of_plan("bytes_fraction", None, "Fraction of native's bytes that a mix was given.")
+    score_text = _of_plan("score_text", "", "Another text that its score was measured on.")
 
     def mean(self, metric: str) -> float | None:
         """Over the seeds; None where any record lacks it."""
@@ -256,17 +242,17 @@ def frontiers(study: Study, found: Records) -> list[Frontier]:
     if not groups:
         raise ValueError(f"the study {study.name} has no finished record; run the sweep first")
     n_absent = sum(name not in done for name in study.trials)
+
+    def averaged(plan: Any, text: str, by_seed: Mapping[int, Record]) -> Averaged:
+        seeds, records = zip(*sorted(by_seed.items()), strict=True)
+        return Averaged(
+            plan, text, seeds, np.array([r.samples["kl_nats_W"] for r in records]), records
+        )
+
     return [
-        Frontier(study, text, {key: _averaged(*key, own) for key, own in plans.items()}, n_absent)
+        Frontier(study, text, {key: averaged(*key, own) for key, own in plans.items()}, n_absent)
         for text, plans in groups.items()
     ]
-
-
-def _averaged(plan: Any, text: str, records: Mapping[int, Record]) -> Averaged:
-    seeds = tuple(sorted(records))
-    ordered = tuple(records[seed] for seed in seeds)
-    kl_SW = np.array([record.samples["kl_nats_W"] for record in ordered])
-    return Averaged(plan, text, seeds, kl_SW, ordered)
 
 
 def _paired(left: Averaged, right: Averaged) -> tuple[np.ndarray, np.ndarray] | None:

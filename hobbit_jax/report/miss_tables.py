@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hobbit_jax.record import CacheTrial, MissModeTrial, Native, Record, Records, Study, Uniform
-from hobbit_jax.report.paired import difference, kl_nats_W, line_at, mean_interval, relation
+from hobbit_jax.report.paired import difference, kl_nats_W, line_at, mean_interval, points, relation
 from hobbit_jax.report.sweep import at, order, trial
 from hobbit_jax.report.table import MIB, Column, percent, ratio, table
 from hobbit_jax.statistics import Interval
@@ -98,17 +98,15 @@ class Cell:
     @cached_property
     def mixes(self) -> list[Mix]:
         """The others, those with the least KL against the line first."""
-        points = []
-        for plan in {trial(r).plan for r in self.records}:
-            for record in self.ways(plan)[:1]:
-                cost, kl_W = self.cost(record), kl_nats_W(record)
-                if cost is not None and kl_W is not None:
-                    points.append((cost.value, kl_W))
+        cheapest = [
+            way for plan in {trial(r).plan for r in self.records} for way in self.ways(plan)[:1]
+        ]
+        rivals = points(cheapest, lambda r: cost.value if (cost := self.cost(r)) else None)
         # A quant that costs more than another and loses more is no rival.
         line = [
             (place, kl_W)
-            for place, kl_W in points
-            if not any(x < place and y_W.mean() < kl_W.mean() for x, y_W in points)
+            for place, kl_W in rivals
+            if not any(x < place and y_W.mean() < kl_W.mean() for x, y_W in rivals)
         ]
         most = max((place for place, _ in line), default=0.0)
         others = [r for r in self.records if trial(r).by_decoding]
@@ -194,31 +192,27 @@ def _order(record: Record) -> tuple:
 def all_ways(study: MissStudy) -> str:
     """A row a pool and way."""
 
-    def per_token(name: str) -> Column:
-        def moved(record: Record) -> Interval:
+    def per_token(title: str, name: str, form: str, unit: float = 1) -> Column:
+        def mean(record: Record) -> Interval:
             return mean_interval(np.asarray(record.samples[f"{name}_per_token_R"]))
 
-        title, unit = {
-            "bytes_moved": ("moved, MiB a token", MIB),
-            "bytes_computed": ("computed, MiB a token", MIB),
-            "host_round_trips": ("round trips a token", 1),
-        }[name]
-        return Column(title, moved, ".3f" if unit == MIB else ".2f", unit=unit)
+        return Column(f"{title} a token", mean, form, unit=unit)
+
+    def link(record: Record) -> float | None:
+        return trial(record).link_to_host if trial(record).misses == "hybrid" else None
 
     columns = [
         Column("pool", at),
         Column("way", label),
-        Column("link to CPU", lambda r: _link(trial(r))),
+        Column("link to CPU", link, "g"),
         Column("KL", "kl_mean_nats", ".4f", interval=True),
         Column("hit rate", "hit_rate", ".2f"),
-        *map(per_token, ("bytes_moved", "bytes_computed", "host_round_trips")),
+        per_token("moved, MiB", "bytes_moved", ".3f", MIB),
+        per_token("computed, MiB", "bytes_computed", ".3f", MIB),
+        per_token("round trips", "host_round_trips", ".2f"),
         *(Column(f"cost at {n}:1", lambda r, n=n: _cost(r, n), ".2f") for n in LINK_RATIOS),
     ]
     return table(columns, study.records)
-
-
-def _link(asked: CacheTrial) -> str | None:
-    return f"{asked.link_to_host:g}" if asked.misses == "hybrid" else None
 
 
 def cheapest(study: MissStudy) -> str:

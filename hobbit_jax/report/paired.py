@@ -8,7 +8,7 @@ Student's t, which stays honest for a handful of windows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -84,6 +84,14 @@ def line_at(x: float, points: Sequence[tuple[float, np.ndarray]]) -> np.ndarray 
     width = places[right] - places[left]
     share = (x - places[left]) / width if width else 0.0
     return (1 - share) * best[places[left]] + share * best[places[right]]
+
+
+def points(
+    records: Iterable[Record], at: Callable[[Record], float | None]
+) -> list[tuple[float, np.ndarray]]:
+    """Where `at` puts each record, with its KL of windows; those without either are left out."""
+    found = ((at(record), kl_nats_W(record)) for record in records)
+    return [(float(x), kl_W) for x, kl_W in found if x is not None and kl_W is not None]
 
 
 def task_loss(record: Record, native: Record, task: str) -> Interval | None:

@@ -23,7 +23,7 @@ from hobbit_jax.record import (
     Uniform,
     low_formats,
 )
-from hobbit_jax.report.paired import kl_nats_W
+from hobbit_jax.report.paired import kl_nats_W, points
 from hobbit_jax.report.table import percent
 
 RANDOM = "random"
@@ -223,10 +223,5 @@ class Sweep:
 
     def envelope(self, record: Record) -> list[tuple[float, np.ndarray]]:
         """(bytes moved a token, KL of windows) of native and the uniform quants beside `record`."""
-        points = []
-        for other in (self.native(record), *self.uniform(record)):
-            moved = other and other.metrics.get("bytes_moved_per_token")
-            kl_W = other and kl_nats_W(other)
-            if moved is not None and kl_W is not None:
-                points.append((float(moved), kl_W))
-        return points
+        rivals = filter(None, (self.native(record), *self.uniform(record)))
+        return points(rivals, lambda r: r.metrics.get("bytes_moved_per_token"))

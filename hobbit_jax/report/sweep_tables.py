@@ -17,11 +17,16 @@ from hobbit_jax.report.verdict import Verdict, control
 
 def quality(sweep: Sweep) -> str:
     """What each plan loses, and in how many bytes."""
+
+    def stored(record: Record) -> str | None:
+        own, native = (record.metrics.get(f"{which}_bytes") for which in ("stored", "native"))
+        return ratio(own / native) if own is not None and native else None
+
     columns = [
         Column("plan", sweep.label),
         Column("budget", _budget_of_miss_mode),
         Column("stored, MiB", "stored_bytes", ".2f", unit=MIB),
-        Column("of native", lambda r: _share(r, "stored_bytes", "native_bytes")),
+        Column("of native", stored),
         Column("bits per byte", "bits_per_byte", ".4f"),
         Column("perplexity", "perplexity", ".3f"),
         Column("KL mean", "kl_mean_nats", ".4f", interval=True),
@@ -35,11 +40,6 @@ def quality(sweep: Sweep) -> str:
 
 def _budget_of_miss_mode(record: Record) -> str | None:
     return at(record) if hasattr(trial(record).plan, "mode") else None
-
-
-def _share(record: Record, part: str, whole: str) -> str | None:
-    values = [record.metrics.get(name) for name in (part, whole)]
-    return ratio(values[0] / values[1]) if values[0] is not None and values[1] else None
 
 
 def cost(sweep: Sweep, budget_mib: float) -> str:

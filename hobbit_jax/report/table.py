@@ -18,27 +18,20 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table.
-
-    Attributes:
-        title: its head.
-        field: a metric's name, a key, or a function of the row.
-        form: format of the number, without the braces; an interval is printed with it thrice.
-        interval: print the metric with its two ends.
-        unit: of the table, in units of the metric: 2**20 shows bytes as MiB.
-    """
+    """One column of a table."""
 
     title: str
-    field: str | Callable[[Any], Any]
-    form: str = ""
-    interval: bool = False
-    unit: float = 1
+    field: str | Callable[[Any], Any]  # a metric's name, a key, or a function of the row
+    form: str = ""  # of the number, without the braces; an interval is printed with it thrice
+    interval: bool = False  # print the metric with its two ends
+    unit: float = 1  # of the table, in units of the metric: 2**20 shows bytes as MiB
 
     def text(self, row: Any) -> str:
         """The cell of `row`, a `Record`, a mapping or whatever `field` takes."""
-        return figure(self._value(row), self.form, self.unit)
+        return figure(self.value(row), self.form, self.unit)
 
-    def _value(self, row: Any) -> Any:
+    def value(self, row: Any) -> Any:
+        """What the cell shows, before it is formatted."""
         if callable(self.field):
             return self.field(row)
         if isinstance(row, Record):

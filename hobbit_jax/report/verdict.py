@@ -264,21 +264,13 @@ def _line(j: Judgement) -> Clause:
 
 
 class Control(NamedTuple):
-    """A plan against demoting at random.
+    """A plan against demoting at random."""
 
-    Attributes:
-        n_draws: of the control, each matched to the plan in the share of uses that are demoted.
-        difference: KL of the plan less the mean of the draws, within windows.
-        spread: standard deviation of the draws' KL.
-        p: chance that one more draw has a KL as low as the plan's, by Student's t.
-        n_compared: plans that are compared so; Bonferroni's correction multiplies by it.
-    """
-
-    n_draws: int
-    difference: Interval
-    spread: float
-    p: float
-    n_compared: int
+    n_draws: int  # of the control, each matched to the plan in the share of uses that are demoted
+    difference: Interval  # KL of the plan less the mean of the draws, within windows
+    spread: float  # standard deviation of the draws' KL
+    p: float  # chance that one more draw has a KL as low as the plan's, by Student's t
+    n_compared: int  # plans that are compared so; Bonferroni's correction multiplies by it
 
     @property
     def relation(self) -> str:
@@ -302,16 +294,13 @@ def control(record: Record, sweep: Sweep) -> Control | None:
     by_seed: dict[int, list[Record]] = {}
     for draw in sweep.draws(record):
         by_seed.setdefault(trial(draw).seed, []).append(draw)
-    found = []
-    for draws in by_seed.values():
-        points = [(0.0, np.zeros_like(own_W))]
-        for other in (*draws, *uniform):
-            share, kl_W = other.metrics.get("demoted_share"), paired.kl_nats_W(other)
-            if share is not None and kl_W is not None:
-                points.append((float(share), kl_W))
-        control_W = paired.line_at(at, points)
-        if control_W is not None:
-            found.append(control_W)
+    native = [(0.0, np.zeros_like(own_W))]
+    lines = (
+        paired.points([*draws, *uniform], lambda r: r.metrics.get("demoted_share"))
+        for draws in by_seed.values()
+    )
+    drawn = (paired.line_at(at, native + line) for line in lines)
+    found = [control_W for control_W in drawn if control_W is not None]
     if len(found) < 2:
         return None
     from scipy import stats  # takes most of a second, which scripts without a report save

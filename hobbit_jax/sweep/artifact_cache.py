@@ -39,7 +39,7 @@ from hobbit_jax.models.loading import LoadedModel, load_model
 from hobbit_jax.quantize.methods import METHODS, NEED_MOMENTS
 from hobbit_jax.record import EvalSizes, Inputs, Measured, machine
 from hobbit_jax.resources import roomy_pool_bytes
-from hobbit_jax.sweep.texts import CODE_TEXT, calibration_documents, evaluation_documents
+from hobbit_jax.sweep.texts import calibration_documents, evaluation_documents
 from pallas_kernels.backends import for_quality
 
 
@@ -92,7 +92,7 @@ class ArtifactCache:
 
     def calibration_texts(self, text: str) -> list[str]:
         """Documents of a calibration text: a file, a named one, or "" for the sweep's own."""
-        return calibration_documents(text or self.inputs.calibration_text or CODE_TEXT)
+        return calibration_documents(text or self.inputs.calibration_text)
 
     @functools.cached_property
     def evaluation_texts(self) -> list[str]:
@@ -169,17 +169,12 @@ class ArtifactCache:
         return self._calibrations[key]
 
     def native_logits(self) -> np.ndarray:
-        """Logits of the native model on the evaluation windows, [W, T, V]."""
+        """Logits of the native model on the evaluation windows, [W, T, V], mapped."""
         path = self.workdir / "cache" / f"native-logits-{self._key(self.windows)}.npy"
         self._made(
             path, lambda: quality.write_native_logits(self._native_engine(), self.windows, path)
         )
         return np.load(path, mmap_mode="r")
-
-    @functools.cached_property
-    def native_logits_WTV(self) -> np.ndarray:
-        """`native_logits`, mapped once."""
-        return self.native_logits()
 
     def specs(self, formats: Sequence[str], how: Encoding) -> list[LowPrecisionSpec]:
         """Low precisions of these formats, encoded from the calibration text."""
@@ -213,7 +208,7 @@ class ArtifactCache:
         data_dir = Path(self.inputs.data_dir) if self.inputs.data_dir else None
         folder = self.workdir / "responses"
         return benchmarks.shares(
-            benchmarks.evaluate_engine(engine, settings, answers_depend_on, data_dir, folder, False)
+            benchmarks.evaluate_engine(engine, settings, answers_depend_on, data_dir, folder)
         )
 
     def precision(self, spec: LowPrecisionSpec) -> GGUFFile:

@@ -17,27 +17,16 @@ from hobbit_jax.sweep.artifact_cache import ArtifactCache, Encoding
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file that trials with these inputs and sizes read.
-
-    Attributes:
-        inputs, sizes: of the trials.
-        maker: method of `ArtifactCache` that makes the file unless it exists.
-        arguments: of that method.
-        artifacts: those that it is made of.
-    """
+    """A file that trials with these inputs and sizes read."""
 
     inputs: Inputs
     sizes: EvalSizes
-    maker: Callable[..., Any]
-    arguments: tuple[Any, ...] = ()
-    artifacts: tuple[Artifact, ...] = ()
+    maker: Callable[..., Any]  # method of `ArtifactCache` that makes the file unless it exists
+    arguments: tuple[Any, ...] = ()  # of that method
+    artifacts: tuple[Artifact, ...] = ()  # those that it is made of
 
     def make(self, bench: ArtifactCache) -> None:
-        """Makes the file.
-
-        Raises:
-            Exception: whatever a trial would meet that makes it.
-        """
+        """Makes the file, or raises whatever a trial would meet that makes it."""
         self.maker(bench, *self.arguments)
 
 

@@ -73,13 +73,13 @@ def measure_trial(
     engine = Engine(bench.model, store, config)
     shared = of_quality(asked)
     name, batch = record_name(shared), 1 if asked.by_decoding else None
-    sizes, native_WTV = asked.sizes, bench.native_logits_WTV
+    sizes, native_WTV = asked.sizes, bench.native_logits()
 
     def losses() -> Measured:
         if not asked.by_decoding:
-            return quality.evaluate(engine, bench.windows, native_WTV).measured()
+            return measured(quality.evaluate(engine, bench.windows, native_WTV))
         windows = bench.windows.first(sizes.decoded_windows)
-        return quality.evaluate_decoding(engine, windows, native_WTV).measured()
+        return measured(quality.evaluate_decoding(engine, windows, native_WTV))
 
     def scores() -> Measured:
         if getattr(asked.plan, "score", None) == "random":

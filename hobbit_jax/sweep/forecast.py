@@ -7,7 +7,6 @@ out that trials differ: a small pool decodes slower than the one measured, and p
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.loading import LoadedModel, load_model
 from hobbit_jax.quantize import ggml, gptq
-from hobbit_jax.record import CacheTrial, EvalSizes, MissModeTrial
+from hobbit_jax.record import CacheTrial, EvalSizes, MissModeTrial, QualityTrial
 from hobbit_jax.resources import roomy_pool_bytes
 from hobbit_jax.sweep.cache_trial import of_quality
 from hobbit_jax.sweep.trial import Trial
@@ -39,72 +38,62 @@ def forecast_hours(
 ) -> dict[str, float]:
     """Hours of one worker by kind of work; what trials share is counted once.
 
-    Args:
-        trials: those that are not finished.
-        to_encode: how many low-precision copies are not there yet, by (model, format, method).
+    `to_encode` says how many low-precision copies are not there yet, by (model, format, method).
     """
     seconds: dict[str, float] = defaultdict(float)
-    shared: dict[tuple, float] = {}
-    by_sizes: dict[tuple, list[Trial]] = defaultdict(list)
+    models: dict[str, LoadedModel] = {}
+    groups: dict[tuple[str, str], list[Trial]] = defaultdict(list)
     for trial in trials:
-        by_sizes[trial.inputs, trial.sizes].append(trial)
-
-    @functools.cache
-    def model_of(path: str, implementation: str) -> LoadedModel:
-        return load_model(path or reference.model_path(), for_quality(implementation or None))
-
-    @functools.cache
-    def speeds_of(path: str, implementation: str, context: int) -> tuple[float, float]:
-        return _speeds(model_of(path, implementation), context)
-
-    for (inputs, sizes), group in by_sizes.items():
-        window_s, token_s = speeds_of(inputs.model, inputs.implementation, sizes.context)
-        shared[inputs, sizes.windows, sizes.calibration_windows, sizes.context] = window_s
-        for name, value in _trials_s(group, sizes, window_s, token_s).items():
-            seconds[name] += value
-    for (_, windows, calibration_windows, _), window_s in shared.items():
-        # The inputs of a calibration are summed up in about the time that they take to compute.
-        seconds["native logits and calibration"] += (windows + 2 * calibration_windows) * window_s
-    implementations = {trial.inputs.model: trial.inputs.implementation for trial in trials}
+        groups[trial.inputs.model, trial.inputs.implementation].append(trial)
+    for (path, implementation), group in groups.items():
+        model = load_model(path or reference.model_path(), for_quality(implementation or None))
+        models[path], speeds = model, _speeds(model, group[0].sizes.context)
+        for sizes in dict.fromkeys(trial.sizes for trial in group):
+            asked = [trial.asked for trial in group if trial.sizes == sizes]
+            for name, value in _trials_s(asked, sizes, *speeds).items():
+                seconds[name] += value
+        for _, windows, calibration_windows, context in {
+            (t.inputs, t.sizes.windows, t.sizes.calibration_windows, t.sizes.context) for t in group
+        }:
+            # The inputs of a calibration are summed up in about the time that they take to compute.
+            tokens = (windows + 2 * calibration_windows) * context
+            seconds["native logits and calibration"] += tokens * speeds[0]
     for (path, format, method), count in to_encode.items():
-        model = model_of(path, implementations[path])
-        seconds["encoding"] += count * _encode_s(model, format, method)
+        seconds["encoding"] += count * _encode_s(models[path], format, method)
     return {name: value / 3600 for name, value in seconds.items()}
 
 
 def _trials_s(
-    trials: Sequence[Trial], sizes: EvalSizes, window_s: float, token_s: float
+    asked: Sequence[CacheTrial | QualityTrial], sizes: EvalSizes, scored_s: float, decoded_s: float
 ) -> dict[str, float]:
     """Seconds that the trials of one size measure, by kind."""
-    asked = [trial.asked for trial in trials]
     by_miss = sum(isinstance(one.plan, MissModeTrial) for one in asked)
     with_pool = [one for one in asked if isinstance(one, CacheTrial)]
     n_plans = len(asked) - len(with_pool) + len(set(map(of_quality, with_pool))) - by_miss
     # The miniature tasks' problems are answered all at a time, or by a miss mode one by one.
     tasks = 2 * _TASK_TOKENS if sizes.task_problems else 0
-    together_s = tasks * (token_s + sizes.task_problems * window_s / sizes.context)
+    together_s = tasks * (decoded_s + sizes.task_problems * scored_s)
     problems = sizes.benchmark_problems or _BENCHMARK_PROBLEMS
-    benchmarks_s = len(sizes.benchmarks) * problems * _BENCHMARK_TOKENS * token_s
-    singly_s = tasks * sizes.task_problems * token_s
+    benchmarks_s = len(sizes.benchmarks) * problems * _BENCHMARK_TOKENS * decoded_s
+    singly_s = tasks * sizes.task_problems * decoded_s
     decoded = (sizes.decode_repeats + 1) * (sizes.decode_prompt_tokens + sizes.decode_tokens)
     return {
-        "quality": window_s * sizes.windows * n_plans
-        + token_s * sizes.decoded_windows * sizes.context * by_miss,
-        "decoding": token_s * decoded * len(with_pool),
+        "quality": sizes.context
+        * (scored_s * sizes.windows * n_plans + decoded_s * sizes.decoded_windows * by_miss),
+        "decoding": decoded_s * decoded * len(with_pool),
         "tasks": (together_s + benchmarks_s) * n_plans + (singly_s + benchmarks_s) * by_miss,
     }
 
 
 def _speeds(model: LoadedModel, context: int) -> tuple[float, float]:
-    """Seconds of a window of `context` tokens, and of one decoded token."""
+    """Seconds of a token that is scored in a window of `context` tokens, and of a decoded one."""
     store = HostExperts(model.config, model.file)
     engine = Engine(model, store, CacheConfig(roomy_pool_bytes(store.precision_bytes(NATIVE))))
     prompt = max(1, context - _DECODED)
     rows = (2, prompt + _DECODED)
     ids_RS = np.random.default_rng(0).integers(0, model.config.vocab_size, rows, np.int32)
     found, _ = measure_engine(engine, ids_RS, prompt)
-    window_s = float(found.first_token_s[0]) * context / prompt
-    return window_s, float(found.decode_s[0]) / _DECODED
+    return float(found.first_token_s[0]) / prompt, float(found.decode_s[0]) / _DECODED
 
 
 def _encode_s(model: LoadedModel, format: str, method: str) -> float:
@@ -113,18 +102,18 @@ def _encode_s(model: LoadedModel, format: str, method: str) -> float:
     layer = HostExperts(config, model.file).layer(NATIVE, config.n_layers // 2)
     matrices = [dequantize(tensor, 0) for tensor in (layer.gate, layer.up, layer.down)]
 
+    def encode(weights_NK: np.ndarray) -> None:
+        columns = weights_NK.shape[1]
+        if method == "gptq":
+            rows = rng.standard_normal((columns + 1, columns), np.float32)
+            gptq.encode(weights_NK, format, rows.T @ rows)
+        else:
+            importance_K = None if method == "rtn" else rng.uniform(1, 2, columns)
+            (ggml if method == "ggml" else quantize).encode(weights_NK, format, importance_K)
+
     began = 0.0
     for _ in range(2):  # the first time compiles
         began = time.perf_counter()
         for weights_NK in matrices:
-            columns = weights_NK.shape[1]
-            if method == "gptq":
-                rows = rng.standard_normal((columns + 1, columns), np.float32)
-                gptq.encode(weights_NK, format, rows.T @ rows)
-                continue
-            importance_K = None if method == "rtn" else rng.uniform(1, 2, columns)
-            if method == "ggml":
-                ggml.encode(weights_NK, format, importance_K)
-            else:
-                quantize.encode(weights_NK, format, importance_K)
+            encode(weights_NK)
     return (time.perf_counter() - began) * config.n_layers * config.n_experts

@@ -45,7 +45,7 @@ from hobbit_jax.record import (
 from hobbit_jax.resources import existing, free_disk_bytes, host_bytes, mib, workers_device_bytes
 from hobbit_jax.sweep.artifact_cache import ArtifactCache
 from hobbit_jax.sweep.artifacts import all_artifacts
-from hobbit_jax.sweep.texts import CODE_TEXT, calibration_documents, evaluation_documents
+from hobbit_jax.sweep.texts import calibration_documents, evaluation_documents
 from hobbit_jax.sweep.trial import Trial
 
 # What the checks that libraries do raise for bad input.
@@ -68,29 +68,20 @@ class Kind:
 
 @dataclass
 class Preflight:
-    """What was found.
+    """What was found; a problem says why the sweep cannot run, and what to do about it.
 
-    Attributes:
-        config: what the trials were expanded from.
-        problems: each a reason why the sweep cannot run, and what to do about it.
-        device_bytes: most that one trial has on the device: its pool and the rest of the model.
-        host_bytes: most that an encoder needs beside that.
-        wanted: what tells files of a kind apart, by kind; those that are there already among them.
+    `wanted` has, by kind of file, what tells its files apart, those that exist among them.
     """
 
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # what the trials were expanded from
     problems: list[str] = field(default_factory=list)
-    device_bytes: int = 0
-    host_bytes: int = 0
+    device_bytes: int = 0  # most that one trial has there: its pool and the rest of the model
+    host_bytes: int = 0  # most that an encoder needs beside that
     wanted: dict[Kind, set[tuple]] = field(default_factory=lambda: defaultdict(set))
 
     def problem(self, text: str, name: str = "", value: Any = None) -> None:
-        """Adds a problem, once.
-
-        Args:
-            text: what is wrong.
-            name: a part of the name of the field where it can be mended, if there is one.
-            value: that the field has.
+        """Adds a problem, once; `name` is a part of the name of the field, of this `value`, where
+        it can be mended.
         """
         for path, found in leaves(self.config) if name else ():
             if name in path.rsplit(".", 1)[1] and _holds(found, value):
@@ -107,26 +98,28 @@ class Preflight:
         except _REFUSALS as error:
             self.problem(str(error), name, value)
 
-    def missing(self) -> dict[Kind, int]:
+    def missing(self) -> Iterator[tuple[Kind, int]]:
         """How many files of each kind are still to be made."""
-        left = {kind: len(keys) - kind.made() for kind, keys in self.wanted.items()}
-        return {kind: count for kind, count in left.items() if count > 0}
+        for kind, keys in self.wanted.items():
+            if (count := len(keys) - kind.made()) > 0:
+                yield kind, count
 
     @property
     def disk(self) -> dict[Path, int]:
         """Bytes of the files that are still to be made, by folder."""
         folders = Counter()
-        for kind, count in self.missing().items():
+        for kind, count in self.missing():
             folders[kind.folder] += count * kind.bytes_each
         return dict(+folders)
 
     @property
     def to_encode(self) -> dict[tuple[str, str, str], int]:
         """How many low-precision copies are to be made, by (model, format, method)."""
-        found = Counter()
-        for kind, count in self.missing().items():
-            found[kind.recipe] += count
-        return {recipe: count for recipe, count in found.items() if recipe is not None}
+        recipes = Counter()
+        for kind, count in self.missing():
+            if kind.recipe is not None:
+                recipes[kind.recipe] += count
+        return dict(recipes)
 
     def refuse(self) -> None:
         """Raises a ValueError with all problems, if there are any, in one line."""
@@ -140,13 +133,9 @@ class Preflight:
 def preflight(
     trials: Sequence[Trial], config: dict[str, Any], workdir: Path, here: bool = True
 ) -> Preflight:
-    """Checks all that `trials` need to run.
+    """Checks all that trials, expanded from `config`, need to run in `workdir`.
 
-    Args:
-        trials: of the sweep.
-        config: what they were expanded from.
-        workdir: that they run in.
-        here: whether they run on this machine, so that its memory counts.
+    `here` says that they run on this machine, so that its memory counts.
     """
     found = Preflight(config)
     _check_repeats(trials, found)
@@ -241,21 +230,21 @@ class _Check:
 
     def pools(self, encodable: set[str]) -> None:
         """Each trial's budget against the smallest pool that works."""
-        least: dict[float, list[int]] = defaultdict(list)
+        needed: dict[float, list[int]] = defaultdict(list)
         for plan, budget_mib in {(one.plan, one.budget_mib) for one in self.cached}:
             formats = low_formats(plan)
             if encodable.issuperset(formats):
                 with self.found.trying("format", "".join(formats)):
-                    least[budget_mib].append(self.least_pool_bytes(plan))
-        for budget_mib, needed in sorted(least.items()):
-            needed = [n_bytes for n_bytes in needed if n_bytes > budget_mib * 2**20]
-            if needed:
-                low, high = (np.ceil(n / 2**20 * 1000) / 1000 for n in (min(needed), max(needed)))
-                span = f"{high:g}" if low == high else f"{low:g} to {high:g}, by trial,"
-                self.found.problem(
-                    f"the experts that one token needs of a layer take a pool of {span} MiB; give "
-                    f"{high:g} or more", "budget", budget_mib,
-                )  # fmt: skip
+                    least = self.least_pool_bytes(plan)
+                    if least > budget_mib * 2**20:
+                        needed[budget_mib].append(least)
+        for budget_mib, sizes in sorted(needed.items()):
+            low, high = (np.ceil(n / 2**20 * 1000) / 1000 for n in (min(sizes), max(sizes)))
+            span = f"{high:g}" if low == high else f"{low:g} to {high:g}, by trial,"
+            self.found.problem(
+                f"the experts that one token needs of a layer take a pool of {span} MiB; give "
+                f"{high:g} or more", "budget", budget_mib,
+            )  # fmt: skip
 
     def least_pool_bytes(self, plan: Native | Uniform | Mixed | MissModeTrial) -> int:
         """The smallest pool in which a plan's experts of one token and layer have slots.
@@ -274,30 +263,28 @@ class _Check:
 
     def texts(self) -> None:
         """Whether the texts have the windows, and the model the context, that are asked for."""
-        sizes, inputs, found = self.sizes, self.inputs, self.found
+        sizes, found, context = self.sizes, self.found, self.sizes.context
         decoded = sizes.decode_prompt_tokens + sizes.decode_tokens
-        for name, tokens in (("context", sizes.context), ("decode_tokens", decoded)):
+        for name, tokens in (("context", context), ("decode_tokens", decoded)):
             if tokens > (most := self.model.context_length):
                 found.problem(f"{tokens} tokens; the model has {most}", name, getattr(sizes, name))
-        tokenizer = None
-        evaluated: list[str] = []
-        calibrated: list[str] = []
+        texts: dict[str, list[str]] = {}
+        for name, read in (
+            ("evaluation_text", evaluation_documents),
+            ("calibration_text", calibration_documents),
+        ):
+            with found.trying(name, getattr(self.inputs, name)):
+                texts[name] = read(getattr(self.inputs, name))
         with found.trying():
             tokenizer = Tokenizer.from_gguf(self.source)
-        with found.trying("evaluation_text", inputs.evaluation_text):
-            evaluated = evaluation_documents(inputs.evaluation_text)
-        with found.trying("calibration_text", inputs.calibration_text):
-            calibrated = calibration_documents(inputs.calibration_text or CODE_TEXT)
-        wanted = [
-            ("windows", evaluated, sizes.windows, sizes.context),
-            ("calibration_windows", calibrated, sizes.calibration_windows, sizes.context),
-        ]
-        if decoded:
-            wanted.append(("decode_repeats", evaluated, sizes.decode_repeats + 1, decoded - 1))
-        for name, texts, count, context in wanted:
-            if tokenizer is not None and texts:
-                with found.trying(name, getattr(sizes, name)):
-                    cut_windows(tokenizer, texts, count, context)
+            for name, text, count, width in (
+                ("windows", "evaluation_text", sizes.windows, context),
+                ("calibration_windows", "calibration_text", sizes.calibration_windows, context),
+                ("decode_repeats", "evaluation_text", sizes.decode_repeats + 1, decoded - 1),
+            ):
+                if text in texts and width > 0:
+                    with found.trying(name, getattr(sizes, name)):
+                        cut_windows(tokenizer, texts[text], count, width)
 
     def benchmarks(self) -> None:
         """Whether lm-eval is here and its data where they are said to be."""

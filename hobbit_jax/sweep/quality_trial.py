@@ -13,13 +13,7 @@ from hobbit_jax.evals import quality, tasks
 from hobbit_jax.experts.precision import SKIPPED, PrecisionPlan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
-from hobbit_jax.record import (
-    Measured,
-    QualityTrial,
-    combined,
-    measured,
-    record_name,
-)
+from hobbit_jax.record import Measured, QualityTrial, combined, measured, record_name
 from hobbit_jax.sweep.artifact_cache import ArtifactCache
 
 
@@ -36,8 +30,8 @@ def measure_trial(
     def quality_and_uses() -> Measured:
         uses = UseCounter(store, plan)
         with engine.observed_by(uses):
-            found = quality.evaluate(engine, bench.windows, bench.native_logits_WTV)
-        return combined(found.measured(), measured(uses.figures()))
+            found = quality.evaluate(engine, bench.windows, bench.native_logits())
+        return combined(measured(found), measured(uses.figures()))
 
     def scores() -> Measured:
         found = tasks.evaluate_all(engine, bench.tokenizer, asked.sizes.task_problems)

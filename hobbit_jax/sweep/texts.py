@@ -44,15 +44,15 @@ def data_folder() -> Path | None:
 
 
 def calibration_documents(text: str) -> list[str]:
-    """Documents of a calibration text: named texts and paths of files, with commas between.
+    """Documents of a calibration text: named texts and paths of files, with commas between, or ""
+    for source code.
 
     Each part gives as many characters as the shortest has, in whole documents drawn from it.
 
     Raises:
         ValueError: a file is missing, not UTF-8, or not what its name says.
     """
-    if text == MIXED_TEXT:
-        text = f"{CODE_TEXT},{TASKS_TEXT}"
+    text = {"": CODE_TEXT, MIXED_TEXT: f"{CODE_TEXT},{TASKS_TEXT}"}.get(text, text)
     parts = [_documents(name.strip()) for name in text.split(",")]
     length = min(sum(map(len, part)) for part in parts)
     return [document for part in parts for document in _first(part, length)]

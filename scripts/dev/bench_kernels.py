@@ -8,6 +8,7 @@ Without a GPU the implementations are xla and interpret, and the figures only sh
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -23,66 +24,41 @@ from pallas_kernels.formats import FORMATS
 ON_GPU = jax.devices()[0].platform == "gpu"
 RIVAL = "jax_bf16"  # it has no quantised format
 
-_FORMATS = flags.DEFINE_list(
-    "formats",
-    [
-        "Q2_K",
-        "Q3_K",
-        "Q4_K",
-        "Q5_K",
-        "Q6_K",
-        "Q8_0",
-        "Q4_0",
-        "Q5_0",
-        "IQ4_NL",
-        "IQ4_XS",
-        "MXFP4",
-        "F16",
-        "BF16",
-    ],
+_FORMATS = cli.define_list(
+    "formats", flags.EnumParser([fmt.name for fmt in FORMATS.values() if fmt.packing]).parse,
+    "Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,Q8_0,Q4_0,Q5_0,IQ4_NL,IQ4_XS,MXFP4,F16,BF16",
     "Weight formats to time.",
-)
-_SHAPES = flags.DEFINE_list(
-    "shapes",
-    ["qwen3-30b-a3b", "mixtral-8x7b"] if ON_GPU else ["tiny"],
-    f"Shapes to time, of {list(bench.SHAPES)}.",
-)
+)  # fmt: skip
+_SHAPES = cli.define_list(
+    "shapes", flags.EnumParser(list(bench.SHAPES)).parse,
+    "qwen3-30b-a3b,mixtral-8x7b" if ON_GPU else "tiny",
+    f"Shapes to time, of {', '.join(bench.SHAPES)}.",
+)  # fmt: skip
 _TOKENS = cli.define_list(
     "tokens", flags.IntegerParser(1, 2**20).parse, "1,4,16,64,512", "Numbers of tokens of a step."
 )
-_IMPLEMENTATIONS = flags.DEFINE_list(
-    "implementations",
-    ["triton", "xla", RIVAL] if ON_GPU else ["xla", "interpret"],
-    "Implementations to time, of triton, interpret, xla, jax_bf16; xla beyond one "
-    "token only in four formats.",
-)
+_IMPLEMENTATIONS = cli.define_list(
+    "implementations", flags.EnumParser(["triton", "interpret", "xla", RIVAL]).parse,
+    f"triton,xla,{RIVAL}" if ON_GPU else "xla,interpret",
+    f"Implementations to time, of triton, interpret, xla, {RIVAL}; xla beyond one token only in "
+    "four formats.",
+)  # fmt: skip
 _SECONDS = flags.DEFINE_float("seconds", 0.25, "Seconds spent on timing a case.", 0.01, 3600.0)
 _WORKDIR = flags.DEFINE_string(
     "workdir", "out/kernels", "Folder of the records, one a case as soon as it is measured."
 )
 
 
-def cases() -> list[bench.Case]:
-    tokens: list[int] = _TOKENS.value
-    chosen = list(itertools.product(_SHAPES.value, _FORMATS.value, tokens, _IMPLEMENTATIONS.value))
-    quantised = [c for c in chosen if c[3] != RIVAL]
-    rivals = [c for c in chosen if c[3] == RIVAL and c[1] == _FORMATS.value[0]]
+def cases() -> Iterator[bench.Case]:
     few = ("Q2_K", "Q4_K", "Q6_K", "Q8_0")  # unpacking every expert in XLA takes long
-    quantised = [c for c in quantised if c[3] != "xla" or c[2] == 1 or c[1] in few or not ON_GPU]
-    return [bench.Case(*c) for c in quantised] + [
-        bench.Case(shape, "BF16", n, rival) for shape, _, n, rival in rivals
-    ]
-
-
-def check_flags() -> None:
-    for flag, known in (
-        (_FORMATS, [fmt.name for fmt in FORMATS.values() if fmt.packing]),
-        (_SHAPES, bench.SHAPES),
-        (_IMPLEMENTATIONS, ("triton", "interpret", "xla", RIVAL)),
-    ):
-        unknown = [name for name in flag.value if name not in known]
-        if unknown:
-            raise ValueError(f"--{flag.name}: no {', '.join(unknown)}; want {', '.join(known)}")
+    tokens: list[int] = _TOKENS.value
+    for shape, format, n_tokens in itertools.product(_SHAPES.value, _FORMATS.value, tokens):
+        for implementation in _IMPLEMENTATIONS.value:
+            if implementation == RIVAL:
+                if format == _FORMATS.value[0]:
+                    yield bench.Case(shape, "BF16", n_tokens, RIVAL)
+            elif implementation != "xla" or n_tokens == 1 or format in few or not ON_GPU:
+                yield bench.Case(shape, format, n_tokens, implementation)
 
 
 STUDY = "kernel times"
@@ -101,10 +77,9 @@ COLUMNS = (
 
 
 def main(_) -> int:
-    check_flags()
     workdir, records = cli.output_folder("workdir", _WORKDIR.value), []
     device = {"copy_gb_s": bench.copy_gb_s(), "bf16_tflop_s": bench.bf16_tflop_s()}
-    wanted = cases()
+    wanted = list(cases())
     with ThreadPoolExecutor(8 if ON_GPU else 1) as pool:  # XLA compiles outside the GIL
         futures = [pool.submit(bench.prepare, case) for case in wanted]
         for case, future in zip(tqdm(wanted, desc="cases", disable=None), futures, strict=True):

@@ -9,8 +9,7 @@ half a minute.
 from absl import flags
 
 from hobbit_jax import cli
-from hobbit_jax.planner.published_benchmarks import compare_reports
-from hobbit_jax.planner.records import reports_record
+from hobbit_jax.planner.published_benchmarks import compare_reports, reports_record
 from hobbit_jax.record import write_record
 
 _OUT = flags.DEFINE_string("out", None, "Folder to keep the record in.", required=True)

@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,17 +97,6 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class KernelResources:
-    """What ptxas says of one kernel."""
-
-    name: str
-    registers: int
-    spill_bytes: int
-    static_shared_bytes: int
-    loop_instructions: int | None  # of a thread in the main loop; None where there is no loop left
-
-
 def check_toolchain() -> str:
     """The version of ptxas.
 
@@ -156,37 +145,29 @@ def compile_for(target: Target, function: Callable[..., Any], *args: Any) -> str
         return "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
 
 
-def _loop_instructions(assembly: str) -> dict[str, int | None]:
-    """Instructions of each kernel's longest loop: from a backward branch to its target."""
-    counts: dict[str, int | None] = {}
-    for function in re.split(r"\n\s*\.section\s+\.text\.", assembly)[1:]:
-        name = function.split(",", 1)[0].strip()
-        waiting: list[str] = []
-        position: dict[str, int] = {}
-        number, longest = 0, None
-        for line in function.splitlines():
-            if label := re.match(r"(\.L_x_\d+):", line):
-                waiting.append(label.group(1))
-            if re.search(r"/\*[0-9a-f]{4,5}\*/", line):
-                position |= dict.fromkeys(waiting, number)
-                waiting.clear()
-                branch = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
-                if branch and branch.group(1) in position:
-                    length = number - position[branch.group(1)] + 1
-                    # A kernel ends in a branch to itself.
-                    longest = max(longest or 0, length) if length > 1 else longest
-                number += 1
-        counts[name] = longest
-    return counts
+def _longest_loop(function: str) -> int | None:
+    """Instructions of a disassembled function's longest loop, from a branch back to its target."""
+    start, number, longest = {}, 0, 0
+    for label, instruction in re.findall(
+        r"^(\.L_x_\d+):|/\*[0-9a-f]{4,5}\*/(.*)", function, re.MULTILINE
+    ):
+        if label:
+            start[label] = number
+            continue
+        branch = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction)
+        if branch and branch[1] in start:
+            longest = max(longest, number - start[branch[1]] + 1)
+        number += 1
+    return longest if longest > 1 else None  # a kernel ends in a branch to itself
 
 
-def resources(target: Target, ptx: str) -> list[KernelResources]:
-    """Registers, spills, shared memory and loop length of the kernels `matmul_*` in `ptx`.
+def resources(target: Target, ptx: str) -> Iterator[dict[str, Any]]:
+    """What ptxas says of the kernels `matmul_*` in `ptx`, and a thread's instructions in the main
+    loop, None where there is no loop left.
 
     Raises:
         RuntimeError: ptxas rejects the code; with what it said.
     """
-    kernels: dict[str, KernelResources] = {}
     # Each module of a dump starts with its version; ptxas takes one at a time.
     for module in re.split(r"(?=^\.version)", ptx, flags=re.MULTILINE):
         if not re.search(r"\.entry matmul_", module):
@@ -200,30 +181,33 @@ def resources(target: Target, ptx: str) -> list[KernelResources]:
                 raise RuntimeError(f"ptxas for {target.architecture}: {result.stderr[:400]}")
             listing = subprocess.run(
                 ["nvdisasm", "-c", binary], capture_output=True, text=True, check=True
-            )
-        loops = _loop_instructions(listing.stdout)
+            ).stdout
+        functions = re.split(r"\n\s*\.section\s+\.text\.", listing)[1:]
+        loops = {text.split(",", 1)[0].strip(): _longest_loop(text) for text in functions}
         for name, text in re.findall(
             r"entry function '(matmul_\w+)'(.*?Used .*?)\n", result.stderr, re.DOTALL
         ):
-            spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", text)
-            shared = re.search(r"(\d+) bytes smem", text)
-            registers = re.search(r"Used (\d+) registers", text)
-            assert registers is not None
-            kernels[name] = KernelResources(
-                name,
-                int(registers.group(1)),
-                sum(map(int, spills)),
-                int(shared.group(1)) if shared else 0,
-                loops.get(name),
-            )
-    return list(kernels.values())
+
+            def total(pattern: str, text: str = text) -> int:
+                return sum(map(int, re.findall(pattern, text)))
+
+            yield {
+                "name": name,
+                "registers": total(r"Used (\d+) registers"),
+                "spill_bytes": total(r"(\d+) bytes spill (?:stores|loads)"),
+                "static_shared_bytes": total(r"(\d+) bytes smem"),
+                "loop_instructions": loops.get(name),
+            }
 
 
 PACKED = [fmt.name for fmt in FORMATS.values() if fmt.packing]
-_TARGETS = flags.DEFINE_list(
-    "targets", ["sm_80", "sm_90"], f"GPUs to compile for, of {list(TARGETS)}."
+_TARGETS = cli.define_list(
+    "targets", flags.EnumParser(list(TARGETS)).parse, "sm_80,sm_90",
+    f"GPUs to compile for, of {', '.join(TARGETS)}.",
+)  # fmt: skip
+_FORMATS = cli.define_list(
+    "formats", flags.EnumParser(PACKED).parse, ",".join(PACKED), "Weight formats to compile."
 )
-_FORMATS = flags.DEFINE_list("formats", PACKED, "Weight formats to compile.")
 _MEAN_ROWS = cli.define_list(
     "mean_rows", flags.IntegerParser(1, 2**20).parse, "1,16", "Mean numbers of tokens of an expert."
 )
@@ -239,8 +223,8 @@ def _abstract(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _bank(format_name: str) -> Bank:
-    return jax.eval_shape(lambda: bench.random_bank(SHAPE, format_name))
+def _bank(format: str) -> Bank:
+    return jax.eval_shape(lambda: bench.random_bank(SHAPE, format))
 
 
 def compile_experts(target: Target, name: str, mean_rows: int) -> str:
@@ -261,16 +245,16 @@ def compile_experts(target: Target, name: str, mean_rows: int) -> str:
     )
 
 
-def instructions_per_weight(kernel: KernelResources, name: str, mean_rows: int) -> float | None:
+def instructions_per_weight(kernel: Mapping[str, Any], format: str, mean_rows: int) -> float | None:
     """Issued per weight in the main loop: what bounds decode where memory does not."""
-    if kernel.loop_instructions is None:
+    if kernel["loop_instructions"] is None:
         return None
-    gated = kernel.name.count(name) == 2
+    gated = kernel["name"].count(format) == 2
     size = (SHAPE.d_expert, SHAPE.d_model) if gated else (SHAPE.d_model, SHAPE.d_expert)
-    formats = (name, name) if gated else (name,)
-    tile = choose_tile(formats, *size, item_rows(mean_rows, (name,)))
+    formats = (format, format) if gated else (format,)
+    tile = choose_tile(formats, *size, item_rows(mean_rows, (format,)))
     weights = tile.rows * tile.columns * len(formats)
-    return round(kernel.loop_instructions * 32 * tile.warps / weights, 3)
+    return round(kernel["loop_instructions"] * 32 * tile.warps / weights, 3)
 
 
 def check_rejection(target: Target) -> None:
@@ -300,33 +284,25 @@ def check_rejection(target: Target) -> None:
 
 
 def main(_) -> int:
-    unknown = [name for name in _TARGETS.value if name not in TARGETS]
-    unknown += [name for name in _FORMATS.value if name not in PACKED]
-    if unknown:
-        raise ValueError(
-            f"unknown {', '.join(unknown)}; targets are {', '.join(TARGETS)}, "
-            f"formats {', '.join(PACKED)}"
-        )
-    workdir = cli.output_folder("workdir", _WORKDIR.value)
-    ptxas = check_toolchain()
+    workdir, ptxas = cli.output_folder("workdir", _WORKDIR.value), check_toolchain()
     count, failures = 0, []
-    mean_row_counts: list[int] = _MEAN_ROWS.value
-    cases = list(itertools.product(_TARGETS.value, _FORMATS.value, mean_row_counts))
-    for target_name, name, mean_rows in tqdm(cases, desc="kernels", disable=None):
+    cases: list[tuple[str, str, int]] = list(
+        itertools.product(_TARGETS.value, _FORMATS.value, _MEAN_ROWS.value)
+    )
+    for target_name, format, mean_rows in tqdm(cases, desc="kernels", disable=None):
         target = TARGETS[target_name]
-        case = {"target": target_name, "format": name, "mean_rows": mean_rows}
+        case = {"target": target_name, "format": format, "mean_rows": mean_rows}
         try:
-            ptx = compile_experts(target, name, mean_rows)
-            for kernel in resources(target, ptx):
-                per_weight = instructions_per_weight(kernel, name, mean_rows)
-                found = {**vars(kernel), "instructions_per_weight": per_weight, "ptxas": ptxas}
-                asked = Benchmark(STUDY, {**case, "name": found.pop("name")})
-                write_record(workdir, Record(STUDY, asked, **vars(measured(found)), **machine()))
+            for kernel in resources(target, compile_experts(target, format, mean_rows)):
+                per_weight = instructions_per_weight(kernel, format, mean_rows)
+                asked = Benchmark(STUDY, {**case, "name": kernel.pop("name")})
+                found = measured({**kernel, "instructions_per_weight": per_weight, "ptxas": ptxas})
+                write_record(workdir, Record(STUDY, asked, **vars(found), **machine()))
                 count += 1
-                if kernel.spill_bytes:
-                    failures.append(f"{target_name} {kernel.name}: spills {kernel.spill_bytes} B")
+                if spilled := kernel["spill_bytes"]:
+                    failures.append(f"{asked.setting}: spills {spilled} B")
         except Exception as error:
-            failures.append(f"{target_name} {name} {mean_rows}: {str(error).splitlines()[0]}")
+            failures.append(f"{case}: {str(error).splitlines()[0]}")
     for name in _TARGETS.value:
         check_rejection(TARGETS[name])
     for failure in failures:
