@@ -85,12 +85,22 @@ def _says_disk_full(error: OSError) -> bool:
     )
 
 
+def _sync(path: Path) -> None:
+    """Waits until the disk has what was written to a file, or which files a folder has."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def replacing(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
     """Yields a temporary path to write; it becomes `path` if the block ends without an error.
 
     In the same directory: a rename across file systems would not be atomic. After an
-    error nothing is left, and an older file at `path` stays as it was.
+    error nothing is left, and an older file at `path` stays as it was. What a reader has seen is
+    there after the power fails.
 
     Args:
         path: the file.
@@ -104,7 +114,10 @@ def replacing(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
     with _partial(path) as partial:
         try:
             yield partial
+            _sync(partial)
             os.replace(partial, path)
+            with suppress(OSError):  # not every file system lets a folder be opened
+                _sync(path.parent)
         except OSError as error:
             if not _says_disk_full(error):
                 raise
@@ -115,11 +128,9 @@ def replacing(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text, so that a reader sees all of it or nothing, also after the power fails."""
-    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Writes a text in UTF-8, as `replacing` says."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -129,12 +140,8 @@ def exclusive(path: Path, wait: bool = True) -> Iterator[bool]:
     It spares work and no more: whoever makes a file nevertheless leaves the same one. The kernel
     drops the lock of a process that is killed.
 
-    Args:
-        path: to be made.
-        wait: for another holder.
-
     Yields:
-        Whether it is held: False where another has it and `wait` is False.
+        Whether it is held: False where another has it and is not to be waited for.
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=wait, poll_interval=_POLL_S)
     try:

@@ -16,23 +16,6 @@ from pallas_kernels.reference import Bank, Biases, ExpertFunction, Signature, Wo
 from pallas_kernels.tiles import choose_tile
 
 
-def check_supported(
-    signature: Signature, d_model: int, d_expert: int, function: ExpertFunction = "swiglu"
-) -> None:
-    """Refuses what the Triton kernels do not cover.
-
-    Raises:
-        NotImplementedError: names the function, format or size, and what is supported.
-    """
-    if function != "swiglu":
-        raise NotImplementedError(
-            f"the Triton kernels compute the expert function swiglu, and this model has {function}"
-        )
-    for name in (signature.gate, signature.up):
-        check_shape(name, d_expert, d_model)
-    check_shape(signature.down, d_model, d_expert)
-
-
 def implementation_for(
     signature: Signature,
     d_model: int,
@@ -49,8 +32,18 @@ def implementation_for(
         NotImplementedError, ValueError: the one asked for cannot do this, and why.
     """
 
+    def check_triton() -> None:
+        if function != "swiglu":
+            raise NotImplementedError(
+                f"the Triton kernels compute the expert function swiglu, and this model has "
+                f"{function}"
+            )
+        for name in (signature.gate, signature.up):
+            check_shape(name, d_expert, d_model)
+        check_shape(signature.down, d_model, d_expert)
+
     checks = {
-        "triton": lambda: check_supported(signature, d_model, d_expert, function),
+        "triton": check_triton,
         "ggml": lambda: ggml.check_formats(*signature, platform=platform),
     }
     return choose(implementation, checks, platform)

@@ -31,9 +31,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.activations import INT8_SPLIT_BLOCK, Int8Split, int8_split, lanes
 from pallas_kernels.formats import FORMATS, get_format
 from pallas_kernels.formats.packing import WORDS, Floats, Packing, lane
-from pallas_kernels.reference import filled_up
-
-Planes = dict[str, jax.Array]
+from pallas_kernels.reference import Planes, filled_up
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,7 @@ _FEWEST_COLUMNS = 64  # of a step: the widest group
 
 
 class Items(NamedTuple):
-    """Which input rows meet which slot, and where their results go.
-
-    An item of fewer than C rows is padded by repeating its first one, which is then
-    computed again and written to the same place: no row needs a mask.
+    """Which input rows meet which slot, and where their results go; padded as `reference.Work`.
 
     Attributes:
         slot_I: int32 [I].
@@ -335,9 +330,9 @@ def grouped_matmul(
         y_YN: float32, updated in place where the caller donates it: other rows keep their values.
             A shape alone leaves them undefined.
         matrices: one or two, as planes with a leading slot axis, of N rows and K columns.
-        formats: their formats' names.
+        formats: their names.
         items: with C = `tile.tokens`.
-        tile: cut; its rows and columns must divide the matrix.
+        tile: its rows and columns must divide the matrix.
         factor_Y: float32 [Y] or None for one.
         interpret: run the kernel in Pallas's interpreter, on any device.
 

@@ -9,6 +9,7 @@ expert that may have to be promoted again: so a newcomer must have been used `af
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -45,6 +46,13 @@ class PromotionRule:
 DEFAULT_PROMOTION = PromotionRule()
 
 
+class _Uses(Counter[ExpertKey]):
+    """Counts that fade, and so are no integers."""
+
+    def halved(self) -> _Uses:
+        return _Uses({key: uses / 2 for key, uses in self.items() if uses >= 0.5})
+
+
 class Promotion(Observer):
     """Counts uses, and has copies loaded in the background, the most used first.
 
@@ -55,8 +63,8 @@ class Promotion(Observer):
 
     def __init__(self, rule: PromotionRule, mode: MissMode = FETCH):
         self.rule, self._mode = rule, mode
-        self._degraded: dict[ExpertKey, float] = {}  # uses served by another copy, of absent keys
-        self._served: dict[ExpertKey, float] = {}  # uses that the key itself served
+        self._degraded = _Uses()  # uses served by another copy, of absent keys
+        self._served = _Uses()  # uses that the key itself served
         self._tokens = 0
 
     def attach(self, controller: Controller) -> None:
@@ -75,13 +83,11 @@ class Promotion(Observer):
 
     def note(self, keys: Iterable[ExpertKey]) -> None:
         """Records one degraded use of each key."""
-        for key in keys:
-            self._degraded[key] = self._degraded.get(key, 0.0) + 1.0
+        self._degraded.update(keys)
 
     def note_served(self, keys: Iterable[ExpertKey]) -> None:
         """Records one use of each key that it served itself, as residents do."""
-        for key in keys:
-            self._served[key] = self._served.get(key, 0.0) + 1.0
+        self._served.update(keys)
 
     def after_tokens(self, count: int) -> list[ExpertKey]:
         """See `Observer.after_tokens`: the latest first among those used alike."""
@@ -89,7 +95,7 @@ class Promotion(Observer):
         halvings -= self._tokens // self.rule.halving_tokens
         self._tokens += count
         for _ in range(halvings):
-            self._degraded, self._served = _halved(self._degraded), _halved(self._served)
+            self._degraded, self._served = self._degraded.halved(), self._served.halved()
         due = [key for key, uses in self._degraded.items() if uses >= self.rule.after_uses]
         due = [key for key in reversed(due) if key not in self._controller]
         due.sort(key=lambda key: -self._degraded[key])
@@ -97,17 +103,10 @@ class Promotion(Observer):
         picked = list(itertools.islice(worth_it, self.rule.per_token * count))
         for key in picked:
             # From now on it stands for what it has earned.
-            self._served[key] = self._served.get(key, 0.0) + self._degraded.pop(key)
+            self._served[key] += self._degraded.pop(key)
         return picked
 
     def _worth_it(self, key: ExpertKey) -> bool:
-        if not self.rule.margin:
+        if not self.rule.margin or (evicted := self._controller.evicted_for(key)) is None:
             return True
-        evicted = self._controller.evicted_for(key)
-        if evicted is None:
-            return True
-        return self._degraded[key] > self.rule.margin * self._served.get(evicted, 0.0)
-
-
-def _halved(uses: dict[ExpertKey, float]) -> dict[ExpertKey, float]:
-    return {key: count / 2 for key, count in uses.items() if count >= 0.5}
+        return self._degraded[key] > self.rule.margin * self._served[evicted]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,11 +35,6 @@ class WarmStart:
     def fill(self, executor: Executor, plan_shares_pLE: np.ndarray, mode: MissMode) -> None:
         """Loads as many of each bank's most used experts as fit, the most used last, and pins.
 
-        Args:
-            executor: a pool or a counter.
-            plan_shares_pLE: of each pair's selections, by precision: the plan's.
-            mode: whether low copies serve misses.
-
         Raises:
             ValueError: a profile of another shape, or pins that leave a bank too few slots.
         """
@@ -65,6 +61,7 @@ class Executor(ABC):
 
     def __init__(self, controller: Controller):
         self.controller, self.counts = controller, controller.counts
+        self.reserved: dict[ExpertKey, Any] = {}  # their uploads; `promote` gives them a slot
 
     @abstractmethod
     def load(self, keys: Sequence[ExpertKey]) -> None:
@@ -73,6 +70,28 @@ class Executor(ABC):
     @abstractmethod
     def resize(self, slots: Mapping[Signature, int]) -> None:
         """Divides the bytes of each device's banks anew, between the same banks."""
+
+    @abstractmethod
+    def _begin_upload(self, key: ExpertKey) -> Any:
+        """Has the bytes of a copy sent to its device."""
+
+    def reserve(self, key: ExpertKey) -> None:
+        """Begins the upload of a copy that no token waits for; `promote` gives it a slot.
+
+        Programs that run meanwhile do not see it. Nothing happens if it is resident or reserved, or
+        has no bank.
+        """
+        controller = self.controller
+        if key not in self.reserved and key not in controller and controller.find_bank(key):
+            self.reserved[key] = self._begin_upload(key)
+
+    def promote(self) -> None:
+        """Gives every reserved copy a slot, between two steps, one device after another."""
+        for key in sorted(self.reserved, key=lambda key: self.controller.bank(key).device):
+            if self.controller.has_unpinned_slot(key) and key not in self.controller:
+                self.load([key])
+                self.counts.promotions += 1
+        self.reserved.clear()
 
     def pin(self, keys: Sequence[ExpertKey]) -> None:
         """Loads `keys` and keeps them resident until they are unpinned; these are no accesses.
@@ -83,7 +102,7 @@ class Executor(ABC):
         self.controller.check_pins(keys)
         self.load(keys)
         for key in keys:
-            self.controller.pin(key)
+            self.controller.bank(key).policy.pin(key)
 
 
 def load_all(executor: Executor, precision: int) -> None:

@@ -167,17 +167,11 @@ class Engine:
         finally:
             self.controller.observers.remove(observer)
 
-    def _check_map(self) -> None:
-        """Refuses files that changed since they were mapped, where programs read the map itself.
-
-        Past the end of a file that was cut short they would end the process.
-        """
+    def _check_room(self, n_new_B: np.ndarray) -> None:
         if self.model.mapped_bytes:
+            # Past the end of a file that was cut short a program would end the process.
             for precision in range(len(self.store.precisions)):
                 self.store.check_unchanged(precision)
-
-    def _check_room(self, n_new_B: np.ndarray) -> None:
-        self._check_map()
         context = self._started().caches.context
         longest = int((self._lengths_B + n_new_B).max(initial=0))
         if longest > context:
@@ -264,21 +258,16 @@ class Engine:
 
         Returns the tokens drawn, [N, B], and the logits of the last one.
 
-        Args:
-            ids_B: int32.
-            active_B: sequences that get tokens.
-            count: `most_tokens` at most.
-            most_tokens: what the program is compiled for.
-            sampling: how the next tokens are drawn.
-            drawn: tokens drawn before, which seed the draws.
-            stop_ids: a sequence that draws one of them has ended.
+        The program is compiled for `most_tokens`, and the number of tokens `drawn` before seeds the
+        draws.
         """
         self._check_room(active_B * count)
+        prefetch = self.cache.prefetch
         spec = LoopSpec(
             self.config, self.model.layers.kinds, self._ends_graph, self._experts, self.mode,
             # The seed is data: `key`.
-            replace(sampling, seed=0), most_tokens, self._look_ahead(), self._mesh,
-            self.cache.resident_lift,
+            replace(sampling, seed=0), most_tokens, prefetch.layers_asked if prefetch else 0,
+            self._mesh, self.cache.resident_lift,
         )  # fmt: skip
         program, k = decode_program(spec), self.config.experts_per_token
         stops = np.asarray(stop_ids, np.int32)
@@ -326,11 +315,6 @@ class Engine:
         self.controller.end_tokens(len(rows))
         self.pool.promote()
         return np.stack(rows), logits_BV
-
-    def _look_ahead(self) -> int:
-        """Layers whose routers a call asks when it leaves for an expert."""
-        rule = self.cache.prefetch
-        return rule.distance if rule is not None and rule.asks_routers else 0
 
     def _serve(
         self, report: Report, decision: Decision | None, batches: list[list[ExpertKey]]

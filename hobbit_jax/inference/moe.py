@@ -22,7 +22,7 @@ from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.selection import Selections
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, ExpertKey
-from hobbit_jax.inference.host_compute import HostCompute, HostOutputs, items
+from hobbit_jax.inference.host_compute import HostCompute, HostOutputs
 from hobbit_jax.models.sharding import DIVIDED, REPLICATED, divided, on_each, sum_of_parts
 from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn
@@ -33,6 +33,7 @@ from pallas_kernels.reference import (
     Signature,
     Work,
     gather_slots,
+    items,
 )
 from pallas_kernels.tiles import item_rows
 
@@ -125,8 +126,10 @@ def _calls(
     pool: SlotPool, keys: Sequence[ExpertKey], grouped: Assignments, width: int, most_items: int
 ) -> Iterator[Work]:
     """The items of one batch, `most_items` to a call and device, padded to as many."""
-    shares = [{key: pool.slot(key) for key in share} for share in pool.by_device(keys)]
-    parts_of = [items(slots, grouped, width) for slots in shares]
+    parts_of = [
+        items(((pool.slot(key), grouped[key]) for key in share), width)
+        for share in pool.by_device(keys)
+    ]
     place = jnp.asarray if pool.mesh is None else partial(divided, mesh=pool.mesh)
     for start in range(0, max(len(slot_I) for slot_I, _ in parts_of), most_items):
         slots, assignments, counts = [], [], []
@@ -171,18 +174,9 @@ def apply_experts(
 ) -> jax.Array:
     """Runs every selected expert of a layer, loading what is missing or computing it on the CPU.
 
-    While some of them run, the next ones are on their way, and at the end those of `upcoming`.
-
-    Args:
-        pool: where the experts are.
-        step: of the policies; says which layer.
-        h_TD: what the experts read.
-        weights_TK: the router's weights, on the device.
-        selections: NumPy arrays.
-        implementation: of the products.
-        upcoming: what the next layer may need.
-        host: computes what the controller leaves to the CPU; needed where it leaves any.
-        biases: of the experts.
+    While some of them run, the next ones are on their way, and at the end those of `upcoming`,
+    which the next layer may need. The router's weights are on the device, and `selections` are
+    NumPy's. `host` is needed where the controller leaves anything to the CPU.
 
     Returns:
         y_AD, float32 [T * K, D]: each selection's expert output times its routing weight;

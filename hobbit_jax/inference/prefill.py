@@ -133,10 +133,6 @@ class Prefill:
     host: HostCompute
     biases: BiasStacks = ()
 
-    def _biases(self, layer: int, ids_TK: np.ndarray) -> Biases | None:
-        row_A = (layer * self.model.config.n_experts + ids_TK.reshape(-1)).astype(np.int32)
-        return Biases(*self.biases, row_A) if self.biases else None
-
     def _tell(self, routed: RouterOutput, selections: Selections) -> None:
         controller = self.pool.controller
         controller.count_selections(selections.requested_TK, selections.served_TK)
@@ -206,9 +202,10 @@ class Prefill:
             chosen = [] if chosen_pE is None else np.argwhere(chosen_pE).tolist()
             upcoming = [ExpertKey(precision, layer + 1, expert) for precision, expert in chosen]
             step = Step(token, layer, int(lengths_B.max()))
+            row_A = (layer * model.config.n_experts + on_host.ids_TK.reshape(-1)).astype(np.int32)
             y_AD = apply_experts(
                 self.pool, step, h_TD, selections.weights_TK, on_host, model.implementation,
-                upcoming, self.host, self._biases(layer, on_host.ids_TK),
+                upcoming, self.host, Biases.of(self.biases, row_A),
             )  # fmt: skip
             x_BTD = _add_experts(
                 kinds, kinds.kind_N[number], model.layers.states,
@@ -231,13 +228,7 @@ def describe_non_finite(
     """One line that names the part of the model where NaN or infinity began.
 
     The token is not named: attention multiplies what is masked by 0, and so hands NaN to all tokens
-    of a chunk.
-
-    Args:
-        prefill: runs the layers.
-        caches: zeros, with room for the tokens; donated.
-        ids: each sequence's tokens.
-        chunk_tokens: of all sequences together, that are run at a time.
+    of a chunk. The caches are zeros, with room for the tokens of all sequences; they are donated.
     """
     places: list[str] = []  # that have any, in the order in which the model runs
     for part_BT, n_new_B, done_B in chunks(ids, chunk_tokens):

@@ -109,9 +109,6 @@ def write_gguf(
             file.write(np.ascontiguousarray(data).data)
             file.write(bytes(_padding(data.nbytes, alignment)))
             del data
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_directory(path.parent)
 
 
 def _header(
@@ -215,13 +212,3 @@ def _scalar_type(key: str, value: Any, int_type: GGUFValueType) -> GGUFValueType
         f"metadata {key!r}: {type(value).__name__} has no GGUF type, expected bool, int, float, "
         "str, or a list of one of them"
     )
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes the rename itself durable; not every file system lets a directory be opened."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

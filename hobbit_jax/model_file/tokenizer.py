@@ -30,6 +30,10 @@ from hobbit_jax.model_file.special_tokens import ROLES, TokenType, find_special_
 
 T = TypeVar("T")
 
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHERS = sorted({*range(256)} - _PRINTABLE)
+# GPT-2's table: printable Latin-1 stands for itself, the other bytes for U+0100 upwards.
+BYTE_CHARACTERS = [chr(b if b in _PRINTABLE else 0x100 + _OTHERS.index(b)) for b in range(256)]
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -128,7 +132,9 @@ class Tokenizer:
                 f"{file.paths[0]}: tokenizer.ggml.model is {metadata.shown(model)}; supported are "
                 "'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)"
             )
-        tokens = _named_tokens(file.read("tokenizer.ggml.tokens", metadata.texts(least=1)))
+        named = file.read("tokenizer.ggml.tokens", metadata.texts(least=1))
+        # Empty ones get llama.cpp's names for them, so that several can be told apart.
+        tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(named)]
         vocabulary = {token: i for i, token in enumerate(tokens)}
         if len(vocabulary) != len(tokens):
             first = next(t for i, t in enumerate(tokens) if vocabulary[t] != i)
@@ -283,11 +289,6 @@ class Tokenizer:
             after_special = kind_special
 
 
-def _named_tokens(tokens: list[str]) -> list[str]:
-    """Empty tokens get the names that llama.cpp gives them, so that several can be told apart."""
-    return [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
-
-
 def _one_each(file: GGUFFile, key: str, values: list[T], wanted: int) -> list[T]:
     """One value for each token; more are left out, as llama.cpp does."""
     if len(values) < wanted:
@@ -371,7 +372,7 @@ def _token_bytes(
     tokens: list[str], token_types: list[int], sentencepiece: bool
 ) -> list[tuple[bytes, bool]]:
     """For each id its bytes, and whether it is a special token (whose text stands as it is)."""
-    of_character = _byte_of_character()
+    of_character = {character: bytes([byte]) for byte, character in enumerate(BYTE_CHARACTERS)}
 
     def plain(token: str) -> bytes:
         if sentencepiece:
@@ -387,11 +388,3 @@ def _token_bytes(
 
     pairs = zip(tokens, token_types, strict=True)
     return [(convert(token, kind), _is_special(kind)) for token, kind in pairs]
-
-
-def _byte_of_character() -> dict[str, bytes]:
-    """GPT-2's table: printable Latin-1 stands for itself, the other bytes for U+0100 upwards."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): bytes([byte]) for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    return table | {chr(0x100 + i): bytes([byte]) for i, byte in enumerate(others)}

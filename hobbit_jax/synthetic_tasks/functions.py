@@ -184,47 +184,31 @@ _TITLES = {
     "list": ("f", "process", "pick", "solve", "reduce_list", "collect"),
     "words": ("f", "process", "pick_words", "solve", "edit_words", "collect"),
 }
-# Empty, one item, negatives, repeats, and enough length for every slice: measured by changing one
-# piece of a reference, of which 0.3 % passes without being equivalent.
+# Of functions of one argument. Empty, one item, negatives, repeats, and enough length for every
+# slice: measured by changing one piece of a reference, of which 0.3 % passes without being
+# equivalent.
+_VALUES = {
+    "int": (*range(-20, 21), 24, 27, 35, 63, -49),
+    "str": (
+        *("", "a", "abcde", "Banana bread", "decade", "EBBED cab", "eagle", "cabbage-bead"),
+        "cbadeeabdcb",
+    ),
+    "list": (
+        *([], [0], [7], [-4], [12, 12], [3, -1, 4, 1, -5, 9, 2, 6], [2, 4, 6, 8, 10, 12, 14]),
+        *([-9, -8, -3, -2, -6, -7], [5, 5, 5, 0, -5, 5, 3], [10, 3, 7, 12, 15, 20, 21, -14]),
+        *([1, 9, 2, 8, 3, 7, 4, 6, 5], [63, 40, -35, 71, 16, 27, 6], list(range(9, -10, -1))),
+        *([k] for k in range(1, 11)),
+    ),
+    "words": (
+        *([], ["a"], ["Bob", "apple", "cab", "date", "eel"], ["", "dd", "ace"]),
+        *(["bed", "decade", "Ace", "cc", "ebbed"], ["beads", "cabbage", "dad", "d", "banana"]),
+        *(["eca", "deca", "cabdea", "ba"], ["dec", "cadebac", "ebc", "bc"], ["ceded", "cd"]),
+        *(["ebdcab", "acdeb", "cb"], ["cbdae", "abcdee", "de"], ["db", "dcd", "ac", "ae", "bd"]),
+    ),
+}
 INPUTS = {
-    "int": tuple((x,) for x in (*range(-20, 21), 24, 27, 35, 63, -49)),
     "int int": ((0, 0), (1, 2), (2, 1), (-3, 4), (5, -7), (-6, -2), (9, 9), (12, 5), (17, -40)),
-    "str": tuple(
-        (s,)
-        for s in (
-            "",
-            "a",
-            "abcde",
-            "Banana bread",
-            "decade",
-            "EBBED cab",
-            "eagle",
-            "cabbage-bead",
-            "cbadeeabdcb",
-        )
-    ),
-    "list": tuple(
-        (xs,)
-        for xs in (
-            *([], [0], [7], [-4], [12, 12], [3, -1, 4, 1, -5, 9, 2, 6], [2, 4, 6, 8, 10, 12, 14]),
-            *([-9, -8, -3, -2, -6, -7], [5, 5, 5, 0, -5, 5, 3], [10, 3, 7, 12, 15, 20, 21, -14]),
-            *([1, 9, 2, 8, 3, 7, 4, 6, 5], [63, 40, -35, 71, 16, 27, 6], list(range(9, -10, -1))),
-            *([k] for k in range(1, 11)),
-        )
-    ),
-    "words": tuple(
-        (words,)
-        for words in (
-            *([], ["a"], ["Bob", "apple", "cab", "date", "eel"], ["", "dd", "ace"]),
-            *(["bed", "decade", "Ace", "cc", "ebbed"], ["beads", "cabbage", "dad", "d", "banana"]),
-            *(["eca", "deca", "cabdea", "ba"], ["dec", "cadebac", "ebc", "bc"], ["ceded", "cd"]),
-            *(
-                ["ebdcab", "acdeb", "cb"],
-                ["cbdae", "abcdee", "de"],
-                ["db", "dcd", "ac", "ae", "bd"],
-            ),
-        )
-    ),
+    **{name: tuple((value,) for value in values) for name, values in _VALUES.items()},
 }
 
 
@@ -245,13 +229,10 @@ def _fill(rng: random.Random, piece: PieceT) -> PieceT:
         "{c}": rng.choice("abcde"),
         "{d}": rng.choice("-+/_."),
     }
-
-    def fill(template: str) -> str:
-        for hole, constant in constants.items():
-            template = template.replace(hole, constant)
-        return template
-
-    return type(piece)(*map(fill, piece))
+    texts = list(piece)
+    for hole, constant in constants.items():
+        texts = [text.replace(hole, constant) for text in texts]
+    return type(piece)(*texts)
 
 
 def _pick(rng: random.Random, pieces: Sequence[PieceT]) -> PieceT:
@@ -278,6 +259,35 @@ def _on(template: str, operand: str) -> str:
 
 def _orders(first: str, second: str) -> str:
     return f"{first[0].upper()}{first[1:]}, then {second}."
+
+
+def _plain(signature: str, verb: str, code: str, text: str) -> _Program:
+    """The value of an expression by itself."""
+    return _Program(signature, f"return {code}", (f"Return {text}.", f"{verb} {text}."))
+
+
+def _then_step(signature: str, code: str, text: str, step: Step) -> _Program:
+    """The value of an expression, then a step."""
+    docs = (
+        f"Return {text}, then {step.text}.",
+        f"Compute {text}, then {step.order.replace('{v}', 'it')}.",
+    )
+    return _Program(signature, f"return {_on(step.code, code)}", docs)
+
+
+def _then_end(signature: str, step: Step, end: End) -> _Program:
+    """An argument after a step, measured."""
+    code, text = end
+    docs = (
+        f"Return {text.replace('{v}', '{0} ' + step.text)}.",
+        _orders(step.order.replace("{v}", "{0}"), "return " + text.replace("{v}", "it")),
+    )
+    return _Program(signature, f"return {_on(code, _on(step.code, '{0}'))}", docs)
+
+
+def _of_argument(end: End) -> End:
+    """The end of the argument itself."""
+    return End(*(part.replace("{v}", "{0}") for part in end))
 
 
 def _one_value(rng: random.Random, signature: str, steps: Sequence[Step]) -> _Program:
@@ -310,13 +320,8 @@ def _int_pair(rng: random.Random) -> _Program:
         )
         return _Program("int int", f"return {left} * {{0}} {sign} {right} * {{1}}", docs)
     if case == 1:
-        return _Program("int int", f"return {code}", (f"Return {text}.", f"Compute {text}."))
-    step = _pick(rng, INT_STEPS)
-    docs = (
-        f"Return {text}, then {step.text}.",
-        f"Compute {text}, then {step.order.replace('{v}', 'it')}.",
-    )
-    return _Program("int int", f"return {_on(step.code, code)}", docs)
+        return _plain("int int", "Compute", code, text)
+    return _then_step("int int", code, text, _pick(rng, INT_STEPS))
 
 
 def _int_branch(rng: random.Random) -> _Program:
@@ -347,74 +352,63 @@ def _int_checks(rng: random.Random) -> _Program:
     return _Program("int", f"return {body}", docs)
 
 
-def _then_end(signature: str, step: Step, end: End) -> _Program:
-    code, text = end
-    docs = (
-        f"Return {text.replace('{v}', '{0} ' + step.text)}.",
-        _orders(step.order.replace("{v}", "{0}"), "return " + text.replace("{v}", "it")),
-    )
-    return _Program(signature, f"return {_on(code, _on(step.code, '{0}'))}", docs)
-
-
 def _str_measure(rng: random.Random) -> _Program:
     """A count or a fact of a string: plain, after a step, or a count with arithmetic on it."""
     case = rng.randrange(4)
     if case == 0:
-        code, text = _pick(rng, STR_COUNTS + STR_FACTS)
-        code, text = code.replace("{v}", "{0}"), text.replace("{v}", "{0}")
-        start = "Check" if text.startswith("whether") else "Compute"
-        return _Program("str", f"return {code}", (f"Return {text}.", f"{start} {text}."))
+        code, text = _of_argument(_pick(rng, STR_COUNTS + STR_FACTS))
+        verb = "Check" if text.startswith("whether") else "Compute"
+        return _plain("str", verb, code, text)
     if case == 1:
-        code, text = _pick(rng, STR_COUNTS)
-        step = _pick(rng, INT_STEPS[:5])
-        text = text.replace("{v}", "{0}")
-        docs = (
-            f"Return {text}, then {step.text}.",
-            f"Compute {text}, then {step.order.replace('{v}', 'it')}.",
-        )
-        return _Program("str", f"return {_on(step.code, code.replace('{v}', '{0}'))}", docs)
+        code, text = _of_argument(_pick(rng, STR_COUNTS))
+        return _then_step("str", code, text, _pick(rng, INT_STEPS[:5]))
     return _then_end("str", _pick(rng, STR_STEPS), _pick(rng, STR_COUNTS + STR_FACTS))
 
 
 def _list_measure(rng: random.Random) -> _Program:
     """One value out of a list, after a slice or a sort, or plain."""
-    code, text = end = _pick(rng, LIST_ENDS)
+    end = _pick(rng, LIST_ENDS)
     if rng.randrange(4) == 0:
-        code, text = code.replace("{v}", "{0}"), text.replace("{v}", "{0}")
-        start = "Check" if text.startswith("whether") else "Find"
-        return _Program("list", f"return {code}", (f"Return {text}.", f"{start} {text}."))
+        code, text = _of_argument(end)
+        return _plain("list", "Check" if text.startswith("whether") else "Find", code, text)
     return _then_end("list", _pick(rng, LIST_STEPS), end)
 
 
-def _folded(
-    rng: random.Random,
-    signature: str,
-    item: str,
-    plain: str,
-    checks: Sequence[Check],
-    steps: Sequence[Step],
-    folds: Sequence[Fold],
-) -> _Program:
+class Items(NamedTuple):
+    """What a list has, and what can be done to it."""
+
+    signature: str
+    item: str  # its name in a comprehension
+    noun: str
+    checks: Sequence[Check]
+    steps: Sequence[Step]
+    folds: Sequence[Fold]
+
+
+_NUMBERS = Items("list", "x", "number", INT_CHECKS, INT_STEPS, NUMBER_FOLDS)
+_WORDS = Items("words", "w", "word", STR_CHECKS, STR_STEPS, WORD_FOLDS)
+
+
+def _folded(rng: random.Random, items: Items) -> _Program:
     """Filter x map x fold over a list, as a comprehension."""
     case = rng.randrange(3)  # filter, map, or both
-    check = _pick(rng, checks) if case != 1 else None
-    step = _pick(rng, steps) if case != 0 else None
+    check = _pick(rng, items.checks) if case != 1 else None
+    step = _pick(rng, items.steps) if case != 0 else None
+    item = items.item
     generator = f"{_on(step.code, item) if step else item} for {item} in {{0}}"
-    many = f"{check.many if check else plain} in {{0}}"
+    many = f"{check.many if check else f'{items.noun}s'} in {{0}}"
     if check:
         generator += f" if {_on(check.code, item)}"
     if step:
         many += f", each {step.text}"
-    code, *docs = _pick(rng, folds)
+    code, *docs = _pick(rng, items.folds)
     docs = tuple(doc.replace("{many}", many) for doc in docs)
-    return _Program(signature, f"return {code.replace('{g}', generator)}", docs)
+    return _Program(items.signature, f"return {code.replace('{g}', generator)}", docs)
 
 
 def _quantified(rng: random.Random) -> _Program:
     """Count, any and all over a list of numbers or words."""
-    signature, item, noun, checks = rng.choice(
-        (("list", "x", "number", INT_CHECKS), ("words", "w", "word", STR_CHECKS))
-    )
+    signature, item, noun, checks, *_ = rng.choice((_NUMBERS, _WORDS))
     check = _pick(rng, checks)
     code = _on(check.code, item)
     case = rng.randrange(3)
@@ -424,24 +418,15 @@ def _quantified(rng: random.Random) -> _Program:
     else:
         name, word = (("any", "any"), ("all", "every"))[case - 1]
         body = f"{name}({code} for {item} in {{0}})"
-        docs = tuple(
-            f"{start} {word} {noun} in {{0}} {check.text}."
-            for start in ("Return whether", "Check if")
-        )
+        asked = f"{word} {noun} in {{0}} {check.text}."
+        docs = (f"Return whether {asked}", f"Check if {asked}")
     return _Program(signature, f"return {body}", docs)
 
 
 _INT_STEPS = partial(_one_value, signature="int", steps=INT_STEPS)
 _STR_STEPS = partial(_one_value, signature="str", steps=STR_STEPS)
 _LIST_STEPS = partial(_one_value, signature="list", steps=LIST_STEPS)
-_NUMBER_FOLD = partial(
-    _folded, signature="list", item="x", plain="numbers",
-    checks=INT_CHECKS, steps=INT_STEPS, folds=NUMBER_FOLDS,
-)  # fmt: skip
-_WORD_FOLD = partial(
-    _folded, signature="words", item="w", plain="words",
-    checks=STR_CHECKS, steps=STR_STEPS, folds=WORD_FOLDS,
-)  # fmt: skip
+_NUMBER_FOLD, _WORD_FOLD = partial(_folded, items=_NUMBERS), partial(_folded, items=_WORDS)
 # A family occurs as often as it stands here.
 FAMILIES = (
     *(_INT_STEPS, _int_pair, _int_branch, _int_branch, _int_checks),

@@ -44,7 +44,6 @@ class Hobbit(TablePolicy[Key]):
         self._began = 0  # the token at which this sequence began
 
     def begin_step(self, step: Step) -> None:
-        """See `Policy.begin_step`."""
         if step.position == 0 and step.token != self._step.token:
             self._began = step.token
             self._last, self._uses, self._native_uses = {}, {}, {}
@@ -54,7 +53,6 @@ class Hobbit(TablePolicy[Key]):
         self._step = step
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
-        """See `Policy.access`."""
         self._last[key] = self._step.token - self._began + 1
         self._uses[key] = self._uses.get(key, 0) + 1
         if native:
@@ -75,7 +73,6 @@ class Hobbit(TablePolicy[Key]):
         table.set(key, score)
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
-        """See `Policy.victim`."""
         tokens = self._step.token - self._began + 1
         n_layers = max(self._tables) + 1
         lowest: list[tuple[float, Key]] = []

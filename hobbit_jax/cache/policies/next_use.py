@@ -39,13 +39,11 @@ class NextUse(TablePolicy[Key]):
         self._weights: list[float] = []
 
     def begin_step(self, step: Step) -> None:
-        """See `Policy.begin_step`."""
         if self._used:
             self._take_in()
         self._step = step
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
-        """See `Policy.access`."""
         self._used.append(key)
         self._weights.append(weight)
         return key in self._resident
@@ -53,7 +51,6 @@ class NextUse(TablePolicy[Key]):
     def access_all(
         self, keys: Sequence[Key], weights: Sequence[float], native: bool = True
     ) -> list[Key]:
-        """See `Policy.access_all`."""
         self._used += keys
         self._weights += weights
         resident = self._resident
@@ -83,12 +80,10 @@ class NextUse(TablePolicy[Key]):
         return float(self._memory.estimate_LE[self._place(key)])
 
     def pin(self, key: Key) -> None:
-        """See `Policy.pin`."""
         super().pin(key)
         self._set_evictable(key, False)
 
     def unpin(self, key: Key) -> None:
-        """See `Policy.unpin`."""
         if key in self._pinned:
             self._set_evictable(key, True)
         super().unpin(key)

@@ -286,7 +286,7 @@ def take_in(
         memory: changed in place.
         layer: its row.
         token: never decreases.
-        chosen_K: int64, the experts; the chosen get an estimate whether they are resident or not.
+        chosen_K: int64; the chosen get an estimate whether they are resident or not.
         weight_K: float64, the router's.
         n_seen: experts that the layer has seen.
         draw: 0 to 1, chooses the expert that is watched from now on.
