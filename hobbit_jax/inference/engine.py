@@ -295,14 +295,9 @@ class Engine:
                 if decision is not None:
                     batches = list(decision.batches)
                 for drawn_B in report.tokens_NB:
-                    for sequence, token, active in zip(self._ids, ids_B, active_B, strict=True):
-                        if active:
-                            sequence.append(int(token))
-                    ids_B = drawn_B
-                    rows.append(ids_B)
-                    self._lengths_B = self._lengths_B + active_B
-                    self.counts.tokens += int(active_B.sum())
-                    active_B = active_B & ~np.isin(ids_B, stops)
+                    self._append_to_sequences(ids_B, active_B)
+                    ids_B, active_B = drawn_B, active_B & ~np.isin(drawn_B, stops)
+                rows += list(report.tokens_NB)
                 self._check_finite(report.finite)
                 if not report.blocked:
                     break
@@ -315,6 +310,12 @@ class Engine:
         self.controller.end_tokens(len(rows))
         self.pool.promote()
         return np.stack(rows), logits_BV
+
+    def _append_to_sequences(self, ids_B: np.ndarray, active_B: np.ndarray) -> None:
+        for row in np.flatnonzero(active_B):
+            self._ids[row].append(int(ids_B[row]))
+        self._lengths_B = self._lengths_B + active_B
+        self.counts.tokens += int(active_B.sum())
 
     def _serve(
         self, report: Report, decision: Decision | None, batches: list[list[ExpertKey]]

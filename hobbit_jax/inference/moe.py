@@ -8,7 +8,7 @@ of its selections.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -63,8 +63,8 @@ def _expert_ffn(
     signature: Signature,
     implementation: str,
     mesh: Mesh | None,
-    function: ExpertFunction = "swiglu",
-    biases: Biases | None = None,
+    function: ExpertFunction,
+    biases: Biases | None,
 ) -> jax.Array:
     def run(h_TD, y_AD, weight_A, bank, work, biases):
         work = work._replace(count=work.count.reshape(()))
@@ -161,6 +161,21 @@ def _split_batch(pool: SlotPool, batch: list[ExpertKey]) -> list[list[ExpertKey]
     return [part for part in parts if part]
 
 
+def _parts(
+    pool: SlotPool, keys: Iterable[ExpertKey]
+) -> list[tuple[Signature, list[ExpertKey], list[ExpertKey]]]:
+    """What runs one after the other: the signature, a batch of its bank, and a part of that."""
+    by_bank: dict[Signature, list[ExpertKey]] = defaultdict(list)
+    for key in keys:
+        by_bank[pool.store.signature(key)].append(key)
+    return [
+        (signature, batch, part)
+        for signature, of_bank in by_bank.items()
+        for batch in pool.controller.batches(of_bank)
+        for part in _split_batch(pool, batch)
+    ]
+
+
 def apply_experts(
     pool: SlotPool,
     step: Step,
@@ -182,39 +197,29 @@ def apply_experts(
         y_AD, float32 [T * K, D]: each selection's expert output times its routing weight;
         zero for skipped selections.
     """
-    ids_TK, mesh, config = selections.ids_TK, pool.mesh, pool.store.config
-    n_assignments, n_experts = ids_TK.size, config.n_experts
-    grouped = by_expert(step.layer, ids_TK, selections.served_TK)
-    controller, uses = pool.controller, _uses(step.layer, grouped, selections)
-    decision = controller.decide(step, *uses, prefill=True)
+    store, mesh, n_assignments = pool.store, pool.mesh, selections.ids_TK.size
+    grouped = by_expert(step.layer, selections.ids_TK, selections.served_TK)
+    uses, unmet = _uses(step.layer, grouped, selections)
+    decision = pool.controller.decide(step, uses, unmet, prefill=True)
     pool.begin(decision)
-    by_bank: dict[Signature, list[ExpertKey]] = defaultdict(list)
-    stay = set(decision.computed)
-    for key in grouped:
-        if key not in stay:
-            by_bank[pool.store.signature(key)].append(key)
-    parts = [
-        (signature, batch, part)
-        for signature, keys in by_bank.items()
-        for batch in controller.batches(keys)
-        for part in _split_batch(pool, batch)
-    ]
     outputs: HostOutputs | None = None
     if decision.computed:
         assert host is not None
-        signatures = {pool.store.signature(key) for key in decision.computed}
+        signatures = {store.signature(key) for key in decision.computed}
         widths = {s: _item_rows(grouped, s, host.implementation(s)) for s in signatures}
         outputs = host.run(decision.computed, grouped, widths, h_TD, selections.weights_TK)
 
     n_parts, layout = (1, None) if mesh is None else (mesh.size, NamedSharding(mesh, DIVIDED))
     y_AD = jnp.zeros((n_parts * n_assignments, h_TD.shape[1]), jnp.float32, device=layout)
+    computed = set(decision.computed)
+    parts = _parts(pool, (key for key in grouped if key not in computed))
     for index, (signature, batch, part) in enumerate(parts):
         later = [key for *_, following in parts[index + 1 :] for key in following]
         pool.load(part, keep=batch, upcoming=[*later, *upcoming])
-        chosen = pool.store.backend(signature, implementation)
+        chosen = store.backend(signature, implementation)
         width = _item_rows(grouped, signature, chosen)
         # Bounds that the shapes alone decide, so that few programs are compiled.
-        most_items = min(n_assignments, n_experts + n_assignments // width)
+        most_items = min(n_assignments, store.config.n_experts + n_assignments // width)
         if chosen == "xla":
             most_items = min(most_items, MAX_GATHERED)
         for work in _calls(pool, part, grouped, width, most_items):
@@ -223,7 +228,7 @@ def apply_experts(
                 bank, work = _gather_slots(bank, work, mesh)
             y_AD = _expert_ffn(
                 h_TD, y_AD, weights_TK.reshape(-1), bank, work, signature, chosen, mesh,
-                config.expert_function, biases,
+                store.config.expert_function, biases,
             )  # fmt: skip
     if mesh is not None:
         y_AD = _sum_of_parts(y_AD, mesh)

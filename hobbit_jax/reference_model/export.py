@@ -15,14 +15,13 @@ from tokenizers import Tokenizer
 from hobbit_jax import quantize
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
+from hobbit_jax.model_file.special_tokens import TokenType
 from hobbit_jax.models.attention import GroupedQueryAttention
 from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.written_keys import config_metadata
 from hobbit_jax.quantize.quant_recipe import FILE_TYPE_F32, FILE_TYPE_Q4_K_M, q4_k_m_format
 from hobbit_jax.reference_model.corpus import END_OF_TEXT
 from hobbit_jax.reference_model.trainer import TrainableModel
-
-NORMAL_TOKEN, CONTROL_TOKEN = 1, 3  # gguf.TokenType
 
 
 def metadata(config: ModelConfig, tokenizer: Tokenizer, name: str) -> dict:
@@ -43,7 +42,7 @@ def metadata(config: ModelConfig, tokenizer: Tokenizer, name: str) -> dict:
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [
-            CONTROL_TOKEN if i == boundary else NORMAL_TOKEN for i in range(len(tokens))
+            TokenType.CONTROL if i == boundary else TokenType.NORMAL for i in range(len(tokens))
         ],
         "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
         "tokenizer.ggml.bos_token_id": boundary,

@@ -43,6 +43,7 @@ from hobbit_jax.atomic import check_space
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
 from hobbit_jax.model_file.gguf_header import raw_shape
 from hobbit_jax.model_file.metadata import integers, numbers, texts
+from hobbit_jax.model_file.special_tokens import TokenType
 from hobbit_jax.model_file.tokenizer import BYTE_CHARACTERS
 from hobbit_jax.models.attention import GroupedQuery
 from hobbit_jax.models.config import TOKEN_EMBEDDING, ModelConfig, tensor_shapes
@@ -68,7 +69,6 @@ _SCALES: dict[str, tuple[float, float | None]] = {
     "Q5_K": (480.0, 15.5),
     "Q6_K": (1369.0, None),
 }
-_NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # gguf.TokenType
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -264,7 +264,10 @@ def made_up_vocabulary(n_tokens: int) -> dict[str, Any]:
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [_NORMAL] * (n_tokens - 1) + [_CONTROL],
+        "tokenizer.ggml.token_type": [
+            *[TokenType.NORMAL] * (n_tokens - 1),
+            TokenType.CONTROL,
+        ],
         "tokenizer.ggml.eos_token_id": n_tokens - 1,
         "tokenizer.ggml.padding_token_id": n_tokens - 1,
         "tokenizer.ggml.add_bos_token": False,
@@ -290,7 +293,7 @@ def borrowed_vocabulary(file: GGUFFile, n_tokens: int) -> dict[str, Any]:
     keys["tokenizer.ggml.tokens"] = [*tokens, *(f"[PAD{i}]" for i in range(missing))]
     types, scores = "tokenizer.ggml.token_type", "tokenizer.ggml.scores"
     if types in keys:
-        keys[types] = [*file.read(types, integers(-(2**31))), *[_UNUSED] * missing]
+        keys[types] = [*file.read(types, integers(-(2**31))), *[TokenType.UNUSED] * missing]
     if scores in keys:
         keys[scores] = [*file.read(scores, numbers()), *[0.0] * missing]
     return keys
