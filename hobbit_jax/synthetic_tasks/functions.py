@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from hobbit_jax.synthetic_tasks.paragraphs import paragraphs
 from hobbit_jax.synthetic_tasks.split import Split, draw
 
 _MIN_TESTS = 5
@@ -55,7 +56,7 @@ class Check(NamedTuple):
 
 
 class End(NamedTuple):
-    """What a value is measured by in the end: code over {v}, and the noun phrase."""
+    """What values are measured by: code over {v}, or over {0} and {1}, and the noun phrase."""
 
     code: str
     text: str
@@ -72,103 +73,21 @@ class Fold(NamedTuple):
 PieceT = TypeVar("PieceT", Step, Check, End, Fold)
 
 
-# In all pieces {k} is a constant 2..9, {n} a length 2..5, {c} a letter a..e, {d} a separator.
-INT_STEPS = (
-    Step("{v} + {k}", "plus {k}", "add {k} to {v}"),
-    Step("{v} - {k}", "minus {k}", "subtract {k} from {v}"),
-    Step("{v} * {k}", "times {k}", "multiply {v} by {k}"),
-    Step("{v} % {k}", "modulo {k}", "take {v} modulo {k}"),
-    Step("{v} // {k}", "floor-divided by {k}", "floor-divide {v} by {k}"),
-    Step("{v} ** 2", "squared", "square {v}"),
-    Step("-{v}", "negated", "negate {v}"),
-    Step("abs({v})", "as an absolute value", "take the absolute value of {v}"),
-)
-INT_CHECKS = (
-    Check("{v} % 2 == 0", "is even", "even numbers"),
-    Check("{v} % 2 == 1", "is odd", "odd numbers"),
-    Check("{v} > 0", "is positive", "positive numbers"),
-    Check("{v} < 0", "is negative", "negative numbers"),
-    Check("{v} > {k}", "is greater than {k}", "numbers greater than {k}"),
-    Check("{v} < {k}", "is less than {k}", "numbers less than {k}"),
-    Check("{v} % {k} == 0", "is a multiple of {k}", "multiples of {k}"),
-    Check("{v} != {k}", "is not {k}", "numbers other than {k}"),
-)
-INT_PAIRS = (
-    ("{0} + {1}", "the sum of {0} and {1}"),
-    ("{0} - {1}", "the difference {0} minus {1}"),
-    ("{0} * {1}", "the product of {0} and {1}"),
-    ("max({0}, {1})", "the larger of {0} and {1}"),
-    ("min({0}, {1})", "the smaller of {0} and {1}"),
-    ("abs({0} - {1})", "the distance between {0} and {1}"),
-)
-STR_STEPS = (
-    Step("{v}.upper()", "in upper case", "convert {v} to upper case"),
-    Step("{v}.lower()", "in lower case", "convert {v} to lower case"),
-    Step("{v}[::-1]", "reversed", "reverse {v}"),
-    Step("{v} * {n}", "repeated {n} times", "repeat {v} {n} times"),
-    Step("{v}[:{n}]", "cut to the first {n} characters", "take the first {n} characters of {v}"),
-    Step("{v}[-{n}:]", "cut to the last {n} characters", "take the last {n} characters of {v}"),
-    Step("{v}[{n}:]", "without the first {n} characters", "drop the first {n} characters of {v}"),
-    Step("{v}[:-{n}]", "without the last {n} characters", "drop the last {n} characters of {v}"),
-    Step("{v} + '{c}'", "with '{c}' at the end", "add '{c}' to the end of {v}"),
-    Step("'{c}' + {v}", "with '{c}' in front", "put '{c}' in front of {v}"),
-    Step("{v}.replace('{c}', '{d}')", "with '{d}' for '{c}'", "replace '{c}' with '{d}' in {v}"),
-)
-STR_COUNTS = (
-    End("len({v})", "the length of {v}"),
-    End("{v}.count('{c}')", "the number of '{c}' in {v}"),
-)
-STR_FACTS = (
-    End("{v}.startswith('{c}')", "whether {v} starts with '{c}'"),
-    End("{v}.endswith('{c}')", "whether {v} ends with '{c}'"),
-    End("'{c}' in {v}", "whether {v} contains '{c}'"),
-)
-STR_CHECKS = (
-    Check("len({v}) > {n}", "is longer than {n}", "words longer than {n}"),
-    Check("len({v}) < {n}", "is shorter than {n}", "words shorter than {n}"),
-    Check("{v}.startswith('{c}')", "starts with '{c}'", "words that start with '{c}'"),
-    Check("{v}.endswith('{c}')", "ends with '{c}'", "words that end with '{c}'"),
-    Check("'{c}' in {v}", "contains '{c}'", "words that contain '{c}'"),
-)
-LIST_STEPS = (
-    Step("{v}[:{n}]", "cut to the first {n} items", "take the first {n} items of {v}"),
-    Step("{v}[-{n}:]", "cut to the last {n} items", "take the last {n} items of {v}"),
-    Step("{v}[{n}:]", "without the first {n} items", "drop the first {n} items of {v}"),
-    Step("{v}[:-{n}]", "without the last {n} items", "drop the last {n} items of {v}"),
-    Step("{v}[::2]", "cut to every second item", "take every second item of {v}"),
-    Step("{v}[::-1]", "reversed", "reverse {v}"),
-    Step("sorted({v})", "sorted", "sort {v}"),
-    Step("sorted({v}, reverse=True)", "sorted in descending order", "sort {v} in descending order"),
-)
-LIST_ENDS = (
-    End("sum({v})", "the sum of {v}"),
-    End("len({v})", "the length of {v}"),
-    End("max({v}, default=0)", "the largest item of {v}, or 0 if empty"),
-    End("min({v}, default=0)", "the smallest item of {v}, or 0 if empty"),
-    End("{v}[{n}]", "the item at index {n} of {v}"),
-    End("{v}.count({k})", "how often {k} occurs in {v}"),
-    End("{k} in {v}", "whether {k} is in {v}"),
-)
-NUMBER_FOLDS = (
-    Fold("[{g}]", "Return a list of the {many}.", "List the {many}."),
-    Fold("sum({g})", "Return the sum of the {many}.", "Add up the {many}."),
-    Fold("sorted({g})", "Return a sorted list of the {many}.", "Sort the {many}."),
-    Fold(
-        "max(({g}), default=0)",
-        "Return the largest of the {many}, or 0 if there are none.",
-        "Find the maximum of the {many}, 0 if empty.",
-    ),
-    Fold(
-        "min(({g}), default=0)",
-        "Return the smallest of the {many}, or 0 if there are none.",
-        "Find the minimum of the {many}, 0 if empty.",
-    ),
-)
-WORD_FOLDS = (
-    Fold("[{g}]", "Return a list of the {many}.", "List the {many}."),
-    Fold("sorted({g})", "Return a sorted list of the {many}.", "Sort the {many}."),
-    Fold("'{d}'.join({g})", "Return the {many}, joined with '{d}'.", "Join with '{d}' the {many}."),
-)
+# Names of the tables in `function_pieces.txt`, whose further lines are a piece each. In all of them
+# {k} is a constant 2..9, {n} a length 2..5, {c} a letter a..e, {d} a separator.
+_TABLES = {name: lines for name, *lines in paragraphs("function_pieces.txt")}
+
+
+def _table(kind: type[PieceT], name: str) -> list[PieceT]:
+    return [kind(*line.split(" | ")) for line in _TABLES[name]]
+
+
+INT_STEPS, INT_CHECKS = _table(Step, "int steps"), _table(Check, "int checks")
+INT_PAIRS = _table(End, "int pairs")
+STR_STEPS, STR_CHECKS = _table(Step, "str steps"), _table(Check, "str checks")
+STR_COUNTS, STR_FACTS = _table(End, "str counts"), _table(End, "str facts")
+LIST_STEPS, LIST_ENDS = _table(Step, "list steps"), _table(End, "list ends")
+NUMBER_FOLDS, WORD_FOLDS = _table(Fold, "number folds"), _table(Fold, "word folds")
 
 _NAMES = {
     "int": (("x",), ("n",), ("a",), ("num",), ("value",)),
