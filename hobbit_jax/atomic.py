@@ -85,22 +85,12 @@ def _says_disk_full(error: OSError) -> bool:
     )
 
 
-def _sync(path: Path) -> None:
-    """Waits until the disk has what was written to a file, or which files a folder has."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def replacing(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
     """Yields a temporary path to write; it becomes `path` if the block ends without an error.
 
     In the same directory: a rename across file systems would not be atomic. After an
-    error nothing is left, and an older file at `path` stays as it was. What a reader has seen is
-    there after the power fails.
+    error nothing is left, and an older file at `path` stays as it was.
 
     Args:
         path: the file.
@@ -114,10 +104,7 @@ def replacing(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
     with _partial(path) as partial:
         try:
             yield partial
-            _sync(partial)
             os.replace(partial, path)
-            with suppress(OSError):  # not every file system lets a folder be opened
-                _sync(path.parent)
         except OSError as error:
             if not _says_disk_full(error):
                 raise
@@ -128,9 +115,11 @@ def replacing(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text in UTF-8, as `replacing` says."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    """Writes a text, so that a reader sees all of it or nothing, also after the power fails."""
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

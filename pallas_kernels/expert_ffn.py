@@ -60,7 +60,7 @@ def expert_ffn(
     function: ExpertFunction = "swiglu",
     biases: Biases | None = None,
 ) -> jax.Array:
-    """Runs experts on their tokens, each times its routing weight.
+    """Runs experts on their tokens, each times its routing weight; returns `y_AD`.
 
     For every assignment a = t * K + k in `work`, with e the expert in its slot:
     y[a] = weight[a] * down_e(gated(gate_e x[t], up_e x[t])), where each matrix adds its bias.
@@ -82,9 +82,6 @@ def expert_ffn(
             "interpret" (the same kernels, anywhere, slowly), or None.
         function: see `reference.gated`.
         biases: of the three matrices, where the model has them.
-
-    Returns:
-        y_AD.
 
     Raises:
         NotImplementedError: the implementation asked for does not cover this format or shape, or

@@ -135,8 +135,8 @@ class AdaptiveSplit(Observer):
         layout, banks = executor.controller.layout, executor.controller.banks
         of_each = {bank.signature: bank.policy.capacity for bank in banks}
         divisions: dict[float, Mapping[Signature, int]] = {}
+        mode = executor.controller.mode
         for share in CANDIDATE_SHARES:
-            mode = miss_mode(cache.mode)
             slots, _ = pool_slots(shares_pLE, mode, layout, cache.budget_bytes, share)
             if slots.keys() == of_each.keys() and slots not in divisions.values():
                 divisions[share] = slots
@@ -163,6 +163,5 @@ class AdaptiveSplit(Observer):
             controller.unpin(bank.policy.pinned)
         executor.resize(dict(self._tuner.divisions[share]))
         if self._cache.warm is not None:
-            mode = miss_mode(self._cache.mode)
-            self._cache.warm.pin(executor, self._shares_pLE, mode)
+            self._cache.warm.pin(executor, self._shares_pLE)
         self.history.append((self._tuner.tokens, share))

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hobbit_jax.cache.controller import Controller, Decision, Observer
-from hobbit_jax.cache.miss_modes import FETCH, LOW, MissMode
+from hobbit_jax.cache.miss_modes import LOW
 from hobbit_jax.experts.store import NATIVE, ExpertKey
 
 
@@ -54,15 +54,10 @@ class _Uses(Counter[ExpertKey]):
 
 
 class Promotion(Observer):
-    """Counts uses, and has copies loaded in the background, the most used first.
+    """Counts uses, and has copies loaded in the background, the most used first."""
 
-    Args:
-        rule: how eager promotion is.
-        mode: whether experts that tokens waited for earn a low copy too.
-    """
-
-    def __init__(self, rule: PromotionRule, mode: MissMode = FETCH):
-        self.rule, self._mode = rule, mode
+    def __init__(self, rule: PromotionRule):
+        self.rule = rule
         self._degraded = _Uses()  # uses served by another copy, of absent keys
         self._served = _Uses()  # uses that the key itself served
         self._tokens = 0
@@ -77,7 +72,7 @@ class Promotion(Observer):
         self.note_served(use.key for use in decision.uses if use.key not in computed)
         self.note(use.key for use in decision.unmet)
         self.note(key for key in decision.computed if self._controller.find_bank(key))
-        if self._mode.leaves_low and not decision.prefill:
+        if self._controller.mode.leaves_low and not decision.prefill:
             fetched = (key for batch in decision.batches for key in batch if key in waited_for)
             self.note(k._replace(precision=LOW) for k in fetched if k.precision == NATIVE)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hobbit_jax.cache.controller import Bank, Controller
-from hobbit_jax.cache.miss_modes import LOW, MissMode
+from hobbit_jax.cache.miss_modes import LOW
 from hobbit_jax.experts.store import NATIVE, ExpertKey
 from pallas_kernels.reference import Signature
 
@@ -32,26 +32,25 @@ class WarmStart:
         if not 0 <= self.pin_share < 1:
             raise ValueError(f"pin_share is {self.pin_share}; want 0 to below 1")
 
-    def fill(self, executor: Executor, plan_shares_pLE: np.ndarray, mode: MissMode) -> None:
+    def fill(self, executor: Executor, plan_shares_pLE: np.ndarray) -> None:
         """Loads as many of each bank's most used experts as fit, the most used last, and pins.
 
         Raises:
             ValueError: a profile of another shape, or pins that leave a bank too few slots.
         """
         controller = executor.controller
-        for bank, keys in rank(self.uses_LE, plan_shares_pLE, controller, mode).items():
+        for bank, keys in rank(self.uses_LE, plan_shares_pLE, controller).items():
             absent = [key for key in keys if key not in controller]
             executor.load(absent[: bank.room][::-1])
-        self.pin(executor, plan_shares_pLE, mode)
+        self.pin(executor, plan_shares_pLE)
 
-    def pin(self, executor: Executor, plan_shares_pLE: np.ndarray, mode: MissMode) -> None:
+    def pin(self, executor: Executor, plan_shares_pLE: np.ndarray) -> None:
         """Pins `pin_share` of each bank; loads what it pins.
 
         Raises:
             ValueError: too few slots are left to stream the rest through.
         """
-        controller = executor.controller
-        for bank, keys in rank(self.uses_LE, plan_shares_pLE, controller, mode).items():
+        for bank, keys in rank(self.uses_LE, plan_shares_pLE, executor.controller).items():
             if bank.policy.capacity < len(keys):
                 executor.pin(keys[: int(self.pin_share * bank.policy.capacity)])
 
@@ -113,10 +112,7 @@ def load_all(executor: Executor, precision: int) -> None:
 
 
 def rank(
-    uses_LE: np.ndarray,
-    plan_shares_pLE: np.ndarray,
-    controller: Controller,
-    mode: MissMode,
+    uses_LE: np.ndarray, plan_shares_pLE: np.ndarray, controller: Controller
 ) -> dict[Bank, list[ExpertKey]]:
     """Which copies may ask for a slot of each bank, the most used first.
 
@@ -126,8 +122,7 @@ def rank(
     Args:
         uses_LE: by a profile.
         plan_shares_pLE: of each pair's selections, by precision: the plan's.
-        controller: says which bank holds a copy.
-        mode: whether low copies serve misses.
+        controller: says which bank holds a copy, and whether low copies serve misses.
 
     Raises:
         ValueError: a profile of another shape.
@@ -149,7 +144,7 @@ def rank(
 
     heat_pLE = uses_LE * plan_shares_pLE
     ranked = by_bank(heat_pLE, np.argwhere(plan_shares_pLE > 0))
-    if mode.low_banks == "none":
+    if controller.mode.low_banks == "none":
         return ranked
     heat_pLE[LOW] += heat_pLE[NATIVE]
     for bank, keys in ranked.items():

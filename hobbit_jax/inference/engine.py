@@ -99,7 +99,7 @@ class Engine:
         self._ends_graph = ends_graph
         self._experts = LayerGroups.of(self.pool, model.implementation)
         self._host = HostCompute(store, model.implementation)
-        self._prefill = Prefill(self.model, self.pool, device_plan, self.mode, self._host, biases)
+        self._prefill = Prefill(self.model, self.pool, device_plan, self._host, biases)
         self._carry: Carry | None = None
         self._key = replicated(jax.random.key(0), mesh)
         self._lengths_B = np.zeros(0, np.int32)

@@ -129,7 +129,6 @@ class Prefill:
     model: LoadedModel
     pool: SlotPool
     plan: PrecisionPlan
-    mode: MissMode
     host: HostCompute
     biases: BiasStacks = ()
 
@@ -194,7 +193,8 @@ class Prefill:
         look("embedding", 0, x_BTD)
         kinds, layer, longest = model.layers.kinds, 0, int(lengths_B.max())
         # What the CPU computes need not go up.
-        uploads = not (self.pool.holds_all or self.mode.computes)
+        mode = self.pool.controller.mode
+        uploads = not (self.pool.holds_all or mode.computes)
         looks_ahead = self.pool.staging_bytes > 0 and uploads
         for number, block in enumerate(model.config.blocks):
             following = model.config.blocks[number + 1 : number + 2]
@@ -202,7 +202,7 @@ class Prefill:
             if looks_ahead and block.has_experts and any(b.has_experts for b in following):
                 next_kind, next_index = kinds.kind_N[number + 1], kinds.index_N[number + 1]
             x_BTD, h_TD, caches, selections, chosen_pE = _attend_and_route(
-                kinds, kinds.kind_N[number], next_kind, self.mode, model.layers.states,
+                kinds, kinds.kind_N[number], next_kind, mode, model.layers.states,
                 np.int32(kinds.index_N[number]), np.int32(next_index), kinds.places(number),
                 np.int32(min(layer, model.config.n_layers - 1)), self.plan, self.pool.held_UE,
                 x_BTD, positions_BT, caches,

@@ -107,8 +107,11 @@ def write_gguf(
                     f"shape {tuple(shape)} is uint8 {wanted}"
                 )
             file.write(np.ascontiguousarray(data).data)
-            file.write(bytes(_padding(data.nbytes, alignment)))
+            file.write(bytes(-data.nbytes % alignment))
             del data
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_directory(path.parent)
 
 
 def _header(
@@ -128,13 +131,9 @@ def _header(
         kind = get_format(format).number
         dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
         parts += [_string(name), dims, struct.pack("<IQ", kind, offset)]
-        offset += nbytes + _padding(nbytes, alignment)
+        offset += nbytes + -nbytes % alignment
     header = b"".join(parts)
-    return header + bytes(_padding(len(header), alignment))
-
-
-def _padding(nbytes: int, alignment: int) -> int:
-    return -nbytes % alignment
+    return header + bytes(-len(header) % alignment)
 
 
 def _string(text: str) -> bytes:
@@ -212,3 +211,13 @@ def _scalar_type(key: str, value: Any, int_type: GGUFValueType) -> GGUFValueType
         f"metadata {key!r}: {type(value).__name__} has no GGUF type, expected bool, int, float, "
         "str, or a list of one of them"
     )
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes the rename itself durable; not every file system lets a directory be opened."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -132,15 +132,8 @@ class Tokenizer:
                 f"{file.paths[0]}: tokenizer.ggml.model is {metadata.shown(model)}; supported are "
                 "'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)"
             )
-        named = file.read("tokenizer.ggml.tokens", metadata.texts(least=1))
-        # Empty ones get llama.cpp's names for them, so that several can be told apart.
-        tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(named)]
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        if len(vocabulary) != len(tokens):
-            first = next(t for i, t in enumerate(tokens) if vocabulary[t] != i)
-            raise ValueError(
-                f"{file.paths[0]}: token {metadata.shown(first)} appears twice, expected once"
-            )
+        vocabulary = _vocabulary(file)
+        tokens = list(vocabulary)
         types = file.read(
             "tokenizer.ggml.token_type", metadata.integers(-(2**31)), [1] * len(tokens)
         )
@@ -287,6 +280,18 @@ class Tokenizer:
                 strip = after_special and self._space_prefix
                 yield piece.removeprefix(b" ") if strip else piece
             after_special = kind_special
+
+
+def _vocabulary(file: GGUFFile) -> dict[str, int]:
+    """The id of each token, in the order of ids."""
+    vocabulary: dict[str, int] = {}
+    for i, named in enumerate(file.read("tokenizer.ggml.tokens", metadata.texts(least=1))):
+        # Empty ones get llama.cpp's names for them, so that several can be told apart.
+        if vocabulary.setdefault(token := named or f"[EMPTY_{i}]", i) != i:
+            raise ValueError(
+                f"{file.paths[0]}: token {metadata.shown(token)} appears twice, expected once"
+            )
+    return vocabulary
 
 
 def _one_each(file: GGUFFile, key: str, values: list[T], wanted: int) -> list[T]:

@@ -6,6 +6,7 @@ Owns the mapping of trained parameters to llama.cpp's tensor names, and the toke
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 
 from hobbit_jax import quantize
 from hobbit_jax.experts.low_precision import dequantize
-from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
+from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, write_gguf
 from hobbit_jax.model_file.special_tokens import TokenType
 from hobbit_jax.models.attention import GroupedQueryAttention
 from hobbit_jax.models.config import ModelConfig
@@ -96,23 +97,16 @@ def export_float32(model: TrainableModel, tokenizer: Tokenizer, name: str, path:
 def export_q4_k_m(source: GGUFFile, config: ModelConfig, path: Path) -> None:
     """Quantises a float32 export as llama.cpp's Q4_K_M would, with our encoders."""
 
-    def encoded(tensor, format):
-        def encode() -> np.ndarray:
-            if tensor.format == format:
-                return tensor.raw
-            weights = dequantize(tensor)
-            rows = quantize.encode(weights.reshape(-1, weights.shape[-1]), format)
-            return rows.reshape(*weights.shape[:-1], -1)
-
-        return encode
+    def encoded(tensor: TensorInfo, format: str) -> np.ndarray:
+        if tensor.format == format:
+            return tensor.raw
+        weights = dequantize(tensor)
+        rows = quantize.encode(weights.reshape(-1, weights.shape[-1]), format)
+        return rows.reshape(*weights.shape[:-1], -1)
 
     tensors = []
     for name, tensor in source.tensors.items():
         format = q4_k_m_format(name, tensor.shape, config)
-        tensors.append((name, format, tensor.shape, encoded(tensor, format)))
-    write_gguf(
-        path,
-        {**source.metadata, "general.file_type": FILE_TYPE_Q4_K_M},
-        tensors,
-        source.field_types,
-    )
+        tensors.append((name, format, tensor.shape, partial(encoded, tensor, format)))
+    metadata = {**source.metadata, "general.file_type": FILE_TYPE_Q4_K_M}
+    write_gguf(path, metadata, tensors, source.field_types)

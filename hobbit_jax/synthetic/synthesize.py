@@ -139,7 +139,8 @@ class _Weights:
             return self._embedding(format, shape[0])
         role = name.removesuffix(".weight").split(".")[-1]
         if role.endswith("_norm"):
-            return np.full(shape, self._norm(role), np.float32).view(np.uint8)
+            scale = self._query_size if role in ("attn_q_norm", "attn_k_norm") else 1.0
+            return np.full(shape, scale, np.float32).view(np.uint8)
         if role == "ssm_a":  # the rate at which a state of a delta net decays
             return self._rng(name).uniform(-1, 0, shape).astype(np.float32).view(np.uint8)
         if format == "F32":
@@ -156,9 +157,6 @@ class _Weights:
     def _query_size(self) -> float:
         """Value of every entry of a query and a key for attention's logit to be `_LOCALITY`."""
         return math.sqrt(_LOCALITY / math.sqrt(self._attention.head_dim))
-
-    def _norm(self, role: str) -> float:
-        return self._query_size if role in ("attn_q_norm", "attn_k_norm") else 1.0
 
     def _query_gain(self) -> float:
         """A norm takes care of the size where there is one; otherwise it must be right here."""
