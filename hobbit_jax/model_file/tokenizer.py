@@ -43,7 +43,7 @@ _MODERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = _MODERN % "{1,3}"
-_QWEN2 = _MODERN % ""
+QWEN2 = _MODERN % ""
 # A word that is a token is that token, whatever the merges say; and text begins with BOS.
 _WHOLE_WORDS_AND_BOS = (
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
@@ -70,7 +70,7 @@ _EXPRESSIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     (
-        (_QWEN2,),
+        (QWEN2,),
         (
             *("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "kormo", "f2llmv2", "hunyuan"),
             "solar-open",

@@ -47,7 +47,7 @@ def data() -> dict[str, np.ndarray]:
     """
     rng = np.random.default_rng(0)
     source = open_gguf(reference.model_path())
-    weights = dict(off_grid_weights(source, read_config(source)))
+    weights = off_grid_weights(source, read_config(source))
     real = np.concatenate([weights[n]().reshape(-1) for n in sorted(weights) if "_exps" in n])
     return {
         "normal": rng.standard_normal((N, K), np.float32),
