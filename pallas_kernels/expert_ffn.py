@@ -74,14 +74,12 @@ def expert_ffn(
             so that several banks can serve one layer in turn.
         weight_A: float32; or [A, 3], the factors of gate's, up's and down's products, where the
             matrices of an expert have scales of their own (NVFP4): down's is then times the weight.
-        bank: all slots of `signature`.
-        signature: formats of gate, up and down.
+        bank: all slots of `signature`, the formats of gate, up and down.
         work: slots and assignments; data, not compiled in.
         implementation: "xla" (float32 throughout), "ggml" (CPUs, on a bank of `RawMatrix`; rounds
             as `ggml/ops.py` says), "triton" (NVIDIA GPUs; rounds as `matmul_triton.py` says),
             "interpret" (the same kernels, anywhere, slowly), or None.
-        function: see `reference.gated`.
-        biases: of the three matrices, where the model has them.
+        function: see `reference.gated`; `biases` are of the three matrices.
 
     Raises:
         NotImplementedError: the implementation asked for does not cover this format or shape, or

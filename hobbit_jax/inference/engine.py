@@ -262,13 +262,7 @@ class Engine:
         draws.
         """
         self._check_room(active_B * count)
-        prefetch = self.cache.prefetch
-        spec = LoopSpec(
-            self.config, self.model.layers.kinds, self._ends_graph, self._experts, self.mode,
-            # The seed is data: `key`.
-            replace(sampling, seed=0), most_tokens, prefetch.layers_asked if prefetch else 0,
-            self._mesh, self.cache.resident_lift,
-        )  # fmt: skip
+        spec = self._loop_spec(sampling, most_tokens)
         program, k = decode_program(spec), self.config.experts_per_token
         stops = np.asarray(stop_ids, np.int32)
         rows: list[np.ndarray] = []
@@ -310,6 +304,14 @@ class Engine:
         self.controller.end_tokens(len(rows))
         self.pool.promote()
         return np.stack(rows), logits_BV
+
+    def _loop_spec(self, sampling: Sampling, most_tokens: int) -> LoopSpec:
+        prefetch, unseeded = self.cache.prefetch, replace(sampling, seed=0)  # the seed is data: key
+        return LoopSpec(
+            self.config, self.model.layers.kinds, self._ends_graph, self._experts, self.mode,
+            unseeded, most_tokens, prefetch.layers_asked if prefetch else 0, self._mesh,
+            self.cache.resident_lift,
+        )  # fmt: skip
 
     def _append_to_sequences(self, ids_B: np.ndarray, active_B: np.ndarray) -> None:
         for row in np.flatnonzero(active_B):
