@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from trace_figures import overlap, share_of_hot_experts
 
 from hobbit_jax import atomic, reference
 from hobbit_jax.cache.config import CacheConfig
@@ -240,20 +241,6 @@ def routed(tiny_path):
         for name in ("ids_TK", "weights_TK")
     )
     return Trace("tiny", ids.astype(np.int64), weights, np.arange(512), 32)
-
-
-def share_of_hot_experts(trace, fraction: float) -> float:
-    """Share of selections that the most used `fraction` of a layer's experts have, mean."""
-    ordered_LE = np.sort(trace.uses_LE, axis=1)[:, ::-1]
-    count = round(fraction * trace.n_experts)
-    return float((ordered_LE[:, :count].sum(axis=1) / ordered_LE.sum(axis=1)).mean())
-
-
-def overlap(trace, lag: int) -> float:
-    """Share of a token's experts that the token `lag` before it, in its sequence, chose too."""
-    now, before = trace.ids_TLK[lag:], trace.ids_TLK[:-lag]
-    same_T = (now[..., :, None] == before[..., None, :]).any(axis=-1).mean(axis=(1, 2))
-    return float(same_T[trace.position_T[lag:] >= lag].mean())
 
 
 def test_routing_is_like_real_routing(routed):
