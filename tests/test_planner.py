@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_models import MODELS, write_model
-from trace_figures import share_of_hot_experts
+from trace_figures import overlap, share_of_hot_experts
 
 from hobbit_jax.cache.bandwidth import Bandwidths
 from hobbit_jax.cache.controller import BankLayout
