@@ -129,12 +129,8 @@ def exclusive(path: Path, wait: bool = True) -> Iterator[bool]:
     It spares work and no more: whoever makes a file nevertheless leaves the same one. The kernel
     drops the lock of a process that is killed.
 
-    Args:
-        path: to be made.
-        wait: for another holder.
-
     Yields:
-        Whether it is held: False where another has it and `wait` is False.
+        Whether it is held: False where another has it and is not to be waited for.
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=wait, poll_interval=_POLL_S)
     try:

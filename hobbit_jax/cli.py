@@ -112,11 +112,7 @@ def define_list(
 ) -> flags.FlagHolder[Any]:
     """Defines a flag of the script that lists values, separated by commas.
 
-    Args:
-        name: of the flag.
-        parse: makes a value of its text, or raises ValueError.
-        default: as on a command line; None is no list.
-        text: the help.
+    `parse` makes a value of its text, or raises ValueError. The default is as on a command line.
     """
     parser = Parsed(lambda listed: [parse(one) for one in listed.split(",")], "a list with commas")
     holder = flags.DEFINE(parser, name, default, text, module_name=sys.argv[0])

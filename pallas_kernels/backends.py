@@ -46,10 +46,16 @@ def choose(
             f"implementation 'triton' needs an NVIDIA GPU, and this process has "
             f"{device.device_kind}; take 'xla', or 'interpret' to test the kernels"
         )
-    if implementation is None:
-        return _fastest("triton" if on_nvidia else "ggml", device.platform, checks)
-    checks["triton" if implementation == "interpret" else implementation]()
-    return implementation
+    if implementation is not None:
+        checks["triton" if implementation == "interpret" else implementation]()
+        return implementation
+    fastest = "triton" if on_nvidia else "ggml" if device.platform == "cpu" else "xla"
+    try:
+        checks.get(fastest, lambda: None)()
+    except NotImplementedError as error:
+        _say_once(f"slower matrix products of 'xla' are used: {error}")
+        return "xla"
+    return fastest
 
 
 def for_quality(implementation: Implementation) -> Implementation:
@@ -60,17 +66,6 @@ def for_quality(implementation: Implementation) -> Implementation:
     as that of some precision plans (docs/log/2026-11-29-cpu-backend.md).
     """
     return implementation or ("xla" if jax.devices()[0].platform == "cpu" else None)
-
-
-def _fastest(candidate: str, platform: str, checks: Mapping[str, Callable[[], None]]) -> str:
-    if candidate == "ggml" and platform != "cpu":
-        return "xla"
-    try:
-        checks[candidate]()
-    except NotImplementedError as error:
-        _say_once(f"slower matrix products of 'xla' are used: {error}")
-        return "xla"
-    return candidate
 
 
 @functools.cache

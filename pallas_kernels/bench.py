@@ -30,7 +30,7 @@ from pallas_kernels.expert_ffn import triton_expert_ffn
 from pallas_kernels.formats import get_format
 from pallas_kernels.formats.packing import Floats
 from pallas_kernels.matmul_triton import packing_of
-from pallas_kernels.reference import Bank, Signature, Work
+from pallas_kernels.reference import Bank, Signature, Work, items
 from pallas_kernels.tiles import INT8_SPLIT_ROWS, item_rows
 
 ROUTING_PATH = Path(__file__).with_name("bench_routing.json")
@@ -98,20 +98,9 @@ def draw_routing(shape: Shape, tokens: int, seed: int = 0) -> np.ndarray:
 
 def make_work(ids_TK: np.ndarray, width: int) -> Work:
     """Items of up to `width` assignments, in the order of their experts."""
-    flat_A = ids_TK.reshape(-1)
-    order_A = np.argsort(flat_A, kind="stable")
-    experts, starts = np.unique(flat_A[order_A], return_index=True)
-    slots, rows = [], []
-    for expert, mine in zip(experts, np.split(order_A, starts[1:]), strict=True):
-        for start in range(0, len(mine), width):
-            part = mine[start : start + width]
-            rows.append(np.pad(part, (0, width - len(part)), constant_values=part[0]))
-            slots.append(expert)
-    return Work(
-        jnp.asarray(np.array(slots, np.int32)),
-        jnp.asarray(np.stack(rows).astype(np.int32)),
-        jnp.asarray(len(slots), jnp.int32),
-    )
+    parts = ((expert, np.flatnonzero(ids_TK == expert)) for expert in np.unique(ids_TK))
+    slot_I, assignment_IC = items(parts, width)
+    return Work(jnp.asarray(slot_I), jnp.asarray(assignment_IC), jnp.int32(len(slot_I)))
 
 
 def random_bank(shape: Shape, format_name: str, seed: int = 0) -> Bank:
@@ -137,16 +126,19 @@ def random_bank(shape: Shape, format_name: str, seed: int = 0) -> Bank:
     return Bank(matrix(keys[0], *wide), matrix(keys[1], *wide), matrix(keys[2], *wide[::-1]))
 
 
-class Program(NamedTuple):
-    """What is timed: `step(i, x, operands)` is like x; `operands()` makes its weights."""
+Step = Callable[[jax.Array, jax.Array, Any], jax.Array]  # of index, x and operands; like x
 
-    step: Callable[[jax.Array, jax.Array, Any], jax.Array]
+
+class Program(NamedTuple):
+    """What is timed; `operands()` makes its weights."""
+
+    step: Step
     operands: Callable[[], Any]
     # (x, operands) -> relative error against the reference, and the most it may be.
     error: tuple[Callable[[jax.Array, Any], jax.Array], float] | None = None
 
 
-def loop_of(program: Program):
+def loop_of(step: Step):
     """A jitted (x, operands) -> x that takes `STEPS` steps, each on the result of the one before.
 
     Their number is static: a GPU asks its host before every step of a loop of unknown length.
@@ -154,40 +146,28 @@ def loop_of(program: Program):
 
     def loop(x, operands):
         def body(i, x):
-            return x + 1e-30 * program.step(i, x, operands).astype(x.dtype)
+            return x + 1e-30 * step(i, x, operands).astype(x.dtype)
 
         return jax.lax.fori_loop(0, STEPS, body, x)
 
     return jax.jit(loop)
 
 
-def run_loop(loop: Callable[[jax.Array, Any], jax.Array], x: jax.Array, operands: Any):
-    """A function of n that runs the loop n times and waits for the last."""
+def step_seconds(
+    loop: Callable[[jax.Array, Any], jax.Array], x: jax.Array, operands: Any, budget_s: float
+) -> list[float]:
+    """Seconds per step in seven runs of the loop that share the budget, after a warm-up."""
 
-    def run(n: int) -> None:
-        state = x
+    def timed(n: int) -> float:
+        began, state = time.perf_counter(), x
         for _ in range(n):
             state = loop(state, operands)
         jax.block_until_ready(state)
-
-    return run
-
-
-def repeats(run: Callable[[int], None], budget_s: float) -> list[float]:
-    """Seconds per step of seven runs that share the budget, after a warm-up."""
-
-    def timed(n: int) -> float:
-        began = time.perf_counter()
-        run(n)
         return (time.perf_counter() - began) / n
 
-    run(1)
+    timed(1)
     n = max(1, min(1000, int(budget_s / 8 / max(timed(1), 1e-6))))
     return [timed(n) / STEPS for _ in range(7)]
-
-
-def _time(program: Program, x: jax.Array, budget_s: float) -> list[float]:
-    return repeats(run_loop(loop_of(program), x, program.operands()), budget_s)
 
 
 def copy_gb_s() -> float:
@@ -195,7 +175,7 @@ def copy_gb_s() -> float:
     on_gpu = jax.devices()[0].platform == "gpu"
     x = jnp.zeros((1 << 30 if on_gpu else 1 << 24) // 4, jnp.float32)
     # The loop adds, and XLA fuses the addition: one pass that reads and writes x.
-    seconds = _time(Program(lambda i, x, _: x + i, lambda: ()), x, 1.0)
+    seconds = step_seconds(loop_of(lambda i, x, _: x + i), x, (), 1.0)
     return 2 * x.nbytes / statistics.median(seconds) / 1e9
 
 
@@ -203,7 +183,7 @@ def bf16_tflop_s() -> float:
     """Measured rate of a large bfloat16 matrix product on random data."""
     n = 8192 if jax.devices()[0].platform == "gpu" else 512
     x, w = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
-    seconds = _time(Program(lambda i, x, w: x @ w, lambda: w), x, 1.0)
+    seconds = step_seconds(loop_of(lambda i, x, w: x @ w), x, w, 1.0)
     return 2 * n**3 / statistics.median(seconds) / 1e12
 
 
@@ -300,7 +280,7 @@ def prepare(case: Case) -> Prepared:
     x = jax.ShapeDtypeStruct((case.tokens, shape.d_model), jnp.float32)
     operands = jax.eval_shape(program.operands)
     error = jax.jit(program.error[0]).lower(x, operands).compile() if program.error else None
-    return Prepared(case, program, loop_of(program).lower(x, operands).compile(), error)
+    return Prepared(case, program, loop_of(program.step).lower(x, operands).compile(), error)
 
 
 def measure(prepared: Prepared, budget_s: float) -> dict[str, Any]:
@@ -329,7 +309,7 @@ def measure(prepared: Prepared, budget_s: float) -> dict[str, Any]:
         row |= {"relative_error": error, "error_limit": limit}
         if not error < limit:  # NaN is wrong too
             return {**row, "status": "wrong"}
-    seconds = repeats(run_loop(prepared.loop, x_TD, operands), budget_s)
+    seconds = step_seconds(prepared.loop, x_TD, operands, budget_s)
     median = statistics.median(seconds)
     return {
         **row,

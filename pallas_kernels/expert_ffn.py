@@ -16,32 +16,6 @@ from pallas_kernels.reference import Bank, Epilogues, ExpertFunction, Signature,
 from pallas_kernels.tiles import choose_tile
 
 
-def check_supported(
-    signature: Signature,
-    d_model: int,
-    d_expert: int,
-    function: ExpertFunction = "swiglu",
-    has_epilogue: bool = False,
-) -> None:
-    """Refuses what the Triton kernels do not cover.
-
-    Raises:
-        NotImplementedError: names the function, format or size, and what is supported.
-    """
-    if function != "swiglu":
-        raise NotImplementedError(
-            f"the Triton kernels compute the expert function swiglu, and this model has {function}"
-        )
-    if has_epilogue:
-        raise NotImplementedError(
-            "the Triton kernels know no scales and biases of experts' matrices, which this model "
-            "has; take 'xla'"
-        )
-    for name in (signature.gate, signature.up):
-        check_shape(name, d_expert, d_model)
-    check_shape(signature.down, d_model, d_expert)
-
-
 def implementation_for(
     signature: Signature,
     d_model: int,
@@ -59,8 +33,23 @@ def implementation_for(
         NotImplementedError, ValueError: the one asked for cannot do this, and why.
     """
 
+    def check_triton() -> None:
+        if function != "swiglu":
+            raise NotImplementedError(
+                f"the Triton kernels compute the expert function swiglu, and this model has "
+                f"{function}"
+            )
+        if has_epilogue:
+            raise NotImplementedError(
+                "the Triton kernels know no scales and biases of experts' matrices, which this "
+                "model has; take 'xla'"
+            )
+        for name in (signature.gate, signature.up):
+            check_shape(name, d_expert, d_model)
+        check_shape(signature.down, d_model, d_expert)
+
     checks = {
-        "triton": lambda: check_supported(signature, d_model, d_expert, function, has_epilogue),
+        "triton": check_triton,
         "ggml": lambda: ggml.check_formats(*signature, platform=platform),
     }
     return choose(implementation, checks, platform)
@@ -77,7 +66,7 @@ def expert_ffn(
     function: ExpertFunction = "swiglu",
     epilogues: Epilogues | None = None,
 ) -> jax.Array:
-    """Runs experts on their tokens, each times its routing weight.
+    """Runs experts on their tokens, each times its routing weight; returns `y_AD`.
 
     For every assignment a = t * K + k in `work`, with e the expert in its slot:
     y[a] = weight[a] * down_e(gated(gate_e x[t], up_e x[t])), each product with its epilogue.
@@ -90,17 +79,13 @@ def expert_ffn(
         y_AD: float32, A = T * K; donate it. Rows that `work` does not list keep their values,
             so that several banks can serve one layer in turn.
         weight_A: float32.
-        bank: all slots of `signature`.
-        signature: formats of gate, up and down.
+        bank: all slots of `signature`, the formats of gate, up and down.
         work: slots and assignments; data, not compiled in.
         implementation: "xla" (float32 throughout), "ggml" (CPUs, on a bank of `RawMatrix`; rounds
             as `ggml/ops.py` says), "triton" (NVIDIA GPUs; rounds as `matmul_triton.py` says),
             "interpret" (the same kernels, anywhere, slowly), or None.
         function: see `reference.gated`.
         epilogues: of the three matrices, where the model has scales (NVFP4) or biases of them.
-
-    Returns:
-        y_AD.
 
     Raises:
         NotImplementedError: the implementation asked for does not cover this.

@@ -42,13 +42,10 @@ def linear(
     format_name: str,
     implementation: Implementation = None,
 ) -> jax.Array:
-    """x [..., K] times the transpose of a matrix [N, K]: float32 [..., N].
+    """x [..., K], float32, times the transpose of a matrix [N, K]: float32 [..., N].
 
-    Args:
-        x: float32.
-        planes: of the matrix, without a slot axis; raw blocks are computed by "ggml".
-        format_name: its format.
-        implementation: of a product with planes, as for `expert_ffn`.
+    The matrix has no slot axis; raw blocks are computed by "ggml", planes by the implementation as
+    in `expert_ffn`.
 
     Raises:
         NotImplementedError, ValueError: as for `expert_ffn`.

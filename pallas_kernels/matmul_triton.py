@@ -31,9 +31,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.activations import INT8_SPLIT_BLOCK, Int8Split, int8_split, lanes
 from pallas_kernels.formats import FORMATS, get_format
 from pallas_kernels.formats.packing import WORDS, Floats, Packing, lane
-from pallas_kernels.reference import filled_up
-
-Planes = dict[str, jax.Array]
+from pallas_kernels.reference import Planes, filled_up
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,7 @@ _FEWEST_COLUMNS = 64  # of a step: the widest group
 
 
 class Items(NamedTuple):
-    """Which input rows meet which slot, and where their results go.
-
-    An item of fewer than C rows is padded by repeating its first one, which is then
-    computed again and written to the same place: no row needs a mask.
+    """Which input rows meet which slot, and where their results go; padded as `reference.Work`.
 
     Attributes:
         slot_I: int32 [I].
@@ -111,14 +106,34 @@ def padded_columns(formats: Sequence[str], columns: int) -> int:
     return max(get_format(name).padded(columns) for name in formats)
 
 
-def _check_plane_sizes(format_name: str, planes: Planes) -> None:
-    """Pallas computes 32-bit element offsets, signed, in arrays of up to 4 GiB."""
+def _check_planes(format_name: str, planes: Planes, rows: int, columns: int) -> None:
+    check_shape(format_name, rows, columns)
     for name, plane in planes.items():
+        # Pallas computes 32-bit element offsets, signed, in arrays of up to 4 GiB.
         if plane.size >= 2**31 and plane.nbytes <= 2**32:
             raise NotImplementedError(
                 f"plane {name} of {format_name} has {plane.size} elements in {plane.nbytes} bytes; "
                 f"these kernels address fewer than {2**31} elements, or more than 4 GiB"
             )
+    for name, wanted in get_format(format_name).plane_shapes(rows, columns).items():
+        plane = planes[name]
+        if plane.shape[1:] != wanted.shape or plane.dtype != wanted.dtype:
+            raise ValueError(
+                f"plane {name} of {format_name}: got {plane.dtype} {plane.shape}, "
+                f"want {wanted.dtype} [slots, {wanted.shape[0]}, {wanted.shape[1]}]"
+            )
+
+
+def _left_operand(x_XK: jax.Array, format_name: str, integers: bool) -> Int8Split | jax.Array:
+    """The input rows as a format's products take them."""
+    packing = packing_of(format_name)
+    if isinstance(packing, Packing):
+        return int8_split(x_XK, packing.group_weights) if integers else lanes(x_XK, 4, jnp.bfloat16)
+    if integers:
+        raise NotImplementedError(
+            f"{format_name} has no integer product; give its tile at least {FEWEST_DOT_ROWS} rows"
+        )
+    return lanes(x_XK, 1, packing.operand_dtype)
 
 
 class _Matrix:
@@ -335,9 +350,9 @@ def grouped_matmul(
         y_YN: float32, updated in place where the caller donates it: other rows keep their values.
             A shape alone leaves them undefined.
         matrices: one or two, as planes with a leading slot axis, of N rows and K columns.
-        formats: their formats' names.
+        formats: their names.
         items: with C = `tile.tokens`.
-        tile: cut; its rows and columns must divide the matrix.
+        tile: its rows and columns must divide the matrix.
         factor_Y: float32 [Y] or None for one.
         interpret: run the kernel in Pallas's interpreter, on any device.
 
@@ -349,31 +364,9 @@ def grouped_matmul(
     """
     n_rows, columns = y_YN.shape[1], padded_columns(formats, x_XK.shape[1])
     x_XK = filled_up(x_XK, columns)
-    packings = [packing_of(name) for name in formats]
-    integers = tile.tokens <= MOST_INT8_SPLIT_ROWS
-    inputs = []
-    for name, planes, packing in zip(formats, matrices, packings, strict=True):
-        check_shape(name, n_rows, columns)
-        _check_plane_sizes(name, planes)
-        if isinstance(packing, Packing):
-            inputs.append(
-                int8_split(x_XK, packing.group_weights)
-                if integers
-                else lanes(x_XK, 4, jnp.bfloat16)
-            )
-        elif integers:
-            raise NotImplementedError(
-                f"{name} has no integer product; give its tile at least {FEWEST_DOT_ROWS} rows"
-            )
-        else:
-            inputs.append(lanes(x_XK, 1, packing.operand_dtype))
-        expected = get_format(name).plane_shapes(n_rows, columns)
-        for plane, shape in expected.items():
-            if planes[plane].shape[1:] != shape.shape or planes[plane].dtype != shape.dtype:
-                raise ValueError(
-                    f"plane {plane} of {name}: got {planes[plane].dtype} {planes[plane].shape}, "
-                    f"want {shape.dtype} [slots, {shape.shape[0]}, {shape.shape[1]}]"
-                )
+    for name, planes in zip(formats, matrices, strict=True):
+        _check_planes(name, planes, n_rows, columns)
+    inputs = [_left_operand(x_XK, name, tile.tokens <= MOST_INT8_SPLIT_ROWS) for name in formats]
     steps, rest = divmod(columns, tile.columns)
     if rest or n_rows % tile.rows or tile.columns < _FEWEST_COLUMNS:
         raise ValueError(f"{tile} does not divide a matrix [{n_rows}, {columns}] of {formats}")

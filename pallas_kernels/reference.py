@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.formats import get_format
 from pallas_kernels.ggml.ops import RawMatrix
@@ -70,6 +71,19 @@ class Work(NamedTuple):
     count: jax.Array
 
 
+def items(
+    assignments: Iterable[tuple[int, np.ndarray]], width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slots int32 [I] and assignments int32 [I, `width`] of pairs of a slot and its assignments."""
+    slot_I, rows = [], []
+    for slot, assignment_R in assignments:
+        for start in range(0, len(assignment_R), width):
+            part = assignment_R[start : start + width]
+            rows.append(np.pad(part, (0, width - len(part)), constant_values=part[0]))
+            slot_I.append(slot)
+    return np.asarray(slot_I, np.int32), np.asarray(rows, np.int32).reshape(-1, width)
+
+
 class Epilogue(NamedTuple):
     """What becomes of the products with an expert's matrices: they are scaled, then biased.
 
@@ -101,6 +115,11 @@ class Epilogues(NamedTuple):
 
     every: Epilogue
     row_A: Any  # int32
+
+    @classmethod
+    def of(cls, every: Epilogue | None, row_A: Any) -> Epilogues | None:
+        """None where there are none."""
+        return None if every is None else cls(every, row_A)
 
 
 # gpt-oss clips both halves of its gated pair here, and has another slope in its sigmoid.

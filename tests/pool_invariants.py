@@ -18,6 +18,10 @@ def all_keys(store, precision: int) -> list[ExpertKey]:
     return [ExpertKey(precision, layer, expert) for layer, expert in np.ndindex(shape)]
 
 
+def prefetched_bytes(pool) -> int:
+    return sum(map(pool.store.expert_bytes, pool.prefetched()))
+
+
 def check_invariants(pool, store) -> None:
     """Of every device: no slot is shared, the budget is kept, and table, policies and banks agree
     with the store.

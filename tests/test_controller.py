@@ -31,13 +31,17 @@ class Recorder(Observer):
     def __init__(self, controller: Controller):
         self.events: list = []
         controller.observers.append(self)
-        admit = controller.admit
+        for bank in controller.banks:
+            self._record_admissions(bank.policy)
+
+    def _record_admissions(self, policy) -> None:
+        admit = policy.admit
 
         def recorded(key, keep=()):
             self.events.append((key, victim := admit(key, keep)))
             return victim
 
-        controller.admit = recorded  # type: ignore[method-assign]
+        policy.admit = recorded
 
     def after_step(self, decision) -> None:
         self.events.append(decision)

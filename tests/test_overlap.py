@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, dequantize
 from links import Clock, Recorded, ThrottledLink, throttled
-from pool_invariants import check_invariants
+from pool_invariants import check_invariants, prefetched_bytes
 
 import hobbit_jax.inference.moe as moe_module
 import hobbit_jax.inference.prefill as prefill_module
@@ -87,7 +87,7 @@ def test_guesses_and_links_change_no_bit(model, store, reference, predictor, dis
         sizes, send = [], link.send
 
         def measured_send(raw, device, engine=engine, sizes=sizes, send=send):
-            sizes.append(engine.pool.prefetched_bytes)
+            sizes.append(prefetched_bytes(engine.pool))
             return send(raw, device)
 
         link.send = measured_send
@@ -254,4 +254,4 @@ def test_an_upload_that_fails_on_its_way(model, store, reference, what, share):
     with pytest.raises(RuntimeError, match="call start first"):
         engine.decode(np.asarray([7]))
     assert run(engine)[0] == reference[0][0]
-    assert engine.pool.prefetched_bytes <= engine.pool.staging_bytes
+    assert prefetched_bytes(engine.pool) <= engine.pool.staging_bytes

@@ -14,6 +14,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from tiny_models import MODELS, write_model
+from trace_figures import overlap, share_of_hot_experts
 
 from hobbit_jax.cache.bandwidth import Bandwidths
 from hobbit_jax.cache.controller import BankLayout
@@ -301,9 +302,9 @@ def test_made_up_routing_is_like_recorded_routing():
     blocks = PRESETS["tiny"].blocks[:1] * 26
     shape = replace(PRESETS["tiny"], blocks=blocks, n_experts=64, experts_per_token=6)
     trace = routing.synthetic_routing(shape)[0].trace
-    assert trace.share_of_hot_experts(0.25) == pytest.approx(0.489, abs=0.03)
-    for lag, overlap in ((1, 0.276), (2, 0.206), (5, 0.182), (20, 0.152)):
-        assert trace.overlap(lag) == pytest.approx(overlap, abs=0.025)
+    assert share_of_hot_experts(trace, 0.25) == pytest.approx(0.489, abs=0.03)
+    for lag, share in ((1, 0.276), (2, 0.206), (5, 0.182), (20, 0.152)):
+        assert overlap(trace, lag) == pytest.approx(share, abs=0.025)
     again = routing.synthetic_routing(shape)[0].trace
     np.testing.assert_array_equal(trace.ids_TLK, again.ids_TLK)
     assert (routing.synthetic_routing(shape, seed=1)[0].trace.ids_TLK != trace.ids_TLK).any()
@@ -314,7 +315,7 @@ def test_made_up_routing_is_like_recorded_routing():
     recent_TLE = np.zeros_like(chosen_TLE)
     for lag in range(1, 9):
         recent_TLE[lag:] |= chosen_TLE[:-lag]
-    assert generated.overlap(1) == pytest.approx(0.45, abs=0.03)
+    assert overlap(generated, 1) == pytest.approx(0.45, abs=0.03)
     assert (chosen_TLE & recent_TLE)[8:].sum() / chosen_TLE[8:].sum() == pytest.approx(
         0.8, abs=0.03
     )

@@ -395,25 +395,25 @@ def test_next_use_learns_from_steps_of_any_shape():
     assert len(policy) == 80
 
 
-def take_in_all(order, memory, choices, n_experts):
+def take_in_all(memory, choices, n_experts):
     """Lets one layer take in (token, ranked experts), and yields what it recalls at each."""
     for token, ranked in choices:
-        yield next_use_memory.remember(order, memory, 0, token, np.array(ranked))
-        order.last_use_LE[0, ranked] = token
-    assert n_experts <= order.last_use_LE.shape[1]
+        yield next_use_memory.remember(memory, 0, token, np.array(ranked))
+        memory.last_use_LE[0, ranked] = token
+    assert n_experts <= memory.last_use_LE.shape[1]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_memory_knows_what_came_after(seed):
     """Also after it has grown, and of two experts in different words of a bit set."""
     rng = np.random.default_rng(seed)
-    state, chosen_at, token = next_use_memory.empty(1, 64), {}, 0
+    memory, chosen_at, token = next_use_memory.empty(1, 64), {}, 0
     for n_experts in (64, 100):
         choices = []
         for _ in range(150):
             token += int(rng.choice([1, 1, 1, 2, 9, 40]))
             choices.append((token, rng.permutation(n_experts)[:4].tolist()))
-        recalled = list(take_in_all(*state, choices, n_experts))
+        recalled = list(take_in_all(memory, choices, n_experts))
         for (now, ranked), found_2p in zip(choices, recalled, strict=True):
             for place, likeness in found_2p[found_2p[:, 0] > 0].tolist():
                 assert place - 1 in chosen_at and place - 1 < now and likeness >= 1
@@ -421,8 +421,7 @@ def test_the_memory_knows_what_came_after(seed):
                 assert set(chosen_at[place - 1][:2]) == set(ranked[:2])
             chosen_at[now] = ranked
         if n_experts == 64:
-            state = next_use_memory.grown(*state, 2, 128)
-    _, memory = state
+            memory = next_use_memory.grown(memory, 2, 128)
     for place in chosen_at:
         for expert in range(100):
             after = [t - place for t, ids in chosen_at.items() if t > place and expert in ids]
@@ -434,7 +433,7 @@ def test_the_memory_knows_what_came_after(seed):
 def test_the_memory_prefers_the_more_alike():
     histories = [([7, 8, 9], [0, 1, 2]), ([4, 5, 6], [0, 1, 3]), ([7, 8, 9], [1, 0, 2])]
     choices = [(10 * i + j, r) for i, pair in enumerate(histories) for j, r in enumerate(pair)]
-    *_, found_2p = take_in_all(*next_use_memory.empty(1, 64), choices, 64)
+    *_, found_2p = take_in_all(next_use_memory.empty(1, 64), choices, 64)
     assert found_2p[:, 0].tolist() == [1 + 1, 11 + 1]
     assert found_2p[0, 1] > found_2p[1, 1]
 

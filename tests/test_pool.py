@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from links import Recorded
-from pool_invariants import UsesByExpert, all_keys, check_invariants
+from pool_invariants import UsesByExpert, all_keys, check_invariants, prefetched_bytes
 
 from hobbit_jax.cache.controller import BankLayout, Controller, Use
 from hobbit_jax.cache.policies import Step
@@ -154,7 +154,7 @@ def test_invariants_after_any_requests(store, slots, seed):
         new = [ExpertKey(*expert) for what, expert in link.events[sent:] if what == "send"]
         assert operation == "use" or not before & set(new)  # nothing that is there goes again
         check_invariants(pool, store)
-    dropped += pool.prefetched_bytes
+    dropped += prefetched_bytes(pool)
     pool.drop_prefetched()
     stats = pool.counts.take()
     assert stats.misses == misses and stats.hits == accesses - misses

@@ -333,7 +333,7 @@ def test_the_split_comes_to_the_best_fixed_one(mode, hot_experts):
     chooser = CapacityTuner(LAYOUT, DIVISIONS, worst, cache_of(mode, RULE), rule)
     for number, layers in enumerate(routed, 1):
         for layer in layers:
-            chooser.record(layer, number - 1)
+            chooser.record(layer)
         if number in (60, 180, 300, 420, 540):  # after 60 tokens, then 120 more at most
             chooser.decide()
         elif number % 7 == 0:
@@ -348,9 +348,9 @@ def test_of_divisions_within_the_margin_the_least_degrading_is_taken(margin, wan
     rule = SplitRule(margin=margin, window_tokens=160, first_tokens=160)
     mode = MISS_MODES["fetch_low"]
     chooser = CapacityTuner(LAYOUT, DIVISIONS, 0.2, cache_of(mode, RULE), rule)
-    for number, layers in enumerate(tokens(160, 4, 1)):
+    for layers in tokens(160, 4, 1):
         for layer in layers:
-            chooser.record(layer, number)
+            chooser.record(layer)
     assert chooser.decide() == chooser.share == wanted
 
 
@@ -368,9 +368,9 @@ def test_no_division_is_judged_while_it_fills():
         rule = SplitRule(most_growth=most_growth, first_tokens=24, window_tokens=64)
         chooser = CapacityTuner(LAYOUT, DIVISIONS, best, cache_of(mode, slow), rule)
         changes = []
-        for number, layers in enumerate(routed):
+        for layers in routed:
             for layer in layers:
-                chooser.record(layer, number)
+                chooser.record(layer)
             if (new := chooser.decide()) is not None:
                 changes.append(new)
         assert changes == wanted

@@ -516,7 +516,7 @@ def test_the_expert_op_lowers_for_two_gpus():
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
 
     def run(*args):
-        return moe._expert_ffn(*args, signature, "triton", mesh)
+        return moe._expert_ffn(*args, signature, "triton", mesh, "swiglu", None)
 
     with use_abstract_mesh(mesh), pytest.MonkeyPatch.context() as patch:
         # There is no GPU, and `choose` would say so.

@@ -55,12 +55,8 @@ DEFAULT_SPLIT = SplitRule()
 class CapacityTuner:
     """Remembers routing and says which division would have moved the fewest bytes.
 
-    Args:
-        layout: of the pool.
-        divisions: the candidates, all of the same banks.
-        share: the candidate that is in force.
-        cache: plan, mode, policy and promotion; the divisions are tried from a cold start.
-        rule: see there.
+    All `divisions` are of the same banks, and `share` is the one in force. Of `cache` they have
+    plan, mode, policy and promotion; they are tried from a cold start.
     """
 
     def __init__(
@@ -76,19 +72,20 @@ class CapacityTuner:
         self._promoted_per_token = cache.promotion.per_token if promotes else None
         cold = replace(cache, warm=None)
         self._shadows = {s: Replay(layout, slots, cold) for s, slots in divisions.items()}
-        self.tokens = 0
+        self.tokens = self._position = 0
         self._wait, self._decided_at = rule.first_tokens, 0
         self._recent: deque[tuple[int, list[RouterOutput]]] = deque(maxlen=rule.window_tokens)
 
-    def record(self, routed: RouterOutput, position: int) -> None:
-        """Remembers one layer of a decoded token, which stands at `position`."""
+    def record(self, routed: RouterOutput) -> None:
+        """Remembers one layer of a decoded token."""
         if not self._recent or routed.layer <= self._recent[-1][1][-1].layer:
-            self._recent.append((position, []))
-            self.tokens += 1
+            self._recent.append((self._position, []))
+            self.tokens, self._position = self.tokens + 1, self._position + 1
         self._recent[-1][1].append(routed)
 
     def decide(self) -> float | None:
-        """The share to change to; None to stay, or when there is too little to tell."""
+        """Between two sequences: the share to change to; None to stay, or if it is too early."""
+        self._position = 0
         if len(self.divisions) < 2 or self.tokens - self._decided_at < self._wait:
             return None
         self._decided_at, self._wait = self.tokens, min(2 * self._wait, self.rule.most_tokens)
@@ -122,11 +119,8 @@ class CapacityTuner:
 class AdaptiveSplit(Observer):
     """The division of an executor's banks, a live pool's or a replay's.
 
-    Args:
-        executor: its banks are divided by `pool_slots` for one of the candidates.
-        cache: its budget is divided, and its pins hold under every division; arrays are NumPy's.
-        shares_pLE: of each pair's selections, by precision: the plan's.
-        rule: see there.
+    They are divided by `pool_slots` for one of the candidates. The budget and the pins of `cache`
+    hold under every division.
     """
 
     def __init__(
@@ -138,12 +132,11 @@ class AdaptiveSplit(Observer):
     ):
         self._executor, self._cache, self._shares_pLE = executor, cache, shares_pLE
         self.history: list[tuple[int, float]] = []  # decoded tokens before it, share
-        self._position = 0
         layout, banks = executor.controller.layout, executor.controller.banks
         of_each = {bank.signature: bank.policy.capacity for bank in banks}
         divisions: dict[float, Mapping[Signature, int]] = {}
+        mode = executor.controller.mode
         for share in CANDIDATE_SHARES:
-            mode = miss_mode(cache.mode)
             slots, _ = pool_slots(shares_pLE, mode, layout, cache.budget_bytes, share)
             if slots.keys() == of_each.keys() and slots not in divisions.values():
                 divisions[share] = slots
@@ -157,15 +150,11 @@ class AdaptiveSplit(Observer):
 
     def after_routing(self, routed: RouterOutput) -> None:
         """Remembers a layer of what is decoded; prompts are left out."""
-        if routed.h_TD is not None or not routed.valid_T.any():
-            return
-        before = self._tuner.tokens
-        self._tuner.record(routed, self._position)
-        self._position += self._tuner.tokens - before
+        if routed.h_TD is None and routed.valid_T.any():
+            self._tuner.record(routed)
 
     def begin_sequences(self) -> None:
         """Divides the banks anew if what was routed so far says so."""
-        self._position = 0
         share = self._tuner.decide()
         if share is None:
             return
@@ -174,6 +163,5 @@ class AdaptiveSplit(Observer):
             controller.unpin(bank.policy.pinned)
         executor.resize(dict(self._tuner.divisions[share]))
         if self._cache.warm is not None:
-            mode = miss_mode(self._cache.mode)
-            self._cache.warm.pin(executor, self._shares_pLE, mode)
+            self._cache.warm.pin(executor, self._shares_pLE)
         self.history.append((self._tuner.tokens, share))

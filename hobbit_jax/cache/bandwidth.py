@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from hobbit_jax.atomic import replacing
+from hobbit_jax.atomic import write_text
 from hobbit_jax.record.typed_json import typed
 
 Source = Literal["mapped", "pinned"]
@@ -75,8 +75,7 @@ class Bandwidths:
 
     def write(self, path: Path) -> None:
         """As JSON, whole or not at all."""
-        with replacing(path) as partial:
-            partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def read_bandwidths(path: Path) -> Bandwidths:

@@ -82,13 +82,10 @@ class CacheConfig:
     ) -> Controller:
         """What decides by these settings, in a live engine and in a replay.
 
-        Args:
-            layout: which bank holds which copies.
-            slots: of each device's bank; a signature that is not there has no bank.
-            observers: told of every decision, after promotion.
+        The observers are told of every decision after promotion, where there is one.
         """
         mode = miss_mode(self.mode)
-        promotion = [Promotion(self.promotion, mode)] if mode.promotes else []
+        promotion = [Promotion(self.promotion)] if mode.promotes else []
         policy = policy_factory(self.policy)
         return Controller(layout, slots, policy, [*promotion, *observers], mode)
 
@@ -98,8 +95,7 @@ class CacheConfig:
         Raises:
             ValueError: a profile of another shape, or pins that leave a bank too few slots.
         """
-        mode = miss_mode(self.mode)
-        if mode.low_banks == "all":
+        if executor.controller.mode.low_banks == "all":
             load_all(executor, LOW)
         if self.warm is not None:
-            self.warm.fill(executor, plan_shares_pLE, mode)
+            self.warm.fill(executor, plan_shares_pLE)

@@ -9,7 +9,8 @@ the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter as Multiset
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import NamedTuple
@@ -115,11 +116,7 @@ class BankLayout:
             store.config.n_experts,
             store.config.experts_per_token,
             [[experts.signature for experts in layers] for layers in store.precisions],
-            {
-                experts.signature: experts.expert_bytes
-                for layers in store.precisions
-                for experts in layers
-            },
+            {e.signature: e.expert_bytes for layers in store.precisions for e in layers},
             n_devices,
         )
 
@@ -156,12 +153,8 @@ class Bank:
 class Controller:
     """Decides what happens to every selection, and counts it; see the module.
 
-    Args:
-        layout: which bank holds which copies.
-        slots: of each device's bank, by signature; a signature that is not there has no bank.
-        policy: of each bank.
-        observers: told of every decision, in this order.
-        mode: says what happens to a missing copy.
+    Each device has a bank for each signature of `slots`. The observers are told of every decision,
+    in their order.
     """
 
     def __init__(
@@ -233,12 +226,6 @@ class Controller:
 
         The policies hear of unmet requests too, except in prefill: a chunk of a prompt requests
         most experts once, which says little about the next token.
-
-        Args:
-            step: where in the model and in the text.
-            uses: the copies that serve.
-            unmet: the copies that another precision stands in for.
-            prefill: whether the step is a chunk of a prompt.
         """
         for bank in self.banks:
             bank.policy.begin_step(step)
@@ -298,14 +285,6 @@ class Controller:
         parts = [_batches_of(bank, by_bank[bank]) for bank in ordered]
         return [[key for part in row for key in part or ()] for row in zip_longest(*parts)]
 
-    def admit(self, key: ExpertKey, keep: Collection[ExpertKey] = ()) -> ExpertKey | None:
-        """Gives a missing copy a slot; the copy that is evicted for it, if any.
-
-        Raises:
-            RuntimeError: it is resident, or every slot is pinned or in `keep`.
-        """
-        return self.bank(key).policy.admit(key, keep)
-
     def evicted_for(self, key: ExpertKey) -> ExpertKey | None:
         """The copy that the arrival of `key` would evict; None if a slot is free or has no bank."""
         bank = self.find_bank(key)
@@ -322,21 +301,15 @@ class Controller:
         Raises:
             ValueError: says which bank.
         """
-        by_bank: dict[Bank, set[ExpertKey]] = {}
-        for key in keys:
-            by_bank.setdefault(self.bank(key), set()).add(key)
-        for bank, wanted in by_bank.items():
-            n_slots, total = bank.policy.capacity, len(bank.policy.pinned | wanted)
+        new = Multiset(self.bank(key) for key in keys if key not in self.bank(key).policy.pinned)
+        for bank, n_new in new.items():
+            n_slots, total = bank.policy.capacity, len(bank.policy.pinned) + n_new
             least = min(n_slots, self.layout.experts_per_token)
             if total > n_slots - least:
                 raise ValueError(
                     f"pinning {total} experts leaves bank {bank.signature} fewer than {least} of "
                     f"its {n_slots} slots to stream through"
                 )
-
-    def pin(self, key: ExpertKey) -> None:
-        """Protects a resident copy from eviction until `unpin`. KeyError if it is absent."""
-        self.bank(key).policy.pin(key)
 
     def unpin(self, keys: Iterable[ExpertKey]) -> None:
         """Gives pinned copies back to their policies."""

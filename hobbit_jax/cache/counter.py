@@ -35,36 +35,24 @@ class Counter(Executor):
     def __init__(self, controller: Controller):
         super().__init__(controller)
         self.resident_pLE = np.zeros(controller.layout.shape_pLE, bool)
-        self._reserved: list[ExpertKey] = []
 
     def load(self, keys: Sequence[ExpertKey]) -> None:
         """See `Executor.load`."""
         for key in keys:
             if not self.resident_pLE[key]:
-                self._load(key, keys)
+                bank = self.controller.bank(key)
+                victim = bank.policy.admit(key, keys)
+                if victim is not None:
+                    self.resident_pLE[victim] = False
+                self.resident_pLE[key] = True
+                self.counts.bytes_moved += bank.expert_bytes
 
-    def _load(self, key: ExpertKey, keep: Sequence[ExpertKey]) -> None:
-        victim = self.controller.admit(key, keep)
-        if victim is not None:
-            self.resident_pLE[victim] = False
-        self.resident_pLE[key] = True
-        self.counts.bytes_moved += self.controller.bank(key).expert_bytes
-
-    def reserve(self, key: ExpertKey) -> None:
-        """Begins the upload of a copy that no token waits for; `promote` gives it a slot."""
-        self._reserved.append(key)
-
-    def promote(self) -> None:
-        """Gives every reserved copy a slot, one device after another, as their pools do."""
-        for key in sorted(self._reserved, key=lambda key: self.controller.bank(key).device):
-            if not self.resident_pLE[key] and self.controller.has_unpinned_slot(key):
-                self._load(key, ())
-                self.counts.promotions += 1
-        self._reserved = []
+    def _begin_upload(self, key: ExpertKey) -> None:
+        """Whatever `load` gives a slot is counted there."""
 
     def resize(self, slots: Mapping[Signature, int]) -> None:
         """See `Executor.resize`."""
-        self._reserved = []
+        self.reserved.clear()
         for bank in self.controller.banks:
             if slots[bank.signature] != bank.policy.capacity:
                 for victim in bank.policy.resize(slots[bank.signature]):
@@ -87,11 +75,7 @@ def _no_collector() -> Iterator[None]:
 class Replay:
     """A controller with a counter, played token by token.
 
-    Args:
-        layout: which bank holds which copies.
-        slots: per bank; a signature that is not there has no bank.
-        cache: plan, mode, policy, promotion and warm start; the rest describes an engine.
-        observers: told of every decision, after promotion.
+    Of `cache` it takes plan, mode, policy, promotion and warm start; the rest describes an engine.
 
     Raises:
         ValueError: a profile of another shape, or pins that leave a bank too few slots.

@@ -79,13 +79,7 @@ class DeviceBanks:
     """The arrays of one device; `banks` and `table_UE` are new objects after each write.
 
     Row `precision * L + layer` of the table holds, for each expert, its slot in the bank of its
-    signature, or `ABSENT`.
-
-    Args:
-        store: whose experts they hold.
-        slots: the controller's banks of this device; how many slots each has is their policies'.
-        device: a jax.Device; None is the process's first.
-        layouts: of some signatures; the others are in planes.
+    signature, or `ABSENT`. A signature without a layout is in planes.
     """
 
     def __init__(

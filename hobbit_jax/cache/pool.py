@@ -88,7 +88,6 @@ class SlotPool(Executor):
             for index, device in enumerate(devices)
         ]
         self._budget_bytes, self._staging_bytes = budget_bytes, staging_bytes
-        self._reserved: dict[ExpertKey, Upload] = {}  # get a slot at `promote`
         self._prefetched: dict[ExpertKey, Upload] = {}  # get one when they are needed
         self._assembled: dict[Any, tuple[list[Any], Any]] = {}
         for part in self.parts:
@@ -148,13 +147,8 @@ class SlotPool(Executor):
         return sum(part.nbytes for part in self.parts)
 
     def prefetched(self) -> frozenset[ExpertKey]:
-        """Every expert whose upload was begun ahead of its use."""
+        """Every expert whose upload was begun ahead of its use; their bytes fit `staging_bytes`."""
         return frozenset(self._prefetched)
-
-    @property
-    def prefetched_bytes(self) -> int:
-        """Bytes of the prefetched uploads, `staging_bytes` at most."""
-        return sum(map(self.store.expert_bytes, self._prefetched))
 
     @property
     def holds_all(self) -> bool:
@@ -221,7 +215,7 @@ class SlotPool(Executor):
             later = [key for key in later if key not in missing]
             for index, key in enumerate(missing):
                 # Those that are waited for stand before those that are not.
-                upload = self._take_upload(key)
+                upload = self._begin_upload(key)
                 if self._begin_uploads(missing[index + 1 :]):
                     self.prefetch(later)
                 self._fetch(key, held, upload)
@@ -240,9 +234,8 @@ class SlotPool(Executor):
     def _begin_uploads(self, keys: Sequence[ExpertKey]) -> bool:
         """Starts uploads to one device as `prefetch` does; whether there was room for all."""
         for key in keys:
-            if key in self or key in self._reserved or key in self._prefetched:
-                continue
-            if self.controller.find_bank(key) is None:
+            begun = key in self or key in self.reserved or key in self._prefetched
+            if begun or self.controller.find_bank(key) is None:
                 continue
             staged = (k for k in self._prefetched if self._device(k) == self._device(key))
             if sum(map(self.store.expert_bytes, (*staged, key))) > self._staging_bytes:
@@ -256,27 +249,9 @@ class SlotPool(Executor):
             del self._prefetched[key]
             self.counts.bytes_dropped += self.store.expert_bytes(key)
 
-    def reserve(self, key: ExpertKey) -> None:
-        """Starts the upload of an expert that no token waits for; `promote` gives it a slot.
-
-        Programs that run meanwhile do not see it. Nothing happens if it is resident or reserved, or
-        has no bank.
-        """
-        known = key in self or key in self._reserved
-        if not known and self.controller.find_bank(key) is not None:
-            self._reserved[key] = self._take_upload(key)
-
-    def promote(self) -> None:
-        """Gives every reserved expert a slot, between two calls of a program."""
-        for key in sorted(self._reserved, key=self._device):
-            if self.controller.has_unpinned_slot(key) and key not in self:
-                self._fetch(key, frozenset(), self._take_upload(key))
-                self.counts.promotions += 1
-            self._reserved.pop(key, None)
-
-    def _take_upload(self, key: ExpertKey) -> Upload:
-        """The upload of an expert that is to have a slot; begun now, if it was not before."""
-        begun = self._reserved.pop(key, None) or self._prefetched.pop(key, None)
+    def _begin_upload(self, key: ExpertKey) -> Upload:
+        """See `Executor._begin_upload`: now, if it was not begun before."""
+        begun = self.reserved.pop(key, None) or self._prefetched.pop(key, None)
         return begun or self._send(key)
 
     def _send(self, key: ExpertKey) -> Upload:
@@ -288,16 +263,19 @@ class SlotPool(Executor):
         self.counts.bytes_moved += self.store.expert_bytes(key)
         return upload
 
+    def _arrived(self, key: ExpertKey, upload: Upload) -> tuple[jax.Array, ...]:
+        with _uploading(key, self._part(key).device):
+            return upload()
+
     def _fetch(self, key: ExpertKey, keep: frozenset[ExpertKey], upload: Upload) -> None:
-        part, began_s = self._part(key), self.link.clock()
-        with _uploading(key, part.device):
-            raw = upload()
+        began_s = self.link.clock()
+        raw = self._arrived(key, upload)
         self.counts.link_wait_s += self.link.clock() - began_s
         # On a CPU an upload is the map itself, read only when the slot is written.
         self.store.check_unchanged(key.precision)
-        victim = self.controller.admit(key, keep)
+        victim = self.controller.bank(key).policy.admit(key, keep)
         try:
-            part.put(key, raw, victim)
+            self._part(key).put(key, raw, victim)
         except BaseException:
             # Failed or interrupted half-way: which of banks, table and policy changed is unknown.
             self._empty(self.controller.bank(key))
@@ -324,7 +302,7 @@ class SlotPool(Executor):
         self._check_division(slots)
         banks = self.controller.banks
         changed = [bank for bank in banks if slots[bank.signature] != bank.policy.capacity]
-        self._reserved.clear()
+        self.reserved.clear()
         self.drop_prefetched()
         try:
             for bank in changed:
@@ -332,7 +310,11 @@ class SlotPool(Executor):
                 part.forget(bank.policy.resize(slots[bank.signature]))
                 part.give_back(bank.signature)
             for bank in changed:
-                self._refill(bank)
+                part = self.parts[bank.device]
+                residents = part.residents(bank.signature)
+                part.renew(bank)
+                for key in residents:
+                    part.put(key, self._arrived(key, self._send(key)), None)
         except BaseException:
             # Banks, table and policies that do not fit together hold nothing.
             for bank in changed:
@@ -357,13 +339,3 @@ class SlotPool(Executor):
                     f"{n_slots} slots for bank {bank.signature}; want at least {max(1, n_pinned)} "
                     f"({n_pinned} experts are pinned)"
                 )
-
-    def _refill(self, bank: Slots) -> None:
-        """Makes a bank's arrays anew with the residents that its policy kept."""
-        part = self.parts[bank.device]
-        residents = part.residents(bank.signature)
-        part.renew(bank)
-        for key in residents:
-            with _uploading(key, part.device):
-                raw = self._send(key)()
-            part.put(key, raw, None)

@@ -125,33 +125,24 @@ def demands(shares_pLE: np.ndarray, layout: BankLayout) -> list[BankDemand]:
         shares_pLE: of each pair's selections, by precision: the plan's, or any expected uses.
         layout: which bank holds which copies.
     """
-    n_precisions, n_layers, n_experts = layout.shape_pLE
-    owner_LE = owners_LE(n_layers, n_experts, layout.n_devices)
-    nobody_N = np.zeros(layout.n_devices, int)
-    n_experts_N: dict[Signature, np.ndarray] = defaultdict(nobody_N.copy)
-    widest: dict[Signature, int] = defaultdict(int)
-    use: dict[Signature, float] = defaultdict(float)
-    for layer in range(n_layers):
-        in_layer_N: dict[Signature, np.ndarray] = defaultdict(nobody_N.copy)
-        for precision in range(n_precisions):
-            share_E = shares_pLE[precision, layer]
-            owners = owner_LE[layer][share_E > 0]
-            if len(owners):
-                signature = layout.signature_pL[precision][layer]
-                in_layer_N[signature] += np.bincount(owners, minlength=len(nobody_N))
-                use[signature] += float(share_E.sum())
-        for signature, wanted_N in in_layer_N.items():
-            n_experts_N[signature] += wanted_N
-            widest[signature] = max(widest[signature], int(wanted_N.max()))
+    _, n_layers, n_experts = layout.shape_pLE
+    owner_LE, n_devices = owners_LE(n_layers, n_experts, layout.n_devices), layout.n_devices
+    experts_LN = defaultdict[Signature, np.ndarray](lambda: np.zeros((n_layers, n_devices), int))
+    use = defaultdict[Signature, float](float)
+    for layer, precision in np.argwhere((shares_pLE > 0).any(axis=2).T).tolist():
+        signature, share_E = layout.signature_pL[precision][layer], shares_pLE[precision, layer]
+        owner_E = owner_LE[layer][share_E > 0]
+        experts_LN[signature][layer] += np.bincount(owner_E, minlength=n_devices)
+        use[signature] += float(share_E.sum())
     return [
         BankDemand(
             signature=signature,
             expert_bytes=layout.expert_bytes[signature],
-            n_experts=int(wanted_N.max()),
-            min_slots=min(layout.experts_per_token, widest[signature]),
-            weight=use[signature] / int(wanted_N.sum()),
+            n_experts=int(wanted_LN.sum(axis=0).max()),
+            min_slots=min(layout.experts_per_token, int(wanted_LN.max())),
+            weight=use[signature] / int(wanted_LN.sum()),
         )
-        for signature, wanted_N in n_experts_N.items()
+        for signature, wanted_LN in experts_LN.items()
     ]
 
 

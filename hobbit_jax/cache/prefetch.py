@@ -42,9 +42,9 @@ class PrefetchRule:
             )
 
     @property
-    def asks_routers(self) -> bool:
-        """Whether the decode program applies later layers' routers."""
-        return self.predictor != "previous_token"
+    def layers_asked(self) -> int:
+        """Layers ahead whose routers the decode program applies."""
+        return 0 if self.predictor == "previous_token" else self.distance
 
 
 class Prefetcher(Observer):
@@ -62,7 +62,7 @@ class Prefetcher(Observer):
 
     def at_token(self) -> list[ExpertKey]:
         """Before a token: guesses for the first layers, of which no router knows anything yet."""
-        return [] if self.rule.asks_routers else self._before(range(self.rule.distance))
+        return [] if self.rule.layers_asked else self._before(range(self.rule.distance))
 
     def at_exit(
         self,

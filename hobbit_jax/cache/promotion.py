@@ -9,11 +9,12 @@ expert that may have to be promoted again: so a newcomer must have been used `af
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hobbit_jax.cache.controller import Controller, Decision, Observer
-from hobbit_jax.cache.miss_modes import FETCH, LOW, MissMode
+from hobbit_jax.cache.miss_modes import LOW
 from hobbit_jax.experts.store import NATIVE, ExpertKey
 
 
@@ -45,18 +46,20 @@ class PromotionRule:
 DEFAULT_PROMOTION = PromotionRule()
 
 
+class _Uses(Counter[ExpertKey]):
+    """Counts that fade, and so are no integers."""
+
+    def halved(self) -> _Uses:
+        return _Uses({key: uses / 2 for key, uses in self.items() if uses >= 0.5})
+
+
 class Promotion(Observer):
-    """Counts uses, and has copies loaded in the background, the most used first.
+    """Counts uses, and has copies loaded in the background, the most used first."""
 
-    Args:
-        rule: how eager promotion is.
-        mode: whether experts that tokens waited for earn a low copy too.
-    """
-
-    def __init__(self, rule: PromotionRule, mode: MissMode = FETCH):
-        self.rule, self._mode = rule, mode
-        self._degraded: dict[ExpertKey, float] = {}  # uses served by another copy, of absent keys
-        self._served: dict[ExpertKey, float] = {}  # uses that the key itself served
+    def __init__(self, rule: PromotionRule):
+        self.rule = rule
+        self._degraded = _Uses()  # uses served by another copy, of absent keys
+        self._served = _Uses()  # uses that the key itself served
         self._tokens = 0
 
     def attach(self, controller: Controller) -> None:
@@ -69,19 +72,17 @@ class Promotion(Observer):
         self.note_served(use.key for use in decision.uses if use.key not in computed)
         self.note(use.key for use in decision.unmet)
         self.note(key for key in decision.computed if self._controller.find_bank(key))
-        if self._mode.leaves_low and not decision.prefill:
+        if self._controller.mode.leaves_low and not decision.prefill:
             fetched = (key for batch in decision.batches for key in batch if key in waited_for)
             self.note(k._replace(precision=LOW) for k in fetched if k.precision == NATIVE)
 
     def note(self, keys: Iterable[ExpertKey]) -> None:
         """Records one degraded use of each key."""
-        for key in keys:
-            self._degraded[key] = self._degraded.get(key, 0.0) + 1.0
+        self._degraded.update(keys)
 
     def note_served(self, keys: Iterable[ExpertKey]) -> None:
         """Records one use of each key that it served itself, as residents do."""
-        for key in keys:
-            self._served[key] = self._served.get(key, 0.0) + 1.0
+        self._served.update(keys)
 
     def after_tokens(self, count: int) -> list[ExpertKey]:
         """See `Observer.after_tokens`: the latest first among those used alike."""
@@ -89,7 +90,7 @@ class Promotion(Observer):
         halvings -= self._tokens // self.rule.halving_tokens
         self._tokens += count
         for _ in range(halvings):
-            self._degraded, self._served = _halved(self._degraded), _halved(self._served)
+            self._degraded, self._served = self._degraded.halved(), self._served.halved()
         due = [key for key, uses in self._degraded.items() if uses >= self.rule.after_uses]
         due = [key for key in reversed(due) if key not in self._controller]
         due.sort(key=lambda key: -self._degraded[key])
@@ -97,17 +98,10 @@ class Promotion(Observer):
         picked = list(itertools.islice(worth_it, self.rule.per_token * count))
         for key in picked:
             # From now on it stands for what it has earned.
-            self._served[key] = self._served.get(key, 0.0) + self._degraded.pop(key)
+            self._served[key] += self._degraded.pop(key)
         return picked
 
     def _worth_it(self, key: ExpertKey) -> bool:
-        if not self.rule.margin:
+        if not self.rule.margin or (evicted := self._controller.evicted_for(key)) is None:
             return True
-        evicted = self._controller.evicted_for(key)
-        if evicted is None:
-            return True
-        return self._degraded[key] > self.rule.margin * self._served.get(evicted, 0.0)
-
-
-def _halved(uses: dict[ExpertKey, float]) -> dict[ExpertKey, float]:
-    return {key: count / 2 for key, count in uses.items() if count >= 0.5}
+        return self._degraded[key] > self.rule.margin * self._served[evicted]

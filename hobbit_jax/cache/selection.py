@@ -68,15 +68,10 @@ def select(
     routing: tuple[Array, Array],
     valid_T: Array,
 ) -> Selections:
-    """Assigns precisions to a router's choice; rows that are not valid ask for nothing.
+    """Assigns precisions to a router's choice: experts and weights, [T, K] each, heaviest first.
 
-    Args:
-        plan: says what is requested.
-        mode: says what serves it.
-        resident_pE: bool, of the layer's copies.
-        layer: of the model.
-        routing: experts and weights, [T, K] each, heaviest first.
-        valid_T: bool; False is padding.
+    The plan says what is requested, and the mode what serves it, by what is resident. Rows that are
+    not valid are padding and ask for nothing.
     """
     ids_TK, weights_TK = routing
     xp = weights_TK.__array_namespace__()

@@ -17,6 +17,8 @@ from hobbit_jax.atomic import replacing
 from hobbit_jax.cache.controller import Observer
 from hobbit_jax.cache.selection import RouterOutput
 
+_ARRAYS = ("expert_ids", "weights", "seq_lens")
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -61,18 +63,6 @@ class Trace:
         shape = (self.ids_TLK.shape[1], self.n_experts)
         return np.bincount(self.keys_TLK.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
 
-    def share_of_hot_experts(self, fraction: float) -> float:
-        """Share of selections that the most used `fraction` of a layer's experts have, mean."""
-        ordered_LE = np.sort(self.uses_LE, axis=1)[:, ::-1]
-        count = round(fraction * self.n_experts)
-        return float((ordered_LE[:, :count].sum(axis=1) / ordered_LE.sum(axis=1)).mean())
-
-    def overlap(self, lag: int) -> float:
-        """Share of a token's experts that the token `lag` before it, in its sequence, chose too."""
-        now, before = self.ids_TLK[lag:], self.ids_TLK[:-lag]
-        same_T = (now[..., :, None] == before[..., None, :]).any(axis=-1).mean(axis=(1, 2))
-        return float(same_T[self.position_T[lag:] >= lag].mean())
-
 
 def read_trace(path: Path, n_experts: int | None = None) -> Trace:
     """Reads and checks a trace file.
@@ -84,8 +74,7 @@ def read_trace(path: Path, n_experts: int | None = None) -> Trace:
     Raises:
         ValueError: not such a file; says which array is wrong, what it is and what is wanted.
     """
-    arrays = _arrays(path)
-    ids_TLK, weights_TLK, lengths = (arrays[n] for n in ("expert_ids", "weights", "seq_lens"))
+    ids_TLK, weights_TLK, lengths = _arrays(path)
     if ids_TLK.ndim != 3 or ids_TLK.size == 0 or ids_TLK.dtype.kind not in "iu":
         raise ValueError(
             f"{path}: expert_ids is {ids_TLK.dtype} {list(ids_TLK.shape)}; want integers "
@@ -122,24 +111,19 @@ def read_trace(path: Path, n_experts: int | None = None) -> Trace:
     return Trace(path.name, ids_TLK, weights_TLK, position_T, most)
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    wanted = ("expert_ids", "weights", "seq_lens")
+def _arrays(path: Path) -> list[np.ndarray]:
     try:
         with path.open("rb") as stream:
-            try:
-                file = np.load(stream, allow_pickle=False)
-            except ValueError as error:  # what np.load makes of any other file
-                raise ValueError(f"{path} is no .npz file of {', '.join(wanted)}") from error
+            file = np.load(stream, allow_pickle=False)
             if isinstance(file, np.ndarray):
-                raise ValueError(f"{path} holds one array; want an .npz of {', '.join(wanted)}")
-            missing = [name for name in wanted if name not in file]
-            if missing:
-                raise ValueError(
-                    f"{path} has no {', '.join(missing)}; it has {', '.join(file) or 'nothing'}"
-                )
-            return {name: file[name] for name in wanted}
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{path} is no .npz file: {error}") from error
+                raise ValueError("it holds one array")
+            return [file[name] for name in _ARRAYS]
+    except KeyError:
+        missing = ", ".join(name for name in _ARRAYS if name not in file)
+        has = ", ".join(file) or "nothing"
+        raise ValueError(f"{path} has no {missing}; it has {has}") from None
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is no .npz file of {', '.join(_ARRAYS)}: {error}") from error
 
 
 class RoutingRecorder(Observer):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hobbit_jax.cache.controller import Bank, Controller
-from hobbit_jax.cache.miss_modes import LOW, MissMode
+from hobbit_jax.cache.miss_modes import LOW
 from hobbit_jax.experts.store import NATIVE, ExpertKey
 from pallas_kernels.reference import Signature
 
@@ -31,31 +32,25 @@ class WarmStart:
         if not 0 <= self.pin_share < 1:
             raise ValueError(f"pin_share is {self.pin_share}; want 0 to below 1")
 
-    def fill(self, executor: Executor, plan_shares_pLE: np.ndarray, mode: MissMode) -> None:
+    def fill(self, executor: Executor, plan_shares_pLE: np.ndarray) -> None:
         """Loads as many of each bank's most used experts as fit, the most used last, and pins.
-
-        Args:
-            executor: a pool or a counter.
-            plan_shares_pLE: of each pair's selections, by precision: the plan's.
-            mode: whether low copies serve misses.
 
         Raises:
             ValueError: a profile of another shape, or pins that leave a bank too few slots.
         """
         controller = executor.controller
-        for bank, keys in rank(self.uses_LE, plan_shares_pLE, controller, mode).items():
+        for bank, keys in rank(self.uses_LE, plan_shares_pLE, controller).items():
             absent = [key for key in keys if key not in controller]
             executor.load(absent[: bank.room][::-1])
-        self.pin(executor, plan_shares_pLE, mode)
+        self.pin(executor, plan_shares_pLE)
 
-    def pin(self, executor: Executor, plan_shares_pLE: np.ndarray, mode: MissMode) -> None:
+    def pin(self, executor: Executor, plan_shares_pLE: np.ndarray) -> None:
         """Pins `pin_share` of each bank; loads what it pins.
 
         Raises:
             ValueError: too few slots are left to stream the rest through.
         """
-        controller = executor.controller
-        for bank, keys in rank(self.uses_LE, plan_shares_pLE, controller, mode).items():
+        for bank, keys in rank(self.uses_LE, plan_shares_pLE, executor.controller).items():
             if bank.policy.capacity < len(keys):
                 executor.pin(keys[: int(self.pin_share * bank.policy.capacity)])
 
@@ -65,6 +60,7 @@ class Executor(ABC):
 
     def __init__(self, controller: Controller):
         self.controller, self.counts = controller, controller.counts
+        self.reserved: dict[ExpertKey, Any] = {}  # their uploads; `promote` gives them a slot
 
     @abstractmethod
     def load(self, keys: Sequence[ExpertKey]) -> None:
@@ -73,6 +69,28 @@ class Executor(ABC):
     @abstractmethod
     def resize(self, slots: Mapping[Signature, int]) -> None:
         """Divides the bytes of each device's banks anew, between the same banks."""
+
+    @abstractmethod
+    def _begin_upload(self, key: ExpertKey) -> Any:
+        """Has the bytes of a copy sent to its device."""
+
+    def reserve(self, key: ExpertKey) -> None:
+        """Begins the upload of a copy that no token waits for; `promote` gives it a slot.
+
+        Programs that run meanwhile do not see it. Nothing happens if it is resident or reserved, or
+        has no bank.
+        """
+        controller = self.controller
+        if key not in self.reserved and key not in controller and controller.find_bank(key):
+            self.reserved[key] = self._begin_upload(key)
+
+    def promote(self) -> None:
+        """Gives every reserved copy a slot, between two steps, one device after another."""
+        for key in sorted(self.reserved, key=lambda key: self.controller.bank(key).device):
+            if self.controller.has_unpinned_slot(key) and key not in self.controller:
+                self.load([key])
+                self.counts.promotions += 1
+        self.reserved.clear()
 
     def pin(self, keys: Sequence[ExpertKey]) -> None:
         """Loads `keys` and keeps them resident until they are unpinned; these are no accesses.
@@ -83,7 +101,7 @@ class Executor(ABC):
         self.controller.check_pins(keys)
         self.load(keys)
         for key in keys:
-            self.controller.pin(key)
+            self.controller.bank(key).policy.pin(key)
 
 
 def load_all(executor: Executor, precision: int) -> None:
@@ -94,10 +112,7 @@ def load_all(executor: Executor, precision: int) -> None:
 
 
 def rank(
-    uses_LE: np.ndarray,
-    plan_shares_pLE: np.ndarray,
-    controller: Controller,
-    mode: MissMode,
+    uses_LE: np.ndarray, plan_shares_pLE: np.ndarray, controller: Controller
 ) -> dict[Bank, list[ExpertKey]]:
     """Which copies may ask for a slot of each bank, the most used first.
 
@@ -107,8 +122,7 @@ def rank(
     Args:
         uses_LE: by a profile.
         plan_shares_pLE: of each pair's selections, by precision: the plan's.
-        controller: says which bank holds a copy.
-        mode: whether low copies serve misses.
+        controller: says which bank holds a copy, and whether low copies serve misses.
 
     Raises:
         ValueError: a profile of another shape.
@@ -130,7 +144,7 @@ def rank(
 
     heat_pLE = uses_LE * plan_shares_pLE
     ranked = by_bank(heat_pLE, np.argwhere(plan_shares_pLE > 0))
-    if mode.low_banks == "none":
+    if controller.mode.low_banks == "none":
         return ranked
     heat_pLE[LOW] += heat_pLE[NATIVE]
     for bank, keys in ranked.items():

@@ -162,13 +162,9 @@ def empty_carry(
 def with_outputs(
     carry: Carry, assignment_H: np.ndarray, y_HD: np.ndarray, mesh: Mesh | None
 ) -> Carry:
-    """A carry in which some assignments have run elsewhere; numbers outside of it are dropped.
+    """A carry, donated, in which some assignments have run elsewhere (`HostOutputs`).
 
-    Args:
-        carry: of a program that waits in a layer; donated.
-        assignment_H: int32.
-        y_HD: their experts' outputs times the routing weights, float32.
-        mesh: of several devices, of which the first holds them.
+    Of several devices the first holds the outputs; assignments outside of the carry are dropped.
     """
     y_AD, done_A = _put_outputs(carry.y_AD, carry.done_A, assignment_H, y_HD, mesh)
     return carry._replace(y_AD=y_AD, done_A=done_A)
@@ -204,7 +200,7 @@ def group(
 ) -> list[Work]:
     """Per precision, items of up to `width` wanted assignments of one expert each.
 
-    `host_compute.items` does the same for prefill. Which rows an expert's items have depends on its
+    `reference.items` does the same for prefill. Which rows an expert's items have depends on its
     own assignments alone.
     """
     n_assignments = len(expert_A)
@@ -311,8 +307,8 @@ def _run_experts(
     n_precisions, width = len(experts.signatures[0]), item_width(batch, k, config.n_experts)
     work_t = group(ids_A, served_A, slot_A, due_A, config.n_experts, n_precisions, width)
 
+    epilogues = Epilogues.of(weights.epilogue, layer * config.n_experts + ids_A)
     weight_A = carry.selections.weights_TK.reshape(-1)
-    epilogues = weights.epilogue and Epilogues(weights.epilogue, layer * config.n_experts + ids_A)
     implementations = dict(experts.implementations)
 
     def run(signatures: tuple[Signature | None, ...], y_AD: jax.Array) -> jax.Array:

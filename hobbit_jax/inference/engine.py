@@ -99,7 +99,7 @@ class Engine:
         self._ends_graph = ends_graph
         self._experts = LayerGroups.of(self.pool, model.implementation)
         self._host = HostCompute(store, model.implementation)
-        self._prefill = Prefill(self.model, self.pool, device_plan, self.mode, self._host, epilogue)
+        self._prefill = Prefill(self.model, self.pool, device_plan, self._host, epilogue)
         self._carry: Carry | None = None
         self._key = replicated(jax.random.key(0), mesh)
         self._lengths_B = np.zeros(0, np.int32)
@@ -167,17 +167,11 @@ class Engine:
         finally:
             self.controller.observers.remove(observer)
 
-    def _check_map(self) -> None:
-        """Refuses files that changed since they were mapped, where programs read the map itself.
-
-        Past the end of a file that was cut short they would end the process.
-        """
+    def _check_room(self, n_new_B: np.ndarray) -> None:
         if self.model.mapped_bytes:
+            # Past the end of a file that was cut short a program would end the process.
             for precision in range(len(self.store.precisions)):
                 self.store.check_unchanged(precision)
-
-    def _check_room(self, n_new_B: np.ndarray) -> None:
-        self._check_map()
         context = self._started().caches.context
         longest = int((self._lengths_B + n_new_B).max(initial=0))
         if longest > context:
@@ -264,22 +258,11 @@ class Engine:
 
         Returns the tokens drawn, [N, B], and the logits of the last one.
 
-        Args:
-            ids_B: int32.
-            active_B: sequences that get tokens.
-            count: `most_tokens` at most.
-            most_tokens: what the program is compiled for.
-            sampling: how the next tokens are drawn.
-            drawn: tokens drawn before, which seed the draws.
-            stop_ids: a sequence that draws one of them has ended.
+        The program is compiled for `most_tokens`, and the number of tokens `drawn` before seeds the
+        draws.
         """
         self._check_room(active_B * count)
-        spec = LoopSpec(
-            self.config, self.model.layers.kinds, self._ends_graph, self._experts, self.mode,
-            # The seed is data: `key`.
-            replace(sampling, seed=0), most_tokens, self._look_ahead(), self._mesh,
-            self.cache.resident_lift,
-        )  # fmt: skip
+        spec = self._loop_spec(sampling, most_tokens)
         program, k = decode_program(spec), self.config.experts_per_token
         stops = np.asarray(stop_ids, np.int32)
         rows: list[np.ndarray] = []
@@ -306,14 +289,9 @@ class Engine:
                 if decision is not None:
                     batches = list(decision.batches)
                 for drawn_B in report.tokens_NB:
-                    for sequence, token, active in zip(self._ids, ids_B, active_B, strict=True):
-                        if active:
-                            sequence.append(int(token))
-                    ids_B = drawn_B
-                    rows.append(ids_B)
-                    self._lengths_B = self._lengths_B + active_B
-                    self.counts.tokens += int(active_B.sum())
-                    active_B = active_B & ~np.isin(ids_B, stops)
+                    self._append_to_sequences(ids_B, active_B)
+                    ids_B, active_B = drawn_B, active_B & ~np.isin(drawn_B, stops)
+                rows += list(report.tokens_NB)
                 self._check_finite(report.finite)
                 if not report.blocked:
                     break
@@ -327,10 +305,19 @@ class Engine:
         self.pool.promote()
         return np.stack(rows), logits_BV
 
-    def _look_ahead(self) -> int:
-        """Layers whose routers a call asks when it leaves for an expert."""
-        rule = self.cache.prefetch
-        return rule.distance if rule is not None and rule.asks_routers else 0
+    def _loop_spec(self, sampling: Sampling, most_tokens: int) -> LoopSpec:
+        prefetch, unseeded = self.cache.prefetch, replace(sampling, seed=0)  # the seed is data: key
+        return LoopSpec(
+            self.config, self.model.layers.kinds, self._ends_graph, self._experts, self.mode,
+            unseeded, most_tokens, prefetch.layers_asked if prefetch else 0, self._mesh,
+            self.cache.resident_lift,
+        )  # fmt: skip
+
+    def _append_to_sequences(self, ids_B: np.ndarray, active_B: np.ndarray) -> None:
+        for row in np.flatnonzero(active_B):
+            self._ids[row].append(int(ids_B[row]))
+        self._lengths_B = self._lengths_B + active_B
+        self.counts.tokens += int(active_B.sum())
 
     def _serve(
         self, report: Report, decision: Decision | None, batches: list[list[ExpertKey]]

@@ -21,7 +21,7 @@ from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.formats import get_format
 from pallas_kernels.ggml.ops import RawMatrix, address_of
-from pallas_kernels.reference import Bank, Epilogue, Epilogues, Signature, Work
+from pallas_kernels.reference import Bank, Epilogue, Epilogues, Signature, Work, items
 
 # Experts that XLA unpacks at a time.
 MAX_UNPACKED = 8
@@ -84,17 +84,6 @@ class HostCompute:
     def _epilogue(self) -> Epilogue | None:
         return jax.device_put(self._store.epilogue, self._device)
 
-    def _epilogues(
-        self, keys: Sequence[ExpertKey], assignments: Mapping[ExpertKey, np.ndarray], padding: int
-    ) -> Epilogues | None:
-        """Of the rows of `run`, which are padded with those of some expert."""
-        if self._epilogue is None:
-            return None
-        n_experts = self._store.config.n_experts
-        rows = [np.full(len(assignments[key]), key.layer * n_experts + key.expert) for key in keys]
-        row_H = np.pad(np.concatenate(rows), (0, padding)).astype(np.int32)
-        return Epilogues(self._epilogue, row_H)
-
     def run(
         self,
         keys: Sequence[ExpertKey],
@@ -123,12 +112,15 @@ class HostCompute:
         assignment_N = np.concatenate([assignments[key] for key in keys]).astype(np.int32)
         padding = (1 << (len(assignment_N) - 1).bit_length()) - len(assignment_N)
         assignment_H = np.pad(assignment_N, (0, padding), constant_values=count)
-        ends = np.cumsum([len(assignments[key]) for key in keys])
+        counts = [len(assignments[key]) for key in keys]
+        ends = np.cumsum(counts)
         rows = dict(zip(keys, np.split(np.arange(len(assignment_N)), ends[:-1]), strict=True))
         weight_H = np.append(weights_TK.reshape(-1), np.float32(0))[assignment_H]
         local_TD = h_TD.addressable_data(0)  # of several devices each has all
         function = self._store.config.expert_function
-        epilogues = self._epilogues(keys, assignments, padding)
+        expert_N = [key.layer * self._store.config.n_experts + key.expert for key in keys]
+        expert_H = np.pad(np.repeat(expert_N, counts), (0, padding)).astype(np.int32)
+        epilogues = Epilogues.of(self._epilogue, expert_H)
         what = f"computing {len(keys)} experts of layer {keys[0].layer} on the CPU"
         with failing(what), jax.default_device(self._device):
             local_TD, y_HD = jax.device_put(local_TD, self._device), None
@@ -180,7 +172,7 @@ class HostCompute:
 
 def _work(slots: Mapping[ExpertKey, int], rows: Mapping[ExpertKey, np.ndarray], width: int) -> Work:
     """Items of up to `width` rows of one expert; a power of two of them."""
-    slot_I, row_IC = items(slots, rows, width)
+    slot_I, row_IC = items(((slot, rows[key]) for key, slot in slots.items()), width)
     padding = (1 << (len(slot_I) - 1).bit_length()) - len(slot_I)
     # NumPy's arrays go to the device with the program that takes them.
     work: tuple[Any, ...] = (
@@ -189,16 +181,3 @@ def _work(slots: Mapping[ExpertKey, int], rows: Mapping[ExpertKey, np.ndarray], 
         np.int32(len(slot_I)),
     )
     return Work(*work)
-
-
-def items(
-    slots: Mapping[ExpertKey, int], assignments: Mapping[ExpertKey, np.ndarray], width: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Slots [I] and assignments [I, width] of experts, short items padded with their first."""
-    slot_I, rows = [], []
-    for key, slot in slots.items():
-        for start in range(0, len(assignments[key]), width):
-            part = assignments[key][start : start + width]
-            rows.append(np.pad(part, (0, width - len(part)), constant_values=part[0]))
-            slot_I.append(slot)
-    return np.asarray(slot_I, np.int32), np.asarray(rows, np.int32).reshape(-1, width)

@@ -8,7 +8,7 @@ of its selections.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -22,7 +22,7 @@ from hobbit_jax.cache.pool import SlotPool
 from hobbit_jax.cache.selection import Selections
 from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, ExpertKey
-from hobbit_jax.inference.host_compute import HostCompute, HostOutputs, items
+from hobbit_jax.inference.host_compute import HostCompute, HostOutputs
 from hobbit_jax.models.sharding import DIVIDED, REPLICATED, divided, on_each, sum_of_parts
 from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn
@@ -33,6 +33,7 @@ from pallas_kernels.reference import (
     Signature,
     Work,
     gather_slots,
+    items,
 )
 from pallas_kernels.tiles import item_rows
 
@@ -62,8 +63,8 @@ def _expert_ffn(
     signature: Signature,
     implementation: str,
     mesh: Mesh | None,
-    function: ExpertFunction = "swiglu",
-    epilogues: Epilogues | None = None,
+    function: ExpertFunction,
+    epilogues: Epilogues | None,
 ) -> jax.Array:
     def run(h_TD, y_AD, weight_A, bank, work, epilogues):
         work = work._replace(count=work.count.reshape(()))
@@ -125,8 +126,10 @@ def _calls(
     pool: SlotPool, keys: Sequence[ExpertKey], grouped: Assignments, width: int, most_items: int
 ) -> Iterator[Work]:
     """The items of one batch, `most_items` to a call and device, padded to as many."""
-    shares = [{key: pool.slot(key) for key in share} for share in pool.by_device(keys)]
-    parts_of = [items(slots, grouped, width) for slots in shares]
+    parts_of = [
+        items(((pool.slot(key), grouped[key]) for key in share), width)
+        for share in pool.by_device(keys)
+    ]
     place = jnp.asarray if pool.mesh is None else partial(divided, mesh=pool.mesh)
     for start in range(0, max(len(slot_I) for slot_I, _ in parts_of), most_items):
         slots, assignments, counts = [], [], []
@@ -158,6 +161,21 @@ def _split_batch(pool: SlotPool, batch: list[ExpertKey]) -> list[list[ExpertKey]
     return [part for part in parts if part]
 
 
+def _parts(
+    pool: SlotPool, keys: Iterable[ExpertKey]
+) -> list[tuple[Signature, list[ExpertKey], list[ExpertKey]]]:
+    """What runs one after the other: the signature, a batch of its bank, and a part of that."""
+    by_bank: dict[Signature, list[ExpertKey]] = defaultdict(list)
+    for key in keys:
+        by_bank[pool.store.signature(key)].append(key)
+    return [
+        (signature, batch, part)
+        for signature, of_bank in by_bank.items()
+        for batch in pool.controller.batches(of_bank)
+        for part in _split_batch(pool, batch)
+    ]
+
+
 def apply_experts(
     pool: SlotPool,
     step: Step,
@@ -171,56 +189,37 @@ def apply_experts(
 ) -> jax.Array:
     """Runs every selected expert of a layer, loading what is missing or computing it on the CPU.
 
-    While some of them run, the next ones are on their way, and at the end those of `upcoming`.
-
-    Args:
-        pool: where the experts are.
-        step: of the policies; says which layer.
-        h_TD: what the experts read.
-        weights_TK: the router's weights, on the device.
-        selections: NumPy arrays.
-        implementation: of the products.
-        upcoming: what the next layer may need.
-        host: computes what the controller leaves to the CPU; needed where it leaves any.
-        epilogues: of the experts.
+    While some of them run, the next ones are on their way, and at the end those of `upcoming`,
+    which the next layer may need. The router's weights are on the device, and `selections` are
+    NumPy's. `host` is needed where the controller leaves anything to the CPU.
 
     Returns:
         y_AD, float32 [T * K, D]: each selection's expert output times its routing weight;
         zero for skipped selections.
     """
-    ids_TK, mesh, config = selections.ids_TK, pool.mesh, pool.store.config
-    n_assignments, n_experts = ids_TK.size, config.n_experts
-    grouped = by_expert(step.layer, ids_TK, selections.served_TK)
-    controller, uses = pool.controller, _uses(step.layer, grouped, selections)
-    decision = controller.decide(step, *uses, prefill=True)
+    store, mesh, n_assignments = pool.store, pool.mesh, selections.ids_TK.size
+    grouped = by_expert(step.layer, selections.ids_TK, selections.served_TK)
+    uses, unmet = _uses(step.layer, grouped, selections)
+    decision = pool.controller.decide(step, uses, unmet, prefill=True)
     pool.begin(decision)
-    by_bank: dict[Signature, list[ExpertKey]] = defaultdict(list)
-    stay = set(decision.computed)
-    for key in grouped:
-        if key not in stay:
-            by_bank[pool.store.signature(key)].append(key)
-    parts = [
-        (signature, batch, part)
-        for signature, keys in by_bank.items()
-        for batch in controller.batches(keys)
-        for part in _split_batch(pool, batch)
-    ]
     outputs: HostOutputs | None = None
     if decision.computed:
         assert host is not None
-        signatures = {pool.store.signature(key) for key in decision.computed}
+        signatures = {store.signature(key) for key in decision.computed}
         widths = {s: _item_rows(grouped, s, host.implementation(s)) for s in signatures}
         outputs = host.run(decision.computed, grouped, widths, h_TD, selections.weights_TK)
 
     n_parts, layout = (1, None) if mesh is None else (mesh.size, NamedSharding(mesh, DIVIDED))
     y_AD = jnp.zeros((n_parts * n_assignments, h_TD.shape[1]), jnp.float32, device=layout)
+    computed = set(decision.computed)
+    parts = _parts(pool, (key for key in grouped if key not in computed))
     for index, (signature, batch, part) in enumerate(parts):
         later = [key for *_, following in parts[index + 1 :] for key in following]
         pool.load(part, keep=batch, upcoming=[*later, *upcoming])
-        chosen = pool.store.backend(signature, implementation)
+        chosen = store.backend(signature, implementation)
         width = _item_rows(grouped, signature, chosen)
         # Bounds that the shapes alone decide, so that few programs are compiled.
-        most_items = min(n_assignments, n_experts + n_assignments // width)
+        most_items = min(n_assignments, store.config.n_experts + n_assignments // width)
         if chosen == "xla":
             most_items = min(most_items, MAX_GATHERED)
         for work in _calls(pool, part, grouped, width, most_items):
@@ -229,7 +228,7 @@ def apply_experts(
                 bank, work = _gather_slots(bank, work, mesh)
             y_AD = _expert_ffn(
                 h_TD, y_AD, weights_TK.reshape(-1), bank, work, signature, chosen, mesh,
-                config.expert_function, epilogues,
+                store.config.expert_function, epilogues,
             )  # fmt: skip
     if mesh is not None:
         y_AD = _sum_of_parts(y_AD, mesh)

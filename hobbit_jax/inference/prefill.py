@@ -129,19 +129,36 @@ class Prefill:
     model: LoadedModel
     pool: SlotPool
     plan: PrecisionPlan
-    mode: MissMode
     host: HostCompute
     epilogue: Epilogue | None = None
 
-    def _epilogues(self, layer: int, ids_TK: np.ndarray) -> Epilogues | None:
-        row_A = (layer * self.model.config.n_experts + ids_TK.reshape(-1)).astype(np.int32)
-        return self.epilogue and Epilogues(self.epilogue, row_A)
-
-    def _tell(self, routed: RouterOutput, selections: Selections) -> None:
-        controller = self.pool.controller
-        controller.count_selections(selections.requested_TK, selections.served_TK)
-        for observer in controller.routing_observers():
-            observer.after_routing(routed)
+    def _run_experts(
+        self,
+        step: Step,
+        routed: tuple[jax.Array, jax.Array, Selections, jax.Array | None],
+        valid_T: np.ndarray,
+        observed: bool,
+    ) -> jax.Array:
+        """y_AD of a layer's experts; `routed` is what `_attend_and_route` makes of it."""
+        x_BTD, h_TD, on_device, _ = routed
+        fields, chosen_pE = jax.device_get((on_device, routed[-1]))
+        selections, layer, controller = Selections(*fields), step.layer, self.pool.controller
+        if observed:
+            controller.count_selections(selections.requested_TK, selections.served_TK)
+            ids_TK, weights_TK = selections.ids_TK, selections.weights_TK
+            x_TD = x_BTD.reshape(h_TD.shape)
+            told = RouterOutput(layer, ids_TK, weights_TK, valid_T, h_TD, x_TD)
+            for observer in controller.routing_observers():
+                observer.after_routing(told)
+        # In the order in which the next layer will ask for them.
+        chosen = [] if chosen_pE is None else np.argwhere(chosen_pE).tolist()
+        upcoming = [ExpertKey(precision, layer + 1, expert) for precision, expert in chosen]
+        first = layer * self.model.config.n_experts
+        row_A = (first + selections.ids_TK.reshape(-1)).astype(np.int32)
+        return apply_experts(
+            self.pool, step, h_TD, on_device.weights_TK, selections, self.model.implementation,
+            upcoming, self.host, Epilogues.of(self.epilogue, row_A),
+        )  # fmt: skip
 
     def append(
         self,
@@ -166,19 +183,18 @@ class Prefill:
         Returns:
             Residual stream [B, T, D] after the last layer, and the caches.
         """
-        model, (batch, tokens) = self.model, ids_BT.shape
-        context = caches.context
-        offsets_BT = np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens))
-        valid_BT = offsets_BT < n_new_B[:, None]
+        model, offset_T = self.model, np.arange(ids_BT.shape[1])
+        valid_BT = offset_T < n_new_B[:, None]
         # Padding stands at position C, which the KV cache drops.
-        positions_BT = np.where(valid_BT, lengths_B[:, None] + offsets_BT, context)
+        positions_BT = np.where(valid_BT, lengths_B[:, None] + offset_T, caches.context)
         positions_BT = positions_BT.astype(np.int32)
         x_BTD = _embed(*nnx.split(model.ends), np.asarray(ids_BT, np.int32))
         look = inspect or (lambda part, layer, x_BTD: None)
         look("embedding", 0, x_BTD)
-        kinds, layer = model.layers.kinds, 0
+        kinds, layer, longest = model.layers.kinds, 0, int(lengths_B.max())
         # What the CPU computes need not go up.
-        uploads = not (self.pool.holds_all or self.mode.computes)
+        mode = self.pool.controller.mode
+        uploads = not (self.pool.holds_all or mode.computes)
         looks_ahead = self.pool.staging_bytes > 0 and uploads
         for number, block in enumerate(model.config.blocks):
             following = model.config.blocks[number + 1 : number + 2]
@@ -186,7 +202,7 @@ class Prefill:
             if looks_ahead and block.has_experts and any(b.has_experts for b in following):
                 next_kind, next_index = kinds.kind_N[number + 1], kinds.index_N[number + 1]
             x_BTD, h_TD, caches, selections, chosen_pE = _attend_and_route(
-                kinds, kinds.kind_N[number], next_kind, self.mode, model.layers.states,
+                kinds, kinds.kind_N[number], next_kind, mode, model.layers.states,
                 np.int32(kinds.index_N[number]), np.int32(next_index), kinds.places(number),
                 np.int32(min(layer, model.config.n_layers - 1)), self.plan, self.pool.held_UE,
                 x_BTD, positions_BT, caches,
@@ -194,22 +210,8 @@ class Prefill:
             look("attention", number, x_BTD)
             if selections is None:
                 continue
-            fields, chosen_pE = jax.device_get((selections, chosen_pE))
-            on_host = Selections(*fields)
-            if inspect is None:
-                routed = RouterOutput(
-                    layer, on_host.ids_TK, on_host.weights_TK, valid_BT.reshape(-1), h_TD,
-                    x_BTD.reshape(h_TD.shape),
-                )  # fmt: skip
-                self._tell(routed, on_host)
-            # In the order in which the next layer will ask for them.
-            chosen = [] if chosen_pE is None else np.argwhere(chosen_pE).tolist()
-            upcoming = [ExpertKey(precision, layer + 1, expert) for precision, expert in chosen]
-            step = Step(token, layer, int(lengths_B.max()))
-            y_AD = apply_experts(
-                self.pool, step, h_TD, selections.weights_TK, on_host, model.implementation,
-                upcoming, self.host, self._epilogues(layer, on_host.ids_TK),
-            )  # fmt: skip
+            step, routed = Step(token, layer, longest), (x_BTD, h_TD, selections, chosen_pE)
+            y_AD = self._run_experts(step, routed, valid_BT.reshape(-1), observed=inspect is None)
             x_BTD = _add_experts(
                 kinds, kinds.kind_N[number], model.layers.states,
                 np.int32(kinds.index_N[number]), x_BTD, y_AD,
@@ -231,13 +233,7 @@ def describe_non_finite(
     """One line that names the part of the model where NaN or infinity began.
 
     The token is not named: attention multiplies what is masked by 0, and so hands NaN to all tokens
-    of a chunk.
-
-    Args:
-        prefill: runs the layers.
-        caches: zeros, with room for the tokens; donated.
-        ids: each sequence's tokens.
-        chunk_tokens: of all sequences together, that are run at a time.
+    of a chunk. The caches are zeros, with room for the tokens of all sequences; they are donated.
     """
     places: list[str] = []  # that have any, in the order in which the model runs
     for part_BT, n_new_B, done_B in chunks(ids, chunk_tokens):

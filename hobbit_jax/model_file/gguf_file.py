@@ -186,11 +186,11 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
             f"(NAME-00001-of-{count:05d}.gguf)"
         )
     if count == 1 or name is None:
-        return _stack_experts(_drop_split_keys(opened))
+        return _as_written(opened)
     if not 1 <= int(name["number"]) <= count:
         raise ValueError(f"{path}: part {name['number']} of {count}, expected 1 to {count}")
     names = [f"{name['stem']}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
-    return _join_parts([path.with_name(n) for n in names], opened)
+    return _as_written(_join_parts([path.with_name(n) for n in names], opened))
 
 
 def check_finite_scales(tensor: TensorInfo) -> None:
@@ -302,24 +302,15 @@ def _join_parts(paths: list[Path], opened: GGUFFile) -> GGUFFile:
             f"{paths[0]}: the parts hold {len(tensors)} tensors, expected {wanted} "
             "(split.tensors.count): parts of different splits; download the parts together"
         )
-    first = parts[0]
     stamps = tuple(stamp for part in parts for stamp in part.stamps)
-    return _stack_experts(
-        _drop_split_keys(GGUFFile(stamps, first.metadata, first.field_types, tensors))
-    )
+    return replace(parts[0], stamps=stamps, tensors=tensors)
 
 
-def _drop_split_keys(file: GGUFFile) -> GGUFFile:
-    """The joined file is no part of anything, and must stay openable when it is written again."""
-    metadata = {k: v for k, v in file.metadata.items() if k not in _SPLIT_KEYS}
-    types = {k: v for k, v in file.field_types.items() if k not in _SPLIT_KEYS}
-    return GGUFFile(file.stamps, metadata, types, file.tensors)
+def _as_written(file: GGUFFile) -> GGUFFile:
+    """A file as converters write it today, which stays openable when it is written again.
 
-
-def _stack_experts(file: GGUFFile) -> GGUFFile:
-    """Experts that are a tensor each, as converters wrote before April 2024, as one of all.
-
-    Where one is missing, or of another type than the others, they stay as they are.
+    It is no part of a split. Experts that are a tensor each, as before April 2024, become one of
+    all; where one is missing, or of another type than the others, they stay as they are.
     """
     apart: dict[str, dict[int, TensorInfo]] = {}
     for name, tensor in file.tensors.items():
@@ -334,7 +325,9 @@ def _stack_experts(file: GGUFFile) -> GGUFFile:
             for expert, tensor in experts.items():
                 raw[expert] = tensors.pop(tensor.name).raw
             tensors[name] = TensorInfo(name, format, (len(experts), *shape), raw)
-    return replace(file, tensors=tensors)
+    metadata = {k: v for k, v in file.metadata.items() if k not in _SPLIT_KEYS}
+    types = {k: v for k, v in file.field_types.items() if k not in _SPLIT_KEYS}
+    return GGUFFile(file.stamps, metadata, types, tensors)
 
 
 @functools.lru_cache(maxsize=64)
@@ -342,6 +335,5 @@ def _sha256(stamps: tuple[FileStamp, ...]) -> str:
     digest = hashlib.sha256()
     for stamp in stamps:
         with stamp.path.open("rb") as file:
-            while chunk := file.read(4 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
@@ -49,8 +49,7 @@ _LEAST_KEY_BYTES = 8 + 4 + 1  # a key without a letter, its type, a byte
 _LEAST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # a name without a letter, one axis, type, offset
 
 
-@dataclass(frozen=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """One tensor as the header describes it; its bytes lie inside the file."""
 
     format: str  # a name that `pallas_kernels.formats.get_format` knows
@@ -59,8 +58,7 @@ class TensorEntry:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """All that stands in front of the data."""
 
     metadata: dict[str, Any]  # Python scalars, strings and lists
@@ -243,7 +241,6 @@ def _placed(
     entries: dict[str, TensorEntry], start: int, alignment: int, size: int
 ) -> dict[str, TensorEntry]:
     """The entries with `start` in the file; they lie inside it, aligned and apart."""
-    placed = {}
     for name, entry in entries.items():
         begin, end = start + entry.start, start + entry.start + entry.nbytes
         if entry.start % alignment:
@@ -255,10 +252,8 @@ def _placed(
             raise ValueError(
                 f"tensor {shown(name)} needs bytes {begin} to {end} but the file has {size} bytes"
             )
-        placed[name] = TensorEntry(entry.format, entry.shape, begin, entry.nbytes)
-    end_of_last = 0
-    for name, entry in sorted(placed.items(), key=lambda item: item[1].start):
-        if entry.start < end_of_last:
+    in_order = sorted(entries.items(), key=lambda item: item[1].start)
+    for (_, before), (name, entry) in pairwise(in_order):
+        if entry.start < before.start + before.nbytes:
             raise ValueError(f"tensor {shown(name)} overlaps the tensor before it")
-        end_of_last = entry.start + entry.nbytes
-    return placed
+    return {name: entry._replace(start=start + entry.start) for name, entry in entries.items()}

@@ -107,7 +107,7 @@ def write_gguf(
                     f"shape {tuple(shape)} is uint8 {wanted}"
                 )
             file.write(np.ascontiguousarray(data).data)
-            file.write(bytes(_padding(data.nbytes, alignment)))
+            file.write(bytes(-data.nbytes % alignment))
             del data
         file.flush()
         os.fsync(file.fileno())
@@ -131,13 +131,9 @@ def _header(
         kind = get_format(format).number
         dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
         parts += [_string(name), dims, struct.pack("<IQ", kind, offset)]
-        offset += nbytes + _padding(nbytes, alignment)
+        offset += nbytes + -nbytes % alignment
     header = b"".join(parts)
-    return header + bytes(_padding(len(header), alignment))
-
-
-def _padding(nbytes: int, alignment: int) -> int:
-    return -nbytes % alignment
+    return header + bytes(-len(header) % alignment)
 
 
 def _string(text: str) -> bytes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
@@ -80,128 +81,20 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:50]}… ({len(text)} characters)"
 
 
+def _where(wanted: str, accepts: Callable[[Any], bool]) -> Kind[Any]:
+    """Values that a predicate accepts."""
+
+    def check(value: Any) -> Any:
+        if not accepts(value):
+            raise Wrong(shown(value))
+        return value
+
+    return Kind(wanted, check)
+
+
 def text() -> Kind[str]:
     """A string that is UTF-8 in the file; it may be empty."""
     return Kind("a string", _text)
-
-
-def flag() -> Kind[bool]:
-    """True or false."""
-
-    def check(value: Any) -> bool:
-        if not isinstance(value, bool):
-            raise Wrong(shown(value))
-        return value
-
-    return Kind("true or false", check)
-
-
-def flags(count: int) -> Kind[list[bool]]:
-    """A list of `count` values, true or false."""
-    element = flag()
-
-    def check(value: Any) -> list[bool]:
-        if len(_list(value, count)) != count:
-            raise Wrong(shown(value))
-        return [_element(element.check, v, i) for i, v in enumerate(value)]
-
-    return Kind(f"a list of {count} values, true or false", check)
-
-
-def integer(low: int = 0, high: int = INT32_MAX, why: str = "") -> Kind[int]:
-    """An integer from `low` to `high`, both included; a float is none. `why` explains `high`."""
-
-    def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise Wrong(shown(value))
-        return value
-
-    return Kind(f"an integer from {low} to {high}{why and f' ({why})'}", check)
-
-
-def number(low: float = -FLOAT32_MAX, high: float = FLOAT32_MAX) -> Kind[float]:
-    """A finite number from `low` to `high`, both included."""
-
-    def check(value: Any) -> float:
-        # NaN fails every comparison; the bounds are finite.
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not low <= value <= high:
-            raise Wrong(shown(value))
-        return float(value)
-
-    bounded = low > -FLOAT32_MAX or high < FLOAT32_MAX
-    return Kind(f"a number from {low:g} to {high:g}" if bounded else "a finite number", check)
-
-
-def texts(least: int = 0) -> Kind[list[str]]:
-    """A list of at least `least` strings."""
-
-    def check(value: Any) -> list[str]:
-        for i, entry in enumerate(_list(value, least)):
-            if not isinstance(entry, str):
-                raise Wrong(shown(value))
-            if not entry.isascii():
-                _element(_text, entry, i)
-        return value
-
-    return Kind(_of("a list of", "strings", least), check)
-
-
-def integers(low: int = 0, high: int = INT32_MAX) -> Kind[list[int]]:
-    """A list of integers from `low` to `high`."""
-    element = integer(low, high)
-    return Kind(
-        f"a list of integers from {low} to {high}",
-        lambda value: [_element(element.check, v, i) for i, v in enumerate(_list(value))],
-    )
-
-
-def numbers() -> Kind[list[float]]:
-    """A list of numbers, infinite ones included: only their order counts. No NaN."""
-
-    def check(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-            raise Wrong(shown(value))
-        return float(value)
-
-    return Kind(
-        "a list of numbers",
-        lambda value: [_element(check, v, i) for i, v in enumerate(_list(value))],
-    )
-
-
-def per_layer(kind: Kind[T], n_layers: int) -> Kind[list[T]]:
-    """One value for the model, or one for each layer: a list with that of each.
-
-    Source: llama.cpp, `get_key_or_arr`.
-    """
-
-    def check(value: Any) -> list[T]:
-        if not isinstance(value, list):
-            return [kind.check(value)] * n_layers
-        if len(value) != n_layers:
-            raise Wrong(shown(value))
-        return [_element(kind.check, v, i) for i, v in enumerate(value)]
-
-    return Kind(f"{kind.wanted}, or a list of {n_layers}, one for each layer", check)
-
-
-def of_every_layer(kind: Kind[T], n_layers: int) -> Kind[T]:
-    """`per_layer` where it is the same in all of them.
-
-    Raises:
-        NotImplementedError: when it is read and the layers differ.
-    """
-
-    of_each = per_layer(kind, n_layers)
-
-    def check(value: Any) -> T:
-        of_layers = of_each.check(value)
-        if any(other != of_layers[0] for other in of_layers):
-            raise UnequalLayers
-        return of_layers[0]
-
-    return Kind(of_each.wanted, check)
 
 
 def _text(value: Any) -> str:
@@ -215,18 +108,102 @@ def _text(value: Any) -> str:
     return value
 
 
-def _list(value: Any, least: int = 0) -> list:
-    if not isinstance(value, list) or len(value) < least:
-        raise Wrong(shown(value))
-    return value
+def flag() -> Kind[bool]:
+    """True or false."""
+    return _where("true or false", lambda value: isinstance(value, bool))
 
 
-def _element(check: Callable[[Any], T], value: Any, index: int) -> T:
-    try:
-        return check(value)
-    except Wrong as wrong:
-        raise Wrong(f"a list whose entry {index} is {wrong}") from None
+def integer(low: int = 0, high: int = INT32_MAX, why: str = "") -> Kind[int]:
+    """An integer from `low` to `high`, both included; a float is none. `why` explains `high`."""
+    wanted = f"an integer from {low} to {high}{why and f' ({why})'}"
+    return _where(wanted, lambda value: type(value) is int and low <= value <= high)
 
 
-def _of(what: str, plural: str, least: int) -> str:
-    return f"{what} {plural}" if not least else f"{what} at least {least} {plural}"
+def number(low: float = -FLOAT32_MAX, high: float = FLOAT32_MAX) -> Kind[float]:
+    """A finite number from `low` to `high`, both included."""
+    bounded = low > -FLOAT32_MAX or high < FLOAT32_MAX
+    wanted = f"a number from {low:g} to {high:g}" if bounded else "a finite number"
+    # NaN fails every comparison; the bounds are finite.
+    accepted = _where(wanted, lambda value: type(value) in (int, float) and low <= value <= high)
+    return Kind(wanted, lambda value: float(accepted.check(value)))
+
+
+def _list(wanted: str, element: Kind[T], fits: Callable[[int], bool]) -> Kind[list[T]]:
+    """Lists of a length that `fits`, of one kind of elements."""
+
+    def check(value: Any) -> list[T]:
+        if not isinstance(value, list) or not fits(len(value)):
+            raise Wrong(shown(value))
+        checked: list[T] = []
+        try:
+            for entry in value:
+                checked.append(element.check(entry))
+        except Wrong as wrong:
+            raise Wrong(f"a list whose entry {len(checked)} is {wrong}") from None
+        return checked
+
+    return Kind(wanted, check)
+
+
+def flags(count: int) -> Kind[list[bool]]:
+    """A list of `count` values, true or false."""
+    return _list(f"a list of {count} values, true or false", flag(), lambda n: n == count)
+
+
+def texts(least: int = 0) -> Kind[list[str]]:
+    """A list of at least `least` strings."""
+    wanted = f"a list of at least {least} strings" if least else "a list of strings"
+    each = _list(wanted, text(), lambda n: n >= least)
+
+    def check(value: Any) -> list[str]:
+        if isinstance(value, list) and len(value) >= least:
+            with suppress(TypeError, UnicodeEncodeError):
+                "".join(value).encode()  # the vocabularies of most files, in one go
+                return value
+        return each.check(value)
+
+    return Kind(wanted, check)
+
+
+def integers(low: int = 0, high: int = INT32_MAX) -> Kind[list[int]]:
+    """A list of integers from `low` to `high`."""
+    wanted = f"a list of integers from {low} to {high}"
+    return _list(wanted, integer(low, high), lambda n: True)
+
+
+def numbers() -> Kind[list[float]]:
+    """A list of numbers, infinite ones included: only their order counts. No NaN."""
+    wanted = "a list of numbers"
+    element = _where(wanted, lambda v: type(v) in (int, float) and not math.isnan(v))
+    return _list(wanted, Kind(wanted, lambda v: float(element.check(v))), lambda n: True)
+
+
+def per_layer(kind: Kind[T], n_layers: int) -> Kind[list[T]]:
+    """One value for the model, or one for each layer: a list with that of each.
+
+    Source: llama.cpp, `get_key_or_arr`.
+    """
+    wanted = f"{kind.wanted}, or a list of {n_layers}, one for each layer"
+    of_each = _list(wanted, kind, lambda n: n == n_layers)
+
+    def check(value: Any) -> list[T]:
+        return of_each.check(value) if isinstance(value, list) else [kind.check(value)] * n_layers
+
+    return Kind(wanted, check)
+
+
+def of_every_layer(kind: Kind[T], n_layers: int) -> Kind[T]:
+    """`per_layer` where it is the same in all of them.
+
+    Raises:
+        NotImplementedError: when it is read and the layers differ.
+    """
+    of_each = per_layer(kind, n_layers)
+
+    def check(value: Any) -> T:
+        first, *others = of_each.check(value)
+        if any(other != first for other in others):
+            raise UnequalLayers
+        return first
+
+    return Kind(of_each.wanted, check)

@@ -54,6 +54,23 @@ _MAGICS: tuple[tuple[bytes, str, str], ...] = (
     (b"\x7fELF", "a program", "give the .gguf file of the model"),
 )  # fmt: skip
 
+# Patterns that texts begin with, in any case; what they say, what to do.
+_TEXTS: tuple[tuple[str, str, str], ...] = (
+    (
+        "<!doctype html|<html|<head|<!--",
+        "a page of HTML",
+        "download the file itself (on Hugging Face …/resolve/… instead of …/blob/…, and log in "
+        "where a model asks for it)",
+    ),
+    (r"<\?xml", "a page of XML", "a server answered with it: download it again"),
+    (
+        r".*vnd\.(docker\.distribution\.manifest|ollama\.image)",
+        "a manifest of Ollama",
+        "give the blob that it names under application/vnd.ollama.image.model",
+    ),
+    (r"[{\[]", "JSON", "give the .gguf file of the model, or download it again"),
+)
+
 # Names of the pieces of a file, which have to be joined before a program can read them.
 _PIECE = re.compile(
     r"(?P<whole>.+?\.gguf)[-.]((part|split)[-_.]?(\d+(of\d+)?|[a-z]{1,2})|\d{2,3}|a[a-z])"
@@ -117,11 +134,9 @@ def describe_start(path: Path, head: bytes) -> str:
         return piece
     for magic, what, advice in _MAGICS:
         if head.startswith(magic):
-            return f"is {what}, expected a GGUF file; {advice}"
+            return _instead(what, advice)
     if path.name.endswith(_UNFINISHED):
-        return (
-            "is a download that has not ended, expected a GGUF file; let it end, or start it again"
-        )
+        return _instead("a download that has not ended", "let it end, or start it again")
     if not any(head):
         return (
             "begins with zeros where a GGUF file has b'GGUF': a download or copy that has not "
@@ -129,7 +144,7 @@ def describe_start(path: Path, head: bytes) -> str:
         )
     # Eight bytes of length, then JSON.
     if head[8:10] in (b'{"', b"{ ") and int.from_bytes(head[:8], "little") < 1 << 32:
-        return f"is a safetensors file, expected a GGUF file; {_CONVERT}"
+        return _instead("a safetensors file", _CONVERT)
     return _describe_text(head) or (
         f"starts with {head[:4]!r}, expected b'GGUF': not a GGUF file; download a GGUF file of the "
         f"model, or {_CONVERT}"
@@ -142,29 +157,15 @@ def _describe_text(head: bytes) -> str | None:
     text = head.decode(encoding, errors="replace").strip()
     if any(not (c.isprintable() or c.isspace()) or c == "\ufffd" for c in text[:-4]):
         return None
-    lower = text.lower()
-    if lower.startswith(("<!doctype html", "<html", "<head", "<!--")):
-        return (
-            "is a page of HTML, expected a GGUF file; download the file itself (on Hugging Face "
-            "…/resolve/… instead of …/blob/…, and log in where a model asks for it)"
-        )
-    if lower.startswith("<?xml"):
-        return (
-            "is a page of XML, expected a GGUF file; a server answered with it: download it again"
-        )
-    if "vnd.docker.distribution.manifest" in lower or "vnd.ollama.image" in lower:
-        return (
-            "is a manifest of Ollama, expected a GGUF file; give the blob that it names under "
-            "application/vnd.ollama.image.model"
-        )
-    if text.startswith(("{", "[")):
-        return (
-            "is JSON, expected a GGUF file; give the .gguf file of the model, or download it again"
-        )
-    return (
-        f"is a text that begins {shown(text[:40])}, expected a GGUF file; give the model's .gguf "
-        "file, or download it again"
-    )
+    for pattern, what, advice in _TEXTS:
+        if re.match(pattern, text, re.IGNORECASE | re.DOTALL):
+            return _instead(what, advice)
+    advice = "give the model's .gguf file, or download it again"
+    return _instead(f"a text that begins {shown(text[:40])}", advice)
+
+
+def _instead(what: str, advice: str) -> str:
+    return f"is {what}, expected a GGUF file; {advice}"
 
 
 def refuse_other_kinds(file: GGUFFile) -> None:

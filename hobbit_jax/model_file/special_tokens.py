@@ -111,10 +111,8 @@ def find_special_tokens(
 def _not_ends(ends: Mapping[str, int]) -> dict[int, TokenType]:
     """Ids that their names tell as ends and the names of others as none, and what they are."""
     found = {}
-    called, returned = (
-        ends.keys() & {"<|call|>", "<|calls|>"},
-        ends.keys() & {"<|return|>", "<|flush|>"},
-    )
+    called = ends.keys() & {"<|call|>", "<|calls|>"}
+    returned = ends.keys() & {"<|return|>", "<|flush|>"}
     if "<|end|>" in ends and called and returned:  # gpt-oss, Solar: it ends a message of several
         found[ends["<|end|>"]] = TokenType.USER_DEFINED
     if "</s>" in ends and "<|tool_response>" in ends:  # Gemma 4: strikes text through

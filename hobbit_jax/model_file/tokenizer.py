@@ -30,6 +30,10 @@ from hobbit_jax.model_file.special_tokens import ROLES, TokenType, find_special_
 
 T = TypeVar("T")
 
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHERS = sorted({*range(256)} - _PRINTABLE)
+# GPT-2's table: printable Latin-1 stands for itself, the other bytes for U+0100 upwards.
+BYTE_CHARACTERS = [chr(b if b in _PRINTABLE else 0x100 + _OTHERS.index(b)) for b in range(256)]
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -39,7 +43,7 @@ _MODERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3 = _MODERN % "{1,3}"
-_QWEN2 = _MODERN % ""
+QWEN2 = _MODERN % ""
 # A word that is a token is that token, whatever the merges say; and text begins with BOS.
 _WHOLE_WORDS_AND_BOS = (
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
@@ -66,7 +70,7 @@ _EXPRESSIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         ),
     ),
     (
-        (_QWEN2,),
+        (QWEN2,),
         (
             *("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "kormo", "f2llmv2", "hunyuan"),
             "solar-open",
@@ -128,13 +132,8 @@ class Tokenizer:
                 f"{file.paths[0]}: tokenizer.ggml.model is {metadata.shown(model)}; supported are "
                 "'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)"
             )
-        tokens = _named_tokens(file.read("tokenizer.ggml.tokens", metadata.texts(least=1)))
-        vocabulary = {token: i for i, token in enumerate(tokens)}
-        if len(vocabulary) != len(tokens):
-            first = next(t for i, t in enumerate(tokens) if vocabulary[t] != i)
-            raise ValueError(
-                f"{file.paths[0]}: token {metadata.shown(first)} appears twice, expected once"
-            )
+        vocabulary = _vocabulary(file)
+        tokens = list(vocabulary)
         types = file.read(
             "tokenizer.ggml.token_type", metadata.integers(-(2**31)), [1] * len(tokens)
         )
@@ -283,9 +282,16 @@ class Tokenizer:
             after_special = kind_special
 
 
-def _named_tokens(tokens: list[str]) -> list[str]:
-    """Empty tokens get the names that llama.cpp gives them, so that several can be told apart."""
-    return [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+def _vocabulary(file: GGUFFile) -> dict[str, int]:
+    """The id of each token, in the order of ids."""
+    vocabulary: dict[str, int] = {}
+    for i, named in enumerate(file.read("tokenizer.ggml.tokens", metadata.texts(least=1))):
+        # Empty ones get llama.cpp's names for them, so that several can be told apart.
+        if vocabulary.setdefault(token := named or f"[EMPTY_{i}]", i) != i:
+            raise ValueError(
+                f"{file.paths[0]}: token {metadata.shown(token)} appears twice, expected once"
+            )
+    return vocabulary
 
 
 def _one_each(file: GGUFFile, key: str, values: list[T], wanted: int) -> list[T]:
@@ -371,7 +377,7 @@ def _token_bytes(
     tokens: list[str], token_types: list[int], sentencepiece: bool
 ) -> list[tuple[bytes, bool]]:
     """For each id its bytes, and whether it is a special token (whose text stands as it is)."""
-    of_character = _byte_of_character()
+    of_character = {character: bytes([byte]) for byte, character in enumerate(BYTE_CHARACTERS)}
 
     def plain(token: str) -> bytes:
         if sentencepiece:
@@ -387,11 +393,3 @@ def _token_bytes(
 
     pairs = zip(tokens, token_types, strict=True)
     return [(convert(token, kind), _is_special(kind)) for token, kind in pairs]
-
-
-def _byte_of_character() -> dict[str, bytes]:
-    """GPT-2's table: printable Latin-1 stands for itself, the other bytes for U+0100 upwards."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): bytes([byte]) for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    return table | {chr(0x100 + i): bytes([byte]) for i, byte in enumerate(others)}

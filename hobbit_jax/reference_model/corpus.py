@@ -16,16 +16,12 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from hobbit_jax.model_file.tokenizer import QWEN2
 from hobbit_jax.synthetic_tasks.documents import TaskMix, task_documents
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT_ONE_IN = 20
 EXCLUDED_DIRECTORIES = frozenset({"site-packages", "test", "tests", "idlelib", "__pycache__"})
-# Qwen2's pre-tokeniser: int8_split stand alone, which lets a small model do arithmetic.
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,8 @@ def train_tokenizer(files: list[SourceFile], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
+            # Digits stand alone, which lets a small model do arithmetic.
+            pre_tokenizers.Split(Regex(QWEN2), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -6,6 +6,7 @@ Owns the mapping of trained parameters to llama.cpp's tensor names, and the toke
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,15 +15,14 @@ from tokenizers import Tokenizer
 
 from hobbit_jax import quantize
 from hobbit_jax.experts.low_precision import dequantize
-from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
+from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, write_gguf
+from hobbit_jax.model_file.special_tokens import TokenType
 from hobbit_jax.models.attention import GroupedQueryAttention
 from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.written_keys import config_metadata
 from hobbit_jax.quantize.quant_recipe import FILE_TYPE_F32, FILE_TYPE_Q4_K_M, q4_k_m_format
 from hobbit_jax.reference_model.corpus import END_OF_TEXT
 from hobbit_jax.reference_model.trainer import TrainableModel
-
-NORMAL_TOKEN, CONTROL_TOKEN = 1, 3  # gguf.TokenType
 
 
 def metadata(config: ModelConfig, tokenizer: Tokenizer, name: str) -> dict:
@@ -43,7 +43,7 @@ def metadata(config: ModelConfig, tokenizer: Tokenizer, name: str) -> dict:
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [
-            CONTROL_TOKEN if i == boundary else NORMAL_TOKEN for i in range(len(tokens))
+            TokenType.CONTROL if i == boundary else TokenType.NORMAL for i in range(len(tokens))
         ],
         "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
         "tokenizer.ggml.bos_token_id": boundary,
@@ -97,23 +97,16 @@ def export_float32(model: TrainableModel, tokenizer: Tokenizer, name: str, path:
 def export_q4_k_m(source: GGUFFile, config: ModelConfig, path: Path) -> None:
     """Quantises a float32 export as llama.cpp's Q4_K_M would, with our encoders."""
 
-    def encoded(tensor, format):
-        def encode() -> np.ndarray:
-            if tensor.format == format:
-                return tensor.raw
-            weights = dequantize(tensor)
-            rows = quantize.encode(weights.reshape(-1, weights.shape[-1]), format)
-            return rows.reshape(*weights.shape[:-1], -1)
-
-        return encode
+    def encoded(tensor: TensorInfo, format: str) -> np.ndarray:
+        if tensor.format == format:
+            return tensor.raw
+        weights = dequantize(tensor)
+        rows = quantize.encode(weights.reshape(-1, weights.shape[-1]), format)
+        return rows.reshape(*weights.shape[:-1], -1)
 
     tensors = []
     for name, tensor in source.tensors.items():
         format = q4_k_m_format(name, tensor.shape, config)
-        tensors.append((name, format, tensor.shape, encoded(tensor, format)))
-    write_gguf(
-        path,
-        {**source.metadata, "general.file_type": FILE_TYPE_Q4_K_M},
-        tensors,
-        source.field_types,
-    )
+        tensors.append((name, format, tensor.shape, partial(encoded, tensor, format)))
+    metadata = {**source.metadata, "general.file_type": FILE_TYPE_Q4_K_M}
+    write_gguf(path, metadata, tensors, source.field_types)

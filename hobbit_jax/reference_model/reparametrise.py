@@ -14,12 +14,13 @@ block of down, so errors of plain rounding are some tenths above those of traine
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from hobbit_jax.experts.low_precision import dequantize
-from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
+from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, write_gguf
 from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
 from hobbit_jax.model_file.metadata import text
 from hobbit_jax.models.config import ModelConfig, global_tensors, layer_tensors
@@ -42,41 +43,41 @@ _AXIS = {
 }
 
 
+def _rewritten(
+    tensor: TensorInfo,
+    role: str,
+    channels_D: np.ndarray,
+    neurons_EF: np.ndarray,
+    factor_EF: np.ndarray,
+) -> np.ndarray:
+    values = dequantize(tensor)
+    if role in _AXIS:
+        values = np.take(values, channels_D, axis=_AXIS[role])
+    if role in ("ffn_gate_exps", "ffn_up_exps"):
+        values = np.take_along_axis(values, neurons_EF[:, :, None], axis=1)
+    if role == "ffn_up_exps":
+        values = values * factor_EF[:, :, None]
+    if role == "ffn_down_exps":
+        values = np.take_along_axis(values, neurons_EF[:, None, :], axis=2)
+        values = values / factor_EF[:, None, :]
+    return np.ascontiguousarray(values, np.float32)
+
+
 def off_grid_weights(
     source: GGUFFile, config: ModelConfig, seed: int = 0
-) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """Each tensor's name and a function that computes its float32 weights."""
-    rng = np.random.default_rng(seed)
+) -> dict[str, Callable[[], np.ndarray]]:
+    """Of each tensor's name a function that computes its float32 weights."""
+    rng, found = np.random.default_rng(seed), {}
     channels_D = rng.permutation(config.d_model)
     shape = (config.n_experts, config.d_expert)
-
-    def rewritten(name: str, role: str, neurons_EF: np.ndarray, factor_EF: np.ndarray):
-        def weights() -> np.ndarray:
-            values = dequantize(source.tensors[name])
-            if role in _AXIS:
-                values = np.take(values, channels_D, axis=_AXIS[role])
-            if role in ("ffn_gate_exps", "ffn_up_exps"):
-                values = np.take_along_axis(values, neurons_EF[:, :, None], axis=1)
-            if role == "ffn_up_exps":
-                values = values * factor_EF[:, :, None]
-            if role == "ffn_down_exps":
-                values = np.take_along_axis(values, neurons_EF[:, None, :], axis=2)
-                values = values / factor_EF[:, None, :]
-            return np.ascontiguousarray(values, np.float32)
-
-        return weights
-
-    none = np.zeros((0, 0))
-    places: dict[str, tuple[str, np.ndarray, np.ndarray]] = {
-        name: (role, none, none) for role, name in global_tensors(config).items()
-    }
     for layer in range(config.n_layers):
         neurons_EF = np.argsort(rng.random(shape), axis=1)
         factor_EF = (2.0 ** rng.uniform(-1, 1, shape)).astype(np.float32)
-        for role, name in layer_tensors(config, layer).items():
-            places[name] = (role, neurons_EF, factor_EF)
-    for name in source.tensors:
-        yield name, rewritten(name, *places[name])
+        for role, name in (global_tensors(config) | layer_tensors(config, layer)).items():
+            if name in source.tensors:
+                drawn = (channels_D, neurons_EF, factor_EF)  # by role only some of them matter
+                found[name] = partial(_rewritten, source.tensors[name], role, *drawn)
+    return found
 
 
 def write_off_grid(
@@ -97,7 +98,7 @@ def write_off_grid(
         raise NotImplementedError(
             f"no symmetry is known of {', '.join(sorted(unknown))}; known are {', '.join(_AXIS)}"
         )
-    weights = dict(off_grid_weights(source, config, seed))
+    weights = off_grid_weights(source, config, seed)
     name = f"{source.read('general.name', text(), config.arch)}, off its grid"
     tensors = [
         (key, "F32", tensor.shape, lambda key=key: weights[key]().view(np.uint8))

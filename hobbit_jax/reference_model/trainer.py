@@ -216,11 +216,6 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Mean negative log-likelihood in nats per token."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT).mean()
-
-
 def train(
     config: TrainConfig,
     batches: Callable[[int], np.ndarray],
@@ -248,7 +243,7 @@ def train(
 
     def loss(params, ids_BS):
         logits, balance, shares = nnx.merge(graph, params)(ids_BS[:, :-1], config.capacity_factor)
-        nll = cross_entropy(logits, ids_BS[:, 1:])
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, ids_BS[:, 1:]).mean()
         return nll + config.balance_weight * balance, (nll, shares)
 
     @partial(jax.jit, donate_argnums=0)

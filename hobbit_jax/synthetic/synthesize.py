@@ -27,8 +27,9 @@ chose too. "Chance" is the overlap of two random choices.
 
 from __future__ import annotations
 
+import functools
 import math
-import shutil
+import string
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,8 +39,12 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax import quantize
+from hobbit_jax.atomic import check_space
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
+from hobbit_jax.model_file.gguf_header import raw_shape
 from hobbit_jax.model_file.metadata import integers, numbers, texts
+from hobbit_jax.model_file.special_tokens import TokenType
+from hobbit_jax.model_file.tokenizer import BYTE_CHARACTERS
 from hobbit_jax.models.attention import GroupedQuery
 from hobbit_jax.models.config import TOKEN_EMBEDDING, ModelConfig, tensor_shapes
 from hobbit_jax.models.written_keys import config_metadata
@@ -64,7 +69,6 @@ _SCALES: dict[str, tuple[float, float | None]] = {
     "Q5_K": (480.0, 15.5),
     "Q6_K": (1369.0, None),
 }
-_NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # gguf.TokenType
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -99,10 +103,8 @@ def synthesize(
         field_types = vocabulary.field_types
     shapes = tensor_shapes(config)
     formats = {name: q4_k_m_format(name, shape, config) for name, shape in shapes.items()}
-    total = sum(math.prod(_raw_shape(formats[n], shape)) for n, shape in shapes.items())
-    free = shutil.disk_usage(path.parent).free
-    if free < total:
-        raise OSError(f"{path.parent} has {free} bytes free; the file needs about {total}")
+    total = sum(math.prod(raw_shape(n, formats[n], shape)) for n, shape in shapes.items())
+    check_space(path, total)
     weights = _Weights(config, seed)
     with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
 
@@ -118,10 +120,6 @@ def synthesize(
         write_gguf(path, metadata, tensors, field_types)
 
 
-def _raw_shape(format: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-1], get_format(format).row_bytes(shape[-1]))
-
-
 class _Weights:
     """The bytes of every tensor, from a seed."""
 
@@ -130,7 +128,7 @@ class _Weights:
         self.common_D = self._rng("common").choice(np.array([-1, 1], np.float32), config.d_model)
         attentions = (block.attention for block in config.blocks)
         self._attention = next(a for a in attentions if isinstance(a, GroupedQuery))
-        self._pools: dict[tuple[str, float], np.ndarray] = {}
+        self._pool = functools.cache(self._random_blocks)
 
     def _rng(self, name: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
@@ -141,7 +139,8 @@ class _Weights:
             return self._embedding(format, shape[0])
         role = name.removesuffix(".weight").split(".")[-1]
         if role.endswith("_norm"):
-            return np.full(shape, self._norm(role), np.float32).view(np.uint8)
+            scale = self._query_size if role in ("attn_q_norm", "attn_k_norm") else 1.0
+            return np.full(shape, scale, np.float32).view(np.uint8)
         if role == "ssm_a":  # the rate at which a state of a delta net decays
             return self._rng(name).uniform(-1, 0, shape).astype(np.float32).view(np.uint8)
         if format == "F32":
@@ -158,9 +157,6 @@ class _Weights:
     def _query_size(self) -> float:
         """Value of every entry of a query and a key for attention's logit to be `_LOCALITY`."""
         return math.sqrt(_LOCALITY / math.sqrt(self._attention.head_dim))
-
-    def _norm(self, role: str) -> float:
-        return self._query_size if role in ("attn_q_norm", "attn_k_norm") else 1.0
 
     def _query_gain(self) -> float:
         """A norm takes care of the size where there is one; otherwise it must be right here."""
@@ -184,7 +180,7 @@ class _Weights:
     def _random(self, name: str, format: str, shape: tuple[int, ...], std: float) -> np.ndarray:
         """Every matrix is the pool from a place of its own on, block after block."""
         pool, rng = self._pool(format, std), self._rng(name)
-        raw = np.empty(_raw_shape(format, shape), np.uint8)
+        raw = np.empty(raw_shape(name, format, shape), np.uint8)
         matrices = raw.reshape(math.prod(shape[:-2]), -1, pool.shape[1])
         for blocks in matrices:
             done, start = 0, int(rng.integers(len(pool)))
@@ -193,11 +189,6 @@ class _Weights:
                 blocks[done : done + len(part)] = part
                 done, start = done + len(part), 0
         return raw
-
-    def _pool(self, format: str, std: float) -> np.ndarray:
-        if (format, std) not in self._pools:
-            self._pools[format, std] = self._random_blocks(format, std)
-        return self._pools[format, std]
 
     def _random_blocks(self, format: str, std: float) -> np.ndarray:
         """Blocks of random codes, uint8 [blocks, block_bytes], of weights with mean 0."""
@@ -238,12 +229,8 @@ class _Weights:
 
 def _byte_alphabet() -> list[str]:
     """GPT-2's printable stand-ins of the 256 bytes, letters and the space first."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    sign = {byte: chr(byte) for byte in printable}
-    sign |= {byte: chr(0x100 + i) for i, byte in enumerate(others)}
-    first = [ord(" "), *range(ord("a"), ord("z") + 1), *range(ord("A"), ord("Z") + 1)]
-    return [sign[byte] for byte in (*first, *(b for b in range(256) if b not in first))]
+    first = [BYTE_CHARACTERS[ord(c)] for c in f" {string.ascii_lowercase}{string.ascii_uppercase}"]
+    return list(dict.fromkeys([*first, *BYTE_CHARACTERS]))
 
 
 def _merges(alphabet: list[str]) -> Iterator[tuple[str, str]]:
@@ -275,7 +262,10 @@ def made_up_vocabulary(n_tokens: int) -> dict[str, Any]:
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [_NORMAL] * (n_tokens - 1) + [_CONTROL],
+        "tokenizer.ggml.token_type": [
+            *[TokenType.NORMAL] * (n_tokens - 1),
+            TokenType.CONTROL,
+        ],
         "tokenizer.ggml.eos_token_id": n_tokens - 1,
         "tokenizer.ggml.padding_token_id": n_tokens - 1,
         "tokenizer.ggml.add_bos_token": False,
@@ -301,7 +291,7 @@ def borrowed_vocabulary(file: GGUFFile, n_tokens: int) -> dict[str, Any]:
     keys["tokenizer.ggml.tokens"] = [*tokens, *(f"[PAD{i}]" for i in range(missing))]
     types, scores = "tokenizer.ggml.token_type", "tokenizer.ggml.scores"
     if types in keys:
-        keys[types] = [*file.read(types, integers(-(2**31))), *[_UNUSED] * missing]
+        keys[types] = [*file.read(types, integers(-(2**31))), *[TokenType.UNUSED] * missing]
     if scores in keys:
         keys[scores] = [*file.read(scores, numbers()), *[0.0] * missing]
     return keys

@@ -16,8 +16,8 @@ import operator
 import random
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
+from hobbit_jax.synthetic_tasks.paragraphs import paragraphs
 from hobbit_jax.synthetic_tasks.split import Split, draw
 
 _HE = ("Tom", "Ben", "Sam", "Leo", "Max", "Jack", "Omar", "Paul", "Noah", "Ivan")
@@ -49,16 +49,10 @@ class Template:
     texts: tuple[str, ...]
 
 
-# The templates of `word_problems.txt`: paragraphs of a line of steps and a line for each wording.
+# A line of steps, and a line for each wording.
 TEMPLATES = tuple(
     Template(tuple(steps.split("; ")), tuple(texts))
-    for steps, *texts in (
-        paragraph.splitlines()
-        for paragraph in Path(__file__)
-        .with_name("word_problems.txt")
-        .read_text(encoding="utf-8")
-        .split("\n\n")
-    )
+    for steps, *texts in paragraphs("word_problems.txt")
 )
 
 

@@ -6,18 +6,10 @@ told the arguments but not the expected values, and the comparison happens here.
 a process of its own, so it cannot affect the verdict on another.
 """
 
+from itertools import takewhile
+
 from hobbit_jax.code_runner import run_code
 from hobbit_jax.synthetic_tasks.functions import Problem
-
-
-def candidate_source(problem: Problem, completion: str) -> str:
-    """Prompt and completion, cut at the first line of it that starts at column 0."""
-    body = []
-    for line in completion.split("\n"):
-        if line and not line[0].isspace():
-            break
-        body.append(line)
-    return problem.prompt + "\n".join(body) + "\n"
 
 
 def score(problem: Problem, completion: str, timeout_s: float = 2.0) -> bool:
@@ -26,7 +18,9 @@ def score(problem: Problem, completion: str, timeout_s: float = 2.0) -> bool:
     Endless loops (after `timeout_s` seconds), exceptions, exits, too much memory and whatever
     else the code runner refuses are all False.
     """
-    source = candidate_source(problem, completion)
+    # Cut at the first line that starts at column 0.
+    body = takewhile(lambda line: not line or line[0].isspace(), completion.split("\n"))
+    source = problem.prompt + "\n".join(body) + "\n"
     calls = [(problem.name, arguments) for arguments, _ in problem.tests]
     expected = repr([value for _, value in problem.tests])
     outcome = run_code(source, calls, timeout_s=timeout_s, most_bytes=len(expected.encode()))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from hobbit_jax.synthetic_tasks.paragraphs import paragraphs
 from hobbit_jax.synthetic_tasks.split import Split, draw
 
 _MIN_TESTS = 5
@@ -55,7 +56,7 @@ class Check(NamedTuple):
 
 
 class End(NamedTuple):
-    """What a value is measured by in the end: code over {v}, and the noun phrase."""
+    """What values are measured by: code over {v}, or over {0} and {1}, and the noun phrase."""
 
     code: str
     text: str
@@ -72,103 +73,21 @@ class Fold(NamedTuple):
 PieceT = TypeVar("PieceT", Step, Check, End, Fold)
 
 
-# In all pieces {k} is a constant 2..9, {n} a length 2..5, {c} a letter a..e, {d} a separator.
-INT_STEPS = (
-    Step("{v} + {k}", "plus {k}", "add {k} to {v}"),
-    Step("{v} - {k}", "minus {k}", "subtract {k} from {v}"),
-    Step("{v} * {k}", "times {k}", "multiply {v} by {k}"),
-    Step("{v} % {k}", "modulo {k}", "take {v} modulo {k}"),
-    Step("{v} // {k}", "floor-divided by {k}", "floor-divide {v} by {k}"),
-    Step("{v} ** 2", "squared", "square {v}"),
-    Step("-{v}", "negated", "negate {v}"),
-    Step("abs({v})", "as an absolute value", "take the absolute value of {v}"),
-)
-INT_CHECKS = (
-    Check("{v} % 2 == 0", "is even", "even numbers"),
-    Check("{v} % 2 == 1", "is odd", "odd numbers"),
-    Check("{v} > 0", "is positive", "positive numbers"),
-    Check("{v} < 0", "is negative", "negative numbers"),
-    Check("{v} > {k}", "is greater than {k}", "numbers greater than {k}"),
-    Check("{v} < {k}", "is less than {k}", "numbers less than {k}"),
-    Check("{v} % {k} == 0", "is a multiple of {k}", "multiples of {k}"),
-    Check("{v} != {k}", "is not {k}", "numbers other than {k}"),
-)
-INT_PAIRS = (
-    ("{0} + {1}", "the sum of {0} and {1}"),
-    ("{0} - {1}", "the difference {0} minus {1}"),
-    ("{0} * {1}", "the product of {0} and {1}"),
-    ("max({0}, {1})", "the larger of {0} and {1}"),
-    ("min({0}, {1})", "the smaller of {0} and {1}"),
-    ("abs({0} - {1})", "the distance between {0} and {1}"),
-)
-STR_STEPS = (
-    Step("{v}.upper()", "in upper case", "convert {v} to upper case"),
-    Step("{v}.lower()", "in lower case", "convert {v} to lower case"),
-    Step("{v}[::-1]", "reversed", "reverse {v}"),
-    Step("{v} * {n}", "repeated {n} times", "repeat {v} {n} times"),
-    Step("{v}[:{n}]", "cut to the first {n} characters", "take the first {n} characters of {v}"),
-    Step("{v}[-{n}:]", "cut to the last {n} characters", "take the last {n} characters of {v}"),
-    Step("{v}[{n}:]", "without the first {n} characters", "drop the first {n} characters of {v}"),
-    Step("{v}[:-{n}]", "without the last {n} characters", "drop the last {n} characters of {v}"),
-    Step("{v} + '{c}'", "with '{c}' at the end", "add '{c}' to the end of {v}"),
-    Step("'{c}' + {v}", "with '{c}' in front", "put '{c}' in front of {v}"),
-    Step("{v}.replace('{c}', '{d}')", "with '{d}' for '{c}'", "replace '{c}' with '{d}' in {v}"),
-)
-STR_COUNTS = (
-    End("len({v})", "the length of {v}"),
-    End("{v}.count('{c}')", "the number of '{c}' in {v}"),
-)
-STR_FACTS = (
-    End("{v}.startswith('{c}')", "whether {v} starts with '{c}'"),
-    End("{v}.endswith('{c}')", "whether {v} ends with '{c}'"),
-    End("'{c}' in {v}", "whether {v} contains '{c}'"),
-)
-STR_CHECKS = (
-    Check("len({v}) > {n}", "is longer than {n}", "words longer than {n}"),
-    Check("len({v}) < {n}", "is shorter than {n}", "words shorter than {n}"),
-    Check("{v}.startswith('{c}')", "starts with '{c}'", "words that start with '{c}'"),
-    Check("{v}.endswith('{c}')", "ends with '{c}'", "words that end with '{c}'"),
-    Check("'{c}' in {v}", "contains '{c}'", "words that contain '{c}'"),
-)
-LIST_STEPS = (
-    Step("{v}[:{n}]", "cut to the first {n} items", "take the first {n} items of {v}"),
-    Step("{v}[-{n}:]", "cut to the last {n} items", "take the last {n} items of {v}"),
-    Step("{v}[{n}:]", "without the first {n} items", "drop the first {n} items of {v}"),
-    Step("{v}[:-{n}]", "without the last {n} items", "drop the last {n} items of {v}"),
-    Step("{v}[::2]", "cut to every second item", "take every second item of {v}"),
-    Step("{v}[::-1]", "reversed", "reverse {v}"),
-    Step("sorted({v})", "sorted", "sort {v}"),
-    Step("sorted({v}, reverse=True)", "sorted in descending order", "sort {v} in descending order"),
-)
-LIST_ENDS = (
-    End("sum({v})", "the sum of {v}"),
-    End("len({v})", "the length of {v}"),
-    End("max({v}, default=0)", "the largest item of {v}, or 0 if empty"),
-    End("min({v}, default=0)", "the smallest item of {v}, or 0 if empty"),
-    End("{v}[{n}]", "the item at index {n} of {v}"),
-    End("{v}.count({k})", "how often {k} occurs in {v}"),
-    End("{k} in {v}", "whether {k} is in {v}"),
-)
-NUMBER_FOLDS = (
-    Fold("[{g}]", "Return a list of the {many}.", "List the {many}."),
-    Fold("sum({g})", "Return the sum of the {many}.", "Add up the {many}."),
-    Fold("sorted({g})", "Return a sorted list of the {many}.", "Sort the {many}."),
-    Fold(
-        "max(({g}), default=0)",
-        "Return the largest of the {many}, or 0 if there are none.",
-        "Find the maximum of the {many}, 0 if empty.",
-    ),
-    Fold(
-        "min(({g}), default=0)",
-        "Return the smallest of the {many}, or 0 if there are none.",
-        "Find the minimum of the {many}, 0 if empty.",
-    ),
-)
-WORD_FOLDS = (
-    Fold("[{g}]", "Return a list of the {many}.", "List the {many}."),
-    Fold("sorted({g})", "Return a sorted list of the {many}.", "Sort the {many}."),
-    Fold("'{d}'.join({g})", "Return the {many}, joined with '{d}'.", "Join with '{d}' the {many}."),
-)
+# Names of the tables in `function_pieces.txt`, whose further lines are a piece each. In all of them
+# {k} is a constant 2..9, {n} a length 2..5, {c} a letter a..e, {d} a separator.
+_TABLES = {name: lines for name, *lines in paragraphs("function_pieces.txt")}
+
+
+def _table(kind: type[PieceT], name: str) -> list[PieceT]:
+    return [kind(*line.split(" | ")) for line in _TABLES[name]]
+
+
+INT_STEPS, INT_CHECKS = _table(Step, "int steps"), _table(Check, "int checks")
+INT_PAIRS = _table(End, "int pairs")
+STR_STEPS, STR_CHECKS = _table(Step, "str steps"), _table(Check, "str checks")
+STR_COUNTS, STR_FACTS = _table(End, "str counts"), _table(End, "str facts")
+LIST_STEPS, LIST_ENDS = _table(Step, "list steps"), _table(End, "list ends")
+NUMBER_FOLDS, WORD_FOLDS = _table(Fold, "number folds"), _table(Fold, "word folds")
 
 _NAMES = {
     "int": (("x",), ("n",), ("a",), ("num",), ("value",)),
@@ -184,47 +103,31 @@ _TITLES = {
     "list": ("f", "process", "pick", "solve", "reduce_list", "collect"),
     "words": ("f", "process", "pick_words", "solve", "edit_words", "collect"),
 }
-# Empty, one item, negatives, repeats, and enough length for every slice: measured by changing one
-# piece of a reference, of which 0.3 % passes without being equivalent.
+# Of functions of one argument. Empty, one item, negatives, repeats, and enough length for every
+# slice: measured by changing one piece of a reference, of which 0.3 % passes without being
+# equivalent.
+_VALUES = {
+    "int": (*range(-20, 21), 24, 27, 35, 63, -49),
+    "str": (
+        *("", "a", "abcde", "Banana bread", "decade", "EBBED cab", "eagle", "cabbage-bead"),
+        "cbadeeabdcb",
+    ),
+    "list": (
+        *([], [0], [7], [-4], [12, 12], [3, -1, 4, 1, -5, 9, 2, 6], [2, 4, 6, 8, 10, 12, 14]),
+        *([-9, -8, -3, -2, -6, -7], [5, 5, 5, 0, -5, 5, 3], [10, 3, 7, 12, 15, 20, 21, -14]),
+        *([1, 9, 2, 8, 3, 7, 4, 6, 5], [63, 40, -35, 71, 16, 27, 6], list(range(9, -10, -1))),
+        *([k] for k in range(1, 11)),
+    ),
+    "words": (
+        *([], ["a"], ["Bob", "apple", "cab", "date", "eel"], ["", "dd", "ace"]),
+        *(["bed", "decade", "Ace", "cc", "ebbed"], ["beads", "cabbage", "dad", "d", "banana"]),
+        *(["eca", "deca", "cabdea", "ba"], ["dec", "cadebac", "ebc", "bc"], ["ceded", "cd"]),
+        *(["ebdcab", "acdeb", "cb"], ["cbdae", "abcdee", "de"], ["db", "dcd", "ac", "ae", "bd"]),
+    ),
+}
 INPUTS = {
-    "int": tuple((x,) for x in (*range(-20, 21), 24, 27, 35, 63, -49)),
     "int int": ((0, 0), (1, 2), (2, 1), (-3, 4), (5, -7), (-6, -2), (9, 9), (12, 5), (17, -40)),
-    "str": tuple(
-        (s,)
-        for s in (
-            "",
-            "a",
-            "abcde",
-            "Banana bread",
-            "decade",
-            "EBBED cab",
-            "eagle",
-            "cabbage-bead",
-            "cbadeeabdcb",
-        )
-    ),
-    "list": tuple(
-        (xs,)
-        for xs in (
-            *([], [0], [7], [-4], [12, 12], [3, -1, 4, 1, -5, 9, 2, 6], [2, 4, 6, 8, 10, 12, 14]),
-            *([-9, -8, -3, -2, -6, -7], [5, 5, 5, 0, -5, 5, 3], [10, 3, 7, 12, 15, 20, 21, -14]),
-            *([1, 9, 2, 8, 3, 7, 4, 6, 5], [63, 40, -35, 71, 16, 27, 6], list(range(9, -10, -1))),
-            *([k] for k in range(1, 11)),
-        )
-    ),
-    "words": tuple(
-        (words,)
-        for words in (
-            *([], ["a"], ["Bob", "apple", "cab", "date", "eel"], ["", "dd", "ace"]),
-            *(["bed", "decade", "Ace", "cc", "ebbed"], ["beads", "cabbage", "dad", "d", "banana"]),
-            *(["eca", "deca", "cabdea", "ba"], ["dec", "cadebac", "ebc", "bc"], ["ceded", "cd"]),
-            *(
-                ["ebdcab", "acdeb", "cb"],
-                ["cbdae", "abcdee", "de"],
-                ["db", "dcd", "ac", "ae", "bd"],
-            ),
-        )
-    ),
+    **{name: tuple((value,) for value in values) for name, values in _VALUES.items()},
 }
 
 
@@ -245,13 +148,10 @@ def _fill(rng: random.Random, piece: PieceT) -> PieceT:
         "{c}": rng.choice("abcde"),
         "{d}": rng.choice("-+/_."),
     }
-
-    def fill(template: str) -> str:
-        for hole, constant in constants.items():
-            template = template.replace(hole, constant)
-        return template
-
-    return type(piece)(*map(fill, piece))
+    texts = list(piece)
+    for hole, constant in constants.items():
+        texts = [text.replace(hole, constant) for text in texts]
+    return type(piece)(*texts)
 
 
 def _pick(rng: random.Random, pieces: Sequence[PieceT]) -> PieceT:
@@ -278,6 +178,35 @@ def _on(template: str, operand: str) -> str:
 
 def _orders(first: str, second: str) -> str:
     return f"{first[0].upper()}{first[1:]}, then {second}."
+
+
+def _plain(signature: str, verb: str, code: str, text: str) -> _Program:
+    """The value of an expression by itself."""
+    return _Program(signature, f"return {code}", (f"Return {text}.", f"{verb} {text}."))
+
+
+def _then_step(signature: str, code: str, text: str, step: Step) -> _Program:
+    """The value of an expression, then a step."""
+    docs = (
+        f"Return {text}, then {step.text}.",
+        f"Compute {text}, then {step.order.replace('{v}', 'it')}.",
+    )
+    return _Program(signature, f"return {_on(step.code, code)}", docs)
+
+
+def _then_end(signature: str, step: Step, end: End) -> _Program:
+    """An argument after a step, measured."""
+    code, text = end
+    docs = (
+        f"Return {text.replace('{v}', '{0} ' + step.text)}.",
+        _orders(step.order.replace("{v}", "{0}"), "return " + text.replace("{v}", "it")),
+    )
+    return _Program(signature, f"return {_on(code, _on(step.code, '{0}'))}", docs)
+
+
+def _of_argument(end: End) -> End:
+    """The end of the argument itself."""
+    return End(*(part.replace("{v}", "{0}") for part in end))
 
 
 def _one_value(rng: random.Random, signature: str, steps: Sequence[Step]) -> _Program:
@@ -310,13 +239,8 @@ def _int_pair(rng: random.Random) -> _Program:
         )
         return _Program("int int", f"return {left} * {{0}} {sign} {right} * {{1}}", docs)
     if case == 1:
-        return _Program("int int", f"return {code}", (f"Return {text}.", f"Compute {text}."))
-    step = _pick(rng, INT_STEPS)
-    docs = (
-        f"Return {text}, then {step.text}.",
-        f"Compute {text}, then {step.order.replace('{v}', 'it')}.",
-    )
-    return _Program("int int", f"return {_on(step.code, code)}", docs)
+        return _plain("int int", "Compute", code, text)
+    return _then_step("int int", code, text, _pick(rng, INT_STEPS))
 
 
 def _int_branch(rng: random.Random) -> _Program:
@@ -347,74 +271,63 @@ def _int_checks(rng: random.Random) -> _Program:
     return _Program("int", f"return {body}", docs)
 
 
-def _then_end(signature: str, step: Step, end: End) -> _Program:
-    code, text = end
-    docs = (
-        f"Return {text.replace('{v}', '{0} ' + step.text)}.",
-        _orders(step.order.replace("{v}", "{0}"), "return " + text.replace("{v}", "it")),
-    )
-    return _Program(signature, f"return {_on(code, _on(step.code, '{0}'))}", docs)
-
-
 def _str_measure(rng: random.Random) -> _Program:
     """A count or a fact of a string: plain, after a step, or a count with arithmetic on it."""
     case = rng.randrange(4)
     if case == 0:
-        code, text = _pick(rng, STR_COUNTS + STR_FACTS)
-        code, text = code.replace("{v}", "{0}"), text.replace("{v}", "{0}")
-        start = "Check" if text.startswith("whether") else "Compute"
-        return _Program("str", f"return {code}", (f"Return {text}.", f"{start} {text}."))
+        code, text = _of_argument(_pick(rng, STR_COUNTS + STR_FACTS))
+        verb = "Check" if text.startswith("whether") else "Compute"
+        return _plain("str", verb, code, text)
     if case == 1:
-        code, text = _pick(rng, STR_COUNTS)
-        step = _pick(rng, INT_STEPS[:5])
-        text = text.replace("{v}", "{0}")
-        docs = (
-            f"Return {text}, then {step.text}.",
-            f"Compute {text}, then {step.order.replace('{v}', 'it')}.",
-        )
-        return _Program("str", f"return {_on(step.code, code.replace('{v}', '{0}'))}", docs)
+        code, text = _of_argument(_pick(rng, STR_COUNTS))
+        return _then_step("str", code, text, _pick(rng, INT_STEPS[:5]))
     return _then_end("str", _pick(rng, STR_STEPS), _pick(rng, STR_COUNTS + STR_FACTS))
 
 
 def _list_measure(rng: random.Random) -> _Program:
     """One value out of a list, after a slice or a sort, or plain."""
-    code, text = end = _pick(rng, LIST_ENDS)
+    end = _pick(rng, LIST_ENDS)
     if rng.randrange(4) == 0:
-        code, text = code.replace("{v}", "{0}"), text.replace("{v}", "{0}")
-        start = "Check" if text.startswith("whether") else "Find"
-        return _Program("list", f"return {code}", (f"Return {text}.", f"{start} {text}."))
+        code, text = _of_argument(end)
+        return _plain("list", "Check" if text.startswith("whether") else "Find", code, text)
     return _then_end("list", _pick(rng, LIST_STEPS), end)
 
 
-def _folded(
-    rng: random.Random,
-    signature: str,
-    item: str,
-    plain: str,
-    checks: Sequence[Check],
-    steps: Sequence[Step],
-    folds: Sequence[Fold],
-) -> _Program:
+class Items(NamedTuple):
+    """What a list has, and what can be done to it."""
+
+    signature: str
+    item: str  # its name in a comprehension
+    noun: str
+    checks: Sequence[Check]
+    steps: Sequence[Step]
+    folds: Sequence[Fold]
+
+
+_NUMBERS = Items("list", "x", "number", INT_CHECKS, INT_STEPS, NUMBER_FOLDS)
+_WORDS = Items("words", "w", "word", STR_CHECKS, STR_STEPS, WORD_FOLDS)
+
+
+def _folded(rng: random.Random, items: Items) -> _Program:
     """Filter x map x fold over a list, as a comprehension."""
     case = rng.randrange(3)  # filter, map, or both
-    check = _pick(rng, checks) if case != 1 else None
-    step = _pick(rng, steps) if case != 0 else None
+    check = _pick(rng, items.checks) if case != 1 else None
+    step = _pick(rng, items.steps) if case != 0 else None
+    item = items.item
     generator = f"{_on(step.code, item) if step else item} for {item} in {{0}}"
-    many = f"{check.many if check else plain} in {{0}}"
+    many = f"{check.many if check else f'{items.noun}s'} in {{0}}"
     if check:
         generator += f" if {_on(check.code, item)}"
     if step:
         many += f", each {step.text}"
-    code, *docs = _pick(rng, folds)
+    code, *docs = _pick(rng, items.folds)
     docs = tuple(doc.replace("{many}", many) for doc in docs)
-    return _Program(signature, f"return {code.replace('{g}', generator)}", docs)
+    return _Program(items.signature, f"return {code.replace('{g}', generator)}", docs)
 
 
 def _quantified(rng: random.Random) -> _Program:
     """Count, any and all over a list of numbers or words."""
-    signature, item, noun, checks = rng.choice(
-        (("list", "x", "number", INT_CHECKS), ("words", "w", "word", STR_CHECKS))
-    )
+    signature, item, noun, checks, *_ = rng.choice((_NUMBERS, _WORDS))
     check = _pick(rng, checks)
     code = _on(check.code, item)
     case = rng.randrange(3)
@@ -424,24 +337,15 @@ def _quantified(rng: random.Random) -> _Program:
     else:
         name, word = (("any", "any"), ("all", "every"))[case - 1]
         body = f"{name}({code} for {item} in {{0}})"
-        docs = tuple(
-            f"{start} {word} {noun} in {{0}} {check.text}."
-            for start in ("Return whether", "Check if")
-        )
+        asked = f"{word} {noun} in {{0}} {check.text}."
+        docs = (f"Return whether {asked}", f"Check if {asked}")
     return _Program(signature, f"return {body}", docs)
 
 
 _INT_STEPS = partial(_one_value, signature="int", steps=INT_STEPS)
 _STR_STEPS = partial(_one_value, signature="str", steps=STR_STEPS)
 _LIST_STEPS = partial(_one_value, signature="list", steps=LIST_STEPS)
-_NUMBER_FOLD = partial(
-    _folded, signature="list", item="x", plain="numbers",
-    checks=INT_CHECKS, steps=INT_STEPS, folds=NUMBER_FOLDS,
-)  # fmt: skip
-_WORD_FOLD = partial(
-    _folded, signature="words", item="w", plain="words",
-    checks=STR_CHECKS, steps=STR_STEPS, folds=WORD_FOLDS,
-)  # fmt: skip
+_NUMBER_FOLD, _WORD_FOLD = partial(_folded, items=_NUMBERS), partial(_folded, items=_WORDS)
 # A family occurs as often as it stands here.
 FAMILIES = (
     *(_INT_STEPS, _int_pair, _int_branch, _int_branch, _int_checks),

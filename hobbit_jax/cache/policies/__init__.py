@@ -17,19 +17,6 @@ from hobbit_jax.cache.policies.pinned_static import PinnedStatic
 from hobbit_jax.cache.policies.random_choice import RandomChoice
 from hobbit_jax.cache.policies.slru import SLRU
 
-__all__ = [
-    "DEFAULT_POLICY",
-    "LRU",
-    "POLICIES",
-    "SLRU",
-    "Belady",
-    "PinnedStatic",
-    "Policy",
-    "PolicyFactory",
-    "Step",
-    "policy_factory",
-]
-
 PolicyFactory = Callable[[int], Policy[Any]]  # capacity in slots → a policy
 
 # Those that need nothing but a capacity. `PinnedStatic` wants a profile, `Belady` the future.

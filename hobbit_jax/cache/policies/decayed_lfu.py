@@ -32,11 +32,9 @@ class DecayedLFU(PriorityPolicy[Key]):
         self._now = 0.0  # in half-lives
 
     def begin_step(self, step: Step) -> None:
-        """See `Policy.begin_step`."""
         self._now = step.token / self.half_life
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
-        """See `Policy.access`."""
         before = self._log_count.get(key)
         count = 1.0 if before is None else 1.0 + 2.0 ** (before - self._now)
         self._log_count[key] = self._now + log2(count)

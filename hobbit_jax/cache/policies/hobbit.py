@@ -37,28 +37,23 @@ class Hobbit(TablePolicy[Key]):
         self.weights = weights
         self._layer_of: dict[Key, int] = {}
         self._tables: dict[int, PriorityTable[Key]] = {}
-        self._last: dict[Key, int] = {}  # tokens of this sequence up to the last use
-        self._uses: dict[Key, int] = {}
-        self._native_uses: dict[Key, int] = {}
+        # Tokens of this sequence up to a key's last use, its uses, and those that asked for native.
+        self._used: dict[Key, tuple[int, int, int]] = {}
         self._step = Step(0, 0, 0)
         self._began = 0  # the token at which this sequence began
 
     def begin_step(self, step: Step) -> None:
-        """See `Policy.begin_step`."""
         if step.position == 0 and step.token != self._step.token:
             self._began = step.token
-            self._last, self._uses, self._native_uses = {}, {}, {}
+            self._used = {}
             for table in self._tables.values():
                 for key in table.clear():
                     table.set(key, 0.0)
         self._step = step
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
-        """See `Policy.access`."""
-        self._last[key] = self._step.token - self._began + 1
-        self._uses[key] = self._uses.get(key, 0) + 1
-        if native:
-            self._native_uses[key] = self._native_uses.get(key, 0) + 1
+        _, uses, native_uses = self._used.get(key, (0, 0, 0))
+        self._used[key] = self._step.token - self._began + 1, uses + 1, native_uses + native
         resident = key in self._resident
         if resident and self._layer_of[key] != self._step.layer:
             self._tables[self._layer_of[key]].delete(key)
@@ -69,13 +64,11 @@ class Hobbit(TablePolicy[Key]):
 
     def _set(self, key: Key) -> None:
         recency, frequency, native_use, _ = self.weights
-        score = recency * self._last.get(key, 0) + frequency * self._uses.get(key, 0)
-        score += native_use * self._native_uses.get(key, 0)
-        table = self._tables.setdefault(self._layer_of[key], PriorityTable())
-        table.set(key, score)
+        last, uses, native_uses = self._used.get(key, (0, 0, 0))
+        score = recency * last + frequency * uses + native_use * native_uses
+        self._tables.setdefault(self._layer_of[key], PriorityTable()).set(key, score)
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
-        """See `Policy.victim`."""
         tokens = self._step.token - self._began + 1
         n_layers = max(self._tables) + 1
         lowest: list[tuple[float, Key]] = []

@@ -30,10 +30,7 @@ class Step(NamedTuple):
 
 
 class Policy(ABC, Generic[Key]):
-    """Which keys are resident, and who goes next.
-
-    Args:
-        capacity: slots.
+    """Which keys are resident, and who goes next; `capacity` is in slots.
 
     Raises:
         ValueError: no slot, or another argument out of its range.
@@ -186,7 +183,6 @@ class TablePolicy(Policy[Key]):
         return len(self._resident)
 
     def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
-        """See `Policy.admit`."""
         resident = self._resident
         if key in resident:
             raise self._resident_already(key)

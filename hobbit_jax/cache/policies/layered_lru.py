@@ -22,12 +22,10 @@ class LayeredLRU(TablePolicy[Key]):
         self._layer = 0
 
     def begin_step(self, step: Step) -> None:
-        """See `Policy.begin_step`."""
         self._layer = step.layer
         self._turns[step.layer] += 1
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
-        """See `Policy.access`."""
         if key not in self._resident:
             return False
         self._delete(key)
@@ -35,7 +33,6 @@ class LayeredLRU(TablePolicy[Key]):
         return True
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
-        """See `Policy.victim`."""
         n_layers, found, most = max(self._turns, default=0) + 1, None, (-1, 0)
         for layer, last in self._last.items():
             for key, turn in last.items():  # the longest unused first

@@ -23,11 +23,9 @@ class LFRU(TablePolicy[Key]):
         self._token = 0
 
     def begin_step(self, step: Step) -> None:
-        """See `Policy.begin_step`."""
         self._token = step.token
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
-        """See `Policy.access`."""
         self._uses[key] = self._uses.get(key, 0) + 1
         if key not in self._resident:
             return False
@@ -35,7 +33,6 @@ class LFRU(TablePolicy[Key]):
         return True
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
-        """See `Policy.victim`."""
         now, uses, pinned = self._token + 1, self._uses, self._pinned
         victim, lowest = None, 0.0
         for key, last in self._resident.items():

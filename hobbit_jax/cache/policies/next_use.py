@@ -23,17 +23,12 @@ _FIRST_LAYERS, _FIRST_EXPERTS = 8, 64  # that the arrays have room for; doubled 
 
 
 class NextUse(TablePolicy[Key]):
-    """Evicts the key whose next use, recalled from similar states, is farthest away.
+    """Evicts the key whose next use, recalled from similar states, is farthest away."""
 
-    Args:
-        capacity: slots.
-        seed: chooses the keys that are watched.
-    """
-
-    def __init__(self, capacity: int, seed: int = 0):
+    def __init__(self, capacity: int):
         super().__init__(capacity)
-        self._random = random.Random(seed).random
-        self._order, self._memory = compiled.empty(_FIRST_LAYERS, _FIRST_EXPERTS)
+        self._random = random.Random(0).random  # chooses the keys that are watched
+        self._memory = compiled.empty(_FIRST_LAYERS, _FIRST_EXPERTS)
         # The first row is for what is admitted before any step has used it.
         self._keys: list[list[Key]] = [[]]  # by row and column of the arrays
         self._column: list[dict[Key, int]] = [{}]
@@ -42,16 +37,13 @@ class NextUse(TablePolicy[Key]):
         self._step = Step(0, 0, 0)
         self._used: list[Key] = []  # accessed since the last estimate
         self._weights: list[float] = []
-        self._farthest = -1  # as `next_use_memory.replace` returns it
 
     def begin_step(self, step: Step) -> None:
-        """See `Policy.begin_step`."""
         if self._used:
             self._take_in()
         self._step = step
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
-        """See `Policy.access`."""
         self._used.append(key)
         self._weights.append(weight)
         return key in self._resident
@@ -59,36 +51,22 @@ class NextUse(TablePolicy[Key]):
     def access_all(
         self, keys: Sequence[Key], weights: Sequence[float], native: bool = True
     ) -> list[Key]:
-        """See `Policy.access_all`."""
         self._used += keys
         self._weights += weights
         resident = self._resident
         return [key for key in keys if key not in resident]
 
-    def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
-        """See `Policy.admit`; written out, for it is called as often as a cache misses."""
-        resident = self._resident
-        if key in resident:
-            raise self._resident_already(key)
-        victim, leaving = None, -1
-        if len(resident) >= self.capacity:
-            victim = self.victim(keep)
-        elif self._used:
-            self._take_in()
-        entering = self._place(key)  # first: it may make the arrays wider
-        if victim is not None:
-            leaving = self._place(victim)
-            del resident[victim]
-        self._farthest = compiled.replace(self._order, leaving, entering)
-        resident[key] = None
-        return victim
-
     def victim(self, keep: Collection[Key] = ()) -> Key:
         """See `Policy.victim`; what the last step used goes only if there is nobody else."""
         if self._used:
             self._take_in()
-        if self._farthest >= 0:
-            row, column = divmod(self._farthest, self._order.estimate_LE.shape[1])
+        memory = self._memory
+        farthest = compiled.farthest(  # which takes longer for every array that it is given
+            memory.estimate_LE, memory.evictable_LE, memory.last_use_LE, memory.farthest_L,
+            memory.present_2,
+        )  # fmt: skip
+        if farthest >= 0:
+            row, column = divmod(farthest, memory.estimate_LE.shape[1])
             key = self._keys[row][column]
             if key not in keep:
                 return key
@@ -99,17 +77,15 @@ class NextUse(TablePolicy[Key]):
 
     def expected(self, key: Key) -> float:
         """The token at which a resident key is expected to be used next."""
-        return float(self._order.estimate_LE.flat[self._place(key)])
+        return float(self._memory.estimate_LE[self._place(key)])
 
     def pin(self, key: Key) -> None:
-        """See `Policy.pin`."""
         super().pin(key)
-        self._delete_place(key)
+        self._set_evictable(key, False)
 
     def unpin(self, key: Key) -> None:
-        """See `Policy.unpin`."""
         if key in self._pinned:
-            self._farthest = compiled.replace(self._order, -1, self._place(key))
+            self._set_evictable(key, True)
         super().unpin(key)
 
     def _take_in(self) -> None:
@@ -124,17 +100,25 @@ class NextUse(TablePolicy[Key]):
             chosen = [column[key] for key in used]
         except KeyError:
             chosen = [self._settle(key, row) for key in used]
-        self._farthest = compiled.take_in(
-            self._order, self._memory, row, step.token, np.array(chosen), np.array(self._weights),
+        compiled.take_in(
+            self._memory, row, step.token, np.array(chosen), np.array(self._weights),
             len(self._keys[row]), self._random(),
         )  # fmt: skip
         self._used, self._weights = [], []
 
-    def _place(self, key: Key) -> int:
+    def _set_evictable(self, key: Key, evictable: bool) -> None:
+        place = row, _ = self._place(key)
+        memory = self._memory
+        if evictable and memory.last_use_LE[place] != memory.present_2[1]:
+            # It was loaded because a use is near.
+            memory.estimate_LE[place] = memory.present_2[1] + 1
+        memory.evictable_LE[place], memory.farthest_L[row] = evictable, compiled.CHANGED
+
+    def _place(self, key: Key) -> tuple[int, int]:
         """Of a key in the arrays."""
         row = self._row.get(key)
         column = self._settle(key, 0) if row is None else self._column[row][key]
-        return self._row[key] * self._order.estimate_LE.shape[1] + column
+        return self._row[key], column
 
     def _settle(self, key: Key, row: int) -> int:
         """The column of a key in `row`; it moves there from the row where it was."""
@@ -142,24 +126,26 @@ class NextUse(TablePolicy[Key]):
             return self._column[row][key]
         evictable = key in self._resident and key not in self._pinned
         if evictable:
-            self._delete_place(key)
+            self._set_evictable(key, False)
         self._row[key], self._column[row][key] = row, len(self._keys[row])
         self._keys[row].append(key)
-        n_layers, width = room = self._order.estimate_LE.shape
+        n_layers, width = room = self._memory.estimate_LE.shape
         while row >= n_layers:
             n_layers *= 2
         while len(self._keys[row]) > width:
             width *= 2
         if (n_layers, width) != room:
-            grown = compiled.grown(self._order, self._memory, n_layers, width)
-            self._order, self._memory = grown
-        entering = self._place(key) if evictable else -1
-        self._farthest = compiled.replace(self._order, -1, entering)
+            self._memory = compiled.grown(self._memory, n_layers, width)
+        if evictable:
+            self._set_evictable(key, True)
         return self._column[row][key]
 
-    def _delete_place(self, key: Key) -> None:
-        self._farthest = compiled.replace(self._order, self._place(key), -1)
+    def _insert(self, key: Key) -> None:
+        if self._used:
+            self._take_in()
+        self._set_evictable(key, True)
+        self._resident[key] = None
 
     def _delete(self, key: Key) -> None:
-        self._delete_place(key)
+        self._set_evictable(key, False)
         del self._resident[key]

@@ -24,6 +24,7 @@ _LIKENESS_OF = (4, 2, 1)
 _TOKEN, _SAME_PAIR, _SETS = 0, 1, 2  # places in a token's row
 _PAIRS = 1 << 16  # of the two heaviest experts; beyond 256 experts some share a place
 ABSENT = -(MEMORY + HORIZON)  # earlier than any token
+CHANGED = -2
 
 # How often an expert is used: a mix of three decayed frequencies, in units of 1 / _WHOLE.
 _TIME_CONSTANTS, _MIX = (3.0, 30.0, 400.0), (0.25, 0.35, 0.40)  # tokens; weights
@@ -41,19 +42,17 @@ _CELLS = (HORIZON + 1) * _RATES  # of one level of likeness
 _ALL_CELLS = LIKENESSES * _CELLS
 
 
-class Order(NamedTuple):
-    """Who may be evicted, and when each is expected to be used again."""
+class Memory(NamedTuple):
+    """What was used and what came after it, who may be evicted, and when each is used again.
+
+    In the fields marked "plus one" tokens are stored plus one, so that 0 is none.
+    """
 
     estimate_LE: np.ndarray  # float64, the token of the next use
     evictable_LE: np.ndarray  # uint8: whether resident and not pinned
     last_use_LE: np.ndarray  # int64, a token; `ABSENT` before the first
-    last_L: np.ndarray  # int64, of the evictable ones of a layer the farthest; -1 for none
+    farthest_L: np.ndarray  # int64, of those evictable; -1 for none, `CHANGED` to be found
     present_2: np.ndarray  # int64, layer and token of the last step, whose experts are spared
-
-
-class Memory(NamedTuple):
-    """What was used, and what came after it. Tokens are stored plus one, so that 0 is none."""
-
     frequency_LEf: np.ndarray  # float64, by time constant
     watched_LE: np.ndarray  # int64, plus one: the token since which an expert is watched
     cell_LER: np.ndarray  # int64, where the outcome of watching it belongs
@@ -71,23 +70,21 @@ class Memory(NamedTuple):
 _N_SETS, _N_CONSTANTS = len(_LIKENESS_OF), len(_TIME_CONSTANTS)
 
 
-def empty(n_layers: int, n_experts: int) -> tuple[Order, Memory]:
+def empty(n_layers: int, n_experts: int) -> Memory:
     """Nothing has been used yet; `n_experts` is a multiple of 64."""
     pairs, width = (n_layers, n_experts), _SETS + _N_SETS * (n_experts // 64)
-    order = Order(
-        estimate_LE=np.zeros(pairs),
-        evictable_LE=np.zeros(pairs, np.uint8),
-        last_use_LE=np.full(pairs, ABSENT),
-        last_L=np.full(n_layers, -1),
-        present_2=np.zeros(2, np.int64),
-    )
     # The first guess: what was recalled, as far as the likeness goes, or the usual time.
     trust = (np.arange(LIKENESSES) / LIKENESSES)[:, None, None]
     usual = (np.arange(_RATES) + 0.5) / _RATES_PER_E
     distance = np.arange(HORIZON + 1)[:, None]
     recalled = np.where(distance > 0, np.log(np.maximum(distance, 1)), usual)
     guess_C = (trust * recalled + (1 - trust) * usual).ravel()
-    memory = Memory(
+    return Memory(
+        estimate_LE=np.zeros(pairs),
+        evictable_LE=np.zeros(pairs, np.uint8),
+        last_use_LE=np.full(pairs, ABSENT),
+        farthest_L=np.full(n_layers, CHANGED),
+        present_2=np.zeros(2, np.int64),
         frequency_LEf=np.zeros((*pairs, _N_CONSTANTS)),
         watched_LE=np.zeros(pairs, np.int64),
         cell_LER=np.zeros((*pairs, RECOLLECTIONS), np.int64),
@@ -99,75 +96,43 @@ def empty(n_layers: int, n_experts: int) -> tuple[Order, Memory]:
         log_tokens_RC=np.tile(guess_C, (RECOLLECTIONS, 1)),
         count_RC=np.full((RECOLLECTIONS, _ALL_CELLS), _PRIOR_COUNT),
     )
-    return order, memory
 
 
-def grown(order: Order, memory: Memory, n_layers: int, n_experts: int) -> tuple[Order, Memory]:
+def grown(memory: Memory, n_layers: int, n_experts: int) -> Memory:
     """The same with room for more layers and experts."""
     larger = empty(n_layers, n_experts)
-    for before, after in zip((*order, *memory), (*larger[0], *larger[1]), strict=True):
+    for before, after in zip(memory, larger, strict=True):
         after[tuple(map(slice, before.shape))] = before
     return larger
 
 
 @njit(cache=True)
-def _farthest(order: Order) -> int:
-    found, most = -1, -np.inf
-    for layer, expert in enumerate(order.last_L):
-        if expert >= 0 and order.estimate_LE[layer, expert] > most:
-            most = order.estimate_LE[layer, expert]
-            found = layer * order.estimate_LE.shape[1] + expert
-    return found
+def farthest(
+    estimate_LE: np.ndarray,
+    evictable_LE: np.ndarray,
+    last_use_LE: np.ndarray,
+    farthest_L: np.ndarray,
+    present_2: np.ndarray,
+) -> int:
+    """The evictable expert whose next use is farthest, as layer * E + expert; -1 for nobody.
 
-
-@njit(cache=True)
-def _find_last(order: Order, layer: int) -> None:
-    last, spared = -1, order.present_2[1] if order.present_2[0] == layer else ABSENT - 1
-    for expert, evictable in enumerate(order.evictable_LE[layer]):
-        if not evictable or order.last_use_LE[layer, expert] == spared:
-            continue
-        if last < 0 or order.estimate_LE[layer, expert] > order.estimate_LE[layer, last]:
-            last = expert
-    order.last_L[layer] = last
-
-
-@njit(cache=True)
-def _enter(order: Order, layer: int, expert: int) -> None:
-    in_use = order.last_use_LE[layer, expert] == order.present_2[1]
-    if not in_use:  # loaded because a use is near
-        order.estimate_LE[layer, expert] = order.present_2[1] + 1
-    order.evictable_LE[layer, expert], last = 1, order.last_L[layer]
-    spared = in_use and order.present_2[0] == layer
-    if not spared and (
-        last < 0 or order.estimate_LE[layer, expert] > order.estimate_LE[layer, last]
-    ):
-        order.last_L[layer] = expert
-
-
-@njit(cache=True)
-def replace(order: Order, leaving: int, entering: int) -> int:
-    """Makes one expert not evictable and another one evictable; -1 for nobody.
-
-    One that no step has asked for since the last is expected at the next token.
-
-    Args:
-        order: changed in place.
-        leaving: layer * E + expert.
-        entering: likewise.
-
-    Returns:
-        The evictable expert whose next use is farthest, likewise. Those that the last step chose
-        are spared.
+    Those that the last step chose are spared. Searches the layers that have changed.
     """
-    width = order.estimate_LE.shape[1]
-    if leaving >= 0:
-        layer, expert = leaving // width, leaving % width
-        order.evictable_LE[layer, expert] = 0
-        if order.last_L[layer] == expert:
-            _find_last(order, layer)
-    if entering >= 0:
-        _enter(order, entering // width, entering % width)
-    return _farthest(order)
+    found, most = -1, -np.inf
+    n_layers, n_experts = estimate_LE.shape
+    for layer in range(n_layers):
+        estimate_E, last = estimate_LE[layer], farthest_L[layer]
+        if last == CHANGED:
+            last, spared = -1, present_2[1] if present_2[0] == layer else ABSENT - 1
+            for expert, evictable in enumerate(evictable_LE[layer]):
+                if not evictable or last_use_LE[layer, expert] == spared:
+                    continue
+                if last < 0 or estimate_E[expert] > estimate_E[last]:
+                    last = expert
+            farthest_L[layer] = last
+        if last >= 0 and estimate_E[last] > most:
+            found, most = layer * n_experts + last, estimate_E[last]
+    return found
 
 
 @njit(cache=True)
@@ -192,12 +157,10 @@ def _likeness(row_w: np.ndarray, other_w: np.ndarray) -> int:
 
 
 @njit(cache=True)
-def _record_uses(
-    order: Order, memory: Memory, layer: int, token: int, ranked_K: np.ndarray
-) -> None:
+def _record_uses(memory: Memory, layer: int, token: int, ranked_K: np.ndarray) -> None:
     """Notes at the tokens before how far away this use was, back to the last use."""
     for expert in ranked_K:
-        since = min(HORIZON, token - order.last_use_LE[layer, expert])
+        since = min(HORIZON, token - memory.last_use_LE[layer, expert])
         for distance in range(1, since + 1):
             row = (token - distance) % MEMORY
             if memory.row_LMw[layer, row, _TOKEN] == token - distance + 1:
@@ -217,25 +180,22 @@ def _conclude(memory: Memory, layer: int, expert: int, token: int) -> None:
 
 
 @njit(cache=True)
-def _count_use(order: Order, memory: Memory, layer: int, expert: int, token: int) -> None:
+def _count_use(memory: Memory, layer: int, expert: int, token: int) -> None:
     """Frequencies of an expert used now, and the outcome if it was watched."""
-    age = min(token - order.last_use_LE[layer, expert], _OLDEST)
+    age = min(token - memory.last_use_LE[layer, expert], _OLDEST)
     for f in range(len(_GAIN_f)):
         decayed = memory.frequency_LEf[layer, expert, f] * _DECAY_af[age, f]
         memory.frequency_LEf[layer, expert, f] = decayed + _GAIN_f[f]
-    order.last_use_LE[layer, expert] = token
+    memory.last_use_LE[layer, expert] = token
     if 0 < memory.watched_LE[layer, expert] <= token:
         _conclude(memory, layer, expert, token)
 
 
 @njit(cache=True)
-def remember(
-    order: Order, memory: Memory, layer: int, token: int, ranked_K: np.ndarray
-) -> np.ndarray:
+def remember(memory: Memory, layer: int, token: int, ranked_K: np.ndarray) -> np.ndarray:
     """Takes in a choice; finds the two past tokens of the same heaviest pair that are most like it.
 
     Args:
-        order: who was used when.
         memory: changed in place.
         layer: its row.
         token: its number; of a repeated one the uses are noted, and nothing is recalled.
@@ -246,7 +206,7 @@ def remember(
         alike first; zeros for none.
     """
     found_2p = np.zeros((2, 2), np.int64)
-    _record_uses(order, memory, layer, token, ranked_K)
+    _record_uses(memory, layer, token, ranked_K)
     before = memory.present_L[layer]
     if before == token + 1:
         return found_2p
@@ -312,7 +272,6 @@ def _cells(
 
 @njit(cache=True)
 def take_in(
-    order: Order,
     memory: Memory,
     layer: int,
     token: int,
@@ -320,28 +279,24 @@ def take_in(
     weight_K: np.ndarray,
     n_seen: int,
     draw: float,
-) -> int:
+) -> None:
     """Learns from a step's choice, and estimates anew when the layer's experts are used next.
 
     Args:
-        order: changed in place, as `memory` is.
-        memory: see there.
+        memory: changed in place.
         layer: its row.
         token: never decreases.
-        chosen_K: int64, the experts; the chosen get an estimate whether they are resident or not.
+        chosen_K: int64; the chosen get an estimate whether they are resident or not.
         weight_K: float64, the router's.
         n_seen: experts that the layer has seen.
         draw: 0 to 1, chooses the expert that is watched from now on.
-
-    Returns:
-        As `replace`.
     """
     ranked_K = chosen_K[np.argsort(-weight_K, kind="mergesort")]
-    if token != order.present_2[1]:
+    if token != memory.present_2[1]:
         memory.before_2p[:] = 0
-    found_2p = remember(order, memory, layer, token, ranked_K)
+    found_2p = remember(memory, layer, token, ranked_K)
     for expert in ranked_K:
-        _count_use(order, memory, layer, expert, token)
+        _count_use(memory, layer, expert, token)
     row_R, likeness_R = np.full(RECOLLECTIONS, -1), np.empty(RECOLLECTIONS, np.int64)
     for r in range(RECOLLECTIONS):
         place, likeness_R[r] = found_2p[r] if r < 2 else memory.before_2p[r - 2]
@@ -351,23 +306,21 @@ def take_in(
     cell_R = np.empty(RECOLLECTIONS, np.int64)
     concerned_n, n_concerned = np.empty(n_seen, np.int64), 0
     for expert in range(n_seen):
-        age = min(token - order.last_use_LE[layer, expert], _OLDEST)
+        age = min(token - memory.last_use_LE[layer, expert], _OLDEST)
         # A chosen one that is missing is about to be admitted.
-        if order.evictable_LE[layer, expert] or age == 0:
+        if memory.evictable_LE[layer, expert] or age == 0:
             soon = _cells(memory, layer, expert, age, row_R, likeness_R, cell_R)
-            order.estimate_LE[layer, expert] = token + soon
+            memory.estimate_LE[layer, expert] = token + soon
             concerned_n[n_concerned] = expert
             n_concerned += 1
-    spared_before, order.present_2[0], order.present_2[1] = order.present_2[0], layer, token
-    _find_last(order, spared_before)
-    _find_last(order, layer)
+    memory.farthest_L[layer] = memory.farthest_L[memory.present_2[0]] = CHANGED
+    memory.present_2[0], memory.present_2[1] = layer, token
     watched = concerned_n[int(draw * n_concerned)]
     since = memory.watched_LE[layer, watched]
     if since > 0 and token + 1 - since >= _LONGEST:
         _conclude(memory, layer, watched, token)
     if memory.watched_LE[layer, watched] == 0:
-        age = min(token - order.last_use_LE[layer, watched], _OLDEST)
+        age = min(token - memory.last_use_LE[layer, watched], _OLDEST)
         _cells(memory, layer, watched, age, row_R, likeness_R, cell_R)
         memory.cell_LER[layer, watched] = cell_R
         memory.watched_LE[layer, watched] = token + 1
-    return _farthest(order)

@@ -23,7 +23,6 @@ class PinnedStatic(PriorityPolicy[Key]):
         self._uses = uses
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
-        """See `Policy.access`."""
         return key in self._resident
 
     def _priority(self, key: Key) -> float:

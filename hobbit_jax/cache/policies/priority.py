@@ -71,7 +71,6 @@ class PriorityPolicy(TablePolicy[Key]):
         """The number of a key that was just used, or admitted."""
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
-        """See `Policy.victim`."""
         lowest = self._table.lowest(keep, self._pinned)
         if lowest is None:
             raise self._all_in_use()

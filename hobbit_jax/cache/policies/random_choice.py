@@ -18,11 +18,9 @@ class RandomChoice(TablePolicy[Key]):
         self._keys: list[Key] = []
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
-        """See `Policy.access`."""
         return key in self._resident
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
-        """See `Policy.victim`."""
         # Most keys may go, so a few draws nearly always find one.
         for _ in range(8):
             key = self._random.choice(self._keys)

@@ -42,13 +42,11 @@ class SLRU(Policy[Key]):
         return len(self._probation) + len(self._protected)
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
-        """See `Policy.access`."""
         return not self.access_all((key,), (weight,), native)
 
     def access_all(
         self, keys: Sequence[Key], weights: Sequence[float], native: bool = True
     ) -> list[Key]:
-        """See `Policy.access_all`."""
         probation, protected, missing = self._probation, self._protected, []
         for key in keys:
             if key in probation:
@@ -64,7 +62,6 @@ class SLRU(Policy[Key]):
         return missing
 
     def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
-        """See `Policy.admit`."""
         probation, protected = self._probation, self._protected
         if key in probation or key in protected:
             raise self._resident_already(key)
@@ -77,7 +74,6 @@ class SLRU(Policy[Key]):
         return victim
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
-        """See `Policy.victim`."""
         for segment in (self._probation, self._protected):
             for key in segment:
                 if key not in keep and key not in self._pinned:
@@ -85,7 +81,6 @@ class SLRU(Policy[Key]):
         raise self._all_in_use()
 
     def resize(self, capacity: int) -> list[Key]:
-        """See `Policy.resize`."""
         evicted = super().resize(capacity)
         self.protected_capacity = int(capacity * self.protected_fraction)
         while len(self._protected) > self.protected_capacity:
