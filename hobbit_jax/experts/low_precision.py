@@ -20,7 +20,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -231,60 +231,41 @@ def write_low_precision(
             f"this one is {source.sha256()[:16]}…)"
         )
     check_method(spec.format, spec.method, calibration is not None)
-    in_order = spec.method == "gptq"
-    native_moments: list[LayerMoments | None] = [None] * config.n_layers
+    moments_L: list[LayerMoments | None] = [None] * config.n_layers
     if calibration is not None and spec.method in NEED_MOMENTS:
-        native_moments = [calibration.layer(layer) for layer in range(config.n_layers)]
+        moments_L = [calibration.layer(layer) for layer in range(config.n_layers)]
     places = _places(config, spec.roles)
     formats = dict.fromkeys(places, spec.format)
     if for_llama_cpp:
         formats = _formats_in_a_file(source, spec.format, places)
-    shapes = {name: padded(source.tensors[name].shape, formats[name]) for name in places}
-    metadata = _metadata(source, config, spec)
-    if any(shape != source.tensors[name].shape for name, shape in shapes.items()):
-        metadata["general.architecture"] = f"{config.arch}-padded"
     recipe = spec.key(source) + ("" if for_llama_cpp else "-own")
     folder = path.with_name(f".{path.name}.{recipe}.parts")
     path.parent.mkdir(parents=True, exist_ok=True)
     finished_bytes = sum(part.stat().st_size for part in folder.glob("*.npy"))
     check_space(path, disk_bytes(source, config, spec.format) - finished_bytes)
-    parts = {name: _Part(folder, name, formats[name], shapes[name]) for name in places}
+    parts = {name: _Part(folder, source.tensors[name], formats[name]) for name in places}
+    low = _with_experts(source, {name: part.content for name, part in parts.items()})
     total = len(places) * config.n_experts
     with tqdm(total=total, unit="matrix", desc=f"encoding {spec.format}", disable=None) as progress:
 
-        def encoded(name: str, moments: LayerMoments | None) -> np.ndarray:
-            role, _ = places[name]
-            part, experts = parts[name], stacked(source.tensors[name])
-            if part.finished:
-                progress.update(config.n_experts)
-                return part.blocks
-            for expert, out in enumerate(part.blocks.reshape(config.n_experts, *part.matrix)):
-                weights_NK = dequantize(experts, expert)
-                out[:] = _encode(weights_NK, formats[name], spec, moments, role, expert)
-                progress.update()
-            part.finish()
-            return part.blocks
-
-        def encode_layer(seen: SeenLayer) -> None:
+        def encode_layer(layer: int, moments: LayerMoments | None) -> None:
             # Down reads what gate and up make, so it comes last.
             for role in ROLES:
-                for name in (n for n, place in places.items() if place == (role, seen.layer)):
-                    encoded(name, seen)
+                for name in (n for n, place in places.items() if place == (role, layer)):
+                    encode = partial(_encode, format=formats[name], spec=spec, moments=moments)
+                    parts[name].fill(partial(encode, role=role), config.n_experts, progress.update)
 
-        def tensors() -> Iterator:
-            for name, tensor in source.tensors.items():
-                if name not in places:
-                    yield name, tensor.format, tensor.shape, tensor.blocks
-                    continue
-                blocks = parts[name].blocks
-                if not in_order:
-                    blocks = partial(encoded, name, native_moments[places[name][1]])
-                yield name, formats[name], shapes[name], blocks
-
-        if in_order:
+        if spec.method == "gptq":
             assert run_text is not None, "method gptq needs someone to run the text"
-            run_text(_with_experts(source, {n: p.tensor for n, p in parts.items()}), encode_layer)
-        write_gguf(path, metadata, tensors(), source.field_types)
+            run_text(low, lambda seen: encode_layer(seen.layer, seen))
+        else:
+            for layer, moments in enumerate(moments_L):
+                encode_layer(layer, moments)
+    metadata = _metadata(source, config, spec)
+    if any(low.tensors[name].shape != source.tensors[name].shape for name in places):
+        metadata["general.architecture"] = f"{config.arch}-padded"
+    tensors = [(t.name, t.format, t.shape, t.blocks) for t in low.tensors.values()]
+    write_gguf(path, metadata, tensors, source.field_types)
     # Also those of another recipe whose writer was killed. If another process wrote the same
     # precision after all, it was the same bytes.
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.parts"):
@@ -292,25 +273,36 @@ def write_low_precision(
 
 
 class _Part:
-    """One encoded tensor on its way, a .npy file of its own that has its name when it is whole."""
+    """One encoded tensor on its way, a .npy file of its own that has its name when it is whole.
 
-    def __init__(self, folder: Path, name: str, format: str, shape: tuple[int, ...]):
+    `content` is its format, shape and blocks; these change as they are written.
+    """
+
+    def __init__(self, folder: Path, source: TensorInfo, format: str):
         folder.mkdir(exist_ok=True)
-        self._path, self._unfinished = folder / f"{name}.npy", folder / f"{name}.unfinished"
-        self.matrix = (shape[-2], get_format(format).row_bytes(shape[-1]))
-        self.finished = self._path.exists()
-        if self.finished:
-            self.blocks = np.load(self._path, mmap_mode="r")
+        self._source, shape = stacked(source), padded(source.shape, format)
+        self._path = folder / f"{source.name}.npy"
+        self._unfinished = self._path.with_suffix(".unfinished")
+        if self._path.exists():
+            blocks = np.load(self._path, mmap_mode="r")
         else:
-            bytes_shape = (*shape[:-2], *self.matrix)
-            self.blocks = np.lib.format.open_memmap(self._unfinished, "w+", np.uint8, bytes_shape)
-        self.tensor = (format, shape, self.blocks)
+            bytes_shape = (*shape[:-1], get_format(format).row_bytes(shape[-1]))
+            blocks = np.lib.format.open_memmap(self._unfinished, "w+", np.uint8, bytes_shape)
+        self.content = format, shape, blocks
 
-    def finish(self) -> None:
-        """Takes all of it as written."""
-        self.blocks.flush()
+    def fill(
+        self, encode: Callable[..., np.ndarray], n_experts: int, finished: Callable[[int], object]
+    ) -> None:
+        """Encodes every expert's weights, unless that has been done; tells of each."""
+        *_, blocks = self.content
+        if self._path.exists():
+            finished(n_experts)
+            return
+        for expert, out in enumerate(blocks.reshape(n_experts, -1, blocks.shape[-1])):
+            out[:] = encode(dequantize(self._source, expert), expert=expert)
+            finished(1)
+        blocks.flush()
         os.replace(self._unfinished, self._path)
-        self.finished = True
 
 
 def _formats_in_a_file(

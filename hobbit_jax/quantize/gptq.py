@@ -11,8 +11,7 @@ ordinary blocks, so nothing else changes.
    each sub-block's integers (scale, offset), then least squares for d and dmin, some rounds. Every
    move is taken only if it lowers the objective, so the result is never worse than step 1's.
 
-On the reference model at Q2_K the objective falls to about 0.5 of that of the importance-weighted
-search by step 1 and to 0.4 by step 2; WORKSPACE.md has the qualities.
+docs/log/2026-11-30-gptq-in-order.md has what each step is worth.
 
 Work is by super-blocks of 256 columns: inside one, rank-1 updates of [256, N]; between them, matrix
 products. Weights lie transposed, so that a column is contiguous.
