@@ -106,7 +106,7 @@ def test_the_files_template_wraps_the_prompts(tmp_path):
         ChatTemplate.from_gguf(file, chatty, "tool")
     lm = scripted_lm(chatty, lambda _: "x", chat=chat)
     problems = arithmetic.generate(direct_tasks.HELD_OUT_SEED, 1, "heldout")
-    evaluate(lm, BenchmarkSettings(("mini_arithmetic",), 1, chat_template=True), None, False)
+    evaluate(lm, BenchmarkSettings(("mini_arithmetic",), 1, chat_template=True), None)
     ((row,), _, _, _) = lm._engine.calls[0]
     assert row.count(EOS) == 1 and row[0] == EOS
     assert chatty.decode(row[1:]) == f"[user]{problems[0].prompt}[assistant]"
