@@ -85,6 +85,7 @@ class _Weights:
         RouterConfig("sigmoid", renormalise=False, selection_bias=True),
         RouterConfig("sigmoid", True, 1.8, selection_bias=True, groups=4, groups_used=2),
         RouterConfig("softmax", True, groups=3, groups_used=1),
+        RouterConfig("sqrt_softplus", True, 1.5, selection_bias=True),
     ],
 )
 def test_a_router_does_what_its_settings_say(settings):
@@ -100,6 +101,8 @@ def test_a_router_does_what_its_settings_say(settings):
         score = 1 / (1 + np.exp(-logits))
         if settings.gating == "softmax":
             score = np.exp(logits) / np.exp(logits).sum()
+        if settings.gating == "sqrt_softplus":
+            score = np.sqrt(np.log1p(np.exp(logits)))
         choice = score + bias_E if settings.selection_bias else score.copy()
         size = n_experts // settings.groups
         groups = [range(g * size, (g + 1) * size) for g in range(settings.groups)]

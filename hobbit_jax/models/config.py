@@ -107,8 +107,9 @@ class RouterConfig:
     """How experts are chosen and weighted; see `router.py`.
 
     Attributes:
-        gating: from logits to scores. "softmax_of_chosen" chooses by logits; with "always" there is
-            one expert, a dense FFN, and no router.
+        gating: from logits to scores. "sqrt_softplus" is the root of log(1 + exp(logit));
+            "softmax_of_chosen" chooses by logits; with "always" there is one expert, a dense FFN,
+            and no router.
         renormalise: the weights of the chosen are divided by their sum.
         scale: of all weights.
         selection_bias: a bias is added to scores for the choice, and not to weights.
@@ -119,7 +120,7 @@ class RouterConfig:
         expert_scale: each expert's weight is multiplied by a factor of its own in the end.
     """
 
-    gating: Literal["softmax", "sigmoid", "softmax_of_chosen", "always"]
+    gating: Literal["softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen", "always"]
     renormalise: bool
     scale: float = 1.0
     selection_bias: bool = False

@@ -34,8 +34,11 @@ T = TypeVar("T")
 _RMS_EPS = number(1e-30, 1.0)
 ROPE_BASE = number(1.0, 1e30)
 _POSITIVE = number(1e-30, 1e30)
-_SOFTMAX, _SIGMOID = 1, 2  # gguf.ExpertGatingFuncType; 0 is "not said"
-_GATINGS: dict[int, Literal["softmax", "sigmoid"]] = {_SOFTMAX: "softmax", _SIGMOID: "sigmoid"}
+# gguf.ExpertGatingFuncType, and llama.cpp's of 4; 0 is "not said".
+_SOFTMAX, _SIGMOID, _SQRT_SOFTPLUS = 1, 2, 4
+_GATINGS: dict[int, Literal["softmax", "sigmoid", "sqrt_softplus"]] = {
+    _SOFTMAX: "softmax", _SIGMOID: "sigmoid", _SQRT_SOFTPLUS: "sqrt_softplus",
+}  # fmt: skip
 
 # Values with which a key changes nothing; the first is also the one that its absence means.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {

@@ -52,9 +52,14 @@ class Router(nnx.Module):
         if self.input_scale is not None:
             normalised = rms_normalised(h, self.rms_eps)
             h = normalised * jnp.broadcast_to(self.input_scale[...], h.shape)
-        gates = {"softmax": jax.nn.softmax, "sigmoid": jax.nn.sigmoid}
-        gate = gates.get(self.settings.gating)
-        return self.linear(h) if gate is None else gate(self.linear(h))
+        logits = self.linear(h)
+        if self.settings.gating == "softmax":
+            return jax.nn.softmax(logits)
+        if self.settings.gating == "sigmoid":
+            return jax.nn.sigmoid(logits)
+        if self.settings.gating == "sqrt_softplus":
+            return jnp.sqrt(jax.nn.softplus(logits))
+        return logits
 
     def __call__(self, h: jax.Array, lift_E: jax.Array | None = None) -> Routing:
         """The K experts of each token, heaviest first.
