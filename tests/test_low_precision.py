@@ -2,6 +2,7 @@
 absent.
 """
 
+import errno
 import shutil
 import threading
 from dataclasses import replace
@@ -225,6 +226,19 @@ def test_a_write_that_fails_before_it_begins_leaves_nothing(source, tmp_path):
     with pytest.raises(ValueError, match="needs a calibration"):
         low_precision.write_low_precision(source, read_config(source), spec, tmp_path / "low.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_is_an_error(source, tmp_path, monkeypatch):
+    """Parts are written through maps, and a map of a file with holes would end the process."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(low_precision.os, "posix_fallocate", full)
+    path, spec = tmp_path / "low.gguf", LowPrecisionSpec("Q8_0")
+    with pytest.raises(OSError, match="No space left"):
+        low_precision.write_low_precision(source, read_config(source), spec, path)
+    assert not path.exists()
 
 
 # Rows of 224 weights, of which no K-quant has a whole number of blocks.

@@ -174,9 +174,13 @@ def planned_low_precision(source: GGUFFile, config: ModelConfig, format: str) ->
     blocks = {}
     for name in _places(config):
         shape = padded(source.tensors[name].shape, format)
-        bytes_shape = (*shape[:-1], get_format(format).row_bytes(shape[-1]))
-        blocks[name] = (format, shape, np.broadcast_to(np.uint8(0), bytes_shape))
+        blocks[name] = (format, shape, np.broadcast_to(np.uint8(0), _bytes_shape(shape, format)))
     return _with_experts(source, blocks)
+
+
+def _bytes_shape(shape: tuple[int, ...], format: str) -> tuple[int, ...]:
+    """Of the raw blocks of a tensor whose rows are whole blocks."""
+    return (*shape[:-1], get_format(format).row_bytes(shape[-1]))
 
 
 def _with_experts(
@@ -286,8 +290,11 @@ class _Part:
         if self._path.exists():
             blocks = np.load(self._path, mmap_mode="r")
         else:
-            bytes_shape = (*shape[:-1], get_format(format).row_bytes(shape[-1]))
+            bytes_shape = _bytes_shape(shape, format)
             blocks = np.lib.format.open_memmap(self._unfinished, "w+", np.uint8, bytes_shape)
+            # All of its bytes: a map of a file with holes ends the process where the disk is full.
+            with self._unfinished.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, self._unfinished.stat().st_size)
         self.content = format, shape, blocks
 
     def fill(
