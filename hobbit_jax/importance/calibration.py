@@ -32,8 +32,8 @@ _FILE = "calibration.npz"
 
 
 @dataclass(frozen=True)
-class LayerMoments:
-    """What a calibration has of one layer; see `quantize.methods.LayerMoments`."""
+class KeptMoments:
+    """What a calibration has of one layer: `quantize.methods.LayerMoments`."""
 
     selections_E: np.ndarray
     input_ED: np.ndarray
@@ -67,7 +67,7 @@ class CalibrationText:
         what = f"{self.model_sha256} {_text_sha256(self.windows)} {self.statistics}"
         return hashlib.sha256(what.encode()).hexdigest()
 
-    def layer(self, layer: int) -> LayerMoments:
+    def layer(self, layer: int) -> KeptMoments:
         """The moments of a layer.
 
         Raises:
@@ -104,7 +104,7 @@ class Calibration(CalibrationText):
             return self
         return replace(self, input_moments=None, hidden_moments=None)
 
-    def layer(self, layer: int) -> LayerMoments:
+    def layer(self, layer: int) -> KeptMoments:
         """The moments of a layer.
 
         Raises:
@@ -112,7 +112,7 @@ class Calibration(CalibrationText):
         """
         if self.input_moments is None or self.hidden_moments is None:
             return super().layer(layer)
-        return LayerMoments(
+        return KeptMoments(
             self.selections_LE[layer], self.input_moments[layer], self.hidden_moments[layer]
         )
 

@@ -8,6 +8,7 @@ Source: llama.cpp, src/llama-graph.cpp (`build_moe_ffn`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,14 @@ from hobbit_jax.models.modules import BlockWeights, rms_normalised
 
 # llama.cpp's least divisor of a renormalisation: the smallest normal float16.
 _LEAST_SUM = 6.103515625e-5
+
+
+# From logits to scores; any other gating leaves logits as they are.
+_GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax": jax.nn.softmax,
+    "sigmoid": jax.nn.sigmoid,
+    "sqrt_softplus": lambda logits: jnp.sqrt(jax.nn.softplus(logits)),
+}
 
 
 class Routing(NamedTuple):
@@ -52,14 +61,8 @@ class Router(nnx.Module):
         if self.input_scale is not None:
             normalised = rms_normalised(h, self.rms_eps)
             h = normalised * jnp.broadcast_to(self.input_scale[...], h.shape)
-        logits = self.linear(h)
-        if self.settings.gating == "softmax":
-            return jax.nn.softmax(logits)
-        if self.settings.gating == "sigmoid":
-            return jax.nn.sigmoid(logits)
-        if self.settings.gating == "sqrt_softplus":
-            return jnp.sqrt(jax.nn.softplus(logits))
-        return logits
+        logits, gate = self.linear(h), _GATES.get(self.settings.gating)
+        return logits if gate is None else gate(logits)
 
     def __call__(self, h: jax.Array, lift_E: jax.Array | None = None) -> Routing:
         """The K experts of each token, heaviest first.
