@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import gguf
@@ -17,6 +18,7 @@ from hobbit_jax.cache.controller import OnRouting
 from hobbit_jax.evals.quality import Windows
 from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
+from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.importance import layer_inputs
 from hobbit_jax.importance.calibration import Calibration, calibrate
@@ -195,6 +197,46 @@ def test_gptq_sees_what_the_layers_before_it_leave(engine, windows, calibration,
         assert np.abs(mine - native).max() > 1e-2 * np.abs(native).max()
 
 
+def test_drift_by_hand(engine, windows, tmp_path):
+    """Row by row in float64, from what two engines' observers see of one text."""
+    config = engine.config
+    low = open_low_precision(engine.model.file, config, LowPrecisionSpec("Q2_K"), tmp_path)
+    store = HostExperts(config, engine.model.file, (low,))
+    ids_WT, streams = windows.ids_WS[:, :-1], []
+    for precision in (0, 1):
+        cache = CacheConfig(plan=uniform_plan(store, precision), chunk_tokens=windows.targets)
+        streams.append([])
+        keep = lambda routed, kept=streams[-1]: kept.append(  # noqa: E731
+            replace(routed, x_TD=np.asarray(routed.x_TD, np.float64))
+        )
+        Engine(engine.model, store, cache, observers=[OnRouting(keep)]).score(ids_WT)
+    found = []
+    visit_layers(engine.model, windows, found.append, low)
+    native, seen = (stream[1] for stream in streams)
+
+    def hidden(precision, expert, x):
+        experts = store.layer(precision, 1)
+        gate, up = (
+            gguf.quants.dequantize(t.raw[expert], gguf.GGMLQuantizationType[t.format])
+            for t in (experts.gate, experts.up)
+        )
+        return gate @ x / (1 + np.exp(-(gate @ x))) * (up @ x)
+
+    _, up_FD, down_DF = expert_matrices(engine, 1, 1)
+    wanted = {"ffn_up_exps": np.zeros(up_FD.shape), DOWN: np.zeros(down_DF.shape)}
+    for t, k in np.argwhere((seen.ids_TK == 1) & seen.valid_T[:, None]):
+        x, aim = (np.asarray(one.h_TD[t], np.float64) for one in (seen, native))
+        weight = float(seen.weights_TK[t, k])
+        wanted["ffn_up_exps"] += weight**2 * np.outer(up_FD @ (aim - x), x)
+        a = hidden(1, 1, x)
+        lag = (native.x_TD[t] - seen.x_TD[t]) * weight / (seen.weights_TK[t] ** 2).sum()
+        wanted[DOWN] += weight**2 * np.outer(down_DF @ (hidden(0, 1, aim) - a) + lag, a)
+    for role, expected, matrix in zip(wanted, wanted.values(), (up_FD, down_DF), strict=True):
+        drift_NK = found[1].drift_NK(role, 1, matrix)
+        assert np.abs(expected).max() > 0
+        np.testing.assert_allclose(drift_NK, expected, atol=1e-3 * np.abs(expected).max())
+
+
 def test_interrupted_gptq_goes_on(engine, windows, calibration, tmp_path, monkeypatch):
     """No finished tensor is encoded again, and the file is the same bytes."""
     source, config, calls = engine.model.file, engine.config, []
@@ -208,8 +250,10 @@ def test_interrupted_gptq_goes_on(engine, windows, calibration, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(low_precision, "encode_matrix", encoding)
+        threads = threading.active_count()
         with pytest.raises(KeyboardInterrupt):
             open_low_precision(source, config, spec, tmp_path / "a", run_text)
+        assert threading.active_count() == threads
         calls[:] = []
         patch.setattr(
             low_precision, "encode_matrix", lambda *a: calls.append(a[4:]) or encode_matrix(*a)

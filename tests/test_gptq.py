@@ -7,6 +7,7 @@ import pytest
 
 from hobbit_jax.quantize import encode, gptq
 from hobbit_jax.quantize.gptq import check_format
+from pallas_kernels.formats import KQuant
 
 # Of every test here: each further shape compiles for ten seconds. Two super-blocks a row.
 N, K = 8, 512
@@ -49,12 +50,17 @@ def obq(weights_NK: np.ndarray, hessian_KK: np.ndarray, levels_NKV: np.ndarray) 
     return decoded_NK
 
 
+def fed_forward(weights_NK: np.ndarray, damped_KK: np.ndarray, quant: KQuant):
+    upper_KK, h_KK = gptq._upper_factor(damped_KK), jnp.asarray(damped_KK, jnp.float32)
+    return gptq._feed_errors_forward(jnp.asarray(weights_NK.T), h_KK, upper_KK, quant)
+
+
 @pytest.mark.parametrize("format", ("Q2_K", "Q3_K"))
 def test_error_feedback_is_gptq(format):
     """Across the border of two super-blocks; the scales are taken as found."""
     quant, weights_NK = check_format(format), weights(N, K)
-    hessian_KK = gptq._conditioned(correlated(K), K)
-    blocks = gptq._feed_errors_forward(jnp.asarray(weights_NK.T), hessian_KK, quant)
+    hessian_KK, _ = gptq._conditioned(correlated(K), K)
+    blocks = fed_forward(weights_NK, hessian_KK, quant)
     q_V = np.arange(quant.q_range[0], quant.q_range[1] + 1)
     levels, found = [], []
     for block in blocks:
@@ -84,9 +90,9 @@ def test_error_feedback_is_gptq(format):
 )
 def test_objective_falls_at_every_step(format):
     weights_NK, hessian_KK = weights(N, K), correlated(K)
-    damped_KK = gptq._conditioned(hessian_KK, K)
+    damped_KK, _ = gptq._conditioned(hessian_KK, K)
     quant = check_format(format)
-    blocks = gptq._feed_errors_forward(jnp.asarray(weights_NK.T), damped_KK, quant)
+    blocks = fed_forward(weights_NK, damped_KK, quant)
     fed_NK = np.concatenate([np.asarray(gptq._decoded_WN(b, quant)).T for b in blocks], axis=1)
     refined = objective(
         weights_NK, decode(gptq.encode(weights_NK, format, hessian_KK), format), damped_KK
@@ -104,7 +110,7 @@ def test_hardly_a_quant_can_be_moved_to_gain(format):
     Not none: the descent ends after a few sweeps, and a later move may have opened an earlier one.
     """
     weights_NK, gains = weights(N, K), []
-    hessian_KK = gptq._conditioned(correlated(K), K)
+    hessian_KK, _ = gptq._conditioned(correlated(K), K)
     blocks_NP = gptq.encode(weights_NK, format, correlated(K))
     decoded_NK = decode(blocks_NP, format)
     quant = check_format(format)
@@ -134,6 +140,30 @@ def test_without_correlation_it_is_the_plain_search_or_better(format):
     plain = ((weights_NK - decode(encode(weights_NK, format), format)) ** 2).sum()
     found = decode(gptq.encode(weights_NK, format, np.eye(K)), format)
     assert ((weights_NK - found) ** 2).sum() <= plain * 1.0001
+
+
+def test_other_outputs_can_be_wanted():
+    """Those of inputs that have lost something since: then the weights aimed at are a ridge's."""
+    rng, weights_NK = np.random.default_rng(3), weights(N, K)
+    x_RK = rng.standard_normal((4 * K, K)) @ rng.standard_normal((K, K)) / np.sqrt(K)
+    seen_RK = 0.7 * x_RK + 0.2 * rng.standard_normal(x_RK.shape)
+    wanted_RN, hessian_KK = x_RK @ weights_NK.T, seen_RK.T @ seen_RK
+    drift_NK = (wanted_RN - seen_RK @ weights_NK.T).T @ seen_RK
+
+    def missed(decoded_NK: np.ndarray) -> float:
+        return ((wanted_RN - seen_RK @ decoded_NK.T) ** 2).sum() / (wanted_RN**2).sum()
+
+    damping = gptq.DAMPING * np.diagonal(hessian_KK).mean() * np.eye(K)
+    ridge_NK = weights_NK + np.linalg.solve(hessian_KK + damping, drift_NK.T).T
+    found_NK = decode(gptq.encode(weights_NK, "Q6_K", hessian_KK, drift_NK), "Q6_K")
+    step = np.abs(ridge_NK).max() / 32
+    assert np.abs(found_NK - ridge_NK).max() < step < 0.5 * np.abs(weights_NK - ridge_NK).max()
+    assert missed(found_NK) == pytest.approx(missed(ridge_NK), rel=0.01)
+    plain_NK = decode(gptq.encode(weights_NK, "Q6_K", hessian_KK), "Q6_K")
+    assert missed(found_NK) < 0.7 * missed(plain_NK)
+    for wrong_NK in (drift_NK[:, 1:], np.full_like(drift_NK, np.nan)):
+        with pytest.raises(ValueError, match=r"wanted a finite drift \(8, 512\)"):
+            gptq.encode(weights_NK, "Q6_K", hessian_KK, wrong_NK)
 
 
 def test_zeros_and_no_rows():

@@ -77,13 +77,17 @@ def test_reused_until_the_source_or_an_encoder_changes(source, tmp_path, monkeyp
         open_gguf(tmp_path / "other.gguf"), config, LowPrecisionSpec("Q8_0"), tmp_path
     ).paths[0]
     assert other != made and made.exists()
-    for name in ("encoder.py", "scale_search.py", "gptq.py"):
-        room = tmp_path / f"better_{name}"
-        shutil.copytree(Path(quantize.__file__).parent, room)
-        with (room / name).open("a") as module:
+    package = Path(quantize.__file__).parents[1]
+    for number, name in enumerate(
+        ("quantize/encoder.py", "quantize/gptq.py", "importance/layer_inputs.py")
+    ):
+        copied = tmp_path / f"better_{number}"
+        for room in ("quantize", "importance"):
+            shutil.copytree(package / room, copied / room)
+        with (copied / name).open("a") as module:
             module.write("# better\n")
         with monkeypatch.context() as patch:
-            patch.setattr(quantize, "__file__", str(room / "__init__.py"))
+            patch.setattr(quantize, "__file__", str(copied / "quantize" / "__init__.py"))
             better = low_precision.open_low_precision(
                 source, config, LowPrecisionSpec("Q8_0"), tmp_path
             ).paths[0]

@@ -57,9 +57,12 @@ CALIBRATION_KEY = "hobbit.low_precision.calibration_sha256"
 
 
 def encoder_sha256() -> str:
-    """Hash of the encoders' source, so that a better encoder never meets its old output."""
-    rooms = (Path(str(room.__file__)).parent for room in (quantize, formats))
+    """Hash of the source of the encoders and of what GPTQ is given, so that a better one never
+    meets its old output.
+    """
+    rooms = [Path(str(room.__file__)).parent for room in (quantize, formats)]
     sources = [path for room in rooms for path in sorted(room.glob("*.py"))]
+    sources.append(rooms[0].parent / "importance" / "layer_inputs.py")
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 

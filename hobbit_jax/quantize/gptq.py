@@ -4,6 +4,9 @@ Owns the minimisation of tr(E·H·Eᵀ) with E = W − Ŵ over everything a K-qu
 8-bit scales and offsets, float16 super-scales. H = Σ x·xᵀ over calibration inputs. The result is
 ordinary blocks, so nothing else changes.
 
+0. Where the inputs are not those that the matrix was made for, because matrices before it have been
+   encoded, W is first moved to the weights of least error for the outputs that are wanted (QEP,
+   arXiv 2504.09629, has the same move).
 1. Error feedback, as in GPTQ (arXiv 2210.17323): columns are rounded in turn, and each one's error
    is moved onto the columns to come. A super-block's scales are searched (`scale_search`) when its
    first column is reached, on the weights as moved by then.
@@ -60,7 +63,12 @@ class _Blocks(NamedTuple):
     offset_JN: Array
 
 
-def encode(weights_NK: np.ndarray, format: str, hessian_KK: np.ndarray) -> np.ndarray:
+def encode(
+    weights_NK: np.ndarray,
+    format: str,
+    hessian_KK: np.ndarray,
+    drift_NK: np.ndarray | None = None,
+) -> np.ndarray:
     """Blocks of least tr(E·H·Eᵀ) found, uint8 [N, row_bytes].
 
     Args:
@@ -68,10 +76,12 @@ def encode(weights_NK: np.ndarray, format: str, hessian_KK: np.ndarray) -> np.nd
         format: a K-quant.
         hessian_KK: [K, K], symmetric, positive semi-definite, not all zero; its size does not
             matter. Arithmetic is float32, but float64 for its Cholesky factor.
+        drift_NK: Σ (y − W·x)·xᵀ over the inputs of which H is the sum, y the outputs wanted; None
+            where they are W·x. E is then W + drift·H⁻¹ − Ŵ.
 
     Raises:
-        ValueError: what `encoder.encode` refuses; a Hessian of another shape, not finite, zero, or
-            with a negative diagonal.
+        ValueError: what `encoder.encode` refuses; a Hessian or drift of another shape or not
+            finite; a Hessian that is zero or has a negative diagonal.
         NotImplementedError: a format that is no K-quant.
     """
     quant = check_format(format)
@@ -79,12 +89,18 @@ def encode(weights_NK: np.ndarray, format: str, hessian_KK: np.ndarray) -> np.nd
     check_shape(weights_NK, format)
     check_values(weights_NK, format, 0, 1)
     n_rows, n_columns = weights_NK.shape
-    hessian_KK = _conditioned(hessian_KK, n_columns)
+    damped_KK, unit = _conditioned(hessian_KK, n_columns)
+    if drift_NK is not None and (
+        drift_NK.shape != weights_NK.shape or not np.isfinite(drift_NK).all()
+    ):
+        raise ValueError(f"wanted a finite drift {weights_NK.shape}, got {drift_NK.shape}")
     if n_rows == 0:
         return np.empty((0, get_format(format).row_bytes(n_columns)), np.uint8)
     target_KN = jnp.asarray(np.ascontiguousarray(weights_NK.T))
-    h_KK = jnp.asarray(hessian_KK, jnp.float32)
-    blocks = _feed_errors_forward(target_KN, hessian_KK, quant)
+    upper_KK, h_KK = _upper_factor(damped_KK), jnp.asarray(damped_KK, jnp.float32)
+    if drift_NK is not None:
+        target_KN += upper_KK.T @ (upper_KK @ (drift_NK.T / unit))
+    blocks = _feed_errors_forward(target_KN, h_KK, upper_KK, quant)
     blocks = _refine(target_KN, h_KK, blocks, quant)
     packed = [_packed(block, format) for block in blocks]
     for blocks_NP in packed:
@@ -102,8 +118,8 @@ def check_format(format: str) -> KQuant:
     return quants[format]
 
 
-def _conditioned(hessian_KK: np.ndarray, n_columns: int) -> np.ndarray:
-    """H as float64 with a diagonal of mean 1, damped."""
+def _conditioned(hessian_KK: np.ndarray, n_columns: int) -> tuple[np.ndarray, float]:
+    """H as float64 with a diagonal of mean 1, damped; and the mean that it had."""
     hessian_KK = np.asarray(hessian_KK, np.float64)
     if hessian_KK.shape != (n_columns, n_columns):
         raise ValueError(f"wanted a Hessian [{n_columns}, {n_columns}], got {hessian_KK.shape}")
@@ -112,25 +128,35 @@ def _conditioned(hessian_KK: np.ndarray, n_columns: int) -> np.ndarray:
         raise ValueError(
             "wanted a Hessian that is finite, with a diagonal of at least 0, not all 0"
         )
-    hessian_KK = hessian_KK / diagonal_K.mean()
-    return hessian_KK + DAMPING * np.eye(n_columns)
+    unit = float(diagonal_K.mean())
+    damped_KK = hessian_KK / unit
+    np.einsum("kk->k", damped_KK)[:] += DAMPING
+    return damped_KK, unit
+
+
+def _upper_factor(hessian_KK: np.ndarray) -> Array:
+    """The upper U of H⁻¹ = Uᵀ·U, float32."""
+    # With H's columns and rows reversed, H = L·Lᵀ; L⁻¹, reversed again, is that factor.
+    lower_KK = scipy.linalg.cholesky(hessian_KK[::-1, ::-1], lower=True, check_finite=False)
+    (invert,) = scipy.linalg.get_lapack_funcs(("trtri",), dtype=np.float64)
+    inverse_KK, _ = invert(lower_KK, lower=1, overwrite_c=1)
+    return jnp.asarray(inverse_KK[::-1, ::-1], jnp.float32)
 
 
 def _super_blocks(n_columns: int) -> list[slice]:
     return [slice(at, at + BLOCK_LEN) for at in range(0, n_columns, BLOCK_LEN)]
 
 
-def _feed_errors_forward(target_KN: Array, hessian_KK: np.ndarray, quant: KQuant) -> list[_Blocks]:
-    """Step 1: GPTQ's order of work, with our search of scales."""
-    # Row i of the upper factor of H⁻¹, over its diagonal, says how column i's error is made good.
-    # With H's columns and rows reversed, H = L·Lᵀ; L⁻¹, reversed again, is that factor.
-    lower_KK = scipy.linalg.cholesky(hessian_KK[::-1, ::-1], lower=True, check_finite=False)
-    (invert,) = scipy.linalg.get_lapack_funcs(("trtri",), dtype=np.float64)
-    inverse_KK, _ = invert(lower_KK, lower=1, overwrite_c=1)
-    upper_KK = jnp.asarray(inverse_KK[::-1, ::-1], jnp.float32)
-    importance_GW = block_importance_GW(np.diagonal(hessian_KK), BLOCK_LEN)
+def _feed_errors_forward(
+    target_KN: Array, h_KK: Array, upper_KK: Array, quant: KQuant
+) -> list[_Blocks]:
+    """Step 1: GPTQ's order of work, with our search of scales.
+
+    Row i of `upper_KK`, over its diagonal, says how column i's error is made good.
+    """
+    importance_GW = block_importance_GW(np.diagonal(h_KK), BLOCK_LEN)
     moved_KN, blocks = target_KN, []
-    for index, part in enumerate(_super_blocks(len(hessian_KK))):
+    for index, part in enumerate(_super_blocks(len(h_KK))):
         values_NW = np.asarray(moved_KN[part].T)
         weight_NW = np.broadcast_to(importance_GW[index], values_NW.shape)
         q_NW, scales = find_scales(values_NW, weight_NW, quant)

@@ -45,6 +45,10 @@ class LayerHessians(LayerMoments, Protocol):
         """Its sum over the experts, for gate and up."""
         ...
 
+    def drift_NK(self, role: str, expert: int, weights_NK: np.ndarray) -> np.ndarray | None:
+        """What `gptq.encode` takes by this name, for native weights; None for nothing."""
+        ...
+
 
 def check_method(format: str, method: str, calibrated: bool = True) -> None:
     """Refuses what `encode_matrix` cannot encode, before anything is computed.
@@ -141,15 +145,19 @@ def encode_matrix(
     """
     check_method(format, method, moments is not None)
     filling = get_format(format).padded(weights_NK.shape[1]) - weights_NK.shape[1]
-    weights_NK = np.pad(weights_NK, ((0, 0), (0, filling)))
+    columns = (0, 0), (0, filling)
+    native_NK, weights_NK = weights_NK, np.pad(weights_NK, columns)
     if method == "rtn":
         return encoder.encode(weights_NK, format)
     if moments is None:
         return ggml.encode(weights_NK, format)
     if method == "gptq":
-        hessian_KK = prior_hessian_KK(cast(LayerHessians, moments), role, expert)
+        seen = cast(LayerHessians, moments)
+        hessian_KK, drift_NK = prior_hessian_KK(seen, role, expert), None
+        if (own_NK := seen.drift_NK(role, expert, native_NK)) is not None:
+            drift_NK = np.pad(own_NK, columns)
         # What fills up a block may be anything.
-        return gptq.encode(weights_NK, format, np.pad(hessian_KK, (0, filling)))
+        return gptq.encode(weights_NK, format, np.pad(hessian_KK, (0, filling)), drift_NK)
     weight_K = np.pad(importance_K(moments, role, expert), (0, filling))
     if method == "importance":
         return encoder.encode(weights_NK, format, weight_K)
