@@ -7,7 +7,6 @@ from typing import Any
 
 from hobbit_jax.cache.policies.belady import Belady
 from hobbit_jax.cache.policies.decayed_lfu import DecayedLFU
-from hobbit_jax.cache.policies.fifo import FIFO
 from hobbit_jax.cache.policies.hobbit import Hobbit
 from hobbit_jax.cache.policies.interface import Policy, Step
 from hobbit_jax.cache.policies.layered_lru import LayeredLRU
@@ -29,7 +28,6 @@ POLICIES: dict[str, PolicyFactory] = {
     "layered_lru": LayeredLRU,
     "hobbit": Hobbit,
     "random": RandomChoice,
-    "fifo": FIFO,
     "next_use": NextUse,
 }
 DEFAULT_POLICY = "slru"
