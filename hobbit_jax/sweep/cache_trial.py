@@ -95,7 +95,8 @@ def measure_trial(
 
     def decode() -> Measured:
         found, _ = measure_engine(engine, bench.decode_ids_RS, sizes.decode_prompt_tokens)
-        return measured({**found.figures(), **pool_figures(engine)})
+        copies = {"resident_copies": len(engine.pool.resident())}
+        return measured({**found.figures(), **pool_figures(engine), **copies})
 
     routing_LE = bench.calibration().selections_LE.tolist()
     return combined(
