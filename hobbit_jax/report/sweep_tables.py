@@ -58,7 +58,6 @@ def cost(sweep: Sweep, budget_mib: float) -> str:
         Column("slots", slots),
         Column("pool, MiB", "pool_device_bytes", ".2f", unit=MIB),
         Column("resident experts", resident),
-        Column("resident copies", "resident_copies"),
         Column("hit rate", "hit_rate", ".3f"),
         Column("demoted share", "demoted_share", ".3f"),
         Column("skipped share", "skipped_share", ".3f"),

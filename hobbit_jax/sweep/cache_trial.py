@@ -95,8 +95,7 @@ def measure_trial(
 
     def decode() -> Measured:
         found, _ = measure_engine(engine, bench.decode_ids_RS, sizes.decode_prompt_tokens)
-        copies = {"resident_copies": len(engine.pool.resident())}
-        return measured({**found.figures(), **pool_figures(engine), **copies})
+        return measured({**found.figures(), **pool_figures(engine)})
 
     routing_LE = bench.calibration().selections_LE.tolist()
     return combined(
