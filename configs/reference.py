@@ -141,23 +141,33 @@ def get_config(arg: str = "full") -> ConfigDict:
         }
     )
     if arg == "demo":
-        config.calibration_text = ""
-        config.cache.update(budget_mib=(1.5, 3.0))
-        config.precision.scores = ("router_weight", "frequency", "accumulated_weight", "random")
-        config.precision.update(low_fraction=(0.5,), low_format=("Q2_K",), method="rtn")
-        config.precision.random_seeds = (0,)
-        config.residency.update(modes=(), floor=())
-        config.eval.update(windows=16, calibration_windows=16, task_problems=32)
-        config.eval.update(decode_tokens=48, decode_repeats=2)
-    if arg in FULL_SIZE:
-        config.title = f"{arg}: the cache sweep"
-        config.cache.update(budget_mib=FULL_SIZE[arg])
-        # GPTQ would encode the 18,432 matrices of Qwen3-30B-A3B for a day of 2 cores.
-        config.precision.update(method="importance", low_fraction=(0.5, 0.9), random_seeds=(0, 1))
-        # Native logits of 8 windows take 2.5 GB.
-        config.eval.update(windows=8, decoded_windows=2, task_problems=0)
-        config.eval.update(benchmarks=("gsm8k", "humaneval"), benchmark_problems=100)
+        _shrink(config)
+    elif arg in FULL_SIZE:
+        _enlarge(config, arg)
     return config
+
+
+def _shrink(config: ConfigDict) -> None:
+    """To what `make demo` runs."""
+    config.calibration_text = ""
+    config.cache.update(budget_mib=(1.5, 3.0))
+    config.precision.scores = ("router_weight", "frequency", "accumulated_weight", "random")
+    config.precision.update(low_fraction=(0.5,), low_format=("Q2_K",), method="rtn")
+    config.precision.random_seeds = (0,)
+    config.residency.update(modes=(), floor=())
+    config.eval.update(windows=16, calibration_windows=16, task_problems=32)
+    config.eval.update(decode_tokens=48, decode_repeats=2)
+
+
+def _enlarge(config: ConfigDict, model: str) -> None:
+    """To a model of `FULL_SIZE`."""
+    config.title = f"{model}: the cache sweep"
+    config.cache.update(budget_mib=FULL_SIZE[model])
+    # GPTQ would encode the 18,432 matrices of Qwen3-30B-A3B for a day of 2 cores.
+    config.precision.update(method="importance", low_fraction=(0.5, 0.9), random_seeds=(0, 1))
+    # Native logits of 8 windows take 2.5 GB.
+    config.eval.update(windows=8, decoded_windows=2, task_problems=0)
+    config.eval.update(benchmarks=("gsm8k", "humaneval"), benchmark_problems=100)
 
 
 def sweep(config: ConfigDict) -> list[Trial]:

@@ -5,8 +5,9 @@ its native blocks and encoded again (`quantize/methods.py`), the rest of the mod
 file is a complete uniformly quantised model that llama.cpp opens as well. It is keyed by the
 source's hash, by the encoders' own source text and by the calibration, and reopened by memory map.
 
-GPTQ encodes layer by layer, against what the layers that are encoded already make of the text: an
-error that they made is then an error that later layers can make good. `LayerPass` runs that text.
+GPTQ encodes layer by layer: a layer's inputs are what the layers that are encoded already make of
+the text, and its aim is what the native model has in that place, so that later layers make good
+what earlier ones lost. `LayerPass` runs that text by both.
 
 GGUF has no type of 2 or 3 bits for rows that are no multiple of 256. A low precision of our own
 fills them up with zeros (`padded`): such a file names an architecture that llama.cpp does not know,
@@ -104,7 +105,7 @@ class Calibrated(Protocol):
 
 
 class SeenLayer(LayerHessians, Protocol):
-    """The Hessians of a layer that is about to run."""
+    """The Hessians and drifts of a layer that is about to run."""
 
     @property
     def layer(self) -> int:
@@ -112,8 +113,9 @@ class SeenLayer(LayerHessians, Protocol):
         ...
 
 
-# Runs the calibration's text with the experts of a file, and shows each layer what its experts are
-# about to read, before they are read themselves (`importance.layer_inputs.visit_layers`).
+# Runs the calibration's text with the experts of a file, and natively beside, and shows each layer
+# what its experts are about to read, before they are read themselves
+# (`importance.layer_inputs.visit_layers`).
 LayerPass = Callable[[GGUFFile, Callable[[SeenLayer], None]], None]
 
 
