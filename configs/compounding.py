@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.calibration_text = ""
     config.evaluation_text = ""
     config.implementation = ""
-    config.methods = ("rtn", "gptq")
+    config.methods = ("ggml", "gptq")
     config.through = ("Q4_K", "Q5_K", "Q6_K")
     config.formats = ("Q3_K", "Q2_K")
     config.seed = 0
@@ -57,6 +57,6 @@ def sweep(config: ConfigDict) -> list[Trial]:
         for method in config.methods
         # A calibrated encoder is dear: the lowest format by the usual way only.
         for through in ((), *((name,) for name in config.through))
-        if method == "rtn" or (low == config.formats[-1] and through in ((), config.through[:1]))
+        if method == "ggml" or (low == config.formats[-1] and through in ((), config.through[:1]))
     ]
     return cells

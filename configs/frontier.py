@@ -9,7 +9,7 @@ how much the mere mixing, which a random choice has too?
     python scripts/report.py --workdir out/frontier
 
 Trials of the first calibration seed come first, so the document can be read before all have run.
-`configs/frontier.py:ggml` adds llama.cpp's own encoder under its importance matrix as a rival.
+The rival encoder is llama.cpp's own, under its importance matrix.
 `--config.prose_text=F.txt` adds prose to the transfer check.
 
 Cost on 2 CPU cores: about an hour.
@@ -36,8 +36,8 @@ from hobbit_jax.sweep.trial import Trial
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    if arg not in ("", "ggml", "smoke"):
-        raise ValueError(f"configs/frontier.py:{arg}: want nothing, :ggml or :smoke")
+    if arg not in ("", "smoke"):
+        raise ValueError(f"configs/frontier.py:{arg}: want nothing or :smoke")
     config = ConfigDict()
     config.title = "Reference model, quality frontier"
     config.question = (
@@ -48,7 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.calibration_text = ""
     config.evaluation_text = ""
     config.implementation = ""
-    config.methods = ("rtn", "importance", "gptq", *(("ggml",) if arg == "ggml" else ()))
+    config.methods = ("ggml", "gptq")
     config.formats = ("Q3_K", "Q2_K")
     config.scores = ("sensitivity", "frequency", "accumulated_weight", "hybrid", "random")
     # Of native's bytes. Uniform Q2_K has 0.54 of them and Q3_K 0.71.
@@ -82,11 +82,11 @@ def sweep(config: ConfigDict) -> list[Trial]:
         return Trial(QualityTrial(plan, on, EvalSizes(**sizes), seed), "frontier")
 
     def first_seed_only(seed):
-        # Without calibrated encoding, and without the middle precision: what each of them is worth.
+        # By ggml's encoder, and without the middle precision: what each of them is worth.
         cells = [
             cell(MixedInBytes(score, fraction, used, method), seed)
             for fraction in config.bytes_fractions
-            for used, method in ((formats, "rtn"), (lowest, "gptq"))
+            for used, method in ((formats, "ggml"), (lowest, "gptq"))
             for score in ("sensitivity", "random")
         ]
         cells += [
@@ -106,8 +106,7 @@ def sweep(config: ConfigDict) -> list[Trial]:
     for seed in config.seeds:
         first = seed == config.seeds[0]
         for method in config.methods:
-            if method != "rtn" or first:  # which sees no calibration
-                cells += [cell(Uniform(low, method), seed, first) for low in formats]
+            cells += [cell(Uniform(low, method), seed, first) for low in formats]
         # The larger limits, where plans hardly differ, for the first draw of calibration alone.
         for fraction in config.bytes_fractions[: None if first else 2]:
             cells += [

@@ -10,11 +10,11 @@ encoder keeps most at equal bytes, ggml's best types included; and which matrice
 
 A dense model is one whose only expert is always chosen. Texts "wikitext" and "gsm8k" are data sets
 of README; encoders are calibrated on their training halves and on source code, as much of each, and
-judged on the test halves. `configs/real_weights.py:full` adds plain rounding, matrices by role,
-GPTQ at 3 bits, the other grids of ggml, and what plain Q2_K loses after another format on the way.
+judged on the test halves. `configs/real_weights.py:full` adds matrices by role, GPTQ at 3 bits, the
+other grids of ggml, and what ggml's Q2_K loses after another format on the way.
 
 Cost on 2 CPU cores, for 1.5 billion weights: 2 minutes for a plan on a text, and once for a plan to
-be encoded: GPTQ 30 minutes, ggml 5 to 10, the others 2.
+be encoded: GPTQ 45 minutes, ggml 5 to 10.
 Expected: KL at plain Q3_K 0.075 and at plain Q2_K 0.35 on code and prose, as a first look with
 llama.cpp found; calibration lowers Q2_K's by a third or more. Written before the first run of this
 config: at 2 bits an encoder of ours is worth its calibration if its KL is at most 0.75 of that of
@@ -42,12 +42,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.implementation = "ggml"
     full = arg == "full"
     config.uniform = (
-        # GPTQ's calibration serves the others too.
-        ("Q2_K", "gptq"), ("Q2_K", "importance"), ("Q2_K", "ggml"), ("IQ2_S", "ggml"),
-        ("Q3_K", "ggml"),
-        *((("Q3_K", "gptq"), ("IQ3_XXS", "ggml"), ("Q2_K", "rtn"), ("Q3_K", "rtn"),
-           ("Q3_K", "importance"), ("IQ3_S", "ggml"), ("IQ2_XS", "ggml"), ("IQ2_XXS", "ggml"))
-          if full else ()),
+        ("Q2_K", "gptq"), ("Q2_K", "ggml"), ("IQ2_S", "ggml"), ("Q3_K", "ggml"),
+        *((("Q3_K", "gptq"), ("IQ3_XXS", "ggml"), ("IQ3_S", "ggml"), ("IQ2_XS", "ggml"),
+           ("IQ2_XXS", "ggml")) if full else ()),
     )  # fmt: skip
     # Which matrices are Q2_K, the others staying native; what plain Q2_K passes through before.
     config.roles = (("gate", "up"), ("down",)) if full else ()
@@ -63,8 +60,8 @@ def sweep(config: ConfigDict) -> list[Trial]:
     sizes = EvalSizes(**config.eval)
     plans = [Native()]
     plans += [Uniform(name, method) for name, method in config.uniform]
-    plans += [Uniform("Q2_K", "importance", roles=tuple(roles)) for roles in config.roles]
-    plans += [Uniform("Q2_K", "rtn", through=(name,)) for name in config.through]
+    plans += [Uniform("Q2_K", roles=tuple(roles)) for roles in config.roles]
+    plans += [Uniform("Q2_K", through=(name,)) for name in config.through]
     return [
         Trial(
             QualityTrial(

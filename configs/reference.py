@@ -152,7 +152,7 @@ def _shrink(config: ConfigDict) -> None:
     config.calibration_text = ""
     config.cache.update(budget_mib=(1.5, 3.0))
     config.precision.scores = ("router_weight", "frequency", "accumulated_weight", "random")
-    config.precision.update(low_fraction=(0.5,), low_format=("Q2_K",), method="rtn")
+    config.precision.update(low_fraction=(0.5,), low_format=("Q2_K",), method="ggml")
     config.precision.random_seeds = (0,)
     config.residency.update(modes=(), floor=())
     config.eval.update(windows=16, calibration_windows=16, task_problems=32)
@@ -164,7 +164,7 @@ def _enlarge(config: ConfigDict, model: str) -> None:
     config.title = f"{model}: the cache sweep"
     config.cache.update(budget_mib=FULL_SIZE[model])
     # GPTQ would encode the 18,432 matrices of Qwen3-30B-A3B for a day of 2 cores.
-    config.precision.update(method="importance", low_fraction=(0.5, 0.9), random_seeds=(0, 1))
+    config.precision.update(method="ggml", low_fraction=(0.5, 0.9), random_seeds=(0, 1))
     # Native logits of 8 windows take 2.5 GB.
     config.eval.update(windows=8, decoded_windows=2, task_problems=0)
     config.eval.update(benchmarks=("gsm8k", "humaneval"), benchmark_problems=100)

@@ -37,8 +37,8 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.models.caches import KV_FORMATS
 from hobbit_jax.models.loading import LoadedModel, load_model
-from hobbit_jax.quantize import FORMATS
 from pallas_kernels.backends import IMPLEMENTATIONS, Implementation
+from pallas_kernels.formats import FORMATS
 from pallas_kernels.ggml.ops import set_threads
 
 DEFAULT_LOW_FORMAT = "Q2_K"

@@ -33,10 +33,10 @@ from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, low_share
 from hobbit_jax.engine_flags import ALL, EngineOptions, budget_mib, engine_flags
 from hobbit_jax.evals.engine_program import decode, token_rows
 from hobbit_jax.models.presets import PRESETS
-from hobbit_jax.quantize import FORMATS
 from hobbit_jax.record import Benchmark, Record, machine, measured, read_records, write_record
 from hobbit_jax.report.table import Column, table
 from hobbit_jax.synthetic.synthesize import synthesize
+from pallas_kernels.formats import FORMATS
 
 STUDY, NATIVE = "decode_settings", "native"
 _LATENCY_US = 10.0  # of an upload on an emulated link

@@ -5,7 +5,7 @@
     python scripts/generate.py --model M.gguf --profile P --budget_mib 4 --prompt "def fib(n):"
 
 C is a folder: the text's tokens, how often each expert was chosen and with which router weight, and
-the second moments of its inputs, which methods importance and ggml weigh errors by. With
+the second moments of its inputs, which method ggml weighs errors by. With
 `--statistics=routing` there are no moments; that suffices for method gptq, which runs the text
 itself, and for --profile. The layers that an interrupted run had finished are not computed again.
 

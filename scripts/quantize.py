@@ -4,9 +4,10 @@
     python scripts/quantize.py --model M.gguf --format Q2_K --method gptq --calibration C \\
         --out low.gguf
 
-Method rtn needs no calibration; the others need one that `scripts/calibrate.py` made. gptq runs its
-text once more, layer by layer, by the weights that it has encoded so far. Method ggml writes every
-type that ggml has; a calibration improves it, and some types demand one. Without --out the file is
+Method ggml is llama.cpp's encoder and writes every type that ggml has; a calibration, which
+`scripts/calibrate.py` makes, improves it as an importance matrix does, and some types demand one.
+Method gptq writes K-quants. It needs a calibration and runs its text once more, layer by layer, by
+the weights that it has encoded so far and natively beside. Without --out the file is
 kept in --cache_dir, where sweeps and `--low_format` look for it too; rows that are no whole number
 of blocks are then filled up, where --out has another type for them, as llama.cpp does. An
 interrupted run goes on where it was.
@@ -36,7 +37,7 @@ from pallas_kernels.formats import FORMATS
 
 ENGINE = engine_flags("model")
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "Format of the experts.", required=True)
-_METHOD = flags.DEFINE_enum("method", "rtn", METHODS, "How experts are encoded.")
+_METHOD = flags.DEFINE_enum("method", METHODS[0], METHODS, "How experts are encoded.")
 _ROLES = flags.DEFINE_multi_enum(
     "roles", [], list(MATRICES), "Matrix of an expert to encode; the others stay as they are. May "
     "be given several times; by default all are encoded.",
@@ -56,9 +57,8 @@ def main(_):
     if _CALIBRATION.value:
         folder = cli.input_folder("calibration", _CALIBRATION.value)
         calibration = found = Calibration.load(folder, source)
-        if _METHOD.value != "rtn":
-            for line in rarely_seen(found.selections_LE):
-                print(f"warning: {line}", file=sys.stderr)
+        for line in rarely_seen(found.selections_LE):
+            print(f"warning: {line}", file=sys.stderr)
         if _METHOD.value == "gptq":
             calibration = CalibrationText(found.model_sha256, found.windows)
             run_text = run_by(load_model(model_path, for_quality(None)), found.windows)

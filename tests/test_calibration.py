@@ -27,7 +27,7 @@ from hobbit_jax.importance.scores import measure_errors
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import open_gguf
 from hobbit_jax.models.loading import load_model
-from hobbit_jax.quantize import encode
+from hobbit_jax.quantize import ggml
 from hobbit_jax.quantize.methods import (
     PRIOR_TOKENS,
     encode_matrix,
@@ -280,14 +280,14 @@ def test_refusals(engine, windows, calibration, layers, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="statistics is 'all'"):
         calibrate(model, windows, "all", tmp_path)
     weights_NK = np.ones((2, 256), np.float32)
-    with pytest.raises(ValueError, match="method importance needs a calibration"):
-        encode_matrix(weights_NK, "Q2_K", "importance", None, "ffn_up_exps", 0)
+    with pytest.raises(ValueError, match="method gptq needs a calibration"):
+        encode_matrix(weights_NK, "Q2_K", "gptq", None, "ffn_up_exps", 0)
     with pytest.raises(ValueError, match="method gptq needs a calibration"):
         open_low_precision(model.file, engine.config, LowPrecisionSpec("Q2_K", "gptq"), tmp_path)
     counts = calibration.only("routing")
     assert counts.statistics == "routing" and counts.sha256 != calibration.sha256
     with pytest.raises(ValueError, match=r"no moments for layer 0; .*--statistics=second_moment"):
-        spec = LowPrecisionSpec("Q2_K", "importance", counts)
+        spec = LowPrecisionSpec("Q2_K", "ggml", counts)
         open_low_precision(model.file, engine.config, spec, tmp_path)
     assert not list(tmp_path.rglob("*.parts"))
     foreign = replace(calibration, model_sha256="0" * 64)
@@ -329,9 +329,9 @@ def test_an_expert_never_met_falls_back(layers):
     np.testing.assert_allclose(down, down[0, 0] * np.eye(len(down)), rtol=1e-6)
     assert down[0, 0] > 0
     weights_NK = np.random.default_rng(0).standard_normal((8, 256)).astype(np.float32)
-    plain = encode(weights_NK, "Q3_K")
-    fallen = encode_matrix(weights_NK, "Q3_K", "importance", unmet, DOWN, 2)
-    np.testing.assert_array_equal(fallen, plain)
+    alike = ggml.encode(weights_NK, "Q3_K", np.ones(256, np.float32))
+    fallen = encode_matrix(weights_NK, "Q3_K", "ggml", unmet, DOWN, 2)
+    np.testing.assert_array_equal(fallen, alike)
     lines = rarely_seen(np.array([[500, 200], [700, 3], [199, 0]]))
     assert lines[0].startswith("3 of 6 experts saw fewer than 200 tokens")
     assert lines[1:] == [

@@ -86,7 +86,7 @@ def test_cells_on_an_engine(two_banks_path, tmp_path):
             PerSelection("frequency", (0.5, 0.5), ("Q2_K",)),
             "importance score is 'frequency'; want one of ",
         ),
-        (Uniform("Q2_K", "best"), "method is 'best'; want one of rtn, "),
+        (Uniform("Q2_K", "best"), "method is 'best'; want one of ggml, gptq"),
         (PerSelection("router_weight", (1.0,), ("Q2_K",)), r"1 formats with shares \(1.0,\)"),
     ],
 )
@@ -179,7 +179,7 @@ def test_each_evaluation_text_has_its_own_section(workdir):
     assert PART in [p.plan for p in prose.plans] and PART not in [p.plan for p in prose.uniform]
     text = write_report(workdir).read_text(encoding="utf-8")
     assert (
-        "# T\n" in text and "# T, on prose\n" in text and "| Q2_K, rtn, gate and up alone |" in text
+        "# T\n" in text and "# T, on prose\n" in text and "| Q2_K, ggml, gate and up alone |" in text
     )
 
 

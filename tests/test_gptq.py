@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hobbit_jax.quantize import encode, gptq
-from hobbit_jax.quantize.gptq import check_format
+from hobbit_jax.quantize import ggml, gptq
+from hobbit_jax.quantize.k_quant_blocks import k_quant, pack
+from hobbit_jax.quantize.scale_search import find_scales
 from pallas_kernels.formats import KQuant
 
 # Of every test here: each further shape compiles for ten seconds. Two super-blocks a row.
@@ -58,7 +59,7 @@ def fed_forward(weights_NK: np.ndarray, damped_KK: np.ndarray, quant: KQuant):
 @pytest.mark.parametrize("format", ("Q2_K", "Q3_K"))
 def test_error_feedback_is_gptq(format):
     """Across the border of two super-blocks; the scales are taken as found."""
-    quant, weights_NK = check_format(format), weights(N, K)
+    quant, weights_NK = k_quant(format), weights(N, K)
     hessian_KK, _ = gptq._conditioned(correlated(K), K)
     blocks = fed_forward(weights_NK, hessian_KK, quant)
     q_V = np.arange(quant.q_range[0], quant.q_range[1] + 1)
@@ -91,14 +92,15 @@ def test_error_feedback_is_gptq(format):
 def test_objective_falls_at_every_step(format):
     weights_NK, hessian_KK = weights(N, K), correlated(K)
     damped_KK, _ = gptq._conditioned(hessian_KK, K)
-    quant = check_format(format)
+    quant = k_quant(format)
     blocks = fed_forward(weights_NK, damped_KK, quant)
     fed_NK = np.concatenate([np.asarray(gptq._decoded_WN(b, quant)).T for b in blocks], axis=1)
     refined = objective(
         weights_NK, decode(gptq.encode(weights_NK, format, hessian_KK), format), damped_KK
     )
     fed = objective(weights_NK, fed_NK, damped_KK)
-    weighed = decode(encode(weights_NK, format, np.diagonal(damped_KK)), format)
+    diagonal_K = np.diagonal(damped_KK).astype(np.float32)
+    weighed = decode(ggml.encode(weights_NK, format, diagonal_K), format)
     assert refined < 0.95 * fed
     assert fed < 0.9 * objective(weights_NK, weighed, damped_KK)
 
@@ -113,7 +115,7 @@ def test_hardly_a_quant_can_be_moved_to_gain(format):
     hessian_KK, _ = gptq._conditioned(correlated(K), K)
     blocks_NP = gptq.encode(weights_NK, format, correlated(K))
     decoded_NK = decode(blocks_NP, format)
-    quant = check_format(format)
+    quant = k_quant(format)
     # The step of a sub-block shows in the decoded weights: their smallest distance.
     gain_NK = (weights_NK - decoded_NK) @ hessian_KK
     for row in range(N):
@@ -137,7 +139,8 @@ def test_hardly_a_quant_can_be_moved_to_gain(format):
 )
 def test_without_correlation_it_is_the_plain_search_or_better(format):
     weights_NK = weights(N, K)
-    plain = ((weights_NK - decode(encode(weights_NK, format), format)) ** 2).sum()
+    found = pack(*find_scales(weights_NK.reshape(-1, 256), None, k_quant(format)), format)
+    plain = ((weights_NK - decode(found.reshape(N, -1), format)) ** 2).sum()
     found = decode(gptq.encode(weights_NK, format, np.eye(K)), format)
     assert ((weights_NK - found) ** 2).sum() <= plain * 1.0001
 

@@ -85,9 +85,9 @@ def test_a_trial_names_all_artifacts_that_it_needs(workdir, monkeypatch):
     monkeypatch.setenv("HOBBIT_CACHE_DIR", str(workdir))
     on = digest_trials.inputs(workdir), EvalSizes(2, 16, 2, 0, 4, 4, 1)
     trials = [
-        Trial(CacheTrial(Mixed("sensitivity", 0.5, "Q2_K", "importance"), 2, *on)),
+        Trial(CacheTrial(Mixed("sensitivity", 0.5, "Q2_K", "gptq"), 2, *on)),
         Trial(QualityTrial(Uniform("Q3_K", "gptq"), *on, seed=1)),
-        Trial(QualityTrial(Uniform("Q2_K", "rtn", ("Q4_0",)), *on)),
+        Trial(QualityTrial(Uniform("Q2_K", "ggml", ("Q4_0",)), *on)),
         Trial(QualityTrial(MixedInBytes("random", 0.8, ("Q2_K",), score_text="tasks"), *on)),
         Trial(QualityTrial(PerSelection("router_weight", (0.5, 0.5), ("Q2_K",)), *on)),
     ]

@@ -28,7 +28,7 @@ from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
 from hobbit_jax.models.config import layer_tensors
 from hobbit_jax.models.loading import load_model
 from hobbit_jax.models.registry import read_config
-from hobbit_jax.quantize import encode
+from hobbit_jax.quantize import ggml
 from hobbit_jax.quantize.methods import encode_matrix
 from hobbit_jax.quantize.quant_recipe import format_in_a_file
 
@@ -58,7 +58,7 @@ def test_contents(source, tmp_path):
         assert tensor.tensor_type.name == "Q2_K"
         kind = gguf.GGMLQuantizationType[wanted.format]
         rows = gguf.quants.dequantize(wanted.raw, kind).reshape(-1, wanted.shape[-1])
-        assert tensor.data.tobytes() == encode(rows, "Q2_K").tobytes()
+        assert tensor.data.tobytes() == ggml.encode(rows, "Q2_K").tobytes()
 
 
 def test_reused_until_the_source_or_an_encoder_changes(source, tmp_path, monkeypatch):
@@ -79,7 +79,7 @@ def test_reused_until_the_source_or_an_encoder_changes(source, tmp_path, monkeyp
     assert other != made and made.exists()
     package = Path(quantize.__file__).parents[1]
     for number, name in enumerate(
-        ("quantize/encoder.py", "quantize/gptq.py", "importance/layer_inputs.py")
+        ("quantize/ggml.py", "quantize/gptq.py", "importance/layer_inputs.py")
     ):
         copied = tmp_path / f"better_{number}"
         for room in ("quantize", "importance"):
@@ -193,8 +193,8 @@ def test_through_another_format(source, tmp_path):
     )
     name = layer_tensors(config, 1)["ffn_down_exps"]
     weights = low_precision.dequantize(source.tensors[name], 3)
-    middle = gguf.quants.dequantize(encode(weights, "Q4_0"), gguf.GGMLQuantizationType.Q4_0)
-    assert low.tensors[name].raw[3].tobytes() == encode(middle, "Q2_K").tobytes()
+    middle = gguf.quants.dequantize(ggml.encode(weights, "Q4_0"), gguf.GGMLQuantizationType.Q4_0)
+    assert low.tensors[name].raw[3].tobytes() == ggml.encode(middle, "Q2_K").tobytes()
 
 
 def test_metadata_is_carried_over_but_for_what_is_no_longer_true(source, tmp_path):
@@ -216,7 +216,7 @@ def test_metadata_is_carried_over_but_for_what_is_no_longer_true(source, tmp_pat
     kept = {k: v for k, v in file.metadata.items() if not k.startswith(("quantize.", "hobbit."))}
     assert kept["general.tags"] == []
     new = {"general.file_type": 10, "general.quantization_version": 2}  # MOSTLY_Q2_K in llama.h
-    new |= {low_precision.SOURCE_KEY: file.sha256(), low_precision.METHOD_KEY: "rtn"}
+    new |= {low_precision.SOURCE_KEY: file.sha256(), low_precision.METHOD_KEY: "ggml"}
     new |= {
         low_precision.ENCODER_KEY: low_precision.encoder_sha256(),
         "general.name": "qwen3moe experts Q2_K",
@@ -226,7 +226,7 @@ def test_metadata_is_carried_over_but_for_what_is_no_longer_true(source, tmp_pat
 
 
 def test_a_write_that_fails_before_it_begins_leaves_nothing(source, tmp_path):
-    spec = LowPrecisionSpec("Q2_K", "importance")  # which needs a calibration
+    spec = LowPrecisionSpec("Q2_K", "gptq")  # which needs a calibration
     with pytest.raises(ValueError, match="needs a calibration"):
         low_precision.write_low_precision(source, read_config(source), spec, tmp_path / "low.gguf")
     assert list(tmp_path.iterdir()) == []
@@ -295,7 +295,7 @@ def test_a_padded_file_is_nobody_elses(narrow, tmp_path):
     assert low.tensors[name].shape == (8, 256, 256)
     weights = low_precision.dequantize(narrow.file.tensors[name], 3)
     filled = np.pad(weights, ((0, 0), (0, 32)))
-    assert low.tensors[name].raw[3].tobytes() == encode(filled, "Q2_K").tobytes()
+    assert low.tensors[name].raw[3].tobytes() == ggml.encode(filled, "Q2_K").tobytes()
     with pytest.raises(NotImplementedError, match="qwen3moe-padded"):
         read_config(low)
 

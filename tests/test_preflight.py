@@ -50,7 +50,7 @@ def inputs(two_banks_path) -> Inputs:
 @pytest.fixture
 def cell(inputs):
     def make(
-        score="native", fraction=0.0, low="", budget_mib=2.0, method="rtn", mode="fetch",
+        score="native", fraction=0.0, low="", budget_mib=2.0, method="ggml", mode="fetch",
         sizes=SIZES, on=inputs,
     ) -> Trial:  # fmt: skip
         plan = {
@@ -196,7 +196,7 @@ def test_cells_that_share_a_file_count_it_once(cell, inputs, tmp_path, monkeypat
     ]
     found = preflight([*low, cell("frequency", 0.5, "Q2_K")], CONFIG, tmp_path)
     assert found.disk == one.disk and sum(found.disk.values()) > 0
-    assert found.to_encode == {(inputs.model, "Q2_K", "rtn"): 1}
+    assert found.to_encode == {(inputs.model, "Q2_K", "ggml"): 1}
     other = cell("uniform", 1.0, "Q2_K", method="gptq")
     assert len(preflight([*low, other], CONFIG, tmp_path).to_encode) == 2
 

@@ -8,7 +8,7 @@ from hobbit_jax.experts.low_precision import decode, dequantize
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.loading import load_model
-from hobbit_jax.quantize import encode
+from hobbit_jax.quantize import ggml
 from hobbit_jax.reference_model.reparametrise import write_off_grid
 
 
@@ -36,7 +36,7 @@ def test_weights_leave_their_grid(two_banks_path, tmp_path):
 
     def error(file) -> float:
         weights = dequantize(file.tensors[name], 0)
-        again = decode(encode(weights, "Q4_K"), "Q4_K")
+        again = decode(ggml.encode(weights, "Q4_K"), "Q4_K")
         return float(np.sqrt(((again - weights) ** 2).mean() / (weights**2).mean()))
 
     assert error(model.file) < 0.03 and error(other.file) > 0.05

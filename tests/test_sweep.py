@@ -277,7 +277,7 @@ def broken(tmp_path) -> Path:
         (["--workdir={0}/file/w"], "--workdir: {0}/file/w cannot be written (Not a directory)"),
         (["--config.cache.budgetmib=8"], "budgetmib"),
         (["--config.precision.scores=loudest"], "importance score is 'loudest'; want one of "),
-        (["--config.precision.method=awq"], "method is 'awq'; want one of rtn, importance"),
+        (["--config.precision.method=awq"], "method is 'awq'; want one of ggml, gptq"),
     ],
 )
 def test_bad_input_is_one_line(broken, args, message):

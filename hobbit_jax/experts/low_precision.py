@@ -38,8 +38,9 @@ from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, wri
 from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
 from hobbit_jax.model_file.metadata import text
 from hobbit_jax.models.config import ModelConfig, layer_tensors
+from hobbit_jax.quantize import ggml
 from hobbit_jax.quantize.methods import (
-    NEED_MOMENTS,
+    METHODS,
     LayerHessians,
     LayerMoments,
     check_method,
@@ -123,13 +124,13 @@ LayerPass = Callable[[GGUFFile, Callable[[SeenLayer], None]], None]
 class LowPrecisionSpec:
     """How a low precision is made.
 
-    `through` are formats that the weights pass through first, each encoded plainly: what a
-    quantised file would have done to them. `roles` are the matrices that are encoded, of
+    `through` are formats that the weights pass through first, each by ggml without a calibration:
+    what a quantised file would have done to them. `roles` are the matrices that are encoded, of
     `MATRICES`; the others stay as they are, and none named are all.
     """
 
     format: str
-    method: str = "rtn"
+    method: str = METHODS[0]
     calibration: Calibrated | None = None
     through: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
@@ -241,7 +242,7 @@ def write_low_precision(
         )
     check_method(spec.format, spec.method, calibration is not None)
     moments_L: list[LayerMoments | None] = [None] * config.n_layers
-    if calibration is not None and spec.method in NEED_MOMENTS:
+    if calibration is not None and spec.method == "ggml":
         moments_L = [calibration.layer(layer) for layer in range(config.n_layers)]
     places = _places(config, spec.roles)
     formats = dict.fromkeys(places, spec.format)
@@ -356,7 +357,7 @@ def _encode(
 ) -> np.ndarray:
     """One expert's matrix by `spec`; where the file has another format, by ggml."""
     for name in spec.through:
-        weights_NK = decode(quantize.encode(weights_NK, name), name)
+        weights_NK = decode(ggml.encode(weights_NK, name), name)
     method = spec.method if format == spec.format else "ggml"
     return encode_matrix(weights_NK, format, method, moments, role, expert)
 

@@ -1,10 +1,7 @@
 """From float32 weights to GGUF blocks, with or without what calibration knows of the activations.
 
-Read in this order: `scale_search` and `single_scale` (which scales), `encoder` (any matrix to any
-format), `gptq` (a matrix and its inputs' second moments to a K-quant), `methods` (which of them
-serves an expert). The layouts of blocks are those of `pallas_kernels.formats`.
+Read in this order: `ggml` (any matrix to any type, by llama.cpp's encoder), `gptq` (a matrix and
+its inputs' second moments to a K-quant, with the scales of `scale_search` in the blocks of
+`k_quant_blocks`), `methods` (which of the two serves an expert). The layouts of blocks are those
+of `pallas_kernels.formats`.
 """
-
-from hobbit_jax.quantize.encoder import FORMATS, encode
-
-__all__ = ["FORMATS", "encode"]

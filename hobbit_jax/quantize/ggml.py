@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from hobbit_jax.quantize.encoder import check_finite
+from hobbit_jax.quantize.k_quant_blocks import check_finite
 from pallas_kernels.formats import get_format
 from pallas_kernels.ggml.library import base_library
 
@@ -57,7 +57,7 @@ def encode(
     format: str,
     importance_K: np.ndarray | None = None,
 ) -> np.ndarray:
-    """What `quantize.encode` returns, by ggml: uint8 [N, row_bytes] of float32 [N, K].
+    """Blocks of a GGUF type, uint8 [N, row_bytes] of float32 [N, K].
 
     `importance_K` is a row of llama.cpp's importance matrix, which some types demand and others
     ignore. Rows are shared out to all cores.
@@ -70,7 +70,7 @@ def encode(
     kind = check_format(format, importance_K is not None)
     weights_NK = np.ascontiguousarray(weights_NK, np.float32)
     n, k = weights_NK.shape
-    check_finite(weights_NK, 0, 1)  # ggml would end the process
+    check_finite(weights_NK)  # ggml would end the process
     out_NP = np.empty((n, get_format(format).row_bytes(k)), np.uint8)
     matrix_K = None if importance_K is None else np.ascontiguousarray(importance_K, np.float32)
     matrix = None if matrix_K is None else matrix_K.ctypes.data

@@ -35,15 +35,14 @@ import numpy as np
 import scipy.linalg
 from jax import Array, lax
 
-from hobbit_jax.quantize.encoder import (
+from hobbit_jax.quantize.k_quant_blocks import (
     block_importance_GW,
-    check_blocks,
-    check_shape,
-    check_values,
+    check_weights,
+    k_quant,
     pack,
 )
 from hobbit_jax.quantize.scale_search import BLOCK_LEN, Scales, find_scales
-from pallas_kernels.formats import FORMATS, KQuant, get_format
+from pallas_kernels.formats import KQuant, get_format
 
 # Added to the diagonal, as a share of its mean: a Hessian is a sample's, and less of it fits the
 # sample. docs/log/2026-11-30-gptq-in-order.md has what each share loses on text it has not seen.
@@ -80,14 +79,13 @@ def encode(
             where they are W·x. E is then W + drift·H⁻¹ − Ŵ.
 
     Raises:
-        ValueError: what `encoder.encode` refuses; a Hessian or drift of another shape or not
-            finite; a Hessian that is zero or has a negative diagonal.
+        ValueError: what `check_weights` refuses, or weights too large for this format; a Hessian
+            or drift of another shape or not finite; a Hessian that is zero or has a negative
+            diagonal.
         NotImplementedError: a format that is no K-quant.
     """
-    quant = check_format(format)
-    weights_NK = np.asarray(weights_NK)
-    check_shape(weights_NK, format)
-    check_values(weights_NK, format, 0, 1)
+    quant, weights_NK = k_quant(format), np.asarray(weights_NK)
+    check_weights(weights_NK)
     n_rows, n_columns = weights_NK.shape
     damped_KK, unit = _conditioned(hessian_KK, n_columns)
     if drift_NK is not None and (
@@ -102,20 +100,7 @@ def encode(
         target_KN += upper_KK.T @ (upper_KK @ (drift_NK.T / unit))
     blocks = _feed_errors_forward(target_KN, h_KK, upper_KK, quant)
     blocks = _refine(target_KN, h_KK, blocks, quant)
-    packed = [_packed(block, format) for block in blocks]
-    for blocks_NP in packed:
-        check_blocks(blocks_NP, format, 0, 1)
-    return np.concatenate(packed, axis=1)
-
-
-def check_format(format: str) -> KQuant:
-    """The numbers of a K-quant; refuses another format with NotImplementedError."""
-    quants = {f.name: f.encoder for f in FORMATS.values() if isinstance(f.encoder, KQuant)}
-    if format not in quants:
-        raise NotImplementedError(
-            f"no Hessian-based encoder for {format!r}; the formats with one are {', '.join(quants)}"
-        )
-    return quants[format]
+    return np.concatenate([_packed(block, format) for block in blocks], axis=1)
 
 
 def _conditioned(hessian_KK: np.ndarray, n_columns: int) -> tuple[np.ndarray, float]:
@@ -154,7 +139,7 @@ def _feed_errors_forward(
 
     Row i of `upper_KK`, over its diagonal, says how column i's error is made good.
     """
-    importance_GW = block_importance_GW(np.diagonal(h_KK), BLOCK_LEN)
+    importance_GW = block_importance_GW(np.asarray(jnp.diagonal(h_KK)))
     moved_KN, blocks = target_KN, []
     for index, part in enumerate(_super_blocks(len(h_KK))):
         values_NW = np.asarray(moved_KN[part].T)
@@ -377,5 +362,5 @@ def _packed(blocks: _Blocks, format: str) -> np.ndarray:
         blocks.scale_JN[None],
         blocks.offset_JN[None],
     )
-    q_NW = (blocks.q_WN.T - check_format(format).q_range[0]).astype(jnp.uint8)
+    q_NW = (blocks.q_WN.T - k_quant(format).q_range[0]).astype(jnp.uint8)
     return pack(q_NW, scales, format)

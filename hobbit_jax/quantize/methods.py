@@ -1,6 +1,6 @@
-"""Which way an expert's matrix is encoded: without calibration, or by what calibration saw of it.
+"""Which way an expert's matrix is encoded: by llama.cpp's encoder, or by GPTQ.
 
-Owns the names of the methods, and what happens to an expert that calibration saw too rarely. All
+Owns the names of the methods, and what happens to an expert that calibration saw too rarely. Both
 methods write the same standard blocks.
 """
 
@@ -10,12 +10,12 @@ from typing import Protocol, cast
 
 import numpy as np
 
-from hobbit_jax.quantize import encoder, ggml, gptq
+from hobbit_jax.quantize import ggml, gptq
+from hobbit_jax.quantize.k_quant_blocks import k_quant
 from pallas_kernels.formats import get_format
 
-METHODS = ("rtn", "importance", "gptq", "ggml")
-# All but rtn want a calibration. These want its moments of native weights; GPTQ runs its text.
-NEED_MOMENTS = ("importance", "ggml")
+# ggml weighs errors by a calibration's moments, where there is one. GPTQ runs a calibration's text.
+METHODS = ("ggml", "gptq")
 # An expert's moments count as if it had seen this many more tokens of its layer's average, so that
 # one that calibration hardly met falls back to what all experts of the layer see.
 PRIOR_TOKENS = 200
@@ -63,12 +63,9 @@ def check_method(format: str, method: str, calibrated: bool = True) -> None:
     if method == "ggml":
         ggml.check_format(format, calibrated)
         return
-    if method != "rtn" and not calibrated:
+    if not calibrated:
         raise ValueError(f"method {method} needs a calibration; make one with scripts/calibrate.py")
-    if method == "gptq":
-        gptq.check_format(format)
-    else:
-        encoder.check_format(format)
+    k_quant(format)
 
 
 def gptq_bytes(columns: int) -> int:
@@ -134,10 +131,9 @@ def encode_matrix(
 ) -> np.ndarray:
     """Blocks of one expert's matrix, uint8 [N, row_bytes], the last of a row filled up with zeros.
 
-    rtn: the best rounding of the weights alone (`encoder`). importance: weighted by the second
-    moment of each input (`encoder`). gptq: against the whole second moment (`gptq`), for K-quants;
-    `moments` are then `LayerHessians`. ggml: llama.cpp's encoder, under the same importance if
-    there are moments (`ggml`).
+    ggml: llama.cpp's encoder, which weighs errors by the second moment of each input if there are
+    moments. gptq: against the whole second moment, for K-quants; `moments` are then
+    `LayerHessians`.
 
     Raises:
         ValueError: an unknown method, or no moments where it needs some.
@@ -147,8 +143,6 @@ def encode_matrix(
     filling = get_format(format).padded(weights_NK.shape[1]) - weights_NK.shape[1]
     columns = (0, 0), (0, filling)
     native_NK, weights_NK = weights_NK, np.pad(weights_NK, columns)
-    if method == "rtn":
-        return encoder.encode(weights_NK, format)
     if moments is None:
         return ggml.encode(weights_NK, format)
     if method == "gptq":
@@ -159,6 +153,4 @@ def encode_matrix(
         # What fills up a block may be anything.
         return gptq.encode(weights_NK, format, np.pad(hessian_KK, (0, filling)), drift_NK)
     weight_K = np.pad(importance_K(moments, role, expert), (0, filling))
-    if method == "importance":
-        return encoder.encode(weights_NK, format, weight_K)
     return ggml.encode(weights_NK, format, weight_K.astype(np.float32))

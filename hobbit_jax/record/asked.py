@@ -36,7 +36,7 @@ class Uniform:
     """
 
     format: str
-    encoder: str = "rtn"
+    encoder: str = "ggml"
     through: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
 
@@ -49,7 +49,7 @@ class Mixed:
     score: str
     share: float
     format: str
-    encoder: str = "rtn"
+    encoder: str = "ggml"
 
 
 @member("mixed_in_bytes")
@@ -63,7 +63,7 @@ class MixedInBytes:
     score: str
     bytes_fraction: float
     formats: tuple[str, ...]
-    encoder: str = "rtn"
+    encoder: str = "ggml"
     score_text: str = ""
 
 
@@ -78,7 +78,7 @@ class PerSelection:
     score: str
     shares: tuple[float, ...]
     formats: tuple[str, ...]
-    encoder: str = "rtn"
+    encoder: str = "ggml"
 
 
 @member("miss_mode")
@@ -89,7 +89,7 @@ class MissModeTrial:
     mode: str
     share: float
     format: str
-    encoder: str = "rtn"
+    encoder: str = "ggml"
 
 
 def low_formats(plan: Any) -> tuple[str, ...]:

@@ -13,13 +13,13 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from hobbit_jax import quantize
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, write_gguf
 from hobbit_jax.model_file.special_tokens import TokenType
 from hobbit_jax.models.attention import GroupedQueryAttention
 from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.written_keys import config_metadata
+from hobbit_jax.quantize import ggml
 from hobbit_jax.quantize.quant_recipe import FILE_TYPE_F32, FILE_TYPE_Q4_K_M, q4_k_m_format
 from hobbit_jax.reference_model.corpus import END_OF_TEXT
 from hobbit_jax.reference_model.trainer import TrainableModel
@@ -95,13 +95,13 @@ def export_float32(model: TrainableModel, tokenizer: Tokenizer, name: str, path:
 
 
 def export_q4_k_m(source: GGUFFile, config: ModelConfig, path: Path) -> None:
-    """Quantises a float32 export as llama.cpp's Q4_K_M would, with our encoders."""
+    """Quantises a float32 export as llama.cpp's Q4_K_M would, by ggml."""
 
     def encoded(tensor: TensorInfo, format: str) -> np.ndarray:
         if tensor.format == format:
             return tensor.raw
         weights = dequantize(tensor)
-        rows = quantize.encode(weights.reshape(-1, weights.shape[-1]), format)
+        rows = ggml.encode(weights.reshape(-1, weights.shape[-1]), format)
         return rows.reshape(*weights.shape[:-1], -1)
 
     tensors = []

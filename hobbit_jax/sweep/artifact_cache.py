@@ -36,7 +36,7 @@ from hobbit_jax.importance.scores import MeasuredErrors, measure_errors
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.models.loading import LoadedModel, load_model
-from hobbit_jax.quantize.methods import METHODS, NEED_MOMENTS
+from hobbit_jax.quantize.methods import METHODS
 from hobbit_jax.record import EvalSizes, Inputs, Measured, machine
 from hobbit_jax.resources import roomy_pool_bytes
 from hobbit_jax.sweep.texts import calibration_documents, evaluation_documents
@@ -178,12 +178,11 @@ class ArtifactCache:
 
     def specs(self, formats: Sequence[str], how: Encoding) -> list[LowPrecisionSpec]:
         """Low precisions of these formats, encoded from the calibration text."""
-        calibration = None
-        if how.method in NEED_MOMENTS:
-            calibration = self.calibration("second_moment", how.seed)
-        elif how.method != "rtn":
+        if how.method == "gptq":
             windows = self.calibration_windows(how.seed)
             calibration = CalibrationText(self.model.file.sha256(), windows)
+        else:
+            calibration = self.calibration("second_moment", how.seed)
         rest = how.through, how.roles
         return [LowPrecisionSpec(name, how.method, calibration, *rest) for name in formats]
 

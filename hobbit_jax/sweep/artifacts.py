@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from hobbit_jax.quantize.methods import NEED_MOMENTS
 from hobbit_jax.record import EvalSizes, Inputs
 from hobbit_jax.sweep.artifact_cache import ArtifactCache, Encoding
 
@@ -45,7 +44,7 @@ def calibration_run(
 def low_precision_file(inputs: Inputs, sizes: EvalSizes, format: str, how: Encoding) -> Artifact:
     """A copy of the model with all experts in one lower format, after its encoder's calibration."""
     moments = calibration_run(inputs, sizes, "second_moment", how.seed)
-    needed = (moments,) if how.method in NEED_MOMENTS else ()
+    needed = (moments,) if how.method == "ggml" else ()
     return Artifact(inputs, sizes, ArtifactCache.low_precision, (format, how), needed)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from hobbit_jax import quantize, reference
+from hobbit_jax import reference
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.evals.engine_program import measure_engine
 from hobbit_jax.experts.low_precision import dequantize
@@ -108,8 +108,7 @@ def _encode_s(model: LoadedModel, format: str, method: str) -> float:
             rows = rng.standard_normal((columns + 1, columns), np.float32)
             gptq.encode(weights_NK, format, rows.T @ rows)
         else:
-            importance_K = None if method == "rtn" else rng.uniform(1, 2, columns)
-            (ggml if method == "ggml" else quantize).encode(weights_NK, format, importance_K)
+            ggml.encode(weights_NK, format, rng.uniform(1, 2, columns))
 
     began = 0.0
     for _ in range(2):  # the first time compiles

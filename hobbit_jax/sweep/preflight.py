@@ -220,7 +220,7 @@ class _Check:
         for trial in self.trials:
             how = trial.encoding
             asked |= {(name, how.method) for name in low_formats(trial.asked.plan)}
-            asked |= {(name, "rtn") for name in how.through}
+            asked |= {(name, "ggml") for name in how.through}
         encodable = set()
         for name, method in sorted(asked):
             with self.found.trying("format", name):
@@ -320,7 +320,7 @@ class _Check:
             if here and working > (free := host_bytes()):
                 found.problem(
                     f"a Hessian of {columns} columns takes {mib(working)} with its factors, and "
-                    f"{mib(free)} are free; method importance needs none", "method", "gptq",
+                    f"{mib(free)} are free; method ggml needs none", "method", "gptq",
                 )  # fmt: skip
 
     def disk(self, encodable: set[tuple[str, str]]) -> None:
@@ -349,9 +349,8 @@ class _Check:
                 glob = f"{prefix}-{'-'.join([*how.through, name, *how.roles])}-{how.method}*.gguf"
                 recipe = (inputs.model, name, how.method)
                 n_bytes = disk_bytes(self.source, self.model, name)
-                # Of an encoder without calibration all trials of the model share a file.
-                key = recipe if how.method == "rtn" else calibrated(how.seed)
-                self.found.wanted[Kind(low_precision_folder(), glob, n_bytes, recipe)].add(key)
+                kind = Kind(low_precision_folder(), glob, n_bytes, recipe)
+                self.found.wanted[kind].add(calibrated(how.seed))
 
 
 def _check_disk(found: Preflight) -> None:

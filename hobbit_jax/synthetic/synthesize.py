@@ -38,7 +38,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hobbit_jax import quantize
 from hobbit_jax.atomic import check_space
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
 from hobbit_jax.model_file.gguf_header import raw_shape
@@ -48,6 +47,7 @@ from hobbit_jax.model_file.tokenizer import BYTE_CHARACTERS
 from hobbit_jax.models.attention import GroupedQuery
 from hobbit_jax.models.config import TOKEN_EMBEDDING, ModelConfig, tensor_shapes
 from hobbit_jax.models.written_keys import config_metadata
+from hobbit_jax.quantize import ggml
 from hobbit_jax.quantize.quant_recipe import FILE_TYPE_Q4_K_M, q4_k_m_format
 from pallas_kernels.formats import get_format
 
@@ -149,7 +149,7 @@ class _Weights:
             return (values * np.float32(gain / math.sqrt(shape[-1]))).view(np.uint8)
         if role in ("attn_q", "attn_k"):
             row_1D = self.common_D[None] * np.float32(self._query_gain())
-            raw = quantize.encode(row_1D, format)
+            raw = ggml.encode(row_1D, format)
             return np.ascontiguousarray(np.broadcast_to(raw, (shape[0], raw.shape[1])))
         return self._random(name, format, shape, self._std(name, role, shape[-1]))
 
@@ -221,7 +221,7 @@ class _Weights:
             own = rng.standard_normal((_EMBEDDING_ROWS, width), np.float32)
             common = self.common_D[i * width : (i + 1) * width]
             values = math.sqrt(_COMMON) * common + math.sqrt(1 - _COMMON) * own
-            blocks = quantize.encode(values.astype(np.float32), format)
+            blocks = ggml.encode(values.astype(np.float32), format)
             # Strides up to n_pieces differ, so two rows share pieces in one place at most.
             pieces.append(blocks[np.arange(n_rows) * (i + 1) % _EMBEDDING_ROWS])
         return np.concatenate(pieces, axis=1)

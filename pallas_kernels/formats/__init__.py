@@ -5,9 +5,9 @@ it. Source: ggml's block structs; `gguf.quants.dequantize` is the oracle.
 """
 
 from pallas_kernels.formats import codebook, few_levels, floats, grids, k_quants, legacy
-from pallas_kernels.formats.base import Cast, Format, KQuant, Levels, Plane, Planes
+from pallas_kernels.formats.base import Format, KQuant, Plane, Planes
 
-__all__ = ["FORMATS", "Cast", "Format", "KQuant", "Levels", "Plane", "Planes", "get_format"]
+__all__ = ["FORMATS", "Format", "KQuant", "Plane", "Planes", "get_format"]
 
 _FAMILIES = (floats, legacy, k_quants, codebook, grids, few_levels)
 

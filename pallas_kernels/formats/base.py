@@ -7,7 +7,7 @@ is the scales of block 0, then of block 1, and so on. Bytes are moved, never cha
 reordered inside a field: ggml already keeps runs of 16 or 32 weights in consecutive bytes, which
 is what a kernel wants, and the identity leaves one layout to learn.
 
-Owned here: `Plane`, `Format`, what an encoder has to know of one (`KQuant`, `Levels`, `Cast`), and
+Owned here: `Plane`, `Format`, what an encoder has to know of one (`KQuant`), and
 the bit-unpacking primitives that all families share. Users go through `pallas_kernels.formats`.
 Source: block structs in ggml-common.h; `gguf.quants` is the oracle for the values.
 
@@ -93,21 +93,6 @@ class FloatField(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cast:
-    """An encoder converts to the planes' float dtype."""
-
-
-@dataclass(frozen=True)
-class Levels:
-    """An encoder chooses one float16 `d` and, for every weight, the nearest of d * values.
-
-    `values` ascend; the code of values[i] is i.
-    """
-
-    values: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class KQuant:
     """An encoder chooses weight = d * scale * q, minus dmin * offset if there are offsets."""
 
@@ -137,7 +122,7 @@ class Format:
             arithmetic; the axes flatten to the weights in order, and `unpack` does so.
         integers: planes [..., R, G, P] -> the small integers of a block as they are stored, uint8
             [..., R, G, *axes] each: a code for every weight first. For formats with an encoder.
-        encoder: what an encoder has to know; None for a format that we cannot write.
+        encoder: what our own encoder has to know; None for a format that ggml alone can write.
         packing: how a Triton kernel reads it; None where XLA computes it.
         scattered_floats: floats whose bits are no field of their own.
     """
@@ -148,7 +133,7 @@ class Format:
     planes: tuple[Plane, ...]
     unpack_blocks: Callable[[Planes], jax.Array] = field(repr=False)
     integers: Callable[[Planes], tuple[jax.Array, ...]] | None = field(default=None, repr=False)
-    encoder: Cast | Levels | KQuant | None = None
+    encoder: KQuant | None = None
     packing: Packing | Floats | None = field(default=None, repr=False)
     scattered_floats: tuple[FloatField, ...] = ()
 

@@ -21,14 +21,12 @@ from pallas_kernels.formats.base import (
     U8,
     D,
     Format,
-    Levels,
     Plane,
     Planes,
     bit_fields,
     byte_plane,
     shifted_bits,
 )
-from pallas_kernels.formats.legacy import nibbles
 from pallas_kernels.formats.packing import (
     MatrixTile,
     Packing,
@@ -161,9 +159,7 @@ FORMATS = (
         32,
         (D, _QUANTS),
         _unpack_iq4_nl,
-        nibbles,
-        Levels(IQ4_NL_VALUES),
-        _packing(IQ4_NL_VALUES),
+        packing=_packing(IQ4_NL_VALUES),
     ),
     Format(
         "IQ4_XS",

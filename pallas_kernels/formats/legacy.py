@@ -11,12 +11,10 @@ Planes: `d`, `m` f16; `quants` int8 (Q8_0) or two weights a byte, weight i low a
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from pallas_kernels.formats.base import (
     D,
     Format,
-    Levels,
     Plane,
     Planes,
     bit_fields,
@@ -35,24 +33,20 @@ from pallas_kernels.formats.packing import (
 )
 
 
-def nibbles(blocks: Planes) -> tuple[jax.Array]:
+def _nibbles(blocks: Planes) -> jax.Array:
     """uint8 [..., R, G, 32] in 0..15."""
     found = bit_fields(blocks["quants"], 4)
-    return (found.reshape(*found.shape[:-2], 32),)
+    return found.reshape(*found.shape[:-2], 32)
 
 
 def _five_bits(blocks: Planes) -> jax.Array:
     """uint8 [..., R, G, 32] in 0..31."""
     high = shifted_bits(blocks["high_bits"][..., None], np.arange(8), 1)
-    return nibbles(blocks)[0] | (high.reshape(*high.shape[:-2], 32) << 4)
+    return _nibbles(blocks) | (high.reshape(*high.shape[:-2], 32) << 4)
 
 
 def _signed(quants_RGI: jax.Array, offset: int) -> jax.Array:
     return (quants_RGI.astype(jnp.int8) - offset).astype(jnp.float32)
-
-
-def _q8_0(blocks: Planes) -> tuple[jax.Array]:
-    return (lax.bitcast_convert_type(blocks["quants"], jnp.uint8),)
 
 
 def _unpack_q8_0(blocks: Planes) -> jax.Array:
@@ -60,7 +54,7 @@ def _unpack_q8_0(blocks: Planes) -> jax.Array:
 
 
 def _unpack_q4_0(blocks: Planes) -> jax.Array:
-    return blocks["d"].astype(jnp.float32) * _signed(nibbles(blocks)[0], 8)
+    return blocks["d"].astype(jnp.float32) * _signed(_nibbles(blocks), 8)
 
 
 def _unpack_q5_0(blocks: Planes) -> jax.Array:
@@ -68,7 +62,7 @@ def _unpack_q5_0(blocks: Planes) -> jax.Array:
 
 
 def _unpack_q4_1(blocks: Planes) -> jax.Array:
-    scaled_RGI = blocks["d"].astype(jnp.float32) * nibbles(blocks)[0].astype(jnp.float32)
+    scaled_RGI = blocks["d"].astype(jnp.float32) * _nibbles(blocks).astype(jnp.float32)
     return scaled_RGI + blocks["m"].astype(jnp.float32)
 
 
@@ -108,13 +102,12 @@ _D = supers(1, "d")
 
 FORMATS = (
     Format(
-        "Q8_0", 8, 32, (D, Plane("quants", _INT8, 32)), _unpack_q8_0, _q8_0,
-        Levels(tuple(range(-127, 128))),
-        Packing(1, 32, 2, _q8_0_codes, _D, no_scales, signed=True),
+        "Q8_0", 8, 32, (D, Plane("quants", _INT8, 32)), _unpack_q8_0,
+        packing=Packing(1, 32, 2, _q8_0_codes, _D, no_scales, signed=True),
     ),
     Format(
-        "Q4_0", 2, 32, (D, _QUANTS), _unpack_q4_0, nibbles, Levels(tuple(range(-8, 8))),
-        _packing(nibble_codes, _D, zero=8),
+        "Q4_0", 2, 32, (D, _QUANTS), _unpack_q4_0,
+        packing=_packing(nibble_codes, _D, zero=8),
     ),
     Format("Q4_1", 3, 32, (D, _M, _QUANTS), _unpack_q4_1, packing=_packing(nibble_codes)),
     Format(
