@@ -179,7 +179,9 @@ def test_each_evaluation_text_has_its_own_section(workdir):
     assert PART in [p.plan for p in prose.plans] and PART not in [p.plan for p in prose.uniform]
     text = write_report(workdir).read_text(encoding="utf-8")
     assert (
-        "# T\n" in text and "# T, on prose\n" in text and "| Q2_K, ggml, gate and up alone |" in text
+        "# T\n" in text
+        and "# T, on prose\n" in text
+        and "| Q2_K, ggml, gate and up alone |" in text
     )
 
 

@@ -30,6 +30,7 @@ from hobbit_jax.record import (
     MissModeTrial,
     Mixed,
     Native,
+    QualityTrial,
     Uniform,
 )
 from hobbit_jax.sweep import preflight as preflight_module
@@ -78,6 +79,7 @@ def test_all_problems_are_said_at_once_with_their_fields(cell, tmp_path):
         cell(budget_mib=0.2),
         cell("uniform", 1.0, "Q9_K"),
         cell("uniform", 1.0, "Q4_0", method="gptq"),
+        Trial(QualityTrial(Uniform("Q2_K", through=("IQ2_XXS",)), cell().asked.inputs, SIZES)),
         cell(sizes=long),
         cell(sizes=replace(SIZES, context=65)),
     ]
@@ -85,14 +87,15 @@ def test_all_problems_are_said_at_once_with_their_fields(cell, tmp_path):
     found = preflight(cells, config, tmp_path)
     for message in (
         "config.cache.budget_mib=0.2: the experts that one token needs of a layer take a pool of ",
-        "config.precision.low_format=Q9_K: no encoder for 'Q9_K'",
+        "config.precision.low_format=Q9_K: weight type Q9_K is not supported",
         "no Hessian-based encoder for 'Q4_0'; the formats with one are Q2_K",
+        "ggml encodes IQ2_XXS only under an importance",
         "config.eval.windows=1000000: the text has ",
         "config.eval.context=65: 65 tokens; the model has 64",
     ):
         assert sum(message in problem for problem in found.problems) == 1, (message, found)
-    assert len(found.problems) == 5
-    with pytest.raises(ValueError, match=r"^5 problems, and nothing was run: \(1\) .*\(5\) ") as e:
+    assert len(found.problems) == 6
+    with pytest.raises(ValueError, match=r"^6 problems, and nothing was run: \(1\) .*\(6\) ") as e:
         found.refuse()
     assert "\n" not in str(e.value)
     assert not list(tmp_path.iterdir())

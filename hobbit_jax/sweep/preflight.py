@@ -219,12 +219,12 @@ class _Check:
         asked = set()
         for trial in self.trials:
             how = trial.encoding
-            asked |= {(name, how.method) for name in low_formats(trial.asked.plan)}
-            asked |= {(name, "ggml") for name in how.through}
+            asked |= {(name, how.method, True) for name in low_formats(trial.asked.plan)}
+            asked |= {(name, "ggml", False) for name in how.through}
         encodable = set()
-        for name, method in sorted(asked):
+        for name, method, calibrated in sorted(asked):
             with self.found.trying("format", name):
-                check_method(name, method)
+                check_method(name, method, calibrated)
                 encodable.add((name, method))
         return encodable
 
