@@ -14,12 +14,13 @@ judged on the test halves. `configs/real_weights.py:full` adds matrices by role,
 other grids of ggml, and what ggml's Q2_K loses after another format on the way.
 
 Cost on 2 CPU cores, for 1.5 billion weights: 2 minutes for a plan on a text, and once for a plan to
-be encoded: GPTQ 45 minutes, ggml 5 to 10.
+be encoded: GPTQ an hour, ggml 5 to 10.
 Expected: KL at plain Q3_K 0.075 and at plain Q2_K 0.35 on code and prose, as a first look with
 llama.cpp found; calibration lowers Q2_K's by a third or more. Written before the first run of this
 config: at 2 bits an encoder of ours is worth its calibration if its KL is at most 0.75 of that of
 the best type of ggml of at most equal bytes, with the upper end of the paired interval below 1. The
-rule stayed when GPTQ was changed after that run (docs/log/2026-11-30-gptq-in-order.md).
+rule stayed when GPTQ was changed twice after that run (docs/log/2026-11-30-gptq-in-order.md and
+2026-11-30-gptq-at-native-outputs.md).
 """
 
 from ml_collections import ConfigDict
