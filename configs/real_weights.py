@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
         *((("Q3_K", "gptq"), ("IQ3_XXS", "ggml"), ("IQ3_S", "ggml"), ("IQ2_XS", "ggml"),
            ("IQ2_XXS", "ggml")) if full else ()),
     )  # fmt: skip
-    # Which matrices are Q2_K, the others staying native; what plain Q2_K passes through before.
+    # Which matrices are Q2_K, the others staying native; what Q2_K passes through before.
     config.roles = (("gate", "up"), ("down",)) if full else ()
     config.through = ("Q8_0", "Q5_K") if full else ()
     config.seed = 0

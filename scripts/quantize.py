@@ -7,10 +7,10 @@
 Method ggml is llama.cpp's encoder and writes every type that ggml has; a calibration, which
 `scripts/calibrate.py` makes, improves it as an importance matrix does, and some types demand one.
 Method gptq writes K-quants. It needs a calibration and runs its text once more, layer by layer, by
-the weights that it has encoded so far and natively beside. Without --out the file is
-kept in --cache_dir, where sweeps and `--low_format` look for it too; rows that are no whole number
-of blocks are then filled up, where --out has another type for them, as llama.cpp does. An
-interrupted run goes on where it was.
+the weights that it has encoded so far and natively beside. Without --out the file is kept in
+--cache_dir, where sweeps and `--low_format` look for it too; rows that are no whole number of
+blocks are then filled up, where --out has another type for them, as llama.cpp does. An interrupted
+run goes on where it was.
 """
 
 import sys

@@ -101,8 +101,7 @@ class LayerInputs:
 
     @cached_property
     def _layer_hessian_DD(self) -> np.ndarray:
-        square_T = np.where(self.routed.valid_T[:, None], self.routed.weights_TK, 0) ** 2
-        return np.asarray(_hessian_KK(self._own.h_TD, jnp.sqrt(square_T.sum(axis=1))))
+        return np.asarray(_hessian_KK(self._own.h_TD, jnp.sqrt(self._square_T)))
 
     def drift_NK(self, role: str, expert: int, weights_NK: np.ndarray) -> np.ndarray | None:
         """Σ w²·(y − W·x)·xᵀ of one matrix of native weights W, float32; None by native weights.
@@ -134,13 +133,15 @@ class LayerInputs:
             return jnp.zeros((len(token_R), 1))  # the experts' sum is normalised, not added
         epilogue = self._store.epilogue_of(self.layer, expert)
         scale = 1.0 if epilogue is None else float(epilogue.scale_3[2])
-        return (weight_R / self._square_T[token_R])[:, None] / (scale or 1.0)
+        square_R = self._square_T[token_R]
+        share_R = weight_R / jnp.where(square_R == 0, 1, square_R)
+        return share_R[:, None] / (scale or 1.0)
 
     @cached_property
     def _square_T(self) -> jax.Array:
-        """Σ w² of each token's experts; 1 of padding."""
-        square_T = (np.where(self.routed.valid_T[:, None], self.routed.weights_TK, 0) ** 2).sum(1)
-        return jnp.asarray(np.where(square_T == 0, 1, square_T))
+        """Σ w² of each token's experts; 0 of padding."""
+        square_TK = np.where(self.routed.valid_T[:, None], self.routed.weights_TK, 0) ** 2
+        return jnp.asarray(square_TK.sum(axis=1))
 
     def _width(self, role: str) -> int:
         config = self._store.config
