@@ -23,6 +23,8 @@ rule stayed when GPTQ was changed twice after that run (docs/log/2026-11-30-gptq
 2026-11-30-gptq-at-native-outputs.md).
 """
 
+from dataclasses import replace
+
 from ml_collections import ConfigDict
 
 from hobbit_jax.record import EvalSizes, Inputs, Native, QualityTrial, Uniform
@@ -50,6 +52,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # Which matrices are Q2_K, the others staying native; what Q2_K passes through before.
     config.roles = (("gate", "up"), ("down",)) if full else ()
     config.through = ("Q8_0", "Q5_K") if full else ()
+    # Problems of lm-eval's tasks, solved natively and by each plan of `uniform`; 0 asks all.
+    config.benchmarks = ("humaneval",)
+    config.benchmark_problems = 0
     config.seed = 0
     config.eval = ConfigDict({"windows": 48, "context": 128, "calibration_windows": 128})
     config.rule = ConfigDict({})
@@ -57,22 +62,19 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def sweep(config: ConfigDict) -> list[Trial]:
-    """Every plan on one text before the next text."""
-    sizes = EvalSizes(**config.eval)
-    plans = [Native()]
-    plans += [Uniform(name, method) for name, method in config.uniform]
-    plans += [Uniform("Q2_K", roles=tuple(roles)) for roles in config.roles]
-    plans += [Uniform("Q2_K", through=(name,)) for name in config.through]
-    return [
-        Trial(
-            QualityTrial(
-                plan,
-                Inputs(config.model, config.calibration_text, text, config.implementation),
-                sizes,
-                config.seed,
-            ),
-            "real_weights",
-        )
-        for text in config.evaluation_texts
-        for plan in plans
-    ]
+    """Every plan on one text before the next text, and then on problems."""
+
+    def trial(plan, text, sizes):
+        inputs = Inputs(config.model, config.calibration_text, text, config.implementation)
+        return Trial(QualityTrial(plan, inputs, sizes, config.seed), "real_weights")
+
+    windows = EvalSizes(**config.eval)
+    plans = [Native(), *(Uniform(name, method) for name, method in config.uniform)]
+    parts = [Uniform("Q2_K", roles=tuple(roles)) for roles in config.roles]
+    parts += [Uniform("Q2_K", through=(name,)) for name in config.through]
+    found = [trial(p, text, windows) for text in config.evaluation_texts for p in plans + parts]
+    if config.benchmarks:
+        benchmarks, problems = tuple(config.benchmarks), config.benchmark_problems
+        scored = replace(windows, windows=0, benchmarks=benchmarks, benchmark_problems=problems)
+        found += [trial(plan, "", scored) for plan in plans]
+    return found

@@ -72,8 +72,6 @@ def get_config(arg: str = "full") -> ConfigDict:
     config.evaluation_text = ""
     # Of the matrix products: "xla", "triton", "interpret"; empty takes the device's fastest.
     config.implementation = ""
-    # Where lm-eval's tasks find their data; empty lets it download them.
-    config.data_dir = ""
 
     # The reference model's experts take 7.27 MiB natively, 3.94 at Q2_K.
     # Every plan runs under every policy of `hobbit_jax/cache/policies/` that is named here. What
@@ -177,7 +175,6 @@ def sweep(config: ConfigDict) -> list[Trial]:
         config.calibration_text,
         config.evaluation_text,
         config.implementation,
-        config.data_dir,
     )
     sizes = EvalSizes(**{**config.eval, "benchmarks": tuple(config.eval.benchmarks)})
     cache, precision = config.cache, config.precision

@@ -46,13 +46,16 @@ class Scripted:
     def __init__(self, tokenizer, answer, context: int = 8192):
         self.config = SimpleNamespace(context_length=context, vocab_size=tokenizer.vocab_size)
         self.tokenizer, self.answer = tokenizer, answer
+        self.serves_by_residency = True  # so no prompt is run in two parts
         self.calls: list[tuple] = []
 
     def score(self, ids_BT):
         """Every token is as probable as any other."""
         return jnp.zeros((*ids_BT.shape, self.config.vocab_size), jnp.float32)
 
-    def generate(self, prompts, max_new_tokens, sampling=None, stop_ids=(), context=None):
+    def generate(
+        self, prompts, max_new_tokens, sampling=None, stop_ids=(), context=None, prefix=None
+    ):
         self.calls.append((prompts, max_new_tokens, sampling, stop_ids))
         longest = max(map(len, prompts)) + max_new_tokens
         assert longest <= (context or self.config.context_length) <= self.config.context_length

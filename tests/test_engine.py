@@ -211,6 +211,22 @@ def test_sequences_do_not_meet_and_chunks_do_not_show(model, store):
         np.testing.assert_allclose(decoded[row], scored[-1], atol=2e-5)
 
 
+def test_a_prefix_goes_on_as_whole_prompts_do(model, store):
+    engine = Engine(model, store, CacheConfig(chunk_tokens=CHUNK))
+    prompts = [[*PROMPTS[0], *prompt] for prompt in PROMPTS]
+    whole = greedy(engine, prompts)
+    prefix = engine.read_prefix(PROMPTS[0])
+    for _ in range(2):  # it is not used up
+        assert greedy(engine, prompts, prefix=prefix) == whole
+    engine.start(2, CONTEXT, prefix)
+    rest = np.asarray(engine.prefill([prompt[len(PROMPTS[0]) :] for prompt in prompts[:2]]))
+    scored = [np.asarray(engine.score(np.asarray([prompt])))[0, -1] for prompt in prompts[:2]]
+    np.testing.assert_allclose(rest, scored, atol=2e-5)
+    for wrong in (prompts[0][: len(PROMPTS[0])], [1 + prompts[0][0], *prompts[0][1:]]):
+        with pytest.raises(ValueError, match=f"begin with the prefix of {len(PROMPTS[0])} tokens"):
+            greedy(engine, [wrong], prefix=prefix)
+
+
 def test_stop_tokens_end_their_own_sequence(model, store):
     engine = Engine(model, store, CacheConfig(chunk_tokens=CHUNK))
     free = np.asarray(greedy(engine, PROMPTS))  # [step, sequence]

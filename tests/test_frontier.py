@@ -1,5 +1,6 @@
 """The quality frontier: a cell on a real engine, and what the report makes of rows, by hand."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from hobbit_jax.record import (
     Record,
     Study,
     Uniform,
+    measured,
     read_record,
     read_records,
     read_study,
@@ -26,8 +28,9 @@ from hobbit_jax.record import (
 from hobbit_jax.report.answers import within
 from hobbit_jax.report.document import write_report
 from hobbit_jax.report.frontier import Frontier, frontiers
-from hobbit_jax.report.frontier_tables import by_text
+from hobbit_jax.report.frontier_tables import by_text, problems
 from hobbit_jax.report.table import figure
+from hobbit_jax.statistics import share
 from hobbit_jax.sweep.trial import Trial
 
 DESCRIPTION = {"title": "t", "question": "?", "command": "c", "config": {}, "rule": {}}
@@ -212,6 +215,44 @@ def test_the_rival_is_ggmls_best_of_no_more_bytes(workdir):
     assert within([frontier], (kept.value + kept.high) / 2) == []
     row = next(line for line in by_text([frontier]).splitlines() if "Q2_K, gptq" in line)
     assert row.endswith(f"| {figure(found, '.2f')} |")
+
+
+def test_problems_are_compared_one_by_one(workdir):
+    """McNemar's test by hand: all splits of the problems that one of two solves, counted."""
+    solved = {
+        Native(): [True] * 9 + [False],
+        Uniform("Q2_K", "gptq"): [True] * 8 + [False] * 2,
+        Uniform("IQ2_S", "ggml"): [False] * 7 + [True] * 3,
+        Uniform("IQ2_XS", "ggml"): [False] * 10,
+        Uniform("Q3_K", "ggml"): [True] * 10,
+    }
+    stored = {"Q3_K": 700, "Q2_K": 500, "IQ2_S": 480, "IQ2_XS": 460}
+    sizes = replace(SIZES, windows=0, benchmarks=("humaneval",))
+    for plan, right in solved.items():
+        found = vars(share(sum(right), len(right)))
+        bytes_ = {
+            "native_bytes": 1000,
+            "stored_bytes": stored.get(getattr(plan, "format", ""), 1000),
+        }
+        found = measured(
+            {"humaneval": {**found, "correct": sum(right), "problems": 10, "solved": right}}, "task"
+        )
+        record = Record(
+            "frontier", QualityTrial(plan, Inputs(), sizes), found.metrics | bytes_, found.samples
+        )
+        write_record(workdir, record)
+    names = tuple(r.name for r in read_records(workdir).found)
+    write_study(workdir, replace(read_study(workdir, "frontier"), trials=names))
+    frontier = load(workdir)
+    assert len(frontier.scored) == 5 and len(frontier.plans) == 6
+    rows = {line.split(" | ")[0].strip("| "): line for line in problems(frontier).splitlines()}
+    gained, lost = 7, 2  # problems that one of both alone solves
+    as_uneven = [k for k in range(10) if math.comb(9, k) <= math.comb(9, gained)]
+    p = sum(math.comb(9, k) for k in as_uneven) / 2**9
+    assert f"| IQ2_S, ggml: {gained} to {lost}, p {p:.2f} |" in rows["Q2_K, gptq"]
+    assert "| +0.100 [-0.126, +0.326] |" in rows["Q2_K, gptq"]
+    assert "IQ2_S, ggml:" not in rows["Q3_K, ggml"] and rows["native"].endswith("| – | – |")
+    assert "| 0.900 [0.596, 0.982] |" in rows["native"]
 
 
 def test_document(workdir):

@@ -140,6 +140,28 @@ def test_generation_is_the_engines_up_to_a_stop_string(engine, tokenizer):
     assert [greedy for _, greedy in lm._loglikelihood_tokens(pairs)] == [True, False, True]
 
 
+def test_what_prompts_share_is_run_once(engine, tokenizer, monkeypatch):
+    """And the texts are those of the same prompts one by one, each in a call of its own."""
+    shared = "examples of a task that are the same for all: "
+    prompts = [shared + end for end in ("a", "bcd", "ef", "gh")]
+    options = {"until": [], "max_gen_toks": 6, "do_sample": False}
+    asked = requests("generate_until", *[(prompt, options) for prompt in prompts])
+    alone = [EngineLM(engine, tokenizer).generate_until([one])[0] for one in asked]
+    fed, append = [], engine._append
+    monkeypatch.setattr(
+        engine, "_append", lambda ids, n: fed.append(int(n.sum())) or append(ids, n)
+    )
+    assert EngineLM(engine, tokenizer, batch_size=3).generate_until(asked) == alone
+    lengths = [len(tokenizer.encode(prompt)) for prompt in prompts]
+    same = len(tokenizer.encode(shared))
+    assert same > 32 and sum(fed) == same + sum(lengths) - len(lengths) * same
+    # Prompts of which one is cut have no beginning in common any more.
+    fed.clear()
+    cut = EngineLM(engine, tokenizer, batch_size=4, max_length=max(lengths) + 5)
+    assert all(cut.generate_until(asked))
+    assert sum(fed) >= sum(lengths) - len(lengths)
+
+
 def test_stop_strings_limits_and_end_tokens(tokenizer):
     written = "He said\n\nQ: next question and é and more"
     lm = scripted_lm(tokenizer, lambda _: written, batch_size=2)

@@ -204,17 +204,17 @@ def test_cells_that_share_a_file_count_it_once(cell, inputs, tmp_path, monkeypat
     assert len(preflight([*low, other], CONFIG, tmp_path).to_encode) == 2
 
 
-def test_benchmarks_want_lm_eval_and_data(cell, inputs, tmp_path, monkeypatch):
-    sizes = replace(SIZES, benchmarks=("gsm8k",))
-    asked = cell(sizes=sizes, on=replace(inputs, data_dir=str(tmp_path / "none")))
+def test_benchmarks_want_lm_eval_and_data(cell, tmp_path, monkeypatch):
+    asked = cell(sizes=replace(SIZES, benchmarks=("gsm8k",)))
+    monkeypatch.setenv("HOBBIT_DATA_DIR", str(tmp_path / "none"))
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name)
     )
-    config = {"eval": {"benchmarks": ["gsm8k"]}, "data_dir": str(tmp_path / "none")}
+    config = {"eval": {"benchmarks": ["gsm8k"]}}
     missing, no_data = preflight([asked], config, tmp_path).problems
     assert missing.startswith("config.eval.benchmarks=gsm8k: lm-eval is not installed")
-    assert no_data.startswith(f"config.data_dir={tmp_path / 'none'}: ")
+    assert no_data.startswith(f"$HOBBIT_DATA_DIR is {tmp_path / 'none'}")
 
 
 def test_floor_runs_where_all_low_experts_fit():

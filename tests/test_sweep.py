@@ -26,6 +26,7 @@ from hobbit_jax.record import (
     MissModeTrial,
     Mixed,
     Native,
+    QualityTrial,
     Record,
     Uniform,
     read_records,
@@ -148,13 +149,20 @@ def test_records(swept):
 
 @pytest.mark.slow
 def test_benchmarks_are_scores_of_a_cell(tmp_path):
-    """lm-eval's miniature arithmetic has the problems of our own, so it solves as many."""
+    """lm-eval's miniature arithmetic has the problems of our own, so it solves as many; and a trial
+    of quality without windows solves the same ones.
+    """
     sizes = replace(
         SIZES, windows=1, task_problems=5, benchmarks=("mini_arithmetic",), benchmark_problems=5
     )
     made = changed(UNIFORM, sizes=sizes)
-    assert run_sweep([made], DESCRIPTION, tmp_path) == (1, 0, 0)
-    metrics = read(tmp_path)[made.name].metrics
+    alone = Trial(QualityTrial(UNIFORM.asked.plan, Inputs(), replace(sizes, windows=0)))
+    assert run_sweep([made, alone], DESCRIPTION, tmp_path) == (2, 0, 0)
+    records = read(tmp_path)
+    metrics, solved = records[made.name].metrics, "task_mini_arithmetic_solved"
+    assert "kl_nats_W" not in records[alone.name].samples
+    assert len(records[alone.name].samples[solved]) == 5
+    assert records[alone.name].samples[solved] == records[made.name].samples[solved]
     assert metrics["task_functions_problems"] == 5
     for end in ("", "_low", "_high", "_problems", "_correct"):
         assert metrics[f"task_mini_arithmetic{end}"] == metrics[f"task_arithmetic{end}"]

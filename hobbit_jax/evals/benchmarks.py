@@ -147,6 +147,7 @@ def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str,
                 "low": interval.low,
                 "high": interval.high,
                 "correct": correct,
+                "solved": None if correct is None else [bool(value) for value in values],
                 "stderr": None if stderr == "N/A" else float(stderr),
                 "higher_is_better": bool(results["higher_is_better"][name][metric]),
             }
@@ -166,10 +167,13 @@ def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str,
 
 
 def shares(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The first metric of the tasks that score a share of problems, as a sweep's record has it."""
+    """The first metric of the tasks that score a share of problems, as a sweep's record has it.
+
+    `solved` has each problem in order, so that two plans can be compared problem by problem.
+    """
+    kept = ("correct", "value", "low", "high", "solved")
     return {
-        name: {"problems": task["problems"]}
-        | {key: task["metrics"][0][key] for key in ("correct", "value", "low", "high")}
+        name: {"problems": task["problems"]} | {key: task["metrics"][0][key] for key in kept}
         for name, task in found["tasks"].items()
         if task["metrics"][0]["correct"] is not None
     }

@@ -21,13 +21,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from hobbit_jax.evals.responses import Responses
-from hobbit_jax.inference.engine import Engine
+from hobbit_jax.inference.engine import Engine, Prefix
 from hobbit_jax.inference.sampling import Sampling
 from hobbit_jax.model_file.chat_template import ChatTemplate
 from hobbit_jax.model_file.tokenizer import Tokenizer
 
 # Bytes of float32 logits that one call of `Engine.score` may hold; more than one row only below.
 _LOGIT_BYTES = 1 << 30
+_LEAST_SHARED = 32  # tokens that all prompts begin with, to be run apart
 _DEFAULT_NEW_TOKENS = 256  # lm-eval's, for tasks that say nothing
 _KNOWN_OPTIONS = {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}
 
@@ -295,18 +296,37 @@ class EngineLM(TemplateLM):
             with tqdm(total=len(missing), desc="generating", leave=False, disable=None) as bar:
                 for group in groups.values():
                     prompts = {index: self.tok_encode(asked[index][0]) for index in group}
+                    prefix = self._shared_prefix(list(prompts.values()))
                     group.sort(key=lambda index: -len(prompts[index]))
                     for start in range(0, len(group), self._batch_size):
                         batch = group[start : start + self._batch_size]
                         rows, options = [prompts[index] for index in batch], asked[batch[0]][1]
-                        texts = self._generate_batch(rows, options, batch[0])
+                        texts = self._generate_batch(rows, options, batch[0], prefix)
                         yield dict(zip(batch, texts, strict=True))
                         bar.update(len(batch))
 
         return self._answered("generate_until", asked, solve, _is_greedy)
 
+    def _shared_prefix(self, prompts: Sequence[list[int]]) -> Prefix | None:
+        """What all prompts begin with, such as examples of a task, run once for all of them.
+
+        None where that is little, or where what serves a selection depends on what ran before.
+        """
+        first, last = min(prompts), max(prompts)
+        pairs = enumerate(zip(first, last, strict=False))
+        same = next((at for at, (a, b) in pairs if a != b), len(first))
+        # At least one token of each is left, for its logits.
+        same = min(same, min(map(len, prompts)) - 1)
+        if len(prompts) == 1 or same < _LEAST_SHARED or self._engine.serves_by_residency:
+            return None
+        return self._engine.read_prefix(first[:same])
+
     def _generate_batch(
-        self, prompts: Sequence[list[int]], options: dict[str, Any], number: int
+        self,
+        prompts: Sequence[list[int]],
+        options: dict[str, Any],
+        number: int,
+        prefix: Prefix | None,
     ) -> list[str]:
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(options, _DEFAULT_NEW_TOKENS))
         unknown = {name for name, value in wanted.items() if value is not None} - _KNOWN_OPTIONS
@@ -329,7 +349,8 @@ class EngineLM(TemplateLM):
         # Room in round numbers, so that few programs are compiled; the loop ends at the limit.
         room = _rounded(longest + limit, self._engine.config.context_length) - longest
         ends = {*self._text.eog_ids, *(i for stop in wanted["until"] for i in self._special(stop))}
-        steps = self._engine.generate(rows, room, sampling, sorted(ends))
+        begun = prefix if longest == max(map(len, prompts)) else None  # none of them was cut
+        steps = self._engine.generate(rows, room, sampling, sorted(ends), prefix=begun)
         for step, (ids_B, _) in enumerate(steps):
             for text, token in zip(texts, ids_B.tolist(), strict=True):
                 if token < 0:

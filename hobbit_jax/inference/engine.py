@@ -44,7 +44,7 @@ from hobbit_jax.inference.host_compute import HostCompute, HostOutputs
 from hobbit_jax.inference.moe import by_expert
 from hobbit_jax.inference.prefill import Prefill, chunks, describe_non_finite, finite_BT, logits
 from hobbit_jax.inference.sampling import Sampling, sample, seed_key
-from hobbit_jax.models.caches import empty_caches
+from hobbit_jax.models.caches import Caches, empty_caches
 from hobbit_jax.models.loading import LoadedModel
 from hobbit_jax.models.sharding import expert_mesh, replicated
 
@@ -59,6 +59,14 @@ class StepStats:
     seconds: float = 0.0
     compile_seconds: float = 0.0  # of them
     tokens: int = 0  # that were fed
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens that sequences begin with, and what an engine keeps of them."""
+
+    ids: Sequence[int]
+    caches: Caches  # of one sequence, with room for these tokens
 
 
 class Engine:
@@ -130,8 +138,10 @@ class Engine:
             controller.observe(self.split)
         return controller, pool
 
-    def start(self, batch: int, context: int) -> None:
+    def start(self, batch: int, context: int, prefix: Prefix | None = None) -> None:
         """Forgets all sequences and makes room for `batch` new ones of up to `context` tokens.
+
+        All begin with the tokens of `prefix`, if one is given.
 
         Raises:
             ValueError: `context` exceeds what the model was made for.
@@ -143,8 +153,23 @@ class Engine:
         self.pool.drop_prefetched()
         self.controller.begin_sequences()
         self._carry = empty_carry(self.config, batch, context, self._mesh, self.cache.kv_format)
-        self._lengths_B = np.zeros(batch, np.int32)
-        self._ids = [[] for _ in range(batch)]
+        ids = [] if prefix is None else prefix.ids
+        if prefix is not None:
+            caches = self._carry.caches.begun_with(prefix.caches)
+            self._carry = self._carry._replace(caches=caches)
+        self._lengths_B = np.full(batch, len(ids), np.int32)
+        self._ids = [list(ids) for _ in range(batch)]
+
+    def read_prefix(self, ids: Sequence[int]) -> Prefix:
+        """Runs tokens that many sequences begin with, so that `generate` need not run them again.
+
+        Forgets all sequences.
+        """
+        self.start(1, len(ids))
+        for part_BT, n_new_B, _ in chunks([ids], self.cache.chunk_tokens):
+            self._append(part_BT, n_new_B)
+        carry, self._carry = self._started(), None
+        return Prefix(ids, carry.caches)
 
     def _started(self) -> Carry:
         if self._carry is None:
@@ -152,6 +177,11 @@ class Engine:
                 "no sequences, or a step of theirs failed half-way: call start first"
             )
         return self._carry
+
+    @property
+    def serves_by_residency(self) -> bool:
+        """Whether results depend on what is resident, and so on what ran before."""
+        return self.mode.low_banks != "none" or self.cache.resident_lift > 0
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -377,6 +407,7 @@ class Engine:
         stop_ids: Sequence[int] = (),
         tokens_per_call: int = 1,
         context: int | None = None,
+        prefix: Prefix | None = None,
     ) -> Iterator[tuple[np.ndarray, StepStats]]:
         """Yields int32 [B] per step, -1 for sequences that have ended, until all have.
 
@@ -384,14 +415,25 @@ class Engine:
         With several `tokens_per_call`, the device decodes so many between two looks of the host;
         the tokens are the same, they arrive together, and the first carries the cost of all.
         `context` makes room for so many tokens, so that calls of all lengths share one program;
-        None for what these prompts need.
+        None for what these prompts need. Of `prefix`, with which all prompts must begin, nothing is
+        computed again; where what serves a selection depends on what is resident, results differ.
+
+        Raises:
+            ValueError: a prompt that does not go on after `prefix`.
         """
-        needed = max(map(len, prompts), default=0) + max_new_tokens
-        self.start(len(prompts), needed if context is None else context)
+        needed, known = max(map(len, prompts), default=0) + max_new_tokens, 0
+        if prefix is not None:
+            known = len(prefix.ids)
+            if any(list(p[:known]) != list(prefix.ids) or len(p) == known for p in prompts):
+                raise ValueError(
+                    f"want prompts that begin with the prefix of {known} tokens and go on after it"
+                )
+        self.start(len(prompts), needed if context is None else context, prefix)
         self._key = replicated(seed_key(sampling.seed), self._mesh)
         active_B = np.ones(len(prompts), bool)
         began_s, compiled_s = time.perf_counter(), compile_seconds()
-        logits_BV, fed = self.prefill(prompts), sum(map(len, prompts))
+        rest = [prompt[known:] for prompt in prompts]
+        logits_BV, fed = self.prefill(rest), sum(map(len, rest))
         ids_B = np.asarray(sample(logits_BV, jax.random.fold_in(self._key, 0), sampling))
         rows_NB, drawn = ids_B[None], 1
         while True:

@@ -62,6 +62,19 @@ class Caches:
                 by_token[name] = array.at[at].set(new.astype(array.dtype), mode="drop")
         return replace(self, by_token=by_token, recurrent=recurrent)
 
+    @partial(jax.jit, donate_argnames="self")
+    def begun_with(self, prefix: Caches) -> Caches:
+        """Every sequence begins as the one of `prefix` does, all whose C tokens are taken."""
+        by_token = {
+            name: array.at[:, :, : prefix.context].set(prefix.by_token[name])
+            for name, array in self.by_token.items()
+        }
+        recurrent = {
+            name: jnp.broadcast_to(prefix.recurrent[name], array.shape)
+            for name, array in self.recurrent.items()
+        }
+        return replace(self, by_token=by_token, recurrent=recurrent)
+
 
 def empty_caches(
     config: ModelConfig, batch: int, context: int, kv_format: str = "float32"

@@ -101,20 +101,18 @@ def low_formats(plan: Any) -> tuple[str, ...]:
 class Inputs:
     """Model and texts. An empty `model` is the reference model, empty texts are its held-out ones.
 
-    An empty `implementation` takes float32 on a CPU, the fastest matrix products of a GPU; an empty
-    `data_dir` leaves the data of benchmarks to lm-eval.
+    An empty `implementation` takes float32 on a CPU, the fastest matrix products of a GPU.
     """
 
     model: str = ""
     calibration_text: str = ""
     evaluation_text: str = ""
     implementation: str = ""
-    data_dir: str = ""
 
 
 @dataclass(frozen=True)
 class EvalSizes:
-    """How much a trial measures; 0 leaves tasks or decode out."""
+    """How much a trial measures; 0 leaves windows, tasks or decode out."""
 
     windows: int
     context: int

@@ -7,8 +7,9 @@ taken inside each window and seed first.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePath
 from typing import Any
@@ -113,13 +114,15 @@ def interval(kl_SW: np.ndarray) -> Interval:
 class Frontier:
     """What a study found on one evaluation text: its plans, and the trials that are absent.
 
-    Plans are kept by plan and calibration text.
+    Plans are kept by plan and calibration text. `scored` has, by plan, records of problems alone,
+    without windows.
     """
 
     study: Study
     evaluation_text: str
     by_plan: Mapping[tuple[object, str], Averaged]
     n_absent: int
+    scored: Mapping[object, Record] = field(default_factory=dict)
 
     @property
     def plans(self) -> list[Averaged]:
@@ -233,9 +236,12 @@ def frontiers(study: Study, found: Records) -> list[Frontier]:
     """
     done = {r.name: r for r in found.of(study.name) if r.status == "ok"}
     groups: dict[str, dict[tuple[Any, str], dict[int, Record]]] = {}
+    scored: dict[str, dict[object, Record]] = defaultdict(dict)
     for record in (done[name] for name in study.trials if name in done):
         asked = record.asked
-        if isinstance(asked, QualityTrial):
+        if isinstance(asked, QualityTrial) and not asked.sizes.windows:
+            scored[asked.inputs.evaluation_text][asked.plan] = record
+        elif isinstance(asked, QualityTrial):
             key = asked.plan, asked.inputs.calibration_text
             plans = groups.setdefault(asked.inputs.evaluation_text, {})
             plans.setdefault(key, {})[asked.seed] = record
@@ -250,9 +256,12 @@ def frontiers(study: Study, found: Records) -> list[Frontier]:
         )
 
     return [
-        Frontier(study, text, {key: averaged(*key, own) for key, own in plans.items()}, n_absent)
+        Frontier(
+            study, text, {key: averaged(*key, own) for key, own in plans.items()}, n_absent,
+            scored[text],
+        )
         for text, plans in groups.items()
-    ]
+    ]  # fmt: skip
 
 
 def _paired(left: Averaged, right: Averaged) -> tuple[np.ndarray, np.ndarray] | None:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from hobbit_jax.record import MixedInBytes, Native, PerSelection, Uniform
+from hobbit_jax.record import MixedInBytes, Native, PerSelection, Record, Uniform
 from hobbit_jax.report.frontier import ENCODERS, Averaged, Frontier
-from hobbit_jax.report.paired import relation
-from hobbit_jax.report.sweep import RANDOM
+from hobbit_jax.report.paired import mcnemar, relation, task_loss
+from hobbit_jax.report.sweep import RANDOM, task_names
 from hobbit_jax.report.table import Column, listed, percent, ratio, table
 from hobbit_jax.statistics import Interval
 
@@ -38,9 +38,11 @@ def _against(title: str, other: Callable[[Averaged], Interval | None]) -> list[C
     return [Column(f"KL less {title}", other, "+.4f"), Column("that is", compared)]
 
 
-def _named(p: Averaged) -> str:
-    roles = f", {listed(p.roles)} alone" if p.roles else ""
-    return f"{p.formats[0]}, {p.encoder}{roles}" if p.formats else "native"
+def _named(plan: Native | Uniform) -> str:
+    if isinstance(plan, Native):
+        return "native"
+    roles = f", {listed(plan.roles)} alone" if plan.roles else ""
+    return f"{plan.format}, {plan.encoder}{roles}"
 
 
 def _rows(frontier: Frontier) -> list[Averaged]:
@@ -50,13 +52,51 @@ def _rows(frontier: Frontier) -> list[Averaged]:
     return sorted(plans, key=lambda p: (-p.bytes_of_native, p.formats, ENCODERS.index(p.encoder)))
 
 
+def problems(frontier: Frontier) -> str:
+    """Problems of lm-eval's tasks solved by each plan, beside native and ggml's best."""
+    found: dict[Any, Record] = dict(frontier.scored)
+    native = found.get(Native())
+
+    def stored(plan: Any, of: str = "stored_bytes") -> float:
+        return found[plan].metrics.get(of) or 0
+
+    def solved_less(task: str) -> Callable[[Any], Interval | None]:
+        return lambda p: None if native in (None, found[p]) else task_loss(found[p], native, task)
+
+    def beside_ggml(task: str) -> Callable[[Any], str | None]:
+        theirs = [plan for plan in found if getattr(plan, "encoder", "") == "ggml"]
+
+        def compared(plan: Any) -> str | None:
+            rivals = [rival for rival in theirs if stored(rival) <= stored(plan)]
+            if isinstance(plan, Native) or plan in theirs or not rivals:
+                return None
+            best = max(rivals, key=lambda rival: stored(rival, task))
+            split = mcnemar(found[plan], found[best], task)
+            return split and f"{_named(best)}: {split[0]} to {split[1]}, p {split[2]:.2f}"
+
+        return compared
+
+    columns = [
+        Column("feed-forward matrices", _named),
+        Column("stored, of native", lambda p: ratio(stored(p) / stored(p, "native_bytes"))),
+    ]
+    for task in sorted({task for record in found.values() for task in task_names(record)}):
+        name = task.removeprefix("task_")
+        columns += [
+            Column(name, lambda p, task=task: found[p].interval(task), ".3f"),
+            Column("solved less than native", solved_less(task), "+.3f"),
+            Column(f"alone solved in {name}, to those of ggml's best", beside_ggml(task)),
+        ]
+    return table(columns, sorted(found, key=lambda plan: (-stored(plan), _named(plan))))
+
+
 def by_text(frontiers: Sequence[Frontier]) -> str:
     """One study on all of its evaluation texts: KL, and beside ggml's best of no more bytes."""
 
     def on(frontier: Frontier, field: Callable[[Averaged], Any]) -> Callable[[Averaged], Any]:
         return lambda p: (own := frontier.by_plan.get((p.plan, p.text))) and field(own)
 
-    columns = [Column("feed-forward matrices", _named), _STORED]
+    columns = [Column("feed-forward matrices", lambda p: _named(p.plan)), _STORED]
     for title, form, field in (
         ("KL", ".3f", lambda frontier: lambda p: p.kl),
         ("perplexity", ".2f", lambda frontier: lambda p: p.mean("perplexity")),
@@ -74,7 +114,7 @@ def encoders(frontier: Frontier) -> str:
         return found.formats[0] if found and frontier.over_ggml(p) else None
 
     columns = [
-        Column("experts", _named),
+        Column("experts", lambda p: _named(p.plan)),
         _STORED,
         _KL,
         Column("top-1", lambda p: p.mean("top1_agreement"), ".3f"),

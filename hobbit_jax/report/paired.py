@@ -94,6 +94,20 @@ def points(
     return [(float(x), kl_W) for x, kl_W in found if x is not None and kl_W is not None]
 
 
+def mcnemar(record: Record, other: Record, task: str) -> tuple[int, int, float] | None:
+    """Problems that `record` alone solves, those that `other` alone solves, and the two-sided p of
+    McNemar's exact test that both are as good.
+
+    None where either lacks the result of each problem, or where their numbers of problems differ.
+    """
+    own, rival = (np.array(r.samples.get(f"{task}_solved", ()), bool) for r in (record, other))
+    if not own.size or own.shape != rival.shape:
+        return None
+    gained, lost = int((own & ~rival).sum()), int((rival & ~own).sum())
+    p = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    return gained, lost, float(p)
+
+
 def task_loss(record: Record, native: Record, task: str) -> Interval | None:
     """Share of problems that `record` solves less than `native`, in pairs problem by problem.
 

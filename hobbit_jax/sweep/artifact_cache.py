@@ -22,7 +22,7 @@ from hobbit_jax import reference
 from hobbit_jax.atomic import exclusive, replacing, write_text
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache_folder import low_precision_folder
-from hobbit_jax.evals import quality
+from hobbit_jax.evals import quality, tasks
 from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import (
@@ -37,9 +37,17 @@ from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.models.loading import LoadedModel, load_model
 from hobbit_jax.quantize.methods import METHODS
-from hobbit_jax.record import EvalSizes, Inputs, Measured, machine
+from hobbit_jax.record import (
+    CacheTrial,
+    EvalSizes,
+    Inputs,
+    Measured,
+    QualityTrial,
+    machine,
+    measured,
+)
 from hobbit_jax.resources import roomy_pool_bytes
-from hobbit_jax.sweep.texts import calibration_documents, evaluation_documents
+from hobbit_jax.sweep.texts import calibration_documents, data_folder, evaluation_documents
 from pallas_kernels.backends import for_quality
 
 
@@ -190,25 +198,35 @@ class ArtifactCache:
         """The file of one low precision."""
         return self.precision(*self.specs([format], how))
 
-    def benchmark_scores(
-        self, engine: Engine, answers_depend_on: dict[str, Any], batch: int | None
-    ) -> dict[str, dict[str, Any]]:
-        """lm-eval's shares of problems solved, as a row holds them; finished requests are kept.
+    def task_scores(
+        self,
+        engine: Engine,
+        asked: CacheTrial | QualityTrial,
+        specs: Sequence[LowPrecisionSpec],
+        batch: int | None = None,
+    ) -> Measured:
+        """The miniature tasks, and lm-eval's shares of problems solved, `batch` at a time.
+
+        lm-eval's finished requests are kept by `asked` and the low-precision files of `specs`.
 
         Raises:
-            ModuleNotFoundError: lm-eval is not installed.
+            ModuleNotFoundError: lm-eval is asked for and not installed.
         """
-        from hobbit_jax.evals import benchmarks
-
         sizes = self.sizes
-        settings = benchmarks.BenchmarkSettings(
-            sizes.benchmarks, sizes.benchmark_problems or None, batch_size=batch or 8
-        )
-        data_dir = Path(self.inputs.data_dir) if self.inputs.data_dir else None
-        folder = self.workdir / "responses"
-        return benchmarks.shares(
-            benchmarks.evaluate_engine(engine, settings, answers_depend_on, data_dir, folder)
-        )
+        found = tasks.evaluate_all(engine, self.tokenizer, sizes.task_problems, batch)
+        if sizes.benchmarks:
+            from hobbit_jax.evals import benchmarks
+
+            settings = benchmarks.BenchmarkSettings(
+                sizes.benchmarks, sizes.benchmark_problems or None, batch_size=batch or 8
+            )
+            files = [self.precision(spec).sha256() for spec in specs]
+            depends = {**asdict(asked), "low_precision_sha256": files}
+            folder = self.workdir / "responses"
+            found |= benchmarks.shares(
+                benchmarks.evaluate_engine(engine, settings, depends, data_folder(), folder)
+            )
+        return measured(found, "task")
 
     def precision(self, spec: LowPrecisionSpec) -> GGUFFile:
         """The low precision by `spec`."""

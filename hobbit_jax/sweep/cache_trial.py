@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.miss_modes import Host, MissMode, miss_mode
 from hobbit_jax.cache.policies import SLRU, policy_factory
-from hobbit_jax.evals import quality, tasks
+from hobbit_jax.evals import quality
 from hobbit_jax.evals.engine_program import measure_engine, pool_figures
 from hobbit_jax.experts.low_precision import LowPrecisionSpec
 from hobbit_jax.experts.precision import PrecisionPlan
@@ -84,14 +84,7 @@ def measure_trial(
     def scores() -> Measured:
         if getattr(asked.plan, "score", None) == "random":
             return Measured()  # the control is compared by KL
-        found = measured(
-            tasks.evaluate_all(engine, bench.tokenizer, sizes.task_problems, batch), "task"
-        )
-        if not sizes.benchmarks:
-            return found
-        files = [bench.precision(spec).sha256() for spec in specs]
-        depends = {**asdict(shared), "low_precision_sha256": files}
-        return combined(found, measured(bench.benchmark_scores(engine, depends, batch), "task"))
+        return bench.task_scores(engine, shared, specs, batch)
 
     def decode() -> Measured:
         found, _ = measure_engine(engine, bench.decode_ids_RS, sizes.decode_prompt_tokens)

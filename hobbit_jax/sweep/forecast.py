@@ -29,8 +29,14 @@ from pallas_kernels.backends import for_quality
 
 _DECODED = 8
 _TASK_TOKENS = 64  # of an answer to one of the miniature tasks
-_BENCHMARK_TOKENS = 256  # of an answer to one of lm-eval's problems
-_BENCHMARK_PROBLEMS = 500  # where all of a benchmark are asked
+# Of lm-eval's tasks: problems in all, and tokens of a prompt and of an answer, as Qwen2.5-Coder's
+# tokenizer and answers have them.
+_BENCHMARKS = {
+    "humaneval": (164, 150, 50),
+    "gsm8k": (1319, 900, 120),
+    "gsm8k_cot": (1319, 900, 120),
+}
+_OTHER_BENCHMARK = (200, 200, 64)
 
 
 def forecast_hours(
@@ -73,8 +79,11 @@ def _trials_s(
     # The miniature tasks' problems are answered all at a time, or by a miss mode one by one.
     tasks = 2 * _TASK_TOKENS if sizes.task_problems else 0
     together_s = tasks * (decoded_s + sizes.task_problems * scored_s)
-    problems = sizes.benchmark_problems or _BENCHMARK_PROBLEMS
-    benchmarks_s = len(sizes.benchmarks) * problems * _BENCHMARK_TOKENS * decoded_s
+    benchmarks_s = 0.0
+    for name in sizes.benchmarks:
+        problems, prompt, answer = _BENCHMARKS.get(name, _OTHER_BENCHMARK)
+        each_s = prompt * scored_s + answer * decoded_s
+        benchmarks_s += min(problems, sizes.benchmark_problems or problems) * each_s
     singly_s = tasks * sizes.task_problems * decoded_s
     decoded = (sizes.decode_repeats + 1) * (sizes.decode_prompt_tokens + sizes.decode_tokens)
     return {

@@ -45,7 +45,7 @@ from hobbit_jax.record import (
 from hobbit_jax.resources import existing, free_disk_bytes, host_bytes, mib, workers_device_bytes
 from hobbit_jax.sweep.artifact_cache import ArtifactCache
 from hobbit_jax.sweep.artifacts import all_artifacts
-from hobbit_jax.sweep.texts import calibration_documents, evaluation_documents
+from hobbit_jax.sweep.texts import calibration_documents, data_folder, evaluation_documents
 from hobbit_jax.sweep.trial import Trial
 
 # What the checks that libraries do raise for bad input.
@@ -282,12 +282,12 @@ class _Check:
                 ("calibration_windows", "calibration_text", sizes.calibration_windows, context),
                 ("decode_repeats", "evaluation_text", sizes.decode_repeats + 1, decoded - 1),
             ):
-                if text in texts and width > 0:
+                if text in texts and count > 0 and width > 0:
                     with found.trying(name, getattr(sizes, name)):
                         cut_windows(tokenizer, texts[text], count, width)
 
     def benchmarks(self) -> None:
-        """Whether lm-eval is here and its data where they are said to be."""
+        """Whether lm-eval is here, and its data where they are said to be."""
         if not self.sizes.benchmarks:
             return
         if importlib.util.find_spec("lm_eval") is None:
@@ -295,9 +295,8 @@ class _Check:
                 "lm-eval is not installed; pip install -e '.[eval]', or set "
                 "config.eval.benchmarks=()", "benchmarks", self.sizes.benchmarks[0],
             )  # fmt: skip
-        folder = self.inputs.data_dir
-        if folder and not Path(folder).is_dir():
-            self.found.problem("there is no such folder", "data_dir", folder)
+        with self.found.trying():
+            data_folder()
 
     def memory(self, here: bool) -> None:
         """Whether the largest pool beside the model, and the encoder, fit."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,8 @@ import numpy as np
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import Observer
 from hobbit_jax.cache.selection import RouterOutput
-from hobbit_jax.evals import quality, tasks
+from hobbit_jax.evals import quality
+from hobbit_jax.experts.low_precision import LowPrecisionSpec
 from hobbit_jax.experts.precision import SKIPPED, PrecisionPlan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
@@ -22,10 +25,13 @@ def measure_trial(
     bench: ArtifactCache,
     store: HostExperts,
     plan: PrecisionPlan,
+    specs: Sequence[LowPrecisionSpec],
 ) -> Measured:
-    """Quality, tasks, and the bytes that selections use."""
-    chunk_tokens = asked.sizes.windows * asked.sizes.context
-    engine = Engine(bench.model, store, CacheConfig(plan=plan, chunk_tokens=chunk_tokens))
+    """Quality on windows where any are asked for, tasks, and the bytes that selections use."""
+    config, window_tokens = CacheConfig(plan=plan), asked.sizes.windows * asked.sizes.context
+    if window_tokens:
+        config = replace(config, chunk_tokens=window_tokens)
+    engine = Engine(bench.model, store, config)
 
     def quality_and_uses() -> Measured:
         uses = UseCounter(store, plan)
@@ -33,15 +39,11 @@ def measure_trial(
             found = quality.evaluate(engine, bench.windows, bench.native_logits())
         return combined(measured(found), measured(uses.figures()))
 
-    def scores() -> Measured:
-        found = tasks.evaluate_all(engine, bench.tokenizer, asked.sizes.task_problems)
-        return measured(found, "task")
-
     name = record_name(asked)
     precision_LE = getattr(plan, "precision_LE", np.zeros(0, np.int8))
     return combined(
-        bench.measured_part(f"quality-{name}", quality_and_uses),
-        bench.measured_part(f"tasks-{name}", scores),
+        bench.measured_part(f"quality-{name}", quality_and_uses) if window_tokens else Measured(),
+        bench.measured_part(f"tasks-{name}", lambda: bench.task_scores(engine, asked, specs)),
         measured({"precision_LE": precision_LE.tolist()}),
     )
 

@@ -114,7 +114,7 @@ class Trial:
         """What it shares with other trials, and is worth making before any of them runs."""
         plan, on, how = self.asked.plan, (self.inputs, self.sizes), self.encoding
         text, formats = getattr(plan, "score_text", ""), low_formats(plan)
-        found = [native_logits(*on)]
+        found = [native_logits(*on)] if self.sizes.windows else []
         if self.reads_routing:
             found.append(calibration_run(*on, "routing", how.seed))
         found += [low_precision_file(*on, name, how) for name in formats]
@@ -143,7 +143,7 @@ class Trial:
         if isinstance(asked, CacheTrial):
             found = cache_trial.measure_trial(asked, bench, store, plan, specs)
         else:
-            found = quality_trial.measure_trial(asked, bench, store, plan)
+            found = quality_trial.measure_trial(asked, bench, store, plan, specs)
         low = {f"low_{spec.format}": bench.precision(spec).sha256() for spec in specs}
         hashes = low
         if self.reads_routing:
