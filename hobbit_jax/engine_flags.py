@@ -27,7 +27,7 @@ from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare, low_share
 from hobbit_jax.cache.prefetch import PredictorName, PrefetchRule
 from hobbit_jax.cache.trace import RoutingRecorder
 from hobbit_jax.cache.warm_start import WarmStart, load_all
-from hobbit_jax.cache_folder import low_precision_folder
+from hobbit_jax.cache_folder import keep_compiled_programs, low_precision_folder
 from hobbit_jax.evals.bandwidth import here
 from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
 from hobbit_jax.experts.precision import uniform_plan
@@ -120,6 +120,7 @@ class EngineOptions:
             cli.output_file("trace_out", self.trace_out)
         if self.threads is not None:
             set_threads(self.threads)
+        keep_compiled_programs()
         return load_model(self.path, self.implementation)
 
     def low_experts(self, model: LoadedModel) -> list[GGUFFile]:

@@ -1,11 +1,15 @@
 """How a script ends: one line for a user's mistake, a traceback for a bug of ours."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from hobbit_jax import cli, reference
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SCRIPT = """
 import logging
@@ -133,3 +137,34 @@ def test_input_places(tmp_path):
     for name in ("text", "absent"):
         with pytest.raises(ValueError, match=r"^--data_dir: "):
             cli.input_folder("data_dir", tmp_path / name)
+
+
+def test_compiled_programs_are_kept_for_later_processes(tmp_path):
+    program = """
+import jax
+from hobbit_jax import cache_folder
+cache_folder._LEAST_COMPILE_S = 0.0
+cache_folder.keep_compiled_programs()
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name.endswith("/cache_hits")))
+jax.jit(lambda x: x * 3 + 1)(2.0)
+print(sum(hits))
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    env |= {"HOBBIT_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
+        for _ in range(2)
+    )
+    assert first == "0\n" and int(second) > 0
+    (folder,) = (tmp_path / "cache" / "compiled").iterdir()  # of this kind of processor
+    assert any(folder.glob("*-cache"))
+    # A user's own folder stays.
+    env["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "own")
+    subprocess.run(command, capture_output=True, env=env, check=True)
+    assert (tmp_path / "own").is_dir()
+    # And a folder that cannot be made costs time, and nothing else.
+    env = {k: v for k, v in env.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    env["HOBBIT_CACHE_DIR"] = os.devnull
+    assert subprocess.run(command, capture_output=True, text=True, env=env).stdout == "0\n"

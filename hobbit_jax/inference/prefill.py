@@ -34,14 +34,23 @@ Part = Literal["embedding", "attention", "experts"]
 Inspect = Callable[[Part, int, jax.Array], object]
 
 
+def _padded(tokens: int) -> int:
+    """Few lengths, since a program is compiled for each, and at most a quarter more than `tokens`:
+    powers of two, and above 32 also three lengths between two of them.
+    """
+    power = 1 << (tokens - 1).bit_length()
+    step = power // 8 if power > 32 else power
+    return -(-tokens // step) * step
+
+
 def chunks(
     sequences: Sequence[Sequence[int]], chunk_tokens: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Sequences in chunks of up to `chunk_tokens` tokens, of all of them together.
 
     Yields:
-        Ids [B, T], padded to a power of two so that few shapes are compiled, how many of each row
-        are the sequence's, and how many it had in the chunks before; int32.
+        Ids [B, T], padded so that few shapes are compiled, how many of each row are the sequence's,
+        and how many it had in the chunks before; int32.
     """
     lengths_B = np.asarray([len(sequence) for sequence in sequences], np.int32)
     ids_BT = np.zeros((len(sequences), int(lengths_B.max())), np.int32)
@@ -50,7 +59,7 @@ def chunks(
     most = max(1, chunk_tokens // len(sequences))
     for start in range(0, ids_BT.shape[1], most):
         part_BT = ids_BT[:, start : start + most]
-        width = min(most, 1 << (part_BT.shape[1] - 1).bit_length())
+        width = min(most, _padded(part_BT.shape[1]))
         yield (
             np.pad(part_BT, ((0, 0), (0, width - part_BT.shape[1]))),
             np.clip(lengths_B - start, 0, most),

@@ -60,5 +60,5 @@ def worker_environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     return {
         "PYTHONPATH": path,
-        cache_folder.VARIABLE: str(cache_folder.low_precision_folder().parent),
+        cache_folder.VARIABLE: str(cache_folder.folder()),
     }

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hobbit_jax.atomic import exclusive
-from hobbit_jax.record import is_finished, record_path, write_record
+from hobbit_jax.cache_folder import keep_compiled_programs
+from hobbit_jax.record import EvalSizes, Inputs, is_finished, record_path, write_record
 from hobbit_jax.sweep.artifact_cache import ArtifactCache
 from hobbit_jax.sweep.artifacts import Artifact
 from hobbit_jax.sweep.trial import Trial, failed_record, run_trial
@@ -35,8 +36,11 @@ class Outcome(NamedTuple):
     error: str | None = None
 
 
-# The model is loaded by the first task of a process and kept for the next.
-_bench = functools.cache(ArtifactCache)
+@functools.cache
+def _bench(inputs: Inputs, sizes: EvalSizes, workdir: Path) -> ArtifactCache:
+    """The model is loaded by the first task of a process and kept for the next."""
+    keep_compiled_programs()
+    return ArtifactCache(inputs, sizes, workdir)
 
 
 def run_task(task: Task, workdir: Path, wait: bool = True, death: str | None = None) -> Outcome:

@@ -13,12 +13,13 @@ from typing import NamedTuple
 from hobbit_jax.record import MissModeTrial, Mixed, Record, Records, Uniform
 from hobbit_jax.report.frontier import Averaged, Frontier
 from hobbit_jax.report.paired import relation
-from hobbit_jax.report.sweep import RANDOM, Sweep, low_format, trial
+from hobbit_jax.report.sweep import RANDOM, Sweep, low_format, task_names, trial
 from hobbit_jax.report.table import ratio
 from hobbit_jax.report.verdict import Judgement, Outcome, Rule, Verdict, control
 from hobbit_jax.statistics import Interval
 
 OUTCOMES = [outcome.value for outcome in Outcome]
+BENCHMARKS = ("gsm8k", "humaneval")  # that were asked for; another form of one counts as it
 
 
 class UniformQuant(NamedTuple):
@@ -126,6 +127,16 @@ def within(frontiers: Sequence[Frontier], kl_limit: float) -> list[str]:
         for p in plans
         if all(f.by_plan[p.plan, p.text].kl.high <= kl_limit for f in frontiers)
     ]
+
+
+def benchmarks(sweep: Sweep, real: Sequence[Frontier]) -> dict[str, str]:
+    """Which of `BENCHMARKS` are scored, and the name of the model."""
+    scored = [(sweep.model, name) for name in sweep.tasks]
+    for frontier in real:
+        records = frontier.scored.values()
+        names = sorted({name for record in records for name in task_names(record)})
+        scored += [(frontier.model, name.removeprefix("task_")) for name in names]
+    return {b: model for model, name in scored for b in BENCHMARKS if name.startswith(b)}
 
 
 def unused_share(sweep: Sweep, mixed: bool) -> str:

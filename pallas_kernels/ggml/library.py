@@ -108,7 +108,7 @@ def check_processor() -> None:
     if platform.machine().lower() in ("x86_64", "amd64"):
         # The wheel is built for AVX2, FMA and F16C; it would end the process without them.
         missing = [f for f in ("avx2", "fma", "f16c") if not getattr(cpu, f"ggml_cpu_has_{f}")()]
-        flags = _processor_flags()
+        flags = processor_flags()
         missing += [f for f in ("avx2", "fma", "f16c") if flags and f not in flags]
         if missing:
             raise NotImplementedError(
@@ -117,13 +117,13 @@ def check_processor() -> None:
             )
 
 
-def _processor_flags() -> set[str]:
-    """Of /proc/cpuinfo; empty where there is none."""
+def processor_flags() -> set[str]:
+    """What /proc/cpuinfo says that the processor can do; empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return set()
-    line = next((line for line in lines if line.startswith("flags")), "")
+    line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return set(line.partition(":")[2].split())
 
 
