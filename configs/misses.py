@@ -45,10 +45,10 @@ def get_config() -> ConfigDict:
     config.misses = (
         ("fetch", 0.41), ("host", 0.25), ("hybrid", 1.0), ("hybrid", 0.25), ("hybrid", 0.0625),
     )  # fmt: skip
-    # Miss modes that serve low copies, with their share of the pool.
+    # Miss modes that serve low copies, with their share of the pool, or "adaptive".
     config.low_on_a_miss = (
-        ("hobbit", 0.05), ("hobbit", 0.1), ("hobbit", 0.2), ("hobbit_host", 0.1),
-        ("host_low", 0.0), ("fetch_low", 0.2), ("use_low_if_resident", 0.2),
+        ("hobbit", 0.05), ("hobbit", 0.1), ("hobbit", 0.2), ("hobbit", "adaptive"),
+        ("hobbit_host", 0.1), ("host_low", 0.0), ("fetch_low", 0.2), ("use_low_if_resident", 0.2),
     )  # fmt: skip
     # By how much the logarithms of resident experts' scores are raised.
     config.resident_lift = (0.25, 0.5)
@@ -85,7 +85,7 @@ def sweep(config: ConfigDict) -> list[Trial]:
         for mode, link in config.misses
     ]
     ways += [
-        (MissModeTrial(mode, float(share), name, config.method), {})
+        (MissModeTrial(mode, share, name, config.method), {})
         for name in config.uniform
         for mode, share in config.low_on_a_miss
     ]

@@ -25,6 +25,7 @@ from hobbit_jax import config_overrides
 
 BAD_INPUT_STATUS = 2
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells count
+UNREAD_STATUS = 141  # 128 + SIGPIPE
 MAX_COUNT = 2**31 - 1  # of tokens, windows and the like: what JAX indexes by
 MAX_MIB = 2.0**40  # so that a budget in bytes fits 64 bits
 
@@ -50,15 +51,21 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     """Parses flags and runs `main(argv)` as `absl.app.run` does; `argv` holds the name only.
 
     A mistake of the user's (a flag, a path, a file, a budget) ends with one line `error: …` on
-    stderr and status 2, ctrl-C with one line and status 130. Every other exception is a bug of
-    ours and keeps its traceback; `--verbosity=1` shows the traceback of the former too.
+    stderr and status 2, ctrl-C with one line and status 130, and output that nobody reads any more
+    (`| head`) in silence. Every other exception is a bug of ours and keeps its traceback;
+    `--verbosity=1` shows the traceback of the former too.
     """
     flags.DEFINE_flag(_VersionFlag(), module_name=sys.argv[0])
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors != "backslashreplace":
         # A console that lacks a character shows "?" in its place, and the rest is printed.
         sys.stdout.reconfigure(errors="replace")
-    # app.run always ends in sys.exit, but does not say so.
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+    try:
+        # It always ends in sys.exit, but does not say so.
+        app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+    except BrokenPipeError:
+        # What is left in the buffer would raise once more when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(UNREAD_STATUS)
     raise RuntimeError("absl's app.run returned")
 
 
@@ -220,6 +227,8 @@ def _try_file(folder: Path, name: str) -> None:
 def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
     try:
         return main(argv)
+    except BrokenPipeError:
+        raise
     except _USER_ERRORS as error:
         if logging.level_debug():
             raise

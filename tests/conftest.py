@@ -14,7 +14,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_models import TinyModel, write_model
+import shape_names
+
+shape_names.install()
+from tiny_models import TinyModel, write_model  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

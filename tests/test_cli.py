@@ -139,6 +139,16 @@ def test_input_places(tmp_path):
             cli.input_folder("data_dir", tmp_path / name)
 
 
+@pytest.mark.parametrize("flag", ["--help", "--limit=3"])
+def test_output_that_nobody_reads_ends_in_silence(flag):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", SCRIPT, flag]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (cli.UNREAD_STATUS, "")
+
+
 def test_compiled_programs_are_kept_for_later_processes(tmp_path):
     program = """
 import jax

@@ -11,6 +11,7 @@ from hobbit_jax.experts.store import NATIVE
 from hobbit_jax.record import (
     EvalSizes,
     Inputs,
+    MissModeTrial,
     MixedInBytes,
     Native,
     PerSelection,
@@ -91,6 +92,7 @@ def test_cells_on_an_engine(two_banks_path, tmp_path):
         ),
         (Uniform("Q2_K", "best"), "method is 'best'; want one of ggml, gptq"),
         (PerSelection("router_weight", (1.0,), ("Q2_K",)), r"1 formats with shares \(1.0,\)"),
+        (MissModeTrial("hobbit", 1.5, "Q2_K"), "share is 1.5; want adaptive or 0 to 1"),
     ],
 )
 def test_refuses_a_cell_without_meaning(plan, message):

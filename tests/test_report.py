@@ -497,6 +497,8 @@ def test_ways_to_serve_a_miss(workdir, tmp_path):
     alike = next(cell for cell in found.cells if cell.link == 1)
     assert [label(r)[8:] for r in alike.ways(Native())] == ["fetched", "divided", "computed"]
     rows = all_ways(found).splitlines()
+    split = replace(records[4].asked, plan=MissModeTrial("hobbit", "adaptive", "Q2_K"))
+    assert label(replace(records[4], asked=split)) == "hobbit with Q2_K, the pool divided by use"
     assert len(rows) == 2 + len(records) and "| 1.50 [1.13, 1.87] | – | – |" in rows[4]
     assert found.count("below") == 2
     # At 16:1 the lifted mix costs 6, and native computed 2 without a loss.

@@ -208,6 +208,7 @@ def test_cells_have_names_of_their_own():
         cell(Mixed("frequency", 0.5, "Q2_K", "gptq")),
         cell(MissModeTrial("fetch_low", 0.0, "Q2_K"), 3.95),
         cell(MissModeTrial("floor", 0.5, "Q2_K"), 3.95),
+        cell(MissModeTrial("floor", "adaptive", "Q2_K"), 3.95),
         changed(FREQUENCY, sizes=replace(SIZES, context=65)),
         changed(FREQUENCY, inputs=Inputs("M.gguf")),
         changed(FREQUENCY, budget_mib=2.0000001),

@@ -255,13 +255,13 @@ class Controller:
         counts.computed += len(decision.computed)
         counts.bytes_computed += sum(map(sizes, decision.computed))
 
-    def count_selections(self, requested_TK: np.ndarray, served_TK: np.ndarray) -> None:
-        """Counts selections by the precisions that were requested and that serve them."""
-        counts, asked_TK = self.counts, requested_TK != SKIPPED
-        counts.selections += int(asked_TK.sum())
-        counts.demoted += int((asked_TK & (served_TK > requested_TK)).sum())
-        counts.low += int((served_TK > NATIVE).sum())
-        counts.skipped += int((asked_TK & (served_TK == SKIPPED)).sum())
+    def count_selections(self, requested: np.ndarray, served: np.ndarray) -> None:
+        """Counts selections by the precisions that were requested and that serve them, [..., K]."""
+        counts, asked = self.counts, requested != SKIPPED
+        counts.selections += int(asked.sum())
+        counts.demoted += int((asked & (served > requested)).sum())
+        counts.low += int((served > NATIVE).sum())
+        counts.skipped += int((asked & (served == SKIPPED)).sum())
 
     def _access(self, use: Use) -> bool:
         """Tells a copy's policy of its use; whether it is resident."""

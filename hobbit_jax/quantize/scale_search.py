@@ -171,7 +171,8 @@ def _guess(chunk: _Chunk, places: Array, quant: KQuant) -> tuple[Array, Array]:
         span_CJG = jnp.maximum(places[1] * high_1JG - bottom_CJG, 0.0)
         return span_CJG / quant.q_range[1], bottom_CJG
     extreme_1JG = jnp.where(high_1JG > -low_1JG, high_1JG, low_1JG)
-    return extreme_1JG / places[0], jnp.zeros_like(low_1JG)
+    step_CJG = extreme_1JG / places[0]
+    return step_CJG, jnp.zeros_like(step_CJG)
 
 
 @_stage

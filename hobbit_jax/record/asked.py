@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hobbit_jax.record.typed_json import member, plain, typed
 
@@ -84,10 +84,13 @@ class PerSelection:
 @member("miss_mode")
 @dataclass(frozen=True)
 class MissModeTrial:
-    """A missing expert is served as the miss mode says; `share` (0-1) of the pool is low copies."""
+    """A missing expert is served as the miss mode says.
+
+    `share` (0-1) of the pool is low copies; "adaptive" follows what is used.
+    """
 
     mode: str
-    share: float
+    share: float | Literal["adaptive"]
     format: str
     encoder: str = "ggml"
 

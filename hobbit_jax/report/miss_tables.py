@@ -16,8 +16,8 @@ import numpy as np
 
 from hobbit_jax.record import CacheTrial, MissModeTrial, Native, Record, Records, Study, Uniform
 from hobbit_jax.report.paired import difference, kl_nats_W, line_at, mean_interval, points, relation
-from hobbit_jax.report.sweep import at, order, trial
-from hobbit_jax.report.table import MIB, Column, percent, ratio, table
+from hobbit_jax.report.sweep import at, order, pool_share, trial
+from hobbit_jax.report.table import MIB, Column, ratio, table
 from hobbit_jax.statistics import Interval
 
 # Times as long that a link takes for a byte as the CPU.
@@ -51,7 +51,7 @@ def label(record: Record) -> str:
     asked = trial(record)
     plan = asked.plan
     if isinstance(plan, MissModeTrial):
-        share = f", {percent(plan.share)} of the pool" if plan.share else ""
+        share = f", {pool_share(plan)}" if plan.share else ""
         return f"{plan.mode} with {plan.format}{share}"
     name = f"uniform {plan.format}" if isinstance(plan, Uniform) else "native"
     lift = f", routed toward residents by {asked.resident_lift:g}" if asked.resident_lift else ""

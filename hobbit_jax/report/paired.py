@@ -34,10 +34,10 @@ def mean_interval(values_N: np.ndarray, confidence: float = 0.95) -> Interval:
     return Interval(mean, float(ends.low), float(ends.high))
 
 
-def difference(left_W: np.ndarray, right_W: np.ndarray, confidence: float = 0.95) -> Interval:
+def difference(left: np.ndarray, right: np.ndarray, confidence: float = 0.95) -> Interval:
     """`left` less `right` within the windows that both have; these are the first of each."""
-    common = min(len(left_W), len(right_W))
-    return mean_interval(left_W[:common] - right_W[:common], confidence)
+    common = min(len(left), len(right))
+    return mean_interval(left[:common] - right[:common], confidence)
 
 
 def ratio_over_prompts(record: Record, native: Record, name: str) -> Interval | None:

@@ -63,6 +63,13 @@ def at(record: Record) -> str:
     return f"{trial(record).budget_mib:g} MiB"
 
 
+def pool_share(plan: MissModeTrial) -> str:
+    """The low copies' part of the pool in words."""
+    if plan.share == "adaptive":
+        return "the pool divided by use"
+    return f"{percent(plan.share)} of the pool"
+
+
 def task_names(record: Record) -> list[str]:
     """Metrics of a record that are shares of problems solved."""
     return [n.removesuffix("_problems") for n in record.metrics if n.endswith("_problems")]
@@ -216,7 +223,7 @@ class Sweep:
         if isinstance(plan, Uniform):
             return f"uniform {plan.format}"
         if isinstance(plan, MissModeTrial):
-            return f"{plan.mode} {plan.format}, {percent(plan.share)} of the pool"
+            return f"{plan.mode} {plan.format}, {pool_share(plan)}"
         seeds = {trial(r).seed for r in self.records if trial(r).plan == plan}
         seed = f" (seed {asked.seed})" if len(seeds) > 1 else ""
         return f"{plan.score} {percent(plan.share)} {plan.format}{seed}"

@@ -193,6 +193,8 @@ def check_plan(plan: Any) -> None:
         _check("importance score", plan.score, list(scores[type(plan)]))
     if isinstance(plan, MissModeTrial):
         _check("miss mode", plan.mode, serving)
+        if plan.share != "adaptive" and not 0 <= plan.share <= 1:
+            raise ValueError(f"the low copies' share is {plan.share}; want adaptive or 0 to 1")
     if isinstance(plan, Mixed) and not 0 <= plan.share <= 1:
         raise ValueError(f"the demoted share is {plan.share}; want 0 to 1")
     if isinstance(plan, PerSelection) and len(plan.shares) - len(plan.formats) not in (1, 2):
