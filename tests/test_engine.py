@@ -241,6 +241,18 @@ def test_stop_tokens_end_their_own_sequence(model, store):
     assert greedy(engine, PROMPTS, free[0].tolist()) == []
 
 
+def test_a_batch_shrinks_as_its_sequences_end(model, store):
+    """The last one goes on alone, with the tokens that it has beside the others."""
+    engine = Engine(model, store, CacheConfig(chunk_tokens=CHUNK))
+    free = np.asarray(greedy(engine, PROMPTS))
+    room, last = engine.kv_cache_bytes, free[:, 2].tolist()
+    stops = [token for token in free[1, :2].tolist() if token not in last]
+    assert stops, "the last sequence has the tokens that should end the others"
+    found = np.asarray(greedy(engine, PROMPTS, stops))
+    assert found[:, 2].tolist() == last and (found[-1, :2] == -1).all()
+    assert engine.kv_cache_bytes == room // 3
+
+
 def test_too_long_is_refused(model, store):
     engine = Engine(model, store, CacheConfig(chunk_tokens=CHUNK))
     limit = model.config.context_length

@@ -63,7 +63,9 @@ def replayed(trace, policy: str, slots: int, expert_bytes=(900,), profile=None, 
 
 def learned(trace) -> RoutingProfile:
     """As much of a profile as the scores here read."""
-    return RoutingProfile(trace.uses_LE, np.zeros(0), -np.sort(-trace.weights_TLK.reshape(-1, K)))
+    return RoutingProfile(
+        trace.uses_LE, np.zeros(trace.uses_LE.shape), -np.sort(-trace.weights_TLK.reshape(-1, K))
+    )
 
 
 def demoted(trace, score: str, share: float, profile=None):

@@ -189,7 +189,7 @@ def agreement(windows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> M
 def compare(
     ours: SideSpec,
     baseline: SideSpec,
-    windows_WS: np.ndarray,
+    windows_WT: np.ndarray,
     rows_RS: np.ndarray,
     prompt_tokens: int,
 ) -> tuple[Measured, dict[str, Any]]:
@@ -206,7 +206,7 @@ def compare(
         loaded_own = own.loaded
         with Child(baseline, "baseline") as other:
             loaded = loaded_own, other.loaded
-            bar = tqdm(windows_WS, desc="logits", unit="window", leave=False, disable=None)
+            bar = tqdm(windows_WT, desc="logits", unit="window", leave=False, disable=None)
             near = agreement(
                 (own.score(ids_S[:-1]), other.score(ids_S[:-1]), ids_S[1:]) for ids_S in bar
             )

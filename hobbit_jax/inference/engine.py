@@ -160,6 +160,16 @@ class Engine:
         self._lengths_B = np.full(batch, len(ids), np.int32)
         self._ids = [list(ids) for _ in range(batch)]
 
+    def _keep(self, rows_R: np.ndarray) -> None:
+        """Forgets all sequences but `rows_R`, so that a step costs no more than those."""
+        carry, self._carry = self._started(), None
+        caches = carry.caches.of(rows_R)
+        del carry  # its caches are larger than what follows
+        new = empty_carry(self.config, len(rows_R), 0, self._mesh, self.cache.kv_format)
+        self._carry = new._replace(caches=caches)
+        self._lengths_B = self._lengths_B[rows_R]
+        self._ids = [self._ids[row] for row in rows_R]
+
     def read_prefix(self, ids: Sequence[int]) -> Prefix:
         """Runs tokens that many sequences begin with, so that `generate` need not run them again.
 
@@ -412,6 +422,8 @@ class Engine:
         """Yields int32 [B] per step, -1 for sequences that have ended, until all have.
 
         A stop token ends its sequence and is not yielded. The first step's cost is the prefill's.
+        When half of all have ended, the others go on as a smaller batch, unless tokens are drawn at
+        random: draws depend on the batch.
         With several `tokens_per_call`, the device decodes so many between two looks of the host;
         the tokens are the same, they arrive together, and the first carries the cost of all.
         `context` makes room for so many tokens, so that calls of all lengths share one program;
@@ -430,7 +442,7 @@ class Engine:
                 )
         self.start(len(prompts), needed if context is None else context, prefix)
         self._key = replicated(seed_key(sampling.seed), self._mesh)
-        active_B = np.ones(len(prompts), bool)
+        active_B, place_B = np.ones(len(prompts), bool), np.arange(len(prompts))
         began_s, compiled_s = time.perf_counter(), compile_seconds()
         rest = [prompt[known:] for prompt in prompts]
         logits_BV, fed = self.prefill(rest), sum(map(len, rest))
@@ -443,10 +455,15 @@ class Engine:
                 active_B = active_B & ~np.isin(ids_B, list(stop_ids))
                 if not active_B.any():
                     return
-                yield np.where(active_B, ids_B, -1), cost
+                tokens_B = np.full(len(prompts), -1, np.int32)
+                tokens_B[place_B[active_B]] = ids_B[active_B]
+                yield tokens_B, cost
                 cost = StepStats()
             if drawn == max_new_tokens:
                 return
+            if sampling.temperature == 0 and 2 * active_B.sum() <= len(active_B):
+                self._keep(np.flatnonzero(active_B).astype(np.int32))
+                ids_B, place_B, active_B = (a[active_B] for a in (ids_B, place_B, active_B))
             began_s, compiled_s = time.perf_counter(), compile_seconds()
             count = min(tokens_per_call, max_new_tokens - drawn)
             before = self.counts.tokens

@@ -155,15 +155,15 @@ def rotate(x_BTHd: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
 def attend(
     q_BTHd: jax.Array,
     k_BCGd: jax.Array,
-    v_BCGd: jax.Array,
+    v_BCGe: jax.Array,
     positions_BT: jax.Array,
     scale: float | None = None,
     window: int = 0,
     sinks_H: jax.Array | None = None,
 ) -> jax.Array:
-    """Grouped-query attention of each token to the keys up to its own position, [B, T, H * d].
+    """Grouped-query attention of each token to the keys up to its own position, [B, T, H * e].
 
-    Key c stands at position c. Values may be of another width d than queries and keys.
+    Key c stands at position c. The width e of values may be another than that of queries and keys.
     """
     batch, tokens, n_heads, head_dim = q_BTHd.shape
     length, n_kv_heads = k_BCGd.shape[1:3]
@@ -180,8 +180,8 @@ def attend(
         sinks = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
         scores = jnp.concatenate([scores, sinks], axis=-1)
     shares = jax.nn.softmax(scores, axis=-1)[..., :length]
-    mixed = jnp.einsum("bgmtc,bcgd->btgmd", shares, v_BCGd)
-    return mixed.reshape(batch, tokens, n_heads * v_BCGd.shape[-1])
+    mixed = jnp.einsum("bgmtc,bcge->btgme", shares, v_BCGe)
+    return mixed.reshape(batch, tokens, n_heads * v_BCGe.shape[-1])
 
 
 class GroupedQueryAttention(nnx.Module):

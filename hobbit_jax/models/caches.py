@@ -62,6 +62,15 @@ class Caches:
                 by_token[name] = array.at[at].set(new.astype(array.dtype), mode="drop")
         return replace(self, by_token=by_token, recurrent=recurrent)
 
+    @jax.jit
+    def of(self, rows_R: jax.Array) -> Caches:
+        """Those of some sequences, int32 [R], in this order."""
+        by_token, recurrent = (
+            {name: array[:, rows_R] for name, array in arrays.items()}
+            for arrays in (self.by_token, self.recurrent)
+        )
+        return replace(self, by_token=by_token, recurrent=recurrent)
+
     @partial(jax.jit, donate_argnames="self")
     def begun_with(self, prefix: Caches) -> Caches:
         """Every sequence begins as the one of `prefix` does, all whose C tokens are taken."""

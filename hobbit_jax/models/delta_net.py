@@ -182,20 +182,20 @@ class DeltaNetMixer(nnx.Module):
 
 
 def convolve(
-    kernel_XW: jax.Array, new_BTX: jax.Array, window_BWX: jax.Array, valid_BT: jax.Array
+    kernel_XW: jax.Array, new_BTX: jax.Array, past_BPX: jax.Array, valid_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Each channel's own causal convolution over the last W tokens.
 
     Args:
         kernel_XW: the last column is the token's own.
         new_BTX: inputs; those of padding, which comes last, are not `valid_BT`.
-        window_BWX: the W - 1 inputs before them.
+        past_BPX: the P = W - 1 inputs before them.
 
     Returns:
-        The sums [B, T, X], and the last W - 1 valid inputs [B, W - 1, X].
+        The sums [B, T, X], and the last P valid inputs [B, P, X].
     """
     tokens, width = new_BTX.shape[1], kernel_XW.shape[1]
-    inputs = jnp.concatenate([window_BWX, new_BTX], axis=1)
+    inputs = jnp.concatenate([past_BPX, new_BTX], axis=1)
     sums = jnp.zeros_like(new_BTX)
     for j in range(width):
         weight_11X = kernel_XW[None, None, :, j]
