@@ -223,7 +223,7 @@ def test_a_prefix_goes_on_as_whole_prompts_do(model, store):
     scored = [np.asarray(engine.score(np.asarray([prompt])))[0, -1] for prompt in prompts[:2]]
     np.testing.assert_allclose(rest, scored, atol=2e-5)
     for wrong in (prompts[0][: len(PROMPTS[0])], [1 + prompts[0][0], *prompts[0][1:]]):
-        with pytest.raises(ValueError, match=f"begin with the prefix of {len(PROMPTS[0])} tokens"):
+        with pytest.raises(ValueError, match=f"begins with the prefix of {len(PROMPTS[0])} "):
             greedy(engine, [wrong], prefix=prefix)
 
 

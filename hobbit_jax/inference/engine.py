@@ -68,6 +68,19 @@ class Prefix:
     ids: Sequence[int]
     caches: Caches  # of one sequence, with room for these tokens
 
+    def rest(self, prompt: Sequence[int]) -> Sequence[int]:
+        """What a prompt has after it.
+
+        Raises:
+            ValueError: the prompt does not begin with it, or ends there.
+        """
+        known = len(self.ids)
+        if list(prompt[:known]) != list(self.ids) or len(prompt) == known:
+            raise ValueError(
+                f"want a prompt that begins with the prefix of {known} tokens and goes on after it"
+            )
+        return prompt[known:]
+
 
 class Engine:
     """A model, its experts and their cache, ready to run batches of sequences.
@@ -433,18 +446,12 @@ class Engine:
         Raises:
             ValueError: a prompt that does not go on after `prefix`.
         """
-        needed, known = max(map(len, prompts), default=0) + max_new_tokens, 0
-        if prefix is not None:
-            known = len(prefix.ids)
-            if any(list(p[:known]) != list(prefix.ids) or len(p) == known for p in prompts):
-                raise ValueError(
-                    f"want prompts that begin with the prefix of {known} tokens and go on after it"
-                )
+        needed = max(map(len, prompts), default=0) + max_new_tokens
+        rest = prompts if prefix is None else [prefix.rest(prompt) for prompt in prompts]
         self.start(len(prompts), needed if context is None else context, prefix)
         self._key = replicated(seed_key(sampling.seed), self._mesh)
         active_B, place_B = np.ones(len(prompts), bool), np.arange(len(prompts))
         began_s, compiled_s = time.perf_counter(), compile_seconds()
-        rest = [prompt[known:] for prompt in prompts]
         logits_BV, fed = self.prefill(rest), sum(map(len, rest))
         ids_B = np.asarray(sample(logits_BV, jax.random.fold_in(self._key, 0), sampling))
         rows_NB, drawn = ids_B[None], 1
