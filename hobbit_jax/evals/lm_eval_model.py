@@ -350,7 +350,10 @@ class EngineLM(TemplateLM):
         room = _rounded(longest + limit, self._engine.config.context_length) - longest
         ends = {*self._text.eog_ids, *(i for stop in wanted["until"] for i in self._special(stop))}
         begun = prefix if longest == max(map(len, prompts)) else None  # none of them was cut
-        steps = self._engine.generate(rows, room, sampling, sorted(ends), prefix=begun)
+        greedy = sampling.temperature == 0
+        steps = self._engine.generate(
+            rows, room, sampling, sorted(ends), prefix=begun, shrinks=greedy
+        )
         for step, (ids_B, _) in enumerate(steps):
             for text, token in zip(texts, ids_B.tolist(), strict=True):
                 if token < 0:

@@ -431,12 +431,13 @@ class Engine:
         tokens_per_call: int = 1,
         context: int | None = None,
         prefix: Prefix | None = None,
+        shrinks: bool = False,
     ) -> Iterator[tuple[np.ndarray, StepStats]]:
         """Yields int32 [B] per step, -1 for sequences that have ended, until all have.
 
         A stop token ends its sequence and is not yielded. The first step's cost is the prefill's.
-        When half of all have ended, the others go on as a smaller batch, unless tokens are drawn at
-        random: draws depend on the batch.
+        Where it `shrinks`, the others go on as a smaller batch when half of all have ended; a program
+        is compiled for each size, and tokens drawn at random depend on the batch.
         With several `tokens_per_call`, the device decodes so many between two looks of the host;
         the tokens are the same, they arrive together, and the first carries the cost of all.
         `context` makes room for so many tokens, so that calls of all lengths share one program;
@@ -468,7 +469,7 @@ class Engine:
                 cost = StepStats()
             if drawn == max_new_tokens:
                 return
-            if sampling.temperature == 0 and 2 * active_B.sum() <= len(active_B):
+            if shrinks and 2 * active_B.sum() <= len(active_B):
                 self._keep(np.flatnonzero(active_B).astype(np.int32))
                 ids_B, place_B, active_B = (a[active_B] for a in (ids_B, place_B, active_B))
             began_s, compiled_s = time.perf_counter(), compile_seconds()
