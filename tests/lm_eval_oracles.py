@@ -53,9 +53,7 @@ class Scripted:
         """Every token is as probable as any other."""
         return jnp.zeros((*ids_BT.shape, self.config.vocab_size), jnp.float32)
 
-    def generate(
-        self, prompts, max_new_tokens, sampling=None, stop_ids=(), context=None, prefix=None
-    ):
+    def generate(self, prompts, max_new_tokens, sampling=None, stop_ids=(), context=None, **_):
         self.calls.append((prompts, max_new_tokens, sampling, stop_ids))
         longest = max(map(len, prompts)) + max_new_tokens
         assert longest <= (context or self.config.context_length) <= self.config.context_length

@@ -436,8 +436,8 @@ class Engine:
         """Yields int32 [B] per step, -1 for sequences that have ended, until all have.
 
         A stop token ends its sequence and is not yielded. The first step's cost is the prefill's.
-        Where it `shrinks`, the others go on as a smaller batch when half of all have ended; a program
-        is compiled for each size, and tokens drawn at random depend on the batch.
+        Where it `shrinks`, the others go on as a smaller batch when half of all have ended; a
+        program is compiled for each size, and tokens drawn at random depend on the batch.
         With several `tokens_per_call`, the device decodes so many between two looks of the host;
         the tokens are the same, they arrive together, and the first carries the cost of all.
         `context` makes room for so many tokens, so that calls of all lengths share one program;
