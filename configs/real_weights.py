@@ -15,7 +15,8 @@ matrices by role, GPTQ at 3 bits, the other grids of ggml, and what ggml's Q2_K 
 format on the way.
 
 Cost on 2 CPU cores, for 1.5 billion weights: 2 minutes for a plan on a text, a quarter of an hour
-for a plan on HumanEval, and once for a plan to be encoded: GPTQ an hour, ggml 5 to 10 minutes.
+for a plan on HumanEval (reckoned from sixteen problems), and once for a plan to be encoded: GPTQ an
+hour, ggml 5 to 10 minutes.
 Expected: KL at plain Q3_K 0.075 and at plain Q2_K 0.35 on code and prose, as a first look with
 llama.cpp found; calibration lowers Q2_K's by a third or more. Written before the first run of this
 config: at 2 bits an encoder of ours is worth its calibration if its KL is at most 0.75 of that of

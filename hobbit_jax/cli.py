@@ -12,6 +12,7 @@ import logging as standard_logging
 import math
 import os
 import secrets
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,7 +63,11 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     try:
         # It always ends in sys.exit, but does not say so.
         app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        if not output.poll(0):
+            _fail(error)  # it is another pipe, such as that of a worker
         # What is left in the buffer would raise once more when the process ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(UNREAD_STATUS)

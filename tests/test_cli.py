@@ -149,6 +149,12 @@ def test_output_that_nobody_reads_ends_in_silence(flag):
     assert (done.returncode, done.stderr) == (cli.UNREAD_STATUS, "")
 
 
+def test_another_broken_pipe_is_an_error():
+    assert run("--raises=BrokenPipeError(32, 'Broken pipe')") == (
+        2, "", "error: [Errno 32] Broken pipe\n"
+    )  # fmt: skip
+
+
 def test_compiled_programs_are_kept_for_later_processes(tmp_path):
     program = """
 import jax

@@ -160,6 +160,12 @@ def test_what_prompts_share_is_run_once(engine, tokenizer, monkeypatch):
     cut = EngineLM(engine, tokenizer, batch_size=4, max_length=max(lengths) + 5)
     assert all(cut.generate_until(asked))
     assert sum(fed) >= sum(lengths) - len(lengths)
+    # A beginning that is longer than the context is cut as ever.
+    options = {"until": [], "max_gen_toks": 6, "do_sample": False}
+    longer = [shared * 9 + end for end in ("a", "bcd")]
+    assert len(tokenizer.encode(longer[0])) > engine.config.context_length
+    asked = requests("generate_until", *[(prompt, options) for prompt in longer])
+    assert all(EngineLM(engine, tokenizer).generate_until(asked))
 
 
 def test_stop_strings_limits_and_end_tokens(tokenizer):

@@ -81,6 +81,11 @@ def test_only_what_is_the_same_has_the_same_name(left, right):
 
 def test_a_whole_number_asks_for_the_same_as_a_float():
     assert record_name(trial(budget_mib=2)) == record_name(trial(budget_mib=2.0))
+    whole, fraction, by_use = (
+        CacheTrial(MissModeTrial("hobbit", share, "Q2_K"), 2.0, Inputs(), SIZES)
+        for share in (1, 1.0, "adaptive")
+    )
+    assert record_name(whole) == record_name(fraction) != record_name(by_use)
 
 
 def test_a_field_added_with_a_default_changes_no_identity():

@@ -310,14 +310,17 @@ class EngineLM(TemplateLM):
     def _shared_prefix(self, prompts: Sequence[list[int]]) -> Prefix | None:
         """What all prompts begin with, such as examples of a task, run once for all of them.
 
-        None where that is little, or where what serves a selection depends on what ran before.
+        None where that is little, where a prompt is too long for the context and will be cut, or
+        where what serves a selection depends on what ran before.
         """
+        if self._engine.serves_by_residency or max(map(len, prompts)) >= self.max_length:
+            return None
         first, last = min(prompts), max(prompts)
         pairs = enumerate(zip(first, last, strict=False))
         same = next((at for at, (a, b) in pairs if a != b), len(first))
         # At least one token of each is left, for its logits.
         same = min(same, min(map(len, prompts)) - 1)
-        if len(prompts) == 1 or same < _LEAST_SHARED or self._engine.serves_by_residency:
+        if len(prompts) == 1 or same < _LEAST_SHARED:
             return None
         return self._engine.read_prefix(first[:same])
 

@@ -35,8 +35,8 @@ Inspect = Callable[[Part, int, jax.Array], object]
 
 
 def _padded(tokens: int) -> int:
-    """Few lengths, since a program is compiled for each, and at most a quarter more than `tokens`:
-    powers of two, and above 32 also three lengths between two of them.
+    """Few lengths, since a program is compiled for each: powers of two, and above 32, where padding
+    costs more than compiling, also three between two of them, so at most a quarter is added.
     """
     power = 1 << (tokens - 1).bit_length()
     step = power // 8 if power > 32 else power

@@ -93,7 +93,7 @@ def _member(value: Any, members: tuple[Any, ...], where: str) -> Any:
         return typed(rest, classes[kind], where)
     for wanted in members:  # int before float, so that a whole number stays one
         with contextlib.suppress(ValueError):
-            if not (wanted is float and isinstance(value, int)):
+            if not (wanted is float and isinstance(value, int) and int in members):
                 return typed(value, wanted, where)
     names = ", ".join(getattr(wanted, "__name__", str(wanted)) for wanted in members)
     raise ValueError(f"{where} is {value!r:.80}; want one of {names}")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from hobbit_jax.record import MissModeTrial, Mixed, Record, Records, Uniform
 from hobbit_jax.report.frontier import Averaged, Frontier
 from hobbit_jax.report.paired import relation
-from hobbit_jax.report.sweep import RANDOM, Sweep, low_format, task_names, trial
+from hobbit_jax.report.sweep import RANDOM, Sweep, low_format, scored_tasks, trial
 from hobbit_jax.report.table import ratio
 from hobbit_jax.report.verdict import Judgement, Outcome, Rule, Verdict, control
 from hobbit_jax.statistics import Interval
@@ -133,9 +133,7 @@ def benchmarks(sweep: Sweep, real: Sequence[Frontier]) -> dict[str, str]:
     """Which of `BENCHMARKS` are scored, and the name of the model."""
     scored = [(sweep.model, name) for name in sweep.tasks]
     for frontier in real:
-        records = frontier.scored.values()
-        names = sorted({name for record in records for name in task_names(record)})
-        scored += [(frontier.model, name.removeprefix("task_")) for name in names]
+        scored += [(frontier.model, name) for name in scored_tasks(frontier.scored.values())]
     return {b: model for model, name in scored for b in BENCHMARKS if name.startswith(b)}
 
 

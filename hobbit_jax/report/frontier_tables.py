@@ -12,7 +12,7 @@ from typing import Any
 from hobbit_jax.record import MixedInBytes, Native, PerSelection, Record, Uniform
 from hobbit_jax.report.frontier import ENCODERS, Averaged, Frontier
 from hobbit_jax.report.paired import mcnemar, relation, task_loss
-from hobbit_jax.report.sweep import RANDOM, task_names
+from hobbit_jax.report.sweep import RANDOM, scored_tasks
 from hobbit_jax.report.table import Column, listed, percent, ratio, table
 from hobbit_jax.statistics import Interval
 
@@ -80,8 +80,8 @@ def problems(frontier: Frontier) -> str:
         Column("feed-forward matrices", _named),
         Column("stored, of native", lambda p: ratio(stored(p) / stored(p, "native_bytes"))),
     ]
-    for task in sorted({task for record in found.values() for task in task_names(record)}):
-        name = task.removeprefix("task_")
+    for name in scored_tasks(found.values()):
+        task = f"task_{name}"
         columns += [
             Column(name, lambda p, task=task: found[p].interval(task), ".3f"),
             Column("solved less than native", solved_less(task), "+.3f"),

@@ -5,7 +5,7 @@ Owns how plans are named, ordered and paired with their rivals and controls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePath
@@ -73,6 +73,12 @@ def pool_share(plan: MissModeTrial) -> str:
 def task_names(record: Record) -> list[str]:
     """Metrics of a record that are shares of problems solved."""
     return [n.removesuffix("_problems") for n in record.metrics if n.endswith("_problems")]
+
+
+def scored_tasks(records: Iterable[Record]) -> list[str]:
+    """Names of the tasks that any record has a score of."""
+    names = {name for record in records for name in task_names(record)}
+    return sorted(name.removeprefix("task_") for name in names)
 
 
 def order(record: Record) -> tuple:
@@ -151,8 +157,7 @@ class Sweep:
     @cached_property
     def tasks(self) -> list[str]:
         """Names of the scored tasks."""
-        names = {name for record in self.records for name in task_names(record)}
-        return sorted(name.removeprefix("task_") for name in names)
+        return scored_tasks(self.records)
 
     @cached_property
     def control_seeds(self) -> list[int]:

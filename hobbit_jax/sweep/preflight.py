@@ -292,8 +292,8 @@ class _Check:
             return
         if importlib.util.find_spec("lm_eval") is None:
             self.found.problem(
-                "lm-eval is not installed; pip install -e '.[eval]', or set "
-                "config.eval.benchmarks=()", "benchmarks", self.sizes.benchmarks[0],
+                "lm-eval is not installed; pip install -e '.[eval]', or "
+                "ask for no benchmarks", "benchmarks", self.sizes.benchmarks[0],
             )  # fmt: skip
         with self.found.trying():
             data_folder()
