@@ -85,7 +85,7 @@ def problems(frontier: Frontier) -> str:
         columns += [
             Column(name, lambda p, task=task: found[p].interval(task), ".3f"),
             Column("solved less than native", solved_less(task), "+.3f"),
-            Column(f"alone solved in {name}, to those of ggml's best", beside_ggml(task)),
+            Column("solved by it alone, to ggml's best alone", beside_ggml(task)),
         ]
     return table(columns, sorted(found, key=lambda plan: (-stored(plan), _named(plan))))
 
