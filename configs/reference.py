@@ -20,8 +20,7 @@ Any field can be pinned, and an axis becomes that one value: `--config.cache.bud
 `--config.precision.scores=frequency`, `--config.model=M.gguf`.
 
 Low precisions are encoded against the second moments of a text of which half is source code and
-half
-generated problems: docs/decision.md, "Which importance score", says why.
+half generated problems: docs/appendix.md, "What to calibrate on", says why.
 
 Cost on 2 CPU cores: about 3 minutes (demo), about an hour and a half (full). A model of full size
 wants a GPU, on which it has not run: reckoned, its precisions take a quarter of an hour of 2 cores,
@@ -125,17 +124,13 @@ def get_config(arg: str = "full") -> ConfigDict:
             "benchmark_problems": 0,
         }
     )
-    # Stated before any result: a mix is worth it if all of this holds at equal pool bytes.
+    # Limits stated before any result: a mix is worth it if all of this holds at equal pool bytes.
     config.rule = ConfigDict(
         {
             "kl_limit": 0.05,  # nats per token, upper end of the interval
             "task_loss_limit": 0.05,  # share of problems lost against native
             "bytes_moved_ratio_needed": 0.7,  # of native SLRU's at the same budget
             "speedup_needed": 1.2,  # of decode, where measured on a GPU
-            # For the predicted bound only: an RTX 4070 and PCIe 4.0 x16 as measured in practice.
-            "card": "12 GB desktop card",
-            "device_gb_s": 504.0,
-            "pcie_gb_s": 25.0,
         }
     )
     if arg == "demo":
@@ -197,7 +192,7 @@ def sweep(config: ConfigDict) -> list[Trial]:
         for score in precision.scores
         for seed in (precision.random_seeds if score == "random" else (config.seed,))
         for pool in pools
-        if seed < 3 or pool[0] == max(cache.budget_mib)
+        if score != "random" or seed < 3 or pool[0] == max(cache.budget_mib)
     ]
     cells += [
         cell(MissModeTrial(mode, float(share), low, method), pool)

@@ -131,14 +131,14 @@ def test_nan_is_refused_in_and_out(tmp_path):
         parse_record('{"study": "s", "metrics": {"kl": NaN}}')
 
 
-def test_a_failed_record_is_replaced_and_a_finished_one_is_kept(tmp_path):
+def test_the_last_measurement_is_kept_and_no_failure_replaces_it(tmp_path):
     failed = Record("s", trial(), status="failed", error="no memory")
     done = Record("s", trial(), {"kl_nats": 1.0})
     write_record(tmp_path, failed)
     assert not is_finished(tmp_path, record_name(trial()))
+    write_record(tmp_path, Record("s", trial(), {"kl_nats": 2.0}))
     write_record(tmp_path, done)
     write_record(tmp_path, failed)
-    write_record(tmp_path, Record("s", trial(), {"kl_nats": 2.0}))
     assert read_record(tmp_path, record_name(trial())) == done
     assert read_records(tmp_path).found == (done,)
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from hobbit_jax.launch.tasks import Outcome, Task
-from hobbit_jax.record import Study, is_finished, write_study
+from hobbit_jax.record import Study, is_finished, read_study, study_names, write_study
 from hobbit_jax.sweep.artifacts import Artifact
 from hobbit_jax.sweep.trial import Trial
 
@@ -177,7 +177,14 @@ def death(reason: object, deaths: int, attempts: int) -> str:
 
 
 def _tidy(workdir: Path) -> None:
-    """Removes what only unfinished trials need, and locks of processes that were killed."""
+    """Removes what only unfinished trials need, and locks of processes that were killed.
+
+    Nothing is removed while a trial of any study of the folder is unfinished: another sweep may be
+    at it, and a failed one goes on from its parts.
+    """
+    studies = (read_study(workdir, name) for name in study_names(workdir))
+    if not all(is_finished(workdir, trial) for study in studies for trial in study.trials):
+        return
     shutil.rmtree(workdir / "parts", ignore_errors=True)
     for lock in workdir.rglob(".*.lock"):
         lock.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ engine does neither (`ENGINES`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -128,7 +129,10 @@ def measured(
     Raises:
         ValueError: the bandwidths are of another device, or not of this format.
     """
-    if gpu.name not in found.device:
+    # By figures only, a GPU has no name that could be compared.
+    if gpu.vram_gib is not None and not re.search(
+        rf"\b{re.escape(gpu.name)}(?!\w| Ti| SUPER| Laptop| D\b)", found.device
+    ):
         raise ValueError(
             f"bandwidths of {found.device}, and the plan is for {gpu.name}; measure there "
             "(bench_bandwidth.py)"

@@ -48,7 +48,7 @@ from hobbit_jax.record import Benchmark, Record, machine, measured
 
 STUDY = "planner"
 GIB = 2**30
-LLAMA_CPP = "llama.cpp"
+LLAMA_CPP, HOT_EXPERTS = "llama.cpp", "a fork of llama.cpp with the hot experts on the GPU"
 # Joint perturbations of all assumed constants, each between half and double.
 DRAWS = 200
 
@@ -99,21 +99,29 @@ class _Options:
     found: list[Option] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def choose(self, machines: Mapping[str, Machine], engine: str, ours: bool) -> str:
+    def choose(
+        self,
+        machines: Mapping[str, Machine],
+        engine: str = OURS,
+        ours: bool = False,
+        most_loss: float = candidates.MOST_LOSS,
+    ) -> str:
         """The option that the rule takes, of all or of our settings; those run in `engine`."""
         options = [option for option in self.found if option.outcome or not ours]
         speeds = [
             token_time(o.traffic, machines[engine if o.outcome else COMPILED]).tokens_per_second
             for o in options
         ]
-        return options[candidates.choose(speeds, [o.loss for o in options])].name
+        return options[candidates.choose(speeds, [o.loss for o in options], most_loss)].name
 
     def choices(self, machines: Mapping[str, Machine]) -> dict[str, str]:
-        """What to run in this engine; of all; and of all if this engine were compiled."""
+        """What to run with native experts; in this engine; of all; and of all if this engine were
+        compiled."""
         return {
-            "here": self.choose(machines, OURS, ours=True),
-            "overall": self.choose(machines, OURS, ours=False),
-            "compiled": self.choose(machines, COMPILED, ours=False),
+            "native": self.choose(machines, most_loss=0),
+            "here": self.choose(machines, ours=True),
+            "overall": self.choose(machines),
+            "compiled": self.choose(machines, COMPILED),
         }
 
 
@@ -189,6 +197,8 @@ def make_plan(
             "low_bytes": {f: model.store(f).precision_bytes(1) for f in candidates.LOW_FORMATS},
         },
         "gpu": asdict(gpu),
+        "vram_gib": request.vram_gib,
+        "reserve_gib": request.reserve_gib,
         "context": request.context,
         "kv_format": request.kv_format,
         "chunk_tokens": request.chunk_tokens,
@@ -213,11 +223,14 @@ def make_plan(
 
 def plan_record(plan: Mapping[str, Any]) -> Record:
     """The record of what `make_plan` made."""
-    of_plan = ("context", "kv_format", "policy", "chunk_tokens")
+    of_plan = ("vram_gib", "reserve_gib", "context", "kv_format", "policy", "chunk_tokens")
+    given = {c["name"]: c["value"] for c in plan["constants"] if c["origin"] == "given"}
     setting = {
         "model": plan["model"]["name"],
         "gpu": plan["gpu"]["name"],
+        "routing": " to ".join(plan["routing"]["source"]),
         **{name: plan[name] for name in of_plan},
+        **given,
     }
     found = measured({name: value for name, value in plan.items() if name not in of_plan})
     return Record(STUDY, Benchmark(STUDY, setting), **vars(found), **machine())
@@ -258,24 +271,30 @@ def _options(
             continue
         loss = candidates.expected_loss(setting, outcome.low_uses, outcome.skipped)
         options.found.append(Option(setting.name, loss, outcome.traffic, outcome))
-    if not native_fits:
-        options.found += _baselines(model, routing, request)
+    options.found += _baselines(model, routing, request, native_fits)
     return options
 
 
-def _baselines(model: PlannedModel, routing: Routing, request: Request) -> list[Option]:
-    """llama.cpp on the same file and on smaller ones, and a fork of it with hot experts."""
+def _baselines(
+    model: PlannedModel, routing: Routing, request: Request, native_fits: bool
+) -> list[Option]:
+    """llama.cpp on the same file and on smaller ones, and a fork of it with hot experts; where all
+    native experts fit, llama.cpp with all of them on the GPU."""
     n_layers, context = model.config.n_layers, request.context
-    # What llama.cpp has for experts: its keys and values are narrower than ours may be.
+    # What llama.cpp has for experts: its keys and values are narrower than ours may be, and those
+    # that a sliding window has passed are not kept.
     pool = divide_memory(model, replace(request, kv_format=LLAMA_CPP_KV)).pool
-    hot, traffic = hot_on_device(model, routing.trace, pool, context)
-    baselines = [
-        Option(f"{LLAMA_CPP} --cpu-moe", 0.0, all_on_cpu(model, context)),
-        Option("hot experts on the GPU, the others on the CPU", 0.0, traffic, on_gpu=hot),
-    ]
-    files = {"": (model, 0.0)}
+    kept, needed = (model.kv_cache_bytes(context, LLAMA_CPP_KV, w) for w in (False, True))
+    pool += kept - needed
+    baselines, files = [], {"": (model, 0.0)}
+    if not native_fits:
+        hot, traffic = hot_on_device(model, routing.trace, pool, context)
+        baselines = [
+            Option(f"{LLAMA_CPP} --cpu-moe", 0.0, all_on_cpu(model, context)),
+            Option(HOT_EXPERTS, 0.0, traffic, on_gpu=hot),
+        ]
     for recipe, loss in candidates.SMALLER_FILES.items():
-        if smaller := model.smaller_file(recipe):
+        if not native_fits and (smaller := model.smaller_file(recipe)):
             files[f", {recipe} file"] = (smaller, loss)
     for label, (file, loss) in files.items():
         fit = layers_that_fit(file, pool)

@@ -100,14 +100,20 @@ class PlannedModel:
             named |= {names[role]: stack for role, stack in zip(ROLES, matrices, strict=True)}
         return _file_of_shapes(named)
 
-    def kv_cache_bytes(self, context: int, kv_format: str = "float32") -> int:
-        """Device bytes of one sequence's keys and values, of a window or all, and of its recurrent
-        states."""
+    def kv_cache_bytes(
+        self, context: int, kv_format: str = "float32", of_windows: bool = False
+    ) -> int:
+        """Device bytes of one sequence's keys and values, and of its recurrent states.
+
+        `of_windows` counts of layers with a sliding window no more than the window, which is what
+        a token reads and what llama.cpp keeps; our engine keeps them all.
+        """
         total, number_bytes = 0, jnp.dtype(KV_FORMATS[kv_format]).itemsize
         for attention in (block.attention for block in self.config.blocks):
             window = attention.window if isinstance(attention, GroupedQuery) else 0
             for state in attention.states():
-                tokens_bytes = min(context, window or context) * number_bytes
+                tokens = min(context, window) if of_windows and window else context
+                tokens_bytes = tokens * number_bytes
                 of_each = tokens_bytes if state.by_token else _FLOAT_BYTES
                 total += math.prod(state.shape) * of_each
         return total

@@ -177,7 +177,7 @@ def _exits(per_layer: float, selections_ratio: float) -> float:
 
 def _dense(model: PlannedModel, context: int, kv_format: str) -> Traffic:
     """A token's traffic without routed experts, with keys and values of a full context."""
-    kv_bytes = model.kv_cache_bytes(context, kv_format)
+    kv_bytes = model.kv_cache_bytes(context, kv_format, of_windows=True)
     return Traffic(model.config.n_blocks, model.dense_read_bytes, kv_bytes, expert_bytes=0.0)
 
 

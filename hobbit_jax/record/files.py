@@ -35,7 +35,9 @@ class Records:
 
 
 def write_record(folder: Path, record: Record) -> Path:
-    """Writes `record` under `folder`/records, unless it has been finished there meanwhile.
+    """Writes `record` under `folder`/records, over an older one of its name.
+
+    One that failed does not replace a finished one.
 
     Raises:
         ValueError: a metric is no finite number.
@@ -46,7 +48,7 @@ def write_record(folder: Path, record: Record) -> Path:
             raise ValueError(f"metric {name} is {value}; want a finite number, or None")
     path = record_path(folder, record.name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not is_finished(folder, record.name):
+    if record.status == "ok" or not is_finished(folder, record.name):
         write_text(path, json.dumps(plain(record), allow_nan=False) + "\n")
     return path
 

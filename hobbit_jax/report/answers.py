@@ -32,8 +32,8 @@ class UniformQuant(NamedTuple):
 
     @property
     def kl(self) -> Interval | None:
-        """Of the first record, since it does not depend on the budget."""
-        return self.records[0].interval("kl_mean_nats")
+        """Of the first record, since it does not depend on the budget; None where all failed."""
+        return self.records[0].interval("kl_mean_nats") if self.records else None
 
     @property
     def budgets(self) -> str:
@@ -48,17 +48,20 @@ class UniformQuant(NamedTuple):
 def uniform_quants(sweep: Sweep, rule: Rule) -> list[UniformQuant]:
     """The uniform quants, the nearest to native first."""
     groups: dict[str, list[Record]] = {}
-    for record in sweep.records:
+    for record in (*sweep.records, *sweep.failed):
         if isinstance(trial(record).plan, Uniform):
             groups.setdefault(low_format(record) or "", []).append(record)
     found = []
-    for name, records in groups.items():
+    for name, asked in groups.items():
+        records = [record for record in asked if record.status == "ok"]
         clauses = [c for r in records for c in Judgement(r, sweep, rule).limits]
         failed, unsettled = ([c.text for c in clauses if c.mark == m] for m in ("fails", "open"))
         if failed:
             status, why = "no", failed[0]
         elif sweep.n_absent:
             status, why = "open", "the sweep is not finished"
+        elif len(records) < len(asked):
+            status, why = "open", "a trial of it failed"
         else:
             status, why = ("open", unsettled[0]) if unsettled else ("yes", "all limits are kept")
         found.append(UniformQuant(name, status, why, tuple(records)))

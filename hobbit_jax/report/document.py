@@ -84,7 +84,13 @@ def read_studies(workdir: Path) -> Studies:
     for study in (read_study(workdir, name) for name in names):
         if any(isinstance(record.asked, CacheTrial) for record in found.of(study.name)):
             if study.rule:
-                sweeps.append(Sweep.of(study, found))
+                sweep = Sweep.of(study, found)
+                if not (sweep.records or sweep.failed):
+                    raise ValueError(
+                        f"no record of {workdir} is one of the study {study.name} as it is "
+                        "described now; run the sweep first"
+                    )
+                sweeps.append(sweep)
             else:
                 misses.append(MissStudy.of(study, found))
         else:

@@ -8,7 +8,7 @@ taken inside each window and seed first.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePath
@@ -27,7 +27,7 @@ from hobbit_jax.record import (
     Uniform,
     low_formats,
 )
-from hobbit_jax.report.paired import line_at
+from hobbit_jax.report.paired import line_at, undominated
 from hobbit_jax.report.sweep import RANDOM
 from hobbit_jax.statistics import RESAMPLES, Interval, bootstrap
 
@@ -59,6 +59,10 @@ class Averaged:
     def kl(self) -> Interval:
         """Mean KL to the native model."""
         return interval(self.kl_SW)
+
+    def at_seeds(self, seeds: Sequence[int]) -> np.ndarray:
+        """KL of these seeds, which it has, nats [seeds, windows]."""
+        return self.kl_SW[[self.seeds.index(seed) for seed in seeds]]
 
     @property
     def score(self) -> str:
@@ -211,15 +215,18 @@ class Frontier:
 
         KL in each window is interpolated between the two neighbours; native's is 0.
         """
-        points = [(1.0, np.zeros_like(averaged.kl_SW))]
-        for other in self.plans_of(Uniform, averaged.text):
-            if other.encoder == BEST_ENCODER and not other.through and not other.roles:
-                pair = _paired(other, averaged)
-                if pair is None:
-                    return None
-                points.append((other.bytes_of_native, np.broadcast_to(pair[0], pair[1].shape)))
-        kl_SW = line_at(averaged.bytes_of_native, points) if len(points) > 1 else None
-        return None if kl_SW is None else replace(averaged, kl_SW=kl_SW)
+        uniform = [
+            other
+            for other in self.plans_of(Uniform, averaged.text)
+            if other.encoder == BEST_ENCODER and not other.through and not other.roles
+        ]
+        seeds = tuple(s for s in averaged.seeds if all(s in other.seeds for other in uniform))
+        if not uniform or not seeds:
+            return None
+        points = [(p.bytes_of_native, p.at_seeds(seeds)) for p in uniform]
+        native = (1.0, np.zeros_like(points[0][1]))
+        kl_SW = line_at(averaged.bytes_of_native, undominated([native, *points]))
+        return None if kl_SW is None else replace(averaged, kl_SW=kl_SW, seeds=seeds)
 
     def bytes_read(self, averaged: Averaged) -> float | None:
         """Bytes that one use of an expert reads, over native's."""
@@ -232,7 +239,7 @@ def frontiers(study: Study, found: Records) -> list[Frontier]:
     """The study that `study` describes, on each of its evaluation texts.
 
     Raises:
-        ValueError: no finished record.
+        ValueError: no finished record of a text.
     """
     done = {r.name: r for r in found.of(study.name) if r.status == "ok"}
     groups: dict[str, dict[tuple[Any, str], dict[int, Record]]] = {}
@@ -246,7 +253,8 @@ def frontiers(study: Study, found: Records) -> list[Frontier]:
             plans = groups.setdefault(asked.inputs.evaluation_text, {})
             plans.setdefault(key, {})[asked.seed] = record
     if not groups:
-        raise ValueError(f"the study {study.name} has no finished record; run the sweep first")
+        some = "finished records of problems alone, none of a text" if scored else "no record"
+        raise ValueError(f"the study {study.name} has {some}; run all of the sweep first")
     n_absent = sum(name not in done for name in study.trials)
 
     def averaged(plan: Any, text: str, by_seed: Mapping[int, Record]) -> Averaged:
@@ -273,7 +281,4 @@ def _paired(left: Averaged, right: Averaged) -> tuple[np.ndarray, np.ndarray] | 
     common = [seed for seed in left.seeds if seed in right.seeds]
     if not common:
         return None
-    return (
-        left.kl_SW[[left.seeds.index(seed) for seed in common]],
-        right.kl_SW[[right.seeds.index(seed) for seed in common]],
-    )
+    return left.at_seeds(common), right.at_seeds(common)

@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from hobbit_jax.record import CacheTrial, MissModeTrial, Native, Record, Records, Study, Uniform
-from hobbit_jax.report.paired import difference, kl_nats_W, line_at, mean_interval, points, relation
+from hobbit_jax.report.paired import (
+    difference,
+    kl_nats_W,
+    line_at,
+    mean_interval,
+    points,
+    relation,
+    undominated,
+)
 from hobbit_jax.report.sweep import at, order, pool_share, trial
 from hobbit_jax.report.table import MIB, Column, ratio, table
 from hobbit_jax.statistics import Interval
@@ -102,12 +110,7 @@ class Cell:
             way for plan in {trial(r).plan for r in self.records} for way in self.ways(plan)[:1]
         ]
         rivals = points(cheapest, lambda r: cost.value if (cost := self.cost(r)) else None)
-        # A quant that costs more than another and loses more is no rival.
-        line = [
-            (place, kl_W)
-            for place, kl_W in rivals
-            if not any(x < place and y_W.mean() < kl_W.mean() for x, y_W in rivals)
-        ]
+        line = undominated(rivals)
         most = max((place for place, _ in line), default=0.0)
         others = [r for r in self.records if trial(r).by_decoding]
         found = []
@@ -175,7 +178,7 @@ def small_low_bank(study: MissStudy | None) -> list[str]:
         f"{ratio(_moved(here['hobbit']) / _moved(here['native']))} at {budget_mib:g} MiB, KL "
         f"{here['hobbit'].metrics['kl_mean_nats']:.4f} ({label(here['hobbit'])})"
         for budget_mib, here in groups.items()
-        if len(here) == 2
+        if len(here) == 2 and _moved(here["native"])
     ]
 
 

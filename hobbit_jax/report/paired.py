@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from hobbit_jax.record import Record
-from hobbit_jax.statistics import Interval, bootstrap
+from hobbit_jax.statistics import Interval
 
 
 def kl_nats_W(record: Record) -> np.ndarray | None:
@@ -41,18 +41,18 @@ def difference(left: np.ndarray, right: np.ndarray, confidence: float = 0.95) ->
 
 
 def ratio_over_prompts(record: Record, native: Record, name: str) -> Interval | None:
-    """A count a token over native's, prompts resampled in pairs; None without each prompt's."""
+    """A count a token over native's, in pairs of prompts; None without each prompt's.
+
+    The interval is Student's t of what a prompt has more than the ratio says.
+    """
     own_R, native_R = (
         np.asarray(r.samples.get(f"{name}_per_token_R", ())) for r in (record, native)
     )
     if not own_R.size or own_R.shape != native_R.shape or not native_R.any():
         return None
-
-    def ratio(drawn: np.ndarray) -> float:
-        base = native_R[drawn].mean()
-        return float(own_R[drawn].mean() / base) if base else math.inf
-
-    return bootstrap(ratio, len(own_R))
+    ratio = float(own_R.mean() / native_R.mean())
+    off = mean_interval((own_R - ratio * native_R) / native_R.mean())
+    return Interval(ratio, ratio + off.low, ratio + off.high)
 
 
 def relation(differences: Sequence[Interval]) -> str | None:
@@ -86,6 +86,18 @@ def line_at(x: float, points: Sequence[tuple[float, np.ndarray]]) -> np.ndarray 
     return (1 - share) * best[places[left]] + share * best[places[right]]
 
 
+def undominated(
+    points: Sequence[tuple[float, np.ndarray]],
+) -> list[tuple[float, np.ndarray]]:
+    """Of (bytes or cost, KL of windows) those that no other beats in both: what costs more than
+    another and loses more is no rival."""
+    return [
+        (place, kl)
+        for place, kl in points
+        if not any(x < place and other.mean() < kl.mean() for x, other in points)
+    ]
+
+
 def points(
     records: Iterable[Record], at: Callable[[Record], float | None]
 ) -> list[tuple[float, np.ndarray]]:
@@ -116,7 +128,11 @@ def task_loss(record: Record, native: Record, task: str) -> Interval | None:
     """
     solved, lost = (np.array(r.samples.get(f"{task}_solved", ()), float) for r in (native, record))
     if solved.size and solved.shape == lost.shape:
-        return mean_interval(solved - lost)
+        loss_N = solved - lost
+        if not loss_N.any():  # no problem tells them apart: what so few problems can exclude
+            most = 1 - 0.025 ** (1 / loss_N.size)
+            return Interval(0.0, -most, most)
+        return mean_interval(loss_N)
     before, after = (r.interval(task) for r in (native, record))
     if before is None or after is None:
         return None

@@ -35,25 +35,31 @@ class Plan:
         return self.record.samples["baselines"]
 
     def chosen(self, who: str) -> str:
-        """What to run "here", "overall" or in a "compiled" engine; least local routing first."""
-        return " or ".join(dict.fromkeys(self.record.samples[f"choices_{who}"]))
+        """What to run with "native" experts, "here", "overall" or in a "compiled" engine; that of
+        the least local routing first."""
+        options = {option["name"]: option for option in [*self.settings, *self.baselines]}
+        names = dict.fromkeys(self.record.samples[f"choices_{who}"])
+        return " or ".join(_named(options[name]) for name in names)
 
     def speed(self, who: str) -> str:
         """Tokens a second of `chosen`."""
-        options = {option["name"]: option for option in [*self.settings, *self.baselines]}
         key = "compiled_tokens_per_second" if who == "compiled" else "tokens_per_second"
-        found = [
-            options[name].get(key, options[name]["tokens_per_second"])[at]
-            for at, name in enumerate(self.record.samples[f"choices_{who}"])
-        ]
+        found = self._of_chosen(who, lambda o, at: o.get(key, o["tokens_per_second"])[at])
         return spread(found, ".0f")
 
+    def loss(self, who: str) -> float:
+        """The most nats a token that `chosen` is expected to lose, by the reference model."""
+        return max(self._of_chosen(who, lambda o, at: o["expected_loss"][at]))
+
+    def _of_chosen(self, who: str, value: Callable[[Option, int], float]) -> list[float]:
+        options = {option["name"]: option for option in [*self.settings, *self.baselines]}
+        names = self.record.samples[f"choices_{who}"]
+        return [value(options[name], at) for at, name in enumerate(names)]
+
     @property
-    def action(self) -> str:
-        """What to do, in a few words."""
-        if len(self.settings) == 1:
-            return "keep native: all experts fit"
-        return self.chosen("overall")
+    def native_fits(self) -> bool:
+        """Whether no expert has to leave the GPU."""
+        return len(self.settings) == 1
 
     @property
     def constants(self) -> list[Option]:
@@ -98,6 +104,12 @@ def spread(values: Sequence[float], form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def _named(option: Option) -> str:
+    """Its name, which says of llama.cpp how many layers' experts are on the CPU."""
+    flag = option.get("flag", "").rstrip(": ")
+    return option["name"].replace("--n-cpu-moe", flag) if flag else option["name"]
+
+
 def plans(records: Sequence[Record]) -> list[Plan]:
     """Of a study's records those that are plans, by model and memory."""
     found = [r for r in records if r.subject == STUDY]
@@ -120,22 +132,17 @@ _speed, _hit_rate = _predicted("tokens_per_second", ".0f"), _predicted("hit_rate
 
 def options_table(plan: Plan) -> str:
     """Every setting of this engine, and what llama.cpp would do."""
-
-    def named(option: Option) -> str:
-        flag = option.get("flag", "").rstrip(": ")  # says how many layers
-        return option["name"].replace("--n-cpu-moe", flag) if flag else option["name"]
-
     columns = [
-        Column("setting", named),
+        Column("setting", _named),
         Column("residents", lambda o: o.get("residents")),
         Column("hit rate", _predicted("hit_rate", ".2f")),
         Column("round trips", _predicted("exits", ".1f")),
         Column("MB moved", _predicted("moved_bytes", ".1f", unit=1e6)),
         Column("below native", _predicted("low_uses", ".2f")),
         Column("on the GPU, %", _predicted("on_gpu", ".0f", unit=0.01)),
-        Column("loss", lambda o: max(o["expected_loss"]), ".3f"),
+        Column("expected KL", lambda o: max(o["expected_loss"]), ".3f"),
         Column("tokens/s", _predicted("tokens_per_second", ".1f")),
-        Column("compiled", _predicted("compiled_tokens_per_second", ".1f")),
+        Column("if compiled", _predicted("compiled_tokens_per_second", ".1f")),
     ]
     return table(columns, [*plan.settings, *plan.baselines])
 
@@ -147,19 +154,25 @@ def decision_table(found: Sequence[Plan]) -> str:
         chosen, draws = plan.record.samples["choices_overall"], plan.record.samples["joint_overall"]
         return f"{100 * sum(share for name, share in draws if name in chosen):.0f} %"
 
+    def of_smaller(value: Callable[[Plan], Any]) -> Callable[[Plan], Any]:
+        return lambda plan: value(plan) if plan.loss("overall") else None
+
+    def native(plan: Plan) -> str:
+        return f"all fit: {plan.chosen('native')}" if plan.native_fits else plan.chosen("native")
+
     columns = [
         Column("model", lambda p: p.record.setting["model"]),
         Column(
             "GPU", lambda p: f"{p.record.setting['gpu']}, {p.record.metrics['gpu_vram_gib']:g} GiB"
         ),
-        Column("do", "action"),
-        Column("tokens/s", lambda p: p.speed("overall")),
-        Column("in a compiled engine", lambda p: f"{p.chosen('compiled')}: {p.speed('compiled')}"),
-        Column(
-            "native SLRU: tokens/s, hit rate",
-            lambda p: f"{_speed(p.settings[0])}, {_hit_rate(p.settings[0])}",
-        ),
-        Column("chosen in, of joint draws", joint),
+        Column("fastest with native experts", native),
+        Column("tokens/s", lambda p: p.speed("native")),
+        Column("with smaller ones", of_smaller(lambda p: p.chosen("overall"))),
+        Column("tokens/s", of_smaller(lambda p: p.speed("overall"))),
+        Column("expected KL", of_smaller(lambda p: p.loss("overall")), ".3f"),
+        Column("chosen in", joint),
+        Column("native experts fetched: tokens/s", lambda p: _speed(p.settings[0])),
+        Column("hit rate", lambda p: _hit_rate(p.settings[0])),
     ]
     return table(columns, found)
 

@@ -23,7 +23,7 @@ from hobbit_jax.record import (
     Uniform,
     low_formats,
 )
-from hobbit_jax.report.paired import kl_nats_W, points
+from hobbit_jax.report.paired import kl_nats_W, points, undominated
 from hobbit_jax.report.table import percent
 
 RANDOM = "random"
@@ -131,7 +131,7 @@ class Sweep:
     @property
     def n_absent(self) -> int:
         """Number of trials without a record that can be read; 0 of a finished sweep."""
-        return len(self.missing) + len(self.unreadable)
+        return len(self.missing)
 
     @property
     def model(self) -> str:
@@ -236,4 +236,4 @@ class Sweep:
     def envelope(self, record: Record) -> list[tuple[float, np.ndarray]]:
         """(bytes moved a token, KL of windows) of native and the uniform quants beside `record`."""
         rivals = filter(None, (self.native(record), *self.uniform(record)))
-        return points(rivals, lambda r: r.metrics.get("bytes_moved_per_token"))
+        return undominated(points(rivals, lambda r: r.metrics.get("bytes_moved_per_token")))

@@ -16,19 +16,25 @@ from hobbit_jax.report.verdict import Verdict, control
 
 
 def quality(sweep: Sweep) -> str:
-    """What each plan loses, and in how many bytes."""
+    """What each plan loses, and in how many bytes.
+
+    Perplexities of a miss mode are of fewer windows, so they are left out.
+    """
 
     def stored(record: Record) -> str | None:
         own, native = (record.metrics.get(f"{which}_bytes") for which in ("stored", "native"))
         return ratio(own / native) if own is not None and native else None
+
+    def of_all_windows(metric: str) -> Callable[[Record], float | None]:
+        return lambda r: None if _budget_of_miss_mode(r) else r.metrics.get(metric)
 
     columns = [
         Column("plan", sweep.label),
         Column("budget", _budget_of_miss_mode),
         Column("stored, MiB", "stored_bytes", ".2f", unit=MIB),
         Column("of native", stored),
-        Column("bits per byte", "bits_per_byte", ".4f"),
-        Column("perplexity", "perplexity", ".3f"),
+        Column("bits per byte", of_all_windows("bits_per_byte"), ".4f"),
+        Column("perplexity", of_all_windows("perplexity"), ".3f"),
         Column("KL mean", "kl_mean_nats", ".4f", interval=True),
         Column("KL p99", "kl_p99_nats", ".3f", interval=True),
         Column("KL p99.9", "kl_p999_nats", ".3f", interval=True),
@@ -112,13 +118,14 @@ def verdict_table(sweep: Sweep, found: Sequence[Verdict]) -> str:
     """The answer at each budget and format."""
 
     def decided(verdict: Verdict) -> str:
-        return verdict.why_open or "; ".join(c.text for c in verdict.best.decisive)
+        found = "; ".join(c.text for c in verdict.best.decisive) if verdict.best else ""
+        return verdict.why_open or found
 
     columns = [
-        Column("budget", lambda v: at(v.best.record)),
+        Column("budget", lambda v: f"{v.budget_mib:g} MiB"),
         Column("low format", "low_format"),
         Column("mixing is", lambda v: v.outcome.value),
-        Column("best candidate", lambda v: sweep.label(v.best.record)),
+        Column("best candidate", lambda v: v.best and sweep.label(v.best.record)),
         Column("what decided", decided),
     ]
     return table(columns, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -70,23 +71,29 @@ def measure_trial(
         low_share=by_miss.share if by_miss else 0.0,
         resident_lift=asked.resident_lift,
     )
-    engine = Engine(bench.model, store, config)
     shared = of_quality(asked)
     name, batch = record_name(shared), 1 if asked.by_decoding else None
     sizes, native_WTV = asked.sizes, bench.native_logits()
 
+    def make_engine() -> Engine:
+        """For each part anew: what is resident must not depend on the parts made before, here or
+        in another process."""
+        gc.collect()  # the pool of the part before, if anything refers to itself
+        return Engine(bench.model, store, config)
+
     def losses() -> Measured:
         if not asked.by_decoding:
-            return measured(quality.evaluate(engine, bench.windows, native_WTV))
+            return measured(quality.evaluate(make_engine(), bench.windows, native_WTV))
         windows = bench.windows.first(sizes.decoded_windows)
-        return measured(quality.evaluate_decoding(engine, windows, native_WTV))
+        return measured(quality.evaluate_decoding(make_engine(), windows, native_WTV))
 
     def scores() -> Measured:
         if getattr(asked.plan, "score", None) == "random":
             return Measured()  # the control is compared by KL
-        return bench.task_scores(engine, shared, specs, batch)
+        return bench.task_scores(make_engine(), shared, specs, batch)
 
     def decode() -> Measured:
+        engine = make_engine()
         found, _ = measure_engine(engine, bench.decode_ids_RS, sizes.decode_prompt_tokens)
         return measured({**found.figures(), **pool_figures(engine)})
 
