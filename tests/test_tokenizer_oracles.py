@@ -8,12 +8,18 @@ from llama_cpp_vocab import LlamaCppVocab
 from test_tokenizer import byte_level_file
 
 from hobbit_jax.model_file.gguf_file import open_gguf, write_gguf
+from hobbit_jax.model_file.pre_tokenizers import EXPRESSIONS
 from hobbit_jax.model_file.sentencepiece import SPACE
 from hobbit_jax.model_file.special_tokens import _EOG_NAMES, _FIM_NAMES, _SHOWN_NAMES
-from hobbit_jax.model_file.tokenizer import _PRE_TOKENIZERS, Tokenizer
+from hobbit_jax.model_file.tokenizer import BYTE_CHARACTERS, Tokenizer
 
 pytestmark = [pytest.mark.oracle, NEEDS_LLAMA_CPP]
 KEY = "tokenizer.ggml.{}_token_id"
+# Of every class that an expression knows: cased and caseless letters, marks, digits, symbols,
+# punctuation, spaces.
+CHARACTERS = (
+    "aAbZsStTdrevl'’éÉжЖßǅʰªあ漢한ไ\u0301\u0e34\u0951127٣Ⅷ½ \t\n\r\u3000\u00a0.,!?-/（。‘$+^|`€😀_"
+)
 
 
 def written(path, metadata):
@@ -40,7 +46,7 @@ def byte_level(draw: random.Random) -> dict:
     tokens = kept + special_names(draw)
     added = range(len(kept), len(tokens))
     types = [1] * len(kept) + [draw.choice([1, 1, 2, 3, 3, 3, 4, 5]) for _ in added]
-    metadata["tokenizer.ggml.pre"] = draw.choice(["", *_PRE_TOKENIZERS])
+    metadata["tokenizer.ggml.pre"] = draw.choice(["", *EXPRESSIONS])
     for role in ("eot", "eom", "fim_pad", "fim_sep", "fim_rep", "fim_pre", "prefix", "middle"):
         if draw.random() < 0.15:
             metadata[KEY.format(role)] = draw.choice(added)
@@ -50,6 +56,44 @@ def byte_level(draw: random.Random) -> dict:
     return metadata | ids | {
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
+    }  # fmt: skip
+
+
+def merging_characters(draw: random.Random) -> dict:
+    """Every two neighbours merge, unless the text was split between them."""
+    names = ["".join(BYTE_CHARACTERS[b] for b in c.encode()) for c in CHARACTERS]
+    merges = [f"{name[:n]} {name[n]}" for name in names for n in range(1, len(name))]
+    merges += [f"{left} {right}" for left in names for right in draw.sample(names, 20)]
+    draw.shuffle(merges[sum(len(name) - 1 for name in names) :])
+    tokens = [*BYTE_CHARACTERS, *(m.replace(" ", "", 1) for m in merges), "<s>", "</s>"]
+    tokens, merges = list(dict.fromkeys(tokens)), list(dict.fromkeys(merges))
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * (len(tokens) - 2) + [3, 3],
+        "tokenizer.ggml.merges": merges,
+        KEY.format("bos"): len(tokens) - 2,
+        KEY.format("eos"): len(tokens) - 1,
+    }
+
+
+def gemma(draw: random.Random) -> dict:
+    """Gemma 4's: characters and not bytes are merged, and some characters have no token."""
+    known = ["\n", "\n\n", SPACE, *draw.sample([c for c in CHARACTERS if c.strip()], 25)]
+    pairs = [(a, b) for a in known for b in draw.sample(known, 8) if "\n" not in a + b]
+    draw.shuffle(pairs)
+    words = list(dict.fromkeys([*known, *(a + b for a, b in pairs), f"a{SPACE}漢"]))
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += [*words, "<|turn>", "<turn|>", "<|tool_response>"]
+    return {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3, 3, 2, *[6] * 256, *[1] * len(words), 3, 3, 4],
+        "tokenizer.ggml.scores": [0.0] * len(tokens),
+        "tokenizer.ggml.merges": [f"{a} {b}" for a, b in pairs],
+        "tokenizer.ggml.add_bos_token": draw.random() < 0.5,
+        "tokenizer.ggml.add_space_prefix": False,
+        KEY.format("bos"): 2, KEY.format("eos"): 1, KEY.format("unknown"): 3,
     }  # fmt: skip
 
 
@@ -100,3 +144,39 @@ def test_ids_and_ends_are_llama_cpps(tmp_path, make, seed):
                 doubled = theirs.encode(text, True, special)
                 begins = theirs.add_bos and ids[:1] == [tokenizer.bos_id]
                 assert tokenizer.encode(text, None, special) == doubled[begins:]
+
+
+def same_ids(path, drawn: list[str]) -> None:
+    tokenizer = Tokenizer.from_gguf(open_gguf(path))
+    with LlamaCppVocab(path) as theirs:
+        assert (tokenizer.eog_ids, tokenizer.add_bos) == (theirs.eog_ids, theirs.add_bos)
+        for text in drawn:
+            ids = tokenizer.encode(text, add_bos=False)
+            assert ids == theirs.encode(text, False, True), text
+            assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("pre", EXPRESSIONS)
+def test_every_pre_tokenizer_splits_as_llama_cpp_does(tmp_path, pre):
+    draw = random.Random(pre)
+    metadata = {**merging_characters(draw), "tokenizer.ggml.pre": pre}
+    drawn = ["".join(draw.choices(CHARACTERS, k=draw.randrange(1, 60))) for _ in range(150)]
+    same_ids(written(tmp_path / "vocab.gguf", metadata), drawn)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_gemma_4s_ids_are_llama_cpps(tmp_path, seed):
+    draw = random.Random(seed)
+    parts = [
+        *CHARACTERS,
+        "\n",
+        "\n\n",
+        "\n\n\n",
+        " ",
+        "  ",
+        "<|turn>",
+        "<turn|>",
+        "<|tool_response>",
+    ]
+    drawn = ["".join(draw.choices(parts, k=draw.randrange(1, 40))) for _ in range(60)]
+    same_ids(written(tmp_path / "vocab.gguf", gemma(draw)), drawn)

@@ -17,6 +17,18 @@ SPACE = "\u2581"  # how SentencePiece writes a space
 _CACHED_WORDS = 2**16
 
 
+def byte_tokens(vocabulary: Mapping[str, int]) -> list[int]:
+    """Ids of `<0x00>` to `<0xFF>`.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    for name in (names := [f"<0x{byte:02X}>" for byte in range(256)]):
+        if name not in vocabulary:
+            raise ValueError(f"token {name!r} is missing, expected one for each byte")
+    return [vocabulary[name] for name in names]
+
+
 class SentencePieceBPE:
     """Encodes text whose spaces are `SPACE`.
 
@@ -29,12 +41,8 @@ class SentencePieceBPE:
     """
 
     def __init__(self, vocabulary: Mapping[str, int], scores: Sequence[float]):
-        byte_names = [f"<0x{byte:02X}>" for byte in range(256)]
-        for name in byte_names:
-            if name not in vocabulary:
-                raise ValueError(f"token {name!r} is missing, expected one for each byte")
         self._ids, self._scores = vocabulary, scores
-        self._byte_ids = [vocabulary[name] for name in byte_names]
+        self._byte_ids = byte_tokens(vocabulary)
         # Where no piece holds the beginning of a second word, words do not touch each other.
         inside = re.compile(f"[^{SPACE}]{SPACE}")
         spanning = any(inside.search(piece) for piece in vocabulary)

@@ -1,7 +1,7 @@
 """Text to token ids and back, the same ids as llama.cpp for the same file.
 
-This module owns the vocabulary: pre-tokenisers, where special tokens stand in a text, the rules of
-how a text begins (BOS) and where a generation ends (EOG), and decoding without broken characters.
+This module owns the vocabulary: where special tokens stand in a text, the rules of how a text
+begins (BOS) and where a generation ends (EOG), and decoding without broken characters.
 
 Source: llama.cpp, src/llama-vocab.cpp; byte-level merging is done by Hugging Face `tokenizers`.
 Two differences to Hugging Face's own tokenizer of the same model are llama.cpp's: text is not
@@ -25,7 +25,8 @@ from tokenizers import Tokenizer as _LibraryTokenizer
 
 from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile
-from hobbit_jax.model_file.sentencepiece import SPACE, SentencePieceBPE
+from hobbit_jax.model_file.pre_tokenizers import EXPRESSIONS, WHOLE_WORDS, WHOLE_WORDS_AND_BOS
+from hobbit_jax.model_file.sentencepiece import SPACE, SentencePieceBPE, byte_tokens
 from hobbit_jax.model_file.special_tokens import ROLES, TokenType, find_special_tokens
 
 T = TypeVar("T")
@@ -35,50 +36,7 @@ _OTHERS = sorted({*range(256)} - _PRINTABLE)
 # GPT-2's table: printable Latin-1 stands for itself, the other bytes for U+0100 upwards.
 BYTE_CHARACTERS = [chr(b if b in _PRINTABLE else 0x100 + _OTHERS.index(b)) for b in range(256)]
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-_MODERN = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_LLAMA3 = _MODERN % "{1,3}"
-QWEN2 = _MODERN % ""
-# A word that is a token is that token, whatever the merges say; and text begins with BOS.
-_WHOLE_WORDS_AND_BOS = (
-    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
-    "jina-v5-nano",
-)
-_WHOLE_WORDS = ("glm4",)  # a whole word is a token there too, but no text begins with BOS
-# Expressions, each splitting the pieces that the one before has left, and the values of
-# tokenizer.ggml.pre that llama.cpp maps to them.
-_EXPRESSIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    ((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), ("default", "")),
-    (
-        (_GPT2,),
-        (
-            *("gpt-2", "phi-2", "olmo", "mpt", "jais", "jina-es", "jina-de", "jina-v2-es"),
-            *("jina-v2-de", "gigachat", "a.x-4.0", "mellum", "modern-bert", "exaone4", "trillion"),
-            "granite-docling",
-        ),
-    ),
-    (
-        (r"\p{N}", _GPT2),
-        (
-            *("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"),
-            "mellum2",
-        ),
-    ),
-    (
-        (QWEN2,),
-        (
-            *("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "kormo", "f2llmv2", "hunyuan"),
-            "solar-open",
-        ),
-    ),
-    ((_LLAMA3,), (*_WHOLE_WORDS_AND_BOS, "dbrx", "smaug-bpe", "glm4", "chatglm-bpe")),
-)
-_PRE_TOKENIZERS = {name: expressions for expressions, names in _EXPRESSIONS for name in names}
+_GEMMA_LINES = re.compile(r"\n+|[^\n]+")
 
 
 class Tokenizer:
@@ -127,10 +85,11 @@ class Tokenizer:
           NotImplementedError: another tokenizer model or pre-tokeniser.
         """
         model = file.read("tokenizer.ggml.model", metadata.text())
-        if model not in ("gpt2", "llama"):
+        if model not in _ENCODERS:
             raise NotImplementedError(
                 f"{file.paths[0]}: tokenizer.ggml.model is {metadata.shown(model)}; supported are "
-                "'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)"
+                "'gpt2' (byte-level BPE), 'llama' (SentencePiece BPE) and 'gemma4' (BPE of "
+                "characters)"
             )
         vocabulary = _vocabulary(file)
         tokens = list(vocabulary)
@@ -138,16 +97,14 @@ class Tokenizer:
             "tokenizer.ggml.token_type", metadata.integers(-(2**31)), [1] * len(tokens)
         )
         types = _one_each(file, "tokenizer.ggml.token_type", types, len(tokens))
-        if model == "llama":
-            encode, defaults = _sentencepiece(file, vocabulary, types)
-        else:
-            encode, defaults = _byte_level(file, vocabulary)
+        encode, defaults = _ENCODERS[model](file, vocabulary, types)
         token_id = metadata.integer(0, len(tokens) - 1)
         ids = {
             role: file.read(f"tokenizer.ggml.{role}_token_id", token_id, defaults.get(role))
             for role in ROLES
         }
         add_bos = file.read("tokenizer.ggml.add_bos_token", metadata.flag(), defaults["add_bos"])
+        add_bos |= model == "gemma4"  # whatever the file says, as llama.cpp has it
         if add_bos and ids["bos"] is None:
             raise ValueError(
                 f"{file.paths[0]}: the file wants text to begin with BOS but has no "
@@ -168,7 +125,7 @@ class Tokenizer:
             special.types,
             ids,
             special.eog_ids,
-            sentencepiece=model == "llama",
+            sentencepiece=model in ("llama", "gemma4"),
             space_prefix=model == "llama" and space_prefix,
             add_bos=add_bos,
         )
@@ -315,7 +272,7 @@ def _is_special(token_type: int) -> bool:
 
 
 def _byte_level(
-    file: GGUFFile, vocabulary: dict[str, int]
+    file: GGUFFile, vocabulary: dict[str, int], _types: list[int]
 ) -> tuple[Callable[[str], list[int]], dict[str, Any]]:
     """Byte-level BPE behind the pre-tokeniser of the file, and what such files default to."""
     pre = file.read("tokenizer.ggml.pre", metadata.text(), "")
@@ -326,11 +283,48 @@ def _byte_level(
             "other token ids than in training and answers are worse; convert the model again"
         )
         pre = "default"
-    if pre not in _PRE_TOKENIZERS:
+    if pre not in EXPRESSIONS:
         raise NotImplementedError(
             f"{file.paths[0]}: tokenizer.ggml.pre is {metadata.shown(pre)}; supported are "
-            f"{', '.join(filter(None, _PRE_TOKENIZERS))}"
+            f"{', '.join(filter(None, EXPRESSIONS))}"
         )
+    pairs = _merges(file, vocabulary)
+    begins = pre in WHOLE_WORDS_AND_BOS
+    whole_words = begins or pre in WHOLE_WORDS
+    library = _LibraryTokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole_words))
+    splits = [pre_tokenizers.Split(Regex(e), "isolated") for e in EXPRESSIONS[pre]]
+    to_byte_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_byte_characters])
+    return lambda text: library.encode(text, add_special_tokens=False).ids, {"add_bos": begins}
+
+
+def _of_characters(
+    file: GGUFFile, vocabulary: dict[str, int], _types: list[int]
+) -> tuple[Callable[[str], list[int]], dict[str, Any]]:
+    """Gemma 4's BPE, which merges characters and not bytes, line by line; a run of newlines that is
+    a token is that token, and what has no token is spelt in bytes."""
+    try:
+        byte_tokens(vocabulary)
+    except ValueError as error:
+        raise ValueError(f"{file.paths[0]}: {error}; convert the model again") from None
+    library = _LibraryTokenizer(
+        models.BPE(vocabulary, _merges(file, vocabulary), byte_fallback=True)
+    )
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = []
+        for line in _GEMMA_LINES.findall(text):
+            if line[0] == "\n" and line in vocabulary:
+                ids.append(vocabulary[line])
+            else:
+                ids += library.encode(line, add_special_tokens=False).ids
+        return ids
+
+    return encode, {"add_bos": True}
+
+
+def _merges(file: GGUFFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    """The pairs that are merged, the first first."""
     merges = file.read("tokenizer.ggml.merges", metadata.texts())
     # From the second character on: the left part may itself be a space. Of equal merges the first
     # rank counts, as in llama.cpp; the library would take the last.
@@ -343,13 +337,7 @@ def _byte_level(
                 f"{file.paths[0]}: merge {metadata.shown(left + ' ' + right)} uses a token outside "
                 "the vocabulary, expected all three inside; convert the model again"
             )
-    begins = pre in _WHOLE_WORDS_AND_BOS
-    whole_words = begins or pre in _WHOLE_WORDS
-    library = _LibraryTokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole_words))
-    splits = [pre_tokenizers.Split(Regex(e), "isolated") for e in _PRE_TOKENIZERS[pre]]
-    to_byte_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    library.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_byte_characters])
-    return lambda text: library.encode(text, add_special_tokens=False).ids, {"add_bos": begins}
+    return pairs
 
 
 def _sentencepiece(
@@ -371,6 +359,11 @@ def _sentencepiece(
         raise ValueError(f"{file.paths[0]}: {error}; convert the model again") from None
     default_ids = {role: i for role, i in (("bos", 1), ("eos", 2)) if i < len(vocabulary)}
     return encoder.encode, {**default_ids, "add_bos": True}
+
+
+# By tokenizer.ggml.model: how a text without special tokens is encoded, and what such files default
+# to.
+_ENCODERS = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _of_characters}
 
 
 def _token_bytes(

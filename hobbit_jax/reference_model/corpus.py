@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from hobbit_jax.model_file.tokenizer import QWEN2
+from hobbit_jax.model_file.pre_tokenizers import QWEN2
 from hobbit_jax.synthetic_tasks.documents import TaskMix, task_documents
 
 END_OF_TEXT = "<|endoftext|>"
