@@ -11,6 +11,7 @@ from hobbit_jax.cache.pool_sizing import demands
 from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import SelectionPlan, StaticPlan, uniform_plan
 from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.inference import engine as engine_module
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.sampling import Sampling, sample
 from hobbit_jax.model_file.gguf_file import write_gguf
@@ -251,6 +252,35 @@ def test_a_batch_shrinks_as_its_sequences_end(model, store):
     found = np.asarray(greedy(engine, PROMPTS, stops, shrinks=True))
     assert found[:, 2].tolist() == last and (found[-1, :2] == -1).all()
     assert engine.kv_cache_bytes == room // 3
+
+
+def test_tokens_that_do_not_exist_are_refused(model, store):
+    """Compiled programs wrap or clamp an index, so they would answer for another token."""
+    engine = Engine(model, store, CacheConfig(chunk_tokens=CHUNK))
+    last = model.config.vocab_size - 1
+    for wrong in (-1, last + 1):
+        with pytest.raises(ValueError, match=f"token id {wrong}; want 0 to {last}"):
+            next(engine.generate([[1, wrong]], 4))
+        engine.start(1, 8)
+        engine.prefill([[1, last]])
+        with pytest.raises(ValueError, match=f"token id {wrong}; want 0 to {last}"):
+            engine.decode(np.asarray([wrong]))
+    with pytest.raises(ValueError, match="max_new_tokens is 0; want at least 1"):
+        next(engine.generate(PROMPTS, 0))
+
+
+def test_the_caches_before_are_gone_when_new_ones_are_made(model, store, monkeypatch):
+    engine = Engine(model, store, CacheConfig(chunk_tokens=CHUNK))
+    engine.start(1, 8)
+    make = engine_module.empty_carry
+
+    def observed(*args):
+        assert engine._carry is None
+        return make(*args)
+
+    monkeypatch.setattr(engine_module, "empty_carry", observed)
+    engine.start(2, 8)
+    assert engine.kv_cache_bytes
 
 
 def test_too_long_is_refused(model, store):

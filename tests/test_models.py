@@ -85,6 +85,7 @@ class _Weights:
         RouterConfig("sigmoid", renormalise=False, selection_bias=True),
         RouterConfig("sigmoid", True, 1.8, selection_bias=True, groups=4, groups_used=2),
         RouterConfig("softmax", True, groups=3, groups_used=1),
+        RouterConfig("softmax", False, 16.0, groups=4, groups_used=2, ranked_by=1),
         RouterConfig("sqrt_softplus", True, 1.5, selection_bias=True),
     ],
 )
@@ -106,8 +107,8 @@ def test_a_router_does_what_its_settings_say(settings):
         choice = score + bias_E if settings.selection_bias else score.copy()
         size = n_experts // settings.groups
         groups = [range(g * size, (g + 1) * size) for g in range(settings.groups)]
-        groups.sort(key=lambda group: sorted(choice[list(group)])[-2:], reverse=True)
-        groups.sort(key=lambda group: sum(sorted(choice[list(group)])[-2:]), reverse=True)
+        best = slice(-settings.ranked_by, None)
+        groups.sort(key=lambda group: sum(sorted(choice[list(group)])[best]), reverse=True)
         allowed = [expert for group in groups[: settings.groups_used] for expert in group]
         chosen = sorted(allowed, key=lambda expert: -choice[expert])[:used]
         chosen.sort(key=lambda expert: -score[expert])

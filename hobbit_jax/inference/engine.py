@@ -165,6 +165,7 @@ class Engine:
             )
         self.pool.drop_prefetched()
         self.controller.begin_sequences()
+        self._carry = None  # before the new caches are made: only one set may be on the device
         self._carry = empty_carry(self.config, batch, context, self._mesh, self.cache.kv_format)
         ids = [] if prefix is None else prefix.ids
         if prefix is not None:
@@ -230,9 +231,18 @@ class Engine:
         if longest > context:
             raise ValueError(f"{longest} tokens exceed the {context} started with")
 
+    def _check_ids(self, ids: np.ndarray) -> None:
+        # Compiled programs would take another token in the place of one that does not exist.
+        least, most = ids.min(initial=0), ids.max(initial=0)
+        if least < 0 or most >= self.config.vocab_size:
+            raise ValueError(
+                f"token id {least if least < 0 else most}; want 0 to {self.config.vocab_size - 1}"
+            )
+
     def _append(self, ids_BT: np.ndarray, n_new_B: np.ndarray) -> jax.Array:
         """Appends the first `n_new_B` tokens of each row; residual stream [B, T, D]."""
         self._check_room(n_new_B)
+        self._check_ids(ids_BT)
         # Until all layers are done there is no sequence to go on with.
         carry, self._carry = self._started(), None
         x_BTD, caches = self._prefill.append(
@@ -315,6 +325,7 @@ class Engine:
         draws.
         """
         self._check_room(active_B * count)
+        self._check_ids(ids_B[active_B])
         spec = self._loop_spec(sampling, most_tokens)
         program, k = decode_program(spec), self.config.experts_per_token
         stops = np.asarray(stop_ids, np.int32)
@@ -442,11 +453,14 @@ class Engine:
         the tokens are the same, they arrive together, and the first carries the cost of all.
         `context` makes room for so many tokens, so that calls of all lengths share one program;
         None for what these prompts need. Of `prefix`, with which all prompts must begin, nothing is
-        computed again; where what serves a selection depends on what is resident, results differ.
+        computed again. Results are those without it but for rounding, and for what serves a
+        selection where that depends on what is resident.
 
         Raises:
-            ValueError: a prompt that does not go on after `prefix`.
+            ValueError: a prompt that does not go on after `prefix`, or no token to generate.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; want at least 1")
         needed = max(map(len, prompts), default=0) + max_new_tokens
         rest = prompts if prefix is None else [prefix.rest(prompt) for prompt in prompts]
         self.start(len(prompts), needed if context is None else context, prefix)

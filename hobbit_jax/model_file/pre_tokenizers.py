@@ -100,7 +100,8 @@ _EXPRESSIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ((_BAILING,), ("bailingmoe", "bailingmoe2", "llada-moe")),
     (
         (
-            "[\r\n]", rf"\s?[{_CASED_LETTERS}]+", "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3001\u3002]+", r"\s+$",
+            "[\r\n]", rf"\s?[{_CASED_LETTERS}]+",
+            "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3001\u3002]+", r"\s+$",
             _CJK, r"\p{N}+",
         ),
         ("deepseek-llm",),

@@ -115,6 +115,7 @@ class RouterConfig:
         selection_bias: a bias is added to scores for the choice, and not to weights.
         groups: consecutive experts compete as so many groups first.
         groups_used: of them remain.
+        ranked_by: so many best scores of a group, whose sum ranks it.
         biased: logits have a bias.
         own_input: it reads the stream, normalised and scaled apart from what experts read.
         expert_scale: each expert's weight is multiplied by a factor of its own in the end.
@@ -126,6 +127,7 @@ class RouterConfig:
     selection_bias: bool = False
     groups: int = 1
     groups_used: int = 1
+    ranked_by: int = 2
     biased: bool = False
     own_input: bool = False
     expert_scale: bool = False

@@ -19,6 +19,9 @@ from hobbit_jax.models.latent_attention import LatentAttention
 def read(keys: Keys) -> ModelConfig:
     """See `registry.FAMILIES`."""
     router = any_router(keys, "sigmoid" if _is_old_glm(keys) else "softmax")
+    if router.gating == "softmax":
+        # DeepSeek-V2 and V2.5; llama.cpp takes the two best there too, for which V3 was trained.
+        router = replace(router, ranked_by=1)
     return dense_then_experts(keys, _attention(keys), router)
 
 

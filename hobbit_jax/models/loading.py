@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -101,16 +102,25 @@ class _Matrices:
         return Linear(tensor.format, planes, chosen, bias_N, factor)
 
     def router(self, tensor: TensorInfo, bias_N: jax.Array | None = None) -> Linear:
-        """In float32 everywhere: what it chooses shall not depend on rounding."""
-        rows, columns = tensor.shape
-        chosen = implementation_for(tensor.format, rows, columns, self._implementation)
-        return self.linear(tensor, "ggml" if chosen == "ggml" else "xla", bias_N)
+        """In float32 everywhere: what it chooses shall not depend on rounding.
+
+        ggml rounds the inputs of a product with anything but float32.
+        """
+        return self.linear(tensor, self._in_float32(tensor) if tensor.format == "F32" else "xla",
+                           bias_N)  # fmt: skip
 
     def of_heads(self, tensor: TensorInfo) -> Linear:
         """Heads' matrices one below the other, which is how they lie."""
         rows, raw = math.prod(tensor.shape[:-1]), tensor.raw
         shape = (rows, tensor.shape[-1])
-        return self.router(replace(tensor, shape=shape, raw=raw.reshape(rows, -1)))
+        flat = replace(tensor, shape=shape, raw=raw.reshape(rows, -1))
+        return self.linear(flat, self._in_float32(flat))
+
+    def _in_float32(self, tensor: TensorInfo) -> Literal["ggml", "xla"]:
+        """The kernels of GPUs round: "xla" takes their place."""
+        rows, columns = tensor.shape
+        chosen = implementation_for(tensor.format, rows, columns, self._implementation)
+        return "ggml" if chosen == "ggml" else "xla"
 
 
 def _array(tensor: TensorInfo) -> jax.Array:

@@ -109,7 +109,7 @@ class Router(nnx.Module):
         if groups == 1:
             return scores
         grouped = scores.reshape(*scores.shape[:-1], groups, -1)
-        best = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+        best = jnp.sum(jax.lax.top_k(grouped, self.settings.ranked_by)[0], axis=-1)
         kept = jax.lax.top_k(best, self.settings.groups_used)[1]
         is_kept = jnp.any(jax.nn.one_hot(kept, groups, dtype=jnp.bool_), axis=-2)
         return jnp.where(is_kept[..., None], grouped, -jnp.inf).reshape(scores.shape)

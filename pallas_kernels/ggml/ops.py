@@ -2,8 +2,9 @@
 
 Owns the matrices as blocks (`RawMatrix`), what the backend covers, and the calls of its handlers.
 Rounding: activations to 8 bits in blocks of 32 or 256, as ggml does for each weight type; products
-are summed in float32 in ggml's order, so that a row's result depends neither on the slot of its
-expert nor on what runs beside it.
+are summed in float32 in one of ggml's two orders, by how many rows the product has (`products.py`).
+So a row's result depends neither on the slot of its expert nor on other experts, but in its last
+bits on how many rows share it.
 """
 
 from __future__ import annotations
