@@ -23,8 +23,8 @@ Low precisions are encoded against the second moments of a text of which half is
 half generated problems: docs/appendix.md, "What to calibrate on", says why.
 
 Cost on 2 CPU cores: about 3 minutes (demo), about an hour and a half (full). A model of full size
-wants a GPU, on which it has not run: reckoned, its precisions take a quarter of an hour of 2 cores,
-and its 100 trials decode up to 3 million tokens for the tasks of 46 plans.
+wants a GPU, on which it has not run: its 100 trials decode up to 3 million tokens for the tasks of
+46 plans. `--dry_run` measures on your model how long its precisions take to encode.
 Expected: KL to native grows with the share of low experts and is far larger at
 2 bit than at 3 bit; bytes moved per token fall with the experts' size. Open:
 whether any importance score beats the random control.

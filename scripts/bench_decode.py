@@ -79,7 +79,9 @@ _PROMPT_TOKENS = flags.DEFINE_integer(
     "prompt_tokens", 32, "Number of tokens to prefill.", 1, cli.MAX_COUNT
 )
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Number of tokens to decode.", 1, cli.MAX_COUNT)
-_REPEATS = flags.DEFINE_integer("repeats", 6, "Number of rows, after a warm-up.", 1, 10_000)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 6, "Number of timed decodes, after a warm-up.", 1, 10_000
+)
 _LINK_GB_S = flags.DEFINE_float(
     "link_gb_s", None, "Bandwidth of an emulated link in GB/s.", 1e-6, 1e6
 )

@@ -39,10 +39,11 @@ _TEXT = flags.DEFINE_string(
     "many characters of each.",
 )
 _OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
-_STATISTICS = flags.DEFINE_enum("statistics", "second_moment", STATISTICS, "What to keep.")
+_STATISTICS = flags.DEFINE_enum("statistics", "second_moment", STATISTICS, "Statistics to record.")
 _BUDGET_MIB = flags.DEFINE_float(
-    "budget_mib", None, "Static cache of the table in MiB; a quarter of all experts by default.",
-    0.0, cli.MAX_MIB,
+    "budget_mib", None,
+    "Size in MiB of the static cache whose hit rate the table shows; by default a quarter of all "
+    "experts.", 0.0, cli.MAX_MIB,
 )  # fmt: skip
 _WINDOWS = flags.DEFINE_integer(
     "windows", None, "Windows to draw from the text; by default 48, or as many as it has.", 1

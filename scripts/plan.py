@@ -39,7 +39,10 @@ _PRESET = flags.DEFINE_enum(
     "preset", None, PRESET_NAMES, "Known model whose shapes are taken instead of a file's."
 )
 _GPU = flags.DEFINE_string(
-    "gpu", None, "Name of the GPU, or its device GB/s,PCIe GB/s.", required=True
+    "gpu",
+    None,
+    "Name of the GPU, or its memory and PCIe bandwidths in GB/s, as 504,31.5 (with --vram_gib).",
+    required=True,
 )
 _VRAM_GIB = flags.DEFINE_float(
     "vram_gib", None, "Memory of the GPU in GiB; its own by default.", 0.0, 4096.0
@@ -59,7 +62,11 @@ _RESERVE = flags.DEFINE_float(
     "reserve_gib", 0.75, "Memory in GiB for the driver and the display.", 0.0, 4096.0
 )
 _HOST_GB_S = flags.DEFINE_float(
-    "host_gb_s", None, "Bandwidth of the host's memory in GB/s, nominal.", 0.001, 1e6
+    "host_gb_s",
+    None,
+    "Nominal bandwidth of the host's memory in GB/s; by default 89.6, two channels of DDR5-5600.",
+    0.001,
+    1e6,
 )
 _BANDWIDTHS = flags.DEFINE_string(
     "bandwidths", None, "File of bench_bandwidth.py, made on the machine that the plan is for."

@@ -34,7 +34,7 @@ from hobbit_jax.sweep.trial import Trial
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, F.py or F.py:arg.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for records and what trials share.")
 _LAUNCHER = flags.DEFINE_enum(
-    "launcher", "local", LAUNCHERS, "The engine that runs the trials: processes here, Slurm or Ray."
+    "launcher", "local", LAUNCHERS, "Launcher that runs the trials: processes here, Slurm or Ray."
 )
 _WORKERS = flags.DEFINE_integer(
     "workers",

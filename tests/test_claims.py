@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Digits that measure nothing: names, and what the reference model and the machine are.
 NAMES = (
     r"Q\d_K(?:_M)?|IQ\d_\w+|docs/\S+|Qwen2\.5-Coder-1\.5B-Instruct|WikiText-2|GSM8K|2 bits|"
-    r"14 million parameters|2 CPU cores"
+    r"14 million parameters|4 layers of 16 experts, 2 a token|2 CPU cores"
 )
 
 
@@ -48,17 +48,22 @@ def of_the_sweep(studies):
         f"Q3_K costs a KL of {figure(q3.kl, '.4f')}",
         f"{moved(q3)} of native's bytes with {budgets}",
         f"Q2_K costs {q2.kl.value:.4f} and {moved(q2)}",
-        f"worth it in {outcomes.count(Outcome.WORTH_IT)} of {len(outcomes)} cases",
+        f"Of {len(outcomes)} cases, each a pool with a low format, {outcomes.count(Outcome.OPEN)} "
+        f"are open and {outcomes.count(Outcome.NO)} is not worth it",
         f"limit of {rule.kl_limit:g}",
     ]
 
 
 def of_encoders(studies):
-    kl = {p.encoder: f"{p.kl.value:.4f}" for p in answers.encoders(studies.mixed)["Q2_K"]}
+    plans = answers.encoders(studies.mixed)["Q2_K"]
+    kl = {p.encoder: f"{p.kl.value:.4f}" for p in plans}
+    solved = {p.encoder: f"{p.task('arithmetic').value:.2f}" for p in plans}
     return [
         f"GPTQ with refinement has a KL of {kl['gptq']}",
         f"ggml's encoder has {kl['ggml']}",
         f"plain rounding has {kl['rtn']}",
+        f"GPTQ solves {solved['gptq']} of the arithmetic problems, where plain rounding solves "
+        f"{solved['rtn']}",
     ]
 
 
@@ -94,11 +99,10 @@ def of_misses(studies):
     below = studies.misses.count("below")
     return [
         "pool of 2 MiB",
-        f"cost as much as {native[-1]} MiB",
-        f"{native[0]} when they are computed",
-        f"{q3[0]} and {q2[0]} when those of Q3_K and Q2_K are",
+        f"cost {native[-1]} MiB when they are fetched and {native[0]} when they are computed",
+        f"computed Q3_K costs {q3[0]} and Q2_K {q2[0]}",
         f"cost {best.cost.value:.2f} at a KL of {best.record.metrics['kl_mean_nats']:.4f}",
-        f"equal cost in {below} of {len(studies.misses.cells)} cases",
+        f"equal cost for {below} of {len(studies.misses.cells)} pairs of pool and link",
     ]
 
 

@@ -39,19 +39,9 @@ _MAGICS: tuple[tuple[bytes, str, str], ...] = (
     (b"tjgg", "a GGJT file", _OLD),
     (b"algg", "a GGLA file (a LoRA adapter)", _OLD),
     (b"PK\x03\x04", "a ZIP archive (PyTorch's checkpoints are some)", f"{_UNPACK}, or {_CONVERT}"),
-    (b"PK\x05\x06", "an empty ZIP archive", "download the model again"),
-    (b"\x80\x02", "a pickle, as PyTorch's checkpoints are", _CONVERT),
-    (b"\x80\x04", "a pickle", _CONVERT),
-    (b"\x89HDF", "an HDF5 file, as Keras writes", _CONVERT),
-    (b"\x93NUMPY", "a NumPy array", "give the .gguf file of the model"),
+    (b"\x80", "a pickle, as PyTorch's checkpoints are", _CONVERT),
     (b"\x1f\x8b", "compressed by gzip", _UNPACK),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd", _UNPACK),
-    (b"\xfd7zXZ\x00", "compressed by xz", _UNPACK),
-    (b"BZh", "compressed by bzip2", _UNPACK),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
-    (b"Rar!", "a RAR archive", _UNPACK),
-    (b"%PDF", "a PDF document", "give the .gguf file of the model"),
-    (b"\x7fELF", "a program", "give the .gguf file of the model"),
 )  # fmt: skip
 
 # Patterns that texts begin with, in any case; what they say, what to do.

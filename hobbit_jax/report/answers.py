@@ -36,6 +36,14 @@ class UniformQuant(NamedTuple):
         return self.records[0].interval("kl_mean_nats") if self.records else None
 
     @property
+    def encoded(self) -> str:
+        """The encoder, and what it was calibrated on."""
+        asked = trial(self.records[0]) if self.records else None
+        method = getattr(asked and asked.plan, "encoder", "an encoder without a record")
+        text = asked and asked.inputs.calibration_text
+        return f"{method} on {text}" if text else f"{method} on source code"
+
+    @property
     def budgets(self) -> str:
         """All of them in MiB."""
         return ", ".join(f"{trial(r).budget_mib:g}" for r in self.records)
@@ -130,6 +138,25 @@ def within(frontiers: Sequence[Frontier], kl_limit: float) -> list[str]:
         for p in plans
         if all(f.by_plan[p.plan, p.text].kl.high <= kl_limit for f in frontiers)
     ]
+
+
+def real_costs(frontiers: Sequence[Frontier]) -> list[str]:
+    """What K-quants cost on the texts of a study, by encoders that are still here."""
+    found: dict[str, list[float]] = {}
+    for frontier in frontiers:
+        for p in frontier.uniform:
+            if p.formats[0].endswith("_K") and p.encoder in ("gptq", "ggml"):
+                found.setdefault(p.formats[0], []).append(p.kl.value)
+    return [
+        f"{name} cost {min(kl):.3f} to {max(kl):.3f}"
+        for name, kl in sorted(found.items(), reverse=True)
+    ]
+
+
+def open_tasks(judged: Sequence[Judgement]) -> int | None:
+    """The number of candidates if the clause of tasks is open for every one of them."""
+    marks = [c.mark for j in judged for c in j.limits if c.name == "tasks"]
+    return len(marks) if marks and set(marks) == {"open"} else None
 
 
 def benchmarks(sweep: Sweep, real: Sequence[Frontier]) -> dict[str, str]:

@@ -14,6 +14,7 @@ _WHICH = (
         "baseline", lambda r: f"{r.notes['baseline_program']} {r.notes.get('baseline_mode', '')}"
     ),
     Column("cores", lambda r: r.setting.get("threads")),
+    Column("our products", lambda r: r.setting.get("implementation") or "float32, before ggml's"),
     Column("pool, MiB", lambda r: r.setting.get("budget_bytes"), ".0f", unit=MIB),
 )
 _AGREEMENT = (

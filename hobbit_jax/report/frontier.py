@@ -144,6 +144,13 @@ class Frontier:
         return PurePath(asked.inputs.model).stem if isinstance(asked, QualityTrial) else ""
 
     @property
+    def is_dense(self) -> bool:
+        """Whether every expert serves every token."""
+        found = self.plans[0].records[0].metrics
+        n_experts, uses = found.get("experts") or 0, found.get("selections") or 0
+        return uses >= n_experts * (found.get("evaluation_tokens") or 0)
+
+    @property
     def text_name(self) -> str:
         """The evaluation text in words."""
         return self.evaluation_text or "source code"
