@@ -1,6 +1,6 @@
 """The dense case: one quantised matrix on all rows (attention projections, the head).
 
-The kernel is the experts' own, over a bank of one slot.
+The kernel is the experts' own: matrices of several blocks are a bank, and a block is its slot.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ def linear(
     planes: Planes | ggml.RawMatrix,
     format_name: str,
     implementation: Implementation = None,
+    index: jax.Array | None = None,
 ) -> jax.Array:
     """x [..., K], float32, times the transpose of a matrix [N, K]: float32 [..., N].
 
-    The matrix has no slot axis; raw blocks are computed by "ggml", planes by the implementation as
-    in `expert_ffn`.
+    Raw blocks are computed by "ggml", planes by the implementation as in `expert_ffn`. With an
+    `index`, int32 scalar, planes are those of several matrices, [n, N, ...]. The kernels read the
+    one at `index` where it lies: a slice would be copied for every product.
 
     Raises:
         NotImplementedError, ValueError: as for `expert_ffn`.
@@ -53,13 +55,18 @@ def linear(
     if isinstance(planes, ggml.RawMatrix):
         return ggml.linear(x, planes, format_name)
     format = get_format(format_name)
-    rows, columns = next(iter(planes.values())).shape[0], x.shape[-1]
+    rows, columns = next(iter(planes.values())).shape[-2], x.shape[-1]
     if implementation is None and jax.devices()[0].platform == "cpu":
         implementation = "xla"
     chosen = implementation_for(format_name, rows, columns, implementation)
     if chosen == "xla":
+        if index is not None:
+            planes = {name: plane[index] for name, plane in planes.items()}
         return _xla_linear(x, planes, format, rows)
-    return triton_linear(x, planes, format_name, interpret=chosen == "interpret")
+    if index is None:
+        planes = {name: plane[None] for name, plane in planes.items()}
+    at = jnp.int32(0) if index is None else index
+    return triton_linear(x, planes, format_name, at, interpret=chosen == "interpret")
 
 
 def _xla_linear(x: jax.Array, planes: Planes, format: Format, rows: int) -> jax.Array:
@@ -83,21 +90,21 @@ def _xla_linear(x: jax.Array, planes: Planes, format: Format, rows: int) -> jax.
 
 
 def triton_linear(
-    x: jax.Array, planes: Planes, format_name: str, interpret: bool = False
+    x: jax.Array, planes: Planes, format_name: str, index: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """`linear` in one kernel launch."""
+    """`linear` in one kernel launch; planes have a leading axis, as with an `index`."""
     x_TK = x.reshape(-1, x.shape[-1])
     tokens, columns = x_TK.shape
-    rows = next(iter(planes.values())).shape[0]
+    rows = next(iter(planes.values())).shape[1]
     width = item_rows(tokens, (format_name,))
     row_IC = np.arange(-(-tokens // width) * width, dtype=np.int32).reshape(-1, width)
     row_IC = jnp.asarray(np.where(row_IC < tokens, row_IC, row_IC[:, :1]))
     y_TN = grouped_matmul(
         x_TK,
         jax.ShapeDtypeStruct((tokens, rows), jnp.float32),
-        ({name: plane[None] for name, plane in planes.items()},),
+        (planes,),
         (format_name,),
-        Items(jnp.zeros(len(row_IC), jnp.int32), row_IC, row_IC, jnp.full(1, len(row_IC))),
+        Items(jnp.full(len(row_IC), index), row_IC, row_IC, jnp.full(1, len(row_IC))),
         choose_tile((format_name,), rows, columns, width),
         interpret=interpret,
     )

@@ -426,10 +426,10 @@ def test_every_kernel_lowers_for_cuda(name, width):
 
 
 def test_linear_lowers_for_cuda():
-    planes = random_planes("Q6_K", 64, 512, lead=())
+    planes = random_planes("Q6_K", 64, 512, lead=(2,))
     text = lower_for_cuda(
-        lambda x, planes: triton_linear(x, planes, "Q6_K"),
-        *abstract((jnp.zeros((3, 512)), planes)),
+        lambda x, planes, index: triton_linear(x, planes, "Q6_K", index),
+        *abstract((jnp.zeros((3, 512)), planes, jnp.int32(0))),
     )
     assert "matmul_Q6_K" in text
 

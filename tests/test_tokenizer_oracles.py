@@ -12,6 +12,7 @@ from hobbit_jax.model_file.pre_tokenizers import EXPRESSIONS
 from hobbit_jax.model_file.sentencepiece import SPACE
 from hobbit_jax.model_file.special_tokens import _EOG_NAMES, _FIM_NAMES, _SHOWN_NAMES
 from hobbit_jax.model_file.tokenizer import BYTE_CHARACTERS, Tokenizer
+from hobbit_jax.models.registry import FAMILIES
 
 pytestmark = [pytest.mark.oracle, NEEDS_LLAMA_CPP]
 KEY = "tokenizer.ggml.{}_token_id"
@@ -154,6 +155,22 @@ def same_ids(path, drawn: list[str]) -> None:
             ids = tokenizer.encode(text, add_bos=False)
             assert ids == theirs.encode(text, False, True), text
             assert tokenizer.decode(ids) == text
+
+
+# What llama.cpp's convert_hf_to_gguf.py writes for the models of each family; None: SentencePiece.
+PUBLISHED = {
+    "qwen2": "qwen2", "qwen2moe": "qwen2", "qwen3": "qwen2", "qwen3moe": "qwen2",
+    "qwen3vlmoe": "qwen2", "qwen3next": "qwen2", "qwen35moe": "qwen35", "olmoe": "olmo",
+    "gpt-oss": "gpt-4o", "deepseek2": "deepseek-llm deepseek-v3 glm4 kanana2", "glm4moe": "glm4",
+    "bailingmoe2": "bailingmoe2", "granitemoe": "refact dbrx", "lfm2moe": "lfm2",
+    "llama": "llama-bpe tekken", "ernie4_5-moe": None, "gemma4": None,
+}  # fmt: skip
+
+
+def test_the_published_files_of_every_family_can_be_tokenised():
+    assert PUBLISHED.keys() == FAMILIES.keys()
+    wanted = {name for names in PUBLISHED.values() if names for name in names.split()}
+    assert not wanted - EXPRESSIONS.keys()
 
 
 @pytest.mark.parametrize("pre", EXPRESSIONS)

@@ -21,12 +21,14 @@ from flax import nnx
 
 from hobbit_jax.models.caches import Arrays, Caches, Places
 from hobbit_jax.models.config import BESIDE_NORMS, BlockConfig, ModelConfig
-from hobbit_jax.models.modules import BlockWeights, GatedMLP
+from hobbit_jax.models.modules import BlockWeights, GatedMLP, Linear, Stacked
 from hobbit_jax.models.router import Router, Routing
 from pallas_kernels.materialize import apart
 
 Result = TypeVar("Result")
-States = tuple[Any, ...]  # per kind, the arrays of its blocks with a leading axis
+# Per kind, the arrays of its blocks with a leading axis: those that are read where they lie
+# (`Stacked`), and those of which a block gets its slice.
+States = tuple[tuple[Any, Any], ...]
 
 
 class Mixer(Protocol):
@@ -230,8 +232,9 @@ class LayerKinds:
 
     def block(self, states: States, kind: int, index: int | jax.Array) -> Block:
         """The block at `index` of `kind`, which may be traced."""
-        state = apart(lambda i: jax.tree.map(lambda stacked: stacked[i], states[kind]), index)
-        return nnx.merge(self.graphs[kind], state)
+        whole, stacked = states[kind]
+        state = apart(lambda i: jax.tree.map(lambda array: array[i], stacked), index)
+        return nnx.merge(self.graphs[kind], whole, state)
 
     def places(self, number: int) -> dict[str, np.int32]:
         """Of a block's states in the caches, as data, so that no program is made for each block."""
@@ -297,12 +300,18 @@ class LayerStack:
         members: dict[nnx.GraphDef[Block], list[Any]] = {}
         kind_N, index_N = [], []
         for block in blocks:
-            graph, state = nnx.split(block)
-            of_kind = members.setdefault(graph, [])
-            kind_N.append(list(members).index(graph))
+            of_kind = members.setdefault(nnx.graphdef(block), [])
+            kind_N.append(list(members).index(nnx.graphdef(block)))
             index_N.append(len(of_kind))
-            of_kind.append(state)
-        stacked = tuple(
-            jax.tree.map(lambda *arrays: jnp.stack(arrays), *states) for states in members.values()
+            for _, module in nnx.iter_modules(block):
+                if isinstance(module, Linear) and module.index is not None:
+                    module.index[...] = jnp.int32(len(of_kind))
+            of_kind.append(nnx.split(block, Stacked, ...)[1:])
+        states = tuple(
+            (
+                jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *(w for w, _ in of_kind)),
+                jax.tree.map(lambda *arrays: jnp.stack(arrays), *(s for _, s in of_kind)),
+            )
+            for of_kind in members.values()
         )
-        return cls(LayerKinds(config, tuple(members), tuple(kind_N), tuple(index_N)), stacked)
+        return cls(LayerKinds(config, tuple(members), tuple(kind_N), tuple(index_N)), states)

@@ -86,8 +86,10 @@ class _Matrices:
         implementation: Implementation = None,
         bias_N: jax.Array | None = None,
         scale: TensorInfo | None = None,
+        in_stack: bool = False,
     ) -> Linear:
-        """A matrix for an implementation, the model's for None."""
+        """A matrix for an implementation, the model's for None; `in_stack` if others of its kind
+        are in other blocks."""
         check_finite_scales(tensor)
         rows, columns = tensor.shape
         implementation = implementation or self._implementation
@@ -99,7 +101,8 @@ class _Matrices:
             matrix = RawMatrix(address, rows, columns, tensor.nbytes)
             return Linear(tensor.format, matrix, None, bias_N, factor)
         planes = _split(get_format(tensor.format), tensor.raw)
-        return Linear(tensor.format, planes, chosen, bias_N, factor)
+        in_stack &= chosen in ("triton", "interpret")
+        return Linear(tensor.format, planes, chosen, bias_N, factor, in_stack)
 
     def router(self, tensor: TensorInfo, bias_N: jax.Array | None = None) -> Linear:
         """In float32 everywhere: what it chooses shall not depend on rounding.
@@ -139,7 +142,7 @@ class _FileWeights:
 
     def linear(self, role: str) -> Linear:
         scale = self._tensors.get(f"{role}.scale")
-        return self._matrices.linear(self._tensors[role], None, self._bias(role), scale)
+        return self._matrices.linear(self._tensors[role], None, self._bias(role), scale, True)
 
     def router(self) -> Linear:
         return self._matrices.router(self._tensors["router"], self._bias("router"))

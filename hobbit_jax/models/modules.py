@@ -20,10 +20,16 @@ from pallas_kernels.linear import linear
 from pallas_kernels.reference import ExpertFunction, gated
 
 
+class Stacked(nnx.Variable):
+    """A plane of one matrix in each of several blocks, [n, N, ...], which kernels read in place."""
+
+
 class Linear(nnx.Module):
     """A matrix W [N, K] in its GGUF format, as planes or raw blocks.
 
-    y = x @ W.T * scale + bias in float32; both may be absent.
+    y = x @ W.T * scale + bias in float32; both may be absent. With `in_stack` the planes are kept
+    as a stack of one, to which `LayerStack` adds those of the other blocks, and `index` says which
+    is this matrix.
     """
 
     def __init__(
@@ -33,6 +39,7 @@ class Linear(nnx.Module):
         implementation: Implementation = None,
         bias_N: jax.Array | None = None,
         scale: jax.Array | None = None,
+        in_stack: bool = False,
     ):
         self.bias = None if bias_N is None else nnx.Param(bias_N)
         self.scale = None if scale is None else nnx.Param(scale)
@@ -42,25 +49,33 @@ class Linear(nnx.Module):
             planes = {"raw": planes.data}
         else:
             self.raw_shape = None
-        self.planes = nnx.Dict({name: nnx.Param(plane) for name, plane in planes.items()})
+        self.index = nnx.Param(jnp.int32(0)) if in_stack else None
+        self.planes = nnx.Dict(
+            {
+                n: Stacked(plane[None]) if in_stack else nnx.Param(plane)
+                for n, plane in planes.items()
+            }
+        )
 
     def weights(self) -> jax.Array:
         """Unpacked float32 [N, K]."""
         arrays = self._arrays()
         if isinstance(arrays, RawMatrix):
             return self.rows(jnp.arange(arrays.rows, dtype=jnp.int32))
-        return get_format(self.format_name).unpack(arrays)
+        return get_format(self.format_name).unpack(self._one(arrays))
 
     def rows(self, ids: jax.Array) -> jax.Array:
         """Rows `ids` [...] unpacked to float32 [..., K]; only those rows are read."""
         arrays = self._arrays()
         if isinstance(arrays, RawMatrix):
             return ggml.take_rows(ids, arrays, self.format_name)
-        return get_format(self.format_name).unpack({n: p[ids] for n, p in arrays.items()})
+        planes = self._one(arrays)
+        return get_format(self.format_name).unpack({n: p[ids] for n, p in planes.items()})
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., K] to y [..., N]."""
-        y = linear(x, self._arrays(), self.format_name, self.implementation)
+        index = None if self.index is None else self.index[...]
+        y = linear(x, self._arrays(), self.format_name, self.implementation, index)
         y = y if self.scale is None else y * self.scale[...]
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
@@ -73,6 +88,11 @@ class Linear(nnx.Module):
         if self.raw_shape is not None:
             return RawMatrix(self.planes["raw"][...], *self.raw_shape)
         return {name: plane[...] for name, plane in self.planes.items()}
+
+    def _one(self, planes: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        if self.index is None:
+            return planes
+        return {name: plane[self.index[...]] for name, plane in planes.items()}
 
 
 def rms_normalised(x: jax.Array, eps: float) -> jax.Array:
