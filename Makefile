@@ -47,6 +47,7 @@ kernels: environment  ## compile the kernels for two GPUs, none of them here (2 
 	@sh scripts/dev/make_cuda_compiler.sh
 	@mkdir -p out
 	@$(CUDA_COMPILER) $(BIN)/python scripts/dev/compile_kernels.py --workdir out/kernels
+	@$(CUDA_COMPILER) $(BIN)/python scripts/dev/count_launches.py --workdir out/kernels
 
 morekernels: kernels  ## and for four more
 	@$(CUDA_COMPILER) $(BIN)/python scripts/dev/compile_kernels.py --workdir out/kernels \

@@ -17,9 +17,11 @@ from jax.sharding import AbstractMesh
 from marks import slow_unless
 
 from hobbit_jax.cache.config import CacheConfig
+from hobbit_jax.models.attention import attend
 from pallas_kernels import linear as linear_module
 from pallas_kernels import matmul_triton
 from pallas_kernels.activations import INT8_SPLIT_BLOCK, LARGEST_INTEGER, int8_split
+from pallas_kernels.attention_triton import decode_attention
 from pallas_kernels.expert_ffn import expert_ffn, triton_expert_ffn
 from pallas_kernels.formats import FORMATS, get_format
 from pallas_kernels.formats.packing import Floats
@@ -423,6 +425,55 @@ def test_every_kernel_lowers_for_cuda(name, width):
         *abstract(args),
     )
     assert text.count("matmul_" + name) >= 2
+
+
+@every_implementation
+@pytest.mark.parametrize(
+    ("batch", "heads", "groups", "width", "values_width", "context", "window", "sinks", "dtype"),
+    [
+        (2, 8, 2, 64, 64, 300, 0, False, jnp.float32),  # as most models
+        (1, 6, 3, 80, 48, 33, 7, True, jnp.bfloat16),  # no power of two; gpt-oss's window and sinks
+        (3, 4, 4, 256, 256, 40, 16, False, jnp.float16),  # Gemma's width, no shared heads
+        (1, 32, 1, 64, 64, 50, 0, False, jnp.float32),  # more heads than the least of a product
+    ],
+)
+def test_decode_attention_is_attention(
+    implementation, batch, heads, groups, width, values_width, context, window, sinks, dtype
+):
+    """One token of each sequence, at positions from the first to the last, in the second block."""
+    rng = np.random.default_rng(3)
+
+    def drawn(*shape, dtype=jnp.float32):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    q_BHd = drawn(batch, heads, width)
+    k_nBCGd = drawn(2, batch, context, groups, width, dtype=dtype)
+    v_nBCGe = drawn(2, batch, context, groups, values_width, dtype=dtype)
+    sinks_H = drawn(heads) if sinks else None
+    scale, interpret = width**-0.5, implementation == "interpret"
+    for position in (0, context // 2, context - 1):
+        position_B = jnp.asarray([(position + 5 * b) % context for b in range(batch)], jnp.int32)
+        k_BCGd, v_BCGe = (cache[1].astype(jnp.float32) for cache in (k_nBCGd, v_nBCGe))
+        at = position_B[:, None]
+        wanted_B1N = attend(q_BHd[:, None], k_BCGd, v_BCGe, at, scale, window, sinks_H)
+        got_BN = decode_attention(
+            q_BHd, k_nBCGd, v_nBCGe, 1, position_B, scale, window, sinks_H, interpret
+        )
+        np.testing.assert_allclose(got_BN, wanted_B1N[:, 0], atol=2e-6)
+    padding_B = jnp.full(batch, context, jnp.int32)
+    got_BN = decode_attention(
+        q_BHd, k_nBCGd, v_nBCGe, 1, padding_B, scale, window, sinks_H, interpret
+    )
+    assert not np.asarray(got_BN).any()
+
+
+def test_decode_attention_lowers_for_cuda():
+    caches = jnp.zeros((3, 2, 64, 4, 128))
+    text = lower_for_cuda(
+        lambda q, k, v, place, at: decode_attention(q, k, v, place, at, 0.1, 32),
+        *abstract((jnp.zeros((2, 32, 128)), caches, caches, jnp.int32(0), jnp.zeros(2, jnp.int32))),
+    )
+    assert "decode_attention" in text
 
 
 def test_linear_lowers_for_cuda():

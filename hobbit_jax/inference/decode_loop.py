@@ -1,10 +1,10 @@
 """Decode as one compiled program that leaves only when an expert is missing.
 
-A loop over layers (and tokens) attends, routes, assigns precisions, looks the slots up on the
-device, runs the experts from the banks and samples. It ends after `count` tokens, or in the layer
-whose experts are not all resident; the ones that are have run by then. The host loads the others
-and enters again: the program runs them and goes on. So a layer may take any number of entries and
-never needs more slots at a time than one.
+A loop over the layers of a token, inside one over tokens, attends, routes, assigns precisions,
+looks the slots up on the device, runs the experts from the banks and samples. It ends after `count`
+tokens, or in the layer whose experts are not all resident; the ones that are have run by then. The
+host loads the others and calls again: the program runs them and goes on. So a layer may take any
+number of calls and never needs more slots at a time than one.
 
 A selection's result depends neither on the entry in which it ran nor on what ran beside it, and the
 K results of a token are summed last, so the tokens are the same bits for every pool.
@@ -439,18 +439,23 @@ def _decode(
 
     def finish_layer(loop: _Loop) -> _Loop:
         loop = _run_experts(spec, weights, banks, table_UE, held_UE, loop)
-        return _end_token(spec, weights, inputs, _end_layer(spec, weights, loop))
+        return _end_layer(spec, weights, loop)
+
+    def finish_token(loop: _Loop) -> _Loop:
+        loop = jax.lax.while_loop(
+            lambda loop: (loop.carry.block < config.n_blocks) & ~loop.blocked,
+            lambda loop: finish_layer(_attend(spec, weights, held_UE, loop)),
+            loop,
+        )
+        return _end_token(spec, weights, inputs, loop)
 
     def may_go_on(loop: _Loop) -> jax.Array:
         # A token that was begun is ended, also when no sequence is left.
         more = (loop.step < inputs.count) & ((loop.carry.block > 0) | jnp.any(loop.active_B))
         return more & ~loop.blocked
 
-    # First what the last entry left over; at a token's beginning that is nothing.
-    loop = finish_layer(loop)
-    loop = jax.lax.while_loop(
-        may_go_on, lambda loop: finish_layer(_attend(spec, weights, held_UE, loop)), loop
-    )
+    # First run the experts for which the last call left; at the start of a token there are none.
+    loop = jax.lax.while_loop(may_go_on, finish_token, finish_layer(loop))
     ahead_P2A = _look_ahead(spec, weights, held_UE, loop)
     layer, _ = layer_of(config, loop.carry.block)
     numbers = (loop.step, layer, loop.blocked, loop.finite, loop.logged)

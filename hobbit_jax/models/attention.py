@@ -18,6 +18,7 @@ from flax import nnx
 from hobbit_jax.models.caches import Arrays, Caches, Places
 from hobbit_jax.models.config import Shapes, State
 from hobbit_jax.models.modules import BlockWeights, rms_normalised
+from pallas_kernels.attention_triton import decode_attention
 from pallas_kernels.ggml import ops as ggml
 
 if TYPE_CHECKING:
@@ -239,7 +240,15 @@ class GroupedQueryAttention(nnx.Module):
         keys, values = (caches.by_token[state.name] for state in spec.states())
         place = places[spec.states()[0].name]
         how = spec.score_scale, spec.window, None if self.sinks is None else self.sinks[...]
-        if self.output.is_raw:
+        implementation = self.output.implementation
+        if q_BTHd.shape[1] == 1 and implementation in ("triton", "interpret"):
+            scale = spec.head_dim**-0.5 if spec.score_scale is None else spec.score_scale
+            mixed_BN = decode_attention(
+                q_BTHd[:, 0], keys, values, place, positions_BT[:, 0], scale, *how[1:],
+                interpret=implementation == "interpret",
+            )  # fmt: skip
+            mixed_BTN = mixed_BN[:, None]
+        elif self.output.is_raw:
             # Reads the keys of each token's window alone.
             place = jnp.asarray(place)
             mixed_BTN = ggml.attention(q_BTHd, keys, values, place, positions_BT, *how)

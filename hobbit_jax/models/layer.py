@@ -21,14 +21,14 @@ from flax import nnx
 
 from hobbit_jax.models.caches import Arrays, Caches, Places
 from hobbit_jax.models.config import BESIDE_NORMS, BlockConfig, ModelConfig
-from hobbit_jax.models.modules import BlockWeights, GatedMLP, Linear, Stacked
+from hobbit_jax.models.modules import BlockWeights, GatedMLP, Place, Stacked
 from hobbit_jax.models.router import Router, Routing
 from pallas_kernels.materialize import apart
 
 Result = TypeVar("Result")
 # Per kind, the arrays of its blocks with a leading axis: those that are read where they lie
-# (`Stacked`), and those of which a block gets its slice.
-States = tuple[tuple[Any, Any], ...]
+# (`Stacked`), the numbers that say where in them (`Place`), those of which a block gets its slice.
+States = tuple[tuple[Any, Any, Any], ...]
 
 
 class Mixer(Protocol):
@@ -232,9 +232,10 @@ class LayerKinds:
 
     def block(self, states: States, kind: int, index: int | jax.Array) -> Block:
         """The block at `index` of `kind`, which may be traced."""
-        whole, stacked = states[kind]
+        whole, places, stacked = states[kind]
+        places = jax.tree.map(lambda _: jnp.asarray(index, jnp.int32), places)
         state = apart(lambda i: jax.tree.map(lambda array: array[i], stacked), index)
-        return nnx.merge(self.graphs[kind], whole, state)
+        return nnx.merge(self.graphs[kind], whole, places, state)
 
     def places(self, number: int) -> dict[str, np.int32]:
         """Of a block's states in the caches, as data, so that no program is made for each block."""
@@ -300,18 +301,19 @@ class LayerStack:
         members: dict[nnx.GraphDef[Block], list[Any]] = {}
         kind_N, index_N = [], []
         for block in blocks:
-            of_kind = members.setdefault(nnx.graphdef(block), [])
-            kind_N.append(list(members).index(nnx.graphdef(block)))
+            graph, *of_block = nnx.split(block, Stacked, Place, ...)
+            of_kind = members.setdefault(graph, [])
+            kind_N.append(list(members).index(graph))
             index_N.append(len(of_kind))
-            for _, module in nnx.iter_modules(block):
-                if isinstance(module, Linear) and module.index is not None:
-                    module.index[...] = jnp.int32(len(of_kind))
-            of_kind.append(nnx.split(block, Stacked, ...)[1:])
-        states = tuple(
-            (
-                jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *(w for w, _ in of_kind)),
-                jax.tree.map(lambda *arrays: jnp.stack(arrays), *(s for _, s in of_kind)),
+            of_kind.append(of_block)
+
+        def joined(of_kind: list[Any]) -> tuple[Any, Any, Any]:
+            whole, places, sliced = zip(*of_kind, strict=True)
+            return (
+                jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *whole),
+                places[0],
+                jax.tree.map(lambda *arrays: jnp.stack(arrays), *sliced),
             )
-            for of_kind in members.values()
-        )
+
+        states = tuple(map(joined, members.values()))
         return cls(LayerKinds(config, tuple(members), tuple(kind_N), tuple(index_N)), states)

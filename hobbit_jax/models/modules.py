@@ -24,12 +24,15 @@ class Stacked(nnx.Variable):
     """A plane of one matrix in each of several blocks, [n, N, ...], which kernels read in place."""
 
 
+class Place(nnx.Variable):
+    """Which of the matrices in `Stacked` planes is meant, int32 scalar."""
+
+
 class Linear(nnx.Module):
     """A matrix W [N, K] in its GGUF format, as planes or raw blocks.
 
     y = x @ W.T * scale + bias in float32; both may be absent. With `in_stack` the planes are kept
-    as a stack of one, to which `LayerStack` adds those of the other blocks, and `index` says which
-    is this matrix.
+    as a stack of one, to which `LayerStack` adds those of the other blocks.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Linear(nnx.Module):
             planes = {"raw": planes.data}
         else:
             self.raw_shape = None
-        self.index = nnx.Param(jnp.int32(0)) if in_stack else None
+        self.index = Place(jnp.int32(0)) if in_stack else None
         self.planes = nnx.Dict(
             {
                 n: Stacked(plane[None]) if in_stack else nnx.Param(plane)

@@ -5,144 +5,33 @@
 
 Every format, at the sizes of Qwen3-30B-A3B's experts, one token and many, in the tiles that are in
 use. Fails if a kernel does not compile or spills registers to memory, and if a kernel that asks for
-more shared memory than there is *does* compile: a check that cannot fail checks nothing. XLA's CUDA
-compiler needs neither driver nor device, but JAX's CUDA plugin of jaxlib's version, and `ptxas` and
-`nvdisasm` on PATH.
+more shared memory than there is *does* compile: a check that cannot fail checks nothing.
 """
 
 import functools
 import itertools
 import re
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from jax.experimental import topologies
-from jax.sharding import (
-    AbstractDevice,
-    AbstractMesh,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-    use_abstract_mesh,
-)
+from gpu_compiler import TARGETS, Target, check_toolchain, compile_for
 from tqdm import tqdm
 
 from hobbit_jax import cli
 from hobbit_jax.record import Benchmark, Record, machine, measured, write_record
 from pallas_kernels import bench
+from pallas_kernels.attention_triton import decode_attention
 from pallas_kernels.expert_ffn import triton_expert_ffn
 from pallas_kernels.formats import FORMATS
 from pallas_kernels.matmul_triton import Items, Tile, grouped_matmul
 from pallas_kernels.reference import Bank, Signature, Work
 from pallas_kernels.tiles import choose_tile, item_rows
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the compiler must know of a GPU; sizes from NVIDIA's CUDA programming guide."""
-
-    name: str
-    major: int
-    minor: int
-    cores: int
-    shared_bytes: int  # per block, with the opt-in
-    core_shared_bytes: int
-    core_threads: int
-    l2_bytes: int
-    memory_gb_s: int
-    memory_gib: int
-
-    @property
-    def architecture(self) -> str:
-        """As ptxas calls it; Hopper's and Blackwell's own instructions need the suffix."""
-        return f"sm_{self.major}{self.minor}" + ("a" if self.major >= 9 else "")
-
-    def description(self) -> str:
-        """XLA's GpuTargetConfig, as text."""
-        return f"""gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: {self.shared_bytes}
-  shared_memory_per_core: {self.core_shared_bytes} threads_per_core_limit: {self.core_threads}
-  core_count: {self.cores} fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {self.memory_gb_s}000000000 l2_cache_size: {self.l2_bytes} clock_rate_ghz: 1.7
-  device_memory_size: {self.memory_gib << 30}
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  cuda_compute_capability {{ major: {self.major} minor: {self.minor} }}
-}}
-platform_name: "CUDA"
-"""
-
-
-_KIB = 1024
-TARGETS = {
-    target.architecture.rstrip("a"): target
-    for target in (
-        Target("A100", 8, 0, 108, 163 * _KIB, 164 * _KIB, 2048, 40 << 20, 1555, 40),
-        Target("RTX 3060", 8, 6, 28, 99 * _KIB, 100 * _KIB, 1536, 3 << 20, 360, 12),
-        Target("RTX 4070", 8, 9, 46, 99 * _KIB, 100 * _KIB, 1536, 36 << 20, 504, 12),
-        Target("H200", 9, 0, 132, 227 * _KIB, 228 * _KIB, 2048, 50 << 20, 4800, 141),
-        Target("B200", 10, 0, 148, 227 * _KIB, 228 * _KIB, 2048, 126 << 20, 8000, 180),
-        Target("RTX 5070", 12, 0, 48, 99 * _KIB, 100 * _KIB, 1536, 48 << 20, 672, 12),
-    )
-}
-
-
-def check_toolchain() -> str:
-    """The version of ptxas.
-
-    Raises:
-        RuntimeError: ptxas or the plugin is missing; says what to run.
-    """
-    advice = "run `make kernels`, which installs what it needs"
-    for tool in ("ptxas", "nvdisasm"):
-        if shutil.which(tool) is None:
-            raise RuntimeError(f"no {tool} on PATH; {advice}")
-    try:
-        _topology(TARGETS["sm_80"])
-    except Exception as error:
-        raise RuntimeError(f"JAX's CUDA compiler does not start ({error}); {advice}") from error
-    version = subprocess.run(["ptxas", "--version"], capture_output=True, text=True, check=True)
-    match = re.search(r"V[\d.]+", version.stdout)
-    return match.group() if match else version.stdout.strip()
-
-
-def _topology(target: Target):
-    return topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="1x1x1",
-        topology="1x1x1",
-        target_config=target.description(),
-    )
-
-
-def compile_for(target: Target, function: Callable[..., Any], *args: Any) -> str:
-    """Compiles `function` of abstract arguments for a GPU that need not be there.
-
-    Returns:
-        The PTX of its kernels.
-
-    Raises:
-        Exception: from the compiler, which rejects what the GPU cannot run.
-    """
-    mesh = Mesh(np.array(_topology(target).devices).reshape(1), ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
-    with tempfile.TemporaryDirectory() as folder:
-        device = AbstractDevice(f"NVIDIA {target.name}", num_cores=None, platform="gpu")
-        with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-            lowered = jax.jit(function, in_shardings=sharding).lower(*abstract)
-        lowered.compile({"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"})
-        return "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
 
 
 def _longest_loop(function: str) -> int | None:
@@ -162,7 +51,7 @@ def _longest_loop(function: str) -> int | None:
 
 
 def resources(target: Target, ptx: str) -> Iterator[dict[str, Any]]:
-    """What ptxas says of the kernels `matmul_*` in `ptx`, and a thread's instructions in the main
+    """What ptxas says of our kernels in `ptx`, and a thread's instructions in the main
     loop, None where there is no loop left.
 
     Raises:
@@ -170,7 +59,7 @@ def resources(target: Target, ptx: str) -> Iterator[dict[str, Any]]:
     """
     # Each module of a dump starts with its version; ptxas takes one at a time.
     for module in re.split(r"(?=^\.version)", ptx, flags=re.MULTILINE):
-        if not re.search(r"\.entry matmul_", module):
+        if not re.search(r"\.entry (?:matmul_|decode_attention)", module):
             continue
         with tempfile.TemporaryDirectory() as folder:
             source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
@@ -185,7 +74,9 @@ def resources(target: Target, ptx: str) -> Iterator[dict[str, Any]]:
         functions = re.split(r"\n\s*\.section\s+\.text\.", listing)[1:]
         loops = {text.split(",", 1)[0].strip(): _longest_loop(text) for text in functions}
         for name, text in re.findall(
-            r"entry function '(matmul_\w+)'(.*?Used .*?)\n", result.stderr, re.DOTALL
+            r"entry function '((?:matmul|decode_attention)\w*)'(.*?Used .*?)\n",
+            result.stderr,
+            re.DOTALL,
         ):
 
             def total(pattern: str, text: str = text) -> int:
@@ -242,7 +133,19 @@ def compile_experts(target: Target, name: str, mean_rows: int) -> str:
         _abstract(TOKENS * SHAPE.experts_per_token),
         _bank(name),
         work,
-    )
+    )[0]
+
+
+def compile_attention(target: Target) -> str:
+    """PTX of decode's attention, with Qwen3-30B-A3B's heads."""
+    context, (heads, groups, width) = 4096, (32, 4, 128)
+    cache = _abstract(48, 1, context, groups, width)
+    return compile_for(
+        target,
+        lambda q, k, v, place, at: decode_attention(q, k, v, place, at, width**-0.5),
+        _abstract(1, heads, width), cache, cache, _abstract(dtype=jnp.int32),
+        _abstract(1, dtype=jnp.int32),
+    )[0]  # fmt: skip
 
 
 def instructions_per_weight(kernel: Mapping[str, Any], format: str, mean_rows: int) -> float | None:
@@ -304,7 +207,15 @@ def main(_) -> int:
         except Exception as error:
             failures.append(f"{case}: {str(error).splitlines()[0]}")
     for name in _TARGETS.value:
-        check_rejection(TARGETS[name])
+        target = TARGETS[name]
+        for kernel in resources(target, compile_attention(target)):
+            asked = Benchmark(STUDY, {"target": name, "name": kernel.pop("name")})
+            found = measured({**kernel, "ptxas": ptxas})
+            write_record(workdir, Record(STUDY, asked, **vars(found), **machine()))
+            count += 1
+            if spilled := kernel["spill_bytes"]:
+                failures.append(f"{asked.setting}: spills {spilled} B")
+        check_rejection(target)
     for failure in failures:
         print(f"FAILED {failure}")
     print(f"{count} kernels compiled for {', '.join(_TARGETS.value)} with ptxas {ptxas}; "
