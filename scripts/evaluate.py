@@ -8,15 +8,20 @@ protection that this machine lacks is named. Writes a record and prints its tabl
 stay in --workdir, where an interrupted run goes on. Mixed plans are trials of a sweep.
 """
 
+import hashlib
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
 from hobbit_jax import cli
+from hobbit_jax.cache.miss_modes import Host
 from hobbit_jax.code_runner import PROTECTIONS
 from hobbit_jax.engine_flags import EngineOptions, engine_flags
+from hobbit_jax.importance.calibration import Calibration
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.record import write_record
 from hobbit_jax.report.table import Column, table
@@ -71,13 +76,17 @@ _COLUMNS = (
 
 def plan_of(options: EngineOptions, engine: Engine) -> dict[str, Any]:
     """What the answers depend on besides the model."""
-    plan = {"kv_format": options.kv_format, "low_format": options.low}
+    plan: dict[str, Any] = {"kv_format": options.kv_format, "low_format": options.low}
+    plan["platform"] = jax.devices()[0].platform
     if options.low is not None:
         plan["low_sha256"] = options.low_experts(engine.model)[0].sha256()
-    if options.keeps_low_copies:
-        names = ("miss_mode", "low_share", "policy", "pin_share", "profile")
-        plan |= {name: getattr(options, name) for name in names}
+    if engine.serves_by_residency or isinstance(engine.mode, Host):
+        # What is resident, or where a miss is computed, has a part in the answers.
+        plan |= {n: v for n, v in options.asked.items() if n not in ("threads", "trace_out")}
         plan |= {"budget_bytes": engine.pool.budget_bytes, "batch_size": _BATCH_SIZE.value}
+    if options.profile is not None:
+        path = Calibration.file(Path(options.profile))
+        plan["profile_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return plan
 
 

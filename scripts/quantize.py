@@ -18,6 +18,7 @@ import sys
 from absl import flags
 
 from hobbit_jax import cli
+from hobbit_jax.atomic import exclusive
 from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.engine_flags import engine_flags
 from hobbit_jax.experts.low_precision import (
@@ -68,7 +69,9 @@ def main(_):
     if path is None:
         path = open_low_precision(source, config, spec, low_precision_folder(), run_text).paths[0]
     else:
-        write_low_precision(source, config, spec, path, run_text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(path):  # a second process would write into the first one's unfinished parts
+            write_low_precision(source, config, spec, path, run_text)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
 
 

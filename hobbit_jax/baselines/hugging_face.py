@@ -98,6 +98,11 @@ def _empty_model(config: ModelConfig, attention: str) -> HuggingFaceModel:
     if prefix is None:
         raise NotImplementedError(f"architecture {config.arch!r} has no Hugging Face module here")
     heads = _attention(config)
+    if heads.rope.yarn is not None:
+        raise NotImplementedError(
+            "the PyTorch baseline has no YaRN, which this file has (rope.scaling.type); compare "
+            "with --baseline llama_cpp"
+        )
     settings = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.d_model,

@@ -2,7 +2,8 @@
 
 Owns the limits, the protocol and what an outcome is called. The child (`child.py`) confines and
 kills itself; this side never trusts that it does. An answer counts only behind a number that the
-program cannot know, so nothing it prints, raises or exits with passes for a finished run.
+program is not told, so nothing it prints, raises or exits with passes for a finished run. Code that
+searches the interpreter for that number can still find it.
 """
 
 import contextlib

@@ -98,6 +98,11 @@ def evaluate(lm: EngineLM, settings: BenchmarkSettings, data_dir: Path | None) -
     tasks = load_tasks(settings.tasks, data_dir, settings.limit)
     for task in tasks.values():
         # As `lm_eval.simple_evaluate` does, without its global seeds: the same few-shot examples.
+        if settings.num_fewshot and task.get_config("num_fewshot") == 0:
+            raise ValueError(
+                f"num_fewshot is {settings.num_fewshot}, and {task.config.task} has no examples; "
+                "leave it out, or ask other tasks"
+            )
         if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=settings.num_fewshot)
         elif task.get_config("num_fewshot") is None:

@@ -375,7 +375,7 @@ class EngineLM(TemplateLM):
         return ids if len(ids) == 1 and not self._text.decode(ids, skip_special=True) else []
 
     def _allowed_tokens(self, asked: int, rows: int) -> int:
-        """New tokens per row: as asked, but at most half of the context is for them."""
+        """New tokens per row: as asked, but half of the context where all of it is asked for."""
         asked = asked if self._max_new_tokens is None else self._max_new_tokens
         allowed = min(asked, self.max_length // 2) if asked >= self.max_length else asked
         self.counts.shortened_generations += rows * (allowed < asked)

@@ -144,7 +144,9 @@ def _humaneval_scoring(target_template: str) -> dict[str, Any]:
     def run_one(completion: str, doc: dict) -> dict[str, str]:
         program = f"{doc['prompt']}{completion}\n{apply_template(target_template, doc)}"
         outcome = run_code(program, timeout_s=_PROGRAM_TIMEOUT_S)
-        verdict = "passed" if outcome.status == "finished" else outcome.detail or outcome.status
+        # What a program calls its exceptions must not pass for a verdict.
+        failed = f"{outcome.status} {outcome.detail}".strip()
+        verdict = "passed" if outcome.status == "finished" else failed
         return {"program": program, "verdict": verdict}
 
     def pass_at_1(doc: dict, results: list[list[dict[str, str]]]) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,8 +116,11 @@ def write_native_logits(engine: Engine, windows: Windows, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     count, width = windows.ids_WS.shape
     shape = (count, width - 1, engine.config.vocab_size)
-    with replacing(path) as partial:
+    with replacing(path, wanted_bytes=4 * math.prod(shape)) as partial:
         array_WTV = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
+        # All of its bytes: a map of a file with holes ends the process where the disk is full.
+        with partial.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
         for part, logits_BTV in _scored(engine, windows, "native logits"):
             array_WTV[part] = np.asarray(logits_BTV)
         array_WTV.flush()

@@ -39,7 +39,9 @@ def complete(
             part, max_new_tokens, stop_ids=tokenizer.eog_ids, context=context
         )
         steps = [np.full(len(part), -1), *(ids_B for ids_B, _ in generated)]
-        texts += [tokenizer.decode(row[row >= 0].tolist()) for row in np.stack(steps, axis=1)]
+        # As a stream, since they continue the prompt: `decode` drops a text's first space.
+        rows = (row[row >= 0].tolist() for row in np.stack(steps, axis=1))
+        texts += ["".join(tokenizer.decode_stream(row)) for row in rows]
     return texts
 
 

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hobbit_jax import quantize
+from hobbit_jax import models, quantize
 from hobbit_jax.atomic import check_space, exclusive
 from hobbit_jax.experts.store import ROLES, STACKS, stacked
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
@@ -59,13 +59,15 @@ CALIBRATION_KEY = "hobbit.low_precision.calibration_sha256"
 
 
 def encoder_sha256() -> str:
-    """Hash of the source of the encoders and of what GPTQ is given, so that a better one never
-    meets its old output.
+    """Hash of the source of the encoders and of what GPTQ is given, models' arithmetic and ggml's
+    version included, so that a better one never meets its old output.
     """
-    rooms = [Path(str(room.__file__)).parent for room in (quantize, formats)]
+    rooms = [Path(str(room.__file__)).parent for room in (quantize, formats, models)]
     sources = [path for room in rooms for path in sorted(room.glob("*.py"))]
     sources.append(rooms[0].parent / "importance" / "layer_inputs.py")
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    found = hashlib.sha256(b"".join(path.read_bytes() for path in sources))
+    found.update(ggml.version().encode())
+    return found.hexdigest()
 
 
 @partial(jax.jit, static_argnames="format")
@@ -356,8 +358,10 @@ def _encode(
     expert: int,
 ) -> np.ndarray:
     """One expert's matrix by `spec`; where the file has another format, by ggml."""
+    columns = weights_NK.shape[-1]
     for name in spec.through:
-        weights_NK = decode(ggml.encode(weights_NK, name), name)
+        whole_NK = np.pad(weights_NK, ((0, 0), (0, get_format(name).padded(columns) - columns)))
+        weights_NK = decode(ggml.encode(whole_NK, name), name)[:, :columns]
     method = spec.method if format == spec.format else "ggml"
     return encode_matrix(weights_NK, format, method, moments, role, expert)
 

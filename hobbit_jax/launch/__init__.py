@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import hobbit_jax
 from hobbit_jax import cache_folder
+from hobbit_jax.sweep.texts import DATA_VARIABLE, data_folder
 
 if TYPE_CHECKING:
     from hobbit_jax.launch.sweeping import Engine
@@ -58,7 +59,6 @@ def worker_environment() -> dict[str, str]:
     """Variables with which a process on another machine finds the same packages and caches."""
     here = str(Path(hobbit_jax.__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
-    return {
-        "PYTHONPATH": path,
-        cache_folder.VARIABLE: str(cache_folder.folder()),
-    }
+    found = {"PYTHONPATH": path, cache_folder.VARIABLE: str(cache_folder.folder())}
+    data = data_folder()
+    return found if data is None else found | {DATA_VARIABLE: str(data.resolve())}

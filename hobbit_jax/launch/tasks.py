@@ -36,9 +36,9 @@ class Outcome(NamedTuple):
     error: str | None = None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def _bench(inputs: Inputs, sizes: EvalSizes, workdir: Path) -> ArtifactCache:
-    """The model is loaded by the first task of a process and kept for the next."""
+    """The model is loaded by the first task of a process and kept for the next that asks alike."""
     keep_compiled_programs()
     return ArtifactCache(inputs, sizes, workdir)
 

@@ -164,7 +164,8 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
     """Opens a GGUF file (or the first of a split) and uploads its dense part.
 
     Expert tensors are not read here; the store checks each expert's scales when it
-    is first fetched.
+    is first fetched. From here on this process multiplies float32 in float32 on every device
+    (`jax_default_matmul_precision`).
 
     Args:
         path: of the file.
@@ -178,6 +179,8 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
     """
     checks = {"xla": lambda: None, "triton": lambda: None, "ggml": check_available}
     choose(implementation, checks)  # a name that cannot run here is refused at once
+    # XLA would round float32 products to TF32's ten bits on newer GPUs, those of routers too.
+    jax.config.update("jax_default_matmul_precision", "highest")
     matrices = _Matrices(implementation)
     file = open_gguf(path)
     config = read_config(file)

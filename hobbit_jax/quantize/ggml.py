@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 
 import numpy as np
 
@@ -34,6 +35,14 @@ def library() -> ctypes.CDLL:
     found.ggml_quantize_requires_imatrix.argtypes = (ctypes.c_int,)
     found.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     return found
+
+
+def version() -> str:
+    """Of libggml, whose encoders these are; empty where it is not installed."""
+    try:
+        return metadata.version("libggml-python")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def check_format(format: str, has_importance: bool) -> int:
@@ -71,6 +80,11 @@ def encode(
     weights_NK = np.ascontiguousarray(weights_NK, np.float32)
     n, k = weights_NK.shape
     check_finite(weights_NK)  # ggml would end the process
+    if k % get_format(format).block_weights:  # ggml would end the process
+        raise ValueError(
+            f"rows of {k} weights are no whole number of {format}'s blocks of "
+            f"{get_format(format).block_weights}; fill them up with zeros"
+        )
     out_NP = np.empty((n, get_format(format).row_bytes(k)), np.uint8)
     matrix_K = None if importance_K is None else np.ascontiguousarray(importance_K, np.float32)
     matrix = None if matrix_K is None else matrix_K.ctypes.data
