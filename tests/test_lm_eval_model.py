@@ -261,11 +261,11 @@ def test_interrupted_scores_go_on(tokenizer, tmp_path):
     left = [0]
 
     class Interrupted(Scripted):
-        def score(self, ids_BT):
+        def score_parts(self, ids_BT):
             if not left[0]:
                 raise KeyboardInterrupt
             left[0] -= 1
-            return super().score(ids_BT)
+            return super().score_parts(ids_BT)
 
     def lm():
         engine = Interrupted(tokenizer, None, 16)

@@ -270,8 +270,12 @@ class EngineLM(TemplateLM):
         ids_BS = np.full((len(rows), width + 1), self._prefix_id, np.int32)
         for index, row in enumerate(rows):
             ids_BS[index, : len(row)] = row
-        logits_BTV = self._engine.score(ids_BS[:, :-1])
-        log_p_BT, greedy_BT = jax.device_get(_target_scores(logits_BTV, ids_BS[:, 1:]))
+        parts, at = [], 1
+        for logits_BTV in self._engine.score_parts(ids_BS[:, :-1]):
+            targets_BT = ids_BS[:, at : at + logits_BTV.shape[1]]
+            parts.append(jax.device_get(_target_scores(logits_BTV, targets_BT)))
+            at += logits_BTV.shape[1]
+        log_p_BT, greedy_BT = (np.concatenate(of_all, axis=1) for of_all in zip(*parts, strict=True))
         answers = []
         for index, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
             scored = slice(len(row) - 1 - len(continuation), len(row) - 1)

@@ -292,14 +292,17 @@ class Engine:
 
     def score(self, ids_BT: np.ndarray) -> jax.Array:
         """Teacher-forced float32 logits [B, T, V] of fresh sequences, all of length T."""
-        batch, tokens = ids_BT.shape
-        self.start(batch, tokens)
-        parts = []
+        parts = list(self.score_parts(ids_BT))
+        return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+    def score_parts(self, ids_BT: np.ndarray) -> Iterator[jax.Array]:
+        """`score` in parts of up to `chunk_tokens` along T, so that not all have to be held."""
+        self.start(*ids_BT.shape)
         for part_BT, n_new_B, _ in chunks(ids_BT.tolist(), self.cache.chunk_tokens):
             x_BTD = self._append(part_BT, n_new_B)
-            parts.append(self._logits(x_BTD, None)[:, : n_new_B[0]])
-            self._check_finite(np.asarray(finite_BT(parts[-1])).all())
-        return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+            logits_BTV = self._logits(x_BTD, None)[:, : n_new_B[0]]
+            self._check_finite(np.asarray(finite_BT(logits_BTV)).all())
+            yield logits_BTV
 
     def decode(self, ids_B: np.ndarray, active_B: np.ndarray | None = None) -> jax.Array:
         """Appends one token to each active sequence; float32 logits [B, V]."""
