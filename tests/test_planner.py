@@ -89,8 +89,8 @@ def test_a_token_by_hand():
     """Each part has another time, so that no two can be mistaken for one another."""
     machine = Machine(
         device_gb_s=500, device_efficiency=0.5, pcie_gb_s=20, pcie_efficiency=0.5, host_gb_s=50,
-        host_efficiency=0.5, launches_per_layer=10, launch_us=4, token_us=100, selection_us=2,
-        exit_us=300, copies_per_expert=3, copy_latency_us=10, overlap_share=0.25, handover_us=50,
+        host_efficiency=0.5, launches_per_layer=10, launch_us=4, waits_per_layer=2, wait_us=5,
+        token_us=100, selection_us=2, exit_us=300, copies_per_expert=3, copy_latency_us=10, overlap_share=0.25, handover_us=50,
     )  # fmt: skip
     traffic = Traffic(
         layers=40, dense_bytes=0.6e9, kv_bytes=0.1e9, expert_bytes=0.3e9, selections=320, exits=7,
@@ -98,15 +98,15 @@ def test_a_token_by_hand():
     )  # fmt: skip
     time = token_time(traffic, machine)
     assert time.device == pytest.approx(4.0)  # 1 GB at 250 GB/s
-    assert time.launches == pytest.approx(1.6)  # 400 of 4 us
+    assert time.launches == pytest.approx(2.0)  # 400 of 4 us and 80 of 5
     assert time.host == pytest.approx(0.74)  # 100 us and 320 of 2 us
     assert time.exits == pytest.approx(2.1)
     assert time.link == pytest.approx((3.0 + 0.6) * 0.75)  # 30 MB at 10 GB/s, 60 copies
     assert time.cpu == pytest.approx(3.0 + 0.3)  # 75 MB at 25 GB/s, 6 hand-overs
-    assert time.total == pytest.approx(4.0 + 1.6 + 0.74 + 2.1 + 2.7 + 3.3)
-    assert time.tokens_per_second == pytest.approx(1e3 / 14.44)
+    assert time.total == pytest.approx(4.0 + 2.0 + 0.74 + 2.1 + 2.7 + 3.3)
+    assert time.tokens_per_second == pytest.approx(1e3 / 14.84)
     # At once, the link's 2.7 ms hide behind the CPU's 3 ms; 6 ms of uploads stand out by 1.8 ms.
-    assert token_time(replace(traffic, at_once=True), machine).total == pytest.approx(14.44 - 2.7)
+    assert token_time(replace(traffic, at_once=True), machine).total == pytest.approx(14.84 - 2.7)
     longer = replace(traffic, at_once=True, moved_bytes=58e6)
     assert token_time(longer, machine).link == pytest.approx((5.8 + 0.6) * 0.75 - 3.0)
 
@@ -478,7 +478,7 @@ def test_a_plan_says_what_it_rests_on(tmp_path: Path):
         "against 7 public reports, and on no GPU here: median error 12 %, 4 of 5 pairs in order"
         in text
     )
-    assert "launches_per_layer 30" in text and "floor Q3_K: left out" in text
+    assert "wait_us 8" in text and "floor Q3_K: left out" in text
     assert published_benchmarks.recorded_check().keys() == summary.keys()
     native, *_ = settings = plan["settings"]
     for least, most in (native["hit_rate"], native["tokens_per_second"]):

@@ -275,7 +275,9 @@ class EngineLM(TemplateLM):
             targets_BT = ids_BS[:, at : at + logits_BTV.shape[1]]
             parts.append(jax.device_get(_target_scores(logits_BTV, targets_BT)))
             at += logits_BTV.shape[1]
-        log_p_BT, greedy_BT = (np.concatenate(of_all, axis=1) for of_all in zip(*parts, strict=True))
+        log_p_BT, greedy_BT = (
+            np.concatenate(of_all, axis=1) for of_all in zip(*parts, strict=True)
+        )
         answers = []
         for index, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
             scored = slice(len(row) - 1 - len(continuation), len(row) - 1)

@@ -6,7 +6,7 @@ One sequence, one token at a time, nothing overlapped unless the traffic says so
 
     token = device + launches + host + exits + link + cpu
     device   = (dense + KV cache + expert bytes read) / (device_gb_s · device_efficiency)
-    launches = layers · launches_per_layer · launch_us
+    launches = layers · (launches_per_layer · launch_us + waits_per_layer · wait_us)
     host     = token_us + selections · selection_us
     exits    = exits · exit_us
     link     = ((moved bytes) / (pcie_gb_s · pcie_efficiency)
@@ -19,8 +19,9 @@ line is for experts that are computed where they lie, on the host; where that go
 uploads (a hybrid), only the longer of link and cpu counts. Arithmetic is taken to be free: every
 product of a single token is bound by memory (docs/kernels.md counts the instructions).
 
-Constants depend on the engine: ours is driven from Python and copies from a memory map, a compiled
-engine does neither (`ENGINES`).
+A wait is a choice within the program, of a branch or of another round of a loop, that the host
+makes when the device has told it the value. Constants depend on the engine: ours is driven from Python,
+compiled by XLA and copies from a memory map, a compiled engine does none of it (`ENGINES`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any, Literal
 from hobbit_jax.cache.bandwidth import Bandwidths, Source
 from hobbit_jax.planner.hardware import GPU
 
-Origin = Literal["vendor", "specification", "assumed", "given"]
+Origin = Literal["vendor", "specification", "counted", "assumed", "given"]
 
 
 def _constant(unit: str, origin: Origin, source: str, default: Any = MISSING) -> Any:
@@ -63,9 +64,15 @@ class Machine:
         "share", "assumed", "of the DIMMs' figure, for streaming reads", 0.7
     )
     launches_per_layer: float = _constant(
-        "kernels", "assumed", "counted in decode_loop.py's source, not in a compiled program", 30.0
+        "kernels", "counted", "in the compiled program (scripts/dev/count_launches.py)", 60.0
     )
     launch_us: float = _constant("us", "assumed", "of one small kernel within a program", 3.0)
+    waits_per_layer: float = _constant(
+        "waits", "counted", "in the compiled program: three conditionals and the loop's end", 4.0
+    )
+    wait_us: float = _constant(
+        "us", "assumed", "a number to the host, and the next kernel's launch", 8.0
+    )
     token_us: float = _constant(
         "us", "assumed", "entering the program and reading its report", 150.0
     )
@@ -105,11 +112,17 @@ class Machine:
 
 OURS, COMPILED = "hobbit_jax", "compiled"
 # What differs in an engine of compiled code: copies from pinned memory, exits that are waits for an
-# event on a stream, policies that are no Python. Assumed, after a referee of this model and before
-# it was held against any report; nothing was changed since.
+# event on a stream, policies that are no Python, kernels written for the model. Assumed, after a
+# referee of this model and before it was held against any report; nothing was changed since.
 ENGINES: dict[str, dict[str, float]] = {
     OURS: {},
-    COMPILED: {"pcie_efficiency": 0.8, "exit_us": 100.0, "selection_us": 0.5},
+    COMPILED: {
+        "pcie_efficiency": 0.8,
+        "exit_us": 100.0,
+        "selection_us": 0.5,
+        "launches_per_layer": 30.0,
+        "waits_per_layer": 0.0,
+    },
 }
 
 
@@ -206,9 +219,11 @@ def token_time(traffic: Traffic, machine: Machine) -> TokenTime:
     copies = traffic.moved_experts * machine.copies_per_expert
     link = (bytes_ms + copies * machine.copy_latency_us * 1e-3) * (1 - machine.overlap_share)
     cpu = traffic.host_bytes / (machine.host_gb_s * machine.host_efficiency * 1e6)
+    launches_us = machine.launches_per_layer * machine.launch_us
+    of_layer_us = launches_us + machine.waits_per_layer * machine.wait_us
     return TokenTime(
         device=read / (machine.device_gb_s * machine.device_efficiency * 1e6),
-        launches=traffic.layers * machine.launches_per_layer * machine.launch_us * 1e-3,
+        launches=traffic.layers * of_layer_us * 1e-3,
         host=(machine.token_us + traffic.selections * machine.selection_us) * 1e-3,
         exits=traffic.exits * machine.exit_us * 1e-3,
         link=max(0.0, link - cpu) if traffic.at_once else link,
