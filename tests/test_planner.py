@@ -90,7 +90,8 @@ def test_a_token_by_hand():
     machine = Machine(
         device_gb_s=500, device_efficiency=0.5, pcie_gb_s=20, pcie_efficiency=0.5, host_gb_s=50,
         host_efficiency=0.5, launches_per_layer=10, launch_us=4, waits_per_layer=2, wait_us=5,
-        token_us=100, selection_us=2, exit_us=300, copies_per_expert=3, copy_latency_us=10, overlap_share=0.25, handover_us=50,
+        token_us=100, selection_us=2, exit_us=300, copies_per_expert=3, copy_latency_us=10,
+        overlap_share=0.25, handover_us=50,
     )  # fmt: skip
     traffic = Traffic(
         layers=40, dense_bytes=0.6e9, kv_bytes=0.1e9, expert_bytes=0.3e9, selections=320, exits=7,

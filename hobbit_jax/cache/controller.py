@@ -286,7 +286,7 @@ class Controller:
         return [[key for part in row for key in part or ()] for row in zip_longest(*parts)]
 
     def evicted_for(self, key: ExpertKey) -> ExpertKey | None:
-        """The copy that the arrival of `key` would evict; None if a slot is free or has no bank."""
+        """The copy that `key` would evict; None if a slot is free or `key` has no bank."""
         bank = self.find_bank(key)
         return None if bank is None or bank.room > 0 else bank.policy.victim()
 

@@ -42,11 +42,11 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class MissMode:
-    """Waits for the precision that was asked for. The other modes override what differs.
+    """The base mode, `fetch`: a miss waits for the requested copy. Other modes override it.
 
     Attributes:
-        low_banks: whether low copies serve misses, and then whether all of them are resident, or
-            none, for the CPU computes them.
+        low_banks: "none": no low copy serves misses; "cache": some low copies are resident; "all":
+            all of them are; "host": none is, the CPU computes them.
         native_waits: whether a selection can wait for its native copy, so that native banks need
             slots for a whole step.
         promotes: whether native copies are loaded in the background for experts served low.

@@ -153,7 +153,7 @@ def pool_slots(
     budget_bytes: int | None,
     low_share: LowShare,
 ) -> tuple[dict[Signature, int], int]:
-    """Slots per bank of each device, and its bytes that would hold all that anyone may ask for.
+    """Slots per bank on each device, and its bytes for every copy that may be asked for.
 
     Args:
         shares_pLE: of each pair's selections, by precision: who asks for which precision.

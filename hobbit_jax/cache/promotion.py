@@ -23,12 +23,12 @@ class PromotionRule:
     """How eager promotion is; uses are counted with age, as the module says.
 
     Attributes:
-        after_uses: degraded uses that an expert needs.
+        after_uses: uses that an absent copy would have served, after which it is loaded.
         per_token: most promotions started after one token.
         halving_tokens: tokens after which a use counts half.
-        margin: uses that an expert needs, over those of whom it would evict; 0 asks for none. At
-            1.5 the reference model's floor promotes one expert in twenty to a hundred tokens
-            instead of one in each, and degrades 4 to 6 points fewer selections.
+        margin: its uses must be more than this many times those of the expert that it would evict;
+            0 leaves that out. At 1.5 the reference model's floor promotes one expert in twenty to a
+            hundred tokens instead of one in each, and demotes 4 to 6 points fewer selections.
     """
 
     after_uses: float = 2.0
@@ -58,7 +58,7 @@ class Promotion(Observer):
 
     def __init__(self, rule: PromotionRule):
         self.rule = rule
-        self._degraded = _Uses()  # uses served by another copy, of absent keys
+        self._missed = _Uses()  # that an absent copy would have served
         self._served = _Uses()  # uses that the key itself served
         self._tokens = 0
 
@@ -77,8 +77,8 @@ class Promotion(Observer):
             self.note(k._replace(precision=LOW) for k in fetched if k.precision == NATIVE)
 
     def note(self, keys: Iterable[ExpertKey]) -> None:
-        """Records one degraded use of each key."""
-        self._degraded.update(keys)
+        """Records for each absent copy one use that it would have served."""
+        self._missed.update(keys)
 
     def note_served(self, keys: Iterable[ExpertKey]) -> None:
         """Records one use of each key that it served itself, as residents do."""
@@ -90,18 +90,18 @@ class Promotion(Observer):
         halvings -= self._tokens // self.rule.halving_tokens
         self._tokens += count
         for _ in range(halvings):
-            self._degraded, self._served = self._degraded.halved(), self._served.halved()
-        due = [key for key, uses in self._degraded.items() if uses >= self.rule.after_uses]
+            self._missed, self._served = self._missed.halved(), self._served.halved()
+        due = [key for key, uses in self._missed.items() if uses >= self.rule.after_uses]
         due = [key for key in reversed(due) if key not in self._controller]
-        due.sort(key=lambda key: -self._degraded[key])
+        due.sort(key=lambda key: -self._missed[key])
         worth_it = filter(self._worth_it, due)
         picked = list(itertools.islice(worth_it, self.rule.per_token * count))
         for key in picked:
             # From now on it stands for what it has earned.
-            self._served[key] += self._degraded.pop(key)
+            self._served[key] += self._missed.pop(key)
         return picked
 
     def _worth_it(self, key: ExpertKey) -> bool:
         if not self.rule.margin or (evicted := self._controller.evicted_for(key)) is None:
             return True
-        return self._degraded[key] > self.rule.margin * self._served[evicted]
+        return self._missed[key] > self.rule.margin * self._served[evicted]

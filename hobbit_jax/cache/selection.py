@@ -27,7 +27,7 @@ class RouterOutput:
     valid_T: np.ndarray  # bool; False is padding
     # In prefill and scoring only, float32; the second during the call alone, for it is donated.
     h_TD: jax.Array | None = None  # the experts' input
-    x_TD: jax.Array | None = None  # the stream that the router read, before its normalisation
+    x_TD: jax.Array | None = None  # the stream with all that the block adds but its experts
 
     def by_expert(self) -> Iterator[tuple[int, jax.Array, jax.Array]]:
         """Each chosen expert with the tokens that chose it, int32 [R], and its weights, [R].

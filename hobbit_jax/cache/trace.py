@@ -78,7 +78,7 @@ def read_trace(path: Path, n_experts: int | None = None) -> Trace:
     if ids_TLK.ndim != 3 or ids_TLK.size == 0 or ids_TLK.dtype.kind not in "iu":
         raise ValueError(
             f"{path}: expert_ids is {ids_TLK.dtype} {list(ids_TLK.shape)}; want integers "
-            "[tokens, layers, experts of a token], none of them 0"
+            "[tokens, layers, experts of a token], and no axis of length 0"
         )
     if weights_TLK.shape != ids_TLK.shape or weights_TLK.dtype.kind != "f":
         raise ValueError(

@@ -34,7 +34,7 @@ class PrecisionPlan(Protocol):
         ...
 
     def shares_pLE(self, shape_pLE: Shape) -> np.ndarray:
-        """Share (0-1) of each pair's selections that each precision serves, float [p, L, E]."""
+        """Share (0-1) of each pair's selections that request each precision, float [p, L, E]."""
         ...
 
 
@@ -56,7 +56,7 @@ class StaticPlan:
 
 
 def importance_score(score: str, weights_TK: Array) -> Array:
-    """How unimportant each selection is, float [T, K]; larger goes lower.
+    """How unimportant each selection is, float [T, K]; the largest are demoted first.
 
     "router_weight": minus the weight. "cumulative_weight": HOBBIT's, the sum of the weights
     of the token's heavier selections, as a share (0-1) of all K; 0 for the heaviest.

@@ -94,7 +94,7 @@ class Weights(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """Where a token stands between two entries; on the device, donated to each."""
+    """A token's state between two calls of the program; it stays on the device, donated."""
 
     caches: Caches
     block: jax.Array  # int32 scalar: whose experts are due, or which is attended next
@@ -125,7 +125,7 @@ class _Loop(NamedTuple):
     active_B: jax.Array
     lengths_B: jax.Array
     blocked: jax.Array  # bool: an expert is missing
-    finite: jax.Array  # bool: so are all logits of sequences that got a token
+    finite: jax.Array  # bool: all logits of sequences that got a token are finite
     tokens_NB: jax.Array  # drawn
     logits_BV: jax.Array
     logged: jax.Array  # int32: layers routed

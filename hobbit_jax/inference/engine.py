@@ -54,10 +54,13 @@ DEFAULT_CACHE = CacheConfig()
 
 @dataclass(frozen=True)
 class StepStats:
-    """Cost of one decode or prefill step; of a token whose cost stands at another, nothing."""
+    """Cost of one decode or prefill step.
+
+    Where one call gave several tokens, the first carries the cost and the others zeros.
+    """
 
     seconds: float = 0.0
-    compile_seconds: float = 0.0  # of them
+    compile_seconds: float = 0.0  # a part of `seconds`
     tokens: int = 0  # that were fed
 
 

@@ -103,7 +103,7 @@ def by_expert(
 
 
 def _uses(layer: int, grouped: Assignments, selections: Selections) -> tuple[list[Use], list[Use]]:
-    """`uses_of` for many selections; of the unmet ones those that were served low."""
+    """`uses_of` in NumPy; unmet are only native requests that a low copy served."""
     weights_A, requested_A = selections.weights_TK.reshape(-1), selections.requested_TK.reshape(-1)
     uses = [
         Use(key, float(weights_A[a].max()), bool((requested_A[a] == NATIVE).any()), len(a))
@@ -115,7 +115,7 @@ def _uses(layer: int, grouped: Assignments, selections: Selections) -> tuple[lis
 
 
 def _item_rows(grouped: Assignments, signature: Signature, implementation: str) -> int:
-    """Rows of an item: what suits the kernel, or all of the busiest expert's in one."""
+    """Rows of an item: the kernel's choice; of xla and ggml enough for the busiest expert."""
     counts = [len(part) for part in grouped.values()]
     if implementation in ("xla", "ggml"):
         return 1 << (max(counts, default=1) - 1).bit_length()
@@ -125,7 +125,7 @@ def _item_rows(grouped: Assignments, signature: Signature, implementation: str) 
 def _calls(
     pool: SlotPool, keys: Sequence[ExpertKey], grouped: Assignments, width: int, most_items: int
 ) -> Iterator[Work]:
-    """The items of one batch, `most_items` to a call and device, padded to as many."""
+    """One batch as calls of `most_items` items a device, the last of them padded."""
     parts_of = [
         items(((pool.slot(key), grouped[key]) for key in share), width)
         for share in pool.by_device(keys)

@@ -22,7 +22,7 @@ from hobbit_jax.models.config import ModelConfig
 KV_FORMATS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 Arrays = dict[str, jax.Array]
-Places = Mapping[str, Any]  # integers by name of a state; past the end is nowhere
+Places = Mapping[str, Any]  # by name of a state; an index past the end: the block has none
 
 
 @partial(
@@ -73,7 +73,7 @@ class Caches:
 
     @partial(jax.jit, donate_argnames="self")
     def begun_with(self, prefix: Caches) -> Caches:
-        """Every sequence begins as the one of `prefix` does, all whose C tokens are taken."""
+        """Copies the one sequence of `prefix`, whose positions are all filled, to every one."""
         by_token = {
             name: array.at[:, :, : prefix.context].set(prefix.by_token[name])
             for name, array in self.by_token.items()

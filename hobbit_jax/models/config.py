@@ -113,9 +113,9 @@ class RouterConfig:
         renormalise: the weights of the chosen are divided by their sum.
         scale: of all weights.
         selection_bias: a bias is added to scores for the choice, and not to weights.
-        groups: consecutive experts compete as so many groups first.
-        groups_used: of them remain.
-        ranked_by: so many best scores of a group, whose sum ranks it.
+        groups: number of equal groups of consecutive experts, which compete first.
+        groups_used: number of groups whose experts may be chosen.
+        ranked_by: number of best scores whose sum ranks a group.
         biased: logits have a bias.
         own_input: it reads the stream, normalised and scaled apart from what experts read.
         expert_scale: each expert's weight is multiplied by a factor of its own in the end.

@@ -190,7 +190,7 @@ def grouped_query(
     fused: bool = False,
     n_kv_heads: int = 0,
 ) -> GroupedQuery:
-    """Attention that is the same in every block that attends, of which 0 reads the kv heads.
+    """Attention that is the same in every block that has it; `n_kv_heads` 0 reads their number.
 
     Raises:
         ValueError: impossible numbers.
@@ -215,7 +215,10 @@ def grouped_query(
         )
     broken = None
     if rope_dim % 2 or rope_dim > head_dim:
-        broken = f"a head dimension of {rope_dim}, expected an even one up to {head_dim}"
+        broken = (
+            f"{rope_dim} rotated values of a head (rope.dimension_count), expected an even number "
+            f"up to {head_dim}"
+        )
     elif n_heads % n_kv_heads:
         broken = f"{n_heads} heads, expected a multiple of the {n_kv_heads} kv heads"
     if broken:
@@ -251,7 +254,8 @@ def delta_net(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> GatedDelt
 def experts(keys: Keys, width_key: str = "expert_feed_forward_length") -> dict[str, Any]:
     """The fields of `ModelConfig` about experts, by name.
 
-    An expert's width without a key of its own, or of 0, is a part of all chosen experts' width.
+    Where `width_key` is absent or 0, an expert's width is feed_forward_length over the experts per
+    token.
 
     Raises:
         ValueError: more experts per token than experts.

@@ -174,7 +174,7 @@ class At(Protocol):
         ...
 
     def uniform(self, passed_BTN: jax.Array, writes: Arrays) -> tuple[jax.Array, Arrays]:
-        """The same with what other kinds of block pass and write, so that all agree in shape."""
+        """Both padded to what every kind of block returns, so that a switch can return either."""
         ...
 
 

@@ -20,8 +20,8 @@ uploads (a hybrid), only the longer of link and cpu counts. Arithmetic is taken 
 product of a single token is bound by memory (docs/kernels.md counts the instructions).
 
 A wait is a choice within the program, of a branch or of another round of a loop, that the host
-makes when the device has told it the value. Constants depend on the engine: ours is driven from Python,
-compiled by XLA and copies from a memory map, a compiled engine does none of it (`ENGINES`).
+makes when the device has told it the value. Constants depend on the engine: ours is driven from
+Python, compiled by XLA and copies from a memory map, a compiled engine does none of it (`ENGINES`).
 """
 
 from __future__ import annotations

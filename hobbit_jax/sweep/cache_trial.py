@@ -29,7 +29,7 @@ from hobbit_jax.sweep.artifact_cache import ArtifactCache
 
 
 def of_quality(asked: CacheTrial) -> CacheTrial:
-    """What trials have in common whose quality and scores are the same.
+    """A trial with all reset that cannot change quality or scores; equal ones share both.
 
     Logits of a plan are the same bits at every budget (tests/test_engine.py), so trials that differ
     in the pool alone share them, unless the pool decides who serves. What the CPU computes beside

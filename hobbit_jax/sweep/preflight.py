@@ -70,7 +70,7 @@ class Kind:
 class Preflight:
     """What was found; a problem says why the sweep cannot run, and what to do about it.
 
-    `wanted` has, by kind of file, what tells its files apart, those that exist among them.
+    `wanted` has, by kind of file, a key for each file that the sweep reads, existing ones too.
     """
 
     config: Mapping[str, Any]  # what the trials were expanded from

@@ -2,8 +2,8 @@
 
 Owns the named texts: "code" (held-out source files that ship with the package), "tasks" (generated
 problems, none of them held out), "mixed", which is "code,tasks", and two of the data sets that
-README names, "wikitext" and "gsm8k", whose training halves calibrate and whose test halves
-evaluate. Names and files that are joined by commas give as many characters of each. What is
+README names, "wikitext" and "gsm8k", of which one file calibrates and the test file evaluates
+(`DATA_TEXTS`). Names and files that are joined by commas give as many characters of each. What is
 calibrated on code alone loses the problems: GPTQ at Q2_K then solves 0.68 of the arithmetic, plain
 rounding 0.82, so "mixed" is the default of `scripts/calibrate.py`.
 """

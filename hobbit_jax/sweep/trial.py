@@ -198,7 +198,10 @@ def check_plan(plan: Any) -> None:
     if isinstance(plan, Mixed) and not 0 <= plan.share <= 1:
         raise ValueError(f"the demoted share is {plan.share}; want 0 to 1")
     if isinstance(plan, PerSelection) and len(plan.shares) - len(plan.formats) not in (1, 2):
-        raise ValueError(f"{len(plan.formats)} formats with shares {plan.shares}")
+        raise ValueError(
+            f"{len(plan.formats)} formats with shares {plan.shares}; want one share more than formats, "
+            "or two more, the last for skipped selections"
+        )
 
 
 def _check(what: str, value: str, choices: Sequence[str]) -> None:

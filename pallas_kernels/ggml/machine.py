@@ -39,7 +39,7 @@ MESSAGE_TEXTS = (
     b"ggml backend: an expert's slot lies outside of its bank",
     b"ggml backend: a matrix has no address: its expert was never loaded",
     b"ggml backend: a token id lies outside of the vocabulary",
-    b"ggml backend: a position lies outside of the KV cache",
+    b"ggml backend: the KV cache has no array for this layer",
 )
 MESSAGES, TYPES, TYPE_WORDS, N_TYPES = 8, 32, 12, 64
 TABLE = np.zeros(TYPES + TYPE_WORDS * N_TYPES, np.uint64)
@@ -319,8 +319,8 @@ def read_api() -> None:
     wanted = ("XLA_FFI_ThreadPool_Schedule", "XLA_FFI_Error_Create", "XLA_FFI_Error_Destroy")
     if major != 0 or not set(wanted) <= set(names):
         raise NotImplementedError(
-            f"backend 'ggml' knows XLA's FFI of major version 0, and {header} is of {major}; take "
-            "'xla'"
+            f"backend 'ggml' needs XLA's FFI of major version 0 with {', '.join(wanted)}, and "
+            f"{header} is missing or differs; take 'xla'"
         )
     TABLE[VERSION_MAJOR], TABLE[VERSION_MINOR] = major, minor
     first = 48  # after the structure's size, extensions, version and internal functions

@@ -49,7 +49,7 @@ class RawMatrix:
 
     @property
     def in_place(self) -> bool:
-        """Whether `data` is the blocks themselves."""
+        """Whether `data` holds the blocks' bytes; otherwise it holds their addresses."""
         return self.data.dtype == np.uint8
 
     @property
@@ -145,7 +145,7 @@ def default_threads() -> int:
 
 
 def set_threads(threads: int) -> None:
-    """How many threads a product takes, the calling one among them; before the first of them.
+    """Sets how many threads a product uses, the calling one included. Call it before the first one.
 
     XLA's own pool, whose threads they are, gets as many if no device was used so far.
 
