@@ -199,8 +199,8 @@ def check_plan(plan: Any) -> None:
         raise ValueError(f"the demoted share is {plan.share}; want 0 to 1")
     if isinstance(plan, PerSelection) and len(plan.shares) - len(plan.formats) not in (1, 2):
         raise ValueError(
-            f"{len(plan.formats)} formats with shares {plan.shares}; want one share more than formats, "
-            "or two more, the last for skipped selections"
+            f"{len(plan.formats)} formats with shares {plan.shares}; want one share more than "
+            "formats, or two more, the last for skipped selections"
         )
 
 
