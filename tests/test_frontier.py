@@ -160,6 +160,23 @@ def test_pairs_tell_apart_what_intervals_do_not(workdir):
     assert frontier.n_absent == 1
 
 
+def test_a_seed_that_a_uniform_quant_lacks_is_left_out_of_the_line(workdir):
+    """A study under way: the mixes have three seeds, Q3_K has the first and the last."""
+    study = read_study(workdir, "frontier")
+    (workdir / "records" / f"{make(Uniform('Q3_K', 'gptq'), 0.02, 700, 1).name}.json").unlink()
+    frontier = load(workdir)
+    (random,) = (p for p in frontier.plans if p.score == "random")
+    line = frontier.line(random)
+    of = {p.formats[-1:]: p for p in frontier.uniform if p.encoder == "gptq"}
+    wanted_SW = (of["Q2_K",].kl_SW[[0, 2]] + of["Q3_K",].kl_SW) / 2
+    assert line.seeds == (0, 2) and len(study.trials) - 2 == len(read_records(workdir).found)
+    np.testing.assert_allclose(line.kl_SW, wanted_SW, rtol=1e-12)
+    assert frontier.difference(random, line).value == pytest.approx(
+        random.kl_SW[[0, 2]].mean() - wanted_SW.mean()
+    )
+    write_report(workdir)
+
+
 def test_each_evaluation_text_has_its_own_section(workdir):
     own = read_records(workdir).found
     other = [

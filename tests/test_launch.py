@@ -5,6 +5,7 @@ test_launch_clusters.py.
 """
 
 import itertools
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,6 +165,10 @@ def test_trials_that_fail_or_kill_their_process(workdir, monkeypatch):
     assert "trials: 5 0 2" in output(workdir) and "trials: 2 3 2" in output(workdir)
     for name in ("crash-999", "fail-999"):
         record_path(workdir, record_name(Benchmark(name, {}))).unlink()
+    # What failed trials have measured, and others who may be at it, are left alone.
+    shutil.rmtree(workdir / "parts")
+    for lock in workdir.rglob(".*.lock"):
+        lock.unlink()
     check_rows(workdir, serial_rows(workdir, 3, monkeypatch))
 
 

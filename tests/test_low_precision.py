@@ -185,6 +185,21 @@ def test_several_who_want_a_tier_make_it_once(source, tmp_path, monkeypatch):
     assert [path.suffix for path in tmp_path.iterdir()] == [".gguf"]
 
 
+def test_rows_that_are_no_whole_number_of_blocks(tmp_path):
+    """ggml would end the process; a format on the way is filled up as the last one is."""
+    weights_NK = np.random.default_rng(0).standard_normal((4, 320)).astype(np.float32)
+    with pytest.raises(
+        ValueError, match="rows of 320 weights are no whole number of Q4_K's blocks"
+    ):
+        ggml.encode(weights_NK, "Q4_K")
+    spec = LowPrecisionSpec("Q2_K", through=("Q4_K",))
+    blocks = low_precision._encode(weights_NK, "Q2_K", spec, None, "ffn_gate_exps", 0)
+    filled_NK = np.pad(weights_NK, ((0, 0), (0, 192)))
+    once_NK = np.array(low_precision.decode(ggml.encode(filled_NK, "Q4_K"), "Q4_K"))
+    once_NK[:, 320:] = 0
+    np.testing.assert_array_equal(blocks, ggml.encode(once_NK, "Q2_K"))
+
+
 def test_through_another_format(source, tmp_path):
     """What passes through Q4_K first is what Q4_K's own decoding encodes to."""
     config = read_config(source)

@@ -604,6 +604,8 @@ def test_ways_to_serve_a_miss(workdir, tmp_path):
     # At 16:1 the lifted mix costs 6, and native computed 2 without a loss.
     dear = next(mix for mix in found.cells[2].mixes if mix.record == records[5])
     assert dear.gap.value == pytest.approx(np.mean(records[5].samples["kl_nats_W"]))
+    alone = write_report(folder).read_text()  # without a sweep beside it
+    assert alone.startswith("# M") and "| 2.00, computed | 1.00, fetched | hobbit_host" in alone
     for one in winning():
         write_record(folder, one)
     write_study(folder, read_study(workdir(winning()), "s"))
