@@ -3,14 +3,15 @@
     make kernels                                            # installs the compiler, runs this too
     python scripts/dev/count_launches.py --targets sm_89    # with the compiler on the path
 
-Compiles the decode loop of the shipped model without a GPU, as `compile_kernels.py` compiles the
-kernels. A layer's launches are those of the loop over layers, each conditional with its longer
-branch. Fails if a layer writes as much as one of its attention matrices elsewhere than into the
-caches: then the operand of a product is copied for every token.
+Compiles the decode loop of a model, by default the shipped one, as `compile_kernels.py` compiles
+the kernels: without a GPU. A layer's launches are those of the loop over layers, each conditional
+with its longer branch. Fails if a layer writes as much as one of its attention matrices elsewhere
+than into the caches: then the operand of a product is copied for every token.
 """
 
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from gpu_compiler import TARGETS, Target, compile_for
 
 from hobbit_jax import cli, reference
 from hobbit_jax.cache.config import CacheConfig
-from hobbit_jax.experts.store import HostExperts
+from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.inference.decode_loop import Inputs, decode_program
 from hobbit_jax.inference.engine import GREEDY, Engine
 from hobbit_jax.models.loading import load_model
@@ -30,9 +31,10 @@ _TARGETS = cli.define_list(
     "targets", flags.EnumParser(list(TARGETS)).parse, "sm_89",
     f"GPUs to compile for, of {', '.join(TARGETS)}.",
 )  # fmt: skip
+_MODEL = flags.DEFINE_string("model", None, "Model file; the shipped one by default.")
 _WORKDIR = flags.DEFINE_string("workdir", "out/kernels", "Folder of the records.")
 
-STUDY, BUDGET_BYTES, CONTEXT = "kernels", 4 << 20, 512
+STUDY, CONTEXT = "kernels", 512
 _OPERATION = re.compile(r"^ +(?:ROOT )?%?[\w.\-]+ = (\([^()]*\)|\S+) ([a-z][\w\-]*)\(")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional")
 _NUMBER_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -79,8 +81,12 @@ def compiled_decode(target: Target) -> tuple[Program, int]:
     """The decode program for a GPU, and the bytes of the largest matrix of attention."""
     nvidia = SimpleNamespace(platform="gpu", device_kind="NVIDIA")
     backends.jax = SimpleNamespace(devices=lambda platform=None: [nvidia])  # pyright: ignore
-    model = load_model(reference.model_path(), "triton")
-    engine = Engine(model, HostExperts(model.config, model.file), CacheConfig(BUDGET_BYTES))
+    path = reference.model_path()
+    if _MODEL.value is not None:
+        path = cli.input_file("model", _MODEL.value)
+    model = load_model(path, "triton")
+    store = HostExperts(model.config, model.file)
+    engine = Engine(model, store, CacheConfig(store.precision_bytes(NATIVE) // 2))
     engine.start(1, CONTEXT)
     one = np.ones(1, np.int32)
     inputs = Inputs(
@@ -105,7 +111,10 @@ def main(_) -> int:
             "conditionals_per_layer": len(program.called(layer, "branch_computations")),
             "largest_write_per_layer_bytes": program.largest_write_bytes(layer),
         }
-        asked = Benchmark(STUDY, {"target": name, "name": "decode loop"})
+        setting = {"target": name, "name": "decode loop"}
+        if _MODEL.value is not None:
+            setting["model"] = Path(_MODEL.value).name
+        asked = Benchmark(STUDY, setting)
         write_record(workdir, Record(STUDY, asked, **vars(measured(figures)), **machine()))
         print(f"{TARGETS[name].name}: {', '.join(f'{n} {v}' for n, v in figures.items())}")
         if figures["largest_write_per_layer_bytes"] >= matrix_bytes:
