@@ -224,7 +224,7 @@ class Engine:
         finally:
             self.controller.observers.remove(observer)
 
-    def _check_room(self, n_new_B: np.ndarray) -> None:
+    def _check_step(self, n_new_B: np.ndarray, ids: np.ndarray) -> None:
         if self.model.mapped_bytes:
             # Past the end of a file that was cut short a program would end the process.
             for precision in range(len(self.store.precisions)):
@@ -233,8 +233,6 @@ class Engine:
         longest = int((self._lengths_B + n_new_B).max(initial=0))
         if longest > context:
             raise ValueError(f"{longest} tokens exceed the {context} started with")
-
-    def _check_ids(self, ids: np.ndarray) -> None:
         # Compiled programs would take another token in the place of one that does not exist.
         least, most = ids.min(initial=0), ids.max(initial=0)
         if least < 0 or most >= self.config.vocab_size:
@@ -244,8 +242,7 @@ class Engine:
 
     def _append(self, ids_BT: np.ndarray, n_new_B: np.ndarray) -> jax.Array:
         """Appends the first `n_new_B` tokens of each row; residual stream [B, T, D]."""
-        self._check_room(n_new_B)
-        self._check_ids(ids_BT)
+        self._check_step(n_new_B, ids_BT)
         # Until all layers are done there is no sequence to go on with.
         carry, self._carry = self._started(), None
         x_BTD, caches = self._prefill.append(
@@ -330,8 +327,7 @@ class Engine:
         The program is compiled for `most_tokens`, and the number of tokens `drawn` before seeds the
         draws.
         """
-        self._check_room(active_B * count)
-        self._check_ids(ids_B[active_B])
+        self._check_step(active_B * count, ids_B[active_B])
         spec = self._loop_spec(sampling, most_tokens)
         program, k = decode_program(spec), self.config.experts_per_token
         stops = np.asarray(stop_ids, np.int32)

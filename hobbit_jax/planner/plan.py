@@ -197,11 +197,7 @@ def make_plan(
             "low_bytes": {f: model.store(f).precision_bytes(1) for f in candidates.LOW_FORMATS},
         },
         "gpu": asdict(gpu),
-        "vram_gib": request.vram_gib,
-        "reserve_gib": request.reserve_gib,
-        "context": request.context,
-        "kv_format": request.kv_format,
-        "chunk_tokens": request.chunk_tokens,
+        **asdict(request),
         "memory": {**asdict(memory), "pool": memory.pool},
         "routing": {
             "source": [routing.source for routing in routings],
