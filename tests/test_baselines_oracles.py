@@ -188,8 +188,8 @@ def test_llama_cpp_in_float32_is_our_float32(float_path, tmp_path):
 
 
 @NEEDS_LLAMA_CPP
-# llama.cpp takes deepseek2 without attention.q_lora_rank only with 26 or 27 blocks, and ranks groups
-# of experts by their two best, which DeepSeek-V2 and transformers do not.
+# llama.cpp takes deepseek2 without attention.q_lora_rank only with 26 or 27 blocks, and ranks
+# groups of experts by their two best, which DeepSeek-V2 and transformers do not.
 @pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"deepseek2_lite", "deepseek2_groups"}))
 def test_llama_cpp_in_float32_is_the_golden_of_a_family(name, tmp_path):
     """So the golden belongs to the file's layout, and not to our reading of it."""
