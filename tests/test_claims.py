@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hobbit_jax.report import answers
+from hobbit_jax.record import Native, Uniform
+from hobbit_jax.report import answers, paired
 from hobbit_jax.report.document import read_studies
 from hobbit_jax.report.sweep import trial
 from hobbit_jax.report.table import figure
@@ -82,7 +83,14 @@ def of_real_weights(studies):
         for name in (("Q3_K", "ggml"), ("Q2_K", "ggml"))
     }
     ratios = [figure(frontier.over_ggml(plan), ".2f") for frontier, plan in of("Q2_K", "gptq")]
+    task = "task_humaneval"
+    scored = studies.real[0].scored
+    native, gptq = scored[Native()], scored[Uniform("Q2_K", "gptq")]
+    scores = [figure(record.interval(task), ".2f") for record in (native, gptq)]
+    loss = figure(paired.task_loss(gptq, native, task), ".2f")
     return [
+        f"Of HumanEval's {native.metrics[f'{task}_problems']} problems it solves {scores[0]} as "
+        f"published and {scores[1]} with GPTQ's Q2_K, which is {loss} less in pairs",
         f"a KL of {kl['Q3_K', 'ggml']} on source code, WikiText-2 and GSM8K at Q3_K",
         f"of {kl['Q2_K', 'ggml']} at Q2_K",
         f"GPTQ's Q2_K has {listed(ratios)} times the KL of",
