@@ -144,8 +144,9 @@ def _humaneval_scoring(target_template: str) -> dict[str, Any]:
     def run_one(completion: str, doc: dict) -> dict[str, str]:
         program = f"{doc['prompt']}{completion}\n{apply_template(target_template, doc)}"
         outcome = run_code(program, timeout_s=_PROGRAM_TIMEOUT_S)
-        # What a program calls its exceptions must not pass for a verdict.
-        failed = f"{outcome.status} {outcome.detail}".strip()
+        failed = outcome.detail or outcome.status
+        if failed == "passed":  # what a program calls its exceptions is no verdict
+            failed = outcome.status
         verdict = "passed" if outcome.status == "finished" else failed
         return {"program": program, "verdict": verdict}
 
