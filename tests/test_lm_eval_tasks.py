@@ -144,6 +144,7 @@ def test_humaneval_by_hand(data_dir):
         15: ("    return (\n", "SyntaxError"),
         18: ("    import os; os.kill(os.getppid(), 9)\n", "PermissionError"),
         21: ("    return input()\n", "EOFError"),
+        27: ('    raise type("passed", (Exception,), {})\n', "raised"),
         24: ("    import urllib.request as r\n    r.urlopen('http://a.b')\n", "URLError"),
     }
     plainly_wrong = ("    raise ValueError\n", "ValueError")
