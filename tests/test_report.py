@@ -402,7 +402,10 @@ def test_a_study_under_way_is_readable_beside_torn_files(workdir):
     folder = workdir(winning(), more=["torn"])
     (folder / "records" / "torn.json").write_text('{"study": "s"')
     text = write_report(folder).read_text()
-    assert "1 of 8 records are absent" in text and "of 1 cases" in text and "1 are open" in text
+    assert (
+        "1 of 8 records are absent" in text
+        and "of 1 cases (a pool with a low format) 1 is open." in text
+    )
     assert "- torn.json is unreadable: " in (folder / "appendix.md").read_text()
     # One that no trial of this study has is said, and decides nothing.
     (folder / "records" / "torn.json").rename(folder / "records" / "other.json")
