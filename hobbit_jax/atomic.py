@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 PARTIAL_GLOB = ".*.partial"
@@ -120,6 +121,20 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def new_map(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
+    """A new .npy file, mapped for writing, with room on the disk for all of its bytes.
+
+    A map of a file with holes would end the process where the disk is full.
+
+    Raises:
+        OSError: the disk has no room.
+    """
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def decode_attention(
     v_nBCGe: jax.Array,
     place: jax.Array | int,
     position_B: jax.Array,
-    scale: float,
+    scale: float | None = None,
     window: int = 0,
     sinks_H: jax.Array | None = None,
     interpret: bool = False,
@@ -121,19 +121,20 @@ def decode_attention(
         k_nBCGd, v_nBCGe: the caches of n blocks; key c stands at position c.
         place: the block whose keys and values are meant.
         position_B: int32, of the tokens; one at C or behind is padding and gets zeros.
-        scale: of scores.
+        scale: of scores; None is 1 over the square root of d.
         window: keys that a token sees, its own among them; 0 for all before it.
         sinks_H: a score of each head that takes weight and has no value.
         interpret: run the kernel in Pallas's interpreter, on any device.
     """
     batch, n_heads, width = q_BHd.shape
+    factor = width**-0.5 if scale is None else scale
     _, _, _, groups, values_width = v_nBCGe.shape
     shared = n_heads // groups
     shape_BGPM = (batch, groups, max(1, _PROGRAMS // (batch * groups)), shared)
     step = 32 if _power_of_two(max(width, values_width)) <= _WIDE else 16
     shapes = (shape_BGPM, shape_BGPM, (*shape_BGPM, values_width))
     found = pl.pallas_call(
-        partial(_kernel, step=step, scale=scale, window=window),
+        partial(_kernel, step=step, scale=factor, window=window),
         out_shape=tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes),
         grid=shape_BGPM[:3],
         # With four warps its tiles spill registers on the RTX 30 and 40 series.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import jax
 
 IMPLEMENTATIONS = ("xla", "ggml", "triton", "interpret")
+KERNELS = ("triton", "interpret")  # compiled for a GPU, or run by Pallas's interpreter
 Implementation = str | None
 
 

@@ -88,9 +88,8 @@ class SlotPool(Executor):
             for index, device in enumerate(devices)
         ]
         self._budget_bytes, self._staging_bytes = budget_bytes, staging_bytes
-        self._prefetched: dict[
-            ExpertKey, Upload
-        ] = {}  # begun ahead of use; `load` gives each a slot
+        # Begun ahead of use; `load` gives each a slot.
+        self._prefetched: dict[ExpertKey, Upload] = {}
         self._assembled: dict[Any, tuple[list[Any], Any]] = {}
         for part in self.parts:
             if part.nbytes > budget_bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from hobbit_jax.atomic import replacing
+from hobbit_jax.atomic import new_map, replacing
 from hobbit_jax.cache.controller import Observer
 from hobbit_jax.evals.logit_comparison import Comparison, compare_logits, summarize
 from hobbit_jax.inference.engine import Engine
@@ -117,10 +116,7 @@ def write_native_logits(engine: Engine, windows: Windows, path: Path) -> None:
     count, width = windows.ids_WS.shape
     shape = (count, width - 1, engine.config.vocab_size)
     with replacing(path, wanted_bytes=4 * math.prod(shape)) as partial:
-        array_WTV = np.lib.format.open_memmap(partial, "w+", np.float32, shape)
-        # All of its bytes: a map of a file with holes ends the process where the disk is full.
-        with partial.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+        array_WTV = new_map(partial, np.float32, shape)
         for part, logits_BTV in _scored(engine, windows, "native logits"):
             array_WTV[part] = np.asarray(logits_BTV)
         array_WTV.flush()

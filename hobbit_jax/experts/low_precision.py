@@ -32,7 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hobbit_jax import models, quantize
-from hobbit_jax.atomic import check_space, exclusive
+from hobbit_jax.atomic import check_space, exclusive, new_map
 from hobbit_jax.experts.store import ROLES, STACKS, stacked
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, write_gguf
 from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
@@ -298,11 +298,7 @@ class _Part:
         if self._path.exists():
             blocks = np.load(self._path, mmap_mode="r")
         else:
-            bytes_shape = _bytes_shape(shape, format)
-            blocks = np.lib.format.open_memmap(self._unfinished, "w+", np.uint8, bytes_shape)
-            # All of its bytes: a map of a file with holes ends the process where the disk is full.
-            with self._unfinished.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, self._unfinished.stat().st_size)
+            blocks = new_map(self._unfinished, np.uint8, _bytes_shape(shape, format))
         self.content = format, shape, blocks
 
     def fill(

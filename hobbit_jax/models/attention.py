@@ -19,6 +19,7 @@ from hobbit_jax.models.caches import Arrays, Caches, Places
 from hobbit_jax.models.config import Shapes, State
 from hobbit_jax.models.modules import BlockWeights, rms_normalised
 from pallas_kernels.attention_triton import decode_attention
+from pallas_kernels.backends import KERNELS
 from pallas_kernels.ggml import ops as ggml
 
 if TYPE_CHECKING:
@@ -241,10 +242,9 @@ class GroupedQueryAttention(nnx.Module):
         place = places[spec.states()[0].name]
         how = spec.score_scale, spec.window, None if self.sinks is None else self.sinks[...]
         implementation = self.output.implementation
-        if q_BTHd.shape[1] == 1 and implementation in ("triton", "interpret"):
-            scale = spec.head_dim**-0.5 if spec.score_scale is None else spec.score_scale
+        if q_BTHd.shape[1] == 1 and implementation in KERNELS:
             mixed_BN = decode_attention(
-                q_BTHd[:, 0], keys, values, place, positions_BT[:, 0], scale, *how[1:],
+                q_BTHd[:, 0], keys, values, place, positions_BT[:, 0], *how,
                 interpret=implementation == "interpret",
             )  # fmt: skip
             mixed_BTN = mixed_BN[:, None]

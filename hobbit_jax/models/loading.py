@@ -26,7 +26,7 @@ from hobbit_jax.models.layer import Block, LayerStack
 from hobbit_jax.models.modules import EmbeddingAndHead, Linear, RMSNorm
 from hobbit_jax.models.registry import read_config
 from hobbit_jax.models.sharding import replicated
-from pallas_kernels.backends import Implementation, choose
+from pallas_kernels.backends import KERNELS, Implementation, choose
 from pallas_kernels.formats import Format, get_format
 from pallas_kernels.ggml.ops import RawMatrix, address_of, check_available
 from pallas_kernels.linear import implementation_for
@@ -101,7 +101,7 @@ class _Matrices:
             matrix = RawMatrix(address, rows, columns, tensor.nbytes)
             return Linear(tensor.format, matrix, None, bias_N, factor)
         planes = _split(get_format(tensor.format), tensor.raw)
-        in_stack &= chosen in ("triton", "interpret")
+        in_stack &= chosen in KERNELS
         return Linear(tensor.format, planes, chosen, bias_N, factor, in_stack)
 
     def router(self, tensor: TensorInfo, bias_N: jax.Array | None = None) -> Linear:

@@ -74,7 +74,7 @@ class Program:
                 lengths = map(int, filter(None, shape.split(",")))
                 sizes.append(_NUMBER_BYTES.get(number, 8) * math.prod(lengths))
         branches = self.called(computation, "branch_computations")
-        return max(*sizes, *(self.largest_write_bytes(n) for names in branches for n in names), 0)
+        return max([*sizes, *(self.largest_write_bytes(n) for names in branches for n in names)])
 
 
 def compiled_decode(target: Target) -> tuple[Program, int]:
