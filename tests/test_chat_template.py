@@ -116,7 +116,7 @@ def test_the_files_template_wraps_the_prompts(tmp_path):
     # A stop string that is a token ends a generation, as the file's own end tokens do.
     assert chatty.eog_ids == (65, EOS)
     engine = Scripted(chatty, lambda _: "x")
-    assert direct_tasks.complete(engine, chatty, ["p"], 5) == ["x"]
+    assert direct_tasks.complete(engine, chatty, ["p"], [5]) == ["x"]
     assert engine.calls[-1][3] == chatty.eog_ids
     lm = scripted_lm(chatty, lambda _: "she said")
     for stops, wanted, written in ([["he"], [65, 256, EOS], "s"], [["sa"], [65, EOS], "s "]):

@@ -199,10 +199,11 @@ def test_miniature_tasks_by_hand(tokenizer, monkeypatch):
     monkeypatch.setitem(direct_tasks.MAX_NEW_TOKENS, "arithmetic", 256)
     monkeypatch.setitem(direct_tasks.MAX_NEW_TOKENS, "functions", 256)
     tasks = run(scripted_lm(tokenizer, answer), "mini_arithmetic", "mini_functions", limit=10)
+    # The same as the scores that a sweep measures without lm-eval.
+    direct = direct_tasks.evaluate(Scripted(tokenizer, answer), tokenizer, 10)
     for name, correct in (("arithmetic", 7), ("functions", 4)):
         expect(figures(tasks[f"mini_{name}"])["exact_match", "none"], correct, 10)
-        # The same as the score that a sweep measures without lm-eval.
-        share = direct_tasks.evaluate(Scripted(tokenizer, answer), tokenizer, name, 10)
+        share = direct[name]
         assert sum(share["solved"]) == correct
         assert shares({"tasks": tasks})[f"mini_{name}"] == share
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from hobbit_jax.cache.controller import Bank as Slots
@@ -25,14 +25,7 @@ from hobbit_jax.cache.device_banks import DeviceBanks, Layout
 from hobbit_jax.cache.link import Link, Upload, failing, in_place
 from hobbit_jax.cache.warm_start import Executor
 from hobbit_jax.experts.store import ExpertKey, HostExperts
-from hobbit_jax.models.sharding import (
-    DIVIDED,
-    REPLICATED,
-    assembled,
-    held_anywhere,
-    on_each,
-    owner,
-)
+from hobbit_jax.models.sharding import assembled, owner
 from pallas_kernels.backends import Implementation
 from pallas_kernels.reference import Bank, Signature
 
@@ -40,11 +33,6 @@ from pallas_kernels.reference import Bank, Signature
 def _uploading(key: ExpertKey, device: Any) -> AbstractContextManager[None]:
     where = f"expert {key.expert} of layer {key.layer}, precision {key.precision}"
     return failing(f"the upload of {where}, to {device or 'the device'}")
-
-
-@partial(jax.jit, static_argnums=1)
-def _held(table_UE: jax.Array, mesh: Mesh) -> jax.Array:
-    return on_each(partial(held_anywhere, mesh=mesh), mesh, DIVIDED, REPLICATED)(table_UE)
 
 
 class SlotPool(Executor):
@@ -135,12 +123,13 @@ class SlotPool(Executor):
         """
         return self._whole("table", [part.table_UE for part in self.parts])
 
-    @property
-    def held_UE(self) -> jax.Array:
-        """Replicated, [precisions * L, E]: not negative where an expert is resident on its
-        device, for programs that do not read the banks.
-        """
-        return self.table_UE if self.mesh is None else _held(self.table_UE, self.mesh)
+    def resident_pE(self, layer: int) -> np.ndarray:
+        """Whether each copy of one layer's experts is resident on its device, bool [p, E]."""
+        n_precisions, _, n_experts = self.store.shape_pLE
+        resident_pE = np.zeros((n_precisions, n_experts), bool)
+        for precision, expert in np.ndindex(resident_pE.shape):
+            resident_pE[precision, expert] = ExpertKey(precision, layer, expert) in self
+        return resident_pE
 
     @property
     def device_bytes(self) -> int:

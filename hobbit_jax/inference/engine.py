@@ -123,7 +123,7 @@ class Engine:
         self._ends_graph = ends_graph
         self._experts = LayerGroups.of(self.pool, model.implementation)
         self._host = HostCompute(store, model.implementation)
-        self._prefill = Prefill(self.model, self.pool, device_plan, self._host, epilogue)
+        self._prefill = Prefill(self.model, self.pool, self.plan, self._host, epilogue)
         self._carry: Carry | None = None
         self._key = replicated(jax.random.key(0), mesh)
         self._lengths_B = np.zeros(0, np.int32)

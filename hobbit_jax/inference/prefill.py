@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hobbit_jax.cache.miss_modes import MissMode
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.pool import SlotPool
-from hobbit_jax.cache.selection import RouterOutput, Selections, rows_of_layer, select
+from hobbit_jax.cache.selection import RouterOutput, Selections, select
 from hobbit_jax.experts.precision import SKIPPED, Array, PrecisionPlan
 from hobbit_jax.experts.store import ExpertKey
 from hobbit_jax.inference.host_compute import HostCompute
 from hobbit_jax.inference.moe import apply_experts
 from hobbit_jax.models.caches import Caches, Places
-from hobbit_jax.models.layer import LayerKinds, OneBlock, States, attend_and_route
+from hobbit_jax.models.layer import LayerKinds, OneBlock, Routed, States, attend_and_route
 from hobbit_jax.models.loading import LoadedModel
+from hobbit_jax.models.router import Routing
 from pallas_kernels.reference import Epilogue, Epilogues
 
 Part = Literal["embedding", "attention", "experts"]
@@ -72,45 +72,27 @@ def _embed(graph, state, ids_BT: jax.Array) -> jax.Array:
     return nnx.merge(graph, state).embed(ids_BT)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("kinds", "kind", "next_kind", "mode"),
-    donate_argnames=("x_BTD", "caches"),
-)
+@partial(jax.jit, static_argnames=("kinds", "kind"), donate_argnames=("x_BTD", "caches"))
 def _attend_and_route(
     kinds: LayerKinds,
     kind: int,
-    next_kind: int | None,
-    mode: MissMode,
     states: States,
     index: Array,
-    next_index: Array,
     places: Places,
-    layer: Array,
-    plan: PrecisionPlan,
-    table_UE: jax.Array,
     x_BTD: jax.Array,
     positions_BT: Array,
     caches: Caches,
-) -> tuple[jax.Array, jax.Array, Caches, Selections | None, jax.Array | None]:
-    block, config = kinds.block(states, kind, index), kinds.config
-    routed, caches = attend_and_route(OneBlock(block, places), caches, x_BTD, positions_BT)
-    x_BTD, h_TD = routed.x_BTD, routed.h_TD
-    table_pE = rows_of_layer(table_UE, layer, config.n_layers)
-    valid_T = (positions_BT < caches.context).reshape(-1)
-    selections = None
-    if block.spec.has_experts:
-        selections = select(plan, mode, table_pE >= 0, layer, routed.routing, valid_T)
-    if next_kind is None:
-        return x_BTD, h_TD, caches, selections, None
-    x_TD, table_pE = x_BTD.reshape(h_TD.shape), rows_of_layer(table_UE, layer + 1, config.n_layers)
-    routing = kinds.block(states, next_kind, next_index).route_ahead(x_TD)
-    ahead = select(plan, mode, table_pE >= 0, layer + 1, routing, valid_T)
-    precision_TK = jnp.where(ahead.served_TK == SKIPPED, len(table_pE), ahead.served_TK)
-    chosen_pE = (
-        jnp.zeros(table_pE.shape, bool).at[precision_TK, ahead.ids_TK].set(True, mode="drop")
-    )
-    return x_BTD, h_TD, caches, selections, chosen_pE
+) -> tuple[Routed, Caches]:
+    block = kinds.block(states, kind, index)
+    return attend_and_route(OneBlock(block, places), caches, x_BTD, positions_BT)
+
+
+@partial(jax.jit, static_argnames=("kinds", "kind"))
+def _route_ahead(
+    kinds: LayerKinds, kind: int, states: States, index: Array, x_BTD: jax.Array
+) -> Routing:
+    x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    return kinds.block(states, kind, index).route_ahead(x_TD)
 
 
 @partial(jax.jit, static_argnames=("kinds", "kind"), donate_argnames="x_BTD")
@@ -141,31 +123,42 @@ class Prefill:
     host: HostCompute
     epilogue: Epilogue | None = None
 
+    def _select(self, layer: int, routing: Routing, valid_T: np.ndarray) -> Selections:
+        """Of NumPy's arrays: the programs know neither the plan nor what is resident, and so are
+        the same for every plan and pool.
+        """
+        pool = self.pool
+        resident_pE = pool.resident_pE(layer)
+        return select(self.plan, pool.controller.mode, resident_pE, layer, routing, valid_T)
+
     def _run_experts(
         self,
         step: Step,
-        routed: tuple[jax.Array, jax.Array, Selections, jax.Array | None],
+        routed: Routed,
+        ahead: Routing | None,
         valid_T: np.ndarray,
         observed: bool,
     ) -> jax.Array:
-        """y_AD of a layer's experts; `routed` is what `_attend_and_route` makes of it."""
-        x_BTD, h_TD, on_device, _ = routed
-        fields, chosen_pE = jax.device_get((on_device, routed[-1]))
-        selections, layer, controller = Selections(*fields), step.layer, self.pool.controller
+        """y_AD of a layer's experts; `ahead` is a guess at the next layer's routing."""
+        layer, controller, h_TD = step.layer, self.pool.controller, routed.h_TD
+        routing, ahead = jax.device_get((routed.routing, ahead))
+        selections = self._select(layer, routing, valid_T)
         if observed:
             controller.count_selections(selections.requested_TK, selections.served_TK)
-            ids_TK, weights_TK = selections.ids_TK, selections.weights_TK
-            x_TD = x_BTD.reshape(h_TD.shape)
-            told = RouterOutput(layer, ids_TK, weights_TK, valid_T, h_TD, x_TD)
+            x_TD = routed.x_BTD.reshape(h_TD.shape)
+            told = RouterOutput(layer, routing.ids, routing.weights, valid_T, h_TD, x_TD)
             for observer in controller.routing_observers():
                 observer.after_routing(told)
-        # In the order in which the next layer will ask for them.
-        chosen = [] if chosen_pE is None else np.argwhere(chosen_pE).tolist()
-        upcoming = [ExpertKey(precision, layer + 1, expert) for precision, expert in chosen]
+        upcoming: list[ExpertKey] = []
+        if ahead is not None:
+            guess = self._select(layer + 1, ahead, valid_T)
+            chosen = np.stack([guess.served_TK, guess.ids_TK], axis=-1)[guess.served_TK != SKIPPED]
+            # In the order in which the next layer will ask for them.
+            upcoming = [ExpertKey(p, layer + 1, e) for p, e in np.unique(chosen, axis=0).tolist()]
         first = layer * self.model.config.n_experts
         row_A = (first + selections.ids_TK.reshape(-1)).astype(np.int32)
         return apply_experts(
-            self.pool, step, h_TD, on_device.weights_TK, selections, self.model.implementation,
+            self.pool, step, h_TD, routed.routing.weights, selections, self.model.implementation,
             upcoming, self.host, Epilogues.of(self.epilogue, row_A),
         )  # fmt: skip
 
@@ -202,29 +195,26 @@ class Prefill:
         look("embedding", 0, x_BTD)
         kinds, layer, longest = model.layers.kinds, 0, int(lengths_B.max())
         # What the CPU computes need not go up.
-        mode = self.pool.controller.mode
-        uploads = not (self.pool.holds_all or mode.computes)
+        uploads = not (self.pool.holds_all or self.pool.controller.mode.computes)
         looks_ahead = self.pool.staging_bytes > 0 and uploads
+        states, kind_N, index_N = model.layers.states, kinds.kind_N, np.int32(kinds.index_N)
         for number, block in enumerate(model.config.blocks):
-            following = model.config.blocks[number + 1 : number + 2]
-            next_kind, next_index = None, 0
-            if looks_ahead and block.has_experts and any(b.has_experts for b in following):
-                next_kind, next_index = kinds.kind_N[number + 1], kinds.index_N[number + 1]
-            x_BTD, h_TD, caches, selections, chosen_pE = _attend_and_route(
-                kinds, kinds.kind_N[number], next_kind, mode, model.layers.states,
-                np.int32(kinds.index_N[number]), np.int32(next_index), kinds.places(number),
-                np.int32(min(layer, model.config.n_layers - 1)), self.plan, self.pool.held_UE,
-                x_BTD, positions_BT, caches,
+            routed, caches = _attend_and_route(
+                kinds, kind_N[number], states, index_N[number], kinds.places(number), x_BTD,
+                positions_BT, caches,
             )  # fmt: skip
+            x_BTD = routed.x_BTD
             look("attention", number, x_BTD)
-            if selections is None:
+            if not block.has_experts:
                 continue
-            step, routed = Step(token, layer, longest), (x_BTD, h_TD, selections, chosen_pE)
-            y_AD = self._run_experts(step, routed, valid_BT.reshape(-1), observed=inspect is None)
-            x_BTD = _add_experts(
-                kinds, kinds.kind_N[number], model.layers.states,
-                np.int32(kinds.index_N[number]), x_BTD, y_AD,
-            )  # fmt: skip
+            ahead, following = None, model.config.blocks[number + 1 : number + 2]
+            if looks_ahead and any(b.has_experts for b in following):
+                ahead = _route_ahead(kinds, kind_N[number + 1], states, index_N[number + 1], x_BTD)
+            step = Step(token, layer, longest)
+            y_AD = self._run_experts(
+                step, routed, ahead, valid_BT.reshape(-1), observed=inspect is None
+            )
+            x_BTD = _add_experts(kinds, kind_N[number], states, index_N[number], x_BTD, y_AD)
             look("experts", number, x_BTD)
             layer += 1
         return x_BTD, caches

@@ -81,7 +81,7 @@ def measure(model: LoadedModel, texts: list[str], problems: int) -> dict[str, An
         "held_out_files": len(texts),
         "bits_per_byte": bits_per_byte(engine, model, texts),
         "xz_bits_per_byte": 8 * xz_bytes / sum(map(len, encoded)),
-        **tasks.evaluate_all(engine, model.tokenizer(), problems),
+        **tasks.evaluate(engine, model.tokenizer(), problems),
         "expert_share_min": float(shares_LE.min()),
         "expert_share_max": float(shares_LE.max()),
     }

@@ -213,7 +213,7 @@ class ArtifactCache:
             ModuleNotFoundError: lm-eval is asked for and not installed.
         """
         sizes = self.sizes
-        found = tasks.evaluate_all(engine, self.tokenizer, sizes.task_problems, batch)
+        found = tasks.evaluate(engine, self.tokenizer, sizes.task_problems, batch)
         if sizes.benchmarks:
             from hobbit_jax.evals import benchmarks
 
