@@ -7,12 +7,10 @@ So a row's result depends neither on the slot of its expert nor on other experts
 bits on how many rows share it.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -100,9 +98,6 @@ def check_formats(*format_names: str, platform: str | None = None) -> None:
         library.type_functions(name)
 
 
-# From how many tokens of one matrix on the interleaved product is faster, by type: it begins with
-# interleaving the matrix (docs/log/2026-11-29-cpu-backend.md).
-_GEMM_TOKENS = {"Q4_K": 24, "Q4_0": 4, "IQ4_NL": 4}
 # Numbers by which the handlers know the functions of `reference.gated`.
 _FUNCTIONS = {"swiglu": 0, "clipped_swiglu": 1, "geglu": 2}
 
@@ -116,26 +111,20 @@ def _ready() -> None:
     wanted = os.environ.get(_THREADS_VARIABLE, "")
     machine.TABLE[machine.THREADS] = int(wanted) if wanted.isdecimal() else default_threads()
     for name, handler in handlers.HANDLERS.items():
-        machine.register(f"hobbit_jax_{name}", handler.address)
+        capsule = jax.ffi.pycapsule(handler.ctypes)
+        jax.ffi.register_ffi_target(f"hobbit_jax_{name}", capsule, platform="cpu")
 
 
 @functools.cache
 def _number(format_name: str) -> int:
-    """ggml's number of a type, whose functions are then in the table."""
+    """ggml's number of a type, which the handlers then know."""
     from pallas_kernels.ggml import machine
 
-    number = get_format(format_name).number
-    words = [*astuple(library.type_functions(format_name)), _GEMM_TOKENS.get(format_name, 0)]
+    _ready()
+    number, words = get_format(format_name).number, library.type_functions(format_name)
     start = machine.TYPES + machine.TYPE_WORDS * number
     machine.TABLE[start : start + len(words)] = words
     return number
-
-
-def prepare(*format_names: str) -> None:
-    """Makes the handlers know some types; compiled programs that came from a cache need it too."""
-    _ready()
-    for name in format_names:
-        _number(name)
 
 
 def default_threads() -> int:
@@ -160,7 +149,6 @@ def set_threads(threads: int) -> None:
 
 def linear(x: jax.Array, matrix: RawMatrix, format_name: str) -> jax.Array:
     """x [..., K] times the transpose of a matrix [N, K]: float32 [..., N]."""
-    prepare(format_name)
     x_TK = x.reshape(-1, matrix.columns)
     result = jax.ShapeDtypeStruct((x_TK.shape[0], matrix.rows), jnp.float32)
     call = jax.ffi.ffi_call("hobbit_jax_linear", result)
@@ -170,7 +158,6 @@ def linear(x: jax.Array, matrix: RawMatrix, format_name: str) -> jax.Array:
 
 def take_rows(ids: jax.Array, matrix: RawMatrix, format_name: str) -> jax.Array:
     """Rows `ids` [...] as float32 [..., K]; an id outside of the matrix is an XLA error."""
-    prepare(format_name)
     ids_N = ids.reshape(-1)
     result = jax.ShapeDtypeStruct((ids_N.shape[0], matrix.columns), jnp.float32)
     about = np.asarray([_number(format_name), matrix.rows], np.int32)
@@ -189,7 +176,6 @@ def expert_ffn(
     epilogues: tuple[Any, jax.Array] | None,
 ) -> jax.Array:
     """The op of `pallas_kernels.expert_ffn`; see there."""
-    prepare(*formats)
     slot_I, assignment_IC, count = work
     columns = max(get_format(name).padded(x_TD.shape[1]) for name in formats[:2])
     x_TD = jnp.pad(x_TD, ((0, 0), (0, columns - x_TD.shape[1])))
