@@ -31,7 +31,6 @@ from pallas_kernels.ggml.machine import (
     exp,
     floats,
     free,
-    from_bits,
     from_f16,
     halves,
     integer,
@@ -189,9 +188,9 @@ def _weights(frame, matrix, item):
 @njit
 def _expert_row(frame, chosen):
     """The row of an item's scales and biases; 0 where there are none."""
-    return (
-        integer(argument(frame, ROW), load_i32(chosen)) if size(argument(frame, SCALES), 0) else 0
-    )
+    if size(argument(frame, SCALES), 0) == 0:
+        return 0
+    return integer(argument(frame, ROW), load_i32(chosen))
 
 
 @njit
@@ -260,10 +259,12 @@ def _experts(frame):
 def _experts_chunk(frame, scratch, phase, chunk):
     """Rounds what gate and up read, computes hidden activations, rounds them, computes y."""
     if phase == 0:
-        code = _round_x(frame, scratch, GATE, chunk)
+        x, chosen = argument(frame, X), _item(frame, chunk)[0]
+        stride, choices = size(x, 1), size(result(frame, 0), 0) // size(x, 0)
+        code = _round(frame, scratch, GATE, chunk, data(x), stride, chosen, choices)
         if code or _type(frame, GATE) == _type(frame, UP):
             return code
-        return _round_x(frame, scratch, UP, chunk)
+        return _round(frame, scratch, UP, chunk, data(x), stride, chosen, choices)
     if phase == 2:
         source, stride = _hidden(frame, scratch, chunk)
         return _round(frame, scratch, DOWN, chunk, source, stride, U(0), 1)
@@ -282,17 +283,8 @@ def _experts_chunk(frame, scratch, phase, chunk):
 def _round(frame, scratch, matrix, item, source, stride, chosen, choices):
     rows, columns = _shape(frame, matrix)
     type_, tokens = _type(frame, matrix), _item(frame, item)[1]
-    return round_tokens(
-        type_, interleaves(type_, tokens, rows), columns, source, stride, chosen, choices, tokens,
-        _rounded(frame, scratch, matrix, item),
-    )  # fmt: skip
-
-
-@njit
-def _round_x(frame, scratch, matrix, item):
-    x, chosen = argument(frame, X), _item(frame, item)[0]
-    choices = size(result(frame, 0), 0) // size(x, 0)
-    return _round(frame, scratch, matrix, item, data(x), size(x, 1), chosen, choices)
+    way, target = interleaves(type_, tokens, rows), _rounded(frame, scratch, matrix, item)
+    return round_tokens(type_, way, columns, source, stride, chosen, choices, tokens, target)
 
 
 @njit
@@ -391,12 +383,10 @@ def _down(frame, scratch, item, first, rows):
 
 @njit
 def _rows(frame):
-    ids, matrix, numbers, out = (
-        argument(frame, 0), argument(frame, 1), argument(frame, 2), result(frame, 0),
-    )  # fmt: skip
+    ids, numbers, out = argument(frame, 0), argument(frame, 2), result(frame, 0)
     type_, columns = integer(numbers, 0), size(out, 1)
     n_bytes, convert = row_bytes(type_, columns), function(type_, TO_FLOAT)
-    weights, code = _matrix(matrix, -1, 0)
+    weights, code = _matrix(argument(frame, 1), -1, 0)
     if code:
         return code
     for i in range(size(ids, 0)):
@@ -428,7 +418,7 @@ def _read_row(address, kind, row_d):
             row_d[i] = from_f16(bits_d[i])
     else:
         for i in range(len(row_d)):
-            row_d[i] = from_bits(np.int32(bits_d[i]) << np.int32(16))
+            row_d[i] = np.int32(np.int32(bits_d[i]) << 16).view(np.float32)
 
 
 @njit(fastmath={"reassoc", "contract", "nsz"})
@@ -561,27 +551,19 @@ def _compiled(stamp: int) -> dict[str, Any]:
 
     @handler
     def linear(frame):
-        if answers_metadata(frame, stamp):
-            return U(0)
-        return error(frame, _linear(frame))
+        return U(0) if answers_metadata(frame, stamp) else error(frame, _linear(frame))
 
     @handler
     def experts(frame):
-        if answers_metadata(frame, stamp):
-            return U(0)
-        return error(frame, _experts(frame))
+        return U(0) if answers_metadata(frame, stamp) else error(frame, _experts(frame))
 
     @handler
     def rows(frame):
-        if answers_metadata(frame, stamp):
-            return U(0)
-        return error(frame, _rows(frame))
+        return U(0) if answers_metadata(frame, stamp) else error(frame, _rows(frame))
 
     @handler
     def attention(frame):
-        if answers_metadata(frame, stamp):
-            return U(0)
-        return error(frame, _attention(frame))
+        return U(0) if answers_metadata(frame, stamp) else error(frame, _attention(frame))
 
     return {
         "task": task, "linear": linear, "experts": experts, "rows": rows, "attention": attention,

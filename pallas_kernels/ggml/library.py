@@ -24,8 +24,6 @@ _INTERLEAVED = {
     "IQ4_NL": ("block_iq4_nl", 8, 4),
     "Q4_K": ("block_q4_K", 15, 24),
 }
-# Of `struct ggml_tensor` in ggml.h: what `repack` reads.
-TENSOR_BYTES = 400
 _SUFFIXES = (".so", ".dylib", ".dll")
 
 
@@ -37,8 +35,7 @@ class _Traits(ctypes.Structure):  # ggml_type_traits
         ("block_bytes", ctypes.c_size_t),
         ("is_quantized", ctypes.c_bool),
         ("to_float", ctypes.c_void_p),
-        ("from_float_ref", ctypes.c_void_p),
-    ]
+    ]  # and more
 
 
 class _CpuTraits(ctypes.Structure):  # ggml_type_traits_cpu
@@ -46,8 +43,7 @@ class _CpuTraits(ctypes.Structure):  # ggml_type_traits_cpu
         ("from_float", ctypes.c_void_p),
         ("vec_dot", ctypes.c_void_p),
         ("vec_dot_type", ctypes.c_int),
-        ("nrows", ctypes.c_int64),
-    ]
+    ]  # and more
 
 
 class TypeFunctions(NamedTuple):

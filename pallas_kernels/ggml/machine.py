@@ -69,7 +69,9 @@ def table(_):
     return types.uint64(), build
 
 
-def _load(kind):
+def _access(kind):
+    """What loads and what stores a value at an address, aligned or not."""
+
     @intrinsic
     def load(_, address):
         def build(context, builder, signature, args):
@@ -78,10 +80,6 @@ def _load(kind):
 
         return kind(types.uint64), build
 
-    return load
-
-
-def _store(kind):
     @intrinsic
     def store(_, address, value):
         def build(context, builder, signature, args):
@@ -91,13 +89,13 @@ def _store(kind):
 
         return types.void(types.uint64, kind), build
 
-    return store
+    return load, store
 
 
-load_u64, store_u64 = _load(types.uint64), _store(types.uint64)
-load_i64, store_i64 = _load(types.int64), _store(types.int64)
-load_i32, store_i32 = _load(types.int32), _store(types.int32)
-load_f32 = _load(types.float32)
+load_u64, store_u64 = _access(types.uint64)
+load_i64, store_i64 = _access(types.int64)
+load_i32, store_i32 = _access(types.int32)
+load_f32, _ = _access(types.float32)
 
 
 @njit
@@ -136,16 +134,6 @@ def from_f16(_, bits):
     return types.float32(types.uint16), build
 
 
-@intrinsic
-def from_bits(_, bits):
-    """The float32 of these 32 bits."""
-
-    def build(context, builder, signature, args):
-        return builder.bitcast(args[0], F32)
-
-    return types.float32(types.int32), build
-
-
 @njit(fastmath={"contract"})
 def exp(x):
     """e**x in float32 to 2 units in the last place, without a branch: from -87 to 88.
@@ -163,7 +151,7 @@ def exp(x):
     y = y * r + f(1.6666665459e-1)
     y = y * r + f(5.0000001201e-1)
     y = y * r * r + r + f(1)
-    return y * from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    return y * np.int32((np.int32(n) + 127) << 23).view(np.float32)
 
 
 @intrinsic

@@ -19,8 +19,9 @@ import numpy as np
 
 from pallas_kernels.formats import get_format
 from pallas_kernels.ggml import library
+from pallas_kernels.reference import Bank, Epilogues, ExpertFunction, Signature, Work, filled_up
 
-_THREADS_VARIABLE = "NPROC"
+_THREADS_VARIABLE = "NPROC"  # XLA's CPU client reads it when it is made
 
 
 @functools.partial(
@@ -32,18 +33,14 @@ _THREADS_VARIABLE = "NPROC"
 class RawMatrix:
     """A matrix [rows, columns], or a bank of them, as GGUF blocks.
 
-    Attributes:
-        data: the blocks, uint8 [..., rows, row bytes], or their addresses in this process, uint32
-            [..., 2], low word first. Whoever makes addresses keeps alive what they point to.
-        rows: N.
-        columns: K.
-        bytes: of one matrix.
+    `data` are the blocks, uint8 [..., rows, row bytes], or their addresses in this process, uint32
+    [..., 2], low word first. Whoever makes addresses keeps alive what they point to.
     """
 
     data: Any
     rows: int
     columns: int
-    bytes: int
+    bytes: int  # of one matrix
 
     @property
     def in_place(self) -> bool:
@@ -66,10 +63,7 @@ def address_of(raw: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def check_available(platform: str | None = None) -> None:
-    """Refuses where the backend cannot run at all.
-
-    Args:
-        platform: where it is to run; None is this process's device.
+    """Refuses where the backend cannot run at all, on `platform` or this process's device.
 
     Raises:
         NotImplementedError: no CPU device, no numba, no libggml, or a processor without AVX2.
@@ -143,7 +137,6 @@ def set_threads(threads: int) -> None:
     """
     if threads < 1:
         raise ValueError(f"threads is {threads}; want 1 or more (--threads)")
-    # What XLA's CPU client reads when it is made.
     os.environ[_THREADS_VARIABLE] = str(threads)
 
 
@@ -169,24 +162,23 @@ def expert_ffn(
     x_TD: jax.Array,
     y_AD: jax.Array,
     weight_A: jax.Array,
-    bank: tuple[RawMatrix, RawMatrix, RawMatrix],
-    formats: tuple[str, str, str],
-    work: tuple[jax.Array, jax.Array, jax.Array],
-    function: str,
-    epilogues: tuple[Any, jax.Array] | None,
+    bank: Bank,
+    signature: Signature,
+    work: Work,
+    function: ExpertFunction,
+    epilogues: Epilogues | None,
 ) -> jax.Array:
     """The op of `pallas_kernels.expert_ffn`; see there."""
-    slot_I, assignment_IC, count = work
-    columns = max(get_format(name).padded(x_TD.shape[1]) for name in formats[:2])
-    x_TD = jnp.pad(x_TD, ((0, 0), (0, columns - x_TD.shape[1])))
-    about = [*map(_number, formats), bank[0].rows, _FUNCTIONS[function]]
+    columns = max(get_format(name).padded(x_TD.shape[1]) for name in signature[:2])
+    about = [*map(_number, signature), bank.gate.rows, _FUNCTIONS[function]]
     every, row_A = epilogues or ([None] * 4, np.zeros(0, np.int32))
     stacks = (np.zeros((0, 0), np.float32) if stack is None else stack for stack in every)
     result = jax.ShapeDtypeStruct(y_AD.shape, jnp.float32)
     call = jax.ffi.ffi_call("hobbit_jax_experts", result, input_output_aliases={1: 0})
     return call(
-        x_TD, y_AD, weight_A, *(matrix.data for matrix in bank), np.asarray(about, np.int32),
-        slot_I, assignment_IC, count.reshape(()), *stacks, row_A,
+        filled_up(x_TD, columns), y_AD, weight_A, *(matrix.data for matrix in bank),
+        np.asarray(about, np.int32), work.slot_I, work.assignment_IC, work.count.reshape(()),
+        *stacks, row_A,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ tokens its tile has only through the choice between the two.
 import numpy as np
 from numba import njit
 
-from pallas_kernels.ggml.library import TENSOR_BYTES, TypeFunctions
+from pallas_kernels.ggml.library import TypeFunctions
 from pallas_kernels.ggml.machine import (
     NO_MEMORY,
     TYPE_WORDS,
@@ -26,10 +26,12 @@ from pallas_kernels.ggml.machine import (
     store_u64,
 )
 
+# Words of a type in the table.
 (
     BLOCK_WEIGHTS, BLOCK_BYTES, TO_FLOAT, VEC_DOT, FROM_FLOAT, ROUNDED_WEIGHTS, ROUNDED_BYTES,
     REPACK, QUANTIZE_MAT, GEMM, GEMM_TOKENS,
 ) = range(len(TypeFunctions._fields))  # fmt: skip
+_TENSOR_BYTES = 400  # of `struct ggml_tensor` in ggml.h
 _TOKEN_TILE = 16  # rounded activations that stay in the first cache beside a row
 
 
@@ -141,10 +143,10 @@ def tile(type_, interleaved, columns, weights, rows, rounded, tokens, out):
 def _interleaved_tile(type_, columns, weights, rows, rounded, tokens, out):
     n_bytes = U(rows * row_bytes(type_, columns))
     # `struct ggml_tensor`: type, lengths of four axes, data.
-    tensor = malloc(U(TENSOR_BYTES) + n_bytes)
+    tensor = malloc(U(_TENSOR_BYTES) + n_bytes)
     if tensor == U(0):
         return NO_MEMORY
-    blocks = tensor + U(TENSOR_BYTES)
+    blocks = tensor + U(_TENSOR_BYTES)
     store_i32(tensor, np.int32(type_))
     store_i64(tensor + U(16), np.int64(columns))
     store_i64(tensor + U(24), np.int64(rows))
