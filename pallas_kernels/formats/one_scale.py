@@ -66,7 +66,7 @@ def _base_3_digits(packed: jax.Array, count: int) -> jax.Array:
     """uint8 [..., n] to the first digits of each byte, [..., count * n]: all first ones first."""
     shifted = [packed * jnp.uint8(3**place) for place in range(count)]  # modulo 256
     digits = (jnp.stack(shifted, axis=-2).astype(jnp.uint16) * 3) >> 8
-    return digits.reshape(*packed.shape[:-1], -1)
+    return digits.reshape(*packed.shape[:-1], -1).astype(jnp.int8)
 
 
 def _tq1_0(blocks: Planes) -> jax.Array:
