@@ -13,10 +13,7 @@ Letters: B sequences, G key/value heads, M query heads of one, H = G · M, d and
 and values, C positions, n blocks, P parts, J the positions of a step.
 """
 
-from __future__ import annotations
-
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,24 +27,17 @@ _WIDE = 128  # widths above it take fewer positions at a time
 _NONE = -1e30  # the score of a key that is not seen
 
 
-class _Partial(NamedTuple):
-    """What one part of the keys comes to, before it is divided by the sum."""
-
-    largest_BGPM: jax.Array
-    sum_BGPM: jax.Array
-    values_BGPMe: jax.Array
-
-
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
 def _kernel(
-    place_1, position_B, q_BGMd, k_nBCGd, v_nBCGe, *found, step: int, scale: float, window: int
-):
-    found, rows = _Partial(*found), max(_FEWEST_ROWS, _power_of_two(q_BGMd.shape[2]))
+    place_1, position_B, q_BGMd, k_nBCGd, v_nBCGe, largest_BGPM, sum_BGPM, values_BGPMe,
+    *, step: int, scale: float, window: int,
+):  # fmt: skip
     sequence, head, part = (pl.program_id(axis) for axis in range(3))
     heads, width = q_BGMd.shape[2:]
+    rows = max(_FEWEST_ROWS, _power_of_two(heads))
     context, values_width = k_nBCGd.shape[2], v_nBCGe.shape[-1]
     # Rows beyond the last repeat it, and columns too; but those of queries are 0.
     row_M = jnp.minimum(jnp.arange(rows), heads - 1)
@@ -94,13 +84,12 @@ def _kernel(
     begin = first + part * each
     end = jnp.minimum(begin + each, first + steps)
     largest_M, sum_M, values_Me = lax.fori_loop(begin, end, walk, nothing)
-    found.largest_BGPM[sequence, head, part, row_M] = largest_M
-    found.sum_BGPM[sequence, head, part, row_M] = sum_M
+    largest_BGPM[sequence, head, part, row_M] = largest_M
+    sum_BGPM[sequence, head, part, row_M] = sum_M
     shape = values_Me.shape
     columns = jnp.broadcast_to(jnp.minimum(column_e, values_width - 1)[None], shape)
-    found.values_BGPMe[sequence, head, part, jnp.broadcast_to(row_M[:, None], shape), columns] = (
-        values_Me
-    )
+    rows = jnp.broadcast_to(row_M[:, None], shape)
+    values_BGPMe[sequence, head, part, rows, columns] = values_Me
 
 
 def decode_attention(
@@ -133,7 +122,7 @@ def decode_attention(
     shape_BGPM = (batch, groups, max(1, _PROGRAMS // (batch * groups)), shared)
     step = 32 if _power_of_two(max(width, values_width)) <= _WIDE else 16
     shapes = (shape_BGPM, shape_BGPM, (*shape_BGPM, values_width))
-    found = pl.pallas_call(
+    largest_BGPM, sum_BGPM, values_BGPMe = pl.pallas_call(
         partial(_kernel, step=step, scale=factor, window=window),
         out_shape=tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes),
         grid=shape_BGPM[:3],
@@ -148,7 +137,6 @@ def decode_attention(
         k_nBCGd,
         v_nBCGe,
     )
-    largest_BGPM, sum_BGPM, values_BGPMe = _Partial(*found)
     most_BG1M = jnp.max(largest_BGPM, axis=2, keepdims=True)
     if sinks_H is not None:
         sinks_1G1M = sinks_H.reshape(1, groups, 1, shared)

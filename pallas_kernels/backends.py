@@ -3,8 +3,6 @@
 An implementation asked for by name runs or says why it cannot; only None chooses.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -25,8 +23,8 @@ def choose(
 
     Args:
         implementation: one of `IMPLEMENTATIONS`, or None for the fastest that covers the case:
-            "triton" on an NVIDIA GPU, "ggml" on a CPU, "xla" elsewhere and where these two do not
-            cover it, which is then logged.
+            "triton" on an NVIDIA GPU, "ggml" on a CPU, "xla" elsewhere. Where these two do not
+            cover it, "xla" is taken and that is logged.
         checks: of "triton" and "ggml": raises NotImplementedError where it does not cover the case.
         platform: where it runs; None is this process's device.
 

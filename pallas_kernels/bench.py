@@ -10,8 +10,6 @@ left out). Routing is drawn token by token from loads recorded on a real model
 apart from `measure` and may run in threads.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import statistics
@@ -19,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +27,13 @@ from pallas_kernels import reference
 from pallas_kernels.expert_ffn import triton_expert_ffn
 from pallas_kernels.formats import get_format
 from pallas_kernels.formats.packing import Floats
-from pallas_kernels.matmul_triton import packing_of
+from pallas_kernels.matmul_triton import INT8_SPLIT_ROWS, item_rows, packing_of
 from pallas_kernels.reference import Bank, Signature, Work, items
-from pallas_kernels.tiles import INT8_SPLIT_ROWS, item_rows
 
 ROUTING_PATH = Path(__file__).with_name("bench_routing.json")
+STEPS = 32 if jax.default_backend() == "gpu" else 2  # of a loop
 # Relative error of y against the reference, per rounding: tests/test_kernels.py has the reasons;
 # three roundings (x, hidden, weights) in a row.
-STEPS = 32 if jax.default_backend() == "gpu" else 2  # of a loop
 TOLERANCE = {"int8_split": 6e-4, "bfloat16": 1.5e-2, "float32": 3e-3}
 
 
@@ -44,30 +41,16 @@ TOLERANCE = {"int8_split": 6e-4, "bfloat16": 1.5e-2, "float32": 3e-3}
 class Shape:
     """One model's expert layer."""
 
-    name: str
     d_model: int
     d_expert: int
     n_experts: int
     experts_per_token: int
 
-    def expert_bytes(self, format_name: str) -> int:
-        """Bytes of one expert, all three matrices in this format."""
-        format = get_format(format_name)
-        gate = self.d_expert * format.row_bytes(self.d_model)
-        return 2 * gate + self.d_model * format.row_bytes(self.d_expert)
-
-    def flops(self, tokens: int) -> int:
-        """Multiplications and additions of the experts' products."""
-        return 6 * self.d_model * self.d_expert * self.experts_per_token * tokens
-
 
 SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("qwen3-30b-a3b", 2048, 768, 128, 8),
-        Shape("mixtral-8x7b", 4096, 14336, 8, 2),
-        Shape("tiny", 256, 512, 8, 2),  # for machines without a GPU
-    )
+    "qwen3-30b-a3b": Shape(2048, 768, 128, 8),
+    "mixtral-8x7b": Shape(4096, 14336, 8, 2),
+    "tiny": Shape(256, 512, 8, 2),  # for machines without a GPU
 }
 
 
@@ -78,16 +61,16 @@ class Case:
     shape: str
     format: str
     tokens: int
-    implementation: str  # xla, triton, interpret or jax_bf16
+    implementation: str  # xla, triton, interpret or jax_bf16, whose format is BF16
 
 
-def draw_routing(shape: Shape, tokens: int, seed: int = 0) -> np.ndarray:
+def draw_routing(shape: Shape, tokens: int) -> np.ndarray:
     """Expert ids int32 [T, K], distinct within a token, by recorded loads.
 
     The recorded loads are a quantile function: a model of any number of experts gets loads of the
     same skew, in random order.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     recorded = np.asarray(json.loads(ROUTING_PATH.read_text())["relative_load"])
     quantiles = np.linspace(0, 1, shape.n_experts)
     load_E = np.interp(quantiles, np.linspace(0, 1, recorded.shape[1]), recorded.mean(0))
@@ -96,14 +79,7 @@ def draw_routing(shape: Shape, tokens: int, seed: int = 0) -> np.ndarray:
     return np.argsort(-keys_TE, axis=1)[:, : shape.experts_per_token].astype(np.int32)
 
 
-def make_work(ids_TK: np.ndarray, width: int) -> Work:
-    """Items of up to `width` assignments, in the order of their experts."""
-    parts = ((expert, np.flatnonzero(ids_TK == expert)) for expert in np.unique(ids_TK))
-    slot_I, assignment_IC = items(parts, width)
-    return Work(jnp.asarray(slot_I), jnp.asarray(assignment_IC), jnp.int32(len(slot_I)))
-
-
-def random_bank(shape: Shape, format_name: str, seed: int = 0) -> Bank:
+def random_bank(shape: Shape, format_name: str) -> Bank:
     """All experts in one format: random bits, scales of the size that real weights have."""
 
     @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -121,21 +97,13 @@ def random_bank(shape: Shape, format_name: str, seed: int = 0) -> Bank:
                 planes[name] = jax.random.bits(here, size, plane.dtype)
         return planes
 
-    keys = jax.random.split(jax.random.key(seed), 3)
+    gate, up, down = jax.random.split(jax.random.key(0), 3)
     wide = (shape.d_expert, shape.d_model)
-    return Bank(matrix(keys[0], *wide), matrix(keys[1], *wide), matrix(keys[2], *wide[::-1]))
+    return Bank(matrix(gate, *wide), matrix(up, *wide), matrix(down, *wide[::-1]))
 
 
 Step = Callable[[jax.Array, jax.Array, Any], jax.Array]  # of index, x and operands; like x
-
-
-class Program(NamedTuple):
-    """What is timed; `operands()` makes its weights."""
-
-    step: Step
-    operands: Callable[[], Any]
-    # (x, operands) -> relative error against the reference, and the most it may be.
-    error: tuple[Callable[[jax.Array, Any], jax.Array], float] | None = None
+Error = Callable[[jax.Array, Bank], jax.Array]  # of x and the bank: relative, against the reference
 
 
 def loop_of(step: Step):
@@ -187,25 +155,19 @@ def bf16_tflop_s() -> float:
     return 2 * n**3 / statistics.median(seconds) / 1e12
 
 
-def tolerance(format_name: str, width: int) -> float:
-    """The largest relative error of a format's kernels at this item width."""
-    packing = packing_of(format_name)
-    if isinstance(packing, Floats):
-        return TOLERANCE["float32" if packing.operand_dtype == jnp.float32 else "bfloat16"]
-    return TOLERANCE["int8_split" if width <= INT8_SPLIT_ROWS else "bfloat16"]
-
-
 def _token_sum(y_AD: jax.Array, tokens: int) -> jax.Array:
     return y_AD.reshape(tokens, -1, y_AD.shape[-1]).sum(1)
 
 
-def _quantised(case: Case, shape: Shape, ids_TK: np.ndarray) -> Program:
-    """An implementation of the expert op over quantised slots."""
+def _quantised(case: Case, shape: Shape, ids_TK: np.ndarray) -> tuple[Step, Error, float]:
+    """An implementation of the expert op over quantised slots, its error and what that may be."""
     signature = Signature(case.format, case.format, case.format)
     n_assignments = ids_TK.size
     weight_A = jnp.full(n_assignments, 1 / shape.experts_per_token)
     width = item_rows(-(-n_assignments // len(np.unique(ids_TK))), signature)
-    work = make_work(ids_TK, width)
+    parts = ((expert, np.flatnonzero(ids_TK == expert)) for expert in np.unique(ids_TK))
+    slot_I, assignment_IC = items(parts, width)
+    work = Work(jnp.asarray(slot_I), jnp.asarray(assignment_IC), jnp.int32(len(slot_I)))
 
     def run(x_TD, work, bank, implementation):
         y_AD = jnp.zeros((n_assignments, shape.d_model), jnp.float32)
@@ -226,12 +188,15 @@ def _quantised(case: Case, shape: Shape, ids_TK: np.ndarray) -> Program:
         got_AD = run(x_TD, work, bank, case.implementation)
         return jnp.linalg.norm(got_AD - wanted_AD) / jnp.linalg.norm(wanted_AD)
 
-    exact = case.implementation == "xla"
-    limit = TOLERANCE["float32"] if exact else tolerance(case.format, width)
-    return Program(step, lambda: random_bank(shape, case.format), (error, limit))
+    packing = packing_of(case.format)
+    dtype = packing.operand_dtype if isinstance(packing, Floats) else jnp.bfloat16
+    if case.implementation == "xla" or dtype == jnp.float32:
+        return step, error, TOLERANCE["float32"]
+    integers = not isinstance(packing, Floats) and width <= INT8_SPLIT_ROWS
+    return step, error, TOLERANCE["int8_split" if integers else "bfloat16"]
 
 
-def _jax_bf16(case: Case, shape: Shape, ids_TK: np.ndarray) -> Program:
+def _jax_bf16(case: Case, shape: Shape, ids_TK: np.ndarray) -> tuple[Step, None, float]:
     """Grouped products on resident bfloat16 experts, by XLA's ragged dot: the rival's best case.
 
     Weights are in the precision that matrix units take, and tokens sorted by expert beforehand.
@@ -255,7 +220,7 @@ def _jax_bf16(case: Case, shape: Shape, ids_TK: np.ndarray) -> Program:
         y_AD = product(hidden_AF.astype(jnp.bfloat16), down)
         return _token_sum(jnp.zeros_like(y_AD).at[order_A].set(y_AD), case.tokens) / k
 
-    return Program(step, lambda: random_bank(shape, "BF16"))
+    return step, None, 0.0
 
 
 @dataclass(frozen=True)
@@ -263,9 +228,9 @@ class Prepared:
     """A case with its programs compiled, ready to be timed."""
 
     case: Case
-    program: Program
     loop: Any
-    error: Any
+    error: Any  # None for the rival
+    error_limit: float
 
 
 def prepare(case: Case) -> Prepared:
@@ -276,11 +241,11 @@ def prepare(case: Case) -> Prepared:
     """
     shape = SHAPES[case.shape]
     build = _jax_bf16 if case.implementation == "jax_bf16" else _quantised
-    program = build(case, shape, draw_routing(shape, case.tokens))
+    step, error, limit = build(case, shape, draw_routing(shape, case.tokens))
     x = jax.ShapeDtypeStruct((case.tokens, shape.d_model), jnp.float32)
-    operands = jax.eval_shape(program.operands)
-    error = jax.jit(program.error[0]).lower(x, operands).compile() if program.error else None
-    return Prepared(case, program, loop_of(program.step).lower(x, operands).compile(), error)
+    bank = jax.eval_shape(lambda: random_bank(shape, case.format))
+    compiled = jax.jit(error).lower(x, bank).compile() if error else None
+    return Prepared(case, loop_of(step).lower(x, bank).compile(), compiled, limit)
 
 
 def measure(prepared: Prepared, budget_s: float) -> dict[str, Any]:
@@ -290,26 +255,25 @@ def measure(prepared: Prepared, budget_s: float) -> dict[str, Any]:
         The case, `status` ("ok" or "wrong"), raw `seconds`, distinct weight bytes of a step,
         rates, the relative error and what it may be; times are absent from a wrong row.
     """
-    case, program = prepared.case, prepared.program
-    shape = SHAPES[case.shape]
+    case, shape = prepared.case, SHAPES[prepared.case.shape]
     ids_TK = draw_routing(shape, case.tokens)
     counts = np.unique(ids_TK, return_counts=True)[1]
-    stored = "BF16" if case.implementation.endswith("bf16") else case.format
+    bank = random_bank(shape, case.format)
+    expert_bytes = sum(plane.nbytes for plane in jax.tree.leaves(bank)) // shape.n_experts
     row = {
         **vars(case),
         "active_experts": len(counts),
         "busiest_expert_tokens": int(counts.max()),
-        "weight_bytes": len(counts) * shape.expert_bytes(stored),
-        "flops": shape.flops(case.tokens),
+        "weight_bytes": len(counts) * expert_bytes,
+        "flops": 6 * shape.d_model * shape.d_expert * ids_TK.size,
     }
     x_TD = jax.random.normal(jax.random.key(7), (case.tokens, shape.d_model), jnp.float32)
-    operands = program.operands()
-    if program.error is not None:
-        error, limit = float(prepared.error(x_TD, operands)), program.error[1]
+    if prepared.error is not None:
+        error, limit = float(prepared.error(x_TD, bank)), prepared.error_limit
         row |= {"relative_error": error, "error_limit": limit}
         if not error < limit:  # NaN is wrong too
             return {**row, "status": "wrong"}
-    seconds = step_seconds(prepared.loop, x_TD, operands, budget_s)
+    seconds = step_seconds(prepared.loop, x_TD, bank, budget_s)
     median = statistics.median(seconds)
     return {
         **row,

@@ -3,8 +3,6 @@
 Owns the choice of an implementation, and how the gated pair and the down matrix follow each other.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +11,6 @@ from pallas_kernels.backends import Implementation, choose
 from pallas_kernels.ggml import ops as ggml
 from pallas_kernels.matmul_triton import Items, check_shape, grouped_matmul
 from pallas_kernels.reference import Bank, Epilogues, ExpertFunction, Signature, Work
-from pallas_kernels.tiles import choose_tile
 
 
 def implementation_for(
@@ -97,21 +94,18 @@ def expert_ffn(
                 f"a bank of raw blocks is for 'ggml', and {implementation!r} was asked"
             )
         return ggml.expert_ffn(x_TD, y_AD, weight_A, bank, signature, work, function, epilogues)
-    d_model, d_expert = x_TD.shape[1], bank.gate_rows
     if implementation == "ggml":
         raise ValueError("'ggml' computes on a bank of raw blocks, and this one holds planes")
     if implementation is None and jax.devices()[0].platform == "cpu":
         implementation = "xla"
-    chosen = implementation_for(
-        signature, d_model, d_expert, implementation, None, function, epilogues is not None
-    )
+    sizes, has_epilogue = (x_TD.shape[1], bank.gate_rows), epilogues is not None
+    chosen = implementation_for(signature, *sizes, implementation, None, function, has_epilogue)
     if chosen == "xla":
         return reference.expert_ffn(
             x_TD, y_AD, weight_A, bank, signature, work, function, epilogues
         )
-    return triton_expert_ffn(
-        x_TD, y_AD, weight_A, bank, signature, work, interpret=chosen == "interpret"
-    )
+    interpret = chosen == "interpret"
+    return triton_expert_ffn(x_TD, y_AD, weight_A, bank, signature, work, interpret)
 
 
 def triton_expert_ffn(
@@ -126,27 +120,14 @@ def triton_expert_ffn(
     """`expert_ffn` in two kernel launches; what lies between is a row of rounding in XLA."""
     k = y_AD.shape[0] // x_TD.shape[0]
     n_items, width = work.assignment_IC.shape
-    d_model, d_expert = x_TD.shape[1], bank.gate_rows
     hidden_IC = jnp.arange(n_items * width, dtype=jnp.int32).reshape(n_items, width)
     count_1 = work.count.reshape(1)
-    gated = (signature.gate, signature.up)
-    hidden = jax.ShapeDtypeStruct((n_items * width, d_expert), jnp.float32)
+    hidden = jax.ShapeDtypeStruct((n_items * width, bank.gate_rows), jnp.float32)
+    items = Items(work.slot_I, work.assignment_IC // k, hidden_IC, count_1)
     hidden_HF = grouped_matmul(
-        x_TD,
-        hidden,
-        (bank.gate, bank.up),
-        gated,
-        Items(work.slot_I, work.assignment_IC // k, hidden_IC, count_1),
-        choose_tile(gated, d_expert, d_model, width),
-        interpret=interpret,
+        x_TD, hidden, (bank.gate, bank.up), signature[:2], items, interpret=interpret
     )
+    items = Items(work.slot_I, hidden_IC, work.assignment_IC, count_1)
     return grouped_matmul(
-        hidden_HF,
-        y_AD,
-        (bank.down,),
-        (signature.down,),
-        Items(work.slot_I, hidden_IC, work.assignment_IC, count_1),
-        choose_tile((signature.down,), d_model, d_expert, width),
-        factor_Y=weight_A,
-        interpret=interpret,
+        hidden_HF, y_AD, (bank.down,), (signature.down,), items, weight_A, interpret
     )

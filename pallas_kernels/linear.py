@@ -3,19 +3,15 @@
 The kernel is the experts' own: matrices of several blocks are a bank, and a block is its slot.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.backends import Implementation, choose
-from pallas_kernels.formats import Format, get_format
+from pallas_kernels.formats import Format, Planes, get_format
 from pallas_kernels.ggml import ops as ggml
-from pallas_kernels.materialize import apart
-from pallas_kernels.matmul_triton import Items, check_shape, grouped_matmul
-from pallas_kernels.reference import Planes
-from pallas_kernels.tiles import choose_tile, item_rows
+from pallas_kernels.matmul_triton import Items, check_shape, grouped_matmul, item_rows
+from pallas_kernels.reference import materialize_slice
 
 # Weights that XLA unpacks to float32 at a time: 64 MiB, twice Qwen3-30B-A3B's largest projection.
 MAX_UNPACKED = 1 << 24
@@ -81,7 +77,7 @@ def _xla_linear(x: jax.Array, planes: Planes, format: Format, rows: int) -> jax.
     def some_rows(i: jax.Array, y: jax.Array) -> jax.Array:
         # The last step goes back a little, over rows that it computes again.
         start = jnp.minimum(i * step, rows - step)
-        part = apart(take, start)
+        part = materialize_slice(take, start)
         part_N = jnp.einsum("...k,nk->...n", x, format.unpack(part))
         return jax.lax.dynamic_update_slice_in_dim(y, part_N, start, axis=-1)
 
@@ -94,18 +90,11 @@ def triton_linear(
 ) -> jax.Array:
     """`linear` in one kernel launch; planes have a leading axis, as with an `index`."""
     x_TK = x.reshape(-1, x.shape[-1])
-    tokens, columns = x_TK.shape
-    rows = next(iter(planes.values())).shape[1]
+    tokens, rows = len(x_TK), next(iter(planes.values())).shape[1]
     width = item_rows(tokens, (format_name,))
     row_IC = np.arange(-(-tokens // width) * width, dtype=np.int32).reshape(-1, width)
     row_IC = jnp.asarray(np.where(row_IC < tokens, row_IC, row_IC[:, :1]))
-    y_TN = grouped_matmul(
-        x_TK,
-        jax.ShapeDtypeStruct((tokens, rows), jnp.float32),
-        (planes,),
-        (format_name,),
-        Items(jnp.full(len(row_IC), index), row_IC, row_IC, jnp.full(1, len(row_IC))),
-        choose_tile((format_name,), rows, columns, width),
-        interpret=interpret,
-    )
+    items = Items(jnp.full(len(row_IC), index), row_IC, row_IC, jnp.full(1, len(row_IC)))
+    y_TN = jax.ShapeDtypeStruct((tokens, rows), jnp.float32)
+    y_TN = grouped_matmul(x_TK, y_TN, (planes,), (format_name,), items, interpret=interpret)
     return y_TN.reshape(*x.shape[:-1], rows)

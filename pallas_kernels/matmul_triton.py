@@ -13,10 +13,12 @@ contract:
 - many: weights are scaled in float32, rounded to bfloat16 and multiplied on the tensor cores,
   accumulated in float32.
 
-Slot numbers, rows and the number of items are data; nothing recompiles when a cache changes.
-"""
+The left operand is prepared in plain XLA, once per op: a few kilobytes a token. Slot numbers, rows
+and the number of items are data; nothing recompiles when a cache changes.
 
-from __future__ import annotations
+Letters: T rows of x, K columns, V words (four columns each), P groups of columns, B blocks of
+columns; R rows of a matrix, J groups of a tile, U the four words of a part.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,53 +30,48 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.activations import INT8_SPLIT_BLOCK, Int8Split, int8_split, lanes
-from pallas_kernels.formats import FORMATS, get_format
-from pallas_kernels.formats.packing import WORDS, Floats, Packing, lane
-from pallas_kernels.reference import Planes, filled_up
+from pallas_kernels.formats import FORMATS, Planes, get_format
+from pallas_kernels.formats.packing import WORDS, Floats, MatrixTile, Packing, lane, neighbours
+from pallas_kernels.reference import filled_up
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a kernel is cut.
+    """How a kernel is cut. Rows, columns and tokens are powers of two."""
 
-    Attributes:
-        rows: matrix rows of a program (R); a power of two.
-        columns: matrix columns of a step of its loop; a power of two, at least 64.
-        tokens: input rows of an item (C); a power of two. Up to `MOST_INT8_SPLIT_ROWS` the product
-            is in integers, from 16 on tensor cores; nothing in between.
-        warps: warps of a program.
-        stages: software-pipelining depth.
-    """
-
-    rows: int
-    columns: int
-    tokens: int
-    warps: int = 4
-    stages: int = 2
+    rows: int  # matrix rows of a program (R)
+    columns: int  # matrix columns of a step of its loop, at least 64
+    tokens: int  # input rows of an item (C), as `item_rows` gives them
+    warps: int = 4  # of a program
+    stages: int = 2  # of software pipelining
 
 
-MOST_INT8_SPLIT_ROWS = 8
+# Input rows of an item up to which products are taken in integers; from there on the tensor cores,
+# which compute 16 rows anyway, do less.
+INT8_SPLIT_ROWS = 4
 FEWEST_DOT_ROWS = 16  # what a tensor-core instruction takes; fewer rows are padded
+MOST_ITEM_ROWS = 64
+# What a program of four warps loads of its quants in a step: four 16-byte loads a thread in flight.
+_WORDS_OF_STEP = 2048
+_ROW_WORDS_OF_STEP = 64
+_DOT_GROUPS = 4  # sixteen columns of every lane, the least that a tensor core takes
 _COLUMNS = 256  # of which a matrix has a multiple
 _ROWS = 16
 _FEWEST_COLUMNS = 64  # of a step: the widest group
+# Columns under one scale of an `Int8Split`, as in llama.cpp's Q8_K; a multiple of every block.
+INT8_SPLIT_BLOCK = 256
+# Largest |integer|: 15 bits and a sign. With one more, the int32 sum over one group of a row could
+# overflow for Q6_K (16 weights of +-32, a scale of +-128, two fields), Q5_K and IQ4_XS.
+LARGEST_INTEGER = 127 * 128
 
 
 class Items(NamedTuple):
-    """Which input rows meet which slot, and where their results go; padded as `reference.Work`.
+    """Which input rows meet which slot, and where their results go; padded as `reference.Work`."""
 
-    Attributes:
-        slot_I: int32 [I].
-        source_IC: int32 [I, C], rows of x.
-        target_IC: int32 [I, C], rows of y.
-        count_1: int32 [1]; items from there on are not computed.
-    """
-
-    slot_I: jax.Array
-    source_IC: jax.Array
-    target_IC: jax.Array
-    count_1: jax.Array
+    slot_I: jax.Array  # int32
+    source_IC: jax.Array  # int32, rows of x
+    target_IC: jax.Array  # int32, rows of y
+    count_1: jax.Array  # int32; items from there on are not computed
 
 
 def packing_of(format_name: str) -> Packing | Floats:
@@ -106,6 +103,37 @@ def padded_columns(formats: Sequence[str], columns: int) -> int:
     return max(get_format(name).padded(columns) for name in formats)
 
 
+def item_rows(mean_rows: int, formats: Sequence[str]) -> int:
+    """Input rows of an item (a power of two) where an expert has `mean_rows` of them on average."""
+    rows = 1 << max(0, mean_rows - 1).bit_length()
+    if rows <= INT8_SPLIT_ROWS and all(isinstance(packing_of(name), Packing) for name in formats):
+        return rows
+    return min(max(rows, FEWEST_DOT_ROWS), MOST_ITEM_ROWS)
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest power of two, `most` at most, that divides `number`."""
+    return min(most, number & -number)
+
+
+def choose_tile(formats: Sequence[str], rows: int, columns: int, width: int) -> Tile:
+    """How the kernel is cut for matrices [rows, columns] and items of `width` input rows.
+
+    A rule that no GPU has yet confirmed.
+    """
+    columns = padded_columns(formats, columns)
+    packings = [packing_of(name) for name in formats]
+    if width >= FEWEST_DOT_ROWS:
+        step_columns = max(64, _DOT_GROUPS * min(packing.group_columns for packing in packings))
+        # What fits the 99 KiB of shared memory of a desktop card, gated pair included.
+        tile_rows = 64 if width <= FEWEST_DOT_ROWS else 32
+        return Tile(_divisor(rows, tile_rows), _divisor(columns, step_columns), width)
+    fields = min(packing.fields for packing in packings if isinstance(packing, Packing))
+    tile_rows = _WORDS_OF_STEP // (_ROW_WORDS_OF_STEP * len(formats))
+    step_columns = _divisor(columns, 4 * fields * _ROW_WORDS_OF_STEP)
+    return Tile(_divisor(rows, tile_rows), step_columns, width)
+
+
 def _check_planes(format_name: str, planes: Planes, rows: int, columns: int) -> None:
     check_shape(format_name, rows, columns)
     for name, plane in planes.items():
@@ -124,6 +152,49 @@ def _check_planes(format_name: str, planes: Planes, rows: int, columns: int) -> 
             )
 
 
+class Int8Split(NamedTuple):
+    """x = scale * (256 * high + low) with int8 `high` and `low`, four to a word.
+
+    llama.cpp's kernels round activations to eight bits, which is off by up to 0.4 % of a block's
+    largest; the second byte costs one more integer product per four weights and is off by 0.003 %.
+    """
+
+    high_TV: jax.Array  # uint32
+    low_TV: jax.Array  # uint32
+    sum_TP: jax.Array  # int32: sums of the integers of each group
+    scale_TB: jax.Array  # float32, one per INT8_SPLIT_BLOCK
+
+
+def _pack(digit_TK: jax.Array) -> jax.Array:
+    """int32 in int8's range, four neighbours to a little-endian word."""
+    byte_TVb = (digit_TK & 255).astype(jnp.uint32).reshape(*digit_TK.shape[:-1], -1, 4)
+    return jnp.sum(byte_TVb << jnp.arange(0, 32, 8, dtype=jnp.uint32)[None, None, :], axis=-1)
+
+
+def int8_split(x_TK: jax.Array, group: int) -> Int8Split:
+    """Rounds float32 x to 15-bit integers and their sums over `group` neighbouring columns."""
+    rows, columns = x_TK.shape
+    x_TBi = x_TK.reshape(rows, columns // INT8_SPLIT_BLOCK, INT8_SPLIT_BLOCK)
+    scale_TB = jnp.max(jnp.abs(x_TBi), axis=-1) / LARGEST_INTEGER
+    # A block of zeros, and one so small that its inverse overflows, is all zero.
+    inverse_TB = jnp.where(scale_TB > 1e-37, 1 / scale_TB, 0.0)
+    integer_TK = jnp.round(x_TBi * inverse_TB[..., None]).astype(jnp.int32).reshape(rows, columns)
+    high_TK = (integer_TK + 128) >> 8
+    low_TK = integer_TK - (high_TK << 8)
+    sum_TP = jnp.sum(integer_TK.reshape(rows, columns // group, group), axis=-1)
+    return Int8Split(_pack(high_TK), _pack(low_TK), sum_TP, scale_TB)
+
+
+def lanes(x_TK: jax.Array, count: int, dtype: type) -> jax.Array:
+    """[count, T, K / count]: column count * v + b of x at [b, :, v], in the product's dtype.
+
+    A word holds four neighbouring weights, so a kernel multiplies byte b of its words by every
+    fourth column; de-interleaved once here, those columns are neighbours.
+    """
+    rows, columns = x_TK.shape
+    return x_TK.astype(dtype).reshape(rows, columns // count, count).transpose(2, 0, 1)
+
+
 def _left_operand(x_XK: jax.Array, format_name: str, integers: bool) -> Int8Split | jax.Array:
     """The input rows as a format's products take them."""
     packing = packing_of(format_name)
@@ -136,41 +207,14 @@ def _left_operand(x_XK: jax.Array, format_name: str, integers: bool) -> Int8Spli
     return lanes(x_XK, 1, packing.operand_dtype)
 
 
-class _Matrix:
-    """The part of one matrix under a program: R rows of a slot, J groups (`packing.MatrixTile`)."""
-
-    def __init__(self, refs, slot, first_row, tile_rows: int, group_J):
-        self._refs, self._slot, self.group_J = refs, slot, group_J
-        self._row_R = first_row + jnp.arange(tile_rows, dtype=jnp.int32)
-
-    def at(self, plane, column_J):
-        return self._load(plane, column_J[:, None])
-
-    def words(self, plane, column_J):
-        return self._load(plane, _neighbours(column_J))
-
-    def _load(self, plane, column_JU):
-        shape = (*self._row_R.shape, *column_JU.shape)
-        row_RJU = jnp.broadcast_to(self._row_R[:, None, None], shape)
-        column_RJU = jnp.broadcast_to(column_JU[None], shape)
-        return self._refs[plane][self._slot, row_RJU, column_RJU]
-
-
-def _neighbours(column_J):
-    """int32 [J, U]: the four columns from each on."""
-    return column_J[:, None] + jnp.arange(WORDS, dtype=jnp.int32)[None, :]
-
-
-def _dot4(codes, int8_split, total, signed: bool, interpret: bool):
-    """`total` plus the sum over the bytes of each word of code * digit, int32; int8_split are
-    int8.
-    """
-    int8_split = jnp.broadcast_to(int8_split, codes.shape)
+def _dot4(codes, x, total, signed: bool, interpret: bool):
+    """`total` plus the sum over the bytes of each word of code * x, int32, where x is int8."""
+    x = jnp.broadcast_to(x, codes.shape)
     if not interpret:
         kind = "s32" if signed else "u32"
         [product] = plgpu.elementwise_inline_asm(
             f"dp4a.{kind}.s32 $0, $1, $2, $3;",
-            args=[codes, int8_split, total],
+            args=[codes, x, total],
             constraints="=r,r,r,r",
             pack=1,
             result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.int32)],
@@ -179,7 +223,7 @@ def _dot4(codes, int8_split, total, signed: bool, interpret: bool):
     for byte in range(4):
         code = codes << (24 - 8 * byte)
         code = code.astype(jnp.int32) >> 24 if signed else (code >> 24).astype(jnp.int32)
-        total += code * ((int8_split << (24 - 8 * byte)).astype(jnp.int32) >> 24)
+        total += code * ((x << (24 - 8 * byte)).astype(jnp.int32) >> 24)
     return total
 
 
@@ -196,7 +240,7 @@ def _int8_split_step(matrix, packing: Packing, x: Int8Split, source_C, sums_C, i
         for c, source in enumerate(source_C):
             high_RJU = low_RJU = jnp.zeros((*shape, WORDS), jnp.int32)
             for part, codes_RJU in enumerate(codes):
-                word_JU = _neighbours((place_J * packing.parts + part) * WORDS)
+                word_JU = neighbours((place_J * packing.parts + part) * WORDS)
                 high_JU, low_JU = x.high_TV[source, word_JU], x.low_TV[source, word_JU]
                 high_RJU = _dot4(codes_RJU, high_JU[None], high_RJU, packing.signed, interpret)
                 low_RJU = _dot4(codes_RJU, low_JU[None], low_RJU, packing.signed, interpret)
@@ -240,7 +284,7 @@ def _dot_step(matrix, packing: Packing | Floats, x_lanes, source_C, sum_RC, inte
     if isinstance(packing, Floats):
         column_J = matrix.group_J * WORDS
         weights_RJU = matrix.words("weights", column_J)
-        column_JU, dtype = _neighbours(column_J), packing.operand_dtype
+        column_JU, dtype = neighbours(column_J), packing.operand_dtype
         return sum_RC + _dot(weights_RJU, x_lanes, 0, source_C, column_JU, dtype, interpret)
     d_RJ1, dmin_RJ1 = packing.supers(matrix)
     for field in range(packing.fields):
@@ -253,7 +297,7 @@ def _dot_step(matrix, packing: Packing | Floats, x_lanes, source_C, sum_RC, inte
         place_J = packing.place(matrix.group_J, field)
         for part in range(packing.parts):
             codes_RJU = packing.codes(matrix, field, part)
-            column_JU = _neighbours((place_J * packing.parts + part) * WORDS)
+            column_JU = neighbours((place_J * packing.parts + part) * WORDS)
             for byte in range(4):
                 weights_RJU = lane(codes_RJU, byte, packing.signed)
                 if packing.zero:
@@ -271,7 +315,7 @@ def _kernel(
     items: Items, factor_Y, inputs, matrices, _, y_ref, *, formats, tile: Tile, steps, interpret
 ):
     first_row, item = pl.program_id(0) * tile.rows, pl.program_id(1)
-    integers = tile.tokens <= MOST_INT8_SPLIT_ROWS
+    integers = tile.tokens <= INT8_SPLIT_ROWS
     packings = [packing_of(name) for name in formats]
     groups = [tile.columns // packing.group_columns for packing in packings]
 
@@ -294,7 +338,7 @@ def _kernel(
                 packings, groups, inputs, matrices, sums, strict=True
             ):
                 group_J = step * n_groups + jnp.arange(n_groups, dtype=jnp.int32)
-                matrix = _Matrix(planes, slot, first_row, tile.rows, group_J)
+                matrix = MatrixTile(planes, slot, first_row, tile.rows, group_J)
                 if integers:
                     assert isinstance(packing, Packing)
                     total = _int8_split_step(matrix, packing, x, source_C, total, interpret)
@@ -335,9 +379,9 @@ def grouped_matmul(
     matrices: Sequence[Planes],
     formats: Sequence[str],
     items: Items,
-    tile: Tile,
     factor_Y: jax.Array | None = None,
     interpret: bool = False,
+    tile: Tile | None = None,
 ) -> jax.Array:
     """Products of input rows with the matrices in their slots, written to rows of y.
 
@@ -351,10 +395,10 @@ def grouped_matmul(
             A shape alone leaves them undefined.
         matrices: one or two, as planes with a leading slot axis, of N rows and K columns.
         formats: their names.
-        items: with C = `tile.tokens`.
-        tile: its rows and columns must divide the matrix.
+        items: of C rows each, a width that `item_rows` gives.
         factor_Y: float32 [Y] or None for one.
         interpret: run the kernel in Pallas's interpreter, on any device.
+        tile: its rows and columns divide the matrix; None is that of `choose_tile`.
 
     Returns:
         y_YN. Accumulated in float32; rounding of the operands as the module says.
@@ -364,9 +408,10 @@ def grouped_matmul(
     """
     n_rows, columns = y_YN.shape[1], padded_columns(formats, x_XK.shape[1])
     x_XK = filled_up(x_XK, columns)
+    tile = tile or choose_tile(formats, n_rows, columns, items.source_IC.shape[1])
     for name, planes in zip(formats, matrices, strict=True):
         _check_planes(name, planes, n_rows, columns)
-    inputs = [_left_operand(x_XK, name, tile.tokens <= MOST_INT8_SPLIT_ROWS) for name in formats]
+    inputs = [_left_operand(x_XK, name, tile.tokens <= INT8_SPLIT_ROWS) for name in formats]
     steps, rest = divmod(columns, tile.columns)
     if rest or n_rows % tile.rows or tile.columns < _FEWEST_COLUMNS:
         raise ValueError(f"{tile} does not divide a matrix [{n_rows}, {columns}] of {formats}")

@@ -4,20 +4,15 @@ Owns the meaning of "run these experts on these tokens", and the types in which 
 kernel is tested against it. Called through `expert_ffn.py`. All arithmetic is float32.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats import get_format
-from pallas_kernels.ggml.ops import RawMatrix
-from pallas_kernels.materialize import apart
 
-Planes = dict[str, jax.Array]
 ExpertFunction = Literal["swiglu", "clipped_swiglu", "geglu"]
 
 
@@ -33,21 +28,15 @@ class Signature(NamedTuple):
 
 
 class Bank(NamedTuple):
-    """All slots of one signature: planes with a leading slot axis, or raw blocks for "ggml".
+    """All slots of one signature: planes with a leading slot axis, or a `RawMatrix` for "ggml"."""
 
-    gate and up unpack to [S, F, D], down to [S, D, F].
-    """
-
-    # Planes or a RawMatrix; which of the two an implementation knows by the bank that it made.
-    gate: Any
-    up: Any
-    down: Any
+    gate: Any  # unpacks to [S, F, D]
+    up: Any  # [S, F, D]
+    down: Any  # [S, D, F]
 
     @property
     def gate_rows(self) -> int:
-        """F."""
-        if isinstance(self.gate, RawMatrix):
-            return self.gate.rows
+        """F, of a bank of planes."""
         return next(iter(self.gate.values())).shape[1]
 
 
@@ -58,16 +47,11 @@ class Work(NamedTuple):
     assignments of the expert in one slot; an expert of more has several items. A
     short item is padded by repeating its first assignment, which is computed again
     and written to the same place: nothing needs a mask.
-
-    Attributes:
-        slot_I: int32 [I].
-        assignment_IC: int32 [I, C].
-        count: int32 scalar; items from there on are not computed, so one compiled
-            program serves every number of them.
     """
 
-    slot_I: jax.Array
-    assignment_IC: jax.Array
+    slot_I: jax.Array  # int32
+    assignment_IC: jax.Array  # int32
+    # int32 scalar: items from there on are not computed; one program serves every number of them.
     count: jax.Array
 
 
@@ -88,42 +72,29 @@ class Epilogue(NamedTuple):
     """What becomes of the products with an expert's matrices: they are scaled, then biased.
 
     Float32. Of all experts of all layers, each array has an axis of L * E rows before its own.
-
-    Attributes:
-        scale_3: of gate's, up's and down's products.
-        gate_F: bias; None, as the others, where a model has none.
-        up_F: bias.
-        down_D: bias.
+    Biases are None where a model has none.
     """
 
-    scale_3: Any
+    scale_3: Any  # of gate's, up's and down's products
     gate_F: Any = None
     up_F: Any = None
     down_D: Any = None
 
-    def of_row(self, row: Any) -> Epilogue:
+    def of_row(self, row: Any) -> "Epilogue":
         """That of one expert of all."""
         return jax.tree.map(lambda array: array[row], self)
 
 
 class Epilogues(NamedTuple):
-    """Those of all experts, and whose each assignment takes.
-
-    They are small beside the matrices, so those of all experts stay on the device and are found by
-    expert and not by slot.
-    """
+    """Those of all experts, and the row of the one that each assignment takes."""
 
     every: Epilogue
     row_A: Any  # int32
 
     @classmethod
-    def of(cls, every: Epilogue | None, row_A: Any) -> Epilogues | None:
+    def of(cls, every: Epilogue | None, row_A: Any) -> "Epilogues | None":
         """None where there are none."""
         return None if every is None else cls(every, row_A)
-
-
-# gpt-oss clips both halves of its gated pair here, and has another slope in its sigmoid.
-CLIP, SLOPE = 7.0, 1.702
 
 
 def gated(
@@ -131,8 +102,8 @@ def gated(
 ) -> jax.Array:
     """The product between an expert's matrices, elementwise.
 
-    swiglu: silu(gate) * up. geglu: the same with GELU in its tanh form. clipped_swiglu: gate is
-    clipped from above and up from both sides, then gate * sigmoid(1.702 * gate) * (up + 1).
+    swiglu: silu(gate) * up. geglu: the same with GELU in its tanh form. clipped_swiglu (gpt-oss):
+    gate is clipped from above and up from both sides, then gate * sigmoid(1.702 * gate) * (up + 1).
 
     Source: llama.cpp, ggml/src/ggml-cpu/ops.cpp (swiglu_oai, geglu).
     """
@@ -144,8 +115,8 @@ def gated(
         return jax.nn.silu(gate) * up
     if function == "geglu":
         return jax.nn.gelu(gate, approximate=True) * up
-    gate, up = jnp.minimum(gate, CLIP), jnp.clip(up, -CLIP, CLIP)
-    return gate * jax.nn.sigmoid(SLOPE * gate) * (up + 1)
+    gate, up = jnp.minimum(gate, 7.0), jnp.clip(up, -7.0, 7.0)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
 
 
 def run_expert(
@@ -154,10 +125,7 @@ def run_expert(
     function: ExpertFunction,
     epilogue: Epilogue | None = None,
 ) -> jax.Array:
-    """One expert, float32 [C, D].
-
-    `matrices` are gate and up [F, D] and down [D, F], float32.
-    """
+    """One expert, float32 [C, D]; `matrices` are gate and up [F, D] and down [D, F], float32."""
     gate_FD, up_FD, down_DF = matrices
     gate_CF, up_CF = _product(x_CD, gate_FD), _product(x_CD, up_FD)
     y_CD = _product(gated(function, gate_CF, up_CF, epilogue), down_DF)
@@ -179,11 +147,37 @@ def filled_up(x_TK: jax.Array, columns: int) -> jax.Array:
     return jnp.pad(x_TK, ((0, 0), (0, missing))) if missing else x_TK
 
 
+# Smaller slices are left to XLA: a conditional takes longer to compile than they to unpack.
+_LEAST_BYTES = 1 << 18
+Tree = TypeVar("Tree")
+
+
+def materialize_slice(take: Callable[[jax.Array], Tree], index: jax.Array | int) -> Tree:
+    """`take(index)`: the same arrays, on a CPU in buffers of their own. `index` is 0 or more.
+
+    XLA's CPU backend fuses a slice (an expert's slot, a layer of a stack, rows of a matrix) into
+    the loop that unpacks it, past any optimisation barrier; the loop then computes a place in the
+    whole array for every weight and is 4 to 7 times slower than over a slice of its own. What a
+    conditional returns is always memory. Other backends get the plain slice.
+    """
+    index = jnp.asarray(index)
+    shapes = jax.eval_shape(take, index)
+    if sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes)) < _LEAST_BYTES:
+        return take(index)
+
+    def never(index: jax.Array) -> Tree:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def on_cpu(index: jax.Array) -> Tree:
+        return jax.lax.cond(index >= 0, take, never, index)
+
+    return jax.lax.platform_dependent(index, cpu=on_cpu, default=take)
+
+
 def gather_slots(bank: Bank, work: Work) -> tuple[Bank, Work]:
     """Copies the slots of `work` into a bank of their own, and says where they are now.
 
-    An XLA program over such a copy does not know how many slots the pool has, so that
-    it is compiled once for every budget.
+    An XLA program over such a copy is compiled once for pools of any number of slots.
     """
     gathered = jax.tree.map(lambda plane: plane[work.slot_I], bank)
     return gathered, work._replace(slot_I=jnp.arange(len(work.slot_I), dtype=jnp.int32))
@@ -205,7 +199,7 @@ def expert_ffn(
 
     def one_item(item: jax.Array, y_AD: jax.Array) -> jax.Array:
         assignment_C, slot = work.assignment_IC[item], work.slot_I[item]
-        expert = apart(lambda slot: jax.tree.map(lambda plane: plane[slot], bank), slot)
+        expert = materialize_slice(lambda slot: jax.tree.map(lambda p: p[slot], bank), slot)
         matrices = (format.unpack(planes) for format, planes in zip(formats, expert, strict=True))
         epilogue = None
         if epilogues is not None:

@@ -170,7 +170,8 @@ def test_pack_inverts_integers(name):
     fmt = get_format(name)
     raw_GP, _ = _random_raw(name)
     raw_GP = raw_GP.reshape(-1, fmt.block_bytes)
-    integers = [np.asarray(part).reshape(len(raw_GP), -1) for part in fmt._read(raw_GP)]
+    blocks = fmt._elements(fmt.split(raw_GP))
+    integers = [np.asarray(part).reshape(len(raw_GP), -1) for part in fmt.integers(blocks)]
     planes = fmt.split(raw_GP)
     floats = [np.asarray(planes[p.name])[:, 0] for p in fmt.planes if p.dtype == np.float16]
     np.testing.assert_array_equal(fmt.pack(integers, floats), raw_GP)

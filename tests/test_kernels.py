@@ -19,17 +19,22 @@ from marks import slow_unless
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.models.attention import attend
 from pallas_kernels import linear as linear_module
-from pallas_kernels import matmul_triton
-from pallas_kernels.activations import INT8_SPLIT_BLOCK, LARGEST_INTEGER, int8_split
 from pallas_kernels.attention_triton import decode_attention
 from pallas_kernels.expert_ffn import expert_ffn, triton_expert_ffn
 from pallas_kernels.formats import FORMATS, get_format
 from pallas_kernels.formats.packing import Floats
 from pallas_kernels.linear import linear, triton_linear
-from pallas_kernels.materialize import apart
-from pallas_kernels.matmul_triton import Items, Tile, grouped_matmul
-from pallas_kernels.reference import Bank, Signature, Work
-from pallas_kernels.tiles import item_rows
+from pallas_kernels.matmul_triton import (
+    INT8_SPLIT_BLOCK,
+    INT8_SPLIT_ROWS,
+    LARGEST_INTEGER,
+    Items,
+    Tile,
+    grouped_matmul,
+    int8_split,
+    item_rows,
+)
+from pallas_kernels.reference import Bank, Signature, Work, materialize_slice
 
 ON_GPU = jax.devices()[0].platform == "gpu"
 IMPLEMENTATIONS = ["interpret", *(["triton"] if ON_GPU else [])]
@@ -59,7 +64,7 @@ def tolerance(name, width):
     packing = PACKINGS[name]
     if isinstance(packing, Floats):
         return TOLERANCE["float32" if packing.operand_dtype == jnp.float32 else "bfloat16"]
-    return TOLERANCE["int8_split" if width <= matmul_triton.MOST_INT8_SPLIT_ROWS else "bfloat16"]
+    return TOLERANCE["int8_split" if width <= INT8_SPLIT_ROWS else "bfloat16"]
 
 
 def random_planes(name, rows, columns, lead=(SLOTS,), scale=0.02):
@@ -106,7 +111,7 @@ def products(name, width, implementation, x, planes, columns=K, rows=N):
 def _products(x, planes, items, name, rows, width, implementation):
     y = jax.ShapeDtypeStruct((len(x), rows), jnp.float32)
     tile, interpret = Tile(16, 256, width), implementation == "interpret"
-    return grouped_matmul(x, y, [planes], [name], items, tile, interpret=interpret)
+    return grouped_matmul(x, y, [planes], [name], items, interpret=interpret, tile=tile)
 
 
 def test_every_kernel_is_of_a_format():
@@ -383,7 +388,7 @@ def test_bank_beyond_the_address_range_is_refused():
     items = Items(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((1,), (1, 1), (1, 1), (1,))))
     y = jax.ShapeDtypeStruct((1, 1024), jnp.float32)
     run = lambda x, planes, items: grouped_matmul(  # noqa: E731
-        x, y, [planes], ["MXFP4"], items, Tile(16, 256, 1)
+        x, y, [planes], ["MXFP4"], items, tile=Tile(16, 256, 1)
     )
     with pytest.raises(NotImplementedError, match=r"plane exponents of MXFP4 has 2\d{9} elements"):
         jax.eval_shape(run, jax.ShapeDtypeStruct((1, 4096), jnp.float32), planes, items)
@@ -530,12 +535,13 @@ def test_reference_model_through_the_kernels(implementation):
     assert (kl < 4e-4).all(), kl
 
 
-def test_a_slice_apart_is_the_slice_in_memory_of_its_own():
+def test_a_materialized_slice_is_the_slice_in_memory_of_its_own():
     stack = {"a": jnp.arange(5 * 300 * 300, dtype=jnp.uint32).reshape(5, 300, 300)}
     small = {"a": stack["a"][:, :2]}
 
     def sums(stack, index):
-        return jax.tree.map(lambda a: a[:, ::-1] * 3, apart(lambda i: {"a": stack["a"][i]}, index))
+        one = materialize_slice(lambda i: {"a": stack["a"][i]}, index)
+        return jax.tree.map(lambda a: a[:, ::-1] * 3, one)
 
     for tree, conditionals in ((stack, True), (small, False)):
         run = jax.jit(sums).lower(tree, jnp.int32(0)).compile()

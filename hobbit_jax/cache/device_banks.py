@@ -18,9 +18,9 @@ import numpy as np
 from hobbit_jax.cache.controller import Bank as Slots
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from hobbit_jax.models.config import ModelConfig
-from pallas_kernels.formats import get_format
+from pallas_kernels.formats import Planes, get_format
 from pallas_kernels.ggml.ops import RawMatrix
-from pallas_kernels.reference import Bank, Planes, Signature
+from pallas_kernels.reference import Bank, Signature
 
 ABSENT = -1  # in the table: no slot
 

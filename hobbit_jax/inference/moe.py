@@ -26,6 +26,7 @@ from hobbit_jax.inference.host_compute import HostCompute, HostOutputs
 from hobbit_jax.models.sharding import DIVIDED, REPLICATED, divided, on_each, sum_of_parts
 from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn
+from pallas_kernels.matmul_triton import item_rows
 from pallas_kernels.reference import (
     Bank,
     Epilogues,
@@ -35,7 +36,6 @@ from pallas_kernels.reference import (
     gather_slots,
     items,
 )
-from pallas_kernels.tiles import item_rows
 
 # Experts that an XLA program gathers from their slots at a time: what bounds its scratch beside the
 # pool. The kernels read the slots themselves and take a whole batch at once.

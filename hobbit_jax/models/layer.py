@@ -23,7 +23,7 @@ from hobbit_jax.models.caches import Arrays, Caches, Places
 from hobbit_jax.models.config import BESIDE_NORMS, BlockConfig, ModelConfig
 from hobbit_jax.models.modules import BlockWeights, GatedMLP, Place, Stacked
 from hobbit_jax.models.router import Router, Routing
-from pallas_kernels.materialize import apart
+from pallas_kernels.reference import materialize_slice
 
 Result = TypeVar("Result")
 # Per kind, the arrays of its blocks with a leading axis: those that are read where they lie
@@ -234,7 +234,7 @@ class LayerKinds:
         """The block at `index` of `kind`, which may be traced."""
         whole, places, stacked = states[kind]
         places = jax.tree.map(lambda _: jnp.asarray(index, jnp.int32), places)
-        state = apart(lambda i: jax.tree.map(lambda array: array[i], stacked), index)
+        state = materialize_slice(lambda i: jax.tree.map(lambda a: a[i], stacked), index)
         return nnx.merge(self.graphs[kind], whole, places, state)
 
     def places(self, number: int) -> dict[str, np.int32]:

@@ -4,12 +4,12 @@ The registry. A type is one `Format` in the file of its family, and every other 
 it. Source: ggml's block structs; `gguf.quants.dequantize` is the oracle.
 """
 
-from pallas_kernels.formats import codebook, few_levels, floats, grids, k_quants, legacy
-from pallas_kernels.formats.base import Format, KQuant, Plane, Planes
+from pallas_kernels.formats import codebook, floats, grids, k_quants, one_scale
+from pallas_kernels.formats.base import Format, KQuant, Planes
 
-__all__ = ["FORMATS", "Format", "KQuant", "Plane", "Planes", "get_format"]
+__all__ = ["FORMATS", "Format", "KQuant", "Planes", "get_format"]
 
-_FAMILIES = (floats, legacy, k_quants, codebook, grids, few_levels)
+_FAMILIES = (floats, one_scale, k_quants, codebook, grids)
 
 FORMATS: dict[str, Format] = {fmt.name: fmt for family in _FAMILIES for fmt in family.FORMATS}
 

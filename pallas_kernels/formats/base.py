@@ -7,8 +7,8 @@ is the scales of block 0, then of block 1, and so on. Bytes are moved, never cha
 reordered inside a field: ggml already keeps runs of 16 or 32 weights in consecutive bytes, which
 is what a kernel wants, and the identity leaves one layout to learn.
 
-Owned here: `Plane`, `Format`, what an encoder has to know of one (`KQuant`), and
-the bit-unpacking primitives that all families share. Users go through `pallas_kernels.formats`.
+Owned here too: what an encoder has to know (`KQuant`), and the bit-unpacking primitives that all
+families share. Users go through `pallas_kernels.formats`.
 Source: block structs in ggml-common.h; `gguf.quants` is the oracle for the values.
 
 Letters of this package: R rows, W weights per row, G blocks per row, P elements of a plane per
@@ -31,21 +31,12 @@ from pallas_kernels.formats.packing import Floats, Packing
 Planes = Mapping[str, jax.Array]
 
 
-@dataclass(frozen=True)
-class Plane:
-    """One field of a block.
+class Plane(NamedTuple):
+    """One field of a block."""
 
-    Attributes:
-        name: the key of this plane in `Format.split`'s result.
-        dtype: the element type of its arithmetic.
-        per_block: elements (not bytes) per block.
-        e8m0: whether an element is the exponent of a float (OCP's E8M0, of which 0xFF is NaN).
-    """
-
-    name: str
-    dtype: np.dtype
-    per_block: int
-    e8m0: bool = False
+    name: str  # the key of this plane in `Format.split`'s result
+    dtype: np.dtype  # of an element, in arithmetic
+    per_block: int  # elements (not bytes)
 
     @property
     def block_bytes(self) -> int:
@@ -67,29 +58,13 @@ class Plane:
         """Elements of that array per block."""
         return self.block_bytes // self.device_dtype.itemsize
 
-    @property
-    def exponent_mask(self) -> int:
-        """Bits that are all set in an element that is NaN or infinite; 0 if none can be."""
-        if self.e8m0:
-            return 0xFF
-        if not jnp.issubdtype(self.dtype, jnp.floating):
-            return 0
-        kind = jnp.finfo(self.dtype)
-        return ((1 << kind.nexp) - 1) << kind.nmant
-
 
 class FloatField(NamedTuple):
-    """A float in a raw block.
+    """A float in a raw block."""
 
-    Attributes:
-        offset: bytes from the block's start.
-        bits: the unsigned little-endian dtype that reads it.
-        exponent_mask: bits that are all set when it is NaN or infinite.
-    """
-
-    offset: int
-    bits: np.dtype
-    exponent_mask: int
+    offset: int  # bytes from the block's start
+    bits: np.dtype  # the unsigned little-endian dtype that reads it
+    exponent_mask: int  # bits that are all set when it is NaN or infinite
 
 
 @dataclass(frozen=True)
@@ -111,31 +86,21 @@ class KQuant:
 
 @dataclass(frozen=True)
 class Format:
-    """One ggml weight type. Immutable and hashable, so it can be a static argument of a jit.
+    """One ggml weight type. Immutable and hashable, so it can be a static argument of a jit."""
 
-    Attributes:
-        name: ggml's name, such as "Q4_K".
-        number: ggml's number, as in a file (`enum ggml_type`).
-        block_weights: weights per block.
-        planes: the fields in the order in which they lie in a raw block.
-        unpack_blocks: planes [..., R, G, P] -> float32 [..., R, G, *axes], the family's
-            arithmetic; the axes flatten to the weights in order, and `unpack` does so.
-        integers: planes [..., R, G, P] -> the small integers of a block as they are stored, uint8
-            [..., R, G, *axes] each: a code for every weight first. For formats with an encoder.
-        encoder: what our own encoder has to know; None for a format that ggml alone can write.
-        packing: how a Triton kernel reads it; None where XLA computes it.
-        scattered_floats: floats whose bits are no field of their own.
-    """
-
-    name: str
-    number: int
+    name: str  # ggml's, such as "Q4_K"
+    number: int  # ggml's, as in a file (`enum ggml_type`)
     block_weights: int
-    planes: tuple[Plane, ...]
+    planes: tuple[Plane, ...]  # in the order in which they lie in a raw block
+    # Planes [..., R, G, P] -> float32 [..., R, G, *axes], the family's arithmetic; the axes flatten
+    # to the weights in order, and `unpack` does so.
     unpack_blocks: Callable[[Planes], jax.Array] = field(repr=False)
+    # Planes [..., R, G, P] -> the small integers of a block as they are stored, uint8
+    # [..., R, G, *axes] each: a code for every weight first. For formats with an encoder.
     integers: Callable[[Planes], tuple[jax.Array, ...]] | None = field(default=None, repr=False)
-    encoder: KQuant | None = None
-    packing: Packing | Floats | None = field(default=None, repr=False)
-    scattered_floats: tuple[FloatField, ...] = ()
+    encoder: KQuant | None = None  # None for a format that ggml alone can write
+    packing: Packing | Floats | None = field(default=None, repr=False)  # None where XLA computes it
+    other_floats: tuple[FloatField, ...] = ()  # that are no plane of a floating dtype
 
     @property
     def block_bytes(self) -> int:
@@ -145,13 +110,11 @@ class Format:
     @property
     def float_fields(self) -> tuple[FloatField, ...]:
         """Every float of a raw block, in order: what can be non-finite in it."""
-        found, start = list(self.scattered_floats), 0
+        found, start = list(self.other_floats), 0
         for plane in self.planes:
-            size = plane.dtype.itemsize
-            for offset in range(start, start + plane.block_bytes, size):
-                if plane.exponent_mask:
-                    bits = np.dtype(f"<u{size}")
-                    found.append(FloatField(offset, bits, plane.exponent_mask))
+            if jnp.issubdtype(plane.dtype, jnp.floating):  # one a block
+                kind, bits = jnp.finfo(plane.dtype), np.dtype(f"<u{plane.block_bytes}")
+                found.append(FloatField(start, bits, ((1 << kind.nexp) - 1) << kind.nmant))
             start += plane.block_bytes
         return tuple(found)
 
@@ -164,9 +127,7 @@ class Format:
         return -(-n_weights // self.block_weights) * self.block_weights
 
     def row_bytes(self, n_weights: int) -> int:
-        """Bytes of a row of `n_weights` weights, its filling included: in a file, on the host and
-        on the device.
-        """
+        """Bytes of a row of `n_weights` weights, its filling included, wherever it lies."""
         return self.padded(n_weights) // self.block_weights * self.block_bytes
 
     def plane_shapes(self, n_rows: int, n_weights: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -268,17 +229,12 @@ class Format:
         """
         n_bits = 8 * self.block_bytes
         one_bit_each = np.packbits(np.eye(n_bits, dtype=np.uint8), axis=1, bitorder="little")
-        parts = [np.asarray(part).reshape(n_bits, -1) for part in self._read(one_bit_each)]
+        integers = self.integers
+        assert integers is not None, f"{self.name} has no encoder, and so nothing to pack"
+        read = jax.jit(lambda raw: integers(self._elements(self.split(raw))))
+        parts = [np.asarray(part).reshape(n_bits, -1) for part in read(one_bit_each)]
         bits = np.unpackbits(np.concatenate(parts, axis=1), axis=1, bitorder="little")
         return bits.argmax(axis=1)
-
-    @functools.cached_property
-    def _read(self) -> Callable[[np.ndarray], tuple[jax.Array, ...]]:
-        """`integers` of raw blocks."""
-        if self.integers is None:
-            raise RuntimeError(f"{self.name} has no encoder, and so nothing to pack")
-        integers = self.integers
-        return jax.jit(lambda raw: integers(self._elements(self.split(raw))))
 
     def _elements(self, planes: Planes) -> dict[str, jax.Array]:
         """Planes [..., R, G*P] as [..., R, G, P] in the dtypes of their arithmetic, checked."""
@@ -303,13 +259,12 @@ class Format:
         return jnp.asarray(values).reshape(*lead, n_blocks, plane.device_per_block)
 
 
-U8 = np.dtype(np.uint8)
 D = Plane("d", np.dtype(np.float16), 1)
 
 
 def byte_plane(name: str, per_block: int) -> Plane:
     """A field of bytes."""
-    return Plane(name, U8, per_block)
+    return Plane(name, np.dtype(np.uint8), per_block)
 
 
 def bit_fields(packed: jax.Array, width: int, run_axes: int = 1) -> jax.Array:

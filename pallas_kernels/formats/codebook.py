@@ -18,10 +18,9 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.formats.base import (
-    U8,
     D,
+    FloatField,
     Format,
-    Plane,
     Planes,
     bit_fields,
     byte_plane,
@@ -32,8 +31,7 @@ from pallas_kernels.formats.packing import (
     Packing,
     Scales,
     Supers,
-    nibble_codes,
-    no_scales,
+    low_codes,
     per_group,
     supers,
 )
@@ -121,7 +119,7 @@ def _unpack_nvfp4(blocks: Planes) -> jax.Array:
 
 def _from_table(values: tuple[int, ...]) -> Callable[[MatrixTile, int, int], jax.Array]:
     def codes(tile: MatrixTile, field: int, part: int) -> jax.Array:
-        words = nibble_codes(tile, field, part)
+        words = low_codes(4)(tile, field, part)
         packed = jnp.zeros_like(words)
         for byte in range(4):
             value = look_up(values, (words >> (8 * byte)) & 15)
@@ -146,36 +144,25 @@ def _mxfp4_supers(tile: MatrixTile) -> Supers:
     return lax.bitcast_convert_type(biased << 23, jnp.float32), None
 
 
-def _packing(values: tuple[int, ...], read=supers(1, "d"), scales=no_scales) -> Packing:  # noqa: B008
-    return Packing(2, 16, 1, _from_table(values), read, scales, signed=True)
-
-
-_QUANTS = byte_plane("quants", 16)
+_QUANTS, _IQ4_NL_CODES = byte_plane("quants", 16), _from_table(IQ4_NL_VALUES)
+# E8M0 is the exponent of a float alone.
+_EXPONENT = FloatField(0, np.dtype("<u1"), 0xFF)
 
 FORMATS = (
     Format(
-        "IQ4_NL",
-        20,
-        32,
-        (D, _QUANTS),
-        _unpack_iq4_nl,
-        packing=_packing(IQ4_NL_VALUES),
+        "IQ4_NL", 20, 32, (D, _QUANTS), _unpack_iq4_nl,
+        packing=Packing(2, 16, 1, _IQ4_NL_CODES, supers(1, "d"), signed=True),
     ),
     Format(
-        "IQ4_XS",
-        23,
-        256,
+        "IQ4_XS", 23, 256,
         (D, byte_plane("scales_h", 2), byte_plane("scales_l", 4), byte_plane("quants", 128)),
         _unpack_iq4_xs,
-        packing=_packing(IQ4_NL_VALUES, supers(8, "d"), _iq4_xs_scales),
+        packing=Packing(2, 16, 1, _IQ4_NL_CODES, supers(8, "d"), _iq4_xs_scales, signed=True),
     ),
     Format(
-        "MXFP4",
-        39,
-        32,
-        (Plane("exponents", U8, 1, e8m0=True), _QUANTS),
-        _unpack_mxfp4,
-        packing=_packing(E2M1_VALUES, _mxfp4_supers),
+        "MXFP4", 39, 32, (byte_plane("exponents", 1), _QUANTS), _unpack_mxfp4,
+        packing=Packing(2, 16, 1, _from_table(E2M1_VALUES), _mxfp4_supers, signed=True),
+        other_floats=(_EXPONENT,),
     ),
     Format("NVFP4", 40, 64, (byte_plane("scales", 4), byte_plane("quants", 32)), _unpack_nvfp4),
-)
+)  # fmt: skip

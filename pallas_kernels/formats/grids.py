@@ -75,9 +75,9 @@ def _scaled(blocks: Planes, scales: jax.Array, values: jax.Array) -> jax.Array:
     return factor[..., None] * values.reshape(*lead, n_sub, -1).astype(jnp.float32)
 
 
-def _halves(nibbles: jax.Array, unit: float) -> jax.Array:
-    """unit * (1/2 + nibble): exact."""
-    return unit * (0.5 + nibbles.astype(jnp.float32))
+def _odd(fields: jax.Array, divisor: int = 8) -> jax.Array:
+    """(2 * field + 1) / divisor, a power of two: exact."""
+    return (2 * fields.astype(jnp.float32) + 1) / divisor
 
 
 def _four_sign_fields(words: jax.Array) -> jax.Array:
@@ -90,33 +90,33 @@ def _unpack_iq2_xxs(blocks: Planes) -> jax.Array:
     pairs = blocks["quants"].reshape(*lead, 8, 2)  # four codes, then signs and scale
     codes = _fields(pairs[..., 0], (0, 8, 16, 24), 8)
     values = _signed(_vectors("IQ2_XXS", codes), _four_sign_fields(pairs[..., 1]))
-    return _scaled(blocks, _halves(pairs[..., 1] >> 28, 0.25), values)
+    return _scaled(blocks, _odd(pairs[..., 1] >> 28), values)
 
 
 def _unpack_iq2_xs(blocks: Planes) -> jax.Array:
     quants = blocks["quants"]
     values = _signed(_vectors("IQ2_XS", quants & 511), _even_signs(quants >> 9))
-    return _scaled(blocks, _halves(_fields(blocks["scales"], (0, 4), 4), 0.25), values)
+    return _scaled(blocks, _odd(_fields(blocks["scales"], (0, 4), 4)), values)
 
 
 def _unpack_iq2_s(blocks: Planes) -> jax.Array:
     codes = _joined(blocks["quants"], _fields(blocks["high_bits"], (0, 2, 4, 6), 2))
     values = _signed(_vectors("IQ2_S", codes), blocks["signs"])
-    return _scaled(blocks, _halves(_fields(blocks["scales"], (0, 4), 4), 0.25), values)
+    return _scaled(blocks, _odd(_fields(blocks["scales"], (0, 4), 4)), values)
 
 
 def _unpack_iq3_xxs(blocks: Planes) -> jax.Array:
     *lead, _ = blocks["quants"].shape
     vectors = _vectors("IQ3_XXS", blocks["quants"]).reshape(*lead, 32, 8)
     values = _signed(vectors, _four_sign_fields(blocks["scales"]))
-    return _scaled(blocks, _halves(blocks["scales"] >> 28, 0.5), values)
+    return _scaled(blocks, _odd(blocks["scales"] >> 28, 4), values)
 
 
 def _unpack_iq3_s(blocks: Planes) -> jax.Array:
     *lead, _ = blocks["quants"].shape
     codes = _joined(blocks["quants"], _fields(blocks["high_bits"], tuple(range(8)), 1))
     vectors = _vectors("IQ3_S", codes).reshape(*lead, 32, 8)
-    scales = 1 + 2 * _fields(blocks["scales"], (0, 4), 4).astype(jnp.float32)
+    scales = _odd(_fields(blocks["scales"], (0, 4), 4), 1)
     return _scaled(blocks, scales, _signed(vectors, blocks["signs"]))
 
 
@@ -129,12 +129,7 @@ def _unpack_iq1_s(blocks: Planes) -> jax.Array:
     high = blocks["high_bits"]
     codes = _joined(blocks["quants"], _fields(high, (0, 3, 6, 9), 3))
     values = _shifted(_vectors("IQ1_S", codes), jnp.repeat(high >> 15, 4, axis=-1))
-    return _scaled(blocks, _odd_eighths((high >> 12) & 7), values)
-
-
-def _odd_eighths(fields: jax.Array) -> jax.Array:
-    """(2 * field + 1) / 8: exact."""
-    return (2 * fields.astype(jnp.float32) + 1) / 8
+    return _scaled(blocks, _odd((high >> 12) & 7), values)
 
 
 def _unpack_iq1_m(blocks: Planes) -> jax.Array:
@@ -144,7 +139,7 @@ def _unpack_iq1_m(blocks: Planes) -> jax.Array:
     tops = blocks["scales"] >> 12
     d_bits = tops[..., 0] | (tops[..., 1] << 4) | (tops[..., 2] << 8) | (tops[..., 3] << 12)
     d_RG1 = lax.bitcast_convert_type(d_bits, jnp.float16)[..., None]
-    return _scaled({"d": d_RG1}, _odd_eighths(_fields(blocks["scales"], (0, 3, 6, 9), 3)), values)
+    return _scaled({"d": d_RG1}, _odd(_fields(blocks["scales"], (0, 3, 6, 9), 3)), values)
 
 
 _CODES_32, _CODES_64 = byte_plane("quants", 32), byte_plane("quants", 64)
@@ -155,7 +150,7 @@ _IQ1_M_D = FloatField(52, np.dtype("<u4"), 0x7000C000)
 FORMATS = (
     Format("IQ1_S", 19, 256, (D, _CODES_32, Plane("high_bits", _U16, 8)), _unpack_iq1_s),
     Format("IQ1_M", 29, 256, (_CODES_32, byte_plane("high_bits", 16), Plane("scales", _U16, 4)),
-           _unpack_iq1_m, scattered_floats=(_IQ1_M_D,)),
+           _unpack_iq1_m, other_floats=(_IQ1_M_D,)),
     Format("IQ2_XXS", 16, 256, (D, Plane("quants", _U32, 16)), _unpack_iq2_xxs),
     Format("IQ2_XS", 17, 256, (D, Plane("quants", _U16, 32), byte_plane("scales", 8)),
            _unpack_iq2_xs),

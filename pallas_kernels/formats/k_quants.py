@@ -9,9 +9,9 @@ Planes: `d`, `dmin` f16; `scales` as ggml packs them (bytes; int8 in Q6_K); `qua
 4 bits of a weight, `high_bits` the rest. Sub-block scales are multiplied out only in float32.
 """
 
-import functools
-import itertools
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +33,9 @@ from pallas_kernels.formats.packing import (
     Packing,
     Scales,
     bits_of,
-    nibble_codes,
+    low_codes,
     per_group,
-    quants_of,
     supers,
-    two_bit_codes,
 )
 
 # Quants, then scales and minima of the sub-blocks in order, all as they are stored.
@@ -52,9 +50,9 @@ def _axes(values_RGP: jax.Array, *axes: int) -> jax.Array:
 def _unpack(
     integers: Callable[[Planes], Integers],
     axes: tuple[int, ...],
-    zero: int,
-    scale_zero: int,
     blocks: Planes,
+    zero: int = 0,
+    scale_zero: int = 0,
 ) -> jax.Array:
     """d * (scale - scale_zero) * (quant - zero) - dmin * minimum.
 
@@ -131,17 +129,21 @@ def _q6_k(blocks: Planes) -> Integers:
     return low | (high << 4), lax.bitcast_convert_type(blocks["scales"], jnp.uint8)
 
 
-# How kernels read Q2_K, Q3_K: runs of 32 bytes with four fields, two per block; sub-blocks of 16.
+# How kernels read them. Runs have 32 bytes with four fields in Q2_K and Q3_K (two runs a block,
+# sub-blocks of 16), 32 bytes with two fields in Q4_K and Q5_K (four runs, sub-blocks of 32), and 64
+# bytes with two fields in Q6_K (two runs, sub-blocks of 16).
+
+_two_bit_codes, _nibble_codes, _wide_nibble_codes = low_codes(2), low_codes(4), low_codes(4, 2)
 
 
-def _two_bit_place(tile: MatrixTile) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Block, half of it, and half of the half's run, int32 [J] each."""
+def _place(tile: MatrixTile, per_half: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Block, half of it, and which of the half's `per_half` groups, int32 [J] each."""
     group_J = tile.group_J
-    return group_J // 4, group_J % 4 // 2, group_J % 2
+    return group_J // (2 * per_half), group_J % (2 * per_half) // per_half, group_J % per_half
 
 
 def _q2_k_scales(tile: MatrixTile, field: int) -> Scales:
-    block_J, half_J, part_J = _two_bit_place(tile)
+    block_J, half_J, part_J = _place(tile, 2)
     word = tile.at("scales", 4 * block_J + 2 * half_J + field // 2) >> per_group(8 * part_J)
     scale = (word >> (16 * (field % 2))) & 15
     minimum = (word >> (16 * (field % 2) + 4)) & 15
@@ -149,30 +151,23 @@ def _q2_k_scales(tile: MatrixTile, field: int) -> Scales:
 
 
 def _q3_k_codes(tile: MatrixTile, field: int, part: int) -> jax.Array:
-    block_J, half_J, part_J = _two_bit_place(tile)
+    block_J, half_J, part_J = _place(tile, 2)
     high = tile.words("high_bits", 8 * block_J + 4 * part_J) >> per_group(4 * half_J)
-    return two_bit_codes(tile, field, part) | bits_of(high, field, 1, to=2)
+    return _two_bit_codes(tile, field, part) | bits_of(high, field, 1, to=2)
 
 
 def _q3_k_scales(tile: MatrixTile, field: int) -> Scales:
-    block_J, half_J, part_J = _two_bit_place(tile)
+    block_J, half_J, part_J = _place(tile, 2)
     byte_J = 16 * (field % 2) + 8 * part_J
     low = tile.at("scales", 3 * block_J + field // 2) >> per_group(byte_J + 4 * half_J)
     high = tile.at("scales", 3 * block_J + 2) >> per_group(byte_J + 4 * half_J + 2 * (field // 2))
     return ((low & 15) | ((high & 3) << 4)).astype(jnp.int32) - 32, None
 
 
-# How kernels read Q4_K, Q5_K: runs of 32 bytes with two fields, four per block; sub-blocks of 32.
-
-
-def _q4_k_codes(tile: MatrixTile, field: int, part: int) -> jax.Array:
-    return bits_of(quants_of(tile, 2, part), 4 * field, 4)
-
-
 def _q5_k_codes(tile: MatrixTile, field: int, part: int) -> jax.Array:
     block_J, run_J = tile.group_J // 4, tile.group_J % 4
     high = tile.words("high_bits", 8 * block_J + 4 * part) >> per_group(2 * run_J)
-    return _q4_k_codes(tile, field, part) | bits_of(high, field, 1, to=4)
+    return _wide_nibble_codes(tile, field, part) | bits_of(high, field, 1, to=4)
 
 
 def _six_bit_scales(tile: MatrixTile, field: int) -> Scales:
@@ -186,107 +181,60 @@ def _six_bit_scales(tile: MatrixTile, field: int) -> Scales:
     return scale.astype(jnp.int32), minimum.astype(jnp.int32)
 
 
-# How kernels read Q6_K: runs of 64 bytes with two fields, two per block; sub-blocks of 16.
-
-
-def _q6_k_place(tile: MatrixTile) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Block, half of it, and quarter of the half's run, int32 [J] each."""
-    group_J = tile.group_J
-    return group_J // 8, group_J % 8 // 4, group_J % 4
-
-
 def _q6_k_codes(tile: MatrixTile, field: int, part: int) -> jax.Array:
-    block_J, half_J, quarter_J = _q6_k_place(tile)
+    block_J, half_J, quarter_J = _place(tile, 4)
     high = tile.words("high_bits", 16 * block_J + 8 * half_J + 4 * (quarter_J % 2))
     high >>= per_group(2 * (quarter_J // 2))
-    return nibble_codes(tile, field, part) | bits_of(high, 4 * field, 2, to=4)
+    return _nibble_codes(tile, field, part) | bits_of(high, 4 * field, 2, to=4)
 
 
 def _q6_k_scales(tile: MatrixTile, field: int) -> Scales:
-    block_J, half_J, quarter_J = _q6_k_place(tile)
+    block_J, half_J, quarter_J = _place(tile, 4)
     word = tile.at("scales", 4 * block_J + 2 * half_J + field)
     return (word << per_group(24 - 8 * quarter_J)).astype(jnp.int32) >> 24, None  # int8
-
-
-def _k_quant(
-    name: str,
-    number: int,
-    planes: tuple[Plane, ...],
-    integers: Callable[[Planes], Integers],
-    axes: tuple[int, ...],
-    encoder: KQuant,
-    packing: Packing,
-) -> Format:
-    scale_zero = 32 if name == "Q3_K" else 0  # Q6_K's scales are int8
-    unpack = functools.partial(_unpack, integers, axes, -encoder.q_range[0], scale_zero)
-    return Format(name, number, 256, planes, unpack, integers, encoder, packing)
 
 
 _DMIN = Plane("dmin", np.dtype(np.float16), 1)
 _SCALES_12 = byte_plane("scales", 12)
 
 FORMATS = (
-    _k_quant(
-        "Q2_K",
-        10,
-        (byte_plane("scales", 16), byte_plane("quants", 64), D, _DMIN),
-        _q2_k,
-        (2, 4, 2, 1),
-        KQuant(True, 16, (0, 3), (0, 15), tuple(itertools.product((1.0, 0.8, 0.6), repeat=2))),
-        Packing(4, 32, 1, two_bit_codes, supers(4, "d", "dmin"), _q2_k_scales),
+    Format(
+        "Q2_K", 10, 256, (byte_plane("scales", 16), byte_plane("quants", 64), D, _DMIN),
+        partial(_unpack, _q2_k, (2, 4, 2, 1)), _q2_k,
+        KQuant(True, 16, (0, 3), (0, 15), tuple(product((1.0, 0.8, 0.6), repeat=2))),
+        Packing(4, 32, 1, _two_bit_codes, supers(4, "d", "dmin"), _q2_k_scales),
     ),
-    _k_quant(
-        "Q3_K",
-        11,
-        (byte_plane("high_bits", 32), byte_plane("quants", 64), _SCALES_12, D),
-        _q3_k,
-        (2, 4, 2, 1),
+    Format(
+        "Q3_K", 11, 256, (byte_plane("high_bits", 32), byte_plane("quants", 64), _SCALES_12, D),
+        partial(_unpack, _q3_k, (2, 4, 2, 1), zero=4, scale_zero=32), _q3_k,
         KQuant(
-            has_offsets=False,
-            sub_len=16,
-            q_range=(-4, 3),
-            scale_range=(-32, 31),
-            guesses=tuple((q,) for q in (-4.8, -4.3, -3.8, 3.0, 3.3, 3.7, 4.2)),
-            passes=(False,),
+            False, 16, (-4, 3), (-32, 31),
+            tuple((q,) for q in (-4.8, -4.3, -3.8, 3.0, 3.3, 3.7, 4.2)), passes=(False,),
         ),
         Packing(4, 32, 1, _q3_k_codes, supers(4, "d"), _q3_k_scales, zero=4),
     ),
-    _k_quant(
-        "Q4_K",
-        12,
-        (D, _DMIN, _SCALES_12, byte_plane("quants", 128)),
-        _q4_k,
-        (8, 1),
-        KQuant(True, 32, (0, 15), (0, 63), tuple(itertools.product((1.02, 0.97, 0.91), repeat=2))),
-        Packing(2, 32, 2, _q4_k_codes, supers(4, "d", "dmin"), _six_bit_scales),
+    Format(
+        "Q4_K", 12, 256, (D, _DMIN, _SCALES_12, byte_plane("quants", 128)),
+        partial(_unpack, _q4_k, (8, 1)), _q4_k,
+        KQuant(True, 32, (0, 15), (0, 63), tuple(product((1.02, 0.97, 0.91), repeat=2))),
+        Packing(2, 32, 2, _wide_nibble_codes, supers(4, "d", "dmin"), _six_bit_scales),
     ),
-    _k_quant(
-        "Q5_K",
-        13,
+    Format(
+        "Q5_K", 13, 256,
         (D, _DMIN, _SCALES_12, byte_plane("high_bits", 32), byte_plane("quants", 128)),
-        _q5_k,
-        (8, 1),
-        KQuant(True, 32, (0, 31), (0, 63), tuple(itertools.product((1.02, 0.985, 0.95), repeat=2))),
+        partial(_unpack, _q5_k, (8, 1)), _q5_k,
+        KQuant(True, 32, (0, 31), (0, 63), tuple(product((1.02, 0.985, 0.95), repeat=2))),
         Packing(2, 32, 2, _q5_k_codes, supers(4, "d", "dmin"), _six_bit_scales),
     ),
-    _k_quant(
-        "Q6_K",
-        14,
-        (
-            byte_plane("quants", 128),
-            byte_plane("high_bits", 64),
-            Plane("scales", np.dtype(np.int8), 16),
-            D,
-        ),
-        _q6_k,
-        (2, 2, 2, 2, 1),
+    Format(
+        "Q6_K", 14, 256,
+        (byte_plane("quants", 128), byte_plane("high_bits", 64),
+         Plane("scales", np.dtype(np.int8), 16), D),
+        partial(_unpack, _q6_k, (2, 2, 2, 2, 1), zero=32), _q6_k,
         KQuant(
-            has_offsets=False,
-            sub_len=16,
-            q_range=(-32, 31),
-            scale_range=(-128, 127),
-            guesses=tuple((sign * halves / 2,) for halves in range(58, 66) for sign in (-1, 1)),
+            False, 16, (-32, 31), (-128, 127),
+            tuple((sign * halves / 2,) for halves in range(58, 66) for sign in (-1, 1)),
         ),
         Packing(2, 64, 1, _q6_k_codes, supers(8, "d"), _q6_k_scales, zero=32),
     ),
-)
+)  # fmt: skip

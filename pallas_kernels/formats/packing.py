@@ -19,11 +19,8 @@ in (group, field, part, byte), for any format.
 Letters: R rows of a tile, J groups of a tile, U the four words of a part.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -32,47 +29,58 @@ WORDS = 4  # of a part: 16 bytes
 _EVERY_BYTE = 0x01010101
 
 
-class MatrixTile(Protocol):
-    """What a format may ask of the tile that a kernel stands on."""
+def neighbours(column_J: jax.Array) -> jax.Array:
+    """The four columns from each on, int32 [J, U]."""
+    return column_J[:, None] + jnp.arange(WORDS, dtype=jnp.int32)[None, :]
 
-    group_J: jax.Array  # int32 [J]: the tile's groups, counted from the start of the row
+
+class MatrixTile:
+    """The part of one matrix under a program: R rows of a slot, J groups of each."""
+
+    def __init__(self, refs, slot, first_row, tile_rows: int, group_J):
+        self._refs, self._slot = refs, slot
+        self._row_R = first_row + jnp.arange(tile_rows, dtype=jnp.int32)
+        self.group_J = group_J  # int32 [J], counted from the start of the row
 
     def at(self, plane: str, column_J: jax.Array) -> jax.Array:
         """One element of a plane for each row and group: [R, J, 1]."""
-        ...
+        return self._load(plane, column_J[:, None])
 
     def words(self, plane: str, column_J: jax.Array) -> jax.Array:
         """Four neighbouring elements from each column on: [R, J, U]."""
-        ...
+        return self._load(plane, neighbours(column_J))
+
+    def _load(self, plane, column_JU):
+        shape = (*self._row_R.shape, *column_JU.shape)
+        row_RJU = jnp.broadcast_to(self._row_R[:, None, None], shape)
+        column_RJU = jnp.broadcast_to(column_JU[None], shape)
+        return self._refs[plane][self._slot, row_RJU, column_RJU]
 
 
 Supers = tuple[jax.Array, jax.Array | None]
 Scales = tuple[jax.Array | None, jax.Array | None]
 
 
+def no_scales(tile: MatrixTile, field: int) -> Scales:
+    """For a format without small scales."""
+    return None, None
+
+
 @dataclass(frozen=True)
 class Packing:
-    """A format of packed integers, as a kernel reads it.
+    """A format of packed integers, as a kernel reads it."""
 
-    Attributes:
-        fields: bit fields of a byte of `quants` (1, 2 or 4).
-        run_bytes: bytes between two weights that share a byte.
-        parts: of a group.
-        codes: (tile, field, part) -> uint32 [R, J, U], a code in each byte.
-        supers: tile -> (d, dmin), float32 [R, J, 1]; no dmin means no minimum.
-        scales: (tile, field) -> (scale, minimum), int32 [R, J, 1]; None is one.
-        signed: codes are int8, otherwise uint8.
-        zero: the code that stands for zero.
-    """
-
-    fields: int
-    run_bytes: int
-    parts: int
+    fields: int  # bit fields of a byte of `quants` (1, 2 or 4)
+    run_bytes: int  # between two weights that share a byte
+    parts: int  # of a group
+    # (tile, field, part) -> uint32 [R, J, U], a code in each byte.
     codes: Callable[[MatrixTile, int, int], jax.Array]
+    # tile -> (d, dmin), float32 [R, J, 1]; no dmin means no minimum.
     supers: Callable[[MatrixTile], Supers]
-    scales: Callable[[MatrixTile, int], Scales]
-    signed: bool = False
-    zero: int = 0
+    # (tile, field) -> (scale, minimum), int32 [R, J, 1]; None is one.
+    scales: Callable[[MatrixTile, int], Scales] = no_scales
+    signed: bool = False  # codes are int8, otherwise uint8
+    zero: int = 0  # the code that stands for zero
 
     @property
     def group_weights(self) -> int:
@@ -141,16 +149,10 @@ def supers(groups_per_block: int, *planes: str) -> Callable[[MatrixTile], Supers
     return read
 
 
-def no_scales(tile: MatrixTile, field: int) -> Scales:
-    """For a format without small scales."""
-    return None, None
+def low_codes(width: int, parts: int = 1) -> Callable[[MatrixTile, int, int], jax.Array]:
+    """Codes that are the fields of `width` bits of `quants`, in groups of so many parts."""
 
+    def codes(tile: MatrixTile, field: int, part: int) -> jax.Array:
+        return bits_of(quants_of(tile, parts, part), width * field, width)
 
-def nibble_codes(tile: MatrixTile, field: int, part: int) -> jax.Array:
-    """Two weights a byte, one part a group."""
-    return bits_of(quants_of(tile, 1, part), 4 * field, 4)
-
-
-def two_bit_codes(tile: MatrixTile, field: int, part: int) -> jax.Array:
-    """Four weights a byte, one part a group."""
-    return bits_of(quants_of(tile, 1, part), 2 * field, 2)
+    return codes

@@ -8,20 +8,20 @@ for its own loops (`XLA_FFI_ThreadPool_Schedule`), which sleeps when nothing is 
 that comes late finds no chunk and reads nothing but the job's own words, which the last one frees.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numba import njit
 
 from pallas_kernels.ggml.machine import (
     ERROR_DESTROY,
+    NO_MEMORY,
     SCHEDULE,
     TASK,
     THREADS,
     U,
     add_i64,
-    call_api,
-    call_task,
+    call,
+    call_xla,
+    entry,
     free,
     load_i64,
     load_u64,
@@ -29,14 +29,12 @@ from pallas_kernels.ggml.machine import (
     sched_yield,
     shared_i64,
     store_i64,
-    store_u64,
-    table,
     usleep,
 )
 
 # Words of a job. PHASE is the first chunk of each phase, and after them the number of all chunks.
-REFERENCES, NEXT, DONE, KIND, PHASE, ERROR, ARGUMENTS = 0, 1, 2, 3, 4, 9, 10
-JOB_BYTES = 8 * 64
+REFERENCES, NEXT, DONE, ERROR, KIND, FRAME, SCRATCH, PHASE = range(8)
+_WORDS = PHASE + 5
 # Multiplications that are worth waking a thread for, some 20 µs of one.
 _HELPER_PRODUCTS = 500_000
 _SPINS, _YIELDS, _SLEEP_US = 200, 50, 20
@@ -49,32 +47,49 @@ def get(job, word):
 
 
 @njit
-def put(job, word, value):
-    """Sets an integer of a job."""
-    store_i64(job + U(8 * word), np.int64(value))
+def run(kind, frame, scratch, chunks, products):
+    """Does a job that costs so many multiplications; returns an error's code.
 
-
-@njit
-def new_job(kind, chunks0, chunks1, chunks2, chunks3):
-    """A job of so many chunks in each phase, or 0 without memory."""
-    job = malloc(U(JOB_BYTES))
+    `chunks` is their number in each of the four phases.
+    """
+    job = malloc(U(8 * _WORDS))
     if job == U(0):
-        return job
-    put(job, REFERENCES, 1)
-    put(job, NEXT, 0)
-    put(job, DONE, 0)
-    put(job, KIND, kind)
-    put(job, ERROR, 0)
-    put(job, PHASE, 0)
-    put(job, PHASE + 1, chunks0)
-    put(job, PHASE + 2, chunks0 + chunks1)
-    put(job, PHASE + 3, chunks0 + chunks1 + chunks2)
-    put(job, PHASE + 4, chunks0 + chunks1 + chunks2 + chunks3)
-    return job
+        return NO_MEMORY
+    for word in range(_WORDS):
+        store_i64(job + U(8 * word), np.int64(0))
+    store_i64(job + U(8 * KIND), np.int64(kind))
+    store_i64(job + U(8 * FRAME), np.int64(frame))
+    store_i64(job + U(8 * SCRATCH), np.int64(scratch))
+    n_chunks = np.int64(0)
+    for phase in range(4):
+        n_chunks += chunks[phase]
+        store_i64(job + U(8 * (PHASE + 1 + phase)), n_chunks)
+    # References of the caller and of the task below.
+    store_i64(job + U(8 * REFERENCES), np.int64(2))
+    helpers = min(np.int64(entry(THREADS)) - 1, np.int64(products) // _HELPER_PRODUCTS)
+    _call_helpers(frame, job, min(helpers, n_chunks - 1))
+    # By the task's address, since linked into every handler it would be compiled as many times.
+    call(entry(TASK), (job,))
+    _wait_until_done(job, n_chunks)
+    code = get(job, ERROR)
+    release(job)
+    return code
 
 
 @njit
-def wait_until_done(job, count):
+def _call_helpers(frame, job, helpers):
+    """Has so many of XLA's threads work at a job."""
+    for _ in range(helpers):
+        add_i64(job + U(8 * REFERENCES), np.int64(1))
+        failure = call_xla(frame, SCHEDULE, (load_u64(frame + U(24)), entry(TASK), job))
+        if failure != U(0):  # no pool here: the caller does it all
+            release(job)
+            call_xla(frame, ERROR_DESTROY, (failure,))
+            return
+
+
+@njit
+def _wait_until_done(job, count):
     """Waits for `count` chunks. Whoever holds one is at work: first spins, then gives way."""
     tries = 0
     while shared_i64(job + U(8 * DONE)) < count:
@@ -95,7 +110,7 @@ def claim(job):
     while number >= get(job, PHASE + phase + 1):
         phase += 1
     first = get(job, PHASE + phase)
-    wait_until_done(job, first)
+    _wait_until_done(job, first)
     return phase, number - first
 
 
@@ -103,7 +118,7 @@ def claim(job):
 def finish_chunk(job, code):
     """Counts a chunk as done, and keeps the code of what it failed of, if it did."""
     if code:
-        put(job, ERROR, code)
+        store_i64(job + U(8 * ERROR), np.int64(code))
     add_i64(job + U(8 * DONE), np.int64(1))
 
 
@@ -112,42 +127,3 @@ def release(job):
     """Gives up a reference to a job."""
     if add_i64(job + U(8 * REFERENCES), np.int64(-1)) == 1:
         free(job)
-
-
-@njit
-def work_here(job):
-    """Works at a job until no chunk is left.
-
-    By the task's address, since linked into every handler it would be compiled as many times.
-    """
-    add_i64(job + U(8 * REFERENCES), np.int64(1))
-    call_task(load_u64(table() + U(8 * TASK)), job)
-
-
-@njit
-def call_helpers(frame, job, products):
-    """Has XLA's threads work at a job, as many as `--threads` allows and the work is worth."""
-    helpers = min(load_i64(table() + U(8 * THREADS)) - 1, np.int64(products) // _HELPER_PRODUCTS)
-    helpers = min(helpers, get(job, PHASE + 4) - 1)
-    if helpers < 1:
-        return
-    api = load_u64(frame + U(16))
-    schedule = load_u64(api + load_u64(table() + U(8 * SCHEDULE)))
-    arguments = malloc(U(40))
-    if arguments == U(0):
-        return
-    for _ in range(helpers):
-        add_i64(job + U(8 * REFERENCES), np.int64(1))
-        store_i64(arguments, np.int64(40))
-        store_i64(arguments + U(8), np.int64(0))
-        store_u64(arguments + U(16), load_u64(frame + U(24)))
-        store_u64(arguments + U(24), load_u64(table() + U(8 * TASK)))
-        store_u64(arguments + U(32), job)
-        failure = call_api(schedule, arguments)
-        if failure != U(0):  # no pool here: the caller does it all
-            release(job)
-            store_i64(arguments, np.int64(24))
-            store_u64(arguments + U(16), failure)
-            call_api(load_u64(api + load_u64(table() + U(8 * ERROR_DESTROY))), arguments)
-            break
-    free(arguments)

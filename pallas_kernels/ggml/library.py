@@ -7,26 +7,23 @@ row (`to_float`), and on x86 the product of eight interleaved rows with four act
 interface and is found by its mangled C++ names.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib.util
 import platform
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pallas_kernels.formats import get_format
 
-# Types whose interleaved product ggml vectorises for AVX2 (arch/x86/repack.cpp), with the type of
-# their activations as ggml's template writes it.
+# Types whose interleaved product ggml vectorises for AVX2 (arch/x86/repack.cpp): the types of block
+# and activations as its template writes them, and from how many tokens of one matrix on it is
+# faster: it begins with interleaving the matrix (docs/log/2026-11-29-cpu-backend.md).
 _INTERLEAVED = {
-    "Q4_0": ("block_q4_0", 8),
-    "IQ4_NL": ("block_iq4_nl", 8),
-    "Q4_K": ("block_q4_K", 15),
+    "Q4_0": ("block_q4_0", 8, 4),
+    "IQ4_NL": ("block_iq4_nl", 8, 4),
+    "Q4_K": ("block_q4_K", 15, 24),
 }
-# Of `struct ggml_tensor` in ggml.h: what `repack` reads.
-TENSOR_BYTES = 400
 _SUFFIXES = (".so", ".dylib", ".dll")
 
 
@@ -38,8 +35,7 @@ class _Traits(ctypes.Structure):  # ggml_type_traits
         ("block_bytes", ctypes.c_size_t),
         ("is_quantized", ctypes.c_bool),
         ("to_float", ctypes.c_void_p),
-        ("from_float_ref", ctypes.c_void_p),
-    ]
+    ]  # and more
 
 
 class _CpuTraits(ctypes.Structure):  # ggml_type_traits_cpu
@@ -47,12 +43,10 @@ class _CpuTraits(ctypes.Structure):  # ggml_type_traits_cpu
         ("from_float", ctypes.c_void_p),
         ("vec_dot", ctypes.c_void_p),
         ("vec_dot_type", ctypes.c_int),
-        ("nrows", ctypes.c_int64),
-    ]
+    ]  # and more
 
 
-@dataclass(frozen=True)
-class TypeFunctions:
+class TypeFunctions(NamedTuple):
     """One weight type: its block, and addresses of its functions; 0 where ggml has none."""
 
     block_weights: int
@@ -62,9 +56,10 @@ class TypeFunctions:
     from_float: int  # of the activations' type
     activation_block_weights: int
     activation_block_bytes: int
-    repack: int
-    quantize_mat: int
-    gemm: int
+    repack: int = 0
+    quantize_mat: int = 0
+    gemm: int = 0
+    gemm_tokens: int = 0  # the least for which the interleaved product is faster
 
 
 @functools.cache
@@ -127,26 +122,22 @@ def processor_flags() -> set[str]:
     return set(line.partition(":")[2].split())
 
 
-def _address(library: ctypes.CDLL, name: str) -> int:
-    function = getattr(library, name, None)
-    return ctypes.cast(function, ctypes.c_void_p).value or 0 if function is not None else 0
-
-
-def _interleaved(name: str) -> tuple[int, int, int]:
-    """Addresses of repack, quantize_mat and gemm; zeros where there is no vectorised one."""
+def _interleaved(name: str) -> tuple[int, ...]:
+    """The last four of `TypeFunctions`; none where ggml has no vectorised product."""
     if name not in _INTERLEAVED or platform.machine().lower() not in ("x86_64", "amd64"):
-        return 0, 0, 0
+        return ()
     _, cpu = _libraries()
-    block, activations = _INTERLEAVED[name]
+    block, activations, tokens = _INTERLEAVED[name]
     mangled, type_ = f"{len(block)}{block}", f"9ggml_type{activations}"
     functions = (
         f"_ZN4ggml3cpu6repack6repackI{mangled}Ll8ELl8EEEiP11ggml_tensorPKvm",
         f"_Z19ggml_quantize_mat_tILl8EL{type_}EEvPKfPvll",
         f"_ZN4ggml3cpu6repack4gemmI{mangled}Ll8ELl8EL{type_}EEEviPfmPKvS7_ii",
     )
-    repack, quantize, gemm = (_address(cpu, function) for function in functions)
-    # All or none: another release of ggml may name them otherwise.
-    return (repack, quantize, gemm) if repack and quantize and gemm else (0, 0, 0)
+    if not all(hasattr(cpu, function) for function in functions):
+        return ()  # another release of ggml may name them otherwise
+    found = (ctypes.cast(cpu[function], ctypes.c_void_p).value for function in functions)
+    return *(address or 0 for address in found), tokens
 
 
 @functools.cache
@@ -164,16 +155,7 @@ def type_functions(name: str) -> TypeFunctions:
     from_float = cpu.ggml_get_type_traits_cpu(on_cpu.vec_dot_type).contents.from_float
     if not on_cpu.vec_dot or not from_float:
         raise NotImplementedError(f"ggml has no dot product of weight type {name} on a CPU")
-    repack, quantize_mat, gemm = _interleaved(name)
     return TypeFunctions(
-        block_weights=traits.block_weights,
-        block_bytes=traits.block_bytes,
-        to_float=traits.to_float or 0,
-        vec_dot=on_cpu.vec_dot,
-        from_float=from_float,
-        activation_block_weights=rounded.block_weights,
-        activation_block_bytes=rounded.block_bytes,
-        repack=repack,
-        quantize_mat=quantize_mat,
-        gemm=gemm,
-    )
+        traits.block_weights, traits.block_bytes, traits.to_float or 0, on_cpu.vec_dot, from_float,
+        rounded.block_weights, rounded.block_bytes, *_interleaved(name),
+    )  # fmt: skip

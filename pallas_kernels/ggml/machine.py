@@ -9,8 +9,6 @@ every process resolves the symbol to its own table.
 Source: jaxlib's include/xla/ffi/api/c_api.h, whose list of functions is read for their places.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import re
@@ -22,6 +20,7 @@ import llvmlite.binding
 import numpy as np
 from llvmlite import ir
 from numba import extending, njit, types
+from numba.core import cgutils
 from numba.np.numpy_support import carray
 
 intrinsic: Any = extending.intrinsic  # whose functions lose their first parameter
@@ -70,33 +69,39 @@ def table(_):
     return types.uint64(), build
 
 
-def _load(value_type, llvm_type):
+def _access(kind):
+    """What loads and what stores a value at an address, aligned or not."""
+
     @intrinsic
     def load(_, address):
         def build(context, builder, signature, args):
-            return builder.load(_pointer(builder, args[0], llvm_type), align=1)
+            pointer = _pointer(builder, args[0], context.get_value_type(kind))
+            return builder.load(pointer, align=1)
 
-        return value_type(types.uint64), build
+        return kind(types.uint64), build
 
-    return load
-
-
-def _store(value_type, llvm_type):
     @intrinsic
     def store(_, address, value):
         def build(context, builder, signature, args):
-            builder.store(args[1], _pointer(builder, args[0], llvm_type), align=1)
+            pointer = _pointer(builder, args[0], context.get_value_type(kind))
+            builder.store(args[1], pointer, align=1)
             return context.get_dummy_value()
 
-        return types.void(types.uint64, value_type), build
+        return types.void(types.uint64, kind), build
 
-    return store
+    return load, store
 
 
-load_u64, store_u64 = _load(types.uint64, I64), _store(types.uint64, I64)
-load_i64, store_i64 = _load(types.int64, I64), _store(types.int64, I64)
-load_i32, store_i32 = _load(types.int32, ir.IntType(32)), _store(types.int32, ir.IntType(32))
-load_f32, store_f32 = _load(types.float32, F32), _store(types.float32, F32)
+load_u64, store_u64 = _access(types.uint64)
+load_i64, store_i64 = _access(types.int64)
+load_i32, store_i32 = _access(types.int32)
+load_f32, _ = _access(types.float32)
+
+
+@njit
+def entry(index):
+    """A word of `TABLE`."""
+    return load_u64(table() + U(8 * index))
 
 
 @intrinsic
@@ -129,16 +134,6 @@ def from_f16(_, bits):
     return types.float32(types.uint16), build
 
 
-@intrinsic
-def from_bits(_, bits):
-    """The float32 of these 32 bits."""
-
-    def build(context, builder, signature, args):
-        return builder.bitcast(args[0], F32)
-
-    return types.float32(types.int32), build
-
-
 @njit(fastmath={"contract"})
 def exp(x):
     """e**x in float32 to 2 units in the last place, without a branch: from -87 to 88.
@@ -156,7 +151,7 @@ def exp(x):
     y = y * r + f(1.6666665459e-1)
     y = y * r + f(5.0000001201e-1)
     y = y * r * r + r + f(1)
-    return y * from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    return y * np.int32((np.int32(n) + 127) << 23).view(np.float32)
 
 
 @intrinsic
@@ -179,67 +174,29 @@ def shared_i64(_, address):
     return types.int64(types.uint64), build
 
 
-def _call(result, *parameters):
-    """An intrinsic that calls the function at an address. Pointers are uint64."""
+@intrinsic
+def call(_, function, arguments):
+    """Calls the C function at an address; the types of the tuple are those of its parameters.
 
-    llvm = {
-        types.uint64: I64,
-        types.int64: I64,
-        types.int32: ir.IntType(32),
-        types.void: ir.VoidType(),
-    }
-    function_type = ir.FunctionType(llvm[result], [llvm[p] for p in parameters])
+    Returns 64 bits, which mean nothing where the function returns nothing.
+    """
 
     def build(context, builder, signature, args):
-        called = builder.call(_pointer(builder, args[0], function_type), list(args[1:]))
-        return context.get_dummy_value() if result is types.void else called
+        parameters = [context.get_value_type(kind) for kind in arguments]
+        pointer = _pointer(builder, args[0], ir.FunctionType(I64, parameters))
+        return builder.call(pointer, cgutils.unpack_tuple(builder, args[1]))
 
-    return result(types.uint64, *parameters), build
-
-
-_u, _i, _w = types.uint64, types.int32, types.int64
+    return types.uint64(types.uint64, arguments), build
 
 
 @intrinsic
-def call_vec_dot(_, function, n, out, bs, row, bx, column, by, nrc):
-    """ggml_vec_dot_t."""
-    return _call(types.void, _i, _u, _u, _u, _u, _u, _u, _i)
+def _on_stack(_, words):
+    """Address of a tuple of words, good until the calling function returns."""
 
+    def build(context, builder, signature, args):
+        return builder.ptrtoint(cgutils.alloca_once_value(builder, args[0]), I64)
 
-@intrinsic
-def call_convert(_, function, source, target, n):
-    """ggml_from_float_t and ggml_to_float_t."""
-    return _call(types.void, _u, _u, _w)
-
-
-@intrinsic
-def call_repack(_, function, tensor, data, n_bytes):
-    """ggml::cpu::repack::repack."""
-    return _call(_i, _u, _u, _u)
-
-
-@intrinsic
-def call_quantize_mat(_, function, source, target, rows, columns):
-    """ggml_quantize_mat_t."""
-    return _call(types.void, _u, _u, _w, _w)
-
-
-@intrinsic
-def call_gemm(_, function, n, out, stride, rows, columns, n_columns, n_rows):
-    """ggml::cpu::repack::gemm."""
-    return _call(types.void, _i, _u, _u, _u, _u, _i, _i)
-
-
-@intrinsic
-def call_task(_, function, job):
-    """The task of a helper."""
-    return _call(types.void, _u)
-
-
-@intrinsic
-def call_api(_, function, arguments):
-    """A function of XLA_FFI_Api."""
-    return _call(_u, _u)
+    return types.uint64(words), build
 
 
 @njit
@@ -273,6 +230,12 @@ def size(buffer, axis):
 
 
 @njit
+def integer(buffer, i):
+    """Element `i` of a buffer of int32."""
+    return np.int64(load_i32(data(buffer) + U(4 * i)))
+
+
+@njit
 def answers_metadata(frame, stamp):
     """Whether XLA only asks for the handler's version, which is then written.
 
@@ -282,10 +245,20 @@ def answers_metadata(frame, stamp):
     if stamp == 0 or extension == U(0) or load_i32(extension + U(8)) != 1:
         return False
     metadata = load_u64(extension + U(24))
-    store_i32(metadata + U(24), np.int32(load_i64(table() + U(8 * VERSION_MAJOR))))
-    store_i32(metadata + U(28), np.int32(load_i64(table() + U(8 * VERSION_MINOR))))
+    store_i32(metadata + U(24), np.int32(entry(VERSION_MAJOR)))
+    store_i32(metadata + U(28), np.int32(entry(VERSION_MINOR)))
     store_i32(metadata + U(32), np.int32(0))
     return True
+
+
+@njit
+def call_xla(frame, place, words):
+    """Calls the function of `XLA_FFI_Api` whose place is a word of the table; returns its result.
+
+    Its arguments are a structure: its size, a pointer to extensions, and then these uint64.
+    """
+    arguments = _on_stack((U(16 + 8 * len(words)), U(0), *words))
+    return call(load_u64(load_u64(frame + U(16)) + entry(place)), (arguments,))
 
 
 @njit
@@ -293,15 +266,8 @@ def error(frame, code):
     """An `XLA_FFI_Error` with a message of the table; 0 for code 0."""
     if code == 0:
         return U(0)
-    arguments = malloc(U(32))
-    store_i64(arguments, np.int64(32))
-    store_i64(arguments + U(8), np.int64(0))
-    store_u64(arguments + U(16), load_u64(table() + U(8 * (MESSAGES + code))))
-    store_i64(arguments + U(24), np.int64(13))  # INTERNAL: a broken invariant, not a bad input
-    create = load_u64(load_u64(frame + U(16)) + load_u64(table() + U(8 * ERROR_CREATE)))
-    made = call_api(create, arguments)
-    free(arguments)
-    return made
+    internal = U(13)  # a broken invariant, not a bad input
+    return call_xla(frame, ERROR_CREATE, (entry(MESSAGES + code), internal))
 
 
 @functools.cache
@@ -326,11 +292,3 @@ def read_api() -> None:
     first = 48  # after the structure's size, extensions, version and internal functions
     places = [first + 8 * names.index(name) for name in wanted]
     TABLE[SCHEDULE], TABLE[ERROR_CREATE], TABLE[ERROR_DESTROY] = places
-
-
-def register(name: str, address: int) -> None:
-    """Makes the handler at `address` an XLA custom call on the CPU."""
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype = ctypes.py_object
-    new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    jax.ffi.register_ffi_target(name, new(address, None, None), platform="cpu")

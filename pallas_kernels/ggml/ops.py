@@ -7,12 +7,10 @@ So a row's result depends neither on the slot of its expert nor on other experts
 bits on how many rows share it.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,8 +19,9 @@ import numpy as np
 
 from pallas_kernels.formats import get_format
 from pallas_kernels.ggml import library
+from pallas_kernels.reference import Bank, Epilogues, ExpertFunction, Signature, Work, filled_up
 
-_THREADS_VARIABLE = "NPROC"
+_THREADS_VARIABLE = "NPROC"  # XLA's CPU client reads it when it is made
 
 
 @functools.partial(
@@ -34,18 +33,14 @@ _THREADS_VARIABLE = "NPROC"
 class RawMatrix:
     """A matrix [rows, columns], or a bank of them, as GGUF blocks.
 
-    Attributes:
-        data: the blocks, uint8 [..., rows, row bytes], or their addresses in this process, uint32
-            [..., 2], low word first. Whoever makes addresses keeps alive what they point to.
-        rows: N.
-        columns: K.
-        bytes: of one matrix.
+    `data` are the blocks, uint8 [..., rows, row bytes], or their addresses in this process, uint32
+    [..., 2], low word first. Whoever makes addresses keeps alive what they point to.
     """
 
     data: Any
     rows: int
     columns: int
-    bytes: int
+    bytes: int  # of one matrix
 
     @property
     def in_place(self) -> bool:
@@ -68,10 +63,7 @@ def address_of(raw: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def check_available(platform: str | None = None) -> None:
-    """Refuses where the backend cannot run at all.
-
-    Args:
-        platform: where it is to run; None is this process's device.
+    """Refuses where the backend cannot run at all, on `platform` or this process's device.
 
     Raises:
         NotImplementedError: no CPU device, no numba, no libggml, or a processor without AVX2.
@@ -100,9 +92,6 @@ def check_formats(*format_names: str, platform: str | None = None) -> None:
         library.type_functions(name)
 
 
-# From how many tokens of one matrix on the interleaved product is faster, by type: it begins with
-# interleaving the matrix (docs/log/2026-11-29-cpu-backend.md).
-_GEMM_TOKENS = {"Q4_K": 24, "Q4_0": 4, "IQ4_NL": 4}
 # Numbers by which the handlers know the functions of `reference.gated`.
 _FUNCTIONS = {"swiglu": 0, "clipped_swiglu": 1, "geglu": 2}
 
@@ -116,26 +105,20 @@ def _ready() -> None:
     wanted = os.environ.get(_THREADS_VARIABLE, "")
     machine.TABLE[machine.THREADS] = int(wanted) if wanted.isdecimal() else default_threads()
     for name, handler in handlers.HANDLERS.items():
-        machine.register(f"hobbit_jax_{name}", handler.address)
+        capsule = jax.ffi.pycapsule(handler.ctypes)
+        jax.ffi.register_ffi_target(f"hobbit_jax_{name}", capsule, platform="cpu")
 
 
 @functools.cache
 def _number(format_name: str) -> int:
-    """ggml's number of a type, whose functions are then in the table."""
+    """ggml's number of a type, which the handlers then know."""
     from pallas_kernels.ggml import machine
 
-    number = get_format(format_name).number
-    words = [*astuple(library.type_functions(format_name)), _GEMM_TOKENS.get(format_name, 0)]
+    _ready()
+    number, words = get_format(format_name).number, library.type_functions(format_name)
     start = machine.TYPES + machine.TYPE_WORDS * number
     machine.TABLE[start : start + len(words)] = words
     return number
-
-
-def prepare(*format_names: str) -> None:
-    """Makes the handlers know some types; compiled programs that came from a cache need it too."""
-    _ready()
-    for name in format_names:
-        _number(name)
 
 
 def default_threads() -> int:
@@ -154,13 +137,11 @@ def set_threads(threads: int) -> None:
     """
     if threads < 1:
         raise ValueError(f"threads is {threads}; want 1 or more (--threads)")
-    # What XLA's CPU client reads when it is made.
     os.environ[_THREADS_VARIABLE] = str(threads)
 
 
 def linear(x: jax.Array, matrix: RawMatrix, format_name: str) -> jax.Array:
     """x [..., K] times the transpose of a matrix [N, K]: float32 [..., N]."""
-    prepare(format_name)
     x_TK = x.reshape(-1, matrix.columns)
     result = jax.ShapeDtypeStruct((x_TK.shape[0], matrix.rows), jnp.float32)
     call = jax.ffi.ffi_call("hobbit_jax_linear", result)
@@ -170,7 +151,6 @@ def linear(x: jax.Array, matrix: RawMatrix, format_name: str) -> jax.Array:
 
 def take_rows(ids: jax.Array, matrix: RawMatrix, format_name: str) -> jax.Array:
     """Rows `ids` [...] as float32 [..., K]; an id outside of the matrix is an XLA error."""
-    prepare(format_name)
     ids_N = ids.reshape(-1)
     result = jax.ShapeDtypeStruct((ids_N.shape[0], matrix.columns), jnp.float32)
     about = np.asarray([_number(format_name), matrix.rows], np.int32)
@@ -182,25 +162,23 @@ def expert_ffn(
     x_TD: jax.Array,
     y_AD: jax.Array,
     weight_A: jax.Array,
-    bank: tuple[RawMatrix, RawMatrix, RawMatrix],
-    formats: tuple[str, str, str],
-    work: tuple[jax.Array, jax.Array, jax.Array],
-    function: str,
-    epilogues: tuple[Any, jax.Array] | None,
+    bank: Bank,
+    signature: Signature,
+    work: Work,
+    function: ExpertFunction,
+    epilogues: Epilogues | None,
 ) -> jax.Array:
     """The op of `pallas_kernels.expert_ffn`; see there."""
-    prepare(*formats)
-    slot_I, assignment_IC, count = work
-    columns = max(get_format(name).padded(x_TD.shape[1]) for name in formats[:2])
-    x_TD = jnp.pad(x_TD, ((0, 0), (0, columns - x_TD.shape[1])))
-    about = [*map(_number, formats), bank[0].rows, _FUNCTIONS[function]]
+    columns = max(get_format(name).padded(x_TD.shape[1]) for name in signature[:2])
+    about = [*map(_number, signature), bank.gate.rows, _FUNCTIONS[function]]
     every, row_A = epilogues or ([None] * 4, np.zeros(0, np.int32))
     stacks = (np.zeros((0, 0), np.float32) if stack is None else stack for stack in every)
     result = jax.ShapeDtypeStruct(y_AD.shape, jnp.float32)
     call = jax.ffi.ffi_call("hobbit_jax_experts", result, input_output_aliases={1: 0})
     return call(
-        x_TD, y_AD, weight_A, *(matrix.data for matrix in bank), np.asarray(about, np.int32),
-        slot_I, assignment_IC, count.reshape(()), *stacks, row_A,
+        filled_up(x_TD, columns), y_AD, weight_A, *(matrix.data for matrix in bank),
+        np.asarray(about, np.int32), work.slot_I, work.assignment_IC, work.count.reshape(()),
+        *stacks, row_A,
     )  # fmt: skip
 
 

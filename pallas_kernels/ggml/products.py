@@ -6,52 +6,45 @@ tokens. Activations are rounded by ggml, as llama.cpp does. A token's result dep
 tokens its tile has only through the choice between the two.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numba import njit
 
-from pallas_kernels.ggml.library import TENSOR_BYTES
+from pallas_kernels.ggml.library import TypeFunctions
 from pallas_kernels.ggml.machine import (
     NO_MEMORY,
     TYPE_WORDS,
     TYPES,
     U,
-    call_convert,
-    call_gemm,
-    call_quantize_mat,
-    call_repack,
-    call_vec_dot,
+    call,
+    entry,
     floats,
     free,
-    load_i64,
-    load_u64,
+    load_i32,
     malloc,
     store_i32,
     store_i64,
     store_u64,
-    table,
 )
 
-# Fields of a type in the table, in the order of `library.TypeFunctions`, then the least tokens for
-# which the interleaved product is faster.
+# Words of a type in the table.
 (
     BLOCK_WEIGHTS, BLOCK_BYTES, TO_FLOAT, VEC_DOT, FROM_FLOAT, ROUNDED_WEIGHTS, ROUNDED_BYTES,
     REPACK, QUANTIZE_MAT, GEMM, GEMM_TOKENS,
-) = range(11)  # fmt: skip
+) = range(len(TypeFunctions._fields))  # fmt: skip
+_TENSOR_BYTES = 400  # of `struct ggml_tensor` in ggml.h
 _TOKEN_TILE = 16  # rounded activations that stay in the first cache beside a row
-
-
-@njit
-def field(type_, name):
-    """An integer of a weight type."""
-    return load_i64(table() + U(8 * (TYPES + TYPE_WORDS * type_ + name)))
 
 
 @njit
 def function(type_, name):
     """Address of a function of a weight type."""
-    return load_u64(table() + U(8 * (TYPES + TYPE_WORDS * type_ + name)))
+    return entry(TYPES + TYPE_WORDS * type_ + name)
+
+
+@njit
+def field(type_, name):
+    """An integer of a weight type."""
+    return np.int64(function(type_, name))
 
 
 @njit
@@ -87,37 +80,40 @@ def padded(tokens):
 
 
 @njit
-def round_tokens(type_, interleaved, columns, sources, first, tokens, target):
-    """Rounds rows `sources[first:first + tokens]` (addresses), `first` a multiple of four.
+def _row(x, stride, chosen, choices, token):
+    """Address of what `token` reads of float32 rows x: its own row, or of an assignment's token."""
+    row = np.int64(load_i32(chosen + U(4 * token))) // choices if chosen != U(0) else token
+    return x + U(4 * row * stride)
 
-    Each row has floats for whole blocks of weights.
 
-    `target` is room for all tokens in whole groups; missing rows of the last group are zeros.
+@njit
+def round_tokens(type_, interleaved, columns, x, stride, chosen, choices, tokens, target):
+    """Rounds the activations of some tokens as the products with a weight type want them.
+
+    A row of x has `stride` floats, of which those for whole blocks of weights are read. Token t
+    reads row t, or where `chosen` is not 0 and points to assignments, row chosen[t] // choices.
+    `target` is room for all tokens in whole groups of four; missing rows of the last are zeros.
     Returns an error's code.
     """
     n_bytes, columns = rounded_bytes(type_, columns), whole_blocks(type_, columns)
     if not interleaved:
-        for token in range(first, first + tokens):
-            source = load_u64(sources + U(8 * token))
-            call_convert(
-                function(type_, FROM_FLOAT), source, target + U(token * n_bytes), np.int64(columns)
-            )
+        for token in range(tokens):
+            source = _row(x, stride, chosen, choices, token)
+            there = target + U(token * n_bytes)
+            call(function(type_, FROM_FLOAT), (source, there, np.int64(columns)))
         return 0
     group = malloc(U(16 * columns))
     if group == U(0):
         return NO_MEMORY
-    for start in range(first, first + tokens, 4):
+    for start in range(0, tokens, 4):
         for i in range(4):
-            there = start + i < first + tokens
             row = floats(group + U(4 * i * columns), columns)
-            if there:
-                row[:] = floats(load_u64(sources + U(8 * (start + i))), columns)
+            if start + i < tokens:
+                row[:] = floats(_row(x, stride, chosen, choices, start + i), columns)
             else:
                 row[:] = np.float32(0)
-        call_quantize_mat(
-            function(type_, QUANTIZE_MAT), group, target + U(start * n_bytes), np.int64(4),
-            np.int64(columns),
-        )  # fmt: skip
+        there = target + U(start * n_bytes)
+        call(function(type_, QUANTIZE_MAT), (group, there, np.int64(4), np.int64(columns)))
     free(group)
     return 0
 
@@ -138,10 +134,8 @@ def tile(type_, interleaved, columns, weights, rows, rounded, tokens, out):
         for row in range(rows):
             at = weights + U(row * weight_bytes)
             for token in range(first, last):
-                call_vec_dot(
-                    dot, np.int32(columns), out + U(4 * (token * rows + row)), none, at, none,
-                    rounded + U(token * n_bytes), none, np.int32(1),
-                )  # fmt: skip
+                there, x = out + U(4 * (token * rows + row)), rounded + U(token * n_bytes)
+                call(dot, (np.int32(columns), there, none, at, none, x, none, np.int32(1)))
     return 0
 
 
@@ -149,20 +143,21 @@ def tile(type_, interleaved, columns, weights, rows, rounded, tokens, out):
 def _interleaved_tile(type_, columns, weights, rows, rounded, tokens, out):
     n_bytes = U(rows * row_bytes(type_, columns))
     # `struct ggml_tensor`: type, lengths of four axes, data.
-    tensor = malloc(U(TENSOR_BYTES) + n_bytes)
+    tensor = malloc(U(_TENSOR_BYTES) + n_bytes)
     if tensor == U(0):
         return NO_MEMORY
-    blocks = tensor + U(TENSOR_BYTES)
+    blocks = tensor + U(_TENSOR_BYTES)
     store_i32(tensor, np.int32(type_))
     store_i64(tensor + U(16), np.int64(columns))
     store_i64(tensor + U(24), np.int64(rows))
     store_i64(tensor + U(32), np.int64(1))
     store_i64(tensor + U(40), np.int64(1))
     store_u64(tensor + U(248), blocks)
-    call_repack(function(type_, REPACK), tensor, weights, n_bytes)
-    call_gemm(
-        function(type_, GEMM), np.int32(columns), out, U(rows), blocks, rounded,
-        np.int32(padded(tokens)), np.int32(rows),
-    )  # fmt: skip
+    call(function(type_, REPACK), (tensor, weights, n_bytes))
+    tokens = np.int32(padded(tokens))
+    call(
+        function(type_, GEMM),
+        (np.int32(columns), out, U(rows), blocks, rounded, tokens, np.int32(rows)),
+    )
     free(tensor)
     return 0

@@ -29,9 +29,8 @@ from pallas_kernels import bench
 from pallas_kernels.attention_triton import decode_attention
 from pallas_kernels.expert_ffn import triton_expert_ffn
 from pallas_kernels.formats import FORMATS
-from pallas_kernels.matmul_triton import Items, Tile, grouped_matmul
+from pallas_kernels.matmul_triton import Items, Tile, choose_tile, grouped_matmul, item_rows
 from pallas_kernels.reference import Bank, Signature, Work
-from pallas_kernels.tiles import choose_tile, item_rows
 
 
 def _longest_loop(function: str) -> int | None:
@@ -174,7 +173,7 @@ def check_rejection(target: Target) -> None:
     try:
         compile_for(
             target,
-            lambda x, planes, items: grouped_matmul(x, y, [planes], ["Q8_0"], items, tile),
+            lambda x, planes, items: grouped_matmul(x, y, [planes], ["Q8_0"], items, tile=tile),
             _abstract(256, SHAPE.d_model),
             _bank("Q8_0").gate,
             items,
