@@ -1,23 +1,15 @@
 """The miniature tasks, held-out problems: arithmetic by its answer, functions by running them."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.statistics import share
-from hobbit_jax.synthetic_tasks import arithmetic, execution, functions
+from hobbit_jax.synthetic_tasks import arithmetic, functions
 
-TaskName = Literal["arithmetic", "functions"]
-# How problems are made, and a completion is judged.
-TASKS: dict[TaskName, tuple[Callable[..., list[Any]], Callable[..., bool]]] = {
-    "arithmetic": (arithmetic.generate, arithmetic.score),
-    "functions": (functions.generate, execution.score),
-}
+TASKS = {"arithmetic": arithmetic, "functions": functions}
 MAX_NEW_TOKENS = {"arithmetic": 64, "functions": 48}
 HELD_OUT_SEED = 2026
 
@@ -31,10 +23,10 @@ def complete(
 ) -> list[str]:
     """Greedy completions up to the end of generation, of `batch` prompts at a time or of all."""
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    context = max(map(len, encoded)) + max_new_tokens
+    context, batch = max(map(len, encoded)) + max_new_tokens, batch or len(encoded)
     texts: list[str] = []
-    for start in range(0, len(encoded), batch or len(encoded)):
-        part = encoded[start : start + (batch or len(encoded))]
+    for start in range(0, len(encoded), batch):
+        part = encoded[start : start + batch]
         generated = engine.generate(
             part, max_new_tokens, stop_ids=tokenizer.eog_ids, context=context
         )
@@ -54,19 +46,18 @@ def evaluate_all(
 
 
 def evaluate(
-    engine: Engine, tokenizer: Tokenizer, task: TaskName, problems: int, batch: int | None = None
+    engine: Engine, tokenizer: Tokenizer, task: str, problems: int, batch: int | None = None
 ) -> dict[str, Any]:
-    """Scores `problems` held-out problems of one task, `batch` at a time or all together.
+    """Scores `problems` held-out problems of one of `TASKS`, `batch` at a time or all together.
 
     Returns:
         Exact match (arithmetic) or pass@1 (functions) with Wilson's 95 % interval, and `solved`,
         each problem in order, so that two plans can be compared problem by problem.
     """
-    generate, score = TASKS[task]
-    asked = generate(HELD_OUT_SEED, problems, "heldout")
+    asked = TASKS[task].generate(HELD_OUT_SEED, problems, "heldout")
     prompts = [problem.prompt for problem in asked]
     texts = complete(engine, tokenizer, prompts, MAX_NEW_TOKENS[task], batch)
-    solved = [bool(score(problem, text)) for problem, text in zip(asked, texts, strict=True)]
+    solved = [TASKS[task].score(*answered) for answered in zip(asked, texts, strict=True)]
     correct = sum(solved)
     scored = vars(share(correct, problems))
     return {"problems": problems, "correct": correct, **scored, "solved": solved}
