@@ -158,12 +158,8 @@ def measure_bandwidths(
                 once = uploads(folder / formats[0], PIECES[-1])["mapped"]
                 beside = child.submit(host_rate, *banks[formats[0]], 4 * seconds)
                 beside_link = _rate(once, 0, lambda running=beside: not running.done())
-                host_alone, link_alone = (
-                    host[formats[0]][str(count)],
-                    link["mapped"][str(PIECES[-1])],
-                )
-                at_once["host"] = min(1.0, beside.result() / host_alone)
-                at_once["link"] = min(1.0, beside_link / link_alone)
+                at_once["host"] = min(1.0, beside.result() / host[formats[0]][str(count)])
+                at_once["link"] = min(1.0, beside_link / link["mapped"][str(PIECES[-1])])
     bar.close()
     return Bandwidths(*here(), host, link, at_once)
 
