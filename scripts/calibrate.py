@@ -14,7 +14,11 @@ used quarter, and the hit rate on this text of the best experts that --budget_mi
 none is ever evicted.
 """
 
+from collections.abc import Mapping
+
+import numpy as np
 from absl import flags
+from scipy import stats
 
 from hobbit_jax import cli
 from hobbit_jax.cache.controller import BankLayout
@@ -25,10 +29,10 @@ from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.experts.precision import uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
 from hobbit_jax.importance.calibration import STATISTICS, calibrate
-from hobbit_jax.importance.routing_summary import table
 from hobbit_jax.models.loading import load_model
 from hobbit_jax.sweep.texts import MIXED_TEXT, NAMED_TEXTS, calibration_documents
 from pallas_kernels.backends import for_quality
+from pallas_kernels.reference import Signature
 
 ENGINE = engine_flags("model")
 _TEXT = flags.DEFINE_string(
@@ -53,6 +57,40 @@ _CONTEXT = flags.DEFINE_integer(
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the draw.", 0)
 _DEFAULT_WINDOWS, _DEFAULT_CONTEXT = 48, 512
+
+
+def static_hits_L(
+    uses_LE: np.ndarray, store: HostExperts, slots: Mapping[Signature, int]
+) -> np.ndarray:
+    """Share (0-1) of each layer's uses that the most used native experts serve, [L].
+
+    They are chosen once, on the same text: what no static cache of these slots can better.
+    """
+    hits_L = np.zeros(len(uses_LE))
+    bank_L = [store.layer(NATIVE, layer).signature for layer in range(len(uses_LE))]
+    for signature, n_slots in slots.items():
+        layers = np.array([layer for layer, bank in enumerate(bank_L) if bank == signature], int)
+        hottest = np.argsort(-uses_LE[layers].ravel(), kind="stable")[:n_slots]
+        rows, experts = np.unravel_index(hottest, uses_LE[layers].shape)
+        np.add.at(hits_L, layers[rows], uses_LE[layers[rows], experts])
+    return hits_L / np.maximum(uses_LE.sum(axis=1), 1)
+
+
+def table(uses_LE: np.ndarray, store: HostExperts, slots: Mapping[Signature, int]) -> str:
+    """One line a layer, and their mean: bits, share of the most used quarter, `static_hits_L`."""
+    ordered_LE = np.sort(uses_LE, axis=1)[:, ::-1]
+    quarter = round(0.25 * uses_LE.shape[1])
+    columns = [
+        stats.entropy(np.maximum(uses_LE, 1e-12), base=2, axis=1),
+        ordered_LE[:, :quarter].sum(axis=1) / np.maximum(uses_LE.sum(axis=1), 1),
+        static_hits_L(uses_LE, store, slots),
+    ]
+    names = [*map(str, range(len(uses_LE))), "mean"]
+    figures = [*zip(*columns, strict=True), [column.mean() for column in columns]]
+    lines = ["layer  entropy (bits)  top quarter  static hit rate"]
+    for name, (entropy, share, hits) in zip(names, figures, strict=True):
+        lines.append(f"{name:>5}  {entropy:14.2f}  {share:11.3f}  {hits:15.3f}")
+    return "\n".join(lines)
 
 
 def main(_):

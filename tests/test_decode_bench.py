@@ -4,6 +4,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_settings_of_an_engine(two_banks_path, tmp_path, monkeypatch):
         "all": {}, "native": {"budget_mib": 1.0}, "low": {"budget_mib": 1.0, "low_format": "Q2_K"}
     }.items():  # fmt: skip
         setting = EngineOptions(every.model, "xla", **options)
-        found[name] = decode(partial(setting.make_engine, model), ids_RS, 4)
+        found[name] = decode(partial(setting.make_engine, model), ids_RS, 4, perf_counter)
         figures = found[name].figures
         assert figures["decode_tokens"] == 2 * 8 and figures["slots_total"] > 0
         assert figures["own_memory_peak_bytes"] > figures["pool_device_bytes"]

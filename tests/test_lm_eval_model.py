@@ -207,7 +207,7 @@ def test_sampling_options_reach_the_engine_and_are_not_remembered(tokenizer):
         assert lm.generate_until(asked) == ["text"] * 3
     sampling = [(s.temperature, s.top_p, s.seed) for _, _, s, _ in lm._engine.calls]
     assert sampling == [(0.7, 0.9, 0), (0.7, 0.9, 1), (0.0, 1.0, 2), (0.7, 0.9, 0), (0.7, 0.9, 1)]
-    assert lm.reused == 1
+    assert lm.counts.reused == 1
 
 
 def test_prompts_are_cut_from_the_left_and_counted(tokenizer):
@@ -244,7 +244,7 @@ def test_an_interrupted_run_goes_on(tokenizer, tmp_path):
     left[0] = 6
     resumed = lm(model="a")
     assert resumed.generate_until(asked) == [p.upper() for p in prompts]
-    assert (resumed.reused, left[0]) == (4, 0)
+    assert (resumed.counts.reused, left[0]) == (4, 0)
     for path in tmp_path.rglob("*.json"):
         json.loads(path.read_text())
     with pytest.raises(KeyboardInterrupt):

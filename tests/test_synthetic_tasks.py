@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hobbit_jax.synthetic_tasks import arithmetic, execution, functions
+from hobbit_jax.synthetic_tasks import arithmetic, functions
 
 FAMILIES = pytest.mark.parametrize("family", [arithmetic, functions])
 SPLITS = pytest.mark.parametrize("split", ["train", "heldout"])
@@ -132,7 +132,7 @@ def test_text_is_the_same_everywhere(family, digest):
 @SPLITS
 def test_reference_solutions_score(split):
     problems = functions.generate(2, 80, split)
-    assert all(execution.score(p, p.solution) for p in problems)
+    assert all(functions.score(p, p.solution) for p in problems)
 
 
 def test_the_solution_of_another_problem_is_wrong():
@@ -140,7 +140,7 @@ def test_the_solution_of_another_problem_is_wrong():
     by_prompt = {p.content: p for p in functions.generate(6, 1500, "train")}
     problems = [p for p in by_prompt.values() if p.prompt.startswith(("def f(xs)", "def f(x)"))]
     pairs = [(p, q) for p in problems[:10] for q in problems[:10] if p.prompt[:7] == q.prompt[:7]]
-    verdicts = [execution.score(p, q.solution) for p, q in pairs]
+    verdicts = [functions.score(p, q.solution) for p, q in pairs]
     assert len(pairs) > 40
     assert [(p.solution, q.solution) for (p, q), v in zip(pairs, verdicts, strict=True) if v] == [
         (p.solution, p.solution) for p in problems[:10]
@@ -177,7 +177,7 @@ DOUBLE = functions.Problem(
 def test_hostile_candidates_are_wrong_and_harm_no_other():
     completions = [text for bad in HOSTILE.values() for text in (bad, DOUBLE.solution)]
     start = time.monotonic()
-    verdicts = [execution.score(DOUBLE, text, timeout_s=1.0) for text in completions]
+    verdicts = [functions.score(DOUBLE, text, timeout_s=1.0) for text in completions]
     assert time.monotonic() - start < 20  # two of them wait for the timeout, one would sleep 30 s
     assert verdicts[1::2] == [True] * len(HOSTILE)
     assert dict(zip(HOSTILE, verdicts[::2], strict=True)) == dict.fromkeys(HOSTILE, False)
@@ -190,10 +190,10 @@ def test_a_completion_ends_where_its_body_ends():
         "\n\n# done\n!!",
         "Q: Mia has",
     ]
-    assert all(execution.score(DOUBLE, DOUBLE.solution + text) for text in extra)
-    assert execution.score(DOUBLE, "\n    y = x + x\n\n    return y")
-    assert not execution.score(DOUBLE, "x = 1\n    return x * 2\n")
+    assert all(functions.score(DOUBLE, DOUBLE.solution + text) for text in extra)
+    assert functions.score(DOUBLE, "\n    y = x + x\n\n    return y")
+    assert not functions.score(DOUBLE, "x = 1\n    return x * 2\n")
 
 
 def test_printing_does_not_spoil_a_right_answer():
-    assert execution.score(DOUBLE, "    print('noise', flush=True)\n    return x * 2\n")
+    assert functions.score(DOUBLE, "    print('noise', flush=True)\n    return x * 2\n")

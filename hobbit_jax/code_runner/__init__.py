@@ -1,6 +1,5 @@
 """Runs Python that a language model wrote, in a child process that can harm nothing but itself.
 
-`run_code` is the one way in, for HumanEval's programs and for the miniature functions alike;
 `runner` is the parent's side, `child` the script on the other side. Standard library only.
 """
 

@@ -1,9 +1,8 @@
 """The parent's side: starts a child for one program, reads its answer, and survives whatever.
 
-Owns the limits, the protocol and what an outcome is called. The child (`child.py`) confines and
-kills itself; this side never trusts that it does. An answer counts only behind a number that the
-program is not told, so nothing it prints, raises or exits with passes for a finished run. Code that
-searches the interpreter for that number can still find it.
+The child (`child.py`) confines and kills itself; this side never trusts that it does. An answer
+counts only behind a number that the program is not told, so nothing it prints, raises or exits with
+passes for a finished run. Code that searches the interpreter for that number can still find it.
 """
 
 import contextlib
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 _CHILD = Path(__file__).with_name("child.py")
-MEMORY_BYTES = 512 << 20
+_MEMORY_BYTES = 512 << 20
 # Starting Python and the namespaces takes some 50 ms; a machine may be very busy.
 _START_GRACE_S = 60.0
 _END_GRACE_S = 10.0
@@ -63,7 +62,7 @@ def run_code(
 ) -> Outcome:
     """Runs `source` in a child, then each call (name, arguments of literals) of what it defines.
 
-    The program has `timeout_s` seconds, MEMORY_BYTES of address space, one process and one
+    The program has `timeout_s` seconds, 512 MiB of address space, one process and one
     thread, no input, output, network or writable files, and answers with at most `most_bytes`.
     Its Python has the standard library only.
 
@@ -71,8 +70,7 @@ def run_code(
         RuntimeError: the child did not get as far as the program; its own words are included.
     """
     nonce = secrets.token_hex(8)
-    job = ascii((source, [(name, tuple(arguments)) for name, arguments in calls], nonce))
-    job = f"(*{job}, {timeout_s!r}, {MEMORY_BYTES})"
+    job = ascii((source, list(calls), nonce, timeout_s, _MEMORY_BYTES))
     with subprocess.Popen(
         [sys.executable, "-I", "-S", "-B", str(_CHILD)],
         stdin=subprocess.PIPE,

@@ -1,13 +1,10 @@
 """Measures what `cache/bandwidth.py` holds: host memory under expert products, the link, and both.
 
-Products run in a child process on the CPU, one for each number of threads, on a bank in the map of
-a file that is larger than the processor's caches; every step takes other experts of it.
+Products run in a child process on the CPU, on a bank in the map of a file that is larger than the
+processor's caches; every step takes other experts of it.
 """
 
-from __future__ import annotations
-
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +26,7 @@ from pallas_kernels.reference import Bank, Signature, Work
 
 # An expert of Qwen3-30B-A3B, and how many a step runs.
 D_MODEL, D_EXPERT, EXPERTS_OF_A_STEP = 2048, 768, 8
+_SHAPES = ((D_EXPERT, D_MODEL), (D_EXPERT, D_MODEL), (D_MODEL, D_EXPERT))
 _STEPS = 16  # of one program
 PIECES = (1 << 16, 1 << 18, 1 << 20, 1 << 22)
 
@@ -49,23 +47,20 @@ def write_bank(path: Path, format: str, n_bytes: int) -> int:
         blocks[:, at : at + bits.itemsize] = middle
     n_experts = max(EXPERTS_OF_A_STEP, n_bytes // len(raw))
     with path.open("wb") as file:
-        for _ in range(n_experts):
-            file.write(raw.tobytes())
+        file.writelines([raw.tobytes()] * n_experts)
     return n_experts
 
 
 def _expert_bytes(format: str) -> int:
-    layout = get_format(format)
-    return 2 * D_EXPERT * layout.row_bytes(D_MODEL) + D_MODEL * layout.row_bytes(D_EXPERT)
+    return sum(rows * get_format(format).row_bytes(columns) for rows, columns in _SHAPES)
 
 
 def host_rate(path: Path, format: str, n_experts: int, seconds: float) -> float:
     """GB/s that expert products read of a mapped bank, for about so long, after a warm-up."""
     expert, layout = _expert_bytes(format), get_format(format)
     raw = np.memmap(path, np.uint8, "r").view(np.ndarray)
-    shapes = [(D_EXPERT, D_MODEL), (D_EXPERT, D_MODEL), (D_MODEL, D_EXPERT)]
     matrices, at = [], 0
-    for rows, columns in shapes:
+    for rows, columns in _SHAPES:
         n_bytes = rows * layout.row_bytes(columns)
         places = raw.ctypes.data + at + expert * np.arange(n_experts, dtype=np.uint64)
         address = places.astype("<u8").view("<u4").reshape(-1, 2)
@@ -131,11 +126,7 @@ def _on_cpu(threads: int) -> None:
 
 
 def measure_bandwidths(
-    folder: Path,
-    formats: Sequence[str],
-    threads: Sequence[int],
-    bank_bytes: int,
-    seconds: float,
+    folder: Path, formats: Sequence[str], threads: Sequence[int], bank_bytes: int, seconds: float
 ) -> Bandwidths:
     """All rates of this machine, each measured for so many seconds.
 
@@ -167,15 +158,12 @@ def measure_bandwidths(
                 once = uploads(folder / formats[0], PIECES[-1])["mapped"]
                 beside = child.submit(host_rate, *banks[formats[0]], 4 * seconds)
                 beside_link = _rate(once, 0, lambda running=beside: not running.done())
-                alone = host[formats[0]][str(count)], link["mapped"][str(PIECES[-1])]
-                at_once = {
-                    "host": min(1.0, beside.result() / alone[0]),
-                    "link": min(1.0, beside_link / alone[1]),
-                }
+                at_once["host"] = min(1.0, beside.result() / host[formats[0]][str(count)])
+                at_once["link"] = min(1.0, beside_link / link["mapped"][str(PIECES[-1])])
     bar.close()
     return Bandwidths(*here(), host, link, at_once)
 
 
 def default_thread_counts() -> list[int]:
     """Half of the processors that this process may use, and all."""
-    return sorted({max(1, (os.cpu_count() or 1) // 2), default_threads()})
+    return sorted({max(1, default_threads() // 2), default_threads()})

@@ -3,11 +3,9 @@
 Scores and standard errors are lm-eval's own; intervals are this room's.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,12 +20,11 @@ from hobbit_jax.evals.lm_eval_tasks import TASKS, load_tasks
 from hobbit_jax.evals.responses import Responses
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.chat_template import ChatTemplate
-from hobbit_jax.record import Benchmark, Measured, Record, combined, machine, measured
+from hobbit_jax.record import Benchmark, Record, machine, measured
 from hobbit_jax.statistics import Interval, bootstrap, share
 
 _RUNNING_CODE = ("humaneval", "mini_functions")
 STUDY = "benchmarks"
-_PACKAGES = ("lm_eval", "datasets", "jinja2")
 
 
 @dataclass(frozen=True)
@@ -98,15 +95,13 @@ def evaluate(lm: EngineLM, settings: BenchmarkSettings, data_dir: Path | None) -
     tasks = load_tasks(settings.tasks, data_dir, settings.limit)
     for task in tasks.values():
         # As `lm_eval.simple_evaluate` does, without its global seeds: the same few-shot examples.
-        if settings.num_fewshot and task.get_config("num_fewshot") == 0:
+        asked, own = settings.num_fewshot, task.get_config("num_fewshot")
+        if asked and own == 0:
             raise ValueError(
-                f"num_fewshot is {settings.num_fewshot}, and {task.config.task} has no examples; "
-                "leave it out, or ask other tasks"
+                f"num_fewshot is {asked}, and {task.config.task} has no examples; leave it out, or "
+                "ask other tasks"
             )
-        if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:
-            task.set_config(key="num_fewshot", value=settings.num_fewshot)
-        elif task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
+        task.set_config(key="num_fewshot", value=(own or 0) if asked is None else asked)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     results: Any = evaluator.evaluate(
         lm,
@@ -119,7 +114,7 @@ def evaluate(lm: EngineLM, settings: BenchmarkSettings, data_dir: Path | None) -
     runs_code = any(name in _RUNNING_CODE for name in settings.tasks)
     return {
         "tasks": {name: _task_record(name, task, results) for name, task in tasks.items()},
-        "requests": {**asdict(lm.counts), "reused": lm.reused},
+        "requests": asdict(lm.counts),
         "missing_protections": list(missing_protections()) if runs_code else None,
     }
 
@@ -148,9 +143,8 @@ def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str,
             {
                 "metric": metric,
                 "filter": filter_name,
+                **vars(interval),
                 "value": float(value),
-                "low": interval.low,
-                "high": interval.high,
                 "correct": correct,
                 "solved": None if correct is None else [bool(value) for value in values],
                 "stderr": None if stderr == "N/A" else float(stderr),
@@ -205,13 +199,12 @@ def as_record(found: Mapping[str, Any], setting: Mapping[str, Any], seconds: flo
     verdicts = {
         name: task["verdicts"] for name, task in found["tasks"].items() if "verdicts" in task
     }
-    kept = measured({**metrics, "requests": found["requests"], "verdicts": verdicts})
-    missing = {"missing_protections": ", ".join(found["missing_protections"] or ())}
-    kept = combined(kept, Measured(notes=missing))
-    packages = {name: metadata.version(name) for name in _PACKAGES}
+    missing = ", ".join(found["missing_protections"] or ())
+    others = {"requests": found["requests"], "verdicts": verdicts, "missing_protections": missing}
+    kept = replace(
+        measured(metrics | others), file_sha256={"model": found["model"]["model_sha256"]}
+    )
+    packages = {name: metadata.version(name) for name in ("lm_eval", "datasets", "jinja2")}
     here = {**machine(), "versions": machine()["versions"] | packages}
-    hashes = {"model": found["model"]["model_sha256"]}
-    return Record(
-        STUDY, Benchmark(STUDY, setting), **vars(kept) | {"file_sha256": hashes}, **here,
-        seconds=round(seconds, 2),
-    )  # fmt: skip
+    seconds = round(seconds, 2)
+    return Record(STUDY, Benchmark(STUDY, setting), **vars(kept), **here, seconds=seconds)

@@ -1,13 +1,9 @@
 """Our engine as a program that `measure.py` can time: what its counters and its pool say.
 
-Settings are compared one after the other, so that one pool is on the device at a time; they decode
-the same forced tokens, so that a speedup is a ratio within a row. Logits are the same bits at every
-budget, so native decode at any budget is the reference.
+Settings are compared one after the other, so that one pool is on the device at a time. Logits are
+the same bits at every budget, so native decode at any budget is the reference.
 """
 
-from __future__ import annotations
-
-import functools
 import gc
 import os
 import time
@@ -21,7 +17,7 @@ import numpy as np
 from hobbit_jax import reference
 from hobbit_jax.cache.counts import Counts
 from hobbit_jax.evals.logit_comparison import compare_logits, summarize
-from hobbit_jax.evals.measure import Clock, Measurement, measure, timed_turn
+from hobbit_jax.evals.measure import Clock, Measurement, Turn, measure, timed_turn
 from hobbit_jax.evals.process_memory import PeakWatch
 from hobbit_jax.evals.quality import cut_windows
 from hobbit_jax.inference.compile_clock import compile_seconds
@@ -65,13 +61,13 @@ def measure_engine(
     program = EngineProgram(engine, ids_RS.shape[1])
     logits: list[np.ndarray] = []
 
-    def keep(row: int, _name: str, _turn: object) -> None:
-        if row:
-            logits.append(np.concatenate([np.asarray(token_BV) for token_BV in program.logits_BV]))
+    def turn(ids_S: np.ndarray, prompt_tokens: int) -> Turn:
+        timed = timed_turn(program, ids_S, prompt_tokens, clock)
+        logits.append(np.concatenate([np.asarray(token_BV) for token_BV in program.logits_BV]))
+        return timed
 
-    turn = functools.partial(timed_turn, program, clock=clock)
-    (found,) = measure({"ours": turn}, ids_RS, prompt_tokens, after=keep).values()
-    return found, logits
+    (found,) = measure({"ours": turn}, ids_RS, prompt_tokens).values()
+    return found, logits[1:]
 
 
 def pool_figures(engine: Engine) -> dict[str, Any]:
@@ -97,13 +93,15 @@ class Decoded:
     logits: list[np.ndarray]  # of each row that counts, float32 [tokens, V]
     figures: dict[str, Any]  # of a record, but for those that compare
 
-    def beside(self, native: Decoded) -> dict[str, Any]:
+    def beside(self, native: "Decoded") -> dict[str, Any]:
         """The comparing figures: `speedup` row by row, and KL in nats a token to native logits."""
-        parts = []
-        for ours_TV, native_TV in zip(self.logits, native.logits, strict=True):
-            any_token_1T = np.zeros((1, len(ours_TV)), np.int32)  # its likelihood is not asked for
-            parts.append(compare_logits(ours_TV[None], native_TV[None], any_token_1T))
-        lost = summarize(parts)
+        any_token_1T = np.zeros((1, len(self.logits[0])), np.int32)  # likelihoods are not asked for
+        lost = summarize(
+            [
+                compare_logits(ours_TV[None], native_TV[None], any_token_1T)
+                for ours_TV, native_TV in zip(self.logits, native.logits, strict=True)
+            ]
+        )
         return {
             "kl_mean_nats": lost.kl_mean_nats,
             "top1_agreement": lost.top1_agreement,
@@ -112,10 +110,7 @@ class Decoded:
 
 
 def decode(
-    make_engine: Callable[[], Engine],
-    ids_RS: np.ndarray,
-    prompt_tokens: int,
-    clock: Clock = time.perf_counter,
+    make_engine: Callable[[], Engine], ids_RS: np.ndarray, prompt_tokens: int, clock: Clock
 ) -> Decoded:
     """`measure` of an engine that is made for it.
 

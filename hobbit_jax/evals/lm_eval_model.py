@@ -4,8 +4,6 @@ Requests become tokens by lm-eval's own rules; what is too long is cut as in lm-
 model, and counted.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +42,7 @@ class Counts:
     new_tokens: int = 0
     truncated_contexts: int = 0  # cut from the left to fit the model's context
     shortened_generations: int = 0  # allowed fewer new tokens than the task asked for
+    reused: int = 0  # answered by `Responses`
 
 
 @jax.jit
@@ -92,8 +91,7 @@ class EngineLM(TemplateLM):
     """`TemplateLM` over an engine and its tokenizer.
 
     Args:
-        engine: its budget changes no answer.
-        tokenizer: of the same file.
+        engine, tokenizer: of one file; the engine's budget changes no answer.
         responses: finished requests, and where new ones are remembered; sampled ones never are.
         chat: the file's template, for `apply_chat_template`.
         batch_size: sequences at once. Answers differ between batch sizes by rounding only.
@@ -128,7 +126,7 @@ class EngineLM(TemplateLM):
             raise ValueError("the file names neither a BOS nor an EOS token to begin a text with")
         self._prefix_id: int = prefix
         self._engine, self._text = engine, tokenizer
-        self._responses = Responses(None, {}) if responses is None else responses
+        self._responses = responses or Responses(None, {})
         self._chat, self._batch_size, self._max_new_tokens = chat, batch_size, max_new_tokens
         self.counts = Counts()
 
@@ -136,11 +134,6 @@ class EngineLM(TemplateLM):
     def eot_token_id(self) -> int:
         """The end of text, or what stands in for it."""
         return self._prefix_id if self._text.eos_id is None else self._text.eos_id
-
-    @property
-    def reused(self) -> int:
-        """Requests that were answered from memory."""
-        return self._responses.reused
 
     @property
     def prefix_token_id(self) -> int:
@@ -186,7 +179,9 @@ class EngineLM(TemplateLM):
         `is_kept` says whether a request's answer may be remembered.
         """
         answers = [self._responses.find(kind, *one) if is_kept(*one) else None for one in asked]
-        for batch in solve([index for index, answer in enumerate(answers) if answer is None]):
+        missing = [index for index, answer in enumerate(answers) if answer is None]
+        self.counts.reused += len(asked) - len(missing)
+        for batch in solve(missing):
             for index, answer in batch.items():
                 answers[index] = answer
                 if is_kept(*asked[index]):
@@ -257,14 +252,13 @@ class EngineLM(TemplateLM):
     def _score_batch(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         rows = []
         for context, continuation in pairs:
-            if not 0 < len(continuation) <= self.max_length:
+            if not 0 < (count := len(continuation)) <= self.max_length:
                 raise ValueError(
-                    f"a continuation of {len(continuation)} tokens; want 1 to the context in use, "
+                    f"a continuation of {count} tokens; want 1 to the context in use, "
                     f"{self.max_length}"
                 )
-            row = context + continuation
-            self.counts.truncated_contexts += len(row) > self.max_length + 1
-            rows.append(row[-(self.max_length + 1) :])
+            rows.append((context + continuation)[-(self.max_length + 1) :])
+            self.counts.truncated_contexts += len(rows[-1]) < len(context) + count
         width = _rounded(max(map(len, rows)) - 1, self.max_length)
         # Padding stands to the right, where no earlier token sees it.
         ids_BS = np.full((len(rows), width + 1), self._prefix_id, np.int32)
@@ -272,17 +266,15 @@ class EngineLM(TemplateLM):
             ids_BS[index, : len(row)] = row
         parts, at = [], 1
         for logits_BTV in self._engine.score_parts(ids_BS[:, :-1]):
-            targets_BT = ids_BS[:, at : at + logits_BTV.shape[1]]
-            parts.append(jax.device_get(_target_scores(logits_BTV, targets_BT)))
-            at += logits_BTV.shape[1]
-        log_p_BT, greedy_BT = (
-            np.concatenate(of_all, axis=1) for of_all in zip(*parts, strict=True)
-        )
+            end = at + logits_BTV.shape[1]
+            parts.append(jax.device_get(_target_scores(logits_BTV, ids_BS[:, at:end])))
+            at = end
+        scores = (np.concatenate(of_all, axis=1) for of_all in zip(*parts, strict=True))
         answers = []
-        for index, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
+        for row, (_, continuation), log_p_T, greedy_T in zip(rows, pairs, *scores, strict=True):
             scored = slice(len(row) - 1 - len(continuation), len(row) - 1)
-            log_p = float(log_p_BT[index, scored].sum(dtype=np.float64))
-            answers.append((log_p, bool(greedy_BT[index, scored].all())))
+            log_p = float(log_p_T[scored].sum(dtype=np.float64))
+            answers.append((log_p, bool(greedy_T[scored].all())))
         return answers
 
     # Generation
@@ -331,11 +323,7 @@ class EngineLM(TemplateLM):
         return self._engine.read_prefix(first[:same])
 
     def _generate_batch(
-        self,
-        prompts: Sequence[list[int]],
-        options: dict[str, Any],
-        number: int,
-        prefix: Prefix | None,
+        self, prompts: list[list[int]], options: dict[str, Any], number: int, prefix: Prefix | None
     ) -> list[str]:
         wanted: dict[str, Any] = dict(normalize_gen_kwargs(options, _DEFAULT_NEW_TOKENS))
         unknown = {name for name, value in wanted.items() if value is not None} - _KNOWN_OPTIONS
@@ -359,10 +347,8 @@ class EngineLM(TemplateLM):
         room = _rounded(longest + limit, self._engine.config.context_length) - longest
         ends = {*self._text.eog_ids, *(i for stop in wanted["until"] for i in self._special(stop))}
         begun = prefix if longest == max(map(len, prompts)) else None  # none of them was cut
-        greedy = sampling.temperature == 0
-        steps = self._engine.generate(
-            rows, room, sampling, sorted(ends), prefix=begun, shrinks=greedy
-        )
+        greedy, ids = sampling.temperature == 0, sorted(ends)
+        steps = self._engine.generate(rows, room, sampling, ids, prefix=begun, shrinks=greedy)
         for step, (ids_B, _) in enumerate(steps):
             for text, token in zip(texts, ids_B.tolist(), strict=True):
                 if token < 0:

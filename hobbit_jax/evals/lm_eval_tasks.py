@@ -1,11 +1,8 @@
 """Task definitions for lm-eval: its own ones on local files, and the miniature tasks.
 
 Prompts, filters and metrics are the installed lm-eval's; only what needs a network is replaced: the
-documents (when there is a data folder), and HumanEval's metric, which lm-eval fetches from a hub
-and which runs here in `hobbit_jax.code_runner`.
+documents (when there is a data folder), and HumanEval's metric, which lm-eval fetches from a hub.
 """
-
-from __future__ import annotations
 
 import gzip
 import json
@@ -24,8 +21,8 @@ from lm_eval.utils import apply_template
 from tqdm import tqdm
 
 from hobbit_jax.code_runner import run_code
-from hobbit_jax.evals.tasks import HELD_OUT_SEED, MAX_NEW_TOKENS, TaskName
-from hobbit_jax.evals.tasks import TASKS as MINIATURE
+from hobbit_jax.evals.tasks import HELD_OUT_SEED, MAX_NEW_TOKENS
+from hobbit_jax.evals.tasks import TASKS as MINIATURES
 
 _GSM8K = {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"}
 # Where each of lm-eval's own tasks is defined, below its `tasks` folder, and what a data folder
@@ -39,14 +36,11 @@ _OWN = {
         {"validation": "wikitext2/valid.txt", "test": "wikitext2/test.txt"},
     ),
 }
-_MINIATURES: dict[str, TaskName] = {f"mini_{name}": name for name in MINIATURE}
-TASKS = (*_OWN, *_MINIATURES)
+_MINI = "mini_"
+TASKS = (*_OWN, *(_MINI + name for name in MINIATURES))
 
 MINIATURE_PROBLEMS = 200  # unless a limit asks for another number
-# As in the metric that lm-eval fetches (`code_eval`).
-_PROGRAM_TIMEOUT_S = 3.0
-
-Splits = dict[str, datasets.Dataset]
+_PROGRAM_TIMEOUT_S = 3.0  # as in the metric that lm-eval fetches (`code_eval`)
 
 
 def load_tasks(
@@ -67,9 +61,9 @@ def load_tasks(
     """
     configs = []
     for name in names:
-        if name in _MINIATURES:
+        if name.startswith(_MINI):
             count = MINIATURE_PROBLEMS if limit is None else limit
-            configs.append(_miniature(_MINIATURES[name], count))
+            configs.append(_miniature(name.removeprefix(_MINI), count))
             continue
         definition, files = _OWN[name]
         path = Path(lm_eval.tasks.__file__).parent / definition
@@ -93,7 +87,9 @@ def load_tasks(
 # Documents
 
 
-def _documents(name: str, files: dict[str, str], data_dir: Path) -> Callable[..., Splits]:
+def _documents(
+    name: str, files: dict[str, str], data_dir: Path
+) -> Callable[..., dict[str, datasets.Dataset]]:
     """What lm-eval calls for a task's documents, with metadata that does not matter here."""
     missing = [file for file in files.values() if not (data_dir / file).is_file()]
     if missing:
@@ -134,21 +130,22 @@ def _humaneval_scoring(target_template: str) -> dict[str, Any]:
     The program is the one that lm-eval's metric runs: candidate, newline, tests.
     """
 
+    def run_one(completion: str, doc: dict) -> dict[str, str]:
+        program = f"{doc['prompt']}{completion}\n{apply_template(target_template, doc)}"
+        outcome = run_code(program, timeout_s=_PROGRAM_TIMEOUT_S)
+        verdict = outcome.detail or outcome.status
+        if outcome.status == "finished":
+            verdict = "passed"
+        elif verdict == "passed":  # what a program calls its exceptions is no verdict
+            verdict = outcome.status
+        return {"program": program, "verdict": verdict}
+
     def run_all(responses: list[list[str]], docs: list[dict]) -> list[list[dict[str, str]]]:
         bar = tqdm(docs, desc="running programs", leave=False, disable=None)
         return [
             [run_one(completion, doc) for completion in attempts]
             for attempts, doc in zip(responses, bar, strict=True)
         ]
-
-    def run_one(completion: str, doc: dict) -> dict[str, str]:
-        program = f"{doc['prompt']}{completion}\n{apply_template(target_template, doc)}"
-        outcome = run_code(program, timeout_s=_PROGRAM_TIMEOUT_S)
-        failed = outcome.detail or outcome.status
-        if failed == "passed":  # what a program calls its exceptions is no verdict
-            failed = outcome.status
-        verdict = "passed" if outcome.status == "finished" else failed
-        return {"program": program, "verdict": verdict}
 
     def pass_at_1(doc: dict, results: list[list[dict[str, str]]]) -> dict[str, float]:
         verdicts = Counter(attempt["verdict"] for attempt in results[0])
@@ -166,20 +163,20 @@ def _humaneval_scoring(target_template: str) -> dict[str, Any]:
 # The miniature tasks
 
 
-def _miniature(name: TaskName, count: int) -> dict[str, Any]:
+def _miniature(name: str, count: int) -> dict[str, Any]:
     """A task of generated problems; each document knows its problem by number."""
-    generate, verdict = MINIATURE[name]
-    problems = generate(HELD_OUT_SEED, count, "heldout")
+    problems = MINIATURES[name].generate(HELD_OUT_SEED, count, "heldout")
     documents = [
         {"number": number, "prompt": problem.prompt, "solution": problem.solution}
         for number, problem in enumerate(problems)
     ]
 
     def process_results(doc: dict, results: list[str]) -> dict[str, float]:
-        return {"exact_match": float(verdict(problems[doc["number"]], results[0]))}
+        problem = problems[doc["number"]]
+        return {"exact_match": float(MINIATURES[name].score(problem, results[0]))}
 
     return {
-        "task": f"mini_{name}",
+        "task": _MINI + name,
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(documents)},
         "test_split": "test",
         "output_type": "generate_until",

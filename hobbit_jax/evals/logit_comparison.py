@@ -4,8 +4,7 @@ The reference is P, the program under test is Q: a KL is KL(P || Q). Intervals a
 resampling whole windows.
 """
 
-from __future__ import annotations
-
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -55,12 +54,9 @@ def compare_in_float64(
     for name, values in (("logits", logits_BTV), ("the reference's logits", reference_BTV)):
         if not np.isfinite(values).all():
             raise ValueError(f"{name} are not all finite; want numbers")
+    exact = logits_BTV.astype(np.float64), reference_BTV.astype(np.float64)
     with jax.enable_x64(True):
-        return jax.device_get(
-            compare_logits(
-                logits_BTV.astype(np.float64), reference_BTV.astype(np.float64), targets_BT
-            )
-        )
+        return jax.device_get(compare_logits(*exact, targets_BT))
 
 
 @dataclass(frozen=True)
@@ -87,10 +83,7 @@ def summarize(
     nll_WT, kl_WT, agree_WT = (np.concatenate(part) for part in zip(*parts, strict=True))
     nll_W = nll_WT.sum(axis=1, dtype=np.float64)
     count, width = nll_WT.shape
-
-    def interval(statistic) -> Interval:
-        return bootstrap(statistic, count)
-
+    interval = functools.partial(bootstrap, n_units=count)
     bits_per_byte = None
     if target_bytes_WT is not None:
         bytes_W = target_bytes_WT.sum(axis=1, dtype=np.float64)

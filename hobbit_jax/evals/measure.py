@@ -2,11 +2,8 @@
 
 A row's prompt is prefilled and the rest is decoded, forced, so that every program meets the same
 text. Backends take turns row by row, in an order that is turned round in every other one, so that a
-busy machine slows all of them alike and a ratio is taken within a row. The first row warms up and
-counts in nothing. No JAX here: baselines run these lines in processes of their own.
+busy machine slows all of them alike. No JAX here: baselines run this in processes of their own.
 """
-
-from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
@@ -49,10 +46,7 @@ class Program(Protocol):
 
 
 def timed_turn(
-    program: Program,
-    ids_S: np.ndarray,
-    prompt_tokens: int,
-    clock: Clock = time.perf_counter,
+    program: Program, ids_S: np.ndarray, prompt_tokens: int, clock: Clock = time.perf_counter
 ) -> Turn:
     """Prefills the first `prompt_tokens` of a row and decodes the rest, forced.
 
@@ -113,10 +107,7 @@ class Measurement:
         return self.prompt_tokens / self.first_token_s
 
     def figures(self) -> dict[str, Any]:
-        """Names and units of a record's; shares are 0-1, times have their spread over turns.
-
-        CPU seconds are of all processors of the process.
-        """
+        """Names and units of a record's; shares are 0-1, times have their spread over turns."""
         per_turn = self.tokens / len(self.turns)
         cpu_s = np.array([sum(turn.token_cpu_s) for turn in self.turns]) / per_turn
         found = {
@@ -164,14 +155,10 @@ class Measurement:
         }
 
 
-TimedRow = Callable[[np.ndarray, int], Turn]
-
-
 def measure(
-    backends: Mapping[str, TimedRow],
+    backends: Mapping[str, Callable[[np.ndarray, int], Turn]],
     ids_RS: np.ndarray,
     prompt_tokens: int,
-    after: Callable[[int, str, Turn], object] = lambda row, name, turn: None,
 ) -> dict[str, Measurement]:
     """Decodes every row with every backend, in turns.
 
@@ -180,7 +167,6 @@ def measure(
             process's.
         ids_RS: int32 [repeats + 1, prompt and decoded tokens]; the first row warms up.
         prompt_tokens: of each row, prefilled.
-        after: called with row, backend and turn when a backend is done with a row.
 
     Raises:
         ValueError: no row to count, or none longer than the prompt.
@@ -193,7 +179,5 @@ def measure(
     turns: dict[str, list[Turn]] = {name: [] for name in backends}
     for row, ids_S in enumerate(ids_RS):
         for name in list(backends)[:: -1 if row % 2 else 1]:
-            turn = backends[name](ids_S, prompt_tokens)
-            turns[name].append(turn)
-            after(row, name, turn)
+            turns[name].append(backends[name](ids_S, prompt_tokens))
     return {name: Measurement(prompt_tokens, tuple(found[1:])) for name, found in turns.items()}

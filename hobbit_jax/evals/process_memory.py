@@ -1,7 +1,5 @@
 """Peaks of a process's resident memory, its own told apart from the pages of files, by samples."""
 
-from __future__ import annotations
-
 import threading
 from dataclasses import dataclass
 
@@ -12,16 +10,11 @@ PERIOD_S = 0.02
 
 @dataclass(frozen=True)
 class ResidentBytes:
-    """Bytes of one process in memory.
-
-    `anonymous` has no file behind it: the heap, device buffers on a CPU, copies of weights. `file`
-    are pages of mapped files (the model's and the libraries'), and of memory shared with other
-    processes.
-    """
+    """Bytes of one process in memory."""
 
     total: int
-    anonymous: int
-    file: int
+    anonymous: int  # without a file behind it: the heap, device buffers on a CPU
+    file: int  # of mapped files (the model's, libraries'), and memory shared with other processes
 
 
 def read_resident(pid: int) -> ResidentBytes | None:

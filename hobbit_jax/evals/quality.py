@@ -1,10 +1,8 @@
 """Quality of a plan on windows of held-out text, beside the native model's cached logits."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -35,11 +33,9 @@ class Windows:
         """Number of predicted tokens."""
         return self.target_bytes_WT.size
 
-    def first(self, count: int) -> Windows:
+    def first(self, count: int) -> "Windows":
         """The first `count` of them."""
-        return replace(
-            self, ids_WS=self.ids_WS[:count], target_bytes_WT=self.target_bytes_WT[:count]
-        )
+        return Windows(self.ids_WS[:count], self.target_bytes_WT[:count], self.begin_with_bos)
 
 
 def cut_windows(
@@ -52,21 +48,18 @@ def cut_windows(
 ) -> Windows:
     """`count` windows of `context` + 1 tokens, spread over `texts`, none overlapping.
 
-    Where the file wants texts to begin with BOS each window does, for a model sees no text without
-    it in use (as in llama.cpp's perplexity and imatrix, which overwrite a token by it; here it
-    stands in front). A BOS that is also the end of text only parts documents, and stands where one
-    begins.
-
-    `fewer` takes as many as there are, at least one, where `count` are not.
+    Where the file wants texts to begin with BOS each window does (in llama.cpp's perplexity and
+    imatrix it overwrites a token; here it stands in front). A BOS that is also the end of text only
+    parts documents, and stands where one begins. `fewer` takes as many windows as there are, at
+    least one, where `count` are not.
 
     Raises:
         ValueError: the texts are too short for that many windows.
     """
     bos_id = tokenizer.bos_id if begin_with_bos(tokenizer) else None
     add_bos = None if bos_id is None else False
-    stream = np.concatenate(
-        [np.asarray(tokenizer.encode(text, add_bos), np.int32) for text in texts]
-    )
+    encoded = [np.asarray(tokenizer.encode(text, add_bos), np.int32) for text in texts]
+    stream = np.concatenate(encoded)
     width = context + (bos_id is None)  # of text
     available = len(stream) // width
     if available < (1 if fewer else count):
@@ -87,18 +80,13 @@ def begin_with_bos(tokenizer: Tokenizer) -> bool:
     return tokenizer.add_bos and tokenizer.bos_id != tokenizer.eos_id
 
 
-def batches(windows: Windows, vocab_size: int) -> list[slice]:
-    """Windows to score at a time, as many as fit the memory for logits; at least one."""
-    count, width = windows.ids_WS.shape
-    size = max(1, _LOGIT_BYTES // (4 * vocab_size * max(1, width - 1)))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 def _scored(
     engine: Engine, windows: Windows, description: str
 ) -> Iterator[tuple[slice, jax.Array]]:
-    """Which windows, and their logits [B, T, V], batch by batch with a progress bar."""
-    parts = batches(windows, engine.config.vocab_size)
+    """Which windows, and their logits [B, T, V]; as many at a time as fit the memory for logits."""
+    count, width = windows.ids_WS.shape
+    size = max(1, _LOGIT_BYTES // (4 * engine.config.vocab_size * max(1, width - 1)))
+    parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
     for part in tqdm(parts, desc=description, leave=False, disable=None):
         yield part, engine.score(windows.ids_WS[part, :-1])
 
@@ -127,9 +115,8 @@ def evaluate(engine: Engine, windows: Windows, native_WTV: np.ndarray) -> Compar
     """Teacher-forced comparison with the native model's logits (nats; perplexity per token)."""
     parts = []
     for part, logits_BTV in _scored(engine, windows, "windows"):
-        compared = compare_logits(
-            logits_BTV, np.asarray(native_WTV[part]), windows.ids_WS[part, 1:]
-        )
+        targets_BT = windows.ids_WS[part, 1:]
+        compared = compare_logits(logits_BTV, np.asarray(native_WTV[part]), targets_BT)
         parts.append(jax.device_get(compared))
     return summarize(parts, windows.target_bytes_WT)
 
@@ -140,9 +127,8 @@ def evaluate_decoding(engine: Engine, windows: Windows, native_WTV: np.ndarray) 
     For engines whose answers depend on what is resident: this is what a user's reader gets.
     """
     parts = []
-    for row, ids_S in enumerate(
-        tqdm(windows.ids_WS, desc="decoded windows", leave=False, disable=None)
-    ):
+    bar = tqdm(windows.ids_WS, desc="decoded windows", leave=False, disable=None)
+    for row, ids_S in enumerate(bar):
         engine.start(1, len(ids_S) - 1)
         logits_TV = [engine.decode(np.asarray([token]))[0] for token in ids_S[:-1]]
         native_BTV = np.asarray(native_WTV[row : row + 1])

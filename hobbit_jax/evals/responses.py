@@ -1,11 +1,9 @@
 """Finished requests of a long evaluation, kept so that an interrupted one goes on.
 
-lm-eval's own cache keys a request by its text alone and would give one model another's answers;
-here a folder belongs to everything that an answer depends on. Each batch is one file that appears
-whole or not at all, so several processes may share a folder.
+lm-eval's own cache keys a request by its text alone; here a folder belongs to everything that an
+answer depends on. Each batch is one file that appears whole or not at all, so several processes may
+share a folder.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -38,13 +36,10 @@ class Responses:
                 # Another process's clean-up or a damaged file costs its requests, nothing more.
                 with contextlib.suppress(OSError, ValueError):
                     self._answers.update(json.loads(path.read_text(encoding="utf-8")))
-        self.reused = 0
 
     def find(self, *request: Any) -> Any | None:
         """The answer to `request` (kind, texts, options), or None."""
-        answer = self._answers.get(_digest(request))
-        self.reused += answer is not None
-        return answer
+        return self._answers.get(_digest(request))
 
     def add(self, answer: Any, *request: Any) -> None:
         """Remembers an answer, which is any JSON but null."""

@@ -1,23 +1,16 @@
 """The miniature tasks, held-out problems: arithmetic by its answer, functions by running them."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.tokenizer import Tokenizer
 from hobbit_jax.statistics import share
-from hobbit_jax.synthetic_tasks import arithmetic, execution, functions
+from hobbit_jax.synthetic_tasks import arithmetic, functions
 
-TaskName = Literal["arithmetic", "functions"]
-# How problems are made, and a completion is judged.
-TASKS: dict[TaskName, tuple[Callable[..., list[Any]], Callable[..., bool]]] = {
-    "arithmetic": (arithmetic.generate, arithmetic.score),
-    "functions": (functions.generate, execution.score),
-}
+TASKS = {"arithmetic": arithmetic, "functions": functions}
 MAX_NEW_TOKENS = {"arithmetic": 64, "functions": 48}
 HELD_OUT_SEED = 2026
 
@@ -33,21 +26,18 @@ def complete(
 
     Each has at most its own number of `most_new_tokens`.
     """
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    encoded, batch = [tokenizer.encode(prompt) for prompt in prompts], batch or len(prompts)
     # Of all batches, so that one program serves them.
     context = max(map(len, encoded)) + max(most_new_tokens)
     texts: list[str] = []
-    for start in range(0, len(encoded), batch or len(encoded)):
-        part = slice(start, start + (batch or len(encoded)))
-        most = most_new_tokens[part]
-        generated = engine.generate(
-            encoded[part], max(most), stop_ids=tokenizer.eog_ids, context=context
-        )
-        steps = [np.full(len(most), -1), *(ids_B for ids_B, _ in generated)]
-        for row, limit in zip(np.stack(steps, axis=1)[:, 1:], most, strict=True):
-            ids = row[:limit]
+    for start in range(0, len(encoded), batch):
+        part, most = (of_all[start : start + batch] for of_all in (encoded, most_new_tokens))
+        generated = engine.generate(part, max(most), stop_ids=tokenizer.eog_ids, context=context)
+        ids_NB = np.asarray([ids_B for ids_B, _ in generated]).reshape(-1, len(part))
+        for row_N, limit in zip(ids_NB.T, most, strict=True):
             # As a stream, since it continues the prompt: `decode` drops a text's first space.
-            texts.append("".join(tokenizer.decode_stream(ids[ids >= 0].tolist())))
+            ids = [token for token in row_N[:limit].tolist() if token >= 0]
+            texts.append("".join(tokenizer.decode_stream(ids)))
     return texts
 
 
@@ -64,15 +54,14 @@ def evaluate(
     if not problems:
         return {}
     asked = {
-        task: generate(HELD_OUT_SEED, problems, "heldout") for task, (generate, _) in TASKS.items()
+        name: task.generate(HELD_OUT_SEED, problems, "heldout") for name, task in TASKS.items()
     }
     prompts = [problem.prompt for of_task in asked.values() for problem in of_task]
-    most = [MAX_NEW_TOKENS[task] for task in asked for _ in range(problems)]
+    most = [MAX_NEW_TOKENS[name] for name in asked for _ in range(problems)]
     texts, found = complete(engine, tokenizer, prompts, most, batch), {}
-    for number, (task, (_, score)) in enumerate(TASKS.items()):
-        answers = texts[number * problems : (number + 1) * problems]
-        solved = [bool(score(p, text)) for p, text in zip(asked[task], answers, strict=True)]
-        correct = sum(solved)
-        scored = vars(share(correct, problems))
-        found[task] = {"problems": problems, "correct": correct, **scored, "solved": solved}
+    for name, of_task in asked.items():
+        answers, texts = texts[:problems], texts[problems:]
+        solved = [TASKS[name].score(*both) for both in zip(of_task, answers, strict=True)]
+        scored = vars(share(sum(solved), problems))
+        found[name] = {"problems": problems, "correct": sum(solved), **scored, "solved": solved}
     return found

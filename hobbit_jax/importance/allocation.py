@@ -1,11 +1,9 @@
-"""From a signal and a limit to a precision plan: which experts, or selections, go low.
+"""From an importance score and a limit to a precision plan: which experts, or selections, go low.
 
-Owns the meaning of "the bottom X % by signal S" and of "the best plan in B bytes by signal S". For
-static signals X counts (layer, expert) pairs, ranked over the whole model; for selections it counts
-selections, and the threshold is the X-quantile of the calibration text.
+"The bottom X % by score S" counts (layer, expert) pairs, ranked over the whole model, by static
+scores; for selections it counts selections, and the threshold is the X-quantile of the calibration
+text.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -25,7 +23,7 @@ IMPORTANCE_SCORES = (*SELECTION_SCORES, *STATIC_SCORES)
 
 
 def allocate(
-    signal: str,
+    score: str,
     low_fraction: float,
     low_precision_file: int,
     profile: RoutingProfile,
@@ -35,19 +33,17 @@ def allocate(
     """The plan that sends the least important `low_fraction` (0-1) to `low_precision_file`.
 
     Ties go low in order of layer and expert. `seed` matters to `random` only, the
-    control that every other signal must beat; `error_LE` to `sensitivity` only.
+    control that every other score must beat; `error_LE` to `sensitivity` only.
 
     Raises:
-        ValueError: an unknown signal or a fraction outside 0-1.
+        ValueError: an unknown score or a fraction outside 0-1.
     """
-    if signal not in IMPORTANCE_SCORES:
-        raise ValueError(f"signal is {signal!r}; want one of {', '.join(IMPORTANCE_SCORES)}")
     if not 0 <= low_fraction <= 1:
         raise ValueError(f"low_fraction is {low_fraction}; want 0 to 1")
-    if signal in SELECTION_SCORES:
+    if score in SELECTION_SCORES:
         shares = (1 - low_fraction, low_fraction)
-        return selection_plan(signal, (NATIVE, low_precision_file), shares, profile)
-    scores_LE = static_scores_LE(signal, profile, error_LE, seed)
+        return selection_plan(score, (NATIVE, low_precision_file), shares, profile)
+    scores_LE = static_scores_LE(score, profile, error_LE, seed)
     order = np.argsort(scores_LE, axis=None, kind="stable")
     precision = np.zeros(scores_LE.size, np.int8)
     precision[order[: round(low_fraction * scores_LE.size)]] = low_precision_file
@@ -55,18 +51,14 @@ def allocate(
 
 
 def selection_plan(
-    score: str,
-    precisions: tuple[int, ...],
-    shares: Sequence[float],
-    profile: RoutingProfile,
+    score: str, precisions: tuple[int, ...], shares: Sequence[float], profile: RoutingProfile
 ) -> SelectionPlan:
     """Thresholds at which `shares` of the profile's selections, most important first, get
     `precisions`.
 
-    This is how HOBBIT's T1 and T2 are derived anew for a model: its 67 %, 30 % and 3 % are
-    shares (.67, .30, .03) of (NATIVE, low, SKIPPED). Many selections share the score 0 of a
-    token's heaviest expert; a threshold inside such a tie leaves all of it above, and `shares`
-    of the plan says what came of it.
+    HOBBIT's T1 and T2 are shares (.67, .30, .03) of (NATIVE, low, SKIPPED). Many selections share
+    the score 0 of a token's heaviest expert; a threshold inside such a tie leaves all of it above,
+    and `shares` of the plan says what came of it.
 
     Raises:
         ValueError: shares that do not sum to 1 or do not go with `precisions`.
@@ -76,8 +68,7 @@ def selection_plan(
     scores = np.sort(importance_score(score, profile.weights_TK), axis=None)
     ends = [round(end * len(scores)) for end in np.cumsum(shares)[:-1]]
     # A score above its threshold goes on to the next precision. At share 0 of the rest that
-    # precision has no bank, so no score, however large, may ask for it; and at share 1 every one
-    # must.
+    # precision has no bank, so no score may ask for it; and at share 1 every one must.
     thresholds = tuple(
         -np.inf if end == 0 else np.inf if end == len(scores) else float(scores[end - 1])
         for end in ends
@@ -102,8 +93,8 @@ def fit_in_bytes(cost_NLE: np.ndarray, store: HostExperts, limit_bytes: float) -
     Raises:
         ValueError: costs of another shape, or a limit below all experts at their smallest.
     """
-    n_precisions, config = len(store.precisions), store.config
-    wanted = (n_precisions, config.n_layers, config.n_experts)
+    config = store.config
+    wanted = (len(store.precisions), config.n_layers, config.n_experts)
     if cost_NLE.shape != wanted:
         raise ValueError(f"got costs {cost_NLE.shape}; want {wanted}, [precisions, L, E]")
     bytes_NL = np.array(
@@ -116,25 +107,17 @@ def fit_in_bytes(cost_NLE: np.ndarray, store: HostExperts, limit_bytes: float) -
         )
     precision_LE = np.repeat(bytes_NL.argmin(axis=0)[:, None], config.n_experts, axis=1)
     upgrades: list[tuple[float, int, int, int, int]] = []
-    for layer in range(config.n_layers):
-        for expert in range(config.n_experts):
-            at = int(precision_LE[layer, expert])
-            while True:
-                # The steepest way down from here is the next corner of the hull.
-                steps = [
-                    (
-                        (cost_NLE[at, layer, expert] - cost_NLE[precision, layer, expert])
-                        / (bytes_NL[precision, layer] - bytes_NL[at, layer]),
-                        precision,
-                    )
-                    for precision in range(n_precisions)
-                    if bytes_NL[precision, layer] > bytes_NL[at, layer]
-                ]
-                if not steps or max(steps)[0] < 0:
-                    break
-                gain, precision = max(steps)
-                upgrades.append((-gain, layer, expert, at, precision))
-                at = precision
+    for layer, expert in np.ndindex(precision_LE.shape):
+        bytes_N, cost_N = bytes_NL[:, layer], cost_NLE[:, layer, expert]
+        at = int(precision_LE[layer, expert])
+        while len(larger := np.flatnonzero(bytes_N > bytes_N[at])):
+            # The steepest way down from here is the next corner of the hull.
+            gains = (cost_N[at] - cost_N[larger]) / (bytes_N[larger] - bytes_N[at])
+            if (gain := gains.max()) < 0:
+                break
+            corner = int(larger[gains == gain][-1])
+            upgrades.append((-gain, layer, expert, at, corner))
+            at = corner
     left = limit_bytes - least
     for _, layer, expert, before, after in sorted(upgrades):
         needed = bytes_NL[after, layer] - bytes_NL[before, layer]

@@ -2,11 +2,8 @@
 
 Owns the calibration and its folder. `calibration.npz` is written last, so that a folder with it is
 whole; before that `layer-…npz` hold the moments of finished layers, which an interrupted run does
-not compute again. The text's tokens are kept too: GPTQ reads the text once more, by the weights
-that it has encoded so far (`layer_inputs.py`).
+not compute again. The text's tokens are kept for GPTQ, which reads them once more.
 """
-
-from __future__ import annotations
 
 import hashlib
 import zipfile
@@ -16,13 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from hobbit_jax.atomic import check_space, replacing
-from hobbit_jax.cache.controller import Observer
-from hobbit_jax.cache.selection import RouterOutput
-from hobbit_jax.evals.quality import Windows, watch_windows
+from hobbit_jax.evals.quality import Windows
 from hobbit_jax.experts.low_precision import MATRICES
 from hobbit_jax.importance.layer_inputs import LayerInputs, visit_layers
 from hobbit_jax.importance.scores import RoutingProfile
-from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.loading import LoadedModel
@@ -46,14 +40,9 @@ class KeptMoments:
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """What a model is calibrated on, which is all that GPTQ needs.
+    """What a model is calibrated on, which is all that GPTQ needs."""
 
-    Attributes:
-        model_sha256: of the model's file(s).
-        windows: the text.
-    """
-
-    model_sha256: str
+    model_sha256: str  # of the model's file(s)
     windows: Windows
 
     @property
@@ -64,8 +53,7 @@ class CalibrationText:
     @property
     def sha256(self) -> str:
         """Identity of everything in it but the rounding of its sums."""
-        what = f"{self.model_sha256} {_text_sha256(self.windows)} {self.statistics}"
-        return hashlib.sha256(what.encode()).hexdigest()
+        return _sha256(self.model_sha256, self.windows, self.statistics)
 
     def layer(self, layer: int) -> KeptMoments:
         """The moments of a layer.
@@ -84,7 +72,7 @@ class Calibration(CalibrationText):
     """What one model does with a text.
 
     Attributes:
-        routing: who was chosen, how often and with which weight.
+        routing: which experts were chosen, how often and with which weight.
         input_moments: Σ w²·x² of gate's and up's inputs, [L, E, D], float32; None for "routing".
         hidden_moments: the same of down's, the hidden rows by native weights, [L, E, F].
     """
@@ -98,7 +86,7 @@ class Calibration(CalibrationText):
         """What was gathered."""
         return "routing" if self.input_moments is None else "second_moment"
 
-    def only(self, statistics: str) -> Calibration:
+    def only(self, statistics: str) -> "Calibration":
         """What a calibration for no more than `statistics` would be."""
         if statistics == "second_moment":
             return self
@@ -137,7 +125,7 @@ class Calibration(CalibrationText):
         return path / _FILE
 
     @classmethod
-    def load(cls, path: Path, source: GGUFFile) -> Calibration:
+    def load(cls, path: Path, source: GGUFFile) -> "Calibration":
         """Reads the calibration of `source` in the folder `path`.
 
         Raises:
@@ -167,9 +155,10 @@ class Calibration(CalibrationText):
         return loaded
 
 
-def _text_sha256(windows: Windows) -> str:
+def _sha256(model_sha256: str, windows: Windows, *more: str) -> str:
     ids = np.ascontiguousarray(windows.ids_WS, np.int32)
-    return hashlib.sha256(ids.tobytes() + str(ids.shape).encode()).hexdigest()
+    text_sha256 = hashlib.sha256(ids.tobytes() + str(ids.shape).encode()).hexdigest()
+    return hashlib.sha256(" ".join([model_sha256, text_sha256, *more]).encode()).hexdigest()
 
 
 def calibration_bytes(config: ModelConfig, statistics: str) -> int:
@@ -177,27 +166,6 @@ def calibration_bytes(config: ModelConfig, statistics: str) -> int:
     if statistics == "routing":
         return 0
     return 2 * 4 * config.n_layers * config.n_experts * (config.d_model + config.d_expert)
-
-
-class RoutingCounts(Observer):
-    """Sums over watched layers that make a `RoutingProfile`."""
-
-    def __init__(self, config: ModelConfig):
-        shape = (config.n_layers, config.n_experts)
-        self.selections_LE, self.weight_LE = np.zeros(shape, np.int64), np.zeros(shape)
-        self.weights: list[np.ndarray] = []
-
-    def after_routing(self, routed: RouterOutput) -> None:
-        """Counts one layer of one step."""
-        ids, weights = routed.ids_TK[routed.valid_T], routed.weights_TK[routed.valid_T]
-        np.add.at(self.selections_LE[routed.layer], ids, 1)
-        np.add.at(self.weight_LE[routed.layer], ids, weights)
-        self.weights.append(weights)
-
-    def profile(self) -> RoutingProfile:
-        """The profile of all that was counted."""
-        weights_TK = np.concatenate(self.weights)
-        return RoutingProfile(self.selections_LE, self.weight_LE, weights_TK)
 
 
 def calibrate(model: LoadedModel, windows: Windows, statistics: str, path: Path) -> Calibration:
@@ -210,19 +178,25 @@ def calibrate(model: LoadedModel, windows: Windows, statistics: str, path: Path)
     if statistics not in STATISTICS:
         raise ValueError(f"statistics is {statistics!r}; want one of {', '.join(STATISTICS)}")
     path.mkdir(parents=True, exist_ok=True)
-    check_space(path / _FILE, calibration_bytes(model.config, statistics))
-    model_sha256, counts = model.file.sha256(), RoutingCounts(model.config)
-    recipe = hashlib.sha256(f"{model_sha256} {_text_sha256(windows)}".encode()).hexdigest()[:16]
+    model_sha256, config = model.file.sha256(), model.config
+    check_space(path / _FILE, calibration_bytes(config, statistics))
+    recipe = _sha256(model_sha256, windows)[:16]
+    routing: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     moments: list[tuple[np.ndarray, np.ndarray]] = []
 
     def visit(inputs: LayerInputs) -> None:
-        counts.after_routing(inputs.routed)
+        routed = inputs.routed
+        ids_TK, weights_TK = routed.ids_TK[routed.valid_T], routed.weights_TK[routed.valid_T]
+        weight_E = np.bincount(ids_TK.reshape(-1), weights_TK.reshape(-1), config.n_experts)
+        routing.append((inputs.selections_E, weight_E, weights_TK))
         if statistics == "second_moment":
             moments.append(_kept_moments(path / f"layer-{inputs.layer:03}-{recipe}.npz", inputs))
 
     visit_layers(model, windows, visit)
+    selections_LE, weight_LE, weights = zip(*routing, strict=True)
+    profile = RoutingProfile(np.stack(selections_LE), np.stack(weight_LE), np.concatenate(weights))
     stacked = [np.stack(arrays) for arrays in zip(*moments, strict=True)]
-    found = Calibration(model_sha256, windows, counts.profile(), *stacked)
+    found = Calibration(model_sha256, windows, profile, *stacked)
     found.save(path)
     for leftover in path.glob("layer-*.npz"):
         leftover.unlink()
@@ -237,10 +211,3 @@ def _kept_moments(path: Path, inputs: LayerInputs) -> tuple[np.ndarray, np.ndarr
             np.savez(file, input_ED=input_ED, hidden_EF=hidden_EF)
     with np.load(path) as moments:
         return moments["input_ED"], moments["hidden_EF"]
-
-
-def count_routing(engine: Engine, windows: Windows) -> RoutingCounts:
-    """Runs `windows` through a native engine and counts who was chosen."""
-    counts = RoutingCounts(engine.config)
-    watch_windows(engine, windows, counts, "calibrating")
-    return counts

@@ -2,13 +2,10 @@
 
 Owns the pass over the text: all of it is one chunk of prefill, so that a layer has run on every
 token before the next one begins. What a visitor makes of a layer's inputs may therefore be the
-weights that this layer and all later ones run by, and none of it has to be kept. Where a file's
-experts are encoded so, the native model runs on the same text beside them, for its outputs are what
-theirs should be. Memory holds the text's residual stream, its keys and values, and what one layer
-makes of it, all of it twice where two models run.
+weights that this layer and all later ones run by. Where a file's experts are encoded so, the native
+model runs on the same text beside them, for its outputs are what theirs should be. Memory holds the
+text's residual stream, its keys and values, and what one layer makes of it, for each of the two.
 """
-
-from __future__ import annotations
 
 import queue
 import threading
@@ -39,6 +36,8 @@ from hobbit_jax.resources import device_bytes, mib, roomy_pool_bytes
 from pallas_kernels.reference import Epilogue, ExpertFunction, gated
 
 _ROWS = 4096  # of an expert's inputs at a time, so that memory holds no more hidden rows
+_LOW = NATIVE + 1  # the precision of the experts that are encoded
+_See = Callable[[RouterOutput], object]
 
 
 class _Experts(NamedTuple):
@@ -56,22 +55,17 @@ class LayerInputs:
     gate and up. For down it is the gated hidden row, by the gate and up that stand in the store
     when it is asked.
 
-    `native` is what the native model has in the same place on the same text.
+    `native` is what the native model has in the same place on the same text, where the experts are
+    those of a low precision.
     """
 
-    def __init__(
-        self,
-        routed: RouterOutput,
-        store: HostExperts,
-        precision: int,
-        native: RouterOutput | None = None,
-    ):
+    def __init__(self, routed: RouterOutput, store: HostExperts, native: RouterOutput | None):
         assert routed.h_TD is not None
         self.routed, self.layer, self._store = routed, routed.layer, store
-        self._own, self._native = _Experts(routed.h_TD, precision), None
+        self._own, self._native = _Experts(routed.h_TD, NATIVE), None
         if native is not None:
             assert not (native.h_TD is None or native.x_TD is None or routed.x_TD is None)
-            self._native = _Experts(native.h_TD, NATIVE)
+            self._own, self._native = _Experts(routed.h_TD, _LOW), _Experts(native.h_TD, NATIVE)
             self._lag_TD = native.x_TD - routed.x_TD
         self._rows = {expert: rows for expert, *rows in routed.by_expert()}
         ids = routed.ids_TK[routed.valid_T].reshape(-1)
@@ -112,14 +106,10 @@ class LayerInputs:
         """
         if self._native is None:
             return None
-        down, w_NK = role == MATRICES["down"], jnp.asarray(weights_NK)
-        drift_NK = np.zeros(weights_NK.shape, np.float32)
-        natively = self._inputs(role, expert, self._native)
-        for (x_RK, *rows), (native_RK, *_) in zip(
-            self._inputs(role, expert), natively, strict=True
-        ):
-            token_R, weight_R = rows
-            if down:
+        w_NK, drift_NK = jnp.asarray(weights_NK), np.zeros(weights_NK.shape, np.float32)
+        own, natively = self._inputs(role, expert), self._inputs(role, expert, self._native)
+        for (x_RK, token_R, weight_R), (native_RK, *_) in zip(own, natively, strict=True):
+            if role == MATRICES["down"]:
                 share_R1 = self._share_of_lag_R1(expert, token_R, weight_R)
                 miss_RN = (native_RK - x_RK) @ w_NK.T + share_R1 * self._lag_TD[token_R]
                 drift_NK += np.asarray(_cross(miss_RN, x_RK, weight_R))
@@ -166,14 +156,13 @@ class LayerInputs:
                 dequantize(matrix, expert)[:, : h_TD.shape[1]]
                 for matrix in (stored.gate, stored.up)
             )
+            function = self._store.config.expert_function
             epilogue = self._store.epilogue_of(self.layer, expert)
         for start in range(0, len(token_R), _ROWS):
             part = slice(start, start + _ROWS)
             x_RK = h_TD[token_R[part]]
             if hidden:
-                x_RK = _hidden_RF(
-                    self._store.config.expert_function, x_RK, gate_FD, up_FD, epilogue
-                )
+                x_RK = _hidden_RF(function, x_RK, gate_FD, up_FD, epilogue)
             yield x_RK, token_R[part], weight_R[part]
 
 
@@ -205,9 +194,7 @@ def _hidden_RF(
 
 
 @contextmanager
-def _layers_ahead(
-    run: Callable[[Callable[[RouterOutput], None]], None],
-) -> Iterator[Iterator[RouterOutput]]:
+def _layers_ahead(run: Callable[[_See], None]) -> Iterator[Iterator[RouterOutput]]:
     """What `run` tells of each layer, while it goes on in a thread, up to two layers ahead."""
     told: queue.Queue[RouterOutput] = queue.Queue(1)
     ended = threading.Event()
@@ -234,11 +221,7 @@ def _layers_ahead(
 
 
 def _run(
-    model: LoadedModel,
-    ids_WT: np.ndarray,
-    store: HostExperts,
-    precision: int,
-    see: Callable[[RouterOutput], object],
+    model: LoadedModel, ids_WT: np.ndarray, store: HostExperts, precision: int, see: _See
 ) -> None:
     """Runs all windows as one chunk with the experts of one precision."""
     cache = CacheConfig(
@@ -280,15 +263,14 @@ def visit_layers(
     with tqdm(total=model.config.n_layers, unit="layer", disable=None, leave=False) as layers:
 
         def see(routed: RouterOutput, native: RouterOutput | None = None) -> None:
-            precision = NATIVE if native is None else NATIVE + 1
-            visit(LayerInputs(routed, store, precision, native))
+            visit(LayerInputs(routed, store, native))
             layers.update()
 
         if low is None:
             _run(model, ids_WT, store, NATIVE, see)
             return
         with _layers_ahead(partial(_run, model, ids_WT, store, NATIVE)) as natively:
-            _run(model, ids_WT, store, NATIVE + 1, lambda routed: see(routed, next(natively)))
+            _run(model, ids_WT, store, _LOW, lambda routed: see(routed, next(natively)))
 
 
 def run_by(model: LoadedModel, windows: Windows) -> LayerPass:

@@ -1,9 +1,4 @@
-"""ggml's own encoders, of every type that it has.
-
-Owns the one call into it. Source: `ggml_quantize_chunk` of ggml.h.
-"""
-
-from __future__ import annotations
+"""ggml's own encoders, of every type that it has, by `ggml_quantize_chunk` (ggml.h)."""
 
 import ctypes
 import functools
@@ -19,18 +14,13 @@ from pallas_kernels.ggml.library import base_library
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """libggml-base.
-
-    Raises:
-        NotImplementedError: there is none; says how to get one.
-    """
+def _library() -> ctypes.CDLL:
     found = base_library()
     found.ggml_quantize_chunk.restype = ctypes.c_size_t
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
     found.ggml_quantize_chunk.argtypes = (
-        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
-        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
-    )
+        ctypes.c_int, pointer, pointer, count, count, count, pointer
+    )  # fmt: skip
     found.ggml_quantize_init.argtypes = (ctypes.c_int,)
     found.ggml_quantize_requires_imatrix.argtypes = (ctypes.c_int,)
     found.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
@@ -53,7 +43,7 @@ def check_format(format: str, has_importance: bool) -> int:
         NotImplementedError: no libggml, or a format that we do not know.
     """
     number = get_format(format).number
-    if not has_importance and library().ggml_quantize_requires_imatrix(number):
+    if not has_importance and _library().ggml_quantize_requires_imatrix(number):
         raise ValueError(
             f"ggml encodes {format} only under an importance of the columns; give a calibration "
             "with second moments (scripts/calibrate.py)"
@@ -62,9 +52,7 @@ def check_format(format: str, has_importance: bool) -> int:
 
 
 def encode(
-    weights_NK: np.ndarray,
-    format: str,
-    importance_K: np.ndarray | None = None,
+    weights_NK: np.ndarray, format: str, importance_K: np.ndarray | None = None
 ) -> np.ndarray:
     """Blocks of a GGUF type, uint8 [N, row_bytes] of float32 [N, K].
 
@@ -76,28 +64,27 @@ def encode(
             importance where ggml demands one.
         NotImplementedError: no libggml, or a format that we do not know.
     """
-    kind = check_format(format, importance_K is not None)
+    kind, layout = check_format(format, importance_K is not None), get_format(format)
     weights_NK = np.ascontiguousarray(weights_NK, np.float32)
     n, k = weights_NK.shape
     check_finite(weights_NK)  # ggml would end the process
-    if k % get_format(format).block_weights:  # ggml would end the process
+    if k % layout.block_weights:  # ggml would end the process
         raise ValueError(
             f"rows of {k} weights are no whole number of {format}'s blocks of "
-            f"{get_format(format).block_weights}; fill them up with zeros"
+            f"{layout.block_weights}; fill them up with zeros"
         )
-    out_NP = np.empty((n, get_format(format).row_bytes(k)), np.uint8)
-    matrix_K = None if importance_K is None else np.ascontiguousarray(importance_K, np.float32)
-    matrix = None if matrix_K is None else matrix_K.ctypes.data
-    ggml = library()
+    out_NP = np.empty((n, layout.row_bytes(k)), np.uint8)
+    matrix = None
+    if importance_K is not None:
+        importance_K = np.ascontiguousarray(importance_K, np.float32)
+        matrix = importance_K.ctypes.data
+    ggml, threads = _library(), os.cpu_count() or 1
     ggml.ggml_quantize_init(kind)
 
     def encode_rows(rows: np.ndarray) -> int:
-        first, count = int(rows[0]), len(rows)
-        return ggml.ggml_quantize_chunk(
-            kind, weights_NK.ctypes.data, out_NP.ctypes.data, first * k, count, k, matrix
-        )
+        source, out, first = weights_NK.ctypes.data, out_NP.ctypes.data, int(rows[0])
+        return ggml.ggml_quantize_chunk(kind, source, out, first * k, len(rows), k, matrix)
 
-    threads = os.cpu_count() or 1
     parts = [rows for rows in np.array_split(np.arange(n), threads) if len(rows)]
     with ThreadPoolExecutor(threads) as pool:
         written = sum(pool.map(encode_rows, parts))

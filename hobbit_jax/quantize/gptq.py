@@ -1,8 +1,7 @@
 """Encode a matrix so that its output changes least on known inputs, not its weights.
 
 Owns the minimisation of tr(E·H·Eᵀ) with E = W − Ŵ over everything a K-quant stores: quants, 4- to
-8-bit scales and offsets, float16 super-scales. H = Σ x·xᵀ over calibration inputs. The result is
-ordinary blocks, so nothing else changes.
+8-bit scales and offsets, float16 super-scales. H = Σ x·xᵀ over calibration inputs.
 
 0. Where the inputs are not those that the matrix was made for, because matrices before it have been
    encoded, W is first moved to the weights of least error for the outputs that are wanted (QEP,
@@ -14,19 +13,14 @@ ordinary blocks, so nothing else changes.
    each sub-block's integers (scale, offset), then least squares for d and dmin, some rounds. Every
    move is taken only if it lowers the objective, so the result is never worse than step 1's.
 
-docs/log/2026-11-30-gptq-in-order.md has what each step is worth.
-
-Work is by super-blocks of 256 columns: inside one, rank-1 updates of [256, N]; between them, matrix
-products. Weights lie transposed, so that a column is contiguous.
+docs/log/2026-11-30-gptq-in-order.md has what each step is worth. Weights lie transposed, so that a
+column is contiguous.
 
 Letters: N rows, K columns, W the 256 columns of a super-block, J its sub-blocks, I the columns of a
 sub-block, C candidates. G_WN is H·Eᵀ, whose sign says where each weight wants to go.
 """
 
-from __future__ import annotations
-
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -35,13 +29,9 @@ import numpy as np
 import scipy.linalg
 from jax import Array, lax
 
-from hobbit_jax.quantize.k_quant_blocks import (
-    block_importance_GW,
-    check_weights,
-    k_quant,
-    pack,
-)
-from hobbit_jax.quantize.scale_search import BLOCK_LEN, Scales, find_scales
+from hobbit_jax.quantize import scale_search
+from hobbit_jax.quantize.k_quant_blocks import block_importance_GW, check_weights, k_quant, pack
+from hobbit_jax.quantize.scale_search import BLOCK_LEN, Scales
 from pallas_kernels.formats import KQuant, get_format
 
 # Added to the diagonal, as a share of its mean: a Hessian is a sample's, and less of it fits the
@@ -63,10 +53,7 @@ class _Blocks(NamedTuple):
 
 
 def encode(
-    weights_NK: np.ndarray,
-    format: str,
-    hessian_KK: np.ndarray,
-    drift_NK: np.ndarray | None = None,
+    weights_NK: np.ndarray, format: str, hessian_KK: np.ndarray, drift_NK: np.ndarray | None = None
 ) -> np.ndarray:
     """Blocks of least tr(E·H·Eᵀ) found, uint8 [N, row_bytes].
 
@@ -144,7 +131,7 @@ def _feed_errors_forward(
     for index, part in enumerate(_super_blocks(len(h_KK))):
         values_NW = np.asarray(moved_KN[part].T)
         weight_NW = np.broadcast_to(importance_GW[index], values_NW.shape)
-        q_NW, scales = find_scales(values_NW, weight_NW, quant)
+        q_NW, scales = scale_search.find_scales(values_NW, weight_NW, quant)
         start = _from_search(q_NW, scales, quant)
         block, error_WN = _feed_forward(moved_KN[part], upper_KK[part, part], start, quant)
         blocks.append(block)
@@ -163,25 +150,30 @@ def _from_search(q_NW: Array, scales: Scales, quant: KQuant) -> _Blocks:
     )
 
 
-def _step_low(blocks: _Blocks, j: Array) -> tuple[Array, Array]:
-    """(step, low) of ŵ = step·q + low in sub-block j, [N]."""
-    return blocks.d_N * blocks.scale_JN[j], -blocks.dmin_N * blocks.offset_JN[j]
+def _affine(blocks: _Blocks) -> tuple[Array, Array]:
+    """(step, low) of ŵ = step·q + low, [J, N]."""
+    return blocks.d_N[None] * blocks.scale_JN, -blocks.dmin_N[None] * blocks.offset_JN
 
 
-def _rows(array: Array, at: Array, length: int, axis: int = 0) -> Array:
-    return lax.dynamic_slice_in_dim(array, at, length, axis)
+def _sub_block(array: Array, j: Array, quant: KQuant, axis: int = 0) -> Array:
+    return lax.dynamic_slice_in_dim(array, j * quant.sub_len, quant.sub_len, axis)
+
+
+def _put_sub_block(array_WN: Array, part_IN: Array, j: Array, quant: KQuant) -> Array:
+    return lax.dynamic_update_slice_in_dim(array_WN, part_IN, j * quant.sub_len, axis=0)
 
 
 def _nearest_q(x_N: Array, step_N: Array, low_N: Array, quant: KQuant) -> Array:
-    inverse_N = jnp.where(step_N == 0, 0.0, 1 / jnp.where(step_N == 0, 1.0, step_N))
-    return jnp.clip(jnp.round((x_N - low_N) * inverse_N), *quant.q_range)
+    return jnp.clip(jnp.round((x_N - low_N) * scale_search.inverse(step_N)), *quant.q_range)
+
+
+def _by_column(of_sub_block_JN: Array, quant: KQuant) -> Array:
+    return jnp.repeat(of_sub_block_JN, quant.sub_len, axis=0)
 
 
 def _decoded_WN(blocks: _Blocks, quant: KQuant) -> Array:
-    step_JN = blocks.d_N[None] * blocks.scale_JN
-    low_JN = -blocks.dmin_N[None] * blocks.offset_JN
-    repeat = functools.partial(jnp.repeat, repeats=quant.sub_len, axis=0)
-    return repeat(step_JN) * blocks.q_WN + repeat(low_JN)
+    step_WN, low_WN = (_by_column(part_JN, quant) for part_JN in _affine(blocks))
+    return step_WN * blocks.q_WN + low_WN
 
 
 @functools.partial(jax.jit, static_argnames="quant")
@@ -189,15 +181,13 @@ def _feed_forward(
     x_WN: Array, upper_WW: Array, start: _Blocks, quant: KQuant
 ) -> tuple[_Blocks, Array]:
     """Rounds the columns of one super-block in turn; also the errors over the factor's diagonal."""
-    place_I1 = jnp.arange(quant.sub_len)[:, None]
-    rows = functools.partial(_rows, length=quant.sub_len)
+    place_I1, (step_JN, low_JN) = jnp.arange(quant.sub_len)[:, None], _affine(start)
 
     def round_sub_block(j: Array, carry):
         x_WN, q_WN, error_WN = carry
-        at = j * quant.sub_len
-        upper_IW = rows(upper_WW, at)
-        upper_II = rows(upper_IW, at, axis=1)
-        step_N, low_N = _step_low(start, j)
+        upper_IW = _sub_block(upper_WW, j, quant)
+        upper_II = _sub_block(upper_IW, j, quant, axis=1)
+        step_N, low_N = step_JN[j], low_JN[j]
 
         def round_column(i: Array, carry):
             x_IN, q_IN, error_IN = carry
@@ -206,12 +196,13 @@ def _feed_forward(
             later_I1 = jnp.where(place_I1 > i, upper_II[i][:, None], 0.0)
             return x_IN - later_I1 * error_N[None], q_IN.at[i].set(q_N), error_IN.at[i].set(error_N)
 
-        x_IN = rows(x_WN, at)
+        x_IN = _sub_block(x_WN, j, quant)
         zeros_IN = jnp.zeros_like(x_IN)
         carry = (x_IN, zeros_IN, zeros_IN)
         _, q_IN, error_IN = lax.fori_loop(0, quant.sub_len, round_column, carry)
-        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=at, axis=0)
-        return x_WN - upper_IW.T @ error_IN, put(q_WN, q_IN), put(error_WN, error_IN)
+        q_WN = _put_sub_block(q_WN, q_IN, j, quant)
+        error_WN = _put_sub_block(error_WN, error_IN, j, quant)
+        return x_WN - upper_IW.T @ error_IN, q_WN, error_WN
 
     zeros_WN = jnp.zeros_like(x_WN)
     n_sub = BLOCK_LEN // quant.sub_len
@@ -252,16 +243,14 @@ def _descend_quants(
     blocks: _Blocks, g_WN: Array, h_WW: Array, quant: KQuant
 ) -> tuple[Array, Array]:
     """Sets each quant in turn to the level nearest to its best real value, the others fixed."""
-    rows = functools.partial(_rows, length=quant.sub_len)
-    n_sub = BLOCK_LEN // quant.sub_len
+    n_sub, (step_JN, low_JN) = BLOCK_LEN // quant.sub_len, _affine(blocks)
 
     def move_sub_block(turn: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         q_WN, g_WN = carry
         j = turn % n_sub
-        at = j * quant.sub_len
-        h_IW, q_IN = rows(h_WW, at), rows(q_WN, at)
-        h_II = rows(h_IW, at, axis=1)
-        step_N, low_N = _step_low(blocks, j)
+        h_IW, q_IN = _sub_block(h_WW, j, quant), _sub_block(q_WN, j, quant)
+        h_II = _sub_block(h_IW, j, quant, axis=1)
+        step_N, low_N = step_JN[j], low_JN[j]
 
         def move(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             q_IN, g_IN = carry
@@ -270,9 +259,9 @@ def _descend_quants(
             change_N = step_N * (q_N - q_IN[i])
             return q_IN.at[i].set(q_N), g_IN - h_II[i][:, None] * change_N[None]
 
-        moved_IN, _ = lax.fori_loop(0, quant.sub_len, move, (q_IN, rows(g_WN, at)))
+        moved_IN, _ = lax.fori_loop(0, quant.sub_len, move, (q_IN, _sub_block(g_WN, j, quant)))
         g_WN = g_WN - h_IW.T @ (step_N[None] * (moved_IN - q_IN))
-        return lax.dynamic_update_slice_in_dim(q_WN, moved_IN, at, axis=0), g_WN
+        return _put_sub_block(q_WN, moved_IN, j, quant), g_WN
 
     return lax.fori_loop(0, _SWEEPS * n_sub, move_sub_block, (blocks.q_WN, g_WN))
 
@@ -281,23 +270,17 @@ def _descend_integers(
     blocks: _Blocks, g_WN: Array, h_WW: Array, quant: KQuant
 ) -> tuple[_Blocks, Array]:
     """Moves each sub-block's scale and offset to the best within reach, its quants fixed."""
-    reach = (0, *(sign * far for far in range(1, _REACH + 1) for sign in (1, -1)))
-    moves_C2 = np.asarray(
-        list(itertools.product(reach, reach if quant.has_offsets else (0,))), np.float32
-    )
-    moves_2C1 = jnp.asarray(moves_C2.T[:, :, None])
-    rows = functools.partial(_rows, length=quant.sub_len)
+    moves_2C1 = scale_search.moves(quant, _REACH)[:, :, None]
 
     def move(j: Array, carry: tuple[_Blocks, Array]) -> tuple[_Blocks, Array]:
         blocks, g_WN = carry
-        at = j * quant.sub_len
-        h_IW, q_IN, g_IN = rows(h_WW, at), rows(blocks.q_WN, at), rows(g_WN, at)
-        h_II = rows(h_IW, at, axis=1)
-        scale_CN = jnp.clip(blocks.scale_JN[j][None] + moves_2C1[0], *quant.scale_range)
-        offset_CN = jnp.clip(blocks.offset_JN[j][None] + moves_2C1[1], 0, quant.scale_range[1])
+        h_IW, q_IN, g_IN = (_sub_block(x, j, quant) for x in (h_WW, blocks.q_WN, g_WN))
+        h_II = _sub_block(h_IW, j, quant, axis=1)
+        scale_1N, offset_1N = blocks.scale_JN[j][None], blocks.offset_JN[j][None]
+        scale_CN, offset_CN = scale_search.neighbours(scale_1N, offset_1N, moves_2C1, quant)
         # The change of ŵ is a·q + b; of the objective, quadratic in a and b.
-        a_CN = blocks.d_N[None] * (scale_CN - blocks.scale_JN[j][None])
-        b_CN = -blocks.dmin_N[None] * (offset_CN - blocks.offset_JN[j][None])
+        a_CN = blocks.d_N[None] * (scale_CN - scale_1N)
+        b_CN = -blocks.dmin_N[None] * (offset_CN - offset_1N)
         hq_IN, h1_I1 = h_II @ q_IN, jnp.sum(h_II, axis=1, keepdims=True)
         qhq_1N = jnp.sum(q_IN * hq_IN, axis=0, keepdims=True)
         qh1_1N = jnp.sum(q_IN * h1_I1, axis=0, keepdims=True)
@@ -321,8 +304,8 @@ def _descend_integers(
 
 def _refit_super_scales(blocks: _Blocks, g_WN: Array, h_WW: Array, quant: KQuant) -> _Blocks:
     """d and dmin by least squares, rounded to float16; kept where that does not help."""
-    repeat = functools.partial(jnp.repeat, repeats=quant.sub_len, axis=0)
-    a_WN, b_WN = repeat(blocks.scale_JN) * blocks.q_WN, -repeat(blocks.offset_JN)
+    a_WN = _by_column(blocks.scale_JN, quant) * blocks.q_WN
+    b_WN = -_by_column(blocks.offset_JN, quant)
     ha_WN, hb_WN = h_WW @ a_WN, h_WW @ b_WN
 
     def dot(left_WN: Array, right_WN: Array) -> Array:

@@ -1,8 +1,5 @@
 """K-quant blocks, for an encoder: which weights they can take, and their bytes from their fields.
 
-Owns the checks before and after a search, and the packing of what it found. What a block can say,
-and where, is `pallas_kernels.formats`.
-
 Shape letters: N rows, K columns; inside, G blocks, W weights of a block, P bytes.
 """
 
@@ -31,9 +28,7 @@ def k_quant(format: str) -> KQuant:
 
 
 def check_weights(weights_NK: np.ndarray) -> None:
-    """Refuses weights that no K-quant takes.
-
-    Before a search, because squares of larger weights could overflow float32.
+    """Refuses weights that no K-quant takes, before their squares overflow float32 in a search.
 
     Raises:
         ValueError: wrong rank, dtype or K; NaN or infinite weights, or such as are too large.
@@ -53,18 +48,15 @@ def check_weights(weights_NK: np.ndarray) -> None:
 
 def check_finite(weights_NK: np.ndarray) -> None:
     """Refuses NaN and infinity."""
-    finite_N = np.isfinite(weights_NK).all(1)
-    if not finite_N.all():
-        row = int(np.argmin(finite_N))
-        bad = weights_NK[row][~np.isfinite(weights_NK[row])][0]
-        raise ValueError(f"wanted finite weights, got {bad} in row {row}")
+    finite_NK = np.isfinite(weights_NK)
+    if not finite_NK.all():
+        row, column = np.argwhere(~finite_NK)[0]
+        raise ValueError(f"wanted finite weights, got {weights_NK[row, column]} in row {row}")
 
 
 def _check_no_overflow(fits_NK: np.ndarray) -> None:
-    """Refuses weights of which a block does not fit its float16 fields."""
-    fits_N = fits_NK.all(axis=1)
-    if not fits_N.all():
-        row = int(np.argmin(fits_N))
+    if not fits_NK.all():
+        row = np.argwhere(~fits_NK)[0, 0]
         raise ValueError(f"wanted float16 fields within 65504, got an overflow in row {row}")
 
 

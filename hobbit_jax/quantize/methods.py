@@ -1,10 +1,7 @@
 """Which way an expert's matrix is encoded: by llama.cpp's encoder, or by GPTQ.
 
-Owns the names of the methods, and what happens to an expert that calibration saw too rarely. Both
-methods write the same standard blocks.
+Owns the names of the methods, and what happens to an expert that calibration saw too rarely.
 """
-
-from __future__ import annotations
 
 from typing import Protocol, cast
 
@@ -88,12 +85,11 @@ def importance_K(moments: LayerMoments, role: str, expert: int) -> np.ndarray:
 
 def prior_hessian_KK(moments: LayerHessians, role: str, expert: int) -> np.ndarray:
     """The Hessian of one matrix, float64 [K, K], with the same stand-ins as `importance_K`."""
+    own_KK = moments.hessian_KK(role, expert).astype(np.float64)
     if role == "ffn_down_exps":
         diagonal = moments.second_moments_EK(role).sum(axis=0, dtype=np.float64).mean()
-        own_KK = moments.hessian_KK(role, expert).astype(np.float64)
         of_layer_KK = diagonal * np.eye(len(own_KK))
     else:
-        own_KK = moments.hessian_KK(role, expert).astype(np.float64)
         of_layer_KK = moments.layer_hessian_DD()
     return own_KK + PRIOR_TOKENS / moments.selections_E.sum() * of_layer_KK
 
@@ -142,15 +138,15 @@ def encode_matrix(
     check_method(format, method, moments is not None)
     filling = get_format(format).padded(weights_NK.shape[1]) - weights_NK.shape[1]
     columns = (0, 0), (0, filling)
-    native_NK, weights_NK = weights_NK, np.pad(weights_NK, columns)
+    padded_NK = np.pad(weights_NK, columns)
     if moments is None:
-        return ggml.encode(weights_NK, format)
-    if method == "gptq":
-        seen = cast(LayerHessians, moments)
-        hessian_KK, drift_NK = prior_hessian_KK(seen, role, expert), None
-        if (own_NK := seen.drift_NK(role, expert, native_NK)) is not None:
-            drift_NK = np.pad(own_NK, columns)
-        # What fills up a block may be anything.
-        return gptq.encode(weights_NK, format, np.pad(hessian_KK, (0, filling)), drift_NK)
-    weight_K = np.pad(importance_K(moments, role, expert), (0, filling))
-    return ggml.encode(weights_NK, format, weight_K.astype(np.float32))
+        return ggml.encode(padded_NK, format)
+    if method == "ggml":
+        weight_K = np.pad(importance_K(moments, role, expert), (0, filling))
+        return ggml.encode(padded_NK, format, weight_K)
+    seen = cast(LayerHessians, moments)
+    hessian_KK = prior_hessian_KK(seen, role, expert)
+    if (drift_NK := seen.drift_NK(role, expert, weights_NK)) is not None:
+        drift_NK = np.pad(drift_NK, columns)
+    # What fills up a block may be anything.
+    return gptq.encode(padded_NK, format, np.pad(hessian_KK, (0, filling)), drift_NK)

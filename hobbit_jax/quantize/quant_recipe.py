@@ -1,11 +1,8 @@
 """Which GGUF type each tensor of a model gets in llama.cpp's Q4_K_M.
 
-Owns that rule. Source: llama.cpp, src/llama-quant.cpp (`tensor_allows_quantization`,
-`llama_tensor_get_type_impl`, `tensor_type_fallback`), for the architectures that we run and without
-an importance matrix.
+Source: llama.cpp, src/llama-quant.cpp (`tensor_allows_quantization`, `llama_tensor_get_type_impl`,
+`tensor_type_fallback`), for the architectures that we run and without an importance matrix.
 """
-
-from __future__ import annotations
 
 import re
 

@@ -11,11 +11,8 @@ and `make_qx_quants` of ggml-quants.c:
 3. The super-scales are fitted again to those integers by least squares and rounded. Both steps
    once more lower the error by 0.2 %. (At Q3_K step 3 alone does all but 0.03 % of it.)
 
-Tried on N(0,1) at Q2_K and left out: a third round (error −0.1 %, time +20 %), all 256 pairs of
-(scale, offset) in step 2 (−0.1 %, 20 times slower), moves by up to 2 (nothing), a first d below the
-largest step over 15 (+0.1 to +2 %; as 9 starts, of which the best is kept, −0.1 % at 4 times the
-time), 36 guesses (−0.1 %). At Q3_K, all 64 scales in step 2 (−0.02 %, 10 times slower). Keeping a
-block's first result where step 3 makes it worse changed no figure.
+Left out, for they lower the error by 0.1 % at most: a third round, more guesses, more first values
+of d, and all pairs of (scale, offset) in step 2.
 
 Letters: G super-blocks, W weights of a super-block, J sub-blocks of a super-block, I weights of a
 sub-block, C candidates. Arrays lie by lane, [I, J, G], and sums over a sub-block are unrolled: a
@@ -108,7 +105,7 @@ def _by_lane(values_GW: Array, importance_GW: Array | None, quant: KQuant) -> _C
     return _Chunk(transpose(values_GW), None if importance_GW is None else transpose(importance_GW))
 
 
-def _inverse(step: Array) -> Array:
+def inverse(step: Array) -> Array:
     """1/step, but 0 for a step of 0: every weight then takes level 0."""
     return jnp.where(step == 0, 0.0, 1 / jnp.where(step == 0, 1.0, step))
 
@@ -121,8 +118,8 @@ def _affine(scales: Scales) -> tuple[Array, Array]:
 
 def _q(x: Array, step: Array, low: Array, quant: KQuant) -> Array:
     """The q nearest to each x under ŵ = step·q + low, as float32."""
-    inverse = _inverse(step)
-    q = jnp.round(x * inverse + -low * inverse)
+    per_step = inverse(step)
+    q = jnp.round(x * per_step + -low * per_step)
     # Selects, because XLA's minimum and maximum cost three instructions more to pass on a NaN.
     q_min, q_max = (jnp.float32(q) for q in quant.q_range)
     q = jnp.where(q > q_min, q, q_min)
@@ -148,13 +145,13 @@ def _moments(chunk: _Chunk, step_CJG: Array, low_CJG: Array, quant: KQuant) -> _
 
 def _least_squares(sums: _Moments, quant: KQuant) -> tuple[Array, Array]:
     """The real-valued (step, low) of least weighted error for given q; low is at most 0."""
-    plain_CJG = sums.wxq * _inverse(sums.wqq)
+    plain_CJG = sums.wxq * inverse(sums.wqq)
     if not quant.has_offsets:
         return plain_CJG, jnp.zeros_like(plain_CJG)
     det_CJG = sums.w * sums.wqq - sums.wq * sums.wq
     # If all q are equal, det is rounding noise, and only the mean can be fitted.
     usable_CJG = det_CJG > 1e-6 * sums.w * sums.wqq
-    per_det_CJG = jnp.where(usable_CJG, _inverse(det_CJG), 0.0)
+    per_det_CJG = jnp.where(usable_CJG, inverse(det_CJG), 0.0)
     step_CJG = (sums.w * sums.wxq - sums.wx * sums.wq) * per_det_CJG
     low_CJG = (sums.wqq * sums.wx - sums.wq * sums.wxq) * per_det_CJG
     low_CJG = jnp.where(usable_CJG, low_CJG, sums.wx / sums.w)
@@ -216,34 +213,30 @@ def _first_scales(
     step_1JG: Array, low_1JG: Array, d_11G: Array, dmin_11G: Array, quant: KQuant
 ) -> Scales:
     """The integers nearest to fitted steps."""
-    scale_1JG = jnp.round(step_1JG * _inverse(d_11G.astype(jnp.float32)))
-    offset_1JG = jnp.round(-low_1JG * _inverse(dmin_11G.astype(jnp.float32)))
-    return Scales(
-        d_11G,
-        dmin_11G,
-        jnp.clip(scale_1JG, *quant.scale_range),
-        jnp.clip(offset_1JG, 0, quant.scale_range[1]),
-    )
+    scale_1JG = jnp.round(step_1JG * inverse(d_11G.astype(jnp.float32)))
+    offset_1JG = jnp.round(-low_1JG * inverse(dmin_11G.astype(jnp.float32)))
+    scale_1JG = jnp.clip(scale_1JG, *quant.scale_range)
+    return Scales(d_11G, dmin_11G, scale_1JG, jnp.clip(offset_1JG, 0, quant.scale_range[1]))
 
 
-def _neighbours(start: Scales, moves: Array, quant: KQuant) -> Scales:
-    return start._replace(
-        scale_1JG=jnp.clip(start.scale_1JG + moves[0], *quant.scale_range),
-        offset_1JG=jnp.clip(start.offset_1JG + moves[1], 0, quant.scale_range[1]),
-    )
+def neighbours(scale: Array, offset: Array, moves: Array, quant: KQuant) -> tuple[Array, Array]:
+    """The (scale, offset) that `moves`, [2, …], lead to, within their ranges."""
+    offset = jnp.clip(offset + moves[1], 0, quant.scale_range[1])
+    return jnp.clip(scale + moves[0], *quant.scale_range), offset
 
 
-def _moves(quant: KQuant) -> Array:
+def moves(quant: KQuant, reach: int = 1) -> Array:
     """The C moves from a (scale, offset), float32 [2, C], staying first: it wins the ties."""
-    moves = itertools.product((0, 1, -1), (0, 1, -1) if quant.has_offsets else (0,))
-    return jnp.asarray(list(moves), jnp.float32).T
+    steps = (0, *(sign * far for far in range(1, reach + 1) for sign in (1, -1)))
+    pairs = itertools.product(steps, steps if quant.has_offsets else (0,))
+    return jnp.asarray(list(pairs), jnp.float32).T
 
 
 @_stage
 def _near_errors_CJG(chunk: _Chunk, start: Scales, quant: KQuant) -> Array:
     """The weighted squared error of each move from `start`, its d and dmin unchanged."""
-    near = _neighbours(start, _moves(quant)[:, :, None, None], quant)
-    step_CJG, low_CJG = _affine(near)
+    near = neighbours(*start[2:], moves(quant)[:, :, None, None], quant)
+    step_CJG, low_CJG = _affine(Scales(*start[:2], *near))
     error_CJG = jnp.float32(0.0)
     for x, w in _lanes(chunk):
         miss_CJG = x - (step_CJG * _q(x, step_CJG, low_CJG, quant) + low_CJG)
@@ -255,7 +248,7 @@ def _near_errors_CJG(chunk: _Chunk, start: Scales, quant: KQuant) -> Array:
 def _nearest_scales(error_CJG: Array, start: Scales, quant: KQuant) -> Scales:
     """`start` after the best moves."""
     best_1JG = jnp.argmin(error_CJG, axis=0, keepdims=True)
-    return _neighbours(start, _moves(quant)[:, best_1JG], quant)
+    return Scales(*start[:2], *neighbours(*start[2:], moves(quant)[:, best_1JG], quant))
 
 
 @_stage
@@ -280,11 +273,9 @@ def _fit_super_scales(sums: _Moments, scales: Scales) -> Scales:
     bx_11G = total(offset_1JG * sums.wx)
     det_11G = aa_11G * bb_11G - ab_11G * ab_11G
     both_11G = det_11G > 1e-6 * aa_11G * bb_11G
-    per_det_11G = _inverse(det_11G)
+    per_det_11G = inverse(det_11G)
     d_11G = jnp.where(
-        both_11G,
-        (ax_11G * bb_11G - bx_11G * ab_11G) * per_det_11G,
-        ax_11G * _inverse(aa_11G),
+        both_11G, (ax_11G * bb_11G - bx_11G * ab_11G) * per_det_11G, ax_11G * inverse(aa_11G)
     )
     dmin_11G = (ax_11G * ab_11G - bx_11G * aa_11G) * per_det_11G
     d_known_11G = both_11G | ((aa_11G > 0) & (bb_11G == 0))

@@ -1,12 +1,8 @@
 """The reference model that ships with the package, and the text it never saw.
 
-Owns the paths to package data. `reference-q4_k_m.gguf` was trained by
-`scripts/reference_model/train_reference.py`; `held_out.jsonl.gz` holds the standard-library
-files kept from training, each marked for calibration or for evaluation, so
-that every machine measures on the same text. MODEL_CARD.md tells the rest.
+`held_out.jsonl.gz` holds the standard-library files kept from training, each marked for calibration
+or for evaluation, so that every machine measures on the same text. MODEL_CARD.md tells the rest.
 """
-
-from __future__ import annotations
 
 import gzip
 import json
@@ -35,7 +31,7 @@ def model_path() -> Path:
 
 
 def read_held_out(path: Path, part: Part) -> list[str]:
-    """Held-out files of one part from a file as `training.card.write_held_out` makes it."""
+    """Held-out files of one part from a file as `reference_model.card.write_held_out` makes it."""
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         files = [json.loads(line) for line in lines]
     return [file["text"] for file in files if file["part"] == part]

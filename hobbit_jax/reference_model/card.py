@@ -1,10 +1,4 @@
-"""What ships with a trained model: its held-out text, and the card that says how good it is.
-
-Owns the figures of the model card: bits per byte against `xz -9` on the same files, both miniature
-tasks, expert shares, the loss curve. Its text is `MODEL_CARD.md.j2`.
-"""
-
-from __future__ import annotations
+"""What ships with a trained model: its held-out text, and the card that says how good it is."""
 
 import gzip
 import json
@@ -16,22 +10,22 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
+from hobbit_jax.cache.controller import OnRouting
+from hobbit_jax.cache.selection import RouterOutput
 from hobbit_jax.evals import quality, tasks
 from hobbit_jax.evals.logit_comparison import compare_in_float64
 from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.importance.calibration import count_routing
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.loading import LoadedModel
-from hobbit_jax.reference_model.corpus import SourceFile
+from hobbit_jax.reference_model.corpus import CONTEXT, SourceFile
 
-CONTEXT = 512
-ROWS_PER_BATCH = 4
+_ROWS_PER_BATCH = 4
 
 
 def write_held_out(files: list[SourceFile], path: Path) -> None:
-    """Held-out files as gzipped JSON lines, alternating between calibration and evaluation.
+    """Held-out files as gzipped JSON lines, two for evaluation and then one for calibration.
 
-    Two evaluation files to one calibration file; the same files give the same bytes.
+    The same files give the same bytes.
     """
     held_out = sorted((file for file in files if file.held_out), key=lambda file: file.name)
     parts = ("evaluation", "evaluation", "calibration")
@@ -53,8 +47,8 @@ def bits_per_byte(engine: Engine, model: LoadedModel, texts: list[str]) -> float
     # Windows overlap by one token, so that each token but the BOS is a target once.
     starts = [(ids, start) for ids in encoded for start in range(0, len(ids) - 1, CONTEXT)]
     rows = sorted((ids[start : start + CONTEXT + 1] for ids, start in starts), key=len)
-    for start in range(0, len(rows), ROWS_PER_BATCH):
-        batch = rows[start : start + ROWS_PER_BATCH]
+    for start in range(0, len(rows), _ROWS_PER_BATCH):
+        batch = rows[start : start + _ROWS_PER_BATCH]
         ids_BS = np.zeros((len(batch), CONTEXT + 1), np.int32)
         for row, ids in enumerate(batch):
             ids_BS[row, : len(ids)] = ids
@@ -70,7 +64,12 @@ def measure(model: LoadedModel, texts: list[str], problems: int) -> dict[str, An
     """The card's figures for one model file on held-out `texts` and tasks."""
     engine = Engine(model, HostExperts(model.config, model.file))
     windows = quality.cut_windows(model.tokenizer(), texts, 64, CONTEXT)
-    selections_LE = count_routing(engine, windows).selections_LE
+    selections_LE = np.zeros((model.config.n_layers, model.config.n_experts))
+
+    def count(routed: RouterOutput) -> None:
+        np.add.at(selections_LE[routed.layer], routed.ids_TK[routed.valid_T], 1)
+
+    quality.watch_windows(engine, windows, OnRouting(count), "counting uses")
     shares_LE = selections_LE / selections_LE.sum(axis=1, keepdims=True)
     encoded = [text.encode() for text in texts]
     xz_bytes = sum(len(lzma.compress(text, preset=9)) for text in encoded)
@@ -106,6 +105,5 @@ def write_card(path: Path, train: dict[str, Any], figures: dict[str, dict[str, A
         Path(__file__).with_name("MODEL_CARD.md.j2").read_text(encoding="utf-8"),
         undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    path.write_text(
-        template.render(train=train, figures=figures, context=CONTEXT), encoding="utf-8"
-    )
+    text = template.render(train=train, figures=figures, context=CONTEXT)
+    path.write_text(text, encoding="utf-8")

@@ -6,8 +6,7 @@ its module path, so it is the same file under every Python version. Generated ta
 their own content (`hobbit_jax/synthetic_tasks`).
 """
 
-from __future__ import annotations
-
+import functools
 import hashlib
 import sysconfig
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ from hobbit_jax.model_file.pre_tokenizers import QWEN2
 from hobbit_jax.synthetic_tasks.documents import TaskMix, task_documents
 
 END_OF_TEXT = "<|endoftext|>"
-HELD_OUT_ONE_IN = 20
-EXCLUDED_DIRECTORIES = frozenset({"site-packages", "test", "tests", "idlelib", "__pycache__"})
+BATCH, CONTEXT, SEED = 16, 512, 0  # rows of a training batch, and tokens of a row
+_WIDTH = CONTEXT + 1
+_HELD_OUT_ONE_IN = 20
+_EXCLUDED_DIRECTORIES = frozenset({"site-packages", "test", "tests", "idlelib", "__pycache__"})
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class SourceFile:
     def held_out(self) -> bool:
         """Whether the file is kept from training, by a hash of its name."""
         digest = hashlib.blake2b(self.name.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") % HELD_OUT_ONE_IN == 0
+        return int.from_bytes(digest, "little") % _HELD_OUT_ONE_IN == 0
 
 
 def standard_library() -> list[SourceFile]:
@@ -44,7 +45,7 @@ def standard_library() -> list[SourceFile]:
     files = []
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
-        if EXCLUDED_DIRECTORIES.isdisjoint(relative.parts):
+        if _EXCLUDED_DIRECTORIES.isdisjoint(relative.parts):
             text = path.read_text(encoding="utf-8", errors="ignore")
             files.append(SourceFile(relative.as_posix(), text))
     return [file for file in files if file.text.strip()]
@@ -72,23 +73,20 @@ def train_tokenizer(files: list[SourceFile], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def pack(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
+def _pack(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
     """One uint16 stream: every document preceded by END_OF_TEXT."""
     boundary = tokenizer.get_vocab()[END_OF_TEXT]
     stream: list[int] = []
     for encoding in tokenizer.encode_batch(documents):
-        stream.append(boundary)
-        stream.extend(encoding.ids)
+        stream += [boundary, *encoding.ids]
     return np.asarray(stream, np.uint16)
 
 
-def held_out_windows(
-    tokenizer: Tokenizer, files: list[SourceFile], context: int, count: int
-) -> np.ndarray:
-    """int32 [count, context + 1], spread evenly over the held-out sources."""
-    stream = pack(tokenizer, [file.text for file in files if file.held_out])
-    available = len(stream) // (context + 1)
-    windows = stream[: available * (context + 1)].reshape(available, context + 1)
+def held_out_windows(tokenizer: Tokenizer, files: list[SourceFile], count: int) -> np.ndarray:
+    """int32 [count, CONTEXT + 1], spread evenly over the held-out sources."""
+    stream = _pack(tokenizer, [file.text for file in files if file.held_out])
+    available = len(stream) // _WIDTH
+    windows = stream[: available * _WIDTH].reshape(available, _WIDTH)
     return windows[:: max(1, available // count)][:count].astype(np.int32)
 
 
@@ -111,59 +109,45 @@ class Batches:
 
     STEPS_PER_BLOCK = 64
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        files: list[SourceFile],
-        phases: tuple[Phase, ...],
-        *,
-        batch: int,
-        context: int,
-        seed: int,
-    ):
+    def __init__(self, tokenizer: Tokenizer, files: list[SourceFile], phases: tuple[Phase, ...]):
         self.tokenizer, self.phases = tokenizer, phases
-        self.batch, self.context, self.seed = batch, context, seed
-        self.source_stream = pack(tokenizer, [f.text for f in files if not f.held_out])
-        self._task_block: tuple[tuple[int, int], np.ndarray] | None = None
+        self.source_stream = _pack(tokenizer, [f.text for f in files if not f.held_out])
+        self._task_block = functools.lru_cache(1)(self._make_task_block)
 
     def __call__(self, step: int) -> np.ndarray:
-        """Token ids int32 [batch, context + 1] of this step."""
+        """Token ids int32 [BATCH, CONTEXT + 1] of this step."""
         first_row = 0
         for index, phase in enumerate(self.phases):
-            source_rows = self.batch - phase.task_rows
+            source_rows = BATCH - phase.task_rows
             if step < phase.steps:
                 sources = self._source_windows(first_row + step * source_rows, source_rows)
-                rows = np.concatenate([sources, self._task_windows(index, step)])
-                return rows.astype(np.int32)
+                block, position = divmod(step, self.STEPS_PER_BLOCK)
+                tasks = self._task_block(index, block)[position * phase.task_rows :]
+                return np.concatenate([sources, tasks[: phase.task_rows]]).astype(np.int32)
             step -= phase.steps
             first_row += phase.steps * source_rows
         raise ValueError(f"the phases end {step + 1} steps before this one")
 
     def _source_windows(self, first: int, count: int) -> np.ndarray:
-        per_epoch = len(self.source_stream) // (self.context + 1) - 1
+        per_epoch = len(self.source_stream) // _WIDTH - 1
         rows = []
         for index in range(first, first + count):
             epoch, position = divmod(index, per_epoch)
-            rng = np.random.default_rng([self.seed, epoch])
-            offset = int(rng.integers(self.context + 1))
-            start = offset + int(rng.permutation(per_epoch)[position]) * (self.context + 1)
-            rows.append(self.source_stream[start : start + self.context + 1])
+            rng = np.random.default_rng([SEED, epoch])
+            offset = int(rng.integers(_WIDTH))
+            start = offset + int(rng.permutation(per_epoch)[position]) * _WIDTH
+            rows.append(self.source_stream[start : start + _WIDTH])
         return np.stack(rows)
 
-    def _task_windows(self, phase_index: int, step: int) -> np.ndarray:
+    def _make_task_block(self, phase_index: int, block: int) -> np.ndarray:
+        """The task rows of all steps of one block."""
         phase = self.phases[phase_index]
-        block, position = divmod(step, self.STEPS_PER_BLOCK)
-        if self._task_block is None or self._task_block[0] != (phase_index, block):
-            rows_needed = self.STEPS_PER_BLOCK * phase.task_rows
-            stream, part = np.zeros(0, np.uint16), 0
-            while len(stream) < rows_needed * (self.context + 1):
-                seed = ((self.seed * 64 + phase_index) * 1_000_003 + block) * 64 + part + 1
-                documents = task_documents(seed, 4000, phase.mix)
-                order = np.random.default_rng([seed, part]).permutation(len(documents))
-                packed = pack(self.tokenizer, [documents[i] for i in order])
-                stream, part = np.concatenate([stream, packed]), part + 1
-            used = stream[: rows_needed * (self.context + 1)]
-            windows = used.reshape(rows_needed, self.context + 1)
-            self._task_block = ((phase_index, block), windows)
-        start = position * phase.task_rows
-        return self._task_block[1][start : start + phase.task_rows]
+        rows = self.STEPS_PER_BLOCK * phase.task_rows
+        stream, part = np.zeros(0, np.uint16), 0
+        while len(stream) < rows * _WIDTH:
+            seed = ((SEED * 64 + phase_index) * 1_000_003 + block) * 64 + part + 1
+            documents = task_documents(seed, 4000, phase.mix)
+            order = np.random.default_rng([seed, part]).permutation(len(documents))
+            packed = _pack(self.tokenizer, [documents[i] for i in order])
+            stream, part = np.concatenate([stream, packed]), part + 1
+        return stream[: rows * _WIDTH].reshape(rows, _WIDTH)

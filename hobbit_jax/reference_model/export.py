@@ -1,9 +1,4 @@
-"""From a trained checkpoint to GGUF: float32 for reference, Q4_K_M-style for use.
-
-Owns the mapping of trained parameters to llama.cpp's tensor names, and the tokenizer's metadata.
-"""
-
-from __future__ import annotations
+"""From a trained checkpoint to GGUF: float32 for reference, Q4_K_M-style for use."""
 
 import json
 from functools import partial
@@ -60,12 +55,10 @@ def named_weights(model: TrainableModel) -> dict[str, np.ndarray]:
         "output_norm.weight": model.ends.final_norm.scale[...],
     }
     for layer, (block, experts) in enumerate(zip(model.blocks, model.experts, strict=True)):
-        attention = block.attention
-        assert isinstance(attention, GroupedQueryAttention)
-        query, key, value = attention.projections
-        router = block.expert_router.linear
-        assert router is not None
+        attention, router = block.attention, block.expert_router.linear
+        assert isinstance(attention, GroupedQueryAttention) and router is not None
         assert attention.q_norm is not None and attention.k_norm is not None  # Qwen3's
+        query, key, value = attention.projections
         of_layer = {
             "attn_norm": block.attention_norm.scale[...],
             "attn_q": query.weights(),
@@ -86,12 +79,11 @@ def named_weights(model: TrainableModel) -> dict[str, np.ndarray]:
 
 def export_float32(model: TrainableModel, tokenizer: Tokenizer, name: str, path: Path) -> None:
     """Writes the trained model in float32."""
-    config = model.config
     tensors = [
         (key, "F32", value.shape, np.ascontiguousarray(value).view(np.uint8))
         for key, value in named_weights(model).items()
     ]
-    write_gguf(path, metadata(config, tokenizer, name), tensors)
+    write_gguf(path, metadata(model.config, tokenizer, name), tensors)
 
 
 def export_q4_k_m(source: GGUFFile, config: ModelConfig, path: Path) -> None:

@@ -1,10 +1,8 @@
 """The reference model's recipe, from nothing to files that can ship.
 
-Owns the model's shape and the order of the work: corpus, tokenizer, training, exports, figures,
-card. Every stage is resumable: checkpoints by the trainer, files by their existence or a re-run.
+Owns the model's shape and the order of the work. Every stage is resumable: the training from its
+checkpoints, the others by a re-run.
 """
-
-from __future__ import annotations
 
 import json
 import platform
@@ -23,7 +21,7 @@ from hobbit_jax.models.config import BlockConfig, ModelConfig, RouterConfig
 from hobbit_jax.models.loading import load_model
 from hobbit_jax.record import machine
 from hobbit_jax.reference_model import card, corpus, export
-from hobbit_jax.reference_model.trainer import TrainConfig, train
+from hobbit_jax.reference_model.trainer import train
 from hobbit_jax.synthetic_tasks.documents import EVEN_MIX, TaskMix
 from pallas_kernels.backends import for_quality
 
@@ -31,7 +29,7 @@ MODEL = ModelConfig(
     arch="qwen3moe",
     d_model=256,
     vocab_size=4096,
-    context_length=512,
+    context_length=corpus.CONTEXT,
     rms_eps=1e-6,
     tied_head=True,
     blocks=(BlockConfig(GroupedQuery(4, 2, 64, Rope(10000.0, 64, "neox"), "head")),) * 4,
@@ -66,13 +64,13 @@ def run(workdir: Path) -> None:
     """Trains (or goes on training), exports, measures and writes the card into `workdir`."""
     workdir.mkdir(parents=True, exist_ok=True)
     files = corpus.standard_library()
-    tokenizer = _tokenizer(files, workdir / "tokenizer.json")
-    config = TrainConfig(MODEL, PHASES)
-    batches = corpus.Batches(
-        tokenizer, files, PHASES, batch=config.batch, context=config.context, seed=config.seed
-    )
-    watched = corpus.held_out_windows(tokenizer, files, config.context, HELD_OUT_WINDOWS)
-    model = train(config, batches, watched, workdir)
+    tokenizer_path = workdir / "tokenizer.json"
+    if not tokenizer_path.exists():
+        corpus.train_tokenizer(files, MODEL.vocab_size).save(str(tokenizer_path))
+    tokenizer = Tokenizer.from_file(str(tokenizer_path))
+    batches = corpus.Batches(tokenizer, files, PHASES)
+    watched = corpus.held_out_windows(tokenizer, files, HELD_OUT_WINDOWS)
+    model = train(MODEL, batches, watched, workdir)
 
     float32_path, q4_path = workdir / "reference-f32.gguf", workdir / reference.MODEL_NAME
     export.export_float32(model, tokenizer, "hobbit_jax reference", float32_path)
@@ -84,19 +82,16 @@ def run(workdir: Path) -> None:
     losses = [json.loads(line) for line in (workdir / "loss.jsonl").read_text().splitlines()]
     card.draw_loss(losses, workdir / "loss.png")
     shutil.copy(_python_license(), workdir / "PYTHON_LICENSE.txt")
-    texts = [
-        text
-        for part in ("calibration", "evaluation")
-        for text in reference.read_held_out(held_out, part)
-    ]
+    texts = reference.read_held_out(held_out, "calibration")
+    texts += reference.read_held_out(held_out, "evaluation")
     figures = {
         name: card.measure(load_model(path, for_quality(None)), texts, CARD_PROBLEMS)
         for name, path in (("float32", float32_path), ("Q4_K_M", q4_path))
     }
-    seconds = sum(
-        max(row["elapsed_s"] for row in losses if row["step"] - row["steps_this_run"] == start)
-        for start in {row["step"] - row["steps_this_run"] for row in losses}
-    )
+    elapsed_s: dict[int, float] = {}  # of each run, by the step that it began at
+    for row in losses:
+        began = row["step"] - row["steps_this_run"]
+        elapsed_s[began] = max(row["elapsed_s"], elapsed_s.get(began, 0.0))
     description = {
         "shape": (
             f"{MODEL.n_layers} layers, {MODEL.d_model} wide, {MODEL.n_experts} experts of "
@@ -106,12 +101,12 @@ def run(workdir: Path) -> None:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))),
         "vocab_size": MODEL.vocab_size,
         "source_tokens": len(batches.source_stream),
-        "steps": config.steps,
+        "steps": sum(phase.steps for phase in PHASES),
         "phases": [asdict(phase) for phase in PHASES],
-        "tokens_per_step": config.batch * config.context,
+        "tokens_per_step": corpus.BATCH * corpus.CONTEXT,
         "python": platform.python_version(),
         "device": machine()["device"],
-        "duration": f"Wall time of the training steps: {seconds / 60:.0f} minutes.",
+        "duration": f"Wall time of the training steps: {sum(elapsed_s.values()) / 60:.0f} minutes.",
     }
     found = {"training": description, "figures": figures}
     write_text(workdir / "card.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
@@ -124,12 +119,6 @@ def install(workdir: Path) -> Path:
     for name in SHIPPED:
         shutil.copyfile(workdir / name, target / name)
     return target
-
-
-def _tokenizer(files: list[corpus.SourceFile], path: Path) -> Tokenizer:
-    if not path.exists():
-        corpus.train_tokenizer(files, MODEL.vocab_size).save(str(path))
-    return Tokenizer.from_file(str(path))
 
 
 def _python_license() -> Path:

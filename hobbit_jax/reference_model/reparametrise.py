@@ -11,11 +11,8 @@ what it costs any weights of that distribution. That is a harder one: the factor
 block of down, so errors of plain rounding are some tenths above those of trained weights.
 """
 
-from __future__ import annotations
-
-import os
-from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -27,18 +24,9 @@ from hobbit_jax.models.config import ModelConfig, global_tensors, layer_tensors
 
 # Where the residual stream's channels lie in each tensor: its first or its last axis.
 _AXIS = {
-    "token_embedding": -1,
-    "output": -1,
-    "output_norm": 0,
-    "attn_norm": 0,
-    "ffn_norm": 0,
-    "attn_q": -1,
-    "attn_k": -1,
-    "attn_v": -1,
-    "attn_output": 0,
-    "router": -1,
-    "ffn_gate_exps": -1,
-    "ffn_up_exps": -1,
+    **dict.fromkeys(("output_norm", "attn_norm", "ffn_norm", "attn_output"), 0),
+    **dict.fromkeys(("token_embedding", "output", "attn_q", "attn_k", "attn_v", "router"), -1),
+    **dict.fromkeys(("ffn_gate_exps", "ffn_up_exps"), -1),
     "ffn_down_exps": -2,
 }
 
@@ -50,6 +38,7 @@ def _rewritten(
     neurons_EF: np.ndarray,
     factor_EF: np.ndarray,
 ) -> np.ndarray:
+    """Bytes of one tensor's float32 weights."""
     values = dequantize(tensor)
     if role in _AXIS:
         values = np.take(values, channels_D, axis=_AXIS[role])
@@ -60,49 +49,32 @@ def _rewritten(
     if role == "ffn_down_exps":
         values = np.take_along_axis(values, neurons_EF[:, None, :], axis=2)
         values = values / factor_EF[:, None, :]
-    return np.ascontiguousarray(values, np.float32)
+    return np.ascontiguousarray(values, np.float32).view(np.uint8)
 
 
-def off_grid_weights(
-    source: GGUFFile, config: ModelConfig, seed: int = 0
-) -> dict[str, Callable[[], np.ndarray]]:
-    """Of each tensor's name a function that computes its float32 weights."""
-    rng, found = np.random.default_rng(seed), {}
-    channels_D = rng.permutation(config.d_model)
-    shape = (config.n_experts, config.d_expert)
-    for layer in range(config.n_layers):
-        neurons_EF = np.argsort(rng.random(shape), axis=1)
-        factor_EF = (2.0 ** rng.uniform(-1, 1, shape)).astype(np.float32)
-        for role, name in (global_tensors(config) | layer_tensors(config, layer)).items():
-            if name in source.tensors:
-                drawn = (channels_D, neurons_EF, factor_EF)  # by role only some of them matter
-                found[name] = partial(_rewritten, source.tensors[name], role, *drawn)
-    return found
-
-
-def write_off_grid(
-    source: GGUFFile, config: ModelConfig, path: str | os.PathLike[str], seed: int = 0
-) -> None:
+def write_off_grid(source: GGUFFile, config: ModelConfig, path: Path, seed: int = 0) -> None:
     """Writes the rewritten model in float32.
 
     Raises:
         NotImplementedError: the residual stream meets a tensor that is not known here.
     """
-    unknown = {
-        role
-        for layer in range(config.n_layers)
-        for role in layer_tensors(config, layer)
-        if role not in _AXIS and not role.endswith(("q_norm", "k_norm"))
-    }
-    if unknown:
+    layers = [layer_tensors(config, layer) for layer in range(config.n_layers)]
+    roles = {role for tensors in layers for role in tensors}
+    if unknown := {r for r in roles - _AXIS.keys() if not r.endswith(("q_norm", "k_norm"))}:
         raise NotImplementedError(
             f"no symmetry is known of {', '.join(sorted(unknown))}; known are {', '.join(_AXIS)}"
         )
-    weights = off_grid_weights(source, config, seed)
+    rng, weights = np.random.default_rng(seed), {}
+    channels_D = rng.permutation(config.d_model)
+    shape = (config.n_experts, config.d_expert)
+    for layer in layers:
+        neurons_EF = np.argsort(rng.random(shape), axis=1)
+        factor_EF = (2.0 ** rng.uniform(-1, 1, shape)).astype(np.float32)
+        for role, key in (global_tensors(config) | layer).items():
+            if key in source.tensors:
+                drawn = (channels_D, neurons_EF, factor_EF)  # by role only some of them matter
+                weights[key] = partial(_rewritten, source.tensors[key], role, *drawn)
     name = f"{source.read('general.name', text(), config.arch)}, off its grid"
-    tensors = [
-        (key, "F32", tensor.shape, lambda key=key: weights[key]().view(np.uint8))
-        for key, tensor in source.tensors.items()
-    ]
+    tensors = [(key, "F32", t.shape, weights[key]) for key, t in source.tensors.items()]
     metadata = {**metadata_of_new_weights(source.metadata, "F32"), "general.name": name}
     write_gguf(path, metadata, tensors, source.field_types)

@@ -1,18 +1,13 @@
 """The training loop of the reference model: a dense-weight twin of the served model.
 
-Owns parameters in training, the differentiable expert dispatch, the optimiser and resumable
-progress. Blocks and ends are those of `hobbit_jax/models/` with F32 planes; only the experts
-differ, because training needs gradients through all of them at once. Its result goes to
-`export.py`.
+Owns the differentiable expert dispatch, the optimiser and resumable progress. Blocks and ends are
+those of `hobbit_jax/models/` with F32 planes; only the experts differ, because training needs
+gradients through all of them at once.
 """
-
-from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,38 +24,20 @@ from hobbit_jax.models.caches import empty_caches
 from hobbit_jax.models.config import ModelConfig, block_shapes
 from hobbit_jax.models.layer import Block, OneBlock, attend_and_route
 from hobbit_jax.models.modules import EmbeddingAndHead, Linear, RMSNorm
-from hobbit_jax.reference_model.corpus import Phase
+from hobbit_jax.reference_model.corpus import SEED, Batches, Phase
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a run; two runs with equal configs see the same data."""
-
-    model: ModelConfig
-    phases: tuple[Phase, ...]
-    batch: int = 16
-    context: int = 512
-    muon_learning_rate: float = 0.02
-    adam_learning_rate: float = 3e-3
-    warmup_steps: int = 40
-    balance_weight: float = 0.01
-    capacity_factor: float = 1.5
-    seed: int = 0
-    checkpoint_every: int = 50
-    evaluate_every: int = 100
-
-    @property
-    def steps(self) -> int:
-        """Steps of all phases."""
-        return sum(phase.steps for phase in self.phases)
+_MUON_LEARNING_RATE, _ADAM_LEARNING_RATE = 0.02, 3e-3
+_WARMUP_STEPS = 40  # of each phase
+_BALANCE_WEIGHT = 0.01  # of the router's balance in the loss
+_CAPACITY_FACTOR = 1.5  # room of an expert, over its mean load
+_CHECKPOINT_EVERY, _EVALUATE_EVERY = 50, 100  # steps
 
 
 @jax.custom_vjp
 def _take_rows(x_RD: jax.Array, take_S: jax.Array, back_RN: jax.Array) -> jax.Array:
     """x[take], with index R reading zeros; `back` lists, per row of x, where it went.
 
-    Its gradient is a gather as well: XLA's scatter-add on a CPU would cost more
-    than the experts themselves.
+    Its gradient is a gather as well, for XLA's scatter-add on a CPU costs more than the experts.
     """
     del back_RN
     return jnp.take(x_RD, take_S, axis=0, mode="fill", fill_value=0)
@@ -156,13 +133,13 @@ class TrainableModel(nnx.Module):
         embedding = _linear(rngs, config.vocab_size, d, 0.02)
         self.ends = EmbeddingAndHead(embedding, RMSNorm(jnp.ones(d), config.rms_eps), head=None)
 
-    def __call__(self, ids_BT: jax.Array, capacity_factor: float):
+    def __call__(self, ids_BT: jax.Array):
         """Returns float32 logits [B, T, V], the balance loss, and expert shares [L, E]."""
         config = self.config
         batch, tokens = ids_BT.shape
         positions_BT = jnp.broadcast_to(jnp.arange(tokens)[None, :], (batch, tokens))
         mean_load = batch * tokens * config.experts_per_token / config.n_experts
-        capacity = math.ceil(mean_load * capacity_factor / 8) * 8
+        capacity = math.ceil(mean_load * _CAPACITY_FACTOR / 8) * 8
         x_BTD, balance, shares = self.ends.embed(ids_BT), 0.0, []
         caches = empty_caches(config, batch, tokens)
         for number, (block, experts) in enumerate(zip(self.blocks, self.experts, strict=True)):
@@ -178,13 +155,13 @@ class TrainableModel(nnx.Module):
         return self.ends.logits(x_BTD), balance / config.n_layers, jnp.stack(shares)
 
 
-def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
+def _optimizer(phases: tuple[Phase, ...]) -> optax.GradientTransformation:
     """Muon for hidden matrices, Adam for the rest; each phase warms up and decays to zero."""
 
     def schedule(peak: float):
         pieces, boundaries, end = [], [], 0
-        for phase in train.phases:
-            top, warmup = peak * phase.learning_rate, min(train.warmup_steps, phase.steps // 2)
+        for phase in phases:
+            top, warmup = peak * phase.learning_rate, min(_WARMUP_STEPS, phase.steps // 2)
             pieces += [
                 optax.schedules.linear_schedule(0.0, top, warmup),
                 optax.schedules.linear_schedule(top, 0.0, phase.steps - warmup),
@@ -205,8 +182,8 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         muon(
-            schedule(train.muon_learning_rate),
-            adam_learning_rate=schedule(train.adam_learning_rate),
+            schedule(_MUON_LEARNING_RATE),
+            adam_learning_rate=schedule(_ADAM_LEARNING_RATE),
             adam_b2=0.98,
             # Preconditioning buys back one of the five Newton-Schulz steps (arXiv 2512.04632).
             ns_steps=4,
@@ -217,23 +194,15 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
 
 
 def train(
-    config: TrainConfig,
-    batches: Callable[[int], np.ndarray],
-    held_out_ids: np.ndarray,
-    workdir: Path,
+    config: ModelConfig, batches: Batches, held_out_ids: np.ndarray, workdir: Path
 ) -> TrainableModel:
-    """Runs `config` to its end, from the newest checkpoint in `workdir` if there is one.
+    """Runs all phases of `batches`, from the newest checkpoint in `workdir` if there is one.
 
-    Loss rows go to `workdir`/loss.jsonl, one JSON object a line.
-
-    Args:
-        config: what to run.
-        batches: of a step, int32 [batch, context + 1].
-        held_out_ids: int32 [windows, context + 1], watched.
-        workdir: of checkpoints and losses.
+    The loss on `held_out_ids`, int32 [windows, CONTEXT + 1], is watched. Loss rows go to
+    `workdir`/loss.jsonl, one JSON object a line.
     """
-    optimizer = make_optimizer(config)
-    graph, params = nnx.split(TrainableModel(config.model, nnx.Rngs(params=config.seed)))
+    optimizer = _optimizer(batches.phases)
+    graph, params = nnx.split(TrainableModel(config, nnx.Rngs(params=SEED)))
     state = {"params": params, "opt_state": optimizer.init(params)}
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     manager = ocp.CheckpointManager(workdir.resolve() / "checkpoints", options=options)
@@ -242,9 +211,9 @@ def train(
         state = manager.restore(first, args=ocp.args.StandardRestore(state))
 
     def loss(params, ids_BS):
-        logits, balance, shares = nnx.merge(graph, params)(ids_BS[:, :-1], config.capacity_factor)
+        logits, balance, shares = nnx.merge(graph, params)(ids_BS[:, :-1])
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, ids_BS[:, 1:]).mean()
-        return nll + config.balance_weight * balance, (nll, shares)
+        return nll + _BALANCE_WEIGHT * balance, (nll, shares)
 
     @partial(jax.jit, donate_argnums=0)
     def update(state, ids_BS):
@@ -254,7 +223,7 @@ def train(
         return {"params": params, "opt_state": opt_state}, nll
 
     evaluate = jax.jit(lambda params, ids_BS: loss(params, ids_BS)[1])
-    began, last = time.monotonic(), config.steps
+    began, last = time.monotonic(), sum(phase.steps for phase in batches.phases)
     steps = tqdm(
         range(first + 1, last + 1), initial=first, total=last, desc="training", disable=None
     )
@@ -264,7 +233,7 @@ def train(
             row = {"step": step, "nats_per_token": round(float(nll), 4)}
             row["elapsed_s"] = round(time.monotonic() - began, 1)
             row["steps_this_run"] = step - first
-            if step % config.evaluate_every == 0 or step == last:
+            if step % _EVALUATE_EVERY == 0 or step == last:
                 parts = np.split(held_out_ids, len(held_out_ids) // 8)
                 found = [evaluate(state["params"], batch) for batch in parts]
                 row["held_out_nats_per_token"] = round(float(np.mean([f[0] for f in found])), 4)
@@ -272,7 +241,7 @@ def train(
                 ends = (share_LE.min(), share_LE.max())
                 row["expert_share_min_max"] = [round(float(end), 4) for end in ends]
             print(json.dumps(row), file=log, flush=True)
-            if step % config.checkpoint_every == 0 or step == last:
+            if step % _CHECKPOINT_EVERY == 0 or step == last:
                 manager.save(step, args=ocp.args.StandardSave(state))
     manager.wait_until_finished()
     return nnx.merge(graph, state["params"])

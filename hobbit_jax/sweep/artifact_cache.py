@@ -32,7 +32,7 @@ from hobbit_jax.importance.calibration import (
     calibrate,
 )
 from hobbit_jax.importance.layer_inputs import run_by
-from hobbit_jax.importance.scores import MeasuredErrors, measure_errors
+from hobbit_jax.importance.scores import measure_errors
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.models.loading import LoadedModel, load_model
@@ -248,7 +248,7 @@ class ArtifactCache:
             self.model.config, self.model.file, [self.precision(spec) for spec in specs]
         )
 
-    def errors(self, formats: Sequence[str], how: Encoding, text: str = "") -> MeasuredErrors:
+    def errors(self, formats: Sequence[str], how: Encoding, text: str = "") -> np.ndarray:
         """`measure_errors` of these precisions on calibration windows."""
         specs = self.specs(formats, how)
         windows = self.calibration_windows(how.seed, text)
@@ -257,10 +257,10 @@ class ArtifactCache:
         path = self.workdir / "cache" / f"errors-{self._key(windows)}-{digest}.npz"
 
         def measure() -> None:
-            found = measure_errors(self._native_engine(), self.store(specs), windows)
+            error_NLE = measure_errors(self._native_engine(), self.store(specs), windows)
             with replacing(path) as partial, partial.open("wb") as file:
-                np.savez(file, **vars(found))
+                np.savez(file, error_NLE=error_NLE)
 
         self._made(path, measure)
         with np.load(path) as arrays:
-            return MeasuredErrors(**{name: arrays[name] for name in arrays.files})
+            return arrays["error_NLE"]

@@ -167,7 +167,7 @@ class Trial:
             return selection_plan(plan.score, precisions, plan.shares, profile)
         error_NLE = None
         if plan.score == "sensitivity" or isinstance(plan, MixedInBytes):
-            error_NLE = bench.errors(low_formats(plan), self.encoding, text).error_NLE
+            error_NLE = bench.errors(low_formats(plan), self.encoding, text)
         if isinstance(plan, Mixed):
             error_LE = None if error_NLE is None else error_NLE[LOW]
             return allocate(plan.score, plan.share, LOW, profile, self.asked.seed, error_LE)

@@ -7,7 +7,7 @@ Owns the templates, the ranges of the numbers and the scoring rule. A document r
     37 - 9 = 28
     #### 28
 
-Ranges, kept by every step (`in_range`): operands of + and - are 0..99 and results 0..198;
+Ranges, kept by every step: operands of + and - are 0..99 and results 0..198;
 products have one factor in 2..9 and the other in 2..12; quotients are exact, with a divisor in
 2..9 and a result in 2..12. The format follows GSM8K (Cobbe et al. 2021): steps, then `#### n`.
 """
@@ -17,8 +17,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from hobbit_jax.synthetic_tasks.paragraphs import paragraphs
-from hobbit_jax.synthetic_tasks.split import Split, draw
+from hobbit_jax.synthetic_tasks.drawing import Split, draw, paragraphs
 
 _HE = ("Tom", "Ben", "Sam", "Leo", "Max", "Jack", "Omar", "Paul", "Noah", "Ivan")
 _SHE = ("Mia", "Anna", "Lily", "Emma", "Zoe", "Ruth", "Nina", "Eva", "Sara", "Kate")
@@ -74,8 +73,7 @@ class Problem:
         return self.solution
 
 
-def in_range(left: int, op: str, right: int, result: int) -> bool:
-    """Whether a step stays within the ranges that the module docstring states."""
+def _in_range(left: int, op: str, right: int, result: int) -> bool:
     if op in "+-":
         return 0 <= left <= 99 and 0 <= right <= 99 and result >= 0
     if op == "*":
@@ -88,15 +86,12 @@ _OPS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.f
 
 def _work(steps: tuple[str, ...], numbers: dict[str, int]) -> list[str] | None:
     """The worked lines "14 + 23 = 37", or None where a step leaves its range."""
-    values = dict(numbers)
-    lines = []
+    values, lines = dict(numbers), []
     for index, step in enumerate(steps, start=1):
-        left_name, op, right_name = step.split()
-        left, right = (
-            int(name) if name.isdigit() else values[name] for name in (left_name, right_name)
-        )
+        left, op, right = step.split()
+        left, right = (int(x) if x.isdigit() else values[x] for x in (left, right))
         result = _OPS[op](left, right)
-        if not in_range(left, op, right, result):
+        if not _in_range(left, op, right, result):
             return None
         lines.append(f"{left} {op} {right} = {result}")
         values["_"] = values[f"_{index}"] = result
@@ -105,12 +100,11 @@ def _work(steps: tuple[str, ...], numbers: dict[str, int]) -> list[str] | None:
 
 def _make(rng: random.Random) -> Problem:
     template = rng.choice(TEMPLATES)
+    letters, lines = sorted(set(re.findall("[a-z]", " ".join(template.steps)))), None
     # Redrawing the numbers under the same template keeps the templates equally frequent: those
     # that divide need many more tries than those that add.
-    lines = None
     while lines is None:
-        letters = sorted(set(re.findall("[a-z]", " ".join(template.steps))))
-        numbers = {x: rng.randrange(_RANGES[x][0], _RANGES[x][1] + 1) for x in letters}
+        numbers = {x: rng.randint(*_RANGES[x]) for x in letters}
         lines = _work(template.steps, numbers)
     name, he = rng.choice([(n, "he") for n in _HE] + [(n, "she") for n in _SHE])
     friend = rng.choice([n for n in _HE + _SHE if n != name])
@@ -120,11 +114,8 @@ def _make(rng: random.Random) -> Problem:
     words |= {"one": rng.choice(_ONE), "boxes": rng.choice(_BOXES)}
     question = rng.choice(template.texts).format(**words, **numbers)
     answer = int(lines[-1].split()[-1])
-    return Problem(
-        prompt=f"Q: {question}\nA:",
-        solution=" " + "\n".join([*lines, f"#### {answer}"]) + "\n",
-        answer=answer,
-    )
+    solution = " " + "\n".join([*lines, f"#### {answer}"]) + "\n"
+    return Problem(f"Q: {question}\nA:", solution, answer)
 
 
 def generate(seed: int, count: int, split: Split) -> list[Problem]:
@@ -167,9 +158,8 @@ def _fact(rng: random.Random) -> str:
 def drills(seed: int, count: int, split: Split) -> list[str]:
     """`count` documents of 12 lines like "37 + 25 = 62\\n", uniform over the facts of each op.
 
-    Facts are not held out: every one may occur in both splits (there are only about 200 products
-    and quotients, and a problem needs them all). What is held out is problems; here `split` only
-    keeps whole documents apart. A third of the lines each is + and -, a sixth * and /.
+    A third of the lines each is + and -, a sixth * and /. `split` keeps whole documents apart; a
+    fact may occur in both, for there are only about 200 products and quotients.
 
     Raises:
       ValueError: unknown split.
@@ -177,6 +167,6 @@ def drills(seed: int, count: int, split: Split) -> list[str]:
 
     def make(rng: random.Random) -> Problem:
         text = "".join(_fact(rng) for _ in range(_DRILL_LINES))
-        return Problem(prompt=text, solution=text, answer=0)
+        return Problem(text, text, answer=0)
 
     return [drill.prompt for drill in draw(make, seed, count, split)]

@@ -1,10 +1,4 @@
-"""Training documents of both miniature tasks, in given shares.
-
-Owns the mix. The reference model is trained on such documents, and a study of that model calibrates
-on them for its tasks.
-"""
-
-from __future__ import annotations
+"""Training documents of both miniature tasks, in given shares."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,7 @@
 """A miniature HumanEval: small Python functions from a compositional grammar, with test cases.
 
-Owns the grammar (pieces, families, wordings) and the inputs that the functions are tested on.
+Owns the grammar (pieces, families, wordings), the inputs that the functions are tested on, and the
+verdict on a completion.
 A document reads
 
     def pick(nums):
@@ -16,10 +17,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
-from hobbit_jax.synthetic_tasks.paragraphs import paragraphs
-from hobbit_jax.synthetic_tasks.split import Split, draw
+from hobbit_jax.code_runner import run_code
+from hobbit_jax.synthetic_tasks.drawing import Split, draw, paragraphs
 
 _MIN_TESTS = 5
 
@@ -148,10 +150,9 @@ def _fill(rng: random.Random, piece: PieceT) -> PieceT:
         "{c}": rng.choice("abcde"),
         "{d}": rng.choice("-+/_."),
     }
-    texts = list(piece)
     for hole, constant in constants.items():
-        texts = [text.replace(hole, constant) for text in texts]
-    return type(piece)(*texts)
+        piece = type(piece)(*(text.replace(hole, constant) for text in piece))
+    return piece
 
 
 def _pick(rng: random.Random, pieces: Sequence[PieceT]) -> PieceT:
@@ -180,13 +181,16 @@ def _orders(first: str, second: str) -> str:
     return f"{first[0].upper()}{first[1:]}, then {second}."
 
 
-def _plain(signature: str, verb: str, code: str, text: str) -> _Program:
-    """The value of an expression by itself."""
+def _plain(signature: str, end: End, verb: str) -> _Program:
+    """What the arguments are measured by, by itself."""
+    code, text = (part.replace("{v}", "{0}") for part in end)
+    verb = "Check" if text.startswith("whether") else verb
     return _Program(signature, f"return {code}", (f"Return {text}.", f"{verb} {text}."))
 
 
-def _then_step(signature: str, code: str, text: str, step: Step) -> _Program:
-    """The value of an expression, then a step."""
+def _then_step(signature: str, end: End, step: Step) -> _Program:
+    """What the arguments are measured by, then a step."""
+    code, text = (part.replace("{v}", "{0}") for part in end)
     docs = (
         f"Return {text}, then {step.text}.",
         f"Compute {text}, then {step.order.replace('{v}', 'it')}.",
@@ -202,11 +206,6 @@ def _then_end(signature: str, step: Step, end: End) -> _Program:
         _orders(step.order.replace("{v}", "{0}"), "return " + text.replace("{v}", "it")),
     )
     return _Program(signature, f"return {_on(code, _on(step.code, '{0}'))}", docs)
-
-
-def _of_argument(end: End) -> End:
-    """The end of the argument itself."""
-    return End(*(part.replace("{v}", "{0}") for part in end))
 
 
 def _one_value(rng: random.Random, signature: str, steps: Sequence[Step]) -> _Program:
@@ -228,7 +227,7 @@ def _one_value(rng: random.Random, signature: str, steps: Sequence[Step]) -> _Pr
 
 def _int_pair(rng: random.Random) -> _Program:
     """Two arguments combined, then perhaps a step; or a linear form."""
-    code, text = rng.choice(INT_PAIRS)
+    pair = rng.choice(INT_PAIRS)
     case = rng.randrange(4)
     if case == 0:
         left, right = rng.randrange(2, 10), rng.randrange(2, 10)
@@ -239,8 +238,8 @@ def _int_pair(rng: random.Random) -> _Program:
         )
         return _Program("int int", f"return {left} * {{0}} {sign} {right} * {{1}}", docs)
     if case == 1:
-        return _plain("int int", "Compute", code, text)
-    return _then_step("int int", code, text, _pick(rng, INT_STEPS))
+        return _plain("int int", pair, "Compute")
+    return _then_step("int int", pair, _pick(rng, INT_STEPS))
 
 
 def _int_branch(rng: random.Random) -> _Program:
@@ -275,12 +274,9 @@ def _str_measure(rng: random.Random) -> _Program:
     """A count or a fact of a string: plain, after a step, or a count with arithmetic on it."""
     case = rng.randrange(4)
     if case == 0:
-        code, text = _of_argument(_pick(rng, STR_COUNTS + STR_FACTS))
-        verb = "Check" if text.startswith("whether") else "Compute"
-        return _plain("str", verb, code, text)
+        return _plain("str", _pick(rng, STR_COUNTS + STR_FACTS), "Compute")
     if case == 1:
-        code, text = _of_argument(_pick(rng, STR_COUNTS))
-        return _then_step("str", code, text, _pick(rng, INT_STEPS[:5]))
+        return _then_step("str", _pick(rng, STR_COUNTS), _pick(rng, INT_STEPS[:5]))
     return _then_end("str", _pick(rng, STR_STEPS), _pick(rng, STR_COUNTS + STR_FACTS))
 
 
@@ -288,8 +284,7 @@ def _list_measure(rng: random.Random) -> _Program:
     """One value out of a list, after a slice or a sort, or plain."""
     end = _pick(rng, LIST_ENDS)
     if rng.randrange(4) == 0:
-        code, text = _of_argument(end)
-        return _plain("list", "Check" if text.startswith("whether") else "Find", code, text)
+        return _plain("list", end, "Find")
     return _then_end("list", _pick(rng, LIST_STEPS), end)
 
 
@@ -389,3 +384,20 @@ def generate(seed: int, count: int, split: Split) -> list[Problem]:
       ValueError: unknown split, or more held-out problems wanted than the grammar has.
     """
     return draw(_make, seed, count, split)
+
+
+def score(problem: Problem, completion: str, timeout_s: float = 2.0) -> bool:
+    """Whether the completed function gives the expected value, by value and type, on every test.
+
+    Endless loops (after `timeout_s` seconds), exceptions, exits, too much memory and whatever else
+    the code runner refuses are all False. As in HumanEval's `check_correctness` (Chen et al. 2021),
+    each candidate has a process of its own, so it cannot affect the verdict on another; but it is
+    not told the expected values, and the comparison happens here.
+    """
+    # Cut at the first line that starts at column 0.
+    body = takewhile(lambda line: not line or line[0].isspace(), completion.split("\n"))
+    source = problem.prompt + "\n".join(body) + "\n"
+    calls = [(problem.name, arguments) for arguments, _ in problem.tests]
+    expected = repr([value for _, value in problem.tests])
+    outcome = run_code(source, calls, timeout_s=timeout_s, most_bytes=len(expected.encode()))
+    return outcome.status == "finished" and outcome.detail == expected

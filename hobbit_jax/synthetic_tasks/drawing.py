@@ -1,4 +1,4 @@
-"""Owns the train / held-out split of the mini tasks and the drawing loop that respects it.
+"""What both task families are drawn by: their tables, and the train / held-out split.
 
 The split is by construction: an item belongs to the held-out part iff a stable hash of its content
 (what it asks, without names or wording) falls into one bucket of ten, so no list of held-out items
@@ -8,6 +8,7 @@ has to be stored or shipped with a model.
 import hashlib
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 Split = Literal["train", "heldout"]
@@ -17,10 +18,10 @@ _BUCKETS = 10
 _FRUITLESS_DRAWS = 20_000
 
 
-def split_of(content: str) -> Split:
-    """The part that an item with this content belongs to; the same on every platform."""
-    digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
-    return "heldout" if int.from_bytes(digest, "big") % _BUCKETS == 0 else "train"
+def paragraphs(file_name: str) -> list[list[str]]:
+    """The lines of each paragraph of a text file of this folder; empty lines stand between."""
+    text = Path(__file__).with_name(file_name).read_text(encoding="utf-8")
+    return [paragraph.splitlines() for paragraph in text.split("\n\n")]
 
 
 def draw(
@@ -41,14 +42,18 @@ def draw(
     items: dict[str, ItemT] = {}
     fruitless = 0
     while len(items) < count:
+        fruitless += 1
         item = make(rng)
-        if item is not None and split_of(item.content) == split:
+        if item is not None and _is_held_out(item.content) == (split == "heldout"):
             identity = item.content if split == "heldout" else item.prompt
             if identity not in items:
                 items[identity] = item
                 fruitless = 0
-                continue
-        fruitless += 1
         if fruitless == _FRUITLESS_DRAWS:
             raise ValueError(f"wanted {count} {split} items, the grammar gave only {len(items)}")
     return list(items.values())
+
+
+def _is_held_out(content: str) -> bool:
+    digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % _BUCKETS == 0
