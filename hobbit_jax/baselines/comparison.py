@@ -4,8 +4,6 @@ Both programs are loaded at once, each in its own process and bound to the same 
 work at the same time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os
@@ -87,13 +85,13 @@ class Request:
         sizes = ("windows", "context", "turns", "prompt_tokens", "decode_tokens", "threads")
         setting = {
             **options,
-            "model": self.options.path.name,
             "baseline": self.baseline,
             "budget_bytes": self.options.budget_bytes,
             **{name: getattr(self, name) for name in sizes},
         }
-        mode = {"torch_mode": self.torch_mode} if self.torch_mode else {}
-        return Benchmark(STUDY, setting | mode)
+        if self.torch_mode:
+            setting["torch_mode"] = self.torch_mode
+        return Benchmark(STUDY, setting)
 
 
 def compare_model(request: Request) -> Record:
@@ -214,7 +212,7 @@ def compare(
                 dict(zip(SIDES, (own.turn, other.turn), strict=True)), rows_RS, prompt_tokens
             )
             facts = own.facts(), other.facts()
-            peaks = own.finish(), other.finish()
+            peaks = own.peak(), other.peak()
     here = facts[0].pop("machine")
     sides = {}
     for name, start, fact, peak in zip(SIDES, loaded, facts, peaks, strict=True):

@@ -8,8 +8,6 @@ gate first); llama.cpp's conversion, `LlamaModel.permute`. transformers' own GGU
 it has no expert width for Qwen3 and loads a Mixtral file as a dense model without a word.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,9 +18,6 @@ import transformers  # pyright: ignore[reportMissingImports]
 from hobbit_jax.models.attention import GroupedQuery
 from hobbit_jax.models.config import OUTPUT, TOKEN_EMBEDDING, ModelConfig, layer_tensors
 from hobbit_jax.models.delta_net import GatedDeltaNet
-
-# A torch.nn.Module of transformers; PyTorch types each of its attributes as a tensor.
-HuggingFaceModel = Any
 
 # Our role → theirs within a layer; experts are apart.
 _LAYER_NAMES = {
@@ -65,8 +60,8 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     attention: str = "sdpa",
-) -> HuggingFaceModel:
-    """The whole model, ready to compute, its weights rounded to `dtype`.
+) -> Any:
+    """The whole model, a torch.nn.Module ready to compute, its weights rounded to `dtype`.
 
     `tensor` gives one dequantised, in float32, by its name in the file; one is held at a time.
     `attention` is transformers' `attn_implementation`.
@@ -92,7 +87,7 @@ def load(
     return model.to(device)
 
 
-def _empty_model(config: ModelConfig, attention: str) -> HuggingFaceModel:
+def _empty_model(config: ModelConfig, attention: str) -> Any:
     """The module without weights (on PyTorch's meta device), in float32."""
     prefix = (_DENSE if config.has_dense_ffn else _WITH_EXPERTS).get(config.arch)
     if prefix is None:

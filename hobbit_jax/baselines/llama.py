@@ -10,8 +10,6 @@ weights in float32.
 Source: llama.h.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import numpy as np

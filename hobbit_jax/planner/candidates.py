@@ -11,8 +11,6 @@ a dense model (docs/decision.md). So a plan names the fastest native setting bes
 Demoting the lightest selections (hobbit) costs less than their share says.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

@@ -9,8 +9,8 @@ One sequence, one token at a time, nothing overlapped unless the traffic says so
     launches = layers · (launches_per_layer · launch_us + waits_per_layer · wait_us)
     host     = token_us + selections · selection_us
     exits    = exits · exit_us
-    link     = ((moved bytes) / (pcie_gb_s · pcie_efficiency)
-                + moved experts · copies_per_expert · copy_latency_us) · (1 − overlap_share)
+    link     = (moved bytes / (pcie_gb_s · pcie_efficiency)
+                + moved experts · copies_per_expert · copy_latency_us
     cpu      = host bytes / (host_gb_s · host_efficiency) + layers on the CPU · handover_us
 
 An exit is a token that leaves the decode program in a layer whose experts are not all resident
@@ -23,8 +23,6 @@ A wait is a choice within the program, of a branch or of another round of a loop
 makes when the device has told it the value. Constants depend on the engine: ours is driven from
 Python, compiled by XLA and copies from a memory map, a compiled engine does none of it (`ENGINES`).
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Mapping
@@ -55,11 +53,10 @@ class Machine:
         "share", "assumed", "the target of the decode kernels (docs/kernels.md)", 0.75
     )
     pcie_efficiency: float = _constant(
-        "share",
-        "assumed",
+        "share", "assumed",
         "about half of what pinned copies reach: ours start in a memory map, which is not pinned",
         0.4,
-    )
+    )  # fmt: skip
     host_efficiency: float = _constant(
         "share", "assumed", "of the DIMMs' figure, for streaming reads", 0.7
     )
@@ -77,36 +74,27 @@ class Machine:
         "us", "assumed", "entering the program and reading its report", 150.0
     )
     selection_us: float = _constant(
-        "us",
-        "assumed",
-        "telling a policy of one use, in Python: the 35 us that a layer of the null-compute "
-        "model took in all (WORKSPACE.md), shared by 8",
-        4.0,
-    )
+        "us", "assumed", "telling a policy of one use, in Python: the 35 us that a layer of the "
+        "null-compute model took in all (WORKSPACE.md), shared by 8", 4.0,
+    )  # fmt: skip
     exit_us: float = _constant(
-        "us",
-        "assumed",
-        "a third of what two loaded cores took on a null-compute model: 1,183 us a layer with "
-        "misses against 35 without (WORKSPACE.md); a desktop's core is faster",
-        400.0,
-    )
+        "us", "assumed", "a third of what two loaded cores took on a null-compute model: 1,183 us "
+        "a layer with misses against 35 without (WORKSPACE.md); a desktop's core is faster", 400.0,
+    )  # fmt: skip
     copies_per_expert: float = _constant(
         "copies", "specification", "gate, up and down (cache/pool.py)", 3.0
     )
     copy_latency_us: float = _constant("us", "assumed", "of one copy, beside its bytes", 10.0)
-    overlap_share: float = _constant("share", "assumed", "nothing, until a share is measured", 0.0)
     handover_us: float = _constant(
-        "us",
-        "assumed",
-        "activations to the CPU, its threads' start, and the result back, a layer",
-        100.0,
-    )
+        "us", "assumed",
+        "activations to the CPU, its threads' start, and the result back, a layer", 100.0,
+    )  # fmt: skip
 
     def __post_init__(self):
         for name, value in vars(self).items():
             if name.endswith(("gb_s", "efficiency")) and not value > 0:
                 raise ValueError(f"{name} is {value}; want more than 0")
-            if value < 0 or (name.endswith(("efficiency", "share")) and value > 1):
+            if value < 0 or (name.endswith("efficiency") and value > 1):
                 raise ValueError(f"{name} is {value}; out of its range")
 
 
@@ -126,9 +114,9 @@ ENGINES: dict[str, dict[str, float]] = {
 }
 
 
-def of_engine(machine: Machine, engine: str) -> Machine:
-    """The machine with an engine's constants."""
-    return replace(machine, **ENGINES[engine])
+def by_engine(machine: Machine) -> dict[str, Machine]:
+    """The machine with the constants of each engine."""
+    return {engine: replace(machine, **constants) for engine, constants in ENGINES.items()}
 
 
 def measured(
@@ -217,7 +205,7 @@ def token_time(traffic: Traffic, machine: Machine) -> TokenTime:
     read = traffic.dense_bytes + traffic.kv_bytes + traffic.expert_bytes
     bytes_ms = traffic.moved_bytes / (machine.pcie_gb_s * machine.pcie_efficiency * 1e6)
     copies = traffic.moved_experts * machine.copies_per_expert
-    link = (bytes_ms + copies * machine.copy_latency_us * 1e-3) * (1 - machine.overlap_share)
+    link = bytes_ms + copies * machine.copy_latency_us * 1e-3
     cpu = traffic.host_bytes / (machine.host_gb_s * machine.host_efficiency * 1e6)
     launches_us = machine.launches_per_layer * machine.launch_us
     of_layer_us = launches_us + machine.waits_per_layer * machine.wait_us

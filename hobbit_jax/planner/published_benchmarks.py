@@ -8,8 +8,6 @@ since" came after that, and all that said enough to be forecast were kept. They 
 figures of mixed trust.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +17,7 @@ from statistics import geometric_mean, median
 from typing import Any, Literal
 
 from hobbit_jax.planner.candidates import NATIVE
-from hobbit_jax.planner.cost_model import COMPILED, Machine, Traffic, of_engine, token_time
+from hobbit_jax.planner.cost_model import COMPILED, Machine, Traffic, by_engine, token_time
 from hobbit_jax.planner.hardware import find_gpu
 from hobbit_jax.planner.routing import synthetic_routing
 from hobbit_jax.planner.shapes import PlannedModel, preset_model
@@ -77,7 +75,7 @@ def forecast(report: Report) -> float:
     """Tokens a second that the cost model gives; the geometric mean over localities of routing."""
     gpu = find_gpu(report.gpu)
     host = {} if report.host_gb_s is None else {"host_gb_s": report.host_gb_s}
-    machine = of_engine(Machine(gpu.device_gb_s, gpu.pcie_gb_s, **host), COMPILED)
+    machine = by_engine(Machine(gpu.device_gb_s, gpu.pcie_gb_s, **host))[COMPILED]
     model = preset_model(report.model)
     # Experts of another file are as the preset's, and all of them larger or smaller alike.
     scale = 1.0

@@ -9,8 +9,6 @@ for real ones.
 Source: llama.cpp, src/llama-quant.cpp (types of smaller files).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -69,7 +67,7 @@ class PlannedModel:
         low = [[(low_format, shape) for _, shape in matrices] for matrices in self.experts]
         return HostExperts(self.config, self._file(self.experts), [self._file(low)])
 
-    def smaller_file(self, recipe: str) -> PlannedModel | None:
+    def smaller_file(self, recipe: str) -> "PlannedModel | None":
         """llama.cpp's own file of `recipe`, Q3_K_M or Q2_K, with the same dense part.
 
         Types fall back as llama.cpp's do. None if its experts are no smaller than these.
@@ -113,8 +111,7 @@ class PlannedModel:
             window = attention.window if isinstance(attention, GroupedQuery) else 0
             for state in attention.states():
                 tokens = min(context, window) if of_windows and window else context
-                tokens_bytes = tokens * number_bytes
-                of_each = tokens_bytes if state.by_token else _FLOAT_BYTES
+                of_each = tokens * number_bytes if state.by_token else _FLOAT_BYTES
                 total += math.prod(state.shape) * of_each
         return total
 

@@ -7,12 +7,10 @@ trace of another shape is replayed in its own: each bank gets the same fraction 
 the counts are scaled to the model's selections.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Literal
 
 import numpy as np
@@ -49,11 +47,6 @@ class Setting:
         mode = MISS_MODES[self.mode]
         return replace(mode, link_to_host=self.link_to_host) if isinstance(mode, Host) else mode
 
-    @property
-    def precision(self) -> int:
-        """What every selection asks for."""
-        return int(self.asked == "low")
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -86,8 +79,8 @@ def _shrunk(
     n_experts: int,
 ) -> dict[Signature, int]:
     """The slots of each bank for as large a fraction of the trace's experts."""
-    ours = Counter(layer.signature for precision in store.precisions for layer in precision)
-    theirs = Counter(signature for precision in bank_pL for signature in precision)
+    ours = Counter(layer.signature for layer in chain(*store.precisions))
+    theirs = Counter(chain(*bank_pL))
     shrunk: dict[Signature, int] = {}
     for signature, n_slots in slots.items():
         if theirs[signature]:
@@ -100,9 +93,8 @@ def _shrunk(
 def _warmed_up(setting: Setting, model: PlannedModel, trace: Trace, pool_bytes: int) -> _Warm:
     """Raises what `replay_setting` does."""
     config, mode = model.config, setting.rule
-    store = model.store(setting.low_format)
-    plan = uniform_plan(store, setting.precision)
-    shares_pLE = plan.shares_pLE(store.shape_pLE)
+    store, precision = model.store(setting.low_format), int(setting.asked == "low")
+    shares_pLE = uniform_plan(store, precision).shares_pLE(store.shape_pLE)
     own = BankLayout.of_store(store)
     slots, _ = pool_slots(shares_pLE, mode, own, pool_bytes, setting.low_share)
     n_tokens, (n_layers, k) = min(len(trace.ids_TLK), TOKENS), trace.ids_TLK.shape[1:]
@@ -113,7 +105,7 @@ def _warmed_up(setting: Setting, model: PlannedModel, trace: Trace, pool_bytes: 
     layout = BankLayout(trace.n_experts, k, bank_pL, own.expert_bytes)
     shrunk = _shrunk(slots, store, bank_pL, trace.n_experts)
     start = n_tokens * PROFILE_TOKENS // TOKENS
-    asked = StaticPlan(np.full(layout.shape_pLE[1:], setting.precision, np.int8))
+    asked = StaticPlan(np.full(layout.shape_pLE[1:], precision, np.int8))
     warm = WarmStart(trace.part(0, start).uses_LE)
     replay = Replay(layout, shrunk, CacheConfig(plan=asked, mode=mode, warm=warm))
     return _Warm(replay, slots, layers, start, start + n_tokens * WARM_TOKENS // TOKENS)
