@@ -4,8 +4,6 @@ Owns which of SciPy's intervals is used for what: the bootstrap over whole windo
 window are not independent), Wilson's interval for shares, and the spread of repeated timings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,9 +1,7 @@
 """What to run on a GPU: what fits, what to expect of each setting, and what to choose.
 
-Owns the order of the questions and the figures that answer them, and their record, which
-`report/planner_tables.py` shows on the screen and in the document. Every prediction is a
-list, one for each routing that the plan was given: a user's own trace is one, made-up routing is
-two (`routing.py`).
+`report/planner_tables.py` shows its record. Every prediction is a list, one for each routing that
+the plan was given: a user's own trace is one, made-up routing is two (`routing.py`).
 """
 
 import contextlib
@@ -21,34 +19,16 @@ from hobbit_jax.cache.miss_modes import FETCH
 from hobbit_jax.cache.policies import DEFAULT_POLICY
 from hobbit_jax.cache.pool_sizing import least_bytes
 from hobbit_jax.experts.precision import uniform_plan
-from hobbit_jax.planner import candidates
-from hobbit_jax.planner.cost_model import (
-    COMPILED,
-    OURS,
-    Machine,
-    TokenTime,
-    Traffic,
-    describe,
-    link_to_host,
-    token_time,
-)
+from hobbit_jax.planner import candidates, cost_model, traffic
+from hobbit_jax.planner.cost_model import COMPILED, OURS, Machine, Traffic, token_time
 from hobbit_jax.planner.hardware import GPU
 from hobbit_jax.planner.routing import Routing
 from hobbit_jax.planner.shapes import PlannedModel
-from hobbit_jax.planner.traffic import (
-    LLAMA_CPP_KV,
-    Outcome,
-    Setting,
-    all_on_cpu,
-    hot_on_device,
-    layers_that_fit,
-    replay_setting,
-)
+from hobbit_jax.planner.traffic import LLAMA_CPP_KV, Outcome, Setting
 from hobbit_jax.record import Benchmark, Record, machine, measured
 
 STUDY = "planner"
 GIB = 2**30
-LLAMA_CPP, HOT_EXPERTS = "llama.cpp", "a fork of llama.cpp with the hot experts on the GPU"
 # Joint perturbations of all assumed constants, each between half and double.
 DRAWS = 200
 
@@ -73,11 +53,7 @@ class Memory:
     kv_cache: int
     scratch: int
     reserve: int
-
-    @property
-    def pool(self) -> int:
-        """What is left for experts."""
-        return self.vram - self.dense - self.kv_cache - self.scratch - self.reserve
+    pool: int  # what is left for experts
 
 
 @dataclass(frozen=True)
@@ -130,25 +106,21 @@ def divide_memory(model: PlannedModel, request: Request) -> Memory:
     context = request.context
     if not 1 <= context <= model.config.context_length:
         raise ValueError(f"context is {context}; want 1 to {model.config.context_length}")
-    memory = Memory(
-        vram=int(request.vram_gib * GIB),
-        dense=model.dense_bytes,
-        kv_cache=model.kv_cache_bytes(context, request.kv_format),
-        scratch=model.scratch_bytes(context, request.chunk_tokens),
-        reserve=int(request.reserve_gib * GIB),
-    )
+    vram, reserve = int(request.vram_gib * GIB), int(request.reserve_gib * GIB)
+    kv_cache = model.kv_cache_bytes(context, request.kv_format)
+    scratch = model.scratch_bytes(context, request.chunk_tokens)
+    pool = vram - model.dense_bytes - kv_cache - scratch - reserve
     store = model.store()
     layout = BankLayout.of_store(store)
     least = least_bytes(uniform_plan(store).shares_pLE(layout.shape_pLE), FETCH, layout)
-    if memory.pool < least:
+    if pool < least:
         raise ValueError(
             f"{request.vram_gib:g} GiB of VRAM are too small for {model.name} by "
-            f"{(least - memory.pool) / GIB:.2f} GiB: dense weights {memory.dense / GIB:.2f}, KV "
-            f"cache of {context} tokens {memory.kv_cache / GIB:.2f}, scratch "
-            f"{memory.scratch / GIB:.2f}, reserve {memory.reserve / GIB:.2f}, one step of native "
-            f"experts {least / GIB:.2f}"
+            f"{(least - pool) / GIB:.2f} GiB: dense weights {model.dense_bytes / GIB:.2f}, KV "
+            f"cache of {context} tokens {kv_cache / GIB:.2f}, scratch {scratch / GIB:.2f}, "
+            f"reserve {reserve / GIB:.2f}, one step of native experts {least / GIB:.2f}"
         )
-    return memory
+    return Memory(vram, model.dense_bytes, kv_cache, scratch, reserve, pool)
 
 
 def make_plan(
@@ -162,7 +134,6 @@ def make_plan(
     """A plan, ready for JSON; speeds are predictions.
 
     Args:
-        model, gpu, request: what shall run where, and what the memory is for.
         machines: the constants of the cost model, by engine; `given` as in `describe`.
         routings: what the replays run on, the least local first.
 
@@ -170,15 +141,15 @@ def make_plan(
         ValueError: see `divide_memory`.
     """
     config, memory = model.config, divide_memory(model, request)
-    listed = candidates.settings(link_to_host(machines[OURS]))
+    listed = candidates.settings(cost_model.link_to_host(machines[OURS]))
 
     def under(asked: Request) -> list[_World]:
         return [_world(model, listed, routing, asked) for routing in routings]
 
     base = under(request)
-    constants = describe(machines[OURS], given)
+    constants = cost_model.describe(machines[OURS], given)
     varied = {label: under(asked) for label, asked in _other_requests(model, request).items()}
-    assumed = [c["name"] for c in constants if c["origin"] == "assumed" and c["value"]]
+    assumed = [c["name"] for c in constants if c["origin"] == "assumed"]
     # One tuple an option: what it comes to under each routing. The first is native.
     options = list(zip(*(world.options for world in base), strict=True))
     return {
@@ -192,7 +163,7 @@ def make_plan(
         },
         "gpu": asdict(gpu),
         **asdict(request),
-        "memory": {**asdict(memory), "pool": memory.pool},
+        "memory": asdict(memory),
         "routing": {
             "source": [routing.source for routing in routings],
             "extrapolates": sorted({r for routing in routings for r in routing.extrapolates}),
@@ -251,7 +222,7 @@ def _world(
     compared = listed[:1] if native_fits else listed
     for setting in tqdm(compared, unit="setting", leave=False, disable=None):
         try:
-            outcome = replay_setting(
+            outcome = traffic.replay_setting(
                 setting, model, routing.trace, pool, request.context, request.kv_format
             )
         except (ValueError, NotImplementedError) as error:
@@ -275,19 +246,20 @@ def _baselines(
     pool += kept - needed
     baselines, files = [], {"": (model, 0.0)}
     if not native_fits:
-        hot, traffic = hot_on_device(model, routing.trace, pool, context)
+        hot, of_hot = traffic.hot_on_device(model, routing.trace, pool, context)
+        fork = "a fork of llama.cpp with the hot experts on the GPU"
         baselines = [
-            Option(f"{LLAMA_CPP} --cpu-moe", 0.0, all_on_cpu(model, context)),
-            Option(HOT_EXPERTS, 0.0, traffic, on_gpu=hot),
+            Option("llama.cpp --cpu-moe", 0.0, traffic.all_on_cpu(model, context)),
+            Option(fork, 0.0, of_hot, on_gpu=hot),
         ]
-    for recipe, loss in candidates.SMALLER_FILES.items():
-        if not native_fits and (smaller := model.smaller_file(recipe)):
-            files[f", {recipe} file"] = (smaller, loss)
+        for recipe, loss in candidates.SMALLER_FILES.items():
+            if smaller := model.smaller_file(recipe):
+                files[f", {recipe} file"] = (smaller, loss)
     for label, (file, loss) in files.items():
-        fit = layers_that_fit(file, pool)
+        fit = traffic.layers_that_fit(file, pool)
         baselines.append(
             Option(
-                f"{LLAMA_CPP} --n-cpu-moe{label}", loss, all_on_cpu(file, context, fit),
+                f"llama.cpp --n-cpu-moe{label}", loss, traffic.all_on_cpu(file, context, fit),
                 on_gpu=fit / n_layers, flag=f"--n-cpu-moe {n_layers - fit}: ",
             )
         )  # fmt: skip
@@ -299,7 +271,7 @@ def _shown(
 ) -> dict[str, Any]:
     """An option's entry of the record, with a list of every prediction over the routings."""
 
-    def times(options: Sequence[Option], engine: str) -> list[TokenTime]:
+    def times(options: Sequence[Option], engine: str) -> list[cost_model.TokenTime]:
         return [token_time(option.traffic, machines[engine]) for option in options]
 
     outcomes = [option.outcome for option in found if option.outcome]
@@ -364,13 +336,10 @@ def _joint(
     """How often (0-1) each choice is made when all assumed constants, the routing, the KV format
     and the context vary together, most often first."""
     rng = np.random.default_rng(0)
-    counts: dict[str, Counter[str]] = {}
+    draws = []
     for _ in range(DRAWS):
         factors = dict(zip(assumed, 2.0 ** rng.uniform(-1, 1, len(assumed)), strict=True))
         world = worlds[rng.integers(len(worlds))]
-        for who, name in world.choices(_scaled(machines, factors)).items():
-            counts.setdefault(who, Counter())[name] += 1
-    return {
-        who: [(name, count / DRAWS) for name, count in counter.most_common()]
-        for who, counter in counts.items()
-    }
+        draws.append(world.choices(_scaled(machines, factors)))
+    counts = {who: Counter(draw[who] for draw in draws).most_common() for who in draws[0]}
+    return {who: [(name, n / DRAWS) for name, n in counted] for who, counted in counts.items()}

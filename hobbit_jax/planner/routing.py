@@ -1,6 +1,5 @@
 """Which experts a text will ask for: recorded routing, or routing made up to resemble it.
 
-Owns the traces that a plan's replays run on, and the reasons why they are not the model's own.
 The model's own trace (`cache/trace.py`, --trace_out of the scripts that run it) extrapolates
 nothing but the text. Without one, routing is made up with the statistics of recorded models below.
 
@@ -88,12 +87,11 @@ def recorded(trace: Trace, config: ModelConfig) -> Routing:
     _, n_layers, k = trace.ids_TLK.shape
     theirs = (n_layers, trace.n_experts, k)
     ours = (config.n_layers, config.n_experts, config.experts_per_token)
-    reasons: tuple[str, ...] = ()
-    if theirs != ours:
-        reasons = (
-            "routing of another model, by fraction of experts: {} layers, {} experts, top-{} "
-            "instead of {}, {}, {}".format(*theirs, *ours),
-        )
+    reason = (
+        "routing of another model, by fraction of experts: {} layers, {} experts, top-{} "
+        "instead of {}, {}, {}".format(*theirs, *ours)
+    )
+    reasons = (reason,) if theirs != ours else ()
     return Routing(trace.part(0, TOKENS), f"recorded: {trace.name}", reasons)
 
 

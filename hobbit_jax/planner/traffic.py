@@ -1,6 +1,6 @@
 """What each way of decoding would move, wait for and read, by replaying routing.
 
-Owns the step from a setting, a pool and a trace to a `Traffic`. Who is resident is decided by the
+Who is resident is decided by the
 live classes (`cache/pool_sizing.py`, `cache/controller.py`), warmed up from the trace's first
 tokens as a profile would (`cache/warm_start.py`), and counted on later ones (`cache/counter.py`). A
 trace of another shape is replayed in its own: each bank gets the same fraction of its experts, and
