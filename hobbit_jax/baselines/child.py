@@ -155,8 +155,6 @@ class Child:
 
 def _restrict_threads(threads: int) -> None:
     """Binds this process to so many cores, before any library counts them."""
-    if not hasattr(os, "sched_setaffinity"):
-        return
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= threads <= len(cores):
         raise ValueError(f"threads is {threads}; want 1 to the {len(cores)} cores there are")

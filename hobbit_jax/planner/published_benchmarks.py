@@ -2,10 +2,9 @@
 
 `reports.json` has the reports. The constants are `cost_model.py`'s for a compiled engine with the
 bandwidths of the reported machine, and none of them was changed after it was held against a report,
-so a miss stays a miss. A referee chose some reports against this model
-and proposed what a compiled engine's constants should be, knowing those reports; the group "found
-since" came after that, and all that said enough to be forecast were kept. They are third-party
-figures of mixed trust.
+so a miss stays a miss. A referee chose some reports against this model and proposed what a compiled
+engine's constants should be, knowing those reports; the group "found since" came after that, and
+all that said enough to be forecast were kept. They are third-party figures of mixed trust.
 """
 
 import json

@@ -1,10 +1,9 @@
 """What each way of decoding would move, wait for and read, by replaying routing.
 
-Who is resident is decided by the
-live classes (`cache/pool_sizing.py`, `cache/controller.py`), warmed up from the trace's first
-tokens as a profile would (`cache/warm_start.py`), and counted on later ones (`cache/counter.py`). A
-trace of another shape is replayed in its own: each bank gets the same fraction of its experts, and
-the counts are scaled to the model's selections.
+Who is resident is decided by the live classes (`cache/pool_sizing.py`, `cache/controller.py`),
+warmed up from the trace's first tokens as a profile would (`cache/warm_start.py`), and counted on
+later ones (`cache/counter.py`). A trace of another shape is replayed in its own: each bank gets the
+same fraction of its experts, and the counts are scaled to the model's selections.
 """
 
 from collections import Counter
@@ -18,7 +17,7 @@ import numpy as np
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.counter import Replay
-from hobbit_jax.cache.miss_modes import LINK_TO_HOST, MISS_MODES, Host, MissMode
+from hobbit_jax.cache.miss_modes import LINK_TO_HOST, MISS_MODES, Host
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, pool_slots
 from hobbit_jax.cache.trace import Trace
 from hobbit_jax.cache.warm_start import WarmStart
@@ -40,12 +39,6 @@ class Setting:
     asked: Literal["native", "low"] = "native"  # of every expert
     low_share: float = DEFAULT_LOW_SHARE  # of the pool for low copies, where the mode keeps some
     link_to_host: float = LINK_TO_HOST  # the link's bandwidth over the CPU's, where that computes
-
-    @property
-    def rule(self) -> MissMode:
-        """What the mode does with a miss."""
-        mode = MISS_MODES[self.mode]
-        return replace(mode, link_to_host=self.link_to_host) if isinstance(mode, Host) else mode
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,9 @@ def _shrunk(
 
 def _warmed_up(setting: Setting, model: PlannedModel, trace: Trace, pool_bytes: int) -> _Warm:
     """Raises what `replay_setting` does."""
-    config, mode = model.config, setting.rule
+    config, mode = model.config, MISS_MODES[setting.mode]
+    if isinstance(mode, Host):
+        mode = replace(mode, link_to_host=setting.link_to_host)
     store, precision = model.store(setting.low_format), int(setting.asked == "low")
     shares_pLE = uniform_plan(store, precision).shares_pLE(store.shape_pLE)
     own = BankLayout.of_store(store)
@@ -137,7 +132,7 @@ def replay_setting(
     scale = selections / (n_layers * k) / tally.tokens
     exits = _exits(tally.host_round_trips / (tally.tokens * n_layers), config.experts_per_token / k)
     pairs = config.n_layers * config.n_experts
-    mode = setting.rule
+    mode = MISS_MODES[setting.mode]
     cached = mode.low_banks in ("cache", "all")
     return Outcome(
         setting=setting,
