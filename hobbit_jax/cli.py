@@ -58,7 +58,7 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
             return main(argv)
         except BrokenPipeError:
             raise
-        # For bad input, for what the library cannot do, and for the disk.
+        # Bad input, what the library cannot do, and the disk.
         except (ValueError, NotImplementedError, OSError, EOFError) as error:
             if logging.level_debug():
                 raise
@@ -198,7 +198,7 @@ def output_file(flag: str, path: str | os.PathLike) -> Path:
 
 
 def output_folder(flag: str, path: str | os.PathLike) -> Path:
-    """A folder that files can be written to, made where it is missing; to be called early too."""
+    """A folder that files can be written to, made where it is missing; called as `output_file`."""
     with _naming(flag, path, "written"):
         _try_file(Path(path), "")
     return Path(path)

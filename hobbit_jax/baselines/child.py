@@ -76,7 +76,7 @@ class Child:
 
     def __init__(self, spec: SideSpec, name: str):
         self.name = name
-        # It lives as long as the process.
+        # Closed by `__exit__`: it lives as long as the process.
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._pipe, theirs = multiprocessing.Pipe()
         with theirs:
