@@ -339,7 +339,7 @@ def _joint(
     draws = []
     for _ in range(DRAWS):
         factors = dict(zip(assumed, 2.0 ** rng.uniform(-1, 1, len(assumed)), strict=True))
-        world = worlds[rng.integers(len(worlds))]
+        world = worlds[int(rng.integers(len(worlds)))]
         draws.append(world.choices(_scaled(machines, factors)))
     counts = {who: Counter(draw[who] for draw in draws).most_common() for who in draws[0]}
     return {who: [(name, n / DRAWS) for name, n in counted] for who, counted in counts.items()}
