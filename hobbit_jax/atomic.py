@@ -4,8 +4,6 @@ Owns the temporary name, its lock, the rename, the clean-up after a failure or a
 disk is told as, and the lock of those who would make the same file.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import glob
@@ -19,19 +17,16 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-PARTIAL_GLOB = ".*.partial"
 _POLL_S = 0.2  # between tries for a lock
 
 
-@contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` under a name that no other process has; at the end it is gone.
+def _new_partial(path: Path) -> tuple[Path, int]:
+    """An empty file beside `path` under a name that no other process has, and its descriptor.
 
     Its lock lives as long as its writer, so what a killed writer of `path` left can be told from
-    what another one is writing now; the former is removed. Process ids would repeat between
-    machines, and ages say nothing of a file that takes hours.
+    what another one is writing now. Process ids would repeat between machines, and ages say nothing
+    of a file that takes hours.
     """
-    _remove_abandoned(path)
     while True:
         partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.partial")
         try:
@@ -42,12 +37,7 @@ def _partial(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # a file system without locks keeps its leftovers
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if partial.exists():  # nobody took it for a leftover before it was locked
-            break
-        os.close(descriptor)
-    try:
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)
+            return partial, descriptor
         os.close(descriptor)
 
 
@@ -69,12 +59,12 @@ def check_space(path: Path, wanted_bytes: int) -> None:
     Raises:
         OSError: ENOSPC; says the path, and the wanted and free bytes.
     """
+    if wanted_bytes > shutil.disk_usage(path.parent).free:
+        raise _disk_full(path, f"{wanted_bytes}")
+
+
+def _disk_full(path: Path, wanted: str) -> OSError:
     free_bytes = shutil.disk_usage(path.parent).free
-    if wanted_bytes > free_bytes:
-        raise _disk_full(path, f"{wanted_bytes}", free_bytes)
-
-
-def _disk_full(path: Path, wanted: str, free_bytes: int) -> OSError:
     text = f"the disk is full: {path} wants {wanted} bytes, and {free_bytes} are free"
     return OSError(errno.ENOSPC, text)
 
@@ -87,32 +77,27 @@ def _says_disk_full(error: OSError) -> bool:
 
 
 @contextmanager
-def replacing(path: Path, wanted_bytes: int | None = None) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write; it becomes `path` if the block ends without an error.
 
     In the same directory: a rename across file systems would not be atomic. After an
     error nothing is left, and an older file at `path` stays as it was.
 
-    Args:
-        path: the file.
-        wanted_bytes: its size, where that is known beforehand and worth a check.
-
     Raises:
         OSError: from the file system; of a full disk with the path, the wanted and free bytes.
     """
-    if wanted_bytes is not None:
-        check_space(path, wanted_bytes)
-    with _partial(path) as partial:
-        try:
-            yield partial
-            os.replace(partial, path)
-        except OSError as error:
-            if not _says_disk_full(error):
-                raise
-            written = partial.stat().st_size
-            wanted = f"more than {written}" if wanted_bytes is None else f"{wanted_bytes}"
-            free_bytes = shutil.disk_usage(path.parent).free
-            raise _disk_full(path, wanted, free_bytes) from error
+    _remove_abandoned(path)
+    partial, descriptor = _new_partial(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        if not _says_disk_full(error):
+            raise
+        raise _disk_full(path, f"more than {partial.stat().st_size}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,8 +6,6 @@ two parts: low-precision copies of models, whose files are named by content and 
 time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

@@ -1,11 +1,9 @@
 """What every script does at its edges.
 
 Owns the start of absl, the exit status, the shape of error messages, and the checks of what flags
-name: files to read, files and folders to write. The library raises exceptions and
-never exits.
+name: files to read, files and folders to write. What fails such a check is a ValueError that names
+the flag. The library raises exceptions and never exits.
 """
-
-from __future__ import annotations
 
 import io
 import logging as standard_logging
@@ -30,8 +28,6 @@ UNREAD_STATUS = 141  # 128 + SIGPIPE
 MAX_COUNT = 2**31 - 1  # of tokens, windows and the like: what JAX indexes by
 MAX_MIB = 2.0**40  # so that a budget in bytes fits 64 bits
 
-# What the library raises for bad input (ValueError), for what it cannot do, and for the disk.
-_USER_ERRORS = (ValueError, NotImplementedError, OSError, EOFError)
 # Libraries that log much at INFO and DEBUG; `--verbosity=2` lets them.
 _TALKATIVE = ("jax", "orbax", "matplotlib", "numba", "asyncio", "fsspec", "urllib3", "filelock")
 
@@ -56,13 +52,28 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
     (`| head`) in silence. Every other exception is a bug of ours and keeps its traceback;
     `--verbosity=1` shows the traceback of the former too.
     """
+
+    def guarded(argv: list[str]) -> Any:
+        try:
+            return main(argv)
+        except BrokenPipeError:
+            raise
+        # Bad input, what the library cannot do, and the disk.
+        except (ValueError, NotImplementedError, OSError, EOFError) as error:
+            if logging.level_debug():
+                raise
+            _fail(error)
+        except KeyboardInterrupt:
+            print("\nerror: interrupted; nothing finished is lost", file=sys.stderr)
+            sys.exit(INTERRUPTED_STATUS)
+
     flags.DEFINE_flag(_VersionFlag(), module_name=sys.argv[0])
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors != "backslashreplace":
         # A console that lacks a character shows "?" in its place, and the rest is printed.
         sys.stdout.reconfigure(errors="replace")
     try:
         # It always ends in sys.exit, but does not say so.
-        app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+        app.run(guarded, flags_parser=_parse_flags)
     except BrokenPipeError as error:
         output = select.poll()
         output.register(sys.stdout.fileno(), 0)
@@ -96,16 +107,12 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
             standard_logging.getLogger(name).setLevel(standard_logging.WARNING)
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r}; every input has a flag (--help lists them)")
-    _check_numbers()
-    return rest
-
-
-def _check_numbers() -> None:
-    """Refuses what absl lets pass: NaN is within its every range, and so is infinity in most."""
     for name in flags.FLAGS:
         value = flags.FLAGS[name].value
+        # absl lets NaN pass, which is within its every range, and infinity in most.
         if isinstance(value, float) and not math.isfinite(value):
             _fail(f"--{name} is {value}; want a finite number")
+    return rest
 
 
 class Parsed(flags.ArgumentParser):
@@ -143,33 +150,21 @@ def _naming(flag: str, path: str | os.PathLike, what: str) -> Iterator[None]:
 
 
 def input_file(flag: str, path: str | os.PathLike) -> Path:
-    """A file that is there and can be read.
-
-    Raises:
-        ValueError: it is not, or it is a folder; names the flag.
-    """
+    """A file that is there and can be read."""
     with _naming(flag, path, "read"):
         Path(path).open("rb").close()
     return Path(path)
 
 
 def input_folder(flag: str, path: str | os.PathLike) -> Path:
-    """A folder that is there and can be listed.
-
-    Raises:
-        ValueError: it is not, or it is a file; names the flag.
-    """
+    """A folder that is there and can be listed."""
     with _naming(flag, path, "read"):
         os.listdir(path)
     return Path(path)
 
 
 def input_text(flag: str, path: str | os.PathLike) -> str:
-    """The UTF-8 text of a file.
-
-    Raises:
-        ValueError: no such file, or it is no text; names the flag.
-    """
+    """The UTF-8 text of a file."""
     with _naming(flag, path, "read"):
         data = Path(path).read_bytes()
     return utf8(data, f"--{flag}: {path}")
@@ -188,12 +183,9 @@ def utf8(data: bytes, name: str) -> str:
 
 
 def output_file(flag: str, path: str | os.PathLike) -> Path:
-    """Where a file can be written; its folder is made where it is missing.
+    """Where a file, but no device, can be written; its folder is made where it is missing.
 
     To be called before anything is computed, so that no result is lost for want of a place.
-
-    Raises:
-        ValueError: it names a folder or a device, or the place cannot be written; names the flag.
     """
     file = Path(path)
     with _naming(flag, path, "written"):
@@ -206,13 +198,7 @@ def output_file(flag: str, path: str | os.PathLike) -> Path:
 
 
 def output_folder(flag: str, path: str | os.PathLike) -> Path:
-    """A folder that files can be written to; it is made where it is missing.
-
-    To be called before anything is computed, so that no result is lost for want of a place.
-
-    Raises:
-        ValueError: it names a file, or the place cannot be written; names the flag.
-    """
+    """A folder that files can be written to, made where it is missing; called as `output_file`."""
     with _naming(flag, path, "written"):
         _try_file(Path(path), "")
     return Path(path)
@@ -227,20 +213,6 @@ def _try_file(folder: Path, name: str) -> None:
     probe = folder / f".{name}.{secrets.token_hex(6)}.partial"
     probe.touch()
     probe.unlink()
-
-
-def _guarded(main: Callable[[list[str]], Any], argv: list[str]) -> Any:
-    try:
-        return main(argv)
-    except BrokenPipeError:
-        raise
-    except _USER_ERRORS as error:
-        if logging.level_debug():
-            raise
-        _fail(error)
-    except KeyboardInterrupt:
-        print("\nerror: interrupted; nothing finished is lost", file=sys.stderr)
-        sys.exit(INTERRUPTED_STATUS)
 
 
 def _fail(error: Exception | str) -> NoReturn:

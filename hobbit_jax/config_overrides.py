@@ -6,8 +6,6 @@ KeyError, and takes any text for an element of a tuple. It is not imported here,
 only run kernels.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import difflib

@@ -3,8 +3,6 @@
 A script that imports this module has them. Source: llama.cpp's `--prompt`, `--file` and chat mode.
 """
 
-from __future__ import annotations
-
 import sys
 
 from absl import flags

@@ -3,8 +3,6 @@
 Owns the questions, and the budget of a pool for which there is no other rule.
 """
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -4,8 +4,6 @@ Owns which of SciPy's intervals is used for what: the bootstrap over whole windo
 window are not independent), Wilson's interval for shares, and the spread of repeated timings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,15 +21,12 @@ class Interval:
     high: float
 
 
-def bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray | float], n_units: int, seed: int = 0
-) -> Interval:
+def bootstrap(statistic: Callable[[np.ndarray], np.ndarray | float], n_units: int) -> Interval:
     """95 % percentile interval of a statistic of units drawn with replacement.
 
     Args:
         statistic: maps int indices [n_units] of the drawn units to the figure.
         n_units: windows or problems; of a single one the interval is the figure alone.
-        seed: of the draws.
     """
     from scipy import stats  # takes most of a second, which scripts without intervals save
 
@@ -44,7 +39,7 @@ def bootstrap(
         n_resamples=RESAMPLES,
         vectorized=False,
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     ).bootstrap_distribution
     low, high = np.quantile(draws, [0.025, 0.975])
     return Interval(value, float(low), float(high))
@@ -69,6 +64,5 @@ def share(correct: int, total: int) -> Interval:
 def spread(values: np.ndarray | Sequence[float]) -> dict[str, float]:
     """Median, quartiles and range (`low`, `high`) of repeated measurements."""
     names = ("low", "quartile_low", "median", "quartile_high", "high")
-    return dict(
-        zip(names, np.quantile(np.asarray(values), [0, 0.25, 0.5, 0.75, 1]).tolist(), strict=True)
-    )
+    found = np.quantile(np.asarray(values), [0, 0.25, 0.5, 0.75, 1])
+    return dict(zip(names, found.tolist(), strict=True))

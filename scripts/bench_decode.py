@@ -40,12 +40,10 @@ from pallas_kernels.formats import FORMATS
 
 STUDY, NATIVE = "decode_settings", "native"
 _LATENCY_US = 10.0  # of an upload on an emulated link
-# Of a setting that cannot be measured; another exception is a bug.
-_EXPECTED = (ValueError, NotImplementedError, RuntimeError, MemoryError)
 
 
-def setting(text: str) -> tuple[str, EngineOptions]:
-    """One of --settings, and the miss mode with its low precision that it means.
+def setting(text: str) -> tuple[str, dict[str, Any]]:
+    """One of --settings, and the engine's options that it means.
 
     Raises:
         ValueError: no such mode, format or share.
@@ -54,8 +52,7 @@ def setting(text: str) -> tuple[str, EngineOptions]:
     if mode not in MISS_MODES or len(low) > 2 or not set(FORMATS).issuperset(low[:1]):
         raise ValueError(f"got {text!r}; want MISS_MODE[:FORMAT[:SHARE]]")
     share = low_share(low[1]) if low[1:] else DEFAULT_LOW_SHARE
-    options = EngineOptions(miss_mode=mode, low_format=low[0] if low else None, low_share=share)
-    return text, options
+    return text, {"miss_mode": mode, "low_format": low[0] if low else None, "low_share": share}
 
 
 ENGINE = engine_flags(
@@ -110,20 +107,18 @@ def settings(given: EngineOptions) -> Iterator[tuple[dict[str, Any], EngineOptio
         native = replace(plain, budget_mib=budget)
         yield {"setting": NATIVE, **native.asked, **sizes}, native
         for name, chosen in _SETTINGS.value:
-            computes = MISS_MODES[chosen.miss_mode].computes
-            options = replace(
-                given, budget_mib=budget, miss_mode=chosen.miss_mode, low_format=chosen.low_format,
-                low_share=chosen.low_share, link_to_host=given.link_to_host if computes else None,
-            )  # fmt: skip
+            options = replace(given, budget_mib=budget, **chosen)
+            if not MISS_MODES[options.miss_mode].computes:
+                options = replace(options, link_to_host=None)
             yield {"setting": name, **options.asked, **sizes}, options
 
 
 def main(_) -> int:
     workdir, given = cli.output_folder("workdir", str(_WORKDIR.value)), ENGINE()
     made_up = _PRESET.value is not None
-    if made_up and given.model is not None:
-        raise ValueError("want one of --model and --preset")
     if made_up:
+        if given.model is not None:
+            raise ValueError("want one of --model and --preset")
         path = workdir / f"{_PRESET.value}.gguf"
         if not path.is_file():
             synthesize(PRESETS[str(_PRESET.value)], str(_PRESET.value), path)
@@ -132,22 +127,21 @@ def main(_) -> int:
     ids_RS = token_rows(model, _REPEATS.value + 1, sum(sizes), made_up)
     native, written = None, 0
     for asked, options in tqdm(list(settings(given)), unit="setting", leave=False, disable=None):
-        if asked["setting"] == NATIVE:  # of this budget
-            native = None
+        is_native = asked["setting"] == NATIVE
+        native = None if is_native else native  # of this budget
         executor, clock = SlotPool, time.perf_counter
         if _LINK_GB_S.value is not None:
             clock = ProcessorTime()
             link = ThrottledLink(_LINK_GB_S.value, _LATENCY_US, clock)
             executor = functools.partial(SlotPool, link=link)
+        make_engine = functools.partial(options.make_engine, model, executor)
         try:
-            make_engine = functools.partial(options.make_engine, model, executor)
             found = decode(make_engine, ids_RS, sizes[0], clock)
-        except _EXPECTED as error:
+        except (ValueError, NotImplementedError, RuntimeError, MemoryError) as error:
             where = f"{asked['setting']} at {options.budget_mib or ALL} MiB"
             print(f"not measured: {where}: {error}", file=sys.stderr)
             continue
-        if asked["setting"] == NATIVE:
-            native = found
+        native = found if is_native else native
         figures = measured(found.figures | (found.beside(native) if native else {}))
         write_record(workdir, Record(STUDY, Benchmark(STUDY, asked), **vars(figures), **machine()))
         written += 1

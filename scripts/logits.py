@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from hobbit_jax import cli
-from hobbit_jax.atomic import replacing
+from hobbit_jax.atomic import check_space, replacing
 from hobbit_jax.engine_flags import engine_flags
 from hobbit_jax.models.config import ModelConfig
 
@@ -60,7 +60,8 @@ def main(_):
     engine = options.make_engine(model)
     with options.recorded_routing(engine):
         logits_TV = np.asarray(engine.score(ids_T[None])[0])
-    with replacing(out, logits_TV.nbytes) as partial, partial.open("wb") as file:
+    check_space(out, logits_TV.nbytes)
+    with replacing(out) as partial, partial.open("wb") as file:
         np.save(file, logits_TV)
 
 

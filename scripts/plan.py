@@ -22,7 +22,7 @@ from hobbit_jax.experts.store import NATIVE
 from hobbit_jax.model_file.remote import is_url
 from hobbit_jax.models.caches import KV_FORMATS
 from hobbit_jax.planner import routing
-from hobbit_jax.planner.cost_model import ENGINES, MEASURED, Machine, measured, of_engine
+from hobbit_jax.planner.cost_model import MEASURED, Machine, by_engine, measured
 from hobbit_jax.planner.hardware import find_gpu
 from hobbit_jax.planner.plan import Request, make_plan, plan_record
 from hobbit_jax.planner.published_benchmarks import recorded_check
@@ -75,12 +75,6 @@ _TRACE = flags.DEFINE_string("trace", None, "Recorded routing, an .npz file.")
 _OUT = flags.DEFINE_string("out", None, "Folder to keep the record in.")
 
 
-def _routings(model) -> list[routing.Routing]:
-    if _TRACE.value:
-        return [routing.recorded(read_trace(cli.input_file("trace", _TRACE.value)), model.config)]
-    return routing.synthetic_routing(model.config)
-
-
 def main(_):
     folder = cli.output_folder("out", _OUT.value) if _OUT.value else None
     if (_MODEL.value is None) == (_PRESET.value is None):
@@ -96,9 +90,8 @@ def main(_):
     else:
         model = open_model(cli.input_file("model", _MODEL.value))
     given = {} if _HOST_GB_S.value is None else {"host_gb_s": _HOST_GB_S.value}
-    machine = Machine(gpu.device_gb_s, gpu.pcie_gb_s, **given)
     sources = dict.fromkeys(given, "the command line")
-    machines = {engine: of_engine(machine, engine) for engine in ENGINES}
+    machines = by_engine(Machine(gpu.device_gb_s, gpu.pcie_gb_s, **given))
     if _BANDWIDTHS.value:
         path = cli.input_file("bandwidths", _BANDWIDTHS.value)
         native = model.store().layer(NATIVE, 0)
@@ -109,7 +102,11 @@ def main(_):
         vram_gib, _CONTEXT.value or min(DEFAULT_CONTEXT, model.config.context_length),
         _KV_FORMAT.value, _CHUNK.value, _RESERVE.value,
     )  # fmt: skip
-    record = plan_record(make_plan(model, gpu, machines, request, _routings(model), sources))
+    routings = routing.synthetic_routing(model.config)
+    if _TRACE.value:
+        trace = read_trace(cli.input_file("trace", _TRACE.value))
+        routings = [routing.recorded(trace, model.config)]
+    record = plan_record(make_plan(model, gpu, machines, request, routings, sources))
     print(render_plan(record, recorded_check()))
     if folder is not None:
         print(f"the record: {write_record(folder, record)}", file=sys.stderr)

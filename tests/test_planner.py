@@ -33,14 +33,13 @@ from hobbit_jax.models.presets import PLANNED, PRESETS
 from hobbit_jax.planner import candidates, published_benchmarks, routing
 from hobbit_jax.planner.cost_model import (
     COMPILED,
-    ENGINES,
     MEASURED,
     Machine,
     Origin,
     Traffic,
+    by_engine,
     describe,
     measured,
-    of_engine,
     token_time,
 )
 from hobbit_jax.planner.hardware import GPUS, find_gpu
@@ -91,7 +90,7 @@ def test_a_token_by_hand():
         device_gb_s=500, device_efficiency=0.5, pcie_gb_s=20, pcie_efficiency=0.5, host_gb_s=50,
         host_efficiency=0.5, launches_per_layer=10, launch_us=4, waits_per_layer=2, wait_us=5,
         token_us=100, selection_us=2, exit_us=300, copies_per_expert=3, copy_latency_us=10,
-        overlap_share=0.25, handover_us=50,
+        handover_us=50,
     )  # fmt: skip
     traffic = Traffic(
         layers=40, dense_bytes=0.6e9, kv_bytes=0.1e9, expert_bytes=0.3e9, selections=320, exits=7,
@@ -102,14 +101,14 @@ def test_a_token_by_hand():
     assert time.launches == pytest.approx(2.0)  # 400 of 4 us and 80 of 5
     assert time.host == pytest.approx(0.74)  # 100 us and 320 of 2 us
     assert time.exits == pytest.approx(2.1)
-    assert time.link == pytest.approx((3.0 + 0.6) * 0.75)  # 30 MB at 10 GB/s, 60 copies
+    assert time.link == pytest.approx(3.0 + 0.6)  # 30 MB at 10 GB/s, 60 copies
     assert time.cpu == pytest.approx(3.0 + 0.3)  # 75 MB at 25 GB/s, 6 hand-overs
-    assert time.total == pytest.approx(4.0 + 2.0 + 0.74 + 2.1 + 2.7 + 3.3)
-    assert time.tokens_per_second == pytest.approx(1e3 / 14.84)
-    # At once, the link's 2.7 ms hide behind the CPU's 3 ms; 6 ms of uploads stand out by 1.8 ms.
-    assert token_time(replace(traffic, at_once=True), machine).total == pytest.approx(14.84 - 2.7)
-    longer = replace(traffic, at_once=True, moved_bytes=58e6)
-    assert token_time(longer, machine).link == pytest.approx((5.8 + 0.6) * 0.75 - 3.0)
+    assert time.total == pytest.approx(4.0 + 2.0 + 0.74 + 2.1 + 3.6 + 3.3)
+    assert time.tokens_per_second == pytest.approx(1e3 / 15.74)
+    # At once, 2.1 ms of the link hide behind the CPU's 3 ms; 6.4 ms of uploads stand out by 3.4 ms.
+    fewer, more = (replace(traffic, at_once=True, moved_bytes=size) for size in (15e6, 58e6))
+    assert token_time(fewer, machine).total == pytest.approx(15.74 - 3.6)
+    assert token_time(more, machine).link == pytest.approx(5.8 + 0.6 - 3.0)
 
 
 def test_measured_bandwidths_take_the_place_of_assumed_ones():
@@ -118,9 +117,7 @@ def test_measured_bandwidths_take_the_place_of_assumed_ones():
         {"mapped": {"1048576": 11.0}, "pinned": {"1048576": 22.0}}, {"host": 1.0, "link": 1.0},
     )  # fmt: skip
     gpu = GPUS["RTX 4070"]
-    machines = {
-        engine: of_engine(Machine(gpu.device_gb_s, gpu.pcie_gb_s), engine) for engine in ENGINES
-    }
+    machines = by_engine(Machine(gpu.device_gb_s, gpu.pcie_gb_s))
     machines = measured(machines, found, gpu, "Q4_K", 900_000)
     moved = Traffic(1, 0, 0, 0, moved_experts=5, moved_bytes=110e6, host_bytes=60e6)
     for engine, milliseconds in (("hobbit_jax", 10), (COMPILED, 5)):
@@ -136,7 +133,7 @@ def test_every_constant_has_an_origin():
     constants = describe(Machine(500, 20), {})
     assert [c["name"] for c in constants] == [*vars(Machine(500, 20))]
     assert all(c["unit"] and c["origin"] in get_args(Origin) and c["source"] for c in constants)
-    for name in ("pcie_gb_s", "device_efficiency", "overlap_share"):
+    for name in ("pcie_gb_s", "device_efficiency", "wait_us"):
         with pytest.raises(ValueError, match=name):
             replace(Machine(500, 20), **{name: -1.0})
 
@@ -465,8 +462,7 @@ def tiny_plan(pool_share: float) -> dict:
         replace(made, trace=shorter(made.trace, 100))
         for made in routing.synthetic_routing(TINY.config)
     ]
-    machines = {engine: of_engine(Machine(500, 30), engine) for engine in ENGINES}
-    return make_plan(TINY, GPUS["RTX 4070"], machines, request, made, {})
+    return make_plan(TINY, GPUS["RTX 4070"], by_engine(Machine(500, 30)), request, made, {})
 
 
 def test_a_plan_says_what_it_rests_on(tmp_path: Path):
@@ -546,7 +542,7 @@ def test_reports_are_compared_and_their_misses_kept(monkeypatch: pytest.MonkeyPa
 
 def test_forecasts_of_reports_are_the_cost_models():
     """Of each placement, by sums done here."""
-    machine = of_engine(Machine(360, 31.5), COMPILED)
+    machine = by_engine(Machine(360, 31.5))[COMPILED]
     report = Report("made up", "tiny", "RTX 3060", "layers_on_cpu", 0, 1.0, "nobody")
 
     def seconds(placement: str, amount: float = 0, **others) -> float:

@@ -2,23 +2,22 @@
 
 Owns what a program must do to be compared, both ends of the pipe, and the environment that every
 program gets unless the user's says otherwise. The child is `python -m hobbit_jax.baselines.child`;
-it ends when its input does, so none survives the comparison.
+it ends when the parent's end of the pipe does, so none survives the comparison.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 import os
-import pickle
 import pkgutil
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -77,17 +76,18 @@ class Child:
 
     def __init__(self, spec: SideSpec, name: str):
         self.name = name
-        # Closed by `_end`: it lives as long as the process.
+        # Closed by `__exit__`: it lives as long as the process.
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "hobbit_jax.baselines.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=environment(),
-        )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._requests, self._replies = self._process.stdin, self._process.stdout
+        self._pipe, theirs = multiprocessing.Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "hobbit_jax.baselines.child", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=[theirs.fileno()],
+                env=environment(),
+            )
         self._watch = PeakWatch(self._process.pid)
         self._send(spec)
 
@@ -108,17 +108,14 @@ class Child:
         """See `Side.facts`."""
         return self._ask("facts")
 
-    def finish(self) -> ResidentBytes | None:
-        """Peak memory of the whole run; the process is over then."""
-        peak = self._watch.stop()
-        self._end()
-        return peak
+    def peak(self) -> ResidentBytes | None:
+        """Peak memory until now; no more is measured."""
+        return self._watch.stop()
 
     def _send(self, request: Any) -> None:
         # A child that has ended breaks the pipe; what it said last tells why.
-        with contextlib.suppress(BrokenPipeError):
-            pickle.dump(request, self._requests, protocol=5)
-            self._requests.flush()
+        with contextlib.suppress(ConnectionError):
+            self._pipe.send(request)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         _ = self.loaded
@@ -127,8 +124,8 @@ class Child:
 
     def _receive(self) -> Any:
         try:
-            kind, value = pickle.load(self._replies)
-        except (EOFError, pickle.UnpicklingError):
+            kind, value = self._pipe.recv()
+        except (EOFError, OSError):
             status = self._process.wait()
             how = f"by signal {-status}" if status < 0 else f"with status {status}"
             raise ChildProcessError(f"{self.name} ended {how}: {self._log_tail()}") from None
@@ -145,69 +142,50 @@ class Child:
         lines = [line.strip() for line in self._log if line.strip()]
         return "; ".join(lines[-_LOG_LINES:]) or "it printed nothing"
 
-    def _end(self) -> None:
-        with contextlib.suppress(BrokenPipeError), self._replies:
-            self._requests.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-    def __enter__(self) -> Child:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
+        self._process.kill()
+        self._process.wait()
         self._watch.stop()
-        if not self._log.closed:
-            self._end()
+        self._pipe.close()
+        self._log.close()
 
 
 def _restrict_threads(threads: int) -> None:
     """Binds this process to so many cores, before any library counts them."""
-    if not hasattr(os, "sched_setaffinity"):
-        return
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= threads <= len(cores):
         raise ValueError(f"threads is {threads}; want 1 to the {len(cores)} cores there are")
     os.sched_setaffinity(0, cores[:threads])
 
 
-def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
+def _serve(pipe: Connection) -> None:
     """Loads a program, says what its process took before the model, and answers till the end.
 
     The first request is a `SideSpec`, the others are names of methods with their arguments.
     """
-
-    def reply(kind: str, value: Any) -> None:
-        pickle.dump((kind, value), replies, protocol=5)
-        replies.flush()
-
     try:
-        spec: SideSpec = pickle.load(requests)
+        spec: SideSpec = pipe.recv()
         _restrict_threads(spec.threads)
         make = pkgutil.resolve_name(spec.factory)
         before, began = read_resident(os.getpid()), time.perf_counter()
         side: Side = make(threads=spec.threads, **spec.options)
-        reply("answer", {"load_s": time.perf_counter() - began, "before_model": before})
+        load_s = time.perf_counter() - began
+        pipe.send(("answer", {"load_s": load_s, "before_model": before}))
         while True:
             try:
-                name, arguments = pickle.load(requests)
+                name, arguments = pipe.recv()
             except EOFError:
                 return
             method = functools.partial(timed_turn, side) if name == "turn" else getattr(side, name)
-            reply("answer", method(*arguments))
+            pipe.send(("answer", method(*arguments)))
     except Exception as error:
         # Its name and text go to the parent, which raises the same; the rest is in the log.
-        reply(type(error).__name__, str(error))
+        pipe.send((type(error).__name__, str(error)))
         raise
 
 
 if __name__ == "__main__":
-    # Whatever a library prints goes to the log, not between our answers.
-    replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    _serve(sys.stdin.buffer, replies)
+    _serve(Connection(int(sys.argv[1])))

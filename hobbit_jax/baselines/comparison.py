@@ -4,8 +4,7 @@ Both programs are loaded at once, each in its own process and bound to the same 
 work at the same time.
 """
 
-from __future__ import annotations
-
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -87,13 +86,13 @@ class Request:
         sizes = ("windows", "context", "turns", "prompt_tokens", "decode_tokens", "threads")
         setting = {
             **options,
-            "model": self.options.path.name,
             "baseline": self.baseline,
             "budget_bytes": self.options.budget_bytes,
             **{name: getattr(self, name) for name in sizes},
         }
-        mode = {"torch_mode": self.torch_mode} if self.torch_mode else {}
-        return Benchmark(STUDY, setting | mode)
+        if self.torch_mode:
+            setting["torch_mode"] = self.torch_mode
+        return Benchmark(STUDY, setting)
 
 
 def compare_model(request: Request) -> Record:
@@ -202,26 +201,28 @@ def compare(
             both have ended then.
     """
     load_before = os.getloadavg()[0]
-    with Child(ours, "ours") as own:
-        loaded_own = own.loaded
-        with Child(baseline, "baseline") as other:
-            loaded = loaded_own, other.loaded
-            bar = tqdm(windows_WT, desc="logits", unit="window", leave=False, disable=None)
-            near = agreement(
-                (own.score(ids_S[:-1]), other.score(ids_S[:-1]), ids_S[1:]) for ids_S in bar
-            )
-            found = measure(
-                dict(zip(SIDES, (own.turn, other.turn), strict=True)), rows_RS, prompt_tokens
-            )
-            facts = own.facts(), other.facts()
-            peaks = own.finish(), other.finish()
-    here = facts[0].pop("machine")
-    sides = {}
-    for name, start, fact, peak in zip(SIDES, loaded, facts, peaks, strict=True):
-        memory = {"before_model": start["before_model"], "peak": peak}
-        counts = found[name].counts
-        rate = {"decode_hit_rate": counts and counts.hit_rate}
-        sides[name] = {**fact, **rate, "load_s": start["load_s"], "memory": memory}
+    children: dict[str, Child] = {}
+    sides: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        for name, spec in zip(SIDES, (ours, baseline), strict=True):
+            children[name] = stack.enter_context(Child(spec, name))
+            _ = children[name].loaded  # before the next one begins to
+        own, other = children.values()
+        bar = tqdm(windows_WT, desc="logits", unit="window", leave=False, disable=None)
+        near = agreement(
+            (own.score(ids_S[:-1]), other.score(ids_S[:-1]), ids_S[1:]) for ids_S in bar
+        )
+        turns = {name: child.turn for name, child in children.items()}
+        found = measure(turns, rows_RS, prompt_tokens)
+        for name, child in children.items():
+            counts, load = found[name].counts, child.loaded
+            sides[name] = {
+                **child.facts(),
+                "decode_hit_rate": counts and counts.hit_rate,
+                "load_s": load["load_s"],
+                "memory": {"before_model": load["before_model"], "peak": child.peak()},
+            }
+    here = sides["ours"].pop("machine")
     # Of the machine, over a minute: 1 is what a comparison makes itself on one core.
     sides["load_average"] = {"before": load_before, "after": os.getloadavg()[0]}
     return combined(near, measured(_speed(found)), measured(sides)), here

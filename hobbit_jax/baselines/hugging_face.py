@@ -1,48 +1,24 @@
 """From a GGUF file's tensors to Hugging Face's own module of the same model.
 
-Owns the one mapping of our architectures to transformers' classes: hyperparameters, names, and the
-order of q and k rows.
+Owns the one mapping of our architectures to transformers' classes: hyperparameters, the order of q
+and k rows, and what the file keeps in other pieces. Names of all else are gguf's.
 
 Source: transformers 5, models/{qwen3_moe,mixtral,olmoe} (an expert's gate and up are one tensor,
 gate first); llama.cpp's conversion, `LlamaModel.permute`. transformers' own GGUF loader is no help:
 it has no expert width for Qwen3 and loads a Mixtral file as a dense model without a word.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gguf
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
 
 from hobbit_jax.models.attention import GroupedQuery
-from hobbit_jax.models.config import OUTPUT, TOKEN_EMBEDDING, ModelConfig, layer_tensors
+from hobbit_jax.models.config import ModelConfig, layer_tensors
 from hobbit_jax.models.delta_net import GatedDeltaNet
-
-# A torch.nn.Module of transformers; PyTorch types each of its attributes as a tensor.
-HuggingFaceModel = Any
-
-# Our role → theirs within a layer; experts are apart.
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ssm_norm": "linear_attn.norm",
-    "ffn_norm": "post_attention_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "router": "mlp.gate",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-}
-
 
 # Beginnings of their classes' names, of dense models and of others.
 _DENSE = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
@@ -65,8 +41,8 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     attention: str = "sdpa",
-) -> HuggingFaceModel:
-    """The whole model, ready to compute, its weights rounded to `dtype`.
+) -> Any:
+    """The whole model, a torch.nn.Module ready to compute, its weights rounded to `dtype`.
 
     `tensor` gives one dequantised, in float32, by its name in the file; one is held at a time.
     `attention` is transformers' `attn_implementation`.
@@ -76,7 +52,7 @@ def load(
         RuntimeError: a weight has another shape than its place, or a place got none.
     """
     model = _empty_model(config, attention)
-    for name, array in _weights(config, tensor):
+    for name, array in _weights(config, tensor, model):
         place = model.get_parameter(name)
         if tuple(place.shape) != array.shape:
             raise RuntimeError(f"{name} is {array.shape}; the module wants {tuple(place.shape)}")
@@ -86,13 +62,10 @@ def load(
         setattr(model.get_submodule(owner), last, torch.nn.Parameter(weight, requires_grad=False))
     if config.tied_head:
         model.lm_head.weight = model.model.embed_tokens.weight
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing:
-        raise RuntimeError(f"no weight for {', '.join(missing)}")
     return model.to(device)
 
 
-def _empty_model(config: ModelConfig, attention: str) -> HuggingFaceModel:
+def _empty_model(config: ModelConfig, attention: str) -> Any:
     """The module without weights (on PyTorch's meta device), in float32."""
     prefix = (_DENSE if config.has_dense_ffn else _WITH_EXPERTS).get(config.arch)
     if prefix is None:
@@ -137,37 +110,32 @@ def _empty_model(config: ModelConfig, attention: str) -> HuggingFaceModel:
 
 
 def _weights(
-    config: ModelConfig, tensor: Callable[[str], np.ndarray]
+    config: ModelConfig, tensor: Callable[[str], np.ndarray], model: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name in the module, float32 array) of all tensors, one at a time."""
-    # Norms of the hybrids are stored with the 1 that transformers adds.
-    added = 1 if config.arch in _HYBRIDS else 0
-    yield "model.embed_tokens.weight", tensor(TOKEN_EMBEDDING)
-    yield "model.norm.weight", tensor(config.output_norm) - np.float32(added)
-    if not config.tied_head:
-        yield "lm_head.weight", tensor(OUTPUT)
-    attention = _attention(config)
-    heads = {"attn_q": attention.n_heads, "attn_k": attention.n_kv_heads}
+    """(name in the module, float32 array) of all tensors, one at a time, to be placed at once."""
     for layer in range(config.n_layers):
-        names = layer_tensors(config, layer)
-        for role, theirs in _LAYER_NAMES.items():
-            if role not in names:
-                continue
-            array = tensor(names[role])
-            if attention.rope.style == "norm" and role in heads:
-                array = interleaved_to_halves(array, heads[role])
-            elif role.endswith("_norm") and role != "ssm_norm":
-                array = array - np.float32(added)
-            elif role == "ffn_gate_inp_shexp":
-                array = array.reshape(1, -1)
-            yield f"model.layers.{layer}.{theirs}.weight", array
-            if (bias := f"{role}.bias") in names:
-                yield f"model.layers.{layer}.{theirs}.bias", tensor(names[bias])
         delta = config.blocks[config.block_of_layer[layer]].attention
         if isinstance(delta, GatedDeltaNet):
+            names = layer_tensors(config, layer)
             yield from _delta_net(delta, lambda role, names=names: tensor(names[role]), layer)
         for name, array in expert_weights(config, tensor, layer).items():
             yield f"model.layers.{layer}.mlp.{name}", array
+    (arch,) = (arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == config.arch)
+    by_name = gguf.get_tensor_name_map(arch, config.n_layers)
+    attention = _attention(config)
+    heads = {"attn_q": attention.n_heads, "attn_k": attention.n_kv_heads}
+    for name in [name for name, place in model.named_parameters() if place.is_meta]:
+        ours = by_name.get_name(name, try_suffixes=(".weight", ".bias"))
+        if ours is None:
+            raise RuntimeError(f"no weight for {name}")
+        array, role = tensor(ours), ours.split(".")[-2]
+        if attention.rope.style == "norm" and role in heads:
+            array = interleaved_to_halves(array, heads[role])
+        elif config.arch in _HYBRIDS and role.endswith("_norm") and role != "ssm_norm":
+            array = array - np.float32(1)  # which transformers adds
+        elif role == "ffn_gate_inp_shexp":
+            array = array.reshape(1, -1)
+        yield name, array
 
 
 def expert_weights(

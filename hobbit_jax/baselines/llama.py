@@ -10,8 +10,6 @@ weights in float32.
 Source: llama.h.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import numpy as np
@@ -22,8 +20,6 @@ from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
 from hobbit_jax.models.config import ModelConfig, layer_tensors
 from hobbit_jax.models.registry import read_config
 
-# The default, and float32 throughout: without flash attention, whose sums are in another order.
-KVFormat = Literal["float16", "float32"]
 _TYPE_F32, _FLASH_ATTENTION_OFF = 0, 0
 
 
@@ -46,7 +42,7 @@ class LlamaCpp:
         context: int,
         budget_bytes: int | None,
         cpu_layers: int | None = None,
-        kv_format: KVFormat = "float16",
+        kv_format: Literal["float16", "float32"] = "float16",
         tokens_at_once: int = 512,
     ):
         """Loads a GGUF file, with room for a sequence of `context` tokens.
@@ -79,7 +75,7 @@ class LlamaCpp:
         settings.n_ubatch = tokens_at_once
         settings.n_threads = settings.n_threads_batch = threads
         self._kv_format = kv_format
-        if kv_format == "float32":
+        if kv_format == "float32":  # flash attention's sums are in another order
             settings.flash_attn_type = _FLASH_ATTENTION_OFF
             settings.type_k = settings.type_v = _TYPE_F32
         self._ctx = library.llama_init_from_model(self._model.pointer, settings)

@@ -6,8 +6,6 @@ model file. The wheel has a ggml of its own, which shares no process with our ba
 Source: llama.h at the commit of the wheel (`xllamacpp/_version.py` names it).
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib.metadata
@@ -149,19 +147,22 @@ class Model:
             ValueError: llama.cpp cannot load the file; says what it logged.
         """
         self.library = library = load_library()
-        entries: list[tuple[int, str]] = []
-        log = _LOG(lambda level, text, _: entries.append((level, text.decode(errors="replace"))))
+        logged: list[tuple[int, str]] = []
+        log = _LOG(lambda level, text, _: logged.append((level, text.decode(errors="replace"))))
         parameters = library.llama_model_default_params()
         parameters.vocab_only, parameters.use_extra_bufts = vocab_only, repack
-        self._overrides = _expert_overrides(library, cpu_layers)  # llama.cpp keeps the pointer
-        if cpu_layers:
+        if cpu_layers:  # `llm_add_n_cpu_ffn_overrides` in llama.cpp's common.h
+            cpu = library.ggml_backend_cpu_buffer_type()
+            patterns = [_EXPERT_PATTERN.format(layer=n).encode() for n in range(cpu_layers)]
+            entries = [*(_Override(pattern, cpu) for pattern in patterns), _Override(None, None)]
+            self._overrides = (_Override * len(entries))(*entries)  # llama.cpp keeps the pointer
             parameters.tensor_buft_overrides = ctypes.addressof(self._overrides)
         library.llama_log_set(log, None)
         self.pointer = library.llama_model_load_from_file(os.fsencode(path), parameters)
         library.llama_log_set(_LOG(), None)  # from here on to standard error, as by default
-        self.log = "".join(text for _, text in entries)
+        self.log = "".join(text for _, text in logged)
         if not self.pointer:
-            errors = "; ".join(text.strip() for level, text in entries if level == _ERROR_LEVEL)
+            errors = "; ".join(text.strip() for level, text in logged if level == _ERROR_LEVEL)
             raise ValueError(f"llama.cpp does not load {path}: {errors}")
         self.vocab = library.llama_model_get_vocab(self.pointer)
 
@@ -170,11 +171,3 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.library.llama_model_free(self.pointer)
-
-
-def _expert_overrides(library: ctypes.CDLL, cpu_layers: int) -> ctypes.Array:
-    """A list ended by an empty entry (`llm_add_n_cpu_ffn_overrides` in llama.cpp's common.h)."""
-    cpu = library.ggml_backend_cpu_buffer_type()
-    patterns = [_EXPERT_PATTERN.format(layer=layer).encode() for layer in range(cpu_layers)]
-    entries = [_Override(pattern, cpu) for pattern in patterns]
-    return (_Override * (cpu_layers + 1))(*entries, _Override(None, None))

@@ -1,7 +1,5 @@
 """Our engine as a side of the comparison."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from typing import Any

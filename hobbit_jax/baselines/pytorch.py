@@ -6,8 +6,7 @@
   our pool's alone.
 """
 
-from __future__ import annotations
-
+import functools
 from typing import Any
 
 import gguf
@@ -42,11 +41,9 @@ class PyTorch:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; want one of {', '.join(MODES)}")
         self._mode = mode
-        file = open_gguf(model)
-        dtype = getattr(torch, mode)
-        self._model = load(
-            read_config(file), lambda name: dequantised(file, name), dtype, self._device
-        )
+        file, dtype = open_gguf(model), getattr(torch, mode)
+        tensor = functools.partial(dequantised, file)
+        self._model = load(read_config(file), tensor, dtype, self._device)
         self._cache: Any = None
 
     @torch.inference_mode()

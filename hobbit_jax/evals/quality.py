@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from hobbit_jax.atomic import new_map, replacing
+from hobbit_jax.atomic import check_space, new_map, replacing
 from hobbit_jax.cache.controller import Observer
 from hobbit_jax.evals.logit_comparison import Comparison, compare_logits, summarize
 from hobbit_jax.inference.engine import Engine
@@ -103,7 +103,8 @@ def write_native_logits(engine: Engine, windows: Windows, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     count, width = windows.ids_WS.shape
     shape = (count, width - 1, engine.config.vocab_size)
-    with replacing(path, wanted_bytes=4 * math.prod(shape)) as partial:
+    check_space(path, 4 * math.prod(shape))
+    with replacing(path) as partial:
         array_WTV = new_map(partial, np.float32, shape)
         for part, logits_BTV in _scored(engine, windows, "native logits"):
             array_WTV[part] = np.asarray(logits_BTV)

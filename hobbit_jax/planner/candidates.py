@@ -1,6 +1,4 @@
-"""Which settings a plan compares, and which one it names.
-
-Owns the list and the rule of choice.
+"""Which settings a plan compares, and the rule by which it names one of them.
 
 The rule: begin with the fastest setting that keeps every expert native, go through the others by
 expected loss, and take the next one where it is at least `SPEEDUP_NEEDED` times as fast as what is
@@ -10,8 +8,6 @@ the whole low precision cost the reference model, which is far less than it cost
 a dense model (docs/decision.md). So a plan names the fastest native setting beside the other.
 Demoting the lightest selections (hobbit) costs less than their share says.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
@@ -58,15 +54,13 @@ def expected_loss(setting: Setting, low_uses: float, skipped: float) -> float:
     """The stand-in for the loss, nats a token; a skipped selection counts as one in the lowest."""
     if setting.low_format is None:
         return 0.0
-    lowest = REFERENCE_KL[LOW_FORMATS[-1]]
-    return low_uses * REFERENCE_KL.get(setting.low_format, lowest) + skipped * lowest
+    return low_uses * REFERENCE_KL[setting.low_format] + skipped * REFERENCE_KL[LOW_FORMATS[-1]]
 
 
 def choose(speeds: Sequence[float], losses: Sequence[float], most_loss: float = MOST_LOSS) -> int:
     """The index of the setting that the rule takes; one of them loses nothing."""
     allowed = [i for i in range(len(speeds)) if losses[i] <= most_loss]
-    first, *others = sorted(allowed, key=lambda i: (losses[i], -speeds[i]))
-    held = first
+    held, *others = sorted(allowed, key=lambda i: (losses[i], -speeds[i]))
     for at in others:
         if speeds[at] >= SPEEDUP_NEEDED * speeds[held]:
             held = at

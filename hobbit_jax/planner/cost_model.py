@@ -1,6 +1,4 @@
-"""Seconds of one decoded token, from what it reads, moves and waits for.
-
-Owns the model and its constants, with the origin of each.
+"""The time of one decoded token, from what it reads, moves and waits for; every constant's origin.
 
 One sequence, one token at a time, nothing overlapped unless the traffic says so:
 
@@ -9,8 +7,8 @@ One sequence, one token at a time, nothing overlapped unless the traffic says so
     launches = layers · (launches_per_layer · launch_us + waits_per_layer · wait_us)
     host     = token_us + selections · selection_us
     exits    = exits · exit_us
-    link     = ((moved bytes) / (pcie_gb_s · pcie_efficiency)
-                + moved experts · copies_per_expert · copy_latency_us) · (1 − overlap_share)
+    link     = moved bytes / (pcie_gb_s · pcie_efficiency)
+               + moved experts · copies_per_expert · copy_latency_us
     cpu      = host bytes / (host_gb_s · host_efficiency) + layers on the CPU · handover_us
 
 An exit is a token that leaves the decode program in a layer whose experts are not all resident
@@ -24,11 +22,9 @@ makes when the device has told it the value. Constants depend on the engine: our
 Python, compiled by XLA and copies from a memory map, a compiled engine does none of it (`ENGINES`).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from hobbit_jax.cache.bandwidth import Bandwidths, Source
@@ -37,7 +33,7 @@ from hobbit_jax.planner.hardware import GPU
 Origin = Literal["vendor", "specification", "counted", "assumed", "given"]
 
 
-def _constant(unit: str, origin: Origin, source: str, default: Any = MISSING) -> Any:
+def _constant(unit: str, source: str, default: Any = MISSING, origin: Origin = "assumed") -> Any:
     """A field of `Machine` with its unit, and where its default comes from."""
     return field(default=default, metadata={"unit": unit, "origin": origin, "source": source})
 
@@ -46,67 +42,52 @@ def _constant(unit: str, origin: Origin, source: str, default: Any = MISSING) ->
 class Machine:
     """The constants of the model, each with its origin."""
 
-    device_gb_s: float = _constant("GB/s", "vendor", "hardware.py")
-    pcie_gb_s: float = _constant("GB/s", "vendor", "hardware.py")
-    host_gb_s: float = _constant(
-        "GB/s", "assumed", "two channels of DDR5-5600: 2 · 8 bytes · 5.6e9/s", 89.6
-    )
+    device_gb_s: float = _constant("GB/s", "hardware.py", origin="vendor")
+    pcie_gb_s: float = _constant("GB/s", "hardware.py", origin="vendor")
+    host_gb_s: float = _constant("GB/s", "two channels of DDR5-5600: 2 · 8 bytes · 5.6e9/s", 89.6)
     device_efficiency: float = _constant(
-        "share", "assumed", "the target of the decode kernels (docs/kernels.md)", 0.75
+        "share", "the target of the decode kernels (docs/kernels.md)", 0.75
     )
     pcie_efficiency: float = _constant(
         "share",
-        "assumed",
         "about half of what pinned copies reach: ours start in a memory map, which is not pinned",
         0.4,
     )
-    host_efficiency: float = _constant(
-        "share", "assumed", "of the DIMMs' figure, for streaming reads", 0.7
-    )
+    host_efficiency: float = _constant("share", "of the DIMMs' figure, for streaming reads", 0.7)
     launches_per_layer: float = _constant(
-        "kernels", "counted", "in the compiled program (scripts/dev/count_launches.py)", 60.0
+        "kernels", "in the compiled program (scripts/dev/count_launches.py)", 60.0, "counted"
     )
-    launch_us: float = _constant("us", "assumed", "of one small kernel within a program", 3.0)
+    launch_us: float = _constant("us", "of one small kernel within a program", 3.0)
     waits_per_layer: float = _constant(
-        "waits", "counted", "in the compiled program: three conditionals and the loop's end", 4.0
+        "waits", "in the compiled program: three conditionals and the loop's end", 4.0, "counted"
     )
-    wait_us: float = _constant(
-        "us", "assumed", "a number to the host, and the next kernel's launch", 8.0
-    )
-    token_us: float = _constant(
-        "us", "assumed", "entering the program and reading its report", 150.0
-    )
+    wait_us: float = _constant("us", "a number to the host, and the next kernel's launch", 8.0)
+    token_us: float = _constant("us", "entering the program and reading its report", 150.0)
     selection_us: float = _constant(
         "us",
-        "assumed",
         "telling a policy of one use, in Python: the 35 us that a layer of the null-compute "
         "model took in all (WORKSPACE.md), shared by 8",
         4.0,
     )
     exit_us: float = _constant(
         "us",
-        "assumed",
         "a third of what two loaded cores took on a null-compute model: 1,183 us a layer with "
         "misses against 35 without (WORKSPACE.md); a desktop's core is faster",
         400.0,
     )
     copies_per_expert: float = _constant(
-        "copies", "specification", "gate, up and down (cache/pool.py)", 3.0
+        "copies", "gate, up and down (cache/pool.py)", 3.0, "specification"
     )
-    copy_latency_us: float = _constant("us", "assumed", "of one copy, beside its bytes", 10.0)
-    overlap_share: float = _constant("share", "assumed", "nothing, until a share is measured", 0.0)
+    copy_latency_us: float = _constant("us", "of one copy, beside its bytes", 10.0)
     handover_us: float = _constant(
-        "us",
-        "assumed",
-        "activations to the CPU, its threads' start, and the result back, a layer",
-        100.0,
+        "us", "activations to the CPU, its threads' start, and the result back, a layer", 100.0
     )
 
     def __post_init__(self):
         for name, value in vars(self).items():
             if name.endswith(("gb_s", "efficiency")) and not value > 0:
                 raise ValueError(f"{name} is {value}; want more than 0")
-            if value < 0 or (name.endswith(("efficiency", "share")) and value > 1):
+            if value < 0 or (name.endswith("efficiency") and value > 1):
                 raise ValueError(f"{name} is {value}; out of its range")
 
 
@@ -126,9 +107,9 @@ ENGINES: dict[str, dict[str, float]] = {
 }
 
 
-def of_engine(machine: Machine, engine: str) -> Machine:
-    """The machine with an engine's constants."""
-    return replace(machine, **ENGINES[engine])
+def by_engine(machine: Machine) -> dict[str, Machine]:
+    """The machine with the constants of each engine."""
+    return {engine: replace(machine, **constants) for engine, constants in ENGINES.items()}
 
 
 def measured(
@@ -136,8 +117,8 @@ def measured(
 ) -> dict[str, Machine]:
     """The machines, by engine, with bandwidths as `scripts/bench_bandwidth.py` found them.
 
-    Ours copies pieces of `piece_bytes` from mapped memory, a compiled engine from pinned. `format`
-    is that of most expert bytes.
+    Ours copies pieces of `piece_bytes` from mapped memory, a compiled engine from pinned memory.
+    `format` is that of most expert bytes.
 
     Raises:
         ValueError: the bandwidths are of another device, or not of this format.
@@ -153,15 +134,12 @@ def measured(
     sources: dict[str, Source] = {OURS: "mapped", COMPILED: "pinned"}
     return {
         engine: replace(
-            machine,
-            host_gb_s=found.host(format),
-            host_efficiency=1.0,
-            pcie_gb_s=found.link(piece_bytes, sources[engine]),
-            pcie_efficiency=1.0,
+            machine, host_gb_s=found.host(format), host_efficiency=1.0,
+            pcie_gb_s=found.link(piece_bytes, sources[engine]), pcie_efficiency=1.0,
             copy_latency_us=0.0,
         )
         for engine, machine in machines.items()
-    }
+    }  # fmt: skip
 
 
 def link_to_host(machine: Machine) -> float:
@@ -204,7 +182,7 @@ class TokenTime:
     @property
     def total(self) -> float:
         """Of all parts, none beside another."""
-        return sum(asdict(self).values())
+        return sum(vars(self).values())
 
     @property
     def tokens_per_second(self) -> float:
@@ -217,7 +195,7 @@ def token_time(traffic: Traffic, machine: Machine) -> TokenTime:
     read = traffic.dense_bytes + traffic.kv_bytes + traffic.expert_bytes
     bytes_ms = traffic.moved_bytes / (machine.pcie_gb_s * machine.pcie_efficiency * 1e6)
     copies = traffic.moved_experts * machine.copies_per_expert
-    link = (bytes_ms + copies * machine.copy_latency_us * 1e-3) * (1 - machine.overlap_share)
+    link = bytes_ms + copies * machine.copy_latency_us * 1e-3
     cpu = traffic.host_bytes / (machine.host_gb_s * machine.host_efficiency * 1e6)
     launches_us = machine.launches_per_layer * machine.launch_us
     of_layer_us = launches_us + machine.waits_per_layer * machine.wait_us

@@ -7,8 +7,6 @@ PCIe generation and lanes), from memory and not looked up again. A lane of PCIe 
 carries .985, 1.969, 3.938 GB/s a direction after 128b/130b encoding (PCI-SIG).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 _LANE_GB_S = {3: 0.985, 4: 1.969, 5: 3.938}
@@ -25,31 +23,29 @@ class GPU:
     origin: str  # where the figures come from
 
 
-def _gpu(name: str, vram_gib: float, device_gb_s: float, generation: int, lanes: int) -> GPU:
-    origin = f"NVIDIA's specification; PCIe {generation}.0 x{lanes} (PCI-SIG)"
-    return GPU(name, vram_gib, device_gb_s, round(lanes * _LANE_GB_S[generation], 2), origin)
-
-
 GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        _gpu("RTX 2080", 8, 448, 3, 16),
-        _gpu("RTX 3060", 12, 360, 4, 16),
-        _gpu("RTX 3070", 8, 448, 4, 16),
-        _gpu("RTX 3090", 24, 936, 4, 16),
-        _gpu("RTX 4060", 8, 272, 4, 8),
-        _gpu("RTX 4060 Ti", 16, 288, 4, 8),
-        _gpu("RTX 4070", 12, 504, 4, 16),
-        _gpu("RTX 4080", 16, 717, 4, 16),
-        _gpu("RTX 4090", 24, 1008, 4, 16),
-        _gpu("RTX 5060 Ti", 16, 448, 5, 8),
-        _gpu("RTX 5070", 12, 672, 5, 16),
-        _gpu("RTX 5080", 16, 960, 5, 16),
-        _gpu("RTX 5090", 32, 1792, 5, 16),
-        _gpu("A100", 40, 1555, 4, 16),
-        _gpu("H200", 131, 4800, 5, 16),
+    name: GPU(
+        name, vram_gib, device_gb_s, round(lanes * _LANE_GB_S[generation], 2),
+        f"NVIDIA's specification; PCIe {generation}.0 x{lanes} (PCI-SIG)",
     )
-}
+    for name, vram_gib, device_gb_s, generation, lanes in (
+        ("RTX 2080", 8, 448, 3, 16),
+        ("RTX 3060", 12, 360, 4, 16),
+        ("RTX 3070", 8, 448, 4, 16),
+        ("RTX 3090", 24, 936, 4, 16),
+        ("RTX 4060", 8, 272, 4, 8),
+        ("RTX 4060 Ti", 16, 288, 4, 8),
+        ("RTX 4070", 12, 504, 4, 16),
+        ("RTX 4080", 16, 717, 4, 16),
+        ("RTX 4090", 24, 1008, 4, 16),
+        ("RTX 5060 Ti", 16, 448, 5, 8),
+        ("RTX 5070", 12, 672, 5, 16),
+        ("RTX 5080", 16, 960, 5, 16),
+        ("RTX 5090", 32, 1792, 5, 16),
+        ("A100", 40, 1555, 4, 16),
+        ("H200", 131, 4800, 5, 16),
+    )
+}  # fmt: skip
 
 
 def find_gpu(text: str) -> GPU:

@@ -1,16 +1,14 @@
 """What to run on a GPU: what fits, what to expect of each setting, and what to choose.
 
-Owns the order of the questions and the figures that answer them, and their record, which
-`report/planner_tables.py` shows on the screen and in the document. Every prediction is a
-list, one for each routing that the plan was given: a user's own trace is one, made-up routing is
-two (`routing.py`).
+`report/planner_tables.py` shows its record. Every prediction is a list, one for each routing that
+the plan was given: a user's own trace is one, made-up routing is two (`routing.py`).
 """
 
-from __future__ import annotations
-
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,34 +19,16 @@ from hobbit_jax.cache.miss_modes import FETCH
 from hobbit_jax.cache.policies import DEFAULT_POLICY
 from hobbit_jax.cache.pool_sizing import least_bytes
 from hobbit_jax.experts.precision import uniform_plan
-from hobbit_jax.planner import candidates
-from hobbit_jax.planner.cost_model import (
-    COMPILED,
-    OURS,
-    Machine,
-    TokenTime,
-    Traffic,
-    describe,
-    link_to_host,
-    token_time,
-)
+from hobbit_jax.planner import candidates, cost_model, traffic
+from hobbit_jax.planner.cost_model import COMPILED, OURS, Machine, Traffic, token_time
 from hobbit_jax.planner.hardware import GPU
 from hobbit_jax.planner.routing import Routing
 from hobbit_jax.planner.shapes import PlannedModel
-from hobbit_jax.planner.traffic import (
-    LLAMA_CPP_KV,
-    Outcome,
-    Setting,
-    all_on_cpu,
-    hot_on_device,
-    layers_that_fit,
-    replay_setting,
-)
+from hobbit_jax.planner.traffic import LLAMA_CPP_KV, Outcome, Setting
 from hobbit_jax.record import Benchmark, Record, machine, measured
 
 STUDY = "planner"
 GIB = 2**30
-LLAMA_CPP, HOT_EXPERTS = "llama.cpp", "a fork of llama.cpp with the hot experts on the GPU"
 # Joint perturbations of all assumed constants, each between half and double.
 DRAWS = 200
 
@@ -73,11 +53,7 @@ class Memory:
     kv_cache: int
     scratch: int
     reserve: int
-
-    @property
-    def pool(self) -> int:
-        """What is left for experts."""
-        return self.vram - self.dense - self.kv_cache - self.scratch - self.reserve
+    pool: int  # what is left for experts
 
 
 @dataclass(frozen=True)
@@ -92,36 +68,31 @@ class Option:
     flag: str = ""  # what it is told, where that depends on the memory
 
 
-@dataclass
-class _Options:
+@dataclass(frozen=True)
+class _World:
     """All options under one routing in one division of the memory."""
 
-    found: list[Option] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-    def choose(
-        self,
-        machines: Mapping[str, Machine],
-        engine: str = OURS,
-        ours: bool = False,
-        most_loss: float = candidates.MOST_LOSS,
-    ) -> str:
-        """The option that the rule takes, of all or of our settings; those run in `engine`."""
-        options = [option for option in self.found if option.outcome or not ours]
-        speeds = [
-            token_time(o.traffic, machines[engine if o.outcome else COMPILED]).tokens_per_second
-            for o in options
-        ]
-        return options[candidates.choose(speeds, [o.loss for o in options], most_loss)].name
+    options: list[Option]
+    left_out: dict[str, str]  # settings that cannot run, and why
 
     def choices(self, machines: Mapping[str, Machine]) -> dict[str, str]:
         """What to run with native experts; in this engine; of all; and of all if this engine were
         compiled."""
+
+        def taken(
+            options: Sequence[Option], engine: str = OURS, most_loss: float = candidates.MOST_LOSS
+        ) -> str:
+            times = [
+                token_time(o.traffic, machines[engine if o.outcome else COMPILED]) for o in options
+            ]
+            speeds, losses = [t.tokens_per_second for t in times], [o.loss for o in options]
+            return options[candidates.choose(speeds, losses, most_loss)].name
+
         return {
-            "native": self.choose(machines, most_loss=0),
-            "here": self.choose(machines, ours=True),
-            "overall": self.choose(machines),
-            "compiled": self.choose(machines, COMPILED),
+            "native": taken(self.options, most_loss=0),
+            "here": taken([option for option in self.options if option.outcome]),
+            "overall": taken(self.options),
+            "compiled": taken(self.options, COMPILED),
         }
 
 
@@ -135,25 +106,21 @@ def divide_memory(model: PlannedModel, request: Request) -> Memory:
     context = request.context
     if not 1 <= context <= model.config.context_length:
         raise ValueError(f"context is {context}; want 1 to {model.config.context_length}")
-    memory = Memory(
-        vram=int(request.vram_gib * GIB),
-        dense=model.dense_bytes,
-        kv_cache=model.kv_cache_bytes(context, request.kv_format),
-        scratch=model.scratch_bytes(context, request.chunk_tokens),
-        reserve=int(request.reserve_gib * GIB),
-    )
+    vram, reserve = int(request.vram_gib * GIB), int(request.reserve_gib * GIB)
+    kv_cache = model.kv_cache_bytes(context, request.kv_format)
+    scratch = model.scratch_bytes(context, request.chunk_tokens)
+    pool = vram - model.dense_bytes - kv_cache - scratch - reserve
     store = model.store()
     layout = BankLayout.of_store(store)
     least = least_bytes(uniform_plan(store).shares_pLE(layout.shape_pLE), FETCH, layout)
-    if memory.pool < least:
+    if pool < least:
         raise ValueError(
             f"{request.vram_gib:g} GiB of VRAM are too small for {model.name} by "
-            f"{(least - memory.pool) / GIB:.2f} GiB: dense weights {memory.dense / GIB:.2f}, KV "
-            f"cache of {context} tokens {memory.kv_cache / GIB:.2f}, scratch "
-            f"{memory.scratch / GIB:.2f}, reserve {memory.reserve / GIB:.2f}, one step of native "
-            f"experts {least / GIB:.2f}"
+            f"{(least - pool) / GIB:.2f} GiB: dense weights {model.dense_bytes / GIB:.2f}, KV "
+            f"cache of {context} tokens {kv_cache / GIB:.2f}, scratch {scratch / GIB:.2f}, "
+            f"reserve {reserve / GIB:.2f}, one step of native experts {least / GIB:.2f}"
         )
-    return memory
+    return Memory(vram, model.dense_bytes, kv_cache, scratch, reserve, pool)
 
 
 def make_plan(
@@ -167,7 +134,6 @@ def make_plan(
     """A plan, ready for JSON; speeds are predictions.
 
     Args:
-        model, gpu, request: what shall run where, and what the memory is for.
         machines: the constants of the cost model, by engine; `given` as in `describe`.
         routings: what the replays run on, the least local first.
 
@@ -175,18 +141,17 @@ def make_plan(
         ValueError: see `divide_memory`.
     """
     config, memory = model.config, divide_memory(model, request)
+    listed = candidates.settings(cost_model.link_to_host(machines[OURS]))
 
-    listed = candidates.settings(link_to_host(machines[OURS]))
-
-    def under(asked: Request) -> list[_Options]:
-        return [_options(model, listed, routing, asked) for routing in routings]
+    def under(asked: Request) -> list[_World]:
+        return [_world(model, listed, routing, asked) for routing in routings]
 
     base = under(request)
-    constants = describe(machines[OURS], given)
+    constants = cost_model.describe(machines[OURS], given)
     varied = {label: under(asked) for label, asked in _other_requests(model, request).items()}
-    assumed = [c["name"] for c in constants if c["origin"] == "assumed" and c["value"]]
+    assumed = [c["name"] for c in constants if c["origin"] == "assumed"]
     # One tuple an option: what it comes to under each routing. The first is native.
-    options = list(zip(*(world.found for world in base), strict=True))
+    options = list(zip(*(world.options for world in base), strict=True))
     return {
         "model": {
             "name": model.name,
@@ -198,7 +163,7 @@ def make_plan(
         },
         "gpu": asdict(gpu),
         **asdict(request),
-        "memory": {**asdict(memory), "pool": memory.pool},
+        "memory": asdict(memory),
         "routing": {
             "source": [routing.source for routing in routings],
             "extrapolates": sorted({r for routing in routings for r in routing.extrapolates}),
@@ -209,9 +174,9 @@ def make_plan(
         "settings": [_shown(o, options[0], machines) for o in options if o[0].outcome],
         "left_out": base[0].left_out,
         "baselines": [_shown(o, options[0], machines) for o in options if not o[0].outcome],
-        "choices": _by_routing(world.choices(machines) for world in base),
+        "choices": _choices(base, machines),
         "sensitivity": _one_by_one(base, varied, machines, assumed),
-        "joint": _joint([base, *varied.values()], machines, assumed),
+        "joint": _joint([*base, *chain(*varied.values())], machines, assumed),
         "speedup_needed": candidates.SPEEDUP_NEEDED,
         "most_loss": candidates.MOST_LOSS,
     }
@@ -236,39 +201,36 @@ def _other_requests(model: PlannedModel, request: Request) -> dict[str, Request]
     """The same with another KV format and with a longer context, where they fit the GPU."""
     other = "float16" if request.kv_format == "float32" else "float32"
     longer = min(4 * request.context, model.config.context_length)
-    found = {
+    wanted = {
         f"kv_format {other}": replace(request, kv_format=other),
         f"context {longer}": replace(request, context=longer),
     }
-
-    def fits(asked: Request) -> bool:
-        try:
-            divide_memory(model, asked)
-        except ValueError:
-            return False
-        return asked != request
-
-    return {label: asked for label, asked in found.items() if fits(asked)}
+    found = {}
+    for label, asked in wanted.items():
+        if asked != request:
+            with contextlib.suppress(ValueError):
+                divide_memory(model, asked)
+                found[label] = asked
+    return found
 
 
-def _options(
+def _world(
     model: PlannedModel, listed: Sequence[Setting], routing: Routing, request: Request
-) -> _Options:
-    options, pool = _Options(), divide_memory(model, request).pool
+) -> _World:
+    options, left_out, pool = [], {}, divide_memory(model, request).pool
     native_fits = model.native_bytes <= pool
     compared = listed[:1] if native_fits else listed
     for setting in tqdm(compared, unit="setting", leave=False, disable=None):
         try:
-            outcome = replay_setting(
+            outcome = traffic.replay_setting(
                 setting, model, routing.trace, pool, request.context, request.kv_format
             )
         except (ValueError, NotImplementedError) as error:
-            options.left_out[setting.name] = " ".join(str(error).split())
+            left_out[setting.name] = " ".join(str(error).split())
             continue
         loss = candidates.expected_loss(setting, outcome.low_uses, outcome.skipped)
-        options.found.append(Option(setting.name, loss, outcome.traffic, outcome))
-    options.found += _baselines(model, routing, request, native_fits)
-    return options
+        options.append(Option(setting.name, loss, outcome.traffic, outcome))
+    return _World(options + _baselines(model, routing, request, native_fits), left_out)
 
 
 def _baselines(
@@ -284,19 +246,20 @@ def _baselines(
     pool += kept - needed
     baselines, files = [], {"": (model, 0.0)}
     if not native_fits:
-        hot, traffic = hot_on_device(model, routing.trace, pool, context)
+        hot, of_hot = traffic.hot_on_device(model, routing.trace, pool, context)
+        fork = "a fork of llama.cpp with the hot experts on the GPU"
         baselines = [
-            Option(f"{LLAMA_CPP} --cpu-moe", 0.0, all_on_cpu(model, context)),
-            Option(HOT_EXPERTS, 0.0, traffic, on_gpu=hot),
+            Option("llama.cpp --cpu-moe", 0.0, traffic.all_on_cpu(model, context)),
+            Option(fork, 0.0, of_hot, on_gpu=hot),
         ]
-    for recipe, loss in candidates.SMALLER_FILES.items():
-        if not native_fits and (smaller := model.smaller_file(recipe)):
-            files[f", {recipe} file"] = (smaller, loss)
+        for recipe, loss in candidates.SMALLER_FILES.items():
+            if smaller := model.smaller_file(recipe):
+                files[f", {recipe} file"] = (smaller, loss)
     for label, (file, loss) in files.items():
-        fit = layers_that_fit(file, pool)
+        fit = traffic.layers_that_fit(file, pool)
         baselines.append(
             Option(
-                f"{LLAMA_CPP} --n-cpu-moe{label}", loss, all_on_cpu(file, context, fit),
+                f"llama.cpp --n-cpu-moe{label}", loss, traffic.all_on_cpu(file, context, fit),
                 on_gpu=fit / n_layers, flag=f"--n-cpu-moe {n_layers - fit}: ",
             )
         )  # fmt: skip
@@ -308,7 +271,7 @@ def _shown(
 ) -> dict[str, Any]:
     """An option's entry of the record, with a list of every prediction over the routings."""
 
-    def times(options: Sequence[Option], engine: str) -> list[TokenTime]:
+    def times(options: Sequence[Option], engine: str) -> list[cost_model.TokenTime]:
         return [token_time(option.traffic, machines[engine]) for option in options]
 
     outcomes = [option.outcome for option in found if option.outcome]
@@ -334,61 +297,49 @@ def _shown(
     }
 
 
-def _by_routing(choices) -> dict[str, list[str]]:
-    """Who chose what, a list over the routings."""
-    listed: dict[str, list[str]] = {}
-    for choice in choices:
-        for who, name in choice.items():
-            listed.setdefault(who, []).append(name)
-    return listed
+def _choices(worlds: Sequence[_World], machines: Mapping[str, Machine]) -> dict[str, list[str]]:
+    """Who chooses what, a list over the routings."""
+    choices = [world.choices(machines) for world in worlds]
+    return {who: [choice[who] for choice in choices] for who in choices[0]}
 
 
 def _scaled(machines: Mapping[str, Machine], factors: Mapping[str, float]) -> dict[str, Machine]:
-    """With constants multiplied; a share or an efficiency stays at 1 or below."""
-
-    def scaled(machine: Machine) -> Machine:
-        values = {name: factor * getattr(machine, name) for name, factor in factors.items()}
-        shares = ("share", "efficiency")
-        return replace(
-            machine, **{n: min(1.0, v) if n.endswith(shares) else v for n, v in values.items()}
-        )
-
-    return {engine: scaled(machine) for engine, machine in machines.items()}
+    """With constants multiplied; an efficiency stays at 1 or below."""
+    found = {}
+    for engine, constants in machines.items():
+        values = {name: factor * getattr(constants, name) for name, factor in factors.items()}
+        values |= {n: min(1.0, v) for n, v in values.items() if n.endswith("efficiency")}
+        found[engine] = replace(constants, **values)
+    return found
 
 
 def _one_by_one(
-    base: Sequence[_Options],
-    varied: Mapping[str, Sequence[_Options]],
+    base: Sequence[_World],
+    varied: Mapping[str, Sequence[_World]],
     machines: Mapping[str, Machine],
     assumed: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """What the rule chooses with each assumed constant halved and doubled (a share: to 1), and with
-    another KV format or context."""
-    cases = []
+    """What the rule chooses with each assumed constant halved and doubled (an efficiency: to 1),
+    and with another KV format or context."""
+    found = []
     for name in assumed:
         for factor in (0.5, 2.0):
-            other = _scaled(machines, {name: factor})
-            cases.append((f"{name} {getattr(other[OURS], name):g}", other, base))
-    cases += [(label, machines, worlds) for label, worlds in varied.items()]
-    return [
-        {"changed": label, **_by_routing(options.choices(scaled) for options in worlds)}
-        for label, scaled, worlds in cases
-    ]
+            scaled = _scaled(machines, {name: factor})
+            changed = f"{name} {getattr(scaled[OURS], name):g}"
+            found.append({"changed": changed, **_choices(base, scaled)})
+    return found + [{"changed": label, **_choices(w, machines)} for label, w in varied.items()]
 
 
 def _joint(
-    worlds: Sequence[Sequence[_Options]], machines: Mapping[str, Machine], assumed: Sequence[str]
+    worlds: Sequence[_World], machines: Mapping[str, Machine], assumed: Sequence[str]
 ) -> dict[str, list[tuple[str, float]]]:
     """How often (0-1) each choice is made when all assumed constants, the routing, the KV format
     and the context vary together, most often first."""
     rng = np.random.default_rng(0)
-    counts: dict[str, Counter[str]] = {}
+    draws = []
     for _ in range(DRAWS):
         factors = dict(zip(assumed, 2.0 ** rng.uniform(-1, 1, len(assumed)), strict=True))
-        options = [o for world in worlds for o in world][rng.integers(sum(map(len, worlds)))]
-        for who, name in options.choices(_scaled(machines, factors)).items():
-            counts.setdefault(who, Counter())[name] += 1
-    return {
-        who: [(name, count / DRAWS) for name, count in counter.most_common()]
-        for who, counter in counts.items()
-    }
+        world = worlds[int(rng.integers(len(worlds)))]
+        draws.append(world.choices(_scaled(machines, factors)))
+    counts = {who: Counter(draw[who] for draw in draws).most_common() for who in draws[0]}
+    return {who: [(name, n / DRAWS) for name, n in counted] for who, counted in counts.items()}

@@ -1,14 +1,11 @@
 """Decode speeds that others report, and what the cost model says of them, untuned.
 
-Owns the comparison; `reports.json` has the reports. The constants are `cost_model.py`'s for a
-compiled engine with the bandwidths of the reported machine, and none of them was changed after it
-was held against a report, so a miss stays a miss. A referee chose some reports against this model
-and proposed what a compiled engine's constants should be, knowing those reports; the group "found
-since" came after that, and all that said enough to be forecast were kept. They are third-party
-figures of mixed trust.
+`reports.json` has the reports. The constants are `cost_model.py`'s for a compiled engine with the
+bandwidths of the reported machine, and none of them was changed after it was held against a report,
+so a miss stays a miss. A referee chose some reports against this model and proposed what a compiled
+engine's constants should be, knowing those reports; the group "found since" came after that, and
+all that said enough to be forecast were kept. They are third-party figures of mixed trust.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Mapping
@@ -19,7 +16,7 @@ from statistics import geometric_mean, median
 from typing import Any, Literal
 
 from hobbit_jax.planner.candidates import NATIVE
-from hobbit_jax.planner.cost_model import COMPILED, Machine, Traffic, of_engine, token_time
+from hobbit_jax.planner.cost_model import COMPILED, Machine, Traffic, by_engine, token_time
 from hobbit_jax.planner.hardware import find_gpu
 from hobbit_jax.planner.routing import synthetic_routing
 from hobbit_jax.planner.shapes import PlannedModel, preset_model
@@ -77,15 +74,14 @@ def forecast(report: Report) -> float:
     """Tokens a second that the cost model gives; the geometric mean over localities of routing."""
     gpu = find_gpu(report.gpu)
     host = {} if report.host_gb_s is None else {"host_gb_s": report.host_gb_s}
-    machine = of_engine(Machine(gpu.device_gb_s, gpu.pcie_gb_s, **host), COMPILED)
+    machine = by_engine(Machine(gpu.device_gb_s, gpu.pcie_gb_s, **host))[COMPILED]
     model = preset_model(report.model)
     # Experts of another file are as the preset's, and all of them larger or smaller alike.
     scale = 1.0
     if report.file_gb is not None:
         scale = (report.file_gb * 1e9 - model.dense_bytes) / model.native_bytes
-    speeds = []
+    names, speeds = ("expert_bytes", "host_bytes", "moved_bytes"), []
     for traffic in _traffics(report, model, scale):
-        names = ("expert_bytes", "host_bytes", "moved_bytes")
         scaled = replace(traffic, **{name: scale * getattr(traffic, name) for name in names})
         speeds.append(token_time(scaled, machine).tokens_per_second)
     return geometric_mean(speeds)
@@ -102,12 +98,12 @@ def _traffics(report: Report, model: PlannedModel, scale: float) -> list[Traffic
         return [replace(traffic, dense_bytes=0, host_bytes=read, host_layers=0, layers=0)]
     if report.placement == "hit_rate":  # of every selection by itself
         resident = all_on_cpu(model, CONTEXT, n_layers)
-        missing = {
-            "exits": n_layers * (1 - amount**k),
-            "moved_experts": (1 - amount) * k * n_layers,
-            "moved_bytes": (1 - amount) * resident.expert_bytes,
-        }
-        return [replace(resident, selections=k * n_layers, **missing)]
+        missing = replace(
+            resident, selections=k * n_layers, exits=n_layers * (1 - amount**k),
+            moved_experts=(1 - amount) * k * n_layers,
+            moved_bytes=(1 - amount) * resident.expert_bytes,
+        )  # fmt: skip
+        return [missing]
     pool, traces = round(amount * 1e9 / scale), [r.trace for r in synthetic_routing(model.config)]
     if report.placement == "hot_gb":
         return [hot_on_device(model, trace, pool, CONTEXT)[1] for trace in traces]
@@ -121,19 +117,15 @@ def compare_reports() -> dict[str, Any]:
     The error of a forecast is |forecast / report - 1|. Pairs are of one model, and a ranking is
     right if the forecasts are in the reports' order.
     """
-    rows = [
-        {
-            "what": report.what,
-            "model": report.model,
-            "group": report.group,
-            "source": report.source,
-            "host_bandwidth": "assumed" if report.host_gb_s is None else "as reported",
-            "reported": report.tokens_per_second,
-            "predicted": (predicted := forecast(report)),
-            "ratio": predicted / report.tokens_per_second,
-        }
-        for report in read_reports()
-    ]
+    rows = []
+    for report in read_reports():
+        predicted, reported = forecast(report), report.tokens_per_second
+        host = "assumed" if report.host_gb_s is None else "as reported"
+        rows.append({
+            "what": report.what, "model": report.model, "group": report.group,
+            "source": report.source, "host_bandwidth": host, "reported": reported,
+            "predicted": predicted, "ratio": predicted / reported,
+        })  # fmt: skip
     pairs = [
         (a, b)
         for a, b in combinations(sorted(rows, key=lambda row: row["reported"]), 2)

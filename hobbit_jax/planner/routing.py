@@ -1,6 +1,5 @@
 """Which experts a text will ask for: recorded routing, or routing made up to resemble it.
 
-Owns the traces that a plan's replays run on, and the reasons why they are not the model's own.
 The model's own trace (`cache/trace.py`, --trace_out of the scripts that run it) extrapolates
 nothing but the text. Without one, routing is made up with the statistics of recorded models below.
 
@@ -27,8 +26,6 @@ resident, and of the most used 40 % of other text and of the text itself, at 128
 Source of these: kekzl/imp pull requests 1358 and 1359 (three prompts of 512 tokens). Others lie
 between: Qwen3.8-Flash-Next .81 with 25 % (ggml-org/llama.cpp 27861), .62 with 36 % (imp 2061).
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -90,49 +87,40 @@ def recorded(trace: Trace, config: ModelConfig) -> Routing:
     _, n_layers, k = trace.ids_TLK.shape
     theirs = (n_layers, trace.n_experts, k)
     ours = (config.n_layers, config.n_experts, config.experts_per_token)
-    reasons: tuple[str, ...] = ()
-    if theirs != ours:
-        reasons = (
-            "routing of another model, by fraction of experts: {} layers, {} experts, top-{} "
-            "instead of {}, {}, {}".format(*theirs, *ours),
-        )
+    reason = (
+        "routing of another model, by fraction of experts: {} layers, {} experts, top-{} "
+        "instead of {}, {}, {}".format(*theirs, *ours)
+    )
+    reasons = (reason,) if theirs != ours else ()
     return Routing(trace.part(0, TOKENS), f"recorded: {trace.name}", reasons)
 
 
 def synthetic_routing(config: ModelConfig, seed: int = 0) -> list[Routing]:
     """Routing of the model's shape with nothing of the model's own, at both localities."""
-    return [
-        Routing(
-            _synthetic(config, skew, seed),
-            f"made up, {skew.source}",
-            ("no routing of this model: hot experts and order are made up",),
-        )
-        for skew in (LEAST_LOCAL, MOST_LOCAL)
-    ]
-
-
-def _synthetic(config: ModelConfig, skew: RoutingSkew, seed: int) -> Trace:
     shape = (min(LAYERS, config.n_layers), config.n_experts)
-    few = config.n_experts <= FEW_EXPERTS
-    hot_experts = EVEN_HOT_EXPERTS if few else skew.hot_experts
-    hot_experts_LE = hot_experts * np.random.default_rng([seed, 1]).standard_normal(shape)
-    return make_up(hot_experts_LE, config.experts_per_token, skew, seed)
+    reason = "no routing of this model: hot experts and order are made up"
+    normal_LE = np.random.default_rng([seed, 1]).standard_normal(shape)
+    found = []
+    for skew in (LEAST_LOCAL, MOST_LOCAL):
+        few = config.n_experts <= FEW_EXPERTS
+        hot_experts_LE = (EVEN_HOT_EXPERTS if few else skew.hot_experts) * normal_LE
+        trace = make_up(hot_experts_LE, config.experts_per_token, skew, seed)
+        found.append(Routing(trace, f"made up, {skew.source}", (reason,)))
+    return found
 
 
-def make_up(
-    hot_experts_LE: np.ndarray, k: int, skew: RoutingSkew, seed: int = 0, n_tokens: int = TOKENS
-) -> Trace:
+def make_up(hot_experts_LE: np.ndarray, k: int, skew: RoutingSkew, seed: int = 0) -> Trace:
     """One sequence of made-up routing, as the module says; the same bits for the same seed."""
     rng = np.random.default_rng([seed, 2])
-    (n_layers, n_experts), shape = hot_experts_LE.shape, hot_experts_LE.shape
+    n_layers, n_experts = shape = hot_experts_LE.shape
     slow_LE, fast_LE = rng.standard_normal(shape), rng.standard_normal(shape)
-    ids_TLK = np.empty((n_tokens, n_layers, k), np.int64)
-    weights_TLK = np.empty((n_tokens, n_layers, k), np.float32)
+    ids_TLK = np.empty((TOKENS, n_layers, k), np.int64)
+    weights_TLK = np.empty((TOKENS, n_layers, k), np.float32)
 
     def next_state(state_LE: np.ndarray, memory: float) -> np.ndarray:
         return memory * state_LE + np.sqrt(1 - memory**2) * rng.standard_normal(shape)
 
-    for token in range(n_tokens):
+    for token in range(TOKENS):
         slow_LE = next_state(slow_LE, skew.slow_memory)
         fast_LE = next_state(fast_LE, skew.fast_memory)
         score_LE = hot_experts_LE + skew.slow * slow_LE + skew.fast * fast_LE
@@ -141,4 +129,4 @@ def make_up(
         score_LK = np.take_along_axis(score_LE, ids_LK, axis=1)
         odds_LK = np.exp(score_LK - score_LK[:, :1])
         ids_TLK[token], weights_TLK[token] = ids_LK, odds_LK / odds_LK.sum(axis=1, keepdims=True)
-    return Trace("made up", ids_TLK, weights_TLK, np.arange(n_tokens), n_experts)
+    return Trace("made up", ids_TLK, weights_TLK, np.arange(TOKENS), n_experts)

@@ -1,15 +1,11 @@
 """What a model weighs, by its header alone: of a file, of a file behind a URL, or of a preset.
 
-This module owns sizes: of the experts at any precision, of the dense part, of keys, values and
-recurrent states, and of what prefill needs beside them. Which tensors and states there are, the
-models room says (`models/registry.py`, `models/config.py`). Experts are a `HostExperts` over arrays
-that take no memory, so that the live sizing of the pool (`cache/pool_sizing.py`) can be asked as
-for real ones.
+Which tensors and states there are, the models room says (`models/registry.py`,
+`models/config.py`). Experts are a `HostExperts` over arrays that take no memory, so that the live
+sizing of the pool (`cache/pool_sizing.py`) can be asked as for real ones.
 
 Source: llama.cpp, src/llama-quant.cpp (types of smaller files).
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
@@ -69,27 +65,23 @@ class PlannedModel:
         low = [[(low_format, shape) for _, shape in matrices] for matrices in self.experts]
         return HostExperts(self.config, self._file(self.experts), [self._file(low)])
 
-    def smaller_file(self, recipe: str) -> PlannedModel | None:
+    def smaller_file(self, recipe: str) -> "PlannedModel | None":
         """llama.cpp's own file of `recipe`, Q3_K_M or Q2_K, with the same dense part.
 
         Types fall back as llama.cpp's do. None if its experts are no smaller than these.
         """
         config = self.config
         smaller = []
-        for layer, ((_, gate), (_, up), (_, down)) in enumerate(self.experts):
+        for layer, matrices in enumerate(self.experts):
+            shapes = [shape for _, shape in matrices]
             name = layer_tensors(config, layer)["ffn_down_exps"]
-            more = q4_k_m_format(name, (*down[:-1], 256), config) == "Q6_K"
+            more = q4_k_m_format(name, (*shapes[2][:-1], 256), config) == "Q6_K"
+            first = config.block_of_layer[layer] < config.n_blocks // 16
+            formats = ("Q3_K", "Q3_K", "Q5_K" if first else "Q4_K" if more else "Q3_K")
             if recipe == "Q2_K":
                 formats = ("Q2_K", "Q2_K", "Q3_K")
-            else:
-                first = config.block_of_layer[layer] < config.n_blocks // 16
-                formats = ("Q3_K", "Q3_K", "Q5_K" if first else "Q4_K" if more else "Q3_K")
-            smaller.append(
-                [
-                    (format_in_a_file(format, shape[-1]), shape)
-                    for format, shape in zip(formats, (gate, up, down), strict=True)
-                ]
-            )
+            fitting = [format_in_a_file(f, s[-1]) for f, s in zip(formats, shapes, strict=True)]
+            smaller.append(list(zip(fitting, shapes, strict=True)))
         found = replace(self, experts=smaller)
         return found if found.native_bytes < self.native_bytes else None
 
@@ -113,8 +105,7 @@ class PlannedModel:
             window = attention.window if isinstance(attention, GroupedQuery) else 0
             for state in attention.states():
                 tokens = min(context, window) if of_windows and window else context
-                tokens_bytes = tokens * number_bytes
-                of_each = tokens_bytes if state.by_token else _FLOAT_BYTES
+                of_each = tokens * number_bytes if state.by_token else _FLOAT_BYTES
                 total += math.prod(state.shape) * of_each
         return total
 
@@ -160,10 +151,9 @@ def preset_model(name: str) -> PlannedModel:
     shapes = tensor_shapes(config).items()
     tensors = {n: (q4_k_m_format(n, shape, config), shape) for n, shape in shapes}
     if config.arch == "gpt-oss":
-        tensors = {
-            n: ("F32" if format == "F32" else "MXFP4" if "_exps" in n else "Q8_0", shape)
-            for n, (format, shape) in tensors.items()
-        }
+        for n, (format, shape) in tensors.items():
+            if format != "F32":
+                tensors[n] = ("MXFP4" if "_exps" in n else "Q8_0", shape)
     return _planned(name, config, _file_of_shapes(tensors))
 
 
@@ -191,9 +181,8 @@ def _planned(name: str, config: ModelConfig, file: GGUFFile) -> PlannedModel:
 
 def _file_of_shapes(tensors: Mapping[str, Stack]) -> GGUFFile:
     """A file whose every byte is the same byte in memory."""
-    found = {}
+    zero, found = np.zeros((), np.uint8), {}
     for name, (format, shape) in tensors.items():
-        raw_shape = (*shape[:-1], get_format(format).row_bytes(shape[-1]))
-        raw = np.broadcast_to(np.zeros((), np.uint8), raw_shape)
+        raw = np.broadcast_to(zero, (*shape[:-1], get_format(format).row_bytes(shape[-1])))
         found[name] = TensorInfo(name, format, shape, raw)
     return GGUFFile((), {}, {}, found)

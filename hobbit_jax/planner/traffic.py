@@ -1,18 +1,15 @@
 """What each way of decoding would move, wait for and read, by replaying routing.
 
-Owns the step from a setting, a pool and a trace to a `Traffic`. Who is resident is decided by the
-live classes (`cache/pool_sizing.py`, `cache/controller.py`), warmed up from the trace's first
-tokens as a profile would (`cache/warm_start.py`), and counted on later ones (`cache/counter.py`). A
-trace of another shape is replayed in its own: each bank gets the same fraction of its experts, and
-the counts are scaled to the model's selections.
+Who is resident is decided by the live classes (`cache/pool_sizing.py`, `cache/controller.py`),
+warmed up from the trace's first tokens as a profile would (`cache/warm_start.py`), and counted on
+later ones (`cache/counter.py`). A trace of another shape is replayed in its own: each bank gets the
+same fraction of its experts, and the counts are scaled to the model's selections.
 """
-
-from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Literal
 
 import numpy as np
@@ -20,7 +17,7 @@ import numpy as np
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.counter import Replay
-from hobbit_jax.cache.miss_modes import LINK_TO_HOST, MISS_MODES, Host, MissMode
+from hobbit_jax.cache.miss_modes import LINK_TO_HOST, MISS_MODES, Host
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, pool_slots
 from hobbit_jax.cache.trace import Trace
 from hobbit_jax.cache.warm_start import WarmStart
@@ -42,17 +39,6 @@ class Setting:
     asked: Literal["native", "low"] = "native"  # of every expert
     low_share: float = DEFAULT_LOW_SHARE  # of the pool for low copies, where the mode keeps some
     link_to_host: float = LINK_TO_HOST  # the link's bandwidth over the CPU's, where that computes
-
-    @property
-    def rule(self) -> MissMode:
-        """What the mode does with a miss."""
-        mode = MISS_MODES[self.mode]
-        return replace(mode, link_to_host=self.link_to_host) if isinstance(mode, Host) else mode
-
-    @property
-    def precision(self) -> int:
-        """What every selection asks for."""
-        return int(self.asked == "low")
 
 
 @dataclass(frozen=True)
@@ -86,8 +72,8 @@ def _shrunk(
     n_experts: int,
 ) -> dict[Signature, int]:
     """The slots of each bank for as large a fraction of the trace's experts."""
-    ours = Counter(layer.signature for precision in store.precisions for layer in precision)
-    theirs = Counter(signature for precision in bank_pL for signature in precision)
+    ours = Counter(layer.signature for layer in chain(*store.precisions))
+    theirs = Counter(chain(*bank_pL))
     shrunk: dict[Signature, int] = {}
     for signature, n_slots in slots.items():
         if theirs[signature]:
@@ -99,10 +85,11 @@ def _shrunk(
 
 def _warmed_up(setting: Setting, model: PlannedModel, trace: Trace, pool_bytes: int) -> _Warm:
     """Raises what `replay_setting` does."""
-    config, mode = model.config, setting.rule
-    store = model.store(setting.low_format)
-    plan = uniform_plan(store, setting.precision)
-    shares_pLE = plan.shares_pLE(store.shape_pLE)
+    config, mode = model.config, MISS_MODES[setting.mode]
+    if isinstance(mode, Host):
+        mode = replace(mode, link_to_host=setting.link_to_host)
+    store, precision = model.store(setting.low_format), int(setting.asked == "low")
+    shares_pLE = uniform_plan(store, precision).shares_pLE(store.shape_pLE)
     own = BankLayout.of_store(store)
     slots, _ = pool_slots(shares_pLE, mode, own, pool_bytes, setting.low_share)
     n_tokens, (n_layers, k) = min(len(trace.ids_TLK), TOKENS), trace.ids_TLK.shape[1:]
@@ -113,7 +100,7 @@ def _warmed_up(setting: Setting, model: PlannedModel, trace: Trace, pool_bytes: 
     layout = BankLayout(trace.n_experts, k, bank_pL, own.expert_bytes)
     shrunk = _shrunk(slots, store, bank_pL, trace.n_experts)
     start = n_tokens * PROFILE_TOKENS // TOKENS
-    asked = StaticPlan(np.full(layout.shape_pLE[1:], setting.precision, np.int8))
+    asked = StaticPlan(np.full(layout.shape_pLE[1:], precision, np.int8))
     warm = WarmStart(trace.part(0, start).uses_LE)
     replay = Replay(layout, shrunk, CacheConfig(plan=asked, mode=mode, warm=warm))
     return _Warm(replay, slots, layers, start, start + n_tokens * WARM_TOKENS // TOKENS)
@@ -145,7 +132,7 @@ def replay_setting(
     scale = selections / (n_layers * k) / tally.tokens
     exits = _exits(tally.host_round_trips / (tally.tokens * n_layers), config.experts_per_token / k)
     pairs = config.n_layers * config.n_experts
-    mode = setting.rule
+    mode = MISS_MODES[setting.mode]
     cached = mode.low_banks in ("cache", "all")
     return Outcome(
         setting=setting,

@@ -32,6 +32,13 @@ from pallas_kernels.formats import FORMATS
 from pallas_kernels.matmul_triton import Items, Tile, choose_tile, grouped_matmul, item_rows
 from pallas_kernels.reference import Bank, Signature, Work
 
+# What ptxas says of a kernel; of a figure that it gives twice, the sum.
+_FIGURES = {
+    "registers": r"Used (\d+) registers",
+    "spill_bytes": r"(\d+) bytes spill (?:stores|loads)",
+    "static_shared_bytes": r"(\d+) bytes smem",
+}
+
 
 def _longest_loop(function: str) -> int | None:
     """Instructions of a disassembled function's longest loop, from a branch back to its target."""
@@ -72,22 +79,16 @@ def resources(target: Target, ptx: str) -> Iterator[dict[str, Any]]:
             ).stdout
         functions = re.split(r"\n\s*\.section\s+\.text\.", listing)[1:]
         loops = {text.split(",", 1)[0].strip(): _longest_loop(text) for text in functions}
-        for name, text in re.findall(
-            r"entry function '((?:matmul|decode_attention)\w*)'(.*?Used .*?)\n",
-            result.stderr,
+        found = re.findall(
+            r"entry function '((?:matmul|decode_attention)\w*)'(.*?Used .*?)\n", result.stderr,
             re.DOTALL,
-        ):
-
-            def total(pattern: str, text: str = text) -> int:
-                return sum(map(int, re.findall(pattern, text)))
-
-            yield {
-                "name": name,
-                "registers": total(r"Used (\d+) registers"),
-                "spill_bytes": total(r"(\d+) bytes spill (?:stores|loads)"),
-                "static_shared_bytes": total(r"(\d+) bytes smem"),
-                "loop_instructions": loops.get(name),
+        )  # fmt: skip
+        for name, text in found:
+            numbers = {
+                figure: sum(map(int, re.findall(pattern, text)))
+                for figure, pattern in _FIGURES.items()
             }
+            yield {"name": name, **numbers, "loop_instructions": loops.get(name)}
 
 
 PACKED = [fmt.name for fmt in FORMATS.values() if fmt.packing]
@@ -109,8 +110,11 @@ STUDY = "kernels"
 SHAPE, TOKENS = bench.SHAPES["qwen3-30b-a3b"], 8
 
 
-def _abstract(*shape, dtype=jnp.float32):
+def _abstract(*shape, dtype=jnp.float32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+_int32 = functools.partial(_abstract, dtype=jnp.int32)
 
 
 def _bank(format: str) -> Bank:
@@ -120,10 +124,7 @@ def _bank(format: str) -> Bank:
 def compile_experts(target: Target, name: str, mean_rows: int) -> str:
     """PTX of the expert op's two kernels."""
     signature, width = Signature(name, name, name), item_rows(mean_rows, (name,))
-    int32 = functools.partial(jnp.zeros, dtype=jnp.int32)
-    work = jax.eval_shape(
-        lambda: Work(int32(SHAPE.n_experts), int32((SHAPE.n_experts, width)), int32(()))
-    )
+    work = Work(_int32(SHAPE.n_experts), _int32(SHAPE.n_experts, width), _int32())
     return compile_for(
         target,
         lambda x, y, w, bank, work: triton_expert_ffn(x, y, w, bank, signature, work),
@@ -142,8 +143,7 @@ def compile_attention(target: Target) -> str:
     return compile_for(
         target,
         lambda q, k, v, place, at: decode_attention(q, k, v, place, at, width**-0.5),
-        _abstract(1, heads, width), cache, cache, _abstract(dtype=jnp.int32),
-        _abstract(1, dtype=jnp.int32),
+        _abstract(1, heads, width), cache, cache, _int32(), _int32(1),
     )[0]  # fmt: skip
 
 
@@ -166,9 +166,7 @@ def check_rejection(target: Target) -> None:
         RuntimeError: it was accepted.
     """
     tile = Tile(rows=256, columns=1024, tokens=256, warps=4, stages=4)
-    int32 = functools.partial(jnp.zeros, dtype=jnp.int32)
-    rows = (1, tile.tokens)
-    items = jax.eval_shape(lambda: Items(int32(1), int32(rows), int32(rows), int32(1)))
+    items = Items(_int32(1), _int32(1, tile.tokens), _int32(1, tile.tokens), _int32(1))
     y = _abstract(256, SHAPE.d_expert)
     try:
         compile_for(
@@ -188,32 +186,31 @@ def check_rejection(target: Target) -> None:
 def main(_) -> int:
     workdir, ptxas = cli.output_folder("workdir", _WORKDIR.value), check_toolchain()
     count, failures = 0, []
+
+    def keep(setting: dict[str, Any], kernel: dict[str, Any], **figures: Any) -> None:
+        nonlocal count
+        asked = Benchmark(STUDY, {**setting, "name": kernel.pop("name")})
+        found = measured({**kernel, **figures, "ptxas": ptxas})
+        write_record(workdir, Record(STUDY, asked, **vars(found), **machine()))
+        count += 1
+        if spilled := kernel["spill_bytes"]:
+            failures.append(f"{asked.setting}: spills {spilled} B")
+
     cases: list[tuple[str, str, int]] = list(
         itertools.product(_TARGETS.value, _FORMATS.value, _MEAN_ROWS.value)
     )
-    for target_name, format, mean_rows in tqdm(cases, desc="kernels", disable=None):
-        target = TARGETS[target_name]
-        case = {"target": target_name, "format": format, "mean_rows": mean_rows}
+    for name, format, mean_rows in tqdm(cases, desc="kernels", disable=None):
+        target, case = TARGETS[name], {"target": name, "format": format, "mean_rows": mean_rows}
         try:
             for kernel in resources(target, compile_experts(target, format, mean_rows)):
                 per_weight = instructions_per_weight(kernel, format, mean_rows)
-                asked = Benchmark(STUDY, {**case, "name": kernel.pop("name")})
-                found = measured({**kernel, "instructions_per_weight": per_weight, "ptxas": ptxas})
-                write_record(workdir, Record(STUDY, asked, **vars(found), **machine()))
-                count += 1
-                if spilled := kernel["spill_bytes"]:
-                    failures.append(f"{asked.setting}: spills {spilled} B")
+                keep(case, kernel, instructions_per_weight=per_weight)
         except Exception as error:
             failures.append(f"{case}: {str(error).splitlines()[0]}")
     for name in _TARGETS.value:
         target = TARGETS[name]
         for kernel in resources(target, compile_attention(target)):
-            asked = Benchmark(STUDY, {"target": name, "name": kernel.pop("name")})
-            found = measured({**kernel, "ptxas": ptxas})
-            write_record(workdir, Record(STUDY, asked, **vars(found), **machine()))
-            count += 1
-            if spilled := kernel["spill_bytes"]:
-                failures.append(f"{asked.setting}: spills {spilled} B")
+            keep({"target": name}, kernel)
         check_rejection(target)
     for failure in failures:
         print(f"FAILED {failure}")

@@ -44,30 +44,30 @@ class Program:
     """A compiled program's text, by computation."""
 
     def __init__(self, text: str):
-        self.lines: dict[str, list[str]] = {}
+        # Of each computation: what an operation makes, its name, and its whole line.
+        self.operations: dict[str, list[tuple[str, str, str]]] = {}
         for line in text.splitlines():
             if begins := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line):
-                lines = self.lines.setdefault("ENTRY" if begins[1] else begins[2], [])
-            elif _OPERATION.match(line):
-                lines.append(line)
+                found = self.operations.setdefault("ENTRY" if begins[1] else begins[2], [])
+            elif operation := _OPERATION.match(line):
+                found.append((operation[1], operation[2], line))
 
     def called(self, computation: str, how: str) -> list[list[str]]:
         """Names that each operation of a computation calls as `how`."""
         pattern = re.compile(how + r"=(\{[^}]*\}|%?[\w.\-]+)")
-        found = filter(None, map(pattern.search, self.lines[computation]))
-        return [re.findall(r"[\w.\-]+", match[1]) for match in found]
+        found = (pattern.search(line) for _, _, line in self.operations[computation])
+        return [re.findall(r"[\w.\-]+", match[1]) for match in found if match]
 
     def launches(self, computation: str) -> int:
         """Of its own and its conditionals, but not of its loops."""
-        own = sum(_OPERATION.match(line)[2] not in _FREE for line in self.lines[computation])  # pyright: ignore
+        own = sum(name not in _FREE for _, name, _ in self.operations[computation])
         branches = self.called(computation, "branch_computations")
         return own + sum(max(map(self.launches, names)) for names in branches)
 
     def largest_write_bytes(self, computation: str) -> int:
         """The most that one operation writes, in-place updates of larger arrays left out."""
         sizes = [0]
-        for line in self.lines[computation]:
-            result, name = _OPERATION.match(line).groups()  # pyright: ignore
+        for result, name, line in self.operations[computation]:
             if name in _FREE or re.search(r'op_name="[^"]*(scatter|dynamic_update_slice)', line):
                 continue
             for number, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):

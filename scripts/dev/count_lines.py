@@ -9,7 +9,6 @@ and theirs, wherever in a module they stand.
 import ast
 import subprocess
 from collections import Counter
-from collections.abc import Iterable
 from modulefinder import ModuleFinder
 from pathlib import Path
 
@@ -18,16 +17,9 @@ ENTRY = Path("scripts/logits.py")
 LONGEST = 60  # lines of a function
 
 
-def files() -> list[Path]:
-    """Python files that git tracks, relative to the repository."""
-    command = ["git", "-C", str(REPOSITORY), "ls-files", "*.py"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [Path(line) for line in listed.splitlines() if (REPOSITORY / line).is_file()]
-
-
-def lines(paths: Iterable[Path]) -> int:
-    """Of all these files."""
-    return sum((REPOSITORY / path).read_text(encoding="utf-8").count("\n") for path in paths)
+def text(path: Path) -> str:
+    """Of a file of the repository."""
+    return (REPOSITORY / path).read_text(encoding="utf-8")
 
 
 def needed(entry: Path) -> list[Path]:
@@ -39,18 +31,21 @@ def needed(entry: Path) -> list[Path]:
 
 
 def main() -> None:
-    tracked = files()
+    command = ["git", "-C", str(REPOSITORY), "ls-files", "*.py"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    tracked = [Path(line) for line in listed.splitlines() if (REPOSITORY / line).is_file()]
     rooms = Counter()
     for path in tracked:
         room = "/".join(path.parts[: 2 if path.parts[0] == "hobbit_jax" else 1])
-        rooms[room] += lines([path])
+        rooms[room] += text(path).count("\n")
     for room, count in rooms.most_common():
         print(f"{count:6}  {room}")
     print(f"{rooms.total() - rooms['tests']:6}  all but tests")
     ours = needed(ENTRY)
-    print(f"{lines(ours):6}  from GGUF to logits, in {len(ours)} files")
+    count = sum(text(path).count("\n") for path in ours)
+    print(f"{count:6}  from GGUF to logits, in {len(ours)} files")
     for path in tracked:
-        for node in ast.walk(ast.parse((REPOSITORY / path).read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse(text(path))):
             if isinstance(node, ast.FunctionDef):
                 count = (node.end_lineno or 0) - node.lineno + 1
                 if count > LONGEST:

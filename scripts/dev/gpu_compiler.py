@@ -16,15 +16,8 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import sharding
 from jax.experimental import topologies
-from jax.sharding import (
-    AbstractDevice,
-    AbstractMesh,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-    use_abstract_mesh,
-)
 
 
 @dataclass(frozen=True)
@@ -99,10 +92,7 @@ def check_toolchain() -> str:
 
 def _topology(target: Target):
     return topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="1x1x1",
-        topology="1x1x1",
-        target_config=target.description(),
+        platform="cuda", topology_name="1x1x1", topology="1x1x1", target_config=target.description()
     )
 
 
@@ -115,13 +105,13 @@ def compile_for(target: Target, function: Callable[..., Any], *args: Any) -> tup
     Raises:
         Exception: from the compiler, which rejects what the GPU cannot run.
     """
-    mesh = Mesh(np.array(_topology(target).devices).reshape(1), ("x",))
-    sharding = NamedSharding(mesh, PartitionSpec())
+    mesh = sharding.Mesh(np.array(_topology(target).devices).reshape(1), ("x",))
+    whole = sharding.NamedSharding(mesh, sharding.PartitionSpec())
     abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), args)
     with tempfile.TemporaryDirectory() as folder:
-        device = AbstractDevice(f"NVIDIA {target.name}", num_cores=None, platform="gpu")
-        with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-            lowered = jax.jit(function, in_shardings=sharding).lower(*abstract)
+        device = sharding.AbstractDevice(f"NVIDIA {target.name}", num_cores=None, platform="gpu")
+        with sharding.use_abstract_mesh(sharding.AbstractMesh((), (), abstract_device=device)):
+            lowered = jax.jit(function, in_shardings=whole).lower(*abstract)
         compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"})
         ptx = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.ptx")))
     return ptx, compiled.as_text() or ""
