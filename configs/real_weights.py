@@ -58,8 +58,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.benchmarks = ("humaneval",)
     config.benchmark_problems = 0
     config.seed = 0
-    config.eval = ConfigDict({"windows": 48, "context": 128, "calibration_windows": 128})
-    config.rule = ConfigDict({})
+    config.eval = {"windows": 48, "context": 128, "calibration_windows": 128}
+    config.rule = {}
     return config
 
 

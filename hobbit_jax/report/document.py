@@ -6,8 +6,6 @@ stands in `templates/`, which call the tables and answers. The same records give
 every file.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ Owns how the document looks in pixels. The same records give the same PNG bytes:
 whatever the user's matplotlibrc says, no date, no software version.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 
@@ -61,7 +59,7 @@ def kl_against_bytes_moved(sweep: Sweep, kl_limit: float) -> bytes | None:
     mixed = [r for r in shown if not isinstance(trial(r).plan, Native | Uniform)]
     if not mixed:
         return None
-    formats = sorted({low_format(r) or "" for r in mixed})
+    formats = sorted({low_format(r) for r in mixed})
     markers = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(formats)}
     kinds = list(dict.fromkeys(map(_kind, mixed)))
     budgets = sorted({trial(r).budget_mib for r in shown})
@@ -79,7 +77,7 @@ def kl_against_bytes_moved(sweep: Sweep, kl_limit: float) -> bytes | None:
                 axes.plot(between, np.interp(between, xs, ys), "--", color=_UNIFORM, zorder=1)
             for record in here:
                 if (kl := record.interval("kl_mean_nats")) and record in mixed:
-                    kind, low = _kind(record), low_format(record) or ""
+                    kind, low = _kind(record), low_format(record)
                     marker = "x" if kind == RANDOM else markers[low]
                     _bars(axes, [(_moved(record), kl)], marker, _colour(kind), 5)
             axes.axhline(kl_limit, color="#AA0000", linestyle=":", linewidth=1)
@@ -100,10 +98,8 @@ def kl_against_bytes_moved(sweep: Sweep, kl_limit: float) -> bytes | None:
     return _png(draw, (9.6, 4.0))
 
 
-def frontier(study: Frontier) -> bytes | None:
+def frontier(study: Frontier) -> bytes:
     """KL against bytes read a selection: uniform quants by encoder, mixes by score."""
-    if not study.mixed:
-        return None
     scores = list(dict.fromkeys(p.score for p in study.mixed))
     encoders = [e for e in ENCODERS if any(p.encoder == e for p in study.uniform)]
     others = [p for p in study.plans if p.text != study.own_text and isinstance(p.plan, Uniform)]

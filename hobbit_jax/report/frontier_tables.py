@@ -3,8 +3,6 @@
 Their titles and what a reader must know of them stand in `templates/frontier.md.j2`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -31,8 +29,7 @@ def _against(title: str, other: Callable[[Averaged], Interval | None]) -> list[C
     words = {"below": "less", "above": "more"}
 
     def compared(averaged: Averaged) -> str | None:
-        found = other(averaged)
-        text = relation([found] if found else [])
+        text = relation(other(averaged))
         return words.get(text or "", text)
 
     return [Column(f"KL less {title}", other, "+.4f"), Column("that is", compared)]
@@ -54,40 +51,42 @@ def _rows(frontier: Frontier) -> list[Averaged]:
 
 def problems(frontier: Frontier) -> str:
     """Problems of lm-eval's tasks solved by each plan, beside native and ggml's best."""
-    found: dict[Any, Record] = dict(frontier.scored)
+    found = frontier.scored
     native = found.get(Native())
+    of_ggml = [r for plan, r in found.items() if getattr(plan, "encoder", "") == "ggml"]
 
-    def stored(plan: Any, of: str = "stored_bytes") -> float:
-        return found[plan].metrics.get(of) or 0
+    def named(record: Record) -> str:
+        return _named(record.asked.plan)
 
-    def solved_less(task: str) -> Callable[[Any], Interval | None]:
-        return lambda p: None if native in (None, found[p]) else task_loss(found[p], native, task)
+    def stored(record: Record) -> float:
+        return record.metrics["stored_bytes"] or 0
 
-    def beside_ggml(task: str) -> Callable[[Any], str | None]:
-        theirs = [plan for plan in found if getattr(plan, "encoder", "") == "ggml"]
+    def solved_less(task: str) -> Callable[[Record], Interval | None]:
+        return lambda r: None if native is None or r is native else task_loss(r, native, task)
 
-        def compared(plan: Any) -> str | None:
-            rivals = [rival for rival in theirs if stored(rival) <= stored(plan)]
-            if isinstance(plan, Native) or plan in theirs or not rivals:
+    def beside_ggml(task: str) -> Callable[[Record], str | None]:
+        def compared(record: Record) -> str | None:
+            rivals = [rival for rival in of_ggml if stored(rival) <= stored(record)]
+            if record is native or record in of_ggml or not rivals:
                 return None
-            best = max(rivals, key=lambda rival: stored(rival, task))
-            split = mcnemar(found[plan], found[best], task)
-            return split and f"{_named(best)}: {split[0]} to {split[1]}, p {split[2]:.2f}"
+            best = max(rivals, key=lambda rival: rival.metrics.get(task) or 0)
+            split = mcnemar(record, best, task)
+            return split and f"{named(best)}: {split[0]} to {split[1]}, p {split[2]:.2f}"
 
         return compared
 
     columns = [
-        Column("feed-forward matrices", _named),
-        Column("stored, of native", lambda p: ratio(stored(p) / stored(p, "native_bytes"))),
+        Column("feed-forward matrices", named),
+        Column("stored, of native", lambda r: ratio(stored(r) / r.metrics["native_bytes"])),
     ]
     for name in scored_tasks(found.values()):
         task = f"task_{name}"
         columns += [
-            Column(name, lambda p, task=task: found[p].interval(task), ".3f"),
+            Column(name, task, ".3f", interval=True),
             Column("solved less than native", solved_less(task), "+.3f"),
             Column("solved by it alone, to ggml's best alone", beside_ggml(task)),
         ]
-    return table(columns, sorted(found, key=lambda plan: (-stored(plan), _named(plan))))
+    return table(columns, sorted(found.values(), key=lambda r: (-stored(r), named(r))))
 
 
 def by_text(frontiers: Sequence[Frontier]) -> str:

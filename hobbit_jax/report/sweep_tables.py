@@ -3,8 +3,6 @@
 Owns which metric stands in which table. A metric is shown by one `Column`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any

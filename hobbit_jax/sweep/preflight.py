@@ -5,15 +5,13 @@ of what is made. A problem names the field of the config that it can be mended a
 the value in question.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,8 +41,7 @@ from hobbit_jax.record import (
     low_formats,
 )
 from hobbit_jax.resources import existing, free_disk_bytes, host_bytes, mib, workers_device_bytes
-from hobbit_jax.sweep.artifact_cache import ArtifactCache
-from hobbit_jax.sweep.artifacts import all_artifacts
+from hobbit_jax.sweep.artifact_cache import ArtifactCache, all_artifacts
 from hobbit_jax.sweep.texts import calibration_documents, data_folder, evaluation_documents
 from hobbit_jax.sweep.trial import Trial
 
@@ -52,18 +49,13 @@ from hobbit_jax.sweep.trial import Trial
 _REFUSALS = (ValueError, NotImplementedError, OSError)
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """Files of a sweep that are made alike: where, which are there, how large, and of what."""
 
     folder: Path
     glob: str
     bytes_each: int
     recipe: tuple[str, str, str] | None = None  # model, format, method
-
-    def made(self) -> int:
-        """How many are there; one of another text or seed counts, for its name does not tell."""
-        return len(list(self.folder.glob(self.glob)))
 
 
 @dataclass
@@ -99,9 +91,12 @@ class Preflight:
             self.problem(str(error), name, value)
 
     def missing(self) -> Iterator[tuple[Kind, int]]:
-        """How many files of each kind are still to be made."""
+        """How many files of each kind are still to be made.
+
+        One of another text or seed counts as made, for its name does not tell.
+        """
         for kind, keys in self.wanted.items():
-            if (count := len(keys) - kind.made()) > 0:
+            if (count := len(keys) - len(list(kind.folder.glob(kind.glob)))) > 0:
                 yield kind, count
 
     @property
@@ -230,20 +225,19 @@ class _Check:
 
     def pools(self, encodable: set[str]) -> None:
         """Each trial's budget against the smallest pool that works."""
-        needed: dict[float, list[int]] = defaultdict(list)
+        needed: dict[float, int] = {}
         for plan, budget_mib in {(one.plan, one.budget_mib) for one in self.cached}:
             formats = low_formats(plan)
             if encodable.issuperset(formats):
                 with self.found.trying("format", "".join(formats)):
                     least = self.least_pool_bytes(plan)
                     if least > budget_mib * 2**20:
-                        needed[budget_mib].append(least)
-        for budget_mib, sizes in sorted(needed.items()):
-            low, high = (np.ceil(n / 2**20 * 1000) / 1000 for n in (min(sizes), max(sizes)))
-            span = f"{high:g}" if low == high else f"{low:g} to {high:g}, by trial,"
+                        needed[budget_mib] = max(least, needed.get(budget_mib, 0))
+        for budget_mib, most in sorted(needed.items()):
             self.found.problem(
-                f"the experts that one token needs of a layer take a pool of {span} MiB; give "
-                f"{high:g} or more", "budget", budget_mib,
+                "the experts that one token needs of a layer take a pool of "
+                f"{np.ceil(most / 2**20 * 1000) / 1000:g} MiB; give that or more",
+                "budget", budget_mib,
             )  # fmt: skip
 
     def least_pool_bytes(self, plan: Native | Uniform | Mixed | MissModeTrial) -> int:
