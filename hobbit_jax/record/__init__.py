@@ -4,7 +4,6 @@
 """
 
 from hobbit_jax.record.asked import (
-    Asked,
     Benchmark,
     CacheTrial,
     EvalSizes,

@@ -13,6 +13,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+_hints_of = functools.cache(typing.get_type_hints)
+
 
 def plain(value: Any) -> Any:
     """JSON of a value: fields at their default are left out, members of the sum type are named."""
@@ -34,11 +36,6 @@ def plain(value: Any) -> Any:
 def _default(field: dataclasses.Field) -> Any:
     made = field.default_factory
     return field.default if made is dataclasses.MISSING else made()
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
 
 
 def typed(value: Any, wanted: Any, where: str) -> Any:
@@ -87,7 +84,7 @@ def _member(value: Any, members: tuple[Any, ...], where: str) -> Any:
 def _instance(value: Any, wanted: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where} is {value!r:.80}; want a JSON object")
-    hints = _hints(wanted)
+    hints = _hints_of(wanted)
     unknown = sorted(value.keys() - hints.keys())
     if unknown:
         raise ValueError(f"{where} has {', '.join(unknown)}; want only {', '.join(hints)}")

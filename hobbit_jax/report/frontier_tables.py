@@ -25,14 +25,19 @@ _STORED = Column("stored, of native", lambda p: ratio(p.bytes_of_native))
 _PERPLEXITY = Column("perplexity", lambda p: p.mean("perplexity"), ".3f")
 
 
-def _against(title: str, other: Callable[[Averaged], Interval | None]) -> list[Column]:
+def _against(
+    frontier: Frontier, title: str, other: Callable[[Averaged], Averaged | None]
+) -> list[Column]:
     words = {"below": "less", "above": "more"}
 
+    def less(averaged: Averaged) -> Interval | None:
+        return frontier.difference(averaged, other(averaged))
+
     def compared(averaged: Averaged) -> str | None:
-        text = relation(other(averaged))
+        text = relation(less(averaged))
         return words.get(text or "", text)
 
-    return [Column(f"KL less {title}", other, "+.4f"), Column("that is", compared)]
+    return [Column(f"KL less {title}", less, "+.4f"), Column("that is", compared)]
 
 
 def _named(plan: Native | Uniform) -> str:
@@ -126,10 +131,7 @@ def encoders(frontier: Frontier) -> str:
 
 
 def _control(frontier: Frontier) -> list[Column]:
-    def less_random(p: Averaged) -> Interval | None:
-        return frontier.difference(p, frontier.like(p, score=RANDOM, score_text=""))
-
-    return _against("random", less_random)
+    return _against(frontier, "random", lambda p: frontier.like(p, score=RANDOM, score_text=""))
 
 
 def scores(frontier: Frontier) -> str:
@@ -139,7 +141,7 @@ def scores(frontier: Frontier) -> str:
         _SCORE,
         _KL,
         *_control(frontier),
-        *_against("uniform line", lambda p: frontier.difference(p, frontier.line(p))),
+        *_against(frontier, "uniform line", frontier.line),
         Column("seeds", "seed_range"),
         Column("read, of native", lambda p: ratio(frontier.bytes_read(p))),
         *_TASKS[:1],
@@ -149,15 +151,17 @@ def scores(frontier: Frontier) -> str:
 
 def ablation(frontier: Frontier) -> str:
     """Mixes without the calibrated encoder, or without the middle format."""
-
-    def twin(p: Averaged) -> Interval | None:
-        return frontier.difference(p, frontier.like(p, **frontier.whole))
-
     varied = [p for p in frontier.plans_of(MixedInBytes, frontier.own_text) if not p.score_text]
     plans = [p for p in varied if p not in frontier.mixed]
     plans.sort(key=lambda p: (p.limit or 0, p.score, p.formats, p.encoder))
-    formats = Column("formats", lambda p: f"{' and '.join(p.formats)}, {p.encoder}")
-    return table([_LIMIT, _SCORE, formats, _KL, *_against("the whole plan", twin)], plans)
+    columns = [
+        _LIMIT,
+        _SCORE,
+        Column("formats", lambda p: f"{' and '.join(p.formats)}, {p.encoder}"),
+        _KL,
+        *_against(frontier, "the whole plan", lambda p: frontier.like(p, **frontier.whole)),
+    ]
+    return table(columns, plans)
 
 
 def selections(frontier: Frontier) -> str:
@@ -227,15 +231,11 @@ def texts(frontier: Frontier) -> str:
 
 def compounding(frontier: Frontier) -> str:
     """Uniform quants straight from the original and by way of another format."""
-
-    def straight(p: Averaged) -> Interval | None:
-        return frontier.difference(p, frontier.like(p, through=()))
-
     columns = [
         Column("way", lambda p: " → ".join(["original", *p.through, p.formats[0]])),
         Column("encoder", "encoder"),
         _KL,
-        *_against("the straight way", straight),
+        *_against(frontier, "the straight way", lambda p: frontier.like(p, through=())),
         _PERPLEXITY,
         *_TASKS,
     ]

@@ -82,9 +82,7 @@ class Trial:
         method = getattr(plan, "encoder", METHODS[0])
         # The seed of a trial of the cache draws the random control alone.
         seed = self.asked.seed if isinstance(self.asked, QualityTrial) else 0
-        if isinstance(plan, Uniform):
-            return Encoding(method, seed, plan.through, plan.roles)
-        return Encoding(method, seed)
+        return Encoding(method, seed, getattr(plan, "through", ()), getattr(plan, "roles", ()))
 
     @property
     def reads_routing(self) -> bool:
