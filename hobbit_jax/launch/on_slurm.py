@@ -56,7 +56,7 @@ class TaskList:
     def __call__(self) -> list[Outcome]:
         """Runs all tasks; returns their outcomes in the same order."""
         outcomes = dict.fromkeys(self.tasks, Outcome("busy"))
-        for wait in (False, True):
+        for wait in (False, True):  # the second time, for what another process was at
             for task in self.tasks:
                 if outcomes[task].status == "busy":
                     outcomes[task] = run_task(task, self.workdir, wait, self.given_up.get(task))

@@ -30,11 +30,9 @@ _COLOURS = {
     "miss mode": "#8C564B",
     "hybrid": "#CC79A7",
     RANDOM: "#000000",
+    **dict(zip(ENCODERS, ("#999999", "#F0E442", "#7F3C8D", "#E69F00"), strict=True)),
 }
-_ENCODER_COLOURS: dict[str, str] = dict(
-    zip(ENCODERS, ("#999999", "#F0E442", "#7F3C8D", "#E69F00"), strict=True)
-)
-_UNIFORM = _ENCODER_COLOURS[ENCODERS[-1]]
+_UNIFORM = _COLOURS[ENCODERS[-1]]
 _MARKERS = ("o", "s", "D", "^", "v")
 _KL_AXIS = "mean KL to native, nats a token"
 
@@ -113,8 +111,8 @@ def frontier(study: Frontier) -> bytes:
         for name in encoders:
             line = points([p for p in study.uniform if p.encoder == name])
             xs, ys = [x for x, _ in line] + [1.0], [kl.value for _, kl in line] + [0.0]
-            axes.plot(xs, ys, "--", color=_ENCODER_COLOURS[name], linewidth=1)
-            _bars(axes, line, "*", _ENCODER_COLOURS[name], 11)
+            axes.plot(xs, ys, "--", color=_COLOURS[name], linewidth=1)
+            _bars(axes, line, "*", _COLOURS[name], 11)
         _bars(axes, points(others), "P", _UNIFORM, 8)
         for score in scores:
             plans = [p for p in study.mixed if p.score == score]
@@ -123,7 +121,7 @@ def frontier(study: Frontier) -> bytes:
         axes.set_ylabel(_KL_AXIS)
         axes.set_ylim(bottom=0.0)
         axes.grid(alpha=0.25)
-        handles = [_handle(_ENCODER_COLOURS[e], "*", f"uniform, {e}") for e in encoders]
+        handles = [_handle(_COLOURS[e], "*", f"uniform, {e}") for e in encoders]
         if others:
             handles.append(_handle(_UNIFORM, "P", f"uniform, {ENCODERS[-1]}, other text"))
         handles += [_handle(_colour(s), "x" if s == RANDOM else "o", s) for s in scores]
