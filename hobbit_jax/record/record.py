@@ -104,7 +104,7 @@ def measured(result: Any, prefix: str = "") -> Measured:
         elif isinstance(value, list | tuple):
             samples[name] = list(value)
         else:
-            kind = int if isinstance(value, numbers.Integral) else float
+            kind: Any = int if isinstance(value, numbers.Integral) else float
             metrics[name] = value if value is None else kind(value)
 
     take(prefix, result)

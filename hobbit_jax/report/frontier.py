@@ -263,12 +263,11 @@ def frontiers(study: Study, found: Records) -> list[Frontier]:
         kl_SW = np.array([r.samples["kl_nats_W"] for r in records])
         return Averaged(plan, text, seeds, kl_SW, records)
 
-    found_on = []
+    n_absent, on_texts = len(study.trials) - len(done), []
     for text, plans in groups.items():
         by_plan = {key: averaged(*key, by_seed) for key, by_seed in plans.items()}
-        n_absent = len(study.trials) - len(done)
-        found_on.append(Frontier(study, text, by_plan, n_absent, scored[text]))
-    return found_on
+        on_texts.append(Frontier(study, text, by_plan, n_absent, scored[text]))
+    return on_texts
 
 
 def _paired(left: Averaged, right: Averaged) -> tuple[np.ndarray, np.ndarray] | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from hobbit_jax.record import MixedInBytes, Native, PerSelection, Record, Uniform
+from hobbit_jax.record import MixedInBytes, Native, PerSelection, QualityTrial, Record, Uniform
 from hobbit_jax.report.frontier import ENCODERS, Averaged, Frontier
 from hobbit_jax.report.paired import mcnemar, relation, task_loss
 from hobbit_jax.report.sweep import RANDOM, scored_tasks
@@ -40,7 +40,7 @@ def _against(
     return [Column(f"KL less {title}", less, "+.4f"), Column("that is", compared)]
 
 
-def _named(plan: Native | Uniform) -> str:
+def _named(plan: Any) -> str:
     if isinstance(plan, Native):
         return "native"
     roles = f", {listed(plan.roles)} alone" if plan.roles else ""
@@ -61,10 +61,11 @@ def problems(frontier: Frontier) -> str:
     of_ggml = [r for plan, r in found.items() if getattr(plan, "encoder", "") == "ggml"]
 
     def named(record: Record) -> str:
+        assert isinstance(record.asked, QualityTrial)
         return _named(record.asked.plan)
 
-    def stored(record: Record) -> float:
-        return record.metrics["stored_bytes"] or 0
+    def stored(record: Record, of: str = "stored_bytes") -> float:
+        return record.metrics.get(of) or 0
 
     def solved_less(task: str) -> Callable[[Record], Interval | None]:
         return lambda r: None if native is None or r is native else task_loss(r, native, task)
@@ -74,7 +75,7 @@ def problems(frontier: Frontier) -> str:
             rivals = [rival for rival in of_ggml if stored(rival) <= stored(record)]
             if record is native or record in of_ggml or not rivals:
                 return None
-            best = max(rivals, key=lambda rival: rival.metrics.get(task) or 0)
+            best = max(rivals, key=lambda rival: stored(rival, task))
             split = mcnemar(record, best, task)
             return split and f"{named(best)}: {split[0]} to {split[1]}, p {split[2]:.2f}"
 
@@ -82,7 +83,7 @@ def problems(frontier: Frontier) -> str:
 
     columns = [
         Column("feed-forward matrices", named),
-        Column("stored, of native", lambda r: ratio(stored(r) / r.metrics["native_bytes"])),
+        Column("stored, of native", lambda r: ratio(stored(r) / stored(r, "native_bytes"))),
     ]
     for name in scored_tasks(found.values()):
         task = f"task_{name}"

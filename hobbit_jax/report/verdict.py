@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
-from hobbit_jax.record import Record, Uniform
+from hobbit_jax.record import Native, Record, Uniform
 from hobbit_jax.record.typed_json import typed
 from hobbit_jax.report import paired
 from hobbit_jax.report.sweep import (
@@ -202,10 +202,9 @@ def _why_open(sweep: Sweep, record: Record) -> str | None:
         return "native was not measured at this budget"
     pool = operator.attrgetter("budget_mib", "policy", "misses")
     for failed in sweep.failed:
-        # A uniform quant of another format is a part of the line.
-        counts = low_format(failed) in (low_format(record), "") or isinstance(
-            trial(failed).plan, Uniform
-        )
+        # Native and the uniform quants of any format are parts of the line.
+        in_line = isinstance(trial(failed).plan, Native | Uniform)
+        counts = in_line or low_format(failed) == low_format(record)
         if counts and pool(trial(failed)) == pool(trial(record)):
             return f"a trial failed: {sweep.label(failed)}"
     return None
@@ -275,9 +274,9 @@ def _line(j: Judgement) -> Clause:
     name = "uniform line"
     if j.gap is None:
         return Clause(name, "open", "no uniform quant moves as many bytes, and none as few")
-    marks: dict[str, Mark] = {"below": "holds", "above": "fails"}
+    marks: dict[str | None, Mark] = {"below": "holds", "above": "fails"}
     text = f"KL less the uniform line at the bytes moved {figure(j.gap, '+.4f')}"
-    return Clause(name, marks.get(paired.relation(j.gap) or "", "open"), text)
+    return Clause(name, marks.get(paired.relation(j.gap), "open"), text)
 
 
 class Control(NamedTuple):
