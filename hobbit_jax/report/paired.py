@@ -84,9 +84,7 @@ def line_at(x: float, points: Sequence[tuple[float, np.ndarray]]) -> np.ndarray 
     return (1 - share) * best[places[left]] + share * best[places[right]]
 
 
-def undominated(
-    points: Sequence[tuple[float, np.ndarray]],
-) -> list[tuple[float, np.ndarray]]:
+def undominated(points: Sequence[tuple[float, np.ndarray]]) -> list[tuple[float, np.ndarray]]:
     """Of (bytes or cost, KL of windows) those that no other beats in both."""
     return [
         (place, kl)
