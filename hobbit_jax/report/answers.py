@@ -16,7 +16,7 @@ from hobbit_jax.report.table import ratio
 from hobbit_jax.report.verdict import Judgement, Outcome, Rule, Verdict, control
 from hobbit_jax.statistics import Interval
 
-OUTCOMES = [outcome.value for outcome in Outcome]
+OUTCOMES = list(Outcome)
 BENCHMARKS = ("gsm8k", "humaneval")  # that were asked for; another form of one counts as it
 
 

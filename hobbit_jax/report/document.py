@@ -141,7 +141,7 @@ def _about(studies: Studies, sweep: Sweep) -> dict[str, Any]:
         "sweep": sweep,
         "rule": rule,
         "verdicts": judged,
-        "outcomes": [verdict.outcome.value for verdict in judged],
+        "outcomes": [verdict.outcome for verdict in judged],
         "quants": answers.uniform_quants(sweep, rule),
         "link_to_host": LINK_TO_HOST,
         "rows_at_once": ROWS_AT_ONCE,

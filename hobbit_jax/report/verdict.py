@@ -10,7 +10,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from enum import Enum
+from enum import StrEnum
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -60,7 +60,7 @@ class Rule:
         return typed({n: limit for n, limit in rule.items() if n in names}, cls, "config.rule")
 
 
-class Outcome(Enum):
+class Outcome(StrEnum):
     """The answers of one candidate or of one budget and format, in the order of preference."""
 
     WORTH_IT = "worth it"
