@@ -32,10 +32,8 @@ def get_config() -> ConfigDict:
     config.through = ("Q4_K", "Q5_K", "Q6_K")
     config.formats = ("Q3_K", "Q2_K")
     config.seed = 0
-    config.eval = ConfigDict(
-        {"windows": 200, "context": 512, "calibration_windows": 48, "task_problems": 96}
-    )
-    config.rule = ConfigDict({})
+    config.eval = {"windows": 200, "context": 512, "calibration_windows": 48, "task_problems": 96}
+    config.rule = {}
     return config
 
 

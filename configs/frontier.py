@@ -57,10 +57,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.shares = ((0.67, 0.30, 0.03), (0.4, 0.6))
     config.seeds = (0, 1, 2)
     config.prose_text = ""
-    config.eval = ConfigDict(
-        {"windows": 200, "context": 512, "calibration_windows": 48, "task_problems": 96}
-    )
-    config.rule = ConfigDict({})
+    config.eval = {"windows": 200, "context": 512, "calibration_windows": 48, "task_problems": 96}
+    config.rule = {}
     if arg == "smoke":
         config.scores, config.bytes_fractions = ("sensitivity", "random"), (0.6, 0.7)
         config.seeds, config.shares = (0,), ((0.67, 0.30, 0.03),)

@@ -53,18 +53,16 @@ def get_config() -> ConfigDict:
     # By how much the logarithms of resident experts' scores are raised.
     config.resident_lift = (0.25, 0.5)
     config.seed = 0
-    config.eval = ConfigDict(
-        {
-            "windows": 48,
-            "context": 128,
-            "calibration_windows": 48,
-            "decode_prompt_tokens": 16,
-            "decode_tokens": 64,
-            "decode_repeats": 24,
-            "decoded_windows": 48,
-        }
-    )
-    config.rule = ConfigDict({})
+    config.eval = {
+        "windows": 48,
+        "context": 128,
+        "calibration_windows": 48,
+        "decode_prompt_tokens": 16,
+        "decode_tokens": 64,
+        "decode_repeats": 24,
+        "decoded_windows": 48,
+    }
+    config.rule = {}
     return config
 
 
@@ -74,9 +72,6 @@ def sweep(config: ConfigDict) -> list[Trial]:
         config.model, config.calibration_text, config.evaluation_text, config.implementation
     )
     sizes = EvalSizes(**config.eval)
-
-    def trial(plan, budget_mib, **changes):
-        return Trial(CacheTrial(plan, budget_mib, inputs, sizes, **changes), "misses")
 
     plans = [Native(), *(Uniform(name, config.method) for name in config.uniform)]
     ways = [
@@ -95,7 +90,7 @@ def sweep(config: ConfigDict) -> list[Trial]:
         for mode in ("fetch", "host")
     ]
     return [
-        trial(plan, float(budget_mib), **changes)
+        Trial(CacheTrial(plan, float(budget_mib), inputs, sizes, **changes), "misses")
         for plan, changes in ways
         for budget_mib in config.budget_mib
     ]

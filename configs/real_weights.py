@@ -45,21 +45,21 @@ def get_config(arg: str = "") -> ConfigDict:
     config.evaluation_texts = ("", "wikitext", "gsm8k")
     # ggml's products, as llama.cpp computes them: float32 takes several times as long.
     config.implementation = "ggml"
-    full = arg == "full"
-    config.uniform = (
-        ("Q2_K", "gptq"), ("Q2_K", "ggml"), ("IQ2_S", "ggml"), ("Q3_K", "ggml"),
-        *((("Q3_K", "gptq"), ("IQ3_XXS", "ggml"), ("IQ3_S", "ggml"), ("IQ2_XS", "ggml"),
-           ("IQ2_XXS", "ggml")) if full else ()),
-    )  # fmt: skip
+    config.uniform = (("Q2_K", "gptq"), ("Q2_K", "ggml"), ("IQ2_S", "ggml"), ("Q3_K", "ggml"))
     # Which matrices are Q2_K, the others staying native; what Q2_K passes through before.
-    config.roles = (("gate", "up"), ("down",)) if full else ()
-    config.through = ("Q8_0", "Q5_K") if full else ()
+    config.roles, config.through = (), ()
     # Problems of lm-eval's tasks, solved natively and by each plan of `uniform`; 0 asks all.
     config.benchmarks = ("humaneval",)
     config.benchmark_problems = 0
     config.seed = 0
-    config.eval = ConfigDict({"windows": 48, "context": 128, "calibration_windows": 128})
-    config.rule = ConfigDict({})
+    config.eval = {"windows": 48, "context": 128, "calibration_windows": 128}
+    config.rule = {}
+    if arg == "full":
+        config.uniform += (
+            ("Q3_K", "gptq"), ("IQ3_XXS", "ggml"), ("IQ3_S", "ggml"), ("IQ2_XS", "ggml"),
+            ("IQ2_XXS", "ggml"),
+        )  # fmt: skip
+        config.roles, config.through = (("gate", "up"), ("down",)), ("Q8_0", "Q5_K")
     return config
 
 

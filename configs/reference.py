@@ -1,10 +1,9 @@
 """What does down-quantising cold experts cost and buy, on the reference model?
 
-Question: at equal bytes of expert cache, does a mix of native (Q4_K_M) and
-2- or 3-bit experts beat the native SLRU cache, and does it beat a uniformly
-smaller quant? Which importance score should choose who is demoted: one measured beforehand, the
-router's weight at the moment, or residency, that is, who happens not to be in the cache when
-wanted?
+Question: at equal bytes of expert cache, does a mix of native (Q4_K_M) and 2- or 3-bit experts beat
+the native SLRU cache, and does it beat a uniformly smaller quant? Which importance score should
+choose who is demoted: one measured beforehand, the router's weight at the moment, or residency,
+that is, who happens not to be in the cache when wanted?
 
     python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep
     python scripts/report.py --workdir out/reference_sweep
@@ -25,22 +24,14 @@ half generated problems: docs/appendix.md, "What to calibrate on", says why.
 Cost on 2 CPU cores: about 4 minutes (demo), about an hour and a half (full). A model of full size
 wants a GPU, on which it has not run: its 100 trials decode up to 3 million tokens for the tasks of
 46 plans. `--dry_run` measures on your model how long its precisions take to encode.
-Expected: KL to native grows with the share of low experts and is far larger at
-2 bit than at 3 bit; bytes moved per token fall with the experts' size. Open:
-whether any importance score beats the random control.
+Expected: KL to native grows with the share of low experts and is far larger at 2 bit than at 3 bit;
+bytes moved per token fall with the experts' size. Open: whether any importance score beats the
+random control.
 """
 
 from ml_collections import ConfigDict
 
-from hobbit_jax.record import (
-    CacheTrial,
-    EvalSizes,
-    Inputs,
-    MissModeTrial,
-    Mixed,
-    Native,
-    Uniform,
-)
+from hobbit_jax.record import CacheTrial, EvalSizes, Inputs, MissModeTrial, Mixed, Native, Uniform
 from hobbit_jax.sweep.preflight import all_low_mib
 from hobbit_jax.sweep.texts import MIXED_TEXT
 from hobbit_jax.sweep.trial import Trial
@@ -75,64 +66,44 @@ def get_config(arg: str = "full") -> ConfigDict:
     # The reference model's experts take 7.27 MiB natively, 3.94 at Q2_K.
     # Every plan runs under every policy of `hobbit_jax/cache/policies/` that is named here. What
     # else than fetching may serve a miss is asked by configs/misses.py.
-    config.cache = ConfigDict(
-        {
-            "budget_mib": (1.0, 2.0, 5.0),
-            "policies": ("slru",),
-            "protected_fraction": 0.1,
-        }
-    )
-    config.precision = ConfigDict(
-        {
-            "scores": (
-                "router_weight",
-                "frequency",
-                "accumulated_weight",
-                "sensitivity",
-                "random",
-            ),
-            # 0 is the native rival and 1 the uniform one; both always run.
-            "low_fraction": (0.5, 0.75, 0.9),
-            "low_format": ("Q2_K", "Q3_K"),
-            "method": "gptq",
-            # Of the random control. Those below 3 run at every budget, to see what they move; the
-            # others at the largest, since what a plan loses does not depend on it.
-            "random_seeds": tuple(range(20)),
-        }
-    )
+    config.cache = {"budget_mib": (1.0, 2.0, 5.0), "policies": ("slru",), "protected_fraction": 0.1}
+    config.precision = {
+        "scores": ("router_weight", "frequency", "accumulated_weight", "sensitivity", "random"),
+        # 0 is the native rival and 1 the uniform one; both always run.
+        "low_fraction": (0.5, 0.75, 0.9),
+        "low_format": ("Q2_K", "Q3_K"),
+        "method": "gptq",
+        # Of the random control. Those below 3 run at every budget, to see what they move; the
+        # others at the largest, since what a plan loses does not depend on it.
+        "random_seeds": tuple(range(20)),
+    }
     # Miss modes with the share of the pool for low copies, and formats of mode floor, which runs
     # at the budgets that hold all experts in that format.
-    config.residency = ConfigDict(
-        {
-            "modes": (("use_low_if_resident", 0.8), ("fetch_low", 0.8), ("hobbit", 0.5)),
-            "floor": ("Q2_K",),
-        }
-    )
+    config.residency = {
+        "modes": (("use_low_if_resident", 0.8), ("fetch_low", 0.8), ("hobbit", 0.5)),
+        "floor": ("Q2_K",),
+    }
     config.seed = 0
-    config.eval = ConfigDict(
-        {
-            "windows": 48,
-            "context": 512,
-            "calibration_windows": 48,
-            "task_problems": 96,
-            "decode_prompt_tokens": 32,
-            "decode_tokens": 96,
-            "decode_repeats": 3,
-            "decoded_windows": 4,
-            # lm-eval's tasks, such as ("gsm8k", "humaneval"), and problems of each; 0 for all.
-            "benchmarks": (),
-            "benchmark_problems": 0,
-        }
-    )
+    config.eval = {
+        "windows": 48,
+        "context": 512,
+        "calibration_windows": 48,
+        "task_problems": 96,
+        "decode_prompt_tokens": 32,
+        "decode_tokens": 96,
+        "decode_repeats": 3,
+        "decoded_windows": 4,
+        # lm-eval's tasks, such as ("gsm8k", "humaneval"), and problems of each; 0 for all.
+        "benchmarks": (),
+        "benchmark_problems": 0,
+    }
     # Limits stated before any result: a mix is worth it if all of this holds at equal pool bytes.
-    config.rule = ConfigDict(
-        {
-            "kl_limit": 0.05,  # nats per token, upper end of the interval
-            "task_loss_limit": 0.05,  # share of problems lost against native
-            "bytes_moved_ratio_needed": 0.7,  # of native SLRU's at the same budget
-            "speedup_needed": 1.2,  # of decode, where measured on a GPU
-        }
-    )
+    config.rule = {
+        "kl_limit": 0.05,  # nats per token, upper end of the interval
+        "task_loss_limit": 0.05,  # share of problems lost against native
+        "bytes_moved_ratio_needed": 0.7,  # of native SLRU's at the same budget
+        "speedup_needed": 1.2,  # of decode, where measured on a GPU
+    }
     if arg == "demo":
         _shrink(config)
     elif arg in FULL_SIZE:
@@ -166,10 +137,7 @@ def _enlarge(config: ConfigDict, model: str) -> None:
 def sweep(config: ConfigDict) -> list[Trial]:
     """Native and uniform rivals at every budget, then every importance score, share and format."""
     inputs = Inputs(
-        config.model,
-        config.calibration_text,
-        config.evaluation_text,
-        config.implementation,
+        config.model, config.calibration_text, config.evaluation_text, config.implementation
     )
     sizes = EvalSizes(**{**config.eval, "benchmarks": tuple(config.eval.benchmarks)})
     cache, precision = config.cache, config.precision
@@ -177,8 +145,8 @@ def sweep(config: ConfigDict) -> list[Trial]:
 
     def cell(plan, pool, seed=config.seed):
         budget_mib, policy = pool
-        fixed = (plan, budget_mib, inputs, sizes, cache.protected_fraction, seed, policy)
-        return Trial(CacheTrial(*fixed))
+        protected = cache.protected_fraction
+        return Trial(CacheTrial(plan, budget_mib, inputs, sizes, protected, seed, policy))
 
     cells = [cell(Native(), pool) for pool in pools]
     # Both uniform models are rivals, also when only one format is mixed in.

@@ -3,7 +3,6 @@
 Formats, encoders, budgets, texts, memory, disk and outputs are checked before anything runs, and
 all problems are said at once.
 
-
 python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep --dry_run
 python scripts/sweep.py --config configs/reference.py --workdir out/reference_sweep
 python scripts/sweep.py --config configs/reference.py:demo --config.cache.budget_mib=2 --workdir W

@@ -19,8 +19,7 @@ from pathlib import Path
 from hobbit_jax import launch
 from hobbit_jax.launch.sweeping import run_sweep
 from hobbit_jax.record import Benchmark, EvalSizes, Inputs, Measured, record_name
-from hobbit_jax.sweep.artifact_cache import ArtifactCache
-from hobbit_jax.sweep.artifacts import Artifact, calibration_run, native_logits
+from hobbit_jax.sweep.artifact_cache import Artifact, ArtifactCache
 
 DESCRIPTION = {"title": "t", "question": "", "command": "", "config": {}, "rule": {}}
 PARTS = 3
@@ -48,7 +47,8 @@ class DigestTrial:
 
     @property
     def artifacts(self) -> tuple[Artifact, ...]:
-        return native_logits(self.inputs, self.sizes), calibration_run(self.inputs, self.sizes)
+        makers = (ArtifactCache.native_logits, ArtifactCache.calibration)
+        return tuple(Artifact(self.inputs, self.sizes, maker) for maker in makers)
 
     def run(self, bench: ArtifactCache) -> Measured:
         note(f"run {self.asked.subject} {id(bench)}")
@@ -58,10 +58,14 @@ class DigestTrial:
             time.sleep(3600)
         if self.kind == "fail":
             raise ValueError("this one fails")
-        parts = [bench.part(f"{self.name}-{n}", lambda n=n: self.part(n)) for n in range(PARTS)]
+        parts = [
+            bench.part(f"{self.name}-{n}", lambda n=n: Measured(notes={"digest": self.part(n)}))
+            for n in range(PARTS)
+        ]
         logits = hashlib.sha256(bench.native_logits().tobytes()).hexdigest()
         read = {"logits": logits, "calibration": bench.calibration().sha256}
-        return Measured(samples={"digests": parts}, file_sha256=read)
+        digests = [part.notes["digest"] for part in parts]
+        return Measured(samples={"digests": digests}, file_sha256=read)
 
     def part(self, part: int) -> str:
         note(f"part {self.asked.subject} {part}")

@@ -43,8 +43,7 @@ from hobbit_jax.record import (
     record_name,
     record_path,
 )
-from hobbit_jax.sweep.artifact_cache import ArtifactCache
-from hobbit_jax.sweep.artifacts import all_artifacts
+from hobbit_jax.sweep.artifact_cache import ArtifactCache, all_artifacts
 from hobbit_jax.sweep.trial import Trial
 
 LOCAL_WORKER = "multiprocessing.spawn"

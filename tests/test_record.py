@@ -35,7 +35,7 @@ from hobbit_jax.record import (
     write_study,
 )
 from hobbit_jax.record.files import parse_record
-from hobbit_jax.record.typed_json import member, plain
+from hobbit_jax.record.typed_json import plain
 
 SIZES = EvalSizes(windows=4, context=8, calibration_windows=2)
 WORDS = st.text(min_size=1, max_size=8)
@@ -92,7 +92,8 @@ def test_a_field_added_with_a_default_changes_no_identity():
     """The same class as one revision knows it and as the next does."""
 
     def made(fields):
-        return member("grown")(dataclasses.make_dataclass("Grown", fields, frozen=True))
+        kind = {"json_kind": "grown"}
+        return dataclasses.make_dataclass("Grown", fields, namespace=kind, frozen=True)
 
     old = made([("share", float)])
     new = made([("share", float), ("policy", str, dataclasses.field(default="slru"))])

@@ -257,7 +257,7 @@ def test_the_best_candidate_is_first_in_the_printed_order(plans):
     scores = [Mixed(f"score_{n}", 0.5, "Q2_K") for n in range(len(plans))]
     records = [*winning(), *(record(s, *p) for s, p in zip(scores, plans, strict=True))]
     study = Study("s", "T", "?", "c", {}, RULE, tuple(r.name for r in records), RULE)
-    sweep = Sweep(study, tuple(records), (), (), (), {})
+    sweep = Sweep(study, tuple(records), (), (), ())
     (found,) = verdicts(sweep, Rule.of(RULE))
     outcomes = [list(Outcome).index(j.outcome) for j in found.judgements]
     assert found.best.outcome is list(Outcome)[min(outcomes)]

@@ -1,12 +1,10 @@
 """Running a sweep's trials on this machine, on Slurm or on Ray.
 
-A sweep is a map over trials, after the artifacts that they share (`sweep/artifacts.py`). Owns the
-choice of an engine: a pool of processes (`on_local.py`), Ray's tasks (`on_ray.py`) or Slurm's
+A sweep is a map over trials, after the artifacts that they share (`sweep/artifact_cache.py`). Owns
+the choice of an engine: a pool of processes (`on_local.py`), Ray's tasks (`on_ray.py`) or Slurm's
 arrays (`on_slurm.py`). Each runs `tasks.run_task`, which leaves a record that appears whole or not
 at all, so any process may be killed at any time, and any number of sweeps may share a folder.
 """
-
-from __future__ import annotations
 
 import importlib
 import json
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
 LAUNCHERS = ("local", "slurm", "ray")
 
 
-def connect(launcher: str, resources: Sequence[str]) -> tuple[Engine, int]:
+def connect(launcher: str, resources: Sequence[str]) -> tuple["Engine", int]:
     """The engine of a launcher, and how many tasks it runs at a time by default.
 
     `resources` are those of one worker, NAME=VALUE.

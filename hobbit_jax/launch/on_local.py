@@ -4,8 +4,6 @@ Owns a `concurrent.futures` pool of one process for each worker, so that the dea
 the death of one task, and the end of all processes when the sweep ends or is killed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import multiprocessing
@@ -24,8 +22,6 @@ from typing import Any
 from hobbit_jax.launch.sweeping import Engine, Graph, Outcomes, map_tasks
 from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, run_task
 
-_NO_GPU = ("", "-1", "NoDevFiles")
-
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
     """The GPUs that JAX would use here, as CUDA_VISIBLE_DEVICES names them."""
@@ -33,7 +29,7 @@ def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
         return []
     chosen = environment.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
-        return [] if chosen in _NO_GPU else chosen.split(",")
+        return [] if chosen in ("", "-1", "NoDevFiles") else chosen.split(",")
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
@@ -71,7 +67,7 @@ def run(
 class ProcessPool:
     """One process for each worker, started anew when it dies; see `sweeping.Pool`."""
 
-    died = (BrokenProcessPool,)
+    died: tuple[type[Exception], ...] = (BrokenProcessPool,)
 
     def __init__(self, workers: int, gpus: Sequence[str], attempts: int):
         self.attempts = attempts
@@ -88,7 +84,7 @@ class ProcessPool:
         )
 
     def submit(self, *arguments: Any) -> Future[Outcome]:
-        """Has an idle process run a task; see `sweeping.Pool`."""
+        """See `sweeping.Pool`."""
         idle = (p for p, future in enumerate(self._futures) if future is None or future.done())
         place = next(idle)
         # The process that may be started now takes over this environment. tqdm reads it there, so
@@ -103,7 +99,7 @@ class ProcessPool:
         return future
 
     def stop(self) -> None:
-        """Ends processes that are idle and kills the others; see `sweeping.Pool`."""
+        """See `sweeping.Pool`."""
         if all(future is None or future.done() for future in self._futures):
             for executor in self._executors:  # they clean up behind themselves
                 executor.shutdown()

@@ -5,8 +5,6 @@ whose process or node dies. A process with a GPU ends after each task, as is Ray
 JAX would keep the memory that Ray takes for free; without, it keeps the model for the next one.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Mapping
@@ -55,7 +53,7 @@ def _text(resources: Mapping[str, float]) -> str:
 class RayTasks:
     """Ray's workers, as a `sweeping.Pool`."""
 
-    died = (
+    died: tuple[type[Exception], ...] = (
         exceptions.WorkerCrashedError,
         exceptions.NodeDiedError,
         exceptions.OutOfMemoryError,
@@ -72,9 +70,9 @@ class RayTasks:
         )(run_task)
 
     def submit(self, *arguments: Any) -> Future[Outcome]:
-        """Submits a task; see `sweeping.Pool`."""
+        """See `sweeping.Pool`."""
         return self._task.remote(*arguments).future()
 
     def stop(self) -> None:
-        """Kills this sweep's tasks; see `sweeping.Pool`."""
+        """See `sweeping.Pool`."""
         ray.shutdown()

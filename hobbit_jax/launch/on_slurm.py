@@ -5,8 +5,6 @@ them. Stages (artifacts, artifacts made of those, trials) wait for each other in
 submitit queues a preempted job, and one whose time runs out, again under its own number.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import shlex
@@ -26,7 +24,7 @@ from hobbit_jax.launch import worker_environment
 from hobbit_jax.launch.sweeping import Engine, Graph, Outcomes, death
 from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, Task, run_task
 from hobbit_jax.record import is_finished
-from hobbit_jax.sweep.artifacts import Artifact
+from hobbit_jax.sweep.artifact_cache import Artifact
 
 # Minutes; submitit's own 5 would be short for a trial.
 _DEFAULTS = {"time": 240, "job_name": "hobbit_jax"}
@@ -57,14 +55,12 @@ class TaskList:
 
     def __call__(self) -> list[Outcome]:
         """Runs all tasks; returns their outcomes in the same order."""
-        outcomes = [self._run(task, wait=False) for task in self.tasks]
-        return [
-            self._run(task) if outcome.status == "busy" else outcome
-            for task, outcome in zip(self.tasks, outcomes, strict=True)
-        ]
-
-    def _run(self, task: Task, wait: bool = True) -> Outcome:
-        return run_task(task, self.workdir, wait, self.given_up.get(task))
+        outcomes = dict.fromkeys(self.tasks, Outcome("busy"))
+        for wait in (False, True):  # the second time, for what another process was at
+            for task in self.tasks:
+                if outcomes[task].status == "busy":
+                    outcomes[task] = run_task(task, self.workdir, wait, self.given_up.get(task))
+        return list(outcomes.values())
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """The same list: finished trials are passed over, a begun one goes on at its last part."""

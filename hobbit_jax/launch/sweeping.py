@@ -4,8 +4,6 @@ Owns which trials are left, the graph of artifacts and trials, the loop over it 
 take one task at a time, and the progress bar. It computes nothing and may be killed at any time.
 """
 
-from __future__ import annotations
-
 import contextlib
 import heapq
 import shutil
@@ -21,7 +19,7 @@ from tqdm import tqdm
 
 from hobbit_jax.launch.tasks import Outcome, Task
 from hobbit_jax.record import Study, is_finished, read_study, study_names, write_study
-from hobbit_jax.sweep.artifacts import Artifact
+from hobbit_jax.sweep.artifact_cache import Artifact
 from hobbit_jax.sweep.trial import Trial
 
 
@@ -103,22 +101,15 @@ def run_sweep(
 class Pool(Protocol):
     """Processes that run one task each."""
 
-    @property
-    def died(self) -> tuple[type[Exception], ...]:
-        """What a future raises when the process of its task has died."""
-        ...
-
-    @property
-    def attempts(self) -> int:
-        """How often to submit a task whose process dies each time."""
-        ...
+    died: tuple[type[Exception], ...]  # what a future raises when the process of its task has died
+    attempts: int  # how often to submit a task whose process dies each time
 
     def submit(self, *arguments: Any) -> Future[Outcome]:
-        """Has a process run `run_task` with these arguments."""
+        """Has an idle process run `run_task` with these arguments."""
         ...
 
     def stop(self) -> None:
-        """Kills all processes at once; returns when they can write nothing more."""
+        """Ends idle processes and kills the others; returns when they can write nothing more."""
         ...
 
 
@@ -128,21 +119,19 @@ def map_tasks(pool: Pool, graph: Graph, workdir: Path, workers: int) -> Outcomes
     Raises:
         RuntimeError: processes die even where nothing is left to do but to write a record.
     """
-    # Whether another sweep is at it, rank (which no other has), and whether to wait for its lock.
-    waiting: list[tuple[bool, int, Task, bool]] = []
-
-    def enqueue(task: Task, patient: bool, last: bool = False) -> None:
-        heapq.heappush(waiting, (last, graph.rank[task], task, patient))
-
+    # Whether another sweep is at it, and rank, which no other task has.
+    waiting: list[tuple[bool, int, Task]] = []
     running: dict[Future[Outcome], Task] = {}
     deaths: Counter[Task] = Counter()
     given_up: dict[Task, str] = {}
     try:
         while graph.is_active():
             for task in graph.get_ready():
-                enqueue(task, patient=False)
+                heapq.heappush(waiting, (False, graph.rank[task], task))
             while waiting and len(running) < workers:
-                *_, task, patient = heapq.heappop(waiting)
+                last, _, task = heapq.heappop(waiting)
+                # Its lock is another sweep's, or still that of the process that died of it.
+                patient = last or deaths[task] > 0
                 future = pool.submit(task, workdir, patient, given_up.get(task))
                 running[future] = task
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -153,10 +142,10 @@ def map_tasks(pool: Pool, graph: Graph, workdir: Path, workers: int) -> Outcomes
                     deaths[task] += 1
                     if deaths[task] >= pool.attempts:
                         given_up[task] = death(error, deaths[task], pool.attempts)
-                    enqueue(task, patient=True)
+                    heapq.heappush(waiting, (False, graph.rank[task], task))
                     continue
                 if outcome.status == "busy":  # a process of another sweep is at it: last, then
-                    enqueue(task, patient=True, last=True)
+                    heapq.heappush(waiting, (True, graph.rank[task], task))
                     continue
                 graph.done(task)
                 yield task, outcome

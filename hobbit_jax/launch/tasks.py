@@ -4,8 +4,6 @@ Owns the order of lock, look, work and record. A trial whose record exists is no
 that is run twice after all leaves the same record.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from pathlib import Path
@@ -14,8 +12,7 @@ from typing import Literal, NamedTuple
 from hobbit_jax.atomic import exclusive
 from hobbit_jax.cache_folder import keep_compiled_programs
 from hobbit_jax.record import EvalSizes, Inputs, is_finished, record_path, write_record
-from hobbit_jax.sweep.artifact_cache import ArtifactCache
-from hobbit_jax.sweep.artifacts import Artifact
+from hobbit_jax.sweep.artifact_cache import Artifact, ArtifactCache
 from hobbit_jax.sweep.trial import Trial, failed_record, run_trial
 
 Task = Artifact | Trial

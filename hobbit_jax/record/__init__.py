@@ -4,7 +4,6 @@
 """
 
 from hobbit_jax.record.asked import (
-    Asked,
     Benchmark,
     CacheTrial,
     EvalSizes,
@@ -21,12 +20,15 @@ from hobbit_jax.record.asked import (
 )
 from hobbit_jax.record.files import (
     Records,
+    Study,
     is_finished,
     read_record,
     read_records,
+    read_study,
     record_path,
+    study_names,
     write_record,
+    write_study,
 )
 from hobbit_jax.record.machine import machine
 from hobbit_jax.record.record import Measured, Record, combined, measured
-from hobbit_jax.record.study import Study, read_study, study_names, write_study

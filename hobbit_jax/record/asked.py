@@ -4,8 +4,6 @@ Owns the classes of plans and trials, and the name of a record. Fields that have
 left out of the identity, so a field that is added with a default changes no identity.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -13,20 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hobbit_jax.record.typed_json import member, plain, typed
+from hobbit_jax.record.typed_json import plain, typed
 
 _MAX_LABEL = 80
 
 Scalar = str | float | int | bool | None
 
 
-@member("native")
 @dataclass(frozen=True)
 class Native:
     """Every expert at the precision that the model file has."""
 
+    json_kind = "native"
 
-@member("uniform")
+
 @dataclass(frozen=True)
 class Uniform:
     """Every expert in one low format.
@@ -35,24 +33,24 @@ class Uniform:
     of "gate", "up" and "down", the others staying native; none named are all.
     """
 
+    json_kind = "uniform"
     format: str
     encoder: str = "ggml"
     through: tuple[str, ...] = ()
     roles: tuple[str, ...] = ()
 
 
-@member("mixed")
 @dataclass(frozen=True)
 class Mixed:
     """A share (0-1) of experts, or for `router_weight` of selections, is demoted to one format."""
 
+    json_kind = "mixed"
     score: str
     share: float
     format: str
     encoder: str = "ggml"
 
 
-@member("mixed_in_bytes")
 @dataclass(frozen=True)
 class MixedInBytes:
     """Experts get native or one of several formats, within a fraction of native's bytes.
@@ -60,6 +58,7 @@ class MixedInBytes:
     `score_text` is the text that the score was measured on; empty is the trial's own.
     """
 
+    json_kind = "mixed_in_bytes"
     score: str
     bytes_fraction: float
     formats: tuple[str, ...]
@@ -67,7 +66,6 @@ class MixedInBytes:
     score_text: str = ""
 
 
-@member("per_selection")
 @dataclass(frozen=True)
 class PerSelection:
     """Each selection gets its precision by a score of the moment.
@@ -75,13 +73,13 @@ class PerSelection:
     `shares` (0-1) are of selections: native, then `formats`, then, if one longer, those skipped.
     """
 
+    json_kind = "per_selection"
     score: str
     shares: tuple[float, ...]
     formats: tuple[str, ...]
     encoder: str = "ggml"
 
 
-@member("miss_mode")
 @dataclass(frozen=True)
 class MissModeTrial:
     """A missing expert is served as the miss mode says.
@@ -89,6 +87,7 @@ class MissModeTrial:
     `share` (0-1) of the pool is low copies; "adaptive" follows what is used.
     """
 
+    json_kind = "miss_mode"
     mode: str
     share: float | Literal["adaptive"]
     format: str
@@ -129,7 +128,6 @@ class EvalSizes:
     benchmark_problems: int = 0  # of each; 0 for all
 
 
-@member("cache")
 @dataclass(frozen=True)
 class CacheTrial:
     """Quality and cost of a plan under a pool of `budget_mib`, MiB of device memory.
@@ -139,6 +137,7 @@ class CacheTrial:
     `resident_lift` routes toward what is resident, as `CacheConfig` says.
     """
 
+    json_kind = "cache"
     plan: Native | Uniform | Mixed | MissModeTrial
     budget_mib: float
     inputs: Inputs
@@ -156,22 +155,22 @@ class CacheTrial:
         return isinstance(self.plan, MissModeTrial) or self.resident_lift > 0
 
 
-@member("quality")
 @dataclass(frozen=True)
 class QualityTrial:
     """Quality of a plan alone: no pool, no timing. `seed` draws calibration windows and control."""
 
+    json_kind = "quality"
     plan: Native | Uniform | MixedInBytes | PerSelection
     inputs: Inputs
     sizes: EvalSizes
     seed: int = 0
 
 
-@member("benchmark")
 @dataclass(frozen=True)
 class Benchmark:
     """Any other measurement: its subject, and the settings that tell it from its siblings."""
 
+    json_kind = "benchmark"
     subject: str
     setting: Mapping[str, Scalar]
 

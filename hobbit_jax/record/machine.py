@@ -1,7 +1,5 @@
 """What a measurement ran on and with, for its record."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

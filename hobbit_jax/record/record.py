@@ -4,8 +4,6 @@ To add a metric, put a number under a new name (with its unit) into `metrics`; t
 `Column` in `report/`.
 """
 
-from __future__ import annotations
-
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -106,14 +104,11 @@ def measured(result: Any, prefix: str = "") -> Measured:
         elif isinstance(value, list | tuple):
             samples[name] = list(value)
         else:
-            metrics[name] = value if value is None else _number(value)
+            kind: Any = int if isinstance(value, numbers.Integral) else float
+            metrics[name] = value if value is None else kind(value)
 
     take(prefix, result)
     return Measured(metrics, samples, notes)
-
-
-def _number(value: Any) -> float | int:
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def combined(*parts: Measured) -> Measured:

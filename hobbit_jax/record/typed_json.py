@@ -1,32 +1,19 @@
 """Frozen dataclasses as JSON and back: defaults left out, members of a sum type named.
 
 Owns how a value is checked against its annotated type, with errors that say where, what and what
-was wanted. The standard library suffices: machines that only run kernels have nothing else.
+was wanted. A member of a sum type has its name in JSON, which never changes, as `json_kind`. The
+standard library suffices: machines that only run kernels have nothing else.
 """
-
-from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, Literal
 
-_Class = TypeVar("_Class", bound=type)
-
-_NAME = "_json_kind"
-
-
-def member(name: str) -> Callable[[_Class], _Class]:
-    """Marks a dataclass as a member of a sum type; `name` tells it in JSON and never changes."""
-
-    def mark(kind: _Class) -> _Class:
-        setattr(kind, _NAME, name)
-        return kind
-
-    return mark
+_hints_of = functools.cache(typing.get_type_hints)
 
 
 def plain(value: Any) -> Any:
@@ -37,7 +24,7 @@ def plain(value: Any) -> Any:
             for f in dataclasses.fields(value)
             if (inner := getattr(value, f.name)) != _default(f)
         }
-        kind = getattr(value, _NAME, None)
+        kind = getattr(value, "json_kind", None)
         return found if kind is None else {"kind": kind, **found}
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
@@ -49,11 +36,6 @@ def plain(value: Any) -> Any:
 def _default(field: dataclasses.Field) -> Any:
     made = field.default_factory
     return field.default if made is dataclasses.MISSING else made()
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
 
 
 def typed(value: Any, wanted: Any, where: str) -> Any:
@@ -84,7 +66,7 @@ def typed(value: Any, wanted: Any, where: str) -> Any:
 
 
 def _member(value: Any, members: tuple[Any, ...], where: str) -> Any:
-    classes = {getattr(m, _NAME): m for m in members if hasattr(m, _NAME)}
+    classes = {m.json_kind: m for m in members if hasattr(m, "json_kind")}
     if classes:
         kind = value.get("kind") if isinstance(value, dict) else value
         if kind not in classes:
@@ -102,7 +84,7 @@ def _member(value: Any, members: tuple[Any, ...], where: str) -> Any:
 def _instance(value: Any, wanted: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where} is {value!r:.80}; want a JSON object")
-    hints = _hints(wanted)
+    hints = _hints_of(wanted)
     unknown = sorted(value.keys() - hints.keys())
     if unknown:
         raise ValueError(f"{where} has {', '.join(unknown)}; want only {', '.join(hints)}")

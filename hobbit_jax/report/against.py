@@ -4,8 +4,6 @@ Owns `scripts/report.py --against`. Trials pair by plan, budget and seed; what e
 texts, sizes, revision) is named on top, since it is what the comparison is about.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

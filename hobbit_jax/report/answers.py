@@ -4,9 +4,7 @@ The sentences stand in `templates/answers.md.j2`. They follow what was found in 
 best case; whatever is open is called open.
 """
 
-from __future__ import annotations
-
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +16,7 @@ from hobbit_jax.report.table import ratio
 from hobbit_jax.report.verdict import Judgement, Outcome, Rule, Verdict, control
 from hobbit_jax.statistics import Interval
 
-OUTCOMES = [outcome.value for outcome in Outcome]
+OUTCOMES = list(Outcome)
 BENCHMARKS = ("gsm8k", "humaneval")  # that were asked for; another form of one counts as it
 
 
@@ -58,7 +56,7 @@ def uniform_quants(sweep: Sweep, rule: Rule) -> list[UniformQuant]:
     groups: dict[str, list[Record]] = {}
     for record in (*sweep.records, *sweep.failed):
         if isinstance(trial(record).plan, Uniform):
-            groups.setdefault(low_format(record) or "", []).append(record)
+            groups.setdefault(low_format(record), []).append(record)
     found = []
     for name, asked in groups.items():
         records = [record for record in asked if record.status == "ok"]
@@ -82,14 +80,12 @@ def mixes(verdicts: Sequence[Verdict], by_miss: bool = False) -> list[Judgement]
     return [j for j in judged if isinstance(trial(j.record).plan, MissModeTrial) == by_miss]
 
 
-def _places(judged: Sequence[Judgement]) -> Counter[str | None]:
-    return Counter(relation([j.gap] if j.gap else []) for j in judged)
-
-
 def against_line(judged: Sequence[Judgement]) -> dict[str, Counter[str | None]]:
     """By low format, how many candidates have which `relation` to the uniform line."""
-    formats = sorted({low_format(j.record) or "" for j in judged})
-    return {f: _places([j for j in judged if low_format(j.record) == f]) for f in formats}
+    found: dict[str, Counter[str | None]] = defaultdict(Counter)
+    for j in sorted(judged, key=lambda j: low_format(j.record)):
+        found[low_format(j.record)][relation(j.gap)] += 1
+    return found
 
 
 class Score(NamedTuple):
@@ -108,18 +104,18 @@ class Score(NamedTuple):
 
 def scores(sweep: Sweep, judged: Sequence[Judgement]) -> list[Score]:
     """Every importance score of the sweep."""
-    groups: dict[str, list[Record]] = {}
+    found: dict[str, Score] = {}
     for record in sweep.per_plan():
-        groups.setdefault(getattr(trial(record).plan, "score", RANDOM), []).append(record)
-    groups.pop(RANDOM, None)
-    return [
-        Score(
-            name,
-            Counter(c.relation if (c := control(record, sweep)) else None for record in records),
-            _places([j for j in judged if getattr(trial(j.record).plan, "score", "") == name]),
-        )
-        for name, records in groups.items()
-    ]
+        name = getattr(trial(record).plan, "score", RANDOM)
+        if name != RANDOM:
+            drawn = control(record, sweep)
+            score = found.setdefault(name, Score(name, Counter(), Counter()))
+            score.against_draws[drawn and drawn.relation] += 1
+    for j in judged:
+        name = getattr(trial(j.record).plan, "score", "")
+        if name in found:
+            found[name].against_line[relation(j.gap)] += 1
+    return list(found.values())
 
 
 def encoders(frontier: Frontier | None) -> dict[str, list[Averaged]]:

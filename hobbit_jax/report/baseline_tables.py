@@ -1,7 +1,5 @@
 """Comparisons with other programs: agreement, speed and memory on the same tokens in one run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from hobbit_jax.record import Record

@@ -6,8 +6,6 @@ stands in `templates/`, which call the tables and answers. The same records give
 every file.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Mapping
@@ -143,7 +141,7 @@ def _about(studies: Studies, sweep: Sweep) -> dict[str, Any]:
         "sweep": sweep,
         "rule": rule,
         "verdicts": judged,
-        "outcomes": [verdict.outcome.value for verdict in judged],
+        "outcomes": [verdict.outcome for verdict in judged],
         "quants": answers.uniform_quants(sweep, rule),
         "link_to_host": LINK_TO_HOST,
         "rows_at_once": ROWS_AT_ONCE,

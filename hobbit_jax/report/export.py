@@ -4,8 +4,6 @@ Owns the names of the columns: what was asked as `asked.…`, metrics and notes 
 Lists of samples stay in the JSONL.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from hobbit_jax.atomic import replacing

@@ -4,8 +4,6 @@ Owns how the document looks in pixels. The same records give the same PNG bytes:
 whatever the user's matplotlibrc says, no date, no software version.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 
@@ -32,11 +30,9 @@ _COLOURS = {
     "miss mode": "#8C564B",
     "hybrid": "#CC79A7",
     RANDOM: "#000000",
+    **dict(zip(ENCODERS, ("#999999", "#F0E442", "#7F3C8D", "#E69F00"), strict=True)),
 }
-_ENCODER_COLOURS: dict[str, str] = dict(
-    zip(ENCODERS, ("#999999", "#F0E442", "#7F3C8D", "#E69F00"), strict=True)
-)
-_UNIFORM = _ENCODER_COLOURS[ENCODERS[-1]]
+_UNIFORM = _COLOURS[ENCODERS[-1]]
 _MARKERS = ("o", "s", "D", "^", "v")
 _KL_AXIS = "mean KL to native, nats a token"
 
@@ -61,7 +57,7 @@ def kl_against_bytes_moved(sweep: Sweep, kl_limit: float) -> bytes | None:
     mixed = [r for r in shown if not isinstance(trial(r).plan, Native | Uniform)]
     if not mixed:
         return None
-    formats = sorted({low_format(r) or "" for r in mixed})
+    formats = sorted({low_format(r) for r in mixed})
     markers = {name: _MARKERS[i % len(_MARKERS)] for i, name in enumerate(formats)}
     kinds = list(dict.fromkeys(map(_kind, mixed)))
     budgets = sorted({trial(r).budget_mib for r in shown})
@@ -79,7 +75,7 @@ def kl_against_bytes_moved(sweep: Sweep, kl_limit: float) -> bytes | None:
                 axes.plot(between, np.interp(between, xs, ys), "--", color=_UNIFORM, zorder=1)
             for record in here:
                 if (kl := record.interval("kl_mean_nats")) and record in mixed:
-                    kind, low = _kind(record), low_format(record) or ""
+                    kind, low = _kind(record), low_format(record)
                     marker = "x" if kind == RANDOM else markers[low]
                     _bars(axes, [(_moved(record), kl)], marker, _colour(kind), 5)
             axes.axhline(kl_limit, color="#AA0000", linestyle=":", linewidth=1)
@@ -100,10 +96,8 @@ def kl_against_bytes_moved(sweep: Sweep, kl_limit: float) -> bytes | None:
     return _png(draw, (9.6, 4.0))
 
 
-def frontier(study: Frontier) -> bytes | None:
+def frontier(study: Frontier) -> bytes:
     """KL against bytes read a selection: uniform quants by encoder, mixes by score."""
-    if not study.mixed:
-        return None
     scores = list(dict.fromkeys(p.score for p in study.mixed))
     encoders = [e for e in ENCODERS if any(p.encoder == e for p in study.uniform)]
     others = [p for p in study.plans if p.text != study.own_text and isinstance(p.plan, Uniform)]
@@ -117,8 +111,8 @@ def frontier(study: Frontier) -> bytes | None:
         for name in encoders:
             line = points([p for p in study.uniform if p.encoder == name])
             xs, ys = [x for x, _ in line] + [1.0], [kl.value for _, kl in line] + [0.0]
-            axes.plot(xs, ys, "--", color=_ENCODER_COLOURS[name], linewidth=1)
-            _bars(axes, line, "*", _ENCODER_COLOURS[name], 11)
+            axes.plot(xs, ys, "--", color=_COLOURS[name], linewidth=1)
+            _bars(axes, line, "*", _COLOURS[name], 11)
         _bars(axes, points(others), "P", _UNIFORM, 8)
         for score in scores:
             plans = [p for p in study.mixed if p.score == score]
@@ -127,7 +121,7 @@ def frontier(study: Frontier) -> bytes | None:
         axes.set_ylabel(_KL_AXIS)
         axes.set_ylim(bottom=0.0)
         axes.grid(alpha=0.25)
-        handles = [_handle(_ENCODER_COLOURS[e], "*", f"uniform, {e}") for e in encoders]
+        handles = [_handle(_COLOURS[e], "*", f"uniform, {e}") for e in encoders]
         if others:
             handles.append(_handle(_UNIFORM, "P", f"uniform, {ENCODERS[-1]}, other text"))
         handles += [_handle(_colour(s), "x" if s == RANDOM else "o", s) for s in scores]

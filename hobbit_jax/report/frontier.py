@@ -5,8 +5,6 @@ Intervals are 95 %, by resampling windows and, where a plan has several, seeds; 
 taken inside each window and seed first.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -176,11 +174,8 @@ class Frontier:
     @cached_property
     def mixed(self) -> list[Averaged]:
         """Mixes of the main study, on its own text."""
-        found = [
-            p
-            for p in self.plans_of(MixedInBytes, self.own_text)
-            if replace(p.plan, **self.whole) == p.plan
-        ]
+        plans = self.plans_of(MixedInBytes, self.own_text)
+        found = [p for p in plans if replace(p.plan, **self.whole) == p.plan]
         last = len(_SCORES)
         rank = {score: n for n, score in enumerate(_SCORES)} | {RANDOM: last + 1}
         return sorted(found, key=lambda p: (p.limit or 0, rank.get(p.score, last)))
@@ -248,10 +243,10 @@ def frontiers(study: Study, found: Records) -> list[Frontier]:
     Raises:
         ValueError: no finished record of a text.
     """
-    done = {r.name: r for r in found.of(study.name) if r.status == "ok"}
+    done = found.finished(study)
     groups: dict[str, dict[tuple[Any, str], dict[int, Record]]] = {}
     scored: dict[str, dict[object, Record]] = defaultdict(dict)
-    for record in (done[name] for name in study.trials if name in done):
+    for record in done:
         asked = record.asked
         if isinstance(asked, QualityTrial) and not asked.sizes.windows:
             scored[asked.inputs.evaluation_text][asked.plan] = record
@@ -262,29 +257,24 @@ def frontiers(study: Study, found: Records) -> list[Frontier]:
     if not groups:
         some = "finished records of problems alone, none of a text" if scored else "no record"
         raise ValueError(f"the study {study.name} has {some}; run all of the sweep first")
-    n_absent = sum(name not in done for name in study.trials)
 
     def averaged(plan: Any, text: str, by_seed: Mapping[int, Record]) -> Averaged:
         seeds, records = zip(*sorted(by_seed.items()), strict=True)
-        return Averaged(
-            plan, text, seeds, np.array([r.samples["kl_nats_W"] for r in records]), records
-        )
+        kl_SW = np.array([r.samples["kl_nats_W"] for r in records])
+        return Averaged(plan, text, seeds, kl_SW, records)
 
-    return [
-        Frontier(
-            study, text, {key: averaged(*key, own) for key, own in plans.items()}, n_absent,
-            scored[text],
-        )
-        for text, plans in groups.items()
-    ]  # fmt: skip
+    n_absent, on_texts = len(study.trials) - len(done), []
+    for text, plans in groups.items():
+        by_plan = {key: averaged(*key, by_seed) for key, by_seed in plans.items()}
+        on_texts.append(Frontier(study, text, by_plan, n_absent, scored[text]))
+    return on_texts
 
 
 def _paired(left: Averaged, right: Averaged) -> tuple[np.ndarray, np.ndarray] | None:
     """Both [seeds, windows] at the seeds that they share; one without seeds pairs with all."""
-    for one, other in ((left, right), (right, left)):
-        if one.encoder == "rtn" and isinstance(one.plan, Native | Uniform):
-            repeated_SW = np.broadcast_to(one.kl_SW, other.kl_SW.shape)
-            return (repeated_SW, other.kl_SW) if one is left else (other.kl_SW, repeated_SW)
+    if any(p.encoder == "rtn" and isinstance(p.plan, Native | Uniform) for p in (left, right)):
+        left_SW, right_SW = np.broadcast_arrays(left.kl_SW, right.kl_SW)
+        return left_SW, right_SW
     common = [seed for seed in left.seeds if seed in right.seeds]
     if not common:
         return None

@@ -3,13 +3,11 @@
 Their titles and what a reader must know of them stand in `templates/frontier.md.j2`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from hobbit_jax.record import MixedInBytes, Native, PerSelection, Record, Uniform
+from hobbit_jax.record import MixedInBytes, Native, PerSelection, QualityTrial, Record, Uniform
 from hobbit_jax.report.frontier import ENCODERS, Averaged, Frontier
 from hobbit_jax.report.paired import mcnemar, relation, task_loss
 from hobbit_jax.report.sweep import RANDOM, scored_tasks
@@ -27,18 +25,22 @@ _STORED = Column("stored, of native", lambda p: ratio(p.bytes_of_native))
 _PERPLEXITY = Column("perplexity", lambda p: p.mean("perplexity"), ".3f")
 
 
-def _against(title: str, other: Callable[[Averaged], Interval | None]) -> list[Column]:
+def _against(
+    frontier: Frontier, title: str, other: Callable[[Averaged], Averaged | None]
+) -> list[Column]:
     words = {"below": "less", "above": "more"}
 
+    def less(averaged: Averaged) -> Interval | None:
+        return frontier.difference(averaged, other(averaged))
+
     def compared(averaged: Averaged) -> str | None:
-        found = other(averaged)
-        text = relation([found] if found else [])
+        text = relation(less(averaged))
         return words.get(text or "", text)
 
-    return [Column(f"KL less {title}", other, "+.4f"), Column("that is", compared)]
+    return [Column(f"KL less {title}", less, "+.4f"), Column("that is", compared)]
 
 
-def _named(plan: Native | Uniform) -> str:
+def _named(plan: Any) -> str:
     if isinstance(plan, Native):
         return "native"
     roles = f", {listed(plan.roles)} alone" if plan.roles else ""
@@ -54,40 +56,43 @@ def _rows(frontier: Frontier) -> list[Averaged]:
 
 def problems(frontier: Frontier) -> str:
     """Problems of lm-eval's tasks solved by each plan, beside native and ggml's best."""
-    found: dict[Any, Record] = dict(frontier.scored)
+    found = frontier.scored
     native = found.get(Native())
+    of_ggml = [r for plan, r in found.items() if getattr(plan, "encoder", "") == "ggml"]
 
-    def stored(plan: Any, of: str = "stored_bytes") -> float:
-        return found[plan].metrics.get(of) or 0
+    def named(record: Record) -> str:
+        assert isinstance(record.asked, QualityTrial)
+        return _named(record.asked.plan)
 
-    def solved_less(task: str) -> Callable[[Any], Interval | None]:
-        return lambda p: None if native in (None, found[p]) else task_loss(found[p], native, task)
+    def stored(record: Record, of: str = "stored_bytes") -> float:
+        return record.metrics.get(of) or 0
 
-    def beside_ggml(task: str) -> Callable[[Any], str | None]:
-        theirs = [plan for plan in found if getattr(plan, "encoder", "") == "ggml"]
+    def solved_less(task: str) -> Callable[[Record], Interval | None]:
+        return lambda r: None if native is None or r is native else task_loss(r, native, task)
 
-        def compared(plan: Any) -> str | None:
-            rivals = [rival for rival in theirs if stored(rival) <= stored(plan)]
-            if isinstance(plan, Native) or plan in theirs or not rivals:
+    def beside_ggml(task: str) -> Callable[[Record], str | None]:
+        def compared(record: Record) -> str | None:
+            rivals = [rival for rival in of_ggml if stored(rival) <= stored(record)]
+            if record is native or record in of_ggml or not rivals:
                 return None
             best = max(rivals, key=lambda rival: stored(rival, task))
-            split = mcnemar(found[plan], found[best], task)
-            return split and f"{_named(best)}: {split[0]} to {split[1]}, p {split[2]:.2f}"
+            split = mcnemar(record, best, task)
+            return split and f"{named(best)}: {split[0]} to {split[1]}, p {split[2]:.2f}"
 
         return compared
 
     columns = [
-        Column("feed-forward matrices", _named),
-        Column("stored, of native", lambda p: ratio(stored(p) / stored(p, "native_bytes"))),
+        Column("feed-forward matrices", named),
+        Column("stored, of native", lambda r: ratio(stored(r) / stored(r, "native_bytes"))),
     ]
     for name in scored_tasks(found.values()):
         task = f"task_{name}"
         columns += [
-            Column(name, lambda p, task=task: found[p].interval(task), ".3f"),
+            Column(name, task, ".3f", interval=True),
             Column("solved less than native", solved_less(task), "+.3f"),
             Column("solved by it alone, to ggml's best alone", beside_ggml(task)),
         ]
-    return table(columns, sorted(found, key=lambda plan: (-stored(plan), _named(plan))))
+    return table(columns, sorted(found.values(), key=lambda r: (-stored(r), named(r))))
 
 
 def by_text(frontiers: Sequence[Frontier]) -> str:
@@ -127,10 +132,7 @@ def encoders(frontier: Frontier) -> str:
 
 
 def _control(frontier: Frontier) -> list[Column]:
-    def less_random(p: Averaged) -> Interval | None:
-        return frontier.difference(p, frontier.like(p, score=RANDOM, score_text=""))
-
-    return _against("random", less_random)
+    return _against(frontier, "random", lambda p: frontier.like(p, score=RANDOM, score_text=""))
 
 
 def scores(frontier: Frontier) -> str:
@@ -140,7 +142,7 @@ def scores(frontier: Frontier) -> str:
         _SCORE,
         _KL,
         *_control(frontier),
-        *_against("uniform line", lambda p: frontier.difference(p, frontier.line(p))),
+        *_against(frontier, "uniform line", frontier.line),
         Column("seeds", "seed_range"),
         Column("read, of native", lambda p: ratio(frontier.bytes_read(p))),
         *_TASKS[:1],
@@ -150,15 +152,17 @@ def scores(frontier: Frontier) -> str:
 
 def ablation(frontier: Frontier) -> str:
     """Mixes without the calibrated encoder, or without the middle format."""
-
-    def twin(p: Averaged) -> Interval | None:
-        return frontier.difference(p, frontier.like(p, **frontier.whole))
-
     varied = [p for p in frontier.plans_of(MixedInBytes, frontier.own_text) if not p.score_text]
     plans = [p for p in varied if p not in frontier.mixed]
     plans.sort(key=lambda p: (p.limit or 0, p.score, p.formats, p.encoder))
-    formats = Column("formats", lambda p: f"{' and '.join(p.formats)}, {p.encoder}")
-    return table([_LIMIT, _SCORE, formats, _KL, *_against("the whole plan", twin)], plans)
+    columns = [
+        _LIMIT,
+        _SCORE,
+        Column("formats", lambda p: f"{' and '.join(p.formats)}, {p.encoder}"),
+        _KL,
+        *_against(frontier, "the whole plan", lambda p: frontier.like(p, **frontier.whole)),
+    ]
+    return table(columns, plans)
 
 
 def selections(frontier: Frontier) -> str:
@@ -228,15 +232,11 @@ def texts(frontier: Frontier) -> str:
 
 def compounding(frontier: Frontier) -> str:
     """Uniform quants straight from the original and by way of another format."""
-
-    def straight(p: Averaged) -> Interval | None:
-        return frontier.difference(p, frontier.like(p, through=()))
-
     columns = [
         Column("way", lambda p: " → ".join(["original", *p.through, p.formats[0]])),
         Column("encoder", "encoder"),
         _KL,
-        *_against("the straight way", straight),
+        *_against(frontier, "the straight way", lambda p: frontier.like(p, through=())),
         _PERPLEXITY,
         *_TASKS,
     ]

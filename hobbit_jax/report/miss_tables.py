@@ -4,8 +4,6 @@ Owns the cost of a way on a link of a given slowness, the cheapest way of a plan
 that mixes precisions, or routes around misses, beats native and the uniform quants at its own cost.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +13,7 @@ from typing import Any
 import numpy as np
 
 from hobbit_jax.record import CacheTrial, MissModeTrial, Native, Record, Records, Study, Uniform
-from hobbit_jax.report.paired import (
-    difference,
-    kl_nats_W,
-    line_at,
-    mean_interval,
-    points,
-    relation,
-    undominated,
-)
+from hobbit_jax.report import paired
 from hobbit_jax.report.sweep import at, order, pool_share, trial
 from hobbit_jax.report.table import MIB, Column, ratio, table
 from hobbit_jax.statistics import Interval
@@ -45,7 +35,7 @@ def _cost(record: Record, link: int) -> Interval | None:
     moved_R, computed_R = (
         np.asarray(record.samples[f"bytes_{name}_per_token_R"]) for name in ("moved", "computed")
     )
-    return mean_interval(np.maximum(moved_R * link, computed_R) / MIB)
+    return paired.mean_interval(np.maximum(moved_R * link, computed_R) / MIB)
 
 
 def _is_native_fetched(record: Record) -> bool:
@@ -82,7 +72,7 @@ class Mix:
     @property
     def relation(self) -> str | None:
         """To the line: "below", "above" or "not told apart"."""
-        return relation([self.gap] if self.gap else [])
+        return paired.relation(self.gap)
 
 
 @dataclass(frozen=True)
@@ -96,7 +86,7 @@ class Cell:
     def ways(self, plan: object) -> list[Record]:
         """Of a plan that loses the same whatever serves its misses, the cheapest first."""
         own = [r for r in self.records if trial(r).plan == plan and not trial(r).by_decoding]
-        known = [(cost.value, r) for r in own if (cost := _cost(r, self.link))]
+        known = [(cost.value, r) for r in own if (cost := self.cost(r))]
         return [record for _, record in sorted(known, key=lambda pair: pair[0])]
 
     def cost(self, record: Record) -> Interval | None:
@@ -109,26 +99,24 @@ class Cell:
         cheapest = [
             way for plan in {trial(r).plan for r in self.records} for way in self.ways(plan)[:1]
         ]
-        rivals = points(cheapest, lambda r: cost.value if (cost := self.cost(r)) else None)
-        line = undominated(rivals)
+        rivals = paired.points(cheapest, lambda r: cost.value if (cost := self.cost(r)) else None)
+        line = paired.undominated(rivals)
         most = max((place for place, _ in line), default=0.0)
         others = [r for r in self.records if trial(r).by_decoding]
         found = []
         for record in others:
-            cost, kl_W = self.cost(record), kl_nats_W(record)
-            if cost is None or kl_W is None:
-                continue
-            line_W = line_at(min(cost.value, most), line)
-            confidence = 1 - 0.05 / len(others)
-            gap = None if line_W is None else difference(kl_W, line_W, confidence)
-            found.append(Mix(record, cost, gap))
+            cost, kl_W = self.cost(record), paired.kl_nats_W(record)
+            if cost is not None and kl_W is not None:
+                line_W = paired.line_at(min(cost.value, most), line)
+                confidence = 1 - 0.05 / len(others)
+                gap = None if line_W is None else paired.difference(kl_W, line_W, confidence)
+                found.append(Mix(record, cost, gap))
         return sorted(found, key=lambda mix: mix.gap.value if mix.gap else math.inf)
 
     @property
     def all_above(self) -> bool:
         """Whether every mix that the line reaches has more KL than it."""
-        marks = {mix.relation for mix in self.mixes} - {None}
-        return marks == {"above"}
+        return {mix.relation for mix in self.mixes} - {None} == {"above"}
 
 
 @dataclass(frozen=True)
@@ -140,12 +128,10 @@ class MissStudy:
     n_absent: int
 
     @classmethod
-    def of(cls, study: Study, found: Records) -> MissStudy:
+    def of(cls, study: Study, found: Records) -> "MissStudy":
         """The study that `study` describes."""
-        wanted = set(study.trials)
-        own = [r for r in found.of(study.name) if isinstance(r.asked, CacheTrial)]
-        done = sorted((r for r in own if r.status == "ok" and r.name in wanted), key=_order)
-        return cls(study, tuple(done), len(wanted) - len(done))
+        done = [r for r in found.finished(study) if isinstance(r.asked, CacheTrial)]
+        return cls(study, tuple(sorted(done, key=_order)), len(study.trials) - len(done))
 
     @cached_property
     def cells(self) -> list[Cell]:
@@ -197,7 +183,7 @@ def all_ways(study: MissStudy) -> str:
 
     def per_token(title: str, name: str, form: str, unit: float = 1) -> Column:
         def mean(record: Record) -> Interval:
-            return mean_interval(np.asarray(record.samples[f"{name}_per_token_R"]))
+            return paired.mean_interval(np.asarray(record.samples[f"{name}_per_token_R"]))
 
         return Column(f"{title} a token", mean, form, unit=unit)
 

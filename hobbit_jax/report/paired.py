@@ -5,8 +5,6 @@ variation between plans, so a difference is taken within each window first. Inte
 Student's t, which stays honest for a handful of windows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -55,13 +53,13 @@ def ratio_over_prompts(record: Record, native: Record, name: str) -> Interval | 
     return Interval(ratio, ratio + off.low, ratio + off.high)
 
 
-def relation(differences: Sequence[Interval]) -> str | None:
-    """ "below" where all differences are below 0, "above" where all are above; None of none."""
-    if not differences:
+def relation(gap: Interval | None) -> str | None:
+    """ "below" or "above" 0, or "not told apart" where the interval has it inside; None of None."""
+    if gap is None:
         return None
-    if all(d.high < 0 for d in differences):
+    if gap.high < 0:
         return "below"
-    return "above" if all(d.low > 0 for d in differences) else "not told apart"
+    return "above" if gap.low > 0 else "not told apart"
 
 
 def line_at(x: float, points: Sequence[tuple[float, np.ndarray]]) -> np.ndarray | None:
@@ -86,11 +84,8 @@ def line_at(x: float, points: Sequence[tuple[float, np.ndarray]]) -> np.ndarray 
     return (1 - share) * best[places[left]] + share * best[places[right]]
 
 
-def undominated(
-    points: Sequence[tuple[float, np.ndarray]],
-) -> list[tuple[float, np.ndarray]]:
-    """Of (bytes or cost, KL of windows) those that no other beats in both: what costs more than
-    another and loses more is no rival."""
+def undominated(points: Sequence[tuple[float, np.ndarray]]) -> list[tuple[float, np.ndarray]]:
+    """Of (bytes or cost, KL of windows) those that no other beats in both."""
     return [
         (place, kl)
         for place, kl in points

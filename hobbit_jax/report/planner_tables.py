@@ -4,8 +4,6 @@ Owns how records of `scripts/plan.py` and `scripts/dev/check_plan.py` are shown;
 in `templates/`. All of it is prediction, and a range is over routing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,27 +32,25 @@ class Plan:
         """What was predicted of llama.cpp and a fork of it."""
         return self.record.samples["baselines"]
 
-    def chosen(self, who: str) -> str:
-        """What to run with "native" experts, "here", "overall" or in a "compiled" engine; that of
-        the least local routing first."""
+    def choices(self, who: str) -> list[Option]:
+        """What to run with "native" experts, "here", "overall" or in a "compiled" engine, under
+        each routing, the least local first."""
         options = {option["name"]: option for option in [*self.settings, *self.baselines]}
-        names = dict.fromkeys(self.record.samples[f"choices_{who}"])
-        return " or ".join(_named(options[name]) for name in names)
+        return [options[name] for name in self.record.samples[f"choices_{who}"]]
+
+    def chosen(self, who: str) -> str:
+        """The names of `choices`."""
+        return " or ".join(dict.fromkeys(map(_named, self.choices(who))))
 
     def speed(self, who: str) -> str:
         """Tokens a second of `chosen`."""
         key = "compiled_tokens_per_second" if who == "compiled" else "tokens_per_second"
-        found = self._of_chosen(who, lambda o, at: o.get(key, o["tokens_per_second"])[at])
+        found = [o.get(key, o["tokens_per_second"])[i] for i, o in enumerate(self.choices(who))]
         return spread(found, ".0f")
 
     def loss(self, who: str) -> float:
         """The most nats a token that `chosen` is expected to lose, by the reference model."""
-        return max(self._of_chosen(who, lambda o, at: o["expected_loss"][at]))
-
-    def _of_chosen(self, who: str, value: Callable[[Option, int], float]) -> list[float]:
-        options = {option["name"]: option for option in [*self.settings, *self.baselines]}
-        names = self.record.samples[f"choices_{who}"]
-        return [value(options[name], at) for at, name in enumerate(names)]
+        return max(o["expected_loss"][i] for i, o in enumerate(self.choices(who)))
 
     @property
     def native_fits(self) -> bool:

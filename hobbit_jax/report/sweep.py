@@ -3,9 +3,7 @@
 Owns how plans are named, ordered and paired with their rivals and controls.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePath
@@ -21,7 +19,6 @@ from hobbit_jax.record import (
     Records,
     Study,
     Uniform,
-    low_formats,
 )
 from hobbit_jax.report.paired import kl_nats_W, points, undominated
 from hobbit_jax.report.table import percent
@@ -43,9 +40,9 @@ def on_gpu(record: Record) -> bool:
     return (record.device or "").partition(":")[0] in _GPU_PLATFORMS
 
 
-def low_format(record: Record) -> str | None:
-    """The format of demoted experts; None natively."""
-    return getattr(trial(record).plan, "format", None)
+def low_format(record: Record) -> str:
+    """The format of demoted experts; empty natively."""
+    return getattr(trial(record).plan, "format", "")
 
 
 def is_control(record: Record) -> bool:
@@ -88,7 +85,7 @@ def order(record: Record) -> tuple:
     score = getattr(plan, "score", getattr(plan, "mode", ""))
     rank = _SCORES.index(score) if score in _SCORES else len(_SCORES) + (score == RANDOM)
     return (
-        _KINDS.index(type(plan)), rank, score, low_format(record) or "", getattr(plan, "share", 0),
+        _KINDS.index(type(plan)), rank, score, low_format(record), getattr(plan, "share", 0),
         asked.seed, asked.budget_mib,
     )  # fmt: skip
 
@@ -106,15 +103,14 @@ class Sweep:
     failed: tuple[Record, ...]
     missing: tuple[str, ...]
     foreign: tuple[str, ...]
-    unreadable: Mapping[str, str]
     other_policies: tuple[Record, ...] = ()
 
     @classmethod
-    def of(cls, study: Study, found: Records) -> Sweep:
+    def of(cls, study: Study, found: Records) -> "Sweep":
         """The sweep that `study` describes."""
         wanted = set(study.trials)
-        own = [r for r in found.of(study.name) if isinstance(r.asked, CacheTrial)]
-        asked = [record for record in own if record.name in wanted]
+        own = {r.name: r for r in found.of(study.name) if isinstance(r.asked, CacheTrial)}
+        asked = [record for name, record in own.items() if name in wanted]
         done = sorted((r for r in asked if r.status == "ok"), key=order)
         policies = {trial(record).policy for record in done}
         usual = CacheTrial.policy if CacheTrial.policy in policies else min(policies, default="")
@@ -122,9 +118,8 @@ class Sweep:
             study,
             tuple(r for r in done if trial(r).policy == usual),
             tuple(r for r in asked if r.status == "failed"),
-            tuple(sorted(wanted - {r.name for r in asked})),
-            tuple(sorted({r.name for r in own} - wanted)),
-            found.unreadable,
+            tuple(sorted(wanted - own.keys())),
+            tuple(sorted(own.keys() - wanted)),
             tuple(r for r in done if trial(r).policy != usual),
         )
 
@@ -169,16 +164,14 @@ class Sweep:
         values = sorted({r.metrics.get(metric) or 0 for r in self.records} - {0}) or [0]
         return " to ".join(map(str, dict.fromkeys([values[0], values[-1]])))
 
-    def beside(self, record: Record) -> Iterator[Record]:
+    def beside(self, record: Record) -> list[Record]:
         """Records at the same budget and policy, with the same inputs and sizes."""
         here = trial(record)
-        for other in self.records:
-            there = trial(other)
-            if replace(there, plan=here.plan, seed=here.seed) == here:
-                yield other
+        same = {"plan": here.plan, "seed": here.seed}
+        return [other for other in self.records if replace(trial(other), **same) == here]
 
     def native(self, record: Record) -> Record | None:
-        """The native record to compare `record` with."""
+        """The native record beside `record`."""
         return next((r for r in self.beside(record) if isinstance(trial(r).plan, Native)), None)
 
     def over_native(self, record: Record, metric: str) -> float | None:
@@ -197,12 +190,12 @@ class Sweep:
         They may stand at another budget, since what a static plan loses does not depend on it.
         """
         here = trial(record)
-
-        def controls(drawn: CacheTrial) -> bool:
-            same = replace(drawn, plan=here.plan, seed=here.seed, budget_mib=here.budget_mib)
-            return same == here and low_formats(drawn.plan) == low_formats(here.plan)
-
-        return [r for r in self.per_plan() if is_control(r) and controls(trial(r))]
+        same = {"plan": here.plan, "seed": here.seed, "budget_mib": here.budget_mib}
+        return [
+            drawn
+            for drawn in filter(is_control, self.per_plan())
+            if low_format(drawn) == low_format(record) and replace(trial(drawn), **same) == here
+        ]
 
     def per_plan(self) -> list[Record]:
         """One record a plan, since quality does not depend on the budget; of a miss mode, each."""

@@ -3,8 +3,6 @@
 Owns which metric stands in which table. A metric is shown by one `Column`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -109,7 +107,7 @@ def candidates(sweep: Sweep, found: Sequence[Verdict]) -> str:
         Column("plan", lambda j: sweep.label(j.record)),
         *(Column(name, lambda j, i=i: j.clauses[i].mark) for i, name in enumerate(clauses)),
         Column("KL less the uniform line", lambda j: j.gap, "+.4f"),
-        Column("outcome", lambda j: j.outcome.value),
+        Column("outcome", "outcome"),
     ]
     return table(columns, judged)
 
@@ -124,7 +122,7 @@ def verdict_table(sweep: Sweep, found: Sequence[Verdict]) -> str:
     columns = [
         Column("budget", lambda v: f"{v.budget_mib:g} MiB"),
         Column("low format", "low_format"),
-        Column("mixing is", lambda v: v.outcome.value),
+        Column("mixing is", "outcome"),
         Column("best candidate", lambda v: v.best and sweep.label(v.best.record)),
         Column("what decided", decided),
     ]

@@ -3,8 +3,6 @@
 Owns how a number, an interval and an absent figure are printed. To show a metric, add one `Column`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -5,18 +5,19 @@ records cannot settle is open, never yes and never no: a figure that is absent, 
 has the limit inside, a trial that is missing or failed.
 """
 
-from __future__ import annotations
-
 import math
+import operator
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from enum import Enum
+from enum import StrEnum
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
+from scipy import stats
 
-from hobbit_jax.record import Record, Uniform
+from hobbit_jax.record import Native, Record, Uniform
 from hobbit_jax.record.typed_json import typed
 from hobbit_jax.report import paired
 from hobbit_jax.report.sweep import (
@@ -49,7 +50,7 @@ class Rule:
     task_loss_limit: float
 
     @classmethod
-    def of(cls, rule: Mapping[str, object]) -> Rule:
+    def of(cls, rule: Mapping[str, object]) -> "Rule":
         """Reads the rule of a sweep.
 
         Raises:
@@ -59,7 +60,7 @@ class Rule:
         return typed({n: limit for n, limit in rule.items() if n in names}, cls, "config.rule")
 
 
-class Outcome(Enum):
+class Outcome(StrEnum):
     """The answers of one candidate or of one budget and format, in the order of preference."""
 
     WORTH_IT = "worth it"
@@ -117,7 +118,7 @@ class Judgement:
 
     @cached_property
     def outcome(self) -> Outcome:
-        """What the clauses come to; one that is "skipped" does not count."""
+        """What the clauses come to."""
         marks = {c.name: c.mark for c in self.clauses}
         by_score = marks.pop(SCORE)
         if self.native is not None and _native_fits(self.native):
@@ -179,10 +180,9 @@ class Verdict:
 
 def verdicts(sweep: Sweep, rule: Rule) -> list[Verdict]:
     """One verdict for each (budget, low format) that has a candidate, failed ones included."""
-    groups: dict[tuple[float, str], list[Record]] = {}
+    groups: dict[tuple[float, str], list[Record]] = defaultdict(list)
     for record in filter(is_candidate, (*sweep.records, *sweep.failed)):
-        key = trial(record).budget_mib, low_format(record) or ""
-        groups.setdefault(key, []).append(record)
+        groups[trial(record).budget_mib, low_format(record)].append(record)
     return [
         Verdict(
             *cell,
@@ -200,14 +200,12 @@ def _why_open(sweep: Sweep, record: Record) -> str | None:
         return f"the sweep is not finished: {sweep.n_absent} of {total} records are absent"
     if sweep.native(record) is None:
         return "native was not measured at this budget"
+    pool = operator.attrgetter("budget_mib", "policy", "misses")
     for failed in sweep.failed:
-        here, there = trial(record), trial(failed)
-        names = ("budget_mib", "policy", "misses")
-        same = all(getattr(there, name) == getattr(here, name) for name in names)
-        # A uniform quant of another format is a part of the line.
-        if same and (
-            low_format(failed) in (low_format(record), None) or isinstance(there.plan, Uniform)
-        ):
+        # Native and the uniform quants of any format are parts of the line.
+        in_line = isinstance(trial(failed).plan, Native | Uniform)
+        counts = in_line or low_format(failed) == low_format(record)
+        if counts and pool(trial(failed)) == pool(trial(record)):
             return f"a trial failed: {sweep.label(failed)}"
     return None
 
@@ -226,10 +224,10 @@ def _within(value: Interval, limit: float) -> Mark:
 
 
 def _kl(j: Judgement) -> Clause:
-    kl, limit = j.record.interval("kl_mean_nats"), j.rule.kl_limit
+    kl, kl_W = j.record.interval("kl_mean_nats"), paired.kl_nats_W(j.record)
+    limit = j.rule.kl_limit
     if kl is None:
         return Clause("KL", "open", "KL was not measured")
-    kl_W = paired.kl_nats_W(j.record)
     if kl_W is not None and len(kl_W) < _FEW_WINDOWS:
         kl = paired.mean_interval(kl_W)
     return Clause("KL", _within(kl, limit), f"KL {figure(kl, '.4f')}, limit {limit:g}")
@@ -257,9 +255,8 @@ def _tasks(j: Judgement) -> Clause:
 def _bytes_moved(j: Judgement) -> Clause:
     moved, needed = j.record.metrics.get(_MOVED), j.rule.bytes_moved_ratio_needed
     rival = j.native.metrics.get(_MOVED) if j.native else None
-    if moved is None or rival is None:
+    if j.native is None or moved is None or rival is None:
         return Clause(BYTES_MOVED, "open", "bytes moved are unknown for this plan or for native")
-    assert j.native is not None
     if _native_fits(j.native):
         return Clause(BYTES_MOVED, "skipped", "all native experts fit: no bytes have to be saved")
     # Records of before 2026-11-30 have totals alone.
@@ -279,7 +276,7 @@ def _line(j: Judgement) -> Clause:
         return Clause(name, "open", "no uniform quant moves as many bytes, and none as few")
     marks: dict[str | None, Mark] = {"below": "holds", "above": "fails"}
     text = f"KL less the uniform line at the bytes moved {figure(j.gap, '+.4f')}"
-    return Clause(name, marks.get(paired.relation([j.gap]), "open"), text)
+    return Clause(name, marks.get(paired.relation(j.gap), "open"), text)
 
 
 class Control(NamedTuple):
@@ -310,21 +307,17 @@ def control(record: Record, sweep: Sweep) -> Control | None:
     if own_W is None or at is None:
         return None
     uniform = [r for r in sweep.uniform(record) if low_format(r) == low_format(record)]
-    by_seed: dict[int, list[Record]] = {}
+    by_seed: dict[int, list[Record]] = defaultdict(list)
     for draw in sweep.draws(record):
-        by_seed.setdefault(trial(draw).seed, []).append(draw)
-    native = [(0.0, np.zeros_like(own_W))]
-    lines = (
-        paired.points([*draws, *uniform], lambda r: r.metrics.get("demoted_share"))
-        for draws in by_seed.values()
-    )
-    drawn = (paired.line_at(at, native + line) for line in lines)
-    found = [control_W for control_W in drawn if control_W is not None]
-    if len(found) < 2:
+        by_seed[trial(draw).seed].append(draw)
+    native, found = (0.0, np.zeros_like(own_W)), []
+    for draws in by_seed.values():
+        rivals = paired.points([*draws, *uniform], lambda r: r.metrics.get("demoted_share"))
+        found.append(paired.line_at(at, [native, *rivals]))
+    drawn = [drawn_W for drawn_W in found if drawn_W is not None]
+    if len(drawn) < 2:
         return None
-    from scipy import stats  # takes most of a second, which scripts without a report save
-
-    drawn_DW = np.stack(found)
+    drawn_DW = np.stack(drawn)
     own_W, kl_D = own_W[: drawn_DW.shape[1]], drawn_DW.mean(axis=1)
     return Control(
         len(kl_D),

@@ -3,16 +3,15 @@
 Owns the loaded model, texts and windows, calibrations, precisions, measured errors and native
 logits, and where they are kept: low-precision copies in the cache folder; in the working directory
 what is made once for all trials (`cache/`), and the finished parts of unfinished trials (`parts/`).
-Of all processes one makes a thing and the others wait for it.
+Of all processes one makes a thing and the others wait for it. An `Artifact` makes such a thing
+beforehand, which saves time and changes no result.
 """
-
-from __future__ import annotations
 
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -25,12 +24,7 @@ from hobbit_jax.cache_folder import low_precision_folder
 from hobbit_jax.evals import quality, tasks
 from hobbit_jax.experts.low_precision import LowPrecisionSpec, open_low_precision
 from hobbit_jax.experts.store import NATIVE, HostExperts
-from hobbit_jax.importance.calibration import (
-    STATISTICS,
-    Calibration,
-    CalibrationText,
-    calibrate,
-)
+from hobbit_jax.importance.calibration import STATISTICS, Calibration, CalibrationText, calibrate
 from hobbit_jax.importance.layer_inputs import run_by
 from hobbit_jax.importance.scores import measure_errors
 from hobbit_jax.inference.engine import Engine
@@ -71,6 +65,7 @@ class ArtifactCache:
         path = inputs.model or reference.model_path()
         self.model: LoadedModel = load_model(path, for_quality(inputs.implementation or None))
         self.tokenizer = self.model.tokenizer()
+        self._cut = functools.partial(quality.cut_windows, self.tokenizer)
         self._calibrations: dict[tuple[str, str], Calibration] = {}
         self._precisions: dict[str, GGUFFile] = {}
 
@@ -83,24 +78,16 @@ class ArtifactCache:
                     make()
         return path
 
-    def part(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What `measure` returns, as JSON; kept, so that a trial that is begun again goes on here.
+    def part(self, name: str, measure: Callable[[], Measured]) -> Measured:
+        """What `measure` returns; kept, so that a trial that is begun again goes on here.
 
         `name` says all that it depends on but the model, the texts and the device, which are added.
         """
         here = f"{self._what} {self.text_sha256}"
         digest = hashlib.sha256(here.encode()).hexdigest()[:8]
         path = self.workdir / "parts" / f"{name}-{digest}.json"
-        self._made(path, lambda: write_text(path, json.dumps(measure(), allow_nan=False)))
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    def measured_part(self, name: str, measure: Callable[[], Measured]) -> Measured:
-        """`part` of a record."""
-        return Measured(**self.part(name, lambda: asdict(measure())))
-
-    def calibration_texts(self, text: str) -> list[str]:
-        """Documents of a calibration text: a file, a named one, or "" for the sweep's own."""
-        return calibration_documents(text or self.inputs.calibration_text)
+        self._made(path, lambda: write_text(path, json.dumps(asdict(measure()), allow_nan=False)))
+        return Measured(**json.loads(path.read_text(encoding="utf-8")))
 
     @functools.cached_property
     def evaluation_texts(self) -> list[str]:
@@ -110,34 +97,27 @@ class ArtifactCache:
     @functools.cached_property
     def text_sha256(self) -> str:
         """Hash of the sweep's own calibration and evaluation texts together."""
-        texts = [*self.calibration_texts(""), "\0", *self.evaluation_texts]
+        calibration = calibration_documents(self.inputs.calibration_text)
+        texts = [*calibration, "\0", *self.evaluation_texts]
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
     @functools.cached_property
     def windows(self) -> quality.Windows:
         """Evaluation windows."""
-        sizes = self.sizes
-        return quality.cut_windows(
-            self.tokenizer, self.evaluation_texts, sizes.windows, sizes.context
-        )
+        return self._cut(self.evaluation_texts, self.sizes.windows, self.sizes.context)
 
     def calibration_windows(self, seed: int = 0, text: str = "") -> quality.Windows:
-        """Calibration windows, drawn by `seed`; from other files than the evaluation's."""
-        sizes = self.sizes
-        texts = self.calibration_texts(text)
-        return quality.cut_windows(
-            self.tokenizer, texts, sizes.calibration_windows, sizes.context, seed
-        )
+        """Windows of a calibration text, "" for the sweep's own, drawn by `seed`."""
+        texts = calibration_documents(text or self.inputs.calibration_text)
+        return self._cut(texts, self.sizes.calibration_windows, self.sizes.context, seed)
 
     @functools.cached_property
     def decode_ids_RS(self) -> np.ndarray:
         """Token rows for the decode measurement, the first a warm-up."""
         sizes = self.sizes
         length = sizes.decode_prompt_tokens + sizes.decode_tokens
-        windows = quality.cut_windows(
-            self.tokenizer, self.evaluation_texts, sizes.decode_repeats + 1, length - 1, seed=1
-        )
-        return windows.ids_WS
+        rows = sizes.decode_repeats + 1
+        return self._cut(self.evaluation_texts, rows, length - 1, seed=1).ids_WS
 
     @functools.cached_property
     def _what(self) -> str:
@@ -169,10 +149,8 @@ class ArtifactCache:
             paths = [cache / f"calibration-{key[0]}-{name}" for name in at_least]
             made = [path for path in paths if Calibration.file(path).exists()]
             path = made[0] if made else paths[0]
-            self._made(
-                Calibration.file(path),
-                lambda: calibrate(self.model, windows, statistics, path),
-            )
+            file = Calibration.file(path)
+            self._made(file, lambda: calibrate(self.model, windows, statistics, path))
             self._calibrations[key] = Calibration.load(path, self.model.file).only(statistics)
         return self._calibrations[key]
 
@@ -230,23 +208,19 @@ class ArtifactCache:
 
     def precision(self, spec: LowPrecisionSpec) -> GGUFFile:
         """The low precision by `spec`."""
-        key = spec.key(self.model.file)
+        file, config = self.model.file, self.model.config
+        key = spec.key(file)
         if key not in self._precisions:
-            file, config = self.model.file, self.model.config
             calibration = cast(CalibrationText | None, spec.calibration)
             run_text = calibration and run_by(self.model, calibration.windows)
-            self._precisions[key] = open_low_precision(
-                file, config, spec, low_precision_folder(), run_text
-            )
+            folder = low_precision_folder()
+            self._precisions[key] = open_low_precision(file, config, spec, folder, run_text)
         return self._precisions[key]
 
     def store(self, specs: Sequence[LowPrecisionSpec]) -> HostExperts:
         """Native experts, and the low precisions in the order of `specs`."""
-        if not specs:
-            return self.native_store
-        return HostExperts(
-            self.model.config, self.model.file, [self.precision(spec) for spec in specs]
-        )
+        low = [self.precision(spec) for spec in specs]
+        return HostExperts(self.model.config, self.model.file, low) if low else self.native_store
 
     def errors(self, formats: Sequence[str], how: Encoding, text: str = "") -> np.ndarray:
         """`measure_errors` of these precisions on calibration windows."""
@@ -264,3 +238,24 @@ class ArtifactCache:
         self._made(path, measure)
         with np.load(path) as arrays:
             return arrays["error_NLE"]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that trials with these inputs and sizes read, as a task of its own."""
+
+    inputs: Inputs
+    sizes: EvalSizes
+    maker: Callable[..., Any]  # method of `ArtifactCache` that makes the file unless it exists
+    arguments: tuple[Any, ...] = ()  # of that method
+    artifacts: tuple["Artifact", ...] = ()  # those that it is made of
+
+    def make(self, bench: ArtifactCache) -> None:
+        """Makes the file, or raises whatever a trial would meet that makes it."""
+        self.maker(bench, *self.arguments)
+
+
+def all_artifacts(tasks: Iterable[Any]) -> list[Artifact]:
+    """Artifacts of trials, and those that they are made of, each once."""
+    found = list(dict.fromkeys(artifact for task in tasks for artifact in task.artifacts))
+    return found and list(dict.fromkeys([*all_artifacts(found), *found]))

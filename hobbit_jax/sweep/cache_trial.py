@@ -1,14 +1,12 @@
 """What a plan costs under a pool budget, and what it loses there."""
 
-from __future__ import annotations
-
 import functools
 import gc
 from collections.abc import Sequence
 from dataclasses import replace
 
 from hobbit_jax.cache.config import CacheConfig
-from hobbit_jax.cache.miss_modes import Host, MissMode, miss_mode
+from hobbit_jax.cache.miss_modes import Host, miss_mode
 from hobbit_jax.cache.policies import SLRU, policy_factory
 from hobbit_jax.evals import quality
 from hobbit_jax.evals.engine_program import measure_engine, pool_figures
@@ -41,12 +39,6 @@ def of_quality(asked: CacheTrial) -> CacheTrial:
     return replace(same, misses=asked.misses)
 
 
-def serving_mode(asked: CacheTrial) -> MissMode:
-    """What serves the misses of a plan that has no miss mode of its own."""
-    mode = miss_mode(asked.misses)
-    return replace(mode, link_to_host=asked.link_to_host) if isinstance(mode, Host) else mode
-
-
 def measure_trial(
     asked: CacheTrial,
     bench: ArtifactCache,
@@ -63,11 +55,14 @@ def measure_trial(
     if policy is SLRU:
         policy = functools.partial(SLRU, protected_fraction=asked.protected_fraction)
     by_miss = asked.plan if isinstance(asked.plan, MissModeTrial) else None
+    mode = miss_mode(by_miss.mode if by_miss else asked.misses)
+    if isinstance(mode, Host) and not by_miss:
+        mode = replace(mode, link_to_host=asked.link_to_host)
     config = CacheConfig(
         int(asked.budget_mib * 2**20),
         plan=plan,
         policy=policy,
-        mode=by_miss.mode if by_miss else serving_mode(asked),
+        mode=mode,
         low_share=by_miss.share if by_miss else 0.0,
         resident_lift=asked.resident_lift,
     )
@@ -99,8 +94,8 @@ def measure_trial(
 
     routing_LE = bench.calibration().selections_LE.tolist()
     return combined(
-        bench.measured_part(f"quality-{name}", losses),
-        bench.measured_part(f"tasks-{name}", scores),
-        bench.measured_part(f"decode-{record_name(asked)}", decode),
+        bench.part(f"quality-{name}", losses),
+        bench.part(f"tasks-{name}", scores),
+        bench.part(f"decode-{record_name(asked)}", decode),
         measured({"selections_LE": routing_LE} if isinstance(asked.plan, Native) else {}),
     )

@@ -5,8 +5,6 @@ expert of each recipe are measured, so that the forecast follows whatever backen
 out that trials differ: a small pool decodes slower than the one measured, and plans compile anew.
 """
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -5,15 +5,13 @@ of what is made. A problem names the field of the config that it can be mended a
 the value in question.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,8 +41,7 @@ from hobbit_jax.record import (
     low_formats,
 )
 from hobbit_jax.resources import existing, free_disk_bytes, host_bytes, mib, workers_device_bytes
-from hobbit_jax.sweep.artifact_cache import ArtifactCache
-from hobbit_jax.sweep.artifacts import all_artifacts
+from hobbit_jax.sweep.artifact_cache import ArtifactCache, all_artifacts
 from hobbit_jax.sweep.texts import calibration_documents, data_folder, evaluation_documents
 from hobbit_jax.sweep.trial import Trial
 
@@ -52,8 +49,7 @@ from hobbit_jax.sweep.trial import Trial
 _REFUSALS = (ValueError, NotImplementedError, OSError)
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """Files of a sweep that are made alike: where, which are there, how large, and of what."""
 
     folder: Path
@@ -61,23 +57,18 @@ class Kind:
     bytes_each: int
     recipe: tuple[str, str, str] | None = None  # model, format, method
 
-    def made(self) -> int:
-        """How many are there; one of another text or seed counts, for its name does not tell."""
-        return len(list(self.folder.glob(self.glob)))
-
 
 @dataclass
 class Preflight:
-    """What was found; a problem says why the sweep cannot run, and what to do about it.
-
-    `wanted` has, by kind of file, a key for each file that the sweep reads, existing ones too.
-    """
+    """What was found; a problem says why the sweep cannot run, and what to do about it."""
 
     config: Mapping[str, Any]  # what the trials were expanded from
     problems: list[str] = field(default_factory=list)
     device_bytes: int = 0  # most that one trial has there: its pool and the rest of the model
     host_bytes: int = 0  # most that an encoder needs beside that
-    wanted: dict[Kind, set[tuple]] = field(default_factory=lambda: defaultdict(set))
+    disk: Counter[Path] = field(default_factory=Counter)  # bytes of files to be made, by folder
+    # Low-precision copies to be made, by model, format and method.
+    to_encode: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
     def problem(self, text: str, name: str = "", value: Any = None) -> None:
         """Adds a problem, once; `name` is a part of the name of the field, of this `value`, where
@@ -97,29 +88,6 @@ class Preflight:
             yield
         except _REFUSALS as error:
             self.problem(str(error), name, value)
-
-    def missing(self) -> Iterator[tuple[Kind, int]]:
-        """How many files of each kind are still to be made."""
-        for kind, keys in self.wanted.items():
-            if (count := len(keys) - kind.made()) > 0:
-                yield kind, count
-
-    @property
-    def disk(self) -> dict[Path, int]:
-        """Bytes of the files that are still to be made, by folder."""
-        folders = Counter()
-        for kind, count in self.missing():
-            folders[kind.folder] += count * kind.bytes_each
-        return dict(+folders)
-
-    @property
-    def to_encode(self) -> dict[tuple[str, str, str], int]:
-        """How many low-precision copies are to be made, by (model, format, method)."""
-        recipes = Counter()
-        for kind, count in self.missing():
-            if kind.recipe is not None:
-                recipes[kind.recipe] += count
-        return dict(recipes)
 
     def refuse(self) -> None:
         """Raises a ValueError with all problems, if there are any, in one line."""
@@ -148,11 +116,12 @@ def preflight(
             source = open_gguf(name or reference.model_path())
             read_config(source)
             models[name] = source
-    for group in by_inputs.values():
-        model = models.get(group[0].inputs.model)
-        if model is not None:
-            _Check(model, group, workdir, found).all(here)
-    _check_disk(found)
+    wanted: dict[Kind, set[tuple]] = defaultdict(set)
+    for (inputs, _), group in by_inputs.items():
+        if inputs.model in models:
+            for kind, key in _Check(models[inputs.model], group, workdir, found).all(here):
+                wanted[kind].add(key)
+    _check_disk(wanted, found)
     return found
 
 
@@ -205,14 +174,14 @@ class _Check:
         self.cached = {trial.asked for trial in trials if isinstance(trial.asked, CacheTrial)}
         self.native = HostExperts(self.model, source)
 
-    def all(self, here: bool) -> None:
-        """Every check; what they find stands in `found`."""
+    def all(self, here: bool) -> Iterator[tuple[Kind, tuple]]:
+        """Every check; what they find stands in `found`. Returns `files`."""
         encodable = self.formats()
         self.pools({name for name, _ in encodable})
         self.texts()
         self.benchmarks()
         self.memory(here)
-        self.disk(encodable)
+        return self.files(encodable)
 
     def formats(self) -> set[tuple[str, str]]:
         """Formats and methods that are asked for and can be made."""
@@ -230,20 +199,19 @@ class _Check:
 
     def pools(self, encodable: set[str]) -> None:
         """Each trial's budget against the smallest pool that works."""
-        needed: dict[float, list[int]] = defaultdict(list)
+        needed: dict[float, int] = {}
         for plan, budget_mib in {(one.plan, one.budget_mib) for one in self.cached}:
             formats = low_formats(plan)
             if encodable.issuperset(formats):
                 with self.found.trying("format", "".join(formats)):
                     least = self.least_pool_bytes(plan)
                     if least > budget_mib * 2**20:
-                        needed[budget_mib].append(least)
-        for budget_mib, sizes in sorted(needed.items()):
-            low, high = (np.ceil(n / 2**20 * 1000) / 1000 for n in (min(sizes), max(sizes)))
-            span = f"{high:g}" if low == high else f"{low:g} to {high:g}, by trial,"
+                        needed[budget_mib] = max(least, needed.get(budget_mib, 0))
+        for budget_mib, most in sorted(needed.items()):
             self.found.problem(
-                f"the experts that one token needs of a layer take a pool of {span} MiB; give "
-                f"{high:g} or more", "budget", budget_mib,
+                "the experts that one token needs of a layer take a pool of "
+                f"{np.ceil(most / 2**20 * 1000) / 1000:g} MiB; give that or more",
+                "budget", budget_mib,
             )  # fmt: skip
 
     def least_pool_bytes(self, plan: Native | Uniform | Mixed | MissModeTrial) -> int:
@@ -322,12 +290,12 @@ class _Check:
                     f"{mib(free)} are free; method ggml needs none", "method", "gptq",
                 )  # fmt: skip
 
-    def disk(self, encodable: set[tuple[str, str]]) -> None:
-        """Adds the files that are made; trials that share one add it once."""
+    def files(self, encodable: set[tuple[str, str]]) -> Iterator[tuple[Kind, tuple]]:
+        """What the trials read, with what tells files of one kind apart."""
         sizes, inputs, cache = self.sizes, self.inputs, self.workdir / "cache"
         logits = 4 * sizes.windows * sizes.context * self.model.vocab_size
         kind = Kind(cache, "native-logits-*.npy", logits)
-        self.found.wanted[kind].add((inputs.model, inputs.evaluation_text))
+        yield kind, (inputs.model, inputs.evaluation_text)
 
         def calibrated(seed: int, text: str = "") -> tuple:
             """What tells calibrations apart."""
@@ -339,7 +307,7 @@ class _Check:
                 statistics, seed, text = artifact.arguments
                 n_bytes = calibration_bytes(self.model, statistics)
                 kind = Kind(cache, f"calibration-*-{statistics}/calibration.npz", n_bytes)
-                self.found.wanted[kind].add(calibrated(seed, text))
+                yield kind, calibrated(seed, text)
             elif artifact.maker is ArtifactCache.low_precision:
                 name, how = artifact.arguments
                 if (name, how.method) not in encodable:
@@ -348,20 +316,26 @@ class _Check:
                 glob = f"{prefix}-{'-'.join([*how.through, name, *how.roles])}-{how.method}*.gguf"
                 recipe = (inputs.model, name, how.method)
                 n_bytes = disk_bytes(self.source, self.model, name)
-                kind = Kind(low_precision_folder(), glob, n_bytes, recipe)
-                self.found.wanted[kind].add(calibrated(how.seed))
+                yield Kind(low_precision_folder(), glob, n_bytes, recipe), calibrated(how.seed)
 
 
-def _check_disk(found: Preflight) -> None:
-    """What is made in several folders of one disk must fit it together."""
+def _check_disk(wanted: Mapping[Kind, set[tuple]], found: Preflight) -> None:
+    """Counts what is still to be made; all that goes to one disk must fit it together."""
+    for kind, keys in wanted.items():
+        # One of another text or seed counts as made, for its name does not tell.
+        missing = len(keys) - len(list(kind.folder.glob(kind.glob)))
+        if missing > 0 and kind.bytes_each:
+            found.disk[kind.folder] += missing * kind.bytes_each
+            if kind.recipe is not None:
+                found.to_encode[kind.recipe] += missing
     by_disk: dict[int, dict[Path, int]] = defaultdict(dict)
-    for folder, wanted in found.disk.items():
-        by_disk[existing(folder).stat().st_dev][folder] = wanted
+    for folder, n_bytes in found.disk.items():
+        by_disk[existing(folder).stat().st_dev][folder] = n_bytes
     for folders in by_disk.values():
-        wanted, free = sum(folders.values()), free_disk_bytes(next(iter(folders)))
-        if wanted > free:
+        n_bytes, free = sum(folders.values()), free_disk_bytes(next(iter(folders)))
+        if n_bytes > free:
             each = ", ".join(f"{path} {size} bytes" for path, size in folders.items())
             found.problem(
-                f"the disk has {free} bytes ({mib(free)}) free and the sweep wants {wanted} "
-                f"({mib(wanted)}): {each}; free some, or take another --workdir or --cache_dir"
+                f"the disk has {free} bytes ({mib(free)}) free and the sweep wants {n_bytes} "
+                f"({mib(n_bytes)}): {each}; free some, or take another --workdir or --cache_dir"
             )

@@ -1,7 +1,5 @@
 """What a plan loses, against all bytes of its experts. No pool, no timing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,8 +40,8 @@ def measure_trial(
     name = record_name(asked)
     precision_LE = getattr(plan, "precision_LE", np.zeros(0, np.int8))
     return combined(
-        bench.measured_part(f"quality-{name}", quality_and_uses) if window_tokens else Measured(),
-        bench.measured_part(f"tasks-{name}", lambda: bench.task_scores(engine, asked, specs)),
+        bench.part(f"quality-{name}", quality_and_uses) if window_tokens else Measured(),
+        bench.part(f"tasks-{name}", lambda: bench.task_scores(engine, asked, specs)),
         measured({"precision_LE": precision_LE.tolist()}),
     )
 

@@ -8,8 +8,6 @@ calibrated on code alone loses the problems: GPTQ at Q2_K then solves 0.68 of th
 rounding 0.82, so "mixed" is the default of `scripts/calibrate.py`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping
@@ -53,7 +51,7 @@ def calibration_documents(text: str) -> list[str]:
         ValueError: a file is missing, not UTF-8, or not what its name says.
     """
     text = {"": CODE_TEXT, MIXED_TEXT: f"{CODE_TEXT},{TASKS_TEXT}"}.get(text, text)
-    parts = [_documents(name.strip()) for name in text.split(",")]
+    parts = [_calibration_part(name.strip()) for name in text.split(",")]
     length = min(sum(map(len, part)) for part in parts)
     return [document for part in parts for document in _first(part, length)]
 
@@ -65,29 +63,15 @@ def evaluation_documents(text: str) -> list[str]:
     Raises:
         ValueError: the file is missing, not UTF-8, or not what its name says.
     """
-    if not text:
-        return reference.held_out_texts("evaluation")
-    return read_documents(_path(text, calibrates=False))
+    return _read(text, half=1) if text else reference.held_out_texts("evaluation")
 
 
-def _documents(name: str) -> list[str]:
+def _calibration_part(name: str) -> list[str]:
     if name == CODE_TEXT:
         return reference.held_out_texts("calibration")
     if name == TASKS_TEXT:
         return task_documents(seed=0, count=4000)
-    return read_documents(_path(name, calibrates=True))
-
-
-def _path(name: str, calibrates: bool) -> Path:
-    if name not in DATA_TEXTS:
-        return Path(name)
-    folder = data_folder()
-    if folder is None:
-        raise ValueError(
-            f"the text {name} is one of the data sets of README; set ${DATA_VARIABLE} to their "
-            "folder"
-        )
-    return folder / DATA_TEXTS[name][0 if calibrates else 1]
+    return _read(name, half=0)
 
 
 def _first(documents: list[str], length: int) -> list[str]:
@@ -101,12 +85,20 @@ def _first(documents: list[str], length: int) -> list[str]:
     return [documents[index] for index in order[ends <= length]]
 
 
-def read_documents(path: Path) -> list[str]:
-    """The text of a file; of a .jsonl file, a document a line: the strings of its object.
+def _read(name: str, half: int) -> list[str]:
+    """Documents of a file, or of the `half` of `DATA_TEXTS` that calibrates (0) or evaluates (1).
 
-    Raises:
-        ValueError: there is no such file, it is not UTF-8, or a line is no object of JSON.
+    A text is one document; a .jsonl file has one a line: the strings of its object.
     """
+    path = Path(name)
+    if name in DATA_TEXTS:
+        folder = data_folder()
+        if folder is None:
+            raise ValueError(
+                f"the text {name} is one of the data sets of README; set ${DATA_VARIABLE} to their "
+                "folder"
+            )
+        path = folder / DATA_TEXTS[name][half]
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

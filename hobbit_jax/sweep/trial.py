@@ -2,30 +2,21 @@
 
 Owns how a trial of any kind becomes its record. What it costs under a pool budget is measured by
 `cache_trial.py`, what it loses by `quality_trial.py`. Configs make the trials. What trials of a
-model share is `artifact_cache.py`, and which of it is made first `artifacts.py`.
+model share is `artifact_cache.py`.
 """
-
-from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from hobbit_jax.cache.miss_modes import MISS_MODES
+from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import DEFAULT_POLICY, policy_factory
 from hobbit_jax.evals import quality
 from hobbit_jax.experts.precision import SELECTION_SCORES, SKIPPED, PrecisionPlan, uniform_plan
 from hobbit_jax.experts.store import NATIVE, HostExperts
-from hobbit_jax.importance.allocation import (
-    IMPORTANCE_SCORES,
-    allocate,
-    fit_in_bytes,
-    selection_plan,
-)
+from hobbit_jax.importance import allocation
 from hobbit_jax.importance.scores import STATIC_SCORES, static_scores_LE
 from hobbit_jax.quantize.methods import METHODS
 from hobbit_jax.record import (
@@ -48,16 +39,8 @@ from hobbit_jax.record import (
     record_name,
 )
 from hobbit_jax.sweep import cache_trial, quality_trial
-from hobbit_jax.sweep.artifact_cache import ArtifactCache, Encoding
-from hobbit_jax.sweep.artifacts import (
-    Artifact,
-    calibration_run,
-    expert_errors,
-    low_precision_file,
-    native_logits,
-)
+from hobbit_jax.sweep.artifact_cache import Artifact, ArtifactCache, Encoding
 
-LOW = 1
 # Of a trial that cannot be measured; another exception is a bug, and shows its traceback.
 _EXPECTED = (ValueError, NotImplementedError, RuntimeError, MemoryError, OSError)
 
@@ -99,9 +82,7 @@ class Trial:
         method = getattr(plan, "encoder", METHODS[0])
         # The seed of a trial of the cache draws the random control alone.
         seed = self.asked.seed if isinstance(self.asked, QualityTrial) else 0
-        if isinstance(plan, Uniform):
-            return Encoding(method, seed, plan.through, plan.roles)
-        return Encoding(method, seed)
+        return Encoding(method, seed, getattr(plan, "through", ()), getattr(plan, "roles", ()))
 
     @property
     def reads_routing(self) -> bool:
@@ -110,19 +91,34 @@ class Trial:
         return isinstance(asked, CacheTrial) or not isinstance(asked.plan, Native | Uniform)
 
     @property
+    def reads_errors(self) -> bool:
+        """Whether it asks what each expert loses in its low formats."""
+        plan = self.asked.plan
+        by_sensitivity = isinstance(plan, Mixed) and plan.score == "sensitivity"
+        return by_sensitivity or isinstance(plan, MixedInBytes)
+
+    @property
     def artifacts(self) -> tuple[Artifact, ...]:
         """What it shares with other trials, and is worth making before any of them runs."""
-        plan, on, how = self.asked.plan, (self.inputs, self.sizes), self.encoding
+        plan, how = self.asked.plan, self.encoding
         text, formats = getattr(plan, "score_text", ""), low_formats(plan)
-        found = [native_logits(*on)] if self.sizes.windows else []
+
+        def made_by(maker: Callable[..., Any], *arguments: Any, of=()) -> Artifact:
+            return Artifact(self.inputs, self.sizes, maker, arguments, of)
+
+        def calibration(statistics: str, text: str = "") -> Artifact:
+            return made_by(ArtifactCache.calibration, statistics, how.seed, text)
+
+        found = [made_by(ArtifactCache.native_logits)] if self.sizes.windows else []
         if self.reads_routing:
-            found.append(calibration_run(*on, "routing", how.seed))
-        found += [low_precision_file(*on, name, how) for name in formats]
+            found.append(calibration("routing"))
+        moments = (calibration("second_moment"),) if how.method == "ggml" else ()
+        files = tuple(made_by(ArtifactCache.low_precision, n, how, of=moments) for n in formats)
+        found += files
         if text:
-            found.append(calibration_run(*on, "routing", how.seed, text))
-        by_error = isinstance(plan, Mixed) and plan.score == "sensitivity"
-        if by_error or isinstance(plan, MixedInBytes):
-            found.append(expert_errors(*on, formats, how, text))
+            found.append(calibration("routing", text))
+        if self.reads_errors:
+            found.append(made_by(ArtifactCache.errors, formats, how, text, of=files))
         return tuple(found)
 
     def run(self, bench: ArtifactCache) -> Measured:
@@ -144,14 +140,11 @@ class Trial:
             found = cache_trial.measure_trial(asked, bench, store, plan, specs)
         else:
             found = quality_trial.measure_trial(asked, bench, store, plan, specs)
-        low = {f"low_{spec.format}": bench.precision(spec).sha256() for spec in specs}
-        hashes = low
+        hashes = {f"low_{spec.format}": bench.precision(spec).sha256() for spec in specs}
         if self.reads_routing:
-            hashes |= {"calibration": bench.calibration("routing", self.encoding.seed).sha256}
-        by_miss = isinstance(asked.plan, MissModeTrial)
-        return combined(
-            found, measured(store_figures(store, plan, by_miss)), Measured(file_sha256=hashes)
-        )
+            hashes["calibration"] = bench.calibration("routing", self.encoding.seed).sha256
+        sizes = store_figures(store, plan, isinstance(asked.plan, MissModeTrial))
+        return combined(found, measured(sizes), Measured(file_sha256=hashes))
 
     def plan(self, store: HostExperts, bench: ArtifactCache) -> PrecisionPlan:
         """Who gets which precision."""
@@ -164,20 +157,23 @@ class Trial:
         profile = bench.calibration("routing", seed, text).routing
         if isinstance(plan, PerSelection):
             precisions = (NATIVE, *range(1, len(plan.formats) + 1), SKIPPED)[: len(plan.shares)]
-            return selection_plan(plan.score, precisions, plan.shares, profile)
+            return allocation.selection_plan(plan.score, precisions, plan.shares, profile)
         error_NLE = None
-        if plan.score == "sensitivity" or isinstance(plan, MixedInBytes):
+        if self.reads_errors:
             error_NLE = bench.errors(low_formats(plan), self.encoding, text)
         if isinstance(plan, Mixed):
             error_LE = None if error_NLE is None else error_NLE[LOW]
-            return allocate(plan.score, plan.share, LOW, profile, self.asked.seed, error_LE)
+            return allocation.allocate(
+                plan.score, plan.share, LOW, profile, self.asked.seed, error_LE
+            )
         assert error_NLE is not None
         if plan.score != "sensitivity":
             # What a format costs is the same number for every score, so that scores differ in
             # nothing but who is demoted.
             score_LE = static_scores_LE(plan.score, profile, seed=seed)
             error_NLE = error_NLE.mean(axis=(1, 2), keepdims=True) * score_LE[None]
-        return fit_in_bytes(error_NLE, store, plan.bytes_fraction * store.precision_bytes(NATIVE))
+        limit_bytes = plan.bytes_fraction * store.precision_bytes(NATIVE)
+        return allocation.fit_in_bytes(error_NLE, store, limit_bytes)
 
 
 def check_plan(plan: Any) -> None:
@@ -187,7 +183,11 @@ def check_plan(plan: Any) -> None:
         ValueError: names what is wrong and what there is.
     """
     serving = [name for name, mode in MISS_MODES.items() if mode.low_banks != "none"]
-    scores = {Mixed: IMPORTANCE_SCORES, MixedInBytes: STATIC_SCORES, PerSelection: SELECTION_SCORES}
+    scores = {
+        Mixed: allocation.IMPORTANCE_SCORES,
+        MixedInBytes: STATIC_SCORES,
+        PerSelection: SELECTION_SCORES,
+    }
     _check("method", getattr(plan, "encoder", METHODS[0]), METHODS)
     if type(plan) in scores:
         _check("importance score", plan.score, list(scores[type(plan)]))
@@ -215,14 +215,9 @@ def store_figures(store: HostExperts, plan: PrecisionPlan, all_precisions: bool)
     `all_precisions`: any expert may be wanted at any precision, whatever the plan says.
     """
     pairs = store.config.n_layers * store.config.n_experts
-    stored_bytes = sum(
-        layer.expert_bytes
-        * (share_LE.shape[1] if all_precisions else int(np.count_nonzero(share_E)))
-        for precision, share_LE in zip(
-            store.precisions, plan.shares_pLE(store.shape_pLE), strict=True
-        )
-        for layer, share_E in zip(precision, share_LE, strict=True)
-    )
+    bytes_pL = [[layer.expert_bytes for layer in precision] for precision in store.precisions]
+    stored_pLE = (plan.shares_pLE(store.shape_pLE) != 0) | all_precisions
+    stored_bytes = int((stored_pLE.sum(axis=2) * bytes_pL).sum())
     return {
         "experts": pairs,
         "native_bytes": store.precision_bytes(NATIVE),
@@ -242,8 +237,8 @@ def run_trial(trial: Trial, bench: ArtifactCache) -> Record:
         return failed_record(trial, f"{type(error).__name__}: {error}")
     inputs = {"model": bench.model.file.sha256(), "text": bench.text_sha256}
     bos = "yes" if quality.begin_with_bos(bench.tokenizer) else "no"
-    made = Measured(file_sha256=inputs, notes={"windows_begin_with_bos": bos})
-    found = combined(made, found)
+    notes = {"windows_begin_with_bos": bos}
+    found = combined(Measured(file_sha256=inputs, notes=notes), found)
     seconds = round(time.monotonic() - began, 2)
     return Record(trial.study, trial.asked, **vars(found), **machine(), seconds=seconds)
 
