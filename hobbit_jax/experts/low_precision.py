@@ -14,8 +14,6 @@ fills them up with zeros (`padded`): such a file names an architecture that llam
 so that nobody takes it for one of llama.cpp's. A file for llama.cpp falls back as llama.cpp does.
 """
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import os

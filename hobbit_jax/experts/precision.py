@@ -7,8 +7,6 @@ of an expert. Plans are pytrees, and `assign` runs on NumPy arrays and inside a 
 alike.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol

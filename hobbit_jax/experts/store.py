@@ -7,8 +7,6 @@ nothing is ever written back. Precision 0 is native; further precisions are low-
 files made by `low_precision.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -50,7 +48,7 @@ class LayerExperts:
     down: TensorInfo
 
     @classmethod
-    def of(cls, tensors: Mapping[str, TensorInfo]) -> LayerExperts:
+    def of(cls, tensors: Mapping[str, TensorInfo]) -> "LayerExperts":
         """Of a layer's tensors by role; of a fused one, gate and up are the halves of its rows."""
         fused = tensors.get("ffn_gate_up_exps")
         if fused is None:

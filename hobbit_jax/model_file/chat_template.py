@@ -7,8 +7,6 @@ whitespace rules, the functions and filters, the `{% generation %}` tag, and the
 Source: transformers 5.24, utils/chat_template_utils.py.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -120,7 +118,7 @@ class ChatTemplate:
             raise ValueError(_reason(error)) from error
 
     @classmethod
-    def from_gguf(cls, file: GGUFFile, tokenizer: Tokenizer, name: str = "") -> ChatTemplate:
+    def from_gguf(cls, file: GGUFFile, tokenizer: Tokenizer, name: str = "") -> "ChatTemplate":
         """The file's default template, or the one it keeps under `name`.
 
         Raises:

@@ -7,8 +7,6 @@ out (`gguf_header`, `other_files`), so nothing behind this module meets a trunca
 Source: the GGUF specification in ggml (docs/gguf.md); split files: llama.cpp, tools/gguf-split.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os
@@ -86,7 +84,7 @@ class FileStamp:
     mtime_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> FileStamp:
+    def of(cls, path: Path) -> "FileStamp":
         """The file as it is now. FileNotFoundError if there is none."""
         stat = path.stat()
         return cls(path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)

@@ -9,8 +9,6 @@ own `GGUFReader` builds three Python objects per element of an array (8 s for th
 Qwen3), slices past the end of a truncated file without noticing, and believes every count.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from itertools import pairwise

@@ -7,8 +7,6 @@ Source: the GGUF specification in ggml (docs/gguf.md). The `gguf` package's `GGU
 empty arrays, which GGUF has and llama.cpp writes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

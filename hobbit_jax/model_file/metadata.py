@@ -9,8 +9,6 @@ Source: llama.cpp, src/llama-model-loader.cpp (`get_key` refuses a value of anot
 src/llama-impl.h; where llama.cpp takes one width of integers only, all widths are taken here.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress

@@ -8,8 +8,6 @@ Source: the formats' own specifications (Git LFS pointer v1; safetensors; magic 
 file(1)); ggml before GGUF: llama.cpp, src/llama-util.h of 2023; gguf.constants.GGUFType.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -158,7 +156,7 @@ def _instead(what: str, advice: str) -> str:
     return f"is {what}, expected a GGUF file; {advice}"
 
 
-def refuse_other_kinds(file: GGUFFile) -> None:
+def refuse_other_kinds(file: "GGUFFile") -> None:
     """Refuses a GGUF file that holds something else than a model.
 
     Raises:

@@ -5,8 +5,6 @@ laid into a file of the true size that is empty behind the header, so that `open
 joins it like any other.
 """
 
-from __future__ import annotations
-
 import re
 import urllib.error
 import urllib.request

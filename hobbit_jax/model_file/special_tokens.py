@@ -8,8 +8,6 @@ an end-of-text key has none (llama.cpp takes id 11, whatever that is), and where
 one fill-in-the-middle role are in a vocabulary the first token counts (in llama.cpp any may).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum

@@ -6,8 +6,6 @@ experts beside a shared one in the others.
 Source: llama.cpp, src/models/deepseek2.cpp; transformers, models/deepseek_{v2,v3}.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from hobbit_jax.model_file.metadata import integer, number

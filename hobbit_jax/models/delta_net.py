@@ -15,10 +15,8 @@ Source: llama.cpp, src/models/{qwen3next,qwen35moe}.cpp and delta-net-base.cpp; 
 (the recurrence and its chunks).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +24,7 @@ from flax import nnx
 
 from hobbit_jax.models.caches import Arrays, Caches, Places
 from hobbit_jax.models.config import Shapes, State
-from hobbit_jax.models.modules import BlockWeights, RMSNorm
-
-if TYPE_CHECKING:
-    from hobbit_jax.models.layer import Mixer
+from hobbit_jax.models.modules import BlockWeights
 
 CHUNK_TOKENS = 64
 _LEAST_SQUARE = 1e-6  # added to a key's or query's square before the root, as transformers does
@@ -37,27 +32,16 @@ _LEAST_SQUARE = 1e-6  # added to a key's or query's square before the root, as t
 
 @dataclass(frozen=True)
 class GatedDeltaNet:
-    """The recurrence of `delta_net.py` in the place of attention.
+    """The recurrence of `delta_net.py` in the place of attention."""
 
-    Attributes:
-        n_key_heads: of queries and keys alike.
-        n_value_heads: a multiple of them.
-        d_state: width of every head.
-        kernel: tokens that the convolution sees.
-        value_heads: which key head a value head uses, "tiled" v mod n_key_heads, "grouped" v div
-            their ratio. Grouped ones have the rows of decay and strength in one tensor.
-    """
-
-    n_key_heads: int
-    n_value_heads: int
-    d_state: int
-    kernel: int
+    n_key_heads: int  # of queries and keys alike
+    n_value_heads: int  # a multiple of them
+    d_state: int  # width of every head
+    kernel: int  # tokens that the convolution sees
+    # Which key head a value head uses: "tiled" v mod n_key_heads, "grouped" v div their ratio.
+    # Grouped ones have the rows of decay and strength in one tensor.
     value_heads: Literal["tiled", "grouped"]
-
-    @property
-    def n_heads(self) -> int:
-        """Heads that attend to tokens: none."""
-        return 0
+    n_heads: int = 0  # none attends to tokens
 
     @property
     def key_width(self) -> int:
@@ -100,15 +84,15 @@ class GatedDeltaNet:
         matrix = (self.n_value_heads, self.d_state, self.d_state)
         return State("delta_window", window, False), State("delta_matrix", matrix, False)
 
-    def mixer(self, rms_eps: float, weights: BlockWeights) -> Mixer:
+    def mixer(self, weights: BlockWeights) -> "DeltaNetMixer":
         """See `config.Attention`."""
-        return DeltaNetMixer(self, rms_eps, weights)
+        return DeltaNetMixer(self, weights)
 
 
 class DeltaNetMixer(nnx.Module):
     """The matrices of `GatedDeltaNet`, and what it computes. See `layer.Mixer`."""
 
-    def __init__(self, spec: GatedDeltaNet, rms_eps: float, weights: BlockWeights):
+    def __init__(self, spec: GatedDeltaNet, weights: BlockWeights):
         self.spec = spec
         self.qkv, self.gate = weights.linear("attn_qkv"), weights.linear("attn_gate")
         tiled = spec.value_heads == "tiled"
@@ -117,10 +101,7 @@ class DeltaNetMixer(nnx.Module):
         self.kernel_XW = nnx.Param(weights.array("ssm_conv1d"))
         self.decay_bias_H = nnx.Param(weights.array("ssm_dt.bias"))
         self.decay_rate_H = nnx.Param(weights.array("ssm_a"))  # negative
-        self.norm, self.output = (
-            RMSNorm(weights.array("ssm_norm"), rms_eps),
-            weights.linear("ssm_out"),
-        )
+        self.norm, self.output = weights.norm("ssm_norm"), weights.linear("ssm_out")
 
     def project(
         self, x_BTD: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places

@@ -6,8 +6,6 @@ their raw keys. A dense FFN stands beside the experts, and each part between nor
 Source: llama.cpp, src/models/gemma4.cpp; conversion/gemma.py (the divisors of frequencies).
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

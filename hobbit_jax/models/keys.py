@@ -7,8 +7,6 @@ guesses: llama.cpp computes a file without the key so.
 Source: llama.cpp, src/llama-model.cpp and src/models/ (keys, defaults).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal, TypeVar
 
@@ -185,12 +183,12 @@ def grouped_query(
     rope_style: Literal["neox", "norm"],
     qk_norm: Literal["none", "head", "full"],
     partial_rope: bool = False,
-    gated: bool = False,
-    biased: tuple[str, ...] = (),
-    fused: bool = False,
     n_kv_heads: int = 0,
+    **others: Any,
 ) -> GroupedQuery:
-    """Attention that is the same in every block that has it; `n_kv_heads` 0 reads their number.
+    """Attention that is the same in every block that has it, with `others` of its fields.
+
+    `n_kv_heads` 0 reads their number.
 
     Raises:
         ValueError: impossible numbers.
@@ -224,7 +222,7 @@ def grouped_query(
     if broken:
         raise ValueError(f"{keys.path}: the metadata gives {broken}; convert the model again")
     rope = rotary(keys, rope_dim, rope_style)
-    return GroupedQuery(n_heads, n_kv_heads, head_dim, rope, qk_norm, gated, biased, fused)
+    return GroupedQuery(n_heads, n_kv_heads, head_dim, rope, qk_norm, **others)
 
 
 def delta_net(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> GatedDeltaNet:

@@ -8,10 +8,9 @@ holds one branch per kind, not per block, and is compiled in the same time for 4
 Between a block's routing and the next block stand the experts (`inference/moe.py`, slot pool).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -32,11 +31,11 @@ States = tuple[tuple[Any, Any, Any], ...]
 
 
 class Mixer(Protocol):
-    """What moves information between tokens: attention of some kind, or a recurrence.
+    """What moves information between tokens, in two steps.
 
-    It works in two steps. `project` reads the block's own recurrent states and says what the caches
-    shall hold; `mix` reads the keys and values of all tokens, these among them. Neither writes:
-    caches are written outside of a switch over kinds, which would copy them.
+    `project` reads the block's own recurrent states and says what the caches shall hold; `mix`
+    reads the keys and values of all tokens, these among them. Neither writes: caches are written
+    outside of a switch over kinds, which would copy them.
     """
 
     def project(
@@ -98,7 +97,7 @@ class Block(nnx.Module):
         self.spec, self.k = config.blocks[number], config.experts_per_token
         self.residual_scale = config.residual_scale
         self.attention_norm = weights.norm("attn_norm")
-        self.attention = self.spec.attention.mixer(config.rms_eps, weights)
+        self.attention = self.spec.attention.mixer(weights)
         self.ffn_norm = weights.norm(self.spec.ffn_norm)
         self.router = Router(config, weights) if self.spec.has_experts else None
         self.dense = GatedMLP(weights, "") if self.spec.d_dense else None
@@ -161,25 +160,90 @@ class Block(nnx.Module):
         return self.router
 
 
-class At(Protocol):
-    """A block that a walk is at: known when a program is traced, or by a number in it."""
+@dataclass(frozen=True)
+class OneBlock:
+    """A block that a program is traced for."""
+
+    block: Block
+    places: Places  # of the block's states in the caches
+
+    def run(self, function: Callable[..., Result], *operands: Any) -> Result:
+        """`function(block, *operands)`."""
+        return function(self.block, *operands)
+
+    def uniform(self, passed_BTN: jax.Array, writes: Arrays) -> tuple[jax.Array, Arrays]:
+        """Both as they are: there is no other kind of block."""
+        return passed_BTN, writes
+
+
+@dataclass(frozen=True, eq=False)
+class LayerKinds:
+    """The structure of a stack, without arrays: static for a compiler, equal to itself only."""
+
+    config: ModelConfig
+    graphs: tuple[nnx.GraphDef[Block], ...]
+    kind_N: tuple[int, ...]  # of each block
+    index_N: tuple[int, ...]  # of each block, within its kind
+
+    def block(self, states: States, kind: int, index: int | jax.Array) -> Block:
+        """The block at `index` of `kind`, which may be traced."""
+        whole, places, stacked = states[kind]
+        places = jax.tree.map(lambda _: jnp.asarray(index, jnp.int32), places)
+        state = apart(lambda i: jax.tree.map(lambda array: array[i], stacked), index)
+        return nnx.merge(self.graphs[kind], whole, places, state)
+
+    def places(self, number: int) -> dict[str, np.int32]:
+        """Of a block's states in the caches, as data, so that no program is made for each block."""
+        return {n: np.int32(place) for n, place in self.config.state_places[number].items()}
+
+    def at(self, states: States, number: jax.Array) -> "TracedBlock":
+        """The block of a traced number."""
+        return TracedBlock(self, states, number)
+
+
+@dataclass(frozen=True)
+class TracedBlock:
+    """A block of a loop over blocks, known by its number in the program; one branch per kind."""
+
+    kinds: LayerKinds
+    states: States
+    number: jax.Array
 
     @property
     def places(self) -> Places:
         """Of the block's states in the caches."""
-        ...
+        of_blocks = self.kinds.config.state_places
+        return {
+            name: jnp.asarray([places[name] for places in of_blocks], jnp.int32)[self.number]
+            for name in self.kinds.config.states
+        }
 
     def run(self, function: Callable[..., Result], *operands: Any) -> Result:
         """`function(block, *operands)`."""
-        ...
+        kinds = self.kinds
+        index = jnp.asarray(kinds.index_N, jnp.int32)[self.number]
+
+        def run(kind: int, *operands: Any) -> Result:
+            return function(kinds.block(self.states, kind, index), *operands)
+
+        branches = [partial(run, kind) for kind in range(len(kinds.graphs))]
+        kind = jnp.asarray(kinds.kind_N, jnp.int32)[self.number]
+        return jax.lax.switch(kind, branches, *operands)
 
     def uniform(self, passed_BTN: jax.Array, writes: Arrays) -> tuple[jax.Array, Arrays]:
         """Both padded to what every kind of block returns, so that a switch can return either."""
-        ...
+        (batch, tokens, width), config = passed_BTN.shape, self.kinds.config
+        widest = max(block.attention.passed_width for block in config.blocks)
+        passed_BTN = jnp.pad(passed_BTN, ((0, 0), (0, 0), (0, widest - width)))
+        padded = {}
+        for name, (state, _) in config.states.items():
+            lead = (batch, tokens) if state.by_token else (batch,)
+            padded[name] = writes[name] if name in writes else jnp.zeros((*lead, *state.shape))
+        return passed_BTN, padded
 
 
 def attend_and_route(
-    at: At,
+    at: OneBlock | TracedBlock,
     caches: Caches,
     x_BTD: jax.Array,
     positions_BT: jax.Array,
@@ -205,89 +269,6 @@ def attend_and_route(
     return at.run(route, x_BTD, passed_BTN, caches.by_token, at.places, lift_E), caches
 
 
-@dataclass(frozen=True)
-class OneBlock:
-    """See `At`: a block that the program was traced for."""
-
-    block: Block
-    places: Places
-
-    def run(self, function: Callable[..., Result], *operands: Any) -> Result:
-        """See `At.run`."""
-        return function(self.block, *operands)
-
-    def uniform(self, passed_BTN: jax.Array, writes: Arrays) -> tuple[jax.Array, Arrays]:
-        """See `At.uniform`: there is no other kind."""
-        return passed_BTN, writes
-
-
-@dataclass(frozen=True, eq=False)
-class LayerKinds:
-    """The structure of a stack: static for a compiler, equal to itself only, without arrays."""
-
-    config: ModelConfig
-    graphs: tuple[nnx.GraphDef[Block], ...]
-    kind_N: tuple[int, ...]  # of each block
-    index_N: tuple[int, ...]  # of each block, within its kind
-
-    def block(self, states: States, kind: int, index: int | jax.Array) -> Block:
-        """The block at `index` of `kind`, which may be traced."""
-        whole, places, stacked = states[kind]
-        places = jax.tree.map(lambda _: jnp.asarray(index, jnp.int32), places)
-        state = apart(lambda i: jax.tree.map(lambda array: array[i], stacked), index)
-        return nnx.merge(self.graphs[kind], whole, places, state)
-
-    def places(self, number: int) -> dict[str, np.int32]:
-        """Of a block's states in the caches, as data, so that no program is made for each block."""
-        return {n: np.int32(place) for n, place in self.config.state_places[number].items()}
-
-    def at(self, states: States, number: jax.Array) -> TracedBlock:
-        """The block of a traced number."""
-        return TracedBlock(self, states, number)
-
-
-@dataclass(frozen=True)
-class TracedBlock:
-    """See `At`: a block of a loop over blocks, one branch per kind."""
-
-    kinds: LayerKinds
-    states: States
-    number: jax.Array
-
-    @property
-    def places(self) -> Places:
-        """See `At.places`."""
-        of_blocks = self.kinds.config.state_places
-        return {
-            name: jnp.asarray([places[name] for places in of_blocks], jnp.int32)[self.number]
-            for name in self.kinds.config.states
-        }
-
-    def run(self, function: Callable[..., Result], *operands: Any) -> Result:
-        """See `At.run`."""
-        kinds = self.kinds
-        index = jnp.asarray(kinds.index_N, jnp.int32)[self.number]
-
-        def branch(kind: int) -> Callable[..., Result]:
-            return lambda *inputs: function(kinds.block(self.states, kind, index), *inputs)
-
-        branches = [branch(kind) for kind in range(len(kinds.graphs))]
-        return jax.lax.switch(
-            jnp.asarray(kinds.kind_N, jnp.int32)[self.number], branches, *operands
-        )
-
-    def uniform(self, passed_BTN: jax.Array, writes: Arrays) -> tuple[jax.Array, Arrays]:
-        """See `At.uniform`."""
-        (batch, tokens, width), config = passed_BTN.shape, self.kinds.config
-        widest = max(block.attention.passed_width for block in config.blocks)
-        passed_BTN = jnp.pad(passed_BTN, ((0, 0), (0, 0), (0, widest - width)))
-        padded = {}
-        for name, (state, _) in config.states.items():
-            lead = (batch, tokens) if state.by_token else (batch,)
-            padded[name] = writes[name] if name in writes else jnp.zeros((*lead, *state.shape))
-        return passed_BTN, padded
-
-
 @dataclass(frozen=True, eq=False)
 class LayerStack:
     """All blocks of a model: what they are, and their arrays."""
@@ -296,7 +277,7 @@ class LayerStack:
     states: States
 
     @classmethod
-    def of(cls, config: ModelConfig, blocks: Sequence[Block]) -> LayerStack:
+    def of(cls, config: ModelConfig, blocks: Sequence[Block]) -> "LayerStack":
         """Stacks `blocks` by kind, in order of first appearance."""
         members: dict[nnx.GraphDef[Block], list[Any]] = {}
         kind_N, index_N = [], []

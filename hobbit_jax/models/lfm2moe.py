@@ -6,10 +6,7 @@ b, c and x, and what is added is a projection of c times the convolved b·x.
 Source: llama.cpp, src/models/{lfm2,lfm2moe}.cpp; transformers, models/lfm2_moe.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +18,6 @@ from hobbit_jax.models.config import ModelConfig, Shapes, State
 from hobbit_jax.models.delta_net import convolve
 from hobbit_jax.models.keys import Keys, any_router, dense_then_experts, grouped_query
 from hobbit_jax.models.modules import BlockWeights
-
-if TYPE_CHECKING:
-    from hobbit_jax.models.layer import Mixer
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class ShortConvolution:
         """The last inputs."""
         return (State("convolution_window", (self.kernel - 1, self.channels), False),)
 
-    def mixer(self, rms_eps: float, weights: BlockWeights) -> Mixer:
+    def mixer(self, weights: BlockWeights) -> "ShortConvolutionMixer":
         """See `config.Attention`."""
         return ShortConvolutionMixer(self, weights)
 

@@ -4,8 +4,6 @@ All arithmetic outside the matrix products is float32. A `BlockWeights` gives a 
 role: from a file (`loading.py`), or fresh ones for training.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import jax

@@ -5,8 +5,6 @@ and the model may index without asking. A tensor that a family does not declare,
 changes the arithmetic and that it does not read, are refused by name.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,43 +13,29 @@ from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
 from hobbit_jax.model_file.metadata import shown
 from hobbit_jax.model_file.other_files import refuse_other_kinds
-from hobbit_jax.models import (
-    bailingmoe2,
-    deepseek2,
-    ernie4_5_moe,
-    gemma4,
-    glm4moe,
-    gpt_oss,
-    granitemoe,
-    lfm2moe,
-    llama,
-    olmoe,
-    qwen2moe,
-    qwen3moe,
-    qwen35moe,
-)
+from hobbit_jax.models import deepseek2, families, gemma4, lfm2moe
 from hobbit_jax.models.config import ROPE_DIVISORS, ModelConfig, block_shapes, tensor_shapes
 from hobbit_jax.models.keys import Keys
 
 # By `general.architecture`, what makes a model of a file's keys. It raises ValueError for a missing
 # or impossible key, and NotImplementedError for a feature that we do not compute.
 FAMILIES: dict[str, Callable[[Keys], ModelConfig]] = {
-    "qwen3moe": qwen3moe.read,
-    "llama": llama.read,
-    "olmoe": olmoe.read,
+    "qwen3moe": families.qwen3moe,
+    "llama": families.llama,
+    "olmoe": families.olmoe,
     "deepseek2": deepseek2.read,
-    "glm4moe": glm4moe.read,
-    "bailingmoe2": bailingmoe2.read,
-    "ernie4_5-moe": ernie4_5_moe.read,
-    "qwen2": qwen2moe.read_dense,
-    "qwen2moe": qwen2moe.read,
-    "qwen3": qwen3moe.read_dense,
-    "qwen3vlmoe": qwen3moe.read,  # on texts; `n_deepstack_layers` add features of images
-    "qwen35moe": qwen35moe.read,
-    "qwen3next": qwen35moe.read,
-    "gpt-oss": gpt_oss.read,
+    "glm4moe": families.glm4moe,
+    "bailingmoe2": families.bailingmoe2,
+    "ernie4_5-moe": families.ernie4_5_moe,
+    "qwen2": families.qwen2,
+    "qwen2moe": families.qwen2moe,
+    "qwen3": families.qwen3,
+    "qwen3vlmoe": families.qwen3moe,  # on texts; `n_deepstack_layers` add features of images
+    "qwen35moe": families.qwen35moe,
+    "qwen3next": families.qwen35moe,
+    "gpt-oss": families.gpt_oss,
     "gemma4": gemma4.read,
-    "granitemoe": granitemoe.read,
+    "granitemoe": families.granitemoe,
     "lfm2moe": lfm2moe.read,
 }
 

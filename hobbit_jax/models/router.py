@@ -6,8 +6,6 @@ float32.
 Source: llama.cpp, src/llama-graph.cpp (`build_moe_ffn`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

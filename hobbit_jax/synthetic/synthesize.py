@@ -25,8 +25,6 @@ chose too. "Chance" is the overlap of two random choices.
     the tiny preset, 1,000 tokens          .487       .310  .211  .191  .179     .125
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import string
