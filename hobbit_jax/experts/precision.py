@@ -80,21 +80,14 @@ def importance_score(score: str, weights_TK: Array) -> Array:
 class SelectionPlan:
     """A selection runs at the precision between whose thresholds its score lies.
 
-    HOBBIT's thresholds T1 and T2 are score "cumulative_weight", thresholds (T1, T2) and precisions
-    (NATIVE, low, SKIPPED).
-
-    Attributes:
-        score: one of SELECTION_SCORES, see `importance_score`.
-        thresholds: ascending; a score above the first n of them and no more runs at
-            `precisions[n]`.
-        precisions: one more than thresholds; `SKIPPED` leaves the selection out, its weight unused.
-        shares: of the calibration text's selections, by entry of `precisions` (0-1).
+    A score above the first n thresholds and no more runs at `precisions[n]`. HOBBIT's thresholds T1
+    and T2 are score "cumulative_weight", thresholds (T1, T2) and precisions (NATIVE, low, SKIPPED).
     """
 
-    score: str
-    thresholds: tuple[float, ...]
-    precisions: tuple[int, ...]
-    shares: tuple[float, ...]
+    score: str  # one of SELECTION_SCORES, see `importance_score`
+    thresholds: tuple[float, ...]  # ascending
+    precisions: tuple[int, ...]  # one more; `SKIPPED` leaves the selection out, its weight unused
+    shares: tuple[float, ...]  # of the calibration text's selections (0-1), by entry of precisions
 
     def __post_init__(self):
         if not len(self.precisions) == len(self.shares) == len(self.thresholds) + 1:

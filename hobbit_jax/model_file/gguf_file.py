@@ -2,7 +2,6 @@
 
 Owns the boundary to the file on disk. A file is checked completely before a view of it is handed
 out (`gguf_header`, `other_files`), so nothing behind this module meets a truncated or foreign file.
-`write_gguf` is its counterpart (`gguf_writer`).
 
 Source: the GGUF specification in ggml (docs/gguf.md); split files: llama.cpp, tools/gguf-split.
 """
@@ -14,14 +13,13 @@ import re
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 
 from hobbit_jax.model_file import gguf_header
-from hobbit_jax.model_file import metadata as checked
 from hobbit_jax.model_file.gguf_header import FieldType
-from hobbit_jax.model_file.gguf_writer import write_gguf
+from hobbit_jax.model_file.gguf_writer import write_gguf as write_gguf  # its counterpart
 from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required, integer, shown
 from hobbit_jax.model_file.other_files import (
     START_BYTES,
@@ -31,18 +29,7 @@ from hobbit_jax.model_file.other_files import (
 )
 from pallas_kernels.formats import get_format
 
-__all__ = [
-    "FieldType",
-    "FileStamp",
-    "GGUFFile",
-    "TensorInfo",
-    "check_finite_scales",
-    "open_gguf",
-    "write_gguf",
-]
-
 T = TypeVar("T")
-D = TypeVar("D")
 
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _ONE_EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)\.weight")
@@ -124,24 +111,26 @@ class GGUFFile:
     field_types: dict[str, FieldType]  # the GGUF type of each metadata key
     tensors: dict[str, TensorInfo]  # in file order
 
-    @overload
-    def read(self, key: str, kind: Kind[T]) -> T: ...
-
-    @overload
-    def read(self, key: str, kind: Kind[T], default: D) -> T | D: ...
-
-    def read(self, key: str, kind: Kind[T], default: D | Required = REQUIRED) -> T | D:
-        """The metadata value of `key`, checked to be of `kind` (see `metadata.py`).
-
-        Returns:
-            The value, or `default` where the file has no such key.
+    def read(self, key: str, kind: Kind[T], default: T | Required = REQUIRED) -> T:
+        """The metadata value of `key`, checked to be of `kind`, or `default` where it is missing.
 
         Raises:
             ValueError: the value is of another type or outside the range, or the file has no such
                 key and there is no default.
             NotImplementedError: a value per layer (`of_every_layer`), and they differ.
         """
-        return checked.read(self.paths[0], self.metadata, key, kind, default)
+        problem = f"{self.paths[0]}: metadata key {key}"
+        advice = "convert the model again with a current llama.cpp"
+        if key not in self.metadata:
+            if isinstance(default, Required):
+                raise ValueError(f"{problem} is missing, expected {kind.wanted}; {advice}")
+            return default
+        try:
+            return kind.check(self.metadata[key])
+        except ValueError as error:
+            raise ValueError(f"{problem} is {error}, expected {kind.wanted}; {advice}") from None
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{problem} {error}") from None
 
     @property
     def paths(self) -> tuple[Path, ...]:

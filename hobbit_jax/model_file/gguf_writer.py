@@ -32,7 +32,6 @@ _VERSION = 3
 # (name, format, shape, raw)
 Tensor = tuple[str, str, tuple[int, ...], np.ndarray | Callable[[], np.ndarray]]
 
-
 _QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # Keys that tell how the weights were made.
 _MADE_BY = ("quantize.", "hobbit.low_precision.")
@@ -45,20 +44,14 @@ def metadata_of_new_weights(metadata: Mapping[str, Any], format: str) -> dict[st
     `general.file_type` is set, as llama-quantize does.
     """
     kept = {k: v for k, v in metadata.items() if not k.startswith(_MADE_BY)}
-    return kept | {
-        "general.file_type": int(_file_type(format)),
-        "general.quantization_version": _QUANTIZATION_VERSION,
-    }
-
-
-def _file_type(format: str) -> LlamaFileType:
-    """What llama.cpp calls a file most of whose tensors are of `format`.
-
-    Of the mixes of one type it is the medium one. Source: llama-model-loader.cpp.
-    """
+    # llama.cpp's names; of the mixes of one type the medium one. Source: llama-model-loader.cpp.
     names = (f"MOSTLY_{format}", f"MOSTLY_{format}_M", f"MOSTLY_{format}_MOE", f"ALL_{format}")
     known = LlamaFileType.__members__
-    return next((known[name] for name in names if name in known), LlamaFileType.GUESSED)
+    file_type = next((known[name] for name in names if name in known), LlamaFileType.GUESSED)
+    return kept | {
+        "general.file_type": int(file_type),
+        "general.quantization_version": _QUANTIZATION_VERSION,
+    }
 
 
 def write_gguf(
@@ -109,7 +102,13 @@ def write_gguf(
             del data
         file.flush()
         os.fsync(file.fileno())
-    _sync_directory(path.parent)
+    # Makes the rename itself durable; not every file system lets a directory be opened.
+    with contextlib.suppress(OSError):
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def _header(
@@ -209,13 +208,3 @@ def _scalar_type(key: str, value: Any, int_type: GGUFValueType) -> GGUFValueType
         f"metadata {key!r}: {type(value).__name__} has no GGUF type, expected bool, int, float, "
         "str, or a list of one of them"
     )
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes the rename itself durable; not every file system lets a directory be opened."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -59,17 +59,11 @@ ROLES = ("bos", "eos", "eot", "eom", *_FIM_NAMES, *_OLD_FIM_ROLES)
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """A vocabulary's special tokens.
+    """A vocabulary's special tokens."""
 
-    Attributes:
-        types: `TokenType` of each id, after the corrections.
-        eog_ids: ids that end a generation, ascending.
-        overridden: ids that the file does not type as CONTROL and that are taken for it.
-    """
-
-    types: list[int]
-    eog_ids: tuple[int, ...]
-    overridden: list[int]
+    types: list[int]  # `TokenType` of each id, after the corrections
+    eog_ids: tuple[int, ...]  # ids that end a generation, ascending
+    overridden: list[int]  # ids that the file does not type as CONTROL and that are taken for it
 
 
 def find_special_tokens(

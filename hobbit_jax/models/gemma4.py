@@ -74,10 +74,9 @@ def _attention(keys: Keys, block: int, windowed: bool, n_kv_heads: int) -> Group
             "width"
         )
     if head_dim % 2 or n_heads % n_kv_heads:
-        raise ValueError(
-            f"{keys.path}: the metadata gives {n_heads} heads of {head_dim} in block {block}, "
-            f"expected an even width and a multiple of the {n_kv_heads} kv heads; convert the "
-            "model again"
+        raise keys.contradiction(
+            f"{n_heads} heads of {head_dim} in block {block}, expected an even width and a "
+            f"multiple of the {n_kv_heads} kv heads"
         )
     base = keys.read(f"rope.freq_base{kind}", ROPE_BASE)
     divisors = () if windowed else _divisors(keys, head_dim // 2)

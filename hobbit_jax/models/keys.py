@@ -12,16 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile
-from hobbit_jax.model_file.metadata import (
-    REQUIRED,
-    Kind,
-    Required,
-    flag,
-    integer,
-    number,
-    shown,
-    texts,
-)
+from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required, flag, integer, number, shown
 from hobbit_jax.models.attention import GroupedQuery, Rope, Yarn
 from hobbit_jax.models.config import OUTPUT, Attention, BlockConfig, ModelConfig, RouterConfig
 from hobbit_jax.models.delta_net import GatedDeltaNet
@@ -80,9 +71,9 @@ class Keys:
         self._read: set[str] = set()
 
     def read(self, key: str, kind: Kind[T], default: T | Required = REQUIRED) -> T:
-        """The value of a key. Raises ValueError as `metadata.read` says."""
+        """See `GGUFFile.read`."""
         self._read.add(key)
-        return metadata.read(self.path, self.file.metadata, f"{self.arch}.{key}", kind, default)
+        return self.file.read(f"{self.arch}.{key}", kind, default)
 
     def unchecked(self, key: str, default: Any = None) -> Any:
         """For comparing only: a value of a wrong type equals none of the right ones."""
@@ -97,6 +88,10 @@ class Keys:
                 f"{self.path}: {self.arch}.{key} is {shown(value)}; supported are models where it "
                 f"is {allowed[0]!r} or absent"
             )
+
+    def contradiction(self, what: str) -> ValueError:
+        """The error for numbers that do not fit each other."""
+        return ValueError(f"{self.path}: the metadata gives {what}; convert the model again")
 
     def refuse_unread(self) -> None:
         """Refuses every key that changes the arithmetic and that the family did not read.
@@ -139,7 +134,7 @@ class Keys:
 
 def ends(keys: Keys) -> dict[str, Any]:
     """The fields of `ModelConfig` that belong to no block, by name."""
-    tokens = keys.file.read("tokenizer.ggml.tokens", texts(), [])
+    tokens = keys.file.read("tokenizer.ggml.tokens", metadata.texts(), [])
     return {
         "arch": keys.arch,
         "d_model": keys.read("embedding_length", integer(1)),
@@ -164,16 +159,13 @@ def rotary(keys: Keys, dim: int, style: Literal["neox", "norm"]) -> Rope:
     factor = keys.read("rope.scaling.factor", number(1.0, 1e6))
     if base == 1.0:
         raise ValueError(f"{keys.path}: {keys.arch}.rope.freq_base is 1; YaRN wants more")
+    context = keys.read("context_length", integer(1))
     yarn = Yarn(
         factor,
-        keys.read(
-            "rope.scaling.original_context_length",
-            integer(1),
-            keys.read("context_length", integer(1)),
-        ),
-        keys.read("rope.scaling.yarn_beta_fast", _POSITIVE, 32.0),
-        keys.read("rope.scaling.yarn_beta_slow", _POSITIVE, 1.0),
-        1 + 0.1 * math.log(factor),
+        trained_context=keys.read("rope.scaling.original_context_length", integer(1), context),
+        beta_fast=keys.read("rope.scaling.yarn_beta_fast", _POSITIVE, 32.0),
+        beta_slow=keys.read("rope.scaling.yarn_beta_slow", _POSITIVE, 1.0),
+        magnitude=1 + 0.1 * math.log(factor),
     )
     return Rope(base, dim, style, yarn)
 
@@ -211,16 +203,15 @@ def grouped_query(
             f"{keys.path}: {rope_dim} of {head_dim} head dimensions rotate; "
             "supported is rotation of whole heads"
         )
-    broken = None
     if rope_dim % 2 or rope_dim > head_dim:
-        broken = (
+        raise keys.contradiction(
             f"{rope_dim} rotated values of a head (rope.dimension_count), expected an even number "
             f"up to {head_dim}"
         )
-    elif n_heads % n_kv_heads:
-        broken = f"{n_heads} heads, expected a multiple of the {n_kv_heads} kv heads"
-    if broken:
-        raise ValueError(f"{keys.path}: the metadata gives {broken}; convert the model again")
+    if n_heads % n_kv_heads:
+        raise keys.contradiction(
+            f"{n_heads} heads, expected a multiple of the {n_kv_heads} kv heads"
+        )
     rope = rotary(keys, rope_dim, rope_style)
     return GroupedQuery(n_heads, n_kv_heads, head_dim, rope, qk_norm, **others)
 
@@ -237,9 +228,9 @@ def delta_net(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> GatedDelt
         for key in ("group_count", "time_step_rank", "state_size", "inner_size", "conv_kernel")
     )
     if heads % key_heads:
-        raise ValueError(
-            f"{keys.path}: the metadata gives {heads} value heads (ssm.time_step_rank), expected a "
-            f"multiple of the {key_heads} key heads; convert the model again"
+        raise keys.contradiction(
+            f"{heads} value heads (ssm.time_step_rank), expected a multiple of the {key_heads} key "
+            "heads"
         )
     if inner != heads * d_state:
         raise NotImplementedError(
@@ -260,9 +251,8 @@ def experts(keys: Keys, width_key: str = "expert_feed_forward_length") -> dict[s
     """
     used, n_experts = (keys.read(f"expert_{what}", integer(1)) for what in ("used_count", "count"))
     if used > n_experts:
-        raise ValueError(
-            f"{keys.path}: the metadata gives {used} experts per token, expected at most the "
-            f"number of experts, {n_experts}; convert the model again"
+        raise keys.contradiction(
+            f"{used} experts per token, expected at most the number of experts, {n_experts}"
         )
     all_widths = "feed_forward_length"
     if width_key != all_widths and not keys.unchecked(width_key) and keys.unchecked(all_widths):
@@ -330,9 +320,9 @@ def dense_then_experts(
     leading = keys.read("leading_dense_block_count", integer(), 0)
     n_blocks = keys.block_count() - skipped
     if leading >= n_blocks:
-        raise ValueError(
-            f"{keys.path}: the metadata gives {leading} leading dense blocks "
-            f"(leading_dense_block_count) of {n_blocks}, expected fewer; convert the model again"
+        raise keys.contradiction(
+            f"{leading} leading dense blocks (leading_dense_block_count) of {n_blocks}, expected "
+            "fewer"
         )
     d_dense = keys.of_every_layer("feed_forward_length") if leading else 0
     dense = (BlockConfig(attention, ffn_norm, d_dense=d_dense),) * leading
@@ -366,14 +356,14 @@ def any_router(keys: Keys, gating: Literal["softmax", "sigmoid"]) -> RouterConfi
     used = keys.read("expert_group_used_count", integer(0, groups), 0) if groups > 1 else 1
     chosen = keys.read("expert_used_count", integer(1))
     if groups > 1 and (n_experts % groups or n_experts < 2 * groups):
-        raise ValueError(
-            f"{keys.path}: the metadata gives {n_experts} experts in {groups} groups "
-            "(expert_group_count), expected equal groups of two or more; convert the model again"
+        raise keys.contradiction(
+            f"{n_experts} experts in {groups} groups (expert_group_count), expected equal groups "
+            "of two or more"
         )
     if chosen > used * (n_experts // groups):
-        raise ValueError(
-            f"{keys.path}: the metadata gives {chosen} experts per token out of {used} groups of "
-            f"{n_experts // groups} (expert_group_used_count); convert the model again"
+        raise keys.contradiction(
+            f"{chosen} experts per token out of {used} groups of {n_experts // groups} "
+            "(expert_group_used_count)"
         )
     return RouterConfig(
         gating=_GATINGS.get(code, gating),
