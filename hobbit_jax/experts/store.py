@@ -128,8 +128,7 @@ class HostExperts:
 
     def epilogue_of(self, layer: int, expert: int) -> Epilogue | None:
         """That of one expert."""
-        row = layer * self.config.n_experts + expert
-        return self.epilogue and self.epilogue.of_row(row)
+        return self.epilogue and self.epilogue.of_row(layer * self.config.n_experts + expert)
 
     def signature(self, key: ExpertKey) -> Signature:
         """Formats of one expert."""
@@ -143,12 +142,9 @@ class HostExperts:
         self, signature: Signature, implementation: Implementation, platform: str | None = None
     ) -> str:
         """How experts of a signature are computed; see `implementation_for`."""
-        config = self.config
-        sizes, function = (config.d_model, config.d_expert), config.expert_function
-        has_epilogue = self.epilogue is not None
-        return implementation_for(
-            signature, *sizes, implementation, platform, function, has_epilogue
-        )
+        config, has_epilogue = self.config, self.epilogue is not None
+        how = implementation, platform, config.expert_function, has_epilogue
+        return implementation_for(signature, config.d_model, config.d_expert, *how)
 
     def raw(self, key: ExpertKey) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Raw blocks of gate, up and down: uint8 [rows, row_bytes] views into the file.
@@ -168,12 +164,7 @@ class HostExperts:
         return experts.gate.raw[at], experts.up.raw[at], experts.down.raw[at]
 
     def check_unchanged(self, precision: int) -> None:
-        """Refuses a precision whose file is gone or changed; see `FileStamp.check`. Some
-        microseconds.
-
-        Raises:
-            OSError: what became of the file.
-        """
+        """Refuses a precision whose file is gone or changed; see `FileStamp.check`."""
         for stamp in self._stamps[precision]:
             stamp.check()
 
@@ -184,6 +175,5 @@ class HostExperts:
 
     def precision_bytes(self, precision: int) -> int:
         """Bytes of all experts at one precision."""
-        return (
-            sum(layer.expert_bytes for layer in self.precisions[precision]) * self.config.n_experts
-        )
+        of_layers = (layer.expert_bytes for layer in self.precisions[precision])
+        return sum(of_layers) * self.config.n_experts

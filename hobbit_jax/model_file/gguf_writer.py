@@ -68,9 +68,8 @@ def write_gguf(
         64 bits where needed), floats FLOAT32, bools BOOL; int arrays INT32; that is what
         llama.cpp reads. Pass a float as a float: 10000 for a frequency base is refused there.
       tensors: (name, format, shape, raw) with `raw` uint8 [*shape[:-1], row_bytes], or a function
-        that returns it. All names and shapes stand in front of the first byte of data, so the
-        iterable is exhausted first; data that is not a mapped view should be a function, which
-        is called when its turn comes and whose result is dropped at once.
+        that returns it, which is called when its turn comes and whose result is dropped at once.
+        The iterable is exhausted first: names and shapes stand in front of the data.
       field_types: GGUF types to keep, as `GGUFFile.field_types`; a value that is of another type
         now gets the type of its own. An empty list needs one.
 

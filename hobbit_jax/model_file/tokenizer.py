@@ -1,6 +1,6 @@
 """Text to token ids and back, the same ids as llama.cpp for the same file.
 
-This module owns the vocabulary: where special tokens stand in a text, the rules of how a text
+Owns the vocabulary: where special tokens stand in a text, the rules of how a text
 begins (BOS) and where a generation ends (EOG), and decoding without broken characters.
 
 Source: llama.cpp, src/llama-vocab.cpp; byte-level merging is done by Hugging Face `tokenizers`.
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from absl import logging
+from gguf import TokenType
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as _LibraryTokenizer
 
@@ -25,7 +26,7 @@ from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.model_file.pre_tokenizers import EXPRESSIONS, WHOLE_WORDS, WHOLE_WORDS_AND_BOS
 from hobbit_jax.model_file.sentencepiece import SPACE, SentencePieceBPE
-from hobbit_jax.model_file.special_tokens import ROLES, TokenType, find_special_tokens
+from hobbit_jax.model_file.special_tokens import ROLES, find_special_tokens
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _OTHERS = sorted({*range(256)} - _PRINTABLE)
 # GPT-2's table: printable Latin-1 stands for itself, the other bytes for U+0100 upwards.
 BYTE_CHARACTERS = [chr(b if b in _PRINTABLE else 0x100 + _OTHERS.index(b)) for b in range(256)]
+_SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 _GEMMA_LINES = re.compile(r"\n+|[^\n]+")
 
@@ -66,11 +68,11 @@ class Tokenizer:
         types = _one_each(file, "tokenizer.ggml.token_type", any_integers, 1, len(tokens))
         self._encode_piece, defaults = _ENCODERS[model](file, vocabulary, types)
         token_id = metadata.integer(0, len(tokens) - 1)
-        self._ids = {
+        ids = {
             role: file.read(f"tokenizer.ggml.{role}_token_id", token_id, defaults.get(role))
             for role in ROLES
         }
-        self.bos_id, self.eos_id = self._ids["bos"], self._ids["eos"]
+        self.bos_id, self.eos_id = ids["bos"], ids["eos"]
         add_bos = file.read("tokenizer.ggml.add_bos_token", metadata.flag(), defaults["add_bos"])
         self.add_bos = add_bos or model == "gemma4"  # whatever the file says, as llama.cpp has it
         if self.add_bos and self.bos_id is None:
@@ -78,7 +80,7 @@ class Tokenizer:
                 f"{file.paths[0]}: the file wants text to begin with BOS but has no "
                 "tokenizer.ggml.bos_token_id; convert the model again"
             )
-        special = find_special_tokens(vocabulary, types, self._ids)
+        special = find_special_tokens(vocabulary, types, ids)
         if special.overridden:
             names = ", ".join(repr(tokens[token]) for token in special.overridden)
             _warn(
@@ -92,7 +94,7 @@ class Tokenizer:
         self._sentencepiece = model in ("llama", "gemma4")
         self._bytes = _token_bytes(tokens, types, self._sentencepiece)
         # llama.cpp looks for the longest first, by their bytes; an empty one would be everywhere.
-        named = [(t, i) for i, t in enumerate(tokens) if t and _is_special(types[i])]
+        named = [(t, i) for i, t in enumerate(tokens) if t and types[i] in _SPECIAL]
         self._special = sorted(named, key=lambda pair: -len(pair[0].encode()))
         hidden = (TokenType.CONTROL, TokenType.UNKNOWN)
         self._hidden_ids = frozenset(i for i, kind in enumerate(types) if kind in hidden)
@@ -102,11 +104,6 @@ class Tokenizer:
         return np.asarray(
             [0 if i in self._hidden_ids else len(piece) for i, (piece, _) in enumerate(self._bytes)]
         )
-
-    def special_text(self, role: str) -> str | None:
-        """Text of the token that the file names for `role` (of `ROLES`); None without one."""
-        token = self._ids.get(role)
-        return None if token is None else self.decode([token])
 
     def encode(
         self, text: str, add_bos: bool | None = None, parse_special: bool = True
@@ -150,15 +147,15 @@ class Tokenizer:
         pieces = self._pieces(ids, skip_special, after_special=True)
         return b"".join(pieces).decode("utf-8", errors="replace")
 
-    def decode_stream(self, ids: Iterable[int], skip_special: bool = True) -> Iterator[str]:
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yields the text of generated ids, one string per id, for printing as they come.
 
-        Bytes of an unfinished character are held back until it is complete (the string is then
-        empty); what is incomplete at the end becomes U+FFFD. The ids continue a text, so a
-        leading space is kept.
+        Control tokens have none. Bytes of an unfinished character are held back until it is
+        complete (the string is then empty); what is incomplete at the end becomes U+FFFD. The ids
+        continue a text, so a leading space is kept.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for piece in self._pieces(ids, skip_special, after_special=False):
+        for piece in self._pieces(ids, skip_special=True, after_special=False):
             yield decoder.decode(piece)
         if rest := decoder.decode(b"", final=True):
             yield rest
@@ -230,10 +227,6 @@ def _one_each(
 def _warn(text: str) -> None:
     """Says `text` on stderr, once however often a file's tokenizer is made."""
     logging.warning("%s", text)
-
-
-def _is_special(token_type: int) -> bool:
-    return token_type in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
 
 
 def _byte_level(
@@ -347,11 +340,11 @@ def _token_bytes(
         return b"".join(of_character.get(c) or c.encode() for c in token)
 
     def convert(token: str, kind: int) -> bytes:
-        if _is_special(kind):
+        if kind in _SPECIAL:
             return token.encode()
         if kind == TokenType.BYTE and (byte := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(byte[1], 16)])
         return b"" if kind == TokenType.UNUSED else plain(token)
 
     pairs = zip(tokens, token_types, strict=True)
-    return [(convert(token, kind), _is_special(kind)) for token, kind in pairs]
+    return [(convert(token, kind), kind in _SPECIAL) for token, kind in pairs]

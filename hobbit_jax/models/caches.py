@@ -57,11 +57,7 @@ class Caches:
     @jax.jit
     def of(self, rows_R: jax.Array) -> Self:
         """Those of some sequences, int32 [R], in this order."""
-        by_token, recurrent = (
-            {name: array[:, rows_R] for name, array in arrays.items()}
-            for arrays in (self.by_token, self.recurrent)
-        )
-        return replace(self, by_token=by_token, recurrent=recurrent)
+        return jax.tree.map(lambda array: array[:, rows_R], self)
 
     @partial(jax.jit, donate_argnames="self")
     def begun_with(self, prefix: Self) -> Self:

@@ -156,11 +156,8 @@ class ModelConfig:
     @functools.cached_property
     def states(self) -> dict[str, tuple[State, int]]:
         """Every state by name, and how many blocks keep one."""
-        found: dict[str, tuple[State, int]] = {}
-        for block in self.blocks:
-            for state in block.attention.states():
-                found[state.name] = state, found.get(state.name, (state, 0))[1] + 1
-        return found
+        kept = [state for block in self.blocks for state in block.attention.states()]
+        return {state.name: (state, kept.count(state)) for state in kept}
 
     @functools.cached_property
     def state_places(self) -> tuple[dict[str, int], ...]:
@@ -181,11 +178,6 @@ class ModelConfig:
     def __hash__(self) -> int:
         # Once: programs are looked up by it for every token.
         return self._hash
-
-
-# Role → name in the file, where they differ. A role without "bias" or "scale" is a "weight".
-_STORED_AS = {"router": "ffn_gate_inp"}
-_WITHOUT_SUFFIX = ("ssm_a",)
 
 
 # Norms of a dense FFN's input and output, of the experts' output, and of the sum of both.
@@ -254,14 +246,15 @@ def block_tensors(config: ModelConfig, block: int) -> dict[str, str]:
 
 
 def _name(config: ModelConfig, block: int, role: str) -> str:
-    if role in _WITHOUT_SUFFIX:
+    """In the file. A role without "bias" or "scale" is a "weight"."""
+    if role == "ssm_a":  # the only one without a suffix
         return f"blk.{block}.{role}"
     base, _, suffix = role.rpartition(".")
     if suffix not in ("bias", "scale"):
         base, suffix = role, "weight"
     if config.has_dense_ffn:
         base = base.removesuffix("_exps")
-    return f"blk.{block}.{_STORED_AS.get(base, base)}.{suffix}"
+    return f"blk.{block}.{'ffn_gate_inp' if base == 'router' else base}.{suffix}"
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> dict[str, str]:

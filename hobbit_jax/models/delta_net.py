@@ -27,6 +27,8 @@ from hobbit_jax.models.config import Shapes, State
 from hobbit_jax.models.modules import BlockWeights
 
 CHUNK_TOKENS = 64
+# Queries, keys and values [B, T, H, d], log decays and strengths [B, T, H], of value heads.
+Inputs = tuple[jax.Array, ...]
 _LEAST_SQUARE = 1e-6  # added to a key's or query's square before the root, as transformers does
 
 
@@ -126,9 +128,8 @@ class DeltaNetMixer(nnx.Module):
         strength_BTH = jnp.where(valid_BT[..., None], strength_BTH, 0.0)
         state_BHdd = caches.recurrent[matrix][places[matrix]]
         run = _one_token if tokens == 1 else _in_chunks
-        o_BTHd, state_BHdd = run(
-            q_BTHd * spec.d_state**-0.5, k_BTHd, v_BTHd, log_decay_BTH, strength_BTH, state_BHdd
-        )
+        inputs = q_BTHd * spec.d_state**-0.5, k_BTHd, v_BTHd, log_decay_BTH, strength_BTH
+        state_BHdd, o_BTHd = run(state_BHdd, inputs)
         gated_BTV = self.norm(o_BTHd).reshape(batch, tokens, -1) * jax.nn.silu(self.gate(x_BTD))
         return gated_BTV, {window: window_BWX, matrix: state_BHdd}
 
@@ -190,33 +191,19 @@ def _normalised(x_BTJd: jax.Array) -> jax.Array:
     return x_BTJd * jax.lax.rsqrt(square + _LEAST_SQUARE)
 
 
-def _one_token(
-    q_B1Hd: jax.Array,
-    k_B1Hd: jax.Array,
-    v_B1Hd: jax.Array,
-    log_decay_B1H: jax.Array,
-    strength_B1H: jax.Array,
-    state_BHde: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """The recurrence itself. State is [B, H, key, value]."""
-    q_BHd, k_BHd, v_BHe = q_B1Hd[:, 0], k_B1Hd[:, 0], v_B1Hd[:, 0]
-    state_BHde = state_BHde * jnp.exp(log_decay_B1H[:, 0])[..., None, None]
+def _one_token(state_BHde: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """The recurrence itself, for inputs of one token: the state after it, and o [B, 1, H, e]."""
+    q_BHd, k_BHd, v_BHe, log_decay_BH, strength_BH = (array[:, 0] for array in inputs)
+    state_BHde = state_BHde * jnp.exp(log_decay_BH)[..., None, None]
     known_BHe = jnp.sum(state_BHde * k_BHd[..., None], axis=-2)
-    correction_BHe = (v_BHe - known_BHe) * strength_B1H[:, 0][..., None]
+    correction_BHe = (v_BHe - known_BHe) * strength_BH[..., None]
     state_BHde = state_BHde + k_BHd[..., None] * correction_BHe[..., None, :]
-    return jnp.sum(state_BHde * q_BHd[..., None], axis=-2)[:, None], state_BHde
+    return state_BHde, jnp.sum(state_BHde * q_BHd[..., None], axis=-2)[:, None]
 
 
-def _in_chunks(
-    q_BTHd: jax.Array,
-    k_BTHd: jax.Array,
-    v_BTHd: jax.Array,
-    log_decay_BTH: jax.Array,
-    strength_BTH: jax.Array,
-    state_BHde: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def _in_chunks(state_BHde: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """The same for T tokens, `CHUNK_TOKENS` at a time."""
-    tokens = q_BTHd.shape[1]
+    tokens = inputs[0].shape[1]
     size = min(CHUNK_TOKENS, tokens)
     padding = -tokens % size
 
@@ -226,20 +213,19 @@ def _in_chunks(
         array = array.reshape(array.shape[0], -1, size, *array.shape[2:])
         return jnp.moveaxis(jnp.moveaxis(array, 1, 0), 3, 2)
 
-    parts = tuple(map(chunked, (q_BTHd, k_BTHd, v_BTHd, log_decay_BTH, strength_BTH)))
-    state_BHde, o_NBHIe = jax.lax.scan(_chunk, state_BHde, parts)
+    state_BHde, o_NBHIe = jax.lax.scan(_chunk, state_BHde, tuple(map(chunked, inputs)))
     o_BNIHe = jnp.moveaxis(jnp.moveaxis(o_NBHIe, 2, 3), 0, 1)
     batch, _, _, heads, width = o_BNIHe.shape
-    return o_BNIHe.reshape(batch, -1, heads, width)[:, :tokens], state_BHde
+    return state_BHde, o_BNIHe.reshape(batch, -1, heads, width)[:, :tokens]
 
 
-def _chunk(state_BHde: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    """One chunk: the state after it, and its outputs [B, H, I, e].
+def _chunk(state_BHde: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """One chunk, whose inputs are [B, H, I, ...]: the state after it, and o [B, H, I, e].
 
     With G the sums of log decays up to each token, token i finds Σ_j<i e^(G_i - G_j)(k_j·k_i)u_j of
     the tokens before it and e^G_i Sᵀk_i of the state before the chunk.
     """
-    q_BHId, k_BHId, v_BHIe, log_decay_BHI, strength_BHI = part
+    q_BHId, k_BHId, v_BHIe, log_decay_BHI, strength_BHI = inputs
     size = q_BHId.shape[2]
     total_BHI = jnp.cumsum(log_decay_BHI, axis=-1)
     before_II = jnp.tril(jnp.ones((size, size), bool))

@@ -2,12 +2,15 @@
 
 Owns the keys that families share, and the rule that a key which changes the arithmetic is either
 read by its family or has the value that changes nothing. Defaults are those of the format, never
-guesses: llama.cpp computes a file without the key so.
+guesses: llama.cpp computes a file without the key so. Numbers that are impossible or do not fit
+each other are a ValueError, and what we do not compute is a NotImplementedError.
 
 Source: llama.cpp, src/llama-model.cpp and src/models/ (keys, defaults).
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from hobbit_jax.model_file import metadata
@@ -16,6 +19,7 @@ from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required, flag, integ
 from hobbit_jax.models.attention import GroupedQuery, Rope, Yarn
 from hobbit_jax.models.config import OUTPUT, Attention, BlockConfig, ModelConfig, RouterConfig
 from hobbit_jax.models.delta_net import GatedDeltaNet
+from hobbit_jax.models.latent_attention import LatentAttention
 
 T = TypeVar("T")
 
@@ -24,10 +28,8 @@ _RMS_EPS = number(1e-30, 1.0)
 ROPE_BASE = number(1.0, 1e30)
 _POSITIVE = number(1e-30, 1e30)
 # gguf.ExpertGatingFuncType, and llama.cpp's of 4; 0 is "not said".
-_SOFTMAX, _SIGMOID, _SQRT_SOFTPLUS = 1, 2, 4
-_GATINGS: dict[int, Literal["softmax", "sigmoid", "sqrt_softplus"]] = {
-    _SOFTMAX: "softmax", _SIGMOID: "sigmoid", _SQRT_SOFTPLUS: "sqrt_softplus",
-}  # fmt: skip
+_GATINGS: dict[int, Literal["softmax", "sigmoid", "sqrt_softplus"]]
+_GATINGS = {1: "softmax", 2: "sigmoid", 4: "sqrt_softplus"}
 
 # Values with which a key changes nothing; the first is also the one that its absence means.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -38,7 +40,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_log_multiplier": (0.0,),
     "expert_weights_scale": (1.0, 0.0),
     "expert_weights_norm": (False,),
-    "expert_gating_func": (_SOFTMAX, 0),
+    "expert_gating_func": (1, 0),  # softmax
     "expert_shared_count": (0,),
     "expert_shared_feed_forward_length": (0,),
     "expert_group_count": (1, 0),
@@ -94,11 +96,7 @@ class Keys:
         return ValueError(f"{self.path}: the metadata gives {what}; convert the model again")
 
     def refuse_unread(self) -> None:
-        """Refuses every key that changes the arithmetic and that the family did not read.
-
-        Raises:
-            NotImplementedError: names the key, its value and what is supported.
-        """
+        """Refuses every key that changes the arithmetic and that the family did not read."""
         neutral = dict(_NEUTRAL)
         if self.unchecked("rope.scaling.type") != "none":  # with "none", llama.cpp takes no factor
             factor = "rope.scaling.factor"
@@ -119,11 +117,7 @@ class Keys:
             )
 
     def block_count(self) -> int:
-        """All blocks of the file.
-
-        Whatever is counted by a key is counted again in the tensors; only this one is a number of
-        tensors itself, and so has to be held against them first.
-        """
+        """All blocks of the file, which are no more than its tensors."""
         n_tensors = len(self.file.tensors)
         return self.read("block_count", integer(1, n_tensors, "the file's number of tensors"))
 
@@ -132,26 +126,8 @@ class Keys:
         return self.read(key, metadata.of_every_layer(integer(1), self.block_count()), default)
 
 
-def ends(keys: Keys) -> dict[str, Any]:
-    """The fields of `ModelConfig` that belong to no block, by name."""
-    tokens = keys.file.read("tokenizer.ggml.tokens", metadata.texts(), [])
-    return {
-        "arch": keys.arch,
-        "d_model": keys.read("embedding_length", integer(1)),
-        # Rows of the embedding: the tokens of the file or, without a tokenizer, its own key.
-        "vocab_size": len(tokens) or keys.read("vocab_size", integer(1)),
-        "context_length": keys.read("context_length", integer(1)),
-        "rms_eps": keys.read("attention.layer_norm_rms_epsilon", _RMS_EPS),
-        "tied_head": OUTPUT not in keys.file.tensors,
-    }
-
-
 def rotary(keys: Keys, dim: int, style: Literal["neox", "norm"]) -> Rope:
-    """Rotation of `dim` values, slowed down where the file says so.
-
-    Raises:
-        ValueError: impossible numbers.
-    """
+    """Rotation of `dim` values, slowed down where the file says so."""
     base = keys.read("rope.freq_base", ROPE_BASE, 10000.0)
     factor = keys.unchecked("rope.scaling.factor", 1.0)
     if keys.unchecked("rope.scaling.type") != "yarn" or factor in (0.0, 1.0):  # 0 is "not said"
@@ -180,12 +156,7 @@ def grouped_query(
 ) -> GroupedQuery:
     """Attention that is the same in every block that has it, with `others` of its fields.
 
-    `n_kv_heads` 0 reads their number.
-
-    Raises:
-        ValueError: impossible numbers.
-        NotImplementedError: blocks that differ, values of another width than keys, or, unless
-            `partial_rope`, heads of which a part rotates.
+    `n_kv_heads` 0 reads their number; `partial_rope` allows heads of which a part rotates.
     """
     n_heads = keys.of_every_layer("attention.head_count")
     n_kv_heads = n_kv_heads or keys.of_every_layer("attention.head_count_kv", n_heads)
@@ -216,13 +187,49 @@ def grouped_query(
     return GroupedQuery(n_heads, n_kv_heads, head_dim, rope, qk_norm, **others)
 
 
-def delta_net(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> GatedDeltaNet:
-    """The gated delta net of Qwen's hybrids.
+def latent_attention(keys: Keys) -> LatentAttention:
+    """DeepSeek's, which is one shared key/value head in the file."""
+    if keys.unchecked("attention.key_length_mla") is None:
+        raise NotImplementedError(
+            f"{keys.path}: {keys.arch}.attention.key_length_mla is missing, so keys and values are "
+            "one tensor (attn_kv_b), as converters wrote before April 2025; supported are attn_k_b "
+            "and attn_v_b: convert the model again with a current llama.cpp"
+        )
+    d_latent = keys.read("attention.kv_lora_rank", integer(1))
+    rope_dim = keys.read("rope.dimension_count", integer(1))
+    key_dim = keys.read("attention.key_length_mla", integer(1))
+    if rope_dim % 2 or rope_dim >= key_dim:
+        raise keys.contradiction(
+            f"{rope_dim} rotated values of a head (rope.dimension_count), expected an even number "
+            f"below its {key_dim} (key_length_mla)"
+        )
+    # As attention of many heads to one, which the latent vector is.
+    keys.expect("attention.head_count_kv", 1)
+    keys.expect("attention.key_length", d_latent + rope_dim)
+    keys.expect("attention.value_length", d_latent)
+    rope = rotary(keys, rope_dim, "norm")
+    multiplier = keys.read("rope.scaling.yarn_log_multiplier", number(0.0, 1.0), 0.0)
+    if rope.yarn is not None:
+        if not multiplier:
+            raise NotImplementedError(
+                f"{keys.path}: YaRN without {keys.arch}.rope.scaling.yarn_log_multiplier; "
+                "supported is YaRN with it, as DeepSeek-V2 has"
+            )
+        # Scores are multiplied instead.
+        rope = replace(rope, yarn=replace(rope.yarn, magnitude=1.0))
+    return LatentAttention(
+        n_heads=keys.read("attention.head_count", integer(1)),
+        d_latent=d_latent,
+        d_query_latent=keys.read("attention.q_lora_rank", integer(), 0),
+        plain_dim=key_dim - rope_dim,
+        value_dim=keys.read("attention.value_length_mla", integer(1)),
+        rope=rope,
+        log_multiplier=multiplier,
+    )
 
-    Raises:
-        ValueError: numbers that do not fit each other.
-        NotImplementedError: value heads of another width than key heads.
-    """
+
+def delta_net(keys: Keys, value_heads: Literal["tiled", "grouped"]) -> GatedDeltaNet:
+    """The gated delta net of Qwen's hybrids."""
     key_heads, heads, d_state, inner, kernel = (
         keys.read(f"ssm.{key}", integer(1, 2**20))
         for key in ("group_count", "time_step_rank", "state_size", "inner_size", "conv_kernel")
@@ -245,9 +252,6 @@ def experts(keys: Keys, width_key: str = "expert_feed_forward_length") -> dict[s
 
     Where `width_key` is absent or 0, an expert's width is feed_forward_length over the experts per
     token.
-
-    Raises:
-        ValueError: more experts per token than experts.
     """
     used, n_experts = (keys.read(f"expert_{what}", integer(1)) for what in ("used_count", "count"))
     if used > n_experts:
@@ -277,25 +281,39 @@ def shared_expert(keys: Keys) -> dict[str, Any]:
     }
 
 
-def equal_blocks(
+def model(
     keys: Keys,
-    block: BlockConfig,
+    blocks: BlockConfig | Sequence[BlockConfig],
     router: RouterConfig | None,
     width_key: str = "expert_feed_forward_length",
     **others: Any,
 ) -> ModelConfig:
-    """A model of equal blocks, with `others` of its fields.
+    """A model of these blocks, or of equal ones, with `others` of its fields.
 
-    Without a router it has no experts, and each block's FFN is its only one.
+    For `width_key` see `experts`. Without a router each block's FFN is its only expert.
     """
+    if isinstance(blocks, BlockConfig):
+        blocks = [blocks] * keys.block_count()
     if router is None:
         width = keys.of_every_layer("feed_forward_length")
         ffn = {"n_experts": 1, "experts_per_token": 1, "d_expert": width}
         router = RouterConfig("always", renormalise=False)
     else:
         ffn = experts(keys, width_key)
-    blocks = (block,) * keys.block_count()
-    return ModelConfig(**ends(keys), blocks=blocks, router=router, **ffn, **others)
+    tokens = keys.file.read("tokenizer.ggml.tokens", metadata.texts(), [])
+    return ModelConfig(
+        arch=keys.arch,
+        d_model=keys.read("embedding_length", integer(1)),
+        # Rows of the embedding: the tokens of the file or, without a tokenizer, its own key.
+        vocab_size=len(tokens) or keys.read("vocab_size", integer(1)),
+        context_length=keys.read("context_length", integer(1)),
+        rms_eps=keys.read("attention.layer_norm_rms_epsilon", _RMS_EPS),
+        tied_head=OUTPUT not in keys.file.tensors,
+        blocks=tuple(blocks),
+        router=router,
+        **ffn,
+        **others,
+    )
 
 
 def softmax_router(keys: Keys, renormalise: bool) -> RouterConfig:
@@ -311,11 +329,7 @@ def dense_then_experts(
 
     The others may have a shared expert without a gate. Blocks at the end that predict further
     tokens (NextN) are left out.
-
-    Raises:
-        ValueError: more blocks of either kind than there are.
     """
-    about_experts = experts(keys)
     skipped = keys.read("nextn_predict_layers", integer(), 0)
     leading = keys.read("leading_dense_block_count", integer(), 0)
     n_blocks = keys.block_count() - skipped
@@ -326,25 +340,19 @@ def dense_then_experts(
         )
     d_dense = keys.of_every_layer("feed_forward_length") if leading else 0
     dense = (BlockConfig(attention, ffn_norm, d_dense=d_dense),) * leading
-    d_shared = about_experts["d_expert"] * keys.read("expert_shared_count", integer(0, 2**10), 0)
+    d_expert = experts(keys)["d_expert"]
+    d_shared = d_expert * keys.read("expert_shared_count", integer(0, 2**10), 0)
     own_width = keys.read("expert_shared_feed_forward_length", integer(), 0)
     stored = keys.file.tensors.get(f"blk.{leading}.ffn_gate_shexp.weight")
     if (d_shared or own_width) and stored is not None and stored.shape[0]:
         d_shared = stored.shape[0]  # families differ in what the two keys mean
     block = BlockConfig(attention, ffn_norm, d_shared=d_shared)
     blocks = (*dense, *[block] * (n_blocks - leading))
-    return ModelConfig(
-        **ends(keys), blocks=blocks, skipped_blocks=skipped, router=router, **about_experts
-    )
+    return model(keys, blocks, router, skipped_blocks=skipped)
 
 
 def any_router(keys: Keys, gating: Literal["softmax", "sigmoid"]) -> RouterConfig:
-    """A router of which the file says everything; `gating` is what it means by saying nothing.
-
-    Raises:
-        ValueError: impossible numbers.
-        NotImplementedError: another gating.
-    """
+    """A router of which the file says everything; `gating` is what it means by saying nothing."""
     code = keys.read("expert_gating_func", integer(), 0)
     if code and code not in _GATINGS:
         raise NotImplementedError(

@@ -68,7 +68,8 @@ def _split(format: Format, raw: np.ndarray) -> dict[str, jax.Array]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _float32(format: Format, raw: np.ndarray) -> jax.Array:
+def unpacked(format: Format, raw: np.ndarray) -> jax.Array:
+    """float32 weights of raw blocks."""
     return jnp.asarray(format.unpack(format.split(raw)), jnp.float32)
 
 
@@ -106,7 +107,7 @@ class _FileWeights:
     def array(self, role: str) -> jax.Array:
         tensor = self._tensors[role]
         check_finite_scales(tensor)
-        return _float32(get_format(tensor.format), tensor.raw)
+        return unpacked(get_format(tensor.format), tensor.raw)
 
     def _optional(self, role: str) -> jax.Array | None:
         return self.array(role) if role in self._tensors else None
@@ -141,15 +142,9 @@ class _FileWeights:
 def load_model(path: str | Path, implementation: Implementation = None) -> LoadedModel:
     """Opens a GGUF file (or the first of a split) and uploads its dense part.
 
-    Expert tensors are not read here; the store checks each expert's scales when it
-    is first fetched. From here on this process multiplies float32 in float32 on every device
-    (`jax_default_matmul_precision`).
-
-    Args:
-        path: of the file.
-        implementation: of the matrix products ("xla", "ggml", "triton", "interpret"); None takes
-            the fastest that this device and each matrix allow. The kernels for GPUs leave the
-            router to "xla".
+    From here on this process multiplies float32 in float32 on every device
+    (`jax_default_matmul_precision`). The `implementation` is that of the matrix products ("xla",
+    "ggml", "triton", "interpret"); None takes the fastest that this device and each matrix allow.
 
     Raises:
         FileNotFoundError, ValueError, NotImplementedError: from `open_gguf`,
@@ -169,13 +164,9 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
     of_blocks = [weights(block_tensors(config, n), in_stack=True) for n in range(config.n_blocks)]
     outer = weights(global_tensors(config), in_stack=False)
     blocks = [Block(config, number, of_block) for number, of_block in enumerate(of_blocks)]
-    ends = EmbeddingAndHead(
-        embedding=outer.linear("token_embedding"),
-        final_norm=RMSNorm(outer.array("output_norm") / config.logit_divisor, config.rms_eps),
-        head=None if config.tied_head else outer.linear("output"),
-        embedding_scale=config.embedding_scale,
-        logit_softcap=config.logit_softcap,
-    )
+    final_norm = RMSNorm(outer.array("output_norm") / config.logit_divisor, config.rms_eps)
+    head = None if config.tied_head else outer.linear("output")
+    ends = EmbeddingAndHead(config, outer.linear("token_embedding"), final_norm, head)
     mapped_bytes = sum(part.mapped_bytes for part in (*of_blocks, outer))
     layers = LayerStack.of(config, blocks)
     return LoadedModel(file, config, layers, ends, implementation, mapped_bytes)

@@ -13,7 +13,7 @@ from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
 from hobbit_jax.model_file.metadata import shown
 from hobbit_jax.model_file.other_files import refuse_other_kinds
-from hobbit_jax.models import deepseek2, families, gemma4, lfm2moe
+from hobbit_jax.models import families
 from hobbit_jax.models.config import ROPE_DIVISORS, ModelConfig, block_shapes, tensor_shapes
 from hobbit_jax.models.keys import Keys
 
@@ -23,7 +23,7 @@ FAMILIES: dict[str, Callable[[Keys], ModelConfig]] = {
     "qwen3moe": families.qwen3moe,
     "llama": families.llama,
     "olmoe": families.olmoe,
-    "deepseek2": deepseek2.read,
+    "deepseek2": families.deepseek2,
     "glm4moe": families.glm4moe,
     "bailingmoe2": families.bailingmoe2,
     "ernie4_5-moe": families.ernie4_5_moe,
@@ -34,9 +34,9 @@ FAMILIES: dict[str, Callable[[Keys], ModelConfig]] = {
     "qwen35moe": families.qwen35moe,
     "qwen3next": families.qwen35moe,
     "gpt-oss": families.gpt_oss,
-    "gemma4": gemma4.read,
+    "gemma4": families.gemma4,
     "granitemoe": families.granitemoe,
-    "lfm2moe": lfm2moe.read,
+    "lfm2moe": families.lfm2moe,
 }
 
 
@@ -87,22 +87,16 @@ _REFUSED_TENSORS = (
 )  # fmt: skip
 
 
-def _changes_nothing(tensor: TensorInfo) -> bool:
-    """Whether this leaves the arithmetic as it is.
-
-    `rope_freqs.weight` does where it is ones. `.input_scale` is for backends that round activations
-    to FP4, as llama.cpp does on some GPUs; none here does.
-    """
-    if tensor.name.endswith(".input_scale"):
+def _changes_nothing(tensor: TensorInfo, config: ModelConfig) -> bool:
+    """Whether a tensor that the family does not declare leaves the arithmetic as it is."""
+    if tensor.name == ROPE_DIVISORS and tensor.format == "F32" and tensor.nbytes > 0:
+        return bool((tensor.raw.view("<f4") == 1).all())
+    # In a block that predicts a further token, which does not run.
+    block = re.match(r"blk\.(\d+)\.", tensor.name)
+    if block and 0 <= int(block[1]) - config.n_blocks < config.skipped_blocks:
         return True
-    floats = tensor.name == ROPE_DIVISORS and tensor.format == "F32" and tensor.nbytes > 0
-    return floats and bool((tensor.raw.view("<f4") == 1).all())
-
-
-def _is_skipped(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor belongs to a block that predicts a further token, which does not run."""
-    found = re.match(r"blk\.(\d+)\.", name)
-    return bool(found) and 0 <= int(found[1]) - config.n_blocks < config.skipped_blocks
+    # For backends that round activations to FP4, as llama.cpp does on some GPUs; none here does.
+    return tensor.name.endswith(".input_scale")
 
 
 def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
@@ -111,7 +105,7 @@ def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     unknown = {
         name
         for name in file.tensors.keys() - wanted.keys()
-        if not _changes_nothing(file.tensors[name]) and not _is_skipped(name, config)
+        if not _changes_nothing(file.tensors[name], config)
     }
     for name in unknown:
         for pattern, what in _REFUSED_TENSORS:
