@@ -116,18 +116,15 @@ LayerPass = Callable[[GGUFFile, Callable[[SeenLayer], None]], None]
 
 @dataclass(frozen=True)
 class LowPrecisionSpec:
-    """How a low precision is made.
-
-    `through` are formats that the weights pass through first, each by ggml without a calibration:
-    what a quantised file would have done to them. `roles` are the matrices that are encoded, of
-    `MATRICES`; the others stay as they are, and none named are all.
-    """
+    """How a low precision is made."""
 
     format: str
     method: str = METHODS[0]
     calibration: Calibrated | None = None
+    # Formats that the weights pass through first, each by ggml without a calibration: what a
+    # quantised file would have done to them.
     through: tuple[str, ...] = ()
-    roles: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()  # of `MATRICES`, that are encoded and not left as they are; () all
 
     def __post_init__(self):
         if unknown := set(self.roles) - set(MATRICES):

@@ -1,10 +1,7 @@
 """The precision plan: which precision each selected expert runs at.
 
 Owns the decision per selection, and what share of an expert's selections each precision may expect.
-A static plan gives each (layer, expert) pair one precision for good; a selection plan decides anew
-for each selection, as HOBBIT does (arXiv 2411.01433, section 3.2), and so may need several copies
-of an expert. Plans are pytrees, and `assign` runs on NumPy arrays and inside a compiled program
-alike.
+Plans are pytrees, and `assign` runs on NumPy arrays and inside a compiled program alike.
 """
 
 from dataclasses import dataclass
@@ -78,8 +75,9 @@ def importance_score(score: str, weights_TK: Array) -> Array:
 )
 @dataclass(frozen=True)
 class SelectionPlan:
-    """A selection runs at the precision between whose thresholds its score lies.
+    """A selection runs at the precision between whose thresholds its score lies, as in HOBBIT.
 
+    So an expert may need several copies (arXiv 2411.01433, section 3.2).
     A score above the first n thresholds and no more runs at `precisions[n]`. HOBBIT's thresholds T1
     and T2 are score "cumulative_weight", thresholds (T1, T2) and precisions (NATIVE, low, SKIPPED).
     """

@@ -81,8 +81,7 @@ def parse(data: np.ndarray, file_bytes: int | None = None) -> Header:
     """Parses the header of a file.
 
     Args:
-        data: uint8, the bytes of the file, or so many from its start; the first `PROLOGUE_BYTES`
-            are known to be a little-endian prologue.
+        data: uint8, the bytes of the file, or so many from its start; a little-endian prologue.
         file_bytes: of the whole file, where `data` is only its start.
 
     Raises:

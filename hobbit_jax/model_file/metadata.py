@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 INT32_MAX = 2**31 - 1
-FLOAT32_MAX = 3.4028234663852886e38
 
 T = TypeVar("T")
 KindOf = TypeVar("KindOf", covariant=True)
@@ -88,10 +87,9 @@ def integer(low: int = 0, high: int = INT32_MAX, why: str = "") -> Kind[int]:
     return _where(wanted, lambda value: type(value) is int and low <= value <= high)
 
 
-def number(low: float = -FLOAT32_MAX, high: float = FLOAT32_MAX) -> Kind[float]:
-    """A finite number from `low` to `high`, both included."""
-    bounded = low > -FLOAT32_MAX or high < FLOAT32_MAX
-    wanted = f"a number from {low:g} to {high:g}" if bounded else "a finite number"
+def number(low: float, high: float) -> Kind[float]:
+    """A number from `low` to `high`, both included and finite."""
+    wanted = f"a number from {low:g} to {high:g}"
     # NaN fails every comparison; the bounds are finite.
     return _where(wanted, lambda v: type(v) in (int, float) and low <= v <= high, float)
 

@@ -59,12 +59,7 @@ _UNFINISHED = (".part", ".partial", ".incomplete", ".crdownload", ".download", "
 
 
 def refuse_path(path: Path) -> None:
-    """Refuses a path that names no file.
-
-    Raises:
-        FileNotFoundError: there is no such file; says so of a link that leads nowhere.
-        ValueError: a folder, something that is no regular file, or an address.
-    """
+    """Refuses a path that names no file by a FileNotFoundError or a ValueError."""
     text = str(path)
     if not path.exists():
         if re.match(r"(https?|hf):", text):

@@ -244,7 +244,7 @@ def _byte_level(
     if pre not in EXPRESSIONS:
         raise NotImplementedError(
             f"{file.paths[0]}: tokenizer.ggml.pre is {metadata.shown(pre)}; supported are "
-            f"{', '.join(filter(None, EXPRESSIONS))}"
+            f"{', '.join(EXPRESSIONS)}"
         )
     pairs = _merges(file, vocabulary)
     begins = pre in WHOLE_WORDS_AND_BOS

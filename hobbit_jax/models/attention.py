@@ -114,10 +114,6 @@ class GroupedQuery:
         shape = (self.n_kv_heads, self.head_dim)
         return tuple(State(f"{n}_{shape[0]}x{shape[1]}", shape, True) for n in ("keys", "values"))
 
-    def mixer(self, weights: BlockWeights) -> "GroupedQueryAttention":
-        """See `config.Attention`."""
-        return GroupedQueryAttention(self, weights)
-
 
 def rotate(x_BTHd: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
     """Rotates the first `rope.dim` channels of each head by its position."""
@@ -192,7 +188,6 @@ class GroupedQueryAttention(nnx.Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
     ) -> tuple[jax.Array, Arrays]:
         """Rotated queries (and gates), and the tokens' rotated keys and values."""
-        del caches, places
         spec, (batch, tokens, _) = self.spec, x_BTD.shape
         projected = [matrix(x_BTD) for matrix in self.projections]
         if spec.fused:

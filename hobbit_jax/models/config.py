@@ -12,13 +12,9 @@ Source: llama.cpp, src/models/ (shapes, defaults); gguf.constants (names).
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from pallas_kernels.reference import ExpertFunction
-
-if TYPE_CHECKING:
-    from hobbit_jax.models.layer import Mixer
-    from hobbit_jax.models.modules import BlockWeights
 
 TOKEN_EMBEDDING = "token_embd.weight"
 ROPE_DIVISORS = "rope_freqs.weight"
@@ -42,7 +38,7 @@ class State(NamedTuple):
 class Attention(Protocol):
     """What moves information between tokens: attention of some kind, or a recurrence.
 
-    Each kind is a frozen dataclass in the module that computes it.
+    Each kind is a frozen dataclass in the module that computes it (`layer.MIXERS`).
     """
 
     @property
@@ -61,10 +57,6 @@ class Attention(Protocol):
 
     def states(self) -> tuple[State, ...]:
         """What a block keeps of a sequence."""
-        ...
-
-    def mixer(self, weights: "BlockWeights") -> "Mixer":
-        """The matrices of a block, with what they compute."""
         ...
 
 

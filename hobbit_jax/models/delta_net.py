@@ -86,10 +86,6 @@ class GatedDeltaNet:
         matrix = (self.n_value_heads, self.d_state, self.d_state)
         return State("delta_window", window, False), State("delta_matrix", matrix, False)
 
-    def mixer(self, weights: BlockWeights) -> "DeltaNetMixer":
-        """See `config.Attention`."""
-        return DeltaNetMixer(self, weights)
-
 
 class DeltaNetMixer(nnx.Module):
     """The matrices of `GatedDeltaNet`, and what it computes. See `layer.Mixer`."""
@@ -137,7 +133,6 @@ class DeltaNetMixer(nnx.Module):
         self, passed_BTN: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
     ) -> jax.Array:
         """What is added to the stream, [B, T, D]."""
-        del positions_BT, caches, places
         return self.output(passed_BTN[..., : self.spec.value_width])
 
     def _of_value_heads(self, x_BTJd: jax.Array) -> jax.Array:

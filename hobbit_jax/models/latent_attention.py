@@ -76,10 +76,6 @@ class LatentAttention:
         """One row a token, which serves as the key and, without its end, as the value."""
         return (State(f"latent_{self.d_latent}+{self.rope.dim}", (1, self.row_width), True),)
 
-    def mixer(self, weights: BlockWeights) -> "LatentMixer":
-        """See `config.Attention`."""
-        return LatentMixer(self, weights)
-
 
 class LatentMixer(nnx.Module):
     """The matrices of `LatentAttention`, and what it computes. See `layer.Mixer`.
@@ -103,7 +99,6 @@ class LatentMixer(nnx.Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
     ) -> tuple[jax.Array, Arrays]:
         """Queries as wide as the cache's rows, and the tokens' rows."""
-        del caches, places
         spec, (batch, tokens, _) = self.spec, x_BTD.shape
         read = x_BTD
         if self.to_query_latent is not None and self.query_norm is not None:

@@ -18,10 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hobbit_jax.models.attention import GroupedQuery, GroupedQueryAttention
 from hobbit_jax.models.caches import Arrays, Caches, Places
-from hobbit_jax.models.config import BESIDE_NORMS, BlockConfig, ModelConfig
+from hobbit_jax.models.config import BESIDE_NORMS, Attention, BlockConfig, ModelConfig
+from hobbit_jax.models.delta_net import DeltaNetMixer, GatedDeltaNet
+from hobbit_jax.models.latent_attention import LatentAttention, LatentMixer
 from hobbit_jax.models.modules import BlockWeights, GatedMLP, Place, Stacked
 from hobbit_jax.models.router import Router, Routing
+from hobbit_jax.models.short_convolution import ShortConvolution, ShortConvolutionMixer
 from pallas_kernels.materialize import apart
 
 Result = TypeVar("Result")
@@ -49,6 +53,14 @@ class Mixer(Protocol):
     ) -> jax.Array:
         """What is added to the stream, [B, T, D]; N may have grown by padding."""
         ...
+
+
+MIXERS: dict[type[Attention], Callable[[Any, BlockWeights], Mixer]] = {
+    GroupedQuery: GroupedQueryAttention,
+    LatentAttention: LatentMixer,
+    GatedDeltaNet: DeltaNetMixer,
+    ShortConvolution: ShortConvolutionMixer,
+}
 
 
 class Routed(NamedTuple):
@@ -97,7 +109,7 @@ class Block(nnx.Module):
         self.spec, self.k = config.blocks[number], config.experts_per_token
         self.residual_scale = config.residual_scale
         self.attention_norm = weights.norm("attn_norm")
-        self.attention = self.spec.attention.mixer(weights)
+        self.attention = MIXERS[type(self.spec.attention)](self.spec.attention, weights)
         self.ffn_norm = weights.norm(self.spec.ffn_norm)
         self.router = Router(config, weights) if self.spec.has_experts else None
         self.dense = GatedMLP(weights, "") if self.spec.d_dense else None
@@ -105,12 +117,6 @@ class Block(nnx.Module):
         out_norm = self.spec.attention_out_norm
         self.attention_out_norm = weights.norm(out_norm) if out_norm else None
         self.beside = Beside(config, weights) if self.spec.d_beside else None
-
-    def project(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
-    ) -> tuple[jax.Array, Arrays]:
-        """`Mixer.project` of the normalised stream."""
-        return self.attention.project(self.attention_norm(x_BTD), positions_BT, caches, places)
 
     def route(
         self,
@@ -257,7 +263,8 @@ def attend_and_route(
     def project(block: Block, x_BTD: jax.Array, recurrent: Arrays, places: Places):
         # Without the keys and values, which this step has no need of.
         own = Caches({}, recurrent, caches.context)
-        return at.uniform(*block.project(x_BTD, positions_BT, own, places))
+        h_BTD = block.attention_norm(x_BTD)
+        return at.uniform(*block.attention.project(h_BTD, positions_BT, own, places))
 
     passed_BTN, writes = at.run(project, x_BTD, caches.recurrent, at.places)
     caches = caches.write(at.places, positions_BT, writes)

@@ -43,10 +43,6 @@ class ShortConvolution:
         """The last inputs."""
         return (State("convolution_window", (self.kernel - 1, self.channels), False),)
 
-    def mixer(self, weights: BlockWeights) -> "ShortConvolutionMixer":
-        """See `config.Attention`."""
-        return ShortConvolutionMixer(self, weights)
-
 
 class ShortConvolutionMixer(nnx.Module):
     """The matrices of `ShortConvolution`, and what it computes. See `layer.Mixer`."""
@@ -74,5 +70,4 @@ class ShortConvolutionMixer(nnx.Module):
         self, passed_BTN: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
     ) -> jax.Array:
         """What is added to the stream, [B, T, D]."""
-        del positions_BT, caches, places
         return self.output(passed_BTN[..., : self.spec.channels])
