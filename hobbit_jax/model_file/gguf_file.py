@@ -111,7 +111,6 @@ class GGUFFile:
         Raises:
             ValueError: the value is of another type or outside the range, or the file has no such
                 key and there is no default.
-            NotImplementedError: a value per layer (`of_every_layer`), and they differ.
         """
         problem = f"{self.paths[0]}: metadata key {key}"
         advice = "convert the model again with a current llama.cpp"
@@ -123,8 +122,6 @@ class GGUFFile:
             return kind.check(self.metadata[key])
         except ValueError as error:
             raise ValueError(f"{problem} is {error}, expected {kind.wanted}; {advice}") from None
-        except NotImplementedError as error:
-            raise NotImplementedError(f"{problem} {error}") from None
 
     @property
     def paths(self) -> tuple[Path, ...]:

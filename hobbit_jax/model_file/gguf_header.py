@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from hobbit_jax.model_file.metadata import shown
 from pallas_kernels.formats import FORMATS
@@ -24,7 +24,6 @@ from pallas_kernels.formats import FORMATS
 FieldType = tuple[GGUFValueType, GGUFValueType | None]
 
 PROLOGUE_BYTES = 24  # magic, version, number of tensors, number of keys
-DEFAULT_ALIGNMENT = 32
 # Strings are kept byte for byte, whatever they are: what is no UTF-8 becomes half surrogates, which
 # `metadata.text` refuses where a string is used.
 STRING_ERRORS = "surrogateescape"
@@ -110,7 +109,7 @@ def parse(data: np.ndarray, file_bytes: int | None = None) -> Header:
         if name in entries:
             raise ValueError(f"has two tensors called {shown(name)}")
         entries[name] = entry
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     is_integer = field_types.get("general.alignment", _UINT32) == _UINT32
     if not is_integer or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(

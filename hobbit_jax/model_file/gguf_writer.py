@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFValueType, LlamaFileType
+from gguf import GGML_QUANT_VERSION, GGUF_DEFAULT_ALIGNMENT, GGUFValueType, LlamaFileType
 
 from hobbit_jax.atomic import replacing
 from hobbit_jax.model_file.gguf_header import (
-    DEFAULT_ALIGNMENT,
     SCALAR_CODES,
     STRING_ERRORS,
     FieldType,
@@ -32,7 +31,6 @@ _VERSION = 3
 # (name, format, shape, raw)
 Tensor = tuple[str, str, tuple[int, ...], np.ndarray | Callable[[], np.ndarray]]
 
-_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # Keys that tell how the weights were made.
 _MADE_BY = ("quantize.", "hobbit.low_precision.")
 
@@ -50,7 +48,7 @@ def metadata_of_new_weights(metadata: Mapping[str, Any], format: str) -> dict[st
     file_type = next((known[name] for name in names if name in known), LlamaFileType.GUESSED)
     return kept | {
         "general.file_type": int(file_type),
-        "general.quantization_version": _QUANTIZATION_VERSION,
+        "general.quantization_version": GGML_QUANT_VERSION,
     }
 
 
@@ -84,7 +82,7 @@ def write_gguf(
     entries = list(tensors)
     # Its place is the first, by the specification.
     ordered = {"general.architecture": arch, **metadata}
-    alignment = ordered.get("general.alignment", DEFAULT_ALIGNMENT)
+    alignment = ordered.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     header = _header(ordered, entries, field_types or {}, alignment)
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(header)

@@ -22,14 +22,10 @@ KindOf = TypeVar("KindOf", covariant=True)
 
 @dataclass(frozen=True)
 class Kind(Generic[KindOf]):
-    """What a key's value has to be.
-
-    `check` gives the value. It raises ValueError with how the value is shown that it refuses, and
-    NotImplementedError with what the key has.
-    """
+    """What a key's value has to be."""
 
     wanted: str  # completes "expected …"
-    check: Callable[[Any], KindOf]
+    check: Callable[[Any], KindOf]  # the value, or a ValueError with how it is shown
 
 
 class Required:
@@ -156,18 +152,3 @@ def per_layer(kind: Kind[T], n_layers: int) -> Kind[list[T]]:
         return of_each.check(value) if isinstance(value, list) else [kind.check(value)] * n_layers
 
     return Kind(wanted, check)
-
-
-def of_every_layer(kind: Kind[T], n_layers: int) -> Kind[T]:
-    """`per_layer` where it is the same in all of them."""
-    of_each = per_layer(kind, n_layers)
-
-    def check(value: Any) -> T:
-        first, *others = of_each.check(value)
-        if any(other != first for other in others):
-            raise NotImplementedError(
-                "has one value per layer, and they differ; supported are models with equal layers"
-            )
-        return first
-
-    return Kind(of_each.wanted, check)

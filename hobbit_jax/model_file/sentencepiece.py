@@ -18,10 +18,8 @@ _CACHED_WORDS = 2**16
 class SentencePieceBPE:
     """Encodes text whose spaces are `SPACE`.
 
-    Args:
-        vocabulary: id of each piece.
-        scores: of each id; higher is merged earlier.
-        byte_ids: of the 256 bytes, in which what is no piece is spelt.
+    `vocabulary` has the id of each piece. Ids of higher `scores` are merged earlier, and what is no
+    piece is spelt in bytes, whose ids are `byte_ids`.
     """
 
     def __init__(

@@ -261,10 +261,9 @@ def _of_characters(
 ) -> tuple[Callable[[str], list[int]], dict[str, Any]]:
     """Gemma 4's BPE, which merges characters and not bytes, line by line; a run of newlines that is
     a token is that token, and what has no token is spelt in bytes."""
-    _byte_ids(file, vocabulary)  # the library would leave out what it cannot spell
-    library = _LibraryTokenizer(
-        models.BPE(vocabulary, _merges(file, vocabulary), byte_fallback=True)
-    )
+    _byte_ids(file, vocabulary)  # refuses a file in which a byte cannot be spelt
+    pairs = _merges(file, vocabulary)
+    library = _LibraryTokenizer(models.BPE(vocabulary, pairs, byte_fallback=True))
 
     def encode(text: str) -> list[int]:
         ids: list[int] = []

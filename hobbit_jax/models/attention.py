@@ -201,9 +201,9 @@ class GroupedQueryAttention(nnx.Module):
             q_BTN, gate_BTN = (pairs[..., i, :].reshape(batch, tokens, -1) for i in range(2))
         if self.q_norm is not None and self.k_norm is not None and spec.qk_norm == "full":
             q_BTN, k_BTN = self.q_norm(q_BTN), self.k_norm(k_BTN)
-        q_BTHd = q_BTN.reshape(batch, tokens, spec.n_heads, spec.head_dim)
-        k_BTGd = k_BTN.reshape(batch, tokens, spec.n_kv_heads, spec.head_dim)
-        v_BTGd = v_BTN.reshape(batch, tokens, spec.n_kv_heads, spec.head_dim)
+        q_BTHd, k_BTGd, v_BTGd = (
+            x.reshape(batch, tokens, -1, spec.head_dim) for x in (q_BTN, k_BTN, v_BTN)
+        )
         if self.q_norm is not None and self.k_norm is not None and spec.qk_norm == "head":
             q_BTHd, k_BTGd = self.q_norm(q_BTHd), self.k_norm(k_BTGd)
             if spec.value_norm:

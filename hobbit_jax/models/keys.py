@@ -123,7 +123,14 @@ class Keys:
 
     def of_every_layer(self, key: str, default: int | Required = REQUIRED) -> int:
         """A positive count that is the same in all blocks, where the file may list it for each."""
-        return self.read(key, metadata.of_every_layer(integer(1), self.block_count()), default)
+        one_each = metadata.per_layer(integer(1), self.block_count())
+        values = self.read(key, one_each, default if isinstance(default, Required) else [default])
+        if len(set(values)) > 1:
+            raise NotImplementedError(
+                f"{self.path}: metadata key {self.arch}.{key} has one value per layer, and they "
+                "differ; supported are models with equal layers"
+            )
+        return values[0]
 
 
 def rotary(keys: Keys, dim: int, style: Literal["neox", "norm"]) -> Rope:

@@ -1,8 +1,7 @@
 """From GGUF tensors to the Flax modules: everything of the model except its experts.
 
-Owns the match of tensor names to modules and the one upload of the dense part (attention, router,
-embedding, norms, head), which stays in its GGUF formats on the device. For the backend `ggml` there
-is no upload: matrices stay in the file's map.
+Owns the one upload of the dense part (attention, router, embedding, norms, head), which stays in
+its GGUF formats on the device. For the backend `ggml` matrices stay in the file's map.
 """
 
 import math

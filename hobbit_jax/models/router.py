@@ -19,7 +19,6 @@ from hobbit_jax.models.modules import BlockWeights, rms_normalised
 # llama.cpp's least divisor of a renormalisation: the smallest normal float16.
 _LEAST_SUM = 6.103515625e-5
 
-
 # From logits to scores; any other gating leaves logits as they are.
 _GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "softmax": jax.nn.softmax,

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import TokenType
+from gguf import GGML_QUANT_VERSION, TokenType
 from tqdm import tqdm
 
 from hobbit_jax.atomic import check_space
@@ -91,7 +91,7 @@ def synthesize(
         **config_metadata(config),
         "general.name": f"{name} (synthetic)",
         "general.file_type": FILE_TYPE_Q4_K_M,
-        "general.quantization_version": 2,
+        "general.quantization_version": GGML_QUANT_VERSION,
     }
     if vocabulary is None:
         metadata |= made_up_vocabulary(config.vocab_size)
