@@ -214,10 +214,13 @@ def gemma4(keys: Keys) -> ModelConfig:
         _gemma4_attention(keys, number, *of_block)
         for number, of_block in enumerate(zip(windowed_N, kv_heads_N, strict=True))
     ]
-    norms = {"ffn_norm": "pre_ffw_norm_2", "attention_out_norm": "post_attention_norm"}
+    out_norm = "post_attention_norm"
     return model(
         keys,
-        [BlockConfig(kind, **norms, d_beside=d_beside) for kind in attentions],
+        [
+            BlockConfig(a, "pre_ffw_norm_2", attention_out_norm=out_norm, d_beside=d_beside)
+            for a in attentions
+        ],
         RouterConfig("softmax", renormalise=True, own_input=True, expert_scale=True),
         expert_function="geglu",
         rope_divisors=max(len(kind.rope.divisors) for kind in attentions),

@@ -112,7 +112,8 @@ class _FileWeights:
         return self.array(role) if role in self._tensors else None
 
     def _chosen(self, tensor: TensorInfo) -> Implementation:
-        return implementation_for(tensor.format, *tensor.shape, self._implementation)
+        rows, columns = tensor.shape
+        return implementation_for(tensor.format, rows, columns, self._implementation)
 
     def _in_float32(self, tensor: TensorInfo) -> Implementation:
         """The kernels of GPUs round: "xla" takes their place."""
@@ -129,9 +130,9 @@ class _FileWeights:
         check_finite_scales(tensor)
         scale = None if scale is None else scale.reshape(())
         if implementation == "ggml":
-            address = jnp.asarray(address_of(tensor.raw))
+            address, (rows, columns) = jnp.asarray(address_of(tensor.raw)), tensor.shape
             self.mapped_bytes += tensor.nbytes - address.nbytes
-            matrix = RawMatrix(address, *tensor.shape, tensor.nbytes)
+            matrix = RawMatrix(address, rows, columns, tensor.nbytes)
             return Linear(tensor.format, matrix, None, bias_N, scale)
         planes = _split(get_format(tensor.format), tensor.raw)
         in_stack &= implementation in KERNELS
