@@ -117,7 +117,7 @@ class Keys:
             )
 
     def block_count(self) -> int:
-        """All blocks of the file, which are no more than its tensors."""
+        """All blocks of the file, held against its tensors before anything is made of each."""
         n_tensors = len(self.file.tensors)
         return self.read("block_count", integer(1, n_tensors, "the file's number of tensors"))
 
