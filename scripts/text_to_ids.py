@@ -25,7 +25,7 @@ _OUT = flags.DEFINE_string("out", None, "File for the ids (.npy); printed by def
 def main(_):
     text = prompt_flags.prompt_text()
     file = open_gguf(_MODEL.value or reference.model_path())
-    ids = prompt_flags.prompt_ids(text, file, Tokenizer.from_gguf(file))
+    ids = prompt_flags.prompt_ids(text, file, Tokenizer(file))
     if _OUT.value is None:
         print(",".join(map(str, ids)))
         return

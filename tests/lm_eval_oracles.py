@@ -44,7 +44,9 @@ class Scripted:
     """
 
     def __init__(self, tokenizer, answer, context: int = 8192):
-        self.config = SimpleNamespace(context_length=context, vocab_size=tokenizer.vocab_size)
+        self.config = SimpleNamespace(
+            context_length=context, vocab_size=len(tokenizer.byte_lengths())
+        )
         self.tokenizer, self.answer = tokenizer, answer
         self.serves_by_residency = True  # so no prompt is run in two parts
         self.calls: list[tuple] = []

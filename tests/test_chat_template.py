@@ -85,7 +85,7 @@ def test_the_files_template_wraps_the_prompts(tmp_path):
     """BOS stands once, the few-shot examples are turns, and a file without a template says so."""
     plain = open_gguf(write_one_layer(tmp_path))
     with pytest.raises(ValueError, match=r"no tokenizer.chat_template; it has no chat template"):
-        ChatTemplate.from_gguf(plain, Tokenizer.from_gguf(plain))
+        ChatTemplate.from_gguf(plain, Tokenizer(plain))
     metadata = {
         **plain.metadata,
         "tokenizer.chat_template": STRICT,
@@ -99,7 +99,7 @@ def test_the_files_template_wraps_the_prompts(tmp_path):
     tensors = [(t.name, t.format, t.shape, t.raw) for t in plain.tensors.values()]
     write_gguf(path, metadata, tensors)
     file = open_gguf(path)
-    chatty = Tokenizer.from_gguf(file)
+    chatty = Tokenizer(file)
     chat = ChatTemplate.from_gguf(file, chatty)
     assert ChatTemplate.from_gguf(file, chatty, "other").source == CHATML
     with pytest.raises(ValueError, match=r"no tokenizer.chat_template.tool; it has tokenizer.chat"):

@@ -272,7 +272,7 @@ def test_interrupted_scores_go_on(tokenizer, tmp_path):
         remembered = Responses(tmp_path, {})
         return EngineLM(engine, tokenizer, remembered, batch_size=1)
 
-    one_token = -math.log(tokenizer.vocab_size)
+    one_token = -math.log(len(tokenizer.byte_lengths()))
     rolling = [("x" * 40,), ("y" * 80,)]  # of 3 and 5 windows
     for kind, arguments, tokens, first, second in (
         ("loglikelihood_rolling", rolling, [40, 80], 5, 5),

@@ -54,12 +54,12 @@ def test_chunks_and_steps_are_the_recurrence():
         state = state + np.einsum("bhd,bhe->bhde", k[:, t], correction)
         wanted[:, t] = np.einsum("bhde,bhd->bhe", state, q[:, t])
     inputs = [np.float32(a) for a in (q, k, v, log_decay, strength)]
-    got, end = delta_net._in_chunks(*inputs, jnp.asarray(start, jnp.float32))
+    end, got = delta_net._in_chunks(jnp.asarray(start, jnp.float32), inputs)
     np.testing.assert_allclose(got, wanted, atol=2e-5)
     np.testing.assert_allclose(end, state, atol=2e-5)
     step, stepped = jax.jit(delta_net._one_token), jnp.asarray(start, jnp.float32)
     for t in range(tokens):
-        one, stepped = step(*(a[:, t : t + 1] for a in inputs), stepped)
+        stepped, one = step(stepped, [a[:, t : t + 1] for a in inputs])
         np.testing.assert_allclose(one[:, 0], wanted[:, t], atol=2e-5)
 
 

@@ -178,7 +178,7 @@ def test_a_seed_is_a_file(tiny_path, tmp_path):
 
 
 def test_the_vocabulary_is_a_tokenizer(tiny_path):
-    tokenizer = Tokenizer.from_gguf(open_gguf(tiny_path))
+    tokenizer = Tokenizer(open_gguf(tiny_path))
     ids = tokenizer.encode(TEXT)
     assert tokenizer.decode(ids) == TEXT and max(ids) < 1024 and len(ids) < 0.7 * len(TEXT)
     for count in (257, 300, 70_000):
@@ -201,8 +201,8 @@ def test_a_vocabulary_can_be_borrowed(tiny_path, tmp_path):
     assert tokens[:300] == vocabulary.metadata["tokenizer.ggml.tokens"]
     assert tokens[300:302] == ["[PAD0]", "[PAD1]"] and len(tokens) == 1024
     assert config_of(file) == PRESETS["tiny"]
-    ids = Tokenizer.from_gguf(file).encode(TEXT)
-    assert ids == Tokenizer.from_gguf(vocabulary).encode(TEXT)
+    ids = Tokenizer(file).encode(TEXT)
+    assert ids == Tokenizer(vocabulary).encode(TEXT)
     with pytest.raises(ValueError, match="has 1024 tokens; want 1 to the model's 500"):
         synthesize.borrowed_vocabulary(source, 500)
 

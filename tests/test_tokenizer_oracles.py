@@ -133,7 +133,7 @@ def test_ids_and_ends_are_llama_cpps(tmp_path, make, seed):
     draw = random.Random(seed)
     metadata = make(draw)
     path = written(tmp_path / "vocab.gguf", metadata)
-    tokenizer = Tokenizer.from_gguf(open_gguf(path))
+    tokenizer = Tokenizer(open_gguf(path))
     with LlamaCppVocab(path) as theirs:
         assert tokenizer.eog_ids == theirs.eog_ids
         assert tokenizer.add_bos == theirs.add_bos
@@ -148,7 +148,7 @@ def test_ids_and_ends_are_llama_cpps(tmp_path, make, seed):
 
 
 def same_ids(path, drawn: list[str]) -> None:
-    tokenizer = Tokenizer.from_gguf(open_gguf(path))
+    tokenizer = Tokenizer(open_gguf(path))
     with LlamaCppVocab(path) as theirs:
         assert (tokenizer.eog_ids, tokenizer.add_bos) == (theirs.eog_ids, theirs.add_bos)
         for text in drawn:

@@ -114,7 +114,7 @@ def compare_model(request: Request) -> Record:
             f"model's context of {config.context_length}"
         )
     texts = evaluation_documents(request.text)
-    tokenizer = Tokenizer.from_gguf(file)
+    tokenizer = Tokenizer(file)
     windows = cut_windows(tokenizer, texts, request.windows, request.context)
     rows = cut_windows(tokenizer, texts, request.turns + 1, row_tokens - 1, seed=1)
     by_program = {"budget_bytes": options.budget_bytes}

@@ -10,11 +10,9 @@ the text, and its aim is what the native model has in that place, so that later 
 what earlier ones lost. `LayerPass` runs that text by both.
 
 GGUF has no type of 2 or 3 bits for rows that are no multiple of 256. A low precision of our own
-fills them up with zeros (`padded`): such a file names an architecture that llama.cpp does not know,
+fills them up with zeros: such a file names an architecture that llama.cpp does not know,
 so that nobody takes it for one of llama.cpp's. A file for llama.cpp falls back as llama.cpp does.
 """
-
-from __future__ import annotations
 
 import glob
 import hashlib
@@ -27,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -38,6 +35,7 @@ from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, open_gguf, wri
 from hobbit_jax.model_file.gguf_writer import metadata_of_new_weights
 from hobbit_jax.model_file.metadata import text
 from hobbit_jax.models.config import ModelConfig, layer_tensors
+from hobbit_jax.models.loading import unpacked
 from hobbit_jax.quantize import ggml
 from hobbit_jax.quantize.methods import (
     METHODS,
@@ -48,7 +46,7 @@ from hobbit_jax.quantize.methods import (
 )
 from hobbit_jax.quantize.quant_recipe import format_in_a_file
 from pallas_kernels import formats
-from pallas_kernels.formats import Format, get_format
+from pallas_kernels.formats import get_format
 from pallas_kernels.reference import Signature
 
 MATRICES = dict(zip(Signature._fields, ROLES, strict=True))  # gate, up and down → role
@@ -59,9 +57,8 @@ CALIBRATION_KEY = "hobbit.low_precision.calibration_sha256"
 
 
 def encoder_sha256() -> str:
-    """Hash of the source of the encoders and of what GPTQ is given, models' arithmetic and ggml's
-    version included, so that a better one never meets its old output.
-    """
+    """Hash of the source of the encoders, of models' arithmetic, which GPTQ is given, and of ggml's
+    version, so that a better encoder never meets its old output."""
     rooms = [Path(str(room.__file__)).parent for room in (quantize, formats, models)]
     sources = [path for room in rooms for path in sorted(room.glob("*.py"))]
     sources.append(rooms[0].parent / "importance" / "layer_inputs.py")
@@ -70,14 +67,9 @@ def encoder_sha256() -> str:
     return found.hexdigest()
 
 
-@partial(jax.jit, static_argnames="format")
-def _unpack(raw: jax.Array, format: Format) -> jax.Array:
-    return format.unpack(format.split(raw))
-
-
 def decode(blocks: np.ndarray, format: str) -> np.ndarray:
     """float32 weights of raw blocks, by the format's own unpack."""
-    return np.asarray(_unpack(blocks, get_format(format)))
+    return np.asarray(unpacked(get_format(format), blocks))
 
 
 def dequantize(tensor: TensorInfo, index: int | slice = slice(None)) -> np.ndarray:
@@ -124,18 +116,15 @@ LayerPass = Callable[[GGUFFile, Callable[[SeenLayer], None]], None]
 
 @dataclass(frozen=True)
 class LowPrecisionSpec:
-    """How a low precision is made.
-
-    `through` are formats that the weights pass through first, each by ggml without a calibration:
-    what a quantised file would have done to them. `roles` are the matrices that are encoded, of
-    `MATRICES`; the others stay as they are, and none named are all.
-    """
+    """How a low precision is made."""
 
     format: str
     method: str = METHODS[0]
     calibration: Calibrated | None = None
+    # Formats that the weights pass through first, each by ggml without a calibration: what a
+    # quantised file would have done to them.
     through: tuple[str, ...] = ()
-    roles: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()  # of `MATRICES`, that are encoded and not left as they are; () all
 
     def __post_init__(self):
         if unknown := set(self.roles) - set(MATRICES):
@@ -168,9 +157,10 @@ def _places(config: ModelConfig, roles: tuple[str, ...] = ()) -> dict[str, tuple
     return {name: place for name, place in places.items() if place[0] in chosen}
 
 
-def padded(shape: tuple[int, ...], format: str) -> tuple[int, ...]:
-    """A matrix's shape with its rows filled up to whole blocks."""
-    return (*shape[:-1], get_format(format).padded(shape[-1]))
+def _filled_up(shape: tuple[int, ...], format: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A tensor's shape with its rows filled up to whole blocks, and that of its raw blocks."""
+    columns = get_format(format).padded(shape[-1])
+    return (*shape[:-1], columns), (*shape[:-1], get_format(format).row_bytes(columns))
 
 
 def planned_low_precision(source: GGUFFile, config: ModelConfig, format: str) -> GGUFFile:
@@ -181,14 +171,9 @@ def planned_low_precision(source: GGUFFile, config: ModelConfig, format: str) ->
     """
     blocks = {}
     for name in _places(config):
-        shape = padded(source.tensors[name].shape, format)
-        blocks[name] = (format, shape, np.broadcast_to(np.uint8(0), _bytes_shape(shape, format)))
+        shape, raw_shape = _filled_up(source.tensors[name].shape, format)
+        blocks[name] = (format, shape, np.broadcast_to(np.uint8(0), raw_shape))
     return _with_experts(source, blocks)
-
-
-def _bytes_shape(shape: tuple[int, ...], format: str) -> tuple[int, ...]:
-    """Of the raw blocks of a tensor whose rows are whole blocks."""
-    return (*shape[:-1], get_format(format).row_bytes(shape[-1]))
 
 
 def _with_experts(
@@ -202,9 +187,7 @@ def _with_experts(
 
 
 def disk_bytes(source: GGUFFile, config: ModelConfig, format: str) -> int:
-    """Bytes that making a low precision takes on disk: the file, and its experts once more beside
-    it.
-    """
+    """Bytes on disk that making a low precision takes: the file, and its experts beside it."""
     planned = planned_low_precision(source, config, format)
     parts = sum(planned.tensors[name].nbytes for name in _places(config))
     return parts + sum(tensor.nbytes for tensor in planned.tensors.values())
@@ -220,15 +203,14 @@ def write_low_precision(
 ) -> None:
     """Writes `source` with every expert encoded anew; atomic, and resumable by tensor.
 
-    Rows that are no whole number of blocks get llama.cpp's own type for such rows, encoded by ggml,
-    in a file that is for llama.cpp; otherwise they are filled up.
-
     Finished tensors wait in a folder beside `path` and are taken from there when the same precision
     is asked for again after an interruption; it is removed in the end.
     Memory: one expert's float32 weights, and what `run_text` takes.
 
     Args:
         run_text: runs the calibration's text; method gptq needs it.
+        for_llama_cpp: rows that are no whole number of blocks get llama.cpp's own type for such
+            rows, encoded by ggml; otherwise they are filled up.
 
     Raises:
         ValueError: a weight is NaN or infinite, or the calibration is missing, lacks what the
@@ -292,13 +274,13 @@ class _Part:
 
     def __init__(self, folder: Path, source: TensorInfo, format: str):
         folder.mkdir(exist_ok=True)
-        self._source, shape = stacked(source), padded(source.shape, format)
+        self._source, (shape, raw_shape) = stacked(source), _filled_up(source.shape, format)
         self._path = folder / f"{source.name}.npy"
         self._unfinished = self._path.with_suffix(".unfinished")
         if self._path.exists():
             blocks = np.load(self._path, mmap_mode="r")
         else:
-            blocks = new_map(self._unfinished, np.uint8, _bytes_shape(shape, format))
+            blocks = new_map(self._unfinished, np.uint8, raw_shape)
         self.content = format, shape, blocks
 
     def fill(
@@ -362,11 +344,6 @@ def _encode(
     return encode_matrix(weights_NK, format, method, moments, role, expert)
 
 
-def low_precision_path(source: GGUFFile, spec: LowPrecisionSpec, directory: Path) -> Path:
-    """Where in `directory` the low precision of `source` by `spec` stands."""
-    return directory / f"{spec.key(source)}.gguf"
-
-
 def open_low_precision(
     source: GGUFFile,
     config: ModelConfig,
@@ -382,7 +359,7 @@ def open_low_precision(
         OSError: `directory` cannot be written.
         ValueError, NotImplementedError: see `write_low_precision`.
     """
-    path = low_precision_path(source, spec, directory)
+    path = directory / f"{spec.key(source)}.gguf"
     if path.exists():
         print(f"low-precision experts: {path} was made before", file=sys.stderr)
         return open_gguf(path)

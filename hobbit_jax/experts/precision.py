@@ -1,13 +1,8 @@
 """The precision plan: which precision each selected expert runs at.
 
 Owns the decision per selection, and what share of an expert's selections each precision may expect.
-A static plan gives each (layer, expert) pair one precision for good; a selection plan decides anew
-for each selection, as HOBBIT does (arXiv 2411.01433, section 3.2), and so may need several copies
-of an expert. Plans are pytrees, and `assign` runs on NumPy arrays and inside a compiled program
-alike.
+Plans are pytrees, and `assign` runs on NumPy arrays and inside a compiled program alike.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
@@ -80,23 +75,17 @@ def importance_score(score: str, weights_TK: Array) -> Array:
 )
 @dataclass(frozen=True)
 class SelectionPlan:
-    """A selection runs at the precision between whose thresholds its score lies.
+    """A selection runs at the precision between whose thresholds its score lies, as in HOBBIT.
 
-    HOBBIT's thresholds T1 and T2 are score "cumulative_weight", thresholds (T1, T2) and precisions
-    (NATIVE, low, SKIPPED).
-
-    Attributes:
-        score: one of SELECTION_SCORES, see `importance_score`.
-        thresholds: ascending; a score above the first n of them and no more runs at
-            `precisions[n]`.
-        precisions: one more than thresholds; `SKIPPED` leaves the selection out, its weight unused.
-        shares: of the calibration text's selections, by entry of `precisions` (0-1).
+    So an expert may need several copies (arXiv 2411.01433, section 3.2).
+    A score above the first n thresholds and no more runs at `precisions[n]`. HOBBIT's thresholds T1
+    and T2 are score "cumulative_weight", thresholds (T1, T2) and precisions (NATIVE, low, SKIPPED).
     """
 
-    score: str
-    thresholds: tuple[float, ...]
-    precisions: tuple[int, ...]
-    shares: tuple[float, ...]
+    score: str  # one of SELECTION_SCORES, see `importance_score`
+    thresholds: tuple[float, ...]  # ascending
+    precisions: tuple[int, ...]  # one more; `SKIPPED` leaves the selection out, its weight unused
+    shares: tuple[float, ...]  # of the calibration text's selections (0-1), by entry of precisions
 
     def __post_init__(self):
         if not len(self.precisions) == len(self.shares) == len(self.thresholds) + 1:

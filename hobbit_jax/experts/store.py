@@ -1,16 +1,12 @@
 """The host expert store: every expert's bytes, by precision, layer and expert number.
 
-Owns the view from (precision, layer, expert) to raw GGUF blocks. Nothing is copied
-or expanded: an expert is three read-only views into the memory-mapped file.
-The store never changes; the slot pool (`cache/pool.py`) reads from it, and
-nothing is ever written back. Precision 0 is native; further precisions are low-precision
-files made by `low_precision.py`.
+Owns the view from (precision, layer, expert) to raw GGUF blocks. An expert is three read-only views
+into the memory-mapped file, from which the slot pool (`cache/pool.py`) reads. Precision 0 is
+native; further precisions are low-precision files made by `low_precision.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -41,8 +37,7 @@ def stacked(tensor: TensorInfo) -> TensorInfo:
     return replace(tensor, shape=(1, *tensor.shape), raw=tensor.raw[None])
 
 
-@dataclass(frozen=True)
-class LayerExperts:
+class LayerExperts(NamedTuple):
     """One layer's experts at one precision: three stacked tensors [E, rows, columns]."""
 
     gate: TensorInfo
@@ -50,7 +45,7 @@ class LayerExperts:
     down: TensorInfo
 
     @classmethod
-    def of(cls, tensors: Mapping[str, TensorInfo]) -> LayerExperts:
+    def of(cls, tensors: Mapping[str, TensorInfo]) -> "LayerExperts":
         """Of a layer's tensors by role; of a fused one, gate and up are the halves of its rows."""
         fused = tensors.get("ffn_gate_up_exps")
         if fused is None:
@@ -65,22 +60,16 @@ class LayerExperts:
     @property
     def signature(self) -> Signature:
         """The formats of gate, up and down."""
-        return Signature(self.gate.format, self.up.format, self.down.format)
+        return Signature(*(tensor.format for tensor in self))
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert: the same on the host, over PCIe and in a slot."""
-        n_experts = self.gate.shape[0]
-        return (self.gate.nbytes + self.up.nbytes + self.down.nbytes) // n_experts
+        return sum(tensor.nbytes for tensor in self) // self.gate.shape[0]
 
 
 def _epilogue(config: ModelConfig, file: GGUFFile) -> Epilogue | None:
-    """Scales and biases of all experts; None where they change nothing.
-
-    Raises:
-        ValueError: one is NaN or infinite.
-        NotImplementedError: they are of another type than float32.
-    """
+    """Scales and biases of all experts; None where they change nothing."""
     layers = [layer_tensors(config, layer) for layer in range(config.n_layers)]
 
     def floats(name: str) -> np.ndarray:
@@ -108,20 +97,23 @@ class HostExperts:
     """All experts of a model at every precision, immutable.
 
     `epilogue` is that of all of them, the same at every precision; None where there is none.
+
+    Raises:
+        ValueError: a scale or bias of experts is NaN or infinite.
+        NotImplementedError: it is of another type than float32.
     """
 
     def __init__(self, config: ModelConfig, native: GGUFFile, low: Sequence[GGUFFile] = ()):
         self.config = config
-        self.precisions: list[list[LayerExperts]] = []
         self._stamps = [file.stamps for file in (native, *low)]
-        for file in (native, *low):
-            layers = []
-            for layer in range(config.n_layers):
-                names = layer_tensors(config, layer).items()
-                layers.append(
-                    LayerExperts.of({r: file.tensors[n] for r, n in names if r in STACKS})
-                )
-            self.precisions.append(layers)
+        names_L = [layer_tensors(config, layer).items() for layer in range(config.n_layers)]
+        self.precisions = [
+            [
+                LayerExperts.of({role: file.tensors[n] for role, n in names if role in STACKS})
+                for names in names_L
+            ]
+            for file in (native, *low)
+        ]
         self.epilogue = _epilogue(config, native)
         self._checked: set[ExpertKey] = set()
 
@@ -136,27 +128,23 @@ class HostExperts:
 
     def epilogue_of(self, layer: int, expert: int) -> Epilogue | None:
         """That of one expert."""
-        row = layer * self.config.n_experts + expert
-        return self.epilogue and self.epilogue.of_row(row)
+        return self.epilogue and self.epilogue.of_row(layer * self.config.n_experts + expert)
 
     def signature(self, key: ExpertKey) -> Signature:
         """Formats of one expert."""
-        return self.precisions[key.precision][key.layer].signature
+        return self.layer(key.precision, key.layer).signature
 
     def expert_bytes(self, key: ExpertKey) -> int:
         """Bytes of one expert."""
-        return self.precisions[key.precision][key.layer].expert_bytes
+        return self.layer(key.precision, key.layer).expert_bytes
 
     def backend(
         self, signature: Signature, implementation: Implementation, platform: str | None = None
     ) -> str:
         """How experts of a signature are computed; see `implementation_for`."""
-        config = self.config
-        sizes, function = (config.d_model, config.d_expert), config.expert_function
-        has_epilogue = self.epilogue is not None
-        return implementation_for(
-            signature, *sizes, implementation, platform, function, has_epilogue
-        )
+        config, has_epilogue = self.config, self.epilogue is not None
+        how = implementation, platform, config.expert_function, has_epilogue
+        return implementation_for(signature, config.d_model, config.d_expert, *how)
 
     def raw(self, key: ExpertKey) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Raw blocks of gate, up and down: uint8 [rows, row_bytes] views into the file.
@@ -167,27 +155,16 @@ class HostExperts:
             OSError: the file is gone, or another than the one that was opened.
         """
         self.check_unchanged(key.precision)
-        layer = self.precisions[key.precision][key.layer]
-        tensors = (layer.gate, layer.up, layer.down)
+        experts, at = self.layer(key.precision, key.layer), key.expert
         if key not in self._checked:
-            for tensor in tensors:
-                one = replace(
-                    tensor,
-                    name=f"{tensor.name}[{key.expert}]",
-                    shape=tensor.shape[1:],
-                    raw=tensor.raw[key.expert],
-                )
-                check_finite_scales(one)
+            for tensor in experts:
+                name, shape = f"{tensor.name}[{at}]", tensor.shape[1:]
+                check_finite_scales(replace(tensor, name=name, shape=shape, raw=tensor.raw[at]))
             self._checked.add(key)
-        return tensors[0].raw[key.expert], tensors[1].raw[key.expert], tensors[2].raw[key.expert]
+        return experts.gate.raw[at], experts.up.raw[at], experts.down.raw[at]
 
     def check_unchanged(self, precision: int) -> None:
-        """Refuses a precision whose file is gone or changed; see `FileStamp.check`. Some
-        microseconds.
-
-        Raises:
-            OSError: what became of the file.
-        """
+        """Refuses a precision whose file is gone or changed; see `FileStamp.check`."""
         for stamp in self._stamps[precision]:
             stamp.check()
 
@@ -198,6 +175,5 @@ class HostExperts:
 
     def precision_bytes(self, precision: int) -> int:
         """Bytes of all experts at one precision."""
-        return (
-            sum(layer.expert_bytes for layer in self.precisions[precision]) * self.config.n_experts
-        )
+        of_layers = (layer.expert_bytes for layer in self.precisions[precision])
+        return sum(of_layers) * self.config.n_experts

@@ -1,13 +1,11 @@
 """Conversations to prompts, with the Jinja template that the model's own file carries.
 
-This module owns the rendering of `tokenizer.chat_template`. These templates are written for
-Hugging Face's `apply_chat_template`, so that its environment is built here: the sandbox, the
-whitespace rules, the functions and filters, the `{% generation %}` tag, and the names in scope.
+Owns the rendering of `tokenizer.chat_template`. These templates are written for Hugging Face's
+`apply_chat_template`, so that its environment is built here: the sandbox, the whitespace rules, the
+functions and filters, the `{% generation %}` tag, and the names in scope.
 
 Source: transformers 5.24, utils/chat_template_utils.py.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
@@ -59,18 +57,14 @@ class _Namespace(jinja2.utils.Namespace):
     """`namespace` in a template, which keeps no names that begin with an underscore."""
 
     def __init__(self, *args, **items):
-        for name in dict(*args, **items):
-            _check_public(name)
-        super().__init__(*args, **items)
+        super().__init__()
+        for name, value in dict(*args, **items).items():
+            self[name] = value
 
     def __setitem__(self, name, value):
-        _check_public(name)
+        if isinstance(name, str) and name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace may not keep {name!r}")
         super().__setitem__(name, value)
-
-
-def _check_public(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace may not keep {name!r}")
 
 
 def _raise(message: Any) -> NoReturn:
@@ -85,10 +79,9 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
+    extensions = [_GenerationTag, jinja2.ext.loopcontrols]
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_GenerationTag, jinja2.ext.loopcontrols],
+        trim_blocks=True, lstrip_blocks=True, extensions=extensions
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
@@ -111,7 +104,8 @@ class ChatTemplate:
 
     def __init__(self, source: str, bos_text: str | None, eos_text: str | None):
         self.source = source
-        self._ends = {"bos_token": bos_text, "eos_token": eos_text}
+        ends = {"bos_token": bos_text, "eos_token": eos_text}
+        self._scope = {name: text for name, text in ends.items() if text is not None}
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -120,7 +114,7 @@ class ChatTemplate:
             raise ValueError(_reason(error)) from error
 
     @classmethod
-    def from_gguf(cls, file: GGUFFile, tokenizer: Tokenizer, name: str = "") -> ChatTemplate:
+    def from_gguf(cls, file: GGUFFile, tokenizer: Tokenizer, name: str = "") -> "ChatTemplate":
         """The file's default template, or the one it keeps under `name`.
 
         Raises:
@@ -133,7 +127,8 @@ class ChatTemplate:
             raise ValueError(
                 f"{file.paths[0]} has no {key}; it has {', '.join(kept) or 'no chat template'}"
             )
-        return cls(source, tokenizer.special_text("bos"), tokenizer.special_text("eos"))
+        ends = (tokenizer.bos_id, tokenizer.eos_id)
+        return cls(source, *(None if end is None else tokenizer.decode([end]) for end in ends))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The prompt; without a generation prompt, it ends with the last message's own text.
@@ -146,15 +141,9 @@ class ChatTemplate:
         shown = [dict(message) for message in messages]
         if not add_generation_prompt:
             shown[-1]["content"] += _GOES_ON
-        scope = {name: text for name, text in self._ends.items() if text is not None}
+        scope = {"messages": shown, "add_generation_prompt": add_generation_prompt, **self._scope}
         try:
-            text = self._template.render(
-                messages=shown,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **scope,
-            )
+            text = self._template.render(tools=None, documents=None, **scope)
         except Exception as error:  # of the file's own program: anything
             others = [message for message in messages if message["role"] != "system"]
             refused = type(error) is jinja2.TemplateError  # by raise_exception

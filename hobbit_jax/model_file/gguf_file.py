@@ -2,12 +2,9 @@
 
 Owns the boundary to the file on disk. A file is checked completely before a view of it is handed
 out (`gguf_header`, `other_files`), so nothing behind this module meets a truncated or foreign file.
-`write_gguf` is its counterpart (`gguf_writer`).
 
 Source: the GGUF specification in ggml (docs/gguf.md); split files: llama.cpp, tools/gguf-split.
 """
-
-from __future__ import annotations
 
 import functools
 import hashlib
@@ -16,14 +13,13 @@ import re
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 
 from hobbit_jax.model_file import gguf_header
-from hobbit_jax.model_file import metadata as checked
 from hobbit_jax.model_file.gguf_header import FieldType
-from hobbit_jax.model_file.gguf_writer import write_gguf
+from hobbit_jax.model_file.gguf_writer import write_gguf as write_gguf  # its counterpart
 from hobbit_jax.model_file.metadata import REQUIRED, Kind, Required, integer, shown
 from hobbit_jax.model_file.other_files import (
     START_BYTES,
@@ -33,20 +29,9 @@ from hobbit_jax.model_file.other_files import (
 )
 from pallas_kernels.formats import get_format
 
-__all__ = [
-    "FieldType",
-    "FileStamp",
-    "GGUFFile",
-    "TensorInfo",
-    "check_finite_scales",
-    "open_gguf",
-    "write_gguf",
-]
-
 T = TypeVar("T")
-D = TypeVar("D")
 
-SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _ONE_EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)\.weight")
 _MAX_PARTS = 99_999  # that five digits of a name can count
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
@@ -66,8 +51,8 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor in the file, without padding."""
-        parts = self.raw if self.raw.dtype == object else (self.raw,)
-        return sum(part.nbytes for part in parts)
+        apart = self.raw.dtype == object
+        return sum(part.nbytes for part in self.raw) if apart else self.raw.nbytes
 
     @property
     def blocks(self) -> np.ndarray:
@@ -86,19 +71,16 @@ class FileStamp:
     mtime_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> FileStamp:
+    def of(cls, path: Path) -> "FileStamp":
         """The file as it is now. FileNotFoundError if there is none."""
         stat = path.stat()
         return cls(path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
     def check(self) -> None:
-        """Refuses a file that is gone or another than it was.
+        """Refuses a file that is gone or another than it was by an OSError; takes microseconds.
 
         Reading a map past the end of a file that was cut short kills the process (SIGBUS), so
         whoever reads late asks first.
-
-        Raises:
-            OSError: what became of the file.
         """
         try:
             now = self.of(self.path)
@@ -116,34 +98,30 @@ class FileStamp:
 
 @dataclass(frozen=True, eq=False)
 class GGUFFile:
-    """An opened, checked file; the parts of a split file appear as one.
-
-    `metadata` is what the file says, unchecked: for copying. `read` is how a value is used.
-    """
+    """An opened, checked file; the parts of a split file appear as one."""
 
     stamps: tuple[FileStamp, ...]  # in the order of the parts
-    metadata: dict[str, Any]  # Python scalars, strings and lists
+    metadata: dict[str, Any]  # Python scalars, strings and lists, unchecked: for copying
     field_types: dict[str, FieldType]  # the GGUF type of each metadata key
     tensors: dict[str, TensorInfo]  # in file order
 
-    @overload
-    def read(self, key: str, kind: Kind[T]) -> T: ...
-
-    @overload
-    def read(self, key: str, kind: Kind[T], default: D) -> T | D: ...
-
-    def read(self, key: str, kind: Kind[T], default: D | Required = REQUIRED) -> T | D:
-        """The metadata value of `key`, checked to be of `kind` (see `metadata.py`).
-
-        Returns:
-            The value, or `default` where the file has no such key.
+    def read(self, key: str, kind: Kind[T], default: T | Required = REQUIRED) -> T:
+        """The metadata value of `key`, checked to be of `kind`, or `default` where it is missing.
 
         Raises:
             ValueError: the value is of another type or outside the range, or the file has no such
                 key and there is no default.
-            NotImplementedError: a value per layer (`of_every_layer`), and they differ.
         """
-        return checked.read(self.paths[0], self.metadata, key, kind, default)
+        problem = f"{self.paths[0]}: metadata key {key}"
+        advice = "convert the model again with a current llama.cpp"
+        if key not in self.metadata:
+            if isinstance(default, Required):
+                raise ValueError(f"{problem} is missing, expected {kind.wanted}; {advice}")
+            return default
+        try:
+            return kind.check(self.metadata[key])
+        except ValueError as error:
+            raise ValueError(f"{problem} is {error}, expected {kind.wanted}; {advice}") from None
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -156,10 +134,7 @@ class GGUFFile:
         return sum(path.stat().st_size for path in self.paths)
 
     def sha256(self) -> str:
-        """Hex digest of the bytes of all parts, one after the other.
-
-        Reads the whole file once per process; a file that changed (size or time) is read again.
-        """
+        """Hex digest of the bytes of all parts; a file is read once, unless it has changed."""
         return _sha256(tuple(FileStamp.of(path) for path in self.paths))
 
 
@@ -176,28 +151,35 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     """
     path = Path(path)
     opened = _read_part(path)
-    name = SPLIT_NAME.fullmatch(path.name)
-    name_count = int(name["count"]) if name else 1
+    names = part_names(path.name)
     count = opened.read("split.count", integer(0, _MAX_PARTS), 1) or 1
-    if count != name_count:
+    if count != len(names):
         raise ValueError(
             f"{path}: the file says it is one of {count} part(s) (split.count) but its name says "
-            f"{name_count}; give the parts the names they were made with "
+            f"{len(names)}; give the parts the names they were made with "
             f"(NAME-00001-of-{count:05d}.gguf)"
         )
-    if count == 1 or name is None:
+    if count == 1:
         return _as_written(opened)
-    if not 1 <= int(name["number"]) <= count:
-        raise ValueError(f"{path}: part {name['number']} of {count}, expected 1 to {count}")
-    names = [f"{name['stem']}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
-    return _as_written(_join_parts([path.with_name(n) for n in names], opened))
+    if path.name not in names:
+        raise ValueError(f"{path}: none of {count} parts, expected {names[0]} to {names[-1]}")
+    return _as_written(_join_parts([path.with_name(name) for name in names], opened))
+
+
+def part_names(name: str) -> list[str]:
+    """Names of all parts of a split file, by that of one; its own of another file."""
+    found = _SPLIT_NAME.fullmatch(name)
+    if found is None:
+        return [name]
+    stem, count = found["stem"], int(found["count"])
+    return [f"{stem}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
 
 
 def check_finite_scales(tensor: TensorInfo) -> None:
     """Refuses a tensor in which a block scale or a float weight is NaN or infinite.
 
     Looks at every float of a block (`Format.float_fields`); its quants cannot be non-finite, nor
-    can NVFP4's scales. Works in chunks of rows, about 16 MiB at a time.
+    can NVFP4's scales.
 
     Raises:
       ValueError: names the tensor and its first bad row.
@@ -205,7 +187,7 @@ def check_finite_scales(tensor: TensorInfo) -> None:
     format = get_format(tensor.format)
     row_bytes = tensor.raw.shape[-1]
     raw = tensor.raw.reshape(-1, row_bytes)
-    step = max(1, (16 << 20) // row_bytes)
+    step = max(1, (16 << 20) // row_bytes)  # about 16 MiB at a time
     for start in range(0, len(raw), step):
         rows = raw[start : start + step]
         blocks = rows.reshape(len(rows), -1, format.block_bytes)
@@ -248,7 +230,7 @@ def _read_part(path: Path) -> GGUFFile:
 
 
 def _check_prologue(path: Path) -> None:
-    """Refuses what is no GGUF file of ours by its first bytes."""
+    """Refuses what is no GGUF file of a known version by its first bytes."""
     with path.open("rb") as file:
         head = file.read(START_BYTES)
     if not head or head[:4] != b"GGUF"[: len(head)]:

@@ -9,15 +9,13 @@ own `GGUFReader` builds three Python objects per element of an array (8 s for th
 Qwen3), slices past the end of a truncated file without noticing, and believes every count.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from hobbit_jax.model_file.metadata import shown
 from pallas_kernels.formats import FORMATS
@@ -26,7 +24,6 @@ from pallas_kernels.formats import FORMATS
 FieldType = tuple[GGUFValueType, GGUFValueType | None]
 
 PROLOGUE_BYTES = 24  # magic, version, number of tensors, number of keys
-DEFAULT_ALIGNMENT = 32
 # Strings are kept byte for byte, whatever they are: what is no UTF-8 becomes half surrogates, which
 # `metadata.text` refuses where a string is used.
 STRING_ERRORS = "surrogateescape"
@@ -44,6 +41,11 @@ SCALAR_CODES = {
     GGUFValueType.FLOAT64: "d",
 }
 
+# The package knows some that we cannot decode, and not yet all that we can.
+_TYPE_NAMES = {kind.value: kind.name for kind in GGMLQuantizationType}
+_TYPE_NAMES |= {format.number: format.name for format in FORMATS.values()}
+_UINT32: FieldType = (GGUFValueType.UINT32, None)
+_LENGTH = struct.Struct("<Q")  # of a string
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _LEAST_KEY_BYTES = 8 + 4 + 1  # a key without a letter, its type, a byte
 _LEAST_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # a name without a letter, one axis, type, offset
@@ -78,8 +80,7 @@ def parse(data: np.ndarray, file_bytes: int | None = None) -> Header:
     """Parses the header of a file.
 
     Args:
-        data: uint8, the bytes of the file, or so many from its start; the first `PROLOGUE_BYTES`
-            are known to be a little-endian prologue.
+        data: uint8, the bytes of the file, or so many from its start; a little-endian prologue.
         file_bytes: of the whole file, where `data` is only its start.
 
     Raises:
@@ -88,7 +89,8 @@ def parse(data: np.ndarray, file_bytes: int | None = None) -> Header:
         NotImplementedError: a tensor type that we cannot decode, or an array of arrays.
     """
     cursor = _Cursor(data, data.size if file_bytes is None else file_bytes)
-    n_tensors, n_keys = cursor.scalars("QQ", 8)
+    cursor.take(8)  # magic and version
+    n_tensors, n_keys = cursor.scalars("QQ")
     for what, count, least in (
         ("keys", n_keys, _LEAST_KEY_BYTES),
         ("tensors", n_tensors, _LEAST_TENSOR_BYTES),
@@ -107,7 +109,12 @@ def parse(data: np.ndarray, file_bytes: int | None = None) -> Header:
         if name in entries:
             raise ValueError(f"has two tensors called {shown(name)}")
         entries[name] = entry
-    alignment = _alignment(metadata, field_types)
+    alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
+    is_integer = field_types.get("general.alignment", _UINT32) == _UINT32
+    if not is_integer or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(
+            f"general.alignment is {shown(alignment)}, expected a power of two as uint32"
+        )
     start = -(-cursor.at // alignment) * alignment
     return Header(metadata, field_types, _placed(entries, start, alignment, cursor.size))
 
@@ -153,14 +160,14 @@ class _Cursor:
         self.at = start + count
         return start
 
-    def scalars(self, codes: str, skip: int = 0) -> tuple:
-        """Little-endian values by their struct codes, after `skip` bytes."""
-        self.take(skip)
+    def scalars(self, codes: str) -> tuple:
+        """Little-endian values by their struct codes."""
         form = struct.Struct(f"<{codes}")
         return form.unpack_from(self.data, self.take(form.size))
 
     def string(self) -> str:
-        (length,) = self.scalars("Q")
+        # Not by `scalars`: vocabularies have some hundred thousand.
+        (length,) = _LENGTH.unpack_from(self.data, self.take(_LENGTH.size))
         start = self.take(length)
         return str(self.data[start : self.at], "utf-8", STRING_ERRORS)
 
@@ -178,7 +185,12 @@ class _Cursor:
                 "and strings, as in llama.cpp"
             )
         if element == GGUFValueType.STRING:
-            return self._strings(key, count), (kind, element)
+            if count * 8 > self.size - self.at:
+                raise ValueError(
+                    f"metadata key {shown(key)} promises {count} strings but the file has "
+                    f"{self.size} bytes"
+                )
+            return [self.string() for _ in range(count)], (kind, element)
         dtype = np.dtype(f"<{SCALAR_CODES[element]}")
         start = self.take(count * dtype.itemsize)
         return np.frombuffer(self.data, dtype, count, start).tolist(), (kind, element)
@@ -193,10 +205,7 @@ class _Cursor:
         if 0 in shape:
             raise ValueError(f"tensor {shown(name)} has shape {shape}, expected no empty axis")
         number, offset = self.scalars("IQ")
-        format = next((fmt.name for fmt in FORMATS.values() if fmt.number == number), None)
-        if format is None:
-            unknown = {kind.value: kind.name for kind in GGMLQuantizationType}
-            format = unknown.get(number, f"number {number}")
+        format = _TYPE_NAMES.get(number, f"number {number}")
         return name, TensorEntry(format, shape, offset, math.prod(raw_shape(name, format, shape)))
 
     def _type(self, key: str) -> GGUFValueType:
@@ -205,36 +214,6 @@ class _Cursor:
             return GGUFValueType(number)
         except ValueError:
             raise ValueError(f"metadata key {shown(key)} has an unknown type {number}") from None
-
-    def _strings(self, key: str, count: int) -> list[str]:
-        if count * 8 > self.size - self.at:
-            raise ValueError(
-                f"metadata key {shown(key)} promises {count} strings but the file has {self.size} "
-                "bytes"
-            )
-        # As `string` does, without its calls: vocabularies have some hundred thousand.
-        data, size, at, length_at = self.data, self.size, self.at, struct.Struct("<Q").unpack_from
-        values = []
-        at_hand = len(data)
-        for _ in range(count):
-            begin = at + 8
-            at = begin + length_at(data, at)[0] if begin <= at_hand else begin
-            if at > at_hand:
-                if at <= size:
-                    raise CutShortError(at)
-                raise ValueError(f"a string up to byte {at} but the file has {size} bytes")
-            values.append(str(data[begin:at], "utf-8", STRING_ERRORS))
-        self.at = at
-        return values
-
-
-def _alignment(metadata: dict[str, Any], field_types: dict[str, FieldType]) -> int:
-    key = "general.alignment"
-    alignment = metadata.get(key, DEFAULT_ALIGNMENT)
-    is_integer = field_types.get(key, (GGUFValueType.UINT32,))[0] == GGUFValueType.UINT32
-    if not is_integer or alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"{key} is {shown(alignment)}, expected a power of two as uint32")
-    return alignment
 
 
 def _placed(

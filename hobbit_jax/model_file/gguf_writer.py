@@ -7,8 +7,6 @@ Source: the GGUF specification in ggml (docs/gguf.md). The `gguf` package's `GGU
 empty arrays, which GGUF has and llama.cpp writes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -18,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFValueType, LlamaFileType
+from gguf import GGML_QUANT_VERSION, GGUF_DEFAULT_ALIGNMENT, GGUFValueType, LlamaFileType
 
 from hobbit_jax.atomic import replacing
 from hobbit_jax.model_file.gguf_header import (
-    DEFAULT_ALIGNMENT,
     SCALAR_CODES,
     STRING_ERRORS,
     FieldType,
@@ -34,8 +31,6 @@ _VERSION = 3
 # (name, format, shape, raw)
 Tensor = tuple[str, str, tuple[int, ...], np.ndarray | Callable[[], np.ndarray]]
 
-
-_QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 # Keys that tell how the weights were made.
 _MADE_BY = ("quantize.", "hobbit.low_precision.")
 
@@ -47,20 +42,14 @@ def metadata_of_new_weights(metadata: Mapping[str, Any], format: str) -> dict[st
     `general.file_type` is set, as llama-quantize does.
     """
     kept = {k: v for k, v in metadata.items() if not k.startswith(_MADE_BY)}
-    return kept | {
-        "general.file_type": int(_file_type(format)),
-        "general.quantization_version": _QUANTIZATION_VERSION,
-    }
-
-
-def _file_type(format: str) -> LlamaFileType:
-    """What llama.cpp calls a file most of whose tensors are of `format`.
-
-    Of the mixes of one type it is the medium one. Source: llama-model-loader.cpp.
-    """
+    # llama.cpp's names; of the mixes of one type the medium one. Source: llama-model-loader.cpp.
     names = (f"MOSTLY_{format}", f"MOSTLY_{format}_M", f"MOSTLY_{format}_MOE", f"ALL_{format}")
     known = LlamaFileType.__members__
-    return next((known[name] for name in names if name in known), LlamaFileType.GUESSED)
+    file_type = next((known[name] for name in names if name in known), LlamaFileType.GUESSED)
+    return kept | {
+        "general.file_type": int(file_type),
+        "general.quantization_version": GGML_QUANT_VERSION,
+    }
 
 
 def write_gguf(
@@ -77,9 +66,8 @@ def write_gguf(
         64 bits where needed), floats FLOAT32, bools BOOL; int arrays INT32; that is what
         llama.cpp reads. Pass a float as a float: 10000 for a frequency base is refused there.
       tensors: (name, format, shape, raw) with `raw` uint8 [*shape[:-1], row_bytes], or a function
-        that returns it. All names and shapes stand in front of the first byte of data, so the
-        iterable is exhausted first; data that is not a mapped view should be a function, which
-        is called when its turn comes and whose result is dropped at once.
+        that returns it, which is called when its turn comes and whose result is dropped at once.
+        The iterable is exhausted first: names and shapes stand in front of the data.
       field_types: GGUF types to keep, as `GGUFFile.field_types`; a value that is of another type
         now gets the type of its own. An empty list needs one.
 
@@ -94,7 +82,7 @@ def write_gguf(
     entries = list(tensors)
     # Its place is the first, by the specification.
     ordered = {"general.architecture": arch, **metadata}
-    alignment = ordered.get("general.alignment", DEFAULT_ALIGNMENT)
+    alignment = ordered.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     header = _header(ordered, entries, field_types or {}, alignment)
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(header)
@@ -111,7 +99,13 @@ def write_gguf(
             del data
         file.flush()
         os.fsync(file.fileno())
-    _sync_directory(path.parent)
+    # Makes the rename itself durable; not every file system lets a directory be opened.
+    with contextlib.suppress(OSError):
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def _header(
@@ -211,13 +205,3 @@ def _scalar_type(key: str, value: Any, int_type: GGUFValueType) -> GGUFValueType
         f"metadata {key!r}: {type(value).__name__} has no GGUF type, expected bool, int, float, "
         "str, or a list of one of them"
     )
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes the rename itself durable; not every file system lets a directory be opened."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

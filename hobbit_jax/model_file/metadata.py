@@ -1,76 +1,38 @@
-"""Checked reading of a file's metadata: every key is read as a kind of value with a range.
+"""The kinds of a file's metadata: every key is read as a kind of value with a range.
 
-Owns what counts as text, as an integer, as a number, and the sentence that refuses anything else.
-`GGUFFile.read` is the way in; `GGUFFile.metadata` itself is for copying only. A value that has
-passed can be used without asking again: integers are ints and inside their range, numbers are
-finite, lists hold one kind.
+Owns what counts as text, as an integer, as a number. `GGUFFile.read` is the way in;
+`GGUFFile.metadata` itself is for copying only. A value that has passed can be used without asking
+again: integers are ints and inside their range, numbers are finite, lists hold one kind.
 
 Source: llama.cpp, src/llama-model-loader.cpp (`get_key` refuses a value of another type) and
 src/llama-impl.h; where llama.cpp takes one width of integers only, all widths are taken here.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-INT32_MAX: Final = 2**31 - 1
-FLOAT32_MAX: Final = 3.4028234663852886e38
+INT32_MAX = 2**31 - 1
 
 T = TypeVar("T")
-D = TypeVar("D")
-
-
-class Wrong(Exception):  # noqa: N818 (never leaves this module)
-    """Carries how a value that was refused is shown."""
+KindOf = TypeVar("KindOf", covariant=True)
 
 
 @dataclass(frozen=True)
-class Kind(Generic[T]):
+class Kind(Generic[KindOf]):
     """What a key's value has to be."""
 
     wanted: str  # completes "expected …"
-    check: Callable[[Any], T]  # the value, or Wrong
-
-
-class UnequalLayers(Exception):  # noqa: N818 (never leaves this module)
-    """The layers of a model have different values."""
+    check: Callable[[Any], KindOf]  # the value, or a ValueError with how it is shown
 
 
 class Required:
     """Marks a key that has no default."""
 
 
-REQUIRED: Final = Required()
-
-
-def read(
-    path: Path, metadata: Mapping[str, Any], key: str, kind: Kind[T], default: D | Required
-) -> T | D:
-    """The value of `key`, or `default` where the file has no such key. See `GGUFFile.read`."""
-    if key not in metadata:
-        if isinstance(default, Required):
-            raise ValueError(
-                f"{path}: metadata key {key} is missing, expected {kind.wanted}; convert the model "
-                "again with a current llama.cpp"
-            )
-        return default
-    try:
-        return kind.check(metadata[key])
-    except Wrong as wrong:
-        raise ValueError(
-            f"{path}: metadata key {key} is {wrong}, expected {kind.wanted}; convert the model "
-            "again with a current llama.cpp"
-        ) from None
-    except UnequalLayers:
-        raise NotImplementedError(
-            f"{path}: metadata key {key} has one value per layer, and they differ; supported are "
-            "models with equal layers"
-        ) from None
+REQUIRED = Required()
 
 
 def shown(value: Any) -> str:
@@ -81,13 +43,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:50]}… ({len(text)} characters)"
 
 
-def _where(wanted: str, accepts: Callable[[Any], bool]) -> Kind[Any]:
-    """Values that a predicate accepts."""
+def _where(
+    wanted: str, accepts: Callable[[Any], bool], convert: Callable[[Any], T] = lambda value: value
+) -> Kind[T]:
+    """Values that a predicate accepts, converted."""
 
-    def check(value: Any) -> Any:
+    def check(value: Any) -> T:
         if not accepts(value):
-            raise Wrong(shown(value))
-        return value
+            raise ValueError(shown(value))
+        return convert(value)
 
     return Kind(wanted, check)
 
@@ -100,11 +64,11 @@ def text() -> Kind[str]:
 def _text(value: Any) -> str:
     # Bytes that are no UTF-8 are half surrogates here (`gguf_header`), which nothing can encode.
     if not isinstance(value, str):
-        raise Wrong(shown(value))
+        raise ValueError(shown(value))
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Wrong(f"{shown(value)}, which is not UTF-8") from None
+        raise ValueError(f"{shown(value)}, which is not UTF-8") from None
     return value
 
 
@@ -119,13 +83,11 @@ def integer(low: int = 0, high: int = INT32_MAX, why: str = "") -> Kind[int]:
     return _where(wanted, lambda value: type(value) is int and low <= value <= high)
 
 
-def number(low: float = -FLOAT32_MAX, high: float = FLOAT32_MAX) -> Kind[float]:
-    """A finite number from `low` to `high`, both included."""
-    bounded = low > -FLOAT32_MAX or high < FLOAT32_MAX
-    wanted = f"a number from {low:g} to {high:g}" if bounded else "a finite number"
+def number(low: float, high: float) -> Kind[float]:
+    """A number from `low` to `high`, both included and finite."""
+    wanted = f"a number from {low:g} to {high:g}"
     # NaN fails every comparison; the bounds are finite.
-    accepted = _where(wanted, lambda value: type(value) in (int, float) and low <= value <= high)
-    return Kind(wanted, lambda value: float(accepted.check(value)))
+    return _where(wanted, lambda v: type(v) in (int, float) and low <= v <= high, float)
 
 
 def _list(wanted: str, element: Kind[T], fits: Callable[[int], bool]) -> Kind[list[T]]:
@@ -133,13 +95,13 @@ def _list(wanted: str, element: Kind[T], fits: Callable[[int], bool]) -> Kind[li
 
     def check(value: Any) -> list[T]:
         if not isinstance(value, list) or not fits(len(value)):
-            raise Wrong(shown(value))
+            raise ValueError(shown(value))
         checked: list[T] = []
         try:
             for entry in value:
                 checked.append(element.check(entry))
-        except Wrong as wrong:
-            raise Wrong(f"a list whose entry {len(checked)} is {wrong}") from None
+        except ValueError as error:
+            raise ValueError(f"a list whose entry {len(checked)} is {error}") from None
         return checked
 
     return Kind(wanted, check)
@@ -174,8 +136,8 @@ def integers(low: int = 0, high: int = INT32_MAX) -> Kind[list[int]]:
 def numbers() -> Kind[list[float]]:
     """A list of numbers, infinite ones included: only their order counts. No NaN."""
     wanted = "a list of numbers"
-    element = _where(wanted, lambda v: type(v) in (int, float) and not math.isnan(v))
-    return _list(wanted, Kind(wanted, lambda v: float(element.check(v))), lambda n: True)
+    element = _where(wanted, lambda v: type(v) in (int, float) and not math.isnan(v), float)
+    return _list(wanted, element, lambda n: True)
 
 
 def per_layer(kind: Kind[T], n_layers: int) -> Kind[list[T]]:
@@ -190,20 +152,3 @@ def per_layer(kind: Kind[T], n_layers: int) -> Kind[list[T]]:
         return of_each.check(value) if isinstance(value, list) else [kind.check(value)] * n_layers
 
     return Kind(wanted, check)
-
-
-def of_every_layer(kind: Kind[T], n_layers: int) -> Kind[T]:
-    """`per_layer` where it is the same in all of them.
-
-    Raises:
-        NotImplementedError: when it is read and the layers differ.
-    """
-    of_each = per_layer(kind, n_layers)
-
-    def check(value: Any) -> T:
-        first, *others = of_each.check(value)
-        if any(other != first for other in others):
-            raise UnequalLayers
-        return first
-
-    return Kind(of_each.wanted, check)

@@ -1,14 +1,10 @@
 """What a file is that is no model, and how to get the right one.
 
-Owns the advice. `refuse_path` knows a path that names no file, `describe_piece` one of several
-pieces, `describe_start` a file by its first bytes, and `refuse_other_kinds` a GGUF file that holds
-something else than a model.
+Owns the advice.
 
 Source: the formats' own specifications (Git LFS pointer v1; safetensors; magic numbers in
 file(1)); ggml before GGUF: llama.cpp, src/llama-util.h of 2023; gguf.constants.GGUFType.
 """
-
-from __future__ import annotations
 
 import re
 from pathlib import Path
@@ -29,11 +25,9 @@ _OLD = (
 )
 # First bytes, what they say, what to do.
 _MAGICS: tuple[tuple[bytes, str, str], ...] = (
-    (
-        b"version https://git-lfs.github.com/spec/",
-        "a Git LFS pointer, which stands for the file in a repository",
-        "run git lfs pull in the repository, or download the file itself",
-    ),
+    (b"version https://git-lfs.github.com/spec/",
+     "a Git LFS pointer, which stands for the file in a repository",
+     "run git lfs pull in the repository, or download the file itself"),
     (b"lmgg", "a GGML file", _OLD),
     (b"fmgg", "a GGMF file", _OLD),
     (b"tjgg", "a GGJT file", _OLD),
@@ -46,20 +40,14 @@ _MAGICS: tuple[tuple[bytes, str, str], ...] = (
 
 # Patterns that texts begin with, in any case; what they say, what to do.
 _TEXTS: tuple[tuple[str, str, str], ...] = (
-    (
-        "<!doctype html|<html|<head|<!--",
-        "a page of HTML",
-        "download the file itself (on Hugging Face …/resolve/… instead of …/blob/…, and log in "
-        "where a model asks for it)",
-    ),
+    ("<!doctype html|<html|<head|<!--", "a page of HTML",
+     "download the file itself (on Hugging Face …/resolve/… instead of …/blob/…, and log in "
+     "where a model asks for it)"),
     (r"<\?xml", "a page of XML", "a server answered with it: download it again"),
-    (
-        r".*vnd\.(docker\.distribution\.manifest|ollama\.image)",
-        "a manifest of Ollama",
-        "give the blob that it names under application/vnd.ollama.image.model",
-    ),
+    (r".*vnd\.(docker\.distribution\.manifest|ollama\.image)", "a manifest of Ollama",
+     "give the blob that it names under application/vnd.ollama.image.model"),
     (r"[{\[]", "JSON", "give the .gguf file of the model, or download it again"),
-)
+)  # fmt: skip
 
 # Names of the pieces of a file, which have to be joined before a program can read them.
 _PIECE = re.compile(
@@ -71,12 +59,7 @@ _UNFINISHED = (".part", ".partial", ".incomplete", ".crdownload", ".download", "
 
 
 def refuse_path(path: Path) -> None:
-    """Refuses a path that names no file.
-
-    Raises:
-        FileNotFoundError: there is no such file; says so of a link that leads nowhere.
-        ValueError: a folder, something that is no regular file, or an address.
-    """
+    """Refuses a path that names no file by a FileNotFoundError or a ValueError."""
     text = str(path)
     if not path.exists():
         if re.match(r"(https?|hf):", text):
@@ -158,12 +141,8 @@ def _instead(what: str, advice: str) -> str:
     return f"is {what}, expected a GGUF file; {advice}"
 
 
-def refuse_other_kinds(file: GGUFFile) -> None:
-    """Refuses a GGUF file that holds something else than a model.
-
-    Raises:
-        ValueError: says what it holds, and what to do with it.
-    """
+def refuse_other_kinds(file: "GGUFFile") -> None:
+    """Refuses a GGUF file that holds something else than a model by a ValueError that says what."""
     # Compared only: a value of another type is none of these kinds.
     kind, arch = (file.metadata.get(f"general.{key}") for key in ("type", "architecture"))
     if kind == "adapter" or any(name.endswith((".lora_a", ".lora_b")) for name in file.tensors):

@@ -59,60 +59,39 @@ _DEEPSEEK_V3 = (
 
 # A word that is a token is that token, whatever the merges say; and text begins with BOS.
 _LIKE_LLAMA3 = (
-    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
     "jina-v5-nano",
-)
+)  # fmt: skip
 WHOLE_WORDS_AND_BOS = (*_LIKE_LLAMA3, "tekken")
 WHOLE_WORDS = ("glm4",)  # a whole word is a token there too, but no text begins with BOS
 # Expressions, each splitting the pieces that the one before has left, and the values of
 # tokenizer.ggml.pre that llama.cpp maps to them.
 _EXPRESSIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
-    ((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), ("default", "")),
-    (
-        (_GPT2,),
-        (
-            *("gpt-2", "phi-2", "olmo", "mpt", "jais", "jina-es", "jina-de", "jina-v2-es"),
-            *("jina-v2-de", "gigachat", "a.x-4.0", "mellum", "modern-bert", "exaone4", "trillion"),
-            "granite-docling",
-        ),
-    ),
-    (
-        (r"\p{N}", _GPT2),
-        (
-            *("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"),
-            "mellum2",
-        ),
-    ),
-    (
-        (QWEN2,),
-        (
-            *("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "kormo", "f2llmv2", "hunyuan"),
-            *("solar-open", "grok-2"),
-        ),
-    ),
+    ((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), ("default",)),
+    ((_GPT2,), (
+        "gpt-2", "phi-2", "olmo", "mpt", "jais", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de",
+        "gigachat", "a.x-4.0", "mellum", "modern-bert", "exaone4", "trillion", "granite-docling",
+    )),
+    ((r"\p{N}", _GPT2), (
+        "starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b",
+        "mellum2",
+    )),
+    ((QWEN2,), (
+        "qwen2", "deepseek-r1-qwen", "megrez", "stablelm2", "kormo", "f2llmv2", "hunyuan",
+        "solar-open", "grok-2",
+    )),
     ((_modern(r"\p{N}", r"\p{L}\p{M}"),), ("qwen35",)),
     ((_LLAMA3,), (*_LIKE_LLAMA3, "dbrx", "smaug-bpe", "glm4", "chatglm-bpe")),
-    (
-        (_cased(_CONTRACTIONS + "?", r"\p{N}{1,3}"),),
-        ("gpt-4o", "llama4", "kanana2", "minimax-m2"),
-    ),
+    ((_cased(_CONTRACTIONS + "?", r"\p{N}{1,3}"),), ("gpt-4o", "llama4", "kanana2", "minimax-m2")),
     ((_cased("", r"\p{N}"),), ("tekken",)),
     ((_BAILING,), ("bailingmoe", "bailingmoe2", "llada-moe")),
-    (
-        (
-            "[\r\n]", rf"\s?[{_CASED_LETTERS}]+",
-            "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3001\u3002]+", r"\s+$",
-            _CJK, r"\p{N}+",
-        ),
-        ("deepseek-llm",),
-    ),
-    (
-        ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"),
-        ("deepseek-coder",),
-    ),
-    (
-        (r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK_V3),
-        ("deepseek-v3", "hunyuan-dense", "joyai-llm"),
-    ),
+    ((
+        "[\r\n]", rf"\s?[{_CASED_LETTERS}]+",
+        "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3001\u3002]+", r"\s+$",
+        _CJK, r"\p{N}+",
+    ), ("deepseek-llm",)),
+    (("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"), ("deepseek-coder",)),
+    ((r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+", _DEEPSEEK_V3),
+     ("deepseek-v3", "hunyuan-dense", "joyai-llm")),
 )  # fmt: skip
 EXPRESSIONS = {name: expressions for expressions, names in _EXPRESSIONS for name in names}

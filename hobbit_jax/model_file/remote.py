@@ -5,8 +5,6 @@ laid into a file of the true size that is empty behind the header, so that `open
 joins it like any other.
 """
 
-from __future__ import annotations
-
 import re
 import urllib.error
 import urllib.request
@@ -17,7 +15,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from hobbit_jax.model_file import gguf_header
-from hobbit_jax.model_file.gguf_file import SPLIT_NAME, GGUFFile, open_gguf
+from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf, part_names
 
 # The vocabulary of most models fits the first request.
 _FIRST_BYTES = 8 << 20
@@ -41,14 +39,8 @@ def open_remote(url: str) -> GGUFFile:
     """
     base, name = url.rsplit("/", 1)
     name, _, query = name.partition("?")
-    split = SPLIT_NAME.fullmatch(name)
-    count = int(split["count"]) if split else 1
-    names = [
-        name if split is None else f"{split['stem']}-{part + 1:05d}-of-{split['count']}.gguf"
-        for part in range(count)
-    ]
     with TemporaryDirectory() as folder:
-        for part in names:
+        for part in part_names(name):
             _fetch_header(f"{base}/{part}{query and '?' + query}", Path(folder) / part)
         try:
             return open_gguf(Path(folder) / name)

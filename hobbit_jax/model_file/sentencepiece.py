@@ -6,8 +6,6 @@ leftmost. Libraries rank merges by a total order, which equal scores have not.
 Source: llama.cpp, src/llama-vocab.cpp, `llm_tokenizer_spm_session`.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -17,32 +15,17 @@ SPACE = "\u2581"  # how SentencePiece writes a space
 _CACHED_WORDS = 2**16
 
 
-def byte_tokens(vocabulary: Mapping[str, int]) -> list[int]:
-    """Ids of `<0x00>` to `<0xFF>`.
-
-    Raises:
-        ValueError: one is missing.
-    """
-    for name in (names := [f"<0x{byte:02X}>" for byte in range(256)]):
-        if name not in vocabulary:
-            raise ValueError(f"token {name!r} is missing, expected one for each byte")
-    return [vocabulary[name] for name in names]
-
-
 class SentencePieceBPE:
     """Encodes text whose spaces are `SPACE`.
 
-    Args:
-        vocabulary: id of each piece; the 256 byte tokens `<0x00>` to `<0xFF>` are in it.
-        scores: of each id; higher is merged earlier.
-
-    Raises:
-        ValueError: a byte token is missing.
+    `vocabulary` has the id of each piece. Ids of higher `scores` are merged earlier, and what is no
+    piece is spelt in bytes, whose ids are `byte_ids`.
     """
 
-    def __init__(self, vocabulary: Mapping[str, int], scores: Sequence[float]):
-        self._ids, self._scores = vocabulary, scores
-        self._byte_ids = byte_tokens(vocabulary)
+    def __init__(
+        self, vocabulary: Mapping[str, int], scores: Sequence[float], byte_ids: Sequence[int]
+    ):
+        self._ids, self._scores, self._byte_ids = vocabulary, scores, byte_ids
         # Where no piece holds the beginning of a second word, words do not touch each other.
         inside = re.compile(f"[^{SPACE}]{SPACE}")
         spanning = any(inside.search(piece) for piece in vocabulary)
@@ -50,7 +33,7 @@ class SentencePieceBPE:
         self._encode_word = functools.lru_cache(_CACHED_WORDS)(self._merge)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; what is no piece is spelt in bytes."""
+        """Ids of `text`."""
         return [token for word in self._words.findall(text) for token in self._encode_word(word)]
 
     def _merge(self, word: str) -> tuple[int, ...]:

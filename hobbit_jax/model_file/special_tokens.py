@@ -8,23 +8,10 @@ an end-of-text key has none (llama.cpp takes id 11, whatever that is), and where
 one fill-in-the-middle role are in a vocabulary the first token counts (in llama.cpp any may).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
-
-class TokenType(IntEnum):
-    """What `tokenizer.ggml.token_type` says of a token (gguf.TokenType)."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
+from gguf import TokenType
 
 _EOG_NAMES = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
@@ -61,17 +48,11 @@ ROLES = ("bos", "eos", "eot", "eom", *_FIM_NAMES, *_OLD_FIM_ROLES)
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """A vocabulary's special tokens.
+    """A vocabulary's special tokens."""
 
-    Attributes:
-        types: `TokenType` of each id, after the corrections.
-        eog_ids: ids that end a generation, ascending.
-        overridden: ids that the file does not type as CONTROL and that are taken for it.
-    """
-
-    types: list[int]
-    eog_ids: tuple[int, ...]
-    overridden: list[int]
+    types: list[int]  # `TokenType` of each id, after the corrections
+    eog_ids: tuple[int, ...]  # ids that end a generation, ascending
+    overridden: list[int]  # ids that the file does not type as CONTROL and that are taken for it
 
 
 def find_special_tokens(
@@ -102,19 +83,13 @@ def find_special_tokens(
         if name in vocabulary:
             corrected[vocabulary[name]] = TokenType.USER_DEFINED
     ends = named | {roles[role] for role in _ENDING_ROLES if role in roles}
-    for token, kind in _not_ends({texts[token]: token for token in ends}).items():
-        ends.remove(token)
-        corrected[token] = kind
+    # Two names of ends are none beside the names of others.
+    names = {texts[token] for token in ends}
+    called, returned = names & {"<|call|>", "<|calls|>"}, names & {"<|return|>", "<|flush|>"}
+    if "<|end|>" in names and called and returned:  # gpt-oss, Solar: it ends a message of several
+        ends.remove(vocabulary["<|end|>"])
+        corrected[vocabulary["<|end|>"]] = TokenType.USER_DEFINED
+    if "</s>" in names and "<|tool_response>" in names:  # Gemma 4: strikes text through
+        ends.remove(vocabulary["</s>"])
+        corrected[vocabulary["</s>"]] = TokenType.NORMAL
     return SpecialTokens(corrected, tuple(sorted(ends)), overridden)
-
-
-def _not_ends(ends: Mapping[str, int]) -> dict[int, TokenType]:
-    """Ids that their names tell as ends and the names of others as none, and what they are."""
-    found = {}
-    called = ends.keys() & {"<|call|>", "<|calls|>"}
-    returned = ends.keys() & {"<|return|>", "<|flush|>"}
-    if "<|end|>" in ends and called and returned:  # gpt-oss, Solar: it ends a message of several
-        found[ends["<|end|>"]] = TokenType.USER_DEFINED
-    if "</s>" in ends and "<|tool_response>" in ends:  # Gemma 4: strikes text through
-        found[ends["</s>"]] = TokenType.NORMAL
-    return found

@@ -1,6 +1,6 @@
 """Text to token ids and back, the same ids as llama.cpp for the same file.
 
-This module owns the vocabulary: where special tokens stand in a text, the rules of how a text
+Owns the vocabulary: where special tokens stand in a text, the rules of how a text
 begins (BOS) and where a generation ends (EOG), and decoding without broken characters.
 
 Source: llama.cpp, src/llama-vocab.cpp; byte-level merging is done by Hugging Face `tokenizers`.
@@ -9,25 +9,24 @@ normalised (no NFC), and special tokens never swallow the spaces beside them. On
 llama.cpp: a text that begins with BOS gets no second one.
 """
 
-from __future__ import annotations
-
 import codecs
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 from absl import logging
+from gguf import TokenType
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as _LibraryTokenizer
 
 from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile
 from hobbit_jax.model_file.pre_tokenizers import EXPRESSIONS, WHOLE_WORDS, WHOLE_WORDS_AND_BOS
-from hobbit_jax.model_file.sentencepiece import SPACE, SentencePieceBPE, byte_tokens
-from hobbit_jax.model_file.special_tokens import ROLES, TokenType, find_special_tokens
+from hobbit_jax.model_file.sentencepiece import SPACE, SentencePieceBPE
+from hobbit_jax.model_file.special_tokens import ROLES, find_special_tokens
 
 T = TypeVar("T")
 
@@ -35,55 +34,27 @@ _PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _OTHERS = sorted({*range(256)} - _PRINTABLE)
 # GPT-2's table: printable Latin-1 stands for itself, the other bytes for U+0100 upwards.
 BYTE_CHARACTERS = [chr(b if b in _PRINTABLE else 0x100 + _OTHERS.index(b)) for b in range(256)]
+_SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 _GEMMA_LINES = re.compile(r"\n+|[^\n]+")
 
 
 class Tokenizer:
-    """One file's tokenizer; immutable after `from_gguf`.
+    """One file's tokenizer, from its `tokenizer.ggml.*`.
+
+    Warns, once for a file, of what makes its ids other than the model's.
 
     Attributes:
         add_bos: whether the file wants texts to begin with BOS.
         bos_id, eos_id: ids of beginning and end of text; None where the file names none.
         eog_ids: ids that end a generation, ascending (`special_tokens.py`).
+
+    Raises:
+        ValueError: a key is missing or of another type, a token stands twice, a list is short.
+        NotImplementedError: another tokenizer model or pre-tokeniser.
     """
 
-    def __init__(
-        self,
-        encode_plain: Callable[[str], list[int]],
-        tokens: list[str],
-        token_types: list[int],
-        ids: Mapping[str, int | None],
-        eog_ids: tuple[int, ...],
-        *,
-        sentencepiece: bool,
-        space_prefix: bool,
-        add_bos: bool,
-    ):
-        self._encode_piece = encode_plain
-        self._bytes = _token_bytes(tokens, token_types, sentencepiece)
-        self._sentencepiece = sentencepiece
-        self._space_prefix = space_prefix
-        # llama.cpp looks for the longest first, by their bytes; an empty one would be everywhere.
-        special = [(t, i) for i, t in enumerate(tokens) if t and _is_special(token_types[i])]
-        self._special = sorted(special, key=lambda pair: -len(pair[0].encode()))
-        hidden = (TokenType.CONTROL, TokenType.UNKNOWN)
-        self._hidden_ids = frozenset(i for i, kind in enumerate(token_types) if kind in hidden)
-        self._ids = ids
-        self.add_bos = add_bos
-        self.bos_id, self.eos_id = ids.get("bos"), ids.get("eos")
-        self.eog_ids = eog_ids
-
-    @classmethod
-    def from_gguf(cls, file: GGUFFile) -> Tokenizer:
-        """Builds the tokenizer from `tokenizer.ggml.*`.
-
-        Warns, once for a file, of what makes its ids other than the model's.
-
-        Raises:
-          ValueError: a key is missing or of another type, a token stands twice, a list is short.
-          NotImplementedError: another tokenizer model or pre-tokeniser.
-        """
+    def __init__(self, file: GGUFFile):
         model = file.read("tokenizer.ggml.model", metadata.text())
         if model not in _ENCODERS:
             raise NotImplementedError(
@@ -93,19 +64,18 @@ class Tokenizer:
             )
         vocabulary = _vocabulary(file)
         tokens = list(vocabulary)
-        types = file.read(
-            "tokenizer.ggml.token_type", metadata.integers(-(2**31)), [1] * len(tokens)
-        )
-        types = _one_each(file, "tokenizer.ggml.token_type", types, len(tokens))
-        encode, defaults = _ENCODERS[model](file, vocabulary, types)
+        any_integers = metadata.integers(-(2**31))
+        types = _one_each(file, "tokenizer.ggml.token_type", any_integers, 1, len(tokens))
+        self._encode_piece, defaults = _ENCODERS[model](file, vocabulary, types)
         token_id = metadata.integer(0, len(tokens) - 1)
         ids = {
             role: file.read(f"tokenizer.ggml.{role}_token_id", token_id, defaults.get(role))
             for role in ROLES
         }
+        self.bos_id, self.eos_id = ids["bos"], ids["eos"]
         add_bos = file.read("tokenizer.ggml.add_bos_token", metadata.flag(), defaults["add_bos"])
-        add_bos |= model == "gemma4"  # whatever the file says, as llama.cpp has it
-        if add_bos and ids["bos"] is None:
+        self.add_bos = add_bos or model == "gemma4"  # whatever the file says, as llama.cpp has it
+        if self.add_bos and self.bos_id is None:
             raise ValueError(
                 f"{file.paths[0]}: the file wants text to begin with BOS but has no "
                 "tokenizer.ggml.bos_token_id; convert the model again"
@@ -118,33 +88,22 @@ class Tokenizer:
                 "type them so; they are taken as control tokens, as in llama.cpp, and where their "
                 "text stands in a prompt it becomes the token"
             )
+        types, self.eog_ids = special.types, special.eog_ids
         space_prefix = file.read("tokenizer.ggml.add_space_prefix", metadata.flag(), True)
-        return cls(
-            encode,
-            tokens,
-            special.types,
-            ids,
-            special.eog_ids,
-            sentencepiece=model in ("llama", "gemma4"),
-            space_prefix=model == "llama" and space_prefix,
-            add_bos=add_bos,
-        )
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids, special and unused ones included."""
-        return len(self._bytes)
+        self._space_prefix = space_prefix and model == "llama"
+        self._sentencepiece = model in ("llama", "gemma4")
+        self._bytes = _token_bytes(tokens, types, self._sentencepiece)
+        # llama.cpp looks for the longest first, by their bytes; an empty one would be everywhere.
+        named = [(t, i) for i, t in enumerate(tokens) if t and types[i] in _SPECIAL]
+        self._special = sorted(named, key=lambda pair: -len(pair[0].encode()))
+        hidden = (TokenType.CONTROL, TokenType.UNKNOWN)
+        self._hidden_ids = frozenset(i for i, kind in enumerate(types) if kind in hidden)
 
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id stands for in text, int64 [V]; 0 for control tokens."""
         return np.asarray(
             [0 if i in self._hidden_ids else len(piece) for i, (piece, _) in enumerate(self._bytes)]
         )
-
-    def special_text(self, role: str) -> str | None:
-        """Text of the token that the file names for `role` (of `ROLES`); None without one."""
-        token = self._ids.get(role)
-        return None if token is None else self.decode([token])
 
     def encode(
         self, text: str, add_bos: bool | None = None, parse_special: bool = True
@@ -188,15 +147,15 @@ class Tokenizer:
         pieces = self._pieces(ids, skip_special, after_special=True)
         return b"".join(pieces).decode("utf-8", errors="replace")
 
-    def decode_stream(self, ids: Iterable[int], skip_special: bool = True) -> Iterator[str]:
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yields the text of generated ids, one string per id, for printing as they come.
 
-        Bytes of an unfinished character are held back until it is complete (the string is then
-        empty); what is incomplete at the end becomes U+FFFD. The ids continue a text, so a
-        leading space is kept.
+        Control tokens have none. Bytes of an unfinished character are held back until it is
+        complete (the string is then empty); what is incomplete at the end becomes U+FFFD. The ids
+        continue a text, so a leading space is kept.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for piece in self._pieces(ids, skip_special, after_special=False):
+        for piece in self._pieces(ids, skip_special=True, after_special=False):
             yield decoder.decode(piece)
         if rest := decoder.decode(b"", final=True):
             yield rest
@@ -251,8 +210,11 @@ def _vocabulary(file: GGUFFile) -> dict[str, int]:
     return vocabulary
 
 
-def _one_each(file: GGUFFile, key: str, values: list[T], wanted: int) -> list[T]:
-    """One value for each token; more are left out, as llama.cpp does."""
+def _one_each(
+    file: GGUFFile, key: str, kind: metadata.Kind[list[T]], default: T, wanted: int
+) -> list[T]:
+    """One value for each of the `wanted` tokens; more are left out, as llama.cpp does."""
+    values = file.read(key, kind, [default] * wanted)
     if len(values) < wanted:
         raise ValueError(
             f"{file.paths[0]}: {key} has {len(values)} entries, expected one for each of the "
@@ -265,10 +227,6 @@ def _one_each(file: GGUFFile, key: str, values: list[T], wanted: int) -> list[T]
 def _warn(text: str) -> None:
     """Says `text` on stderr, once however often a file's tokenizer is made."""
     logging.warning("%s", text)
-
-
-def _is_special(token_type: int) -> bool:
-    return token_type in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
 
 
 def _byte_level(
@@ -286,7 +244,7 @@ def _byte_level(
     if pre not in EXPRESSIONS:
         raise NotImplementedError(
             f"{file.paths[0]}: tokenizer.ggml.pre is {metadata.shown(pre)}; supported are "
-            f"{', '.join(filter(None, EXPRESSIONS))}"
+            f"{', '.join(EXPRESSIONS)}"
         )
     pairs = _merges(file, vocabulary)
     begins = pre in WHOLE_WORDS_AND_BOS
@@ -303,13 +261,9 @@ def _of_characters(
 ) -> tuple[Callable[[str], list[int]], dict[str, Any]]:
     """Gemma 4's BPE, which merges characters and not bytes, line by line; a run of newlines that is
     a token is that token, and what has no token is spelt in bytes."""
-    try:
-        byte_tokens(vocabulary)
-    except ValueError as error:
-        raise ValueError(f"{file.paths[0]}: {error}; convert the model again") from None
-    library = _LibraryTokenizer(
-        models.BPE(vocabulary, _merges(file, vocabulary), byte_fallback=True)
-    )
+    _byte_ids(file, vocabulary)  # refuses a file in which a byte cannot be spelt
+    pairs = _merges(file, vocabulary)
+    library = _LibraryTokenizer(models.BPE(vocabulary, pairs, byte_fallback=True))
 
     def encode(text: str) -> list[int]:
         ids: list[int] = []
@@ -321,6 +275,17 @@ def _of_characters(
         return ids
 
     return encode, {"add_bos": True}
+
+
+def _byte_ids(file: GGUFFile, vocabulary: dict[str, int]) -> list[int]:
+    """Ids of `<0x00>` to `<0xFF>`."""
+    for name in (names := [f"<0x{byte:02X}>" for byte in range(256)]):
+        if name not in vocabulary:
+            raise ValueError(
+                f"{file.paths[0]}: token {name!r} is missing, expected one for each byte; convert "
+                "the model again"
+            )
+    return [vocabulary[name] for name in names]
 
 
 def _merges(file: GGUFFile, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
@@ -344,8 +309,7 @@ def _sentencepiece(
     file: GGUFFile, vocabulary: dict[str, int], types: list[int]
 ) -> tuple[Callable[[str], list[int]], dict[str, Any]]:
     """SentencePiece BPE by the file's scores, and what such files default to."""
-    scores = file.read("tokenizer.ggml.scores", metadata.numbers(), [0.0] * len(vocabulary))
-    scores = _one_each(file, "tokenizer.ggml.scores", scores, len(vocabulary))
+    scores = _one_each(file, "tokenizer.ggml.scores", metadata.numbers(), 0.0, len(vocabulary))
     of_text = Counter(s for s, kind in zip(scores, types, strict=True) if kind == TokenType.NORMAL)
     if len(of_text) == 1 and of_text.total() > 1:
         _warn(
@@ -353,10 +317,7 @@ def _sentencepiece(
             "from left to right and not the most probable first; token ids are other than in "
             "training and answers are worse; convert the model again"
         )
-    try:
-        encoder = SentencePieceBPE(vocabulary, scores)
-    except ValueError as error:
-        raise ValueError(f"{file.paths[0]}: {error}; convert the model again") from None
+    encoder = SentencePieceBPE(vocabulary, scores, _byte_ids(file, vocabulary))
     default_ids = {role: i for role, i in (("bos", 1), ("eos", 2)) if i < len(vocabulary)}
     return encoder.encode, {**default_ids, "add_bos": True}
 
@@ -378,11 +339,11 @@ def _token_bytes(
         return b"".join(of_character.get(c) or c.encode() for c in token)
 
     def convert(token: str, kind: int) -> bytes:
-        if _is_special(kind):
+        if kind in _SPECIAL:
             return token.encode()
         if kind == TokenType.BYTE and (byte := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(byte[1], 16)])
         return b"" if kind == TokenType.UNUSED else plain(token)
 
     pairs = zip(tokens, token_types, strict=True)
-    return [(convert(token, kind), _is_special(kind)) for token, kind in pairs]
+    return [(convert(token, kind), kind in _SPECIAL) for token, kind in pairs]

@@ -4,11 +4,9 @@ Conventions follow llama.cpp's graphs: projection, bias, norm of q and k, rotary
 scores over the square root of a head's width, all in float32.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +19,6 @@ from hobbit_jax.models.modules import BlockWeights, rms_normalised
 from pallas_kernels.attention_triton import decode_attention
 from pallas_kernels.backends import KERNELS
 from pallas_kernels.ggml import ops as ggml
-
-if TYPE_CHECKING:
-    from hobbit_jax.models.layer import Mixer
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ class GroupedQuery:
     sinks: bool = False  # each head has one score more, which takes weight and has no value
     score_scale: float | None = None  # of scores; None is 1 over the square root of `head_dim`
     values_are_keys: bool = False  # before their norm and rotation
-    value_norm: bool = False  # over a head, without a learned scale
+    value_norm: bool = False  # beside a `qk_norm` over a head, without a learned scale
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -101,12 +96,7 @@ class GroupedQuery:
             "head": {"attn_q_norm": (self.head_dim,), "attn_k_norm": (self.head_dim,)},
             "full": {"attn_q_norm": (q,), "attn_k_norm": (kv,)},
         }[self.qk_norm]
-        rows = {
-            "attn_q": q * (1 + self.gated),
-            "attn_k": kv,
-            "attn_v": kv,
-            "attn_qkv": q + 2 * kv,
-        }
+        rows = {"attn_q": q * (1 + self.gated), "attn_k": kv, "attn_v": kv, "attn_qkv": q + 2 * kv}
         matrices: Shapes = {role: (rows[role], d_model) for role in self.projections}
         matrices["attn_output"] = (d_model, q)
         if self.sinks:
@@ -123,10 +113,6 @@ class GroupedQuery:
         """Keys and values; blocks with heads of equal number and width share arrays."""
         shape = (self.n_kv_heads, self.head_dim)
         return tuple(State(f"{n}_{shape[0]}x{shape[1]}", shape, True) for n in ("keys", "values"))
-
-    def mixer(self, rms_eps: float, weights: BlockWeights) -> Mixer:
-        """See `config.Attention`."""
-        return GroupedQueryAttention(self, rms_eps, weights)
 
 
 def rotate(x_BTHd: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
@@ -189,8 +175,8 @@ def attend(
 class GroupedQueryAttention(nnx.Module):
     """The matrices of `GroupedQuery`, and what it computes. See `layer.Mixer`."""
 
-    def __init__(self, spec: GroupedQuery, rms_eps: float, weights: BlockWeights):
-        self.spec, self.rms_eps = spec, rms_eps
+    def __init__(self, spec: GroupedQuery, weights: BlockWeights):
+        self.spec = spec
         self.projections = nnx.List([weights.linear(role) for role in spec.projections])
         self.output = weights.linear("attn_output")
         self.sinks = nnx.Param(weights.array("attn_sinks")) if spec.sinks else None
@@ -202,7 +188,6 @@ class GroupedQueryAttention(nnx.Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
     ) -> tuple[jax.Array, Arrays]:
         """Rotated queries (and gates), and the tokens' rotated keys and values."""
-        del caches, places
         spec, (batch, tokens, _) = self.spec, x_BTD.shape
         projected = [matrix(x_BTD) for matrix in self.projections]
         if spec.fused:
@@ -216,13 +201,13 @@ class GroupedQueryAttention(nnx.Module):
             q_BTN, gate_BTN = (pairs[..., i, :].reshape(batch, tokens, -1) for i in range(2))
         if self.q_norm is not None and self.k_norm is not None and spec.qk_norm == "full":
             q_BTN, k_BTN = self.q_norm(q_BTN), self.k_norm(k_BTN)
-        q_BTHd = q_BTN.reshape(batch, tokens, spec.n_heads, spec.head_dim)
-        k_BTGd = k_BTN.reshape(batch, tokens, spec.n_kv_heads, spec.head_dim)
-        v_BTGd = v_BTN.reshape(batch, tokens, spec.n_kv_heads, spec.head_dim)
-        if spec.value_norm:
-            v_BTGd = rms_normalised(v_BTGd, self.rms_eps)
+        q_BTHd, k_BTGd, v_BTGd = (
+            x.reshape(batch, tokens, -1, spec.head_dim) for x in (q_BTN, k_BTN, v_BTN)
+        )
         if self.q_norm is not None and self.k_norm is not None and spec.qk_norm == "head":
             q_BTHd, k_BTGd = self.q_norm(q_BTHd), self.k_norm(k_BTGd)
+            if spec.value_norm:
+                v_BTGd = rms_normalised(v_BTGd, self.k_norm.eps)
         q_BTHd = rotate(q_BTHd, positions_BT, spec.rope)
         keys, values = (state.name for state in spec.states())
         writes = {keys: rotate(k_BTGd, positions_BT, spec.rope), values: v_BTGd}

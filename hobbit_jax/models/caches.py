@@ -5,12 +5,10 @@ write into it in place. Tokens' own states (keys, values) stand at their positio
 matrix of a recurrence) are replaced as a whole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -32,24 +30,18 @@ Places = Mapping[str, Any]  # by name of a state; an index past the end: the blo
 )
 @dataclass(frozen=True)
 class Caches:
-    """All blocks' states of B sequences.
+    """All blocks' states of B sequences."""
 
-    Attributes:
-        by_token: [n, B, C, ...] of one of `KV_FORMATS`, where n blocks keep such a state.
-        recurrent: float32 [n, B, ...].
-        context: C. A token at position C is padding, and nothing is kept of it.
-    """
-
-    by_token: Arrays
-    recurrent: Arrays
-    context: int
+    by_token: Arrays  # [n, B, C, ...] of one of `KV_FORMATS`, where n blocks keep such a state
+    recurrent: Arrays  # float32 [n, B, ...]
+    context: int  # C; a token at position C is padding, and nothing is kept of it
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in jax.tree.leaves(self))
 
-    def write(self, places: Places, positions_BT: jax.Array, writes: Arrays) -> Caches:
+    def write(self, places: Places, positions_BT: jax.Array, writes: Arrays) -> Self:
         """Puts what a block made of T tokens at the block's places."""
         by_token, recurrent = dict(self.by_token), dict(self.recurrent)
         for name, new in writes.items():
@@ -63,16 +55,12 @@ class Caches:
         return replace(self, by_token=by_token, recurrent=recurrent)
 
     @jax.jit
-    def of(self, rows_R: jax.Array) -> Caches:
+    def of(self, rows_R: jax.Array) -> Self:
         """Those of some sequences, int32 [R], in this order."""
-        by_token, recurrent = (
-            {name: array[:, rows_R] for name, array in arrays.items()}
-            for arrays in (self.by_token, self.recurrent)
-        )
-        return replace(self, by_token=by_token, recurrent=recurrent)
+        return jax.tree.map(lambda array: array[:, rows_R], self)
 
     @partial(jax.jit, donate_argnames="self")
-    def begun_with(self, prefix: Caches) -> Caches:
+    def begun_with(self, prefix: Self) -> Self:
         """Copies the one sequence of `prefix`, whose positions are all filled, to every one."""
         by_token = {
             name: array.at[:, :, : prefix.context].set(prefix.by_token[name])

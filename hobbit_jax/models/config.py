@@ -10,17 +10,11 @@ blocks with a dense FFN.
 Source: llama.cpp, src/models/ (shapes, defaults); gguf.constants (names).
 """
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from pallas_kernels.reference import ExpertFunction
-
-if TYPE_CHECKING:
-    from hobbit_jax.models.layer import Mixer
-    from hobbit_jax.models.modules import BlockWeights
 
 TOKEN_EMBEDDING = "token_embd.weight"
 ROPE_DIVISORS = "rope_freqs.weight"
@@ -33,21 +27,18 @@ Shapes = dict[str, tuple[int, ...]]  # row-major, by role
 class State(NamedTuple):
     """An array that blocks of one kind keep of each sequence.
 
-    Attributes:
-        name: blocks that use the same name keep it in one array, each at its own place.
-        shape: of one token, or of one sequence.
-        by_token: whether every token has its own; the others are replaced by the next token's.
+    Blocks that use the same name keep it in one array, each at its own place.
     """
 
     name: str
-    shape: tuple[int, ...]
-    by_token: bool
+    shape: tuple[int, ...]  # of one token, or of one sequence
+    by_token: bool  # every token has its own; the others are replaced by the next token's
 
 
 class Attention(Protocol):
     """What moves information between tokens: attention of some kind, or a recurrence.
 
-    Each kind is a frozen dataclass in the module that computes it.
+    Each kind is a frozen dataclass in the module that computes it (`layer.MIXERS`).
     """
 
     @property
@@ -68,32 +59,19 @@ class Attention(Protocol):
         """What a block keeps of a sequence."""
         ...
 
-    def mixer(self, rms_eps: float, weights: BlockWeights) -> Mixer:
-        """The matrices of a block, with what they compute."""
-        ...
-
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One block.
-
-    Attributes:
-        attention: its kind, and that kind's numbers.
-        ffn_norm: role of the norm before the FFN.
-        d_dense: width of a dense FFN in the place of experts; 0 where there are experts.
-        d_shared: width of a shared expert, which runs for every token; 0 for none.
-        shared_gate: axes of the tensor whose sigmoid scales the shared expert; 0 for none.
-        attention_out_norm: role of a norm of what attention adds to the stream; "" for none.
-        d_beside: width of a dense FFN whose input and output are normalised apart from those of
-            the experts beside it (`layer.Beside`); 0 for none.
-    """
+    """One block. A width of 0, like a role of "", means that it has no such part."""
 
     attention: Attention
-    ffn_norm: str = "ffn_norm"
-    d_dense: int = 0
-    d_shared: int = 0
-    shared_gate: Literal[0, 1, 2] = 0
-    attention_out_norm: str = ""
+    ffn_norm: str = "ffn_norm"  # role of the norm before the FFN
+    d_dense: int = 0  # width of a dense FFN in the place of experts
+    d_shared: int = 0  # width of a shared expert, which runs for every token
+    shared_gate: Literal[0, 1, 2] = 0  # axes of the tensor whose sigmoid scales it; 0 for none
+    attention_out_norm: str = ""  # role of a norm of what attention adds to the stream
+    # Width of a dense FFN whose input and output are normalised apart from those of the experts
+    # beside it (`layer.Beside`).
     d_beside: int = 0
 
     @property
@@ -104,33 +82,20 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How experts are chosen and weighted; see `router.py`.
+    """How experts are chosen and weighted; see `router.py`."""
 
-    Attributes:
-        gating: from logits to scores. "sqrt_softplus" is the root of log(1 + exp(logit));
-            "softmax_of_chosen" chooses by logits; with "always" there is one expert, a dense FFN,
-            and no router.
-        renormalise: the weights of the chosen are divided by their sum.
-        scale: of all weights.
-        selection_bias: a bias is added to scores for the choice, and not to weights.
-        groups: number of equal groups of consecutive experts, which compete first.
-        groups_used: number of groups whose experts may be chosen.
-        ranked_by: number of best scores whose sum ranks a group.
-        biased: logits have a bias.
-        own_input: it reads the stream, normalised and scaled apart from what experts read.
-        expert_scale: each expert's weight is multiplied by a factor of its own in the end.
-    """
-
+    # From logits to scores. "sqrt_softplus" is the root of log(1 + exp(logit)); "softmax_of_chosen"
+    # chooses by logits; with "always" there is one expert, a dense FFN, and no router.
     gating: Literal["softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen", "always"]
-    renormalise: bool
-    scale: float = 1.0
-    selection_bias: bool = False
-    groups: int = 1
-    groups_used: int = 1
-    ranked_by: int = 2
-    biased: bool = False
-    own_input: bool = False
-    expert_scale: bool = False
+    renormalise: bool  # the weights of the chosen are divided by their sum
+    scale: float = 1.0  # of all weights
+    selection_bias: bool = False  # a bias is added to scores for the choice, and not to weights
+    groups: int = 1  # equal groups of consecutive experts, which compete first
+    groups_used: int = 1  # groups whose experts may be chosen
+    ranked_by: int = 2  # number of best scores whose sum ranks a group
+    biased: bool = False  # logits have a bias
+    own_input: bool = False  # it reads the stream, normalised and scaled apart from experts' input
+    expert_scale: bool = False  # in the end, each expert's weight has a factor of its own
 
 
 @dataclass(frozen=True)
@@ -180,19 +145,11 @@ class ModelConfig:
         """The blocks that have experts, by layer."""
         return tuple(i for i, block in enumerate(self.blocks) if block.has_experts)
 
-    @property
-    def most_heads(self) -> int:
-        """Query heads of the block that has most."""
-        return max(block.attention.n_heads for block in self.blocks)
-
     @functools.cached_property
     def states(self) -> dict[str, tuple[State, int]]:
         """Every state by name, and how many blocks keep one."""
-        found: dict[str, tuple[State, int]] = {}
-        for block in self.blocks:
-            for state in block.attention.states():
-                found[state.name] = state, found.get(state.name, (state, 0))[1] + 1
-        return found
+        kept = [state for block in self.blocks for state in block.attention.states()]
+        return {state.name: (state, kept.count(state)) for state in kept}
 
     @functools.cached_property
     def state_places(self) -> tuple[dict[str, int], ...]:
@@ -215,12 +172,7 @@ class ModelConfig:
         return self._hash
 
 
-# Role → name in the file, where they differ. A role without "bias" or "scale" is a "weight".
-_STORED_AS = {"router": "ffn_gate_inp"}
-_WITHOUT_SUFFIX = ("ssm_a",)
-
-
-# Of a dense FFN's input and output, of the experts' output, and of the sum of both.
+# Norms of a dense FFN's input and output, of the experts' output, and of the sum of both.
 BESIDE_NORMS = ("ffn_norm", "post_ffw_norm_1", "post_ffw_norm_2", "post_ffw_norm")
 
 
@@ -286,14 +238,15 @@ def block_tensors(config: ModelConfig, block: int) -> dict[str, str]:
 
 
 def _name(config: ModelConfig, block: int, role: str) -> str:
-    if role in _WITHOUT_SUFFIX:
+    """In the file. A role without "bias" or "scale" is a "weight"."""
+    if role == "ssm_a":  # the only one without a suffix
         return f"blk.{block}.{role}"
     base, _, suffix = role.rpartition(".")
     if suffix not in ("bias", "scale"):
         base, suffix = role, "weight"
     if config.has_dense_ffn:
         base = base.removesuffix("_exps")
-    return f"blk.{block}.{_STORED_AS.get(base, base)}.{suffix}"
+    return f"blk.{block}.{'ffn_gate_inp' if base == 'router' else base}.{suffix}"
 
 
 def layer_tensors(config: ModelConfig, layer: int) -> dict[str, str]:

@@ -15,10 +15,8 @@ Source: llama.cpp, src/models/{qwen3next,qwen35moe}.cpp and delta-net-base.cpp; 
 (the recurrence and its chunks).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,38 +24,26 @@ from flax import nnx
 
 from hobbit_jax.models.caches import Arrays, Caches, Places
 from hobbit_jax.models.config import Shapes, State
-from hobbit_jax.models.modules import BlockWeights, RMSNorm
-
-if TYPE_CHECKING:
-    from hobbit_jax.models.layer import Mixer
+from hobbit_jax.models.modules import BlockWeights
 
 CHUNK_TOKENS = 64
+# Queries, keys and values [B, T, H, d], log decays and strengths [B, T, H], of value heads.
+Inputs = tuple[jax.Array, ...]
 _LEAST_SQUARE = 1e-6  # added to a key's or query's square before the root, as transformers does
 
 
 @dataclass(frozen=True)
 class GatedDeltaNet:
-    """The recurrence of `delta_net.py` in the place of attention.
+    """The recurrence of `delta_net.py` in the place of attention."""
 
-    Attributes:
-        n_key_heads: of queries and keys alike.
-        n_value_heads: a multiple of them.
-        d_state: width of every head.
-        kernel: tokens that the convolution sees.
-        value_heads: which key head a value head uses, "tiled" v mod n_key_heads, "grouped" v div
-            their ratio. Grouped ones have the rows of decay and strength in one tensor.
-    """
-
-    n_key_heads: int
-    n_value_heads: int
-    d_state: int
-    kernel: int
+    n_key_heads: int  # of queries and keys alike
+    n_value_heads: int  # a multiple of them
+    d_state: int  # width of every head
+    kernel: int  # tokens that the convolution sees
+    # Which key head a value head uses: "tiled" v mod n_key_heads, "grouped" v div their ratio.
+    # Grouped ones have the rows of decay and strength in one tensor.
     value_heads: Literal["tiled", "grouped"]
-
-    @property
-    def n_heads(self) -> int:
-        """Heads that attend to tokens: none."""
-        return 0
+    n_heads: int = 0  # none attends to tokens
 
     @property
     def key_width(self) -> int:
@@ -100,15 +86,11 @@ class GatedDeltaNet:
         matrix = (self.n_value_heads, self.d_state, self.d_state)
         return State("delta_window", window, False), State("delta_matrix", matrix, False)
 
-    def mixer(self, rms_eps: float, weights: BlockWeights) -> Mixer:
-        """See `config.Attention`."""
-        return DeltaNetMixer(self, rms_eps, weights)
-
 
 class DeltaNetMixer(nnx.Module):
     """The matrices of `GatedDeltaNet`, and what it computes. See `layer.Mixer`."""
 
-    def __init__(self, spec: GatedDeltaNet, rms_eps: float, weights: BlockWeights):
+    def __init__(self, spec: GatedDeltaNet, weights: BlockWeights):
         self.spec = spec
         self.qkv, self.gate = weights.linear("attn_qkv"), weights.linear("attn_gate")
         tiled = spec.value_heads == "tiled"
@@ -117,10 +99,7 @@ class DeltaNetMixer(nnx.Module):
         self.kernel_XW = nnx.Param(weights.array("ssm_conv1d"))
         self.decay_bias_H = nnx.Param(weights.array("ssm_dt.bias"))
         self.decay_rate_H = nnx.Param(weights.array("ssm_a"))  # negative
-        self.norm, self.output = (
-            RMSNorm(weights.array("ssm_norm"), rms_eps),
-            weights.linear("ssm_out"),
-        )
+        self.norm, self.output = weights.norm("ssm_norm"), weights.linear("ssm_out")
 
     def project(
         self, x_BTD: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
@@ -145,9 +124,8 @@ class DeltaNetMixer(nnx.Module):
         strength_BTH = jnp.where(valid_BT[..., None], strength_BTH, 0.0)
         state_BHdd = caches.recurrent[matrix][places[matrix]]
         run = _one_token if tokens == 1 else _in_chunks
-        o_BTHd, state_BHdd = run(
-            q_BTHd * spec.d_state**-0.5, k_BTHd, v_BTHd, log_decay_BTH, strength_BTH, state_BHdd
-        )
+        inputs = q_BTHd * spec.d_state**-0.5, k_BTHd, v_BTHd, log_decay_BTH, strength_BTH
+        state_BHdd, o_BTHd = run(state_BHdd, inputs)
         gated_BTV = self.norm(o_BTHd).reshape(batch, tokens, -1) * jax.nn.silu(self.gate(x_BTD))
         return gated_BTV, {window: window_BWX, matrix: state_BHdd}
 
@@ -155,7 +133,6 @@ class DeltaNetMixer(nnx.Module):
         self, passed_BTN: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
     ) -> jax.Array:
         """What is added to the stream, [B, T, D]."""
-        del positions_BT, caches, places
         return self.output(passed_BTN[..., : self.spec.value_width])
 
     def _of_value_heads(self, x_BTJd: jax.Array) -> jax.Array:
@@ -209,33 +186,19 @@ def _normalised(x_BTJd: jax.Array) -> jax.Array:
     return x_BTJd * jax.lax.rsqrt(square + _LEAST_SQUARE)
 
 
-def _one_token(
-    q_B1Hd: jax.Array,
-    k_B1Hd: jax.Array,
-    v_B1Hd: jax.Array,
-    log_decay_B1H: jax.Array,
-    strength_B1H: jax.Array,
-    state_BHde: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """The recurrence itself. State is [B, H, key, value]."""
-    q_BHd, k_BHd, v_BHe = q_B1Hd[:, 0], k_B1Hd[:, 0], v_B1Hd[:, 0]
-    state_BHde = state_BHde * jnp.exp(log_decay_B1H[:, 0])[..., None, None]
+def _one_token(state_BHde: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """The recurrence itself, for inputs of one token: the state after it, and o [B, 1, H, e]."""
+    q_BHd, k_BHd, v_BHe, log_decay_BH, strength_BH = (array[:, 0] for array in inputs)
+    state_BHde = state_BHde * jnp.exp(log_decay_BH)[..., None, None]
     known_BHe = jnp.sum(state_BHde * k_BHd[..., None], axis=-2)
-    correction_BHe = (v_BHe - known_BHe) * strength_B1H[:, 0][..., None]
+    correction_BHe = (v_BHe - known_BHe) * strength_BH[..., None]
     state_BHde = state_BHde + k_BHd[..., None] * correction_BHe[..., None, :]
-    return jnp.sum(state_BHde * q_BHd[..., None], axis=-2)[:, None], state_BHde
+    return state_BHde, jnp.sum(state_BHde * q_BHd[..., None], axis=-2)[:, None]
 
 
-def _in_chunks(
-    q_BTHd: jax.Array,
-    k_BTHd: jax.Array,
-    v_BTHd: jax.Array,
-    log_decay_BTH: jax.Array,
-    strength_BTH: jax.Array,
-    state_BHde: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+def _in_chunks(state_BHde: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """The same for T tokens, `CHUNK_TOKENS` at a time."""
-    tokens = q_BTHd.shape[1]
+    tokens = inputs[0].shape[1]
     size = min(CHUNK_TOKENS, tokens)
     padding = -tokens % size
 
@@ -245,20 +208,19 @@ def _in_chunks(
         array = array.reshape(array.shape[0], -1, size, *array.shape[2:])
         return jnp.moveaxis(jnp.moveaxis(array, 1, 0), 3, 2)
 
-    parts = tuple(map(chunked, (q_BTHd, k_BTHd, v_BTHd, log_decay_BTH, strength_BTH)))
-    state_BHde, o_NBHIe = jax.lax.scan(_chunk, state_BHde, parts)
+    state_BHde, o_NBHIe = jax.lax.scan(_chunk, state_BHde, tuple(map(chunked, inputs)))
     o_BNIHe = jnp.moveaxis(jnp.moveaxis(o_NBHIe, 2, 3), 0, 1)
     batch, _, _, heads, width = o_BNIHe.shape
-    return o_BNIHe.reshape(batch, -1, heads, width)[:, :tokens], state_BHde
+    return state_BHde, o_BNIHe.reshape(batch, -1, heads, width)[:, :tokens]
 
 
-def _chunk(state_BHde: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    """One chunk: the state after it, and its outputs [B, H, I, e].
+def _chunk(state_BHde: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+    """One chunk, whose inputs are [B, H, I, ...]: the state after it, and o [B, H, I, e].
 
     With G the sums of log decays up to each token, token i finds Σ_j<i e^(G_i - G_j)(k_j·k_i)u_j of
     the tokens before it and e^G_i Sᵀk_i of the state before the chunk.
     """
-    q_BHId, k_BHId, v_BHIe, log_decay_BHI, strength_BHI = part
+    q_BHId, k_BHId, v_BHIe, log_decay_BHI, strength_BHI = inputs
     size = q_BHId.shape[2]
     total_BHI = jnp.cumsum(log_decay_BHI, axis=-1)
     before_II = jnp.tril(jnp.ones((size, size), bool))

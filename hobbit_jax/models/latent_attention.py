@@ -11,11 +11,8 @@ So this is attention of all query heads to one key/value head, whose value is a 
 Source: arXiv 2405.04434, section 2.1; llama.cpp, src/models/deepseek2.cpp.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -27,29 +24,17 @@ from hobbit_jax.models.config import Shapes, State
 from hobbit_jax.models.modules import BlockWeights
 from pallas_kernels.ggml import ops as ggml
 
-if TYPE_CHECKING:
-    from hobbit_jax.models.layer import Mixer
-
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """The attention of `latent_attention.py`.
+    """The attention of `latent_attention.py`."""
 
-    Attributes:
-        n_heads: of queries.
-        d_latent: width of the vector from which all heads' keys and values follow.
-        d_query_latent: likewise of the queries; 0 where they are projected from the stream.
-        plain_dim: values of a head's query and key that do not rotate; the rotated ones follow.
-        value_dim: of a head.
-        rope: of the rotated values.
-    """
-
-    n_heads: int
-    d_latent: int
-    d_query_latent: int
-    plain_dim: int
-    value_dim: int
-    rope: Rope
+    n_heads: int  # of queries
+    d_latent: int  # width of the vector from which all heads' keys and values follow
+    d_query_latent: int  # likewise of the queries; 0 where they are projected from the stream
+    plain_dim: int  # values of a head's query and key that do not rotate; the rotated ones follow
+    value_dim: int  # of a head
+    rope: Rope  # of the rotated values
     log_multiplier: float = 0.0  # of the logarithm of YaRN's factor, in scores
 
     @property
@@ -62,15 +47,14 @@ class LatentAttention:
     def tensors(self, d_model: int) -> Shapes:
         """Those of a block."""
         query, query_latent = self.n_heads * (self.plain_dim + self.rope.dim), self.d_query_latent
-        queries: Shapes = {"attn_q": (query, d_model)}
-        if query_latent:
-            queries = {
-                "attn_q_a": (query_latent, d_model),
-                "attn_q_a_norm": (query_latent,),
-                "attn_q_b": (query, query_latent),
-            }
+        from_stream: Shapes = {"attn_q": (query, d_model)}
+        from_latent: Shapes = {
+            "attn_q_a": (query_latent, d_model),
+            "attn_q_a_norm": (query_latent,),
+            "attn_q_b": (query, query_latent),
+        }
         return {
-            **queries,
+            **(from_latent if query_latent else from_stream),
             "attn_kv_a_mqa": (self.row_width, d_model),
             "attn_kv_a_norm": (self.d_latent,),
             "attn_k_b": (self.n_heads, self.d_latent, self.plain_dim),
@@ -92,10 +76,6 @@ class LatentAttention:
         """One row a token, which serves as the key and, without its end, as the value."""
         return (State(f"latent_{self.d_latent}+{self.rope.dim}", (1, self.row_width), True),)
 
-    def mixer(self, rms_eps: float, weights: BlockWeights) -> Mixer:
-        """See `config.Attention`."""
-        return LatentMixer(self, rms_eps, weights)
-
 
 class LatentMixer(nnx.Module):
     """The matrices of `LatentAttention`, and what it computes. See `layer.Mixer`.
@@ -104,20 +84,14 @@ class LatentMixer(nnx.Module):
     those of a head's query before it is turned, without its rotated end, and of its value.
     """
 
-    def __init__(self, spec: LatentAttention, rms_eps: float, weights: BlockWeights):
-        del rms_eps
+    def __init__(self, spec: LatentAttention, weights: BlockWeights):
         self.spec = spec
-        if spec.d_query_latent:
-            self.to_query_latent = weights.linear("attn_q_a")
-            self.query_norm = weights.norm("attn_q_a_norm")
-            self.query = weights.linear("attn_q_b")
-        else:
-            self.to_query_latent = self.query_norm = None
-            self.query = weights.linear("attn_q")
-        self.to_row, self.latent_norm = (
-            weights.linear("attn_kv_a_mqa"),
-            weights.norm("attn_kv_a_norm"),
-        )
+        latent = spec.d_query_latent > 0
+        self.to_query_latent = weights.linear("attn_q_a") if latent else None
+        self.query_norm = weights.norm("attn_q_a_norm") if latent else None
+        self.query = weights.linear("attn_q_b" if latent else "attn_q")
+        self.to_row = weights.linear("attn_kv_a_mqa")
+        self.latent_norm = weights.norm("attn_kv_a_norm")
         self.keys, self.values = weights.of_heads("attn_k_b"), weights.of_heads("attn_v_b")
         self.output = weights.linear("attn_output")
 
@@ -125,13 +99,11 @@ class LatentMixer(nnx.Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
     ) -> tuple[jax.Array, Arrays]:
         """Queries as wide as the cache's rows, and the tokens' rows."""
-        del caches, places
         spec, (batch, tokens, _) = self.spec, x_BTD.shape
+        read = x_BTD
         if self.to_query_latent is not None and self.query_norm is not None:
-            q_BTN = self.query(self.query_norm(self.to_query_latent(x_BTD)))
-        else:
-            q_BTN = self.query(x_BTD)
-        q_BTHd = q_BTN.reshape(batch, tokens, spec.n_heads, -1)
+            read = self.query_norm(self.to_query_latent(x_BTD))
+        q_BTHd = self.query(read).reshape(batch, tokens, spec.n_heads, -1)
         keys_HZN = self.keys.weights().reshape(spec.n_heads, spec.d_latent, spec.plain_dim)
         turned_BTHZ = jnp.einsum("bthn,hzn->bthz", q_BTHd[..., : spec.plain_dim], keys_HZN)
         rotated_BTHd = rotate(q_BTHd[..., spec.plain_dim :], positions_BT, spec.rope)

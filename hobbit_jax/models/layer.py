@@ -8,10 +8,9 @@ holds one branch per kind, not per block, and is compiled in the same time for 4
 Between a block's routing and the next block stand the experts (`inference/moe.py`, slot pool).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -19,10 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hobbit_jax.models.attention import GroupedQuery, GroupedQueryAttention
 from hobbit_jax.models.caches import Arrays, Caches, Places
-from hobbit_jax.models.config import BESIDE_NORMS, BlockConfig, ModelConfig
+from hobbit_jax.models.config import BESIDE_NORMS, Attention, BlockConfig, ModelConfig
+from hobbit_jax.models.delta_net import DeltaNetMixer, GatedDeltaNet
+from hobbit_jax.models.latent_attention import LatentAttention, LatentMixer
 from hobbit_jax.models.modules import BlockWeights, GatedMLP, Place, Stacked
 from hobbit_jax.models.router import Router, Routing
+from hobbit_jax.models.short_convolution import ShortConvolution, ShortConvolutionMixer
 from pallas_kernels.reference import materialize_slice
 
 Result = TypeVar("Result")
@@ -32,11 +35,11 @@ States = tuple[tuple[Any, Any, Any], ...]
 
 
 class Mixer(Protocol):
-    """What moves information between tokens: attention of some kind, or a recurrence.
+    """What moves information between tokens, in two steps.
 
-    It works in two steps. `project` reads the block's own recurrent states and says what the caches
-    shall hold; `mix` reads the keys and values of all tokens, these among them. Neither writes:
-    caches are written outside of a switch over kinds, which would copy them.
+    `project` reads the block's own recurrent states and says what the caches shall hold; `mix`
+    reads the keys and values of all tokens, these among them. Neither writes: caches are written
+    outside of a switch over kinds, which would copy them.
     """
 
     def project(
@@ -50,6 +53,14 @@ class Mixer(Protocol):
     ) -> jax.Array:
         """What is added to the stream, [B, T, D]; N may have grown by padding."""
         ...
+
+
+MIXERS: dict[type[Attention], Callable[[Any, BlockWeights], Mixer]] = {
+    GroupedQuery: GroupedQueryAttention,
+    LatentAttention: LatentMixer,
+    GatedDeltaNet: DeltaNetMixer,
+    ShortConvolution: ShortConvolutionMixer,
+}
 
 
 class Routed(NamedTuple):
@@ -98,7 +109,7 @@ class Block(nnx.Module):
         self.spec, self.k = config.blocks[number], config.experts_per_token
         self.residual_scale = config.residual_scale
         self.attention_norm = weights.norm("attn_norm")
-        self.attention = self.spec.attention.mixer(config.rms_eps, weights)
+        self.attention = MIXERS[type(self.spec.attention)](self.spec.attention, weights)
         self.ffn_norm = weights.norm(self.spec.ffn_norm)
         self.router = Router(config, weights) if self.spec.has_experts else None
         self.dense = GatedMLP(weights, "") if self.spec.d_dense else None
@@ -106,12 +117,6 @@ class Block(nnx.Module):
         out_norm = self.spec.attention_out_norm
         self.attention_out_norm = weights.norm(out_norm) if out_norm else None
         self.beside = Beside(config, weights) if self.spec.d_beside else None
-
-    def project(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
-    ) -> tuple[jax.Array, Arrays]:
-        """`Mixer.project` of the normalised stream."""
-        return self.attention.project(self.attention_norm(x_BTD), positions_BT, caches, places)
 
     def route(
         self,
@@ -161,69 +166,25 @@ class Block(nnx.Module):
         return self.router
 
 
-class At(Protocol):
-    """A block that a walk is at: known when a program is traced, or by a number in it."""
+@dataclass(frozen=True)
+class OneBlock:
+    """A block that a program is traced for."""
 
-    @property
-    def places(self) -> Places:
-        """Of the block's states in the caches."""
-        ...
+    block: Block
+    places: Places  # of the block's states in the caches
 
     def run(self, function: Callable[..., Result], *operands: Any) -> Result:
         """`function(block, *operands)`."""
-        ...
-
-    def uniform(self, passed_BTN: jax.Array, writes: Arrays) -> tuple[jax.Array, Arrays]:
-        """Both padded to what every kind of block returns, so that a switch can return either."""
-        ...
-
-
-def attend_and_route(
-    at: At,
-    caches: Caches,
-    x_BTD: jax.Array,
-    positions_BT: jax.Array,
-    lift_E: jax.Array | None = None,
-) -> tuple[Routed, Caches]:
-    """One block up to its experts; tokens at position `caches.context` are padding.
-
-    `lift_E` raises experts' scores for the choice, as in `Router`.
-    """
-
-    def project(block: Block, x_BTD: jax.Array, recurrent: Arrays, places: Places):
-        # Without the keys and values, which this step has no need of.
-        own = Caches({}, recurrent, caches.context)
-        return at.uniform(*block.project(x_BTD, positions_BT, own, places))
-
-    passed_BTN, writes = at.run(project, x_BTD, caches.recurrent, at.places)
-    caches = caches.write(at.places, positions_BT, writes)
-
-    def route(block: Block, x_BTD, passed_BTN, by_token: Arrays, places: Places, lift_E):
-        own = Caches(by_token, {}, caches.context)
-        return block.route(x_BTD, passed_BTN, positions_BT, own, places, lift_E)
-
-    return at.run(route, x_BTD, passed_BTN, caches.by_token, at.places, lift_E), caches
-
-
-@dataclass(frozen=True)
-class OneBlock:
-    """See `At`: a block that the program was traced for."""
-
-    block: Block
-    places: Places
-
-    def run(self, function: Callable[..., Result], *operands: Any) -> Result:
-        """See `At.run`."""
         return function(self.block, *operands)
 
     def uniform(self, passed_BTN: jax.Array, writes: Arrays) -> tuple[jax.Array, Arrays]:
-        """See `At.uniform`: there is no other kind."""
+        """Both as they are: there is no other kind of block."""
         return passed_BTN, writes
 
 
 @dataclass(frozen=True, eq=False)
 class LayerKinds:
-    """The structure of a stack: static for a compiler, equal to itself only, without arrays."""
+    """The structure of a stack, without arrays: static for a compiler, equal to itself only."""
 
     config: ModelConfig
     graphs: tuple[nnx.GraphDef[Block], ...]
@@ -241,14 +202,14 @@ class LayerKinds:
         """Of a block's states in the caches, as data, so that no program is made for each block."""
         return {n: np.int32(place) for n, place in self.config.state_places[number].items()}
 
-    def at(self, states: States, number: jax.Array) -> TracedBlock:
+    def at(self, states: States, number: jax.Array) -> "TracedBlock":
         """The block of a traced number."""
         return TracedBlock(self, states, number)
 
 
 @dataclass(frozen=True)
 class TracedBlock:
-    """See `At`: a block of a loop over blocks, one branch per kind."""
+    """A block of a loop over blocks, known by its number in the program; one branch per kind."""
 
     kinds: LayerKinds
     states: States
@@ -256,7 +217,7 @@ class TracedBlock:
 
     @property
     def places(self) -> Places:
-        """See `At.places`."""
+        """Of the block's states in the caches."""
         of_blocks = self.kinds.config.state_places
         return {
             name: jnp.asarray([places[name] for places in of_blocks], jnp.int32)[self.number]
@@ -264,20 +225,19 @@ class TracedBlock:
         }
 
     def run(self, function: Callable[..., Result], *operands: Any) -> Result:
-        """See `At.run`."""
+        """`function(block, *operands)`."""
         kinds = self.kinds
         index = jnp.asarray(kinds.index_N, jnp.int32)[self.number]
 
-        def branch(kind: int) -> Callable[..., Result]:
-            return lambda *inputs: function(kinds.block(self.states, kind, index), *inputs)
+        def run(kind: int, *operands: Any) -> Result:
+            return function(kinds.block(self.states, kind, index), *operands)
 
-        branches = [branch(kind) for kind in range(len(kinds.graphs))]
-        return jax.lax.switch(
-            jnp.asarray(kinds.kind_N, jnp.int32)[self.number], branches, *operands
-        )
+        branches = [partial(run, kind) for kind in range(len(kinds.graphs))]
+        kind = jnp.asarray(kinds.kind_N, jnp.int32)[self.number]
+        return jax.lax.switch(kind, branches, *operands)
 
     def uniform(self, passed_BTN: jax.Array, writes: Arrays) -> tuple[jax.Array, Arrays]:
-        """See `At.uniform`."""
+        """Both padded to what every kind of block returns, so that a switch can return either."""
         (batch, tokens, width), config = passed_BTN.shape, self.kinds.config
         widest = max(block.attention.passed_width for block in config.blocks)
         passed_BTN = jnp.pad(passed_BTN, ((0, 0), (0, 0), (0, widest - width)))
@@ -288,6 +248,34 @@ class TracedBlock:
         return passed_BTN, padded
 
 
+def attend_and_route(
+    at: OneBlock | TracedBlock,
+    caches: Caches,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    lift_E: jax.Array | None = None,
+) -> tuple[Routed, Caches]:
+    """One block up to its experts; tokens at position `caches.context` are padding.
+
+    `lift_E` raises experts' scores for the choice, as in `Router`.
+    """
+
+    def project(block: Block, x_BTD: jax.Array, recurrent: Arrays, places: Places):
+        # Without the keys and values, which this step has no need of.
+        own = Caches({}, recurrent, caches.context)
+        h_BTD = block.attention_norm(x_BTD)
+        return at.uniform(*block.attention.project(h_BTD, positions_BT, own, places))
+
+    passed_BTN, writes = at.run(project, x_BTD, caches.recurrent, at.places)
+    caches = caches.write(at.places, positions_BT, writes)
+
+    def route(block: Block, x_BTD, passed_BTN, by_token: Arrays, places: Places, lift_E):
+        own = Caches(by_token, {}, caches.context)
+        return block.route(x_BTD, passed_BTN, positions_BT, own, places, lift_E)
+
+    return at.run(route, x_BTD, passed_BTN, caches.by_token, at.places, lift_E), caches
+
+
 @dataclass(frozen=True, eq=False)
 class LayerStack:
     """All blocks of a model: what they are, and their arrays."""
@@ -296,7 +284,7 @@ class LayerStack:
     states: States
 
     @classmethod
-    def of(cls, config: ModelConfig, blocks: Sequence[Block]) -> LayerStack:
+    def of(cls, config: ModelConfig, blocks: Sequence[Block]) -> "LayerStack":
         """Stacks `blocks` by kind, in order of first appearance."""
         members: dict[nnx.GraphDef[Block], list[Any]] = {}
         kind_N, index_N = [], []

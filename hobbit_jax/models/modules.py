@@ -4,14 +4,13 @@ All arithmetic outside the matrix products is float32. A `BlockWeights` gives a 
 role: from a file (`loading.py`), or fresh ones for training.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hobbit_jax.models.config import ModelConfig
 from pallas_kernels.backends import Implementation
 from pallas_kernels.formats import get_format
 from pallas_kernels.ggml import ops as ggml
@@ -53,12 +52,8 @@ class Linear(nnx.Module):
         else:
             self.raw_shape = None
         self.index = Place(jnp.int32(0)) if in_stack else None
-        self.planes = nnx.Dict(
-            {
-                n: Stacked(plane[None]) if in_stack else nnx.Param(plane)
-                for n, plane in planes.items()
-            }
-        )
+        held = (lambda plane: Stacked(plane[None])) if in_stack else nnx.Param
+        self.planes = nnx.Dict({name: held(plane) for name, plane in planes.items()})
 
     def weights(self) -> jax.Array:
         """Unpacked float32 [N, K]."""
@@ -157,20 +152,14 @@ class GatedMLP(nnx.Module):
 class EmbeddingAndHead(nnx.Module):
     """What stands before the first layer and after the last: embedding, final norm, head.
 
-    A tied head shares the embedding's planes; nothing is held twice. `embedding_scale` and
-    `logit_softcap` are those of `config.ModelConfig`.
+    A tied head (None) shares the embedding's planes; nothing is held twice.
     """
 
     def __init__(
-        self,
-        embedding: Linear,
-        final_norm: RMSNorm,
-        head: Linear | None,
-        embedding_scale: float = 1.0,
-        logit_softcap: float = 0.0,
+        self, config: ModelConfig, embedding: Linear, final_norm: RMSNorm, head: Linear | None
     ):
         self.embedding, self.final_norm, self.head = embedding, final_norm, head
-        self.embedding_scale, self.logit_softcap = embedding_scale, logit_softcap
+        self.embedding_scale, self.logit_softcap = config.embedding_scale, config.logit_softcap
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """Token ids [...] to float32 [..., D]."""

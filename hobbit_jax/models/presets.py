@@ -5,8 +5,6 @@ Qwen3.6-35B-A3B, that of Qwen3.5-35B-A3B, and of Qwen3-Coder-Next, that of Qwen3
 have their shapes.
 """
 
-from __future__ import annotations
-
 import math
 
 from hobbit_jax.models.attention import GroupedQuery, Rope, Yarn

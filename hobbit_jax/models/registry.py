@@ -5,8 +5,6 @@ and the model may index without asking. A tensor that a family does not declare,
 changes the arithmetic and that it does not read, are refused by name.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,44 +13,30 @@ from hobbit_jax.model_file import metadata
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo
 from hobbit_jax.model_file.metadata import shown
 from hobbit_jax.model_file.other_files import refuse_other_kinds
-from hobbit_jax.models import (
-    bailingmoe2,
-    deepseek2,
-    ernie4_5_moe,
-    gemma4,
-    glm4moe,
-    gpt_oss,
-    granitemoe,
-    lfm2moe,
-    llama,
-    olmoe,
-    qwen2moe,
-    qwen3moe,
-    qwen35moe,
-)
+from hobbit_jax.models import families
 from hobbit_jax.models.config import ROPE_DIVISORS, ModelConfig, block_shapes, tensor_shapes
 from hobbit_jax.models.keys import Keys
 
 # By `general.architecture`, what makes a model of a file's keys. It raises ValueError for a missing
 # or impossible key, and NotImplementedError for a feature that we do not compute.
 FAMILIES: dict[str, Callable[[Keys], ModelConfig]] = {
-    "qwen3moe": qwen3moe.read,
-    "llama": llama.read,
-    "olmoe": olmoe.read,
-    "deepseek2": deepseek2.read,
-    "glm4moe": glm4moe.read,
-    "bailingmoe2": bailingmoe2.read,
-    "ernie4_5-moe": ernie4_5_moe.read,
-    "qwen2": qwen2moe.read_dense,
-    "qwen2moe": qwen2moe.read,
-    "qwen3": qwen3moe.read_dense,
-    "qwen3vlmoe": qwen3moe.read,  # on texts; `n_deepstack_layers` add features of images
-    "qwen35moe": qwen35moe.read,
-    "qwen3next": qwen35moe.read,
-    "gpt-oss": gpt_oss.read,
-    "gemma4": gemma4.read,
-    "granitemoe": granitemoe.read,
-    "lfm2moe": lfm2moe.read,
+    "qwen3moe": families.qwen3moe,
+    "llama": families.llama,
+    "olmoe": families.olmoe,
+    "deepseek2": families.deepseek2,
+    "glm4moe": families.glm4moe,
+    "bailingmoe2": families.bailingmoe2,
+    "ernie4_5-moe": families.ernie4_5_moe,
+    "qwen2": families.qwen2,
+    "qwen2moe": families.qwen2moe,
+    "qwen3": families.qwen3,
+    "qwen3vlmoe": families.qwen3moe,  # on texts; `n_deepstack_layers` add features of images
+    "qwen35moe": families.qwen35moe,
+    "qwen3next": families.qwen35moe,
+    "gpt-oss": families.gpt_oss,
+    "gemma4": families.gemma4,
+    "granitemoe": families.granitemoe,
+    "lfm2moe": families.lfm2moe,
 }
 
 
@@ -103,22 +87,16 @@ _REFUSED_TENSORS = (
 )  # fmt: skip
 
 
-def _changes_nothing(tensor: TensorInfo) -> bool:
-    """Whether this leaves the arithmetic as it is.
-
-    `rope_freqs.weight` does where it is ones. `.input_scale` is for backends that round activations
-    to FP4, as llama.cpp does on some GPUs; none here does.
-    """
-    if tensor.name.endswith(".input_scale"):
+def _changes_nothing(tensor: TensorInfo, config: ModelConfig) -> bool:
+    """Whether a tensor that the family does not declare leaves the arithmetic as it is."""
+    if tensor.name == ROPE_DIVISORS and tensor.format == "F32" and tensor.nbytes > 0:
+        return bool((tensor.raw.view("<f4") == 1).all())
+    # In a block that predicts a further token, which does not run.
+    block = re.match(r"blk\.(\d+)\.", tensor.name)
+    if block and 0 <= int(block[1]) - config.n_blocks < config.skipped_blocks:
         return True
-    floats = tensor.name == ROPE_DIVISORS and tensor.format == "F32" and tensor.nbytes > 0
-    return floats and bool((tensor.raw.view("<f4") == 1).all())
-
-
-def _is_skipped(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor belongs to a block that predicts a further token, which does not run."""
-    found = re.match(r"blk\.(\d+)\.", name)
-    return bool(found) and 0 <= int(found[1]) - config.n_blocks < config.skipped_blocks
+    # For backends that round activations to FP4, as llama.cpp does on some GPUs; none here does.
+    return tensor.name.endswith(".input_scale")
 
 
 def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
@@ -127,7 +105,7 @@ def _check_tensors(file: GGUFFile, config: ModelConfig) -> None:
     unknown = {
         name
         for name in file.tensors.keys() - wanted.keys()
-        if not _changes_nothing(file.tensors[name]) and not _is_skipped(name, config)
+        if not _changes_nothing(file.tensors[name], config)
     }
     for name in unknown:
         for pattern, what in _REFUSED_TENSORS:

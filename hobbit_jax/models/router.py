@@ -6,8 +6,6 @@ float32.
 Source: llama.cpp, src/llama-graph.cpp (`build_moe_ffn`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +18,6 @@ from hobbit_jax.models.modules import BlockWeights, rms_normalised
 
 # llama.cpp's least divisor of a renormalisation: the smallest normal float16.
 _LEAST_SUM = 6.103515625e-5
-
 
 # From logits to scores; any other gating leaves logits as they are.
 _GATES: dict[str, Callable[[jax.Array], jax.Array]] = {

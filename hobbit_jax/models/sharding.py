@@ -10,8 +10,6 @@ The parts are added as integers, so the result is the owner's to the bit: a floa
 -0.0 into 0.0 and may flush subnormals.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

@@ -3,8 +3,6 @@
 Source: llama.cpp, gguf-py/gguf/constants.py and src/models/ (keys that it wants though none reads).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from hobbit_jax.models.attention import GroupedQuery

@@ -116,7 +116,8 @@ class PlannedModel:
         hidden rows of each token, a few residual streams and the logits, all float32.
         """
         config, tokens = self.config, min(chunk_tokens, context)
-        scores = 2 * config.most_heads * tokens * context
+        most_heads = max(block.attention.n_heads for block in config.blocks)
+        scores = 2 * most_heads * tokens * context
         rows = tokens * config.experts_per_token * (config.d_model + config.d_expert)
         return _FLOAT_BYTES * (scores + rows + 4 * tokens * config.d_model + config.vocab_size)
 

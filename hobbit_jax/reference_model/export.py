@@ -6,11 +6,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from gguf import TokenType
 from tokenizers import Tokenizer
 
 from hobbit_jax.experts.low_precision import dequantize
 from hobbit_jax.model_file.gguf_file import GGUFFile, TensorInfo, write_gguf
-from hobbit_jax.model_file.special_tokens import TokenType
 from hobbit_jax.models.attention import GroupedQueryAttention
 from hobbit_jax.models.config import ModelConfig
 from hobbit_jax.models.written_keys import config_metadata

@@ -131,7 +131,8 @@ class TrainableModel(nnx.Module):
         self.blocks = nnx.List([Block(config, number, weights) for number in range(n_blocks)])
         self.experts = nnx.List([DenseExperts(config, rngs) for _ in range(n_blocks)])
         embedding = _linear(rngs, config.vocab_size, d, 0.02)
-        self.ends = EmbeddingAndHead(embedding, RMSNorm(jnp.ones(d), config.rms_eps), head=None)
+        norm = RMSNorm(jnp.ones(d), config.rms_eps)
+        self.ends = EmbeddingAndHead(config, embedding, norm, head=None)
 
     def __call__(self, ids_BT: jax.Array):
         """Returns float32 logits [B, T, V], the balance loss, and expert shares [L, E]."""

@@ -244,7 +244,7 @@ class _Check:
             with found.trying(name, getattr(self.inputs, name)):
                 texts[name] = read(getattr(self.inputs, name))
         with found.trying():
-            tokenizer = Tokenizer.from_gguf(self.source)
+            tokenizer = Tokenizer(self.source)
             for name, text, count, width in (
                 ("windows", "evaluation_text", sizes.windows, context),
                 ("calibration_windows", "calibration_text", sizes.calibration_windows, context),

@@ -25,24 +25,23 @@ chose too. "Chance" is the overlap of two random choices.
     the tiny preset, 1,000 tokens          .487       .310  .211  .191  .179     .125
 """
 
-from __future__ import annotations
-
-import functools
 import math
 import string
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import cache, partial
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGML_QUANT_VERSION, TokenType
 from tqdm import tqdm
 
 from hobbit_jax.atomic import check_space
 from hobbit_jax.model_file.gguf_file import GGUFFile, write_gguf
 from hobbit_jax.model_file.gguf_header import raw_shape
 from hobbit_jax.model_file.metadata import integers, numbers, texts
-from hobbit_jax.model_file.special_tokens import TokenType
 from hobbit_jax.model_file.tokenizer import BYTE_CHARACTERS
 from hobbit_jax.models.attention import GroupedQuery
 from hobbit_jax.models.config import TOKEN_EMBEDDING, ModelConfig, tensor_shapes
@@ -69,7 +68,6 @@ _SCALES: dict[str, tuple[float, float | None]] = {
     "Q5_K": (480.0, 15.5),
     "Q6_K": (1369.0, None),
 }
-END_OF_TEXT = "<|endoftext|>"
 
 
 def synthesize(
@@ -93,14 +91,12 @@ def synthesize(
         **config_metadata(config),
         "general.name": f"{name} (synthetic)",
         "general.file_type": FILE_TYPE_Q4_K_M,
-        "general.quantization_version": 2,
+        "general.quantization_version": GGML_QUANT_VERSION,
     }
     if vocabulary is None:
         metadata |= made_up_vocabulary(config.vocab_size)
-        field_types = {}
     else:
         metadata |= borrowed_vocabulary(vocabulary, config.vocab_size)
-        field_types = vocabulary.field_types
     shapes = tensor_shapes(config)
     formats = {name: q4_k_m_format(name, shape, config) for name, shape in shapes.items()}
     total = sum(math.prod(raw_shape(n, formats[n], shape)) for n, shape in shapes.items())
@@ -108,16 +104,13 @@ def synthesize(
     weights = _Weights(config, seed)
     with tqdm(total=total, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
 
-        def filled(name: str) -> Callable[[], np.ndarray]:
-            def fill() -> np.ndarray:
-                raw = weights.tensor(name, formats[name], shapes[name])
-                bar.update(raw.nbytes)
-                return raw
+        def fill(name: str) -> np.ndarray:
+            raw = weights.tensor(name, formats[name], shapes[name])
+            bar.update(raw.nbytes)
+            return raw
 
-            return fill
-
-        tensors = [(name, formats[name], shape, filled(name)) for name, shape in shapes.items()]
-        write_gguf(path, metadata, tensors, field_types)
+        tensors = [(n, formats[n], shape, partial(fill, n)) for n, shape in shapes.items()]
+        write_gguf(path, metadata, tensors, vocabulary and vocabulary.field_types)
 
 
 class _Weights:
@@ -128,7 +121,7 @@ class _Weights:
         self.common_D = self._rng("common").choice(np.array([-1, 1], np.float32), config.d_model)
         attentions = (block.attention for block in config.blocks)
         self._attention = next(a for a in attentions if isinstance(a, GroupedQuery))
-        self._pool = functools.cache(self._random_blocks)
+        self._pool = cache(self._random_blocks)
 
     def _rng(self, name: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, zlib.crc32(name.encode())])
@@ -227,12 +220,6 @@ class _Weights:
         return np.concatenate(pieces, axis=1)
 
 
-def _byte_alphabet() -> list[str]:
-    """GPT-2's printable stand-ins of the 256 bytes, letters and the space first."""
-    first = [BYTE_CHARACTERS[ord(c)] for c in f" {string.ascii_lowercase}{string.ascii_uppercase}"]
-    return list(dict.fromkeys([*first, *BYTE_CHARACTERS]))
-
-
 def _merges(alphabet: list[str]) -> Iterator[tuple[str, str]]:
     """Pairs of bytes, those of the first bytes first; then pairs with a third byte."""
     for last, newest in enumerate(alphabet):
@@ -240,10 +227,8 @@ def _merges(alphabet: list[str]) -> Iterator[tuple[str, str]]:
         for older in alphabet[:last]:
             yield older, newest
             yield newest, older
-    for left in alphabet:
-        for middle in alphabet:
-            for right in alphabet:
-                yield left + middle, right
+    for left, middle, right in product(alphabet, repeat=3):
+        yield left + middle, right
 
 
 def made_up_vocabulary(n_tokens: int) -> dict[str, Any]:
@@ -254,18 +239,16 @@ def made_up_vocabulary(n_tokens: int) -> dict[str, Any]:
     """
     if n_tokens < 257:
         raise ValueError(f"n_tokens is {n_tokens}; a byte-level vocabulary has at least 257")
-    alphabet = _byte_alphabet()
-    pairs = _merges(alphabet)
-    merges = [next(pairs) for _ in range(n_tokens - 257)]
-    tokens = [*alphabet, *("".join(pair) for pair in merges), END_OF_TEXT]
+    # GPT-2's printable stand-ins of the 256 bytes, letters and the space first.
+    first = [BYTE_CHARACTERS[ord(c)] for c in f" {string.ascii_lowercase}{string.ascii_uppercase}"]
+    alphabet = list(dict.fromkeys([*first, *BYTE_CHARACTERS]))
+    merges = list(islice(_merges(alphabet), n_tokens - 257))
+    tokens = [*alphabet, *("".join(pair) for pair in merges), "<|endoftext|>"]
     metadata: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "qwen2",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [
-            *[TokenType.NORMAL] * (n_tokens - 1),
-            TokenType.CONTROL,
-        ],
+        "tokenizer.ggml.token_type": [*[TokenType.NORMAL] * (n_tokens - 1), TokenType.CONTROL],
         "tokenizer.ggml.eos_token_id": n_tokens - 1,
         "tokenizer.ggml.padding_token_id": n_tokens - 1,
         "tokenizer.ggml.add_bos_token": False,

@@ -1,29 +1,21 @@
-"""LFM2 with experts (`lfm2moe`): LFM2-8B-A1B, LFM2-24B-A2B.
+"""The short convolution in the place of attention (LFM2).
 
-Most blocks have a short convolution in the place of attention: one projection gives three streams
-b, c and x, and what is added is a projection of c times the convolved b·x.
+One projection gives three streams b, c and x, and what is added is a projection of c times the
+convolved b·x.
 
-Source: llama.cpp, src/models/{lfm2,lfm2moe}.cpp; transformers, models/lfm2_moe.
+Source: llama.cpp, src/models/lfm2.cpp; transformers, models/lfm2_moe.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hobbit_jax.model_file.metadata import integer, per_layer
 from hobbit_jax.models.caches import Arrays, Caches, Places
-from hobbit_jax.models.config import ModelConfig, Shapes, State
+from hobbit_jax.models.config import Shapes, State
 from hobbit_jax.models.delta_net import convolve
-from hobbit_jax.models.keys import Keys, any_router, dense_then_experts, grouped_query
 from hobbit_jax.models.modules import BlockWeights
-
-if TYPE_CHECKING:
-    from hobbit_jax.models.layer import Mixer
 
 
 @dataclass(frozen=True)
@@ -50,10 +42,6 @@ class ShortConvolution:
     def states(self) -> tuple[State, ...]:
         """The last inputs."""
         return (State("convolution_window", (self.kernel - 1, self.channels), False),)
-
-    def mixer(self, rms_eps: float, weights: BlockWeights) -> Mixer:
-        """See `config.Attention`."""
-        return ShortConvolutionMixer(self, weights)
 
 
 class ShortConvolutionMixer(nnx.Module):
@@ -82,21 +70,4 @@ class ShortConvolutionMixer(nnx.Module):
         self, passed_BTN: jax.Array, positions_BT: jax.Array, caches: Caches, places: Places
     ) -> jax.Array:
         """What is added to the stream, [B, T, D]."""
-        del positions_BT, caches, places
         return self.output(passed_BTN[..., : self.spec.channels])
-
-
-def read(keys: Keys) -> ModelConfig:
-    """See `registry.FAMILIES`. A block without kv heads does not attend."""
-    kv_heads_N = keys.read("attention.head_count_kv", per_layer(integer(), keys.block_count()))
-    attends = grouped_query(keys, "neox", qk_norm="head", n_kv_heads=max(kv_heads_N))
-    keys.expect("expert_weights_norm", True)
-    router = replace(any_router(keys, "sigmoid"), renormalise=True)
-    config = dense_then_experts(keys, attends, router)
-    kernel = keys.read("shortconv.l_cache", integer(2, 2**10))
-    convolves = ShortConvolution(config.d_model, kernel)
-    blocks = tuple(
-        block if n_kv_heads else replace(block, attention=convolves)
-        for block, n_kv_heads in zip(config.blocks, kv_heads_N, strict=True)
-    )
-    return replace(config, blocks=blocks, output_norm="token_embd_norm.weight")
