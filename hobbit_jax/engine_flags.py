@@ -6,8 +6,6 @@ them. A new engine flag is one field of `EngineOptions`, one entry of `_FLAGS` a
 `EngineOptions.make_engine` (or `load_model`).
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -111,7 +111,7 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
         slots = division(store, mode, size, 0.2)
         assert slots != pool.slots
         pool.resize(slots)
-        replay.counter.resize(slots)
+        replay.resize(slots)
         check_invariants(pool, store)
 
 
@@ -259,13 +259,13 @@ def test_the_engine_divides_its_pool_anew_and_goes_on(model, store, uses_LE):
                 warm=WarmStart(uses_LE, 0.25),
             ),
         )
-        assert engine.split is not None and engine.split.low_share == 0.5
+        assert engine.split is not None and engine.split.tuner.share == 0.5
         logits = [decode(engine, 35, seed=0), decode(engine, 35, seed=1)]
         assert not engine.split.history  # it had 35 tokens to go by
         slots, before = dict(engine.pool.slots), engine.pool.resident()
         engine.start(1, 8)
         ((tokens_before, share),) = engine.split.history
-        assert tokens_before == 70 and share == engine.split.low_share > 0.5
+        assert tokens_before == 70 and share == engine.split.tuner.share > 0.5
         assert engine.pool.slots != slots
         wanted = division(store, "use_low_if_resident", engine.pool.budget_bytes, share)
         assert engine.pool.slots == wanted

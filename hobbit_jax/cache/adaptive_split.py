@@ -5,8 +5,6 @@ decision to decision: between sequences every shadow replays the last decoded to
 is divided anew where that clearly moves fewer bytes.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,25 +26,18 @@ Divisions = Mapping[float, Mapping[Signature, int]]  # slots per bank by share o
 
 @dataclass(frozen=True)
 class SplitRule:
-    """When the pool is divided anew.
+    """When the pool is divided anew."""
 
-    Attributes:
-        margin: bytes that the present division moves above the least, as a share, before it is
-            given up. Of all divisions within it the one that degrades least is taken.
-        most_growth: copies that a shadow may gain in the tokens that are judged, as a share of
-            those that promotion may bring. A division that fills faster is not judged: where low
-            copies come only in the background, a large share for them looks bad until they are
-            there.
-        window_tokens: newest decoded tokens that a decision replays; it judges the second half.
-        first_tokens: tokens before the first decision; each further one waits twice as long.
-        most_tokens: the longest wait.
-    """
-
+    # Bytes that the present division moves above the least, as a share, before it is given up. Of
+    # all divisions within it the one that degrades least is taken.
     margin: float = 0.05
+    # Copies that a shadow may gain in the tokens that are judged, as a share of those that
+    # promotion may bring. A division that fills faster is not judged: where low copies come only in
+    # the background, a large share for them looks bad until they are there.
     most_growth: float = 0.1
-    window_tokens: int = 256
-    first_tokens: int = 64
-    most_tokens: int = 1024
+    window_tokens: int = 256  # newest decoded tokens, of which a decision judges the second half
+    first_tokens: int = 64  # before the first decision; each further one waits twice as long
+    most_tokens: int = 1024  # the longest wait
 
 
 DEFAULT_SPLIT = SplitRule()
@@ -107,11 +98,11 @@ class CapacityTuner:
         before, copies = Counts(), 0
         for index, (position, layers) in enumerate(self._recent):
             if index == half:
-                before, copies = replace(shadow.counts), shadow.copies()
+                before, copies = replace(shadow.counts), shadow.resident_pLE.sum()
             shadow.token(layers, position)
         if self._promoted_per_token is not None:
             most = self.rule.most_growth * self._promoted_per_token * (len(self._recent) - half)
-            if shadow.copies() - copies > most:
+            if shadow.resident_pLE.sum() - copies > most:
                 return None
         return shadow.counts - before
 
@@ -132,36 +123,30 @@ class AdaptiveSplit(Observer):
     ):
         self._executor, self._cache, self._shares_pLE = executor, cache, shares_pLE
         self.history: list[tuple[int, float]] = []  # decoded tokens before it, share
-        layout, banks = executor.controller.layout, executor.controller.banks
-        of_each = {bank.signature: bank.policy.capacity for bank in banks}
+        layout, mode = executor.controller.layout, executor.controller.mode
+        of_each = {bank.signature: bank.policy.capacity for bank in executor.controller.banks}
         divisions: dict[float, Mapping[Signature, int]] = {}
-        mode = executor.controller.mode
         for share in CANDIDATE_SHARES:
             slots, _ = pool_slots(shares_pLE, mode, layout, cache.budget_bytes, share)
             if slots.keys() == of_each.keys() and slots not in divisions.values():
                 divisions[share] = slots
         share = next(s for s, slots in divisions.items() if slots == of_each)
-        self._tuner = CapacityTuner(layout, divisions, share, cache, rule)
-
-    @property
-    def low_share(self) -> float:
-        """The share in force."""
-        return self._tuner.share
+        self.tuner = CapacityTuner(layout, divisions, share, cache, rule)
 
     def after_routing(self, routed: RouterOutput) -> None:
         """Remembers a layer of what is decoded; prompts are left out."""
         if routed.h_TD is None and routed.valid_T.any():
-            self._tuner.record(routed)
+            self.tuner.record(routed)
 
     def begin_sequences(self) -> None:
         """Divides the banks anew if what was routed so far says so."""
-        share = self._tuner.decide()
+        share = self.tuner.decide()
         if share is None:
             return
-        executor, controller = self._executor, self._executor.controller
-        for bank in controller.banks:
-            controller.unpin(bank.policy.pinned)
-        executor.resize(dict(self._tuner.divisions[share]))
+        executor = self._executor
+        for bank in executor.controller.banks:
+            executor.unpin(bank.policy.pinned)
+        executor.resize(dict(self.tuner.divisions[share]))
         if self._cache.warm is not None:
             self._cache.warm.pin(executor, self._shares_pLE)
-        self.history.append((self._tuner.tokens, share))
+        self.history.append((self.tuner.tokens, share))

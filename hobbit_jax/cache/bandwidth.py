@@ -3,8 +3,6 @@
 Owns the file of measured bandwidths, which belong to one device and one CPU.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping
@@ -21,21 +19,15 @@ _BOTH = {"host", "link"}
 
 @dataclass(frozen=True)
 class Bandwidths:
-    """Rates in 1e9 bytes a second.
+    """Rates in 1e9 bytes a second."""
 
-    Attributes:
-        device: as a record names it.
-        cpu: its host's processor, and how many of them.
-        host_gb_s: of expert products on the CPU that read a mapped bank, by format and threads.
-        link_gb_s: of copies to the device, by the memory that they start in and bytes of a piece.
-        at_once: what is left (0-1) of "host" and "link" while both work.
-    """
-
-    device: str
-    cpu: str
+    device: str  # as a record names it
+    cpu: str  # its host's processor, and how many of them
+    # Of expert products on the CPU that read a mapped bank, by format and threads.
     host_gb_s: Mapping[str, Mapping[str, float]]
+    # Of copies to the device, by the memory that they start in and bytes of a piece.
     link_gb_s: Mapping[str, Mapping[str, float]]
-    at_once: Mapping[str, float]
+    at_once: Mapping[str, float]  # what is left (0-1) of "host" and "link" while both work
 
     def host(self, format: str) -> float:
         """Of products in a format, with as many threads as are best.

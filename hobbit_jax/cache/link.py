@@ -1,8 +1,6 @@
 """The way of an expert's bytes from host to device: JAX's own copy, and an emulated slower link
 for machines whose device is the CPU, where a copy costs next to nothing."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -7,8 +7,6 @@ Sources: layer-ahead, Eliseev & Mazur (arXiv 2312.17238, section 3.2) and HOBBIT
 section 3.3), both of which apply the next gate to the current stream.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,15 +22,13 @@ PredictorName = Literal["layer_ahead", "previous_token", "random"]
 class PrefetchRule:
     """Who guesses, and how far.
 
-    Attributes:
-        predictor: "layer_ahead" asks the routers of the layers to come; "previous_token" takes the
-            experts that those layers used for the token before; "random" is the control: as many
-            missing experts as layer_ahead would load, drawn from all that are missing.
-        distance: layers ahead of the one that waits.
+    "layer_ahead" asks the routers of the layers to come; "previous_token" takes the experts that
+    those layers used for the token before; "random" is the control: as many missing experts as
+    layer_ahead would load, drawn from all that are missing.
     """
 
     predictor: PredictorName
-    distance: int = 1
+    distance: int = 1  # layers ahead of the one that waits
 
     def __post_init__(self):
         if self.predictor not in get_args(PredictorName) or self.distance < 1:
@@ -50,9 +46,9 @@ class PrefetchRule:
 class Prefetcher(Observer):
     """Guesses missing experts, the nearest layer's first."""
 
-    def __init__(self, rule: PrefetchRule, n_layers: int, n_experts: int, seed: int = 0):
+    def __init__(self, rule: PrefetchRule, n_layers: int, n_experts: int):
         self.rule = rule
-        self._n_experts, self._random = n_experts, random.Random(seed)
+        self._n_experts, self._random = n_experts, random.Random(0)
         self._previous: list[list[ExpertKey]] = [[] for _ in range(n_layers)]
 
     def after_step(self, decision: Decision) -> None:

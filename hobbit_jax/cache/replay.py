@@ -3,8 +3,6 @@
 Owns the step from a trace and settings to a row of figures; `counter.py` decides.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -104,8 +102,8 @@ def replay(
     slots, _ = pool_slots(shares_pLE, mode, layout, cache.budget_bytes, cache.low_share)
     replayed, split = Replay(layout, slots, cache), None
     if cache.low_share == ADAPTIVE and mode.low_banks == "cache":
-        split = AdaptiveSplit(replayed.counter, cache, shares_pLE, rule)
-        replayed.controller.observe(split)
+        split = AdaptiveSplit(replayed, cache, shares_pLE, rule)
+        replayed.controller.observers.append(split)
     before, began_s = dataclasses.replace(replayed.counts), time.thread_time()
     replayed.play(trace, "replay")
     seconds, counts = time.thread_time() - began_s, replayed.counts - before

@@ -10,12 +10,10 @@ A selection's result depends neither on the entry in which it ran nor on what ra
 K results of a token are summed last, so the tokens are the same bits for every pool.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +48,7 @@ class LayerGroups:
     implementations: tuple[tuple[Signature, str], ...]  # how each bank's experts are computed
 
     @classmethod
-    def of(cls, pool: SlotPool, implementation: Implementation) -> LayerGroups:
+    def of(cls, pool: SlotPool, implementation: Implementation) -> Self:
         """Of the banks that `pool` has, up to the highest precision that has one."""
         store, banks = pool.store, pool.banks
         used = [

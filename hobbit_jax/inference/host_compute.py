@@ -5,8 +5,6 @@ outputs return as data. A row's result depends on its expert and the width of an
 the device, so on a CPU both give the same bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property, partial
 from typing import Any

@@ -5,8 +5,6 @@ the host, which runs it in batches (`moe.py`). Meanwhile what the next layer's r
 stream as it is now goes up, so that copies and computation overlap across layers too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial

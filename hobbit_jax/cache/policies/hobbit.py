@@ -11,30 +11,25 @@ far, D the layers until its turn and L all layers; R, F, H begin anew with every
 chooses the weights on a calibration set and does not give them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
-from hobbit_jax.cache.policies.interface import Key, Step, TablePolicy
+from hobbit_jax.cache.policies.interface import Key, Policy, Step
 from hobbit_jax.cache.policies.priority import PriorityTable
 
-# Recency, frequency, high-precision use, layer distance: the best of seven mixes on real routing
-# (the law trace, 416 slots: .504; a quarter each .473, recency alone .472).
-DEFAULT_WEIGHTS = (0.7, 0.1, 0.1, 0.1)
+# The weights: the best of seven mixes on real routing (the law trace, 416 slots: .504; a quarter
+# each .473, recency alone .472).
+RECENCY, FREQUENCY, NATIVE_USE, DISTANCE = 0.7, 0.1, 0.1, 0.1
 
 
-class Hobbit(TablePolicy[Key]):
+class Hobbit(Policy[Key]):
     """Evicts the key with the lowest weighted sum of the four terms.
 
     Within a layer the last term is the same and the first three share a divisor, so the order
     there changes with uses only: one table a layer, and an eviction compares their lowest.
     """
 
-    def __init__(self, capacity: int, weights: tuple[float, float, float, float] = DEFAULT_WEIGHTS):
+    def __init__(self, capacity: int):
         super().__init__(capacity)
-        if len(weights) != 4 or min(weights) < 0:
-            raise ValueError(f"weights are {weights}; want four, none below 0")
-        self.weights = weights
         self._layer_of: dict[Key, int] = {}
         self._tables: dict[int, PriorityTable[Key]] = {}
         # Tokens of this sequence up to a key's last use, its uses, and those that asked for native.
@@ -63,9 +58,8 @@ class Hobbit(TablePolicy[Key]):
         return resident
 
     def _set(self, key: Key) -> None:
-        recency, frequency, native_use, _ = self.weights
         last, uses, native_uses = self._used.get(key, (0, 0, 0))
-        score = recency * last + frequency * uses + native_use * native_uses
+        score = RECENCY * last + FREQUENCY * uses + NATIVE_USE * native_uses
         self._tables.setdefault(self._layer_of[key], PriorityTable()).set(key, score)
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
@@ -75,7 +69,7 @@ class Hobbit(TablePolicy[Key]):
         for layer, table in self._tables.items():
             if (found := table.lowest(keep, self._pinned)) is not None:
                 ahead = (layer - self._step.layer) % n_layers / n_layers
-                lowest.append((found[0] / tokens + self.weights[3] * (1 - ahead), found[1]))
+                lowest.append((found[0] / tokens + DISTANCE * (1 - ahead), found[1]))
         if not lowest:
             raise self._all_in_use()
         return min(lowest, key=lambda scored: scored[0])[1]

@@ -12,10 +12,8 @@ All of one step's keys are accessed before the first is admitted, and all are re
 Bypassing does not exist: a policy with doubts about a newcomer makes it the next victim instead.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -40,13 +38,14 @@ class Policy(ABC, Generic[Key]):
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}; a policy needs at least one slot")
         self.capacity = capacity
+        self._resident: dict[Key, Any] = {}  # what is kept of a key is the policy's own
         self._pinned: set[Key] = set()
 
-    @abstractmethod
-    def __contains__(self, key: Key) -> bool: ...
+    def __contains__(self, key: Key) -> bool:
+        return key in self._resident
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self._resident)
 
     def begin_step(self, step: Step) -> None:
         """Says where the accesses that follow take place; once per step, before them."""
@@ -71,26 +70,6 @@ class Policy(ABC, Generic[Key]):
         uses = zip(keys, weights, strict=True)
         return [key for key, weight in uses if not self.access(key, weight, native)]
 
-    def access_many(
-        self,
-        steps: Iterable[tuple[Step, Sequence[Key], Sequence[float]]],
-        native: bool = True,
-    ) -> list[int]:
-        """Plays many steps as the module says, each with its keys and weights; the misses of each.
-
-        This is how a replay runs where nothing but the policy decides: a call for each step.
-        """
-        begin_step, access_all, admit = self.begin_step, self.access_all, self.admit
-        misses = []
-        for step, keys, weights in steps:
-            begin_step(step)
-            missing = access_all(keys, weights, native)
-            for key in missing:
-                admit(key, keys)
-            misses.append(len(missing))
-        return misses
-
-    @abstractmethod
     def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
         """Makes a missing `key` resident; returns the key evicted for it, if any.
 
@@ -101,6 +80,14 @@ class Policy(ABC, Generic[Key]):
             RuntimeError: `key` is resident already, or nothing may be evicted; the
                 policy is as before.
         """
+        if key in self._resident:
+            raise RuntimeError(f"{key} is resident already")
+        victim = None
+        if len(self._resident) >= self.capacity:
+            victim = self.victim(keep)
+            self._delete(victim)
+        self._insert(key)
+        return victim
 
     @abstractmethod
     def victim(self, keep: Collection[Key] = ()) -> Key:
@@ -110,9 +97,13 @@ class Policy(ABC, Generic[Key]):
             RuntimeError: nothing may be evicted.
         """
 
-    @abstractmethod
+    def _insert(self, key: Key) -> None:
+        """Makes an absent key resident."""
+        self._resident[key] = None
+
     def _delete(self, key: Key) -> None:
         """Makes a resident key absent."""
+        del self._resident[key]
 
     def resize(self, capacity: int) -> list[Key]:
         """Changes the number of slots; returns whom it evicts, in the policy's own order.
@@ -160,42 +151,7 @@ class Policy(ABC, Generic[Key]):
         """The keys that `pin` protects."""
         return frozenset(self._pinned)
 
-    def _resident_already(self, key: Key) -> RuntimeError:
-        return RuntimeError(f"{key} is resident already")
-
     def _all_in_use(self) -> RuntimeError:
         return RuntimeError(
             f"all {self.capacity} slots are pinned or in use ({len(self._pinned)} pinned)"
         )
-
-
-class TablePolicy(Policy[Key]):
-    """A policy with one table of resident keys; says only whom to evict."""
-
-    def __init__(self, capacity: int):
-        super().__init__(capacity)
-        self._resident: dict[Key, Any] = {}  # what is kept of a key is the policy's own
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._resident
-
-    def __len__(self) -> int:
-        return len(self._resident)
-
-    def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
-        resident = self._resident
-        if key in resident:
-            raise self._resident_already(key)
-        victim = None
-        if len(resident) >= self.capacity:
-            victim = self.victim(keep)
-            self._delete(victim)
-        self._insert(key)
-        return victim
-
-    def _insert(self, key: Key) -> None:
-        """Makes an absent key resident."""
-        self._resident[key] = None
-
-    def _delete(self, key: Key) -> None:
-        del self._resident[key]

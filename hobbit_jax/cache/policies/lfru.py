@@ -3,14 +3,12 @@
 Source: the LFRU expert cache proposed for vLLM (pull request 37190): uses / (1 + age).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
-from hobbit_jax.cache.policies.interface import Key, Step, TablePolicy
+from hobbit_jax.cache.policies.interface import Key, Policy, Step
 
 
-class LFRU(TablePolicy[Key]):
+class LFRU(Policy[Key]):
     """Evicts the key with the lowest uses / (1 + tokens since the last).
 
     The order of two keys changes as time passes, so every eviction looks at every resident.

@@ -9,20 +9,18 @@ often it is used at all. The tables are learned while running: an expert is watc
 on, and what it turns out to do is averaged in.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from hobbit_jax.cache.policies import next_use_memory as compiled
-from hobbit_jax.cache.policies.interface import Key, Step, TablePolicy
+from hobbit_jax.cache.policies.interface import Key, Policy, Step
 
 _FIRST_LAYERS, _FIRST_EXPERTS = 8, 64  # that the arrays have room for; doubled as needed
 
 
-class NextUse(TablePolicy[Key]):
+class NextUse(Policy[Key]):
     """Evicts the key whose next use, recalled from similar states, is farthest away."""
 
     def __init__(self, capacity: int):

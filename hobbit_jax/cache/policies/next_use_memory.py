@@ -5,8 +5,6 @@ Memory is bounded: about 60 bytes and one for each expert, for each of the last 
 layer.
 """
 
-from __future__ import annotations
-
 from math import exp, log
 from typing import NamedTuple
 

@@ -3,14 +3,12 @@
 Owns the heap behind them. Outdated entries stay in it until they surface or outnumber the others.
 """
 
-from __future__ import annotations
-
 import heapq
 from abc import abstractmethod
 from collections.abc import Collection
 from typing import Generic
 
-from hobbit_jax.cache.policies.interface import Key, TablePolicy
+from hobbit_jax.cache.policies.interface import Key, Policy
 
 
 class PriorityTable(Generic[Key]):
@@ -59,7 +57,7 @@ class PriorityTable(Generic[Key]):
         return found
 
 
-class PriorityPolicy(TablePolicy[Key]):
+class PriorityPolicy(Policy[Key]):
     """Evicts the key of the lowest priority."""
 
     def __init__(self, capacity: int):
