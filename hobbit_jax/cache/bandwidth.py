@@ -30,11 +30,7 @@ class Bandwidths:
     at_once: Mapping[str, float]  # what is left (0-1) of "host" and "link" while both work
 
     def host(self, format: str) -> float:
-        """Of products in a format, with as many threads as are best.
-
-        Raises:
-            ValueError: the format was not measured; lists those that were.
-        """
+        """Of products in a format, with as many threads as are best; ValueError without any."""
         if format not in self.host_gb_s:
             raise ValueError(
                 f"no bandwidth of {format} was measured; there are {', '.join(self.host_gb_s)} "
@@ -54,11 +50,7 @@ class Bandwidths:
         return link / (self.host(format) * self.at_once["host"])
 
     def check_here(self, device: str, cpu: str) -> None:
-        """Refuses the rates of another machine.
-
-        Raises:
-            ValueError: what they are of, and what is here.
-        """
+        """Refuses the rates of another machine by a ValueError."""
         if (device, cpu) != (self.device, self.cpu):
             raise ValueError(
                 f"bandwidths of {self.device} with {self.cpu}, and this is {device} with {cpu}; "

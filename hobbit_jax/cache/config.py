@@ -73,11 +73,7 @@ class CacheConfig:
         return controller
 
     def fill(self, executor: Executor, plan_shares_pLE: np.ndarray) -> None:
-        """Makes resident what these settings want there before the first token.
-
-        Raises:
-            ValueError: a profile of another shape, or pins that leave a bank too few slots.
-        """
+        """Makes resident what these settings want there at first; see `WarmStart.fill`."""
         if executor.controller.mode.low_banks == "all":
             load_all(executor, LOW)
         if self.warm is not None:

@@ -172,11 +172,7 @@ class Controller:
         return (key for key in keys if key in self)
 
     def decide(
-        self,
-        step: Step,
-        uses: Sequence[Use],
-        unmet: Sequence[Use] = (),
-        prefill: bool = False,
+        self, step: Step, uses: Sequence[Use], unmet: Sequence[Use] = (), prefill: bool = False
     ) -> Decision:
         """Records one step's uses and decides what is to be loaded for them.
 
@@ -253,9 +249,9 @@ class Controller:
             self._wanted += observer.after_tokens(count)
 
     def take_wanted(self) -> list[ExpertKey]:
-        """The copies to load in the background while the next token runs, each once."""
+        """The copies to load in the background while the next token runs."""
         wanted, self._wanted = self._wanted, []
-        return [key for key in dict.fromkeys(wanted) if key not in self and self.find_bank(key)]
+        return wanted
 
 
 def _batches_of(bank: Bank, keys: Sequence[ExpertKey]) -> list[list[ExpertKey]]:
@@ -283,13 +279,12 @@ def uses_of(layer: int, selections: Selections) -> tuple[list[Use], list[Use]]:
         if served == SKIPPED:
             continue
         key = ExpertKey(served, layer, expert)
-        before = uses.get(key)
-        native, rows = requested == NATIVE, 1
-        if before is not None:
-            weight, native = max(weight, before.weight), native or before.native
-            rows += before.rows
-        uses[key] = Use(key, weight, native, rows)
+        use = Use(key, weight, requested == NATIVE)
+        if (before := uses.get(key)) is not None:
+            native = use.native or before.native
+            use = Use(key, max(weight, before.weight), native, before.rows + 1)
+        uses[key] = use
         if served > requested:
             unmet_key = key._replace(precision=requested)
-            unmet[unmet_key] = Use(unmet_key, weight)
+            unmet[unmet_key] = Use(unmet_key, use.weight)
     return list(uses.values()), list(unmet.values())

@@ -76,8 +76,8 @@ def empty_bank(
 class DeviceBanks:
     """The arrays of one device; `banks` and `table_UE` are new objects after each write.
 
-    Row `precision * L + layer` of the table holds, for each expert, its slot in the bank of its
-    signature, or `ABSENT`. A signature without a layout is in planes.
+    Row `precision * L + layer` of the table holds each expert's slot in the bank of its signature,
+    or `ABSENT`. A signature without a layout is in planes.
     """
 
     def __init__(

@@ -178,10 +178,9 @@ class HobbitHost(Host, Hobbit):
 class Hybrid(Host):
     """Each miss is fetched or computed on the CPU, so that both finish together.
 
+    The most used are fetched first. Of many misses link_to_host / (1 + link_to_host) are fetched.
     What is computed may be promoted as under `Host`: where one token misses little, nothing else
     would bring hot experts in.
-
-    The most used are fetched first. Of many misses link_to_host / (1 + link_to_host) are fetched.
     """
 
     def act(self, missing: Sequence[Use]) -> list[Action]:
@@ -214,11 +213,7 @@ MISS_MODES: dict[str, MissMode] = {
 
 
 def miss_mode(mode: str | MissMode) -> MissMode:
-    """A setting by its name; a setting stays as it is.
-
-    Raises:
-        ValueError: no mode of that name; lists those there are.
-    """
+    """A setting by its name, or a ValueError that lists the names; a setting stays as it is."""
     if not isinstance(mode, str):
         return mode
     if mode not in MISS_MODES:

@@ -128,16 +128,12 @@ class SlotPool(Executor):
 
     @property
     def table_UE(self) -> jax.Array:
-        """The slot of each expert, by row `precision * L + layer` of each device, for compiled
-        programs to read.
-        """
+        """The slot of each expert by each device's row `precision * L + layer`, for programs."""
         return self._whole("table", [part.table_UE for part in self.parts])
 
     @property
     def held_UE(self) -> jax.Array:
-        """Replicated, [precisions * L, E]: not negative where an expert is resident on its
-        device, for programs that do not read the banks.
-        """
+        """Replicated, [precisions * L, E]: not negative where an expert is on its device."""
         return self.table_UE if self.mesh is None else _held(self.table_UE, self.mesh)
 
     @property
@@ -285,13 +281,12 @@ class SlotPool(Executor):
         self.parts[bank.device].empty(bank)
 
     def resize(self, slots: Mapping[Signature, int]) -> None:
-        """Divides each device's budget anew between the same banks; residents stay where there is
-        room.
+        """Divides each device's budget anew between the same banks; whom a bank loses, its policy
+        says.
 
-        Only between two steps. Which experts a bank loses is its policy's choice. The old arrays
-        are given up before the new ones are made, so that the budget is kept at every moment; the
-        residents of a bank that changes are uploaded again, which `bytes_moved` counts. Reserved
-        uploads are forgotten.
+        Only between two steps. The old arrays are given up before the new ones are made, so that
+        the budget is kept at every moment; the residents of a bank that changes are uploaded again,
+        which `bytes_moved` counts. Reserved uploads are forgotten.
 
         Raises:
             ValueError: other banks, more bytes than the budget, or fewer slots than are pinned;

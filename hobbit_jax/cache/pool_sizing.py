@@ -29,11 +29,7 @@ LowShare = float | Literal["adaptive"]
 
 
 def low_share(text: str) -> LowShare:
-    """A share as scripts and configs give it: "adaptive", or a number from 0 to 1.
-
-    Raises:
-        ValueError: neither of them.
-    """
+    """A share as scripts and configs give it: "adaptive", or a number from 0 to 1."""
     if text == ADAPTIVE:
         return ADAPTIVE
     with contextlib.suppress(ValueError):
@@ -93,10 +89,7 @@ def divide_budget(demands: Sequence[BankDemand], budget_bytes: int) -> list[int]
 
 
 def divide_precisions(
-    native: Sequence[BankDemand],
-    low: Sequence[BankDemand],
-    budget_bytes: int,
-    low_share: float,
+    native: Sequence[BankDemand], low: Sequence[BankDemand], budget_bytes: int, low_share: float
 ) -> dict[Signature, int]:
     """Slots per bank with `low_share` (0-1) of the budget for the low banks, as near as it goes.
 
@@ -121,11 +114,7 @@ def demands(shares_pLE: np.ndarray, layout: BankLayout) -> list[BankDemand]:
     """What each bank must be able to hold, in order of first appearance.
 
     A bank's slots are the same on every device, so its demand is that of the device that has most
-    to hold.
-
-    Args:
-        shares_pLE: of each pair's selections, by precision: the plan's, or any expected uses.
-        layout: which bank holds which copies.
+    to hold. `shares_pLE` are each pair's selections by precision: the plan's, or expected uses.
     """
     _, n_layers, n_experts = layout.shape_pLE
     owner_LE, n_devices = owners_LE(n_layers, n_experts, layout.n_devices), layout.n_devices

@@ -8,7 +8,7 @@ section 3.3), both of which apply the next gate to the current stream.
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -56,22 +56,18 @@ class Prefetcher(Observer):
         if not decision.prefill:
             self._previous[decision.step.layer] = [use.key for use in decision.uses]
 
-    def at_token(self) -> list[ExpertKey]:
-        """Before a token: guesses for the first layers, of which no router knows anything yet."""
-        return [] if self.rule.layers_asked else self._before(range(self.rule.distance))
-
-    def at_exit(
-        self,
-        layer: int,
-        routed: Sequence[ExpertKey],
-        is_resident: Callable[[ExpertKey], bool],
+    def guess(
+        self, layer: int, routed: Sequence[ExpertKey], is_resident: Callable[[ExpertKey], bool]
     ) -> list[ExpertKey]:
-        """Guesses while `layer` waits; `routed` is what later layers' routers choose of it now."""
+        """Guesses while `layer` waits; `routed` is what later layers' routers choose of it now.
+
+        Before a token the layer is -1, and no router knows anything yet.
+        """
         if self.rule.predictor == "previous_token":
-            keys = self._before(range(layer + 1, layer + 1 + self.rule.distance))
-            return [key for key in keys if not is_resident(key)]
+            later = self._previous[layer + 1 : layer + 1 + self.rule.distance]
+            routed = [key for keys in later for key in keys]
         guesses = [key for key in routed if not is_resident(key)]
-        if self.rule.predictor == "layer_ahead":
+        if self.rule.predictor != "random":
             return guesses
         drawn: dict[ExpertKey, None] = {}
         for key in guesses:
@@ -79,6 +75,3 @@ class Prefetcher(Observer):
             missing = [other for other in others if not is_resident(other) and other not in drawn]
             drawn[self._random.choice(missing)] = None
         return list(drawn)
-
-    def _before(self, layers: Iterable[int]) -> list[ExpertKey]:
-        return [key for n in layers if n < len(self._previous) for key in self._previous[n]]

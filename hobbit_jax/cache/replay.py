@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hobbit_jax.cache.adaptive_split import DEFAULT_SPLIT, AdaptiveSplit, SplitRule
+from hobbit_jax.cache.adaptive_split import DEFAULT_SPLIT, AdaptiveSplit, SplitRule, candidates
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.counter import Replay
@@ -68,10 +68,7 @@ def _requested_TLK(trace: Trace, plan: PrecisionPlan | None) -> np.ndarray:
 
 
 def replay(
-    trace: Trace,
-    cache: CacheConfig,
-    expert_bytes_p: Sequence[int],
-    rule: SplitRule = DEFAULT_SPLIT,
+    trace: Trace, cache: CacheConfig, expert_bytes_p: Sequence[int], rule: SplitRule = DEFAULT_SPLIT
 ) -> dict[str, Any]:
     """Replays a trace; the figures, ready for JSON.
 
@@ -102,7 +99,8 @@ def replay(
     slots, _ = pool_slots(shares_pLE, mode, layout, cache.budget_bytes, cache.low_share)
     replayed, split = Replay(layout, slots, cache), None
     if cache.low_share == ADAPTIVE and mode.low_banks == "cache":
-        split = AdaptiveSplit(replayed, cache, shares_pLE, rule)
+        divisions = candidates(replayed, cache, shares_pLE)
+        split = AdaptiveSplit(replayed, divisions, cache, shares_pLE, rule)
         replayed.controller.observers.append(split)
     before, began_s = dataclasses.replace(replayed.counts), time.thread_time()
     replayed.play(trace, "replay")

@@ -140,8 +140,7 @@ class RoutingRecorder(Observer):
     def write(self, path: Path) -> int:
         """Writes the trace as an .npz file; returns how many tokens it has.
 
-        Raises:
-            ValueError: nothing was routed yet, or a layer is behind the others.
+        ValueError if nothing was routed yet, or a layer is behind the others.
         """
         counts = {sum(map(len, steps)) for steps in self._ids}
         if counts == {0} or len(counts) != 1:

@@ -98,20 +98,52 @@ class WarmStart:
             ValueError: a profile of another shape, or pins that leave a bank too few slots.
         """
         controller = executor.controller
-        for bank, keys in rank(self.uses_LE, plan_shares_pLE, controller).items():
+        for bank, keys in self._ranked(controller, plan_shares_pLE).items():
             absent = [key for key in keys if key not in controller]
             executor.load(absent[: bank.room][::-1])
         self.pin(executor, plan_shares_pLE)
 
     def pin(self, executor: Executor, plan_shares_pLE: np.ndarray) -> None:
-        """Pins `pin_share` of each bank; loads what it pins.
-
-        Raises:
-            ValueError: too few slots are left to stream the rest through.
-        """
-        for bank, keys in rank(self.uses_LE, plan_shares_pLE, executor.controller).items():
+        """Pins `pin_share` of each bank; loads what it pins. Raises what `fill` does."""
+        for bank, keys in self._ranked(executor.controller, plan_shares_pLE).items():
             if bank.policy.capacity < len(keys):
                 executor.pin(keys[: int(self.pin_share * bank.policy.capacity)])
+
+    def _ranked(
+        self, controller: Controller, plan_shares_pLE: np.ndarray
+    ) -> dict[Bank, list[ExpertKey]]:
+        """Which copies may ask for a slot of each bank, the most used first.
+
+        Low copies that only serve misses are wanted of experts that are not among the most used of
+        their native bank.
+        """
+        if self.uses_LE.shape != plan_shares_pLE.shape[1:]:
+            raise ValueError(
+                f"the profile has layers and experts {list(self.uses_LE.shape)}; the model has "
+                f"{list(plan_shares_pLE.shape[1:])}"
+            )
+
+        def by_bank(heat_pLE: np.ndarray, wanted_pLE: np.ndarray) -> dict[Bank, list[ExpertKey]]:
+            order = np.argsort(-heat_pLE[wanted_pLE], kind="stable")
+            ranked: dict[Bank, list[ExpertKey]] = {}
+            for index in np.argwhere(wanted_pLE)[order].tolist():
+                key = ExpertKey(*index)
+                if (bank := controller.find_bank(key)) is not None:
+                    ranked.setdefault(bank, []).append(key)
+            return ranked
+
+        heat_pLE = self.uses_LE * plan_shares_pLE
+        ranked = by_bank(heat_pLE, plan_shares_pLE > 0)
+        if controller.mode.low_banks == "none":
+            return ranked
+        heat_pLE[LOW] += heat_pLE[NATIVE]
+        for bank, keys in ranked.items():
+            for key in keys[: bank.policy.capacity]:
+                if key.precision == NATIVE:
+                    heat_pLE[LOW, key.layer, key.expert] -= heat_pLE[key]
+        low_pLE = np.zeros(heat_pLE.shape, bool)
+        low_pLE[LOW] = True
+        return {**ranked, **by_bank(heat_pLE, low_pLE)}
 
 
 def load_all(executor: Executor, precision: int) -> None:
@@ -119,47 +151,3 @@ def load_all(executor: Executor, precision: int) -> None:
     _, n_layers, n_experts = executor.controller.layout.shape_pLE
     for layer in range(n_layers):
         executor.load([ExpertKey(precision, layer, expert) for expert in range(n_experts)])
-
-
-def rank(
-    uses_LE: np.ndarray, plan_shares_pLE: np.ndarray, controller: Controller
-) -> dict[Bank, list[ExpertKey]]:
-    """Which copies may ask for a slot of each bank, the most used first.
-
-    Low copies that only serve misses are wanted of experts that are not among the most used of
-    their native bank.
-
-    Args:
-        uses_LE: by a profile.
-        plan_shares_pLE: of each pair's selections, by precision: the plan's.
-        controller: says which bank holds a copy, and whether low copies serve misses.
-
-    Raises:
-        ValueError: a profile of another shape.
-    """
-    if uses_LE.shape != plan_shares_pLE.shape[1:]:
-        raise ValueError(
-            f"the profile has layers and experts {list(uses_LE.shape)}; the model has "
-            f"{list(plan_shares_pLE.shape[1:])}"
-        )
-
-    def by_bank(heat_pLE: np.ndarray, wanted: np.ndarray) -> dict[Bank, list[ExpertKey]]:
-        order = np.argsort(-heat_pLE[tuple(wanted.T)], kind="stable")
-        ranked: dict[Bank, list[ExpertKey]] = {}
-        for index in wanted[order].tolist():
-            key = ExpertKey(*index)
-            if (bank := controller.find_bank(key)) is not None:
-                ranked.setdefault(bank, []).append(key)
-        return ranked
-
-    heat_pLE = uses_LE * plan_shares_pLE
-    ranked = by_bank(heat_pLE, np.argwhere(plan_shares_pLE > 0))
-    if controller.mode.low_banks == "none":
-        return ranked
-    heat_pLE[LOW] += heat_pLE[NATIVE]
-    for bank, keys in ranked.items():
-        for key in keys[: bank.policy.capacity]:
-            if key.precision == NATIVE:
-                heat_pLE[LOW, key.layer, key.expert] -= heat_pLE[key]
-    everyone = np.argwhere(np.ones(uses_LE.shape, bool))
-    return {**ranked, **by_bank(heat_pLE, np.insert(everyone, 0, LOW, axis=1))}

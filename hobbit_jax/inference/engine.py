@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hobbit_jax.cache.adaptive_split import AdaptiveSplit
+from hobbit_jax.cache.adaptive_split import AdaptiveSplit, candidates
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, Decision, Observer, uses_of
 from hobbit_jax.cache.miss_modes import miss_mode
@@ -70,11 +70,7 @@ class Prefix:
     caches: Caches  # of one sequence, with room for these tokens
 
     def rest(self, prompt: Sequence[int]) -> Sequence[int]:
-        """What a prompt has after it.
-
-        Raises:
-            ValueError: the prompt does not begin with it, or ends there.
-        """
+        """What a prompt has after it; ValueError if it does not begin so, or ends there."""
         known = len(self.ids)
         if list(prompt[:known]) != list(self.ids) or len(prompt) == known:
             raise ValueError(
@@ -129,7 +125,8 @@ class Engine:
             self._prefetcher = Prefetcher(cache.prefetch, layout.n_layers, layout.n_experts)
             self.controller.observers.append(self._prefetcher)
         if cache.low_share == ADAPTIVE and self.mode.low_banks == "cache":
-            self.split = AdaptiveSplit(self.pool, cache, shares_pLE)
+            divisions = candidates(self.pool, cache, shares_pLE)
+            self.split = AdaptiveSplit(self.pool, divisions, cache, shares_pLE)
             self.controller.observers.append(self.split)
         self.controller.observers += observers
         ends_graph, ends_state = nnx.split(self.model.ends)
@@ -251,11 +248,7 @@ class Engine:
         return logits(self._ends_graph, self._weights.ends, x_BTD, last_B)
 
     def _check_finite(self, finite: bool | np.bool_) -> None:
-        """Ends a run whose logits are not finite.
-
-        Raises:
-            ValueError: they are not; names the layer where that began.
-        """
+        """Ends a run whose logits are not finite by a ValueError that names where that began."""
         if finite:
             return
         self._carry, longest = None, max(map(len, self._ids))
@@ -338,7 +331,7 @@ class Engine:
                 for key in self.controller.take_wanted():
                     self.pool.reserve(key)
                 if fresh and self._prefetcher is not None:
-                    self.pool.prefetch(self._prefetcher.at_token())
+                    self.pool.prefetch(self._prefetcher.guess(-1, [], self.pool.__contains__))
                 # The one transfer from the device in a call.
                 report = Report.unpack(
                     np.asarray(packed), most_tokens, len(ids_B), k, spec.look_ahead
@@ -392,7 +385,7 @@ class Engine:
             upcoming: list[ExpertKey] = []
             if self._prefetcher is not None:
                 resident = self.pool.__contains__
-                upcoming = self._prefetcher.at_exit(report.layer, report.ahead(), resident)
+                upcoming = self._prefetcher.guess(report.layer, report.ahead(), resident)
             self.pool.load(batches.pop(0), upcoming=upcoming)
         elif outputs is None:
             raise RuntimeError(f"layer {report.layer} waits for experts that are resident")

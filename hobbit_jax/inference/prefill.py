@@ -33,9 +33,8 @@ Inspect = Callable[[Part, int, jax.Array], object]
 
 
 def _padded(tokens: int) -> int:
-    """Few lengths, since a program is compiled for each: powers of two, and above 32, where padding
-    costs more than compiling, also three between two of them, so at most a quarter is added.
-    """
+    """Few lengths, since a program is compiled for each: powers of two, and above 32 also three
+    between two of them, so that at most a quarter is added."""
     power = 1 << (tokens - 1).bit_length()
     step = power // 8 if power > 32 else power
     return -(-tokens // step) * step
@@ -148,13 +147,14 @@ class Prefill:
     ) -> jax.Array:
         """y_AD of a layer's experts; `routed` is what `_attend_and_route` makes of it."""
         x_BTD, h_TD, on_device, _ = routed
-        fields, chosen_pE = jax.device_get((on_device, routed[-1]))
-        selections, layer, controller = Selections(*fields), step.layer, self.pool.controller
+        selections, chosen_pE = jax.device_get(routed[2:])
+        layer, controller = step.layer, self.pool.controller
         if observed:
             controller.count_selections(selections.requested_TK, selections.served_TK)
-            ids_TK, weights_TK = selections.ids_TK, selections.weights_TK
-            x_TD = x_BTD.reshape(h_TD.shape)
-            told = RouterOutput(layer, ids_TK, weights_TK, valid_T, h_TD, x_TD)
+            told = RouterOutput(
+                layer, selections.ids_TK, selections.weights_TK, valid_T, h_TD,
+                x_BTD.reshape(h_TD.shape),
+            )  # fmt: skip
             for observer in controller.routing_observers():
                 observer.after_routing(told)
         # In the order in which the next layer will ask for them.
@@ -240,7 +240,7 @@ def describe_non_finite(
     """One line that names the part of the model where NaN or infinity began.
 
     The token is not named: attention multiplies what is masked by 0, and so hands NaN to all tokens
-    of a chunk. The caches are zeros, with room for the tokens of all sequences; they are donated.
+    of a chunk. The caches are zeros, with room for all tokens; they are donated.
     """
     places: list[str] = []  # that have any, in the order in which the model runs
     for part_BT, n_new_B, done_B in chunks(ids, chunk_tokens):

@@ -31,11 +31,7 @@ DEFAULT_POLICY = "slru"
 
 
 def policy_factory(policy: str | PolicyFactory) -> PolicyFactory:
-    """A factory by its name; a factory stays as it is.
-
-    Raises:
-        ValueError: no policy of that name; lists those there are.
-    """
+    """A factory by its name, or a ValueError that lists the names; a factory stays as it is."""
     if not isinstance(policy, str):
         return policy
     if policy not in POLICIES:

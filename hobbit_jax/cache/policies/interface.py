@@ -54,10 +54,8 @@ class Policy(ABC, Generic[Key]):
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
         """Records one use of `key`; True if it was resident.
 
-        Args:
-            key: the expert.
-            weight: its router weight in this selection, 0-1.
-            native: whether the selection asked for native precision.
+        `weight` is its router weight in this selection, 0-1, and `native` says whether the
+        selection asked for native precision.
         """
 
     def access_all(
@@ -73,12 +71,12 @@ class Policy(ABC, Generic[Key]):
     def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
         """Makes a missing `key` resident; returns the key evicted for it, if any.
 
-        Neither pinned keys nor those in `keep` (in use by the current step) are
-        evicted. Not a use: a key loaded ahead of its use is admitted without an access.
+        Neither pinned keys nor those in `keep` (in use by the current step) are evicted. It is no
+        use: a key loaded ahead of its use is admitted without an access.
 
         Raises:
-            RuntimeError: `key` is resident already, or nothing may be evicted; the
-                policy is as before.
+            RuntimeError: `key` is resident already, or nothing may be evicted; the policy is as
+                before.
         """
         if key in self._resident:
             raise RuntimeError(f"{key} is resident already")
@@ -91,11 +89,7 @@ class Policy(ABC, Generic[Key]):
 
     @abstractmethod
     def victim(self, keep: Collection[Key] = ()) -> Key:
-        """The resident that `admit` would evict now if no slot were free.
-
-        Raises:
-            RuntimeError: nothing may be evicted.
-        """
+        """The resident that `admit` would evict if no slot were free; RuntimeError for nobody."""
 
     def _insert(self, key: Key) -> None:
         """Makes an absent key resident."""
@@ -108,10 +102,8 @@ class Policy(ABC, Generic[Key]):
     def resize(self, capacity: int) -> list[Key]:
         """Changes the number of slots; returns whom it evicts, in the policy's own order.
 
-        What the policy has learned stays.
-
-        Raises:
-            ValueError: fewer slots than one, or than pinned keys; the policy is as before.
+        What the policy has learned stays. ValueError, and nothing changes, if there are fewer slots
+        than one or than pinned keys.
         """
         least = max(1, len(self._pinned))
         if capacity < least:
@@ -124,11 +116,9 @@ class Policy(ABC, Generic[Key]):
         return evicted
 
     def remove(self, key: Key) -> None:
-        """Gives up a resident, unpinned key outside the order: its upload failed, say.
+        """Gives up a resident key outside the order: its upload failed, say.
 
-        Raises:
-            KeyError: `key` is not resident.
-            RuntimeError: `key` is pinned.
+        KeyError if it is not resident, RuntimeError if it is pinned.
         """
         if key not in self:
             raise KeyError(key)

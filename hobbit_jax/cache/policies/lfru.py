@@ -31,15 +31,14 @@ class LFRU(Policy[Key]):
         return True
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
-        now, uses, pinned = self._token + 1, self._uses, self._pinned
-        victim, lowest = None, 0.0
-        for key, last in self._resident.items():
-            score = uses.get(key, 1) / (now - last)
-            if (victim is None or score < lowest) and key not in keep and key not in pinned:
-                victim, lowest = key, score
-        if victim is None:
+        scores = {
+            key: self._uses.get(key, 1) / (1 + self._token - last)
+            for key, last in self._resident.items()
+            if key not in keep and key not in self._pinned
+        }
+        if not scores:
             raise self._all_in_use()
-        return victim
+        return min(scores, key=scores.__getitem__)
 
     def _insert(self, key: Key) -> None:
         self._resident[key] = self._token
