@@ -129,12 +129,6 @@ class DeviceBanks:
         for plane in jax.tree.leaves(self.banks[signature]):
             plane.delete()
 
-    def empty(self, slots: Slots) -> None:
-        """Makes a bank hold nothing, whatever a failed write left of it."""
-        self.give_back(slots.signature)
-        self.renew(slots)
-        self.write_table()
-
     def put(self, key: ExpertKey, raw: tuple[jax.Array, ...], victim: ExpertKey | None) -> None:
         """Puts a copy's blocks into the slot of `victim`, or a free one for None."""
         signature = self._store.signature(key)

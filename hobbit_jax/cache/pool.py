@@ -278,7 +278,10 @@ class SlotPool(Executor):
             if self.controller.bank(key) is bank:
                 bank.policy.unpin(key)
                 bank.policy.remove(key)
-        self.parts[bank.device].empty(bank)
+        part = self.parts[bank.device]
+        part.give_back(bank.signature)
+        part.renew(bank)
+        part.write_table()
 
     def resize(self, slots: Mapping[Signature, int]) -> None:
         """Divides each device's budget anew between the same banks; whom a bank loses, its policy

@@ -31,7 +31,7 @@ class Belady(PriorityPolicy[Key]):
         self._n_seen += 1
         if key not in self._resident:
             return False
-        self._table.set(key, self._priority(key))
+        self._insert(key)
         return True
 
     def _priority(self, key: Key) -> float:

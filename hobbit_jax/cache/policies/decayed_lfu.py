@@ -35,7 +35,7 @@ class DecayedLFU(PriorityPolicy[Key]):
         self._log_count[key] = self._now + log2(count)
         if key not in self._resident:
             return False
-        self._table.set(key, self._priority(key))
+        self._insert(key)
         return True
 
     def _priority(self, key: Key) -> float:

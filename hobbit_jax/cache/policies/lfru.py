@@ -4,6 +4,7 @@ Source: the LFRU expert cache proposed for vLLM (pull request 37190): uses / (1 
 """
 
 from collections.abc import Collection
+from math import inf
 
 from hobbit_jax.cache.policies.interface import Key, Policy, Step
 
@@ -31,14 +32,15 @@ class LFRU(Policy[Key]):
         return True
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
-        scores = {
-            key: self._uses.get(key, 1) / (1 + self._token - last)
-            for key, last in self._resident.items()
-            if key not in keep and key not in self._pinned
-        }
-        if not scores:
+        now, uses = self._token + 1, self._uses
+        victim, lowest = None, inf
+        for key, last in self._resident.items():
+            score = uses.get(key, 1) / (now - last)
+            if score < lowest and key not in keep and key not in self._pinned:
+                victim, lowest = key, score
+        if victim is None:
             raise self._all_in_use()
-        return min(scores, key=scores.__getitem__)
+        return victim
 
     def _insert(self, key: Key) -> None:
         self._resident[key] = self._token
