@@ -284,8 +284,7 @@ class SlotPool(Executor):
         part.write_table()
 
     def resize(self, slots: Mapping[Signature, int]) -> None:
-        """Divides each device's budget anew between the same banks; whom a bank loses, its policy
-        says.
+        """Divides each device's budget anew between the same banks; a policy says whom one loses.
 
         Only between two steps. The old arrays are given up before the new ones are made, so that
         the budget is kept at every moment; the residents of a bank that changes are uploaded again,
