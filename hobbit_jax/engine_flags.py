@@ -6,8 +6,6 @@ them. A new engine flag is one field of `EngineOptions`, one entry of `_FLAGS` a
 `EngineOptions.make_engine` (or `load_model`).
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,11 +69,7 @@ class EngineOptions:
 
     @property
     def path(self) -> Path:
-        """The model file.
-
-        Raises:
-            ValueError: it cannot be read.
-        """
+        """The model file; ValueError if it cannot be read."""
         if self.model is None:
             return reference.model_path()
         return cli.input_file("model", self.model)
@@ -178,8 +172,7 @@ class EngineOptions:
     def mode(self, store: HostExperts) -> MissMode:
         """The miss mode, with what was measured of this machine.
 
-        Raises:
-            ValueError: a figure that the mode has no use for, or of another machine.
+        ValueError for a figure that the mode has no use for, or of another machine.
         """
         mode, link_to_host = MISS_MODES[self.miss_mode], self.link_to_host
         if link_to_host is None:
@@ -206,11 +199,7 @@ class EngineOptions:
 
 
 def budget_mib(text: str) -> float | None:
-    """A pool's size in MiB; None for `ALL`, which is no bound, as without the flag.
-
-    Raises:
-        ValueError: neither a size nor `ALL`.
-    """
+    """A pool's size in MiB; None for `ALL`, which is no bound, as without the flag."""
     mib = None if text == ALL else float(text)
     if mib is not None and not 0 <= mib <= cli.MAX_MIB:
         raise ValueError(f"{text} is not {_MIB_OR_ALL}")

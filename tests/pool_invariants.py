@@ -19,7 +19,7 @@ def all_keys(store, precision: int) -> list[ExpertKey]:
 
 
 def prefetched_bytes(pool) -> int:
-    return sum(map(pool.store.expert_bytes, pool.prefetched()))
+    return sum(map(pool.store.expert_bytes, pool.prefetched))
 
 
 def check_invariants(pool, store) -> None:
@@ -27,14 +27,14 @@ def check_invariants(pool, store) -> None:
     with the store.
     """
     for index, part in enumerate(pool.parts):
-        prefetched = [key for key in pool.prefetched() if owner(*key[1:], len(pool.parts)) == index]
+        prefetched = [key for key in pool.prefetched if owner(*key[1:], len(pool.parts)) == index]
         assert sum(map(store.expert_bytes, prefetched)) <= pool.staging_bytes // len(pool.parts)
         assert part.nbytes <= pool.budget_bytes // len(pool.parts)
         slots = {b.signature: b.policy for b in pool.controller.banks if b.device == index}
         check_device(part, slots, store)
     assert pool.resident() == {key for part in pool.parts for key in part.slot_of}
     assert pool.device_bytes == sum(part.nbytes for part in pool.parts)
-    assert not pool.prefetched() & pool.resident()
+    assert not pool.prefetched.keys() & pool.resident()
 
 
 def check_device(part, policies, store) -> None:
@@ -66,12 +66,13 @@ def check_device(part, policies, store) -> None:
 class UsesByExpert(Observer):
     """Hits and misses of each copy, as a controller decided them."""
 
-    def attach(self, controller):
-        self.hits, self.misses = np.zeros((2, *controller.layout.shape_pLE), np.int64)
+    def __init__(self, shape_pLE):
+        self.hits, self.misses = np.zeros((2, *shape_pLE), np.int64)
 
     def after_step(self, decision):
+        missing = decision.fetched + decision.computed
         for use in decision.uses:
-            (self.misses if use.key in decision.misses else self.hits)[use.key] += 1
+            (self.misses if use.key in missing else self.hits)[use.key] += 1
 
 
 class StandIn:
@@ -86,6 +87,4 @@ class StandIn:
 
 def promotion_of(rule, resident, evicted=()) -> Promotion:
     """A promotion that is told by hand."""
-    promotion = Promotion(rule)
-    promotion.attach(StandIn(resident, dict(evicted)))
-    return promotion
+    return Promotion(rule, StandIn(resident, dict(evicted)))

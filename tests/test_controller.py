@@ -58,7 +58,7 @@ def run_live(model, store, mode: str, policy: str, devices: int):
         CacheConfig(budget_bytes, mode=MODES[mode], policy=policy, promotion=RULE, devices=devices),
     )
     recorder, routed = Recorder(engine.controller), []
-    engine.controller.observe(OnRouting(routed.append))
+    engine.controller.observers.append(OnRouting(routed.append))
     engine.start(1, TOKENS)
     for token in np.random.default_rng(0).integers(0, model.config.vocab_size, TOKENS):
         engine.decode(np.asarray([token]))
@@ -132,9 +132,6 @@ def test_observers_are_all_told_in_their_order(store):
         def __init__(self, name):
             self.name = name
 
-        def attach(self, controller):
-            told.append(f"{self.name} attached")
-
         def after_step(self, decision):
             told.append(self.name)
 
@@ -143,10 +140,11 @@ def test_observers_are_all_told_in_their_order(store):
 
     layout = BankLayout.of_store(store)
     slots = dict.fromkeys(layout.expert_bytes, 4)
-    controller = Controller(layout, slots, policy_factory("lru"), [Named("first"), Named("second")])
+    controller = Controller(layout, slots, policy_factory("lru"))
+    controller.observers += [Named("first"), Named("second")]
     key = ExpertKey(LOW, 1, 3)
     decision = controller.decide(Step(0, 1, 0), [Use(ExpertKey(NATIVE, 1, 3))])
-    assert told == ["first attached", "second attached", "first", "second"]
+    assert told == ["first", "second"]
     assert decision.fetched == [ExpertKey(NATIVE, 1, 3)] and decision.batches == [decision.fetched]
     controller.end_tokens(1)
     assert controller.take_wanted() == [key] and controller.take_wanted() == []

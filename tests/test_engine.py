@@ -172,7 +172,7 @@ def test_router_weight_plan_asks_for_the_tier_of_each_weight(model, store):
     """Counted from what the router said; padding asks for nothing."""
     seen = []
     plan = router_weight_plan(0.4, 0.3)
-    cache, counted = CacheConfig(plan=plan, chunk_tokens=CHUNK), UsesByExpert()
+    cache, counted = CacheConfig(plan=plan, chunk_tokens=CHUNK), UsesByExpert(store.shape_pLE)
     engine = Engine(model, store, cache, observers=[OnRouting(seen.append), counted])
     engine.start(len(PROMPTS), CONTEXT)
     engine.prefill(PROMPTS)

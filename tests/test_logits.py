@@ -120,7 +120,7 @@ def test_score(loaded, name, rounds, chunk_tokens):
     n_experts = loaded[name].config.n_experts
     slots = max(1, n_experts // rounds)
     engine = engine_for(loaded[name], slots, chunk_tokens=chunk_tokens)
-    engine.controller.observe(counted := UsesByExpert())
+    engine.controller.observers.append(counted := UsesByExpert(engine.store.shape_pLE))
     assert_close(engine.score(ids_T[None])[0], wanted_TV, f"{name} cold")
     # Every expert is chosen (make_goldens.py prints how often), so each is fetched.
     assert (counted.misses > 0).all()

@@ -114,13 +114,13 @@ def test_layer_ahead_asks_the_layers_own_routers(model, store, monkeypatch):
     engine = engine_of(model, store, observers=[OnRouting(keep)])
     engine.start(1, len(PROMPT))
     engine.prefill([PROMPT])
-    at_exit = Prefetcher.at_exit
+    guess = Prefetcher.guess
 
     def spy(self, layer, routed, is_resident):
         asked.append((layer, routed))
-        return at_exit(self, layer, routed, is_resident)
+        return guess(self, layer, routed, is_resident)
 
-    monkeypatch.setattr(Prefetcher, "at_exit", spy)
+    monkeypatch.setattr(Prefetcher, "guess", spy)
     tight = engine_of(model, store, prefetch=PrefetchRule("layer_ahead", LAYERS_AHEAD))
     tight.start(1, len(PROMPT))
     tight.prefill([PROMPT[:-1]])
@@ -132,6 +132,7 @@ def test_layer_ahead_asks_the_layers_own_routers(model, store, monkeypatch):
         return dequantize(info.raw, type).reshape(info.shape).astype(np.float64)
 
     assert len({layer for layer, _ in asked}) > 1
+    assert asked.pop(0) == (-1, [])  # before the token
     for layer, routed in asked:
         x_D, wanted = streams[layer][len(PROMPT) - 1].astype(np.float64), []
         for ahead in range(layer + 1, min(layer + 1 + LAYERS_AHEAD, model.config.n_layers)):
@@ -146,11 +147,11 @@ def test_each_predictor_names_what_it_says():
     resident = {ExpertKey(0, 1, 0)}
     routed = [ExpertKey(0, 1, 0), ExpertKey(0, 1, 3), ExpertKey(0, 2, 5)]
     ahead = Prefetcher(PrefetchRule("layer_ahead", 2), 4, 8)
-    assert ahead.at_token() == []
-    assert ahead.at_exit(0, routed, resident.__contains__) == routed[1:]
+    assert ahead.guess(-1, [], resident.__contains__) == []
+    assert ahead.guess(0, routed, resident.__contains__) == routed[1:]
 
     chance = Prefetcher(PrefetchRule("random", 2), 4, 8)
-    drawn = [chance.at_exit(0, routed, resident.__contains__) for _ in range(400)]
+    drawn = [chance.guess(0, routed, resident.__contains__) for _ in range(400)]
     assert all([key[:2] for key in keys] == [(0, 1), (0, 2)] for keys in drawn)
     counts_E = np.bincount([keys[0].expert for keys in drawn], minlength=8)
     assert counts_E[0] == 0 and counts_E[1:].min() > 400 / 7 / 2  # all that are missing, alike
@@ -163,9 +164,9 @@ def test_each_predictor_names_what_it_says():
         before.after_step(
             Decision(Step(0, keys[0].layer, 0), ignored, [], [], [], [], prefill=True)
         )
-    assert before.at_token() == [ExpertKey(0, 0, 6), *routed[:2]]
-    assert before.at_exit(0, [], resident.__contains__) == routed[1:]
-    assert before.at_exit(3, [], resident.__contains__) == []
+    assert before.guess(-1, [], resident.__contains__) == [ExpertKey(0, 0, 6), routed[1]]
+    assert before.guess(0, [], resident.__contains__) == routed[1:]
+    assert before.guess(3, [], resident.__contains__) == []
     with pytest.raises(ValueError, match="want a predictor of layer_ahead, previous_token, random"):
         PrefetchRule("oracle")  # type: ignore[arg-type]
 

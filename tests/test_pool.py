@@ -105,11 +105,11 @@ def test_invariants_after_any_requests(store, slots, seed):
             uses, step = [Use(key) for key in keys], Step(0, int(layer), 0)
             batches = pool.controller.batches(keys)
             assert batches == twin.controller.batches(keys)
-            wrong = {key for key in pool.prefetched() if key.layer == layer and key not in keys}
-            still = pool.prefetched() - wrong
+            wrong = {key for key in pool.prefetched if key.layer == layer and key not in keys}
+            still = pool.prefetched.keys() - wrong
             pool.begin(pool.controller.decide(step, uses))
             twin.begin(twin.controller.decide(step, uses))
-            assert pool.prefetched() == still
+            assert pool.prefetched.keys() == still
             dropped += sum(map(store.expert_bytes, wrong))
             assert sorted(key for part in batches for key in part) == sorted(keys)
             residency = [key in pool.resident() for part in batches for key in part]
@@ -144,8 +144,8 @@ def test_invariants_after_any_requests(store, slots, seed):
             twin.pin(keys)
             pinned |= set(keys)
         else:
-            pool.controller.unpin(keys)
-            twin.controller.unpin(keys)
+            pool.unpin(keys)
+            twin.unpin(keys)
             pinned -= set(keys)
         assert pinned <= pool.resident()
         assert pool.resident() == twin.resident()
@@ -171,7 +171,7 @@ def test_invariants_after_any_requests(store, slots, seed):
 def test_stats_say_which_expert(store):
     pool = make_pool(store, (2, 2))
     first, second = ExpertKey(0, 1, 3), ExpertKey(0, 1, 5)
-    pool.controller.observe(counted := UsesByExpert())
+    pool.controller.observers.append(counted := UsesByExpert(store.shape_pLE))
     pool.begin(pool.controller.decide(Step(0, 1, 0), [Use(first), Use(second)]))
     pool.load([first, second])
     pool.begin(pool.controller.decide(Step(1, 1, 1), [Use(second)]))

@@ -90,19 +90,20 @@ def test_figures_are_a_plain_count(trace):
 @pytest.mark.parametrize("score", [None, "frequency", "router_weight"])
 @pytest.mark.parametrize("name", REPLAY_POLICIES)
 def test_a_policy_by_itself_decides_what_the_controller_decides(trace, name, score):
-    """Demand misses are played by `access_many`; an observer has the controller play each step."""
+    """Policies play demand misses alone; an observer has the controller play each step."""
     plan, part = None if score is None else demoted(trace, score, 0.4), trace.part(0, 220)
     banks = Signature("native", "", ""), Signature("low", "", "")
     layout = BankLayout(EXPERTS, K, [[bank] * LAYERS for bank in banks], dict.fromkeys(banks, 1))
     slots = dict(zip(banks, (12, 9) if plan else (20,), strict=False))
     cache = CacheConfig(plan=plan, policy=replay_policy(name, part, plan))
-    alone, watched = Replay(layout, slots, cache), Replay(layout, slots, cache, [Observer()])
+    alone, watched = Replay(layout, slots, cache), Replay(layout, slots, cache)
+    watched.controller.observers.append(Observer())
     for replay_ in (alone, watched):
         replay_.play(part.part(0, 100))
         replay_.play(part.part(100, 220))
     assert alone.counts == watched.counts and alone.counts.misses > 300
     assert set(alone.controller.resident()) == set(watched.controller.resident())
-    assert (alone.counter.resident_pLE == watched.counter.resident_pLE).all()
+    assert (alone.resident_pLE == watched.resident_pLE).all()
 
 
 def test_selections_by_router_weight_have_two_banks(trace):

@@ -10,7 +10,7 @@ from conftest import REPOSITORY, TWO_BANKS
 from pool_invariants import check_invariants, promotion_of
 from tiny_models import write_model
 
-from hobbit_jax.cache.adaptive_split import CapacityTuner, SplitRule
+from hobbit_jax.cache.adaptive_split import AdaptiveSplit, SplitRule
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, Controller, OnRouting
 from hobbit_jax.cache.counter import Replay
@@ -111,7 +111,7 @@ def test_a_replay_gives_the_counts_of_the_run(model, store, mode):
         slots = division(store, mode, size, 0.2)
         assert slots != pool.slots
         pool.resize(slots)
-        replay.counter.resize(slots)
+        replay.resize(slots)
         check_invariants(pool, store)
 
 
@@ -259,13 +259,13 @@ def test_the_engine_divides_its_pool_anew_and_goes_on(model, store, uses_LE):
                 warm=WarmStart(uses_LE, 0.25),
             ),
         )
-        assert engine.split is not None and engine.split.low_share == 0.5
+        assert engine.split is not None and engine.split.share == 0.5
         logits = [decode(engine, 35, seed=0), decode(engine, 35, seed=1)]
         assert not engine.split.history  # it had 35 tokens to go by
         slots, before = dict(engine.pool.slots), engine.pool.resident()
         engine.start(1, 8)
         ((tokens_before, share),) = engine.split.history
-        assert tokens_before == 70 and share == engine.split.low_share > 0.5
+        assert tokens_before == 70 and share == engine.split.share > 0.5
         assert engine.pool.slots != slots
         wanted = division(store, "use_low_if_resident", engine.pool.budget_bytes, share)
         assert engine.pool.slots == wanted
@@ -312,6 +312,13 @@ def tokens(count: int, hot_experts: int, seed: int) -> list[list[RouterOutput]]:
     ]  # fmt: skip
 
 
+def split_of(share: float, mode, promotion, rule: SplitRule) -> AdaptiveSplit:
+    """One that begins with the division of `share`."""
+    cache = cache_of(mode, promotion)
+    executor, everyone_pLE = Replay(LAYOUT, DIVISIONS[share], cache), np.ones(LAYOUT.shape_pLE)
+    return AdaptiveSplit(executor, DIVISIONS, cache, everyone_pLE, rule)
+
+
 def moved(division: dict, part: list, mode: str, rule: PromotionRule = RULE) -> int:
     """Bytes of the second half of `part`."""
     replay = Replay(LAYOUT, division, cache_of(mode, rule))
@@ -330,10 +337,10 @@ def test_the_split_comes_to_the_best_fixed_one(mode, hot_experts):
     routed = tokens(600, hot_experts, 1)
     bytes_of = {share: moved(division, routed, mode) for share, division in DIVISIONS.items()}
     worst = max(bytes_of, key=bytes_of.__getitem__)
-    chooser = CapacityTuner(LAYOUT, DIVISIONS, worst, cache_of(mode, RULE), rule)
+    chooser = split_of(worst, mode, RULE, rule)
     for number, layers in enumerate(routed, 1):
         for layer in layers:
-            chooser.record(layer)
+            chooser.after_routing(layer)
         if number in (60, 180, 300, 420, 540):  # after 60 tokens, then 120 more at most
             chooser.decide()
         elif number % 7 == 0:
@@ -347,10 +354,10 @@ def test_of_divisions_within_the_margin_the_least_degrading_is_taken(margin, wan
     """fetch_low with few hot_experts: 0.8 moves fewest bytes, 0.5 hardly more and degrades less."""
     rule = SplitRule(margin=margin, window_tokens=160, first_tokens=160)
     mode = MISS_MODES["fetch_low"]
-    chooser = CapacityTuner(LAYOUT, DIVISIONS, 0.2, cache_of(mode, RULE), rule)
+    chooser = split_of(0.2, mode, RULE, rule)
     for layers in tokens(160, 4, 1):
         for layer in layers:
-            chooser.record(layer)
+            chooser.after_routing(layer)
     assert chooser.decide() == chooser.share == wanted
 
 
@@ -366,11 +373,11 @@ def test_no_division_is_judged_while_it_fills():
     assert min(begun, key=begun.__getitem__) != best
     for most_growth, wanted in ((np.inf, [0.2, best]), (0.1, [])):
         rule = SplitRule(most_growth=most_growth, first_tokens=24, window_tokens=64)
-        chooser = CapacityTuner(LAYOUT, DIVISIONS, best, cache_of(mode, slow), rule)
+        chooser = split_of(best, mode, slow, rule)
         changes = []
         for layers in routed:
             for layer in layers:
-                chooser.record(layer)
+                chooser.after_routing(layer)
             if (new := chooser.decide()) is not None:
                 changes.append(new)
         assert changes == wanted

@@ -271,7 +271,7 @@ def record(engine: Engine, monkeypatch) -> dict:
                 assert rows.setdefault(key, int(precision)) == int(precision)
 
     monkeypatch.setattr(engine, "_count", counting)
-    engine.controller.observe(OnRouting(watch))
+    engine.controller.observers.append(OnRouting(watch))
     return rows
 
 
@@ -359,7 +359,7 @@ def test_nothing_is_copied_between_devices(two, monkeypatch):
         return [shard.data.unsafe_buffer_pointer() for shard in shards]
 
     uploads.clear()
-    two.controller.observe(counted := UsesByExpert())
+    two.controller.observers.append(counted := UsesByExpert(two.store.shape_pLE))
     caches, banks = pointers(two._carry.caches), pointers(two.pool.banks)
     for step in range(STEPS):
         two.decode(np.asarray([9, 8, 7]) + step)
@@ -429,7 +429,7 @@ def test_pools_are_whole_after_any_requests(store, devices):
             except ValueError as refusal:
                 assert "slots to stream through" in str(refusal)
         elif operation == "unpin":
-            controller.unpin(keys)
+            pool.unpin(keys)
             pinned -= set(keys)
         elif operation == "reserve":
             for key in keys:

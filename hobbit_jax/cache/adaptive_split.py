@@ -5,8 +5,6 @@ decision to decision: between sequences every shadow replays the last decoded to
 is divided anew where that clearly moves fewer bytes.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,10 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hobbit_jax.cache.config import CacheConfig
-from hobbit_jax.cache.controller import BankLayout, Observer
+from hobbit_jax.cache.controller import Observer
 from hobbit_jax.cache.counter import Replay
 from hobbit_jax.cache.counts import Counts
-from hobbit_jax.cache.miss_modes import miss_mode
 from hobbit_jax.cache.pool_sizing import CANDIDATE_SHARES, pool_slots
 from hobbit_jax.cache.selection import RouterOutput
 from hobbit_jax.cache.warm_start import Executor
@@ -28,56 +25,65 @@ Divisions = Mapping[float, Mapping[Signature, int]]  # slots per bank by share o
 
 @dataclass(frozen=True)
 class SplitRule:
-    """When the pool is divided anew.
+    """When the pool is divided anew."""
 
-    Attributes:
-        margin: bytes that the present division moves above the least, as a share, before it is
-            given up. Of all divisions within it the one that degrades least is taken.
-        most_growth: copies that a shadow may gain in the tokens that are judged, as a share of
-            those that promotion may bring. A division that fills faster is not judged: where low
-            copies come only in the background, a large share for them looks bad until they are
-            there.
-        window_tokens: newest decoded tokens that a decision replays; it judges the second half.
-        first_tokens: tokens before the first decision; each further one waits twice as long.
-        most_tokens: the longest wait.
-    """
-
+    # Bytes that the present division moves above the least, as a share, before it is given up. Of
+    # all divisions within it the one that degrades least is taken.
     margin: float = 0.05
+    # Copies that a shadow may gain in the tokens that are judged, as a share of those that
+    # promotion may bring. A division that fills faster is not judged: where low copies come only in
+    # the background, a large share for them looks bad until they are there.
     most_growth: float = 0.1
-    window_tokens: int = 256
-    first_tokens: int = 64
-    most_tokens: int = 1024
+    window_tokens: int = 256  # newest decoded tokens, of which a decision judges the second half
+    first_tokens: int = 64  # before the first decision; each further one waits twice as long
+    most_tokens: int = 1024  # the longest wait
 
 
 DEFAULT_SPLIT = SplitRule()
 
 
-class CapacityTuner:
-    """Remembers routing and says which division would have moved the fewest bytes.
+def candidates(executor: Executor, cache: CacheConfig, shares_pLE: np.ndarray) -> Divisions:
+    """The divisions of an executor's banks, as `pool_slots` makes them of `CANDIDATE_SHARES`."""
+    layout, mode = executor.controller.layout, executor.controller.mode
+    banks = {bank.signature for bank in executor.controller.banks}
+    divisions: dict[float, Mapping[Signature, int]] = {}
+    for share in CANDIDATE_SHARES:
+        slots, _ = pool_slots(shares_pLE, mode, layout, cache.budget_bytes, share)
+        if slots.keys() == banks and slots not in divisions.values():
+            divisions[share] = slots
+    return divisions
 
-    All `divisions` are of the same banks, and `share` is the one in force. Of `cache` they have
-    plan, mode, policy and promotion; they are tried from a cold start.
+
+class AdaptiveSplit(Observer):
+    """Divides the banks of an executor, a live pool or a replay, by what was routed so far.
+
+    All `divisions` are of its banks. Of `cache` they have plan, mode, policy and promotion, and are
+    tried from a cold start. Its pins hold under every division.
     """
 
     def __init__(
         self,
-        layout: BankLayout,
+        executor: Executor,
         divisions: Divisions,
-        share: float,
         cache: CacheConfig,
-        rule: SplitRule,
+        shares_pLE: np.ndarray,
+        rule: SplitRule = DEFAULT_SPLIT,
     ):
-        self.divisions, self.share, self.rule = divisions, share, rule
-        promotes = miss_mode(cache.mode).promotes
-        self._promoted_per_token = cache.promotion.per_token if promotes else None
-        cold = replace(cache, warm=None)
+        self._executor, self._cache, self._shares_pLE = executor, cache, shares_pLE
+        self.divisions, self.rule = divisions, rule
+        self.history: list[tuple[int, float]] = []  # decoded tokens before it, share
+        of_each = {bank.signature: bank.policy.capacity for bank in executor.controller.banks}
+        self.share = next(share for share, slots in divisions.items() if slots == of_each)
+        cold, layout = replace(cache, warm=None), executor.controller.layout
         self._shadows = {s: Replay(layout, slots, cold) for s, slots in divisions.items()}
         self.tokens = self._position = 0
         self._wait, self._decided_at = rule.first_tokens, 0
         self._recent: deque[tuple[int, list[RouterOutput]]] = deque(maxlen=rule.window_tokens)
 
-    def record(self, routed: RouterOutput) -> None:
-        """Remembers one layer of a decoded token."""
+    def after_routing(self, routed: RouterOutput) -> None:
+        """Remembers a layer of what is decoded; prompts are left out."""
+        if routed.h_TD is not None or not routed.valid_T.any():
+            return
         if not self._recent or routed.layer <= self._recent[-1][1][-1].layer:
             self._recent.append((self._position, []))
             self.tokens, self._position = self.tokens + 1, self._position + 1
@@ -107,61 +113,23 @@ class CapacityTuner:
         before, copies = Counts(), 0
         for index, (position, layers) in enumerate(self._recent):
             if index == half:
-                before, copies = replace(shadow.counts), shadow.copies()
+                before, copies = replace(shadow.counts), shadow.resident_pLE.sum()
             shadow.token(layers, position)
-        if self._promoted_per_token is not None:
-            most = self.rule.most_growth * self._promoted_per_token * (len(self._recent) - half)
-            if shadow.copies() - copies > most:
+        if shadow.controller.mode.promotes:
+            promoted = self._cache.promotion.per_token * (len(self._recent) - half)
+            if shadow.resident_pLE.sum() - copies > self.rule.most_growth * promoted:
                 return None
         return shadow.counts - before
 
-
-class AdaptiveSplit(Observer):
-    """The division of an executor's banks, a live pool's or a replay's.
-
-    They are divided by `pool_slots` for one of the candidates. The budget and the pins of `cache`
-    hold under every division.
-    """
-
-    def __init__(
-        self,
-        executor: Executor,
-        cache: CacheConfig,
-        shares_pLE: np.ndarray,
-        rule: SplitRule = DEFAULT_SPLIT,
-    ):
-        self._executor, self._cache, self._shares_pLE = executor, cache, shares_pLE
-        self.history: list[tuple[int, float]] = []  # decoded tokens before it, share
-        layout, banks = executor.controller.layout, executor.controller.banks
-        of_each = {bank.signature: bank.policy.capacity for bank in banks}
-        divisions: dict[float, Mapping[Signature, int]] = {}
-        mode = executor.controller.mode
-        for share in CANDIDATE_SHARES:
-            slots, _ = pool_slots(shares_pLE, mode, layout, cache.budget_bytes, share)
-            if slots.keys() == of_each.keys() and slots not in divisions.values():
-                divisions[share] = slots
-        share = next(s for s, slots in divisions.items() if slots == of_each)
-        self._tuner = CapacityTuner(layout, divisions, share, cache, rule)
-
-    @property
-    def low_share(self) -> float:
-        """The share in force."""
-        return self._tuner.share
-
-    def after_routing(self, routed: RouterOutput) -> None:
-        """Remembers a layer of what is decoded; prompts are left out."""
-        if routed.h_TD is None and routed.valid_T.any():
-            self._tuner.record(routed)
-
     def begin_sequences(self) -> None:
         """Divides the banks anew if what was routed so far says so."""
-        share = self._tuner.decide()
+        share = self.decide()
         if share is None:
             return
-        executor, controller = self._executor, self._executor.controller
-        for bank in controller.banks:
-            controller.unpin(bank.policy.pinned)
-        executor.resize(dict(self._tuner.divisions[share]))
+        executor = self._executor
+        for bank in executor.controller.banks:
+            executor.unpin(bank.policy.pinned)
+        executor.resize(self.divisions[share])
         if self._cache.warm is not None:
             self._cache.warm.pin(executor, self._shares_pLE)
-        self.history.append((self._tuner.tokens, share))
+        self.history.append((self.tokens, share))

@@ -3,8 +3,6 @@
 Owns the file of measured bandwidths, which belong to one device and one CPU.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping
@@ -21,28 +19,18 @@ _BOTH = {"host", "link"}
 
 @dataclass(frozen=True)
 class Bandwidths:
-    """Rates in 1e9 bytes a second.
+    """Rates in 1e9 bytes a second."""
 
-    Attributes:
-        device: as a record names it.
-        cpu: its host's processor, and how many of them.
-        host_gb_s: of expert products on the CPU that read a mapped bank, by format and threads.
-        link_gb_s: of copies to the device, by the memory that they start in and bytes of a piece.
-        at_once: what is left (0-1) of "host" and "link" while both work.
-    """
-
-    device: str
-    cpu: str
+    device: str  # as a record names it
+    cpu: str  # its host's processor, and how many of them
+    # Of expert products on the CPU that read a mapped bank, by format and threads.
     host_gb_s: Mapping[str, Mapping[str, float]]
+    # Of copies to the device, by the memory that they start in and bytes of a piece.
     link_gb_s: Mapping[str, Mapping[str, float]]
-    at_once: Mapping[str, float]
+    at_once: Mapping[str, float]  # what is left (0-1) of "host" and "link" while both work
 
     def host(self, format: str) -> float:
-        """Of products in a format, with as many threads as are best.
-
-        Raises:
-            ValueError: the format was not measured; lists those that were.
-        """
+        """Of products in a format, with as many threads as are best; ValueError without any."""
         if format not in self.host_gb_s:
             raise ValueError(
                 f"no bandwidth of {format} was measured; there are {', '.join(self.host_gb_s)} "
@@ -62,11 +50,7 @@ class Bandwidths:
         return link / (self.host(format) * self.at_once["host"])
 
     def check_here(self, device: str, cpu: str) -> None:
-        """Refuses the rates of another machine.
-
-        Raises:
-            ValueError: what they are of, and what is here.
-        """
+        """Refuses the rates of another machine by a ValueError."""
         if (device, cpu) != (self.device, self.cpu):
             raise ValueError(
                 f"bandwidths of {self.device} with {self.cpu}, and this is {device} with {cpu}; "

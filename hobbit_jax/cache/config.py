@@ -1,13 +1,11 @@
 """The settings of an expert cache, in one value that engines, replays and scripts pass on."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from hobbit_jax.cache.controller import BankLayout, Controller, Observer
+from hobbit_jax.cache.controller import BankLayout, Controller
 from hobbit_jax.cache.miss_modes import LOW, MissMode, miss_mode
 from hobbit_jax.cache.policies import DEFAULT_POLICY, PolicyFactory, policy_factory
 from hobbit_jax.cache.pool_sizing import DEFAULT_LOW_SHARE, LowShare
@@ -25,44 +23,33 @@ MAX_RESIDENT_LIFT = 50.0  # e to it times a score is far from float32's greatest
 class CacheConfig:
     """What is kept on the device, and what happens to a selection that is not.
 
-    Attributes:
-        budget_bytes: bytes of each device's expert pool; None holds every expert of the plan.
-        plan: who gets which precision; None is native throughout.
-        policy: who is evicted, by name (`cache/policies`) or as a factory; one per bank.
-        mode: what serves a selection whose copy is missing, by name (`cache/miss_modes.py`) or as a
-            setting.
-        resident_lift: raises the logarithms of the router's scores of experts that are resident, at
-            any precision, for the choice in decode (arXiv 2412.00099); their weights stay. A
-            token's best expert stays chosen. 0 routes as the model does; from about 10 on a missing
-            expert is substituted by a resident one wherever there is one.
-        low_share: share of the budget (0-1) for low copies, where the mode keeps some; "adaptive"
-            follows what is used, between sequences.
-        promotion: how eagerly a mode that promotes does so.
-        warm: which experts are resident before the first token, and which for good.
-        prefetch: who guesses what later layers of a token need; None guesses nothing.
-        staging_bytes: device bytes beside the pool for uploads ahead of their use; None is as much
-            as one token's experts of a layer, 0 waits for each upload by itself.
-        devices: how many divide the experts among them; each holds all the rest.
-        chunk_tokens: tokens of one prefill step, over all sequences.
-        kv_format: of keys and values, one of `KV_FORMATS`.
-
     Raises:
         ValueError: a mode or a format that there is not, or a lift outside its range.
     """
 
-    budget_bytes: int | None = None
-    plan: PrecisionPlan | None = None
+    budget_bytes: int | None = None  # of each device's expert pool; None holds the plan's experts
+    plan: PrecisionPlan | None = None  # who gets which precision; None is native throughout
+    # Who is evicted, by name (`cache/policies`) or as a factory; one per bank.
     policy: str | PolicyFactory = DEFAULT_POLICY
+    # What serves a selection whose copy is missing, by name (`miss_modes.py`) or as a setting.
     mode: str | MissMode = "fetch"
+    # Raises the logarithms of the router's scores of experts that are resident, at any precision,
+    # for the choice in decode (arXiv 2412.00099); their weights stay. A token's best expert stays
+    # chosen. 0 routes as the model does; from about 10 on a missing expert is substituted by a
+    # resident one wherever there is one.
     resident_lift: float = 0.0
+    # Share of the budget (0-1) for low copies, where the mode keeps some; "adaptive" follows what
+    # is used, between sequences.
     low_share: LowShare = DEFAULT_LOW_SHARE
-    promotion: PromotionRule = DEFAULT_PROMOTION
-    warm: WarmStart | None = None
-    prefetch: PrefetchRule | None = None
+    promotion: PromotionRule = DEFAULT_PROMOTION  # how eagerly a mode that promotes does so
+    warm: WarmStart | None = None  # who is resident before the first token, and who for good
+    prefetch: PrefetchRule | None = None  # who guesses what later layers of a token need
+    # Device bytes beside the pool for uploads ahead of their use; None is as much as one token's
+    # experts of a layer, 0 waits for each upload by itself.
     staging_bytes: int | None = None
-    devices: int = 1
-    chunk_tokens: int = 2048
-    kv_format: str = "float32"
+    devices: int = 1  # that divide the experts among them; each holds all the rest
+    chunk_tokens: int = 2048  # of one prefill step, over all sequences
+    kv_format: str = "float32"  # of keys and values, one of `KV_FORMATS`
 
     def __post_init__(self):
         if self.kv_format not in KV_FORMATS:
@@ -77,24 +64,16 @@ class CacheConfig:
             )
         miss_mode(self.mode)
 
-    def controller(
-        self, layout: BankLayout, slots: Mapping[Signature, int], observers: Sequence[Observer] = ()
-    ) -> Controller:
-        """What decides by these settings, in a live engine and in a replay.
-
-        The observers are told of every decision after promotion, where there is one.
-        """
+    def controller(self, layout: BankLayout, slots: Mapping[Signature, int]) -> Controller:
+        """What decides by these settings, in a live engine and in a replay."""
         mode = miss_mode(self.mode)
-        promotion = [Promotion(self.promotion)] if mode.promotes else []
-        policy = policy_factory(self.policy)
-        return Controller(layout, slots, policy, [*promotion, *observers], mode)
+        controller = Controller(layout, slots, policy_factory(self.policy), mode)
+        if mode.promotes:
+            controller.observers.append(Promotion(self.promotion, controller))
+        return controller
 
     def fill(self, executor: Executor, plan_shares_pLE: np.ndarray) -> None:
-        """Makes resident what these settings want there before the first token.
-
-        Raises:
-            ValueError: a profile of another shape, or pins that leave a bank too few slots.
-        """
+        """Makes resident what these settings want there at first; see `WarmStart.fill`."""
         if executor.controller.mode.low_banks == "all":
             load_all(executor, LOW)
         if self.warm is not None:

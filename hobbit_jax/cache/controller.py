@@ -7,13 +7,10 @@ with sums, so that recorded routing played to a controller with a counter is the
 the model.
 """
 
-from __future__ import annotations
-
-from collections import Counter as Multiset
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -28,31 +25,16 @@ from pallas_kernels.reference import Signature
 
 
 class Decision(NamedTuple):
-    """What one step of one layer comes to.
-
-    Attributes:
-        step: where in the model and in the text.
-        uses: the copies that serve, whether resident or not.
-        unmet: copies that were requested and that another precision stands in for.
-        fetched: the copies to fetch, in the order of `uses`.
-        computed: the copies that the CPU computes, in the order of `uses`.
-        batches: what runs together, all of `uses` that the CPU does not compute; empty where
-            nothing is fetched.
-        prefill: whether the step is a chunk of a prompt.
-    """
+    """What one step of one layer comes to."""
 
     step: Step
-    uses: Sequence[Use]
-    unmet: Sequence[Use]
-    fetched: list[ExpertKey]
-    computed: list[ExpertKey]
+    uses: Sequence[Use]  # the copies that serve, whether resident or not
+    unmet: Sequence[Use]  # copies that were requested and that another precision stands in for
+    fetched: list[ExpertKey]  # in the order of `uses`
+    computed: list[ExpertKey]  # by the CPU, in the order of `uses`
+    # What runs together, all of `uses` that the CPU does not compute; none if nothing is fetched.
     batches: list[list[ExpertKey]]
-    prefill: bool = False
-
-    @property
-    def misses(self) -> list[ExpertKey]:
-        """The copies that are not resident."""
-        return self.fetched + self.computed
+    prefill: bool = False  # whether the step is a chunk of a prompt
 
     @property
     def round_trips(self) -> int:
@@ -62,9 +44,6 @@ class Decision(NamedTuple):
 
 class Observer:
     """Is told what a controller decides; every method does nothing until it is overridden."""
-
-    def attach(self, controller: Controller) -> None:
-        """Once, before the first step: whose decisions it will hear."""
 
     def begin_sequences(self) -> None:
         """Between two steps, where the sequences so far are forgotten."""
@@ -93,24 +72,16 @@ class OnRouting(Observer):
 
 @dataclass(frozen=True)
 class BankLayout:
-    """Which bank holds which copies, and what one of them weighs.
+    """Which bank holds which copies, and what one of them weighs."""
 
-    Attributes:
-        n_experts: of a layer.
-        experts_per_token: of a layer; a bank keeps so many slots to stream through.
-        signature_pL: of the copies of each precision and layer.
-        expert_bytes: of one copy, by signature.
-        n_devices: that divide the experts.
-    """
-
-    n_experts: int
-    experts_per_token: int
-    signature_pL: Sequence[Sequence[Signature]]
-    expert_bytes: Mapping[Signature, int]
-    n_devices: int = 1
+    n_experts: int  # of a layer
+    experts_per_token: int  # of a layer; a bank keeps so many slots to stream through
+    signature_pL: Sequence[Sequence[Signature]]  # of the copies of each precision and layer
+    expert_bytes: Mapping[Signature, int]  # of one copy
+    n_devices: int = 1  # that divide the experts
 
     @classmethod
-    def of_store(cls, store: HostExperts, n_devices: int = 1) -> BankLayout:
+    def of_store(cls, store: HostExperts, n_devices: int = 1) -> Self:
         """The layout of a model's experts."""
         return cls(
             store.config.n_experts,
@@ -153,8 +124,8 @@ class Bank:
 class Controller:
     """Decides what happens to every selection, and counts it; see the module.
 
-    Each device has a bank for each signature of `slots`. The observers are told of every decision,
-    in their order.
+    Each device has a bank for each signature of `slots`. The `observers` are told of every
+    decision, in their order.
     """
 
     def __init__(
@@ -162,32 +133,18 @@ class Controller:
         layout: BankLayout,
         slots: Mapping[Signature, int],
         policy: PolicyFactory,
-        observers: Sequence[Observer] = (),
         mode: MissMode = FETCH,
     ):
-        self.mode, self.layout, self.observers = mode, layout, list[Observer]()
+        self.layout, self.mode = layout, mode
+        self.observers: list[Observer] = []
         self.counts = Counts()
         self.banks = [
             Bank(device, signature, layout.expert_bytes[signature], policy(n_slots))
             for device in range(layout.n_devices)
             for signature, n_slots in slots.items()
         ]
-        by_name = {(bank.device, bank.signature): bank for bank in self.banks}
-        self._bank_dpL = [
-            [
-                [by_name.get((device, signature)) for signature in layers]
-                for layers in layout.signature_pL
-            ]
-            for device in range(layout.n_devices)
-        ]
+        self._bank_of = {(bank.device, bank.signature): bank for bank in self.banks}
         self._wanted: list[ExpertKey] = []
-        for observer in observers:
-            self.observe(observer)
-
-    def observe(self, observer: Observer) -> None:
-        """Tells `observer` of everything from now on, after those there are."""
-        self.observers.append(observer)
-        observer.attach(self)
 
     def routing_observers(self) -> list[Observer]:
         """The observers that heed `after_routing`, for which a run copies routing to the host."""
@@ -195,9 +152,8 @@ class Controller:
 
     def find_bank(self, key: ExpertKey) -> Bank | None:
         """The bank that may hold `key`; None where its signature has no slots."""
-        n_devices = self.layout.n_devices
-        device = 0 if n_devices == 1 else owner(key.layer, key.expert, n_devices)
-        return self._bank_dpL[device][key.precision][key.layer]
+        device = owner(key.layer, key.expert, self.layout.n_devices)
+        return self._bank_of.get((device, self.layout.signature_pL[key.precision][key.layer]))
 
     def bank(self, key: ExpertKey) -> Bank:
         """The bank that may hold `key`. KeyError if its signature has no slots."""
@@ -216,11 +172,7 @@ class Controller:
         return (key for key in keys if key in self)
 
     def decide(
-        self,
-        step: Step,
-        uses: Sequence[Use],
-        unmet: Sequence[Use] = (),
-        prefill: bool = False,
+        self, step: Step, uses: Sequence[Use], unmet: Sequence[Use] = (), prefill: bool = False
     ) -> Decision:
         """Records one step's uses and decides what is to be loaded for them.
 
@@ -233,27 +185,23 @@ class Controller:
         for use in () if prefill else unmet:
             self._access(use)
         fetched, computed, batches = [], [], []
-        if missing:
-            for use, action in zip(missing, self.mode.act(missing), strict=True):
-                stays = self.mode.computes and self.find_bank(use.key) is None
-                (computed if stays or action is Action.HOST else fetched).append(use.key)
-            if fetched:
-                stay = set(computed)
-                batches = self.batches(use.key for use in uses if use.key not in stay)
+        for use, action in zip(missing, self.mode.act(missing), strict=True):
+            stays = self.mode.computes and self.find_bank(use.key) is None
+            (computed if stays or action is Action.HOST else fetched).append(use.key)
+        if fetched:
+            stay = set(computed)
+            batches = self.batches(use.key for use in uses if use.key not in stay)
+        counts, sizes = self.counts, self.layout.copy_bytes
+        counts.hits += len(uses) - len(missing)
+        counts.misses += len(missing)
+        counts.native_uses += sum(use.key.precision == NATIVE for use in uses)
+        counts.bytes_read += sum(sizes(use.key) for use in uses)
+        counts.computed += len(computed)
+        counts.bytes_computed += sum(map(sizes, computed))
         decision = Decision(step, uses, unmet, fetched, computed, batches, prefill)
-        self._count(decision)
         for observer in self.observers:
             observer.after_step(decision)
         return decision
-
-    def _count(self, decision: Decision) -> None:
-        counts, sizes, uses = self.counts, self.layout.copy_bytes, decision.uses
-        counts.hits += len(uses) - len(decision.misses)
-        counts.misses += len(decision.misses)
-        counts.native_uses += sum(use.key.precision == NATIVE for use in uses)
-        counts.bytes_read += sum(sizes(use.key) for use in uses)
-        counts.computed += len(decision.computed)
-        counts.bytes_computed += sum(map(sizes, decision.computed))
 
     def count_selections(self, requested: np.ndarray, served: np.ndarray) -> None:
         """Counts selections by the precisions that were requested and that serve them, [..., K]."""
@@ -290,39 +238,6 @@ class Controller:
         bank = self.find_bank(key)
         return None if bank is None or bank.room > 0 else bank.policy.victim()
 
-    def has_unpinned_slot(self, key: ExpertKey) -> bool:
-        """Whether `key` could get a slot between two steps."""
-        bank = self.find_bank(key)
-        return bank is not None and len(bank.policy.pinned) < bank.policy.capacity
-
-    def check_pins(self, keys: Iterable[ExpertKey]) -> None:
-        """Refuses pins that would leave a bank too few slots to stream the rest through.
-
-        Raises:
-            ValueError: says which bank.
-        """
-        new = Multiset(self.bank(key) for key in keys if key not in self.bank(key).policy.pinned)
-        for bank, n_new in new.items():
-            n_slots, total = bank.policy.capacity, len(bank.policy.pinned) + n_new
-            least = min(n_slots, self.layout.experts_per_token)
-            if total > n_slots - least:
-                raise ValueError(
-                    f"pinning {total} experts leaves bank {bank.signature} fewer than {least} of "
-                    f"its {n_slots} slots to stream through"
-                )
-
-    def unpin(self, keys: Iterable[ExpertKey]) -> None:
-        """Gives pinned copies back to their policies."""
-        for key in keys:
-            self.bank(key).policy.unpin(key)
-
-    def forget(self, bank: Bank) -> None:
-        """Makes all copies of a bank absent, after a failure."""
-        for key in list(self.resident()):
-            if self.bank(key) is bank:
-                bank.policy.unpin(key)
-                bank.policy.remove(key)
-
     def begin_sequences(self) -> None:
         """Tells the observers that new sequences begin."""
         for observer in self.observers:
@@ -334,9 +249,9 @@ class Controller:
             self._wanted += observer.after_tokens(count)
 
     def take_wanted(self) -> list[ExpertKey]:
-        """The copies to load in the background while the next token runs, each once."""
+        """The copies to load in the background while the next token runs."""
         wanted, self._wanted = self._wanted, []
-        return [key for key in dict.fromkeys(wanted) if key not in self and self.find_bank(key)]
+        return wanted
 
 
 def _batches_of(bank: Bank, keys: Sequence[ExpertKey]) -> list[list[ExpertKey]]:
@@ -364,13 +279,12 @@ def uses_of(layer: int, selections: Selections) -> tuple[list[Use], list[Use]]:
         if served == SKIPPED:
             continue
         key = ExpertKey(served, layer, expert)
-        before = uses.get(key)
-        native, rows = requested == NATIVE, 1
-        if before is not None:
-            weight, native = max(weight, before.weight), native or before.native
-            rows += before.rows
-        uses[key] = Use(key, weight, native, rows)
+        use = Use(key, weight, requested == NATIVE)
+        if (before := uses.get(key)) is not None:
+            native = use.native or before.native
+            use = Use(key, max(weight, before.weight), native, before.rows + 1)
+        uses[key] = use
         if served > requested:
             unmet_key = key._replace(precision=requested)
-            unmet[unmet_key] = Use(unmet_key, weight)
+            unmet[unmet_key] = Use(unmet_key, use.weight)
     return list(uses.values()), list(unmet.values())

@@ -1,49 +1,30 @@
 """What a cache and its engine did, counted in one way: live, replayed and measured. No JAX here."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 
 @dataclass
 class Counts:
-    """Sums. A use is a hit or a miss of an expert's copy in one step of a layer.
+    """Sums. A use is a hit or a miss of an expert's copy in one step of a layer."""
 
-    Attributes:
-        tokens: decoded, of all sequences.
-        selections: of experts by the router, for real tokens.
-        demoted: selections served below the precision that the plan asked for.
-        low: selections served below native.
-        skipped: selections asked for and not served.
-        hits, misses: uses whose copy was resident, and others.
-        native_uses: of both, those of native copies.
-        bytes_read: of the copies used.
-        computed, bytes_computed: of the misses, those that the CPU computed.
-        promotions: copies loaded in the background.
-        bytes_moved: sent to the device, also in vain.
-        bytes_ahead: of them, sent beside what was waited for (guesses, later batches).
-        bytes_dropped: of those, given up unused.
-        link_wait_s: seconds that the host waited for uploads, by the link's clock.
-        host_round_trips: times that decode left the device for a missing expert.
-    """
-
-    tokens: int = 0
-    selections: int = 0
-    demoted: int = 0
-    low: int = 0
-    skipped: int = 0
-    hits: int = 0
-    misses: int = 0
-    native_uses: int = 0
-    bytes_read: int = 0
-    computed: int = 0
-    bytes_computed: int = 0
-    promotions: int = 0
-    bytes_moved: int = 0
-    bytes_ahead: int = 0
-    bytes_dropped: int = 0
-    link_wait_s: float = field(default=0.0, compare=False)
-    host_round_trips: int = 0
+    tokens: int = 0  # decoded, of all sequences
+    selections: int = 0  # of experts by the router, for real tokens
+    demoted: int = 0  # selections served below the precision that the plan asked for
+    low: int = 0  # selections served below native
+    skipped: int = 0  # selections asked for and not served
+    hits: int = 0  # uses whose copy was resident
+    misses: int = 0  # other uses
+    native_uses: int = 0  # of hits and misses, those of native copies
+    bytes_read: int = 0  # of the copies used
+    computed: int = 0  # misses that the CPU computed
+    bytes_computed: int = 0  # of their copies
+    promotions: int = 0  # copies loaded in the background
+    bytes_moved: int = 0  # sent to the device, also in vain
+    bytes_ahead: int = 0  # of them, sent beside what was waited for (guesses, later batches)
+    bytes_dropped: int = 0  # of those, given up unused
+    link_wait_s: float = field(default=0.0, compare=False)  # for uploads, by the link's clock
+    host_round_trips: int = 0  # times that decode left the device for a missing expert
 
     @property
     def uses(self) -> int:
@@ -55,13 +36,13 @@ class Counts:
         """Hits over uses (0-1); None before the first."""
         return self.hits / self.uses if self.uses else None
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(**{name: n + vars(other)[name] for name, n in vars(self).items()})
+    def __add__(self, other: Self) -> Self:
+        return type(self)(**{name: n + vars(other)[name] for name, n in vars(self).items()})
 
-    def __sub__(self, other: Counts) -> Counts:
-        return Counts(**{name: n - vars(other)[name] for name, n in vars(self).items()})
+    def __sub__(self, other: Self) -> Self:
+        return type(self)(**{name: n - vars(other)[name] for name, n in vars(self).items()})
 
-    def take(self) -> Counts:
+    def take(self) -> Self:
         """Returns the counts so far and starts again from zero."""
         before = replace(self)
         vars(self).update(vars(Counts()))

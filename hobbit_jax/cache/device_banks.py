@@ -4,9 +4,7 @@ Owns these arrays, the host's copy of the table, and the one program that writes
 lines of the table, so that the two cannot disagree.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -78,8 +76,8 @@ def empty_bank(
 class DeviceBanks:
     """The arrays of one device; `banks` and `table_UE` are new objects after each write.
 
-    Row `precision * L + layer` of the table holds, for each expert, its slot in the bank of its
-    signature, or `ABSENT`. A signature without a layout is in planes.
+    Row `precision * L + layer` of the table holds each expert's slot in the bank of its signature,
+    or `ABSENT`. A signature without a layout is in planes.
     """
 
     def __init__(
@@ -111,38 +109,25 @@ class DeviceBanks:
         """Whether a bank holds addresses of the file's map: nothing is uploaded into it."""
         return self._layouts.get(signature) == "mapped"
 
-    def renew(self, slots: Slots) -> None:
-        """Puts an empty bank in the place of one; the table is as it was until `write_table`."""
+    def renew(self, slots: Slots) -> list[ExpertKey]:
+        """Puts an empty bank in the place of one; returns the copies that were in that.
+
+        The table is as it was until `write_table`.
+        """
         signature, n_slots = slots.signature, slots.policy.capacity
         layout = self._layouts.get(signature, "planes")
         config = self._store.config
         self.banks[signature] = empty_bank(config, signature, n_slots, self.device, layout)
         self._free[signature] = list(range(n_slots))[::-1]
-        self.forget(self.residents(signature))
-
-    def residents(self, signature: Signature) -> list[ExpertKey]:
-        """The copies in one bank."""
-        return [key for key in self.slot_of if self._store.signature(key) == signature]
-
-    def forget(self, keys: Iterable[ExpertKey]) -> None:
-        """Makes copies absent in the host's copy of the table alone."""
-        for key in keys:
+        held = [key for key in self.slot_of if self._store.signature(key) == signature]
+        for key in held:
             del self.slot_of[key]
+        return held
 
     def give_back(self, signature: Signature) -> None:
         """Gives a bank's device memory back at once."""
         for plane in jax.tree.leaves(self.banks[signature]):
             plane.delete()
-
-    def empty(self, slots: Slots) -> None:
-        """Makes a bank hold nothing, whatever a failed write left of it."""
-        planes = jax.tree.leaves(self.banks[slots.signature])
-        if any(plane.is_deleted() for plane in planes):  # given back, or to a program that failed
-            self.renew(slots)
-        else:
-            self.forget(self.residents(slots.signature))
-            self._free[slots.signature] = list(range(slots.policy.capacity))[::-1]
-        self.write_table()
 
     def put(self, key: ExpertKey, raw: tuple[jax.Array, ...], victim: ExpertKey | None) -> None:
         """Puts a copy's blocks into the slot of `victim`, or a free one for None."""

@@ -1,8 +1,6 @@
 """The way of an expert's bytes from host to device: JAX's own copy, and an emulated slower link
 for machines whose device is the CPU, where a copy costs next to nothing."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,11 +38,9 @@ class Link:
     clock: Callable[[], float] = staticmethod(time.perf_counter)  # seconds that uploads take
 
     def send(self, raw: Raw, device: Any) -> Upload:
-        """Starts the copy of an expert's raw blocks to a `jax.Device`, the process's first for
-        None; does not wait for it.
+        """Starts the copy of raw blocks to a `jax.Device`, None for the first of the process.
 
-        Raises:
-            RuntimeError: the device refused it.
+        It does not wait. RuntimeError if the device refuses it.
         """
         return partial(jax.block_until_ready, jax.device_put(raw, device))
 

@@ -8,8 +8,6 @@ Sources: HOBBIT (arXiv 2411.01433, section 3.2) for thresholds on the weights of
 llama.cpp's pull request 27861, FreeToken and KTransformers for misses computed on the CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -20,7 +18,7 @@ from hobbit_jax.experts.store import NATIVE, ExpertKey
 
 # The one low precision that misses may be served from.
 LOW = 1
-
+# No low copy serves misses; some low copies are resident; all are; none is, the CPU computes them.
 LowBanks = Literal["none", "cache", "all", "host"]
 
 
@@ -42,23 +40,14 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class MissMode:
-    """The base mode, `fetch`: a miss waits for the requested copy. Other modes override it.
-
-    Attributes:
-        low_banks: "none": no low copy serves misses; "cache": some low copies are resident; "all":
-            all of them are; "host": none is, the CPU computes them.
-        native_waits: whether a selection can wait for its native copy, so that native banks need
-            slots for a whole step.
-        promotes: whether native copies are loaded in the background for experts served low.
-        leaves_low: whether low copies are loaded in the background for experts waited for.
-        computes: whether the CPU may compute a missing copy, so that a bank may have no slot.
-    """
+    """The base mode, `fetch`: a miss waits for the requested copy. Other modes override it."""
 
     low_banks: LowBanks = "none"
+    # Whether a selection can wait for its native copy, so that native banks have room for a step.
     native_waits: bool = True
-    promotes: bool = False
-    leaves_low: bool = False
-    computes: bool = False
+    promotes: bool = False  # whether native copies are loaded in the background for those used low
+    leaves_low: bool = False  # whether low copies are, for experts waited for
+    computes: bool = False  # whether the CPU may compute a missing copy: a bank may have no slot
 
     def serve(self, requested_TK: Array, weights_TK: Array, resident_pTK: Array) -> Array:
         """The precision that serves each selection, int32 [T, K]; `SKIPPED` for none.
@@ -141,8 +130,7 @@ class Hobbit(MissMode):
 # Rows of a step that the CPU computes in the time of one: until then it waits for the weights. From
 # there on the time grows with the rows. Reckoned from 62.5 GB/s and 0.5 TFLOP/s, not measured.
 ROWS_AT_ONCE = 2
-# The link's bandwidth over the rate at which the CPU reads what it computes: 25.6 and 62.5 GB/s.
-LINK_TO_HOST = 0.41
+LINK_TO_HOST = 0.41  # 25.6 over 62.5 GB/s
 
 
 @dataclass(frozen=True)
@@ -150,14 +138,12 @@ class Host(MissMode):
     """Missing experts are computed on the CPU, and loaded in the background if they prove hot.
 
     What many tokens of a step share is fetched, once that takes less time (in prefill).
-
-    Attributes:
-        link_to_host: the link's bandwidth over the rate at which the CPU reads what it computes.
     """
 
     native_waits: bool = False
     promotes: bool = True
     computes: bool = True
+    # The link's bandwidth over the rate at which the CPU reads what it computes.
     link_to_host: float = LINK_TO_HOST
 
     def __post_init__(self):
@@ -192,10 +178,9 @@ class HobbitHost(Host, Hobbit):
 class Hybrid(Host):
     """Each miss is fetched or computed on the CPU, so that both finish together.
 
+    The most used are fetched first. Of many misses link_to_host / (1 + link_to_host) are fetched.
     What is computed may be promoted as under `Host`: where one token misses little, nothing else
     would bring hot experts in.
-
-    The most used are fetched first. Of many misses link_to_host / (1 + link_to_host) are fetched.
     """
 
     def act(self, missing: Sequence[Use]) -> list[Action]:
@@ -228,11 +213,7 @@ MISS_MODES: dict[str, MissMode] = {
 
 
 def miss_mode(mode: str | MissMode) -> MissMode:
-    """A setting by its name; a setting stays as it is.
-
-    Raises:
-        ValueError: no mode of that name; lists those there are.
-    """
+    """A setting by its name, or a ValueError that lists the names; a setting stays as it is."""
     if not isinstance(mode, str):
         return mode
     if mode not in MISS_MODES:

@@ -8,8 +8,6 @@ besides the one expert that is waited for, and get a slot when they are needed a
 what is resident, and every result, is the same with them and without.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -76,8 +74,8 @@ class SlotPool(Executor):
             for index, device in enumerate(devices)
         ]
         self._budget_bytes, self._staging_bytes = budget_bytes, staging_bytes
-        # Begun ahead of use; `load` gives each a slot.
-        self._prefetched: dict[ExpertKey, Upload] = {}
+        # Begun ahead of use; their bytes fit `staging_bytes`, and `load` gives each a slot.
+        self.prefetched: dict[ExpertKey, Upload] = {}
         self._assembled: dict[Any, tuple[list[Any], Any]] = {}
         for part in self.parts:
             if part.nbytes > budget_bytes:
@@ -118,9 +116,7 @@ class SlotPool(Executor):
 
     @property
     def table_UE(self) -> jax.Array:
-        """The slot of each expert, by row `precision * L + layer` of each device, for compiled
-        programs to read.
-        """
+        """The slot of each expert by each device's row `precision * L + layer`, for programs."""
         return self._whole("table", [part.table_UE for part in self.parts])
 
     def resident_pE(self, layer: int) -> np.ndarray:
@@ -135,10 +131,6 @@ class SlotPool(Executor):
     def device_bytes(self) -> int:
         """Bytes of all banks, as the devices count them."""
         return sum(part.nbytes for part in self.parts)
-
-    def prefetched(self) -> frozenset[ExpertKey]:
-        """Every expert whose upload was begun ahead of its use; their bytes fit `staging_bytes`."""
-        return frozenset(self._prefetched)
 
     @property
     def holds_all(self) -> bool:
@@ -174,10 +166,10 @@ class SlotPool(Executor):
 
     def begin(self, decision: Decision) -> None:
         """Gives up the prefetches of a step's layer that it does not load."""
-        if self._prefetched:
+        if self.prefetched:
             used = {use.key for use in decision.uses}.difference(decision.computed)
             self.drop_prefetched(
-                [k for k in self._prefetched if k.layer == decision.step.layer and k not in used]
+                [k for k in self.prefetched if k.layer == decision.step.layer and k not in used]
             )
 
     def load(
@@ -224,24 +216,24 @@ class SlotPool(Executor):
     def _begin_uploads(self, keys: Sequence[ExpertKey]) -> bool:
         """Starts uploads to one device as `prefetch` does; whether there was room for all."""
         for key in keys:
-            begun = key in self or key in self.reserved or key in self._prefetched
+            begun = key in self or key in self.reserved or key in self.prefetched
             if begun or self.controller.find_bank(key) is None:
                 continue
-            staged = (k for k in self._prefetched if self._device(k) == self._device(key))
+            staged = (k for k in self.prefetched if self._device(k) == self._device(key))
             if sum(map(self.store.expert_bytes, (*staged, key))) > self._staging_bytes:
                 return False
-            self._prefetched[key] = self._send(key)
+            self.prefetched[key] = self._send(key)
         return True
 
     def drop_prefetched(self, keys: Iterable[ExpertKey] | None = None) -> None:
         """Gives up prefetched uploads; all of them for None."""
-        for key in list(self._prefetched if keys is None else keys):
-            del self._prefetched[key]
+        for key in list(self.prefetched if keys is None else keys):
+            del self.prefetched[key]
             self.counts.bytes_dropped += self.store.expert_bytes(key)
 
     def _begin_upload(self, key: ExpertKey) -> Upload:
         """See `Executor._begin_upload`: now, if it was not begun before."""
-        begun = self.reserved.pop(key, None) or self._prefetched.pop(key, None)
+        begun = self.reserved.pop(key, None) or self.prefetched.pop(key, None)
         return begun or self._send(key)
 
     def _send(self, key: ExpertKey) -> Upload:
@@ -273,17 +265,21 @@ class SlotPool(Executor):
 
     def _empty(self, bank: Slots) -> None:
         """Makes a bank's experts absent, so that banks, table and policy agree for certain."""
-        self.controller.forget(bank)
-        self.parts[bank.device].empty(bank)
+        for key in list(self.controller.resident()):
+            if self.controller.bank(key) is bank:
+                bank.policy.unpin(key)
+                bank.policy.remove(key)
+        part = self.parts[bank.device]
+        part.give_back(bank.signature)
+        part.renew(bank)
+        part.write_table()
 
     def resize(self, slots: Mapping[Signature, int]) -> None:
-        """Divides each device's budget anew between the same banks; residents stay where there is
-        room.
+        """Divides each device's budget anew between the same banks; a policy says whom one loses.
 
-        Only between two steps. Which experts a bank loses is its policy's choice. The old arrays
-        are given up before the new ones are made, so that the budget is kept at every moment; the
-        residents of a bank that changes are uploaded again, which `bytes_moved` counts. Reserved
-        uploads are forgotten.
+        Only between two steps. The old arrays are given up before the new ones are made, so that
+        the budget is kept at every moment; the residents of a bank that changes are uploaded again,
+        which `bytes_moved` counts. Reserved uploads are forgotten.
 
         Raises:
             ValueError: other banks, more bytes than the budget, or fewer slots than are pinned;
@@ -296,19 +292,16 @@ class SlotPool(Executor):
         self.drop_prefetched()
         try:
             for bank in changed:
-                part = self.parts[bank.device]
-                part.forget(bank.policy.resize(slots[bank.signature]))
-                part.give_back(bank.signature)
+                bank.policy.resize(slots[bank.signature])
+                self.parts[bank.device].give_back(bank.signature)
             for bank in changed:
                 part = self.parts[bank.device]
-                residents = part.residents(bank.signature)
-                part.renew(bank)
-                for key in residents:
-                    part.put(key, self._arrived(key, self._send(key)), None)
+                for key in part.renew(bank):
+                    if key in bank.policy:
+                        part.put(key, self._arrived(key, self._send(key)), None)
         except BaseException:
             # Banks, table and policies that do not fit together hold nothing.
             for bank in changed:
-                self.parts[bank.device].give_back(bank.signature)
                 bank.policy.resize(slots[bank.signature])
                 self._empty(bank)
             raise

@@ -4,12 +4,11 @@ Owns what each bank must hold, and the division of the bytes: between banks of o
 expected use, between native and low banks by a share.
 """
 
-from __future__ import annotations
-
+import contextlib
 import heapq
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -30,20 +29,13 @@ LowShare = float | Literal["adaptive"]
 
 
 def low_share(text: str) -> LowShare:
-    """A share as scripts and configs give it: "adaptive", or a number from 0 to 1.
-
-    Raises:
-        ValueError: neither of them.
-    """
+    """A share as scripts and configs give it: "adaptive", or a number from 0 to 1."""
     if text == ADAPTIVE:
         return ADAPTIVE
-    try:
-        share = float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share <= 1:
-        raise ValueError(f"low_share is {text!r}; want {ADAPTIVE} or 0 to 1")
-    return share
+    with contextlib.suppress(ValueError):
+        if 0 <= (share := float(text)) <= 1:
+            return share
+    raise ValueError(f"low_share is {text!r}; want {ADAPTIVE} or 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -56,6 +48,21 @@ class BankDemand:
     min_slots: int  # experts that one token's step may need at once
     weight: float = 1.0  # expected uses per expert, relative to the other banks
 
+    @property
+    def min_bytes(self) -> int:
+        """Of `min_slots`."""
+        return self.expert_bytes * self.min_slots
+
+
+def _check_budget(demands: Iterable[BankDemand], budget_bytes: int) -> None:
+    needed = sum(demand.min_bytes for demand in demands)
+    if needed > budget_bytes:
+        needed_mib = math.ceil(needed / 2**20 * 1000) / 1000  # rounded up: it must be enough
+        raise ValueError(
+            f"the expert pool's budget of {budget_bytes} bytes cannot hold one step's experts; "
+            f"it needs at least {needed} bytes (--budget_mib={needed_mib})"
+        )
+
 
 def divide_budget(demands: Sequence[BankDemand], budget_bytes: int) -> list[int]:
     """Slots per bank within `budget_bytes`: the minima first, then the bank least filled.
@@ -63,15 +70,9 @@ def divide_budget(demands: Sequence[BankDemand], budget_bytes: int) -> list[int]
     Raises:
         ValueError: the minima alone do not fit; says how many bytes are needed.
     """
+    _check_budget(demands, budget_bytes)
     slots = [demand.min_slots for demand in demands]
-    needed = sum(d.expert_bytes * s for d, s in zip(demands, slots, strict=True))
-    if needed > budget_bytes:
-        needed_mib = math.ceil(needed / 2**20 * 1000) / 1000  # rounded up: it must be enough
-        raise ValueError(
-            f"the expert pool's budget of {budget_bytes} bytes cannot hold one step's experts; "
-            f"it needs at least {needed} bytes (--budget_mib={needed_mib})"
-        )
-    left = budget_bytes - needed
+    left = budget_bytes - sum(demand.min_bytes for demand in demands)
 
     def fill(i: int) -> float:
         return slots[i] / (demands[i].n_experts * max(demands[i].weight, 1e-9))
@@ -88,10 +89,7 @@ def divide_budget(demands: Sequence[BankDemand], budget_bytes: int) -> list[int]
 
 
 def divide_precisions(
-    native: Sequence[BankDemand],
-    low: Sequence[BankDemand],
-    budget_bytes: int,
-    low_share: float,
+    native: Sequence[BankDemand], low: Sequence[BankDemand], budget_bytes: int, low_share: float
 ) -> dict[Signature, int]:
     """Slots per bank with `low_share` (0-1) of the budget for the low banks, as near as it goes.
 
@@ -103,27 +101,20 @@ def divide_precisions(
     """
     if not 0 <= low_share <= 1:
         raise ValueError(f"low_share is {low_share}; want 0 to 1")
-    least = [replace(d, n_experts=d.min_slots) for d in (*native, *low) if d.min_slots]
-    divide_budget(least, budget_bytes)  # refuses a budget that is too small for both
-    needed_native = sum(d.expert_bytes * d.min_slots for d in native)
-    needed_low = sum(d.expert_bytes * d.min_slots for d in low)
+    _check_budget([*native, *low], budget_bytes)
+    needed_native, needed_low = (sum(d.min_bytes for d in banks) for banks in (native, low))
     low_bytes = max(needed_low, min(int(low_share * budget_bytes), budget_bytes - needed_native))
-    slots = dict(zip((d.signature for d in low), divide_budget(low, low_bytes), strict=True))
-    left = budget_bytes - sum(d.expert_bytes * slots[d.signature] for d in low)
-    native_slots = divide_budget(native, left)
-    banks = dict(zip((d.signature for d in native), native_slots, strict=True))
-    return {signature: n for signature, n in {**banks, **slots}.items() if n}
+    low_slots = divide_budget(low, low_bytes)
+    left = budget_bytes - sum(d.expert_bytes * n for d, n in zip(low, low_slots, strict=True))
+    slots = [*divide_budget(native, left), *low_slots]
+    return {d.signature: n for d, n in zip([*native, *low], slots, strict=True) if n}
 
 
 def demands(shares_pLE: np.ndarray, layout: BankLayout) -> list[BankDemand]:
     """What each bank must be able to hold, in order of first appearance.
 
     A bank's slots are the same on every device, so its demand is that of the device that has most
-    to hold.
-
-    Args:
-        shares_pLE: of each pair's selections, by precision: the plan's, or any expected uses.
-        layout: which bank holds which copies.
+    to hold. `shares_pLE` are each pair's selections by precision: the plan's, or expected uses.
     """
     _, n_layers, n_experts = layout.shape_pLE
     owner_LE, n_devices = owners_LE(n_layers, n_experts, layout.n_devices), layout.n_devices
@@ -158,7 +149,7 @@ def pool_slots(
     Args:
         shares_pLE: of each pair's selections, by precision: who asks for which precision.
         mode: whether low copies serve misses.
-        layout: which bank holds which copies; all devices have equal slots (`demands`).
+        layout: which bank holds which copies.
         budget_bytes: of each device's pool; None holds everything.
         low_share: of the budget for low copies (0-1), where the mode keeps some; a mode that keeps
             all of them takes what they need. "adaptive" begins at the default.
@@ -176,13 +167,9 @@ def pool_slots(
 
 
 def least_bytes(shares_pLE: np.ndarray, mode: MissMode, layout: BankLayout) -> int:
-    """The smallest budget that `pool_slots` accepts on one device.
-
-    Raises:
-        ValueError, NotImplementedError: see `pool_slots`.
-    """
+    """The smallest budget that `pool_slots` accepts on one device; raises what that does."""
     native, low = _wanted(shares_pLE, mode, layout)
-    return sum(demand.expert_bytes * demand.min_slots for demand in (*native, *low))
+    return sum(demand.min_bytes for demand in (*native, *low))
 
 
 def _wanted(

@@ -7,10 +7,8 @@ Sources: layer-ahead, Eliseev & Mazur (arXiv 2312.17238, section 3.2) and HOBBIT
 section 3.3), both of which apply the next gate to the current stream.
 """
 
-from __future__ import annotations
-
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -24,15 +22,13 @@ PredictorName = Literal["layer_ahead", "previous_token", "random"]
 class PrefetchRule:
     """Who guesses, and how far.
 
-    Attributes:
-        predictor: "layer_ahead" asks the routers of the layers to come; "previous_token" takes the
-            experts that those layers used for the token before; "random" is the control: as many
-            missing experts as layer_ahead would load, drawn from all that are missing.
-        distance: layers ahead of the one that waits.
+    "layer_ahead" asks the routers of the layers to come; "previous_token" takes the experts that
+    those layers used for the token before; "random" is the control: as many missing experts as
+    layer_ahead would load, drawn from all that are missing.
     """
 
     predictor: PredictorName
-    distance: int = 1
+    distance: int = 1  # layers ahead of the one that waits
 
     def __post_init__(self):
         if self.predictor not in get_args(PredictorName) or self.distance < 1:
@@ -50,9 +46,9 @@ class PrefetchRule:
 class Prefetcher(Observer):
     """Guesses missing experts, the nearest layer's first."""
 
-    def __init__(self, rule: PrefetchRule, n_layers: int, n_experts: int, seed: int = 0):
+    def __init__(self, rule: PrefetchRule, n_layers: int, n_experts: int):
         self.rule = rule
-        self._n_experts, self._random = n_experts, random.Random(seed)
+        self._n_experts, self._random = n_experts, random.Random(0)
         self._previous: list[list[ExpertKey]] = [[] for _ in range(n_layers)]
 
     def after_step(self, decision: Decision) -> None:
@@ -60,22 +56,18 @@ class Prefetcher(Observer):
         if not decision.prefill:
             self._previous[decision.step.layer] = [use.key for use in decision.uses]
 
-    def at_token(self) -> list[ExpertKey]:
-        """Before a token: guesses for the first layers, of which no router knows anything yet."""
-        return [] if self.rule.layers_asked else self._before(range(self.rule.distance))
-
-    def at_exit(
-        self,
-        layer: int,
-        routed: Sequence[ExpertKey],
-        is_resident: Callable[[ExpertKey], bool],
+    def guess(
+        self, layer: int, routed: Sequence[ExpertKey], is_resident: Callable[[ExpertKey], bool]
     ) -> list[ExpertKey]:
-        """Guesses while `layer` waits; `routed` is what later layers' routers choose of it now."""
+        """Guesses while `layer` waits; `routed` is what later layers' routers choose of it now.
+
+        Before a token the layer is -1, and no router knows anything yet.
+        """
         if self.rule.predictor == "previous_token":
-            keys = self._before(range(layer + 1, layer + 1 + self.rule.distance))
-            return [key for key in keys if not is_resident(key)]
+            later = self._previous[layer + 1 : layer + 1 + self.rule.distance]
+            routed = [key for keys in later for key in keys]
         guesses = [key for key in routed if not is_resident(key)]
-        if self.rule.predictor == "layer_ahead":
+        if self.rule.predictor != "random":
             return guesses
         drawn: dict[ExpertKey, None] = {}
         for key in guesses:
@@ -83,6 +75,3 @@ class Prefetcher(Observer):
             missing = [other for other in others if not is_resident(other) and other not in drawn]
             drawn[self._random.choice(missing)] = None
         return list(drawn)
-
-    def _before(self, layers: Iterable[int]) -> list[ExpertKey]:
-        return [key for n in layers if n < len(self._previous) for key in self._previous[n]]

@@ -6,8 +6,6 @@ expert that may have to be promoted again: so a newcomer must have been used `af
 `halving_tokens`, so that old ones fade.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Iterable
@@ -20,20 +18,14 @@ from hobbit_jax.experts.store import NATIVE, ExpertKey
 
 @dataclass(frozen=True)
 class PromotionRule:
-    """How eager promotion is; uses are counted with age, as the module says.
+    """How eager promotion is; uses are counted with age, as the module says."""
 
-    Attributes:
-        after_uses: uses that an absent copy would have served, after which it is loaded.
-        per_token: most promotions started after one token.
-        halving_tokens: tokens after which a use counts half.
-        margin: its uses must be more than this many times those of the expert that it would evict;
-            0 leaves that out. At 1.5 the reference model's floor promotes one expert in twenty to a
-            hundred tokens instead of one in each, and demotes 4 to 6 points fewer selections.
-    """
-
-    after_uses: float = 2.0
-    per_token: int = 1
-    halving_tokens: int = 32
+    after_uses: float = 2.0  # that an absent copy would have served, after which it is loaded
+    per_token: int = 1  # most promotions started after one token
+    halving_tokens: int = 32  # tokens after which a use counts half
+    # Its uses must be more than this many times those of the expert that it would evict; 0 leaves
+    # that out. At 1.5 the reference model's floor promotes one expert in twenty to a hundred tokens
+    # instead of one in each, and demotes 4 to 6 points fewer selections.
     margin: float = 1.5
 
     def __post_init__(self):
@@ -46,25 +38,19 @@ class PromotionRule:
 DEFAULT_PROMOTION = PromotionRule()
 
 
-class _Uses(Counter[ExpertKey]):
+def _halved(uses: Counter[ExpertKey]) -> Counter[ExpertKey]:
     """Counts that fade, and so are no integers."""
-
-    def halved(self) -> _Uses:
-        return _Uses({key: uses / 2 for key, uses in self.items() if uses >= 0.5})
+    return Counter({key: count / 2 for key, count in uses.items() if count >= 0.5})  # pyright: ignore
 
 
 class Promotion(Observer):
     """Counts uses, and has copies loaded in the background, the most used first."""
 
-    def __init__(self, rule: PromotionRule):
-        self.rule = rule
-        self._missed = _Uses()  # that an absent copy would have served
-        self._served = _Uses()  # uses that the key itself served
+    def __init__(self, rule: PromotionRule, controller: Controller):
+        self.rule, self._controller = rule, controller
+        self._missed = Counter[ExpertKey]()  # uses that an absent copy would have served
+        self._served = Counter[ExpertKey]()  # uses that the key itself served
         self._tokens = 0
-
-    def attach(self, controller: Controller) -> None:
-        """See `Observer.attach`."""
-        self._controller = controller
 
     def after_step(self, decision: Decision) -> None:
         """See `Observer.after_step`."""
@@ -90,7 +76,7 @@ class Promotion(Observer):
         halvings -= self._tokens // self.rule.halving_tokens
         self._tokens += count
         for _ in range(halvings):
-            self._missed, self._served = self._missed.halved(), self._served.halved()
+            self._missed, self._served = _halved(self._missed), _halved(self._served)
         due = [key for key, uses in self._missed.items() if uses >= self.rule.after_uses]
         due = [key for key in reversed(due) if key not in self._controller]
         due.sort(key=lambda key: -self._missed[key])

@@ -3,16 +3,13 @@
 Owns the step from a trace and settings to a row of figures; `counter.py` decides.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from hobbit_jax.cache.adaptive_split import DEFAULT_SPLIT, AdaptiveSplit, SplitRule
+from hobbit_jax.cache.adaptive_split import DEFAULT_SPLIT, AdaptiveSplit, SplitRule, candidates
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout
 from hobbit_jax.cache.counter import Replay
@@ -70,10 +67,7 @@ def _requested_TLK(trace: Trace, plan: PrecisionPlan | None) -> np.ndarray:
 
 
 def replay(
-    trace: Trace,
-    cache: CacheConfig,
-    expert_bytes_p: Sequence[int],
-    rule: SplitRule = DEFAULT_SPLIT,
+    trace: Trace, cache: CacheConfig, expert_bytes_p: Sequence[int], rule: SplitRule = DEFAULT_SPLIT
 ) -> dict[str, Any]:
     """Replays a trace; the figures, ready for JSON.
 
@@ -104,11 +98,13 @@ def replay(
     slots, _ = pool_slots(shares_pLE, mode, layout, cache.budget_bytes, cache.low_share)
     replayed, split = Replay(layout, slots, cache), None
     if cache.low_share == ADAPTIVE and mode.low_banks == "cache":
-        split = AdaptiveSplit(replayed.counter, cache, shares_pLE, rule)
-        replayed.controller.observe(split)
-    before, began_s = dataclasses.replace(replayed.counts), time.thread_time()
+        divisions = candidates(replayed, cache, shares_pLE)
+        split = AdaptiveSplit(replayed, divisions, cache, shares_pLE, rule)
+        replayed.controller.observers.append(split)
+    replayed.counts.take()  # what a warm start moved
+    began_s = time.thread_time()
     replayed.play(trace, "replay")
-    seconds, counts = time.thread_time() - began_s, replayed.counts - before
+    seconds, counts = time.thread_time() - began_s, replayed.counts
     selections = max(1, counts.selections)
     return {
         "hit_rate": counts.hit_rate,

@@ -3,8 +3,6 @@
 `select` is array code that runs in compiled programs on JAX's arrays, and on NumPy's in replays.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -4,12 +4,11 @@ Owns recording and trace files. A file is an .npz of `expert_ids` [T, L, K] (int
 [T, L, K] (router weights, in the order of the ids) and `seq_lens` [sequences] (tokens of each).
 """
 
-from __future__ import annotations
-
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -30,7 +29,7 @@ class Trace:
     position_T: np.ndarray  # int64; of a token in its sequence
     n_experts: int  # of a layer
 
-    def part(self, start: int, stop: int) -> Trace:
+    def part(self, start: int, stop: int) -> Self:
         """The tokens from `start` to before `stop`."""
         at = slice(start, stop)
         return replace(
@@ -141,8 +140,7 @@ class RoutingRecorder(Observer):
     def write(self, path: Path) -> int:
         """Writes the trace as an .npz file; returns how many tokens it has.
 
-        Raises:
-            ValueError: nothing was routed yet, or a layer is behind the others.
+        ValueError if nothing was routed yet, or a layer is behind the others.
         """
         counts = {sum(map(len, steps)) for steps in self._ids}
         if counts == {0} or len(counts) != 1:

@@ -3,8 +3,6 @@
 JAX's events nest (a program within a program), so what counts is the time that any of them covers.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -10,12 +10,10 @@ A selection's result depends neither on the entry in which it ran nor on what ra
 K results of a token are summed last, so the tokens are the same bits for every pool.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -41,28 +39,23 @@ from pallas_kernels.reference import Bank, Epilogue, Epilogues, Signature, Work
 
 @dataclass(frozen=True)
 class LayerGroups:
-    """Which bank each precision of each layer's experts lives in; None where a precision has no
-    bank.
-    """
+    """Which bank each precision of each layer's experts lives in."""
 
-    signatures: tuple[tuple[Signature | None, ...], ...]  # by kind and precision
+    signatures: tuple[tuple[Signature | None, ...], ...]  # by kind and precision; None has no bank
     kind_L: tuple[int, ...]
     implementations: tuple[tuple[Signature, str], ...]  # how each bank's experts are computed
 
     @classmethod
-    def of(cls, pool: SlotPool, implementation: Implementation) -> LayerGroups:
+    def of(cls, pool: SlotPool, implementation: Implementation) -> Self:
         """Of the banks that `pool` has, up to the highest precision that has one."""
         store, banks = pool.store, pool.banks
-        used = [
-            precision
-            for precision, layers in enumerate(store.precisions)
-            if any(experts.signature in banks for experts in layers)
+        signature_pL = [
+            [e.signature if e.signature in banks else None for e in layers]
+            for layers in store.precisions
         ]
-        precisions = store.precisions[: 1 + max(used, default=0)]
-        by_layer = [
-            tuple(e.signature if e.signature in banks else None for e in layer)
-            for layer in zip(*precisions, strict=True)
-        ]
+        while len(signature_pL) > 1 and not any(signature_pL[-1]):
+            del signature_pL[-1]
+        by_layer = list(zip(*signature_pL, strict=True))
         kinds = tuple(dict.fromkeys(by_layer))
         implementations = tuple((s, store.backend(s, implementation)) for s in banks)
         return cls(kinds, tuple(kinds.index(kind) for kind in by_layer), implementations)
@@ -164,7 +157,7 @@ def with_outputs(
 ) -> Carry:
     """A carry, donated, in which some assignments have run elsewhere (`HostOutputs`).
 
-    Of several devices the first holds the outputs; assignments outside of the carry are dropped.
+    Of several devices the first holds the outputs; padding lies outside of the carry.
     """
     y_AD, done_A = _put_outputs(carry.y_AD, carry.done_A, assignment_H, y_HD, mesh)
     return carry._replace(y_AD=y_AD, done_A=done_A)
@@ -289,14 +282,13 @@ def _run_experts(
     held_UE: jax.Array,
     loop: _Loop,
 ) -> _Loop:
-    """Runs what is resident and due.
+    """Runs what is resident and due, each device what is in its own banks by its own `table_UE`.
 
-    Of several devices each runs what is in its own banks, by its own `table_UE`; `held_UE` says
-    what is in anyone's.
+    `held_UE` says what is in anyone's.
     """
     carry, config, experts = loop.carry, spec.config, spec.experts
     batch, k = carry.selections.ids_TK.shape
-    ids_A, served_A = (a.reshape(-1) for a in (carry.selections.ids_TK, carry.selections.served_TK))
+    ids_A, weight_A, _, served_A = (field.reshape(-1) for field in carry.selections)
     layer, _ = layer_of(config, carry.block)
     slot_A, held_A = (
         rows_of_layer(rows_UE, layer, config.n_layers)[jnp.maximum(served_A, 0), ids_A]
@@ -308,7 +300,6 @@ def _run_experts(
     work_t = group(ids_A, served_A, slot_A, due_A, config.n_experts, n_precisions, width)
 
     epilogues = Epilogues.of(weights.epilogue, layer * config.n_experts + ids_A)
-    weight_A = carry.selections.weights_TK.reshape(-1)
     implementations = dict(experts.implementations)
 
     def run(signatures: tuple[Signature | None, ...], y_AD: jax.Array) -> jax.Array:
@@ -467,11 +458,10 @@ def _decode(
 def decode_program(spec: LoopSpec) -> Callable[..., tuple[Carry, jax.Array, jax.Array]]:
     """The compiled program: (weights, banks, table, carry, inputs) to (carry, report, logits).
 
-    The carry is donated. `logits_BV` are those of the last token that ended in this entry.
+    The carry is donated. The logits are those of the last token that ended in this entry.
     """
     whole, parts = sharding.REPLICATED, sharding.DIVIDED
-    everywhere: Any = [whole] * len(Carry._fields)
-    carry = Carry(*everywhere)._replace(y_AD=parts)  # pyright: ignore[reportArgumentType]
+    carry: Any = Carry(*[whole] * len(Carry._fields))._replace(y_AD=parts)  # pyright: ignore
     arguments, results = (whole, parts, parts, carry, whole), (carry, whole, whole)
     program = sharding.on_each(functools.partial(_decode, spec), spec.mesh, arguments, results)
     return jax.jit(program, donate_argnums=3)

@@ -1,9 +1,7 @@
 """What the host learns from one entry into the decode program, in one transfer of integers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +44,7 @@ class Report(NamedTuple):
     @classmethod
     def unpack(
         cls, packed: np.ndarray, most_tokens: int, batch: int, k: int, look_ahead: int
-    ) -> Report:
+    ) -> Self:
         """Reads what the program packed."""
         steps, layer, blocked, finite, logged = (int(number) for number in packed[:5])
         ends = np.cumsum([5, most_tokens * batch, look_ahead * 2 * batch * k])

@@ -4,8 +4,6 @@ Owns the sequences and decode: it enters the decode program (`decode_loop.py`), 
 report, tells the policies what was used, loads what is missing and enters again.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hobbit_jax.cache.adaptive_split import AdaptiveSplit
+from hobbit_jax.cache.adaptive_split import AdaptiveSplit, candidates
 from hobbit_jax.cache.config import CacheConfig
-from hobbit_jax.cache.controller import BankLayout, Controller, Decision, Observer, uses_of
+from hobbit_jax.cache.controller import BankLayout, Decision, Observer, uses_of
 from hobbit_jax.cache.miss_modes import miss_mode
 from hobbit_jax.cache.policies import Step
 from hobbit_jax.cache.pool import SlotPool
@@ -60,7 +58,7 @@ class StepStats:
     """
 
     seconds: float = 0.0
-    compile_seconds: float = 0.0  # a part of `seconds`
+    compile_seconds: float = 0.0  # of `seconds`
     tokens: int = 0  # that were fed
 
 
@@ -72,11 +70,7 @@ class Prefix:
     caches: Caches  # of one sequence, with room for these tokens
 
     def rest(self, prompt: Sequence[int]) -> Sequence[int]:
-        """What a prompt has after it.
-
-        Raises:
-            ValueError: the prompt does not begin with it, or ends there.
-        """
+        """What a prompt has after it; ValueError if it does not begin so, or ends there."""
         known = len(self.ids)
         if list(prompt[:known]) != list(self.ids) or len(prompt) == known:
             raise ValueError(
@@ -111,11 +105,30 @@ class Engine:
         self.model, self.config, self.store = model.on(mesh), model.config, store
         self.plan = uniform_plan(store) if cache.plan is None else cache.plan
         self.cache, self.mode = cache, miss_mode(cache.mode)
-        self._prefetcher, self.split = None, None
-        self.controller, self.pool = self._make_pool(executor)
-        for observer in observers:
-            self.controller.observe(observer)
+        layout = BankLayout.of_store(store, cache.devices)
+        shares_pLE = self.plan.shares_pLE(layout.shape_pLE)
+        slots, total = pool_slots(
+            shares_pLE, self.mode, layout, cache.budget_bytes, cache.low_share
+        )
+        staging_bytes = cache.staging_bytes
+        if staging_bytes is None:
+            staging_bytes = self.config.experts_per_token * store.largest_expert_bytes
+        self.controller = cache.controller(layout, slots)
         self.counts = self.controller.counts
+        self.pool = executor(
+            store, self.controller, total if cache.budget_bytes is None else cache.budget_bytes,
+            staging_bytes=staging_bytes, mesh=mesh, implementation=model.implementation,
+        )  # fmt: skip
+        cache.fill(self.pool, shares_pLE)
+        self._prefetcher, self.split = None, None
+        if cache.prefetch is not None:
+            self._prefetcher = Prefetcher(cache.prefetch, layout.n_layers, layout.n_experts)
+            self.controller.observers.append(self._prefetcher)
+        if cache.low_share == ADAPTIVE and self.mode.low_banks == "cache":
+            divisions = candidates(self.pool, cache, shares_pLE)
+            self.split = AdaptiveSplit(self.pool, divisions, cache, shares_pLE)
+            self.controller.observers.append(self.split)
+        self.controller.observers += observers
         ends_graph, ends_state = nnx.split(self.model.ends)
         device_plan = replicated(jax.device_put(self.plan), mesh)
         epilogue = replicated(jax.device_put(store.epilogue), mesh)
@@ -129,30 +142,6 @@ class Engine:
         self._lengths_B = np.zeros(0, np.int32)
         self._ids: list[list[int]] = []  # of each sequence so far
         self._tokens = 0  # decoded tokens and prefill chunks so far, for the policies
-
-    def _make_pool(self, executor: Callable[..., SlotPool]) -> tuple[Controller, SlotPool]:
-        """The controller and its pool, as warm as `cache` wants them."""
-        cache, mode, store, config = self.cache, self.mode, self.store, self.config
-        layout = BankLayout.of_store(store, cache.devices)
-        shares_pLE = self.plan.shares_pLE(layout.shape_pLE)
-        slots, total = pool_slots(shares_pLE, mode, layout, cache.budget_bytes, cache.low_share)
-        staging_bytes = cache.staging_bytes
-        if staging_bytes is None:
-            staging_bytes = config.experts_per_token * store.largest_expert_bytes
-        controller = cache.controller(layout, slots)
-        if cache.prefetch is not None:
-            self._prefetcher = Prefetcher(cache.prefetch, config.n_layers, config.n_experts)
-            controller.observe(self._prefetcher)
-        pool = executor(
-            store, controller, total if cache.budget_bytes is None else cache.budget_bytes,
-            staging_bytes=staging_bytes,
-            mesh=self._mesh, implementation=self.model.implementation,
-        )  # fmt: skip
-        cache.fill(pool, shares_pLE)
-        if cache.low_share == ADAPTIVE and mode.low_banks == "cache":
-            self.split = AdaptiveSplit(pool, cache, shares_pLE)
-            controller.observe(self.split)
-        return controller, pool
 
     def start(self, batch: int, context: int, prefix: Prefix | None = None) -> None:
         """Forgets all sequences and makes room for `batch` new ones of up to `context` tokens.
@@ -218,7 +207,7 @@ class Engine:
     @contextmanager
     def observed_by(self, observer: Observer) -> Iterator[None]:
         """Tells `observer` too of what happens inside the block."""
-        self.controller.observe(observer)
+        self.controller.observers.append(observer)
         try:
             yield
         finally:
@@ -259,11 +248,7 @@ class Engine:
         return logits(self._ends_graph, self._weights.ends, x_BTD, last_B)
 
     def _check_finite(self, finite: bool | np.bool_) -> None:
-        """Ends a run whose logits are not finite.
-
-        Raises:
-            ValueError: they are not; names the layer where that began.
-        """
+        """Ends a run whose logits are not finite by a ValueError that names where that began."""
         if finite:
             return
         self._carry, longest = None, max(map(len, self._ids))
@@ -346,7 +331,7 @@ class Engine:
                 for key in self.controller.take_wanted():
                     self.pool.reserve(key)
                 if fresh and self._prefetcher is not None:
-                    self.pool.prefetch(self._prefetcher.at_token())
+                    self.pool.prefetch(self._prefetcher.guess(-1, [], self.pool.__contains__))
                 # The one transfer from the device in a call.
                 report = Report.unpack(
                     np.asarray(packed), most_tokens, len(ids_B), k, spec.look_ahead
@@ -355,7 +340,10 @@ class Engine:
                 if decision is not None:
                     batches = list(decision.batches)
                 for drawn_B in report.tokens_NB:
-                    self._append_to_sequences(ids_B, active_B)
+                    for row in np.flatnonzero(active_B):
+                        self._ids[row].append(int(ids_B[row]))
+                    self._lengths_B = self._lengths_B + active_B
+                    self.counts.tokens += int(active_B.sum())
                     ids_B, active_B = drawn_B, active_B & ~np.isin(drawn_B, stops)
                 rows += list(report.tokens_NB)
                 self._check_finite(report.finite)
@@ -379,23 +367,25 @@ class Engine:
             self.cache.resident_lift,
         )  # fmt: skip
 
-    def _append_to_sequences(self, ids_B: np.ndarray, active_B: np.ndarray) -> None:
-        for row in np.flatnonzero(active_B):
-            self._ids[row].append(int(ids_B[row]))
-        self._lengths_B = self._lengths_B + active_B
-        self.counts.tokens += int(active_B.sum())
-
     def _serve(
         self, report: Report, decision: Decision | None, batches: list[list[ExpertKey]]
     ) -> None:
         """Loads the next batch that a layer waits for, and computes what is left to the CPU."""
         self.counts.host_round_trips += 1
-        outputs = self._compute(decision, report) if decision is not None else None
+        outputs: HostOutputs | None = None
+        if decision is not None and decision.computed:
+            ids_TK, weights_TK, _, served_TK = (array[-1] for array in report.chosen)
+            width = item_width(len(ids_TK), ids_TK.shape[1], self.config.n_experts)
+            outputs = self._host.run(
+                decision.computed, by_expert(decision.step.layer, ids_TK, served_TK),
+                {self.store.signature(key): width for key in decision.computed},
+                self._started().h_BD, weights_TK,
+            )  # fmt: skip
         if batches:
             upcoming: list[ExpertKey] = []
             if self._prefetcher is not None:
                 resident = self.pool.__contains__
-                upcoming = self._prefetcher.at_exit(report.layer, report.ahead(), resident)
+                upcoming = self._prefetcher.guess(report.layer, report.ahead(), resident)
             self.pool.load(batches.pop(0), upcoming=upcoming)
         elif outputs is None:
             raise RuntimeError(f"layer {report.layer} waits for experts that are resident")
@@ -403,23 +393,8 @@ class Engine:
             where_H, y_HD = outputs()
             self._carry = with_outputs(self._started(), where_H, y_HD, self._mesh)
 
-    def _compute(self, decision: Decision, report: Report) -> HostOutputs | None:
-        """Begins on the CPU what a decision leaves to it of the layer where a call stands."""
-        if not decision.computed:
-            return None
-        ids_TK, weights_TK, _, served_TK = (array[-1] for array in report.chosen)
-        width = item_width(len(ids_TK), ids_TK.shape[1], self.config.n_experts)
-        return self._host.run(
-            decision.computed, by_expert(decision.step.layer, ids_TK, served_TK),
-            {self.store.signature(key): width for key in decision.computed},
-            self._started().h_BD, weights_TK,
-        )  # fmt: skip
-
     def _account(self, report: Report) -> Decision | None:
-        """Has the controller decide what a call's layers used; the decision on the last of them.
-
-        None if the call routed no layer.
-        """
+        """Has the controller decide on what a call's layers used; the decision on the last one."""
         self.controller.count_selections(report.chosen.requested_TK, report.chosen.served_TK)
         longest = int(self._lengths_B.max())
         decision: Decision | None = None

@@ -5,8 +5,6 @@ outputs return as data. A row's result depends on its expert and the width of an
 the device, so on a CPU both give the same bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property, partial
 from typing import Any
@@ -54,11 +52,9 @@ def _expert_ffn(
 
 
 class HostCompute:
-    """The CPU of one engine.
+    """The CPU of one engine, which reads the map of `store`.
 
-    Args:
-        store: whose map it reads.
-        implementation: of the device's products; the CPU takes the same where it is the device.
+    `implementation` is of the device's products; the CPU takes the same where it is the device.
     """
 
     def __init__(self, store: HostExperts, implementation: Implementation):
@@ -92,14 +88,14 @@ class HostCompute:
         h_TD: jax.Array,
         weights_TK: np.ndarray,
     ) -> HostOutputs:
-        """Begins to compute experts of one layer on all rows that chose them.
+        """Begins to compute `keys`, experts of one layer, on all rows that chose them.
 
         Args:
             keys: the experts.
             assignments: t * K + k of each one's rows, ascending.
-            widths: rows of an item, by signature, as on the device.
+            widths: rows of an item, as on the device.
             h_TD: what the experts read, float32, on the device.
-            weights_TK: the router's weights, float32.
+            weights_TK: the router's, float32.
 
         Raises:
             ValueError: an expert's scales are damaged.

@@ -5,10 +5,8 @@ alone, each expert is computed by itself, and the K results of a token are summe
 of its selections.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -41,7 +39,7 @@ from pallas_kernels.reference import (
 # pool. The kernels read the slots themselves and take a whole batch at once.
 MAX_GATHERED = 8
 
-Assignments = Mapping[ExpertKey, np.ndarray]  # of each copy, see `by_expert`
+Assignments = dict[ExpertKey, np.ndarray]  # of each copy, see `by_expert`
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -86,9 +84,7 @@ def _add_outputs(y_AD: jax.Array, assignment_H: np.ndarray, y_HD: np.ndarray) ->
     return y_AD.at[assignment_H].set(y_HD, mode="drop")
 
 
-def by_expert(
-    layer: int, ids_TK: np.ndarray, precision_TK: np.ndarray
-) -> dict[ExpertKey, np.ndarray]:
+def by_expert(layer: int, ids_TK: np.ndarray, precision_TK: np.ndarray) -> Assignments:
     """t * K + k, ascending, of the selections that each copy serves; `SKIPPED` serves none."""
     stride = int(ids_TK.max(initial=0)) + 1
     unit_A = np.where(precision_TK == SKIPPED, -1, precision_TK * stride + ids_TK).reshape(-1)
@@ -110,8 +106,8 @@ def _uses(layer: int, grouped: Assignments, selections: Selections) -> tuple[lis
         for key, a in grouped.items()
     ]
     low_TK = (selections.requested_TK == NATIVE) & (selections.served_TK == LOW)
-    experts = np.unique(selections.ids_TK[low_TK]).tolist()
-    return uses, [Use(ExpertKey(NATIVE, layer, expert)) for expert in experts]
+    unmet = np.unique(selections.ids_TK[low_TK]).tolist()
+    return uses, [Use(ExpertKey(NATIVE, layer, expert)) for expert in unmet]
 
 
 def _item_rows(grouped: Assignments, signature: Signature, implementation: str) -> int:
@@ -146,34 +142,29 @@ def _calls(
         )
 
 
-def _split_batch(pool: SlotPool, batch: list[ExpertKey]) -> list[list[ExpertKey]]:
-    """Splits a batch of one bank so that each part can run while the next one is on its way.
-
-    First what is resident, then as many experts at a time as fill half of what can be staged: the
-    other half is for those behind them. Without staging the batch stays whole.
-    """
-    if not pool.staging_bytes:
-        return [batch]
-    resident = [key for key in batch if key in pool]
-    missing = [key for key in batch if key not in pool]
-    size = max(1, pool.staging_bytes // (2 * pool.store.expert_bytes(batch[0])))
-    parts = [resident, *(missing[i : i + size] for i in range(0, len(missing), size))]
-    return [part for part in parts if part]
-
-
 def _parts(
     pool: SlotPool, keys: Iterable[ExpertKey]
-) -> list[tuple[Signature, list[ExpertKey], list[ExpertKey]]]:
-    """What runs one after the other: the signature, a batch of its bank, and a part of that."""
+) -> Iterator[tuple[Signature, list[ExpertKey], list[ExpertKey]]]:
+    """What runs one after the other: the signature, a batch of its bank, and a part of that.
+
+    A part runs while the next one is on its way: first what is resident, then as many experts at a
+    time as fill half of what can be staged; the other half is for those behind them. Without
+    staging a batch stays whole.
+    """
     by_bank: dict[Signature, list[ExpertKey]] = defaultdict(list)
     for key in keys:
         by_bank[pool.store.signature(key)].append(key)
-    return [
-        (signature, batch, part)
-        for signature, of_bank in by_bank.items()
-        for batch in pool.controller.batches(of_bank)
-        for part in _split_batch(pool, batch)
-    ]
+    for signature, of_bank in by_bank.items():
+        for batch in pool.controller.batches(of_bank):
+            if not pool.staging_bytes:
+                yield signature, batch, batch
+                continue
+            if resident := [key for key in batch if key in pool]:
+                yield signature, batch, resident
+            missing = [key for key in batch if key not in pool]
+            size = max(1, pool.staging_bytes // (2 * pool.store.expert_bytes(batch[0])))
+            for start in range(0, len(missing), size):
+                yield signature, batch, missing[start : start + size]
 
 
 def apply_experts(
@@ -182,16 +173,16 @@ def apply_experts(
     h_TD: jax.Array,
     weights_TK: jax.Array,
     selections: Selections,
-    implementation: Implementation = None,
-    upcoming: Sequence[ExpertKey] = (),
-    host: HostCompute | None = None,
-    epilogues: Epilogues | None = None,
+    implementation: Implementation,
+    upcoming: Sequence[ExpertKey],
+    host: HostCompute,
+    epilogues: Epilogues | None,
 ) -> jax.Array:
     """Runs every selected expert of a layer, loading what is missing or computing it on the CPU.
 
     While some of them run, the next ones are on their way, and at the end those of `upcoming`,
     which the next layer may need. The router's weights are on the device, and `selections` are
-    NumPy's. `host` is needed where the controller leaves anything to the CPU.
+    NumPy's.
 
     Returns:
         y_AD, float32 [T * K, D]: each selection's expert output times its routing weight;
@@ -204,7 +195,6 @@ def apply_experts(
     pool.begin(decision)
     outputs: HostOutputs | None = None
     if decision.computed:
-        assert host is not None
         signatures = {store.signature(key) for key in decision.computed}
         widths = {s: _item_rows(grouped, s, host.implementation(s)) for s in signatures}
         outputs = host.run(decision.computed, grouped, widths, h_TD, selections.weights_TK)
@@ -212,7 +202,7 @@ def apply_experts(
     n_parts, layout = (1, None) if mesh is None else (mesh.size, NamedSharding(mesh, DIVIDED))
     y_AD = jnp.zeros((n_parts * n_assignments, h_TD.shape[1]), jnp.float32, device=layout)
     computed = set(decision.computed)
-    parts = _parts(pool, (key for key in grouped if key not in computed))
+    parts = list(_parts(pool, (key for key in grouped if key not in computed)))
     for index, (signature, batch, part) in enumerate(parts):
         later = [key for *_, following in parts[index + 1 :] for key in following]
         pool.load(part, keep=batch, upcoming=[*later, *upcoming])

@@ -5,8 +5,6 @@ the host, which runs it in batches (`moe.py`). Meanwhile what the next layer's r
 stream as it is now goes up, so that copies and computation overlap across layers too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,9 +33,8 @@ Inspect = Callable[[Part, int, jax.Array], object]
 
 
 def _padded(tokens: int) -> int:
-    """Few lengths, since a program is compiled for each: powers of two, and above 32, where padding
-    costs more than compiling, also three between two of them, so at most a quarter is added.
-    """
+    """Few lengths, since a program is compiled for each: powers of two, and above 32 also three
+    between two of them, so that at most a quarter is added."""
     power = 1 << (tokens - 1).bit_length()
     step = power // 8 if power > 32 else power
     return -(-tokens // step) * step
@@ -232,7 +229,7 @@ def describe_non_finite(
     """One line that names the part of the model where NaN or infinity began.
 
     The token is not named: attention multiplies what is masked by 0, and so hands NaN to all tokens
-    of a chunk. The caches are zeros, with room for the tokens of all sequences; they are donated.
+    of a chunk. The caches are zeros, with room for all tokens; they are donated.
     """
     places: list[str] = []  # that have any, in the order in which the model runs
     for part_BT, n_new_B, done_B in chunks(ids, chunk_tokens):

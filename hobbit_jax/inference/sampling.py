@@ -1,7 +1,5 @@
 """From logits to the next token: greedy, temperature and top-p, on the device."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,17 +15,11 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """How the next token is drawn."""
 
-    Attributes:
-        temperature: from 0 to `MAX_TEMPERATURE`; below `GREEDY_BELOW` the choice is greedy.
-        top_p: above 0 and at most 1; the smallest set of tokens with that mass is kept.
-        seed: from 0 to `MAX_SEED`.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
+    temperature: float = 0.0  # to `MAX_TEMPERATURE`; below `GREEDY_BELOW` the choice is greedy
+    top_p: float = 1.0  # above 0; the smallest set of tokens with that mass is kept
+    seed: int = 0  # to `MAX_SEED`
 
     def __post_init__(self):
         if not 0 <= self.temperature <= MAX_TEMPERATURE:  # false for NaN
@@ -54,14 +46,14 @@ def sample(logits_BV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Arra
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     scaled_BV = logits_BV / sampling.temperature
-    if sampling.top_p < 1:
-        order_BV = jnp.argsort(-scaled_BV, axis=-1, stable=True)
-        sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
-        mass_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1)
-        # A token stays while the mass before it is below top_p; the first does, however small that.
-        before_BV = mass_BV - jax.nn.softmax(sorted_BV, axis=-1)
-        kept_BV = jnp.where(before_BV < sampling.top_p, sorted_BV, -jnp.inf)
-        kept_BV = kept_BV.at[:, 0].set(sorted_BV[:, 0])
-        chosen_B = jax.random.categorical(key, kept_BV, axis=-1)
-        return jnp.take_along_axis(order_BV, chosen_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
-    return jax.random.categorical(key, scaled_BV, axis=-1).astype(jnp.int32)
+    if sampling.top_p == 1:
+        return jax.random.categorical(key, scaled_BV, axis=-1).astype(jnp.int32)
+    order_BV = jnp.argsort(-scaled_BV, axis=-1, stable=True)
+    sorted_BV = jnp.take_along_axis(scaled_BV, order_BV, axis=-1)
+    probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
+    # A token stays while the mass before it is below top_p; the first does, however small that.
+    before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+    kept_BV = jnp.where(before_BV < sampling.top_p, sorted_BV, -jnp.inf)
+    kept_BV = kept_BV.at[:, 0].set(sorted_BV[:, 0])
+    chosen_B = jax.random.categorical(key, kept_BV, axis=-1)
+    return jnp.take_along_axis(order_BV, chosen_B[:, None], axis=-1)[:, 0].astype(jnp.int32)

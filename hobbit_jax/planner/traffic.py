@@ -205,7 +205,7 @@ def hot_on_device(
     """
     config, store = model.config, model.store()
     warm = _warmed_up(Setting("hot"), model, trace, pool_bytes)
-    hot_LE = warm.replay.counter.resident_pLE[NATIVE]
+    hot_LE = warm.replay.resident_pLE[NATIVE]
     ids_TLK = trace.ids_TLK[warm.counted : TOKENS]
     hot_TLK = hot_LE[np.arange(ids_TLK.shape[1])[:, None], ids_TLK]
     n_tokens, n_layers, k = ids_TLK.shape

@@ -1,7 +1,5 @@
 """Who is evicted: one file per idea, behind `interface.Policy`, and the names to ask for them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +9,10 @@ from hobbit_jax.cache.policies.hobbit import Hobbit
 from hobbit_jax.cache.policies.interface import Policy, Step
 from hobbit_jax.cache.policies.layered_lru import LayeredLRU
 from hobbit_jax.cache.policies.lfru import LFRU
-from hobbit_jax.cache.policies.lru import LRU
 from hobbit_jax.cache.policies.next_use import NextUse
 from hobbit_jax.cache.policies.pinned_static import PinnedStatic
 from hobbit_jax.cache.policies.random_choice import RandomChoice
-from hobbit_jax.cache.policies.slru import SLRU
+from hobbit_jax.cache.policies.slru import LRU, SLRU
 
 PolicyFactory = Callable[[int], Policy[Any]]  # capacity in slots → a policy
 
@@ -34,11 +31,7 @@ DEFAULT_POLICY = "slru"
 
 
 def policy_factory(policy: str | PolicyFactory) -> PolicyFactory:
-    """A factory by its name; a factory stays as it is.
-
-    Raises:
-        ValueError: no policy of that name; lists those there are.
-    """
+    """A factory by its name, or a ValueError that lists the names; a factory stays as it is."""
     if not isinstance(policy, str):
         return policy
     if policy not in POLICIES:

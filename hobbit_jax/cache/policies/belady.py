@@ -4,8 +4,6 @@ Source: Belady, "A study of replacement algorithms for a virtual-storage compute
 Journal 5(2), 1966. With a whole step resident at once it still makes the fewest misses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from hobbit_jax.cache.policies.interface import Key
@@ -15,9 +13,7 @@ from hobbit_jax.cache.policies.priority import PriorityPolicy
 class Belady(PriorityPolicy[Key]):
     """Evicts the key whose next use is farthest away.
 
-    Args:
-        capacity: slots.
-        future: every access there will be, in order; also those of other banks, which it ignores.
+    `future` is every access there will be, in order, also those of other banks.
     """
 
     def __init__(self, capacity: int, future: Sequence[Key]):
@@ -28,18 +24,14 @@ class Belady(PriorityPolicy[Key]):
             self._uses.setdefault(future[place], []).append(place)
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
-        """See `Policy.access`.
-
-        Raises:
-            RuntimeError: the access was not foretold.
-        """
+        """See `Policy.access`. RuntimeError if the access was not foretold."""
         if not self._uses.get(key):
             raise RuntimeError(f"access {self._n_seen} to {key} was not foretold")
         self._uses[key].pop()
         self._n_seen += 1
         if key not in self._resident:
             return False
-        self._table.set(key, self._priority(key))
+        self._insert(key)
         return True
 
     def _priority(self, key: Key) -> float:

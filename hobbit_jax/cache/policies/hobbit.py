@@ -11,32 +11,28 @@ far, D the layers until its turn and L all layers; R, F, H begin anew with every
 chooses the weights on a calibration set and does not give them.
 """
 
-from __future__ import annotations
-
+from collections import defaultdict
 from collections.abc import Collection
+from math import inf
 
-from hobbit_jax.cache.policies.interface import Key, Step, TablePolicy
-from hobbit_jax.cache.policies.priority import PriorityTable
+from hobbit_jax.cache.policies.interface import Key, Policy, Step
 
-# Recency, frequency, high-precision use, layer distance: the best of seven mixes on real routing
-# (the law trace, 416 slots: .504; a quarter each .473, recency alone .472).
-DEFAULT_WEIGHTS = (0.7, 0.1, 0.1, 0.1)
+# The weights: the best of seven mixes on real routing (the law trace, 416 slots: .504; a quarter
+# each .473, recency alone .472).
+RECENCY, FREQUENCY, NATIVE_USE, DISTANCE = 0.7, 0.1, 0.1, 0.1
 
 
-class Hobbit(TablePolicy[Key]):
+class Hobbit(Policy[Key]):
     """Evicts the key with the lowest weighted sum of the four terms.
 
-    Within a layer the last term is the same and the first three share a divisor, so the order
-    there changes with uses only: one table a layer, and an eviction compares their lowest.
+    Within a layer the last term is the same and the first three share a divisor, so what a table
+    of each layer holds changes with uses only.
     """
 
-    def __init__(self, capacity: int, weights: tuple[float, float, float, float] = DEFAULT_WEIGHTS):
+    def __init__(self, capacity: int):
         super().__init__(capacity)
-        if len(weights) != 4 or min(weights) < 0:
-            raise ValueError(f"weights are {weights}; want four, none below 0")
-        self.weights = weights
         self._layer_of: dict[Key, int] = {}
-        self._tables: dict[int, PriorityTable[Key]] = {}
+        self._tables = defaultdict[int, dict[Key, float]](dict)  # by layer, the latest used last
         # Tokens of this sequence up to a key's last use, its uses, and those that asked for native.
         self._used: dict[Key, tuple[int, int, int]] = {}
         self._step = Step(0, 0, 0)
@@ -47,8 +43,7 @@ class Hobbit(TablePolicy[Key]):
             self._began = step.token
             self._used = {}
             for table in self._tables.values():
-                for key in table.clear():
-                    table.set(key, 0.0)
+                table.update(dict.fromkeys(table, 0.0))
         self._step = step
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
@@ -56,29 +51,33 @@ class Hobbit(TablePolicy[Key]):
         self._used[key] = self._step.token - self._began + 1, uses + 1, native_uses + native
         resident = key in self._resident
         if resident and self._layer_of[key] != self._step.layer:
-            self._tables[self._layer_of[key]].delete(key)
+            del self._tables[self._layer_of[key]][key]
         self._layer_of[key] = self._step.layer
         if resident:
             self._set(key)
         return resident
 
     def _set(self, key: Key) -> None:
-        recency, frequency, native_use, _ = self.weights
         last, uses, native_uses = self._used.get(key, (0, 0, 0))
-        score = recency * last + frequency * uses + native_use * native_uses
-        self._tables.setdefault(self._layer_of[key], PriorityTable()).set(key, score)
+        table = self._tables[self._layer_of[key]]
+        table.pop(key, None)
+        table[key] = RECENCY * last + FREQUENCY * uses + NATIVE_USE * native_uses
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
         tokens = self._step.token - self._began + 1
         n_layers = max(self._tables) + 1
-        lowest: list[tuple[float, Key]] = []
+        victim, lowest = None, inf
         for layer, table in self._tables.items():
-            if (found := table.lowest(keep, self._pinned)) is not None:
-                ahead = (layer - self._step.layer) % n_layers / n_layers
-                lowest.append((found[0] / tokens + self.weights[3] * (1 - ahead), found[1]))
-        if not lowest:
+            found, least = None, inf
+            for key, score in table.items():
+                if score < least and key not in keep and key not in self._pinned:
+                    found, least = key, score
+            ahead = (layer - self._step.layer) % n_layers / n_layers
+            if (priority := least / tokens + DISTANCE * (1 - ahead)) < lowest:
+                victim, lowest = found, priority
+        if victim is None:
             raise self._all_in_use()
-        return min(lowest, key=lambda scored: scored[0])[1]
+        return victim
 
     def _insert(self, key: Key) -> None:
         self._resident[key] = None
@@ -88,4 +87,4 @@ class Hobbit(TablePolicy[Key]):
 
     def _delete(self, key: Key) -> None:
         del self._resident[key]
-        self._tables[self._layer_of[key]].delete(key)
+        del self._tables[self._layer_of[key]][key]

@@ -12,10 +12,8 @@ All of one step's keys are accessed before the first is admitted, and all are re
 Bypassing does not exist: a policy with doubts about a newcomer makes it the next victim instead.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -40,13 +38,14 @@ class Policy(ABC, Generic[Key]):
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}; a policy needs at least one slot")
         self.capacity = capacity
+        self._resident: dict[Key, Any] = {}  # what is kept of a key is the policy's own
         self._pinned: set[Key] = set()
 
-    @abstractmethod
-    def __contains__(self, key: Key) -> bool: ...
+    def __contains__(self, key: Key) -> bool:
+        return key in self._resident
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self._resident)
 
     def begin_step(self, step: Step) -> None:
         """Says where the accesses that follow take place; once per step, before them."""
@@ -55,10 +54,8 @@ class Policy(ABC, Generic[Key]):
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
         """Records one use of `key`; True if it was resident.
 
-        Args:
-            key: the expert.
-            weight: its router weight in this selection, 0-1.
-            native: whether the selection asked for native precision.
+        `weight` is its router weight in this selection, 0-1, and `native` says whether the
+        selection asked for native precision.
         """
 
     def access_all(
@@ -71,56 +68,42 @@ class Policy(ABC, Generic[Key]):
         uses = zip(keys, weights, strict=True)
         return [key for key, weight in uses if not self.access(key, weight, native)]
 
-    def access_many(
-        self,
-        steps: Iterable[tuple[Step, Sequence[Key], Sequence[float]]],
-        native: bool = True,
-    ) -> list[int]:
-        """Plays many steps as the module says, each with its keys and weights; the misses of each.
-
-        This is how a replay runs where nothing but the policy decides: a call for each step.
-        """
-        begin_step, access_all, admit = self.begin_step, self.access_all, self.admit
-        misses = []
-        for step, keys, weights in steps:
-            begin_step(step)
-            missing = access_all(keys, weights, native)
-            for key in missing:
-                admit(key, keys)
-            misses.append(len(missing))
-        return misses
-
-    @abstractmethod
     def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
         """Makes a missing `key` resident; returns the key evicted for it, if any.
 
-        Neither pinned keys nor those in `keep` (in use by the current step) are
-        evicted. Not a use: a key loaded ahead of its use is admitted without an access.
+        Neither pinned keys nor those in `keep` (in use by the current step) are evicted. It is no
+        use: a key loaded ahead of its use is admitted without an access.
 
         Raises:
-            RuntimeError: `key` is resident already, or nothing may be evicted; the
-                policy is as before.
+            RuntimeError: `key` is resident already, or nothing may be evicted; the policy is as
+                before.
         """
+        if key in self._resident:
+            raise RuntimeError(f"{key} is resident already")
+        victim = None
+        if len(self._resident) >= self.capacity:
+            victim = self.victim(keep)
+            self._delete(victim)
+        self._insert(key)
+        return victim
 
     @abstractmethod
     def victim(self, keep: Collection[Key] = ()) -> Key:
-        """The resident that `admit` would evict now if no slot were free.
+        """The resident that `admit` would evict if no slot were free; RuntimeError for nobody."""
 
-        Raises:
-            RuntimeError: nothing may be evicted.
-        """
+    def _insert(self, key: Key) -> None:
+        """Makes an absent key resident."""
+        self._resident[key] = None
 
-    @abstractmethod
     def _delete(self, key: Key) -> None:
         """Makes a resident key absent."""
+        del self._resident[key]
 
     def resize(self, capacity: int) -> list[Key]:
         """Changes the number of slots; returns whom it evicts, in the policy's own order.
 
-        What the policy has learned stays.
-
-        Raises:
-            ValueError: fewer slots than one, or than pinned keys; the policy is as before.
+        What the policy has learned stays. ValueError, and nothing changes, if there are fewer slots
+        than one or than pinned keys.
         """
         least = max(1, len(self._pinned))
         if capacity < least:
@@ -133,11 +116,9 @@ class Policy(ABC, Generic[Key]):
         return evicted
 
     def remove(self, key: Key) -> None:
-        """Gives up a resident, unpinned key outside the order: its upload failed, say.
+        """Gives up a resident key outside the order: its upload failed, say.
 
-        Raises:
-            KeyError: `key` is not resident.
-            RuntimeError: `key` is pinned.
+        KeyError if it is not resident, RuntimeError if it is pinned.
         """
         if key not in self:
             raise KeyError(key)
@@ -160,42 +141,7 @@ class Policy(ABC, Generic[Key]):
         """The keys that `pin` protects."""
         return frozenset(self._pinned)
 
-    def _resident_already(self, key: Key) -> RuntimeError:
-        return RuntimeError(f"{key} is resident already")
-
     def _all_in_use(self) -> RuntimeError:
         return RuntimeError(
             f"all {self.capacity} slots are pinned or in use ({len(self._pinned)} pinned)"
         )
-
-
-class TablePolicy(Policy[Key]):
-    """A policy with one table of resident keys; says only whom to evict."""
-
-    def __init__(self, capacity: int):
-        super().__init__(capacity)
-        self._resident: dict[Key, Any] = {}  # what is kept of a key is the policy's own
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._resident
-
-    def __len__(self) -> int:
-        return len(self._resident)
-
-    def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
-        resident = self._resident
-        if key in resident:
-            raise self._resident_already(key)
-        victim = None
-        if len(resident) >= self.capacity:
-            victim = self.victim(keep)
-            self._delete(victim)
-        self._insert(key)
-        return victim
-
-    def _insert(self, key: Key) -> None:
-        """Makes an absent key resident."""
-        self._resident[key] = None
-
-    def _delete(self, key: Key) -> None:
-        del self._resident[key]

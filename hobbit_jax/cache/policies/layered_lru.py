@@ -4,15 +4,13 @@ Source: Angelopoulos et al., "Cache management for mixture-of-experts LLMs", arX
 ranks experts by rounds since their use and then by the layers until their turn.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Collection
 
-from hobbit_jax.cache.policies.interface import Key, Step, TablePolicy
+from hobbit_jax.cache.policies.interface import Key, Policy, Step
 
 
-class LayeredLRU(TablePolicy[Key]):
+class LayeredLRU(Policy[Key]):
     """Evicts the key with the most unused turns, and of several the one whose turn is farthest."""
 
     def __init__(self, capacity: int):

@@ -3,14 +3,13 @@
 Source: the LFRU expert cache proposed for vLLM (pull request 37190): uses / (1 + age).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
+from math import inf
 
-from hobbit_jax.cache.policies.interface import Key, Step, TablePolicy
+from hobbit_jax.cache.policies.interface import Key, Policy, Step
 
 
-class LFRU(TablePolicy[Key]):
+class LFRU(Policy[Key]):
     """Evicts the key with the lowest uses / (1 + tokens since the last).
 
     The order of two keys changes as time passes, so every eviction looks at every resident.
@@ -33,11 +32,11 @@ class LFRU(TablePolicy[Key]):
         return True
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
-        now, uses, pinned = self._token + 1, self._uses, self._pinned
-        victim, lowest = None, 0.0
+        now, uses = self._token + 1, self._uses
+        victim, lowest = None, inf
         for key, last in self._resident.items():
             score = uses.get(key, 1) / (now - last)
-            if (victim is None or score < lowest) and key not in keep and key not in pinned:
+            if score < lowest and key not in keep and key not in self._pinned:
                 victim, lowest = key, score
         if victim is None:
             raise self._all_in_use()

@@ -9,20 +9,18 @@ often it is used at all. The tables are learned while running: an expert is watc
 on, and what it turns out to do is averaged in.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from hobbit_jax.cache.policies import next_use_memory as compiled
-from hobbit_jax.cache.policies.interface import Key, Step, TablePolicy
+from hobbit_jax.cache.policies.interface import Key, Policy, Step
 
 _FIRST_LAYERS, _FIRST_EXPERTS = 8, 64  # that the arrays have room for; doubled as needed
 
 
-class NextUse(TablePolicy[Key]):
+class NextUse(Policy[Key]):
     """Evicts the key whose next use, recalled from similar states, is farthest away."""
 
     def __init__(self, capacity: int):
@@ -39,27 +37,22 @@ class NextUse(TablePolicy[Key]):
         self._weights: list[float] = []
 
     def begin_step(self, step: Step) -> None:
-        if self._used:
-            self._take_in()
+        self._take_in()
         self._step = step
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
-        self._used.append(key)
-        self._weights.append(weight)
-        return key in self._resident
+        return not self.access_all((key,), (weight,), native)
 
     def access_all(
         self, keys: Sequence[Key], weights: Sequence[float], native: bool = True
     ) -> list[Key]:
         self._used += keys
         self._weights += weights
-        resident = self._resident
-        return [key for key in keys if key not in resident]
+        return [key for key in keys if key not in self._resident]
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
         """See `Policy.victim`; what the last step used goes only if there is nobody else."""
-        if self._used:
-            self._take_in()
+        self._take_in()
         memory = self._memory
         farthest = compiled.farthest(  # which takes longer for every array that it is given
             memory.estimate_LE, memory.evictable_LE, memory.last_use_LE, memory.farthest_L,
@@ -89,17 +82,14 @@ class NextUse(TablePolicy[Key]):
         super().unpin(key)
 
     def _take_in(self) -> None:
-        step, used = self._step, self._used
-        row = self._row_of.get(step.layer)
-        if row is None:
-            row = self._row_of[step.layer] = len(self._keys)
+        if not self._used:
+            return
+        step = self._step
+        row = self._row_of.setdefault(step.layer, len(self._keys))
+        if row == len(self._keys):
             self._keys.append([])
             self._column.append({})
-        column = self._column[row]
-        try:
-            chosen = [column[key] for key in used]
-        except KeyError:
-            chosen = [self._settle(key, row) for key in used]
+        chosen = [self._settle(key, row) for key in self._used]
         compiled.take_in(
             self._memory, row, step.token, np.array(chosen), np.array(self._weights),
             len(self._keys[row]), self._random(),
@@ -141,8 +131,7 @@ class NextUse(TablePolicy[Key]):
         return self._column[row][key]
 
     def _insert(self, key: Key) -> None:
-        if self._used:
-            self._take_in()
+        self._take_in()
         self._set_evictable(key, True)
         self._resident[key] = None
 

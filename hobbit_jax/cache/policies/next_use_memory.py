@@ -5,8 +5,6 @@ Memory is bounded: about 60 bytes and one for each expert, for each of the last 
 layer.
 """
 
-from __future__ import annotations
-
 from math import exp, log
 from typing import NamedTuple
 
@@ -116,7 +114,7 @@ def farthest(
 ) -> int:
     """The evictable expert whose next use is farthest, as layer * E + expert; -1 for nobody.
 
-    Those that the last step chose are spared. Searches the layers that have changed.
+    Those that the last step chose are spared.
     """
     found, most = -1, -np.inf
     n_layers, n_experts = estimate_LE.shape
@@ -195,11 +193,8 @@ def _count_use(memory: Memory, layer: int, expert: int, token: int) -> None:
 def remember(memory: Memory, layer: int, token: int, ranked_K: np.ndarray) -> np.ndarray:
     """Takes in a choice; finds the two past tokens of the same heaviest pair that are most like it.
 
-    Args:
-        memory: changed in place.
-        layer: its row.
-        token: its number; of a repeated one the uses are noted, and nothing is recalled.
-        ranked_K: int64, the experts, by descending router weight.
+    Of a repeated token the uses are noted, and nothing is recalled. `ranked_K` are int64, by
+    descending router weight.
 
     Returns:
         int64 [2, 2], each a token plus one and a likeness from 1 to `LIKENESSES` - 1, the more
@@ -286,7 +281,7 @@ def take_in(
         memory: changed in place.
         layer: its row.
         token: never decreases.
-        chosen_K: int64; the chosen get an estimate whether they are resident or not.
+        chosen_K: int64; they get an estimate whether they are resident or not.
         weight_K: float64, the router's.
         n_seen: experts that the layer has seen.
         draw: 0 to 1, chooses the expert that is watched from now on.

@@ -1,7 +1,5 @@
 """A fixed choice: the experts that a profile found most used stay."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from hobbit_jax.cache.policies.interface import Key
@@ -11,11 +9,8 @@ from hobbit_jax.cache.policies.priority import PriorityPolicy
 class PinnedStatic(PriorityPolicy[Key]):
     """Evicts the key least used in a profile, whatever happens meanwhile.
 
-    The rest streams through the slots that its step leaves, as nothing in use is evicted.
-
-    Args:
-        capacity: slots.
-        uses: of each key in the profile; a key that is not there has none.
+    The rest streams through the slots that its step leaves, as nothing in use is evicted. `uses`
+    are those of each key in the profile; a key that is not there has none.
     """
 
     def __init__(self, capacity: int, uses: Mapping[Key, float]):

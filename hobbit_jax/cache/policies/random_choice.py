@@ -1,19 +1,17 @@
 """Any resident, at random: what a policy must beat."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Collection
 
-from hobbit_jax.cache.policies.interface import Key, TablePolicy
+from hobbit_jax.cache.policies.interface import Key, Policy
 
 
-class RandomChoice(TablePolicy[Key]):
-    """Evicts each evictable key with the same chance; the same keys under the same seed."""
+class RandomChoice(Policy[Key]):
+    """Evicts each evictable key with the same chance; the same keys in every run."""
 
-    def __init__(self, capacity: int, seed: int = 0):
+    def __init__(self, capacity: int):
         super().__init__(capacity)
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
         self._resident: dict[Key, int] = {}  # the key's place in `_keys`
         self._keys: list[Key] = []
 

@@ -1,10 +1,8 @@
-"""Segmented LRU: one use is not enough to be kept for long. The engine's default.
+"""Segmented LRU: one use is not enough to be kept for long. And LRU, the baseline of every cache.
 
 Source: Karedla, Love & Wherry, "Caching strategies to improve disk system performance", 1994.
 SharpInference uses it with a 75 % protected segment.
 """
-
-from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
@@ -22,24 +20,15 @@ class SLRU(Policy[Key]):
     A newcomer enters probation. A hit moves its key to the protected segment,
     whose oldest key falls back to probation when the segment is full. Victims
     come from probation first. `protected_fraction=0` is plain LRU.
-
-    Every decoded expert passes here, so the methods are written out.
     """
 
     def __init__(self, capacity: int, protected_fraction: float = DEFAULT_PROTECTED_FRACTION):
         super().__init__(capacity)
         if not 0.0 <= protected_fraction < 1.0:
             raise ValueError(f"protected_fraction is {protected_fraction}; want 0 <= f < 1")
-        self.protected_fraction = protected_fraction
-        self.protected_capacity = int(capacity * protected_fraction)
+        self._protected_fraction = protected_fraction
         self._probation: OrderedDict[Key, None] = OrderedDict()
         self._protected: OrderedDict[Key, None] = OrderedDict()
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._probation or key in self._protected
-
-    def __len__(self) -> int:
-        return len(self._probation) + len(self._protected)
 
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
         return not self.access_all((key,), (weight,), native)
@@ -47,6 +36,7 @@ class SLRU(Policy[Key]):
     def access_all(
         self, keys: Sequence[Key], weights: Sequence[float], native: bool = True
     ) -> list[Key]:
+        # Every decoded expert passes here, so this is written out.
         probation, protected, missing = self._probation, self._protected, []
         for key in keys:
             if key in probation:
@@ -57,21 +47,14 @@ class SLRU(Policy[Key]):
             else:
                 missing.append(key)
         # Once a step: whom a later hit moves to the end again would be demoted in vain.
-        for _ in range(len(protected) - self.protected_capacity):
-            probation[protected.popitem(last=False)[0]] = None
+        self._demote_the_oldest()
         return missing
 
-    def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
-        probation, protected = self._probation, self._protected
-        if key in probation or key in protected:
-            raise self._resident_already(key)
-        if len(probation) + len(protected) < self.capacity:
-            probation[key] = None
-            return None
-        victim = self.victim(keep)
-        del (probation if victim in probation else protected)[victim]
-        probation[key] = None
-        return victim
+    def _demote_the_oldest(self) -> None:
+        """Fits the protected segment to its share of the capacity."""
+        most = int(self.capacity * self._protected_fraction)
+        for _ in range(len(self._protected) - most):
+            self._probation[self._protected.popitem(last=False)[0]] = None
 
     def victim(self, keep: Collection[Key] = ()) -> Key:
         for segment in (self._probation, self._protected):
@@ -82,11 +65,20 @@ class SLRU(Policy[Key]):
 
     def resize(self, capacity: int) -> list[Key]:
         evicted = super().resize(capacity)
-        self.protected_capacity = int(capacity * self.protected_fraction)
-        while len(self._protected) > self.protected_capacity:
-            demoted, _ = self._protected.popitem(last=False)
-            self._probation[demoted] = None
+        self._demote_the_oldest()
         return evicted
 
+    def _insert(self, key: Key) -> None:
+        super()._insert(key)
+        self._probation[key] = None
+
     def _delete(self, key: Key) -> None:
+        super()._delete(key)
         del (self._probation if key in self._probation else self._protected)[key]
+
+
+class LRU(SLRU[Key]):
+    """Evicts what was used, or admitted, longest ago."""
+
+    def __init__(self, capacity: int):
+        super().__init__(capacity, protected_fraction=0.0)
