@@ -31,7 +31,7 @@ def complete(
     context = max(map(len, encoded)) + max(most_new_tokens)
     texts: list[str] = []
     for start in range(0, len(encoded), batch):
-        part, most = (of_all[start : start + batch] for of_all in (encoded, most_new_tokens))
+        part, most = encoded[start : start + batch], most_new_tokens[start : start + batch]
         generated = engine.generate(part, max(most), stop_ids=tokenizer.eog_ids, context=context)
         ids_NB = np.asarray([ids_B for ids_B, _ in generated]).reshape(-1, len(part))
         for row_N, limit in zip(ids_NB.T, most, strict=True):

@@ -194,7 +194,8 @@ class Prefill:
         # What the CPU computes need not go up.
         uploads = not (self.pool.holds_all or self.pool.controller.mode.computes)
         looks_ahead = self.pool.staging_bytes > 0 and uploads
-        states, kind_N, index_N = model.layers.states, kinds.kind_N, np.int32(kinds.index_N)
+        states, kind_N = model.layers.states, kinds.kind_N
+        index_N = np.asarray(kinds.index_N, np.int32)
         for number, block in enumerate(model.config.blocks):
             routed, caches = _attend_and_route(
                 kinds, kind_N[number], states, index_N[number], kinds.places(number), x_BTD,
