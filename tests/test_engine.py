@@ -12,6 +12,7 @@ from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import SelectionPlan, StaticPlan, uniform_plan
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference import engine as engine_module
+from hobbit_jax.inference import prefill
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.sampling import Sampling, sample
 from hobbit_jax.model_file.gguf_file import write_gguf
@@ -107,6 +108,22 @@ def test_the_budget_changes_no_bit(model, store, name):
             np.testing.assert_array_equal(got, result, strict=True)
         assert tight.counts.misses > 0 and tight.pool.device_bytes <= budget
         assert tight.counts.host_round_trips > 0
+
+
+def test_prefill_compiles_attention_once_for_all_plans_and_pools(model, store):
+    """Its programs know neither: one for each kind of block, and one to guess at each kind."""
+    attention, ahead = prefill._attend_and_route, prefill._route_ahead
+    ids_BT, kinds = score_ids(model, 2), len(model.layers.kinds.graphs)
+    before = attention._cache_size(), ahead._cache_size()
+    Engine(model, store).score(ids_BT)
+    assert attention._cache_size() == before[0] + kinds
+    for make_plan in PLANS.values():
+        plan = make_plan(store)
+        wanted = demands(plan.shares_pLE(store.shape_pLE), BankLayout.of_store(store))
+        least = sum(d.expert_bytes * d.min_slots for d in wanted)
+        Engine(model, store, CacheConfig(least, plan=plan)).score(ids_BT)
+    assert attention._cache_size() == before[0] + kinds
+    assert before[1] < ahead._cache_size() <= before[1] + kinds
 
 
 @pytest.mark.parametrize("tokens_per_call", [pytest.param(1, marks=pytest.mark.slow), 4])
