@@ -340,10 +340,7 @@ class Engine:
                 if decision is not None:
                     batches = list(decision.batches)
                 for drawn_B in report.tokens_NB:
-                    for row in np.flatnonzero(active_B):
-                        self._ids[row].append(int(ids_B[row]))
-                    self._lengths_B = self._lengths_B + active_B
-                    self.counts.tokens += int(active_B.sum())
+                    self._append_ids(ids_B, active_B)
                     ids_B, active_B = drawn_B, active_B & ~np.isin(drawn_B, stops)
                 rows += list(report.tokens_NB)
                 self._check_finite(report.finite)
@@ -358,6 +355,12 @@ class Engine:
         self.controller.end_tokens(len(rows))
         self.pool.promote()
         return np.stack(rows), logits_BV
+
+    def _append_ids(self, ids_B: np.ndarray, active_B: np.ndarray) -> None:
+        for row in np.flatnonzero(active_B):
+            self._ids[row].append(int(ids_B[row]))
+        self._lengths_B = self._lengths_B + active_B
+        self.counts.tokens += int(active_B.sum())
 
     def _loop_spec(self, sampling: Sampling, most_tokens: int) -> LoopSpec:
         prefetch, unseeded = self.cache.prefetch, replace(sampling, seed=0)  # the seed is data: key
