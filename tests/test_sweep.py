@@ -111,8 +111,10 @@ def test_records(swept):
             if f"{name}_low" in m:
                 assert m[f"{name}_low"] <= m[name] <= m[f"{name}_high"], name
         assert m["kl_mean_nats"] <= m["kl_p99_nats"] <= m["kl_p999_nats"]
+        is_control = getattr(record.asked.plan, "score", "") == "random"  # compared by KL alone
         for task in ("task_arithmetic", "task_functions"):
-            assert sum(record.samples[f"{task}_solved"]) == m[f"{task}_correct"]
+            solved = record.samples.get(f"{task}_solved")
+            assert m.get(f"{task}_correct") == (None if is_control else sum(solved))
 
     found = [records[c.name] for c in CELLS]
     native, uniform, frequency, router, random, floor = (record.metrics for record in found)
