@@ -15,7 +15,7 @@ matrices by role, GPTQ at 3 bits, the other grids of ggml, and what ggml's Q2_K 
 format on the way.
 
 Cost on 2 CPU cores, for 1.5 billion weights: 2 minutes for a plan on a text, half an hour for a
-plan on HumanEval beside other work (32 and 36 minutes), and once for a plan to be encoded: GPTQ an
+plan on HumanEval beside other work (32 to 50 minutes), and once for a plan to be encoded: GPTQ an
 hour, ggml 5 to 10 minutes.
 Expected: KL at plain Q3_K 0.075 and at plain Q2_K 0.35 on code and prose, as a first look with
 llama.cpp found; calibration lowers Q2_K's by a third or more. Written before the first run of this

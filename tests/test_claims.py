@@ -85,12 +85,17 @@ def of_real_weights(studies):
     ratios = [figure(frontier.over_ggml(plan), ".2f") for frontier, plan in of("Q2_K", "gptq")]
     task = "task_humaneval"
     scored = studies.real[0].scored
-    native, gptq = scored[Native()], scored[Uniform("Q2_K", "gptq")]
-    scores = [figure(record.interval(task), ".2f") for record in (native, gptq)]
+    plans = Native(), Uniform("Q2_K", "gptq"), Uniform("Q2_K", "ggml")
+    native, gptq, ggml = (scored[plan] for plan in plans)
+    scores = [figure(record.interval(task), ".2f") for record in (native, gptq, ggml)]
     loss = figure(paired.task_loss(gptq, native, task), ".2f")
+    split = paired.mcnemar(gptq, ggml, task)
     return [
-        f"Of HumanEval's {native.metrics[f'{task}_problems']} problems it solves {scores[0]} as "
-        f"published and {scores[1]} with GPTQ's Q2_K, which is {loss} less in pairs",
+        f"Of HumanEval's {native.metrics[f'{task}_problems']} problems the file solves {scores[0]} "
+        f"as published, and {scores[1]} with GPTQ's Q2_K, which is {loss} less in pairs",
+        f"With ggml's Q2_K it solves {scores[2]}",
+        f"{split[0]} are solved with GPTQ's alone and {split[1]} with ggml's alone "
+        f"(McNemar's exact p {split[2]:.2g})",
         f"a KL of {kl['Q3_K', 'ggml']} on source code, WikiText-2 and GSM8K at Q3_K",
         f"of {kl['Q2_K', 'ggml']} at Q2_K",
         f"GPTQ's Q2_K has {listed(ratios)} times the KL of",
