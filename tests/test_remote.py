@@ -86,6 +86,9 @@ def test_what_no_header_comes_from_is_refused_by_name(server):
         open_remote(f"{url}/whole.gguf")
     with pytest.raises(ValueError, match=r"/absent\.gguf: cannot be read \(.*not found.*\)"):
         open_remote(f"{url}/absent.gguf")
+    for name, count in (("m-00003-of-00002.gguf", 2), ("m-00001-of-00000.gguf", 0)):
+        with pytest.raises(ValueError, match=rf"/{name}: none of {count} parts"):
+            open_remote(f"{url}/{name}")
     (folder / "page.gguf").write_text("<!DOCTYPE html><html>Sign in</html>")
     with pytest.raises(ValueError, match=r"http://127.0.0.1:\d+/page\.gguf: is a page of HTML"):
         open_remote(f"{url}/page.gguf")

@@ -39,8 +39,11 @@ def open_remote(url: str) -> GGUFFile:
     """
     base, name = url.rsplit("/", 1)
     name, _, query = name.partition("?")
+    parts = part_names(name)
+    if name not in parts:
+        raise ValueError(f"{url}: none of {len(parts)} parts by its name; check the address")
     with TemporaryDirectory() as folder:
-        for part in part_names(name):
+        for part in parts:
             _fetch_header(f"{base}/{part}{query and '?' + query}", Path(folder) / part)
         try:
             return open_gguf(Path(folder) / name)
