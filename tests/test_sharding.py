@@ -255,7 +255,7 @@ def record(engine: Engine, monkeypatch) -> dict:
     on.
     """
     served_by, rows, k = [], {}, engine.config.experts_per_token
-    count = engine._count
+    count = engine.controller.count_selections
 
     def counting(asked, served):
         served_by.extend(served.reshape(-1, k))  # of one layer [T, K] or several [I, A]
@@ -270,7 +270,7 @@ def record(engine: Engine, monkeypatch) -> dict:
                 key = (routed.layer, int(expert), float(weight))
                 assert rows.setdefault(key, int(precision)) == int(precision)
 
-    monkeypatch.setattr(engine, "_count", counting)
+    monkeypatch.setattr(engine.controller, "count_selections", counting)
     engine.controller.observers.append(OnRouting(watch))
     return rows
 
