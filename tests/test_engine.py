@@ -7,7 +7,8 @@ from pool_invariants import UsesByExpert
 
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, OnRouting
-from hobbit_jax.cache.pool_sizing import demands
+from hobbit_jax.cache.miss_modes import FETCH
+from hobbit_jax.cache.pool_sizing import demands, least_bytes
 from hobbit_jax.experts import low_precision
 from hobbit_jax.experts.precision import SelectionPlan, StaticPlan, uniform_plan
 from hobbit_jax.experts.store import HostExperts
@@ -119,8 +120,8 @@ def test_prefill_compiles_attention_once_for_all_plans_and_pools(model, store):
     assert attention._cache_size() == before[0] + kinds
     for make_plan in PLANS.values():
         plan = make_plan(store)
-        wanted = demands(plan.shares_pLE(store.shape_pLE), BankLayout.of_store(store))
-        least = sum(d.expert_bytes * d.min_slots for d in wanted)
+        shares_pLE, layout = plan.shares_pLE(store.shape_pLE), BankLayout.of_store(store)
+        least = least_bytes(shares_pLE, FETCH, layout)
         Engine(model, store, CacheConfig(least, plan=plan)).score(ids_BT)
     assert attention._cache_size() == before[0] + kinds
     assert before[1] < ahead._cache_size() <= before[1] + kinds

@@ -143,7 +143,12 @@ class Controller:
             for device in range(layout.n_devices)
             for signature, n_slots in slots.items()
         ]
-        self._bank_of = {(bank.device, bank.signature): bank for bank in self.banks}
+        bank_of = {(bank.device, bank.signature): bank for bank in self.banks}
+        # A table, since every use asks it and a signature is slow to hash.
+        self._bank_dpL = [
+            [[bank_of.get((device, s)) for s in layers] for layers in layout.signature_pL]
+            for device in range(layout.n_devices)
+        ]
         self._wanted: list[ExpertKey] = []
 
     def routing_observers(self) -> list[Observer]:
@@ -152,8 +157,9 @@ class Controller:
 
     def find_bank(self, key: ExpertKey) -> Bank | None:
         """The bank that may hold `key`; None where its signature has no slots."""
-        device = owner(key.layer, key.expert, self.layout.n_devices)
-        return self._bank_of.get((device, self.layout.signature_pL[key.precision][key.layer]))
+        n_devices = self.layout.n_devices
+        device = 0 if n_devices == 1 else owner(key.layer, key.expert, n_devices)
+        return self._bank_dpL[device][key.precision][key.layer]
 
     def bank(self, key: ExpertKey) -> Bank:
         """The bank that may hold `key`. KeyError if its signature has no slots."""

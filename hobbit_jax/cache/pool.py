@@ -123,8 +123,12 @@ class SlotPool(Executor):
         """Whether each copy of one layer's experts is resident on its device, bool [p, E]."""
         n_precisions, _, n_experts = self.store.shape_pLE
         resident_pE = np.zeros((n_precisions, n_experts), bool)
-        for precision, expert in np.ndindex(resident_pE.shape):
-            resident_pE[precision, expert] = ExpertKey(precision, layer, expert) in self
+        for part in self.parts:
+            # An `ExpertKey` is a tuple, and prefill asks for each layer of each chunk.
+            resident_pE |= [
+                [(precision, layer, expert) in part.slot_of for expert in range(n_experts)]
+                for precision in range(n_precisions)
+            ]
         return resident_pE
 
     @property

@@ -79,7 +79,7 @@ class Policy(ABC, Generic[Key]):
                 before.
         """
         if key in self._resident:
-            raise RuntimeError(f"{key} is resident already")
+            raise self._resident_already(key)
         victim = None
         if len(self._resident) >= self.capacity:
             victim = self.victim(keep)
@@ -140,6 +140,9 @@ class Policy(ABC, Generic[Key]):
     def pinned(self) -> frozenset[Key]:
         """The keys that `pin` protects."""
         return frozenset(self._pinned)
+
+    def _resident_already(self, key: Key) -> RuntimeError:
+        return RuntimeError(f"{key} is resident already")
 
     def _all_in_use(self) -> RuntimeError:
         return RuntimeError(

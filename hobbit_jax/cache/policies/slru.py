@@ -20,6 +20,9 @@ class SLRU(Policy[Key]):
     A newcomer enters probation. A hit moves its key to the protected segment,
     whose oldest key falls back to probation when the segment is full. Victims
     come from probation first. `protected_fraction=0` is plain LRU.
+
+    Every decoded expert passes here, so uses and admissions are written out, and who is resident is
+    told by the segments alone.
     """
 
     def __init__(self, capacity: int, protected_fraction: float = DEFAULT_PROTECTED_FRACTION):
@@ -30,13 +33,18 @@ class SLRU(Policy[Key]):
         self._probation: OrderedDict[Key, None] = OrderedDict()
         self._protected: OrderedDict[Key, None] = OrderedDict()
 
+    def __contains__(self, key: Key) -> bool:
+        return key in self._probation or key in self._protected
+
+    def __len__(self) -> int:
+        return len(self._probation) + len(self._protected)
+
     def access(self, key: Key, weight: float = 1.0, native: bool = True) -> bool:
         return not self.access_all((key,), (weight,), native)
 
     def access_all(
         self, keys: Sequence[Key], weights: Sequence[float], native: bool = True
     ) -> list[Key]:
-        # Every decoded expert passes here, so this is written out.
         probation, protected, missing = self._probation, self._protected, []
         for key in keys:
             if key in probation:
@@ -49,6 +57,17 @@ class SLRU(Policy[Key]):
         # Once a step: whom a later hit moves to the end again would be demoted in vain.
         self._demote_the_oldest()
         return missing
+
+    def admit(self, key: Key, keep: Collection[Key] = ()) -> Key | None:
+        probation, protected = self._probation, self._protected
+        if key in probation or key in protected:
+            raise self._resident_already(key)
+        victim = None
+        if len(probation) + len(protected) >= self.capacity:
+            victim = self.victim(keep)
+            del (probation if victim in probation else protected)[victim]
+        probation[key] = None
+        return victim
 
     def _demote_the_oldest(self) -> None:
         """Fits the protected segment to its share of the capacity."""
@@ -68,12 +87,7 @@ class SLRU(Policy[Key]):
         self._demote_the_oldest()
         return evicted
 
-    def _insert(self, key: Key) -> None:
-        super()._insert(key)
-        self._probation[key] = None
-
     def _delete(self, key: Key) -> None:
-        super()._delete(key)
         del (self._probation if key in self._probation else self._protected)[key]
 
 
