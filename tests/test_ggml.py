@@ -146,34 +146,58 @@ def test_experts_are_those_of_the_decoded_weights(signature, d_model, d_expert, 
     del kept
 
 
-def test_attention_reads_no_key_behind_a_token():
-    layers, batch, length, heads, kv_heads, width = 2, 2, 12, 6, 2, 24
-    shape = (layers, batch, length, kv_heads, width)
-    q, k, v = random(batch, 3, heads, width), random(*shape, seed=1), random(*shape, seed=2)
-    positions_BT = np.asarray([[2, 3, length], [7, 8, 9]], np.int32)  # one is padding
-    attend = jax.jit(ops.attention)
-    got = np.asarray(attend(q, k, v, np.int32(1), positions_BT)).reshape(batch, 3, heads, width)
-    for b, t in np.ndindex(batch, 3):
-        seen = int(positions_BT[b, t]) + 1
-        if seen > length:
+# Of the second one a sequence's keys take four blocks, its tokens three chunks, and the heads of a
+# key/value head two.
+@pytest.mark.parametrize(
+    "heads, kv_heads, width, positions_BT",
+    [
+        (6, 2, 24, [[2, 3, 12], [7, 8, 9]]),
+        (22, 2, 40, [[*range(187, 196)], [3, 250, *range(63, 70)]]),
+    ],
+)
+@pytest.mark.parametrize("window, with_sinks", [(0, False), (70, True)])
+def test_attention_is_that_of_each_token_alone(
+    heads, kv_heads, width, positions_BT, window, with_sinks
+):
+    positions_BT = np.asarray(positions_BT, np.int32)  # one is padding, behind the caches
+    (batch, tokens), length = positions_BT.shape, 12 if positions_BT.max() == 12 else 200
+    shape = (2, batch, length, kv_heads, width)
+    q = random(batch, tokens, heads, width)
+    k, v = random(*shape, seed=1), random(*shape, seed=2)
+    sinks_H = random(heads, seed=3) if with_sinks else None
+    run = jax.jit(ops.attention, static_argnames=("scale", "window"))
+
+    def attend(q, k, v, positions_BT):
+        return np.asarray(
+            run(q, k, v, np.int32(1), positions_BT, window=window, sinks_H=sinks_H)
+        ).reshape(q.shape)
+
+    got = attend(q, k, v, positions_BT)
+    for b, t in np.ndindex(batch, tokens):
+        position = int(positions_BT[b, t])
+        if position >= length:
             assert not got[b, t].any()
             continue
+        seen = slice(max(position + 1 - window, 0) if window else 0, position + 1)
         for head in range(heads):
             group = head // (heads // kv_heads)
-            scores = k[1, b, :seen, group] @ q[b, t, head].astype(np.float64) / np.sqrt(width)
+            scores = k[1, b, seen, group] @ q[b, t, head].astype(np.float64) / np.sqrt(width)
             share = np.exp(scores - scores.max())
-            want = share / share.sum() @ v[1, b, :seen, group]
-            np.testing.assert_allclose(got[b, t, head], want, rtol=2e-5, atol=2e-6)
+            total = share.sum() + (np.exp(sinks_H[head] - scores.max()) if with_sinks else 0)
+            want = share / total @ v[1, b, seen, group]
+            np.testing.assert_allclose(got[b, t, head], want, rtol=3e-5, atol=3e-6)
+        alone = attend(
+            q[b:, t:][:1, :1], k[:, b:][:, :1], v[:, b:][:, :1], positions_BT[b:, t:][:1, :1]
+        )
+        np.testing.assert_array_equal(alone[0, 0], got[b, t])
     behind = k.copy()
-    behind[1, 0, 4:] = np.nan
-    again = np.asarray(attend(q, behind, v, np.int32(1), positions_BT))
-    np.testing.assert_array_equal(again[0].ravel(), got[0].ravel())
+    behind[1, 0, positions_BT[0][positions_BT[0] < length].max() + 1 :] = np.nan
+    np.testing.assert_array_equal(attend(q, behind, v, positions_BT)[0], got[0])
     for dtype in (jnp.float16, jnp.bfloat16):
         rounded = [jnp.asarray(array, dtype) for array in (k, v)]
         exact = [np.asarray(array.astype(jnp.float32)) for array in rounded]
         np.testing.assert_array_equal(
-            attend(q, *rounded, np.int32(1), positions_BT),
-            attend(q, *exact, np.int32(1), positions_BT),
+            attend(q, *rounded, positions_BT), attend(q, *exact, positions_BT)
         )
 
 

@@ -26,9 +26,11 @@ from pallas_kernels.ggml.machine import (
     answers_metadata,
     argument,
     call,
+    copy,
     data,
     error,
     exp,
+    fill,
     floats,
     free,
     from_f16,
@@ -135,8 +137,8 @@ def _linear_chunk(frame, rounded, phase, chunk):
         return NO_MEMORY
     code = tile(type_, way, columns, weights, step, rounded, tokens, part)
     for token in range(tokens):
-        y_R = floats(data(y) + U(4 * (token * rows + first)), step)
-        y_R[:] = floats(part + U(4 * token * step), step)
+        there = data(y) + U(4 * (token * rows + first))
+        copy(there, part + U(4 * token * step), step)
     free(part)
     return code
 
@@ -351,7 +353,8 @@ def _gate_and_up(frame, scratch, item, first, rows):
         out_R = floats(hidden + U(4 * (token * stride + first)), rows)
         _gated(integer(argument(frame, NUMBERS), 4), gate_R, up_R, out_R)
         if first == 0:
-            floats(hidden + U(4 * (token * stride + d_expert)), stride - d_expert)[:] = 0
+            at = hidden + U(4 * (token * stride + d_expert))
+            fill(at, stride - d_expert, np.float32(0))
     free(part)
     return 0
 
@@ -397,64 +400,128 @@ def _rows(frame):
         if convert != U(0):
             call(convert, (source, target, np.int64(columns)))
         else:  # float32
-            floats(target, columns)[:] = floats(source, columns)
+            copy(target, source, columns)
     return NO_ERROR
 
 
-# Attention of single tokens to the keys up to their own. Arguments: q [B, T, H, d], keys and values
+# Attention of tokens to the keys up to their own. Arguments: q [B, T, H, d], keys and values
 # [L, B, C, G, d], layer [], positions [B, T], scale [1], window [1] (0 for none), sinks [H] or [0].
 # Result: float32 [B, T, H * d]; zeros for a position of C or more.
+#
+# A chunk is some neighbouring tokens of a sequence and some query heads of one key/value head: its
+# queries share each block of keys, which is made float32 once. A query goes through its keys block
+# by block with the greatest score so far (Milakov and Gimelshein, arXiv 1805.02867). Blocks begin
+# at multiples of `_BLOCK`, so a query's bits depend on its own keys alone.
+_BLOCK = 64  # keys
+_HEADS, _QUERIES = 8, 32  # of a chunk, at most
 
 
 @njit
-def _read_row(address, kind, row_d):
-    """A row of keys or values as float32."""
+def _float_rows(address, kind, stride, rows, width, scratch):
+    """(address, floats from row to row) of rows of keys or values as float32.
+
+    `stride` counts the elements from row to row. Of another type than float32 they are made in
+    `scratch`.
+    """
     if kind == F32_TYPE:
-        row_d[:] = floats(address, len(row_d))
-        return
-    bits_d = halves(address, len(row_d))
-    if kind == F16_TYPE:
-        for i in range(len(row_d)):
-            row_d[i] = from_f16(bits_d[i])
-    else:
-        for i in range(len(row_d)):
-            row_d[i] = np.int32(np.int32(bits_d[i]) << 16).view(np.float32)
+        return address, stride
+    for row in range(rows):
+        row_d = floats(scratch + U(4 * row * width), width)
+        bits_d = halves(address + U(2 * row * stride), width)
+        if kind == F16_TYPE:
+            for i in range(width):
+                row_d[i] = from_f16(bits_d[i])
+        else:
+            for i in range(width):
+                row_d[i] = np.int32(np.int32(bits_d[i]) << 16).view(np.float32)
+    return scratch, width
+
+
+@njit
+def _four_rows(rows, first, step, width):
+    """Four neighbouring rows of `width` floats, `step` bytes from row to row."""
+    at = rows + U(first) * step
+    two, three = U(2) * step, U(3) * step
+    return (
+        floats(at, width), floats(at + step, width), floats(at + two, width),
+        floats(at + three, width),
+    )  # fmt: skip
 
 
 @njit(fastmath={"reassoc", "contract", "nsz"})
-def _dot(a_d, b_d):
-    total = np.float32(0)
-    for i in range(len(a_d)):
-        total += a_d[i] * b_d[i]
-    return total
+def _scores(query_d, rows, stride, scale, out_C):
+    """Scaled products of a query with keys, four at a time, so that it is read once for them."""
+    count, width, step = len(out_C), len(query_d), U(4 * stride)
+    for c in range(0, count - count % 4, 4):
+        row0_d, row1_d, row2_d, row3_d = _four_rows(rows, c, step, width)
+        sum0 = sum1 = sum2 = sum3 = np.float32(0)
+        for i in range(width):
+            sum0 += query_d[i] * row0_d[i]
+            sum1 += query_d[i] * row1_d[i]
+            sum2 += query_d[i] * row2_d[i]
+            sum3 += query_d[i] * row3_d[i]
+        out_C[c], out_C[c + 1] = sum0 * scale, sum1 * scale
+        out_C[c + 2], out_C[c + 3] = sum2 * scale, sum3 * scale
+    for c in range(count - count % 4, count):
+        row_d, total = floats(rows + U(c) * step, width), np.float32(0)
+        for i in range(width):
+            total += query_d[i] * row_d[i]
+        out_C[c] = total * scale
 
 
 @njit(fastmath={"contract"})
-def _add_scaled(out_d, factor, row_d):
-    for i in range(len(out_d)):
-        out_d[i] += factor * row_d[i]
+def _add_rows(out_d, factor_C, rows, stride):
+    """Adds rows times their factors, four at a time."""
+    count, width, step = len(factor_C), len(out_d), U(4 * stride)
+    for c in range(0, count - count % 4, 4):
+        row0_d, row1_d, row2_d, row3_d = _four_rows(rows, c, step, width)
+        factor0, factor1 = factor_C[c], factor_C[c + 1]
+        factor2, factor3 = factor_C[c + 2], factor_C[c + 3]
+        for i in range(width):
+            out_d[i] += (
+                factor0 * row0_d[i] + factor1 * row1_d[i]
+                + factor2 * row2_d[i] + factor3 * row3_d[i]
+            )  # fmt: skip
+    for c in range(count - count % 4, count):
+        row_d, factor = floats(rows + U(c) * step, width), factor_C[c]
+        for i in range(width):
+            out_d[i] += factor * row_d[i]
 
 
 @njit(fastmath={"reassoc", "contract", "nsz"})
-def _softmax(scores_C, sink):
-    """In place, not divided by the sum, which is returned; it has `sink` as one score more."""
-    most, total = max(scores_C[0], sink), np.float32(0)
+def _softmax(scores_C, most):
+    """(new greatest score, sum) of e to the scores less the greatest, which take their place."""
     for i in range(len(scores_C)):
         most = max(most, scores_C[i])
+    total = np.float32(0)
     for i in range(len(scores_C)):
         scores_C[i] = exp(scores_C[i] - most)
     for i in range(len(scores_C)):
         total += scores_C[i]
-    return total + exp(sink - most) if sink > _NO_SINK else total
+    return most, total
+
+
+@njit(fastmath={"contract"})
+def _multiply(out_d, factor):
+    for i in range(len(out_d)):
+        out_d[i] *= factor
 
 
 @njit
 def _keys_seen(frame, token):
-    """To how many keys a token attends, of which its own is the last; 0 for padding."""
+    """(first, behind the last) key that a token attends to; both 0 for padding."""
     position, window = integer(argument(frame, 4), token), integer(argument(frame, 6), 0)
     if position < 0 or position >= size(argument(frame, 1), 2):
-        return 0
-    return min(position + 1, window) if window > 0 else position + 1
+        return 0, 0
+    return max(position + 1 - window, 0) if window > 0 else 0, position + 1
+
+
+@njit
+def _cut(frame):
+    """(heads, tokens) of a chunk."""
+    q = argument(frame, 0)
+    heads = min(size(q, 2) // size(argument(frame, 1), 3), _HEADS)
+    return heads, max(min(size(q, 1), _QUERIES // heads), 1)
 
 
 @njit
@@ -462,53 +529,84 @@ def _attention(frame):
     q, keys, layer = argument(frame, 0), argument(frame, 1), integer(argument(frame, 3), 0)
     if layer < 0 or layer >= size(keys, 0):
         return NO_LENGTH
-    tokens, longest = size(q, 0) * size(q, 1), 0
-    for token in range(tokens):
-        longest = max(longest, _keys_seen(frame, token))
-    products = 2 * tokens * size(q, 2) * size(q, 3) * longest
-    return run(_ATTENTION, frame, U(0), (tokens * size(keys, 3), 0, 0, 0), products)
+    batch, tokens, heads, kv_heads = size(q, 0), size(q, 1), size(q, 2), size(keys, 3)
+    seen = 0
+    for token in range(batch * tokens):
+        first, behind = _keys_seen(frame, token)
+        seen += behind - first
+    of_chunk, tokens_of_chunk = _cut(frame)
+    chunks = batch * -(-tokens // tokens_of_chunk) * kv_heads * -(-heads // kv_heads // of_chunk)
+    return run(_ATTENTION, frame, U(0), (chunks, 0, 0, 0), 2 * seen * heads * size(q, 3))
 
 
 @njit
 def _attention_chunk(frame, chunk):
-    """One token and key/value head: its query heads attend to the keys of the token's window."""
-    q, keys, sinks = argument(frame, 0), argument(frame, 1), argument(frame, 7)
-    length, kv_heads, width = size(keys, 2), size(keys, 3), size(q, 3)
-    token, kv_head, group = chunk // kv_heads, chunk % kv_heads, size(q, 2) // kv_heads
-    query = data(q) + U(4 * chunk * group * width)
-    out = data(result(frame, 0)) + U(4 * chunk * group * width)
-    floats(out, group * width)[:] = np.float32(0)
-    count, kind = _keys_seen(frame, token), load_i32(keys + U(16))  # XLA_FFI_DataType
-    if count == 0:
-        return NO_ERROR
-    n_bytes = width * (4 if kind == F32_TYPE else 2)
-    place = integer(argument(frame, 3), 0) * size(q, 0) + token // size(q, 1)
-    oldest = place * length + integer(argument(frame, 4), token) + 1 - count
-    start = U((oldest * kv_heads + kv_head) * n_bytes)
-    scratch = malloc(U(4 * (group * count + width)))
+    q, keys, out = argument(frame, 0), argument(frame, 1), data(result(frame, 0))
+    tokens, heads, width = size(q, 1), size(q, 2), size(q, 3)
+    length, kv_heads, kind = size(keys, 2), size(keys, 3), load_i32(keys + U(16))
+    group, (of_chunk, tokens_of_chunk) = heads // kv_heads, _cut(frame)
+    pieces, runs = -(-group // of_chunk), -(-tokens // tokens_of_chunk)
+    place, kv_head, piece = chunk // pieces // kv_heads, chunk // pieces % kv_heads, chunk % pieces
+    sequence, token = place // runs, place % runs * tokens_of_chunk
+    n_tokens = min(tokens_of_chunk, tokens - token)
+    n_heads = min(of_chunk, group - piece * of_chunk)
+    first_head = kv_head * group + piece * of_chunk
+    token += sequence * tokens
+    # Per query the greatest score, the sum and the scores of a block; then a block's rows.
+    queries = n_tokens * n_heads
+    scratch = malloc(U(4 * (queries * (2 + _BLOCK) + _BLOCK * width)))
     if scratch == U(0):
         return NO_MEMORY
-    row_d, scale = floats(scratch, width), load_f32(data(argument(frame, 5)))
-    scores = scratch + U(4 * width)
-    for c in range(count):
-        _read_row(data(keys) + start + U(c * kv_heads * n_bytes), kind, row_d)
-        for head in range(group):
-            score = _dot(floats(query + U(4 * head * width), width), row_d) * scale
-            floats(scores + U(4 * (head * count + c)), 1)[0] = score
-    for head in range(group):
-        scores_C = floats(scores + U(4 * head * count), count)
-        sink = _NO_SINK
-        if size(sinks, 0):
-            sink = load_f32(data(sinks) + U(4 * (kv_head * group + head)))
-        total = _softmax(scores_C, sink)
-        for c in range(count):
-            scores_C[c] /= total
-    values = data(argument(frame, 2)) + start
-    for c in range(count):
-        _read_row(values + U(c * kv_heads * n_bytes), kind, row_d)
-        for head in range(group):
-            weight = floats(scores + U(4 * (head * count + c)), 1)[0]
-            _add_scaled(floats(out + U(4 * head * width), width), weight, row_d)
+    most_Q, total_Q = floats(scratch, queries), floats(scratch + U(4 * queries), queries)
+    scores = scratch + U(8 * queries)
+    converted = scores + U(4 * queries * _BLOCK)
+    oldest, behind = length, 0
+    for query in range(queries):
+        own_token, head = token + query // n_heads, first_head + query % n_heads
+        first, last = _keys_seen(frame, own_token)
+        if last:
+            oldest, behind = min(oldest, first), max(behind, last)
+        fill(out + U(4 * (own_token * heads + head) * width), width, np.float32(0))
+        most_Q[query], total_Q[query] = _NO_SINK, np.float32(0)
+        if size(argument(frame, 7), 0):
+            # A score more, without a value.
+            most_Q[query] = load_f32(data(argument(frame, 7)) + U(4 * head))
+            total_Q[query] = np.float32(1)
+    row_0 = (integer(argument(frame, 3), 0) * size(q, 0) + sequence) * length
+    scale, stride = load_f32(data(argument(frame, 5))), kv_heads * width
+    for block in range(oldest // _BLOCK, -(-behind // _BLOCK)):
+        begin, end = max(block * _BLOCK, oldest), min(block * _BLOCK + _BLOCK, behind)
+        offset = ((row_0 + begin) * kv_heads + kv_head) * width
+        offset = U(offset * (4 if kind == F32_TYPE else 2))
+        for is_value in range(2):
+            rows = data(argument(frame, 1 + is_value)) + offset
+            rows, step = _float_rows(rows, kind, stride, end - begin, width, converted)
+            for query in range(queries):
+                own_token, head = token + query // n_heads, first_head + query % n_heads
+                first, last = _keys_seen(frame, own_token)
+                first, last = max(first, begin), min(last, end)
+                if first >= last:
+                    continue
+                own_rows = rows + U(4 * (first - begin) * step)
+                scores_C = floats(scores + U(4 * query * _BLOCK), last - first)
+                at = U(4 * (own_token * heads + head) * width)
+                out_d = floats(out + at, width)
+                if is_value:
+                    _add_rows(out_d, scores_C, own_rows, step)
+                    continue
+                _scores(floats(data(q) + at, width), own_rows, step, scale, scores_C)
+                most, total = _softmax(scores_C, most_Q[query])
+                factor = exp(most_Q[query] - most)
+                if most > most_Q[query]:
+                    _multiply(out_d, factor)
+                    total_Q[query] *= factor
+                most_Q[query] = most
+                total_Q[query] += total
+    for query in range(queries):
+        own_token, head = token + query // n_heads, first_head + query % n_heads
+        if total_Q[query] > 0:
+            out_d = floats(out + U(4 * (own_token * heads + head) * width), width)
+            _multiply(out_d, np.float32(1) / total_Q[query])
     free(scratch)
     return NO_ERROR
 

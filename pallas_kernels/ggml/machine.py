@@ -119,6 +119,22 @@ def floats(address, count):
 
 
 @njit
+def copy(target, source, count):
+    """Copies float32 numbers; numba's own assignment of slices takes ten times as long."""
+    target_N, source_N = floats(target, count), floats(source, count)
+    for i in range(count):
+        target_N[i] = source_N[i]
+
+
+@njit
+def fill(target, count, value):
+    """Sets float32 numbers."""
+    target_N = floats(target, count)
+    for i in range(count):
+        target_N[i] = value
+
+
+@njit
 def halves(address, count):
     """uint16 [count] at an address."""
     return carray(_void_pointer(address), (count,), np.uint16)

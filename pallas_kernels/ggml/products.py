@@ -16,8 +16,9 @@ from pallas_kernels.ggml.machine import (
     TYPES,
     U,
     call,
+    copy,
     entry,
-    floats,
+    fill,
     free,
     load_i32,
     malloc,
@@ -107,11 +108,11 @@ def round_tokens(type_, interleaved, columns, x, stride, chosen, choices, tokens
         return NO_MEMORY
     for start in range(0, tokens, 4):
         for i in range(4):
-            row = floats(group + U(4 * i * columns), columns)
+            row = group + U(4 * i * columns)
             if start + i < tokens:
-                row[:] = floats(_row(x, stride, chosen, choices, start + i), columns)
+                copy(row, _row(x, stride, chosen, choices, start + i), columns)
             else:
-                row[:] = np.float32(0)
+                fill(row, columns, np.float32(0))
         there = target + U(start * n_bytes)
         call(function(type_, QUANTIZE_MAT), (group, there, np.int64(4), np.int64(columns)))
     free(group)
