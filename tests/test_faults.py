@@ -12,6 +12,7 @@ from pool_invariants import check_invariants
 import hobbit_jax.cache.device_banks as device_banks
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import OnRouting
+from hobbit_jax.cache.link import Link
 from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.model_file.gguf_file import open_gguf
@@ -86,6 +87,7 @@ def test_a_failing_upload(engine, wanted, uploads, monkeypatch, what, error, als
     """In prefill or decode, before or after the device took it: an error and a whole pool."""
     module, after = jax if what == "device_put" else device_banks, 1 + int(share * uploads)
     with monkeypatch.context() as patch:
+        patch.setattr(engine.pool, "link", Link())  # as a GPU has it
         patch.setattr(module, what, _failing(getattr(module, what), after, error, also_runs))
         with pytest.raises(type(error)) as raised:
             tokens(engine)

@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 
 from hobbit_jax.experts.store import HostExperts
-from hobbit_jax.inference.decode_loop import Inputs, LoopSpec, decode_program
+from hobbit_jax.inference.decode_loop import Inputs, decode_program
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.inference.sampling import Sampling
 from hobbit_jax.model_file.gguf_file import GGUFFile, open_gguf
@@ -125,14 +125,12 @@ def test_the_decode_loop_copies_no_cache(hybrid_path, implementation):
     model = load_model(hybrid_path, implementation)
     engine = Engine(model, HostExperts(model.config, model.file))
     engine.start(3, 40)
-    kinds, mode = model.layers.kinds, engine.mode
-    spec = LoopSpec(model.config, kinds, engine._ends_graph, engine._experts, mode, Sampling(), 1)
     three = np.zeros(3, np.int32)
     inputs = Inputs(
         np.bool_(True), three, np.ones(3, bool), three, np.int32(1), np.int32(0), engine._key, three
     )
-    program = decode_program(spec).lower(
-        engine._weights, engine.pool.banks, engine.pool.table_UE, engine._started(), inputs
+    program = decode_program(engine._loop_spec(Sampling(), 1)).lower(
+        engine._arrays, engine.pool.banks, engine.pool.table_UE, engine._started(), inputs
     )
     text = program.compile().as_text()
     caches = engine._started().caches

@@ -17,6 +17,7 @@ from tiny_models import TinyModel, write_model
 import hobbit_jax.cache.device_banks as device_banks
 from hobbit_jax.cache.config import CacheConfig
 from hobbit_jax.cache.controller import BankLayout, Controller, OnRouting, Use
+from hobbit_jax.cache.link import Link
 from hobbit_jax.cache.miss_modes import LOW, MISS_MODES
 from hobbit_jax.cache.policies import Step, policy_factory
 from hobbit_jax.cache.pool import SlotPool
@@ -351,6 +352,7 @@ def test_nothing_is_copied_between_devices(two, monkeypatch):
 
     put = jax.device_put
     monkeypatch.setattr(jax, "device_put", putting)
+    monkeypatch.setattr(two.pool, "link", Link())  # not the host's, which sends nothing
     two.start(3, CONTEXT)
     two.prefill(PROMPTS)
 
@@ -390,6 +392,7 @@ def test_a_fault_on_one_device(two, monkeypatch, what):
         return function(first, second_argument, *rest, **options)
 
     with monkeypatch.context() as patch:
+        patch.setattr(two.pool, "link", Link())
         patch.setattr(jax if what == "device_put" else device_banks, what, failing)
         with pytest.raises(RuntimeError, match="out of memory") as raised:
             tokens(two)
@@ -472,6 +475,7 @@ def test_what_is_called_replicated_is(two, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(engine_module, "decode_program", tracing)
+            patch.setattr(two, "_programs", {})
             two.start(3, CONTEXT)
             with pytest.raises(ZeroDivisionError):
                 two.decode(np.asarray([9, 8, 7]))

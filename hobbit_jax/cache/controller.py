@@ -212,10 +212,10 @@ class Controller:
     def count_selections(self, requested: np.ndarray, served: np.ndarray) -> None:
         """Counts selections by the precisions that were requested and that serve them, [..., K]."""
         counts, asked = self.counts, requested != SKIPPED
-        counts.selections += int(asked.sum())
-        counts.demoted += int((asked & (served > requested)).sum())
-        counts.low += int((served > NATIVE).sum())
-        counts.skipped += int((asked & (served == SKIPPED)).sum())
+        counts.selections += int(np.count_nonzero(asked))
+        counts.demoted += int(np.count_nonzero(asked & (served > requested)))
+        counts.low += int(np.count_nonzero(served > NATIVE))
+        counts.skipped += int(np.count_nonzero(asked & (served == SKIPPED)))
 
     def _access(self, use: Use) -> bool:
         """Tells a copy's policy of its use; whether it is resident."""

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from hobbit_jax.cache.controller import Bank as Slots
 from hobbit_jax.cache.controller import Controller, Decision
 from hobbit_jax.cache.device_banks import DeviceBanks, Layout
-from hobbit_jax.cache.link import Link, Upload, failing, in_place
+from hobbit_jax.cache.link import HostLink, Link, Upload, failing, in_place
 from hobbit_jax.cache.warm_start import Executor
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from hobbit_jax.models.sharding import assembled, owner
@@ -43,7 +43,7 @@ class SlotPool(Executor):
         store: whose experts it holds.
         controller: decides who is loaded and evicted.
         budget_bytes: of each device's banks (`pool_sizing.py` divides it).
-        link: the way to the devices; None is JAX's own copy.
+        link: the way to the devices; None is JAX's own copy, or the map where they are the host.
         staging_bytes: of each device, beside the banks, for prefetched uploads.
         mesh: the devices; None is the process's first.
         implementation: of products. Where ggml computes, all experts have slots and no link is
@@ -67,8 +67,9 @@ class SlotPool(Executor):
             for s in self.slots
             if store.backend(s, implementation) == "ggml"
         }
-        self.link = Link() if link is None else link
         devices: list[Any] = [None] if mesh is None else list(mesh.devices.flat)
+        is_host = (devices[0] or jax.devices()[0]).platform == "cpu"
+        self.link = link or (HostLink() if is_host else Link())
         self.parts = [
             DeviceBanks(store, [b for b in controller.banks if b.device == index], device, layouts)
             for index, device in enumerate(devices)

@@ -72,13 +72,17 @@ class LoopSpec:
     mode: MissMode
     sampling: Sampling
     most_tokens: int  # of one call
+    weights: Any  # structure of `Weights`
     look_ahead: int = 0  # layers whose routers are asked when the program leaves for an expert
     mesh: Mesh | None = None  # of several devices that divide the experts
     resident_lift: float = 0.0  # see `CacheConfig`
 
 
 class Weights(NamedTuple):
-    """What the program reads and the engine keeps: the dense part and the plan."""
+    """What the program reads and the engine keeps: the dense part and the plan.
+
+    A call is given its arrays in a list, since JAX would take long to find them in the modules.
+    """
 
     layers: States
     ends: Any
@@ -108,7 +112,7 @@ class Inputs(NamedTuple):
     lengths_B: Array  # int32: tokens of each so far
     count: Array  # int32, `most_tokens` at most
     drawn: Array  # int32: tokens drawn before, which seed the next draw with `key`
-    key: Array
+    key: Array  # uint32 [2], a key's data: JAX takes a key itself on a slower way
     stop_ids: Array  # int32
 
 
@@ -373,7 +377,8 @@ def _end_token(spec: LoopSpec, weights: Weights, inputs: Inputs, loop: _Loop) ->
     def end(loop: _Loop) -> _Loop:
         ends = nnx.merge(spec.ends, weights.ends)
         logits_BV = ends.logits(loop.carry.x_BD)
-        key = jax.random.fold_in(inputs.key, inputs.drawn + loop.step)
+        key = jax.random.wrap_key_data(inputs.key)
+        key = jax.random.fold_in(key, inputs.drawn + loop.step)
         ids_B = sample(logits_BV, key, spec.sampling)
         finite_B = jnp.all(jnp.isfinite(logits_BV), axis=-1)
         stopped_B = jnp.any(ids_B[:, None] == inputs.stop_ids[None, :], axis=1)
@@ -398,12 +403,13 @@ def _end_token(spec: LoopSpec, weights: Weights, inputs: Inputs, loop: _Loop) ->
 
 def _decode(
     spec: LoopSpec,
-    weights: Weights,
+    arrays: list[jax.Array],
     banks: dict[Signature, Bank],
     table_UE: jax.Array,
     carry: Carry,
     inputs: Inputs,
 ) -> tuple[Carry, jax.Array, jax.Array]:
+    weights: Weights = jax.tree.unflatten(spec.weights, arrays)
     config, fresh, held_UE = spec.config, inputs.fresh, sharding.held_anywhere(table_UE, spec.mesh)
     batch = len(inputs.ids_B)
     x_BD = nnx.merge(spec.ends, weights.ends).embed(inputs.ids_B)
@@ -454,9 +460,14 @@ def _decode(
     return loop.carry, packed, loop.logits_BV
 
 
+Program = Callable[..., tuple[Carry, jax.Array, jax.Array]]
+
+
 @functools.lru_cache(maxsize=64)
-def decode_program(spec: LoopSpec) -> Callable[..., tuple[Carry, jax.Array, jax.Array]]:
-    """The compiled program: (weights, banks, table, carry, inputs) to (carry, report, logits).
+def decode_program(spec: LoopSpec) -> Program:
+    """The compiled program: (arrays of weights, banks, table, carry, inputs) to its results.
+
+    They are the carry, the report and the logits.
 
     The carry is donated. The logits are those of the last token that ended in this entry.
     """

@@ -46,19 +46,19 @@ class Report(NamedTuple):
         cls, packed: np.ndarray, most_tokens: int, batch: int, k: int, look_ahead: int
     ) -> Self:
         """Reads what the program packed."""
-        steps, layer, blocked, finite, logged = (int(number) for number in packed[:5])
-        ends = np.cumsum([5, most_tokens * batch, look_ahead * 2 * batch * k])
-        tokens, ahead, log = np.split(packed, ends)[1:]
-        log_fIBK = np.moveaxis(log.reshape(-1, batch, k, LOG_FIELDS)[:logged], -1, 0)
-        chosen = Selections(*log_fIBK)
-        weights_IBK = np.ascontiguousarray(chosen.weights_TK).view(np.float32)
+        steps, layer, blocked, finite, logged = packed[:5].tolist()
+        tokens_end = 5 + most_tokens * batch
+        ahead_end = tokens_end + look_ahead * 2 * batch * k
+        log_IBKf = packed[ahead_end:].reshape(-1, batch, k, LOG_FIELDS)[:logged]
+        weights_IBK = log_IBKf.view(np.float32)[..., Selections._fields.index("weights_TK")]
+        chosen = Selections(*(log_IBKf[..., field] for field in range(LOG_FIELDS)))
         return cls(
             steps,
             layer,
             bool(blocked),
             bool(finite),
-            tokens.reshape(most_tokens, batch)[:steps],
-            ahead.reshape(look_ahead, 2, batch * k),
+            packed[5:tokens_end].reshape(most_tokens, batch)[:steps],
+            packed[tokens_end:ahead_end].reshape(look_ahead, 2, batch * k),
             chosen._replace(weights_TK=weights_IBK),
         )
 

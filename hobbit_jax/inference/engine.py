@@ -31,6 +31,7 @@ from hobbit_jax.inference.decode_loop import (
     Inputs,
     LayerGroups,
     LoopSpec,
+    Program,
     Weights,
     decode_program,
     empty_carry,
@@ -120,6 +121,7 @@ class Engine:
             staging_bytes=staging_bytes, mesh=mesh, implementation=model.implementation,
         )  # fmt: skip
         cache.fill(self.pool, shares_pLE)
+        self._look_ahead = cache.prefetch.layers_asked if cache.prefetch else 0
         self._prefetcher, self.split = None, None
         if cache.prefetch is not None:
             self._prefetcher = Prefetcher(cache.prefetch, layout.n_layers, layout.n_experts)
@@ -132,13 +134,15 @@ class Engine:
         ends_graph, ends_state = nnx.split(self.model.ends)
         device_plan = replicated(jax.device_put(self.plan), mesh)
         epilogue = replicated(jax.device_put(store.epilogue), mesh)
-        self._weights = Weights(self.model.layers.states, ends_state, device_plan, epilogue)
-        self._ends_graph = ends_graph
+        weights = Weights(self.model.layers.states, ends_state, device_plan, epilogue)
+        self._arrays, self._structure = jax.tree.flatten(weights)
+        self._ends, self._ends_graph = ends_state, ends_graph
         self._experts = LayerGroups.of(self.pool, model.implementation)
         self._host = HostCompute(store, model.implementation)
         self._prefill = Prefill(self.model, self.pool, self.plan, self._host, epilogue)
+        self._programs: dict[tuple[float, float, int], Program] = {}
         self._carry: Carry | None = None
-        self._key = replicated(jax.random.key(0), mesh)
+        self._key = np.zeros(2, np.uint32)
         self._lengths_B = np.zeros(0, np.int32)
         self._ids: list[list[int]] = []  # of each sequence so far
         self._tokens = 0  # decoded tokens and prefill chunks so far, for the policies
@@ -245,7 +249,7 @@ class Engine:
         return x_BTD
 
     def _logits(self, x_BTD: jax.Array, last_B: np.ndarray | None) -> jax.Array:
-        return logits(self._ends_graph, self._weights.ends, x_BTD, last_B)
+        return logits(self._ends_graph, self._ends, x_BTD, last_B)
 
     def _check_finite(self, finite: bool | np.bool_) -> None:
         """Ends a run whose logits are not finite by a ValueError that names where that began."""
@@ -313,8 +317,7 @@ class Engine:
         draws.
         """
         self._check_step(active_B * count, ids_B[active_B])
-        spec = self._loop_spec(sampling, most_tokens)
-        program, k = decode_program(spec), self.config.experts_per_token
+        program, k = self._program(sampling, most_tokens), self.config.experts_per_token
         stops = np.asarray(stop_ids, np.int32)
         rows: list[np.ndarray] = []
         batches: list[list[ExpertKey]] = []
@@ -326,7 +329,7 @@ class Engine:
                     np.int32(count - len(rows)), np.int32(drawn + len(rows)), self._key, stops,
                 )  # fmt: skip
                 self._carry, packed, logits_BV = program(
-                    self._weights, self.pool.banks, self.pool.table_UE, self._started(), inputs
+                    self._arrays, self.pool.banks, self.pool.table_UE, self._started(), inputs
                 )
                 for key in self.controller.take_wanted():
                     self.pool.reserve(key)
@@ -334,7 +337,7 @@ class Engine:
                     self.pool.prefetch(self._prefetcher.guess(-1, [], self.pool.__contains__))
                 # The one transfer from the device in a call.
                 report = Report.unpack(
-                    np.asarray(packed), most_tokens, len(ids_B), k, spec.look_ahead
+                    np.asarray(packed), most_tokens, len(ids_B), k, self._look_ahead
                 )
                 decision = self._account(report)
                 if decision is not None:
@@ -362,11 +365,18 @@ class Engine:
         self._lengths_B = self._lengths_B + active_B
         self.counts.tokens += int(active_B.sum())
 
+    def _program(self, sampling: Sampling, most_tokens: int) -> Program:
+        """Kept, since hashing a `LoopSpec` takes longer than some layers."""
+        key = sampling.temperature, sampling.top_p, most_tokens
+        if key not in self._programs:
+            self._programs[key] = decode_program(self._loop_spec(sampling, most_tokens))
+        return self._programs[key]
+
     def _loop_spec(self, sampling: Sampling, most_tokens: int) -> LoopSpec:
-        prefetch, unseeded = self.cache.prefetch, replace(sampling, seed=0)  # the seed is data: key
+        unseeded = replace(sampling, seed=0)  # the seed is data: key
         return LoopSpec(
             self.config, self.model.layers.kinds, self._ends_graph, self._experts, self.mode,
-            unseeded, most_tokens, prefetch.layers_asked if prefetch else 0, self._mesh,
+            unseeded, most_tokens, self._structure, self._look_ahead, self._mesh,
             self.cache.resident_lift,
         )  # fmt: skip
 
@@ -444,11 +454,13 @@ class Engine:
         needed = max(map(len, prompts), default=0) + max_new_tokens
         rest = prompts if prefix is None else [prefix.rest(prompt) for prompt in prompts]
         self.start(len(prompts), needed if context is None else context, prefix)
-        self._key = replicated(seed_key(sampling.seed), self._mesh)
+        key = seed_key(sampling.seed)
+        self._key = np.asarray(jax.random.key_data(key))
         active_B, place_B = np.ones(len(prompts), bool), np.arange(len(prompts))
         began_s, compiled_s = time.perf_counter(), compile_seconds()
         logits_BV, fed = self.prefill(rest), sum(map(len, rest))
-        ids_B = np.asarray(sample(logits_BV, jax.random.fold_in(self._key, 0), sampling))
+        first_key = replicated(jax.random.fold_in(key, 0), self._mesh)
+        ids_B = np.asarray(sample(logits_BV, first_key, sampling))
         rows_NB, drawn = ids_B[None], 1
         while True:
             seconds, compile_s = time.perf_counter() - began_s, compile_seconds() - compiled_s

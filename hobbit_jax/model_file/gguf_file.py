@@ -13,7 +13,7 @@ import re
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -60,8 +60,7 @@ class TensorInfo:
         return np.stack(list(self.raw)) if self.raw.dtype == object else self.raw
 
 
-@dataclass(frozen=True)
-class FileStamp:
+class FileStamp(NamedTuple):
     """What tells that a file on disk is still the one that was mapped."""
 
     path: Path
@@ -73,7 +72,7 @@ class FileStamp:
     @classmethod
     def of(cls, path: Path) -> "FileStamp":
         """The file as it is now. FileNotFoundError if there is none."""
-        stat = path.stat()
+        stat = os.stat(path)  # a quarter of the time of `path.stat`: decode asks for every token
         return cls(path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
     def check(self) -> None:

@@ -150,6 +150,9 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
         FileNotFoundError, ValueError, NotImplementedError: from `open_gguf`,
             `read_config` and `check_finite_scales`, each naming what is wrong.
     """
+    # On a CPU another thread would run each call while this one waits for it. It must be said
+    # before JAX looks for devices.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     checks = {"xla": lambda: None, "triton": lambda: None, "ggml": check_available}
     choose(implementation, checks)  # a name that cannot run here is refused at once
     # XLA would round float32 products to TF32's ten bits on newer GPUs, those of routers too.

@@ -93,7 +93,7 @@ def compiled_decode(target: Target) -> tuple[Program, int]:
         np.bool_(True), one, one > 0, one, np.int32(1), np.int32(0), engine._key, one[:0]
     )
     program = decode_program(engine._loop_spec(GREEDY, 1))
-    arguments = (engine._weights, engine.pool.banks, engine.pool.table_UE, engine._started())
+    arguments = (engine._arrays, engine.pool.banks, engine.pool.table_UE, engine._started())
     _, text = compile_for(target, lambda *given: program(*given), *arguments, inputs)
     matrices = [t.nbytes for name, t in model.file.tensors.items() if ".attn_" in name]
     return Program(text), max(matrices)
