@@ -61,8 +61,9 @@ from pallas_kernels.ggml.products import (
 _LINEAR, _EXPERTS, _ATTENTION = range(3)
 # Of XLA_FFI_DataType; keys and values of another type are bfloat16.
 F16_TYPE, F32_TYPE = 10, 11
-_LEAST_ROWS, _MOST_ROWS = 16, 256  # of a chunk; multiples of 8, as the interleaved product wants
-_CHUNKS = 16  # of a phase, at least, where the rows allow it
+_MOST_ROWS = 256  # of a chunk; a multiple of 8, as the interleaved product wants
+_LEAST_PRODUCTS = 65_536  # of a chunk and token, some microseconds
+_CHUNKS = 16  # of a phase, at least, where that leaves so many products
 _TOKENS_ROUNDED = 16  # in a chunk
 _NO_SINK = np.float32(-1e30)
 
@@ -82,16 +83,16 @@ def _matrix(buffer, slot, n_bytes):
 
 
 @njit
-def _chunk_rows(rows, groups):
-    """Rows of a chunk, so that `groups` matrices of `rows` make enough of them."""
-    wanted = rows * groups // _CHUNKS // 8 * 8
-    return min(max(wanted, _LEAST_ROWS), _MOST_ROWS)
+def _chunk_rows(rows, columns, groups):
+    """Rows of a chunk, so that `groups` matrices make enough of them."""
+    wanted = max(rows * groups // _CHUNKS, _LEAST_PRODUCTS // columns)
+    return min(max(wanted // 8 * 8, 8), _MOST_ROWS)
 
 
 @njit
-def _chunks(rows, groups):
+def _chunks(rows, columns, groups):
     """Chunks of one of these matrices."""
-    return -(-rows // _chunk_rows(rows, groups))
+    return -(-rows // _chunk_rows(rows, columns, groups))
 
 
 # One matrix on some tokens. Arguments: x [T, K], matrix, its type [1]. Result: y [T, N]. The
@@ -108,7 +109,7 @@ def _linear(frame):
     scratch = malloc(U(padded(tokens) * rounded_bytes(type_, columns)))
     if scratch == U(0):
         return NO_MEMORY
-    phases = (-(-tokens // _TOKENS_ROUNDED), _chunks(rows, 1), 0, 0)
+    phases = (-(-tokens // _TOKENS_ROUNDED), _chunks(rows, columns, 1), 0, 0)
     code = run(_LINEAR, frame, scratch, phases, tokens * rows * columns)
     free(scratch)
     return code
@@ -125,7 +126,7 @@ def _linear_chunk(frame, rounded, phase, chunk):
         source, step = data(x) + U(4 * first * columns), min(_TOKENS_ROUNDED, tokens - first)
         target = rounded + U(first * rounded_bytes(type_, columns))
         return round_tokens(type_, way, columns, source, columns, U(0), 1, step, target)
-    step = _chunk_rows(rows, 1)
+    step = _chunk_rows(rows, columns, 1)
     first = chunk * step
     step = min(step, rows - first)
     weights, _ = _matrix(argument(frame, 1), -1, 0)
@@ -251,7 +252,8 @@ def _experts(frame):
         store_i64(scratch + U(8 * (1 + item)), np.int64(before))
         before += padded(_item(frame, item)[1])
     d_model, d_expert = _shape(frame, DOWN)
-    phases = count, count * _chunks(d_expert, count), count, count * _chunks(d_model, count)
+    hidden_chunks = count * _chunks(d_expert, d_model, count)
+    phases = count, hidden_chunks, count, count * _chunks(d_model, d_expert, count)
     code = run(_EXPERTS, frame, scratch, phases, rows * d_model * d_expert * 3)
     free(scratch)
     return code
@@ -270,11 +272,10 @@ def _experts_chunk(frame, scratch, phase, chunk):
     if phase == 2:
         source, stride = _hidden(frame, scratch, chunk)
         return _round(frame, scratch, DOWN, chunk, source, stride, U(0), 1)
-    rows = _shape(frame, GATE if phase == 1 else DOWN)[0]
+    rows, columns = _shape(frame, GATE if phase == 1 else DOWN)
     count = integer(argument(frame, COUNT), 0)
-    item, first = chunk // _chunks(rows, count), chunk % _chunks(rows, count)
-    step = _chunk_rows(rows, count)
-    first *= step
+    step, chunks = _chunk_rows(rows, columns, count), _chunks(rows, columns, count)
+    item, first = chunk // chunks, chunk % chunks * step
     step = min(step, rows - first)
     if phase == 1:
         return _gate_and_up(frame, scratch, item, first, step)
