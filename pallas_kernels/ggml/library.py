@@ -22,7 +22,7 @@ from pallas_kernels.formats import get_format
 _INTERLEAVED = {
     "Q4_0": ("block_q4_0", 8, 4),
     "IQ4_NL": ("block_iq4_nl", 8, 4),
-    "Q4_K": ("block_q4_K", 15, 24),
+    "Q4_K": ("block_q4_K", 15, 16),
 }
 _SUFFIXES = (".so", ".dylib", ".dll")
 
