@@ -142,7 +142,7 @@ class Engine:
         self._prefill = Prefill(self.model, self.pool, self.plan, self._host, epilogue)
         self._programs: dict[tuple[float, float, int], Program] = {}
         self._carry: Carry | None = None
-        self._key = np.zeros(2, np.uint32)
+        self._key = np.asarray(jax.random.key_data(seed_key(0)))
         self._lengths_B = np.zeros(0, np.int32)
         self._ids: list[list[int]] = []  # of each sequence so far
         self._tokens = 0  # decoded tokens and prefill chunks so far, for the policies
@@ -454,13 +454,12 @@ class Engine:
         needed = max(map(len, prompts), default=0) + max_new_tokens
         rest = prompts if prefix is None else [prefix.rest(prompt) for prompt in prompts]
         self.start(len(prompts), needed if context is None else context, prefix)
-        key = seed_key(sampling.seed)
-        self._key = np.asarray(jax.random.key_data(key))
+        self._key = np.asarray(jax.random.key_data(key := seed_key(sampling.seed)))
         active_B, place_B = np.ones(len(prompts), bool), np.arange(len(prompts))
         began_s, compiled_s = time.perf_counter(), compile_seconds()
         logits_BV, fed = self.prefill(rest), sum(map(len, rest))
-        first_key = replicated(jax.random.fold_in(key, 0), self._mesh)
-        ids_B = np.asarray(sample(logits_BV, first_key, sampling))
+        key = replicated(jax.random.fold_in(key, 0), self._mesh)
+        ids_B = np.asarray(sample(logits_BV, key, sampling))
         rows_NB, drawn = ids_B[None], 1
         while True:
             seconds, compile_s = time.perf_counter() - began_s, compile_seconds() - compiled_s
