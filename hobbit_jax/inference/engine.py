@@ -458,8 +458,7 @@ class Engine:
         active_B, place_B = np.ones(len(prompts), bool), np.arange(len(prompts))
         began_s, compiled_s = time.perf_counter(), compile_seconds()
         logits_BV, fed = self.prefill(rest), sum(map(len, rest))
-        key = replicated(jax.random.fold_in(key, 0), self._mesh)
-        ids_B = np.asarray(sample(logits_BV, key, sampling))
+        ids_B = np.asarray(sample(logits_BV, jax.random.fold_in(key, 0), sampling))
         rows_NB, drawn = ids_B[None], 1
         while True:
             seconds, compile_s = time.perf_counter() - began_s, compile_seconds() - compiled_s

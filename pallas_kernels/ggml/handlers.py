@@ -541,26 +541,30 @@ def _attention(frame):
 
 
 @njit
+def _queries(frame, chunk):
+    """(sequence, first token, tokens, key/value head, first query head, heads) of a chunk."""
+    q, kv_heads = argument(frame, 0), size(argument(frame, 1), 3)
+    tokens, group, (of_chunk, tokens_of_chunk) = size(q, 1), size(q, 2) // kv_heads, _cut(frame)
+    pieces, runs = -(-group // of_chunk), -(-tokens // tokens_of_chunk)
+    place, kv_head = chunk // pieces // kv_heads, chunk // pieces % kv_heads
+    sequence, token, head = place // runs, place % runs * tokens_of_chunk, chunk % pieces * of_chunk
+    n_tokens, n_heads = min(tokens_of_chunk, tokens - token), min(of_chunk, group - head)
+    return sequence, sequence * tokens + token, n_tokens, kv_head, kv_head * group + head, n_heads
+
+
+@njit
 def _attention_chunk(frame, chunk):
     q, keys, out = argument(frame, 0), argument(frame, 1), data(result(frame, 0))
-    tokens, heads, width = size(q, 1), size(q, 2), size(q, 3)
-    length, kv_heads, kind = size(keys, 2), size(keys, 3), load_i32(keys + U(16))
-    group, (of_chunk, tokens_of_chunk) = heads // kv_heads, _cut(frame)
-    pieces, runs = -(-group // of_chunk), -(-tokens // tokens_of_chunk)
-    place, kv_head, piece = chunk // pieces // kv_heads, chunk // pieces % kv_heads, chunk % pieces
-    sequence, token = place // runs, place % runs * tokens_of_chunk
-    n_tokens = min(tokens_of_chunk, tokens - token)
-    n_heads = min(of_chunk, group - piece * of_chunk)
-    first_head = kv_head * group + piece * of_chunk
-    token += sequence * tokens
+    heads, width, length, kv_heads = size(q, 2), size(q, 3), size(keys, 2), size(keys, 3)
+    kind = load_i32(keys + U(16))  # XLA_FFI_DataType
+    sequence, token, n_tokens, kv_head, first_head, n_heads = _queries(frame, chunk)
     # Per query the greatest score, the sum and the scores of a block; then a block's rows.
     queries = n_tokens * n_heads
     scratch = malloc(U(4 * (queries * (2 + _BLOCK) + _BLOCK * width)))
     if scratch == U(0):
         return NO_MEMORY
     most_Q, total_Q = floats(scratch, queries), floats(scratch + U(4 * queries), queries)
-    scores = scratch + U(8 * queries)
-    converted = scores + U(4 * queries * _BLOCK)
+    scores, converted = scratch + U(8 * queries), scratch + U(4 * queries * (2 + _BLOCK))
     oldest, behind = length, 0
     for query in range(queries):
         own_token, head = token + query // n_heads, first_head + query % n_heads
@@ -574,14 +578,13 @@ def _attention_chunk(frame, chunk):
             most_Q[query] = load_f32(data(argument(frame, 7)) + U(4 * head))
             total_Q[query] = np.float32(1)
     row_0 = (integer(argument(frame, 3), 0) * size(q, 0) + sequence) * length
-    scale, stride = load_f32(data(argument(frame, 5))), kv_heads * width
+    n_bytes, scale = 4 if kind == F32_TYPE else 2, load_f32(data(argument(frame, 5)))
     for block in range(oldest // _BLOCK, -(-behind // _BLOCK)):
         begin, end = max(block * _BLOCK, oldest), min(block * _BLOCK + _BLOCK, behind)
-        offset = ((row_0 + begin) * kv_heads + kv_head) * width
-        offset = U(offset * (4 if kind == F32_TYPE else 2))
+        offset = U(((row_0 + begin) * kv_heads + kv_head) * width * n_bytes)
         for is_value in range(2):
             rows = data(argument(frame, 1 + is_value)) + offset
-            rows, step = _float_rows(rows, kind, stride, end - begin, width, converted)
+            rows, step = _float_rows(rows, kind, kv_heads * width, end - begin, width, converted)
             for query in range(queries):
                 own_token, head = token + query // n_heads, first_head + query % n_heads
                 first, last = _keys_seen(frame, own_token)
