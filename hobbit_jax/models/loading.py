@@ -143,8 +143,10 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
     """Opens a GGUF file (or the first of a split) and uploads its dense part.
 
     From here on this process multiplies float32 in float32 on every device
-    (`jax_default_matmul_precision`). The `implementation` is that of the matrix products ("xla",
-    "ggml", "triton", "interpret"); None takes the fastest that this device and each matrix allow.
+    (`jax_default_matmul_precision`), and where no device was used before, a call on a CPU returns
+    when it has ended (`jax_cpu_enable_async_dispatch`). The `implementation` is that of the matrix
+    products ("xla", "ggml", "triton", "interpret"); None takes the fastest that this device and
+    each matrix allow.
 
     Raises:
         FileNotFoundError, ValueError, NotImplementedError: from `open_gguf`,

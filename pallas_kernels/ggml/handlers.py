@@ -1,7 +1,7 @@
 """The custom calls of the backend `ggml`, compiled by numba.
 
 Owns four handlers: one matrix on some tokens, experts on their tokens, rows of an embedding, and
-attention of single tokens to the keys up to their own. A matrix is given as bytes (uint8) or as the
+attention of tokens to the keys up to their own. A matrix is given as bytes (uint8) or as the
 address of its bytes (two uint32); a bank of matrices likewise, an address per slot.
 """
 
@@ -26,11 +26,11 @@ from pallas_kernels.ggml.machine import (
     answers_metadata,
     argument,
     call,
+    clear,
     copy,
     data,
     error,
     exp,
-    fill,
     floats,
     free,
     from_f16,
@@ -61,9 +61,9 @@ from pallas_kernels.ggml.products import (
 _LINEAR, _EXPERTS, _ATTENTION = range(3)
 # Of XLA_FFI_DataType; keys and values of another type are bfloat16.
 F16_TYPE, F32_TYPE = 10, 11
-_MOST_ROWS = 256  # of a chunk; a multiple of 8, as the interleaved product wants
-_LEAST_PRODUCTS = 65_536  # of a chunk and token, some microseconds
-_CHUNKS = 16  # of a phase, at least, where that leaves so many products
+_LEAST_ROWS, _MOST_ROWS = 16, 256  # of a chunk; multiples of 8, as the interleaved product wants
+_LEAST_PRODUCTS = 65_536  # of a chunk, where that leaves no more rows: some microseconds
+_CHUNKS = 16  # of a phase, at least, where that leaves so many rows and products
 _TOKENS_ROUNDED = 16  # in a chunk
 _NO_SINK = np.float32(-1e30)
 
@@ -83,16 +83,16 @@ def _matrix(buffer, slot, n_bytes):
 
 
 @njit
-def _chunk_rows(rows, columns, groups):
-    """Rows of a chunk, so that `groups` matrices make enough of them."""
-    wanted = max(rows * groups // _CHUNKS, _LEAST_PRODUCTS // columns)
-    return min(max(wanted // 8 * 8, 8), _MOST_ROWS)
+def _chunk_rows(rows, products, groups):
+    """Rows of a chunk, each of so many products, so that `groups` matrices make enough chunks."""
+    wanted = max(rows * groups // _CHUNKS, _LEAST_PRODUCTS // products)
+    return min(max(wanted // 8 * 8, _LEAST_ROWS), _MOST_ROWS)
 
 
 @njit
-def _chunks(rows, columns, groups):
+def _chunks(rows, products, groups):
     """Chunks of one of these matrices."""
-    return -(-rows // _chunk_rows(rows, columns, groups))
+    return -(-rows // _chunk_rows(rows, products, groups))
 
 
 # One matrix on some tokens. Arguments: x [T, K], matrix, its type [1]. Result: y [T, N]. The
@@ -109,7 +109,7 @@ def _linear(frame):
     scratch = malloc(U(padded(tokens) * rounded_bytes(type_, columns)))
     if scratch == U(0):
         return NO_MEMORY
-    phases = (-(-tokens // _TOKENS_ROUNDED), _chunks(rows, columns, 1), 0, 0)
+    phases = (-(-tokens // _TOKENS_ROUNDED), _chunks(rows, tokens * columns, 1), 0, 0)
     code = run(_LINEAR, frame, scratch, phases, tokens * rows * columns)
     free(scratch)
     return code
@@ -126,7 +126,7 @@ def _linear_chunk(frame, rounded, phase, chunk):
         source, step = data(x) + U(4 * first * columns), min(_TOKENS_ROUNDED, tokens - first)
         target = rounded + U(first * rounded_bytes(type_, columns))
         return round_tokens(type_, way, columns, source, columns, U(0), 1, step, target)
-    step = _chunk_rows(rows, columns, 1)
+    step = _chunk_rows(rows, tokens * columns, 1)
     first = chunk * step
     step = min(step, rows - first)
     weights, _ = _matrix(argument(frame, 1), -1, 0)
@@ -252,8 +252,9 @@ def _experts(frame):
         store_i64(scratch + U(8 * (1 + item)), np.int64(before))
         before += padded(_item(frame, item)[1])
     d_model, d_expert = _shape(frame, DOWN)
-    hidden_chunks = count * _chunks(d_expert, d_model, count)
-    phases = count, hidden_chunks, count, count * _chunks(d_model, d_expert, count)
+    width = size(argument(frame, ASSIGNMENT), 1)
+    hidden_chunks = count * _chunks(d_expert, width * d_model, count)
+    phases = count, hidden_chunks, count, count * _chunks(d_model, width * d_expert, count)
     code = run(_EXPERTS, frame, scratch, phases, rows * d_model * d_expert * 3)
     free(scratch)
     return code
@@ -273,8 +274,11 @@ def _experts_chunk(frame, scratch, phase, chunk):
         source, stride = _hidden(frame, scratch, chunk)
         return _round(frame, scratch, DOWN, chunk, source, stride, U(0), 1)
     rows, columns = _shape(frame, GATE if phase == 1 else DOWN)
-    count = integer(argument(frame, COUNT), 0)
-    step, chunks = _chunk_rows(rows, columns, count), _chunks(rows, columns, count)
+    count, products = (
+        integer(argument(frame, COUNT), 0),
+        size(argument(frame, ASSIGNMENT), 1) * columns,
+    )
+    step, chunks = _chunk_rows(rows, products, count), _chunks(rows, products, count)
     item, first = chunk // chunks, chunk % chunks * step
     step = min(step, rows - first)
     if phase == 1:
@@ -355,7 +359,7 @@ def _gate_and_up(frame, scratch, item, first, rows):
         _gated(integer(argument(frame, NUMBERS), 4), gate_R, up_R, out_R)
         if first == 0:
             at = hidden + U(4 * (token * stride + d_expert))
-            fill(at, stride - d_expert, np.float32(0))
+            clear(at, stride - d_expert)
     free(part)
     return 0
 
@@ -571,7 +575,7 @@ def _attention_chunk(frame, chunk):
         first, last = _keys_seen(frame, own_token)
         if last:
             oldest, behind = min(oldest, first), max(behind, last)
-        fill(out + U(4 * (own_token * heads + head) * width), width, np.float32(0))
+        clear(out + U(4 * (own_token * heads + head) * width), width)
         most_Q[query], total_Q[query] = _NO_SINK, np.float32(0)
         if size(argument(frame, 7), 0):
             # A score more, without a value.
@@ -600,8 +604,8 @@ def _attention_chunk(frame, chunk):
                     continue
                 _scores(floats(data(q) + at, width), own_rows, step, scale, scores_C)
                 most, total = _softmax(scores_C, most_Q[query])
-                factor = exp(most_Q[query] - most)
                 if most > most_Q[query]:
+                    factor = exp(most_Q[query] - most)
                     _multiply(out_d, factor)
                     total_Q[query] *= factor
                 most_Q[query] = most

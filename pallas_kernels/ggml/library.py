@@ -18,7 +18,8 @@ from pallas_kernels.formats import get_format
 
 # Types whose interleaved product ggml vectorises for AVX2 (arch/x86/repack.cpp): the types of block
 # and activations as its template writes them, and from how many tokens of one matrix on it is
-# faster: it begins with interleaving the matrix (docs/log/2026-11-29-cpu-backend.md).
+# faster: it begins with interleaving the matrix
+# (docs/log/2026-12-01-attention-and-calls-on-a-cpu.md).
 _INTERLEAVED = {
     "Q4_0": ("block_q4_0", 8, 4),
     "IQ4_NL": ("block_iq4_nl", 8, 4),

@@ -127,11 +127,11 @@ def copy(target, source, count):
 
 
 @njit
-def fill(target, count, value):
-    """Sets float32 numbers."""
+def clear(target, count):
+    """Sets float32 numbers to zero."""
     target_N = floats(target, count)
     for i in range(count):
-        target_N[i] = value
+        target_N[i] = np.float32(0)
 
 
 @njit

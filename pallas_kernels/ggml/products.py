@@ -16,9 +16,9 @@ from pallas_kernels.ggml.machine import (
     TYPES,
     U,
     call,
+    clear,
     copy,
     entry,
-    fill,
     free,
     load_i32,
     malloc,
@@ -112,7 +112,7 @@ def round_tokens(type_, interleaved, columns, x, stride, chosen, choices, tokens
             if start + i < tokens:
                 copy(row, _row(x, stride, chosen, choices, start + i), columns)
             else:
-                fill(row, columns, np.float32(0))
+                clear(row, columns)
         there = target + U(start * n_bytes)
         call(function(type_, QUANTIZE_MAT), (group, there, np.int64(4), np.int64(columns)))
     free(group)
