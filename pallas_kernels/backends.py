@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-IMPLEMENTATIONS = ("xla", "ggml", "triton", "interpret")
+from pallas_kernels.ggml.ops import check_available
+
+IMPLEMENTATIONS = ("xla", "ggml", "ggml_f32", "triton", "interpret")
 KERNELS = ("triton", "interpret")  # compiled for a GPU, or run by Pallas's interpreter
 Implementation = str | None
 
@@ -25,7 +27,8 @@ def choose(
         implementation: one of `IMPLEMENTATIONS`, or None for the fastest that covers the case:
             "triton" on an NVIDIA GPU, "ggml" on a CPU, "xla" elsewhere. Where these two do not
             cover it, "xla" is taken and that is logged.
-        checks: of "triton" and "ggml": raises NotImplementedError where it does not cover the case.
+        checks: of all but "xla" and "interpret": each raises NotImplementedError where it does not
+            cover the case.
         platform: where it runs; None is this process's device.
 
     Raises:
@@ -60,11 +63,18 @@ def choose(
 def for_quality(implementation: Implementation) -> Implementation:
     """What quality, routing and calibration are measured with where none is named.
 
-    On a CPU that is "xla": it alone computes in float32, as Hugging Face does, and the recorded
-    figures are its own. "ggml" rounds activations to 8 bits, whose KL on a small model is as large
-    as that of some precision plans (docs/log/2026-11-29-cpu-backend.md).
+    On a CPU that is "ggml_f32", or "xla" where ggml cannot run: they compute in float32, as Hugging
+    Face does. "ggml" rounds activations to 8 bits, whose KL on a small model is as large as that of
+    some precision plans (docs/log/2026-11-29-cpu-backend.md).
     """
-    return implementation or ("xla" if jax.devices()[0].platform == "cpu" else None)
+    if implementation is not None or jax.devices()[0].platform != "cpu":
+        return implementation
+    try:
+        check_available()
+    except NotImplementedError as error:
+        _say_once(f"slower matrix products of 'xla' are used: {error}")
+        return "xla"
+    return "ggml_f32"
 
 
 @functools.cache

@@ -45,10 +45,7 @@ def implementation_for(
             check_shape(name, d_expert, d_model)
         check_shape(signature.down, d_model, d_expert)
 
-    checks = {
-        "triton": check_triton,
-        "ggml": lambda: ggml.check_formats(*signature, platform=platform),
-    }
+    checks = {"triton": check_triton, **ggml.checks(*signature, platform=platform)}
     return choose(implementation, checks, platform)
 
 
@@ -79,8 +76,9 @@ def expert_ffn(
         bank: all slots of `signature`, the formats of gate, up and down.
         work: slots and assignments; data, not compiled in.
         implementation: "xla" (float32 throughout), "ggml" (CPUs, on a bank of `RawMatrix`; rounds
-            as `ggml/ops.py` says), "triton" (NVIDIA GPUs; rounds as `matmul_triton.py` says),
-            "interpret" (the same kernels, anywhere, slowly), or None.
+            as `ggml/ops.py` says), "ggml_f32" (the same without rounding), "triton" (NVIDIA GPUs;
+            rounds as `matmul_triton.py` says), "interpret" (the same kernels, anywhere, slowly), or
+            None.
         function: see `reference.gated`.
         epilogues: of the three matrices, where the model has scales (NVFP4) or biases of them.
 
@@ -89,13 +87,19 @@ def expert_ffn(
         ValueError: there is no such implementation, or none on this device.
     """
     if isinstance(bank.gate, ggml.RawMatrix):
-        if implementation not in (None, "ggml"):
+        chosen = implementation or "ggml"
+        if chosen not in ggml.ON_BLOCKS:
             raise ValueError(
-                f"a bank of raw blocks is for 'ggml', and {implementation!r} was asked"
+                f"a bank of raw blocks is for {' and '.join(ggml.ON_BLOCKS)}, and {chosen!r} was "
+                "asked"
             )
-        return ggml.expert_ffn(x_TD, y_AD, weight_A, bank, signature, work, function, epilogues)
-    if implementation == "ggml":
-        raise ValueError("'ggml' computes on a bank of raw blocks, and this one holds planes")
+        return ggml.expert_ffn(
+            x_TD, y_AD, weight_A, bank, signature, work, function, epilogues, chosen
+        )
+    if implementation in ggml.ON_BLOCKS:
+        raise ValueError(
+            f"{implementation!r} computes on a bank of raw blocks, and this one holds planes"
+        )
     if implementation is None and jax.devices()[0].platform == "cpu":
         implementation = "xla"
     sizes, has_epilogue = (x_TD.shape[1], bank.gate_rows), epilogues is not None

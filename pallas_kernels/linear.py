@@ -27,7 +27,7 @@ def implementation_for(
     """
     checks = {
         "triton": lambda: check_shape(format_name, rows, columns),
-        "ggml": lambda: ggml.check_formats(format_name),
+        **ggml.checks(format_name),
     }
     return choose(implementation, checks)
 
@@ -41,15 +41,15 @@ def linear(
 ) -> jax.Array:
     """x [..., K], float32, times the transpose of a matrix [N, K]: float32 [..., N].
 
-    Raw blocks are computed by "ggml", planes by the implementation as in `expert_ffn`. With an
-    `index`, int32 scalar, planes are those of several matrices, [n, N, ...]. The kernels read the
-    one at `index` where it lies: a slice would be copied for every product.
+    Raw blocks are computed by "ggml" or "ggml_f32", planes by the others, as in `expert_ffn`. With
+    an `index`, int32 scalar, planes are those of several matrices, [n, N, ...]. The kernels read
+    the one at `index` where it lies: a slice would be copied for every product.
 
     Raises:
         NotImplementedError, ValueError: as for `expert_ffn`.
     """
     if isinstance(planes, ggml.RawMatrix):
-        return ggml.linear(x, planes, format_name)
+        return ggml.linear(x, planes, format_name, implementation or "ggml")
     format = get_format(format_name)
     rows, columns = next(iter(planes.values())).shape[-2], x.shape[-1]
     if implementation is None and jax.devices()[0].platform == "cpu":

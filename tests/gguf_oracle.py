@@ -18,7 +18,7 @@ def dequantize(raw: np.ndarray, name: str) -> np.ndarray:
     if name not in _ONLY_GGML:
         with np.errstate(over="ignore"):
             return gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[name])
-    functions = type_functions(name)
+    functions = type_functions(name, "ggml_f32")
     raw = np.ascontiguousarray(raw)
     count = raw.shape[-1] // functions.block_bytes * functions.block_weights
     weights = np.empty((*raw.shape[:-1], count), np.float32)

@@ -1,8 +1,7 @@
 """Every family of `families/` against Hugging Face in float32, and the engine against itself.
 
 The goldens are logits of transformers' own classes on the dequantised tensors
-(`goldens/make_goldens.py`). "xla" computes from the file's types, and "ggml" from a copy in
-float32, where it rounds nothing.
+(`goldens/make_goldens.py`).
 """
 
 from pathlib import Path
@@ -32,15 +31,15 @@ def golden(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 # The others' parts are those of these two, and of models in test_logits.py.
-QUICK_ON_GGML = ("gpt_oss", "gemma4")
+QUICK_ON_BLOCKS = ("gpt_oss", "gemma4")
 CASES = [
     pytest.param(
         (name, backend),
         id=f"{name}-{backend}",
-        marks=pytest.mark.slow if backend == "ggml" and name not in QUICK_ON_GGML else (),
+        marks=pytest.mark.slow if backend == "ggml_f32" and name not in QUICK_ON_BLOCKS else (),
     )
     for name in FAMILIES
-    for backend in ("xla", "ggml")
+    for backend in ("xla", "ggml_f32")
 ]
 
 
@@ -48,7 +47,7 @@ CASES = [
 def case(request, tmp_path_factory) -> tuple[str, str, LoadedModel]:
     name, implementation = request.param
     path = tmp_path_factory.mktemp("families") / f"{name}.gguf"
-    FAMILIES[name].write(path, as_float32=implementation == "ggml")
+    FAMILIES[name].write(path)
     return name, f"{name} on {implementation}", load_model(path, implementation)
 
 

@@ -59,9 +59,12 @@ def test_products_are_those_of_the_decoded_weights(name):
     in_place = replace(matrix, data=jnp.asarray(raw))
     for tokens in (1, 30):  # a dot product each, and where there is one the interleaved product
         x_TK = random(tokens, COLUMNS, seed=tokens)
-        got_TN = np.asarray(linear(jnp.asarray(x_TK), matrix, name))
-        assert relative_error(got_TN, x_TK @ weights_NK.T) < ROUNDING.get(name, DEFAULT_ROUNDING)
-        np.testing.assert_array_equal(linear(jnp.asarray(x_TK), in_place, name), got_TN)
+        limits = {"ggml": ROUNDING.get(name, DEFAULT_ROUNDING), "ggml_f32": 1e-6}
+        for implementation, limit in limits.items():
+            got_TN = np.asarray(linear(jnp.asarray(x_TK), matrix, name, implementation))
+            assert relative_error(got_TN, x_TK @ weights_NK.T) < limit
+            again_TN = linear(jnp.asarray(x_TK), in_place, name, implementation)
+            np.testing.assert_array_equal(again_TN, got_TN)
 
 
 def bank_of(signature: Signature, slots: int, d_model: int, d_expert: int):
@@ -137,6 +140,9 @@ def test_experts_are_those_of_the_decoded_weights(signature, d_model, d_expert, 
     written = np.concatenate(list(chosen.values()))
     assert relative_error(got_AD[written], want_AD[written]) < 0.03
     assert relative_error(result(planes, "xla")[written], want_AD[written]) < 1e-6
+    in_float32_AD = result(bank, "ggml_f32")
+    assert relative_error(in_float32_AD[written], want_AD[written]) < 1e-6
+    np.testing.assert_array_equal(result(in_place, "ggml_f32"), in_float32_AD)
     if d_model == 288 and all(get_format(name).packing for name in signature):
         # In bfloat16, as of this many tokens a kernel rounds.
         assert relative_error(result(planes, "interpret")[written], want_AD[written]) < 0.015
@@ -263,9 +269,11 @@ def ids_T(model):
     return np.random.default_rng(3).integers(0, model.config.vocab_size, 40).astype(np.int32)
 
 
-def test_neither_threads_nor_budget_nor_context_change_a_bit(model, ids_T):
+@pytest.mark.parametrize("implementation", ops.ON_BLOCKS)
+def test_neither_threads_nor_budget_nor_context_change_a_bit(implementation, ids_T):
     from pallas_kernels.ggml.machine import TABLE, THREADS
 
+    model = load_model(reference.model_path(), implementation)
     store = HostExperts(model.config, model.file)
     before, results = int(TABLE[THREADS]), []
     try:

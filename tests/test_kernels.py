@@ -366,7 +366,9 @@ def test_triton_without_a_gpu_is_refused_by_name():
 
 def test_unknown_implementation_lists_them():
     planes = random_planes("Q4_K", 32, 256, lead=())
-    with pytest.raises(ValueError, match=r"'cuda'; want one of xla, ggml, triton, interpret"):
+    with pytest.raises(
+        ValueError, match=r"'cuda'; want one of xla, ggml, ggml_f32, triton, interpret"
+    ):
         linear(jnp.zeros((1, 256)), planes, "Q4_K", "cuda")
 
 

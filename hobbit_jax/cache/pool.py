@@ -25,6 +25,7 @@ from hobbit_jax.cache.warm_start import Executor
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from hobbit_jax.models.sharding import assembled, owner
 from pallas_kernels.backends import Implementation
+from pallas_kernels.ggml.ops import ON_BLOCKS
 from pallas_kernels.reference import Bank, Signature
 
 
@@ -65,7 +66,7 @@ class SlotPool(Executor):
         layouts: dict[Signature, Layout] = {
             s: "mapped" if link is None and self.holds_all else "blocks"
             for s in self.slots
-            if store.backend(s, implementation) == "ggml"
+            if store.backend(s, implementation) in ON_BLOCKS
         }
         devices: list[Any] = [None] if mesh is None else list(mesh.devices.flat)
         is_host = (devices[0] or jax.devices()[0]).platform == "cpu"

@@ -18,7 +18,7 @@ from hobbit_jax.experts.store import ExpertKey, HostExperts
 from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.formats import get_format
-from pallas_kernels.ggml.ops import RawMatrix, address_of
+from pallas_kernels.ggml.ops import ON_BLOCKS, RawMatrix, address_of
 from pallas_kernels.reference import Bank, Epilogue, Epilogues, Signature, Work, items
 
 # Experts that XLA unpacks at a time.
@@ -142,7 +142,7 @@ class HostCompute:
         for keys in by_precision.values():
             signature = self._store.signature(keys[0])
             chosen, width = self.implementation(signature), widths[signature]
-            if chosen == "ggml":
+            if chosen in ON_BLOCKS:
                 slots = {key: key.expert for key in keys}
                 bank = self._mapped_bank(keys[0].precision, keys[0].layer)
                 yield bank, _work(slots, rows, width), signature, chosen

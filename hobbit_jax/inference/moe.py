@@ -22,7 +22,7 @@ from hobbit_jax.experts.precision import SKIPPED
 from hobbit_jax.experts.store import NATIVE, ExpertKey
 from hobbit_jax.inference.host_compute import HostCompute, HostOutputs
 from hobbit_jax.models.sharding import DIVIDED, REPLICATED, divided, on_each, sum_of_parts
-from pallas_kernels.backends import Implementation
+from pallas_kernels.backends import KERNELS, Implementation
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.matmul_triton import item_rows
 from pallas_kernels.reference import (
@@ -111,9 +111,9 @@ def _uses(layer: int, grouped: Assignments, selections: Selections) -> tuple[lis
 
 
 def _item_rows(grouped: Assignments, signature: Signature, implementation: str) -> int:
-    """Rows of an item: the kernel's choice; of xla and ggml enough for the busiest expert."""
+    """Rows of an item: the kernel's choice; of the others enough for the busiest expert."""
     counts = [len(part) for part in grouped.values()]
-    if implementation in ("xla", "ggml"):
+    if implementation not in KERNELS:
         return 1 << (max(counts, default=1) - 1).bit_length()
     return item_rows(-(-sum(counts) // max(1, len(counts))), signature)
 

@@ -25,7 +25,7 @@ from hobbit_jax.models.registry import read_config
 from hobbit_jax.models.sharding import replicated
 from pallas_kernels.backends import KERNELS, Implementation, choose
 from pallas_kernels.formats import Format, get_format
-from pallas_kernels.ggml.ops import RawMatrix, address_of, check_available
+from pallas_kernels.ggml.ops import ON_BLOCKS, RawMatrix, address_of, check_available
 from pallas_kernels.linear import implementation_for
 
 
@@ -117,7 +117,8 @@ class _FileWeights:
 
     def _in_float32(self, tensor: TensorInfo) -> Implementation:
         """The kernels of GPUs round: "xla" takes their place."""
-        return "ggml" if self._chosen(tensor) == "ggml" else "xla"
+        chosen = self._chosen(tensor)
+        return chosen if chosen in ON_BLOCKS else "xla"
 
     def _matrix(
         self,
@@ -129,11 +130,11 @@ class _FileWeights:
     ) -> Linear:
         check_finite_scales(tensor)
         scale = None if scale is None else scale.reshape(())
-        if implementation == "ggml":
+        if implementation in ON_BLOCKS:
             address, (rows, columns) = jnp.asarray(address_of(tensor.raw)), tensor.shape
             self.mapped_bytes += tensor.nbytes - address.nbytes
             matrix = RawMatrix(address, rows, columns, tensor.nbytes)
-            return Linear(tensor.format, matrix, None, bias_N, scale)
+            return Linear(tensor.format, matrix, implementation, bias_N, scale)
         planes = _split(get_format(tensor.format), tensor.raw)
         in_stack &= implementation in KERNELS
         return Linear(tensor.format, planes, implementation, bias_N, scale, in_stack)
@@ -145,8 +146,8 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
     From here on this process multiplies float32 in float32 on every device
     (`jax_default_matmul_precision`), and where no device was used before, a call on a CPU returns
     when it has ended (`jax_cpu_enable_async_dispatch`). The `implementation` is that of the matrix
-    products ("xla", "ggml", "triton", "interpret"); None takes the fastest that this device and
-    each matrix allow.
+    products (one of `IMPLEMENTATIONS`); None takes the fastest that this device and each matrix
+    allow.
 
     Raises:
         FileNotFoundError, ValueError, NotImplementedError: from `open_gguf`,
@@ -155,8 +156,8 @@ def load_model(path: str | Path, implementation: Implementation = None) -> Loade
     # On a CPU another thread would run each call while this one waits for it. It must be said
     # before JAX looks for devices.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    checks = {"xla": lambda: None, "triton": lambda: None, "ggml": check_available}
-    choose(implementation, checks)  # a name that cannot run here is refused at once
+    # A name that cannot run here is refused at once.
+    choose(implementation, {"triton": lambda: None, **dict.fromkeys(ON_BLOCKS, check_available)})
     # XLA would round float32 products to TF32's ten bits on newer GPUs, those of routers too.
     jax.config.update("jax_default_matmul_precision", "highest")
     file = open_gguf(path)

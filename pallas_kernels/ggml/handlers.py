@@ -48,6 +48,8 @@ from pallas_kernels.ggml.machine import (
 )
 from pallas_kernels.ggml.products import (
     TO_FLOAT,
+    dots,
+    four_rows,
     function,
     interleaves,
     padded,
@@ -442,44 +444,12 @@ def _float_rows(address, kind, stride, rows, width, scratch):
     return scratch, width
 
 
-@njit
-def _four_rows(rows, first, step, width):
-    """Four neighbouring rows of `width` floats, `step` bytes from row to row."""
-    at = rows + U(first) * step
-    two, three = U(2) * step, U(3) * step
-    return (
-        floats(at, width), floats(at + step, width), floats(at + two, width),
-        floats(at + three, width),
-    )  # fmt: skip
-
-
-@njit(fastmath={"reassoc", "contract", "nsz"})
-def _scores(query_d, rows, stride, scale, out_C):
-    """Scaled products of a query with keys, four at a time, so that it is read once for them."""
-    count, width, step = len(out_C), len(query_d), U(4 * stride)
-    for c in range(0, count - count % 4, 4):
-        row0_d, row1_d, row2_d, row3_d = _four_rows(rows, c, step, width)
-        sum0 = sum1 = sum2 = sum3 = np.float32(0)
-        for i in range(width):
-            sum0 += query_d[i] * row0_d[i]
-            sum1 += query_d[i] * row1_d[i]
-            sum2 += query_d[i] * row2_d[i]
-            sum3 += query_d[i] * row3_d[i]
-        out_C[c], out_C[c + 1] = sum0 * scale, sum1 * scale
-        out_C[c + 2], out_C[c + 3] = sum2 * scale, sum3 * scale
-    for c in range(count - count % 4, count):
-        row_d, total = floats(rows + U(c) * step, width), np.float32(0)
-        for i in range(width):
-            total += query_d[i] * row_d[i]
-        out_C[c] = total * scale
-
-
 @njit(fastmath={"contract"})
 def _add_rows(out_d, factor_C, rows, stride):
     """Adds rows times their factors, four at a time."""
     count, width, step = len(factor_C), len(out_d), U(4 * stride)
     for c in range(0, count - count % 4, 4):
-        row0_d, row1_d, row2_d, row3_d = _four_rows(rows, c, step, width)
+        row0_d, row1_d, row2_d, row3_d = four_rows(rows, c, step, width)
         factor0, factor1 = factor_C[c], factor_C[c + 1]
         factor2, factor3 = factor_C[c + 2], factor_C[c + 3]
         for i in range(width):
@@ -602,7 +572,7 @@ def _attention_chunk(frame, chunk):
                 if is_value:
                     _add_rows(out_d, scores_C, own_rows, step)
                     continue
-                _scores(floats(data(q) + at, width), own_rows, step, scale, scores_C)
+                dots(floats(data(q) + at, width), own_rows, step, scale, scores_C)
                 most, total = _softmax(scores_C, most_Q[query])
                 if most > most_Q[query]:
                     factor = exp(most_Q[query] - most)

@@ -1,7 +1,7 @@
 """ggml's functions in the wheel `libggml-python`, by address.
 
 Owns the loading of the two libraries and the table of what each weight type can do: the dot product
-of a row with activations that were rounded to 8 bits (`vec_dot`, `from_float`), the decoding of a
+of a row with activations that were rounded to 8 bits (`vec_dot`, `from_float`), the unpacking of a
 row (`to_float`), and on x86 the product of eight interleaved rows with four activations (`repack`,
 `quantize_mat`, `gemm`). Source: ggml.h, ggml-cpu.h; repack.cpp for the third, which has no C
 interface and is found by its mangled C++ names.
@@ -48,15 +48,18 @@ class _CpuTraits(ctypes.Structure):  # ggml_type_traits_cpu
 
 
 class TypeFunctions(NamedTuple):
-    """One weight type: its block, and addresses of its functions; 0 where ggml has none."""
+    """One weight type: its block, and addresses of its functions; 0 where ggml has none.
+
+    Without a `vec_dot`, activations stay float32, and rows are unpacked.
+    """
 
     block_weights: int
     block_bytes: int
     to_float: int
-    vec_dot: int
-    from_float: int  # of the activations' type
-    activation_block_weights: int
-    activation_block_bytes: int
+    vec_dot: int = 0
+    from_float: int = 0  # of the activations' type
+    activation_block_weights: int = 1
+    activation_block_bytes: int = 4
     repack: int = 0
     quantize_mat: int = 0
     gemm: int = 0
@@ -142,21 +145,26 @@ def _interleaved(name: str) -> tuple[int, ...]:
 
 
 @functools.cache
-def type_functions(name: str) -> TypeFunctions:
-    """What ggml has for a weight type.
+def type_functions(name: str, implementation: str) -> TypeFunctions:
+    """What ggml has for a weight type, for "ggml" or "ggml_f32".
 
     Raises:
-        NotImplementedError: no libggml, or no dot product for this type.
+        NotImplementedError: no libggml, or in it no product or no unpacking of this type.
     """
     base, cpu = _libraries()
     number = get_format(name).number
     traits = base.ggml_get_type_traits(number).contents
+    blocks = traits.block_weights, traits.block_bytes, traits.to_float or 0
+    if implementation == "ggml_f32":
+        if not traits.to_float and name != "F32":
+            raise NotImplementedError(f"ggml cannot unpack weight type {name}")
+        return TypeFunctions(*blocks)
     on_cpu = cpu.ggml_get_type_traits_cpu(number).contents
     rounded = base.ggml_get_type_traits(on_cpu.vec_dot_type).contents
     from_float = cpu.ggml_get_type_traits_cpu(on_cpu.vec_dot_type).contents.from_float
     if not on_cpu.vec_dot or not from_float:
         raise NotImplementedError(f"ggml has no dot product of weight type {name} on a CPU")
     return TypeFunctions(
-        traits.block_weights, traits.block_bytes, traits.to_float or 0, on_cpu.vec_dot, from_float,
-        rounded.block_weights, rounded.block_bytes, *_interleaved(name),
+        *blocks, on_cpu.vec_dot, from_float, rounded.block_weights, rounded.block_bytes,
+        *_interleaved(name),
     )  # fmt: skip

@@ -40,7 +40,9 @@ MESSAGE_TEXTS = (
     b"ggml backend: a token id lies outside of the vocabulary",
     b"ggml backend: the KV cache has no array for this layer",
 )
-MESSAGES, TYPES, TYPE_WORDS, N_TYPES = 8, 32, 12, 64
+MESSAGES, TYPES, TYPE_WORDS, N_TYPES = 8, 32, 12, 128
+# Added to the number of a weight type whose activations stay float32.
+IN_FLOAT32 = 64
 TABLE = np.zeros(TYPES + TYPE_WORDS * N_TYPES, np.uint64)
 _messages = [ctypes.create_string_buffer(text) for text in MESSAGE_TEXTS]
 TABLE[MESSAGES : MESSAGES + len(_messages)] = [ctypes.addressof(text) for text in _messages]

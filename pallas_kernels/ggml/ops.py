@@ -1,15 +1,17 @@
 """Both ops on raw GGUF blocks on a CPU, inside compiled programs.
 
 Owns the matrices as blocks (`RawMatrix`), what the backend covers, and the calls of its handlers.
-Rounding: activations to 8 bits in blocks of 32 or 256, as ggml does for each weight type; products
-are summed in float32 in one of ggml's two orders, by how many rows the product has (`products.py`).
-So a row's result depends neither on the slot of its expert nor on other experts, but in its last
-bits on how many rows share it.
+Rounding of "ggml": activations to 8 bits in blocks of 32 or 256, as ggml does for each weight type;
+products are summed in float32 in one of ggml's two orders, by how many rows the product has
+(`products.py`). So a row's result depends neither on the slot of its expert nor on other experts,
+but in its last bits on how many rows share it. "ggml_f32" rounds no activations: ggml unpacks
+weights to float32, and a row has the same bits whatever rows share its product.
 """
 
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ from pallas_kernels.formats import get_format
 from pallas_kernels.ggml import library
 from pallas_kernels.reference import Bank, Epilogues, ExpertFunction, Signature, Work, filled_up
 
+ON_BLOCKS = ("ggml", "ggml_f32")  # the implementations of this room
 _THREADS_VARIABLE = "NPROC"  # XLA's CPU client reads it when it is made
 
 
@@ -81,15 +84,18 @@ def check_available(platform: str | None = None) -> None:
     library.check_processor()
 
 
-def check_formats(*format_names: str, platform: str | None = None) -> None:
-    """Refuses types that ggml has no product for, on `platform` or this process's device.
+def checks(*format_names: str, platform: str | None = None) -> dict[str, Callable[[], None]]:
+    """For each implementation of this room what refuses it, on `platform` or this process's device.
 
-    Raises:
-        NotImplementedError: names the type.
+    They raise NotImplementedError, which names the weight type that ggml has no product for.
     """
-    check_available(platform)
-    for name in format_names:
-        library.type_functions(name)
+
+    def check(implementation: str) -> None:
+        check_available(platform)
+        for name in format_names:
+            library.type_functions(name, implementation)
+
+    return {name: functools.partial(check, name) for name in ON_BLOCKS}
 
 
 # Numbers by which the handlers know the functions of `reference.gated`.
@@ -110,12 +116,14 @@ def _ready() -> None:
 
 
 @functools.cache
-def _number(format_name: str) -> int:
-    """ggml's number of a type, which the handlers then know."""
+def _number(format_name: str, implementation: str) -> int:
+    """By which the handlers then know a weight type and what becomes of its activations."""
     from pallas_kernels.ggml import machine
 
     _ready()
-    number, words = get_format(format_name).number, library.type_functions(format_name)
+    number = get_format(format_name).number
+    number += machine.IN_FLOAT32 if implementation == "ggml_f32" else 0
+    words = library.type_functions(format_name, implementation)
     start = machine.TYPES + machine.TYPE_WORDS * number
     machine.TABLE[start : start + len(words)] = words
     return number
@@ -140,12 +148,14 @@ def set_threads(threads: int) -> None:
     os.environ[_THREADS_VARIABLE] = str(threads)
 
 
-def linear(x: jax.Array, matrix: RawMatrix, format_name: str) -> jax.Array:
+def linear(
+    x: jax.Array, matrix: RawMatrix, format_name: str, implementation: str = "ggml"
+) -> jax.Array:
     """x [..., K] times the transpose of a matrix [N, K]: float32 [..., N]."""
     x_TK = x.reshape(-1, matrix.columns)
     result = jax.ShapeDtypeStruct((x_TK.shape[0], matrix.rows), jnp.float32)
     call = jax.ffi.ffi_call("hobbit_jax_linear", result)
-    number = np.asarray([_number(format_name)], np.int32)
+    number = np.asarray([_number(format_name, implementation)], np.int32)
     return call(x_TK, matrix.data, number).reshape(*x.shape[:-1], matrix.rows)
 
 
@@ -153,7 +163,7 @@ def take_rows(ids: jax.Array, matrix: RawMatrix, format_name: str) -> jax.Array:
     """Rows `ids` [...] as float32 [..., K]; an id outside of the matrix is an XLA error."""
     ids_N = ids.reshape(-1)
     result = jax.ShapeDtypeStruct((ids_N.shape[0], matrix.columns), jnp.float32)
-    about = np.asarray([_number(format_name), matrix.rows], np.int32)
+    about = np.asarray([_number(format_name, "ggml_f32"), matrix.rows], np.int32)
     rows = jax.ffi.ffi_call("hobbit_jax_rows", result)(ids_N, matrix.data, about)
     return rows.reshape(*ids.shape, matrix.columns)
 
@@ -167,10 +177,12 @@ def expert_ffn(
     work: Work,
     function: ExpertFunction,
     epilogues: Epilogues | None,
+    implementation: str = "ggml",
 ) -> jax.Array:
     """The op of `pallas_kernels.expert_ffn`; see there."""
     columns = max(get_format(name).padded(x_TD.shape[1]) for name in signature[:2])
-    about = [*map(_number, signature), bank.gate.rows, _FUNCTIONS[function]]
+    numbers = (_number(name, implementation) for name in signature)
+    about = [*numbers, bank.gate.rows, _FUNCTIONS[function]]
     every, row_A = epilogues or ([None] * 4, np.zeros(0, np.int32))
     stacks = (np.zeros((0, 0), np.float32) if stack is None else stack for stack in every)
     result = jax.ShapeDtypeStruct(y_AD.shape, jnp.float32)

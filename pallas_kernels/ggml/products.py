@@ -1,9 +1,10 @@
 """The chunks of ggml's products: some rows of a quantised matrix times some rows of activations.
 
-Owns the one tile that the dense op and the expert op are made of, in both of its ways: a dot
-product per row and token, or, for many tokens, ggml's product of eight interleaved rows with four
-tokens. Activations are rounded by ggml, as llama.cpp does. A token's result depends on how many
-tokens its tile has only through the choice between the two.
+Owns the one tile that the dense op and the expert op are made of, in its three ways. For "ggml" it
+is a dot product per row and token, or, for many tokens, ggml's product of eight interleaved rows
+with four tokens; activations are rounded by ggml, as llama.cpp does. For "ggml_f32", whose types
+have no dot product, rows are unpacked by ggml and multiplied in float32. A token's result depends
+on how many tokens its tile has only through the choice between the first two.
 """
 
 import numpy as np
@@ -19,6 +20,7 @@ from pallas_kernels.ggml.machine import (
     clear,
     copy,
     entry,
+    floats,
     free,
     load_i32,
     malloc,
@@ -34,12 +36,48 @@ from pallas_kernels.ggml.machine import (
 ) = range(len(TypeFunctions._fields))  # fmt: skip
 _TENSOR_BYTES = 400  # of `struct ggml_tensor` in ggml.h
 _TOKEN_TILE = 16  # rounded activations that stay in the first cache beside a row
+_UNPACKED = 4096  # weights unpacked at a time, but whole rows, and four of them at least
 
 
 @njit
 def function(type_, name):
     """Address of a function of a weight type."""
     return entry(TYPES + TYPE_WORDS * type_ + name)
+
+
+@njit
+def four_rows(rows, first, step, width):
+    """Four neighbouring rows of `width` floats, `step` bytes from row to row."""
+    at = rows + U(first) * step
+    two, three = U(2) * step, U(3) * step
+    return (
+        floats(at, width), floats(at + step, width), floats(at + two, width),
+        floats(at + three, width),
+    )  # fmt: skip
+
+
+@njit(fastmath={"reassoc", "contract", "nsz"})
+def dots(x_K, rows, stride, scale, out_R):
+    """Scaled products of x with rows, float32, four at a time, so that it is read once for them.
+
+    From row to row there are `stride` floats.
+    """
+    count, width, step = len(out_R), len(x_K), U(4 * stride)
+    for r in range(0, count - count % 4, 4):
+        row0_K, row1_K, row2_K, row3_K = four_rows(rows, r, step, width)
+        sum0 = sum1 = sum2 = sum3 = np.float32(0)
+        for i in range(width):
+            sum0 += x_K[i] * row0_K[i]
+            sum1 += x_K[i] * row1_K[i]
+            sum2 += x_K[i] * row2_K[i]
+            sum3 += x_K[i] * row3_K[i]
+        out_R[r], out_R[r + 1] = sum0 * scale, sum1 * scale
+        out_R[r + 2], out_R[r + 3] = sum2 * scale, sum3 * scale
+    for r in range(count - count % 4, count):
+        row_K, total = floats(rows + U(r) * step, width), np.float32(0)
+        for i in range(width):
+            total += x_K[i] * row_K[i]
+        out_R[r] = total * scale
 
 
 @njit
@@ -63,7 +101,7 @@ def row_bytes(type_, columns):
 
 @njit
 def rounded_bytes(type_, columns):
-    """Bytes of a row of activations as a type's products want them."""
+    """Bytes of a row of activations as a type's products want them: rounded, or float32."""
     columns = whole_blocks(type_, columns)
     return columns // field(type_, ROUNDED_WEIGHTS) * field(type_, ROUNDED_BYTES)
 
@@ -101,7 +139,10 @@ def round_tokens(type_, interleaved, columns, x, stride, chosen, choices, tokens
         for token in range(tokens):
             source = _row(x, stride, chosen, choices, token)
             there = target + U(token * n_bytes)
-            call(function(type_, FROM_FLOAT), (source, there, np.int64(columns)))
+            if function(type_, FROM_FLOAT) == U(0):
+                copy(there, source, columns)
+            else:
+                call(function(type_, FROM_FLOAT), (source, there, np.int64(columns)))
         return 0
     group = malloc(U(16 * columns))
     if group == U(0):
@@ -130,6 +171,8 @@ def tile(type_, interleaved, columns, weights, rows, rounded, tokens, out):
     if interleaved:
         return _interleaved_tile(type_, columns, weights, rows, rounded, tokens, out)
     dot, none = function(type_, VEC_DOT), U(0)
+    if dot == none:
+        return _float32_tile(type_, columns, weights, rows, rounded, tokens, out)
     for first in range(0, tokens, _TOKEN_TILE):
         last = min(tokens, first + _TOKEN_TILE)
         for row in range(rows):
@@ -137,6 +180,30 @@ def tile(type_, interleaved, columns, weights, rows, rounded, tokens, out):
             for token in range(first, last):
                 there, x = out + U(4 * (token * rows + row)), rounded + U(token * n_bytes)
                 call(dot, (np.int32(columns), there, none, at, none, x, none, np.int32(1)))
+    return 0
+
+
+@njit
+def _float32_tile(type_, columns, weights, rows, x, tokens, out):
+    unpack, weight_bytes, step = function(type_, TO_FLOAT), row_bytes(type_, columns), rows
+    unpacked = weights
+    if unpack != U(0):
+        step = min(rows, max(_UNPACKED // columns // 4, 1) * 4)
+        unpacked = malloc(U(4 * step * columns))
+        if unpacked == U(0):
+            return NO_MEMORY
+    for first in range(0, rows, step):
+        step = min(step, rows - first)
+        if unpack != U(0):
+            source = weights + U(first * weight_bytes)
+            call(unpack, (source, unpacked, np.int64(step * columns)))
+        for token in range(tokens):
+            out_R = floats(out + U(4 * (token * rows + first)), step)
+            dots(
+                floats(x + U(4 * token * columns), columns), unpacked, columns, np.float32(1), out_R
+            )
+    if unpack != U(0):
+        free(unpacked)
     return 0
 
 
