@@ -57,7 +57,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.shares = ((0.67, 0.30, 0.03), (0.4, 0.6))
     config.seeds = (0, 1, 2)
     config.prose_text = ""
-    config.eval = {"windows": 200, "context": 512, "calibration_windows": 48, "task_problems": 96}
+    # 768 problems of each task since 2026-12-01, and 96 before.
+    config.eval = {"windows": 200, "context": 512, "calibration_windows": 48, "task_problems": 768}
     config.rule = {}
     if arg == "smoke":
         config.scores, config.bytes_fractions = ("sensitivity", "random"), (0.6, 0.7)

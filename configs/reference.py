@@ -117,8 +117,6 @@ def get_config(arg: str = "full") -> ConfigDict:
 def _shrink(config: ConfigDict) -> None:
     """To what `make demo` runs."""
     config.calibration_text = ""
-    # As llama.cpp computes them, for programs that compile in a third of the time.
-    config.implementation = "ggml"
     config.cache.update(budget_mib=(1.5, 3.0))
     config.precision.scores = ("router_weight", "frequency", "accumulated_weight", "random")
     config.precision.update(low_fraction=(0.5,), low_format=("Q2_K",), method="ggml")

@@ -11,7 +11,6 @@ from pallas_kernels.backends import Implementation, choose
 from pallas_kernels.formats import Format, Planes, get_format
 from pallas_kernels.ggml import ops as ggml
 from pallas_kernels.matmul_triton import Items, check_shape, grouped_matmul, item_rows
-from pallas_kernels.reference import materialize_slice
 
 # Weights that XLA unpacks to float32 at a time: 64 MiB, twice Qwen3-30B-A3B's largest projection.
 MAX_UNPACKED = 1 << 24
@@ -71,13 +70,10 @@ def _xla_linear(x: jax.Array, planes: Planes, format: Format, rows: int) -> jax.
     if step == rows:
         return jnp.einsum("...k,nk->...n", x, format.unpack(planes))
 
-    def take(start: jax.Array) -> Planes:
-        return {n: jax.lax.dynamic_slice_in_dim(p, start, step) for n, p in planes.items()}
-
     def some_rows(i: jax.Array, y: jax.Array) -> jax.Array:
         # The last step goes back a little, over rows that it computes again.
         start = jnp.minimum(i * step, rows - step)
-        part = materialize_slice(take, start)
+        part = {n: jax.lax.dynamic_slice_in_dim(p, start, step) for n, p in planes.items()}
         part_N = jnp.einsum("...k,nk->...n", x, format.unpack(part))
         return jax.lax.dynamic_update_slice_in_dim(y, part_N, start, axis=-1)
 

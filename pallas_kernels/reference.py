@@ -4,8 +4,8 @@ Owns the meaning of "run these experts on these tokens", and the types in which 
 kernel is tested against it. Called through `expert_ffn.py`. All arithmetic is float32.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,42 +147,6 @@ def filled_up(x_TK: jax.Array, columns: int) -> jax.Array:
     return jnp.pad(x_TK, ((0, 0), (0, missing))) if missing else x_TK
 
 
-# Smaller slices are left to XLA: a conditional takes longer to compile than they to unpack.
-_LEAST_BYTES = 1 << 18
-Tree = TypeVar("Tree")
-
-
-def materialize_slice(take: Callable[[jax.Array], Tree], index: jax.Array | int) -> Tree:
-    """`take(index)`: the same arrays, on a CPU in buffers of their own. `index` is 0 or more.
-
-    XLA's CPU backend fuses a slice (an expert's slot, a layer of a stack, rows of a matrix) into
-    the loop that unpacks it, past any optimisation barrier; the loop then computes a place in the
-    whole array for every weight and is 4 to 7 times slower than over a slice of its own. What a
-    conditional returns is always memory. Other backends get the plain slice.
-    """
-    index = jnp.asarray(index)
-    shapes = jax.eval_shape(take, index)
-    if sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(shapes)) < _LEAST_BYTES:
-        return take(index)
-
-    def never(index: jax.Array) -> Tree:
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def on_cpu(index: jax.Array) -> Tree:
-        return jax.lax.cond(index >= 0, take, never, index)
-
-    return jax.lax.platform_dependent(index, cpu=on_cpu, default=take)
-
-
-def gather_slots(bank: Bank, work: Work) -> tuple[Bank, Work]:
-    """Copies the slots of `work` into a bank of their own, and says where they are now.
-
-    An XLA program over such a copy is compiled once for pools of any number of slots.
-    """
-    gathered = jax.tree.map(lambda plane: plane[work.slot_I], bank)
-    return gathered, work._replace(slot_I=jnp.arange(len(work.slot_I), dtype=jnp.int32))
-
-
 def expert_ffn(
     x_TD: jax.Array,
     y_AD: jax.Array,
@@ -199,7 +163,7 @@ def expert_ffn(
 
     def one_item(item: jax.Array, y_AD: jax.Array) -> jax.Array:
         assignment_C, slot = work.assignment_IC[item], work.slot_I[item]
-        expert = materialize_slice(lambda slot: jax.tree.map(lambda p: p[slot], bank), slot)
+        expert = jax.tree.map(lambda plane: plane[slot], bank)
         matrices = (format.unpack(planes) for format, planes in zip(formats, expert, strict=True))
         epilogue = None
         if epilogues is not None:

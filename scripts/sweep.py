@@ -28,7 +28,7 @@ from hobbit_jax.record import is_finished
 from hobbit_jax.resources import free_disk_bytes, host_bytes, mib, workers_device_bytes
 from hobbit_jax.sweep.forecast import forecast_hours
 from hobbit_jax.sweep.preflight import Preflight, preflight
-from hobbit_jax.sweep.trial import Trial
+from hobbit_jax.sweep.trial import Trial, spread
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, F.py or F.py:arg.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for records and what trials share.")
@@ -81,7 +81,7 @@ def main(_) -> int:
         "rule": config.rule.to_dict(),
     }
     workdir = cli.output_folder("workdir", str(_WORKDIR.value))
-    trials = load_module(config_file).sweep(config)
+    trials = spread(load_module(config_file).sweep(config))
     here = _LAUNCHER.value == "local"
     found = preflight(trials, description["config"], workdir, here)
     if _DRY_RUN.value:

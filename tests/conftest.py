@@ -84,10 +84,10 @@ def two_banks_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(two_banks_path):
-    """That file's dense part, for XLA."""
+    """That file's dense part, computed in float32 from its blocks."""
     from hobbit_jax.models.loading import load_model  # after the settings above
 
-    return load_model(two_banks_path, "xla")
+    return load_model(two_banks_path, "ggml_f32")
 
 
 @pytest.fixture(scope="module")

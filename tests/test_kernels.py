@@ -34,7 +34,7 @@ from pallas_kernels.matmul_triton import (
     int8_split,
     item_rows,
 )
-from pallas_kernels.reference import Bank, Signature, Work, materialize_slice
+from pallas_kernels.reference import Bank, Signature, Work
 
 ON_GPU = jax.devices()[0].platform == "gpu"
 IMPLEMENTATIONS = ["interpret", *(["triton"] if ON_GPU else [])]
@@ -535,20 +535,3 @@ def test_reference_model_through_the_kernels(implementation):
     kl = (np.exp(wanted) * (wanted - got)).sum(-1)
     # Rounding to bfloat16 in prefill; far below the .004 nats that Q4_K costs.
     assert (kl < 4e-4).all(), kl
-
-
-def test_a_materialized_slice_is_the_slice_in_memory_of_its_own():
-    stack = {"a": jnp.arange(5 * 300 * 300, dtype=jnp.uint32).reshape(5, 300, 300)}
-    small = {"a": stack["a"][:, :2]}
-
-    def sums(stack, index):
-        one = materialize_slice(lambda i: {"a": stack["a"][i]}, index)
-        return jax.tree.map(lambda a: a[:, ::-1] * 3, one)
-
-    for tree, conditionals in ((stack, True), (small, False)):
-        run = jax.jit(sums).lower(tree, jnp.int32(0)).compile()
-        for index in range(5):
-            wanted = np.asarray(tree["a"])[index][:, ::-1] * 3
-            np.testing.assert_array_equal(run(tree, jnp.int32(index))["a"], wanted)
-        if jax.default_backend() == "cpu":
-            assert (" conditional(" in run.as_text()) == conditionals

@@ -146,7 +146,7 @@ def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str,
                 **vars(interval),
                 "value": float(value),
                 "correct": correct,
-                "solved": None if correct is None else [bool(value) for value in values],
+                "solved": None if correct is None else [int(value) for value in values],
                 "stderr": None if stderr == "N/A" else float(stderr),
                 "higher_is_better": bool(results["higher_is_better"][name][metric]),
             }
@@ -168,7 +168,7 @@ def _task_record(name: str, task: Task, results: Mapping[str, Any]) -> dict[str,
 def shares(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The first metric of the tasks that score a share of problems, as a sweep's record has it.
 
-    `solved` has each problem in order, so that two plans can be compared problem by problem.
+    `solved` has 1 or 0 for each problem in order, so that two plans can be compared one by one.
     """
     kept = ("correct", "value", "low", "high", "solved")
     return {

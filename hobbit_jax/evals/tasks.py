@@ -1,6 +1,7 @@
 """The miniature tasks, held-out problems: arithmetic by its answer, functions by running them."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hobbit_jax.synthetic_tasks import arithmetic, functions
 TASKS = {"arithmetic": arithmetic, "functions": functions}
 MAX_NEW_TOKENS = {"arithmetic": 64, "functions": 48}
 HELD_OUT_SEED = 2026
+_SCORED_AT_ONCE = 8  # the child that runs a function mostly waits for the kernel
 
 
 def complete(
@@ -48,8 +50,8 @@ def evaluate(
 
     Returns:
         By task, none where `problems` is 0: exact match (arithmetic) or pass@1 (functions) with
-        Wilson's 95 % interval, and `solved`, each problem in order, so that two plans can be
-        compared problem by problem.
+        Wilson's 95 % interval, and `solved`, 1 or 0 for each problem in order, so that two plans
+        can be compared problem by problem.
     """
     if not problems:
         return {}
@@ -59,9 +61,10 @@ def evaluate(
     prompts = [problem.prompt for of_task in asked.values() for problem in of_task]
     most = [MAX_NEW_TOKENS[name] for name in asked for _ in range(problems)]
     texts, found = complete(engine, tokenizer, prompts, most, batch), {}
-    for name, of_task in asked.items():
-        answers, texts = texts[:problems], texts[problems:]
-        solved = [TASKS[name].score(*both) for both in zip(of_task, answers, strict=True)]
-        scored = vars(share(sum(solved), problems))
-        found[name] = {"problems": problems, "correct": sum(solved), **scored, "solved": solved}
+    with ThreadPoolExecutor(_SCORED_AT_ONCE) as threads:
+        for name, of_task in asked.items():
+            answers, texts = texts[:problems], texts[problems:]
+            solved = list(map(int, threads.map(TASKS[name].score, of_task, answers)))
+            scored = vars(share(sum(solved), problems))
+            found[name] = {"problems": problems, "correct": sum(solved), **scored, "solved": solved}
     return found

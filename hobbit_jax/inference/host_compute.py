@@ -1,8 +1,8 @@
 """Experts computed on the CPU, from the blocks in the file's map, whatever the device is.
 
 The rows that chose these experts go to the CPU, the same expert op runs on them there, and its
-outputs return as data. A row's result depends on its expert and the width of an item alone, as on
-the device, so on a CPU both give the same bits.
+outputs return as data. ggml computes them. A row's result depends on its expert and the width of an
+item alone, so where the device is a CPU and ggml computes there too, both give the same bits.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,24 +17,13 @@ from hobbit_jax.cache.link import failing
 from hobbit_jax.experts.store import ExpertKey, HostExperts
 from pallas_kernels.backends import Implementation
 from pallas_kernels.expert_ffn import expert_ffn
-from pallas_kernels.formats import get_format
-from pallas_kernels.ggml.ops import ON_BLOCKS, RawMatrix, address_of
+from pallas_kernels.ggml.ops import RawMatrix, address_of
 from pallas_kernels.reference import Bank, Epilogue, Epilogues, Signature, Work, items
-
-# Experts that XLA unpacks at a time.
-MAX_UNPACKED = 8
-
 
 # A layer's outputs of experts that the CPU computes meanwhile; H is a power of two. The call waits
 # for them: t * K + k of each row (int32; T * K for padding), and the expert's output times the
 # routing weight (float32). It raises a RuntimeError if the computation failed.
 HostOutputs = Callable[[], tuple[np.ndarray, np.ndarray]]
-
-
-@partial(jax.jit, static_argnums=1)
-def _unpacked(raw: Bank, signature: Signature) -> Bank:
-    parts = zip(signature, raw, strict=True)
-    return Bank(*(jax.vmap(get_format(name).split)(blocks) for name, blocks in parts))
 
 
 # One program a call: starting three takes longer than the products of a token's experts.
@@ -54,12 +43,13 @@ def _expert_ffn(
 class HostCompute:
     """The CPU of one engine, which reads the map of `store`.
 
-    `implementation` is of the device's products; the CPU takes the same where it is the device.
+    `implementation` is of the device's products. Beside "xla", which rounds no activations, the CPU
+    rounds none either.
     """
 
     def __init__(self, store: HostExperts, implementation: Implementation):
-        on_cpu = jax.devices()[0].platform == "cpu"
-        self._store, self._implementation = store, implementation if on_cpu else None
+        in_float32 = implementation in ("xla", "ggml_f32")
+        self._store, self._implementation = store, "ggml_f32" if in_float32 else "ggml"
         self._mapped_bank = cache(self._make_mapped_bank)
 
     @property
@@ -73,8 +63,18 @@ class HostCompute:
             ) from error
 
     def implementation(self, signature: Signature) -> str:
-        """How experts of one signature are computed on the CPU."""
-        return self._store.backend(signature, self._implementation, "cpu")
+        """How experts of one signature are computed on the CPU.
+
+        Raises:
+            NotImplementedError: ggml cannot run here.
+        """
+        try:
+            return self._store.backend(signature, self._implementation, "cpu")
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                "a miss mode that computes on the CPU does so with ggml; take another one, such as "
+                f"'fetch', since: {error}"
+            ) from error
 
     @cached_property
     def _epilogue(self) -> Epilogue | None:
@@ -102,8 +102,8 @@ class HostCompute:
             OSError: its file is gone or changed.
             RuntimeError: it could not be begun.
         """
-        # All are checked before the first address is read.
-        raws = {key: self._store.raw(key) for key in keys}
+        for key in keys:
+            self._store.raw(key)  # checks it, before the first address is read
         count, k = weights_TK.size, weights_TK.shape[1]
         assignment_N = np.concatenate([assignments[key] for key in keys]).astype(np.int32)
         padding = (1 << (len(assignment_N) - 1).bit_length()) - len(assignment_N)
@@ -121,7 +121,7 @@ class HostCompute:
         with failing(what), jax.default_device(self._device):
             local_TD, y_HD = jax.device_put(local_TD, self._device), None
             row_H = np.minimum(assignment_H, count - 1) // k
-            for bank, work, signature, chosen in self._calls(raws, rows, widths):
+            for bank, work, signature, chosen in self._calls(rows, widths):
                 y_HD = _expert_ffn(
                     local_TD, row_H, y_HD, weight_H, bank, work, signature, chosen, function,
                     epilogues,
@@ -134,7 +134,7 @@ class HostCompute:
 
         return wait
 
-    def _calls(self, raws, rows, widths):
+    def _calls(self, rows, widths):
         """The calls of the op: bank, work, signature and implementation of each."""
         by_precision: dict[int, list[ExpertKey]] = {}
         for key in rows:
@@ -142,18 +142,9 @@ class HostCompute:
         for keys in by_precision.values():
             signature = self._store.signature(keys[0])
             chosen, width = self.implementation(signature), widths[signature]
-            if chosen in ON_BLOCKS:
-                slots = {key: key.expert for key in keys}
-                bank = self._mapped_bank(keys[0].precision, keys[0].layer)
-                yield bank, _work(slots, rows, width), signature, chosen
-                continue
-            for start in range(0, len(keys), MAX_UNPACKED):
-                some = keys[start : start + MAX_UNPACKED]
-                slots = {key: slot for slot, key in enumerate(some)}
-                # A power of two of experts, so that few programs are compiled.
-                some = some + some[:1] * ((1 << (len(some) - 1).bit_length()) - len(some))
-                blocks = Bank(*map(np.stack, zip(*(raws[key] for key in some), strict=True)))
-                yield _unpacked(blocks, signature), _work(slots, rows, width), signature, chosen
+            slots = {key: key.expert for key in keys}
+            bank = self._mapped_bank(keys[0].precision, keys[0].layer)
+            yield bank, _work(slots, rows, width), signature, chosen
 
     def _make_mapped_bank(self, precision: int, layer: int) -> Bank:
         """All of one layer's experts as addresses in the map."""

@@ -25,26 +25,9 @@ from hobbit_jax.models.sharding import DIVIDED, REPLICATED, divided, on_each, su
 from pallas_kernels.backends import KERNELS, Implementation
 from pallas_kernels.expert_ffn import expert_ffn
 from pallas_kernels.matmul_triton import item_rows
-from pallas_kernels.reference import (
-    Bank,
-    Epilogues,
-    ExpertFunction,
-    Signature,
-    Work,
-    gather_slots,
-    items,
-)
-
-# Experts that an XLA program gathers from their slots at a time: what bounds its scratch beside the
-# pool. The kernels read the slots themselves and take a whole batch at once.
-MAX_GATHERED = 8
+from pallas_kernels.reference import Bank, Epilogues, ExpertFunction, Signature, Work, items
 
 Assignments = dict[ExpertKey, np.ndarray]  # of each copy, see `by_expert`
-
-
-@partial(jax.jit, static_argnames="mesh")
-def _gather_slots(bank: Bank, work: Work, mesh: Mesh | None) -> tuple[Bank, Work]:
-    return on_each(gather_slots, mesh, DIVIDED, DIVIDED)(bank, work)
 
 
 @partial(
@@ -210,15 +193,10 @@ def apply_experts(
         width = _item_rows(grouped, signature, chosen)
         # Bounds that the shapes alone decide, so that few programs are compiled.
         most_items = min(n_assignments, store.config.n_experts + n_assignments // width)
-        if chosen == "xla":
-            most_items = min(most_items, MAX_GATHERED)
         for work in _calls(pool, part, grouped, width, most_items):
-            bank = pool.banks[signature]
-            if chosen == "xla":
-                bank, work = _gather_slots(bank, work, mesh)
             y_AD = _expert_ffn(
-                h_TD, y_AD, weights_TK.reshape(-1), bank, work, signature, chosen, mesh,
-                store.config.expert_function, epilogues,
+                h_TD, y_AD, weights_TK.reshape(-1), pool.banks[signature], work, signature, chosen,
+                mesh, store.config.expert_function, epilogues,
             )  # fmt: skip
     if mesh is not None:
         y_AD = _sum_of_parts(y_AD, mesh)

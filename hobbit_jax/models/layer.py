@@ -26,7 +26,6 @@ from hobbit_jax.models.latent_attention import LatentAttention, LatentMixer
 from hobbit_jax.models.modules import BlockWeights, GatedMLP, Place, Stacked
 from hobbit_jax.models.router import Router, Routing
 from hobbit_jax.models.short_convolution import ShortConvolution, ShortConvolutionMixer
-from pallas_kernels.reference import materialize_slice
 
 Result = TypeVar("Result")
 # Per kind, the arrays of its blocks with a leading axis: those that are read where they lie
@@ -195,7 +194,7 @@ class LayerKinds:
         """The block at `index` of `kind`, which may be traced."""
         whole, places, stacked = states[kind]
         places = jax.tree.map(lambda _: jnp.asarray(index, jnp.int32), places)
-        state = materialize_slice(lambda i: jax.tree.map(lambda a: a[i], stacked), index)
+        state = jax.tree.map(lambda array: array[index], stacked)
         return nnx.merge(self.graphs[kind], whole, places, state)
 
     def places(self, number: int) -> dict[str, np.int32]:

@@ -88,10 +88,8 @@ class _FileWeights:
         return self._matrix(tensor, self._chosen(tensor), bias_N, scale, self._in_stack)
 
     def router(self) -> Linear:
-        # ggml rounds the inputs of a product with anything but float32.
         tensor = self._tensors["router"]
-        chosen = self._in_float32(tensor) if tensor.format == "F32" else "xla"
-        return self._matrix(tensor, chosen, self._optional("router.bias"))
+        return self._matrix(tensor, self._in_float32(tensor), self._optional("router.bias"))
 
     def of_heads(self, role: str) -> Linear:
         # Heads' matrices lie one below the other.
@@ -116,9 +114,8 @@ class _FileWeights:
         return implementation_for(tensor.format, rows, columns, self._implementation)
 
     def _in_float32(self, tensor: TensorInfo) -> Implementation:
-        """The kernels of GPUs round: "xla" takes their place."""
-        chosen = self._chosen(tensor)
-        return chosen if chosen in ON_BLOCKS else "xla"
+        """What takes the place of an implementation that rounds activations."""
+        return "ggml_f32" if self._chosen(tensor) in ON_BLOCKS else "xla"
 
     def _matrix(
         self,

@@ -7,7 +7,8 @@ model share is `artifact_cache.py`.
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,6 +225,21 @@ def store_figures(store: HostExperts, plan: PrecisionPlan, all_precisions: bool)
         "stored_bytes": stored_bytes,
         "expert_bytes_mean": stored_bytes / pairs,
     }
+
+
+def spread(trials: Iterable[Trial]) -> list[Trial]:
+    """The same trials, those of the same quality far apart.
+
+    It is measured once for all of them, and a worker that needs it meanwhile would wait.
+    """
+    before = Counter[Any]()
+    turns: list[tuple[int, Trial]] = []
+    for trial in trials:
+        asked = trial.asked
+        shared = cache_trial.of_quality(asked) if isinstance(asked, CacheTrial) else asked
+        turns.append((before[shared], trial))
+        before[shared] += 1
+    return [trial for _, trial in sorted(turns, key=lambda pair: pair[0])]
 
 
 def run_trial(trial: Trial, bench: ArtifactCache) -> Record:
