@@ -61,3 +61,7 @@ if ! "$venv_python" -m pip install -c constraints.txt -e '.[dev]' >"$log" 2>&1; 
 fi
 echo "$wanted" > .venv/complete
 rm .venv/unfinished
+# numba keeps the machine code beside its source. Without it the first run would wait for it.
+echo "environment: compiling the matrix products for CPUs (20 seconds)"
+"$venv_python" -c 'import pallas_kernels.ggml.handlers' 2>>"$log" ||
+    echo "environment: they could not be compiled, which does not matter on a GPU; see $log"

@@ -16,7 +16,7 @@ from hobbit_jax.experts.store import HostExperts
 from hobbit_jax.inference.engine import Engine
 from hobbit_jax.models.loading import load_model
 from hobbit_jax.quantize import ggml
-from pallas_kernels.backends import choose
+from pallas_kernels.backends import choose, for_quality
 from pallas_kernels.expert_ffn import expert_ffn, implementation_for
 from pallas_kernels.formats import FORMATS, get_format
 from pallas_kernels.ggml import ops
@@ -253,6 +253,7 @@ def test_none_takes_ggml_on_a_cpu_and_a_name_is_refused_with_its_reason(caplog):
     assert choose(None, checks) == "xla" and "no wheel here" in caplog.text
     with pytest.raises(NotImplementedError, match="no wheel here"):
         choose("ggml", checks)
+    assert for_quality(None) == "ggml_f32" and for_quality("ggml") == "ggml"
     without_kernel = Signature("Q4_K", "IQ2_XXS", "Q4_K")
     assert implementation_for(without_kernel, 256, 256, "xla") == "xla"
     with pytest.raises(NotImplementedError, match="the Triton kernels have no IQ2_XXS"):

@@ -34,7 +34,7 @@ from hobbit_jax.record import (
     record_path,
 )
 from hobbit_jax.statistics import bootstrap, share
-from hobbit_jax.sweep.trial import Trial
+from hobbit_jax.sweep.trial import Trial, spread
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOW = 1
@@ -88,6 +88,15 @@ def swept(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("sweep")
     assert run_sweep(CELLS, DESCRIPTION, workdir) == (6, 0, 0)
     return workdir
+
+
+def test_trials_of_one_quality_stand_apart():
+    """A plan has one quality under every pool, and a miss mode has another under each."""
+    plans = Native(), Uniform("Q2_K")
+    fixed = [cell(plan, budget) for plan in plans for budget in (1.0, 2.0, 5.0)]
+    by_decoding = [cell(MissModeTrial("hobbit", 0.5, "Q2_K"), budget) for budget in (1.0, 2.0)]
+    ordered = spread([*fixed, *by_decoding])
+    assert ordered == [fixed[0], fixed[3], *by_decoding, fixed[1], fixed[4], fixed[2], fixed[5]]
 
 
 @pytest.mark.slow

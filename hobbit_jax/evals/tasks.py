@@ -34,7 +34,9 @@ def complete(
     texts: list[str] = []
     for start in range(0, len(encoded), batch):
         part, most = encoded[start : start + batch], most_new_tokens[start : start + batch]
-        generated = engine.generate(part, max(most), stop_ids=tokenizer.eog_ids, context=context)
+        generated = engine.generate(
+            part, max(most), stop_ids=tokenizer.eog_ids, context=context, shrinks=True
+        )
         ids_NB = np.asarray([ids_B for ids_B, _ in generated]).reshape(-1, len(part))
         for row_N, limit in zip(ids_NB.T, most, strict=True):
             # As a stream, since it continues the prompt: `decode` drops a text's first space.

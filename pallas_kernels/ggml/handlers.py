@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import cfunc, types
 
 from pallas_kernels.ggml.jobs import FRAME, KIND, SCRATCH, claim, finish_chunk, get, release, run
 from pallas_kernels.ggml.machine import (
@@ -41,6 +41,7 @@ from pallas_kernels.ggml.machine import (
     load_i64,
     load_u64,
     malloc,
+    njit,
     rank,
     result,
     size,

@@ -9,7 +9,6 @@ that comes late finds no chunk and reads nothing but the job's own words, which 
 """
 
 import numpy as np
-from numba import njit
 
 from pallas_kernels.ggml.machine import (
     ERROR_DESTROY,
@@ -26,6 +25,7 @@ from pallas_kernels.ggml.machine import (
     load_i64,
     load_u64,
     malloc,
+    njit,
     sched_yield,
     shared_i64,
     store_i64,

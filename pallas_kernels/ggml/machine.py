@@ -17,13 +17,17 @@ from typing import Any
 
 import jax.ffi
 import llvmlite.binding
+import numba
 import numpy as np
 from llvmlite import ir
-from numba import extending, njit, types
+from numba import extending, types
 from numba.core import cgutils
 from numba.np.numpy_support import carray
 
 intrinsic: Any = extending.intrinsic  # whose functions lose their first parameter
+# Called by compiled functions alone: Python's way in would be a sixth of the compilation.
+_njit: Any = numba.njit
+njit = functools.partial(_njit, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 I64, F32 = ir.IntType(64), ir.FloatType()
 U = np.uint64
 

@@ -8,7 +8,6 @@ on how many tokens its tile has only through the choice between the first two.
 """
 
 import numpy as np
-from numba import njit
 
 from pallas_kernels.ggml.library import TypeFunctions
 from pallas_kernels.ggml.machine import (
@@ -24,6 +23,7 @@ from pallas_kernels.ggml.machine import (
     free,
     load_i32,
     malloc,
+    njit,
     store_i32,
     store_i64,
     store_u64,
