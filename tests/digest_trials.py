@@ -20,6 +20,7 @@ from hobbit_jax import launch
 from hobbit_jax.launch.sweeping import run_sweep
 from hobbit_jax.record import Benchmark, EvalSizes, Inputs, Measured, record_name
 from hobbit_jax.sweep.artifact_cache import Artifact, ArtifactCache
+from pallas_kernels.ggml.ops import THREADS_VARIABLE
 
 DESCRIPTION = {"title": "t", "question": "", "command": "", "config": {}, "rule": {}}
 PARTS = 3
@@ -52,6 +53,7 @@ class DigestTrial:
 
     def run(self, bench: ArtifactCache) -> Measured:
         note(f"run {self.asked.subject} {id(bench)}")
+        note(f"threads {os.environ.get(THREADS_VARIABLE)}")
         if self.kind == "crash":
             os.kill(os.getpid(), 9)
         if self.kind == "stuck":

@@ -45,6 +45,7 @@ from hobbit_jax.record import (
 )
 from hobbit_jax.sweep.artifact_cache import ArtifactCache, all_artifacts
 from hobbit_jax.sweep.trial import Trial
+from pallas_kernels.ggml.ops import default_threads
 
 LOCAL_WORKER = "multiprocessing.spawn"
 
@@ -145,6 +146,9 @@ def test_200_trials_under_fire(workdir, monkeypatch):
     )
     assert done.count("kill") >= 8
     check_rows(workdir, expected)
+    # The workers of a sweep share the processors.
+    threads = {line[2] for line in digest_trials.notes(workdir, "threads")}
+    assert threads == {str(max(1, default_threads() // 2))}
 
 
 @pytest.mark.slow

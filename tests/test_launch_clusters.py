@@ -127,6 +127,7 @@ def test_ray_200_trials_under_fire(ray_installed, workdir, monkeypatch):
     runs = digest_trials.notes(workdir, "run")
     assert len({(pid, bench) for pid, _, _, bench in runs}) == len({pid for pid, *_ in runs})
     assert 2 * len({pid for pid, *_ in runs}) < len(runs)
+    assert {line[2] for line in digest_trials.notes(workdir, "threads")} == {"1"}
 
 
 SMOKE = (

@@ -21,6 +21,7 @@ from typing import Any
 
 from hobbit_jax.launch.sweeping import Engine, Graph, Outcomes, map_tasks
 from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, run_task
+from pallas_kernels.ggml.ops import default_threads, set_threads
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -74,13 +75,14 @@ class ProcessPool:
         # Processes read from it until it closes: when this process says so, or is no more.
         self._life, self._own_end = multiprocessing.Pipe(duplex=False)
         self._gpus = gpus
+        self._threads = max(1, default_threads() // workers)
         self._executors = [self._executor(place) for place in range(workers)]
         self._futures: list[Future | None] = [None] * workers
 
     def _executor(self, place: int) -> ProcessPoolExecutor:
         gpu = self._gpus[place] if self._gpus else None
         return ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), _begin, (self._life, gpu)
+            1, multiprocessing.get_context("spawn"), _begin, (self._life, gpu, self._threads)
         )
 
     def submit(self, *arguments: Any) -> Future[Outcome]:
@@ -109,9 +111,10 @@ class ProcessPool:
         self._life.close()
 
 
-def _begin(life: Connection, gpu: str | None) -> None:
-    """Prepares a process of the pool."""
+def _begin(life: Connection, gpu: str | None, threads: int) -> None:
+    """Prepares a process of the pool, which shares the processors with the others."""
     os.setsid()  # ctrl-C is for the process that runs the sweep
+    set_threads(threads)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     threading.Thread(target=_end_with, args=(life,), daemon=True).start()

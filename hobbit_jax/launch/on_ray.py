@@ -17,6 +17,7 @@ from ray import exceptions  # pyright: ignore[reportMissingImports]
 from hobbit_jax.launch import worker_environment
 from hobbit_jax.launch.sweeping import Engine, map_tasks
 from hobbit_jax.launch.tasks import MAX_ATTEMPTS, Outcome, run_task
+from pallas_kernels.ggml.ops import THREADS_VARIABLE
 
 
 def connect(resources: Mapping[str, Any]) -> tuple[Engine, int]:
@@ -27,16 +28,17 @@ def connect(resources: Mapping[str, Any]) -> tuple[Engine, int]:
             ever.
     """
     if not ray.is_initialized():
+        threads = {THREADS_VARIABLE: f"{max(1, int(_number('CPU', resources.get('CPU', 1))))}"}
+        variables = {**worker_environment(), **threads}
         try:
-            ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": worker_environment()})
+            ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": variables})
         except Exception as error:  # Ray raises no narrower one when it is not up within 30 s
             raise ValueError(f"--launcher=ray: Ray does not start here: {error}") from error
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     wanted = {"CPU": 1, "GPU": min(1, gpus), **resources}
-    wrong = [name for name, amount in wanted.items() if not isinstance(amount, (int, float))]
-    if wrong:
-        raise ValueError(f"resource {wrong[0]}={wanted[wrong[0]]}; Ray wants a number")
+    for name, amount in wanted.items():
+        _number(name, amount)
     if not any(all(node.get(n, 0) >= amount for n, amount in wanted.items()) for node in nodes):
         most = {n: max((node.get(n, 0) for node in nodes), default=0) for n in wanted}
         raise ValueError(
@@ -44,6 +46,12 @@ def connect(resources: Mapping[str, Any]) -> tuple[Engine, int]:
             f"{len(nodes)} has is {_text(most)}"
         )
     return functools.partial(map_tasks, RayTasks(wanted)), max(1, gpus)
+
+
+def _number(name: str, amount: Any) -> float:
+    if not isinstance(amount, (int, float)):
+        raise ValueError(f"resource {name}={amount}; Ray wants a number")
+    return amount
 
 
 def _text(resources: Mapping[str, float]) -> str:

@@ -573,6 +573,7 @@ def _attention_chunk(frame, chunk):
                 if is_value:
                     _add_rows(out_d, scores_C, own_rows, step)
                     continue
+                clear(scores + U(4 * query * _BLOCK), last - first)
                 dots(floats(data(q) + at, width), own_rows, step, scale, scores_C)
                 most, total = _softmax(scores_C, most_Q[query])
                 if most > most_Q[query]:

@@ -24,7 +24,7 @@ from pallas_kernels.ggml import library
 from pallas_kernels.reference import Bank, Epilogues, ExpertFunction, Signature, Work, filled_up
 
 ON_BLOCKS = ("ggml", "ggml_f32")  # the implementations of this room
-_THREADS_VARIABLE = "NPROC"  # XLA's CPU client reads it when it is made
+THREADS_VARIABLE = "NPROC"  # XLA's CPU client reads it when it is made
 
 
 @functools.partial(
@@ -108,7 +108,7 @@ def _ready() -> None:
     from pallas_kernels.ggml import handlers, machine
 
     machine.read_api()
-    wanted = os.environ.get(_THREADS_VARIABLE, "")
+    wanted = os.environ.get(THREADS_VARIABLE, "")
     machine.TABLE[machine.THREADS] = int(wanted) if wanted.isdecimal() else default_threads()
     for name, handler in handlers.HANDLERS.items():
         capsule = jax.ffi.pycapsule(handler.ctypes)
@@ -145,7 +145,7 @@ def set_threads(threads: int) -> None:
     """
     if threads < 1:
         raise ValueError(f"threads is {threads}; want 1 or more (--threads)")
-    os.environ[_THREADS_VARIABLE] = str(threads)
+    os.environ[THREADS_VARIABLE] = str(threads)
 
 
 def linear(

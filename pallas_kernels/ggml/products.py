@@ -37,6 +37,7 @@ from pallas_kernels.ggml.machine import (
 _TENSOR_BYTES = 400  # of `struct ggml_tensor` in ggml.h
 _TOKEN_TILE = 16  # rounded activations that stay in the first cache beside a row
 _UNPACKED = 4096  # weights unpacked at a time, but whole rows, and four of them at least
+_PANEL = 1024  # columns of four rows, which stay in the first cache while all tokens pass
 
 
 @njit
@@ -58,7 +59,7 @@ def four_rows(rows, first, step, width):
 
 @njit(fastmath={"reassoc", "contract", "nsz"})
 def dots(x_K, rows, stride, scale, out_R):
-    """Scaled products of x with rows, float32, four at a time, so that it is read once for them.
+    """Adds scaled products of x with rows, float32, four at a time: x is read once for them.
 
     From row to row there are `stride` floats.
     """
@@ -71,13 +72,15 @@ def dots(x_K, rows, stride, scale, out_R):
             sum1 += x_K[i] * row1_K[i]
             sum2 += x_K[i] * row2_K[i]
             sum3 += x_K[i] * row3_K[i]
-        out_R[r], out_R[r + 1] = sum0 * scale, sum1 * scale
-        out_R[r + 2], out_R[r + 3] = sum2 * scale, sum3 * scale
+        out_R[r] += sum0 * scale
+        out_R[r + 1] += sum1 * scale
+        out_R[r + 2] += sum2 * scale
+        out_R[r + 3] += sum3 * scale
     for r in range(count - count % 4, count):
         row_K, total = floats(rows + U(r) * step, width), np.float32(0)
         for i in range(width):
             total += x_K[i] * row_K[i]
-        out_R[r] = total * scale
+        out_R[r] += total * scale
 
 
 @njit
@@ -198,10 +201,13 @@ def _float32_tile(type_, columns, weights, rows, x, tokens, out):
             source = weights + U(first * weight_bytes)
             call(unpack, (source, unpacked, np.int64(step * columns)))
         for token in range(tokens):
-            out_R = floats(out + U(4 * (token * rows + first)), step)
-            dots(
-                floats(x + U(4 * token * columns), columns), unpacked, columns, np.float32(1), out_R
-            )
+            clear(out + U(4 * (token * rows + first)), step)
+        for start in range(0, columns, _PANEL):
+            width, panel = min(_PANEL, columns - start), unpacked + U(4 * start)
+            for token in range(tokens):
+                x_K = floats(x + U(4 * (token * columns + start)), width)
+                out_R = floats(out + U(4 * (token * rows + first)), step)
+                dots(x_K, panel, columns, np.float32(1), out_R)
     if unpack != U(0):
         free(unpacked)
     return 0
