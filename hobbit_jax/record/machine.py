@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 
-REPORTED_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "gguf", "tokenizers")
+REPORTED_PACKAGES = (
+    "jax", "jaxlib", "flax", "numpy", "numba", "libggml-python", "gguf", "tokenizers",
+)  # fmt: skip
 
 
 @functools.cache

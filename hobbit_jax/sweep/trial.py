@@ -253,7 +253,8 @@ def run_trial(trial: Trial, bench: ArtifactCache) -> Record:
         return failed_record(trial, f"{type(error).__name__}: {error}")
     inputs = {"model": bench.model.file.sha256(), "text": bench.text_sha256}
     bos = "yes" if quality.begin_with_bos(bench.tokenizer) else "no"
-    notes = {"windows_begin_with_bos": bos}
+    arithmetic = bench.model.implementation or "the fastest"
+    notes = {"windows_begin_with_bos": bos, "implementation": arithmetic}
     found = combined(Measured(file_sha256=inputs, notes=notes), found)
     seconds = round(time.monotonic() - began, 2)
     return Record(trial.study, trial.asked, **vars(found), **machine(), seconds=seconds)
