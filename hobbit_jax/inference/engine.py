@@ -437,8 +437,8 @@ class Engine:
         """Yields int32 [B] per step, -1 for sequences that have ended, until all have.
 
         A stop token ends its sequence and is not yielded. The first step's cost is the prefill's.
-        Where it `shrinks`, the others go on as a smaller batch when half of all have ended; a
-        program is compiled for each size, and tokens drawn at random depend on the batch.
+        Where it `shrinks`, the others go on as a smaller batch when a power of two has room for
+        them; a program is compiled for each size, and tokens drawn at random depend on the batch.
         With several `tokens_per_call`, the device decodes so many between two looks of the host;
         the tokens are the same, they arrive together, and the first carries the cost of all.
         `context` makes room for so many tokens, so that calls of all lengths share one program;
@@ -473,9 +473,12 @@ class Engine:
                 cost = StepStats()
             if drawn == max_new_tokens:
                 return
-            if shrinks and 2 * active_B.sum() <= len(active_B):
-                self._keep(np.flatnonzero(active_B).astype(np.int32))
-                ids_B, place_B, active_B = (a[active_B] for a in (ids_B, place_B, active_B))
+            size = 1 << (int(active_B.sum()) - 1).bit_length()
+            if shrinks and size < len(active_B):
+                # Some that have ended fill it up.
+                kept_R = np.sort(np.argsort(~active_B, kind="stable")[:size]).astype(np.int32)
+                self._keep(kept_R)
+                ids_B, place_B, active_B = (a[kept_R] for a in (ids_B, place_B, active_B))
             began_s, compiled_s = time.perf_counter(), compile_seconds()
             count = min(tokens_per_call, max_new_tokens - drawn)
             before = self.counts.tokens
