@@ -348,7 +348,9 @@ class EngineLM(TemplateLM):
         ends = {*self._text.eog_ids, *(i for stop in wanted["until"] for i in self._special(stop))}
         begun = prefix if longest == max(map(len, prompts)) else None  # none of them was cut
         greedy, ids = sampling.temperature == 0, sorted(ends)
-        steps = self._engine.generate(rows, room, sampling, ids, prefix=begun, shrinks=greedy)
+        steps = self._engine.generate(
+            rows, room, sampling, ids, prefix=begun, least_batch=1 if greedy else None
+        )
         for step, (ids_B, _) in enumerate(steps):
             for text, token in zip(texts, ids_B.tolist(), strict=True):
                 if token < 0:

@@ -432,13 +432,14 @@ class Engine:
         tokens_per_call: int = 1,
         context: int | None = None,
         prefix: Prefix | None = None,
-        shrinks: bool = False,
+        least_batch: int | None = None,
     ) -> Iterator[tuple[np.ndarray, StepStats]]:
         """Yields int32 [B] per step, -1 for sequences that have ended, until all have.
 
         A stop token ends its sequence and is not yielded. The first step's cost is the prefill's.
-        Where it `shrinks`, the others go on as a smaller batch when a power of two has room for
-        them; a program is compiled for each size, and tokens drawn at random depend on the batch.
+        As sequences end, the others go on as a smaller batch, of a power of two and `least_batch`
+        at least; a program is compiled for each size, and tokens drawn at random depend on the
+        batch. None keeps the batch.
         With several `tokens_per_call`, the device decodes so many between two looks of the host;
         the tokens are the same, they arrive together, and the first carries the cost of all.
         `context` makes room for so many tokens, so that calls of all lengths share one program;
@@ -473,8 +474,8 @@ class Engine:
                 cost = StepStats()
             if drawn == max_new_tokens:
                 return
-            size = 1 << (int(active_B.sum()) - 1).bit_length()
-            if shrinks and size < len(active_B):
+            size = max(1 << (int(active_B.sum()) - 1).bit_length(), least_batch or len(active_B))
+            if size < len(active_B):
                 # Some that have ended fill it up.
                 kept_R = np.sort(np.argsort(~active_B, kind="stable")[:size]).astype(np.int32)
                 self._keep(kept_R)
