@@ -21,8 +21,8 @@ environment:  ## .venv with exact versions (constraints.txt); a minute or two wh
 	@sh scripts/make_environment.sh
 
 demo: environment  ## the question in small, on the shipped model: out/demo/decision.md
-	@echo "demo: 14 trials on the shipped model, about 2 minutes on 2 idle CPU cores"
-	@JAX_PLATFORMS=cpu $(BIN)/python scripts/sweep.py --config configs/reference.py:demo --workdir out/demo
+	@echo "demo: 14 trials on the shipped model, about a minute on 2 idle CPU cores"
+	@JAX_PLATFORMS=cpu $(BIN)/python scripts/sweep.py --config configs/reference.py:demo --workdir out/demo --workers=2
 	@$(BIN)/python scripts/report.py --workdir out/demo
 	@echo "demo: read out/demo/decision.md; its figures are in out/demo/figures, its records in out/demo/records"
 

@@ -21,7 +21,7 @@ Any field can be pinned, and an axis becomes that one value: `--config.cache.bud
 Low precisions are encoded against the second moments of a text of which half is source code and
 half generated problems: docs/appendix.md, "What to calibrate on", says why.
 
-Cost on 2 CPU cores: about 2 minutes (demo), about an hour and a half (full). A model of full size
+Cost on 2 CPU cores: about a minute (demo), about an hour (full). A model of full size
 wants a GPU, on which it has not run: its 100 trials decode up to 3 million tokens for the tasks of
 46 plans. `--dry_run` measures on your model how long its precisions take to encode.
 Expected: KL to native grows with the share of low experts and is far larger at 2 bit than at 3 bit;
