@@ -12,6 +12,7 @@ from hobbit_jax.report.sweep import trial
 from hobbit_jax.report.table import figure
 from hobbit_jax.report.verdict import Outcome, Rule, verdicts
 
+TASKS = ("task_arithmetic", "task_functions")
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Digits that measure nothing: names, and what the reference model and the machine are.
 NAMES = (
@@ -43,12 +44,26 @@ def of_the_sweep(studies):
     (by_weight,) = (s for s in answers.scores(sweep, judged) if better[s.name])
     assert by_weight.name == "router_weight" and not by_weight.against_line["below"]
     of_all = by_weight.against_draws
+    uniform = [r for r in sweep.records if isinstance(trial(r).plan, Uniform)]
+    native = next(r for r in sweep.records if trial(r).plan == Native())
+    (problems,) = {native.metrics[f"{task}_problems"] for task in TASKS}
+    losses = [paired.task_loss(r, native, task) for r in uniform for task in TASKS]
+    most = max(losses, key=lambda loss: loss.high)
+    open_ones = [v for v in verdicts(sweep, rule) if v.outcome == Outcome.OPEN]
+    unheld = [
+        [c.name for c in v.best.clauses if c.mark not in ("holds", "skipped")] for v in open_ones
+    ]
+    by_chance = [v for v, names in zip(open_ones, unheld, strict=True) if names == ["score"]]
+    assert {trial(v.best.record).plan.mode for v in by_chance} == {"fetch_low"}
     return [
         f"Against {len(sweep.control_seeds)} random draws",
         f"in {of_all['below']} of {of_all.total()} choices of share and format",
         f"Q3_K costs a KL of {figure(q3.kl, '.4f')}",
         f"{moved(q3)} of native's bytes with {budgets}",
         f"Q2_K costs {q2.kl.value:.4f} and {moved(q2)}",
+        f"Of {problems} problems of each of two synthetic tasks they lose at most "
+        f"{figure(most, '.3f')}",
+        f"In {len(by_chance)} of the open ones the best mix",
         f"Of {len(outcomes)} cases, each a pool with a low format, {outcomes.count(Outcome.OPEN)} "
         f"are open and {outcomes.count(Outcome.NO)} is not worth it",
         f"limit of {rule.kl_limit:g}",
