@@ -89,10 +89,7 @@ def expert_ffn(
     if isinstance(bank.gate, ggml.RawMatrix):
         chosen = implementation or "ggml"
         if chosen not in ggml.ON_BLOCKS:
-            raise ValueError(
-                f"a bank of raw blocks is for {' and '.join(ggml.ON_BLOCKS)}, and {chosen!r} was "
-                "asked"
-            )
+            raise ValueError(f"a bank of raw blocks is for ggml, and {chosen!r} was asked")
         return ggml.expert_ffn(
             x_TD, y_AD, weight_A, bank, signature, work, function, epilogues, chosen
         )

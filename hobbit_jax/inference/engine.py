@@ -170,8 +170,15 @@ class Engine:
         self._lengths_B = np.full(batch, len(ids), np.int32)
         self._ids = [list(ids) for _ in range(batch)]
 
-    def _keep(self, rows_R: np.ndarray) -> None:
-        """Forgets all sequences but `rows_R`, so that a step costs no more than those."""
+    def _shrink(self, active_B: np.ndarray, least_batch: int) -> np.ndarray:
+        """Forgets sequences that have ended, so that a step costs less; the rows that stay.
+
+        They are a power of two, and `least_batch` at least, if there are so many.
+        """
+        size = max(1 << (int(active_B.sum()) - 1).bit_length(), least_batch)
+        rows_R = np.sort(np.argsort(~active_B, kind="stable")[:size]).astype(np.int32)
+        if len(rows_R) == len(active_B):
+            return rows_R
         carry, self._carry = self._started(), None
         caches = carry.caches.of(rows_R)
         del carry  # its caches are larger than what follows
@@ -179,6 +186,7 @@ class Engine:
         self._carry = new._replace(caches=caches)
         self._lengths_B = self._lengths_B[rows_R]
         self._ids = [self._ids[row] for row in rows_R]
+        return rows_R
 
     def read_prefix(self, ids: Sequence[int]) -> Prefix:
         """Runs tokens that many sequences begin with, so that `generate` need not run them again.
@@ -474,12 +482,9 @@ class Engine:
                 cost = StepStats()
             if drawn == max_new_tokens:
                 return
-            size = max(1 << (int(active_B.sum()) - 1).bit_length(), least_batch or len(active_B))
-            if size < len(active_B):
-                # Some that have ended fill it up.
-                kept_R = np.sort(np.argsort(~active_B, kind="stable")[:size]).astype(np.int32)
-                self._keep(kept_R)
-                ids_B, place_B, active_B = (a[kept_R] for a in (ids_B, place_B, active_B))
+            if least_batch is not None:
+                rows_R = self._shrink(active_B, least_batch)
+                ids_B, place_B, active_B = (a[rows_R] for a in (ids_B, place_B, active_B))
             began_s, compiled_s = time.perf_counter(), compile_seconds()
             count = min(tokens_per_call, max_new_tokens - drawn)
             before = self.counts.tokens

@@ -550,8 +550,7 @@ def _attention_chunk(frame, chunk):
         most_Q[query], total_Q[query] = _NO_SINK, np.float32(0)
         if size(argument(frame, 7), 0):
             # A score more, without a value.
-            most_Q[query] = load_f32(data(argument(frame, 7)) + U(4 * head))
-            total_Q[query] = np.float32(1)
+            most_Q[query], total_Q[query] = load_f32(data(argument(frame, 7)) + U(4 * head)), 1
     row_0 = (integer(argument(frame, 3), 0) * size(q, 0) + sequence) * length
     n_bytes, scale = 4 if kind == F32_TYPE else 2, load_f32(data(argument(frame, 5)))
     for block in range(oldest // _BLOCK, -(-behind // _BLOCK)):
