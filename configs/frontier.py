@@ -12,7 +12,7 @@ Trials of the first calibration seed come first, so the document can be read bef
 The rival encoder is llama.cpp's own, under its importance matrix.
 `--config.prose_text=F.txt` adds prose to the transfer check.
 
-Cost on 2 CPU cores: about an hour.
+Cost on 2 CPU cores: about half an hour.
 Expected: calibrated 2-bit experts lose half of what plain ones lose, so that a mix has less left
 to win; measured sensitivity chooses best; frequency comes close. Open: whether any importance score
 beats the random control by more than its interval where most experts are low.

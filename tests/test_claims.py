@@ -11,6 +11,7 @@ from hobbit_jax.report.document import read_studies
 from hobbit_jax.report.sweep import trial
 from hobbit_jax.report.table import figure
 from hobbit_jax.report.verdict import Outcome, Rule, verdicts
+from hobbit_jax.sweep.texts import MIXED_TEXT
 
 TASKS = ("task_arithmetic", "task_functions")
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -70,16 +71,25 @@ def of_the_sweep(studies):
     ]
 
 
+def asked(record):
+    return record.asked.plan, record.asked.inputs.calibration_text
+
+
 def of_encoders(studies):
     plans = answers.encoders(studies.mixed)["Q2_K"]
     kl = {p.encoder: f"{p.kl.value:.4f}" for p in plans}
     solved = {p.encoder: f"{p.task('arithmetic').value:.2f}" for p in plans}
+    records = studies.found.of("frontier")
+    native, on_both = (
+        f"{next(r for r in records if asked(r) == wanted).metrics['task_arithmetic']:.2f}"
+        for wanted in ((Native(), ""), (Uniform("Q2_K", "gptq"), MIXED_TEXT))
+    )
     return [
-        f"GPTQ with refinement has a KL of {kl['gptq']}",
+        f"GPTQ has a KL of {kl['gptq']}",
         f"ggml's encoder has {kl['ggml']}",
-        f"plain rounding has {kl['rtn']}",
-        f"GPTQ solves {solved['gptq']} of the arithmetic problems, where plain rounding solves "
-        f"{solved['rtn']}",
+        f"The file solves {native} of the arithmetic problems as it is, {solved['gptq']} with this "
+        f"GPTQ's Q2_K and {solved['ggml']} with ggml's; with GPTQ calibrated on code and problems "
+        f"it solves {on_both}",
     ]
 
 
