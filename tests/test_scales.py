@@ -56,8 +56,10 @@ def test_scales_multiply_products_at_every_budget(name, implementation, tmp_path
     scaled, multiplied = write_tiny_pair(name, tmp_path)
     config = load_model(scaled, implementation).config
     least = config.experts_per_token / config.n_experts
-    budgets = [{}, {"share": least}, {"share": 0.0, "mode": "host"}]
-    if implementation == "xla" and (name, implementation) not in QUICK:
+    budgets = [{}, {"share": least}]
+    if implementation == "ggml":  # which the CPU computes misses with too
+        budgets.append({"share": 0.0, "mode": "host"})
+    elif (name, implementation) not in QUICK:
         budgets.append({"share": least, "devices": 2})
     for prompts in (PROMPTS, PROMPTS[:1]):
         wanted = decode(engine_of(multiplied, implementation), prompts)
