@@ -10,11 +10,10 @@ anything to uniformly smaller experts whose misses are computed?
 Every way runs under every pool, on the same prompts and windows: native and uniform experts whose
 misses are fetched, computed or divided, HOBBIT with low banks of several sizes, low copies fetched
 or computed instead of native ones, and routing toward what is resident. Since 2026-12-01 products
-are in float32, as in the other sweeps. Before, and so in docs/records, they were ggml's, whose
-rounding on this model has a KL of 0.0008 to float32, as much as some of these ways lose.
+are in float32, as in the other sweeps. Before, they were ggml's, whose rounding on this model has a
+KL of 0.0008 to float32, as much as some of these ways lose.
 
-Cost on 2 CPU cores: with ggml's products an hour and a half beside other work; in float32 it was
-not timed.
+Cost on 2 CPU cores: about a quarter of an hour.
 Expected: where the link is slower than the CPU's memory, computing native misses beats fetching
 anything that loses as little, and uniform Q3_K experts with computed misses beat every mix. Written
 on 2026-11-30, before the first run: a mix adds something at a pool and a link if its KL is below

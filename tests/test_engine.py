@@ -30,8 +30,7 @@ def router_weight_plan(threshold: float, low_share: float) -> SelectionPlan:
     return SelectionPlan("router_weight", (-threshold,), (0, LOW), shares)
 
 
-# On "ggml_f32" the same bits at every budget stand in test_overlap.py and test_host_modes.py, and on
-# "xla" in test_logits.py too.
+# On "ggml_f32" the same bits at every budget stand in test_overlap.py and test_host_modes.py.
 @pytest.fixture(scope="module", params=["ggml", pytest.param("xla", marks=pytest.mark.slow)])
 def model(two_banks_path, request):
     return load_model(two_banks_path, request.param)

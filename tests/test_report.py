@@ -35,7 +35,7 @@ from hobbit_jax.report.answers import uniform_quants
 from hobbit_jax.report.document import APPENDIX, DOCUMENT, LETTER, write_report
 from hobbit_jax.report.export import export
 from hobbit_jax.report.miss_tables import MissStudy, all_ways, cheapest, label
-from hobbit_jax.report.sweep import RANDOM, Sweep, trial
+from hobbit_jax.report.sweep import RANDOM, Sweep, order, trial
 from hobbit_jax.report.table import Column, table
 from hobbit_jax.report.verdict import (
     PREFERENCE,
@@ -601,7 +601,10 @@ def test_ways_to_serve_a_miss(workdir, tmp_path):
     assert [label(r)[8:] for r in alike.ways(Native())] == ["fetched", "divided", "computed"]
     rows = all_ways(found).splitlines()
     split = replace(records[4].asked, plan=MissModeTrial("hobbit", "adaptive", "Q2_K"))
-    assert label(replace(records[4], asked=split)) == "hobbit with Q2_K, the pool divided by use"
+    by_use = replace(records[4], asked=split)
+    assert label(by_use) == "hobbit with Q2_K, the pool divided by use"
+    half = replace(by_use, asked=replace(split, plan=MissModeTrial("hobbit", 0.5, "Q2_K")))
+    assert sorted([by_use, half], key=order) == [half, by_use]
     assert len(rows) == 2 + len(records) and "| 1.50 [1.13, 1.87] | – | – |" in rows[4]
     assert found.count("below") == 2
     # At 16:1 the lifted mix costs 6, and native computed 2 without a loss.

@@ -3,6 +3,7 @@
 Owns how plans are named, ordered and paired with their rivals and controls.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -84,9 +85,11 @@ def order(record: Record) -> tuple:
     plan = asked.plan
     score = getattr(plan, "score", getattr(plan, "mode", ""))
     rank = _SCORES.index(score) if score in _SCORES else len(_SCORES) + (score == RANDOM)
+    share = getattr(plan, "share", 0)
+    share = math.inf if share == "adaptive" else share
     return (
-        _KINDS.index(type(plan)), rank, score, low_format(record), getattr(plan, "share", 0),
-        asked.seed, asked.budget_mib,
+        _KINDS.index(type(plan)), rank, score, low_format(record), share, asked.seed,
+        asked.budget_mib,
     )  # fmt: skip
 
 
