@@ -67,7 +67,9 @@ def evaluate(
     with ThreadPoolExecutor(_SCORED_AT_ONCE) as threads:
         for name, of_task in asked.items():
             answers, texts = texts[:problems], texts[problems:]
-            solved = list(map(int, threads.map(TASKS[name].score, of_task, answers)))
+            pairs = zip(of_task, answers, strict=True)
+            verdicts = [threads.submit(TASKS[name].score, *pair) for pair in pairs]
+            solved = [int(verdict.result()) for verdict in verdicts]
             scored = vars(share(sum(solved), problems))
             found[name] = {"problems": problems, "correct": sum(solved), **scored, "solved": solved}
     return found
