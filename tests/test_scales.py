@@ -66,6 +66,9 @@ def test_scales_multiply_products_at_every_budget(name, implementation, tmp_path
         for budget in budgets:
             got = decode(engine_of(scaled, implementation, **budget), prompts)
             np.testing.assert_array_equal(got, wanted, err_msg=str(budget))
+        if implementation == "xla":  # beside which ggml computes in float32 too, in another order
+            got = decode(engine_of(scaled, implementation, share=0.0, mode="host"), prompts)
+            np.testing.assert_allclose(got, wanted, atol=1e-4, rtol=0)
         budgets = budgets[1:2]
 
 
